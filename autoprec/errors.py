@@ -1,0 +1,38 @@
+"""Every error a user can cause, and what the command line does with it.
+
+AutoprecError                 exit status 2, one line: the rule, what came, the way out
+├── WorkloadError             the user's model.py breaks the five-function contract
+├── CaptureError              one real step did not give a usable model spec
+├── RecordError               a record file is missing, truncated, edited wrongly or from elsewhere
+├── PlanMismatchError         a plan does not fit the model, the optimizer or the device
+├── DeviceError               a target is unknown, absent or cannot do what was asked
+└── InfeasibleError           no plan satisfies the constraints
+"""
+
+
+class AutoprecError(Exception):
+    """Root of the errors that autoprec raises on purpose; `str(error)` is one line."""
+
+
+class WorkloadError(AutoprecError):
+    """A function of the user's file is missing or misbehaves."""
+
+
+class CaptureError(AutoprecError):
+    """One real training step could not be recorded."""
+
+
+class RecordError(AutoprecError):
+    """A record file cannot be read, written or trusted."""
+
+
+class PlanMismatchError(AutoprecError):
+    """A plan names something that the model, optimizer or device does not have."""
+
+
+class DeviceError(AutoprecError):
+    """A target device is unknown, absent, or cannot run what was asked."""
+
+
+class InfeasibleError(AutoprecError):
+    """No assignment satisfies the constraints."""

@@ -1,0 +1,106 @@
+"""The records that stages exchange. This package imports no torch.
+
+model         what a model is: options, layers, shapes
+profile       what it costs: times, bytes, device facts
+sensitivity   what a precision does to loss and gradient
+plan          the choice, and the search that made it
+verification  the proof
+"""
+
+from autoprec.records.base import FileRecord, Record, read_text, write_atomically
+from autoprec.records.model import (
+    BF16_O2,
+    FP32,
+    Basis,
+    CallSpec,
+    Gemm,
+    GemmShape,
+    LayerKind,
+    LayerSpec,
+    ModelSpec,
+    Option,
+    ParameterSpec,
+    Precision,
+    Recipe,
+    Refusal,
+    TensorSpec,
+    fp8_option,
+)
+from autoprec.records.plan import (
+    Assignment,
+    Certificate,
+    Constraint,
+    Fingerprint,
+    FrontPoint,
+    Phase,
+    Plan,
+    PredictedStep,
+    Search,
+    SearchTrial,
+)
+from autoprec.records.profile import (
+    Conditions,
+    DeviceFacts,
+    LayerTiming,
+    Profile,
+    StepTiming,
+    Timing,
+)
+from autoprec.records.sensitivity import (
+    Estimate,
+    JointMeasurement,
+    LayerSensitivity,
+    Operand,
+    OperandStatistics,
+    Sensitivity,
+)
+from autoprec.records.verification import Branch, LossGap, Verdict, Verification
+
+__all__ = [
+    "BF16_O2",
+    "FP32",
+    "Assignment",
+    "Basis",
+    "Branch",
+    "CallSpec",
+    "Certificate",
+    "Conditions",
+    "Constraint",
+    "DeviceFacts",
+    "Estimate",
+    "FileRecord",
+    "Fingerprint",
+    "FrontPoint",
+    "Gemm",
+    "GemmShape",
+    "JointMeasurement",
+    "LayerKind",
+    "LayerSensitivity",
+    "LayerSpec",
+    "LayerTiming",
+    "LossGap",
+    "ModelSpec",
+    "Operand",
+    "OperandStatistics",
+    "Option",
+    "ParameterSpec",
+    "Phase",
+    "Plan",
+    "Precision",
+    "PredictedStep",
+    "Profile",
+    "Recipe",
+    "Record",
+    "Refusal",
+    "Search",
+    "SearchTrial",
+    "Sensitivity",
+    "StepTiming",
+    "TensorSpec",
+    "Timing",
+    "Verdict",
+    "Verification",
+    "fp8_option",
+    "read_text",
+    "write_atomically",
+]

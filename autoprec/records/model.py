@@ -1,0 +1,276 @@
+"""What a model is made of: precisions, options, layers and shapes, as one real step showed them."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from pydantic import NonNegativeInt, PositiveInt, model_serializer, model_validator
+
+from autoprec.records.base import FileRecord, Record
+
+
+class Precision(StrEnum):
+    """The choice per layer. O1/O2 in Apex's sense; MS-AMP uses the same names for other things."""
+
+    FP8_O1 = "fp8_o1"
+    BF16_O2 = "bf16_o2"
+    FP32 = "fp32"
+
+
+class Recipe(StrEnum):
+    """FP8 scaling settings by torchao's names; `delayed` is emulated, measured, never applied."""
+
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
+    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    DELAYED = "delayed"
+
+
+class Gemm(StrEnum):
+    """The three GEMMs of a linear layer (fprop, dgrad, wgrad in Transformer Engine's words)."""
+
+    OUTPUT = "output"
+    GRAD_INPUT = "grad_input"
+    GRAD_WEIGHT = "grad_weight"
+
+
+class LayerKind(StrEnum):
+    """What a layer computes, as far as precision is concerned."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    ATTENTION = "attention"
+    RECURRENT = "recurrent"
+    OTHER = "other"
+
+
+class Basis(StrEnum):
+    """Where a number comes from; every number in a report says which."""
+
+    MEASURED = "measured"
+    PREDICTED = "predicted"
+    TRANSFERRED = "transferred"
+    UNKNOWN = "unknown"
+
+
+class Option(Record):
+    """One thing a layer can be set to; in JSON its key, e.g. `fp8_o1:rowwise`.
+
+    `gemms_hp` are the GEMMs of an FP8 layer that stay in BF16; the key lists them after a minus,
+    e.g. `fp8_o1:tensorwise-grad_input-grad_weight`.
+    """
+
+    precision: Precision
+    recipe: Recipe | None = None
+    gemms_hp: tuple[Gemm, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The option as one word."""
+        if self.recipe is None:
+            return self.precision.value
+        return f"{self.precision.value}:{'-'.join([self.recipe.value, *self.gemms_hp])}"
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether any GEMM runs on FP8 operands."""
+        return self.precision is Precision.FP8_O1
+
+    def __str__(self) -> str:
+        """Return the key."""
+        return self.key
+
+    @classmethod
+    def parse(cls, key: str) -> Self:
+        """Return the option that `key` names; the inverse of `key`.
+
+        Raises:
+            ValueError: the key names no precision, recipe or GEMM.
+        """
+        precision, _, rest = key.partition(":")
+        recipe, *gemms = rest.split("-") if rest else [None]
+        return cls(
+            precision=Precision(precision),
+            recipe=None if recipe is None else Recipe(recipe),
+            gemms_hp=tuple(Gemm(gemm) for gemm in gemms if gemm),
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_key(cls, value: Any) -> Any:  # Any: pydantic hands in raw input
+        if not isinstance(value, str):
+            return value
+        parsed = cls.parse(value)
+        return {name: getattr(parsed, name) for name in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _check_recipe(self) -> Self:
+        if self.is_fp8 != (self.recipe is not None):
+            raise ValueError("fp8_o1 needs a recipe, and only fp8_o1 has one")
+        if self.gemms_hp and not self.is_fp8:
+            raise ValueError("only an fp8_o1 option can keep GEMMs in BF16")
+        if self.gemms_hp != tuple(gemm for gemm in Gemm if gemm in self.gemms_hp):
+            raise ValueError("gemms_hp lists each GEMM at most once, in the order of `Gemm`")
+        if len(self.gemms_hp) == len(Gemm):
+            raise ValueError("an fp8_o1 option with all three GEMMs in BF16 is bf16_o2")
+        if self.recipe is Recipe.ROWWISE_WITH_GW_HP and self.gemms_hp:
+            raise ValueError("rowwise_with_gw_hp fixes its own GEMMs; write rowwise-... instead")
+        return self
+
+    @model_serializer
+    def _to_key(self) -> str:
+        return self.key
+
+
+FP32 = Option(precision=Precision.FP32)
+BF16_O2 = Option(precision=Precision.BF16_O2)
+
+
+def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
+    """Return the FP8 O1 option of a recipe, with these GEMMs kept in BF16."""
+    return Option(precision=Precision.FP8_O1, recipe=recipe, gemms_hp=gemms_hp)
+
+
+class ParameterSpec(Record):
+    """One parameter: its exact name in `named_parameters()`, shape and dtype (e.g. `float32`)."""
+
+    name: str
+    shape: tuple[NonNegativeInt, ...]
+    dtype: str
+    is_trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSpec(Record):
+    """One tensor as it came in: `stride` in elements; `is_integer` inputs are indices or masks."""
+
+    shape: tuple[NonNegativeInt, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+
+class CallSpec(Record):
+    """One way a layer was called in the step, and how often; `inputs` are its tensor arguments."""
+
+    inputs: tuple[TensorSpec, ...]
+    count: PositiveInt
+
+
+class GemmShape(Record):
+    """The output GEMM of a linear: [M, K] @ [K, N] with M tokens, K in- and N out-features."""
+
+    M: PositiveInt
+    K: PositiveInt
+    N: PositiveInt
+
+    def __str__(self) -> str:
+        """Return e.g. `2048x1024x4096` (MxKxN)."""
+        return f"{self.M}x{self.K}x{self.N}"
+
+
+class Refusal(Record):
+    """Why a layer cannot take a precision, in words."""
+
+    precision: Precision
+    reason: str
+
+
+class LayerSpec(Record):
+    """One layer: a module that owns parameters and can take a precision of its own.
+
+    `type_name` is the class (`torch.nn.modules.linear.Linear`), `settings` its `extra_repr()`.
+    `gemm` is there for linears only and holds the M of the largest call.
+    `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
+    one storage, so they take one storage precision (FP32 or 16 bit) together.
+    `options` are what the layer can take on the captured device, `refusals` say why not the rest.
+    """
+
+    name: str
+    kind: LayerKind
+    type_name: str
+    settings: str
+    parameters: tuple[ParameterSpec, ...]
+    gemm: GemmShape | None
+    calls: tuple[CallSpec, ...]
+    is_frozen: bool
+    tied_to: str | None
+    options: tuple[Option, ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often the layer runs in one step (forward)."""
+        return sum(call.count for call in self.calls)
+
+    @property
+    def shape_key(self) -> str:
+        """What decides its time: equal keys are timed once (class, settings, inputs, frozen)."""
+        shapes = ";".join(
+            f"{c.count}*" + ",".join(f"{t.shape}{t.stride}{t.requires_grad}" for t in c.inputs)
+            for c in self.calls
+        )
+        sizes = ",".join(f"{p.shape}{p.is_trainable}" for p in self.parameters)
+        return f"{self.type_name}({self.settings})[{sizes}]<{shapes}>"
+
+    def refusal(self, precision: Precision) -> str | None:
+        """Return why the layer cannot take `precision`, or None when it can."""
+        return next((r.reason for r in self.refusals if r.precision is precision), None)
+
+
+class ModelSpec(FileRecord):
+    """A model as one real training step showed it.
+
+    `uncovered` are parameters no layer owns (a class token); they follow the plan's flow dtype.
+    `uncalled` are layers the step did not run. `structure` is a hash of names, types and shapes.
+    `tokens_per_step` is the largest M of a linear (0 when there is none). `optimizer` is the class
+    name, `optimizer_state_numel_ratio` its state tensors' elements per parameter element (2 for Adam).
+    `has_randomness` says that two forwards of one batch differ unless seeded (dropout).
+    `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
+    """
+
+    KIND: ClassVar[str] = "model"
+    VERSION: ClassVar[int] = 1
+
+    layers: tuple[LayerSpec, ...]
+    uncovered: tuple[ParameterSpec, ...]
+    uncalled: tuple[str, ...]
+    structure: str
+    tokens_per_step: NonNegativeInt
+    optimizer: str
+    optimizer_state_numel_ratio: float
+    has_randomness: bool
+    is_deterministic: bool
+    loss: float | None
+    device: str
+
+    def layer(self, name: str) -> LayerSpec:
+        """Return the layer of that exact name (KeyError when there is none)."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the layers, in model order."""
+        return tuple(layer.name for layer in self.layers)
+
+    def parameters(self) -> Iterator[ParameterSpec]:
+        """Yield every parameter once, covered or not; tied ones once."""
+        seen: set[str] = set()
+        for layer in self.layers:
+            for parameter in layer.parameters:
+                if layer.tied_to is None and parameter.name not in seen:
+                    seen.add(parameter.name)
+                    yield parameter
+        yield from self.uncovered

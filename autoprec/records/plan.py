@@ -1,0 +1,192 @@
+"""The product: the precision of every layer, why, for what, and with what proof.
+
+A plan is data only: nothing in it is imported or executed when it is read or applied.
+"""
+
+import hashlib
+import json
+from typing import ClassVar, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from autoprec.records.base import FileRecord, Record
+from autoprec.records.model import Basis, Gemm, LayerKind, Option, Precision, Recipe
+from autoprec.records.verification import LossGap, Verdict
+
+
+class Assignment(Record):
+    """The precision of one layer by exact name, with what led to it.
+
+    Times are the layer's forward + backward per step in this option and in the baseline BF16 O2, in
+    ms; `e` its gradient perturbation; `reason` is a sentence for people.
+    """
+
+    name: str = Field(max_length=4096)
+    kind: LayerKind
+    shapes: tuple[tuple[NonNegativeInt, ...], ...]  # of its parameters, in registration order
+    precision: Precision
+    recipe: Recipe | None = None
+    gemms_hp: tuple[Gemm, ...] = ()
+    layer_ms: NonNegativeFloat | None = None
+    baseline_ms: NonNegativeFloat | None = None
+    basis: Basis = Basis.MEASURED
+    e: float | None = None
+    e_basis: Basis = Basis.MEASURED
+    reason: str = ""
+
+    @property
+    def option(self) -> Option:
+        """The assignment's option."""
+        return Option(precision=self.precision, recipe=self.recipe, gemms_hp=self.gemms_hp)
+
+    @model_validator(mode="after")
+    def _check_option(self) -> Self:
+        _ = self.option  # raises ValueError (reported by pydantic) on an impossible combination
+        return self
+
+
+class Constraint(Record):
+    """What the plan had to satisfy."""
+
+    loss_tolerance: NonNegativeFloat  # relative loss gap, 0.001 = 0.1 %
+    e_budget: NonNegativeFloat | None  # the e that the search allowed for it
+    memory_bytes: NonNegativeInt | None = None
+    kept: tuple[str, ...] = ()  # --keep GLOB=precision, as given
+
+
+class Fingerprint(Record):
+    """For what the plan was made; a difference at apply time is an error or a named warning."""
+
+    structure: str
+    device: str
+    capability: str
+    software: dict[str, str]
+    compile_mode: str
+    tokens_per_step: NonNegativeInt
+    parallel: str = ""
+    time_basis: Basis = Basis.MEASURED
+    sensitivity_basis: Basis = Basis.MEASURED
+
+
+class PredictedStep(Record):
+    """The step time that the search's model gives, in ms, for the plan and the uniform plans."""
+
+    plan_ms: NonNegativeFloat
+    fp32_ms: NonNegativeFloat
+    bf16_o2_ms: NonNegativeFloat
+    low_ms: NonNegativeFloat | None = None
+    high_ms: NonNegativeFloat | None = None
+
+
+class Certificate(Record):
+    """The verification in short; the whole is in verification.json."""
+
+    verdict: Verdict
+    tolerance: NonNegativeFloat
+    gap: LossGap | None
+    step_ms: dict[str, float]
+    seeds: NonNegativeInt
+    branch_steps: NonNegativeInt
+
+
+class Phase(Record):
+    """One stretch of a precision schedule: from `start_step` on, FP8 layers run as `fp8` says."""
+
+    start_step: NonNegativeInt
+    fp8: bool
+
+
+class Plan(FileRecord):
+    """The precision of every layer of one model.
+
+    `e` is the joint gradient perturbation (measured where the search measured it, see `e_basis`), so
+    about `e` extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
+    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only).
+    """
+
+    KIND: ClassVar[str] = "plan"
+    VERSION: ClassVar[int] = 1
+
+    layers: tuple[Assignment, ...] = Field(max_length=200_000)
+    uncovered: tuple[str, ...]
+    constraint: Constraint
+    fingerprint: Fingerprint
+    e: float | None
+    e_basis: Basis
+    predicted: PredictedStep | None
+    certificate: Certificate | None = None
+    schedule: tuple[Phase, ...] = ()
+    fp8_all_gather: bool = False
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise ValueError("every layer is named once")
+        starts = [phase.start_step for phase in self.schedule]
+        if starts != sorted(set(starts)):
+            raise ValueError("schedule phases start at increasing steps")
+        return self
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The options in layer order."""
+        return tuple(layer.option for layer in self.layers)
+
+    @property
+    def digest(self) -> str:
+        """A hash of what the plan decides (names and options), not of its evidence."""
+        decided = [[layer.name, layer.option.key] for layer in self.layers]
+        return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+
+    def count(self, precision: Precision) -> int:
+        """Return how many layers have that precision."""
+        return sum(layer.precision is precision for layer in self.layers)
+
+
+class FrontPoint(Record):
+    """One plan on the Pareto front of predicted step time and e."""
+
+    options: tuple[Option, ...]
+    step_ms: NonNegativeFloat
+    e: NonNegativeFloat
+    e_measured: NonNegativeFloat | None = None  # joint, where a trial measured it
+    memory_bytes: NonNegativeInt | None = None
+
+
+class SearchTrial(Record):
+    """One Optuna trial: a whole plan with its measured joint e."""
+
+    number: NonNegativeInt
+    source: str  # "exact" (a seed from the front), "uniform" or "sampler"
+    options: tuple[Option, ...]
+    step_ms: NonNegativeFloat
+    e: NonNegativeFloat
+    time_to_loss_ms: NonNegativeFloat
+    feasible: bool
+
+
+class Search(FileRecord):
+    """What the search looked at: the exact front with its bound, and every trial.
+
+    `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
+    its step time; `chosen` what the study preferred; `ranked` the plans to try, best first, should
+    verification refute the chosen one.
+    """
+
+    KIND: ClassVar[str] = "search"
+    VERSION: ClassVar[int] = 1
+
+    structure: str
+    e_budget: NonNegativeFloat
+    front: tuple[FrontPoint, ...]
+    exact: FrontPoint
+    bound_ms: NonNegativeFloat
+    chosen: FrontPoint
+    ranked: tuple[FrontPoint, ...]
+    trials: tuple[SearchTrial, ...]
+    seed: int
+    step_equivalents: NonNegativeFloat
+    duplicates_skipped: NonNegativeInt = 0
+    trials_asked: PositiveInt | None = None

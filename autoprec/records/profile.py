@@ -1,0 +1,130 @@
+"""What a model costs on a device: time and memory per layer x option, and whole steps."""
+
+from typing import ClassVar
+
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from autoprec.records.base import FileRecord, Record
+from autoprec.records.model import Basis, ModelSpec, Option
+
+
+class Timing(Record):
+    """A time in ms: the median and its spread.
+
+    Measured: 20th and 80th percentile over `samples` runs, `rejected` dirty ones left out.
+    Predicted: `samples` is 0 and p20..p80 is the prediction interval.
+    """
+
+    median_ms: NonNegativeFloat
+    p20_ms: NonNegativeFloat
+    p80_ms: NonNegativeFloat
+    samples: NonNegativeInt
+    rejected: NonNegativeInt = 0
+    basis: Basis = Basis.MEASURED
+
+
+class DeviceFacts(Record):
+    """The device and software a record was made with. Facts that could not be read are in `missing`
+    as (fact, reason) pairs, never left out in silence."""
+
+    name: str
+    kind: str  # "cpu", "cuda", "hip" or "profile" (a device that is not here)
+    capability: str  # "9.0" on CUDA, instruction sets on a CPU, "" when unknown
+    memory_bytes: NonNegativeInt
+    driver: str
+    threads: NonNegativeInt
+    allow_tf32: bool
+    compile_mode: str  # "eager" or torch.compile's mode
+    software: dict[str, str]  # package -> version: python, torch, torchao, autoprec, ...
+    fp8_recipes: tuple[str, ...]  # recipes that torch._scaled_mm accepts here
+    fp8_reason: str  # why FP8 is missing; "" where it is there
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+class Conditions(Record):
+    """What NVML said around a timing; all None (with the reason in DeviceFacts.missing) without it."""
+
+    sm_clock_mhz: NonNegativeInt | None = None
+    memory_clock_mhz: NonNegativeInt | None = None
+    power_w: NonNegativeFloat | None = None
+    power_limit_w: NonNegativeFloat | None = None
+    temperature_c: NonNegativeInt | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    energy_j: NonNegativeFloat | None = None
+
+
+class LayerTiming(Record):
+    """One option of all the layers that share a `shape_key`; times are per step and per layer.
+
+    Time is `output` (forward GEMM or forward of any other kind) + `grad_input` + `grad_weight` + `cast`
+    (FP8 casts and scales of all three GEMMs, and the dtype casts at the layer's boundary are NOT here).
+    `grad_input` is None where the input needs no gradient, `grad_weight` None for frozen layers.
+    `total` is the measured forward + backward of the layer as a whole; it is what the search adds up.
+    Bytes are per layer. `infeasible` says why the option cannot run ("" when it can; times then None).
+    `kernels` are the operations that really ran (proof of FP8).
+    """
+
+    names: tuple[str, ...]
+    option: Option
+    output: Timing | None
+    grad_input: Timing | None
+    grad_weight: Timing | None
+    cast: Timing | None
+    total: Timing | None
+    parameter_bytes: NonNegativeInt
+    gradient_bytes: NonNegativeInt
+    optimizer_bytes: NonNegativeInt  # states and, for 16-bit layers, FP32 master weights
+    activation_bytes: NonNegativeInt  # saved for backward
+    infeasible: str = ""
+    kernels: tuple[str, ...] = ()
+    conditions: Conditions | None = None
+
+
+class StepTiming(Record):
+    """A whole training step (forward, backward, optimizer), interleaved with the others of its round.
+
+    `label` is `fp32`, `bf16_o2`, `fp8_o1` (FP8 wherever eligible), `autocast_bf16` or `plan`.
+    """
+
+    label: str
+    timing: Timing
+    peak_bytes: NonNegativeInt | None
+    energy_j: NonNegativeFloat | None = None
+    conditions: Conditions | None = None
+
+
+class Profile(FileRecord):
+    """The measured or predicted cost of a model on a device; carries the model's spec.
+
+    `step_equivalents` is the cost of making the profile in FP32 training steps.
+    `boundary_cast_ms_per_melement` is the time to cast a million elements between FP32 and BF16,
+    there and back (forward and backward), paid where a layer's precision differs from the flow's.
+    `fixed_ms` is the FP32 step's time outside the layers (attention, activations, loss, glue), and
+    `fixed_bf16_ms` the same in a BF16 flow; both are step minus the sum of layer totals.
+    """
+
+    KIND: ClassVar[str] = "profile"
+    VERSION: ClassVar[int] = 1
+
+    model: ModelSpec
+    device: DeviceFacts
+    basis: Basis
+    layers: tuple[LayerTiming, ...]
+    steps: tuple[StepTiming, ...]
+    boundary_cast_ms_per_melement: NonNegativeFloat
+    fixed_ms: float
+    fixed_bf16_ms: float
+    step_equivalents: NonNegativeFloat
+    compile_s: NonNegativeFloat = 0.0
+    recompiles: NonNegativeInt = 0
+
+    def timing(self, name: str, option: Option) -> LayerTiming | None:
+        """Return the row of a layer and option, or None when it was not profiled."""
+        for row in self.layers:
+            if row.option == option and name in row.names:
+                return row
+        return None
+
+    def step(self, label: str) -> StepTiming | None:
+        """Return the whole-step timing of that label, or None."""
+        return next((step for step in self.steps if step.label == label), None)

@@ -1,0 +1,111 @@
+"""What a precision does to the loss and the gradient, per layer x option, with standard errors."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from autoprec.records.base import FileRecord, Record
+from autoprec.records.model import Basis, Gemm, Option
+
+
+class Estimate(Record):
+    """A mean with its standard error over batches (None when a single batch leaves it unknown)."""
+
+    mean: float
+    stderr: NonNegativeFloat | None = None
+
+
+class Operand(StrEnum):
+    """The three tensors that a linear layer casts."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    GRAD_OUTPUT = "grad_output"
+
+
+class LayerSensitivity(Record):
+    """One layer x option against the reference.
+
+    `e` is the gradient perturbation (a fraction of |P g_ref|^2); `bias` the part of it that does not
+    average out over batches; `loss_delta` the one-pass loss probe (nats, or the loss's unit);
+    `by_gemm` the share of `e` that each GEMM adds where it was measured apart.
+    """
+
+    name: str
+    option: Option
+    e: Estimate
+    bias: Estimate
+    loss_delta: Estimate | None
+    by_gemm: dict[Gemm, Estimate] = {}
+    basis: Basis = Basis.MEASURED
+
+
+class OperandStatistics(Record):
+    """The range of one operand of one layer, and what a recipe would do to it.
+
+    `underflow` (non-zero values that become zero) and `saturation` (values beyond the largest FP8
+    value) are fractions per recipe. `outlier_channels` are channels with amax > 10x the median one.
+    """
+
+    name: str
+    operand: Operand
+    amax: NonNegativeFloat
+    amin_nonzero: NonNegativeFloat
+    dynamic_range_bits: NonNegativeFloat
+    underflow: dict[str, float]
+    saturation: dict[str, float]
+    outlier_channels: tuple[int, ...]
+    channels: NonNegativeInt
+
+
+class JointMeasurement(Record):
+    """The measured e of a whole assignment beside the sum of its parts from the table."""
+
+    label: str
+    options: tuple[Option, ...]  # in the order of the model's layers
+    e: Estimate
+    predicted_e: float
+    bias: Estimate | None = None
+
+
+class Sensitivity(FileRecord):
+    """The table of gradient perturbations and what it was measured with.
+
+    `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`; `passes` counts
+    forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
+    names P (`adam`, `identity`, ...). `flow` is the e of a BF16 flow with every layer in FP32: it is
+    paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the reference
+    (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
+    `gradient_noise` is the relative variance of the minibatch gradient, for scale.
+    """
+
+    KIND: ClassVar[str] = "sensitivity"
+    VERSION: ClassVar[int] = 1
+
+    structure: str
+    reference: Option
+    method: str
+    preconditioner: str
+    batches: NonNegativeInt
+    passes: NonNegativeInt
+    step_equivalents: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    checkpoint: str
+    seed: int
+    rows: tuple[LayerSensitivity, ...]
+    flow: Estimate
+    floor: Estimate
+    statistics: tuple[OperandStatistics, ...]
+    joint: tuple[JointMeasurement, ...]
+    loss_curve: tuple[tuple[int, float], ...]
+    gradient_noise: Estimate | None
+    software: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def row(self, name: str, option: Option) -> LayerSensitivity | None:
+        """Return the row of a layer and option, or None when it was not measured."""
+        for row in self.rows:
+            if row.name == name and row.option == option:
+                return row
+        return None

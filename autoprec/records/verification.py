@@ -1,0 +1,81 @@
+"""What training with a plan really did: paired branches, step times, and the verdict."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from autoprec.records.base import FileRecord, Record
+from autoprec.records.model import Option
+from autoprec.records.profile import StepTiming
+
+
+class Verdict(StrEnum):
+    """The answer of the sequential test."""
+
+    VERIFIED = "verified"
+    REFUTED = "refuted"
+    INCONCLUSIVE = "inconclusive"
+    NOT_RUN = "not_run"
+
+
+class LossGap(Record):
+    """A relative loss gap against the reference: mean and two-sided interval over seeds.
+
+    Fractions of the reference's evaluation loss: 0.001 is 0.1 %. `confidence` e.g. 0.95.
+    """
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+    seeds: NonNegativeInt
+
+
+class Branch(Record):
+    """One branch of one seed: a candidate trained from the common checkpoint and evaluated in FP32.
+
+    `label` is `reference`, `bf16_o2` (the control) or `plan`. `diverged_at` is the branch step at
+    which the loss became NaN or infinite (None: it did not); `eval_loss` is then None.
+    """
+
+    label: str
+    seed: int
+    eval_loss: float | None
+    diverged_at: NonNegativeInt | None
+    curve: tuple[float, ...]
+
+
+class Verification(FileRecord):
+    """The certificate of a plan.
+
+    `tolerance` is the allowed relative loss gap, `gap` the plan's and `control_gap` BF16 O2's own;
+    `seed_spread` the relative standard deviation of the reference's evaluation loss over seeds.
+    `predicted_gap` comes from the sensitivity's e and the reference's loss curve. `steps` are the
+    whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
+    plans that were tried before this one. `advice` is what it would take when inconclusive.
+    `plan` is the plan's digest (`Plan.digest`).
+    """
+
+    KIND: ClassVar[str] = "verification"
+    VERSION: ClassVar[int] = 1
+
+    plan: str
+    verdict: Verdict
+    tolerance: NonNegativeFloat
+    gap: LossGap | None
+    control_gap: LossGap | None
+    seed_spread: NonNegativeFloat | None
+    predicted_gap: float | None
+    warmup_steps: NonNegativeInt
+    branch_steps: NonNegativeInt
+    branches: tuple[Branch, ...]
+    steps: tuple[StepTiming, ...]
+    refuted_plans: tuple[tuple[Option, ...], ...] = ()
+    checkpoint: str = ""
+    advice: str = ""
+    software: dict[str, str] = {}
+
+    def step_ms(self, label: str) -> float | None:
+        """Return the median measured step time of a label, or None."""
+        return next((s.timing.median_ms for s in self.steps if s.label == label), None)
