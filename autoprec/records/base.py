@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autoprec.errors import RecordError
 
-MAX_RECORD_BYTES = 64 * 1024 * 1024  # the largest record seen (70B model, all options) is below 8 MB
+MAX_RECORD_BYTES = (
+    64 * 1024 * 1024
+)  # the largest record seen (70B model, all options) is below 8 MB
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
 
 
@@ -123,7 +125,9 @@ def _parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON val
             "write it again or restore it from a copy"
         ) from error
     if not isinstance(fields, dict):
-        raise RecordError(f"a record must be a JSON object, but {source} is {type(fields).__name__}")
+        raise RecordError(
+            f"a record must be a JSON object, but {source} is {type(fields).__name__}"
+        )
     return fields
 
 

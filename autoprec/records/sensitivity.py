@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Gemm, Option
@@ -37,7 +37,7 @@ class LayerSensitivity(Record):
     e: Estimate
     bias: Estimate
     loss_delta: Estimate | None
-    by_gemm: dict[Gemm, Estimate] = {}
+    by_gemm: dict[Gemm, Estimate] = Field(default_factory=dict)
     basis: Basis = Basis.MEASURED
 
 

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Option
@@ -74,7 +74,7 @@ class Verification(FileRecord):
     refuted_plans: tuple[tuple[Option, ...], ...] = ()
     checkpoint: str = ""
     advice: str = ""
-    software: dict[str, str] = {}
+    software: dict[str, str] = Field(default_factory=dict)
 
     def step_ms(self, label: str) -> float | None:
         """Return the median measured step time of a label, or None."""
