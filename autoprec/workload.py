@@ -1,14 +1,14 @@
 """The user's file: five plain functions, found by name, checked on every call.
 
     def build_model() -> nn.Module
-    def train_batches(seed: int) -> Iterator[Any]        # endless or finite; same seed, same batches
+    def train_batches(seed: int) -> Iterator[Any]        # same seed, same batches
     def loss_fn(model, batch) -> Tensor                  # scalar
     def build_optimizer(model) -> torch.optim.Optimizer  # optional; default AdamW
-    def eval_batches() -> Iterable[Any]                  # optional; default: train_batches(EVAL_SEED)
+    def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
 
-`model.py:name` is an object of that file with the same functions as methods. Whatever goes wrong in
-the user's code becomes one `WorkloadError` line that names the function, what it must return and what
-it returned; the original exception is its cause.
+`train_batches` may be endless or finite. `model.py:name` is an object of that file with the same
+functions as methods. Whatever goes wrong in the user's code becomes one `WorkloadError` line that
+names the function, what it must return and what it returned; the original exception is its cause.
 """
 
 import hashlib

@@ -1,13 +1,21 @@
 """The records that stages exchange. This package imports no torch.
 
 model         what a model is: options, layers, shapes
-profile       what it costs: times, bytes, device facts
+cost          what it costs: times, bytes, device facts
 sensitivity   what a precision does to loss and gradient
 plan          the choice, and the search that made it
 verification  the proof
 """
 
 from autoprec.records.base import FileRecord, Record, read_text, write_atomically
+from autoprec.records.cost import (
+    Conditions,
+    DeviceFacts,
+    LayerTiming,
+    Profile,
+    StepTiming,
+    Timing,
+)
 from autoprec.records.model import (
     BF16_O2,
     FP32,
@@ -37,14 +45,6 @@ from autoprec.records.plan import (
     PredictedStep,
     Search,
     SearchTrial,
-)
-from autoprec.records.profile import (
-    Conditions,
-    DeviceFacts,
-    LayerTiming,
-    Profile,
-    StepTiming,
-    Timing,
 )
 from autoprec.records.sensitivity import (
     Estimate,

@@ -1,7 +1,7 @@
 """The base of every record: frozen data, strict when read, atomic when written.
 
 A record is what one stage hands to the next and, byte for byte, a JSON file. Reading is strict
-(an unknown field, another version, a truncated or oversized file is one `RecordError`); writing goes
+(an unknown field, another version, a truncated or huge file is one `RecordError`); writing goes
 through a temporary file in the same folder and `os.replace`, so that a kill leaves the old file or
 the new one, never half of one.
 """

@@ -134,12 +134,16 @@ def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
 
 
 class ParameterSpec(Record):
-    """One parameter: its exact name in `named_parameters()`, shape and dtype (e.g. `float32`)."""
+    """One parameter: its full name, shape and dtype (e.g. `float32`).
+
+    `shared_with` is the name under which the same parameter came first (tied weights).
+    """
 
     name: str
     shape: tuple[NonNegativeInt, ...]
     dtype: str
     is_trainable: bool
+    shared_with: str | None = None
 
     @property
     def numel(self) -> int:
@@ -233,7 +237,7 @@ class ModelSpec(FileRecord):
     `uncovered` are parameters no layer owns (a class token); they follow the plan's flow dtype.
     `uncalled` are layers the step did not run. `structure` is a hash of names, types and shapes.
     `tokens_per_step` is the largest M of a linear (0 when there is none). `optimizer` is the class
-    name, `optimizer_state_numel_ratio` its state tensors' elements per parameter element (2 for Adam).
+    name, `optimizer_state_numel_ratio` its state elements per parameter element (2 for Adam).
     `has_randomness` says that two forwards of one batch differ unless seeded (dropout).
     `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
     """
@@ -267,10 +271,6 @@ class ModelSpec(FileRecord):
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""
-        seen: set[str] = set()
         for layer in self.layers:
-            for parameter in layer.parameters:
-                if layer.tied_to is None and parameter.name not in seen:
-                    seen.add(parameter.name)
-                    yield parameter
+            yield from (p for p in layer.parameters if p.shared_with is None)
         yield from self.uncovered

@@ -99,8 +99,8 @@ class Phase(Record):
 class Plan(FileRecord):
     """The precision of every layer of one model.
 
-    `e` is the joint gradient perturbation (measured where the search measured it, see `e_basis`), so
-    about `e` extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
+    `e` is the joint gradient perturbation (measured or not, see `e_basis`), so
+    `e` extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only).
     """
 

@@ -27,7 +27,7 @@ class Operand(StrEnum):
 class LayerSensitivity(Record):
     """One layer x option against the reference.
 
-    `e` is the gradient perturbation (a fraction of |P g_ref|^2); `bias` the part of it that does not
+    `e` is the gradient perturbation (of |P g_ref|^2); `bias` the part of it that does not
     average out over batches; `loss_delta` the one-pass loss probe (nats, or the loss's unit);
     `by_gemm` the share of `e` that each GEMM adds where it was measured apart.
     """
@@ -74,7 +74,7 @@ class Sensitivity(FileRecord):
 
     `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`; `passes` counts
     forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
-    names P (`adam`, `identity`, ...). `flow` is the e of a BF16 flow with every layer in FP32: it is
+    names P (`adam`, `identity`, ...). `flow` is the e of a BF16 flow with all layers FP32; it is
     paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the reference
     (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
     `gradient_noise` is the relative variance of the minibatch gradient, for scale.

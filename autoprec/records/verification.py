@@ -6,8 +6,8 @@ from typing import ClassVar
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
+from autoprec.records.cost import StepTiming
 from autoprec.records.model import Option
-from autoprec.records.profile import StepTiming
 
 
 class Verdict(StrEnum):

@@ -24,8 +24,10 @@ class Timing(Record):
 
 
 class DeviceFacts(Record):
-    """The device and software a record was made with. Facts that could not be read are in `missing`
-    as (fact, reason) pairs, never left out in silence."""
+    """The device and software a record was made with.
+
+    Facts that could not be read are in `missing` as (fact, reason) pairs, never left out silently.
+    """
 
     name: str
     kind: str  # "cpu", "cuda", "hip" or "profile" (a device that is not here)
@@ -42,7 +44,7 @@ class DeviceFacts(Record):
 
 
 class Conditions(Record):
-    """What NVML said around a timing; all None (with the reason in DeviceFacts.missing) without it."""
+    """What NVML said around a timing; without it all None, the reason in DeviceFacts.missing."""
 
     sm_clock_mhz: NonNegativeInt | None = None
     memory_clock_mhz: NonNegativeInt | None = None
@@ -56,11 +58,11 @@ class Conditions(Record):
 class LayerTiming(Record):
     """One option of all the layers that share a `shape_key`; times are per step and per layer.
 
-    Time is `output` (forward GEMM or forward of any other kind) + `grad_input` + `grad_weight` + `cast`
-    (FP8 casts and scales of all three GEMMs, and the dtype casts at the layer's boundary are NOT here).
+    Time is `output` (forward GEMM, or forward of any other kind) + `grad_input` + `grad_weight` +
+    `cast` (FP8 casts and scales of all three GEMMs; casts at the layer's boundary are NOT here).
     `grad_input` is None where the input needs no gradient, `grad_weight` None for frozen layers.
-    `total` is the measured forward + backward of the layer as a whole; it is what the search adds up.
-    Bytes are per layer. `infeasible` says why the option cannot run ("" when it can; times then None).
+    `total` is the measured forward + backward of the whole layer; it is what the search adds up.
+    Bytes are per layer. `infeasible` says why the option cannot run ("" when it can).
     `kernels` are the operations that really ran (proof of FP8).
     """
 
@@ -81,9 +83,9 @@ class LayerTiming(Record):
 
 
 class StepTiming(Record):
-    """A whole training step (forward, backward, optimizer), interleaved with the others of its round.
+    """A whole training step (forward, backward, optimizer), interleaved with the others.
 
-    `label` is `fp32`, `bf16_o2`, `fp8_o1` (FP8 wherever eligible), `autocast_bf16` or `plan`.
+    `label` is `fp32`, `bf16_o2`, `fp8_o1` (wherever eligible), `autocast_bf16` or `plan`.
     """
 
     label: str
