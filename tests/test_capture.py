@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec.capture import capture_model, find_layers, find_ties, find_uncovered, model_structure
+from autoprec.errors import CaptureError, WorkloadError
+from autoprec.records import LayerKind, ModelSpec, Precision
+from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
+from tests.test_workload import workload_with
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> ModelSpec:
+    return capture_model(token_workload(dropout=0.1), device=CPU)
+
+
+def test_every_parameter_is_in_a_layer_or_listed(tokens: ModelSpec) -> None:
+    model = TiedTokens()
+    assert {p.name for p in tokens.parameters()} == {name for name, _ in model.named_parameters()}
+    assert [p.name for p in tokens.uncovered] == ["class_token"]
+
+
+def test_shapes_calls_and_tokens_are_those_of_the_step(tokens: ModelSpec) -> None:
+    mix = tokens.layer("mix")
+    assert str(mix.gemm) == "64x32x32"
+    assert mix.calls_per_step == 1
+    assert mix.calls[0].inputs[0].shape == (4, 16, 32)
+    assert tokens.tokens_per_step == 64
+
+
+def test_attention_is_one_layer_with_its_projection_inside(tokens: ModelSpec) -> None:
+    assert tokens.layer("attention").kind is LayerKind.ATTENTION
+    assert "attention.out_proj" not in tokens.names
+
+
+def test_tied_and_uncalled_layers_are_named(tokens: ModelSpec) -> None:
+    assert tokens.layer("head").tied_to == "embedding"
+    assert tokens.layer("head").parameters[0].shared_with == "embedding.weight"
+    assert tokens.uncalled == ("unused",)
+    assert "not called" in str(tokens.layer("unused").refusal(Precision.FP8_O1))
+
+
+def test_dropout_is_seen_as_randomness_that_a_seed_repeats(tokens: ModelSpec) -> None:
+    assert tokens.has_randomness
+    assert tokens.is_deterministic
+    assert not capture_model(mlp_workload(), device=CPU).has_randomness
+
+
+def test_refusals_say_why() -> None:
+    spec = capture_model(mlp_workload(), device=CPU)
+    assert any(option.is_fp8 for option in spec.layer("first").options)
+    assert "N=10" in str(spec.layer("head").refusal(Precision.FP8_O1))
+    conv = capture_model(conv_workload(), device=CPU).layer("conv")
+    assert conv.refusal(Precision.FP8_O1) is not None
+    assert conv.refusal(Precision.BF16_O2) is None
+
+
+def test_short_last_batch_counts_for_fp8() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            return y
+
+    workload = workload_with(
+        build_model=Model,
+        train_batches=lambda seed: iter([torch.ones(32, 32), torch.ones(7, 32)]),
+    )
+    refusal = capture_model(workload, device=CPU).layer("linear").refusal(Precision.FP8_O1)
+    assert "M=7" in str(refusal)
+
+
+def test_optimizer_state_is_measured() -> None:
+    spec = capture_model(mlp_workload(), device=CPU)
+    assert spec.optimizer == "AdamW"
+    assert spec.optimizer_state_numel_ratio == pytest.approx(2.0)
+
+
+def test_frozen_layers_are_marked() -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        model[0].requires_grad_(False)
+        return model
+
+    workload = workload_with(
+        build_model=build, train_batches=lambda seed: iter([torch.ones(16, 32)])
+    )
+    spec = capture_model(workload, device=CPU)
+    assert [layer.is_frozen for layer in spec.layers] == [True, False]
+    assert not spec.layer("1").calls[0].inputs[0].requires_grad
+
+
+def test_loss_without_gradient_is_refused() -> None:
+    workload = workload_with(loss_fn=lambda model, batch: model(batch).sum().detach())
+    with pytest.raises(CaptureError, match="needs no gradient"):
+        capture_model(workload, device=CPU)
+
+
+def test_nan_loss_is_refused() -> None:
+    workload = workload_with(loss_fn=lambda model, batch: model(batch).sum() * float("nan"))
+    with pytest.raises(WorkloadError, match="must be finite, but it is nan"):
+        capture_model(workload, device=CPU)
+
+
+def test_structure_ignores_values_and_dtype_but_not_shapes() -> None:
+    assert model_structure(TiedTokens()) == model_structure(TiedTokens().bfloat16())
+    other = TiedTokens()
+    other.mix = nn.Linear(32, 32, bias=False)
+    assert model_structure(other) != model_structure(TiedTokens())
+
+
+def test_parametrized_modules_are_one_layer() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
+    assert list(find_layers(model)) == ["0"]
+
+
+def test_parameter_lists_belong_to_no_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_module("scales", nn.ParameterList([nn.Parameter(torch.ones(4))]))
+    assert list(find_layers(model)) == ["0"]
+    assert list(find_uncovered(model)) == ["scales.0"]
+
+
+def test_chains_of_ties_point_at_the_first_layer() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    model[1].weight = model[2].weight = model[0].weight
+    assert find_ties(model) == {"1": "0", "2": "0"}
+
+
+def test_record_round_trips(tokens: ModelSpec) -> None:
+    assert ModelSpec.from_json(tokens.to_json()) == tokens

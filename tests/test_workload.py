@@ -1,0 +1,143 @@
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any  # Any: deliberately wrong user functions
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec.errors import WorkloadError
+from autoprec.workload import (
+    MAX_EVAL_BATCHES,
+    check_batches,
+    load_workload,
+    move_batch,
+    take_batches,
+    workload_from,
+)
+from tests.models import mlp_workload
+
+
+def workload_with(**functions: Any) -> Any:  # Any: see above
+    parts: dict[str, Any] = {
+        "build_model": lambda: nn.Linear(2, 2),
+        "train_batches": lambda seed: iter([torch.full((2, 2), float(seed))]),
+        "loss_fn": lambda model, batch: model(batch).sum(),
+    }
+    return workload_from(SimpleNamespace(**{**parts, **functions}), name="w.py")
+
+
+def test_missing_function_is_named_with_its_signature() -> None:
+    holder = SimpleNamespace(build_model=lambda: nn.Linear(1, 1), loss_fn=lambda m, b: m(b).sum())
+    with pytest.raises(WorkloadError, match=r"train_batches\(seed\) -> iterator of batches"):
+        workload_from(holder, name="w.py")
+
+
+@pytest.mark.parametrize(
+    ("functions", "call", "message"),
+    [
+        ({"build_model": lambda: 3}, "build", "must return an nn.Module, but it returned int"),
+        ({"build_model": nn.ReLU}, "build", "has none"),
+        ({"loss_fn": lambda m, b: m(b)}, "loss", r"shape \(2, 2\)"),
+        ({"loss_fn": lambda m, b: 1.0}, "loss", "returned float"),
+        ({"loss_fn": lambda m, b: torch.tensor(1)}, "loss", "scalar floating"),
+        ({"train_batches": lambda seed: iter([])}, "batch", "at least one batch"),
+        ({"train_batches": lambda seed: 5}, "batch", "raised TypeError"),
+        ({"eval_batches": list}, "eval", "at least one batch"),
+        ({"build_optimizer": lambda m: None}, "optimizer", "returned NoneType"),
+        (
+            {"build_optimizer": lambda m: torch.optim.SGD(nn.Linear(1, 1).parameters())},
+            "optimizer",
+            "lists others",
+        ),
+    ],
+)
+def test_misbehaving_function_is_one_clear_line(
+    functions: dict[str, Any], call: str, message: str
+) -> None:
+    workload = workload_with(**functions)
+    calls = {
+        "build": workload.build_model,
+        "loss": lambda: workload.loss_fn(nn.Linear(2, 2), torch.ones(2, 2)),
+        "batch": lambda: next(workload.train_batches(0)),
+        "eval": workload.eval_batches,
+        "optimizer": lambda: workload.build_optimizer(nn.Linear(2, 2)),
+    }
+    with pytest.raises(WorkloadError, match=message) as caught:
+        calls[call]()
+    assert "\n" not in str(caught.value)
+
+
+def test_exception_of_the_user_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "def build_model():\n    raise ValueError('no\\nweights')\n"
+        "def train_batches(seed):\n    yield 1\n"
+        "def loss_fn(model, batch):\n    return model(batch)\n"
+    )
+    with pytest.raises(WorkloadError, match=r"raised ValueError at mine.py:3: no weights"):
+        load_workload(str(path)).build_model()
+
+
+@pytest.mark.parametrize("text", ["def build_model(:\n", "import not_there_at_all\n"])
+def test_file_that_does_not_import_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(WorkloadError, match=r"broken.py must give a file that imports"):
+        load_workload(str(path))
+
+
+def test_object_in_a_file_can_be_the_workload(tmp_path: Path) -> None:
+    path = tmp_path / "objects.py"
+    path.write_text(
+        "import torch\n"
+        "class Mine:\n"
+        "    def build_model(self):\n        return torch.nn.Linear(2, 2)\n"
+        "    def train_batches(self, seed):\n        return iter([torch.ones(2, 2)])\n"
+        "    def loss_fn(self, model, batch):\n        return model(batch).sum()\n"
+        "mine = Mine()\n"
+    )
+    assert isinstance(load_workload(f"{path}:mine").build_model(), nn.Linear)
+    with pytest.raises(WorkloadError, match="must define 'yours'"):
+        load_workload(f"{path}:yours")
+
+
+def test_missing_file_says_what_to_give() -> None:
+    with pytest.raises(WorkloadError, match="nowhere.py is not there"):
+        load_workload("nowhere.py")
+
+
+def test_finite_training_batches_start_over() -> None:
+    batches = take_batches(workload_with(), seed=3, count=4)
+    assert [float(batch[0, 0]) for batch in batches] == [3.0] * 4
+
+
+def test_endless_evaluation_batches_are_cut() -> None:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield torch.ones(2, 2)
+
+    assert len(workload_with(eval_batches=endless).eval_batches()) == MAX_EVAL_BATCHES
+
+
+def test_batches_that_ignore_the_seed_are_refused() -> None:
+    workload = workload_with(train_batches=lambda seed: iter([torch.rand(2, 2)]))
+    with pytest.raises(WorkloadError, match="batch 0 of seed 0 differs"):
+        check_batches(workload, seed=0)
+    check_batches(mlp_workload(), seed=0)
+
+
+def test_same_seed_builds_the_same_model() -> None:
+    one, other = (mlp_workload().build_model(seed=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_move_batch_keeps_the_structure() -> None:
+    batch = {"x": torch.ones(1), "meta": ["a", (torch.zeros(2), 3)]}
+    moved = move_batch(batch, torch.device("meta"))
+    assert moved["x"].is_meta
+    assert moved["meta"][0] == "a"
+    assert moved["meta"][1][0].is_meta
+    assert moved["meta"][1][1] == 3
