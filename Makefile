@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first target makes: a fresh machine needs Python 3.11+ and git.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check fmt test-gpu test-slow profiles clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## tune a small GPT on this machine, then for an H100: plan.json and report.html in runs/
+	$(BIN)/autoprec tune examples/char_gpt.py --out runs/char_gpt
+	$(BIN)/autoprec tune examples/char_gpt.py --target h100-sxm --reuse runs/char_gpt --no-verify --out runs/char_gpt-h100
+
+test: $(STAMP) ## the test suite (under 10 minutes on two cores)
+	$(BIN)/pytest -q
+
+check: $(STAMP) ## what CI runs: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+fmt: $(STAMP) ## format and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/pytest -q -m gpu
+
+test-slow: $(STAMP) ## the tests that take over a minute each
+	$(BIN)/pytest -q -m slow
+
+profiles: $(STAMP) ## fit the device profiles again from the published rows in bench/data
+	$(BIN)/python bench/fit_costmodel.py
+
+clean:
+	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
