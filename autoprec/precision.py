@@ -1,0 +1,298 @@
+"""What an option means in torch: which ones a layer can take here, and torchao's config for each.
+
+FP8 has three GEMMs per linear layer, with M tokens, K in- and N out-features:
+
+    output      [M, K] @ [K, N] -> [M, N]      inner dimension K
+    grad_input  [M, N] @ [N, K] -> [M, K]      inner dimension N
+    grad_weight [N, M] @ [M, K] -> [N, K]      inner dimension M
+
+`torch._scaled_mm` wants the inner dimension and the second operand's outer one to be multiples of
+16 (cuBLASLt's 16-byte rows at one byte per element). So K and N must always be, and M must be where
+grad_weight runs in FP8: a layer called with any other M can keep that GEMM in BF16 instead.
+The CPU kernel is not so strict, but a plan made on a CPU must mean the same on a GPU.
+"""
+
+import functools
+import importlib
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from autoprec.errors import PlanMismatchError
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Gemm,
+    GemmShape,
+    LayerKind,
+    Option,
+    Precision,
+    Recipe,
+    Refusal,
+    fp8_option,
+)
+
+FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
+APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+SELF_TEST_TOLERANCE = 0.15  # relative error; right kernels give 0.02-0.07, wrong ones about 1
+_IMPORT_NOISE = (  # torchao 0.18.0 on torch 2.13.0, CPU build: nothing a user can act on
+    ("torchao", "Failed to load"),
+    ("torch.utils._pytree", "register_constant"),
+)
+
+
+@dataclass(frozen=True)
+class Fp8Support:
+    """The recipes whose three GEMMs really ran on a device, and why the others did not.
+
+    `reason` is empty when every recipe of torchao runs.
+    """
+
+    recipes: tuple[Recipe, ...]
+    reason: str
+
+
+def import_torchao() -> Any:  # Any: torchao ships no types
+    """Return the module `torchao.float8`, imported without torchao's noise about CUDA extensions.
+
+    The first import takes about two seconds on a CPU.
+    """
+    with _quiet_import():
+        return importlib.import_module("torchao.float8")
+
+
+def fp8_support(device: torch.device) -> Fp8Support:
+    """Return which FP8 recipes `device` runs, found by running each one; asked once per device."""
+    return _try_recipes(str(torch.device(device)))
+
+
+def all_fp8_options(recipes: Sequence[Recipe]) -> tuple[Option, ...]:
+    """Return every FP8 option of `recipes`: each as it is, and with one or two GEMMs in BF16."""
+    masks = [m for count in range(len(Gemm)) for m in itertools.combinations(Gemm, count)]
+    return tuple(
+        fp8_option(recipe, *mask)
+        for recipe in recipes
+        for mask in (masks if recipe is not Recipe.ROWWISE_WITH_GW_HP else [()])
+    )
+
+
+def layer_options(
+    *,
+    kind: LayerKind,
+    gemm: GemmShape | None,
+    all_m: Sequence[int],
+    support: Fp8Support,
+    fp8_options: Sequence[Option] | None = None,
+) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
+    """Return what a layer can take on a device, and why not the rest.
+
+    Args:
+        kind: what the layer computes.
+        gemm: its output GEMM; None where it is no linear or was never called.
+        all_m: every token count M that it is called with.
+        support: what the device runs, see `fp8_support`.
+        fp8_options: the FP8 options to consider; default: every supported recipe, unmasked, and
+            where M rules all of these out, `tensorwise` and `rowwise` with grad_weight in BF16.
+    """
+    reason = _shape_refusal(kind=kind, gemm=gemm, support=support)
+    if reason:
+        return (FP32, BF16_O2), (Refusal(precision=Precision.FP8_O1, reason=reason),)
+    uneven = sorted(m for m in set(all_m) if m % FP8_MULTIPLE)
+    if fp8_options is None:
+        masks = (Gemm.GRAD_WEIGHT,) if uneven else ()
+        fp8_options = [
+            fp8_option(recipe, *(() if recipe is Recipe.ROWWISE_WITH_GW_HP else masks))
+            for recipe in support.recipes
+        ]
+    fitting = tuple(
+        option
+        for option in fp8_options
+        if option.recipe in support.recipes and not (uneven and _has_fp8_grad_weight(option))
+    )
+    if fitting:
+        return (FP32, BF16_O2, *fitting), ()
+    reason = (
+        f"called with M={uneven[0]}, not a multiple of {FP8_MULTIPLE} as FP8 grad_weight needs"
+        if uneven
+        else "none of the FP8 options asked for runs on this device"
+    )
+    return (FP32, BF16_O2), (Refusal(precision=Precision.FP8_O1, reason=reason),)
+
+
+def float8_config(option: Option) -> Any:  # Any: torchao ships no types
+    """Return the torchao `Float8LinearConfig` of an FP8 option.
+
+    GEMMs in `gemms_hp` get both operands disabled; the other GEMMs keep the recipe's casts.
+
+    Raises:
+        PlanMismatchError: the option is not FP8, or its recipe is one torchao does not have.
+    """
+    if option.recipe not in APPLICABLE_RECIPES:
+        names = ", ".join(APPLICABLE_RECIPES)
+        raise PlanMismatchError(
+            f"torchao applies the FP8 recipes {names}, but the option is {option.key}; "
+            "choose one of these, or export the plan to a runtime that has it"
+        )
+    config = import_torchao().config
+    base = config.Float8LinearConfig.from_recipe_name(option.recipe.value)
+    if not option.gemms_hp:
+        return base
+    casts = {
+        name: _disabled(config, getattr(base, name)) if gemm in option.gemms_hp else own
+        for gemm, names in _OPERANDS.items()
+        for name in names
+        for own in (getattr(base, name),)
+    }
+    return config.Float8LinearConfig(
+        **casts, round_scales_to_power_of_2=base.round_scales_to_power_of_2
+    )
+
+
+def linear_refusal(module: nn.Module) -> str:
+    """Return why this module cannot run in FP8 whatever its shape, or an empty string.
+
+    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else.
+    """
+    name = type(module).__name__
+    if not isinstance(module, nn.Linear):
+        return f"{name} is no nn.Linear, and FP8 is for nn.Linear"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized, and torchao casts plain weights only"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"{name} has its own forward, which FP8 would replace"
+    return ""
+
+
+_OPERANDS: dict[Gemm, tuple[str, str]] = {  # the casts of torchao's config that feed each GEMM
+    Gemm.OUTPUT: ("cast_config_input", "cast_config_weight"),
+    Gemm.GRAD_INPUT: ("cast_config_grad_output", "cast_config_weight_for_grad_input"),
+    Gemm.GRAD_WEIGHT: (
+        "cast_config_input_for_grad_weight",
+        "cast_config_grad_output_for_grad_weight",
+    ),
+}
+
+
+def _disabled(config: Any, cast: Any) -> Any:  # Any: torchao ships no types
+    return config.CastConfig(
+        scaling_type=config.ScalingType.DISABLED,
+        target_dtype=cast.target_dtype,  # torchao wants one dtype per operand, used or not
+    )
+
+
+def _has_fp8_grad_weight(option: Option) -> bool:
+    in_bf16 = Gemm.GRAD_WEIGHT in option.gemms_hp
+    return option.is_fp8 and not in_bf16 and option.recipe is not Recipe.ROWWISE_WITH_GW_HP
+
+
+def _shape_refusal(*, kind: LayerKind, gemm: GemmShape | None, support: Fp8Support) -> str:
+    if kind is not LayerKind.LINEAR:
+        what = {LayerKind.CONV: "convolution", LayerKind.ATTENTION: "fused attention"}
+        return f"PyTorch has no FP8 {what.get(kind, kind.value)}; FP8 is for nn.Linear"
+    if gemm is None:
+        return "the step did not call it, so the shape of its GEMMs is not known"
+    for axis, size in (("K", gemm.K), ("N", gemm.N)):
+        if size % FP8_MULTIPLE:
+            return f"{axis}={size} is not a multiple of {FP8_MULTIPLE}, which FP8 GEMMs need"
+    if not support.recipes:
+        return support.reason
+    return ""
+
+
+@functools.cache
+def _try_recipes(device: str) -> Fp8Support:
+    refusal = _capability_refusal(torch.device(device))
+    if refusal:
+        return Fp8Support((), refusal)
+    failures = {recipe: _try_recipe(recipe, torch.device(device)) for recipe in APPLICABLE_RECIPES}
+    works = tuple(recipe for recipe, problem in failures.items() if not problem)
+    problems = [f"{recipe}: {problem}" for recipe, problem in failures.items() if problem]
+    reason = f"FP8 on {device} does not run as {'; '.join(problems)}" if problems else ""
+    return Fp8Support(works, reason)
+
+
+def _capability_refusal(device: torch.device) -> str:
+    if device.type == "meta":
+        return "a meta device runs nothing"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "CUDA is not available here"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        return (
+            f"FP8 GEMMs need compute capability 8.9 or more, and {device} has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return ""
+
+
+def _try_recipe(recipe: Recipe, device: torch.device) -> str:
+    """Run one small layer forward and backward; return what went wrong, or an empty string."""
+    try:
+        error = _recipe_error(recipe, device)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
+        return str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
+    if error > SELF_TEST_TOLERANCE:
+        return f"its result is off by {error:.2g} in relative norm, so its kernel is wrong"
+    return ""
+
+
+def _recipe_error(recipe: Recipe, device: torch.device) -> float:
+    """Return the worst relative error of output and gradients of one layer against FP64."""
+    generator = torch.Generator().manual_seed(0)
+    x_MK = torch.randn(32, 64, generator=generator)
+    weight_NK = torch.randn(48, 64, generator=generator) / 8
+    grad_MN = torch.randn(32, 48, generator=generator)
+    linear = nn.Linear(64, 48, bias=False, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.copy_(weight_NK)
+    float8_linear = import_torchao().float8_linear
+    with torch.autocast(device.type, enabled=False), torch.enable_grad():
+        layer = float8_linear.Float8Linear.from_float(linear, float8_config(fp8_option(recipe)))
+        x = x_MK.to(device, torch.bfloat16).requires_grad_()
+        y = layer(x)
+        y.backward(grad_MN.to(device, torch.bfloat16))
+    x_64, w_64, g_64 = x_MK.double(), weight_NK.double(), grad_MN.double()
+    pairs = (
+        (y, x_64 @ w_64.t()),  # output: [M, K] @ [K, N]
+        (x.grad, g_64 @ w_64),  # grad_input: [M, N] @ [N, K]
+        (layer.weight.grad, g_64.t() @ x_64),  # grad_weight: [N, M] @ [M, K]
+    )
+    return max(_relative_error(got, expected) for got, expected in pairs)
+
+
+def _relative_error(got: torch.Tensor | None, expected: torch.Tensor) -> float:
+    if got is None:
+        raise RuntimeError("a gradient is missing")
+    return float((got.detach().cpu().double() - expected).norm() / expected.norm())
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Keep torchao's import from printing; only the messages of `_IMPORT_NOISE` are dropped."""
+    filters = []
+    for name, text in _IMPORT_NOISE:
+        logger = logging.getLogger(name)
+        drop = functools.partial(_lacks, text)
+        logger.addFilter(drop)
+        filters.append((logger, drop))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*register_constant.*")
+            yield
+    finally:
+        for logger, drop in filters:
+            logger.removeFilter(drop)
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
