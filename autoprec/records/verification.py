@@ -44,6 +44,22 @@ class Branch(Record):
     eval_loss: float | None
     diverged_at: NonNegativeInt | None
     curve: tuple[float, ...]
+    eval_losses: tuple[float, ...] = ()
+
+
+class BranchFile(FileRecord):
+    """A finished branch on disk, so that a killed verification goes on where it stopped.
+
+    `setup` is the digest of everything that the branches of one verification share, `arm` that of
+    the options the branch trained with: plans that share an arm share its file.
+    """
+
+    KIND: ClassVar[str] = "branch"
+    VERSION: ClassVar[int] = 1
+
+    setup: str
+    arm: str
+    branch: Branch
 
 
 class Verification(FileRecord):
@@ -54,7 +70,11 @@ class Verification(FileRecord):
     `predicted_gap` comes from the sensitivity's e and the reference's loss curve. `steps` are the
     whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
     plans that were tried before this one. `advice` is what it would take when inconclusive.
-    `plan` is the plan's digest (`Plan.digest`).
+    `plan` is the plan's digest (`Plan.digest`). `seeds_planned` are the smallest and largest number
+    of seeds the test was planned for. `eval_stderr` is the standard error that the finite number of
+    evaluation batches leaves on the mean gap, `floor` the relative gap between two runs of the
+    reference with one seed (0.0 when training is deterministic). `notes` say what the reader must
+    know, e.g. that two arms are one and the same.
     """
 
     KIND: ClassVar[str] = "verification"
@@ -75,6 +95,10 @@ class Verification(FileRecord):
     checkpoint: str = ""
     advice: str = ""
     software: dict[str, str] = Field(default_factory=dict)
+    seeds_planned: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    eval_stderr: NonNegativeFloat | None = None
+    floor: NonNegativeFloat | None = None
+    notes: tuple[str, ...] = ()
 
     def step_ms(self, label: str) -> float | None:
         """Return the median measured step time of a label, or None."""
