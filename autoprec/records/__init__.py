@@ -5,9 +5,11 @@ cost          what it costs: times, bytes, device facts
 sensitivity   what a precision does to loss and gradient
 plan          the choice, and the search that made it
 verification  the proof
+checks        what doctor, check and diff say
 """
 
 from autoprec.records.base import FileRecord, Record, read_text, write_atomically
+from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
     Conditions,
     DeviceFacts,
@@ -64,9 +66,13 @@ __all__ = [
     "Branch",
     "CallSpec",
     "Certificate",
+    "Check",
     "Conditions",
     "Constraint",
     "DeviceFacts",
+    "Diagnosis",
+    "Difference",
+    "DifferenceRow",
     "Estimate",
     "FileRecord",
     "Fingerprint",
@@ -86,6 +92,7 @@ __all__ = [
     "ParameterSpec",
     "Phase",
     "Plan",
+    "PlanCheck",
     "Precision",
     "PredictedStep",
     "Profile",

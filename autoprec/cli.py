@@ -1,0 +1,300 @@
+"""The command line: every command loads, makes one call, saves and prints.
+
+Results go to stdout, progress and logs to stderr; `--json` prints one JSON object. Exit status: 0
+good, 1 the constraint was not met or a check failed, 2 bad input, 130 interrupted. Heavy imports
+happen inside the commands, so that `--help` answers at once.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar
+
+import click
+import typer
+
+from autoprec import pipeline
+from autoprec.cli_devices import devices_app
+from autoprec.errors import AutoprecError
+from autoprec.records import Plan, Record
+from autoprec.settings import Settings, parse_duration, parse_fraction, parse_recipes
+
+app = typer.Typer(
+    help="Which layers should train in FP8, BF16 or FP32? Measured, searched, proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Show, compare, check and export plans.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan", rich_help_panel=None)
+app.add_typer(devices_app, name="devices", rich_help_panel=None)
+
+Workload = Annotated[
+    str, typer.Argument(metavar="MODEL.py", help="The workload: FILE or FILE:NAME.")
+]
+Target = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, or a device profile (name or path) that is predicted.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for what the run writes.")]
+Tolerance = Annotated[str, typer.Option(help="Allowed relative loss gap, e.g. 0.1% or 0.001.")]
+Keep = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+    typer.Option(help="GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat."),
+]
+Recipes = Annotated[str, typer.Option(help="FP8 recipes to consider, separated by commas.")]
+Trials = Annotated[int, typer.Option(min=0, help="Optuna trials after the exact seeds.")]
+Budget = Annotated[str, typer.Option(help="Time limit of the search, e.g. 20m, 90s or 1h.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Storage = Annotated[str, typer.Option(help="Optuna storage URL; default OUT/study.db.")]
+Study = Annotated[str, typer.Option(help="Name of the Optuna study.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Skip stages that are finished in OUT.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Checkpoint = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads it at run time
+    typer.Option(help="Start from this checkpoint (state dict) instead of from scratch."),
+]
+Parallel = Annotated[str, typer.Option(help="With a device profile: fsdp=8, tp=8 or fsdp=32,tp=8.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
+
+DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
+
+
+@app.command()
+def tune(
+    workload: Workload,
+    target: Target = "auto",
+    out: Out = Path("autoprec-out"),
+    loss_tolerance: Tolerance = "0.1%",
+    keep: Keep = None,
+    recipes: Recipes = DEFAULT_RECIPES,
+    trials: Trials = 12,
+    time_budget: Budget = "",
+    seed: Seed = 0,
+    storage: Storage = "",
+    study: Study = "autoprec",
+    checkpoint: Checkpoint = None,
+    sensitivity: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it at run time
+        typer.Option(help="Use this sensitivity.json instead of measuring."),
+    ] = None,
+    parallel: Parallel = "",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the training proof.")
+    ] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Find, prove and save the precision plan of a model: every stage, then the report."""
+    settings = _settings(locals())
+    outcome = _with_progress(settings, pipeline.tune_workload)
+    _print_run(out, as_json=as_json)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def profile(
+    workload: Workload,
+    target: Target = "auto",
+    out: Out = Path("autoprec-out"),
+    recipes: Recipes = DEFAULT_RECIPES,
+    seed: Seed = 0,
+    parallel: Parallel = "",
+    as_json: Json = False,
+) -> None:
+    """Measure (or predict) time and memory of every layer and option: profile.json."""
+    settings = _settings(locals())
+    record = _with_progress(settings, pipeline.profile_stage)
+    _print_record(record, as_json=as_json)
+
+
+@app.command()
+def sensitivity(
+    workload: Workload,
+    target: Target = "auto",
+    out: Out = Path("autoprec-out"),
+    recipes: Recipes = DEFAULT_RECIPES,
+    seed: Seed = 0,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each precision does to loss and gradient: sensitivity.json."""
+    settings = _settings(locals())
+    record = _with_progress(settings, pipeline.sensitivity_stage)
+    _print_record(record, as_json=as_json)
+
+
+@app.command()
+def search(
+    out: RunFolder,
+    workload: Annotated[
+        str, typer.Option(help="MODEL.py: measure whole plans; without it, use the saved tables.")
+    ] = "",
+    loss_tolerance: Tolerance = "0.1%",
+    keep: Keep = None,
+    trials: Trials = 12,
+    time_budget: Budget = "",
+    seed: Seed = 0,
+    storage: Storage = "",
+    study: Study = "autoprec",
+    as_json: Json = False,
+) -> None:
+    """Search the plan again from profile.json and sensitivity.json: search.json, plan.json."""
+    settings = _settings(locals())
+    record = _with_progress(settings, pipeline.search_stage)
+    _print_record(record, as_json=as_json)
+
+
+@app.command()
+def verify(
+    workload: Workload,
+    plan: PlanFile,
+    target: Target = "auto",
+    out: Out = Path("autoprec-out"),
+    loss_tolerance: Tolerance = "0.1%",
+    seed: Seed = 0,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Train with a plan beside the reference and prove or refute it: verification.json."""
+    settings = _settings(locals())
+    record = _with_progress(settings, lambda drawn: pipeline.verify_stage(drawn, plan))
+    _print_record(record, as_json=as_json)
+    raise typer.Exit(0 if record.verdict == "verified" else 1)
+
+
+@app.command()
+def report(out: RunFolder, as_json: Json = False) -> None:
+    """Write report.html and layers.csv again from a run folder's records."""
+    pipeline.write_report(out)
+    _print_run(out, as_json=as_json)
+
+
+@app.command()
+def doctor(target: Target = "auto", as_json: Json = False) -> None:
+    """Say what this machine can do: versions, device, FP8 with reasons, numeric self-test."""
+    from autoprec.doctor import diagnose
+
+    diagnosis = diagnose(target)
+    _print_record(diagnosis, as_json=as_json)
+    raise typer.Exit(0 if diagnosis.is_healthy else 1)
+
+
+@plan_app.command("show")
+def plan_show(plan: PlanFile, as_json: Json = False) -> None:
+    """Print a plan: every layer, its precision and the reason."""
+    _print_record(Plan.load(plan), as_json=as_json)
+
+
+@plan_app.command("diff")
+def plan_diff(before: PlanFile, after: PlanFile, as_json: Json = False) -> None:
+    """Compare two plans, or two sensitivity.json files (drift); exit 1 when they differ."""
+    difference = pipeline.compare_files(before, after)
+    _print_record(difference, as_json=as_json)
+    raise typer.Exit(1 if difference.rows else 0)
+
+
+@plan_app.command("check")
+def plan_check(
+    plan: PlanFile,
+    model: Annotated[str, typer.Option(help="MODEL.py that the plan should fit.")] = "",
+    target: Target = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check a plan's file; with --model also that it fits, and that what runs is what it says."""
+    checked = pipeline.check_plan(plan, model=model, target=target)
+    _print_record(checked, as_json=as_json)
+    raise typer.Exit(0 if checked.is_good else 1)
+
+
+app.command("check", help="The same as `plan check`.")(plan_check)
+
+
+@plan_app.command("export")
+def plan_export(
+    plan: PlanFile,
+    to: Annotated[
+        str, typer.Option(help="torchao, torchtitan, accelerate, megatron or transformer-engine.")
+    ],
+) -> None:
+    """Print the plan in another framework's own format."""
+    from autoprec.export import export_plan
+
+    print(export_plan(Plan.load(plan), to))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="autoprec: %(message)s")
+    try:
+        status = app(args=arguments, prog_name="autoprec", standalone_mode=False)
+    except AutoprecError as error:
+        print(f"autoprec: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    except click.ClickException as error:
+        print(f"autoprec: error: {error.format_message()}", file=sys.stderr)
+        status = 2
+    except (KeyboardInterrupt, click.Abort):
+        print(
+            "autoprec: interrupted; finished stages are kept, add --resume to go on",
+            file=sys.stderr,
+        )
+        status = 130
+    sys.exit(status)
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arguments
+    """Make settings of a command's arguments; those that are no setting are left out."""
+    convert: dict[str, tuple[str, Callable[[Any], Any]]] = {  # Any: as above
+        "loss_tolerance": ("loss_tolerance", parse_fraction),
+        "keep": ("kept", lambda globs: tuple(globs or ())),
+        "recipes": ("recipes", parse_recipes),
+        "time_budget": ("time_budget_s", parse_duration),
+        "storage": ("storage", lambda url: url or None),
+        "no_verify": ("verify", lambda skipped: not skipped),
+    }
+    fields = {}
+    for name, value in given.items():
+        field, function = convert.get(name, (name, lambda same: same))
+        if field in Settings.__dataclass_fields__:
+            fields[field] = function(value)
+    return Settings(**fields)
+
+
+T = TypeVar("T")
+
+
+def _with_progress(settings: Settings, stage: Callable[[Settings], T]) -> T:
+    """Run a stage with its progress drawn on stderr."""
+    from autoprec.console import drawn_progress
+
+    with drawn_progress() as progress:
+        return stage(replace(settings, progress=progress))
+
+
+def _print_run(out: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from autoprec.report import load_run, print_summary, summary_object
+
+    run = load_run(out)
+    if as_json:
+        print(json.dumps(summary_object(run, out)))
+    else:
+        print_summary(run, Console(), out=out)
+
+
+def _print_record(record: Record, *, as_json: bool) -> None:
+    """Print a record as one JSON object, or as the report draws its type."""
+    if as_json:
+        print(record.model_dump_json())
+        return
+    from rich.console import Console
+
+    from autoprec.report import print_record
+
+    print_record(record, Console())
