@@ -1,0 +1,85 @@
+"""Two record files -> what differs: plans by layer, sensitivities by drift of e."""
+
+import json
+from pathlib import Path
+
+from autoprec.errors import RecordError
+from autoprec.records import (
+    Difference,
+    DifferenceRow,
+    Plan,
+    Sensitivity,
+    read_text,
+)
+
+DRIFT_FACTOR = 1.5  # e that moved by less than this factor and by less than two sigma is no drift
+SIGMAS = 2.0
+
+
+def compare_files(before: Path, after: Path) -> Difference:
+    """Compare two plans, or two sensitivities.
+
+    Raises:
+        RecordError: a file is unreadable, or the two are of different kinds.
+    """
+    kinds = [_kind_of(path) for path in (before, after)]
+    if kinds == [Plan.KIND, Plan.KIND]:
+        rows = diff_plans(Plan.load(before), Plan.load(after))
+    elif kinds == [Sensitivity.KIND, Sensitivity.KIND]:
+        rows = diff_sensitivities(Sensitivity.load(before), Sensitivity.load(after))
+    else:
+        raise RecordError(
+            "two plans or two sensitivities can be compared, but the files are "
+            f"{kinds[0]!r} and {kinds[1]!r}; give two of one kind"
+        )
+    return Difference(before=str(before), after=str(after), rows=rows)
+
+
+def diff_plans(before: Plan, after: Plan) -> tuple[DifferenceRow, ...]:
+    """Return a row for every layer whose option differs or that only one plan has."""
+    old = {layer.name: layer.option.key for layer in before.layers}
+    new = {layer.name: layer.option.key for layer in after.layers}
+    return tuple(
+        DifferenceRow(name=name, before=old.get(name, "absent"), after=new.get(name, "absent"))
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name)
+    )
+
+
+def diff_sensitivities(before: Sensitivity, after: Sensitivity) -> tuple[DifferenceRow, ...]:
+    """Return the layers and options whose e moved beyond noise and by DRIFT_FACTOR or more."""
+    rows = []
+    for row in before.rows:
+        other = after.row(row.name, row.option)
+        if other is None:
+            rows.append(
+                DifferenceRow(
+                    name=f"{row.name} {row.option}", before=f"{row.e.mean:.3%}", after="absent"
+                )
+            )
+        elif _has_drifted(row.e.mean, other.e.mean, row.e.stderr or 0.0, other.e.stderr or 0.0):
+            rows.append(
+                DifferenceRow(
+                    name=f"{row.name} {row.option}",
+                    before=f"{row.e.mean:.4%}",
+                    after=f"{other.e.mean:.4%}",
+                )
+            )
+    return tuple(rows)
+
+
+def _has_drifted(before: float, after: float, stderr_before: float, stderr_after: float) -> bool:
+    noise = SIGMAS * (stderr_before**2 + stderr_after**2) ** 0.5
+    low, high = sorted((max(before, 0.0), max(after, 0.0)))
+    return high - low > noise and high > DRIFT_FACTOR * low
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        fields = json.loads(read_text(path, what="record"))
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            f"a record must be complete JSON, but {path} is not ({type(error).__name__}); "
+            "restore it from a copy"
+        ) from error
+    return str(fields.get("kind")) if isinstance(fields, dict) else "no record"
