@@ -1,0 +1,171 @@
+"""What happens between layers: functions that cannot mix dtypes get arguments of one dtype.
+
+Layers give and take the flow dtype, but user code also computes between them: FP32 rotary tables
+meet BF16 queries, an FP32 mask meets BF16 attention, a loss inside `forward` meets BF16 logits.
+Under FP32 or autocast that code works, so it must work under a plan. A torch function mode, on
+while the root's forward runs, looks at a fixed set of functions and leaves all others alone:
+
+    GEMMs, convolutions, attention, norms   operands of different floating dtypes -> the flow dtype
+    index and scatter writes                the written values -> the target's dtype
+    losses                                  floating arguments -> FP32
+
+Autocast around the model is switched off for the same time, because the plan decides.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from autoprec.runtime.casting import CASTABLE, cast_floating
+
+Function = Callable[..., Any]
+
+
+def _functions(namespace: object, names: str) -> tuple[Function, ...]:
+    found = (getattr(namespace, name, None) for name in names.split())
+    return tuple(function for function in found if function is not None)
+
+
+UNIFORM = frozenset(
+    _functions(
+        F,
+        "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+        "scaled_dot_product_attention multi_head_attention_forward layer_norm group_norm rms_norm "
+        "instance_norm batch_norm prelu embedding_bag grid_sample",
+    )
+    + _functions(
+        torch,
+        "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr einsum chain_matmul "
+        "tensordot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+        "layer_norm group_norm rms_norm instance_norm batch_norm prelu cdist lerp cross",
+    )
+    + _functions(
+        Tensor,
+        "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr lerp cross "
+        "__matmul__ __rmatmul__",
+    )
+)
+INTO_FIRST = frozenset(
+    _functions(torch, "index_add index_copy index_put scatter scatter_add scatter_reduce")
+    + _functions(torch, "masked_scatter")
+    + _functions(
+        Tensor,
+        "index_add index_add_ index_copy index_copy_ index_put index_put_ scatter scatter_ "
+        "scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ "
+        "addmm_ addmv_ addbmm_ baddbmm_ addr_ lerp_ __setitem__",
+    )
+)
+IN_FP32 = frozenset(
+    _functions(
+        F,
+        "cross_entropy nll_loss gaussian_nll_loss poisson_nll_loss kl_div mse_loss l1_loss "
+        "smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
+        "cosine_embedding_loss hinge_embedding_loss margin_ranking_loss multi_margin_loss "
+        "multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss triplet_margin_loss "
+        "triplet_margin_with_distance_loss ctc_loss",
+    )
+)
+
+
+class FlowMode(TorchFunctionMode):
+    """Casts the floating arguments of the functions above, where they need it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, with its arguments cast when it is one of the functions above."""
+        if func in UNIFORM:
+            args, kwargs = _make_uniform(args, kwargs or {}, self.dtype)
+        elif func in INTO_FIRST:
+            args, kwargs = _make_uniform(args, kwargs or {}, args[0].dtype)
+        elif func in IN_FP32:
+            args, kwargs = cast_floating(args, torch.float32), cast_floating(kwargs, torch.float32)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def _make_uniform(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cast floating arguments to `dtype` if they are not all of one dtype already."""
+    found: set[torch.dtype] = set()
+    _collect_dtypes(args, found)
+    _collect_dtypes(tuple(kwargs.values()), found)
+    if len(found) <= 1:
+        return args, kwargs
+    return cast_floating(args, dtype), cast_floating(kwargs, dtype)
+
+
+def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype in CASTABLE:
+                found.add(value.dtype)
+        elif isinstance(value, tuple | list):
+            _collect_dtypes(value, found)
+
+
+@functools.cache
+def _device_types() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+class _Active(threading.local):
+    """The guard whose module's forward runs in this thread, and what it must undo."""
+
+    owner: "RootGuard | None" = None
+    contexts: contextlib.ExitStack | None = None
+
+
+_ACTIVE = _Active()
+
+
+class RootGuard:
+    """Forward pre-hook of the root: flow mode on, autocast off, until `RootRelease` runs.
+
+    Carries what was installed, so that a model and its copies know it themselves.
+    """
+
+    def __init__(self, *, dtype: torch.dtype | None, installed: Any) -> None:
+        self.dtype = dtype  # None: no 16-bit layer, so nothing to cast between layers
+        self.installed = installed
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Open the contexts, unless a call further out has."""
+        if _ACTIVE.owner is not None or torch.compiler.is_compiling():
+            return
+        contexts = contextlib.ExitStack()
+        for device_type in _device_types():
+            if torch.is_autocast_enabled(device_type):
+                contexts.enter_context(torch.autocast(device_type, enabled=False))
+        if self.dtype is not None:
+            contexts.enter_context(FlowMode(self.dtype))
+        _ACTIVE.owner, _ACTIVE.contexts = self, contexts
+
+
+class RootRelease:
+    """Forward hook of the root, called whether or not forward raised: closes the contexts."""
+
+    def __init__(self, guard: RootGuard) -> None:
+        self.guard = guard
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Close what `RootGuard` opened."""
+        if _ACTIVE.owner is self.guard and _ACTIVE.contexts is not None:
+            contexts, _ACTIVE.owner, _ACTIVE.contexts = _ACTIVE.contexts, None, None
+            contexts.close()

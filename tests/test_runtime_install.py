@@ -1,0 +1,234 @@
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.errors import PlanMismatchError
+from autoprec.precision import APPLICABLE_RECIPES, all_fp8_options
+from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
+from autoprec.runtime import install_options
+
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+class MixingNet(nn.Module):
+    """Mixes FP32 tables, masks and tied weights with whatever its layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 32)
+        self.norm = nn.LayerNorm(32)
+        self.qkv = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 32, bias=False)
+        self.head.weight = self.embed.weight
+        nn.init.normal_(self.embed.weight, std=0.3)
+        self.scale = nn.Parameter(torch.ones(32))
+        self.register_buffer("table", torch.randn(16, 32))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Any:
+        x = self.embed(tokens)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k = q * self.table, k * self.table
+        mask = torch.zeros(16, 16).masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) * self.scale
+        logits = F.linear(x.float(), self.embed.weight) + self.head(x)
+        if targets is None:
+            return logits
+        return {"logits": logits, "loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten())}
+
+
+LAYERS = ("embed", "norm", "qkv", "out", "head")
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 32, (2, 16))
+
+
+def uniform(option: Option) -> dict[str, Option]:
+    fp8 = ("qkv", "out", "head")
+    return {n: option if n in fp8 or not option.is_fp8 else BF16_O2 for n in LAYERS}
+
+
+@pytest.mark.parametrize("option", [FP32, BF16_O2, TENSORWISE], ids=str)
+def test_a_mixing_model_trains_under_every_uniform_plan(option: Option) -> None:
+    model, batch = MixingNet(), tokens()
+    expected = model(batch, batch)["loss"]
+    with install_options(model, uniform(option), uncovered=["scale"]):
+        result = model(batch, batch)
+        result["loss"].backward()
+    assert result["loss"].dtype is torch.float32
+    assert result["logits"].dtype is torch.float32
+    assert result["loss"].item() == pytest.approx(expected.item(), rel=0.05)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_all_fp32_plan_is_an_exact_no_op() -> None:
+    model, batch = MixingNet(), tokens()
+    expected = model(batch)
+    with install_options(model, uniform(FP32)) as installed:
+        assert torch.equal(model(batch), expected)
+        assert installed.originals == {}
+        assert not model.qkv._forward_hooks
+        assert not model.qkv._forward_pre_hooks
+
+
+def test_identity_of_modules_parameters_and_keys_survives() -> None:
+    model = MixingNet()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    keys = list(model.state_dict())
+    with install_options(model, uniform(TENSORWISE)):
+        assert dict(model.named_modules()) == modules
+        assert all(dict(model.named_parameters())[n] is p for n, p in parameters.items())
+        assert list(model.state_dict()) == keys
+        assert isinstance(model.qkv, nn.Linear)
+        assert model.qkv.weight.dtype is torch.bfloat16
+        assert model.get_buffer("table").dtype is torch.float32
+
+
+def test_undo_gives_the_exact_values_and_classes_back() -> None:
+    model, batch = MixingNet(), tokens()
+    before, expected = copy.deepcopy(model.state_dict()), model(batch)
+    install_options(model, uniform(TENSORWISE), uncovered=["scale"]).undo()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(batch), expected)
+    assert all(
+        type(m) in (nn.Linear, nn.Embedding, nn.LayerNorm, MixingNet) for m in model.modules()
+    )
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("option", all_fp8_options(APPLICABLE_RECIPES), ids=str)
+def test_every_fp8_option_trains_a_layer(option: Option) -> None:
+    layer = nn.Linear(32, 48)
+    x = torch.randn(64, 32, requires_grad=True)
+    expected = layer(x)
+    with install_options(layer, {"": option}):
+        output = layer(x)
+        output.square().sum().backward()
+    assert output.dtype is torch.float32
+    assert (output - expected).norm() < 0.1 * expected.norm()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+
+
+def test_one_layer_in_an_fp32_flow_leaves_the_others_in_fp32() -> None:
+    model = MixingNet()
+    seen: dict[str, torch.dtype] = {}
+    for name in LAYERS:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: seen.__setitem__(name, out.dtype)
+        )
+    with install_options(model, {"qkv": BF16_O2}, flow=torch.float32):
+        model(tokens()).sum().backward()
+        assert {p.dtype for p in model.out.parameters()} == {torch.float32}
+        assert {p.dtype for p in model.qkv.parameters()} == {torch.bfloat16}
+    assert set(seen.values()) == {torch.float32}
+
+
+def test_autocast_around_the_model_changes_nothing() -> None:
+    model, batch = MixingNet(), tokens()
+    with install_options(model, {**uniform(BF16_O2), "out": FP32}):
+        expected = model(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = model(batch)
+            assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(inside, expected)
+
+
+def test_a_failing_forward_leaves_no_mode_behind() -> None:
+    model = MixingNet()
+    with install_options(model, uniform(BF16_O2)):
+        with pytest.raises(IndexError):
+            model(torch.full((2, 16), 99))
+        assert torch._C._len_torch_function_stack() == 0
+        model(tokens())
+
+
+def test_batch_norm_keeps_fp32_parameters_and_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with install_options(model, {"0": BF16_O2, "1": BF16_O2, "3": BF16_O2}):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert model[1].weight.dtype is torch.float32
+        assert model[1].running_mean.dtype is torch.float32
+        assert model[3].weight.grad.dtype is torch.bfloat16
+
+
+def test_recurrent_and_attention_layers_take_tuples_and_keywords() -> None:
+    lstm, attention = nn.LSTM(16, 16, batch_first=True), nn.MultiheadAttention(16, 2)
+    x = torch.randn(4, 5, 16)
+    with install_options(lstm, {"": BF16_O2}):
+        output, (h, _c) = lstm(x, (torch.zeros(1, 4, 16), torch.zeros(1, 4, 16)))
+        assert output.dtype is h.dtype is torch.float32
+        packed, _ = lstm(nn.utils.rnn.pack_padded_sequence(x, [5, 4, 3, 2], batch_first=True))
+        assert packed.data.dtype is torch.float32
+    with install_options(attention, {"": BF16_O2}):
+        mask = torch.zeros(4, 4)
+        output, _ = attention(query=x, key=x, value=x, attn_mask=mask)
+        output.sum().backward()
+        assert output.dtype is torch.float32
+        assert attention.out_proj.weight.dtype is torch.bfloat16
+
+
+def test_a_copy_and_a_pickle_compute_the_same() -> None:
+    model, batch = MixingNet(), tokens()
+    with install_options(model, uniform(TENSORWISE)):
+        expected = model(batch)
+        assert torch.equal(copy.deepcopy(model)(batch), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(batch), expected)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(batch), expected)
+
+
+def test_a_subclass_of_linear_keeps_its_attributes_in_fp8() -> None:
+    class Named(nn.Linear):
+        label = "mine"
+
+    layer = Named(32, 32)
+    with install_options(layer, {"": TENSORWISE}):
+        assert layer.label == "mine"
+        assert isinstance(layer, Named)
+        layer(torch.randn(16, 32)).sum().backward()
+    assert type(layer) is Named
+
+
+def test_unknown_names_and_containers_are_refused() -> None:
+    with pytest.raises(PlanMismatchError, match=r"'lm_head' does not.*its layers: embed, norm"):
+        install_options(MixingNet(), {"lm_head": BF16_O2})
+    with pytest.raises(PlanMismatchError, match="'' does not"):
+        install_options(MixingNet(), {"": BF16_O2})
+
+
+def test_tied_layers_with_two_storages_are_refused_and_nothing_is_changed() -> None:
+    model = MixingNet()
+    with pytest.raises(PlanMismatchError, match=r"'embed' is fp32 and 'head' is bf16_o2"):
+        install_options(model, {"embed": FP32, "head": BF16_O2, "qkv": BF16_O2})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_fp8_on_what_torchao_cannot_replace_is_refused() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return 2 * super().forward(input)
+
+    with pytest.raises(PlanMismatchError, match="Doubling has its own forward"):
+        install_options(Doubling(16, 16), {"": TENSORWISE})
+    with pytest.raises(PlanMismatchError, match=r"LayerNorm is no nn\.Linear"):
+        install_options(MixingNet(), {"norm": TENSORWISE})
