@@ -1,0 +1,36 @@
+"""The measured step time of the plan, interleaved with what the user would run otherwise."""
+
+from autoprec.profiler import time_steps
+from autoprec.records import Basis, Profile, StepTiming
+from autoprec.timing import make_clock
+from autoprec.verification.evidence import Evidence
+from autoprec.verification.session import Session
+
+TIMING_SAMPLES = 12  # per arm; the median's interval is then about the 3rd to the 10th sample
+
+
+def time_plan(
+    session: Session, evidence: Evidence, profile: Profile | None
+) -> tuple[StepTiming, ...]:
+    """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
+
+    A plan that equals uniform BF16 O2 is timed as an arm of its own all the same: the two
+    intervals then show how well equal arms agree.
+    """
+    if profile is not None and profile.basis is not Basis.MEASURED:
+        return ()
+    _, control, plan = evidence.arms
+    return time_steps(
+        session.bench.workload,
+        {
+            "fp32": {},
+            "bf16_o2": control.options,
+            "autocast_bf16": "autocast_bf16",
+            "plan": plan.options,
+        },
+        device=session.bench.device,
+        clock=make_clock(session.bench.device),
+        samples=TIMING_SAMPLES,
+        seed=session.terms.seed,
+        progress=session.bench.progress,
+    )
