@@ -165,7 +165,7 @@ def test_batch_norm_keeps_fp32_parameters_and_statistics() -> None:
     with install_options(model, {"0": BF16_O2, "1": BF16_O2, "3": BF16_O2}):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         assert model[1].weight.dtype is torch.float32
-        assert model[1].running_mean.dtype is torch.float32
+        assert model[1].get_buffer("running_mean").dtype is torch.float32
         assert model[3].weight.grad.dtype is torch.bfloat16
 
 

@@ -113,10 +113,12 @@ def install_options(
             _check_fp8(name, layers[name], option)
     installed = Installed(model, dict(options), flow)
     _convert_storage(storage, installed)
+    if root:
+        _install_root(
+            model, installed
+        )  # first: a root that is a layer casts its output to FP32 last
     for name, option in options.items():
         _install_layer(layers[name], option, installed=installed)
-    if root:
-        _install_root(model, installed)
     return installed
 
 
