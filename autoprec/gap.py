@@ -1,0 +1,127 @@
+"""From a gradient perturbation e to a predicted loss gap, and back. No torch in here.
+
+Precision error is noise on top of minibatch noise: noise of relative variance e costs a fraction e
+of extra steps (McCandlish et al., "An Empirical Model of Large-Batch Training"). The bias part of e
+does not average out over steps, so it counts against the mean gradient instead of the minibatch
+gradient, whose square is smaller by 1 - v with v the relative variance of the minibatch gradient:
+
+    extra = (e - bias) + bias / (1 - v)              extra steps per step
+
+The reference's own loss curve says what a step is worth. Over the range that matters it is close
+to a straight line in log t, loss(t) = level - slope * log t, so a run of n steps that makes the
+progress of n / (1 + extra) ends higher by slope * log(1 + extra), in relative terms
+
+    gap = slope * log(1 + extra) / loss(n)
+
+The slope is fitted to the warm-up, where loss falls faster per e-fold than later: on the safe side.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprec.errors import InfeasibleError
+from autoprec.records import Sensitivity
+
+FEWEST_POINTS = 4  # of the loss curve; a line needs two, its standard error a few more
+LARGEST_NOISE = 0.95  # of the minibatch gradient; estimates nearer to 1 are not to be divided by
+SMALLEST_LOSS_RATIO = 0.25  # the line in log t is not believed below this part of the last loss
+
+
+@dataclass(frozen=True)
+class LossLine:
+    """loss(t) = level - slope * log t, fitted to the later part of a loss curve.
+
+    `slope` is in the loss's unit per e-fold of steps; it is never below its own standard error, so
+    that a flat or noisy curve does not promise that perturbations cost nothing.
+    """
+
+    level: float
+    slope: float
+    last_step: int
+    last_loss: float
+
+    def loss_at(self, step: float) -> float:
+        """Return the loss after `step` steps, bounded where the line cannot hold any longer."""
+        floor = self.last_loss - (1 - SMALLEST_LOSS_RATIO) * abs(self.last_loss)
+        return max(self.level - self.slope * math.log(max(step, 1.0)), floor)
+
+
+def predicted_loss_gap(
+    sensitivity: Sensitivity, e: float, steps: int, *, bias: float | None = None
+) -> float | None:
+    """Return the relative loss gap that a perturbation `e` predicts after `steps` steps.
+
+    `bias` is the part of `e` that does not average out; by default the share that the sensitivity's
+    joint measurements (or its rows) showed. None when the loss curve is too short to fit.
+    """
+    line = fit_loss_line(sensitivity.loss_curve)
+    if line is None:
+        return None
+    extra = e * _extra_per_e(sensitivity, share=None if bias is None else bias / max(e, 1e-300))
+    return line.slope * math.log1p(extra) / _loss_scale(line, steps)
+
+
+def e_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:
+    """Return the largest e whose predicted relative loss gap after `steps` is `tolerance`.
+
+    Raises:
+        InfeasibleError: the loss curve is too short or flat to say what a step is worth.
+    """
+    line = fit_loss_line(sensitivity.loss_curve)
+    if line is None or line.slope <= 0.0:
+        raise InfeasibleError(
+            f"a loss tolerance needs a falling reference loss of at least {FEWEST_POINTS} warm-up "
+            f"steps, but the sensitivity has {len(sensitivity.loss_curve)} and no fall; measure it "
+            "with more warm-up steps"
+        )
+    exponent = min(tolerance * _loss_scale(line, steps) / line.slope, 30.0)  # exp(30): no limit
+    return math.expm1(exponent) / _extra_per_e(sensitivity, share=None)
+
+
+def extra_steps(sensitivity: Sensitivity, e: float, *, bias: float | None = None) -> float:
+    """Return the fraction of extra training steps that a perturbation `e` costs."""
+    return e * _extra_per_e(sensitivity, share=None if bias is None else bias / max(e, 1e-300))
+
+
+def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
+    """Fit the later three quarters of a loss curve; None when fewer than FEWEST_POINTS points."""
+    if not curve:
+        return None
+    last = max(step for step, _ in curve)
+    points = [(math.log(step), loss) for step, loss in curve if step >= max(last / 4, 1)]
+    if len(points) < FEWEST_POINTS:
+        return None
+    x_mean = math.fsum(x for x, _ in points) / len(points)
+    y_mean = math.fsum(y for _, y in points) / len(points)
+    spread = math.fsum((x - x_mean) ** 2 for x, _ in points)
+    slope = -math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
+    level = y_mean + slope * x_mean
+    residual = math.fsum((y - (level - slope * x)) ** 2 for x, y in points)
+    stderr = math.sqrt(residual / (len(points) - 2) / spread)
+    believed = max(slope, stderr)
+    level = y_mean + believed * x_mean
+    return LossLine(level, believed, last, level - believed * math.log(last))
+
+
+def bias_share(sensitivity: Sensitivity) -> float:
+    """Return which part of e does not average out, pooled over what was measured, in 0..1."""
+    pairs = [(j.e.mean, j.bias.mean) for j in sensitivity.joint if j.bias is not None]
+    if not pairs:
+        pairs = [(row.e.mean, row.bias.mean) for row in sensitivity.rows]
+    total = math.fsum(e for e, _ in pairs)
+    if total <= 0.0:
+        return 0.0
+    return min(max(math.fsum(bias for _, bias in pairs) / total, 0.0), 1.0)
+
+
+def _extra_per_e(sensitivity: Sensitivity, *, share: float | None) -> float:
+    share = bias_share(sensitivity) if share is None else min(max(share, 0.0), 1.0)
+    noise = sensitivity.gradient_noise
+    variance = 0.0 if noise is None else min(max(noise.mean, 0.0), LARGEST_NOISE)
+    return (1.0 - share) + share / (1.0 - variance)
+
+
+def _loss_scale(line: LossLine, steps: int) -> float:
+    """Return what a relative gap is relative to: the size of the predicted loss."""
+    return max(abs(line.loss_at(steps)), 1e-12)
