@@ -55,9 +55,19 @@ def test_option_is_its_key(option: Option) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "bf17", "fp8_o1", "fp8_o1:", "bf16_o2:rowwise", "fp8_o1:e4m3", "fp8_o1:rowwise-all"]
-    + ["fp8_o1:tensorwise-output-grad_input-grad_weight", "fp8_o1:tensorwise-output-output"]
-    + ["fp8_o1:rowwise_with_gw_hp-output", "fp8_o1:tensorwise-grad_input-output"],
+    [
+        "",
+        "bf17",
+        "fp8_o1",
+        "fp8_o1:",
+        "bf16_o2:rowwise",
+        "fp8_o1:e4m3",
+        "fp8_o1:rowwise-all",
+        "fp8_o1:tensorwise-output-grad_input-grad_weight",
+        "fp8_o1:tensorwise-output-output",
+        "fp8_o1:rowwise_with_gw_hp-output",
+        "fp8_o1:tensorwise-grad_input-output",
+    ],
 )
 def test_impossible_option_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=r"."):
@@ -106,6 +116,11 @@ def test_truncated_record_is_refused(length: int) -> None:
 def test_nested_or_foreign_json_is_refused(text: str) -> None:
     with pytest.raises(RecordError):
         Verification.from_json(text)
+
+
+def test_brackets_in_names_are_no_nesting() -> None:
+    odd = RECORD.model_copy(update={"advice": "[{" * 500})
+    assert Verification.from_json(odd.to_json()) == odd
 
 
 def test_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:

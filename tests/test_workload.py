@@ -105,7 +105,7 @@ def test_object_in_a_file_can_be_the_workload(tmp_path: Path) -> None:
 
 
 def test_missing_file_says_what_to_give() -> None:
-    with pytest.raises(WorkloadError, match="nowhere.py is not there"):
+    with pytest.raises(WorkloadError, match=r"nowhere\.py is not there"):
         load_workload("nowhere.py")
 
 

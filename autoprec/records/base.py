@@ -8,6 +8,7 @@ the new one, never half of one.
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,8 @@ from autoprec.errors import RecordError
 MAX_RECORD_BYTES = (
     64 * 1024 * 1024
 )  # the largest record seen (70B model, all options) is below 8 MB
+BRACKET = re.compile(r"[\[\]{}]")
+STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
 
 
@@ -132,14 +135,11 @@ def _parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON val
 
 
 def _nesting(text: str) -> int:
-    """Return an upper bound of the nesting depth (brackets inside strings count too)."""
+    """Return the nesting depth of JSON text; brackets inside strings do not count."""
     depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth = max(depth - 1, 0)
+    for bracket in BRACKET.findall(STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
     return deepest
 
 

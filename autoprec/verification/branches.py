@@ -264,7 +264,7 @@ def _train_step(
     _seed_step(seed, step)
     optimizer.zero_grad()
     loss = bench.workload.loss_fn(model, batch)
-    loss.backward()
+    torch.autograd.backward(loss)
     try:
         optimizer.step()
     except TypeError as error:

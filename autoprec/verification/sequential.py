@@ -12,9 +12,9 @@ share: with looks planned at n = seeds_min ... seeds_max, every look uses one p-
     P(some look has p <= a' | mu) = 1 - confidence.
 
 The left side depends on nothing but the planned looks, because (mean - mu) / sd is distributed
-alike for every normal distribution: it is simulated once, with a fixed seed. So the interval covers
-mu with at least the stated confidence at whatever look the test stops. (a' lies between Bonferroni's
-(1 - confidence) / looks, which ignores that looks share seeds, and 1 - confidence.)
+alike for every normal distribution: it is simulated once, with a fixed seed. So the interval at
+whatever look the test stops covers mu with at least the stated confidence. (a' lies between
+Bonferroni's (1 - confidence) / looks, which ignores that looks share seeds, and 1 - confidence.)
 
     verified      the whole interval is at or below the tolerance
     refuted       the whole interval is above it
