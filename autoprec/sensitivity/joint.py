@@ -1,0 +1,132 @@
+"""The measured e of a whole assignment, as it would run: all layers at once, in the plan's flow."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from autoprec.errors import PlanMismatchError
+from autoprec.progress import Progress, report_nothing
+from autoprec.records import (
+    FP32,
+    Estimate,
+    JointMeasurement,
+    ModelSpec,
+    Option,
+    Precision,
+)
+from autoprec.runtime import install_options
+from autoprec.sensitivity.estimates import bias_estimate, ratio_estimate
+from autoprec.sensitivity.reference import Baseline, Perturbation, Reference, prepare_reference
+from autoprec.workload import Workload
+
+DEFAULT_BATCHES = 4
+DEFAULT_WARMUP_STEPS = 12
+
+
+class JointMeter:
+    """Measures whole assignments against one set of reference gradients, kept on the CPU.
+
+    Costs one pass per batch for each new assignment and nothing for one seen before.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        batches: int = DEFAULT_BATCHES,
+        warmup_steps: int = DEFAULT_WARMUP_STEPS,
+        checkpoint: Path | None = None,
+        seed: int = 0,
+        progress: Progress = report_nothing,
+        reference: Reference | None = None,
+    ) -> None:
+        """Warm the reference up, or take one that is warm already."""
+        self.spec = spec
+        self.reference = reference or prepare_reference(
+            workload,
+            spec,
+            device=device,
+            batches=batches,
+            warmup_steps=warmup_steps,
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=progress,
+        )
+        self._baselines: dict[int, Baseline] = {}
+        self._measured: dict[tuple[Option, ...], JointMeasurement] = {}
+        self._spent_s = 0.0
+
+    @property
+    def step_equivalents(self) -> float:
+        """What all measurements so far took, in FP32 training steps (warm-up left out)."""
+        return self._spent_s / self.reference.step_s
+
+    def measure(self, options: tuple[Option, ...]) -> Estimate:
+        """Return the joint e of `options`, given in the order of the spec's layers."""
+        return self.measure_joint(options).e
+
+    def measure_joint(
+        self, options: tuple[Option, ...], *, label: str = "", predicted_e: float = 0.0
+    ) -> JointMeasurement:
+        """Return the joint e and its bias part, beside a prediction to compare with.
+
+        Raises:
+            PlanMismatchError: not one option per layer, or a layer cannot run its option.
+        """
+        if len(options) != len(self.spec.layers):
+            raise PlanMismatchError(
+                f"an assignment has one option per layer, {len(self.spec.layers)}, but "
+                f"{len(options)} came; give them in the order of the model spec"
+            )
+        if options not in self._measured:
+            started = time.perf_counter()
+            self._measured[options] = self._measure(options)
+            self._spent_s += time.perf_counter() - started
+        found = self._measured[options]
+        return found.model_copy(update={"label": label, "predicted_e": predicted_e})
+
+    def measure_flow(self) -> Estimate:
+        """Return the e of a BF16 flow between layers that are all FP32."""
+        options = dict.fromkeys(self.spec.names, FP32)
+        samples = [
+            self._sample(index, options, flow=torch.bfloat16)
+            for index in range(len(self.reference.batches))
+        ]
+        return ratio_estimate([s.squared for s in samples], self._denominators())
+
+    def _measure(self, options: Sequence[Option]) -> JointMeasurement:
+        by_name = dict(zip(self.spec.names, options, strict=True))
+        samples = [
+            self._sample(index, by_name, flow=None) for index in range(len(self.reference.batches))
+        ]
+        scale = self._denominators()
+        return JointMeasurement(
+            label="",
+            options=tuple(options),
+            e=ratio_estimate([s.squared for s in samples], scale),
+            predicted_e=0.0,
+            bias=bias_estimate([s.sketch for s in samples], scale),
+        )
+
+    def _sample(
+        self, index: int, options: dict[str, Option], *, flow: torch.dtype | None
+    ) -> Perturbation:
+        baseline = self._baseline(index)
+        is_16_bit = flow is torch.bfloat16 or any(
+            option.precision is not Precision.FP32 for option in options.values()
+        )
+        uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
+        with install_options(self.reference.model, options, flow=flow, uncovered=uncovered):
+            return self.reference.perturbation(index, baseline)
+
+    def _baseline(self, index: int) -> Baseline:
+        if index not in self._baselines:
+            self._baselines[index] = self.reference.baseline(index, device=torch.device("cpu"))
+        return self._baselines[index]
+
+    def _denominators(self) -> list[float]:
+        return [self._baseline(i).squared for i in range(len(self.reference.batches))]

@@ -1,0 +1,270 @@
+"""The common ground of every measurement: warmed-up weights, batches, reference gradients.
+
+The model is trained for a few FP32 steps with the user's own optimizer (from the start, or from a
+checkpoint), which gives the optimizer its state and the loss curve its slope. From then on weights,
+batches and buffers stay as they are; every pass of a batch draws the same random numbers, so two
+passes share their dropout masks and differ in precision only.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.capture import model_structure
+from autoprec.errors import CaptureError, RecordError, WorkloadError
+from autoprec.progress import Progress, report_nothing
+from autoprec.records import ModelSpec
+from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
+from autoprec.sensitivity.projection import Projection
+from autoprec.workload import Batch, Workload, check_loss, move_batch
+
+FEWEST_BATCHES = 2  # one batch cannot tell noise from bias, nor give a standard error
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The reference gradient g of one batch: FP32 by parameter place, and its squared norm g'Pg."""
+
+    loss: float
+    gradients: dict[int, Tensor]
+    squared: float
+    sketch: Tensor
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What a pass changed on one batch: d'Pd with d = g_p - g_ref, its sketch, and the loss."""
+
+    squared: float
+    sketch: Tensor
+    loss_delta: float
+
+
+@dataclass
+class Reference:
+    """The warmed-up model and all that measuring against it needs.
+
+    `step_s` is the median time of a warm-up step, `spent_s` what preparing took.
+    """
+
+    workload: Workload
+    model: nn.Module
+    device: torch.device
+    seed: int
+    batches: list[Batch]
+    preconditioner: Preconditioner
+    projection: Projection
+    loss_curve: tuple[tuple[int, float], ...]
+    warmup_steps: int
+    checkpoint: str
+    step_s: float
+    spent_s: float
+    buffers: dict[str, Tensor]
+    passes: int = 0
+
+    def run(self, index: int) -> float:
+        """Run forward and backward of a batch in the model as it stands; return its loss.
+
+        Gradients are left on the model; buffers and random generators are put back first.
+        """
+        self.passes += 1
+        self.model.zero_grad(set_to_none=True)
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
+        with seeded(self.seed * 7919 + index, self.device):
+            loss = self.workload.loss_fn(self.model, self.batches[index])
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        return float(loss.detach())
+
+    def baseline(self, index: int, *, device: torch.device | None = None) -> Baseline:
+        """Run the reference on a batch and keep its gradient, on `device` if given.
+
+        Raises:
+            WorkloadError: the loss is not finite, or no gradient reaches the parameters.
+        """
+        loss = self.run(index)
+        if loss != loss or abs(loss) == float("inf"):
+            raise WorkloadError(
+                f"the FP32 loss must be finite, but it is {loss} on measured batch {index}; "
+                "lower the learning rate or look at the data"
+            )
+        gradients: dict[int, Tensor] = {}
+        squared, sketch = 0.0, self.projection.empty()
+        for place, parameter in self._measured():
+            gradient = _gradient(parameter)
+            gradients[place] = gradient if device is None else gradient.to(device)
+            weighted = self._weigh(parameter, gradient, gradient)
+            squared += float(weighted.square().sum(dtype=torch.float64))
+            self.projection.add(sketch, weighted, place=place)
+        if not squared > 0.0:
+            raise WorkloadError(
+                f"the loss must depend on the weights, but on measured batch {index} its gradient "
+                "is zero (or not finite) in every parameter that the optimizer updates; check "
+                "loss_fn and build_optimizer"
+            )
+        return Baseline(loss, gradients, squared, sketch.cpu())
+
+    def perturbation(self, index: int, baseline: Baseline) -> Perturbation:
+        """Run the model as it stands now on a batch and compare with the reference."""
+        loss = self.run(index)
+        squared, sketch = 0.0, self.projection.empty()
+        for place, parameter in self._measured():
+            reference = baseline.gradients[place].to(parameter.device)
+            weighted = self._weigh(parameter, _gradient(parameter) - reference, reference)
+            squared += float(weighted.square().sum(dtype=torch.float64))
+            self.projection.add(sketch, weighted, place=place)
+        return Perturbation(squared, sketch.cpu(), loss - baseline.loss)
+
+    def _measured(self) -> Iterator[tuple[int, nn.Parameter]]:
+        for place, parameter in enumerate(self.model.parameters()):
+            if self.preconditioner.covers(parameter):
+                yield place, parameter
+
+    def _weigh(self, parameter: Tensor, gradient: Tensor, reference: Tensor) -> Tensor:
+        weight = self.preconditioner.weight(parameter, reference)
+        return gradient if weight is None else gradient * weight
+
+
+def prepare_reference(
+    workload: Workload,
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    batches: int,
+    warmup_steps: int,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    progress: Progress = report_nothing,
+) -> Reference:
+    """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
+
+    Raises:
+        WorkloadError: too few batches or steps, or a loss that is not finite.
+        CaptureError: the workload's model is not the one that `spec` describes.
+        RecordError: the checkpoint is unreadable or of another model.
+    """
+    if batches < FEWEST_BATCHES or warmup_steps < 1:
+        raise WorkloadError(
+            f"sensitivity needs at least {FEWEST_BATCHES} batches and 1 warm-up step, but got "
+            f"{batches} and {warmup_steps}; ask for more"
+        )
+    started = time.perf_counter()
+    model = workload.build_model(seed=seed).to(device)
+    optimizer_state = None if checkpoint is None else load_checkpoint(model, checkpoint)
+    model.train()
+    optimizer = workload.build_optimizer(model)
+    if optimizer_state is not None:
+        _load(optimizer, optimizer_state, what="optimizer", path=checkpoint)
+    stream = workload.train_batches(seed)
+    curve, step_s = _warm_up(
+        workload, model, optimizer, list(islice(stream, warmup_steps)), seed, device, progress
+    )
+    if model_structure(model) != spec.structure:
+        raise CaptureError(
+            f"the workload's model must be the captured one ({spec.structure}), but it is "
+            f"{model_structure(model)}; capture or profile it again"
+        )
+    return Reference(
+        workload=workload,
+        model=model,
+        device=device,
+        seed=seed,
+        batches=[move_batch(batch, device) for batch in islice(stream, batches)],
+        preconditioner=read_preconditioner(optimizer),
+        projection=Projection(seed, device),
+        loss_curve=curve,
+        warmup_steps=warmup_steps,
+        checkpoint="" if checkpoint is None else str(checkpoint),
+        step_s=step_s,
+        spent_s=time.perf_counter() - started,
+        buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+    )
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> dict[str, Any] | None:
+    """Load a state dict, or a dict with `model` and maybe `optimizer`; return the latter's state.
+
+    Raises:
+        RecordError: the file is missing, holds more than tensors and data, or fits another model.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RecordError(
+            f"a checkpoint must be readable, but {path} is not ({error.strerror}); check the path"
+        ) from error
+    except (UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise RecordError(
+            f"a checkpoint must load with torch.load(weights_only=True), but {path} does not "
+            f"({type(error).__name__}); save a state dict, or model= and optimizer= state dicts"
+        ) from error
+    if not isinstance(content, dict):
+        raise RecordError(
+            f"a checkpoint must be a state dict or a dict with 'model', but {path} holds "
+            f"{type(content).__name__}; save model.state_dict()"
+        )
+    has_parts = isinstance(content.get("model"), dict)
+    _load(model, content["model"] if has_parts else content, what="model", path=path)
+    return content.get("optimizer") if has_parts else None
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's generators inside, and restore them on leaving."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _warm_up(
+    workload: Workload,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[tuple[tuple[int, float], ...], float]:
+    """Train and return the loss curve and the median time of a step in seconds."""
+    curve: list[tuple[int, float]] = []
+    times: list[float] = []
+    with seeded(seed, device):
+        for step, batch in enumerate(batches, start=1):
+            progress("sensitivity: warm-up", step - 1, len(batches))
+            started = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            loss = workload.loss_fn(model, move_batch(batch, device))
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+            optimizer.step()
+            curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
+            times.append(time.perf_counter() - started)
+    progress("sensitivity: warm-up", len(batches), len(batches))
+    return tuple(curve), statistics.median(times[1:] or times)
+
+
+def _load(target: Any, state: Any, *, what: str, path: Path | None) -> None:  # Any: state dicts
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise RecordError(
+            f"the checkpoint's {what} state must fit the workload's {what}, but {path} does not "
+            f"({problem}); give a checkpoint of this workload"
+        ) from error
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient in FP32; zeros where none arrived."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    return parameter.grad.detach().float()
