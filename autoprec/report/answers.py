@@ -1,0 +1,225 @@
+"""What a run says in sentences: whether FP8 pays here and why, the ceiling, the verdict."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from autoprec.records import FP32, Basis, LayerKind, Precision, Profile, Verdict
+from autoprec.report.formats import (
+    clean_text,
+    count_of,
+    shown_gap,
+    shown_ms,
+    shown_ratio,
+    shown_share,
+)
+from autoprec.report.runs import RunRecords
+from autoprec.report.steps import Step, plan_steps
+from autoprec.report.table import LayerRow
+
+MOST_NAMED = 8  # parameters or layers in one sentence
+FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """How far FP8 can shorten a BF16 O2 step: `share` of it is in layers that can take FP8.
+
+    `at_peak` is the speedup were these to run at FP8's peak rate (None where the device has no FP8
+    units, as a CPU), `at_zero` were they to take no time at all. Everything else in the step, from
+    attention to the optimizer, is the same with FP8 as without.
+    """
+
+    baseline: Step
+    layers: int
+    part_ms: float
+    share: float
+    at_peak: float | None
+    at_zero: float
+
+    @property
+    def limit(self) -> float:
+        """The speedup that no plan can pass."""
+        return self.at_peak or self.at_zero
+
+    @property
+    def sentence(self) -> str:
+        """The ceiling in words."""
+        how = (
+            f"all of them at FP8's peak rate, {FP8_PEAK_RATIO:g}x BF16's"
+            if self.at_peak
+            else "were they to take no time at all"
+        )
+        return (
+            f"ceiling: {count_of(self.layers, 'FP8-eligible linear')}, {100 * self.share:.0f} % of "
+            f"the BF16 O2 step => FP8 can gain at most {shown_ratio(self.limit)} ({how})"
+        )
+
+
+def fp8_ceiling(run: RunRecords, rows: Sequence[LayerRow]) -> Ceiling | None:
+    """Return what FP8 can gain over BF16 O2 at most, or None when no layer or step was timed."""
+    eligible = [row for row in rows if any(option.option.is_fp8 for option in row.options)]
+    part_ms = sum(_ms(row.bf16_o2) for row in eligible)
+    baseline = plan_steps(run).get("bf16_o2")
+    if run.profile is None or baseline is None or min(part_ms, baseline.ms) <= 0.0:
+        return None
+    share = min(part_ms / baseline.ms, 1.0)
+    has_fp8_units = run.profile.device.kind != "cpu"
+    return Ceiling(
+        baseline=baseline,
+        layers=len(eligible),
+        part_ms=part_ms,
+        share=share,
+        at_peak=1.0 / (1.0 - share * (1.0 - 1.0 / FP8_PEAK_RATIO)) if has_fp8_units else None,
+        at_zero=1.0 / (1.0 - share) if share < 1.0 else float("inf"),
+    )
+
+
+def fp8_answer(run: RunRecords, rows: Sequence[LayerRow]) -> str:
+    """Return whether FP8 is worth it here, and why or why not; "" when nothing can be said."""
+    if run.plan is None:
+        return ""
+    count = run.plan.count(Precision.FP8_O1)
+    linears = sum(row.kind is LayerKind.LINEAR for row in rows)
+    if count:
+        saved = sum(_ms(r.bf16_o2) - _ms(r.chosen) for r in rows if r.option and r.option.is_fp8)
+        return (
+            f"FP8 pays on {count} of {count_of(linears, 'linear layer')}: "
+            f"{shown_ms(saved)} ms a step less than in BF16"
+        )
+    return f"FP8 is not worth it here: {_why_no_fp8(run, rows)}"
+
+
+def verdict_sentence(run: RunRecords) -> str:
+    """Return what is proven of the plan's loss."""
+    proof = run.verification or (run.plan.certificate if run.plan else None)
+    if proof is None or proof.verdict is Verdict.NOT_RUN:
+        return "not verified: no training was compared; run `autoprec verify`"
+    gap = f"the loss gap to FP32 is {shown_gap(proof.gap)}" if proof.gap else "no loss gap is known"
+    advice = clean_text(run.verification.advice) if run.verification else ""
+    more = f"; {advice}" if advice else ""
+    return f"{proof.verdict}: {gap}; the tolerance is {shown_share(proof.tolerance)}{more}"
+
+
+def unmeasured(run: RunRecords) -> list[str]:
+    """Return, sentence by sentence, what the run's numbers do not cover."""
+    said = [*run.notes, *_missing_stages(run)]
+    if run.profile:
+        said += profile_notes(run.profile)
+    if run.sensitivity:
+        said += run.sensitivity.notes
+        if run.sensitivity.batches == 1:
+            said.append("sensitivity used a single batch: its standard errors are unknown")
+    if run.verification:
+        said += run.verification.notes
+    if run.plan:
+        said += run.plan.notes
+    return [clean_text(sentence) for sentence in dict.fromkeys(said)]
+
+
+def profile_notes(profile: Profile) -> Iterator[str]:
+    """Yield what a profile does not cover."""
+    model = profile.model
+    if model.uncovered:
+        names = _some(parameter.name for parameter in model.uncovered)
+        yield f"outside any layer, in the plan's flow dtype: {names}"
+    if model.uncalled:
+        yield f"not called in the captured step, so not timed: {_some(model.uncalled)}"
+    infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)
+    for reason, count in infeasible.most_common():
+        yield f"{count_of(count, 'option')} could not run: {reason}"
+    for fact, reason in profile.device.missing:
+        yield f"{fact} is not known: {reason}"
+    if profile.basis is not Basis.MEASURED:
+        yield f"all times are {profile.basis}: {profile.device.name} is not the machine at hand"
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
+    return ", ".join(every[:MOST_NAMED]) + more
+
+
+def _why_no_fp8(run: RunRecords, rows: Sequence[LayerRow]) -> str:
+    device = run.profile.device if run.profile else None
+    if device is not None and not device.fp8_recipes:
+        return clean_text(device.fp8_reason) or f"{clean_text(device.name)} has no FP8 GEMM"
+    eligible = [row for row in rows if any(option.option.is_fp8 for option in row.options)]
+    if not eligible:
+        return _why_ineligible(run, rows)
+    faster = [row for row in eligible if _fp8_gain(row) > 0.0]
+    if not faster:
+        return _why_slower(run, eligible)
+    gain = sum(_fp8_gain(row) for row in faster)
+    return (
+        f"it is faster on {count_of(len(faster), 'layer')} ({shown_ms(gain)} ms a step together), "
+        "but not by enough to pay for the casts around them and the gradient error they add"
+    )
+
+
+def _why_slower(run: RunRecords, eligible: Sequence[LayerRow]) -> str:
+    timed = [row for row in eligible if row.best_fp8 and row.bf16_o2]
+    if not timed:
+        return "no FP8 option was timed"
+    fp8_ms = sum(_ms(row.best_fp8.times if row.best_fp8 else None) for row in timed)
+    bf16_ms = sum(_ms(row.bf16_o2) for row in timed)
+    best = max(timed, key=_fp8_speedup)
+    fp8_step, bf16_step = (plan_steps(run).get(label) for label in ("fp8_o1", "bf16_o2"))
+    whole = ""
+    if fp8_step and bf16_step:
+        whole = (
+            f"; the whole step with FP8 takes {shown_ms(fp8_step.ms)} ms, in BF16 O2 "
+            f"{shown_ms(bf16_step.ms)} ms ({fp8_step.basis})"
+        )
+    return (
+        f"on all {count_of(len(timed), 'eligible layer')} its fastest recipe is slower than BF16 "
+        f"({shown_ms(fp8_ms)} ms against {shown_ms(bf16_ms)} ms; at best "
+        f"{shown_ratio(_fp8_speedup(best))}, {clean_text(best.name)}){whole}"
+    )
+
+
+def _why_ineligible(run: RunRecords, rows: Sequence[LayerRow]) -> str:
+    reasons = Counter(
+        reason
+        for row in rows
+        if row.kind is LayerKind.LINEAR
+        and row.spec is not None
+        and (reason := row.spec.refusal(Precision.FP8_O1))
+    )
+    if not reasons:
+        return "no FP8 option was profiled" if run.profile is None else "it has no linear layer"
+    reason, count = reasons.most_common(1)[0]
+    return f"none of its linear layers can take it ({count} of them: {clean_text(reason)})"
+
+
+def _fp8_gain(row: LayerRow) -> float:
+    if row.best_fp8 is None or row.bf16_o2 is None:
+        return 0.0
+    return _ms(row.bf16_o2) - _ms(row.best_fp8.times)
+
+
+def _fp8_speedup(row: LayerRow) -> float:
+    fp8_ms = _ms(row.best_fp8.times if row.best_fp8 else None)
+    return _ms(row.bf16_o2) / fp8_ms if fp8_ms else 0.0
+
+
+def _missing_stages(run: RunRecords) -> Iterable[str]:
+    stages = {
+        "profile": "no profile.json: times per layer were not measured",
+        "sensitivity": "no sensitivity.json: the effect on loss and gradient was not measured",
+        "search": "no search.json: alternatives to the plan are not known",
+        "plan": "no plan.json: nothing was chosen yet",
+        "verification": "no verification.json: no training was compared",
+    }
+    return [text for name, text in stages.items() if getattr(run, name) is None]
+
+
+def is_all_fp32(run: RunRecords) -> bool:
+    """Whether the plan leaves everything in FP32."""
+    return run.plan is not None and all(option == FP32 for option in run.plan.options)
+
+
+def _ms(times: object) -> float:
+    total = getattr(times, "total_ms", None)
+    return float(total) if total is not None else 0.0

@@ -1,0 +1,121 @@
+"""How the report writes numbers, options and names. Everything here is ASCII but what users named.
+
+Names of layers come from user code: `clean_text` makes control, format and surrogate characters
+visible, so that no name can move a cursor, reverse a line or end one.
+"""
+
+import math
+import unicodedata
+
+from autoprec.records import Basis, LossGap, Option
+
+UNKNOWN = "-"
+STEP_TITLES = {
+    "plan": "this plan",
+    "fp32": "FP32",
+    "bf16_o2": "BF16 O2",
+    "autocast_bf16": "autocast BF16",
+    "fp8_o1": "FP8 where eligible",
+}
+_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def clean_text(text: str) -> str:
+    """Return `text` with every character that is not plainly visible written as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_visible(character) for character in text)
+
+
+def shown_ms(value: float | None) -> str:
+    """Return a time in ms with three significant digits, `-` for None."""
+    return UNKNOWN if value is None else _significant(value, 3)
+
+
+def shown_share(value: float | None, *, sign: bool = False) -> str:
+    """Return a fraction as percent with two significant digits, e.g. `0.43 %`."""
+    if value is None:
+        return UNKNOWN
+    text = _significant(100.0 * value, 2)
+    return f"+{text} %" if sign and value > 0 else f"{text} %"
+
+
+def shown_e(mean: float | None, stderr: float | None) -> str:
+    """Return a gradient perturbation with its standard error, e.g. `0.43 % +- 0.05 %`."""
+    if mean is None or stderr is None:
+        return shown_share(mean)
+    return f"{shown_share(mean)} +- {shown_share(stderr)}"
+
+
+def shown_gap(gap: LossGap) -> str:
+    """Return a loss gap with its interval and seeds."""
+    return (
+        f"{shown_share(gap.mean, sign=True)} ({100 * gap.confidence:.0f} % interval "
+        f"{shown_share(gap.low, sign=True)} to {shown_share(gap.high, sign=True)}, "
+        f"{count_of(gap.seeds, 'seed')})"
+    )
+
+
+def shown_ratio(value: float | None) -> str:
+    """Return a speedup, e.g. `1.64x`."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def shown_bytes(value: float | None) -> str:
+    """Return bytes in the largest unit that leaves a number of at least 1."""
+    if value is None:
+        return UNKNOWN
+    size = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024.0:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{_significant(size, 3)} {unit}"
+        size /= 1024.0
+    return f"{_significant(size, 3)} TiB"
+
+
+def shown_option(option: Option | None) -> str:
+    """Return an option for people: `bf16_o2`, `fp8_o1 rowwise`, `... (grad_weight in BF16)`."""
+    if option is None:
+        return UNKNOWN
+    if option.recipe is None:
+        return option.precision.value
+    kept = f" ({', '.join(option.gemms_hp)} in BF16)" if option.gemms_hp else ""
+    return f"{option.precision.value} {option.recipe.value}{kept}"
+
+
+def step_title(label: str) -> str:
+    """Return the heading of a whole-step timing."""
+    return STEP_TITLES.get(label, clean_text(label))
+
+
+def joint_basis(*bases: Basis) -> Basis:
+    """Return the basis of a number made of others: measured only if all of them are."""
+    for basis in (Basis.UNKNOWN, Basis.PREDICTED, Basis.TRANSFERRED):
+        if basis in bases:
+            return basis
+    return Basis.MEASURED
+
+
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Return `1 layer`, `2 layers`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _significant(value: float, digits: int) -> str:
+    """Return `value` with that many significant digits and no exponent while that is short."""
+    if value == 0.0:
+        return "0"
+    scientific = f"{value:.{digits - 1}e}"
+    magnitude = int(scientific.partition("e")[2])  # of the rounded value: 9.99 is 10
+    if magnitude < -6:
+        return scientific
+    return f"{float(scientific):,.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def _visible(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -1,0 +1,168 @@
+"""Whole training steps and what follows from them: times, speedups, and what they are worth.
+
+Only times of one interleaved set are compared: those of the verification (plan and baselines in
+turn) when it timed the plan; else the search's model of the plan against its model of the same
+uniform plan, so that the model's own error cancels. Each speedup says which.
+
+The interval of a measured speedup is the 95 % one of a ratio of two medians. The spread of the
+samples gives sigma = (p80 - p20) / (2 * 0.8416), the median of n of them has the standard error
+1.2533 * sigma / sqrt(n), and the relative errors of the two medians add in squares.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autoprec.records import Basis, StepTiming
+from autoprec.report.formats import joint_basis
+from autoprec.report.runs import RunRecords
+
+LABELS = ("plan", "bf16_o2", "autocast_bf16", "fp32", "fp8_o1")
+BASELINES = ("fp32", "bf16_o2", "autocast_bf16")
+P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
+MEDIAN_ERROR = 1.2533  # standard error of a normal sample's median, in sigma / sqrt(n)
+TWO_SIDED_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Step:
+    """The time of one whole step, in ms, with its spread (p20, p80) or prediction interval."""
+
+    label: str
+    ms: float
+    low_ms: float | None
+    high_ms: float | None
+    samples: int
+    rejected: int
+    basis: Basis
+    source: str  # the file it comes from
+    record: StepTiming | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """The standard error of the median, relative to it; 0 where no samples are known."""
+        if self.samples < 1 or self.low_ms is None or self.high_ms is None or self.ms <= 0.0:
+            return 0.0
+        sigma = (self.high_ms - self.low_ms) / (2.0 * P80_SIGMAS)
+        return MEDIAN_ERROR * sigma / math.sqrt(self.samples) / self.ms
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How much faster the plan's step is than a baseline's; > 1 is faster."""
+
+    value: float
+    low: float | None
+    high: float | None
+    basis: Basis
+
+    def discounted(self, extra_steps: float) -> "Speedup":
+        """Return the time-to-loss speedup: the same steps take longer, or more are needed.
+
+        It is predicted even from measured parts: that e costs steps is theory.
+        """
+        factor = 1.0 + extra_steps
+        low, high = (None if side is None else side / factor for side in (self.low, self.high))
+        return Speedup(self.value / factor, low, high, joint_basis(self.basis, Basis.PREDICTED))
+
+
+def plan_steps(run: RunRecords) -> dict[str, Step]:
+    """Return the steps by label, the plan's among them if anything is known of it."""
+    measured = {step.label: _measured(step, "verification.json") for step in _verified(run)}
+    if "plan" in measured:
+        return _ordered({**_profiled(run, only=("fp8_o1",)), **measured})
+    return _ordered({**_profiled(run), **_certified(run), **_predicted_plan(run)})
+
+
+def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
+    """Return the plan's speedup over each baseline that it can be compared with."""
+    steps = plan_steps(run)
+    plan = steps.get("plan")
+    if plan is None or plan.ms <= 0.0:
+        return {}
+    bases = {**steps, **_model_steps(run)} if plan.source == "plan.json (model)" else steps
+    return {label: _speedup(bases[label], plan) for label in BASELINES if label in bases}
+
+
+def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
+    """Return, per label, the model's step time and the measured step, where there are both."""
+    model = {label: step.ms for label, step in _model_steps(run).items()}
+    if run.plan and run.plan.predicted:
+        model["plan"] = run.plan.predicted.plan_ms
+    steps = {label: step for label, step in plan_steps(run).items() if step.basis is Basis.MEASURED}
+    return {label: (ms, steps[label]) for label, ms in model.items() if label in steps}
+
+
+def _speedup(base: Step, plan: Step) -> Speedup:
+    value = base.ms / plan.ms
+    basis = joint_basis(base.basis, plan.basis)
+    if plan.samples and base.samples:
+        spread = math.exp(TWO_SIDED_95 * math.hypot(base.relative_error, plan.relative_error))
+        return Speedup(value, value / spread, value * spread, basis)
+    if plan.samples or not plan.low_ms or not plan.high_ms:
+        return Speedup(value, None, None, basis)
+    return Speedup(value, base.ms / plan.high_ms, base.ms / plan.low_ms, basis)
+
+
+def _verified(run: RunRecords) -> tuple[StepTiming, ...]:
+    return run.verification.steps if run.verification else ()
+
+
+def _profiled(run: RunRecords, only: tuple[str, ...] = LABELS) -> dict[str, Step]:
+    steps = run.profile.steps if run.profile else ()
+    return {s.label: _measured(s, "profile.json") for s in steps if s.label in only}
+
+
+def _measured(step: StepTiming, source: str) -> Step:
+    timing = step.timing
+    return Step(
+        label=step.label,
+        ms=timing.median_ms,
+        low_ms=timing.p20_ms,
+        high_ms=timing.p80_ms,
+        samples=timing.samples,
+        rejected=timing.rejected,
+        basis=timing.basis,
+        source=source,
+        record=step,
+    )
+
+
+def _certified(run: RunRecords) -> dict[str, Step]:
+    """Return the steps of a plan's own certificate: medians without their spread."""
+    certificate = run.plan.certificate if run.plan else None
+    if certificate is None or "plan" not in certificate.step_ms:
+        return {}
+    return {
+        label: Step(label, ms, None, None, 0, 0, Basis.MEASURED, "plan.json (certificate)")
+        for label, ms in certificate.step_ms.items()
+    }
+
+
+def _predicted_plan(run: RunRecords) -> dict[str, Step]:
+    if run.plan is None or run.plan.predicted is None or _certified(run):
+        return {}
+    model = run.plan.predicted
+    return {"plan": _model_step("plan", model.plan_ms, model.low_ms, model.high_ms)}
+
+
+def _model_steps(run: RunRecords) -> dict[str, Step]:
+    """Return what the search's model says of the uniform plans."""
+    if run.plan is None or run.plan.predicted is None:
+        return {}
+    model = run.plan.predicted
+    return {
+        "fp32": _model_step("fp32", model.fp32_ms),
+        "bf16_o2": _model_step("bf16_o2", model.bf16_o2_ms),
+    }
+
+
+def _model_step(
+    label: str, ms: float, low_ms: float | None = None, high_ms: float | None = None
+) -> Step:
+    return Step(label, ms, low_ms, high_ms, 0, 0, Basis.PREDICTED, "plan.json (model)")
+
+
+def _ordered(steps: Mapping[str, Step]) -> dict[str, Step]:
+    labels = (*(label for label in LABELS if label in steps), *steps)
+    return {label: steps[label] for label in dict.fromkeys(labels)}
