@@ -401,7 +401,7 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
             ),
         ),
         loss_curve=tuple((index, 10.8 - 0.3 * index) for index in range(20)),
-        gradient_noise=Estimate(mean=1.9, stderr=0.2),
+        gradient_noise=Estimate(mean=0.62, stderr=0.05),
         software=SOFTWARE,
     )
 

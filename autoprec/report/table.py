@@ -6,7 +6,7 @@ Times are ms per step (all calls of the layer, forward and backward), as in the 
 Savings are against BF16 O2, the baseline, and against FP32, the reference.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,7 @@ from autoprec.records import (
     Sensitivity,
     Timing,
 )
+from autoprec.report.formats import joint_basis
 from autoprec.report.runs import RunRecords
 
 PARTS = ("output", "grad_input", "grad_weight", "cast")
@@ -207,6 +208,20 @@ def times_of(row: LayerTiming | None) -> Times | None:
     )
 
 
+def sum_times(times: Sequence[Times]) -> Times:
+    """Return the sum of several layers' times in one option; a part is there if one has it."""
+    return Times(
+        output_ms=_sum_known(each.output_ms for each in times),
+        grad_input_ms=_sum_known(each.grad_input_ms for each in times),
+        grad_weight_ms=_sum_known(each.grad_weight_ms for each in times),
+        cast_ms=_sum_known(each.cast_ms for each in times),
+        total_ms=_sum_known(each.total_ms for each in times),
+        samples=sum(each.samples for each in times),
+        rejected=sum(each.rejected for each in times),
+        basis=joint_basis(*(each.basis for each in times)),
+    )
+
+
 def option_rows(
     options: Iterable[Option],
     timings: Mapping[Option, LayerTiming],
@@ -336,6 +351,11 @@ def _difference(before: Times | None, after: Times | None) -> float | None:
 def _quotient(before: Times | None, after: Times | None) -> float | None:
     first, second = _total(before), _total(after)
     return first / second if first is not None and second else None
+
+
+def _sum_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _sum(values: Iterable[float | None]) -> float:

@@ -1,0 +1,195 @@
+"""Small SVG charts without a library: marks, scales, axes. Colours are CSS classes of style.css.
+
+Every text and attribute is escaped here, so a chart can be put into a page as it is. A mark with
+`tip` shows that text when pointed at.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from autoprec.report.formats import clean_text
+
+CHARACTER_PX = 6.7  # of the 12 px system font, on average
+NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+Content = Iterable[Markup]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps [low, high] to [start, end] in px, linearly or by logarithm."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the position of a value, kept within the chart."""
+        low, high, at = (self._measure(each) for each in (self.low, self.high, value))
+        share = (at - low) / (high - low) if high > low else 0.5
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+    def ticks(self, count: int = 6) -> list[float]:
+        """Return about `count` round values from low to high."""
+        if self.is_log:
+            return _log_ticks(self.low, self.high)
+        step = _nice_step((self.high - self.low) / max(count, 1))
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(first, last + 1)]
+
+    def _measure(self, value: float) -> float:
+        return math.log10(max(value, 1e-30)) if self.is_log else value
+
+
+def mark(tag: str, *content: Markup, tip: str = "", kind: str = "", **attributes: object) -> Markup:
+    """Return one SVG element; `kind` is its CSS class, `_` in attribute names becomes `-`."""
+    named = {"class": kind, "data-tip": clean_text(tip), **attributes}
+    pairs = "".join(
+        f' {name.replace("_", "-")}="{escape(_attribute(value))}"'
+        for name, value in named.items()
+        if value not in ("", None)
+    )
+    return Markup(f"<{tag}{pairs}>{''.join(content)}</{tag}>")
+
+
+def text(x: float, y: float, words: object, *, kind: str = "", anchor: str = "start") -> Markup:
+    """Return a text with its baseline at y."""
+    shown = escape(clean_text(str(words)))
+    return mark("text", shown, x=x, y=y, kind=kind, text_anchor=anchor)
+
+
+def bar(
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    *,
+    kind: str,
+    tip: str = "",
+    round_px: float = 2,
+) -> Markup:
+    """Return a filled rectangle; nothing where it would be narrower than a hair."""
+    if width < 0.05:
+        return Markup("")
+    return mark("rect", x=x, y=y, width=width, height=height, rx=round_px, kind=kind, tip=tip)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, *, kind: str, tip: str = "") -> Markup:
+    """Return a straight line."""
+    return mark("line", x1=x1, y1=y1, x2=x2, y2=y2, kind=kind, tip=tip)
+
+
+def dot(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> Markup:
+    """Return a disc."""
+    return mark("circle", cx=x, cy=y, r=radius, kind=kind, tip=tip)
+
+
+def path(points: Sequence[tuple[float, float]], *, kind: str, tip: str = "") -> Markup:
+    """Return a line through the points."""
+    if len(points) < 2:
+        return Markup("")
+    way = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return mark("path", d=way, kind=kind, tip=tip)
+
+
+def whisker(low: float, high: float, y: float, *, kind: str = "whisker", tip: str = "") -> Markup:
+    """Return a horizontal interval with end caps."""
+    caps = [line(x, y - 4, x, y + 4, kind=kind) for x in (low, high)]
+    return Markup("").join([line(low, y, high, y, kind=kind, tip=tip), *caps])
+
+
+def x_axis(
+    scale: Scale, top: float, bottom: float, *, label: str, show: Callable[[float], str]
+) -> Markup:
+    """Return grid lines, tick labels and the axis label below the plot."""
+    parts = []
+    for tick in scale.ticks():
+        parts.append(line(scale(tick), top, scale(tick), bottom, kind="grid"))
+        parts.append(text(scale(tick), bottom + 16, show(tick), kind="tick", anchor="middle"))
+    middle = (scale.start + scale.end) / 2
+    parts.append(text(middle, bottom + 34, label, kind="axis-label", anchor="middle"))
+    return Markup("").join(parts)
+
+
+def y_axis(
+    scale: Scale, left: float, right: float, *, label: str, show: Callable[[float], str]
+) -> Markup:
+    """Return grid lines, tick labels and the axis label above the plot's left edge."""
+    parts = []
+    for tick in scale.ticks(5):
+        parts.append(line(left, scale(tick), right, scale(tick), kind="grid"))
+        parts.append(text(left - 8, scale(tick) + 4, show(tick), kind="tick", anchor="end"))
+    parts.append(text(8, min(scale.start, scale.end) - 10, label, kind="axis-label"))
+    return Markup("").join(parts)
+
+
+def picture(
+    width: float, height: float, content: Content, *, title: str, kind: str = "chart"
+) -> Markup:
+    """Return the whole SVG; `title` is what a screen reader says."""
+    return mark(
+        "svg",
+        *content,
+        kind=kind,
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label=clean_text(title),
+    )
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> Markup:
+    """Return an HTML legend of (CSS class of the mark, words)."""
+    items = (
+        Markup('<span class="key"><i class="swatch {}"></i>{}</span>').format(kind, words)
+        for kind, words in entries
+    )
+    return Markup('<div class="legend">{}</div>').format(Markup("").join(items))
+
+
+def plain_number(value: float) -> str:
+    """Return a round number as an axis shows it."""
+    return f"{value:,.6g}"
+
+
+def fitted(words: str, width: float) -> str:
+    """Return `words` cut in the middle to fit `width` px."""
+    words = clean_text(words)
+    room = max(int(width / CHARACTER_PX), 5)
+    if len(words) <= room:
+        return words
+    head = room // 2 - 1
+    return f"{words[:head]}\u2026{words[len(words) - (room - head - 1) :]}"
+
+
+def padded(low: float, high: float, *, share: float = 0.08) -> tuple[float, float]:
+    """Return the range widened on both sides, and never empty."""
+    if high <= low:
+        low, high = low - abs(low) * 0.1 - 1e-12, high + abs(high) * 0.1 + 1e-12
+    margin = (high - low) * share
+    return low - margin, high + margin
+
+
+def _attribute(value: object) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def _nice_step(raw: float) -> float:
+    if raw <= 0.0:
+        return 1.0
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    return next(step * magnitude for step in NICE_STEPS if step * magnitude >= raw * 0.999)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return powers of ten, with their halves and fifths where there are few of them."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1.0,) if last - first > 3 else (1.0, 2.0, 5.0)
+    every = (factor * 10.0**power for power in range(first, last + 1) for factor in factors)
+    return [tick for tick in every if low * 0.999 <= tick <= high * 1.001]
