@@ -42,17 +42,21 @@
     const isNumber = head.dataset.sort === "number";
     const first = isNumber ? "descending" : "ascending";
     const other = isNumber ? "ascending" : "descending";
-    const order = head.getAttribute("aria-sort") === first ? other : first;
-    for (const each of table.tHead.rows[0].cells) each.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", order);
     const body = table.tBodies[0];
+    [...body.rows].forEach((row, at) => { row.dataset.at = row.dataset.at || at; });
+    const now = head.getAttribute("aria-sort");
+    const order = now === first ? other : now === other ? "" : first;
+    for (const each of table.tHead.rows[0].cells) each.removeAttribute("aria-sort");
+    if (order) head.setAttribute("aria-sort", order);
     const rows = [...body.rows].filter((row) => !row.classList.contains("detail"));
     const pairs = rows.map((row) => {
       const next = row.nextElementSibling;
       return { row, detail: next && next.classList.contains("detail") ? next : null };
     });
     const sign = order === "ascending" ? 1 : -1;
-    pairs.sort((a, b) => sign * compare(valueOf(a.row, column, isNumber), valueOf(b.row, column, isNumber)));
+    const inModelOrder = (a, b) => Number(a.row.dataset.at) - Number(b.row.dataset.at);
+    const byColumn = (a, b) => sign * compare(valueOf(a.row, column, isNumber), valueOf(b.row, column, isNumber));
+    pairs.sort(order ? byColumn : inModelOrder);
     for (const pair of pairs) {
       body.append(pair.row);
       if (pair.detail) body.append(pair.detail);

@@ -1,0 +1,239 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    PredictedStep,
+    Timing,
+    Verdict,
+)
+from autoprec.report import RunRecords, layer_rows, summary_object
+from autoprec.report.answers import fp8_answer, fp8_ceiling, unmeasured, verdict_sentence
+from autoprec.report.steps import plan_speedups, plan_steps, predicted_and_measured
+from autoprec.report.summary import apply_line, summarise_run
+from tests.report_runs import CPU, H100, make_run
+
+
+def all_in(run: RunRecords, option: object) -> RunRecords:
+    assert run.plan
+    fields = {"precision": getattr(option, "precision"), "recipe": None}  # noqa: B009 - any option
+    layers = tuple(layer.model_copy(update=fields) for layer in run.plan.layers)
+    return replace(run, plan=run.plan.model_copy(update={"layers": layers}), verification=None)
+
+
+def test_json_has_the_promised_keys() -> None:
+    found = summary_object(make_run(), "out")
+    assert set(found["step_ms"]) == {"plan", "fp32", "bf16_o2", "autocast_bf16"}
+    assert set(found["step_speedup"]) == {"vs_fp32", "vs_bf16_o2", "vs_autocast_bf16"}
+    assert set(found["loss_gap"]) >= {"mean", "low", "high"}
+    assert found["layers"] == {"fp8_o1": 8, "bf16_o2": 7, "fp32": 0}
+    assert found["verdict"] == "verified"
+    assert found["out"] == "out"
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_json_numbers_agree_with_each_other() -> None:
+    found = summary_object(make_run(), "out")
+    ms, speedup = found["step_ms"], found["step_speedup"]
+    for label in ("fp32", "bf16_o2", "autocast_bf16"):
+        assert speedup[f"vs_{label}"] == pytest.approx(ms[label] / ms["plan"])
+    expected = speedup["vs_fp32"] / (1 + found["extra_steps"])
+    assert found["time_to_loss_speedup"] == pytest.approx(expected)
+    low, high = found["step_speedup_interval"]["vs_fp32"]
+    assert low < speedup["vs_fp32"] < high
+
+
+def test_json_of_a_run_without_verification_is_predicted_and_has_nulls() -> None:
+    found = summary_object(replace(uncertified(make_run()), verification=None), "out")
+    assert found["verdict"] == "not_run"
+    assert found["loss_gap"]["mean"] is None
+    assert found["step_basis"]["plan"] == "predicted"
+    assert found["step_basis"]["fp32"] == "measured"
+
+
+def uncertified(run: RunRecords) -> RunRecords:
+    assert run.plan
+    return replace(run, plan=run.plan.model_copy(update={"certificate": None}))
+
+
+def test_a_predicted_plan_is_compared_with_the_same_model_s_uniform_plans() -> None:
+    run = replace(uncertified(make_run()), verification=None)
+    assert run.plan
+    assert run.plan.predicted
+    speedups = plan_speedups(run)
+    predicted: PredictedStep = run.plan.predicted
+    assert speedups["bf16_o2"].value == predicted.bf16_o2_ms / predicted.plan_ms
+    assert speedups["bf16_o2"].basis is Basis.PREDICTED
+    assert speedups["bf16_o2"].low
+    assert predicted.high_ms
+    assert speedups["bf16_o2"].low == predicted.bf16_o2_ms / predicted.high_ms
+    assert speedups["autocast_bf16"].basis is Basis.PREDICTED
+
+
+def test_verification_s_steps_are_compared_among_themselves() -> None:
+    run = make_run()
+    assert run.verification
+    steps = plan_steps(run)
+    assert {"verification.json"} == {steps[x].source for x in ("plan", "fp32", "bf16_o2")}
+    assert steps["fp8_o1"].source == "profile.json"
+    assert "fp8_o1" not in plan_speedups(run)
+
+
+def test_a_certificate_alone_gives_measured_steps_without_interval() -> None:
+    run = RunRecords(plan=make_run().plan)
+    speedup = plan_speedups(run)["fp32"]
+    assert speedup.basis is Basis.MEASURED
+    assert speedup.low is None
+    assert summarise_run(run).verdict is Verdict.VERIFIED
+    assert "within" not in verdict_sentence(run)
+    assert verdict_sentence(run).startswith("verified: the loss gap to FP32 is +0.021 %")
+
+
+def test_the_interval_of_a_speedup_follows_from_the_spread_of_the_samples() -> None:
+    run = make_run()
+    assert run.verification
+    sigma = 2 * 0.012 / (2 * 0.8416)  # the steps of the test run spread by +- 1.2 %
+    error = math.sqrt(2) * 1.2533 * sigma / math.sqrt(12)
+    speedup = plan_speedups(run)["fp32"]
+    assert speedup.high
+    assert math.log(speedup.high / speedup.value) == pytest.approx(1.96 * error)
+
+
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+    run, covered, draws = make_run(blocks=1), 0, 300
+    assert run.verification
+    for _ in range(draws):
+        steps = []
+        for step, true_ms in zip(run.verification.steps, (200.0, 100.0, 1.0, 50.0), strict=True):
+            samples = rng.normal(true_ms, 0.03 * true_ms, size=12)
+            p20, median, p80 = (float(q) for q in np.percentile(samples, (20, 50, 80)))
+            timing = Timing(median_ms=median, p20_ms=p20, p80_ms=p80, samples=12)
+            steps.append(step.model_copy(update={"timing": timing}))
+        proof = run.verification.model_copy(update={"steps": tuple(steps)})
+        speedup = plan_speedups(replace(run, verification=proof))["fp32"]
+        assert speedup.low
+        assert speedup.high
+        covered += speedup.low <= 4.0 <= speedup.high
+    assert 0.86 <= covered / draws <= 0.99
+
+
+def test_predicted_and_measured_steps_are_paired() -> None:
+    pairs = predicted_and_measured(make_run())
+    assert set(pairs) == {"plan", "fp32", "bf16_o2"}
+    predicted, step = pairs["plan"]
+    assert step.ms == pytest.approx(1.03 * predicted)
+
+
+def test_fp8_that_pays_says_on_how_many_layers() -> None:
+    run = make_run(machine=H100)
+    assert fp8_answer(run, layer_rows(run)).startswith("FP8 pays on 8 of 10 linear layers: 14.2 ms")
+
+
+def test_fp8_that_is_slower_is_not_worth_it() -> None:
+    run = make_run(machine=CPU, M=2048, width=256)
+    answer = fp8_answer(run, layer_rows(run))
+    assert answer.startswith("FP8 is not worth it here: on all 9 eligible layers")
+    assert "slower than BF16" in answer
+
+
+def test_a_device_without_fp8_says_its_own_reason() -> None:
+    run = make_run(machine=CPU, M=2048, width=256)
+    assert run.profile
+    facts = {"fp8_recipes": (), "fp8_reason": "FP8 GEMMs need capability 8.9, this has 8.0"}
+    device = run.profile.device.model_copy(update=facts)
+    run = replace(run, profile=run.profile.model_copy(update={"device": device}))
+    expected = "FP8 is not worth it here: FP8 GEMMs need capability 8.9, this has 8.0"
+    assert fp8_answer(run, layer_rows(run)) == expected
+
+
+def test_fp8_that_is_faster_but_not_chosen_is_explained() -> None:
+    run = all_in(make_run(machine=H100), BF16_O2)
+    answer = fp8_answer(run, layer_rows(run))
+    assert "it is faster on 9 layers" in answer
+    assert "gradient error" in answer
+
+
+def test_a_model_whose_linears_are_ineligible_says_why() -> None:
+    run = all_in(make_run(machine=H100), BF16_O2)
+    assert run.profile
+    specs = tuple(
+        spec.model_copy(update={"options": (FP32, BF16_O2), "refusals": odd.refusals})
+        for spec in run.profile.model.layers
+        for odd in run.profile.model.layers
+        if odd.name == "router"
+    )
+    timings = tuple(row for row in run.profile.layers if not row.option.is_fp8)
+    model = run.profile.model.model_copy(update={"layers": specs})
+    profile = run.profile.model_copy(update={"model": model, "layers": timings})
+    run = replace(run, profile=profile, sensitivity=None)
+    answer = fp8_answer(run, layer_rows(run))
+    assert "none of its linear layers can take it (10 of them: N=10 is not a multiple" in answer
+
+
+def test_the_ceiling_is_amdahl_s_law() -> None:
+    run = make_run(machine=H100)
+    assert run.profile
+    ceiling = fp8_ceiling(run, layer_rows(run))
+    assert ceiling
+    eligible = [x.name for x in run.profile.model.layers if len(x.options) > 2]
+    part = sum(
+        row.bf16_o2.total_ms or 0 for row in layer_rows(run) if row.name in eligible and row.bf16_o2
+    )
+    share = part / ceiling.baseline.ms
+    assert ceiling.layers == len(eligible)
+    assert ceiling.share == pytest.approx(share)
+    assert ceiling.at_peak == pytest.approx(1 / (1 - share / 2))
+    assert ceiling.at_zero == pytest.approx(1 / (1 - share))
+
+
+def test_a_cpu_has_no_fp8_peak_rate() -> None:
+    run = make_run(machine=CPU, M=2048, width=256)
+    ceiling = fp8_ceiling(run, layer_rows(run))
+    assert ceiling
+    assert ceiling.at_peak is None
+    assert ceiling.limit == ceiling.at_zero
+
+
+def test_no_plan_no_answer() -> None:
+    run = replace(make_run(), plan=None, verification=None)
+    assert fp8_answer(run, layer_rows(run)) == ""
+    found = summary_object(run, "out")
+    assert found["plan"] is None
+    assert found["step_ms"]["plan"] is None
+    assert found["step_ms"]["fp32"] is not None
+
+
+def test_what_was_not_measured_is_listed() -> None:
+    run = make_run(machine=CPU, M=2048, width=256)
+    notes = unmeasured(replace(run, search=None))
+    assert any("class_token" in note for note in notes)
+    assert any("unused.adapter" in note for note in notes)
+    assert any("power is not known: NVML needs an NVIDIA GPU" in note for note in notes)
+    assert any(note.startswith("no search.json") for note in notes)
+    assert any("tied layers" in note for note in notes)
+
+
+def test_a_refuted_plan_is_called_refuted() -> None:
+    run = make_run()
+    assert run.verification
+    fields = {"verdict": Verdict.REFUTED, "advice": "the plan diverged at step 3"}
+    run = replace(run, verification=run.verification.model_copy(update=fields))
+    sentence = verdict_sentence(run)
+    assert sentence.startswith("refuted: ")
+    assert sentence.endswith("the plan diverged at step 3")
+
+
+def test_the_apply_line_is_python() -> None:
+    line = apply_line('odd "folder"')
+    compile(line, "line", "exec")
+    assert (
+        line == 'model, optimizer = autoprec.apply("odd \\"folder\\"/plan.json", model, optimizer)'
+    )

@@ -1,0 +1,264 @@
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from autoprec.records import (
+    Check,
+    Diagnosis,
+    Difference,
+    DifferenceRow,
+    PlanCheck,
+    Precision,
+    Record,
+    Refusal,
+    Verdict,
+)
+from autoprec.report import RunRecords, print_record, print_summary
+from autoprec.report.formats import (
+    clean_text,
+    shown_bytes,
+    shown_ms,
+    shown_option,
+    shown_ratio,
+    shown_share,
+)
+from tests.golden_text import check_golden
+from tests.report_runs import CPU, GW_HP, H100, device_facts, make_run, renamed, timing
+
+
+def console(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), width=width)
+
+
+def printed(target: Console) -> str:
+    file = target.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def summary_text(run: RunRecords, *, width: int = 80, out: str | None = "OUT") -> str:
+    target = console(width)
+    print_summary(run, target, out=out)
+    return printed(target)
+
+
+def record_text(record: Record) -> str:
+    target = console()
+    print_record(record, target)
+    return printed(target)
+
+
+def test_summary_with_fp8_at_80_columns() -> None:
+    check_golden("summary_fp8_80.txt", summary_text(make_run(machine=H100)))
+
+
+def test_summary_without_fp8_at_140_columns() -> None:
+    run = make_run(machine=CPU, M=2048, width=256, blocks=12)
+    check_golden("summary_cpu_140.txt", summary_text(run, width=140))
+
+
+@pytest.mark.parametrize("stage", ["profile", "sensitivity", "search", "plan", "verification"])
+def test_each_stage_prints_its_record(stage: str) -> None:
+    check_golden(f"{stage}.txt", record_text(getattr(make_run(machine=H100), stage)))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_no_line_is_wider_than_the_console_but_those_to_paste(width: int) -> None:
+    names = {"head": "model." + "very_long_name." * 12 + "head"}
+    text = summary_text(renamed(make_run(), names), width=width)
+    wide = [line for line in text.splitlines() if len(line.rstrip()) > width]
+    assert all(line.startswith(("  model, optimizer", "report:")) for line in wide)
+
+
+def test_long_names_are_shown_whole() -> None:
+    name = "model." + "very_long_name." * 12 + "head"
+    text = summary_text(renamed(make_run(), {"head": name}), width=80)
+    squeezed = "".join(text.split())
+    assert name[:30] in squeezed
+    assert all(part in squeezed for part in name.split("."))
+
+
+def test_many_layers_are_folded() -> None:
+    text = summary_text(make_run(blocks=40))
+    assert "blocks.{0-39}.fc1 (x40)" in text
+    assert text.count("\n") < 90
+    assert "all 243 layers" in text
+
+
+def test_a_pipe_gets_no_escape_codes() -> None:
+    code = (
+        "from rich.console import Console\n"
+        "from autoprec.report import print_summary\n"
+        "from tests.report_runs import make_run\n"
+        "print_summary(make_run(), Console(), out='OUT')\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = {"PYTHONPATH": str(root), "PATH": "", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, cwd=root, env=environment
+    )
+    assert done.stderr == b""
+    assert b"\x1b" not in done.stdout
+    assert done.stdout.isascii()
+    assert b'autoprec.apply("OUT/plan.json", model, optimizer)' in done.stdout
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines()) <= 80
+
+
+def test_names_are_neither_markup_nor_control() -> None:
+    names = {
+        "head": "[red]head[/red]",
+        "token": "tok\x1b[31men\r\n",
+        "router": "rou\u202eter",
+        "blocks.0.qkv": "[/nothing]",
+    }
+    text = summary_text(renamed(make_run(), names), width=160)
+    assert "[red]head[/red]" in text
+    assert "tok\\x1b[31men\\x0d\\x0a" in text
+    assert "rou\\u202eter" in text
+    assert "[/nothing]" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_summary(renamed(make_run(), {"head": "t\u00eate"}), Console(file=stream, width=80))
+    stream.flush()
+    raw = stream.buffer
+    assert isinstance(raw, io.BytesIO)
+    assert b"t\\xeate" in raw.getvalue()
+
+
+@pytest.mark.parametrize("missing", ["plan", "profile", "sensitivity", "search", "verification"])
+def test_a_missing_record_is_said_and_does_not_stop_the_summary(missing: str) -> None:
+    text = summary_text(replace(make_run(), **{missing: None}))  # type: ignore[arg-type]
+    assert f"no {missing}.json" in " ".join(text.split())
+
+
+def test_nothing_but_a_profile_asks_for_the_next_stage() -> None:
+    text = summary_text(RunRecords(profile=make_run().profile))
+    assert "there is no plan yet: run `autoprec tune MODEL.py`" in text
+    assert "autoprec.apply" not in text
+
+
+def test_a_refuted_plan_is_not_offered_for_pasting() -> None:
+    run = make_run()
+    assert run.verification
+    proof = run.verification.model_copy(update={"verdict": Verdict.REFUTED})
+    text = summary_text(replace(run, verification=proof))
+    assert "autoprec.apply" not in text
+    assert "do not train with this plan" in text
+
+
+def test_a_plan_that_a_baseline_beats_is_marked() -> None:
+    text = summary_text(make_run(machine=CPU, M=2048, width=256))
+    assert "beware: BF16 O2 took less time than this plan when measured" in text
+    assert "beware" not in summary_text(make_run(machine=H100))
+
+
+def test_all_fp32_needs_nothing_applied() -> None:
+    run = make_run()
+    assert run.plan
+    layers = tuple(
+        layer.model_copy(update={"precision": Precision.FP32, "recipe": None})
+        for layer in run.plan.layers
+    )
+    plan = run.plan.model_copy(update={"layers": layers})
+    text = summary_text(replace(run, plan=plan, verification=None))
+    assert "FP32 everywhere is the answer here" in text
+    assert "autoprec.apply" not in text
+
+
+def test_a_predicted_step_says_so() -> None:
+    run = make_run()
+    assert run.plan
+    plan = run.plan.model_copy(update={"certificate": None})
+    text = summary_text(replace(run, plan=plan, verification=None))
+    assert "step times are predicted" in text
+    assert "not verified: no training was compared" in text
+
+
+def test_a_difference_lists_its_rows() -> None:
+    row = DifferenceRow(name="head", before="bf16_o2", after="fp8_o1:rowwise")
+    text = record_text(Difference(before="a.json", after="b.json", rows=(row,)))
+    assert "head" in text
+    assert "fp8_o1:rowwise" in text
+    assert "1 difference" in text
+    same = record_text(Difference(before="a.json", after="b.json", rows=()))
+    assert same.strip() == "no difference between a.json and b.json"
+
+
+def test_a_diagnosis_shows_facts_checks_and_the_gemm() -> None:
+    diagnosis = Diagnosis(
+        device=device_facts(H100),
+        checks=(
+            Check(name="tensorwise", is_good=True, detail="off by 3 %"),
+            Check(name="rowwise", is_good=False, detail="off by 90 %"),
+        ),
+        gemm="2048x1024x1024",
+        gemm_ms={"bf16": timing(2.0), "fp8": timing(1.0)},
+    )
+    text = record_text(diagnosis)
+    assert "NVIDIA H100 80GB HBM3" in text
+    assert "FAIL" in text
+    assert "fp8: 1.00 ms (20 samples, measured), 2.00x as fast as BF16" in text
+    assert "this machine is unwell" in text
+
+
+def test_a_plan_check_says_whether_it_is_good() -> None:
+    good = Check(name="file", is_good=True, detail="well-formed")
+    assert "p.json is good" in record_text(PlanCheck(plan="p.json", checks=(good,)))
+    bad = Check(name="fits", is_good=False, detail="no layer 'head'")
+    assert "p.json FAILS" in record_text(PlanCheck(plan="p.json", checks=(good, bad)))
+
+
+def test_a_record_without_a_picture_of_its_own_is_json() -> None:
+    text = record_text(Refusal(precision=Precision.FP8_O1, reason="K=10"))
+    assert '"reason": "K=10"' in text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (642.4, "642"),
+        (1234.0, "1,230"),
+        (39.06, "39.1"),
+        (0.00123, "0.00123"),
+        (9.999, "10.0"),
+        (-0.5, "-0.500"),
+        (1e-9, "1.00e-09"),
+    ],
+)
+def test_times_have_three_significant_digits(value: float | None, expected: str) -> None:
+    assert shown_ms(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, "-"), (0.0, "0 %"), (0.0043, "0.43 %"), (0.00996, "1.0 %"), (-0.00013, "-0.013 %")],
+)
+def test_shares_have_two_significant_digits(value: float | None, expected: str) -> None:
+    assert shown_share(value) == expected
+
+
+def test_other_numbers_and_options() -> None:
+    assert shown_share(0.0001, sign=True) == "+0.010 %"
+    assert shown_ratio(1.644) == "1.64x"
+    assert shown_ratio(float("inf")) == "-"
+    assert shown_bytes(0) == "0 B"
+    assert shown_bytes(1536) == "1.50 KiB"
+    assert shown_bytes(5 * 1024**4) == "5.00 TiB"
+    assert shown_option(GW_HP) == "fp8_o1 rowwise_with_gw_hp"
+    assert shown_option(None) == "-"
+
+
+def test_clean_text_leaves_plain_words_alone() -> None:
+    assert clean_text("t\u00eate \u6a21\u578b.0") == "t\u00eate \u6a21\u578b.0"
+    assert clean_text("\x00\u200b\ud800\n") == "\\x00\\u200b\\ud800\\x0a"
