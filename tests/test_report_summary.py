@@ -101,14 +101,14 @@ def test_the_interval_of_a_speedup_follows_from_the_spread_of_the_samples() -> N
     error = math.sqrt(2) * 1.2533 * sigma / math.sqrt(12)
     speedup = plan_speedups(run)["fp32"]
     assert speedup.high
-    assert math.log(speedup.high / speedup.value) == pytest.approx(1.96 * error)
+    assert math.log(speedup.high / speedup.value) == pytest.approx((1.96 + 2.37 / 11) * error)
 
 
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
     import numpy as np
 
     rng = np.random.default_rng(7)
-    run, covered, draws = make_run(blocks=1), 0, 300
+    run, covered, draws = make_run(blocks=1), 0, 600
     assert run.verification
     for _ in range(draws):
         steps = []
@@ -122,7 +122,7 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
         assert speedup.low
         assert speedup.high
         covered += speedup.low <= 4.0 <= speedup.high
-    assert 0.86 <= covered / draws <= 0.99
+    assert 0.92 <= covered / draws <= 0.98
 
 
 def test_predicted_and_measured_steps_are_paired() -> None:
