@@ -18,10 +18,12 @@ from autoprec.records import (
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.estimates import bias_estimate, ratio_estimate
-from autoprec.sensitivity.reference import Baseline, Perturbation, Reference, prepare_reference
+from autoprec.sensitivity.reference import Perturbation, Reference, prepare_reference
 from autoprec.workload import Workload
 
-DEFAULT_BATCHES = 4
+DEFAULT_BATCHES = 3
+JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
+FLOW_BATCHES = 1  # e of the flow is a hundred times smaller than that of any FP8 layer
 DEFAULT_WARMUP_STEPS = 12
 
 
@@ -37,7 +39,7 @@ class JointMeter:
         spec: ModelSpec,
         *,
         device: torch.device,
-        batches: int = DEFAULT_BATCHES,
+        batches: int = JOINT_BATCHES,
         warmup_steps: int = DEFAULT_WARMUP_STEPS,
         checkpoint: Path | None = None,
         seed: int = 0,
@@ -46,6 +48,7 @@ class JointMeter:
     ) -> None:
         """Warm the reference up, or take one that is warm already."""
         self.spec = spec
+        self.batches = batches
         self.reference = reference or prepare_reference(
             workload,
             spec,
@@ -56,8 +59,8 @@ class JointMeter:
             seed=seed,
             progress=progress,
         )
-        self._baselines: dict[int, Baseline] = {}
         self._measured: dict[tuple[Option, ...], JointMeasurement] = {}
+        self._scale: dict[int, float] = {}
         self._spent_s = 0.0
 
     @property
@@ -89,21 +92,18 @@ class JointMeter:
         found = self._measured[options]
         return found.model_copy(update={"label": label, "predicted_e": predicted_e})
 
-    def measure_flow(self) -> Estimate:
+    def measure_flow(self, *, batches: int = FLOW_BATCHES) -> Estimate:
         """Return the e of a BF16 flow between layers that are all FP32."""
         options = dict.fromkeys(self.spec.names, FP32)
-        samples = [
-            self._sample(index, options, flow=torch.bfloat16)
-            for index in range(len(self.reference.batches))
-        ]
-        return ratio_estimate([s.squared for s in samples], self._denominators())
+        used = range(min(batches, len(self.reference.batches)))
+        samples = [self._sample(index, options, flow=torch.bfloat16) for index in used]
+        return ratio_estimate([s.squared for s in samples], [self._scale[i] for i in used])
 
     def _measure(self, options: Sequence[Option]) -> JointMeasurement:
         by_name = dict(zip(self.spec.names, options, strict=True))
-        samples = [
-            self._sample(index, by_name, flow=None) for index in range(len(self.reference.batches))
-        ]
-        scale = self._denominators()
+        used = range(min(self.batches, len(self.reference.batches)))
+        samples = [self._sample(index, by_name, flow=None) for index in used]
+        scale = [self._scale[index] for index in used]
         return JointMeasurement(
             label="",
             options=tuple(options),
@@ -115,18 +115,11 @@ class JointMeter:
     def _sample(
         self, index: int, options: dict[str, Option], *, flow: torch.dtype | None
     ) -> Perturbation:
-        baseline = self._baseline(index)
+        baseline = self.reference.baseline(index)
+        self._scale[index] = baseline.squared
         is_16_bit = flow is torch.bfloat16 or any(
             option.precision is not Precision.FP32 for option in options.values()
         )
         uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
         with install_options(self.reference.model, options, flow=flow, uncovered=uncovered):
             return self.reference.perturbation(index, baseline)
-
-    def _baseline(self, index: int) -> Baseline:
-        if index not in self._baselines:
-            self._baselines[index] = self.reference.baseline(index, device=torch.device("cpu"))
-        return self._baselines[index]
-
-    def _denominators(self) -> list[float]:
-        return [self._baseline(i).squared for i in range(len(self.reference.batches))]

@@ -1,12 +1,17 @@
 """The exact mode: one layer x option at a time, everything else FP32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import nn
 
+from autoprec.errors import PlanMismatchError
 from autoprec.progress import Progress
-from autoprec.records import LayerSensitivity, Option
+from autoprec.records import LayerSensitivity, Option, Recipe
 from autoprec.runtime import install_options
+from autoprec.sensitivity.casts import emulated_linear
 from autoprec.sensitivity.estimates import bias_estimate, mean_estimate, ratio_estimate
 from autoprec.sensitivity.reference import Baseline, Perturbation, Reference
 
@@ -32,7 +37,7 @@ def measure_layerwise(
         baselines.append(Baseline(baseline.loss, {}, baseline.squared, baseline.sketch))
     progress("sensitivity: layer by layer", total, total)
     scale = [baseline.squared for baseline in baselines]
-    return tuple(_row(cell, samples[cell], scale) for cell in cells), baselines
+    return tuple(make_row(cell, samples[cell], scale) for cell in cells), baselines
 
 
 def measure_cell(
@@ -40,11 +45,17 @@ def measure_cell(
 ) -> Perturbation:
     """Run one batch with one layer in one option, the others FP32 in an FP32 flow."""
     name, option = cell
+    if option.recipe is Recipe.DELAYED:
+        with emulated_layer(reference, name, option):
+            return reference.perturbation(index, baseline)
     with install_options(reference.model, {name: option}, flow=torch.float32):
         return reference.perturbation(index, baseline)
 
 
-def _row(cell: Cell, samples: Sequence[Perturbation], scale: Sequence[float]) -> LayerSensitivity:
+def make_row(
+    cell: Cell, samples: Sequence[Perturbation], scale: Sequence[float]
+) -> LayerSensitivity:
+    """Return a cell's row from its samples and the |g_ref|^2 of the same batches."""
     name, option = cell
     return LayerSensitivity(
         name=name,
@@ -53,3 +64,19 @@ def _row(cell: Cell, samples: Sequence[Perturbation], scale: Sequence[float]) ->
         bias=bias_estimate([s.sketch for s in samples], scale),
         loss_delta=mean_estimate([s.loss_delta for s in samples]),
     )
+
+
+@contextmanager
+def emulated_layer(reference: Reference, name: str, option: Option) -> Iterator[None]:
+    """Run one linear with emulated casts inside: for what torchao does not have."""
+    layer = reference.model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise PlanMismatchError(
+            f"{option.key} is for nn.Linear, but {name!r} is {type(layer).__name__}; leave it out"
+        )
+    run = emulated_linear(option, partial(reference.history.amax, name))
+    vars(layer)["forward"] = lambda x: run(x, layer.weight, layer.bias)
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,24 +16,23 @@ from autoprec.records import (
     Estimate,
     JointMeasurement,
     LayerSensitivity,
-    LayerSpec,
     ModelSpec,
     Option,
+    Recipe,
     Sensitivity,
 )
-from autoprec.sensitivity.estimates import DIVERGED_E, gradient_noise, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED_E, ratio_estimate
 from autoprec.sensitivity.joint import DEFAULT_BATCHES, DEFAULT_WARMUP_STEPS, JointMeter
-from autoprec.sensitivity.layerwise import Cell, measure_layerwise
 from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.tables import (
+    Method,
+    Table,
+    choose_method,
+    layerwise_table,
+    list_cells,
+    sign_coded_table,
+)
 from autoprec.workload import Workload
-
-
-class Method(StrEnum):
-    """How the table is measured; `auto` takes the cheaper one."""
-
-    AUTO = "auto"
-    LAYERWISE = "layerwise"
-    SIGN_CODED = "sign_coded"
 
 
 def measure_sensitivity(
@@ -78,16 +76,21 @@ def measure_sensitivity(
         progress=progress,
     )
     cells = list_cells(spec, options)
-    rows, baselines = measure_layerwise(prepared, cells, progress=progress)
+    chosen = choose_method(method, cells=len(cells))
+    if chosen is Method.LAYERWISE:
+        table = layerwise_table(prepared, cells, progress=progress)
+    else:
+        table = sign_coded_table(prepared, spec, cells, progress=progress)
     meter = JointMeter(workload, spec, device=device, reference=prepared)
     flow = meter.measure_flow()
-    joint = measure_uniform(meter, spec, rows, flow=flow)
+    joint = measure_gentlest(meter, spec, table.rows, flow=flow)
+    floor = measure_floor(prepared, spec)
     prepared_s = 0.0 if reference is None else reference.spent_s
     spent_s = time.perf_counter() - started + prepared_s
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
-        method=Method.LAYERWISE,
+        method=table.method,
         preconditioner=prepared.preconditioner.name,
         batches=len(prepared.batches),
         passes=prepared.passes,
@@ -95,64 +98,67 @@ def measure_sensitivity(
         warmup_steps=prepared.warmup_steps,
         checkpoint=prepared.checkpoint,
         seed=prepared.seed,
-        rows=rows,
+        rows=table.rows,
         flow=flow,
-        floor=measure_floor(prepared),
-        statistics=(),
+        floor=floor,
+        statistics=table.statistics,
         joint=joint,
         loss_curve=prepared.loss_curve,
-        gradient_noise=gradient_noise(
-            [b.sketch for b in baselines], [b.squared for b in baselines]
-        ),
+        gradient_noise=table.gradient_noise,
         software=_software(),
-        notes=tuple(_notes(prepared, rows)),
+        notes=tuple(_notes(prepared, table, floor)),
     )
 
 
-def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
-    """Return what to measure: each called layer in each of its options but FP32."""
-    return [
-        (layer.name, option)
-        for layer in spec.layers
-        if layer.calls
-        for option in layer.options
-        if option != FP32 and (options is None or not option.is_fp8 or option in options)
-    ]
+def measure_floor(reference: Reference, spec: ModelSpec) -> Estimate:
+    """Return the e between two runs of the reference on one batch; 0 when deterministic.
 
-
-def measure_floor(reference: Reference) -> Estimate:
-    """Return the e between two runs of the reference on one batch; 0 when deterministic."""
+    Nothing is run when the capture found that two runs agree bit for bit on this device.
+    """
+    if spec.is_deterministic and spec.device == str(reference.device):
+        return Estimate(mean=0.0)
     baseline = reference.baseline(0)
     return ratio_estimate([reference.perturbation(0, baseline).squared], [baseline.squared])
 
 
-def measure_uniform(
+def measure_gentlest(
     meter: JointMeter, spec: ModelSpec, rows: Sequence[LayerSensitivity], *, flow: Estimate
 ) -> tuple[JointMeasurement, ...]:
-    """Measure the uniform plans as they would run, beside the sums of their parts."""
+    """Measure FP8 wherever it goes, each layer in its gentlest recipe, beside the sum of parts.
+
+    It says how far the table adds up. Nothing is measured when no layer takes FP8.
+    """
+    best: dict[str, LayerSensitivity] = {}
+    for row in rows:
+        if row.option.is_fp8 and row.option.recipe is not Recipe.DELAYED:
+            before = best.get(row.name)
+            best[row.name] = row if before is None or row.e.mean < before.e.mean else before
+    if not best:
+        return ()
     table = {(row.name, row.option): row.e.mean for row in rows}
-    fp8 = dict.fromkeys(row.option for row in rows if row.option.is_fp8)
-    measured = []
-    for option in (BF16_O2, *fp8):
-        plan = tuple(_wherever_eligible(layer, option, table) for layer in spec.layers)
-        predicted = flow.mean + sum(
-            table.get((name, chosen), 0.0) for name, chosen in zip(spec.names, plan, strict=True)
-        )
-        measured.append(meter.measure_joint(plan, label=option.key, predicted_e=predicted))
-    return tuple(measured)
+    plan = tuple(
+        best[layer.name].option if layer.name in best else BF16_O2 for layer in spec.layers
+    )
+    predicted = flow.mean + sum(
+        table.get((name, option), 0.0) for name, option in zip(spec.names, plan, strict=True)
+    )
+    return (meter.measure_joint(plan, label="fp8_gentlest", predicted_e=predicted),)
 
 
-def _wherever_eligible(
-    layer: LayerSpec, option: Option, table: dict[tuple[str, Option], float]
-) -> Option:
-    return option if (layer.name, option) in table else BF16_O2
-
-
-def _notes(reference: Reference, rows: Sequence[LayerSensitivity]) -> list[str]:
+def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     notes = [reference.preconditioner.note] if reference.preconditioner.note else []
-    diverged = [f"{row.name} {row.option.key}" for row in rows if row.e.mean >= DIVERGED_E]
+    if floor.mean > 0.0:
+        notes.append(
+            f"two runs of the reference differ: no e below {floor.mean:.1e} can be told from noise"
+        )
+    diverged = [f"{row.name} {row.option.key}" for row in table.rows if row.e.mean >= DIVERGED_E]
     if diverged:
-        notes.append(f"gradients are not finite (e is set to {DIVERGED_E:g}): {diverged}")
+        notes.append(f"not finite, so e is set to {DIVERGED_E:g}: {', '.join(diverged)}")
+    if table.refined:
+        cells = ", ".join(f"{name} {option.key}" for name, option in table.refined)
+        notes.append(f"measured one by one after the probes: {cells}")
+    if any(row.option.recipe is Recipe.DELAYED for row in table.rows):
+        notes.append("delayed scaling is emulated, for comparison; no plan applies it")
     return notes
 
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import model_structure
+from autoprec.capture import find_layers, model_structure
 from autoprec.errors import CaptureError, RecordError, WorkloadError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import ModelSpec
+from autoprec.sensitivity.history import AmaxHistory
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.projection import Projection
 from autoprec.workload import Batch, Workload, check_loss, move_batch
 
+KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
 FEWEST_BATCHES = 2  # one batch cannot tell noise from bias, nor give a standard error
 
 
@@ -63,6 +65,7 @@ class Reference:
     batches: list[Batch]
     preconditioner: Preconditioner
     projection: Projection
+    history: AmaxHistory
     loss_curve: tuple[tuple[int, float], ...]
     warmup_steps: int
     checkpoint: str
@@ -70,6 +73,7 @@ class Reference:
     spent_s: float
     buffers: dict[str, Tensor]
     passes: int = 0
+    kept: dict[int, Baseline] = field(default_factory=dict)
 
     def run(self, index: int) -> float:
         """Run forward and backward of a batch in the model as it stands; return its loss.
@@ -86,12 +90,23 @@ class Reference:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
         return float(loss.detach())
 
-    def baseline(self, index: int, *, device: torch.device | None = None) -> Baseline:
-        """Run the reference on a batch and keep its gradient, on `device` if given.
+    def baseline(self, index: int) -> Baseline:
+        """Return the reference gradient of a batch, run once and then kept if that is not too big.
 
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
+        if index in self.kept:
+            return self.kept[index]
+        found = self.run_baseline(index)
+        size = sum(g.numel() * g.element_size() for g in found.gradients.values())
+        if size * len(self.batches) <= KEPT_BYTES:
+            cpu = {place: g.to("cpu") for place, g in found.gradients.items()}
+            self.kept[index] = Baseline(found.loss, cpu, found.squared, found.sketch)
+        return found
+
+    def run_baseline(self, index: int) -> Baseline:
+        """Run the reference on a batch, whether it is kept or not."""
         loss = self.run(index)
         if loss != loss or abs(loss) == float("inf"):
             raise WorkloadError(
@@ -100,10 +115,10 @@ class Reference:
             )
         gradients: dict[int, Tensor] = {}
         squared, sketch = 0.0, self.projection.empty()
-        for place, parameter in self._measured():
+        for place, parameter in self.measured():
             gradient = _gradient(parameter)
-            gradients[place] = gradient if device is None else gradient.to(device)
-            weighted = self._weigh(parameter, gradient, gradient)
+            gradients[place] = gradient
+            weighted = self.weigh(parameter, gradient, gradient)
             squared += float(weighted.square().sum(dtype=torch.float64))
             self.projection.add(sketch, weighted, place=place)
         if not squared > 0.0:
@@ -118,20 +133,22 @@ class Reference:
         """Run the model as it stands now on a batch and compare with the reference."""
         loss = self.run(index)
         squared, sketch = 0.0, self.projection.empty()
-        for place, parameter in self._measured():
+        for place, parameter in self.measured():
             reference = baseline.gradients[place].to(parameter.device)
-            weighted = self._weigh(parameter, _gradient(parameter) - reference, reference)
+            weighted = self.weigh(parameter, _gradient(parameter) - reference, reference)
             squared += float(weighted.square().sum(dtype=torch.float64))
             self.projection.add(sketch, weighted, place=place)
         return Perturbation(squared, sketch.cpu(), loss - baseline.loss)
 
-    def _measured(self) -> Iterator[tuple[int, nn.Parameter]]:
+    def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
+        """Yield the parameters that the optimizer updates, each with its place in the model."""
         for place, parameter in enumerate(self.model.parameters()):
             if self.preconditioner.covers(parameter):
                 yield place, parameter
 
-    def _weigh(self, parameter: Tensor, gradient: Tensor, reference: Tensor) -> Tensor:
-        weight = self.preconditioner.weight(parameter, reference)
+    def weigh(self, parameter: Tensor, gradient: Tensor, reference: Tensor) -> Tensor:
+        """Return P^(1/2) times `gradient`, with P at the reference gradient."""
+        weight = self.preconditioner.weight(parameter, reference.to(gradient.device))
         return gradient if weight is None else gradient * weight
 
 
@@ -166,9 +183,10 @@ def prepare_reference(
     if optimizer_state is not None:
         _load(optimizer, optimizer_state, what="optimizer", path=checkpoint)
     stream = workload.train_batches(seed)
-    curve, step_s = _warm_up(
-        workload, model, optimizer, list(islice(stream, warmup_steps)), seed, device, progress
-    )
+    warmup = [move_batch(batch, device) for batch in islice(stream, warmup_steps)]
+    history = AmaxHistory()
+    with seeded(seed, device), history.watching(find_layers(model)):
+        curve, step_s = _warm_up(workload, model, optimizer, warmup, progress)
     if model_structure(model) != spec.structure:
         raise CaptureError(
             f"the workload's model must be the captured one ({spec.structure}), but it is "
@@ -182,6 +200,7 @@ def prepare_reference(
         batches=[move_batch(batch, device) for batch in islice(stream, batches)],
         preconditioner=read_preconditioner(optimizer),
         projection=Projection(seed, device),
+        history=history,
         loss_curve=curve,
         warmup_steps=warmup_steps,
         checkpoint="" if checkpoint is None else str(checkpoint),
@@ -231,23 +250,20 @@ def _warm_up(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
-    seed: int,
-    device: torch.device,
     progress: Progress,
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
     curve: list[tuple[int, float]] = []
     times: list[float] = []
-    with seeded(seed, device):
-        for step, batch in enumerate(batches, start=1):
-            progress("sensitivity: warm-up", step - 1, len(batches))
-            started = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            loss = workload.loss_fn(model, move_batch(batch, device))
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
-            optimizer.step()
-            curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
-            times.append(time.perf_counter() - started)
+    for step, batch in enumerate(batches, start=1):
+        progress("sensitivity: warm-up", step - 1, len(batches))
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss = workload.loss_fn(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        optimizer.step()
+        curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
+        times.append(time.perf_counter() - started)
     progress("sensitivity: warm-up", len(batches), len(batches))
     return tuple(curve), statistics.median(times[1:] or times)
 

@@ -1,0 +1,200 @@
+"""The error that an option makes inside one layer, on the reference's own inputs and gradients.
+
+With x_MK, weight_NK and grad_MN as the reference pass had them, and D for "cast minus exact":
+
+    output        Dy  = Dx w' + x Dw'         carried on by the rest of the model
+    grad_input    Dgx = Dg w  + g Dw          carried on by the layers before
+    grad_weight   Dgw = cast(g)' cast(x) - g' x     stays where it is
+
+The third is known here to the last bit. What the first two do to the gradient of the whole model is
+for the probes to say (see probes.py), which need the operand errors Dx, Dw, Dg only; options share
+them where their recipes cast alike. Errors of any other layer in BF16 are taken at its outputs,
+input gradients and parameters instead, from a replay in BF16 against a replay in FP32.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.records import BF16_O2, Gemm, Operand, Option
+from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
+from autoprec.sensitivity.operands import KEEP, Operands
+from autoprec.sensitivity.replay import Call, Replayed
+
+
+@dataclass(frozen=True)
+class Component:
+    """One source of error. `cast` None is the whole layer in BF16 (`operand` is then None)."""
+
+    gemm: Gemm
+    operand: Operand | None = None
+    cast: Cast | None = None
+
+
+GradWeightKey = tuple[tuple[Operand, Cast], ...]  # the casts of the grad_weight GEMM; () is BF16
+BF16_OUTPUT = Component(Gemm.OUTPUT)
+BF16_GRAD_INPUT = Component(Gemm.GRAD_INPUT)
+
+
+@dataclass
+class LocalErrors:
+    """One layer's errors on one batch.
+
+    `errors` holds a tensor per call, or the one of the weight. `parameter_errors` are the errors
+    of the layer's trainable parameters' gradients. `loss_deltas` is the loss probe per option.
+    """
+
+    errors: dict[Component, list[Tensor]] = field(default_factory=dict)
+    parameter_errors: dict[GradWeightKey, list[Tensor]] = field(default_factory=dict)
+    loss_deltas: dict[Option, float] = field(default_factory=dict)
+
+
+def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
+    """Return the sources of error of the two GEMMs whose error spreads; BF16 where kept so."""
+    found: dict[Gemm, tuple[Component, ...]] = {
+        Gemm.OUTPUT: (BF16_OUTPUT,),
+        Gemm.GRAD_INPUT: (BF16_GRAD_INPUT,),
+    }
+    if option.is_fp8:
+        for gemm, sides in gemm_casts(option).items():
+            if gemm in found:
+                found[gemm] = tuple(Component(gemm, operand, cast) for operand, cast in sides)
+    return found
+
+
+def grad_weight_key(option: Option) -> GradWeightKey:
+    """Return which cast of grad_weight an option has."""
+    return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()) if option.is_fp8 else ()
+
+
+def parameter_only_errors(layer: nn.Module, gradients: Sequence[Tensor]) -> LocalErrors:
+    """Return the errors in BF16 of a layer that is never called, only its parameters are used."""
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    return LocalErrors(
+        errors={
+            BF16_OUTPUT: [round_bf16(p.detach()) - p.detach() for p in trainable],
+            BF16_GRAD_INPUT: [],
+        },
+        parameter_errors={(): [round_bf16(g) - g for g in gradients]},
+        loss_deltas={
+            BF16_O2: sum(
+                _first(g * (round_bf16(p.detach()) - p.detach()))
+                for p, g in zip(trainable, gradients, strict=True)
+            )
+        },
+    )
+
+
+def bf16_errors(calls: Sequence[Call], exact: Replayed, rounded: Replayed) -> LocalErrors:
+    """Return a layer's errors in BF16 from its replays in FP32 and in BF16."""
+    found = LocalErrors()
+    found.errors[BF16_OUTPUT] = [
+        (b - a).to(KEEP)
+        for outputs, others in zip(exact.outputs, rounded.outputs, strict=True)
+        for a, b in zip(outputs, others, strict=True)
+    ]
+    found.errors[BF16_GRAD_INPUT] = [
+        torch.zeros(()) if a is None or b is None else (b - a).to(KEEP)
+        for gradients, others in zip(exact.input_gradients, rounded.input_gradients, strict=True)
+        for a, b in zip(gradients, others, strict=True)
+    ]
+    pairs = zip(exact.parameter_gradients, rounded.parameter_gradients, strict=True)
+    found.parameter_errors[()] = [b - a for a, b in pairs]
+    gradients = [g for call in calls for g in call.gradients]
+    found.loss_deltas[BF16_O2] = sum(
+        loss_delta(g, error.float())
+        for g, error in zip(gradients, found.errors[BF16_OUTPUT], strict=True)
+        if g is not None
+    )
+    return found
+
+
+def add_fp8_errors(
+    found: LocalErrors,
+    layer: nn.Linear,
+    operands: Operands,
+    exact: Replayed,
+    options: Sequence[Option],
+) -> None:
+    """Add the errors of a linear's FP8 options; casts that options share are made once."""
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    gradients = {id(p): g for p, g in zip(trainable, exact.parameter_gradients, strict=True)}
+    for option in options:
+        casts = gemm_casts(option)
+        for gemm in (Gemm.OUTPUT, Gemm.GRAD_INPUT):
+            for operand, cast in casts.get(gemm, ()):
+                component = Component(gemm, operand, cast)
+                if component not in found.errors:
+                    found.errors[component] = operands.errors(operand, cast)
+        if Gemm.GRAD_WEIGHT in casts and layer.weight.requires_grad:
+            sides = casts[Gemm.GRAD_WEIGHT]
+            if sides not in found.parameter_errors:
+                found.parameter_errors[sides] = _grad_weight_errors(
+                    operands, sides, gradients, layer.weight
+                )
+        found.loss_deltas[option] = (
+            _output_loss_delta(operands, exact, casts[Gemm.OUTPUT], gradients.get(id(layer.weight)))
+            if Gemm.OUTPUT in casts
+            else found.loss_deltas[BF16_O2]
+        )
+
+
+def loss_delta(gradient: Tensor, error: Tensor) -> float:
+    """Return E[g.dy] + half of the Fisher term, for a loss that is a mean over the n tokens.
+
+    With n g_t the gradient of token t's own loss, 1/2 dy'F dy = 1/2 n sum_t (g_t . dy_t)^2.
+    """
+    per_token = (gradient * error).flatten(0, -2).sum(-1) if error.dim() > 1 else gradient * error
+    return _first(per_token) + 0.5 * per_token.numel() * _second(per_token)
+
+
+def _grad_weight_errors(
+    operands: Operands, sides: Sides, gradients: Mapping[int, Tensor], weight: Tensor
+) -> list[Tensor]:
+    """Return the errors of weight and bias gradients (the latter is not a GEMM: none)."""
+    left, right = (operands.cast(operand, cast) for operand, cast in sides)
+    # grad_weight: [N, M] @ [M, K] -> [N, K], per call
+    made = torch.stack([g.t() @ x for g, x in zip(left, right, strict=True)]).sum(0)
+    return [
+        made - gradient if key == id(weight) else torch.zeros_like(gradient)
+        for key, gradient in gradients.items()
+    ]
+
+
+def _output_loss_delta(
+    operands: Operands, exact: Replayed, sides: Sides, weight_gradient: Tensor | None
+) -> float:
+    """Return the loss probe of the output GEMM's casts, from products that are there already.
+
+    g . Dy = gx . Dx + gw . Dw with gx = g w and gw = g' x, the exact gradients of input and weight
+    (a frozen weight has none: it is multiplied out). In the Fisher term, Dx is summed up per token
+    and Dw enters by its expectation, E (g_t Dw x_t)^2 = g_t^2 Dw^2 x_t^2.
+    """
+    (input_operand, input_cast), (weight_operand, weight_cast) = sides
+    total = 0.0
+    tokens = sum(len(g_MN) for g_MN in operands.exact[Operand.GRAD_OUTPUT])
+    for gx_MK, error_MK in zip(
+        _own_input_gradients(exact), operands.errors(input_operand, input_cast), strict=True
+    ):
+        per_token = (gx_MK * error_MK).sum(1)
+        total += _first(per_token) + 0.5 * tokens * _second(per_token)
+    error_NK = operands.errors(weight_operand, weight_cast)[0].float()
+    if weight_gradient is None:
+        weight_gradient = operands.weight_gradient()
+    first = _first(weight_gradient * error_NK)
+    return total + first + 0.5 * tokens * _first(operands.weight_power * error_NK.square())
+
+
+def _own_input_gradients(exact: Replayed) -> list[Tensor]:
+    found = [g for gradients in exact.input_gradients for g in gradients if g is not None]
+    return [g.reshape(-1, g.shape[-1]) for g in found]
+
+
+def _first(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
+
+
+def _second(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

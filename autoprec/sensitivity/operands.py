@@ -1,0 +1,149 @@
+"""The three operands of a linear on one batch: as they are, as FP8 makes them, and their ranges."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.capture import find_layers
+from autoprec.records import Operand, OperandStatistics, Option
+from autoprec.sensitivity.casts import Cast, cast_operand, gemm_casts, round_bf16, scale_of
+from autoprec.sensitivity.reference import Reference
+from autoprec.sensitivity.replay import Call, recorded_calls
+
+KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
+OUTLIER_RATIO = 10.0  # a channel's amax over the median channel's
+
+Amax = Callable[[Operand], float | None]  # the amax history of a delayed recipe, if there is one
+
+
+class Operands:
+    """x_MK and grad_output_MN per call, weight_NK; every cast is made once."""
+
+    def __init__(self, layer: nn.Linear, calls: Sequence[Call], amax: Amax) -> None:
+        """Take the operands out of a linear's recorded calls."""
+        gradients = [g for call in calls for g in call.gradients if g is not None]
+        self.amax = amax
+        self.exact: dict[Operand, list[Tensor]] = {
+            Operand.INPUT: [c.inputs[0].reshape(-1, layer.in_features) for c in calls],
+            Operand.WEIGHT: [layer.weight.detach()],
+            Operand.GRAD_OUTPUT: [g.reshape(-1, layer.out_features) for g in gradients],
+        }
+        self._made: dict[tuple[Operand, Cast], list[Tensor]] = {}
+        self._errors: dict[tuple[Operand, Cast], list[Tensor]] = {}
+
+    def cast(self, operand: Operand, cast: Cast) -> list[Tensor]:
+        """Return the operand as FP8 has it, per call."""
+        key = (operand, cast)
+        if key not in self._made:
+            amax = self.amax(operand)
+            self._made[key] = [
+                cast_operand(round_bf16(t), cast, amax=amax) for t in self.exact[operand]
+            ]
+        return self._made[key]
+
+    def errors(self, operand: Operand, cast: Cast) -> list[Tensor]:
+        """Return cast minus exact, per call."""
+        key = (operand, cast)
+        if key not in self._errors:
+            pairs = zip(self.cast(operand, cast), self.exact[operand], strict=True)
+            self._errors[key] = [(made - exact).to(KEEP) for made, exact in pairs]
+        return self._errors[key]
+
+    def weight_gradient(self) -> Tensor:
+        """Return g' x [N, K], summed over calls."""
+        pairs = zip(self.exact[Operand.GRAD_OUTPUT], self.exact[Operand.INPUT], strict=True)
+        # grad_weight: [N, M] @ [M, K] -> [N, K], per call
+        return torch.stack([g.t() @ x for g, x in pairs]).sum(0)
+
+    @cached_property
+    def weight_power(self) -> Tensor:
+        """(g^2)' x^2 [N, K] over all tokens, taken for the product of its margins."""
+        n = torch.stack([g.square().sum(0) for g in self.exact[Operand.GRAD_OUTPUT]]).sum(0)
+        k = torch.stack([x.square().sum(0) for x in self.exact[Operand.INPUT]]).sum(0)
+        return torch.outer(n, k) / sum(len(x) for x in self.exact[Operand.INPUT])
+
+    def statistics(self, name: str, options: Sequence[Option]) -> list[OperandStatistics]:
+        """Return the range of each operand, and what each option's recipe would do to it."""
+        return [self._statistics(name, operand, options) for operand in Operand]
+
+    def _statistics(
+        self, name: str, operand: Operand, options: Sequence[Option]
+    ) -> OperandStatistics:
+        tensors = self.exact[operand]
+        channels = torch.stack([t.abs().amax(0 if _is_wide(operand) else 1) for t in tensors])
+        per_channel = channels.amax(0)
+        amax, amin = float(per_channel.max()), min(_smallest(t) for t in tensors)
+        median = float(per_channel.median())
+        outliers = (per_channel > OUTLIER_RATIO * median).nonzero().flatten().tolist()
+        casts: dict[str, set[Cast]] = {}
+        for option in options:
+            if option.recipe is not None:
+                used = {
+                    c for sides in gemm_casts(option).values() for o, c in sides if o is operand
+                }
+                casts.setdefault(option.recipe.value, set()).update(used)
+        return OperandStatistics(
+            name=name,
+            operand=operand,
+            amax=amax,
+            amin_nonzero=amin,
+            dynamic_range_bits=math.log2(amax / amin) if amin > 0.0 else 0.0,
+            underflow={
+                k: max(self._underflow(operand, c) for c in v) for k, v in casts.items() if v
+            },
+            saturation={
+                k: max(self._saturation(operand, c) for c in v) for k, v in casts.items() if v
+            },
+            outlier_channels=tuple(outliers),
+            channels=len(per_channel),
+        )
+
+    def _underflow(self, operand: Operand, cast: Cast) -> float:
+        """Return the fraction of non-zero values that the cast makes zero."""
+        lost = there = 0
+        for made, exact in zip(self.cast(operand, cast), self.exact[operand], strict=True):
+            nonzero = exact != 0
+            there += int(nonzero.sum())
+            lost += int(((made == 0) & nonzero).sum())
+        return lost / max(there, 1)
+
+    def _saturation(self, operand: Operand, cast: Cast) -> float:
+        """Return the fraction of values beyond the largest FP8 value; current scaling has none."""
+        if not cast.is_delayed:
+            return 0.0
+        beyond = count = 0
+        for exact in self.exact[operand]:
+            scale = scale_of(exact, cast, amax=self.amax(operand))
+            beyond += int(((exact * scale).abs() > torch.finfo(cast.dtype).max).sum())
+            count += exact.numel()
+        return beyond / max(count, 1)
+
+
+def operand_statistics(
+    reference: Reference, options: Mapping[str, Sequence[Option]]
+) -> list[OperandStatistics]:
+    """Run the first batch and return the statistics of every linear named in `options`."""
+    modules = find_layers(reference.model)
+    linears = {name: modules[name] for name in options}
+    with recorded_calls(linears) as calls:
+        reference.run_baseline(0)
+    found: list[OperandStatistics] = []
+    for name, layer in linears.items():
+        if isinstance(layer, nn.Linear) and calls[name]:
+            operands = Operands(layer, calls[name], partial(reference.history.amax, name))
+            found.extend(operands.statistics(name, options[name]))
+    return found
+
+
+def _is_wide(operand: Operand) -> bool:
+    """Whether the operand's channels are its columns; a weight's are its rows (outputs)."""
+    return operand is not Operand.WEIGHT
+
+
+def _smallest(tensor: Tensor) -> float:
+    magnitudes = tensor.abs()
+    nonzero = torch.where(magnitudes > 0, magnitudes, torch.inf).min()
+    return float(nonzero) if bool(torch.isfinite(nonzero)) else 0.0
