@@ -1,6 +1,4 @@
 """What the command line draws while it works: bars on stderr, or a line per stage without one."""
-but one line per stage.
-"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -13,6 +13,8 @@ progress of n / (1 + extra) ends higher by slope * log(1 + extra), in relative t
 
     gap = slope * log(1 + extra) / loss(n)
 
+(for a branch of n steps after n0 common ones, extra counts n / (n0 + n) only).
+
 The slope is fitted to the warm-up, where loss falls faster per e-fold than later: on the safe side.
 """
 
@@ -48,18 +50,31 @@ class LossLine:
 
 
 def predicted_loss_gap(
-    sensitivity: Sensitivity, e: float, steps: int, *, bias: float | None = None
+    sensitivity: Sensitivity,
+    e: float,
+    steps: int,
+    *,
+    start: int = 0,
+    bias: float | None = None,
 ) -> float | None:
     """Return the relative loss gap that a perturbation `e` predicts after `steps` steps.
 
-    `bias` is the part of `e` that does not average out; by default the share that the sensitivity's
-    joint measurements (or its rows) showed. None when the loss curve is too short to fit.
+    Args:
+        sensitivity: gives the loss curve, the bias share and the gradient's own noise.
+        e: the perturbation of the whole assignment.
+        steps: how many steps run with it.
+        start: how many steps ran before, in the reference's precision.
+        bias: the part of `e` that does not average out; by default the share that the
+            sensitivity's joint measurements (or its rows) showed.
+
+    Returns:
+        The gap as a fraction of the predicted loss; None when the loss curve is too short to fit.
     """
     line = fit_loss_line(sensitivity.loss_curve)
     if line is None:
         return None
-    extra = e * _extra_per_e(sensitivity, share=None if bias is None else bias / max(e, 1e-300))
-    return line.slope * math.log1p(extra) / _loss_scale(line, steps)
+    extra = extra_steps(sensitivity, e, bias=bias) * steps / max(start + steps, 1)
+    return line.slope * math.log1p(extra) / _loss_scale(line, start + steps)
 
 
 def e_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:

@@ -156,18 +156,19 @@ def float8_config(option: Option) -> Any:  # Any: torchao ships no types
     )
 
 
-def linear_refusal(module: nn.Module) -> str:
+def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str:
     """Return why this module cannot run in FP8 whatever its shape, or an empty string.
 
-    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else.
+    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. `cls` is
+    the class to judge by when it is not the module's present one.
     """
-    name = type(module).__name__
-    if not isinstance(module, nn.Linear):
-        return f"{name} is no nn.Linear, and FP8 is for nn.Linear"
+    cls = cls or type(module)
+    if not issubclass(cls, nn.Linear):
+        return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized, and torchao casts plain weights only"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return f"{name} has its own forward, which FP8 would replace"
+    if cls.forward is not nn.Linear.forward:
+        return f"{cls.__name__} has its own forward, which FP8 would replace"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 install   options per layer -> a model that runs them
 flow      what happens between layers
-fp8       linears through torchao
+classes   the classes that modules get
 casting   casts of whatever flows
 """
 

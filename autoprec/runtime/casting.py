@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 CASTABLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -64,32 +64,3 @@ def _cast_dataclass(value: Any, dtype: torch.dtype) -> Any:
     for name, item in changed.items():
         object.__setattr__(result, name, item)  # frozen ones too: the copy is ours
     return result
-
-
-class CastInputs:
-    """Forward pre-hook: floating arguments become `dtype`."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the cast arguments, or None when they are as they should be."""
-        new_args = cast_floating(args, self.dtype)
-        new_kwargs = cast_floating(kwargs, self.dtype) if kwargs else kwargs
-        if new_args is args and new_kwargs is kwargs:
-            return None
-        return new_args, new_kwargs
-
-
-class CastOutputs:
-    """Forward hook: floating results become `dtype`."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Return the cast output, or None when it is as it should be."""
-        new = cast_floating(output, self.dtype)
-        return None if new is output else new

@@ -8,19 +8,14 @@ while the root's forward runs, looks at a fixed set of functions and leaves all 
     GEMMs, convolutions, attention, norms   operands of different floating dtypes -> the flow dtype
     index and scatter writes                the written values -> the target's dtype
     losses                                  floating arguments -> FP32
-
-Autocast around the model is switched off for the same time, because the plan decides.
 """
 
-import contextlib
-import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from autoprec.runtime.casting import CASTABLE, cast_floating
@@ -119,53 +114,9 @@ def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]
             _collect_dtypes(value, found)
 
 
-@functools.cache
-def _device_types() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-
-
-class _Active(threading.local):
-    """The guard whose module's forward runs in this thread, and what it must undo."""
-
-    owner: "RootGuard | None" = None
-    contexts: contextlib.ExitStack | None = None
-
-
-_ACTIVE = _Active()
-
-
-class RootGuard:
-    """Forward pre-hook of the root: flow mode on, autocast off, until `RootRelease` runs.
-
-    Carries what was installed, so that a model and its copies know it themselves.
-    """
-
-    def __init__(self, *, dtype: torch.dtype | None, installed: Any) -> None:
-        self.dtype = dtype  # None: no 16-bit layer, so nothing to cast between layers
-        self.installed = installed
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Open the contexts, unless a call further out has."""
-        if _ACTIVE.owner is not None or torch.compiler.is_compiling():
-            return
-        contexts = contextlib.ExitStack()
-        for device_type in _device_types():
-            if torch.is_autocast_enabled(device_type):
-                contexts.enter_context(torch.autocast(device_type, enabled=False))
-        if self.dtype is not None:
-            contexts.enter_context(FlowMode(self.dtype))
-        _ACTIVE.owner, _ACTIVE.contexts = self, contexts
-
-
-class RootRelease:
-    """Forward hook of the root, called whether or not forward raised: closes the contexts."""
-
-    def __init__(self, guard: RootGuard) -> None:
-        self.guard = guard
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Close what `RootGuard` opened."""
-        if _ACTIVE.owner is self.guard and _ACTIVE.contexts is not None:
-            contexts, _ACTIVE.owner, _ACTIVE.contexts = _ACTIVE.contexts, None, None
-            contexts.close()
+def is_flow_active() -> bool:
+    """Whether a flow mode is on in this thread (written for torch.compile to follow)."""
+    return any(
+        isinstance(torch._C._get_function_stack_at(position), FlowMode)
+        for position in range(torch._C._len_torch_function_stack())
+    )

@@ -11,40 +11,33 @@ Batch and instance norms in `bf16_o2` take and give BF16 but keep FP32 parameter
 (Apex's keep_batchnorm_fp32: torch refuses BF16 weights beside FP32 statistics on a CPU, and running
 averages lose their tail in BF16). Buffers keep their dtype. The root gives FP32 back.
 
-Module objects, Parameter objects, names and hooks stay as they are: only a parameter's storage is
-exchanged (`param.data`). The originals are kept as the first FP32 masters.
+Module objects, Parameter objects, names and hooks stay as they are: only a parameter's storage
+(`param.data`) and a module's class are exchanged. The originals are kept as the first FP32 masters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parameter import is_lazy
 
 from autoprec.capture import find_layers
 from autoprec.errors import PlanMismatchError
 from autoprec.precision import fp8_support, linear_refusal
-from autoprec.records import Option, Precision
-from autoprec.runtime.casting import CASTABLE, CastInputs, CastOutputs
-from autoprec.runtime.flow import RootGuard, RootRelease
-from autoprec.runtime.fp8 import make_fp8, unmake_fp8
+from autoprec.records import Option
+from autoprec.runtime.casting import CASTABLE
+from autoprec.runtime.classes import (
+    container_class,
+    is_made_here,
+    layer_class,
+    option_dtype,
+    own_class,
+    root_class,
+)
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
-GIVES_ITS_INPUT_DTYPE = (  # exact classes whose output has the dtype of input and parameters
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-)
 
 
 @dataclass
@@ -55,19 +48,27 @@ class Installed:
     options: dict[str, Option]
     flow: torch.dtype
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
-    handles: list[RemovableHandle] = field(default_factory=list)
-    fp8_modules: list[nn.Linear] = field(default_factory=list)
+    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
 
     def undo(self) -> None:
-        """Take everything out again; parameters that nobody changed get their exact values back."""
-        for handle in self.handles:
-            handle.remove()
-        for module in self.fp8_modules:
-            unmake_fp8(module)
+        """Take everything out again; parameters that nobody changed get their exact values back.
+
+        Raises:
+            PlanMismatchError: something else changed a module's class since.
+        """
+        for module, _ in self.classes:
+            if not is_made_here(type(module)):
+                raise PlanMismatchError(
+                    f"a module must keep the class that the plan gave it, but one is now a "
+                    f"{type(module).__name__}; undo first what was applied after the plan"
+                )
+        for module, cls in reversed(self.classes):
+            module.__class__ = cls
+            vars(module).pop("fp8_active", None)
         for parameter, original in self.originals.items():
             unchanged = torch.equal(parameter.data, original.to(parameter.dtype))
             set_storage(parameter, original if unchanged else parameter.data.to(original.dtype))
-        self.handles, self.fp8_modules, self.originals = [], [], {}
+        self.classes, self.originals = [], {}
 
     def __enter__(self) -> Self:
         return self
@@ -86,12 +87,13 @@ def install_options(
 ) -> Installed:
     """Make the named layers of `model` run as their options say, in place.
 
+    Installations nest: the last one in must be undone first, and decides for the layers it names.
+
     Args:
         model: its layers that `options` does not name stay as they are.
         options: by exact layer name.
         flow: the dtype between layers; default BF16 if any option is 16-bit or FP8, else FP32.
-        root: whether `model` is what the training step calls: its floating outputs become FP32 and
-            autocast around it is switched off inside.
+        root: whether `model` is what the training step calls: its floating outputs become FP32.
         uncovered: names of parameters outside of layers, to be stored in the flow dtype.
 
     Raises:
@@ -100,25 +102,22 @@ def install_options(
     """
     layers = find_layers(model)
     _check_names(options, layers)
-    if flow is None:
-        flow = (
-            torch.bfloat16 if any(_dtype(o) is torch.bfloat16 for o in options.values()) else None
-        )
-        flow = flow or torch.float32
+    has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
+    flow = flow or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
-    for name in uncovered:
-        storage[model.get_parameter(name)] = (name, flow)
+    storage |= {model.get_parameter(name): (name, flow) for name in uncovered}
     for name, option in options.items():
-        if option.is_fp8:
-            _check_fp8(name, layers[name], option)
+        _check_layer(name, layers[name], option)
     installed = Installed(model, dict(options), flow)
     _convert_storage(storage, installed)
-    if root:
-        _install_root(
-            model, installed
-        )  # first: a root that is a layer casts its output to FP32 last
     for name, option in options.items():
         _install_layer(layers[name], option, installed=installed)
+    if has_16_bit:
+        for module in _containers(model, layers):
+            _change_class(module, container_class(type(module), flow), installed)
+    if root:
+        cls = root_class(type(model), flow if has_16_bit else None)
+        _change_class(model, cls, installed)
     return installed
 
 
@@ -131,10 +130,6 @@ def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
         parameter.grad = gradient.to(data.dtype)
 
 
-def _dtype(option: Option) -> torch.dtype:
-    return torch.float32 if option.precision is Precision.FP32 else torch.bfloat16
-
-
 def _check_names(options: Mapping[str, Option], layers: Mapping[str, nn.Module]) -> None:
     for name in options:
         if name not in layers:
@@ -145,17 +140,27 @@ def _check_names(options: Mapping[str, Option], layers: Mapping[str, nn.Module])
             )
 
 
-def _check_fp8(name: str, layer: nn.Module, option: Option) -> None:
-    reason = linear_refusal(layer)
+def _check_layer(name: str, layer: nn.Module, option: Option) -> None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        reason = "a scripted module cannot be changed; give autoprec the model before scripting it"
+    elif "forward" in vars(layer):
+        reason = "its forward was replaced on the object; apply the plan before what replaced it"
+    elif any(is_lazy(parameter) for parameter in layer.parameters()):
+        reason = "its parameters have no shape yet; run one batch through the model first"
+    else:
+        reason = _fp8_refusal(layer, option) if option.is_fp8 else ""
+    if reason:
+        raise PlanMismatchError(f"{name!r} cannot run {option.key}: {reason}")
+
+
+def _fp8_refusal(layer: nn.Module, option: Option) -> str:
+    way_out = "; set it to bf16_o2, or tune again here"
+    reason = linear_refusal(layer, own_class(layer))
     device = next(layer.parameters()).device
     if not reason and device.type != "meta":
         support = fp8_support(device)
-        if option.recipe not in support.recipes:
-            reason = support.reason
-    if reason:
-        raise PlanMismatchError(
-            f"{name!r} cannot run {option.key}: {reason}; set it to bf16_o2, or tune again here"
-        )
+        reason = "" if option.recipe in support.recipes else support.reason
+    return reason and reason + way_out
 
 
 def _plan_storage(
@@ -165,7 +170,8 @@ def _plan_storage(
     storage: dict[nn.Parameter, tuple[str, torch.dtype]] = {}
     for name, option in options.items():
         layer = layers[name]
-        dtype = torch.float32 if isinstance(layer, KEEPS_FP32_PARAMETERS) else _dtype(option)
+        keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
+        dtype = torch.float32 if keeps_fp32 else option_dtype(option)
         for parameter in layer.parameters():
             first, other = storage.setdefault(parameter, (name, dtype))
             if other is not dtype:
@@ -186,27 +192,25 @@ def _convert_storage(
 
 
 def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:
-    dtype, flow = _dtype(option), installed.flow
-    if dtype is torch.float32 and flow is torch.float32:
+    if option_dtype(option) is torch.float32 is installed.flow and not is_made_here(type(layer)):
         return  # nothing to cast: an FP32 layer in an FP32 flow is left alone
-    if type(layer) is not nn.Embedding:  # its only input is integer
-        handle = layer.register_forward_pre_hook(CastInputs(dtype), with_kwargs=True)
-        installed.handles.append(handle)
-    if dtype is not flow or type(layer) not in GIVES_ITS_INPUT_DTYPE:
-        installed.handles.append(layer.register_forward_hook(CastOutputs(flow), prepend=True))
+    _change_class(layer, layer_class(own_class(layer), option, installed.flow), installed)
+    if option.is_fp8:
+        vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
-    if option.is_fp8 and isinstance(layer, nn.Linear):
-        make_fp8(layer, option)
-        installed.fp8_modules.append(layer)
 
 
-def _install_root(model: nn.Module, installed: Installed) -> None:
-    has_16_bit = any(_dtype(option) is torch.bfloat16 for option in installed.options.values())
-    guard = RootGuard(dtype=installed.flow if has_16_bit else None, installed=installed)
-    installed.handles.append(model.register_forward_pre_hook(guard, prepend=True))
-    if has_16_bit:
-        cast = CastOutputs(torch.float32)
-        installed.handles.append(model.register_forward_hook(cast, prepend=True))
-    release = model.register_forward_hook(RootRelease(guard), always_call=True)
-    installed.handles.append(release)
+def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules that run user code between layers, the root left out."""
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    for module in model.modules():
+        runs_code = type(module).forward is not nn.Module.forward and "forward" not in vars(module)
+        is_plain = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+        if module not in inside and module is not model and runs_code and not is_plain:
+            yield module
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module], installed: Installed) -> None:
+    installed.classes.append((module, type(module)))
+    module.__class__ = cls

