@@ -19,6 +19,7 @@ import typer
 from autoprec import pipeline
 from autoprec.cli_devices import devices_app
 from autoprec.errors import AutoprecError
+from autoprec.noise import import_noise_dropped
 from autoprec.records import Plan, Record
 from autoprec.settings import Settings, parse_duration, parse_fraction, parse_recipes
 
@@ -193,7 +194,9 @@ def plan_show(plan: PlanFile, as_json: Json = False) -> None:
 @plan_app.command("diff")
 def plan_diff(before: PlanFile, after: PlanFile, as_json: Json = False) -> None:
     """Compare two plans, or two sensitivity.json files (drift); exit 1 when they differ."""
-    difference = pipeline.compare_files(before, after)
+    from autoprec.comparing import compare_files
+
+    difference = compare_files(before, after)
     _print_record(difference, as_json=as_json)
     raise typer.Exit(1 if difference.rows else 0)
 
@@ -206,12 +209,20 @@ def plan_check(
     as_json: Json = False,
 ) -> None:
     """Check a plan's file; with --model also that it fits, and that what runs is what it says."""
-    checked = pipeline.check_plan(plan, model=model, target=target)
+    from autoprec.checking import check_plan
+
+    checked = check_plan(plan, model=model, target=target)
     _print_record(checked, as_json=as_json)
     raise typer.Exit(0 if checked.is_good else 1)
 
 
 app.command("check", help="The same as `plan check`.")(plan_check)
+
+
+@plan_app.command("schema")
+def plan_schema() -> None:
+    """Print the JSON Schema of plan files."""
+    print(json.dumps(Plan.json_schema(), indent=1))
 
 
 @plan_app.command("export")
@@ -231,7 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="autoprec: %(message)s")
     try:
-        status = app(args=arguments, prog_name="autoprec", standalone_mode=False)
+        with import_noise_dropped():
+            status = app(args=arguments, prog_name="autoprec", standalone_mode=False)
     except AutoprecError as error:
         print(f"autoprec: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2

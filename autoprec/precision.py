@@ -15,10 +15,7 @@ The CPU kernel is not so strict, but a plan made on a CPU must mean the same on 
 import functools
 import importlib
 import itertools
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from autoprec.errors import PlanMismatchError
+from autoprec.noise import import_noise_dropped
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -43,10 +41,6 @@ from autoprec.records import (
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
 APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
 SELF_TEST_TOLERANCE = 0.15  # relative error; right kernels give 0.02-0.07, wrong ones about 1
-_IMPORT_NOISE = (  # torchao 0.18.0 on torch 2.13.0, CPU build: nothing a user can act on
-    ("torchao", "Failed to load"),
-    ("torch.utils._pytree", "register_constant"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def import_torchao() -> Any:  # Any: torchao ships no types
 
     The first import takes about two seconds on a CPU.
     """
-    with _quiet_import():
+    with import_noise_dropped():
         return importlib.import_module("torchao.float8")
 
 
@@ -172,6 +166,11 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
     return ""
 
 
+_NOT_LINEAR = {
+    LayerKind.CONV: "convolution",
+    LayerKind.ATTENTION: "fused attention",
+    LayerKind.OTHER: "kernel for a layer of this class",
+}
 _OPERANDS: dict[Gemm, tuple[str, str]] = {  # the casts of torchao's config that feed each GEMM
     Gemm.OUTPUT: ("cast_config_input", "cast_config_weight"),
     Gemm.GRAD_INPUT: ("cast_config_grad_output", "cast_config_weight_for_grad_input"),
@@ -196,8 +195,8 @@ def _has_fp8_grad_weight(option: Option) -> bool:
 
 def _shape_refusal(*, kind: LayerKind, gemm: GemmShape | None, support: Fp8Support) -> str:
     if kind is not LayerKind.LINEAR:
-        what = {LayerKind.CONV: "convolution", LayerKind.ATTENTION: "fused attention"}
-        return f"PyTorch has no FP8 {what.get(kind, kind.value)}; FP8 is for nn.Linear"
+        what = _NOT_LINEAR.get(kind, f"{kind.value} layer")
+        return f"PyTorch has no FP8 {what}; FP8 is for nn.Linear"
     if gemm is None:
         return "the step did not call it, so the shape of its GEMMs is not known"
     for axis, size in (("K", gemm.K), ("N", gemm.N)):
@@ -276,24 +275,3 @@ def _relative_error(got: torch.Tensor | None, expected: torch.Tensor) -> float:
         raise RuntimeError("a gradient is missing")
     return float((got.detach().cpu().double() - expected).norm() / expected.norm())
 
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keep torchao's import from printing; only the messages of `_IMPORT_NOISE` are dropped."""
-    filters = []
-    for name, text in _IMPORT_NOISE:
-        logger = logging.getLogger(name)
-        drop = functools.partial(_lacks, text)
-        logger.addFilter(drop)
-        filters.append((logger, drop))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*register_constant.*")
-            yield
-    finally:
-        for logger, drop in filters:
-            logger.removeFilter(drop)
-
-
-def _lacks(text: str, record: logging.LogRecord) -> bool:
-    return text not in record.getMessage()

@@ -44,6 +44,18 @@ class FileRecord(Record):
         fields = self.model_dump(mode="json")
         return json.dumps({"kind": self.KIND, "version": self.VERSION, **fields}, indent=1) + "\n"
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:  # Any: JSON values
+        """Return the JSON Schema of the file, `kind` and `version` included."""
+        schema = cls.model_json_schema()
+        header = {"kind": {"const": cls.KIND}, "version": {"const": cls.VERSION}}
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            **schema,
+            "properties": {**header, **schema["properties"]},
+            "required": [*header, *schema.get("required", [])],
+        }
+
     def save(self, path: Path | str) -> Path:
         """Write the record to `path` atomically and return the path."""
         return write_atomically(Path(path), self.to_json())

@@ -1,0 +1,35 @@
+"""Messages of torchao's import that no user can act on: kept off the terminal, all others pass.
+
+Seen with torchao 0.18.0 on torch 2.13.0, CPU build: CUDA extensions that fail to load, and enums
+that it registers the old way. `transformers` imports torchao too.
+"""
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+IMPORT_NOISE = (("torchao", "Failed to load"), ("torch.utils._pytree", "register_constant"))
+
+
+@contextmanager
+def import_noise_dropped() -> Iterator[None]:
+    """Drop the messages of IMPORT_NOISE while the context is open."""
+    filters = []
+    for name, text in IMPORT_NOISE:
+        logger = logging.getLogger(name)
+        drop = functools.partial(_lacks, text)
+        logger.addFilter(drop)
+        filters.append((logger, drop))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*register_constant.*")
+            yield
+    finally:
+        for logger, drop in filters:
+            logger.removeFilter(drop)
+
+
+def _lacks(text: str, record: logging.LogRecord) -> bool:
+    return text not in record.getMessage()
