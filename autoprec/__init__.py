@@ -1,3 +1,31 @@
-"""autoprec: which layers of this model should train in FP8, BF16 or FP32, measured and proven."""
+"""autoprec: which layers of this model should train in FP8, BF16 or FP32, measured and proven.
+
+apply, undo         a plan in and out of a model and its optimizer
+attach_optimizer    FP32 masters for an optimizer that was made after `apply`
+master_view         the FP32 master weights as a plain model
+verify_applied      proof that what runs is what the plan says
+Guard               watches a run and takes layers out of FP8
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoprec.guard import Guard
+    from autoprec.runtime import apply, attach_optimizer, master_view, undo, verify_applied
 
 __version__ = "0.1.0"
+
+__all__ = ["Guard", "apply", "attach_optimizer", "master_view", "undo", "verify_applied"]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch when it is first asked for: `import autoprec` starts at once."""
+    if name not in __all__:
+        raise AttributeError(f"module 'autoprec' has no attribute {name!r}")
+    return getattr(import_module("autoprec.guard" if name == "Guard" else "autoprec.runtime"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported yet or not."""
+    return sorted([*globals(), *__all__])

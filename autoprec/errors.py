@@ -6,7 +6,8 @@ AutoprecError                 exit status 2, one line: the rule, what came, the 
 ├── RecordError               a record file is missing, truncated, edited wrongly or from elsewhere
 ├── PlanMismatchError         a plan does not fit the model, the optimizer or the device
 ├── DeviceError               a target is unknown, absent or cannot do what was asked
-└── InfeasibleError           no plan satisfies the constraints
+├── InfeasibleError           no plan satisfies the constraints
+└── TrainingStoppedError      the guard was asked to stop a run that goes wrong
 """
 
 
@@ -36,3 +37,7 @@ class DeviceError(AutoprecError):
 
 class InfeasibleError(AutoprecError):
     """No assignment satisfies the constraints."""
+
+
+class TrainingStoppedError(AutoprecError):
+    """Something went wrong in a guarded run, and the guard was asked to stop it."""

@@ -238,7 +238,7 @@ def _capability_refusal(device: torch.device) -> str:
 def _try_recipe(recipe: Recipe, device: torch.device) -> str:
     """Run one small layer forward and backward; return what went wrong, or an empty string."""
     try:
-        error = _recipe_error(recipe, device)
+        error = max(recipe_errors(recipe, device).values())
     except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
         return str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
     if error > SELF_TEST_TOLERANCE:
@@ -246,8 +246,8 @@ def _try_recipe(recipe: Recipe, device: torch.device) -> str:
     return ""
 
 
-def _recipe_error(recipe: Recipe, device: torch.device) -> float:
-    """Return the worst relative error of output and gradients of one layer against FP64."""
+def recipe_errors(recipe: Recipe, device: torch.device) -> dict[Gemm, float]:
+    """Return the relative errors of one small layer's output and gradients against FP64."""
     generator = torch.Generator().manual_seed(0)
     x_MK = torch.randn(32, 64, generator=generator)
     weight_NK = torch.randn(48, 64, generator=generator) / 8
@@ -262,16 +262,14 @@ def _recipe_error(recipe: Recipe, device: torch.device) -> float:
         y = layer(x)
         y.backward(grad_MN.to(device, torch.bfloat16))
     x_64, w_64, g_64 = x_MK.double(), weight_NK.double(), grad_MN.double()
-    pairs = (
-        (y, x_64 @ w_64.t()),  # output: [M, K] @ [K, N]
-        (x.grad, g_64 @ w_64),  # grad_input: [M, N] @ [N, K]
-        (layer.weight.grad, g_64.t() @ x_64),  # grad_weight: [N, M] @ [M, K]
-    )
-    return max(_relative_error(got, expected) for got, expected in pairs)
+    return {
+        Gemm.OUTPUT: _relative_error(y, x_64 @ w_64.t()),  # [M, K] @ [K, N]
+        Gemm.GRAD_INPUT: _relative_error(x.grad, g_64 @ w_64),  # [M, N] @ [N, K]
+        Gemm.GRAD_WEIGHT: _relative_error(layer.weight.grad, g_64.t() @ x_64),  # [N, M] @ [M, K]
+    }
 
 
 def _relative_error(got: torch.Tensor | None, expected: torch.Tensor) -> float:
     if got is None:
         raise RuntimeError("a gradient is missing")
     return float((got.detach().cpu().double() - expected).norm() / expected.norm())
-

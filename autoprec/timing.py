@@ -6,9 +6,9 @@ slow drift of clocks and heat falls on all of them alike and samples of one roun
 
     round 0   A B C       round 1   B C A       round 2   A C B   ...
 
-A `Monitor` looks at the machine around every sample; a sample during which the machine was throttled
-or busy with something else is dirty: it is left out, counted, and taken again. A machine that stays
-that way is measured as it is, after as many rejections as samples were asked for.
+A `Monitor` looks at the machine around every sample; a sample during which the machine was
+throttled is dirty: it is left out, counted, and taken again. A machine that stays that way is
+measured as it is, after as many rejections as `Stopping` allows.
 """
 
 import gc
@@ -34,6 +34,7 @@ MOST_CALLS = 1000
 FEWEST_SAMPLES = 3  # below it the median is one of two extremes
 DEFAULT_CACHE_BYTES = 32 * 2**20  # where the machine does not say; 32 MiB is a common L3
 CACHE_FACTOR = 2  # flush twice the cache: replacement is not strictly least-recently-used
+MOST_CPU_CACHE_BYTES = 16 * 2**20  # a step's data stays in a larger one, so that is left warm
 GRAPH_WARMUPS = 3  # as torch's own CUDA graph recipe
 SPREAD_Z = 0.8416  # normal quantile of 80 %: p80 - p20 = 2 * 0.8416 sigma
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
@@ -73,13 +74,18 @@ class Monitor(Protocol):
 
 
 class CpuClock:
-    """Wall-clock ms; before each call a buffer larger than the last-level cache is read."""
+    """Wall-clock ms; a buffer is read before each call to evict what a whole step would evict.
+
+    That is everything from a core's own caches, and from a shared cache up to
+    MOST_CPU_CACHE_BYTES; a server's hundreds of MiB hold a step's data from layer to layer.
+    """
 
     name = "cpu"
 
     def __init__(self, *, cache_bytes: int | None = None) -> None:
-        size = cache_bytes if cache_bytes is not None else last_level_cache_bytes()
-        self._buffer = torch.zeros(CACHE_FACTOR * size // 4, dtype=torch.float32)
+        if cache_bytes is None:
+            cache_bytes = min(last_level_cache_bytes(), MOST_CPU_CACHE_BYTES)
+        self._buffer = torch.zeros(CACHE_FACTOR * cache_bytes // 4, dtype=torch.float32)
 
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return its wall-clock ms."""
@@ -95,9 +101,9 @@ class CpuClock:
 class CudaClock:
     """Device ms between two events; the L2 cache is overwritten before each call.
 
-    The device is still busy with the overwriting while the host queues the call, so host time is not
-    in the figure as long as the call queues faster than that; `host_ms` is the host's part of the
-    last call, for steps that the host cannot feed fast enough.
+    The device is still busy with the overwriting while the host queues the call, so host time is
+    not in the figure as long as the call queues faster than that; `host_ms` is the host's part of
+    the last call, for steps that the host cannot feed fast enough.
     """
 
     name = "cuda"
@@ -112,8 +118,7 @@ class CudaClock:
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return the device ms between the events around it."""
         with torch.cuda.device(self._device):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            start, end = (_timing_event() for _ in range(2))
             self._buffer.zero_()
             start.record()
             queued = time.perf_counter()
@@ -126,6 +131,10 @@ class CudaClock:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self._device)
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -141,7 +150,7 @@ def graph_replay(fn: Function) -> Function:
     Raises:
         RuntimeError: `fn` does something that a graph cannot hold.
     """
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(GRAPH_WARMUPS):
@@ -158,13 +167,20 @@ class Stopping:
     """When a candidate has been sampled enough.
 
     At `samples`; or from `least` on, when the standard error of the median is below `precision` of
-    it, or when its samples have taken `budget_ms` of measured time.
+    it, or when its samples have taken `budget_ms` of measured time. At most `rejections` dirty
+    samples are taken again (default: as many as `samples`).
     """
 
     samples: int = 20
     least: int = FEWEST_SAMPLES
     precision: float = 0.0
     budget_ms: float = math.inf
+    rejections: int | None = None
+
+    @property
+    def most_rejections(self) -> int:
+        """How many dirty samples of a candidate are left out."""
+        return self.samples if self.rejections is None else self.rejections
 
     def is_enough(self, samples: Sequence[float]) -> bool:
         """Whether these samples will do."""
@@ -189,9 +205,18 @@ class Samples:
         """The samples that count, in ms."""
         return [sample for sample in self.rounds if sample is not None]
 
-    def timing(self, *, scale: float = 1.0) -> Timing:
-        """Return median, p20 and p80 of the clean samples, times `scale`."""
-        return timing_from([sample * scale for sample in self.clean], rejected=self.rejected)
+    def add(self, number: int, elapsed: float, seen: Observation, *, limit: int) -> None:
+        """Keep a sample of round `number`, or reject it: a dirty one, up to the limit."""
+        if seen.conditions is not None:
+            self.conditions.append(seen.conditions)
+        reject = seen.is_dirty and self.rejected < limit
+        self.rejected += reject
+        self.rounds.extend([None] * (number - len(self.rounds)))
+        self.rounds.append(None if reject else elapsed)
+
+    def timing(self) -> Timing:
+        """Return median, p20 and p80 of the clean samples."""
+        return timing_from(self.clean, rejected=self.rejected)
 
 
 def time_interleaved(
@@ -234,7 +259,8 @@ def sample_interleaved(
             power and run up to 15 % faster on a GPU.
         clock: how to time.
         stopping: when a candidate has enough samples.
-        warmup: unmeasured calls of each before the first round, at least one.
+        warmup: unmeasured calls of each before the first round; 0 for what is warm already and
+            takes longer than SHORTEST_SAMPLE_MS.
         prepare: called before every round with its number, outside of the timing.
         monitor: looks at the machine; None accepts every sample.
         seed: of the order of turns.
@@ -246,14 +272,19 @@ def sample_interleaved(
     taken = {name: Samples() for name in candidates}
     turns = random.Random(seed)
     with _collector_off():
-        for number in range(2 * stopping.samples):
+        for number in range(stopping.samples + stopping.most_rejections):
             active = [n for n in candidates if not stopping.is_enough(taken[n].clean)]
             if not active:
                 break
             turns.shuffle(active)
-            _run_round(
-                number, active, repeated, taken, clock=clock, prepare=prepare, monitor=monitor
-            )
+            if prepare is not None:
+                prepare(number)
+            pauses = monitor.settle() if monitor is not None else 0
+            for name in active:
+                fn, calls = repeated[name]
+                elapsed, seen = _observe(fn, clock=clock, monitor=monitor)
+                taken[name].pauses += pauses
+                taken[name].add(number, elapsed / calls, seen, limit=stopping.most_rejections)
     return taken
 
 
@@ -298,7 +329,7 @@ def speedup_interval(
 ) -> Interval:
     """Return baseline / candidate (above 1 is faster), the median over paired rounds.
 
-    The interval is bootstrapped over rounds: a drift that both saw in one round cancels in its ratio.
+    The interval is bootstrapped over rounds: a drift that both saw in a round cancels in its ratio.
     Rounds without either sample are left out.
 
     Raises:
@@ -353,9 +384,9 @@ def _cache_size(text: str) -> int:
 def _warm_up(
     fn: Function, *, clock: Clock, calls: int, prepare: Callable[[int], None] | None
 ) -> float:
-    """Call `fn` at least once; return the ms of the last call."""
-    elapsed = 0.0
-    for _ in range(max(calls, 1)):
+    """Return the ms of the last of these calls of `fn`."""
+    elapsed = SHORTEST_SAMPLE_MS
+    for _ in range(calls):
         if prepare is not None:
             prepare(0)
         elapsed = clock.measure(fn)
@@ -375,33 +406,12 @@ def _repeat(fn: Function, elapsed_ms: float) -> tuple[Function, int]:
     return run, calls
 
 
-def _run_round(
-    number: int,
-    active: Sequence[str],
-    repeated: Mapping[str, tuple[Function, int]],
-    taken: Mapping[str, Samples],
-    *,
-    clock: Clock,
-    prepare: Callable[[int], None] | None,
-    monitor: Monitor | None,
-) -> None:
-    if prepare is not None:
-        prepare(number)
-    pauses = monitor.settle() if monitor is not None else 0
-    for name in active:
-        fn, calls = repeated[name]
-        samples = taken[name]
-        if monitor is not None:
-            monitor.begin()
-        elapsed = clock.measure(fn) / calls
-        observation = monitor.end() if monitor is not None else Observation()
-        samples.pauses += pauses
-        if observation.conditions is not None:
-            samples.conditions.append(observation.conditions)
-        reject = observation.is_dirty and samples.rejected < len(samples.rounds) + 1
-        samples.rejected += reject
-        samples.rounds.extend([None] * (number - len(samples.rounds)))
-        samples.rounds.append(None if reject else elapsed)
+def _observe(fn: Function, *, clock: Clock, monitor: Monitor | None) -> tuple[float, Observation]:
+    if monitor is None:
+        return clock.measure(fn), Observation()
+    monitor.begin()
+    elapsed = clock.measure(fn)
+    return elapsed, monitor.end()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """GEMM time by shape and kernel: tiles, waves, traffic and a floor.
 
     t = floor + max(compute, traffic) + overlap_share * min(compute, traffic)
-    compute = waves * tile flops / (peak per multiprocessor * achieved fraction)
-    waves   = wave_share * ceil(tiles / multiprocessors) + (1 - wave_share) * tiles / multiprocessors
+    compute = waves * tile flops / (peak per processor * achieved fraction)
+    waves   = wave_share * ceil(filled) + (1 - wave_share) * filled,  filled = tiles / processors
 
 The kernel takes the cheapest of four tile shapes; a tile of half the area costs
 `small_tile_factor` more per flop, since its operands are reused half as often. The achieved
@@ -39,8 +39,8 @@ _OUTPUT_BYTES = {Kernel.FP32: 4}  # the rest: 2, FP8 GEMMs write BF16
 def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     """Return the time of [M, K] @ [K, N] in microseconds."""
     size = _OPERAND_BYTES.get(kernel, 1)
-    compulsory = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
-    flops_per_us = _flops_per_us(machine, kernel) / machine.sm_count
+    compulsory: float = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
+    flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
     best = math.inf
     for rows, columns, halvings in TILES:
         down, across = math.ceil(M / rows), math.ceil(N / columns)
@@ -49,7 +49,7 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         tile_flops = 2 * rows * columns * K * machine.small_tile_factor**halvings
         compute = paid * tile_flops / flops_per_us
         traffic = compulsory
-        if kernel is Kernel.FP8_ROWWISE and M * K > machine.l2_cache_mb * 1e6:
+        if kernel is Kernel.FP8_ROWWISE and machine.l2_cache_mb * 1e6 < M * K:
             side = min(down, machine.sm_count)
             ahead = min(across, max(1.0, machine.sm_count / side))
             read = waves * (side * rows + ahead * columns) * K
@@ -60,7 +60,8 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     return _floor_us(machine, kernel) + best
 
 
-def _flops_per_us(machine: Machine, kernel: Kernel) -> float:
+def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:
+    """Return what the whole device computes in a microsecond with that kind of kernel."""
     peak, fraction = {
         Kernel.FP32: (machine.fp32_peak_tflops, machine.fp32_fraction),
         Kernel.BF16: (machine.bf16_peak_tflops, machine.bf16_fraction),

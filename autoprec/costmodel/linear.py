@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from autoprec.costmodel.casts import cast_cost, fp8_gemms
 from autoprec.costmodel.gemm import Kernel, gemm_us
 from autoprec.costmodel.machine import Machine, machine_of
+from autoprec.costmodel.spelling import parse_recipe
 from autoprec.errors import DeviceError
 from autoprec.records.devices import (
     ArmPrediction,
@@ -98,21 +99,6 @@ def predict_linear(
     )
 
 
-def parse_recipe(recipe: PricedRecipe | Recipe | str) -> PricedRecipe:
-    """Return the recipe of that name.
-
-    Raises:
-        DeviceError: the cost model does not price it.
-    """
-    try:
-        return PricedRecipe(str(recipe).strip().lower())
-    except ValueError as error:
-        names = ", ".join(PricedRecipe)
-        raise DeviceError(
-            f"a recipe must be one of {names}, but it is {str(recipe)!r}; choose one of these"
-        ) from error
-
-
 def fp8_refusal(
     profile: DeviceProfile,
     M: int,
@@ -146,8 +132,10 @@ def plain_linear(
 ) -> LinearTimes:
     """Return the times of a linear whose three GEMMs are of one kind, without casts."""
     floor = 0.0 if compiled else machine.eager_host_us
-    times = [max(gemm_us(machine, *shape, kernel), floor) for shape in gemm_shapes(M, K, N)]
-    return LinearTimes(*times, cast=0.0)
+    output, grad_input, grad_weight = (
+        max(gemm_us(machine, *shape, kernel), floor) for shape in gemm_shapes(M, K, N)
+    )
+    return LinearTimes(output, grad_input, grad_weight, 0.0)
 
 
 def fp8_linear(
@@ -163,13 +151,13 @@ def fp8_linear(
     """Return the times of a linear in FP8; `gemms_hp` stay in BF16."""
     gemms = fp8_gemms(recipe, gemms_hp)
     floor = 0.0 if compiled else machine.eager_host_us
-    times = [
+    output, grad_input, grad_weight = (
         max(gemm_us(machine, *shape, _kernel(recipe, gemm, gemms)), floor)
         for gemm, shape in zip(Gemm, gemm_shapes(M, K, N), strict=True)
-    ]
+    )
     cast = cast_cost(machine, M, K, N, recipe=recipe, gemms=gemms, compiled=compiled)
     cast_us = cast.us if compiled else max(cast.us, cast.kernels * machine.eager_host_us)
-    return LinearTimes(*times, cast=cast_us)
+    return LinearTimes(output, grad_input, grad_weight, cast_us)
 
 
 def neighbours_us(machine: Machine, *, compiled: bool) -> float:

@@ -3,9 +3,14 @@
 from collections.abc import Iterable, Sequence
 
 from autoprec.errors import PlanMismatchError
-from autoprec.records import Assignment, LayerKind, Option, Plan, Precision
+from autoprec.records import Assignment, LayerKind, Option, Plan, Precision, Recipe
 
 MOST_NAMED = 4  # layers in one message
+TORCHAO_RECIPES = (
+    Recipe.TENSORWISE.value,
+    Recipe.ROWWISE.value,
+    Recipe.ROWWISE_WITH_GW_HP.value,
+)
 GEMM_KINDS = (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION, LayerKind.RECURRENT)
 
 
@@ -13,12 +18,18 @@ def check_exportable(plan: Plan, to: str) -> None:
     """Refuse what no target can say.
 
     Raises:
-        PlanMismatchError: the plan has no FP8 layer, or a schedule.
+        PlanMismatchError: the plan has no FP8 layer, one that is not linear, or a schedule.
     """
     if not plan.count(Precision.FP8_O1):
         raise PlanMismatchError(
             f"an export to {to} says which layers run in FP8, but this plan has none; "
             "there is nothing to export: train with BF16 as you would without FP8"
+        )
+    others = [x.name for x in plan.layers if x.option.is_fp8 and x.kind is not LayerKind.LINEAR]
+    if others:
+        raise PlanMismatchError(
+            f"only linear layers run in FP8, but the plan has {named(others)} in fp8_o1; set "
+            "these to bf16_o2 in the plan"
         )
     if plan.schedule:
         raise PlanMismatchError(
@@ -112,18 +123,16 @@ def require_no_all_gather(plan: Plan, to: str) -> None:
 def header(plan: Plan, *lines: str) -> str:
     """Return comment lines: what this is, how to use it, and what is not in it."""
     counts = ", ".join(f"{plan.count(p)} {p.value}" for p in Precision if plan.count(p))
-    made = plan.fingerprint
-    told = [f"autoprec plan {plan.digest} ({counts}), made for {made.device}", *lines]
+    told = [f"autoprec plan {plan.digest} ({counts}), made for {plan.fingerprint.device}", *lines]
     return "".join(f"# {ascii_line(line)}\n" for line in told)
 
 
 def left_to_trainer(plan: Plan) -> str:
     """Return the line that says what an FP8 export does not set."""
     fp32 = [layer.name for layer in plan.layers if layer.precision is Precision.FP32]
-    kept = f"; in FP32 stay {named(fp32)}" if fp32 else ""
     return (
-        f"Not in here: the {plan.count(Precision.BF16_O2)} bf16_o2 layers (BF16 parameters, FP32 "
-        f"master weights) are your trainer's own mixed precision{kept}."
+        f"Not in here, set it in your trainer: {plan.count(Precision.BF16_O2)} x bf16_o2 (BF16 "
+        f"parameters, FP32 masters), {len(fp32)} x fp32{f' ({named(fp32)})' if fp32 else ''}."
     )
 
 
@@ -141,4 +150,4 @@ def ascii_line(text: str) -> str:
 def quoted(names: Iterable[str], *, indent: int) -> str:
     """Return names as Python string literals, one a line."""
     space = " " * indent
-    return "".join(f"{space}{ascii(name)},\n" for name in names)
+    return "".join(f"{space}{name!a},\n" for name in names)

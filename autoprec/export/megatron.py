@@ -1,9 +1,9 @@
 """Megatron's per-module precision file (`--te-precision-config-file`).
 
-Its form (megatron/core/quantization, megatron-core 0.16): `configs` by name, and `matchers` in order,
-of which the first whose glob fits a module's full name decides. Transformer Engine's current scaling
-with the `hybrid` format (e4m3 forward, e5m2 gradients) is torchao's `tensorwise`; the file has no word
-for rowwise scales, for delayed scaling, for single GEMMs or for FP32.
+Its form (megatron/core/quantization, megatron-core 0.16): `configs` by name, and `matchers` in
+order, of which the first whose glob fits a module's full name decides. Transformer Engine's current
+scaling with the `hybrid` format (e4m3 forward, e5m2 gradients) is torchao's `tensorwise`; the file
+has no word for rowwise scales, for delayed scaling, for single GEMMs or for FP32.
 """
 
 from autoprec.export.choices import (
@@ -53,7 +53,7 @@ def megatron_yaml(plan: Plan) -> str:
             "Train with: --bf16 --fp8-format hybrid --fp8-recipe tensorwise",
             "            --te-precision-config-file THIS_FILE --logging-level 20",
             "The names must be those of the Megatron model: it only logs what matched nothing.",
-            "Not in here: norms and embeddings, whose precision Megatron sets by its own arguments.",
+            "Not in here: norms and embeddings; Megatron has its own arguments for these.",
         )
         + CONFIGS
         + f"matchers:\n{matchers}{CATCH_ALL}"
@@ -67,7 +67,7 @@ def exact_glob(name: str) -> str:
 
 def _matcher(layer: Assignment) -> str:
     return (
-        f"  {yaml_string(layer.name)}:\n"
+        f"  {yaml_string(f'layer {layer.name}')}:\n"  # never the key of the last matcher
         f"    config: {yaml_string(layer.precision.value)}\n"
         '    type: "glob"\n'
         f"    pattern: {yaml_string(exact_glob(layer.name))}\n"

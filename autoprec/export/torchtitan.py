@@ -1,14 +1,16 @@
 """torchtitan's converter config: linears are FP8 unless a filter is part of their name.
 
-`Float8LinearConverter` (torchtitan 0.3.0, components/quantization) converts every linear whose K and
-N are multiples of 16 and whose name contains none of `filter_fqns` as a substring. So the filters
-must name every other such linear, and none of them may be part of an FP8 layer's name: "output"
-would also hit "layers.0.output", and nothing would say so. Where exact names cannot keep the two
-apart, that is an error here. Several recipes are several converters, each filtering the others' layers.
+`Float8LinearConverter` (torchtitan 0.3.0, components/quantization) converts every linear whose K
+and N are multiples of 16 and whose name contains none of `filter_fqns` as a substring. So the
+filters must name every other such linear, and none of them may be part of an FP8 layer's name:
+"output" would also hit "layers.0.output", and nothing would say so. Where exact names cannot keep
+the two apart, that is an error here. Several recipes are several converters, each of which filters
+the others' layers, because a converted layer would be converted again.
 """
 
 from autoprec.errors import PlanMismatchError
 from autoprec.export.choices import (
+    TORCHAO_RECIPES,
     ascii_line,
     fp8_choices,
     header,
@@ -16,9 +18,9 @@ from autoprec.export.choices import (
     linears,
     quoted,
     require_no_all_gather,
+    require_no_fp32_gemm,
     require_recipes,
 )
-from autoprec.export.snippets import TORCHAO_RECIPES
 from autoprec.records import Assignment, Option, Plan
 
 FP8_MULTIPLE = 16  # torchtitan's own rule for K and N
@@ -34,20 +36,21 @@ def torchtitan_snippet(plan: Plan) -> str:
     """
     require_recipes(plan, "torchtitan", TORCHAO_RECIPES, with_masks=False)
     require_no_all_gather(plan, "torchtitan")
+    require_no_fp32_gemm(plan, "torchtitan", "runs every other GEMM in one dtype")
     blocks = []
     for option, names in fp8_choices(plan).items():
         filters = titan_filters(plan, option)
         blocks.append(
             "    Float8LinearConverter.Config(\n"
             f"        recipe_name={option.recipe.value if option.recipe else ''!r},\n"
-            f"        # converts {len(names)} linears: all but those with one of these in their name\n"
+            f"        # {len(names)} x {option}: all linears whose name has none of these in it\n"
             f"        filter_fqns=[\n{quoted(filters, indent=12)}        ],\n"
             "    ),\n"
         )
     return (
         header(
             plan,
-            "Add CONVERTERS to the model converters of your torchtitan config.",
+            "In your torchtitan config: model_spec=model_registry(FLAVOR, converters=CONVERTERS).",
             "The names must be all the linears of the model: torchtitan passes over a filter that",
             "matches nothing, and converts a linear that no filter names.",
             *_recipe_notes(plan),

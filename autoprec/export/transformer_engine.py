@@ -1,10 +1,10 @@
 """Transformer Engine's debug config (nvidia-dlfw-inspect): which modules and GEMMs leave FP8.
 
-Under `te.autocast` every TE module runs in FP8; a section of the file takes modules out by a regular
-expression that is searched for in their names (nvdlfw-inspect 0.2). One section takes out all
-modules but the plan's FP8 layers, so a module that the plan does not know stays in BF16. Further
-sections take single GEMMs out. A name may carry the prefixes that the tool or a wrapper put before it
-(`model.`, `module.`); two layers that only these would keep apart are an error.
+Under `te.autocast` every TE module runs in FP8; a section of the file takes modules out by a
+regular expression that is searched for in their names (nvdlfw-inspect 0.2). One section takes out
+all modules but the plan's FP8 layers, so a module that the plan does not know stays in BF16.
+Further sections take single GEMMs out. A name may carry the prefixes that the tool or a wrapper put
+before it (`model.`, `module.`); two layers that only these would keep apart are an error.
 """
 
 import re
@@ -15,6 +15,7 @@ from autoprec.export.choices import (
     ascii_line,
     fp8_choices,
     header,
+    left_to_trainer,
     require_no_all_gather,
     require_no_fp32_gemm,
     require_recipes,
@@ -50,11 +51,11 @@ def transformer_engine_yaml(plan: Plan) -> str:
         header(
             plan,
             f"Train under te.autocast(enabled=True, recipe={RECIPES[recipe]}), with",
-            "nvdlfw_inspect.api.initialize(config_file=THIS_FILE, feature_dirs=[TE's debug features]).",
-            "The names must be those of the TE modules (their `name`, or what the tool infers, which",
-            "counts modules of a list by their layer_number). Older releases of Transformer Engine call",
-            "the features DisableFP8Layer and DisableFP8GEMM.",
-            "Not in here: norms and embeddings, which are no matter of FP8.",
+            "nvdlfw_inspect.api.initialize(config_file=THIS_FILE, feature_dirs=[TE's features]).",
+            "The names must be those of the TE modules (their `name`, or what the tool infers,",
+            "which counts modules of a list by their layer_number). Older releases of Transformer",
+            "Engine call the features DisableFP8Layer and DisableFP8GEMM.",
+            left_to_trainer(plan),
         )
         + _section("all_but_the_fp8_layers", all_but(fp8), "DisableQuantizationLayer", [])
         + "".join(

@@ -53,6 +53,7 @@ class Conditions(Record):
     temperature_c: NonNegativeInt | None = None
     throttle_reasons: tuple[str, ...] = ()
     energy_j: NonNegativeFloat | None = None
+    pauses: NonNegativeInt = 0  # waits for the device to cool
 
 
 class LayerTiming(Record):

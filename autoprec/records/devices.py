@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Recipe
@@ -25,7 +25,7 @@ class ConstantKind(StrEnum):
 
 
 class PricedRecipe(StrEnum):
-    """FP8 scaling settings that the cost model prices: `Recipe`, and two that torchao float8 lacks."""
+    """FP8 scaling settings that the cost model prices: `Recipe` and two that torchao lacks."""
 
     TENSORWISE = "tensorwise"
     ROWWISE = "rowwise"
@@ -237,3 +237,18 @@ class LinearPrediction(Record):
     speedup: Prediction | None
     refusal: str
     basis: Basis
+
+
+class SpeedupScore(Record):
+    """How good predicted speedups are: relative errors over `rows`, `left_out` rows not counted.
+
+    `right_side` is the share that agree on whether FP8 is faster, `coverage` the share whose
+    80 % interval holds the real speedup.
+    """
+
+    rows: PositiveInt
+    left_out: NonNegativeInt
+    mean_absolute_error: NonNegativeFloat
+    bias: float
+    right_side: NonNegativeFloat
+    coverage: NonNegativeFloat

@@ -156,23 +156,29 @@ class FrontPoint(Record):
 
 
 class SearchTrial(Record):
-    """One Optuna trial: a whole plan with its measured joint e."""
+    """One Optuna trial: a whole plan with its joint e.
+
+    `source` is `exact` (from the front), `uniform`, `sampler` or `repair`. `e_basis` is `predicted`
+    where there was no workload to measure with, and `e` is the table's sum.
+    """
 
     number: NonNegativeInt
-    source: str  # "exact" (a seed from the front), "uniform" or "sampler"
+    source: str
     options: tuple[Option, ...]
     step_ms: NonNegativeFloat
     e: NonNegativeFloat
     time_to_loss_ms: NonNegativeFloat
     feasible: bool
+    e_basis: Basis = Basis.MEASURED
 
 
 class Search(FileRecord):
-    """What the search looked at: the exact front with its bound, and every trial.
+    """What the search looked at: the exact front with its bound, and every plan it judged.
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
     its step time; `chosen` what the study preferred; `ranked` the plans to try, best first, should
-    verification refute the chosen one.
+    verification refute the chosen one. `guilty` are layers that were found by bisection to make
+    the joint e larger than the sum of its parts; `notes` say what the search did about it.
     """
 
     KIND: ClassVar[str] = "search"
@@ -190,3 +196,5 @@ class Search(FileRecord):
     step_equivalents: NonNegativeFloat
     duplicates_skipped: NonNegativeInt = 0
     trials_asked: PositiveInt | None = None
+    guilty: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

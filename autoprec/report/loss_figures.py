@@ -41,11 +41,17 @@ PARETO_KEYS = (
     ("t-front", "exact front, sum of the table (predicted)"),
     ("t-exact", "trial from the front"),
     ("t-sampler", "trial of the sampler"),
+    ("t-repair", "repair of the exact plan"),
     ("t-uniform", "uniform plan"),
     ("t-infeasible", "trial outside the constraint"),
     ("t-chosen", "chosen"),
 )
-SOURCE_KINDS = {"exact": "t-exact", "uniform": "t-uniform", "sampler": "t-sampler"}
+SOURCE_KINDS = {
+    "exact": "t-exact",
+    "uniform": "t-uniform",
+    "sampler": "t-sampler",
+    "repair": "t-repair",
+}
 BRANCH_KINDS = {"reference": "b-reference", "bf16_o2": "b-bf16_o2", "plan": "b-plan"}
 
 
@@ -199,7 +205,7 @@ def _trial_marks(search: Search, x: Scale, y: Scale) -> list[Markup]:
         kind = SOURCE_KINDS.get(trial.source, "t-sampler") if trial.feasible else "t-infeasible"
         tip = (
             f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'}): "
-            f"{shown_ms(trial.step_ms)} ms predicted, e {shown_share(trial.e)} measured at once, "
+            f"{shown_ms(trial.step_ms)} ms predicted, e {shown_share(trial.e)} ({trial.e_basis}), "
             f"{_option_counts(trial.options)}"
         )
         parts.append(dot(x(trial.step_ms), y(trial.e), 5.0, kind=kind, tip=tip))

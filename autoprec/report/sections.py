@@ -104,7 +104,7 @@ def trial_rows(run: RunRecords) -> list[tuple[str, ...]]:
             str(trial.number),
             trial.source,
             shown_ms(trial.step_ms),
-            shown_share(trial.e),
+            f"{shown_share(trial.e)} ({trial.e_basis})",
             shown_ms(trial.time_to_loss_ms),
             ", ".join(
                 f"{count} {precision}"

@@ -1,11 +1,33 @@
 """A plan in a running model: installed in place, trained with FP32 masters, proven, undone.
 
-install   options per layer -> a model that runs them
-flow      what happens between layers
-classes   the classes that modules get
-casting   casts of whatever flows
+apply      a plan in and out of a model and its optimizer
+install    options per layer -> a model that runs them
+flow       what happens between layers
+classes    the classes that modules get
+casting    casts of whatever flows
+masters    the FP32 masters of BF16 parameters
+attach     an optimizer that trains them
+proof      what really ran, against the plan
+self_test  FP8 against FP64 on this device
 """
 
+from autoprec.runtime.apply import apply, check_fit, master_view, undo
+from autoprec.runtime.attach import attach_optimizer
 from autoprec.runtime.install import Installed, install_options
+from autoprec.runtime.proof import LayerTrace, check_applied, trace_step, verify_applied
+from autoprec.runtime.self_test import fp8_self_test
 
-__all__ = ["Installed", "install_options"]
+__all__ = [
+    "Installed",
+    "LayerTrace",
+    "apply",
+    "attach_optimizer",
+    "check_applied",
+    "check_fit",
+    "fp8_self_test",
+    "install_options",
+    "master_view",
+    "trace_step",
+    "undo",
+    "verify_applied",
+]

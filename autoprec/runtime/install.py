@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from autoprec.capture import find_layers
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import fp8_support, linear_refusal
+from autoprec.precision import FP8_MULTIPLE, fp8_support, linear_refusal
 from autoprec.records import Option
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import (
@@ -36,6 +36,7 @@ from autoprec.runtime.classes import (
     own_class,
     root_class,
 )
+from autoprec.runtime.masters import ON_MODEL, Masters
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
 
@@ -49,6 +50,7 @@ class Installed:
     flow: torch.dtype
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
+    masters: Masters | None = None  # made by the first installation in a model, None if nested
 
     def undo(self) -> None:
         """Take everything out again; parameters that nobody changed get their exact values back.
@@ -68,6 +70,9 @@ class Installed:
         for parameter, original in self.originals.items():
             unchanged = torch.equal(parameter.data, original.to(parameter.dtype))
             set_storage(parameter, original if unchanged else parameter.data.to(original.dtype))
+        if self.masters is not None:
+            vars(self.model).pop(ON_MODEL, None)
+            self.masters.values.clear()
         self.classes, self.originals = [], {}
 
     def __enter__(self) -> Self:
@@ -109,15 +114,20 @@ def install_options(
     for name, option in options.items():
         _check_layer(name, layers[name], option)
     installed = Installed(model, dict(options), flow)
-    _convert_storage(storage, installed)
-    for name, option in options.items():
-        _install_layer(layers[name], option, installed=installed)
-    if has_16_bit:
-        for module in _containers(model, layers):
-            _change_class(module, container_class(type(module), flow), installed)
-    if root:
-        cls = root_class(type(model), flow if has_16_bit else None)
-        _change_class(model, cls, installed)
+    try:
+        _convert_storage(storage, installed)
+        for name, option in options.items():
+            _install_layer(layers[name], option, installed=installed)
+        if has_16_bit:
+            for module in _containers(model, layers):
+                _change_class(module, container_class(type(module), flow), installed)
+        if root:
+            cls = root_class(type(model), flow if has_16_bit else None)
+            _change_class(model, cls, installed)
+    except BaseException:  # out of memory, Ctrl-C: leave the model as it was
+        installed.undo()
+        raise
+    _keep_masters(storage, installed)
     return installed
 
 
@@ -155,12 +165,20 @@ def _check_layer(name: str, layer: nn.Module, option: Option) -> None:
 
 def _fp8_refusal(layer: nn.Module, option: Option) -> str:
     way_out = "; set it to bf16_o2, or tune again here"
-    reason = linear_refusal(layer, own_class(layer))
+    reason = linear_refusal(layer, own_class(layer)) or _size_refusal(layer)
     device = next(layer.parameters()).device
     if not reason and device.type != "meta":
         support = fp8_support(device)
         reason = "" if option.recipe in support.recipes else support.reason
     return reason and reason + way_out
+
+
+def _size_refusal(layer: nn.Module) -> str:
+    for axis, attribute in (("K", "in_features"), ("N", "out_features")):
+        size = getattr(layer, attribute)
+        if size % FP8_MULTIPLE:
+            return f"{axis}={size} is not a multiple of {FP8_MULTIPLE}, which FP8 GEMMs need"
+    return ""
 
 
 def _plan_storage(
@@ -189,6 +207,23 @@ def _convert_storage(
         if parameter.dtype is not dtype and parameter.dtype in CASTABLE:
             installed.originals[parameter] = parameter.data
             set_storage(parameter, parameter.data.to(dtype))
+
+
+def _keep_masters(
+    storage: Mapping[nn.Parameter, tuple[str, torch.dtype]], installed: Installed
+) -> None:
+    """Leave the FP32 originals on the model as the first masters, unless it has masters already."""
+    model = installed.model
+    if any(ON_MODEL in vars(module) for module in model.modules()):
+        return
+    low = [p for p, (_, dtype) in storage.items() if dtype is torch.bfloat16 is p.dtype]
+    originals = {p: installed.originals.get(p) for p in low}
+    installed.masters = Masters(
+        options=installed.options,
+        values={p: None if data is None else data.float() for p, data in originals.items()},
+        names={name: p for name, p in model.named_parameters() if p in originals},
+    )
+    vars(model)[ON_MODEL] = installed.masters
 
 
 def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:

@@ -11,6 +11,7 @@ of the last steps instead of the current one, scaled down by 2^margin.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,7 +86,19 @@ def cast_operand(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
     if cast.is_delayed:  # only a scale from the past lets values be too large
         largest = torch.finfo(cast.dtype).max
         scaled = scaled.clamp_(-largest, largest)
-    return scaled.to(cast.dtype).float().div_(scale)
+    return fp8_to_float(scaled.to(cast.dtype)).div_(scale)
+
+
+def fp8_to_float(x_fp8: Tensor) -> Tensor:
+    """Return an FP8 tensor in FP32; exact.
+
+    On a CPU by a table of all 256 values: torch 2.13's own conversion of e4m3 takes six times as
+    long (8.4 ms against 1.4 ms for two million values, one core).
+    """
+    if x_fp8.device.type != "cpu":
+        return x_fp8.float()
+    codes = x_fp8.contiguous().view(torch.uint8)
+    return _all_values(x_fp8.dtype).index_select(0, codes.flatten().int()).view(x_fp8.shape)
 
 
 def round_bf16(x: Tensor) -> Tensor:
@@ -134,6 +147,11 @@ class _EmulatedMatmul(torch.autograd.Function):
         left, right = _cast_sides(Gemm.GRAD_WEIGHT, ctx.casts, ctx.amax, grad_MN, x_MK)
         grad_weight_NK = round_bf16(left.t() @ right)  # [N, M] @ [M, K] -> [N, K]
         return grad_input_MK.reshape(x.shape), grad_weight_NK, None, None
+
+
+@cache
+def _all_values(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 def _cast_sides(

@@ -18,13 +18,17 @@ from autoprec.records import (
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.estimates import bias_estimate, ratio_estimate
-from autoprec.sensitivity.reference import Perturbation, Reference, prepare_reference
+from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.reference import (
+    DEFAULT_WARMUP_STEPS,
+    Perturbation,
+    Reference,
+    prepare_reference,
+)
 from autoprec.workload import Workload
 
-DEFAULT_BATCHES = 3
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
 FLOW_BATCHES = 1  # e of the flow is a hundred times smaller than that of any FP8 layer
-DEFAULT_WARMUP_STEPS = 12
 
 
 class JointMeter:
@@ -121,5 +125,7 @@ class JointMeter:
             option.precision is not Precision.FP32 for option in options.values()
         )
         uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
-        with install_options(self.reference.model, options, flow=flow, uncovered=uncovered):
+        model, device = self.reference.model, self.reference.device
+        installed = install_options(model, options, flow=flow, uncovered=uncovered)
+        with installed, fast_fp8_gemms(device):
             return self.reference.perturbation(index, baseline)

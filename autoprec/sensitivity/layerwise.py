@@ -13,6 +13,7 @@ from autoprec.records import LayerSensitivity, Option, Recipe
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import emulated_linear
 from autoprec.sensitivity.estimates import bias_estimate, mean_estimate, ratio_estimate
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import Baseline, Perturbation, Reference
 
 Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
@@ -48,7 +49,8 @@ def measure_cell(
     if option.recipe is Recipe.DELAYED:
         with emulated_layer(reference, name, option):
             return reference.perturbation(index, baseline)
-    with install_options(reference.model, {name: option}, flow=torch.float32):
+    installed = install_options(reference.model, {name: option}, flow=torch.float32)
+    with installed, fast_fp8_gemms(reference.device):
         return reference.perturbation(index, baseline)
 
 

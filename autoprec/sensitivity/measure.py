@@ -22,8 +22,13 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.sensitivity.estimates import DIVERGED_E, ratio_estimate
-from autoprec.sensitivity.joint import DEFAULT_BATCHES, DEFAULT_WARMUP_STEPS, JointMeter
-from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.reference import (
+    DEFAULT_BATCHES,
+    DEFAULT_WARMUP_STEPS,
+    Reference,
+    prepare_reference,
+)
 from autoprec.sensitivity.tables import (
     Method,
     Table,
@@ -65,6 +70,7 @@ def measure_sensitivity(
         reference: one that is prepared already; the four arguments about it are then not used.
     """
     started = time.perf_counter()
+    passes = 0 if reference is None else reference.passes
     prepared = reference or prepare_reference(
         workload,
         spec,
@@ -93,7 +99,7 @@ def measure_sensitivity(
         method=table.method,
         preconditioner=prepared.preconditioner.name,
         batches=len(prepared.batches),
-        passes=prepared.passes,
+        passes=prepared.passes - passes,
         step_equivalents=spent_s / prepared.step_s,
         warmup_steps=prepared.warmup_steps,
         checkpoint=prepared.checkpoint,

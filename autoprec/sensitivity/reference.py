@@ -29,6 +29,8 @@ from autoprec.sensitivity.projection import Projection
 from autoprec.workload import Batch, Workload, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
+DEFAULT_BATCHES = 2  # a pair: with its standard error, its bias and its noise
+DEFAULT_WARMUP_STEPS = 12
 FEWEST_BATCHES = 2  # one batch cannot tell noise from bias, nor give a standard error
 
 
@@ -157,8 +159,8 @@ def prepare_reference(
     spec: ModelSpec,
     *,
     device: torch.device,
-    batches: int,
-    warmup_steps: int,
+    batches: int = DEFAULT_BATCHES,
+    warmup_steps: int = DEFAULT_WARMUP_STEPS,
     checkpoint: Path | None = None,
     seed: int = 0,
     progress: Progress = report_nothing,

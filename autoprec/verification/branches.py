@@ -28,6 +28,7 @@ from autoprec.errors import RecordError, WorkloadError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import Branch, Option, Precision
 from autoprec.runtime import attach_optimizer, install_options, undo
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.workload import Batch, Workload, check_loss, move_batch
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
@@ -119,7 +120,7 @@ def train_branch(
     """
     with seeded(bench.device):
         model, optimizer = restore(bench, checkpoint)
-        with installed(model, optimizer, arm):
+        with installed(model, optimizer, arm), fast_fp8_gemms(bench.device):
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
             curve, diverged_at = _train(bench, model, optimizer, arm.label, seed, limit)
         losses = () if diverged_at is not None else evaluate(bench, model)

@@ -1,0 +1,107 @@
+"""Measured GEMMs, copies and empty kernels -> the constants of a device profile.
+
+A fraction is what the GEMM model needs so that its time at a shape is the measured one; over
+several shapes the median. The model's own form (tiles, waves) is kept from the profile it starts
+from, so that measured and predicted profiles differ in numbers only.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from autoprec.costmodel.gemm import Kernel, gemm_us
+from autoprec.costmodel.machine import Machine, machine_of
+from autoprec.errors import DeviceError
+from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile
+from autoprec.records.model import Basis
+
+Shape = tuple[int, int, int]
+FRACTION_OF = {
+    Kernel.FP32: "fp32_fraction",
+    Kernel.BF16: "bf16_fraction",
+    Kernel.FP8_FAST: "fp8_fraction",
+    Kernel.FP8_SLOW: "fp8_slow_fraction",
+    Kernel.FP8_ROWWISE: "fp8_rowwise_fraction",
+}
+FLOOR_OF = {
+    Kernel.BF16: "bf16_gemm_floor_us",
+    Kernel.FP8_FAST: "tensorwise_gemm_floor_us",
+    Kernel.FP8_ROWWISE: "rowwise_gemm_floor_us",
+}
+HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was timed, in microseconds: large GEMMs, the smallest GEMM, a copy, an empty kernel.
+
+    `copied_tbs` is bytes read plus written over time; `facts` are constants read from the driver.
+    """
+
+    large: Mapping[Kernel, Mapping[Shape, float]]
+    small: Mapping[Kernel, float]
+    copied_tbs: float
+    empty_us: float
+    facts: Mapping[str, float]
+
+
+def calibrate_profile(
+    base: DeviceProfile, measured: Measured, *, title: str, source: str
+) -> DeviceProfile:
+    """Return `base` with the constants that were measured, each labelled so.
+
+    Raises:
+        DeviceError: a measured constant lies outside what is believable.
+    """
+    found = dict(measured.facts)
+    bandwidth = base.value("memory_bandwidth_tbs")
+    found["memory_bandwidth_tbs"] = max(bandwidth, measured.copied_tbs)
+    found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
+    found["kernel_floor_us"] = measured.empty_us
+    found |= {FLOOR_OF[kernel]: us for kernel, us in measured.small.items() if kernel in FLOOR_OF}
+    known = {name: value for name, value in found.items() if name in Machine.__annotations__}
+    machine = replace(machine_of(base), **known)
+    for kernel, times in measured.large.items():
+        fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
+        found[FRACTION_OF[kernel]] = statistics.median(fractions)
+    return base.model_copy(
+        update={
+            "name": title.lower().replace(" ", "-"),
+            "title": title,
+            "aliases": (),
+            "basis": Basis.MEASURED,
+            "constants": {**base.constants, **_labelled(found, source)},
+            "notes": (f"what was not measured is of {base.name}",),
+        }
+    )
+
+
+def solve_fraction(machine: Machine, kernel: Kernel, shape: Shape, us: float) -> float:
+    """Return the achieved fraction at which the model takes `us` for a GEMM."""
+    bounds = CONSTANTS[FRACTION_OF[kernel]]
+    low, high = bounds.low, bounds.high
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        time = gemm_us(replace(machine, **{FRACTION_OF[kernel]: middle}), *shape, kernel)
+        low, high = (middle, high) if time > us else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _labelled(found: Mapping[str, float], source: str) -> dict[str, Constant]:
+    for name, value in found.items():
+        bounds = CONSTANTS[name]
+        if not bounds.low <= value <= bounds.high:
+            raise DeviceError(
+                f"{name} must be between {bounds.low:g} and {bounds.high:g} {bounds.unit}, but "
+                f"{value:g} was measured; measure again with the device idle"
+            )
+    return {
+        name: Constant(
+            value=float(f"{value:.5g}"),
+            unit=CONSTANTS[name].unit,
+            kind=ConstantKind.MEASURED,
+            source=source,
+        )
+        for name, value in found.items()
+    }

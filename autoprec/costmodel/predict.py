@@ -1,0 +1,101 @@
+"""A captured model and a device profile -> that model's profile on that device, all predicted."""
+
+from collections.abc import Sequence
+
+from autoprec.costmodel.eligible import retarget_model
+from autoprec.costmodel.layers import Setting, predicted, time_layers
+from autoprec.costmodel.machine import Machine, machine_of
+from autoprec.costmodel.parallel import Parallel
+from autoprec.costmodel.step import autocast_us, first_fp8, step_times
+from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
+from autoprec.records.devices import DeviceProfile
+from autoprec.records.model import BF16_O2, FP32, Basis, ModelSpec, Option
+
+BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
+MEGA = 1e6
+
+
+def predict_profile(
+    spec: ModelSpec,
+    device_profile: DeviceProfile,
+    *,
+    parallel: Parallel | None = None,
+    compiled: bool = False,
+    options: Sequence[Option] = (),
+) -> Profile:
+    """Predict every layer x option of a captured model, and its whole steps, on a device.
+
+    Args:
+        spec: the model, captured anywhere; shapes are those of one device's batch.
+        device_profile: the target.
+        parallel: degrees of parallelism; default: one device.
+        compiled: torch.compile fuses casts, or eager.
+        options: the FP8 options to consider; those that the target or a shape refuses drop out.
+
+    Raises:
+        DeviceError: the tensor-parallel degree does not divide a layer.
+    """
+    parallel = parallel or Parallel()
+    machine = machine_of(device_profile)
+    target = retarget_model(spec, device_profile, options, parallel)
+    setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
+    layers = time_layers(target.layers, setting)
+    fp32 = step_times(target, lambda _: FP32, setting)
+    bf16 = step_times(target, lambda _: BF16_O2, setting)
+    fp8 = step_times(target, first_fp8, setting)
+    autocast = bf16.total + autocast_us(target, setting)
+    steps = [("fp32", fp32.total), ("bf16_o2", bf16.total), ("autocast_bf16", autocast)]
+    if any(option.is_fp8 for layer in target.layers for option in layer.options):
+        steps.append(("fp8_o1", fp8.total))
+    chosen = {"fp32": FP32, "bf16_o2": BF16_O2, "autocast_bf16": FP32, "fp8_o1": BF16_O2}
+    return Profile(
+        model=target,
+        device=device_facts(device_profile, compiled=compiled),
+        basis=Basis.PREDICTED,
+        layers=layers,
+        steps=tuple(
+            StepTiming(
+                label=label,
+                timing=predicted(us, machine),
+                peak_bytes=peak_bytes(layers, chosen[label]),
+            )
+            for label, us in steps
+        ),
+        boundary_cast_ms_per_melement=boundary_cast_us(machine) / 1e3,
+        fixed_ms=(fp32.total - fp32.layers) / 1e3,
+        fixed_bf16_ms=(bf16.total - bf16.layers) / 1e3,
+        step_equivalents=0.0,
+    )
+
+
+def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
+    """Return what a record says of a device that is not here."""
+    return DeviceFacts(
+        name=profile.name,
+        kind="profile",
+        capability=profile.capability,
+        memory_bytes=int(profile.value("memory_capacity_gb") * 1e9),
+        driver="",
+        threads=0,
+        allow_tf32=False,
+        compile_mode="default" if compiled else "eager",
+        software={},
+        fp8_recipes=tuple(recipe.value for recipe in profile.fp8_recipes),
+        fp8_reason=profile.fp8_reason,
+        missing=(("driver", "the device is not here"),),
+    )
+
+
+def boundary_cast_us(machine: Machine) -> float:
+    """Return the time to cast a million elements between FP32 and BF16, there and back."""
+    return BOUNDARY_BYTES * MEGA / machine.bytes_per_us
+
+
+def peak_bytes(layers: Sequence[LayerTiming], option: Option) -> int:
+    """Return the memory of a uniform plan: everything the layers keep at once."""
+    own = [row for row in layers if row.option == option]
+    return sum(
+        len(row.names)
+        * (row.parameter_bytes + row.gradient_bytes + row.optimizer_bytes + row.activation_bytes)
+        for row in own
+    )

@@ -1,0 +1,92 @@
+"""The device profiles that ship with autoprec, found by any usual spelling, and a user's own files.
+
+They are package data in a wheel (`autoprec/profiles`) and the folder `profiles` in a checkout.
+"""
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+from autoprec.costmodel.spelling import device_readings, device_words
+from autoprec.errors import DeviceError
+from autoprec.records.devices import DeviceProfile
+
+NEAREST_NAMES = 3
+_PACKAGE = Path(__file__).parent.parent
+
+
+def profiles_folder() -> Path:
+    """Return the folder of the shipped profiles.
+
+    Raises:
+        DeviceError: the installation has none.
+    """
+    for folder in (_PACKAGE / "profiles", _PACKAGE.parent / "profiles"):
+        if folder.is_dir():
+            return folder
+    raise DeviceError(
+        f"device profiles must lie beside the package, but {_PACKAGE} has none; "
+        "install autoprec again"
+    )
+
+
+def list_device_profiles() -> tuple[DeviceProfile, ...]:
+    """Return the shipped profiles, by name.
+
+    Raises:
+        RecordError: one of the files is damaged.
+    """
+    return _load_all(profiles_folder())
+
+
+def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
+    """Return a shipped profile by name or spelling, or a user's own by path.
+
+    Raises:
+        DeviceError: no profile has that name; the nearest names are in the message.
+        RecordError: the file is missing or damaged, or a constant is missing or absurd.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".json"):
+        return DeviceProfile.load(text)
+    path = profiles_folder() / f"{text}.json"
+    if text == Path(text).name and path.is_file():  # the usual case reads one file
+        return DeviceProfile.load(path)
+    return find_profile(text, list_device_profiles())
+
+
+def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfile:
+    """Return the profile that a spelling means.
+
+    Raises:
+        DeviceError: none, or more than one that differ.
+    """
+    known = {words: p for p in profiles for words in _spellings(p)}
+    for reading in device_readings(text):
+        for profile in profiles:
+            capacity = f"{profile.value('memory_capacity_gb'):.0f}gb"
+            if known.get(reading) is profile or known.get(reading - {capacity}) is profile:
+                return profile
+    raise DeviceError(
+        f"a device must be a profile's name or a path that ends in .json, but it is {text!r}; "
+        f"{_suggestion(text, profiles)}"
+    )
+
+
+def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
+    return {device_words(text) for text in (profile.name, profile.title, *profile.aliases)}
+
+
+def _suggestion(text: str, profiles: tuple[DeviceProfile, ...]) -> str:
+    spellings = {" ".join(sorted(s)): p.name for p in profiles for s in _spellings(p)}
+    spellings |= {p.name: p.name for p in profiles}
+    near = difflib.get_close_matches(text.lower(), spellings, n=9, cutoff=0.4)
+    words = device_words(text)
+    near += [key for key in spellings if words & set(key.split())]
+    names = list(dict.fromkeys(spellings[key] for key in near))[:NEAREST_NAMES]
+    return f"nearest: {', '.join(names)}" if names else "`autoprec devices list` shows all names"
+
+
+@cache
+def _load_all(folder: Path) -> tuple[DeviceProfile, ...]:
+    return tuple(DeviceProfile.load(path) for path in sorted(folder.glob("*.json")))

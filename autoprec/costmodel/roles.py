@@ -1,0 +1,164 @@
+"""What a linear layer does in a transformer, read from its name: tensor parallelism depends on it.
+
+    column  q, k, v, gate, up, head   the weight's out-features are split; input gathered
+    row     attention output, down    the weight's in-features are split; output summed
+
+Names are those of the usual libraries; a layer with none of them is left whole on every device.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from autoprec.records.model import LayerKind, LayerSpec
+
+
+class Role(StrEnum):
+    """A linear's part in a block."""
+
+    QUERY = "query"
+    KEY_VALUE = "key_value"
+    QKV = "qkv"
+    ATTENTION_OUT = "attention_out"
+    UP = "up"
+    DOWN = "down"
+    HEAD = "head"
+    OTHER = "other"
+
+
+_NAMES: Mapping[Role, frozenset[str]] = {
+    Role.QUERY: frozenset(["q_proj", "wq", "query", "q", "to_q", "q_lin", "linear_q"]),
+    Role.KEY_VALUE: frozenset(
+        [
+            "k_proj",
+            "v_proj",
+            "wk",
+            "wv",
+            "key",
+            "value",
+            "k",
+            "v",
+            "kv_proj",
+            "wkv",
+            "kv",
+            "to_k",
+            "to_v",
+            "k_lin",
+            "v_lin",
+        ]
+    ),
+    Role.QKV: frozenset(
+        [
+            "qkv",
+            "wqkv",
+            "qkv_proj",
+            "c_attn",
+            "query_key_value",
+            "in_proj",
+            "attn_qkv",
+            "to_qkv",
+            "linear_qkv",
+        ]
+    ),
+    Role.ATTENTION_OUT: frozenset(
+        ["o_proj", "wo", "out_proj", "attn_out", "to_out", "o", "out_lin"]
+    ),
+    Role.UP: frozenset(
+        [
+            "gate_proj",
+            "up_proj",
+            "gate_up_proj",
+            "w1",
+            "w3",
+            "w13",
+            "c_fc",
+            "fc1",
+            "up",
+            "gate",
+            "fc_in",
+            "lin1",
+            "dense_h_to_4h",
+            "linear_fc1",
+            "wi",
+            "wi_0",
+            "wi_1",
+            "up_project",
+        ]
+    ),
+    Role.DOWN: frozenset(
+        [
+            "down_proj",
+            "w2",
+            "fc2",
+            "down",
+            "fc_out",
+            "lin2",
+            "dense_4h_to_h",
+            "linear_fc2",
+            "down_project",
+        ]
+    ),
+    Role.HEAD: frozenset(
+        ["lm_head", "output", "head", "embed_out", "unembed", "logits", "classifier"]
+    ),
+}
+_PROJECTIONS = frozenset(("c_proj", "proj", "dense"))  # attention's or the MLP's, by the parent
+_MLP_PARENTS = ("mlp", "ffn", "feed", "fc")
+COLUMN_ROLES = frozenset((Role.QUERY, Role.KEY_VALUE, Role.QKV, Role.UP, Role.HEAD))
+ROW_ROLES = frozenset((Role.ATTENTION_OUT, Role.DOWN))
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """One scaled-dot-product attention: `width` is heads x head size of the queries."""
+
+    batch: int
+    sequence: int
+    width: int
+    calls: int
+
+
+def role_of(layer: LayerSpec) -> Role:
+    """Return what a linear does, by the last part of its name."""
+    if layer.kind is not LayerKind.LINEAR:
+        return Role.OTHER
+    *path, last = layer.name.lower().split(".")
+    if last in _PROJECTIONS:
+        parent = path[-1] if path else ""
+        return Role.DOWN if any(word in parent for word in _MLP_PARENTS) else Role.ATTENTION_OUT
+    return next((role for role, names in _NAMES.items() if last in names), Role.OTHER)
+
+
+def attention_blocks(layers: Iterable[LayerSpec]) -> tuple[AttentionBlock, ...]:
+    """Return the functional attentions, found by the query or fused projections of one parent.
+
+    A fused projection's queries are as wide as the attention output's input, else a third.
+    """
+    siblings: dict[str, dict[Role, LayerSpec]] = defaultdict(dict)
+    for layer in layers:
+        if layer.gemm is not None and layer.calls:
+            siblings[layer.name.rpartition(".")[0]].setdefault(role_of(layer), layer)
+    blocks = (_block(found) for found in siblings.values())
+    return tuple(block for block in blocks if block is not None)
+
+
+def _block(found: Mapping[Role, LayerSpec]) -> AttentionBlock | None:
+    source = found.get(Role.QUERY) or found.get(Role.QKV)
+    if source is None or source.gemm is None:
+        return None
+    out = found.get(Role.ATTENTION_OUT)
+    width = source.gemm.N
+    if Role.QUERY not in found:
+        width = out.gemm.K if out is not None and out.gemm is not None else source.gemm.N // 3
+    shape = source.calls[0].inputs[0].shape
+    if len(shape) < 3:
+        return None  # tokens without a sequence: nothing says how long one is
+    tokens = source.gemm.M
+    sequence = shape[-2]
+    return AttentionBlock(
+        batch=max(tokens // max(sequence, 1), 1),
+        sequence=sequence,
+        width=width,
+        calls=source.calls_per_step,
+    )

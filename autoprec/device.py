@@ -1,0 +1,203 @@
+"""A target's name -> the torch device, what it is and can do, and a monitor of its heat."""
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from autoprec.errors import DeviceError
+from autoprec.nvml import Sensor, ThermalMonitor, open_sensor
+from autoprec.precision import fp8_support
+from autoprec.records import DeviceFacts
+from autoprec.timing import Monitor, Observation
+
+PACKAGES = ("autoprec", "torch", "torchao", "numpy", "nvidia-ml-py")
+INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's names, x86 then Arm
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_fp16", "amx_int8"),
+    *("asimd", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
+)
+CPU_INFO = Path("/proc/cpuinfo")
+MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted elsewhere
+
+
+def resolve_device(target: str) -> torch.device:
+    """Return the torch device that `target` (auto, cpu, cuda, cuda:1) names.
+
+    Raises:
+        DeviceError: the name is unknown or the device is not here.
+    """
+    here = available_devices()
+    if target == "auto":
+        return torch.device("cuda", 0) if len(here) > 1 else torch.device("cpu")
+    name = "cuda:0" if target == "cuda" else target
+    if name not in here:
+        raise DeviceError(
+            f"a target must be a device that is here or auto, but {target!r} is not; "
+            f"possible: auto, {', '.join(here)}"
+        )
+    return torch.device(name)
+
+
+def available_devices() -> tuple[str, ...]:
+    """Return the names of the devices that are here; the CPU comes first."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cpu", *(f"cuda:{index}" for index in range(count)))
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return what the device and the software are; takes seconds when FP8 is first tried."""
+    missing: dict[str, str] = {}
+    hardware = _cuda_facts if device.type == "cuda" else _cpu_facts
+    support = fp8_support(device)
+    facts = {
+        **hardware(device, missing),
+        "threads": torch.get_num_threads(),
+        "allow_tf32": _allows_tf32(),
+        "compile_mode": "eager",
+        "software": _software(missing),
+        "fp8_recipes": tuple(recipe.value for recipe in support.recipes),
+        "fp8_reason": support.reason,
+    }
+    return DeviceFacts.model_validate({**facts, "missing": tuple(missing.items())})
+
+
+def device_name(device: torch.device) -> str:
+    """Return what `device_facts` calls the device, at once."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).name)
+    return str(_cpu_facts(device, {})["name"])
+
+
+def find_sensor(device: torch.device) -> Sensor | None:
+    """Return the NVML sensor of a device; None where there is none (`device_facts` says why)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        return open_sensor(str(torch.cuda.get_device_properties(device).uuid))
+    except DeviceError:
+        return None
+
+
+def find_monitor(device: torch.device) -> Monitor | None:
+    """Return what rejects samples of a hot GPU or a busy CPU; None where nothing can be read."""
+    if device.type == "cpu":
+        return None if sys.platform == "win32" else LoadMonitor()
+    sensor = find_sensor(device)
+    return None if sensor is None else ThermalMonitor(sensor)
+
+
+def _cpu_facts(_device: torch.device, missing: dict[str, str]) -> dict[str, object]:
+    missing["clocks, power, heat, energy"] = "NVML reads them of NVIDIA GPUs only"
+    try:
+        text = CPU_INFO.read_text()
+    except OSError as error:
+        text = ""
+        missing["instruction sets"] = f"{CPU_INFO}: {error.strerror}"
+    flags = set(_cpu_field(text, "flags", "Features").split())
+    if text and not flags:
+        missing["instruction sets"] = f"{CPU_INFO} lists none"
+    name = _cpu_field(text, "model name", "Model") or platform.processor()
+    if not name:
+        missing["name"] = f"neither {CPU_INFO} nor the platform says"
+    return {
+        "name": name or platform.machine() or "cpu",
+        "kind": "cpu",
+        "capability": " ".join(known for known in INSTRUCTION_SETS if known in flags),
+        "memory_bytes": _physical_memory(missing),
+        "driver": "",
+    }
+
+
+def _cuda_facts(device: torch.device, missing: dict[str, str]) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(device)
+    is_hip = torch.version.hip is not None
+    return {
+        "name": properties.name,
+        "kind": "hip" if is_hip else "cuda",
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": int(properties.total_memory),
+        "driver": "" if is_hip else nvml_facts(str(properties.uuid), missing),
+    }
+
+
+def nvml_facts(uuid: str, missing: dict[str, str]) -> str:
+    """Return the driver's version; add what NVML does not tell of a GPU, and why, to `missing`."""
+    try:
+        sensor = open_sensor(uuid)
+    except DeviceError as error:
+        missing["nvml"] = str(error)
+        return ""
+    driver = sensor.driver()
+    sensor.read()
+    sensor.energy_j()
+    if sensor.is_mig():
+        missing["mig"] = "the GPU is split into MIG slices: clocks, power and energy are the GPU's"
+    missing.update(sensor.missing)
+    return driver
+
+
+def _cpu_field(text: str, *names: str) -> str:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in names:
+            return value.strip()
+    return ""
+
+
+def _physical_memory(missing: dict[str, str]) -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError) as error:
+        missing["memory"] = f"the system does not say ({error})"
+        return 0
+
+
+def _allows_tf32() -> bool:
+    """Whether FP32 matrix products may lose bits; read through torch's newer API alone."""
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":  # as the setting for all backends says
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set at import
+    return bool(chosen == "tf32")
+
+
+def _software(missing: dict[str, str]) -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": f"{sys.platform} {platform.release()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            missing[package] = "not installed"
+    runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    return found | {name: value for name, value in runtimes.items() if value}
+
+
+class LoadMonitor:
+    """Calls a sample dirty when other processes took the CPU away from this one during it."""
+
+    def __init__(self) -> None:
+        self._switches, self._started = 0, 0.0
+
+    def settle(self) -> int:
+        """Return at once: how long others want the CPU is not known."""
+        return 0
+
+    def begin(self) -> None:
+        """Note the count of involuntary context switches."""
+        self._switches, self._started = _involuntary_switches(), time.perf_counter()
+
+    def end(self) -> Observation:
+        """Return dirty when there were more switches than a quiet machine's own services cause."""
+        elapsed_ms = (time.perf_counter() - self._started) * 1e3
+        switches = _involuntary_switches() - self._switches
+        return Observation(is_dirty=switches > max(1.0, elapsed_ms / MS_PER_SWITCH))
+
+
+def _involuntary_switches() -> int:
+    import resource  # not on Windows, where no LoadMonitor is made
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

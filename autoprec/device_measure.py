@@ -1,0 +1,162 @@
+"""The GPU that is here -> a measured device profile: `autoprec devices measure`.
+
+Times large GEMMs in every precision the device runs, the smallest GEMM, a copy and an empty kernel,
+interleaved and with a cleared cache, and hands them to the cost model's calibration. It starts from
+the shipped profile of the same name, else of the same compute capability; what is not measured
+(links, casts) stays that profile's and says so.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from autoprec.costmodel import list_device_profiles
+from autoprec.costmodel.calibrate import Measured, Shape, calibrate_profile
+from autoprec.costmodel.gemm import Kernel
+from autoprec.costmodel.registry import find_profile
+from autoprec.device import find_monitor, resolve_device
+from autoprec.errors import DeviceError
+from autoprec.precision import fp8_support
+from autoprec.records.devices import DeviceProfile
+from autoprec.records.model import Recipe
+from autoprec.timing import Clock, Monitor, make_clock, time_interleaved
+
+LARGE: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
+SMALL: Shape = (256, 256, 256)
+COPIED_BYTES = 1 << 30
+SAMPLES = 20
+Function = Callable[[], object]
+
+
+def measure_device_profile(target: str = "cuda") -> DeviceProfile:
+    """Measure a GPU and return its profile.
+
+    Raises:
+        DeviceError: no such GPU is here, nothing like it is known, or a result is absurd.
+    """
+    device = resolve_device(target)
+    if device.type != "cuda":
+        raise DeviceError(
+            f"a device profile is measured on a GPU, but {target!r} is {device.type}; "
+            "for this CPU, `autoprec profile MODEL.py` measures the model itself"
+        )
+    name = torch.cuda.get_device_name(device)
+    base = base_profile(name, torch.cuda.get_device_capability(device))
+    measured = take_measurements(
+        device, clock=make_clock(device), shapes=LARGE, monitor=find_monitor(device)
+    )
+    source = f"autoprec devices measure on {name}, torch {torch.__version__}"
+    return calibrate_profile(base, measured, title=safe_title(name), source=source)
+
+
+def base_profile(name: str, capability: tuple[int, int]) -> DeviceProfile:
+    """Return the shipped profile of that name, else the first of that compute capability.
+
+    Raises:
+        DeviceError: there is neither.
+    """
+    profiles = list_device_profiles()
+    try:
+        return find_profile(name, profiles)
+    except DeviceError as error:
+        wanted = f"{capability[0]}.{capability[1]}"
+        for profile in profiles:
+            if profile.capability == wanted:
+                return profile
+        raise DeviceError(
+            f"a measured profile starts from a known one of its kind, but none is of compute "
+            f"capability {wanted} ({name}); copy the nearest file of profiles/ and edit it"
+        ) from error
+
+
+def take_measurements(
+    device: torch.device,
+    *,
+    clock: Clock,
+    shapes: Sequence[Shape],
+    copied_bytes: int = COPIED_BYTES,
+    samples: int = SAMPLES,
+    monitor: Monitor | None = None,
+) -> Measured:
+    """Time GEMMs of `shapes`, the smallest GEMM, a copy and an empty kernel on a device."""
+    recipes = fp8_support(device).recipes
+
+    def microseconds(candidates: dict[str, Function]) -> dict[str, float]:
+        timings = time_interleaved(candidates, clock=clock, samples=samples, monitor=monitor)
+        return {name: timing.median_ms * 1e3 for name, timing in timings.items()}
+
+    large: dict[Kernel, dict[Shape, float]] = {}
+    for shape in shapes:
+        for kernel, us in microseconds(gemm_candidates(device, shape, recipes)).items():
+            large.setdefault(Kernel(kernel), {})[shape] = us
+    small = microseconds(gemm_candidates(device, SMALL, recipes))
+    source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
+    target, one = torch.empty_like(source), torch.ones((), device=device)
+    moved = microseconds({"copy": lambda: target.copy_(source), "empty": lambda: one.add_(0)})
+    return Measured(
+        large=large,
+        small={Kernel(kernel): us for kernel, us in small.items()},
+        copied_tbs=2 * copied_bytes / moved["copy"] / 1e6,
+        empty_us=moved["empty"],
+        facts=device_constants(device),
+    )
+
+
+def gemm_candidates(
+    device: torch.device, shape: Shape, recipes: Sequence[Recipe]
+) -> dict[str, Function]:
+    """Return one GEMM per kernel that the device runs, on random operands."""
+    M, K, N = shape
+    a_MK, b_NK = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
+    a_bf16, b_bf16 = a_MK.bfloat16(), b_NK.bfloat16()
+    found: dict[str, Function] = {
+        Kernel.FP32: lambda: a_MK @ b_NK.T,
+        Kernel.BF16: lambda: a_bf16 @ b_bf16.T,
+    }
+    one = torch.ones((), device=device)
+    rows, columns = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
+    if Recipe.TENSORWISE in recipes:
+        found[Kernel.FP8_FAST] = scaled_gemm(a_bf16, b_bf16, one, one, is_fast=True)
+        found[Kernel.FP8_SLOW] = scaled_gemm(a_bf16, b_bf16, one, one, is_fast=False)
+    if Recipe.ROWWISE in recipes:
+        found[Kernel.FP8_ROWWISE] = scaled_gemm(a_bf16, b_bf16, rows, columns, is_fast=True)
+    return found
+
+
+def scaled_gemm(
+    a_MK: torch.Tensor,
+    b_NK: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    *,
+    is_fast: bool,
+) -> Function:
+    """Return an FP8 GEMM of these operands, cast once: [M, K] @ [K, N]."""
+    a_fp8, b_fp8 = a_MK.to(torch.float8_e4m3fn), b_NK.to(torch.float8_e4m3fn)
+    return lambda: torch._scaled_mm(
+        a_fp8,
+        b_fp8.T,
+        scale_a=scale_a,
+        scale_b=scale_b,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=is_fast,
+    )
+
+
+def device_constants(device: torch.device) -> dict[str, float]:
+    """Return the constants that the driver knows."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "sm_count": float(properties.multi_processor_count),
+        "l2_cache_mb": properties.L2_cache_size / 1e6,
+        "memory_capacity_gb": math.floor(properties.total_memory / 1e8) / 10,
+    }
+
+
+def safe_title(name: str) -> str:
+    """Return a device's name without what a file's name could not hold."""
+    return re.sub(r"[^A-Za-z0-9 .-]+", " ", name).strip() or "gpu"

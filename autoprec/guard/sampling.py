@@ -1,0 +1,130 @@
+"""Which operands of FP8 layers are looked at, and when: a forward hook on each, on in few steps.
+
+The hook writes the shares of the layer's input into a buffer, and passes the output through an
+autograd function that does the same with its gradient. It is made of what torch.compile traces
+without a graph break, and it asks an attribute of the layer whether to look, on which dynamo
+guards: so a compiled model has two graphs, one for sampled steps. There the hooks must stay in,
+because dynamo does not notice hooks that come later. Elsewhere they are in only while they look,
+because a hook costs some microseconds a call.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils.hooks import RemovableHandle
+
+from autoprec.guard.ranges import range_shares
+
+OPERANDS = ("input", "weight", "grad_output")
+SHARES = 2  # of an operand: underflow, saturated
+
+
+class Sampler:
+    """Looks at the operands of FP8 layers during a step; holds the worst shares seen."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:  # Any: FP8 layers
+        self.layers = layers
+        self.is_armed = False
+        self.hooks_stay = any(
+            isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+            for module in model.modules()
+        )
+        self._handles: list[RemovableHandle] = []
+        self._seen = {
+            name: torch.zeros(len(OPERANDS), SHARES, device=layer.weight.device)
+            for name, layer in layers.items()
+        }
+        self._set_looking(on=False)
+
+    def arm(self) -> None:
+        """Look at the step that comes."""
+        self.is_armed = bool(self.layers)
+        for seen in self._seen.values():
+            seen.zero_()
+        if not self._handles:
+            for name, layer in self.layers.items():
+                hook = functools.partial(_look, self, self._seen[name])
+                self._handles.append(layer.register_forward_hook(hook))
+        self._set_looking(on=True)
+
+    def disarm(self) -> None:
+        """Look no more."""
+        self.is_armed = False
+        self._set_looking(on=False)
+        if not self.hooks_stay:
+            self._remove_hooks()
+
+    def close(self) -> None:
+        """Leave no trace on the layers."""
+        self.is_armed = False
+        self._remove_hooks()
+        for layer in self.layers.values():
+            vars(layer).pop("fp8_sampled", None)
+
+    @torch.no_grad()
+    def shares(self, device: torch.device) -> Tensor:
+        """Return [layers, operands, 2] shares in the order of `layers`, 0 where not seen."""
+        for name, layer in self.layers.items():
+            if layer.fp8_active:
+                _keep_worst(self._seen[name][1], layer.weight, *_cast(layer, "weight"))
+        return torch.stack([seen.to(device) for seen in self._seen.values()])
+
+    def _set_looking(self, *, on: bool) -> None:
+        for layer in self.layers.values():
+            vars(layer)["fp8_sampled"] = on  # on the instance: torch.compile guards on it there
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class GradTap(torch.autograd.Function):
+    """The identity; its backward looks at the gradient that passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, seen: Tensor, dtype: torch.dtype, is_rowwise: bool
+    ) -> Any:
+        """Return a copy, not a view: user code may write into it in place."""
+        ctx.save_for_backward(seen)
+        ctx.dtype, ctx.is_rowwise = dtype, is_rowwise
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """Look, and pass the gradient on."""
+        (seen,) = ctx.saved_tensors
+        _keep_worst(seen, grad_output, ctx.dtype, ctx.is_rowwise)
+        return grad_output, None, None, None
+
+
+def _look(sampler: Sampler, seen: Tensor, layer: Any, args: Any, output: Any) -> Any:
+    """Look at one call; a forward hook, so what it returns takes the output's place."""
+    if not layer.fp8_active or not layer.fp8_sampled:
+        return None
+    if torch.compiler.is_compiling():
+        sampler.hooks_stay = True
+    if args and isinstance(args[0], Tensor) and args[0].numel():
+        with torch.no_grad():
+            _keep_worst(seen[0], args[0], *_cast(layer, "input"))
+    if isinstance(output, Tensor) and output.requires_grad and output.numel():
+        cast = _cast(layer, "grad_output")
+        return GradTap.apply(output, seen[2], *cast)  # type: ignore[no-untyped-call]  # torch's own
+    return None
+
+
+def _cast(layer: Any, operand: str) -> tuple[torch.dtype | None, bool]:
+    """Return the FP8 dtype to which an operand is cast, None if it is not, and whether by rows."""
+    cast = getattr(layer.config, f"cast_config_{operand}")
+    dtype = None if cast.scaling_type.name == "DISABLED" else cast.target_dtype
+    return dtype, cast.scaling_granularity.name == "AXISWISE"
+
+
+def _keep_worst(seen: Tensor, value: Tensor, dtype: torch.dtype | None, is_rowwise: bool) -> None:
+    if dtype is not None:
+        seen.copy_(torch.maximum(seen, range_shares(value.detach(), dtype, is_rowwise=is_rowwise)))

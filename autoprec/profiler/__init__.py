@@ -1,0 +1,14 @@
+"""What a model costs on the device at hand: each layer in each option, and whole steps.
+
+measure     workload -> profile
+layers      layers of equal shape -> rows
+candidates  one layer in one option, on its own
+recording   the inputs and gradients of a real step
+tracing     the operations that really ran
+steps       whole steps, interleaved
+"""
+
+from autoprec.profiler.measure import profile_model
+from autoprec.profiler.steps import time_steps
+
+__all__ = ["profile_model", "time_steps"]

@@ -1,0 +1,122 @@
+"""A layer on its own in one option, with the calls of a real step: what is timed and weighed.
+
+`step` is forward and backward as the training step runs them: the option is installed by the same
+`install_options`, inputs and output gradients are real, and gradients are asked for exactly where
+the real step needs them. A 16-bit option takes and gives BF16, as in a BF16 flow; FP32 takes and
+gives FP32; so casts at a layer's boundary are in neither.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from autoprec.profiler.recording import Call, output_tensors
+from autoprec.records import Option
+from autoprec.runtime import install_options
+from autoprec.runtime.casting import cast_floating
+from autoprec.runtime.classes import option_dtype
+
+Outputs = tuple[list[Tensor], list[Tensor]]  # tensors to differentiate, and their gradients
+MakeLayer = Callable[[], nn.Module]
+
+
+@dataclass
+class Candidate:
+    """One option of one layer, ready to run."""
+
+    option: Option
+    layer: nn.Module
+    calls: list[Call]
+    inputs: list[Tensor] = field(default_factory=list)  # those that need a gradient
+    parameters: list[nn.Parameter] = field(default_factory=list)  # trainable ones
+
+    def forward(self) -> Outputs:
+        """Run every call of a step; return the outputs that got a gradient, with it."""
+        outputs: list[Tensor] = []
+        gradients: list[Tensor] = []
+        with torch.enable_grad():
+            for call in self.calls:
+                for _ in range(call.count):
+                    found = output_tensors(self.layer(*call.args, **call.kwargs))
+                    for tensor, gradient in zip(found, call.gradients, strict=False):
+                        if gradient is not None:
+                            outputs.append(tensor)
+                            gradients.append(gradient)
+        return outputs, gradients
+
+    def step(self) -> None:
+        """Run forward and backward."""
+        self.differentiate(self.forward(), [*self.inputs, *self.parameters])
+
+    def differentiate(
+        self, made: Outputs, wanted: Sequence[Tensor], *, retain: bool = False
+    ) -> None:
+        """Run the backward pass to `wanted`; nothing when no gradient is asked for."""
+        outputs, gradients = made
+        if outputs and wanted:
+            torch.autograd.grad(outputs, wanted, gradients, retain_graph=retain, allow_unused=True)
+
+    def backward_to(self, wanted: Sequence[Tensor]) -> Callable[[], None]:
+        """Return the backward pass to `wanted` alone, of a forward pass that is run here."""
+        made = self.forward()
+        return lambda: self.differentiate(made, wanted, retain=True)
+
+    @contextmanager
+    def weighing(self) -> Iterator[dict[int, int]]:
+        """Fill a dict, by storage, with the bytes kept for backward, parameters left out."""
+        own = {p.untyped_storage().data_ptr() for p in self.layer.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = min(storage.nbytes(), tensor.numel() * tensor.itemsize)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield saved
+
+
+def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option) -> Candidate:
+    """Return a layer with `option` and its calls in the option's dtype."""
+    dtype = option_dtype(option)
+    layer = make_layer()
+    install_options(layer, {"": option}, flow=dtype, root=False)
+    own = [
+        Call(
+            args=_as_input(call.args, dtype),
+            kwargs=_as_input(call.kwargs, dtype),
+            gradients=[g if g is None else g.to(dtype) for g in call.gradients],
+            count=call.count,
+        )
+        for call in calls
+    ]
+    leaves = [leaf for call in own for leaf in tree_leaves((call.args, call.kwargs))]
+    return Candidate(
+        option=option,
+        layer=layer,
+        calls=own,
+        inputs=[t for t in leaves if isinstance(t, Tensor) and t.requires_grad],
+        parameters=[p for p in layer.parameters() if p.requires_grad],
+    )
+
+
+def copy_layer(layer: nn.Module, make_model: Callable[[], nn.Module], name: str) -> nn.Module:
+    """Return a copy of a layer; one that cannot be copied is taken out of a new model."""
+    try:
+        return copy.deepcopy(layer)
+    except (RuntimeError, TypeError):  # e.g. torch's older weight_norm keeps a computed weight
+        return make_model().get_submodule(name)
+
+
+def _as_input(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever the layer takes
+    def cast(tensor: Tensor) -> Tensor:
+        return cast_floating(tensor.detach(), dtype).requires_grad_(tensor.requires_grad)  # type: ignore[no-any-return]  # a tensor stays one
+
+    return tree_map_only(Tensor, cast, value)

@@ -1,0 +1,266 @@
+"""Workload + ModelSpec -> Profile: what every layer costs in every option, and whole steps.
+
+The search adds up layer totals, so what the sum leaves out must be a constant:
+
+    fixed_ms       step of uniform FP32  - sum of FP32 totals
+    fixed_bf16_ms  step of uniform BF16 O2 - sum of BF16 totals (FP32 for a layer without BF16)
+
+Each holds attention, activations, loss, optimizer and Python's share, and also what an isolated
+layer runs faster or slower than one within its step: their common part cancels in the fixed time.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autoprec.capture import find_layers
+from autoprec.device import device_facts, find_monitor
+from autoprec.profiler.candidates import copy_layer
+from autoprec.profiler.layers import Group, LayerMeter
+from autoprec.profiler.recording import Call, record_step
+from autoprec.profiler.steps import AUTOCAST, Arm, time_steps
+from autoprec.progress import Progress, report_nothing
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    LayerSpec,
+    LayerTiming,
+    ModelSpec,
+    Option,
+    Profile,
+    StepTiming,
+    Timing,
+)
+from autoprec.timing import Clock, Stopping, make_clock, sample_interleaved
+from autoprec.workload import Workload, take_batches
+
+logger = logging.getLogger(__name__)
+
+STEP_SAMPLES, STEP_LEAST = 6, 3
+STEP_BUDGET = 4.0  # FP32 steps that the samples of one arm may take
+SLOW_STEP = 3.0  # times the FP32 step; a slower FP8 step is predicted, not timed
+CAST_SAMPLES = 7
+DEFAULT_CAST_ELEMENTS = 2**20  # where the step has no floating activation
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The FP32 model, its layers, what each was called with, and the ms of one such step."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    calls: Mapping[str, Sequence[Call]]
+    step_ms: float
+
+
+def profile_model(
+    workload: Workload,
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    options: Sequence[Option] | None = None,
+    seed: int = 0,
+    progress: Progress = report_nothing,
+    clock: Clock | None = None,
+) -> Profile:
+    """Measure what every layer costs in every option, and what whole steps cost.
+
+    Args:
+        workload: the user's functions.
+        spec: the captured model.
+        device: where to measure.
+        options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
+        seed: of the model, the batches and the order of turns.
+        progress: told of every group of layers and every round of steps.
+        clock: default: the device's own.
+    """
+    facts = device_facts(device)  # imports torchao, which is no part of the measurement
+    clock = clock or make_clock(device)
+    started = time.perf_counter()
+    groups = group_layers(spec, options)
+    recorded = _record(workload, groups, device=device, seed=seed)
+    meter = LayerMeter(
+        device, clock, spec.optimizer_state_numel_ratio, monitor=find_monitor(device), seed=seed
+    )
+    rows: list[LayerTiming] = []
+    for number, group in enumerate(groups):
+        progress("layers", number, len(groups))
+        name = group.first.name
+        rows += meter.time_group(
+            group,
+            recorded.calls[name],
+            lambda name=name: _fresh_layer(workload, recorded, name, device=device),  # type: ignore[misc]  # mypy: default of a lambda
+        )
+    progress("layers", len(groups), len(groups))
+    cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
+    steps = _time_uniform_steps(
+        workload,
+        rows,
+        groups,
+        fp32_ms=recorded.step_ms,
+        device=device,
+        clock=clock,
+        seed=seed,
+        progress=progress,
+    )
+    fixed = {label: fixed_time(label, steps, rows, groups) for label in ("fp32", "bf16_o2")}
+    fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
+    return Profile(
+        model=spec,
+        device=facts,
+        basis=Basis.MEASURED,
+        layers=tuple(rows),
+        steps=steps,
+        boundary_cast_ms_per_melement=cast_ms,
+        fixed_ms=fixed["fp32"],
+        fixed_bf16_ms=fixed["bf16_o2"],
+        step_equivalents=(time.perf_counter() - started) * 1e3 / max(fp32_ms, 1e-6),
+    )
+
+
+def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:
+    """Return the layers in groups that are timed once, each with the options to time."""
+    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
+    for layer in spec.layers:
+        shared = tuple(parameter.shared_with is not None for parameter in layer.parameters)
+        groups.setdefault((layer.shape_key, shared, layer.options), []).append(layer)
+    return [Group(tuple(same), chosen_options(same[0], options)) for same in groups.values()]
+
+
+def chosen_options(layer: LayerSpec, options: Sequence[Option] | None) -> tuple[Option, ...]:
+    """Return the layer's options, those of FP8 limited to the recipes of `options`."""
+    if options is None:
+        return layer.options
+    recipes = {option.recipe for option in options}
+    return tuple(o for o in layer.options if not o.is_fp8 or o.recipe in recipes)
+
+
+def uniform_options(groups: Iterable[Group], *, fp8: bool = False) -> dict[str, Option]:
+    """Return BF16 O2 for every layer that takes it, or its first FP8 option where `fp8`."""
+    chosen: dict[str, Option] = {}
+    for group in groups:
+        first_fp8 = next((option for option in group.options if option.is_fp8), None)
+        best = BF16_O2 if BF16_O2 in group.options else FP32
+        chosen |= {layer.name: (fp8 and first_fp8) or best for layer in group.layers}
+    return chosen
+
+
+def sum_totals(rows: Iterable[LayerTiming], options: Mapping[str, Option]) -> float:
+    """Return the ms of all layers in these options; a layer that does not run has none."""
+    by_key = {
+        (name, row.option): row.total.median_ms
+        for row in rows
+        if row.total is not None
+        for name in row.names
+    }
+    return sum(by_key.get(chosen, 0.0) for chosen in options.items())
+
+
+def fixed_time(
+    label: str, steps: Iterable[StepTiming], rows: Sequence[LayerTiming], groups: Sequence[Group]
+) -> float:
+    """Return the uniform step's time outside of its layers."""
+    step = next(step for step in steps if step.label == label)
+    options = uniform_options(groups)
+    if label == "fp32":
+        options = dict.fromkeys(options, FP32)
+    return step.timing.median_ms - sum_totals(rows, options)
+
+
+def time_boundary_cast(
+    calls: Iterable[Sequence[Call]], *, clock: Clock, device: torch.device
+) -> float:
+    """Return the ms per million elements of a cast between BF16 and FP32, forward and backward.
+
+    Measured at the size of the model's largest activation.
+    """
+    leaves = tree_leaves([(call.args, call.kwargs) for layer in calls for call in layer])
+    sizes = [x.numel() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    elements = max(sizes, default=DEFAULT_CAST_ELEMENTS)
+    x = torch.randn(elements, device=device).bfloat16().requires_grad_()
+    gradient = torch.randn(elements, device=device)
+
+    def cast() -> None:
+        torch.autograd.grad(x.float(), x, gradient)
+
+    found = sample_interleaved({"cast": cast}, clock=clock, stopping=Stopping(samples=CAST_SAMPLES))
+    return found["cast"].timing().median_ms / elements * 1e6
+
+
+def _record(
+    workload: Workload, groups: Sequence[Group], *, device: torch.device, seed: int
+) -> Recorded:
+    """Run two steps of the FP32 model: one warms up, the other is recorded and timed."""
+    model = workload.build_model(seed=seed).to(device).train()
+    batch = take_batches(workload, seed=seed, count=1, device=device)[0]
+    record_step(workload, model, batch, {}, seed=seed)  # lazy modules have parameters after it
+    layers = find_layers(model)
+    chosen = {group.first.name: layers[group.first.name] for group in groups}
+    started = time.perf_counter()
+    calls = record_step(workload, model, batch, chosen, seed=seed)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Recorded(model, layers, calls, (time.perf_counter() - started) * 1e3)
+
+
+def _fresh_layer(
+    workload: Workload, recorded: Recorded, name: str, *, device: torch.device
+) -> nn.Module:
+    return copy_layer(
+        recorded.layers[name], lambda: workload.build_model().to(device).train(), name
+    )
+
+
+def _time_uniform_steps(
+    workload: Workload,
+    rows: Sequence[LayerTiming],
+    groups: Sequence[Group],
+    *,
+    fp32_ms: float,
+    device: torch.device,
+    clock: Clock,
+    seed: int,
+    progress: Progress,
+) -> tuple[StepTiming, ...]:
+    bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
+    fp8 = _feasible(fp8, rows)
+    arms: dict[str, Arm] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
+    has_fp8 = any(option.is_fp8 for option in fp8.values())
+    surplus_ms = sum_totals(rows, fp8) - sum_totals(rows, bf16)
+    is_slow = surplus_ms > (SLOW_STEP - 1) * fp32_ms
+    if has_fp8 and not is_slow:
+        arms["fp8_o1"] = fp8
+    steps = time_steps(
+        workload,
+        arms,
+        device=device,
+        clock=clock,
+        samples=STEP_SAMPLES,
+        seed=seed,
+        progress=progress,
+        warmup=1,
+        stopping=Stopping(
+            STEP_SAMPLES, STEP_LEAST, budget_ms=STEP_BUDGET * fp32_ms, rejections=STEP_LEAST
+        ),
+    )
+    if has_fp8 and is_slow:
+        base = next(step for step in steps if step.label == "bf16_o2")
+        steps += (_predicted_step("fp8_o1", base.timing.median_ms + surplus_ms),)
+    return steps
+
+
+def _feasible(options: Mapping[str, Option], rows: Iterable[LayerTiming]) -> dict[str, Option]:
+    """Return BF16 O2 in place of FP8 options that cannot run."""
+    broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
+    return {name: BF16_O2 if (name, o) in broken else o for name, o in options.items()}
+
+
+def _predicted_step(label: str, ms: float) -> StepTiming:
+    timing = Timing(median_ms=ms, p20_ms=ms, p80_ms=ms, samples=0, basis=Basis.PREDICTED)
+    return StepTiming(label=label, timing=timing, peak_bytes=None)

@@ -1,0 +1,186 @@
+"""Whole training steps, interleaved: each arm has a model and an optimizer of its own.
+
+A step is zero_grad, forward, backward and optimizer.step on a batch that is already on the device;
+all arms see the same batches in the same order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autoprec.capture import find_uncovered
+from autoprec.device import find_monitor, find_sensor
+from autoprec.errors import DeviceError
+from autoprec.nvml import Sensor
+from autoprec.progress import Progress, report_nothing
+from autoprec.records import FP32, Option, StepTiming
+from autoprec.runtime import attach_optimizer, install_options
+from autoprec.timing import (
+    Clock,
+    Function,
+    Monitor,
+    Samples,
+    Stopping,
+    merge_conditions,
+    sample_interleaved,
+)
+from autoprec.workload import Batch, Workload, take_batches
+
+Arm = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
+AUTOCAST = "autocast_bf16"
+BATCHES = 4  # different ones, taken in turn
+ENERGY_MS = 1000.0  # NVML's counter moves every 20 to 100 ms
+
+
+@dataclass
+class Shared:
+    """What the arms of one comparison share: the batches, and which one is next."""
+
+    workload: Workload
+    device: torch.device
+    batches: Sequence[Batch]
+    seed: int
+    position: int = 0
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of this round."""
+        return self.batches[self.position % len(self.batches)]
+
+
+def time_steps(
+    workload: Workload,
+    arms: Mapping[str, Arm],
+    *,
+    device: torch.device,
+    clock: Clock,
+    samples: int,
+    seed: int,
+    progress: Progress = report_nothing,
+    stopping: Stopping | None = None,
+    monitor: Monitor | None = None,
+    warmup: int = 2,
+) -> tuple[StepTiming, ...]:
+    """Time a whole training step of every arm, in turns.
+
+    Args:
+        workload: builds the model, the batches and the optimizer of every arm.
+        arms: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
+        device: where to train.
+        clock: how to time.
+        samples: timed steps per arm.
+        seed: of models, batches and turns.
+        progress: told of every round.
+        stopping: when an arm has enough samples, in place of `samples`.
+        monitor: rejects dirty samples; default: NVML's, where there is one.
+        warmup: untimed steps per arm.
+
+    Raises:
+        DeviceError: an arm does not fit into the device's memory.
+    """
+    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
+    shared = Shared(workload, device, batches, seed)
+    stopping = stopping or Stopping(samples=samples)
+    built = {label: _build_arm(shared, label, arm) for label, arm in arms.items()}
+
+    def prepare(number: int) -> None:
+        shared.position = number
+        progress("steps", min(number, stopping.samples), stopping.samples)
+
+    found = sample_interleaved(
+        {label: one.step for label, one in built.items()},
+        clock=clock,
+        stopping=stopping,
+        warmup=warmup - 1,  # building an arm runs its first step
+        prepare=prepare,
+        monitor=monitor or find_monitor(device),
+        seed=seed,
+    )
+    progress("steps", stopping.samples, stopping.samples)
+    sensor = find_sensor(device)
+    return tuple(
+        _step_timing(label, one, found[label], clock=clock, sensor=sensor)
+        for label, one in built.items()
+    )
+
+
+@dataclass(frozen=True)
+class _Built:
+    step: Function
+    peak_bytes: int | None
+
+
+def _build_arm(shared: Shared, label: str, arm: Arm) -> _Built:
+    """Build an arm and run its first step, which makes the optimizer's state."""
+    on_cuda = shared.device.type == "cuda"
+    before = torch.cuda.memory_allocated(shared.device) if on_cuda else 0
+    try:
+        step = _make_step(shared, arm)
+        step()
+        if not on_cuda:
+            return _Built(step, None)
+        torch.cuda.reset_peak_memory_stats(shared.device)
+        step()
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"a step of every arm must fit into the memory of {shared.device}, but {label!r} does "
+            "not beside the others; tune with a smaller batch or model, or on a larger device"
+        ) from error
+    return _Built(step, torch.cuda.max_memory_allocated(shared.device) - before)
+
+
+def _make_step(shared: Shared, arm: Arm) -> Function:
+    workload = shared.workload
+    model = workload.build_model(seed=shared.seed).to(shared.device).train()
+    optimizer = workload.build_optimizer(model)
+    if not isinstance(arm, str) and any(option != FP32 for option in arm.values()):
+        install_options(model, arm, uncovered=find_uncovered(model))
+        attach_optimizer(model, optimizer)
+    loss_of = _loss_function(shared, model, is_autocast=isinstance(arm, str))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of().backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        optimizer.step()
+
+    return step
+
+
+def _loss_function(
+    shared: Shared, model: nn.Module, *, is_autocast: bool
+) -> Callable[[], torch.Tensor]:
+    def loss() -> torch.Tensor:
+        return shared.workload.loss_fn(model, shared.batch)
+
+    def autocast_loss() -> torch.Tensor:
+        with torch.autocast(shared.device.type, dtype=torch.bfloat16):
+            return loss()
+
+    return autocast_loss if is_autocast else loss
+
+
+def _step_timing(
+    label: str, built: _Built, samples: Samples, *, clock: Clock, sensor: Sensor | None
+) -> StepTiming:
+    return StepTiming(
+        label=label,
+        timing=samples.timing(),
+        peak_bytes=built.peak_bytes,
+        energy_j=None if sensor is None else measure_energy(built.step, sensor, clock=clock),
+        conditions=merge_conditions(samples.conditions, pauses=samples.pauses),
+    )
+
+
+def measure_energy(step: Function, sensor: Sensor, *, clock: Clock) -> float | None:
+    """Return joules per step, over as many steps as the counter needs; None without a counter."""
+    clock.synchronize()
+    before, elapsed, steps = sensor.energy_j(), 0.0, 0
+    if before is None:
+        return None
+    while elapsed < ENERGY_MS:
+        elapsed += max(clock.measure(step), 1e-3)
+        steps += 1
+    after = sensor.energy_j()
+    return None if after is None else max(after - before, 0.0) / steps

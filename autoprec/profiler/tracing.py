@@ -1,0 +1,85 @@
+"""A function -> the operations that really ran, in order, each with its time if there is a clock.
+
+A dispatch mode sees the ATen operations below autograd, torchao's tensor subclasses taken apart, so
+`_scaled_mm float8_e4m3fn` in the list is proof that FP8 operands were multiplied. On CUDA the names
+of the kernels are added, as CUPTI reports them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprec.timing import Clock
+
+GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
+NO_WORK = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"})
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operation: its name, the dtype of its operands, and the ms it took (0 untimed)."""
+
+    name: str
+    dtype: str
+    ms: float
+    is_backward: bool
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether it multiplies matrices."""
+        return self.name in GEMMS
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Notes every operation that computes something; set `is_backward` where backward begins."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.operations: list[Operation] = []
+        self.is_backward = False
+        self._clock = clock
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:  # Any: torch's own protocol
+        """Run the operation and note it; subclasses are asked to take theirs apart first."""
+        if any(kind not in PLAIN_TENSORS for kind in types):
+            return NotImplemented
+        name = func.overloadpacket._qualified_op_name.rpartition("::")[2]
+        if func.is_view or name in NO_WORK:
+            return func(*args, **(kwargs or {}))
+        result, elapsed = _run(lambda: func(*args, **(kwargs or {})), self._clock)
+        dtype = _operand_dtype((*args, *(kwargs or {}).values()))
+        self.operations.append(Operation(name, dtype, elapsed, self.is_backward))
+        return result
+
+
+def cuda_kernels(fn: Callable[[], object]) -> tuple[str, ...]:
+    """Return the names of the CUDA kernels that `fn` launches, each once."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        fn()
+        torch.cuda.synchronize()
+    on_device = [e.name for e in seen.events() or () if e.device_type.name == "CUDA"]
+    return tuple(dict.fromkeys(on_device))
+
+
+def _run(fn: Callable[[], Any], clock: Clock | None) -> tuple[Any, float]:
+    if clock is None:
+        return fn(), 0.0
+    results: list[Any] = []
+    elapsed = clock.measure(lambda: results.append(fn()))
+    return results[0], elapsed
+
+
+def _operand_dtype(values: Sequence[object]) -> str:
+    """Return the first floating dtype among the operands, FP8 before any other."""
+    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else (value,))]
+    names = [str(v.dtype).removeprefix("torch.") for v in flat if isinstance(v, Tensor)]
+    floating = [name for name in names if "float" in name]
+    return next((name for name in floating if "float8" in name), (floating or names or [""])[0])

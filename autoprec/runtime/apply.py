@@ -1,0 +1,285 @@
+"""A plan and a model (and its optimizer) -> the same objects, running the plan. And back.
+
+    model, optimizer = autoprec.apply("plan.json", model, optimizer)
+
+Everything is checked before anything is changed, so that an error leaves model and optimizer as
+they were. What differs between plan and model is an error that says what; what merely may matter
+(other software, another device) is one logged warning. The plan's state lives on the model and in
+the optimizer's hooks, nowhere else: copies and pickles of the model carry it along.
+"""
+
+import copy
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.optim import Optimizer
+
+from autoprec.capture import find_layers, find_uncovered, layer_kind
+from autoprec.device import device_name
+from autoprec.errors import PlanMismatchError
+from autoprec.records import Assignment, Plan
+from autoprec.runtime.attach import (
+    attach_optimizer,
+    check_optimizer,
+    detach_optimizer,
+    watch_optimizers,
+)
+from autoprec.runtime.classes import is_made_here, own_class
+from autoprec.runtime.install import install_options, set_storage
+from autoprec.runtime.masters import (
+    ON_MODEL,
+    Masters,
+    forget_loads,
+    keep_exact_loads,
+    masters_of,
+)
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+AnyOptimizer = TypeVar("AnyOptimizer", bound="Optimizer | None")
+MOST_LISTED = 8  # differences that an error spells out
+WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpointing
+MATTERS = ("torch", "torchao")  # packages whose version can change what a plan is worth
+
+
+def apply(
+    plan: Plan | Path | str,
+    model: Model,
+    optimizer: AnyOptimizer = None,  # type: ignore[assignment]  # None is AnyOptimizer's default
+) -> tuple[Model, AnyOptimizer]:
+    """Make `model` run as the plan says, and `optimizer` train FP32 masters; both in place.
+
+    Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
+    into the optimizer. An optimizer made later is attached with `attach_optimizer`. Frozen
+    parameters that become BF16 keep no FP32 copy.
+
+    Args:
+        plan: a plan, or the path of a plan.json.
+        model: what the training step calls; `torch.compile`d or not.
+        optimizer: any `torch.optim` optimizer of the model.
+
+    Returns:
+        The same two objects.
+
+    Raises:
+        RecordError: the file is no plan.
+        PlanMismatchError: the plan does not fit; model and optimizer are as they were.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    inner = unwrapped(model)
+    _check_wrappers(inner)
+    layers = {plain_name(name): name for name in find_layers(inner)}
+    check_fit(plan, inner)
+    if optimizer is not None:
+        check_optimizer(inner, optimizer)
+    install_options(
+        inner,
+        {layers[layer.name]: layer.option for layer in plan.layers},
+        uncovered=[name for name in find_uncovered(inner) if plain_name(name) in plan.uncovered],
+    )
+    masters = masters_of(inner)
+    try:
+        if optimizer is not None:
+            attach_optimizer(inner, optimizer)
+    except BaseException:
+        undo(inner, optimizer)
+        raise
+    _forget_frozen(masters)
+    keep_exact_loads(inner, masters)
+    watch_optimizers()
+    _warn_of_differences(plan, inner)
+    if plan.schedule:
+        logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
+    return model, optimizer
+
+
+def undo(
+    model: Model,
+    optimizer: AnyOptimizer = None,  # type: ignore[assignment]  # None is AnyOptimizer's default
+) -> tuple[Model, AnyOptimizer]:
+    """Make the model plain FP32 with its master weights, and the optimizer plain; both in place.
+
+    The optimizer keeps its state (moments are FP32 already).
+
+    Raises:
+        PlanMismatchError: no plan is applied, or something changed the modules' classes since.
+    """
+    inner = unwrapped(model)
+    masters = masters_of(inner)
+    _check_classes(inner)
+    for parameter in list(masters.values):
+        set_storage(parameter, masters.current(parameter))
+    masters.values.clear()
+    for module in inner.modules():
+        module.__class__ = own_class(module)
+        vars(module).pop("fp8_active", None)
+    forget_loads(inner)
+    vars(inner).pop(ON_MODEL)
+    if optimizer is not None:
+        detach_optimizer(optimizer)
+    return model, optimizer
+
+
+def master_view(model: nn.Module) -> nn.Module:
+    """Return a plain FP32 model whose parameters *are* the master weights of an applied model.
+
+    The view shares storage with the masters, buffers and FP32 parameters of `model`, so it follows
+    the training. Use it for an FP32 checkpoint (`view.state_dict()`), for evaluation in FP32, or
+    for averages: `AveragedModel(view)`, then `ema.update_parameters(view)` after every step,
+    because an average kept in BF16 does not move. Write into the model, not into the view.
+
+    Raises:
+        PlanMismatchError: no plan is applied to the model.
+    """
+    inner = unwrapped(model)
+    masters = masters_of(inner)
+    memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
+    for parameter in inner.parameters():
+        data = masters.current(parameter) if parameter in masters.values else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    view = copy.deepcopy(inner, memo)
+    forget_loads(view)
+    vars(view).pop(ON_MODEL)
+    for module in view.modules():
+        module.__class__ = own_class(module)
+        vars(module).pop("fp8_active", None)
+    return view
+
+
+def check_fit(plan: Plan, model: nn.Module) -> None:
+    """Check that a plan names every layer of a model, as it is.
+
+    Raises:
+        PlanMismatchError: it does not; the message names what differs.
+    """
+    differences = list(_differences(plan, model))
+    if not differences:
+        return
+    more = len(differences) - MOST_LISTED
+    listed = "; ".join(differences[:MOST_LISTED]) + (f"; and {more} more" if more > 0 else "")
+    raise PlanMismatchError(
+        f"a plan must name every layer of the model as it is, but {listed}; "
+        "tune this model again, or correct the plan's names"
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile`'s wrapper, or the model itself."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Return a layer's name without what wrappers of single blocks put into it."""
+    for wrapper in WRAPPER_NAMES:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _differences(plan: Plan, model: nn.Module) -> Iterator[str]:
+    layers = {plain_name(name): module for name, module in find_layers(model).items()}
+    planned = {layer.name: layer for layer in plan.layers}
+    yield from (f"layer {n!r} is in the plan only" for n in planned if n not in layers)
+    yield from (f"layer {n!r} is in the model only" for n in layers if n not in planned)
+    for name, module in layers.items():
+        if name in planned:
+            yield from _layer_differences(planned[name], module)
+    bare = [plain_name(name) for name in find_uncovered(model)]
+    yield from (f"parameter {n!r} is in the plan only" for n in plan.uncovered if n not in bare)
+    yield from (f"parameter {n!r} is in the model only" for n in bare if n not in plan.uncovered)
+
+
+def _layer_differences(planned: Assignment, module: nn.Module) -> Iterator[str]:
+    kind = layer_kind(module)
+    if kind is not planned.kind:
+        yield f"layer {planned.name!r} is {kind} in the model, {planned.kind} in the plan"
+    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    if shapes != planned.shapes:
+        yield (
+            f"layer {planned.name!r} has shapes {_listed(shapes)} in the model, "
+            f"{_listed(planned.shapes)} in the plan"
+        )
+
+
+def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "none"
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes())
+    for module in model.modules():
+        if ON_MODEL in vars(module) or is_made_here(type(module)):
+            raise PlanMismatchError(
+                "a model takes one plan at a time, but one is applied to this model already; call "
+                "autoprec.undo(model, optimizer) first"
+            )
+        if isinstance(module, parallel):
+            raise PlanMismatchError(
+                "a plan must be applied before the model is wrapped, but it is wrapped in "
+                f"{type(module).__name__}; call autoprec.apply first, then wrap the model"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PlanMismatchError(
+                "a scripted module cannot be changed, and the model has one; "
+                "call autoprec.apply before torch.jit.script"
+            )
+
+
+def _fsdp_classes() -> tuple[type, ...]:
+    if "torch.distributed.fsdp" not in sys.modules:  # then nothing can be an instance
+        return ()
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return FullyShardedDataParallel, FSDPModule
+
+
+def _check_classes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        cls = type(module)
+        if not is_made_here(cls) and any(is_made_here(base) for base in cls.__mro__[1:]):
+            raise PlanMismatchError(
+                f"a module must keep the class that the plan gave it, but {name!r} is now a "
+                f"{cls.__name__}; undo first what was applied after the plan"
+            )
+
+
+def _forget_frozen(masters: Masters) -> None:
+    """Drop the FP32 copies of frozen parameters, which nobody trains."""
+    for parameter in masters.values:
+        if not parameter.requires_grad:
+            masters.values[parameter] = None
+
+
+def _warn_of_differences(plan: Plan, model: nn.Module) -> None:
+    """Log one warning that names all differences of software and device to the plan's."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    made, name = plan.fingerprint, device_name(device)
+    found = _software_differences(made.software)
+    if made.device and name != made.device:
+        found.insert(0, f"device {name} (the plan: {made.device})")
+    if found:
+        logger.warning(
+            "the plan was made elsewhere: %s; it will run, but its times and its verification are "
+            "of the other; tune again here to be sure",
+            ", ".join(found),
+        )
+
+
+def _software_differences(made: Mapping[str, str]) -> list[str]:
+    here = {package: version(package) for package in MATTERS}
+    return [
+        f"{package} {here[package]} (the plan: {made[package]})"
+        for package in MATTERS
+        if package in made and made[package] != here[package]
+    ]

@@ -1,0 +1,333 @@
+"""An optimizer that the user made -> the same optimizer, training FP32 masters.
+
+Hooks around `step` do it, so the optimizer stays the same object with the same groups and the same
+Parameter objects, whatever patched `step` (LR schedulers do) or wraps it (GradScaler). The hook
+before a step returns a *twin* in the optimizer's place: an object of the same class with the same
+attributes and state whose groups hold the masters, with FP32 gradients. The optimizer and the model
+are not touched until the step has succeeded, so one that raises leaves no trace:
+
+    before   twin.param_groups = groups with m for p,   m.grad = float(p.grad)
+    step     twin.step()                                moments are made for m, so they are FP32
+    after    state[p] = twin.state[m],   p = bf16(m)
+
+`state_dict()` is the plain one, and beside the moments of each parameter its `master_weight`.
+"""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autoprec.errors import PlanMismatchError
+from autoprec.runtime.masters import LIVE, Masters, copy_down, keep_exact_loads, masters_of
+
+ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
+MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
+STATELESS = "master_weights"  # in state_dict(): masters of parameters that have no state (yet)
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+StateDict = dict[str, Any]  # Any: torch's own
+Pairs = dict[nn.Parameter, Tensor]
+
+
+def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Make `optimizer` train FP32 masters of the parameters that a plan stored in BF16, in place.
+
+    Call it after `apply` or `install_options`, for every optimizer of the model, before loading a
+    checkpoint into the optimizer. Calling it again does no harm.
+
+    Raises:
+        PlanMismatchError: no plan is applied to the model, the optimizer trains none of its
+            parameters, or it is of a kind that masters cannot be given to.
+    """
+    masters = masters_of(model)
+    check_optimizer(model, optimizer)
+    masters.refresh(model)
+    keep_exact_loads(model, masters)
+    _attach(masters, optimizer)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that masters can be given to an optimizer of the model.
+
+    Raises:
+        PlanMismatchError: they cannot, see `attach_optimizer`.
+    """
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS[0]):
+        reason = f"it is a {type(optimizer).__name__}, not a torch.optim.Optimizer"
+    elif type(optimizer).__module__.startswith("torch.distributed."):
+        reason = f"{type(optimizer).__name__} keeps optimizers of its own; use a plain one"
+    elif any(group.get("differentiable", False) for group in optimizer.param_groups):
+        reason = "differentiable=True needs a graph through the parameters; turn it off"
+    elif not set(map(id, model.parameters())) & set(map(id, _parameters(optimizer))):
+        reason = "it trains no parameter of this model; make it from model.parameters()"
+    else:
+        return
+    raise PlanMismatchError(f"the optimizer must be one that can train FP32 masters, but {reason}")
+
+
+def detach_optimizer(optimizer: Optimizer) -> None:
+    """Make it the plain optimizer that it was; its state stays."""
+    attachment = vars(optimizer).pop(ON_OPTIMIZER, None)
+    if attachment is not None:
+        for handle in attachment.handles:
+            handle.remove()
+
+
+def _attach(masters: Masters, optimizer: Optimizer) -> None:
+    _check_moments(masters, optimizer)
+    attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
+    if attachment is None:
+        attachment = Attachment(optimizer)
+        vars(optimizer)[ON_OPTIMIZER] = attachment
+    others = [store for store in attachment.stores if store is not masters and store.values]
+    attachment.stores = [*others, masters]
+    for parameter in attachment.mine(optimizer):
+        saved = optimizer.state.get(parameter, {}).pop(MASTER, None)
+        if saved is not None:  # the state was loaded before the optimizer was attached
+            masters.loaded[parameter] = saved
+    watch_optimizers()
+
+
+def _check_moments(masters: Masters, optimizer: Optimizer) -> None:
+    """Give FP32 to the moments of parameters that were BF16 before the plan; refuse lost bits."""
+    for parameter in _parameters(optimizer):
+        if parameter not in masters.values:
+            continue
+        state = optimizer.state.get(parameter, {})
+        low = [k for k, v in state.items() if isinstance(v, Tensor) and v.dtype is parameter.dtype]
+        if low and masters.values[parameter] is not None:
+            raise PlanMismatchError(
+                f"moments must be FP32, but {low[0]!r} is bfloat16 already: the optimizer's state "
+                "was loaded or made before it was attached; call autoprec.attach_optimizer(model, "
+                "optimizer) first, then load its state"
+            )
+        state.update({key: state[key].float() for key in low})
+
+
+@cache
+def watch_optimizers() -> None:
+    """Look at every optimizer before it steps, and before its own hooks run."""
+    register_optimizer_step_pre_hook(_look_at)
+
+
+def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's hook
+    """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first."""
+    attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
+    if attachment is not None:
+        hooks = _hooks(optimizer, HOOKS[0])
+        if attachment.before.id in hooks:  # not in a twin's, whose step may call super().step()
+            hooks.move_to_end(attachment.before.id)
+        return
+    for masters in list(LIVE):
+        if any(parameter in masters.values for parameter in _parameters(optimizer)):
+            _attach(masters, optimizer)
+
+
+class Attachment:
+    """The hooks of one optimizer. It holds no reference to the optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
+        self.loading: StateDict = {}
+        self.before = optimizer.register_step_pre_hook(self.before_step)
+        self.after = optimizer.register_step_post_hook(self.after_step)
+        _hooks(optimizer, HOOKS[1]).move_to_end(self.after.id, last=False)
+        self.handles = (
+            self.before,
+            self.after,
+            optimizer.register_state_dict_post_hook(self.add_masters),
+            optimizer.register_load_state_dict_pre_hook(self.before_load),
+            optimizer.register_load_state_dict_post_hook(self.after_load),
+        )
+
+    def mine(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
+        """Yield the optimizer's parameters that have a master."""
+        for parameter in _parameters(optimizer):
+            if any(parameter in store.values for store in self.stores):
+                yield parameter
+
+    def current(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's master."""
+        store = next(store for store in self.stores if parameter in store.values)
+        return store.current(parameter)
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
+        """Put the twin, with FP32 masters and gradients, in the optimizer's place."""
+        pairs: Pairs = {}
+        for store in self.stores:
+            pairs |= store.for_step(_parameters(optimizer))
+        if not pairs:
+            return None
+        give_gradients(pairs)
+        twin = make_twin(optimizer, pairs, hooks=self.handles)
+
+        def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:  # Any: the loss
+            def evaluate() -> Any:
+                copy_down(pairs, self.stores)
+                loss = closure()
+                give_gradients(pairs)
+                return loss
+
+            return evaluate
+
+        rest = tuple(wrapped(value) if callable(value) else value for value in args[1:])
+        if callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": wrapped(kwargs["closure"])}
+        return (twin, *rest), kwargs
+
+    def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook
+        """Take over what the twin made, and round the masters into the model."""
+        twin = args[0]
+        if twin is optimizer:
+            return
+        pairs = dict(_changed(optimizer, twin))
+        _take_over(optimizer, twin, pairs)
+        copy_down(pairs, self.stores)
+        for master in pairs.values():
+            if master.device.type != "cpu":
+                master.grad = None  # CUDA's allocator keeps the block; malloc would page it in anew
+
+    def add_masters(self, optimizer: Optimizer, state_dict: StateDict) -> None:
+        """Save the masters beside the moments; apart where a plain load would trip over them."""
+        mine = set(self.mine(optimizer))
+        states = state_dict["state"] = dict(state_dict["state"])
+        apart: dict[int, Tensor] = {}
+        for index, parameter in _indexed(optimizer, state_dict["param_groups"]):
+            if parameter in mine and states.get(index):
+                states[index] = {**states[index], MASTER: self.current(parameter)}
+            elif parameter in mine:
+                apart[index] = self.current(parameter)
+        if apart:
+            state_dict[STATELESS] = apart
+
+    def before_load(self, _optimizer: Optimizer, state_dict: StateDict) -> StateDict:
+        """Keep the state from torch, which would round it to the parameters' BF16."""
+        self.loading = state_dict
+        return {**state_dict, "state": {}}
+
+    def after_load(self, optimizer: Optimizer) -> None:
+        """Load the state as torch does, into a twin that has FP32 parameters."""
+        states = {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in self.loading["state"].items()
+        }
+        saved = dict(self.loading.get(STATELESS, {}))
+        groups = self.loading["param_groups"]
+        self.loading = {}
+        for index, _ in _indexed(optimizer, groups):
+            if MASTER in states.get(index, {}):
+                saved[index] = states[index].pop(MASTER)
+        pairs = {parameter: self.current(parameter) for parameter in self.mine(optimizer)}
+        twin = make_twin(optimizer, pairs, hooks=self.handles)
+        Optimizer.load_state_dict(twin, {"state": states, "param_groups": groups})
+        _take_over(optimizer, twin, pairs, groups=False)
+        for index, parameter in _indexed(optimizer, groups):
+            if index in saved and parameter in pairs:
+                self._load_master(parameter, saved[index])
+
+    def _load_master(self, parameter: nn.Parameter, saved: Tensor) -> None:
+        if saved.shape != parameter.shape:
+            raise PlanMismatchError(
+                f"a saved master must have its parameter's shape {tuple(parameter.shape)}, but it "
+                f"has {tuple(saved.shape)}; load a checkpoint of this model"
+            )
+        for store in self.stores:
+            if parameter in store.values:
+                store.loaded[parameter] = saved.detach().to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def give_gradients(pairs: Pairs) -> None:
+    """Set every master's gradient to its parameter's, in FP32."""
+    sources, targets = [], []
+    for parameter, master in pairs.items():
+        gradient = parameter.grad
+        if gradient is None or gradient.layout is not torch.strided:
+            master.grad = None if gradient is None else gradient.float()
+            continue
+        if master.grad is None or master.grad.layout is not torch.strided:
+            master.grad = torch.empty_like(master)
+        sources.append(gradient)
+        targets.append(master.grad)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def make_twin(optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()) -> Optimizer:
+    """Return an optimizer with the same attributes and state, but masters for parameters.
+
+    `hooks` are the handles of hooks that the twin does not get (Any: torch's handles).
+    """
+    twin: Optimizer = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer))
+    lists: dict[int, list[Tensor]] = {}
+    twin.param_groups = []
+    for group in optimizer.param_groups:
+        lists[id(group["params"])] = [pairs.get(p, p) for p in group["params"]]
+        twin.param_groups.append({**group, "params": lists[id(group["params"])]})
+    for name, value in vars(optimizer).items():
+        if id(value) in lists:
+            setattr(twin, name, lists[id(value)])  # LBFGS keeps its parameter list as an attribute
+    twin.state = defaultdict(dict, {_get(pairs, key): v for key, v in optimizer.state.items()})
+    left_out = {handle.id for handle in hooks}
+    for name in HOOKS:
+        own = _hooks(optimizer, name).items()
+        vars(twin)[name] = OrderedDict((k, hook) for k, hook in own if k not in left_out)
+    return twin
+
+
+def _take_over(optimizer: Optimizer, twin: Optimizer, pairs: Pairs, *, groups: bool = True) -> None:
+    """Give the optimizer what the twin's step, or its loading, made."""
+    back = {id(master): parameter for parameter, master in pairs.items()}
+    made = {back.get(id(key), key): value for key, value in twin.state.items()}
+    optimizer.state.clear()
+    optimizer.state.update(made)
+    if not groups:
+        return
+    for group, changed in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        group.update({key: value for key, value in changed.items() if key != "params"})
+    lists = {id(group["params"]) for group in twin.param_groups}
+    kept = {"param_groups", "state", *HOOKS}
+    for name, value in vars(twin).items():
+        if name not in kept and id(value) not in lists:
+            vars(optimizer)[name] = value
+
+
+def _changed(optimizer: Optimizer, twin: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    for group, other in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        for parameter, master in zip(group["params"], other["params"], strict=True):
+            if parameter is not master:
+                yield parameter, master
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _indexed(
+    optimizer: Optimizer, groups: list[dict[str, Any]]
+) -> Iterator[tuple[int, nn.Parameter]]:
+    """Yield the index that a state dict's groups give to each parameter."""
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        yield from zip(group["params"], own["params"], strict=True)
+
+
+def _hooks(optimizer: Optimizer, name: str) -> OrderedDict[int, Any]:  # Any: hooks of any kind
+    hooks: OrderedDict[int, Any] = getattr(optimizer, name)
+    return hooks
+
+
+def _get(pairs: Pairs, key: Any) -> Any:  # Any: a parameter, or whatever an optimizer keys by
+    return pairs.get(key, key) if isinstance(key, nn.Parameter) else key

@@ -1,0 +1,241 @@
+"""FP32 masters: what the optimizer trains while the model computes in BF16.
+
+    p   BF16, in the model: what forward and backward see, what `state_dict()` saves
+    m   FP32, beside it: what the optimizer sees; p = bf16(m) after every step
+
+BF16 has 8 bits of mantissa, so p alone would lose every update below 2^-9 of a weight. The model's
+own weights always decide: whoever writes into p (a checkpoint, a re-initialisation, clipping) has
+written the master too, element by element, and elements that nobody wrote keep their lower bits:
+
+    m <- m   where bf16(m) = p,   else float(p)
+
+Writes are seen by the tensor's version counter; those through `p.data`, which it does not count, by
+comparing values in the first steps and every hundredth, and in every step once one was found.
+"""
+
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.errors import PlanMismatchError
+from autoprec.records import Option
+
+logger = logging.getLogger(__name__)
+
+ON_MODEL = "_autoprec"  # the root module's attribute that holds its Masters
+CLOSE_LOOKS, CLOSE_LOOK_EVERY = 3, 100  # steps in which values are compared, see above
+LIVE: "weakref.WeakSet[Masters]" = weakref.WeakSet()  # of all applied models, copies included
+
+
+@dataclass(eq=False)
+class Masters:
+    """The masters of one model's BF16 parameters. It lives on the model and is copied with it.
+
+    `values` holds None for a parameter that was BF16 before the plan and was not trained yet,
+    `loaded` the masters of an optimizer's checkpoint until the model's weights are in.
+    """
+
+    options: dict[str, Option]
+    values: dict[nn.Parameter, Tensor | None]
+    names: dict[str, nn.Parameter]
+    loaded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    agreed: dict[nn.Parameter, tuple[int, int]] = field(default_factory=dict)
+    steps: int = 0
+    is_watching: bool = False
+
+    def __post_init__(self) -> None:
+        LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # Any: the fields
+        """Restore a copy or a pickle."""
+        vars(self).update(state)
+        LIVE.add(self)
+
+    @torch.no_grad()
+    def current(self, parameter: nn.Parameter, *, looks_closer: bool = True) -> Tensor:
+        """Return the parameter's master after taking over whatever was written into the parameter.
+
+        Raises:
+            PlanMismatchError: the parameter is not BF16 any more.
+        """
+        _check_dtype(parameter)
+        master = self.values[parameter]
+        if master is None or master.is_meta:
+            master = parameter.detach().float()
+        elif parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
+            master = self._adopted(parameter, master)
+        elif looks_closer and not _is_rounded(master, parameter.detach()):
+            self._watch()
+            master = self._adopted(parameter, master)
+        self.values[parameter] = master
+        self.agreed[parameter] = _stamp(parameter)
+        return master
+
+    def for_step(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """Return the masters of `parameters` (those that have one) for an optimizer's step."""
+        self.steps += 1
+        is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
+        looks_closer = is_due or self.is_watching
+        return {
+            parameter: self.current(parameter, looks_closer=looks_closer)
+            for parameter in parameters
+            if parameter in self.values
+        }
+
+    def refresh(self, model: nn.Module) -> None:
+        """Take in parameters that replaced others of the same name, e.g. shards of them."""
+        for name, parameter in model.named_parameters():
+            if parameter.dtype is not torch.bfloat16 or parameter in self.values:
+                continue
+            old = self.names.get(name)
+            master = None if old is None else self.values.pop(old, None)
+            self.values[parameter] = _carried(master, parameter)
+            self.names[name] = parameter
+
+    def _adopted(self, parameter: nn.Parameter, master: Tensor) -> Tensor:
+        written = parameter.detach()
+        master = master.to(written.device)
+        master.copy_(_kept(master, written))
+        loaded = self.loaded.pop(parameter, None)
+        if loaded is None:
+            return master
+        loaded = loaded.to(written.device)
+        if not _is_rounded(loaded, written):
+            logger.warning(
+                "the optimizer's checkpoint holds other masters than the model's weights round to; "
+                "the weights were kept, so load the model and the optimizer of one checkpoint"
+            )
+        return master.copy_(torch.where(loaded.to(written.dtype) == written, loaded, master))
+
+    def _watch(self) -> None:
+        if self.is_watching:
+            return
+        self.is_watching = True
+        logger.warning(
+            "a parameter was written through .data since the last step; the FP32 master follows, "
+            "and from now on every step compares both (write under torch.no_grad() to avoid that)"
+        )
+
+
+def masters_of(model: nn.Module) -> Masters:
+    """Return the masters of an applied model.
+
+    Raises:
+        PlanMismatchError: no plan is applied to it.
+    """
+    found = vars(model).get(ON_MODEL)
+    if found is None:
+        inner = [name for name, module in model.named_modules() if ON_MODEL in vars(module)]
+        way_out = f"give its {inner[0]!r}" if inner else "call autoprec.apply(plan, model) first"
+        raise PlanMismatchError(
+            f"the model must be one that a plan was applied to, but this {type(model).__name__} is "
+            f"not; {way_out}"
+        )
+    masters: Masters = found
+    return masters
+
+
+@torch.no_grad()
+def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters]) -> None:
+    """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
+    if not masters:
+        return
+    torch._foreach_copy_(list(masters), list(masters.values()))
+    for store in stores:
+        store.agreed.update((p, _stamp(p)) for p in masters if p in store.values)
+
+
+def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
+    """Make `load_state_dict` on any module of the model hand FP32 values to the masters."""
+    forget_loads(model)
+    for module in _owners(model, masters):
+        hook = functools.partial(_load_exactly, masters)
+        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+
+
+def forget_loads(model: nn.Module) -> None:
+    """Take the hooks of `keep_exact_loads` out."""
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        ours = [k for k, hook in hooks.items() if _function(hook) is _load_exactly]
+        for key in ours:
+            del hooks[key]
+
+
+def _function(hook: Any) -> object:  # Any: torch's wrapper around whatever was registered
+    return getattr(getattr(hook, "hook", None), "func", None)
+
+
+def _owners(model: nn.Module, masters: Masters) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if any(parameter in masters.values for parameter in module._parameters.values()):
+            yield module
+
+
+def _load_exactly(
+    masters: Masters,
+    module: nn.Module,
+    state_dict: Mapping[str, Any],  # Any: a state dict may hold extra state
+    prefix: str,
+    local_metadata: Mapping[str, Any],  # Any: torch's own
+    *_: object,
+) -> None:
+    for name, parameter in module._parameters.items():
+        value = state_dict.get(prefix + name)
+        if parameter not in masters.values or not isinstance(value, Tensor):
+            continue
+        if local_metadata.get("assign_to_params_buffers", False):
+            raise PlanMismatchError(
+                "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
+                "replaces them; load with assign=False, or before autoprec.apply"
+            )
+        master = masters.values[parameter]
+        if value.shape == parameter.shape and value.dtype is not parameter.dtype:
+            exact = parameter.detach().float() if master is None else master
+            masters.values[parameter] = exact.copy_(value)
+
+
+def _kept(master: Tensor, written: Tensor) -> Tensor:
+    """Return the master with the elements that were written in it; the others keep their bits."""
+    return torch.where(master.to(written.dtype) == written, master, written.float())
+
+
+def _is_rounded(master: Tensor, written: Tensor) -> bool:
+    """Whether `written` is bf16(master), bit for bit (so that NaN equals NaN)."""
+    return torch.equal(master.to(written.dtype).view(torch.int16), written.view(torch.int16))
+
+
+def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+    """Return a master for the parameter that took another one's place, None if it does not fit."""
+    if master is None or master.shape != parameter.shape:
+        return None
+    if "torch.distributed.tensor" not in sys.modules:  # then nothing can be a shard
+        return master
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return master
+    whole = master.to(parameter.device)
+    shard: Tensor = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    return shard
+
+
+def _check_dtype(parameter: nn.Parameter) -> None:
+    if parameter.dtype is not torch.bfloat16:
+        raise PlanMismatchError(
+            f"a parameter that the plan stores as bfloat16 must stay so, but one is now "
+            f"{str(parameter.dtype).removeprefix('torch.')}; do not convert a model with a plan: "
+            "call autoprec.undo(model, optimizer) first"
+        )
+
+
+def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return what changes when somebody writes into a parameter or gives it other storage."""
+    return parameter._version, parameter.data_ptr()

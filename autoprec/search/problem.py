@@ -1,0 +1,312 @@
+"""Prices, keeps and ties -> what there is to choose, and the exact answer to it.
+
+A unit is one layer, or the layers that share a parameter and hence one storage: each combination of
+their options that is FP32 throughout or 16-bit throughout is one item. Options that cannot win in
+time are locked: an FP8 option that takes no less time than BF16, or than another of less e, is left
+out, whatever noise says about its e. BF16 that is slower than FP32 stays: one such layer may be
+what lets all others have a BF16 flow. Layers that the step did not call follow the flow.
+
+The all-FP32 plan has a flow of its own and stands beside the knapsack of the BF16 flow.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autoprec.errors import InfeasibleError
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Constraint,
+    FrontPoint,
+    LayerSpec,
+    Option,
+    Precision,
+)
+from autoprec.search.costs import Costs, Price
+from autoprec.search.keeps import Keep, keep_of_layers
+from autoprec.search.knapsack import Solution, pareto_front, solve
+from autoprec.search.relaxation import Item, Limits
+
+GENTLENESS = {Precision.FP32: 0, Precision.BF16_O2: 1, Precision.FP8_O1: 2}
+
+Options = tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers chosen together (by index), and the combinations of options they may take."""
+
+    layers: tuple[int, ...]
+    choices: tuple[Options, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to choose. `allowed` are each layer's options by the keeps, locked or not."""
+
+    costs: Costs
+    keeps: Mapping[str, Keep]
+    allowed: tuple[Options, ...]
+    units: tuple[Unit, ...]
+    memory_bytes: int | None
+
+    @property
+    def can_be_fp32(self) -> bool:
+        """Whether every layer may be FP32."""
+        return all(FP32 in options for options in self.allowed)
+
+    def point(self, options: Options, *, e_measured: float | None = None) -> FrontPoint:
+        """Return a plan with what the tables say of it."""
+        return FrontPoint(
+            options=options,
+            step_ms=self.costs.step_ms(options),
+            e=self.costs.e(options),
+            e_measured=e_measured,
+            memory_bytes=self.costs.memory_bytes(options),
+        )
+
+    def fits_memory(self, options: Options) -> bool:
+        """Whether a plan needs no more bytes than are allowed."""
+        return self.memory_bytes is None or self.costs.memory_bytes(options) <= self.memory_bytes
+
+    def uniform(self, option: Option) -> Options:
+        """Return the plan with this option wherever the keeps and ties let it, else the nearest."""
+        chosen = list(map(self._first_allowed, range(len(self.allowed))))
+        for group in tied_groups(self.costs.layers):
+            wanted = option if all(option in self.allowed[i] for i in group) else None
+            for index in group:
+                if wanted is not None:
+                    chosen[index] = wanted
+                elif option.precision is not Precision.FP32:
+                    chosen[index] = self._gentlest_16_bit(index, group) or chosen[index]
+        return self.settle(tuple(chosen))
+
+    def settle(self, options: Options) -> Options:
+        """Return the plan with the layers that the step did not call in the plan's flow."""
+        called = [o for layer, o in zip(self.costs.layers, options, strict=True) if layer.calls]
+        flow = FP32 if all(option == FP32 for option in called) else BF16_O2
+        return tuple(
+            flow if index in self.followers and flow in self.allowed[index] else option
+            for index, option in enumerate(options)
+        )
+
+    @cached_property
+    def followers(self) -> frozenset[int]:
+        """The layers that just take the flow's precision: not called, not kept, not tied."""
+        return frozenset(
+            unit.layers[0]
+            for unit in self.units
+            if len(unit.layers) == 1
+            and not self.costs.layers[unit.layers[0]].calls
+            and self.costs.layers[unit.layers[0]].name not in self.keeps
+        )
+
+    def _first_allowed(self, index: int) -> Option:
+        return min(self.allowed[index], key=lambda option: GENTLENESS[option.precision])
+
+    def _gentlest_16_bit(self, index: int, group: Sequence[int]) -> Option | None:
+        """Return a layer's gentlest 16-bit option, if all layers of its group have one."""
+        if any(all(option == FP32 for option in self.allowed[i]) for i in group):
+            return None
+        halves = [option for option in self.allowed[index] if option != FP32]
+        return min(halves, key=lambda option: GENTLENESS[option.precision])
+
+
+def make_problem(costs: Costs, constraint: Constraint) -> Problem:
+    """Return what there is to choose under the keeps and the memory limit.
+
+    Raises:
+        RecordError: a keep matches no layer.
+        InfeasibleError: keeps contradict each other, a tie, or what a layer can take.
+    """
+    keeps = keep_of_layers(constraint.kept, costs)
+    allowed = tuple(
+        tuple(o for o in prices if layer.name not in keeps or keeps[layer.name].allows(o))
+        for layer, prices in zip(costs.layers, costs.prices, strict=True)
+    )
+    has_limit = constraint.memory_bytes is not None
+    units = tuple(
+        _make_unit(group, costs, allowed, keeps, has_limit=has_limit)
+        for group in tied_groups(costs.layers)
+    )
+    return Problem(costs, keeps, allowed, units, constraint.memory_bytes)
+
+
+def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
+    """Return the indices of layers that share a parameter; a layer alone is a group of one."""
+    root: dict[str, str] = {}
+    groups: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        owner = layer.tied_to or layer.name
+        root[layer.name] = root.get(owner, owner)
+        groups.setdefault(root[layer.name], []).append(index)
+    return [tuple(group) for group in groups.values()]
+
+
+def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
+    """Return the fastest plan whose e sums to at most `budget`, with a proven bound of its time."""
+    costs = problem.costs
+    found: list[tuple[float, float, Options, float]] = []
+    solution = solve(_items(problem), _limits(problem, budget))
+    if solution is not None:
+        options = _options(problem, solution)
+        step_ms = costs.step_ms(options)
+        bound_ms = step_ms - (solution.ms - solution.bound_ms)
+        found.append((step_ms, costs.e(options), options, bound_ms))
+    fp32 = _fp32_plan(problem)
+    if fp32 is not None:
+        step_ms = costs.step_ms(fp32)
+        found.append((step_ms, 0.0, fp32, step_ms))
+    if not found:
+        return None
+    step_ms, _, options, _ = min(found, key=lambda plan: plan[:2])
+    return options, max(min(plan[3] for plan in found), 0.0)
+
+
+def front(problem: Problem) -> tuple[Options, ...]:
+    """Return the plans of the Pareto front of step time and e, by increasing e.
+
+    Raises:
+        InfeasibleError: no plan at all satisfies the keeps and the memory limit.
+    """
+    points = pareto_front(_items(problem), _limits(problem, math.inf))
+    plans = [_options(problem, point) for point in points]
+    fp32 = _fp32_plan(problem)
+    if fp32 is not None:
+        plans.append(fp32)
+    if not plans:
+        raise InfeasibleError(_nothing_fits(problem))
+    costs = problem.costs
+    kept: list[Options] = []
+    for plan in sorted(plans, key=lambda plan: (costs.e(plan), costs.step_ms(plan))):
+        if not kept or costs.step_ms(plan) < costs.step_ms(kept[-1]):
+            kept.append(plan)
+    return tuple(kept)
+
+
+def _fp32_plan(problem: Problem) -> Options | None:
+    if not problem.can_be_fp32:
+        return None
+    plan = (FP32,) * len(problem.allowed)
+    return plan if problem.fits_memory(plan) else None
+
+
+def _items(problem: Problem) -> list[list[Item]]:
+    return [
+        [_item(problem.costs, unit, choice) for choice in unit.choices] for unit in problem.units
+    ]
+
+
+def _item(costs: Costs, unit: Unit, choice: Options) -> Item:
+    prices = [costs.prices[index][o] for index, o in zip(unit.layers, choice, strict=True)]
+    is_called = any(costs.layers[index].calls for index in unit.layers)
+    return Item(
+        ms=math.fsum(price.flow_ms for price in prices),
+        e=math.fsum(price.e for price in prices),
+        memory=float(sum(price.memory_bytes for price in prices)),
+        is_marked=is_called and any(option != FP32 for option in choice),
+    )
+
+
+def _limits(problem: Problem, budget: float) -> Limits:
+    flow = problem.costs.bf16_flow
+    memory = problem.memory_bytes
+    return Limits(
+        budget=budget - flow.e,
+        memory=math.inf if memory is None else float(memory - flow.memory_bytes),
+        needs_mark=True,
+    )
+
+
+def _options(problem: Problem, solution: Solution) -> Options:
+    chosen: dict[int, Option] = {}
+    for unit, pick in zip(problem.units, solution.picks, strict=True):
+        chosen.update(zip(unit.layers, unit.choices[pick], strict=True))
+    return tuple(chosen[index] for index in range(len(problem.allowed)))
+
+
+def _make_unit(
+    group: tuple[int, ...],
+    costs: Costs,
+    allowed: Sequence[Options],
+    keeps: Mapping[str, Keep],
+    *,
+    has_limit: bool,
+) -> Unit:
+    if len(group) == 1:
+        return _single_unit(group[0], costs, allowed[group[0]], keeps, has_limit=has_limit)
+    choices: list[Options] = []
+    for is_half in (False, True):
+        combined: list[Options] = [()]
+        for index in group:
+            same = [option for option in allowed[index] if (option != FP32) == is_half]
+            options = unlocked(same, costs.prices[index], has_limit=has_limit)
+            combined = [(*before, option) for before in combined for option in options]
+            combined = _best_combinations(combined, group, costs, has_limit=has_limit)
+        choices += combined
+    if not choices:
+        names = ", ".join(repr(costs.layers[index].name) for index in group)
+        raise InfeasibleError(
+            f"layers that share a parameter are all FP32 or all 16-bit, but {names} have no such "
+            "choice in common; change their --keep"
+        )
+    return Unit(group, tuple(choices))
+
+
+def _single_unit(
+    index: int,
+    costs: Costs,
+    allowed: Options,
+    keeps: Mapping[str, Keep],
+    *,
+    has_limit: bool,
+) -> Unit:
+    layer = costs.layers[index]
+    if not layer.calls and layer.name not in keeps and BF16_O2 in allowed:
+        return Unit((index,), ((BF16_O2,),))
+    options = unlocked(allowed, costs.prices[index], has_limit=has_limit)
+    return Unit((index,), tuple((option,) for option in options))
+
+
+def unlocked(
+    options: Sequence[Option], prices: Mapping[Option, Price], *, has_limit: bool
+) -> list[Option]:
+    """Return the options; of the 16-bit ones those that beat every gentler one in time or bytes."""
+    kept = [option for option in options if option == FP32]
+    halves: list[Option] = []
+    for option in sorted(options, key=lambda o: (GENTLENESS[o.precision], prices[o].e)):
+        beaten = any(_as_good(prices[k], prices[option], has_limit=has_limit) for k in halves)
+        if option != FP32 and not beaten:
+            halves.append(option)
+    return kept + halves
+
+
+def _as_good(gentler: Price, price: Price, *, has_limit: bool) -> bool:
+    saves_bytes = has_limit and price.memory_bytes < gentler.memory_bytes
+    return gentler.flow_ms <= price.flow_ms and not saves_bytes
+
+
+def _best_combinations(
+    combined: Sequence[Options], group: tuple[int, ...], costs: Costs, *, has_limit: bool
+) -> list[Options]:
+    """Drop combinations of tied layers that another beats in time, e and (under a limit) bytes."""
+    items = [(_item(costs, Unit(group[: len(choice)], ()), choice), choice) for choice in combined]
+    kept: list[tuple[Item, Options]] = []
+    for item, choice in sorted(items, key=lambda pair: pair[0][:3]):
+        if not any(
+            other.e <= item.e and (not has_limit or other.memory <= item.memory)
+            for other, _ in kept
+        ):
+            kept.append((item, choice))
+    return [choice for _, choice in kept]
+
+
+def _nothing_fits(problem: Problem) -> str:
+    least = sum(min(p.memory_bytes for p in prices.values()) for prices in problem.costs.prices)
+    need = least + problem.costs.bf16_flow.memory_bytes
+    return (
+        f"a plan must fit in {problem.memory_bytes} bytes, but the smallest needs about {need}; "
+        "allow more memory or keep fewer layers in FP32"
+    )

@@ -1,0 +1,178 @@
+"""Why each layer has its precision, in one sentence for people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    LayerSpec,
+    OperandStatistics,
+    Option,
+    Precision,
+    Search,
+)
+from autoprec.search.costs import Price, is_all_fp32
+from autoprec.search.problem import Options, Problem, tied_groups
+from autoprec.search.wording import compared, percent, shape
+from autoprec.sensitivity.explain import explain_statistics
+
+DOMINATES = 0.25  # of the e budget: a layer with more dominates the gradient error
+
+
+@dataclass(frozen=True)
+class Why:
+    """All that a reason may speak of."""
+
+    problem: Problem
+    search: Search
+    options: Options
+    statistics: Mapping[str, Sequence[OperandStatistics]]
+
+    def layer(self, index: int) -> LayerSpec:
+        """Return the layer."""
+        return self.problem.costs.layers[index]
+
+    def prices(self, index: int) -> Mapping[Option, Price]:
+        """Return the prices of the layer's options."""
+        return self.problem.costs.prices[index]
+
+    def ms(self, index: int, option: Option) -> float:
+        """Return the time of an option in the plan's flow."""
+        price = self.prices(index)[option]
+        return price.ms if is_all_fp32(self.options) else price.flow_ms
+
+
+def reasons(why: Why) -> list[str]:
+    """Return the reason of every layer, in model order."""
+    ties = _ties(why)
+    return [
+        "; ".join(part for part in (_reason(why, index), ties.get(index, "")) if part)
+        for index in range(len(why.options))
+    ]
+
+
+def _reason(why: Why, index: int) -> str:
+    layer, option = why.layer(index), why.options[index]
+    keep = why.problem.keeps.get(layer.name)
+    if keep is not None:
+        recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
+        return f"kept by --keep {keep.text!r}{recipe}"
+    if not layer.calls:
+        flow = "FP32" if is_all_fp32(why.options) else "BF16"
+        return f"not called in the captured step; follows the {flow} flow"
+    if option.is_fp8:
+        return _why_fp8(why, index)
+    if option == BF16_O2:
+        parts = [_why_not_fp8(why, index), _why_not_fp32(why, index)]
+        if not any(other.is_fp8 for other in why.prices(index)):
+            parts.reverse()
+        return "; ".join(part for part in parts if part)
+    return _why_not_16_bit(why, index)
+
+
+def _why_fp8(why: Why, index: int) -> str:
+    option, prices = why.options[index], why.prices(index)
+    base = BF16_O2 if BF16_O2 in prices else FP32
+    if base not in prices:
+        return f"{short(option)}, e={percent(prices[option].e)}"
+    speed = compared(why.ms(index, option), why.ms(index, base))
+    text = (
+        f"{short(option)} {speed} than {short(base)}{shape(why.layer(index).gemm)}, "
+        f"e={percent(prices[option].e)}"
+    )
+    faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
+    if faster:
+        best = min(faster, key=lambda o: prices[o].ms)
+        text += f"; {short(best)} is faster still, but has e={percent(prices[best].e)}"
+    return text
+
+
+def _why_not_fp8(why: Why, index: int) -> str:
+    layer, prices = why.layer(index), why.prices(index)
+    fp8 = [option for option in prices if option.is_fp8]
+    if not fp8:
+        return _missing(why, index, Precision.FP8_O1)
+    best = min(fp8, key=lambda option: prices[option].ms)
+    own = why.ms(index, why.options[index])
+    if prices[best].ms >= own:
+        speed = compared(prices[best].ms, own)
+        return f"{short(best)} {_than(speed, why.options[index])}{shape(layer.gemm)}"
+    if layer.name in why.search.guilty:
+        return (
+            f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
+            "it adds more error than alone (found by bisection)"
+        )
+    return _too_harmful(why, index, best, own)
+
+
+def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
+    """Say that an option is faster and yet not worth its error, and where the error is from."""
+    price, budget = why.prices(index)[best], why.search.e_budget
+    gain = f"{short(best)} {compared(price.flow_ms, own_ms)}"
+    cost = f"e={percent(price.e)}, budget {percent(budget)}"
+    if price.e < DOMINATES * budget:
+        return f"{gain}, but what it saves is not worth its error ({cost})"
+    verb = "dominates the gradient error" if price.e <= budget else "alone is over the budget"
+    told = explain_statistics(why.statistics.get(why.layer(index).name, ()))
+    source = f"; {told}" if told and best.is_fp8 else ""
+    return f"{gain}, but {verb} ({cost}){source}"
+
+
+def _why_not_fp32(why: Why, index: int) -> str:
+    if FP32 not in why.prices(index):
+        return ""
+    speed = compared(why.ms(index, BF16_O2), why.ms(index, FP32))
+    return f"BF16 {_than(speed, FP32)}"
+
+
+def _why_not_16_bit(why: Why, index: int) -> str:
+    prices = why.prices(index)
+    if BF16_O2 not in prices:
+        return _missing(why, index, Precision.BF16_O2)
+    own = why.ms(index, FP32)
+    speed = compared(prices[BF16_O2].ms, own)
+    if prices[BF16_O2].ms >= own:
+        return f"BF16 {_than(speed, FP32)}{shape(why.layer(index).gemm)}"
+    if is_all_fp32(why.options):
+        return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
+    return _too_harmful(why, index, BF16_O2, own)
+
+
+def _missing(why: Why, index: int, precision: Precision) -> str:
+    """Return why a layer has no option of that precision."""
+    layer, name = why.layer(index), "FP8" if precision is Precision.FP8_O1 else "BF16"
+    refusal = layer.refusal(precision)
+    if refusal:
+        return refusal
+    gaps = why.problem.costs.missing[index].items()
+    found = next((text for option, text in gaps if option.precision is precision), "")
+    return f"no {name}: {found}" if found else f"no {name} option was profiled"
+
+
+def _ties(why: Why) -> dict[int, str]:
+    """Return what to add for layers that share a parameter."""
+    found: dict[int, str] = {}
+    for group in tied_groups(why.problem.costs.layers):
+        for index in group[1:]:
+            found[index] = f"tied to {_shared(why.layer(index)) or why.layer(group[0]).name}"
+        if len(group) > 1:
+            others = ", ".join(why.layer(index).name for index in group[1:])
+            found[group[0]] = f"shares its parameter with {others}"
+    return found
+
+
+def _shared(layer: LayerSpec) -> str:
+    return next((p.shared_with for p in layer.parameters if p.shared_with), "")
+
+
+def short(option: Option) -> str:
+    """Return `FP8 rowwise`, `FP8 tensorwise (grad_input in BF16)`, `BF16` or `FP32`."""
+    if not option.is_fp8:
+        return "BF16" if option == BF16_O2 else "FP32"
+    masked = f" ({', '.join(option.gemms_hp)} in BF16)" if option.gemms_hp else ""
+    return f"FP8 {option.recipe}{masked}"
+
+
+def _than(speed: str, other: Option) -> str:
+    return f"{speed} as {short(other)}" if speed == "as fast" else f"{speed} than {short(other)}"

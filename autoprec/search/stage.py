@@ -1,0 +1,247 @@
+"""The stage: prices of every layer and option -> the plan to propose, and what was looked at."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from autoprec.errors import InfeasibleError
+from autoprec.gap import e_budget_for, extra_steps
+from autoprec.progress import Progress, report_nothing
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    FrontPoint,
+    Profile,
+    Search,
+    Sensitivity,
+)
+from autoprec.search.costs import make_costs
+from autoprec.search.explore import EXCESS, measure_seeds, needs_repair, repair, walk_front
+from autoprec.search.judge import Clock, Evaluate, Judge, Judgement, rank
+from autoprec.search.problem import Options, Problem, exact, front, make_problem
+from autoprec.search.space import make_space
+from autoprec.search.storage import open_study
+from autoprec.search.study import StudyLog
+from autoprec.search.wording import percent
+
+HORIZON_STEPS = 75  # 50 of warm-up and 25 of branch: what verification trains by default
+BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
+NEXT_E = 0.7  # a plan that was refuted is followed by one with at most this share of its e
+MOST_RANKED = 3  # beside the uniform plans
+PASSES_PER_PLAN = 2  # of a joint measurement, where the step time here is not known
+
+
+def search_plan(
+    profile: Profile,
+    sensitivity: Sensitivity,
+    *,
+    constraint: Constraint,
+    evaluate: Evaluate | None,
+    trials: int = 12,
+    time_budget_s: float | None = None,
+    seed: int = 0,
+    storage: str | None = None,
+    study_name: str = "autoprec",
+    progress: Progress = report_nothing,
+    clock: Clock = time.monotonic,
+) -> Search:
+    """Find the plan of least time to loss within the constraint.
+
+    The exact knapsack over the tables comes first; an Optuna study then judges whole plans by their
+    joint e. The same tables, seed and fresh storage give the same plan.
+
+    Args:
+        profile: the times and bytes of every layer and option, and the model.
+        sensitivity: the e of every layer and option, and the loss curve.
+        constraint: the loss tolerance (or an e budget), a memory limit, and what is kept.
+        evaluate: measures a whole plan's e; None: the sum of the parts stands for it.
+        trials: how many sampled plans are measured, those of an earlier run of the study included.
+        time_budget_s: no trial is begun after it; a repair under way is finished.
+        seed: of the sampler.
+        storage: database URL of the study; None keeps it in memory.
+        study_name: of the study; one of other tables is left alone.
+        progress: told of every whole plan.
+        clock: seconds, for the time budget.
+
+    Raises:
+        InfeasibleError: no plan satisfies the constraint, or the loss curve gives no budget.
+        RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
+    """
+    problem = make_problem(make_costs(profile, sensitivity), constraint)
+    budget = e_budget(sensitivity, constraint)
+    exact_plan, bound_ms = _exact_plan(problem, budget)
+    plans = front(problem)
+    per_e = extra_steps(sensitivity, 1.0)
+    judge = Judge(problem, budget=budget, evaluate=evaluate, extra_per_e=per_e)
+    tables = _digest(problem, judge, seed)
+    is_over = partial(_is_over, clock, clock(), time_budget_s)
+    with open_study(storage, study_name, tables=tables) as study:
+        space = make_space(problem, (*plans, exact_plan, *_near(problem, budget)))
+        log = StudyLog(study, space, judge, seed=seed)
+        guilty, notes = _explore(log, exact_plan, trials=trials, is_over=is_over, progress=progress)
+    best = judge.best
+    if best is None:
+        raise InfeasibleError(_all_over_budget(judge))
+    point = partial(_point, judge)
+    return Search(
+        structure=profile.model.structure,
+        e_budget=budget,
+        front=tuple(map(point, sorted(dict.fromkeys((*plans, exact_plan)), key=problem.costs.e))),
+        exact=point(exact_plan),
+        bound_ms=bound_ms,
+        chosen=point(best.options),
+        ranked=tuple(point(plan) for plan in _ranked(judge, best, space.bases)),
+        trials=tuple(log.trials),
+        seed=seed,
+        step_equivalents=_step_equivalents(judge, profile),
+        duplicates_skipped=log.duplicates,
+        trials_asked=trials or None,
+        guilty=guilty,
+        notes=(*notes, *_table_notes(judge, best)),
+    )
+
+
+def e_budget(sensitivity: Sensitivity, constraint: Constraint) -> float:
+    """Return the largest e allowed: as given, or what the loss tolerance leaves.
+
+    The tolerance is read as the loss gap at the end of a run of HORIZON_STEPS with the plan from
+    its first step. Verification measures at that step, but with the plan in the last third only, so
+    the budget is on the safe side of it.
+    """
+    if constraint.e_budget is not None:
+        return constraint.e_budget
+    return e_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
+
+
+def _exact_plan(problem: Problem, budget: float) -> tuple[Options, float]:
+    """Return the fastest additive plan within the budget, and the bound of its time."""
+    found = exact(problem, budget)
+    if found is None:
+        raise InfeasibleError(_infeasible(problem, budget))
+    return found
+
+
+def _is_over(clock: Clock, started: float, time_budget_s: float | None) -> bool:
+    return time_budget_s is not None and clock() - started >= time_budget_s
+
+
+def _explore(
+    log: StudyLog,
+    exact_plan: Options,
+    *,
+    trials: int,
+    is_over: Callable[[], bool],
+    progress: Progress,
+) -> tuple[tuple[str, ...], list[str]]:
+    """Judge whole plans; return the layers found guilty and what was done about them."""
+
+    def told(done: int) -> None:
+        progress("search: whole plans", done, trials)
+
+    judged = measure_seeds(log, exact_plan, is_over=is_over)
+    walk_front(log, judged, is_over=is_over)
+    guilty: tuple[str, ...] = ()
+    notes: list[str] = []
+    if needs_repair(judged) and not is_over():
+        guilty, repaired = repair(log, judged)
+        notes.append(_repair_note(judged, guilty, repaired))
+    log.sample(trials, is_over=is_over, told=told)
+    return guilty, notes
+
+
+def _near(problem: Problem, budget: float) -> list[Options]:
+    """Return the exact plans of budgets around the one asked for."""
+    found = [exact(problem, factor * budget) for factor in BUDGET_FACTORS]
+    return [plan[0] for plan in found if plan is not None]
+
+
+def _ranked(judge: Judge, best: Judgement, bases: Sequence[Options]) -> list[Options]:
+    """Return what to try after the chosen plan: each with clearly less e, down to FP32.
+
+    Uniform BF16 O2 is among them wherever it has less e than the plan before it.
+    Bases that were not measured are ranked by the table.
+    """
+    uniform = [judge.problem.uniform(option) for option in (BF16_O2, FP32)]
+    judged = [*judge.known.values(), *(judge.told(b) for b in bases if b not in judge.known)]
+    last, others = best, 0
+    found: list[Options] = []
+    for judgement in sorted((j for j in judged if j.is_feasible), key=rank):
+        is_safe = judgement.options in uniform and judgement.e < last.e
+        is_next = judgement.e <= NEXT_E * last.e and others < MOST_RANKED and last.e > 0.0
+        if is_safe or is_next:
+            found.append(judgement.options)
+            others += not is_safe
+            last = judgement
+    return found
+
+
+def _point(judge: Judge, options: Options) -> FrontPoint:
+    known = judge.known.get(options)
+    is_measured = known is not None and known.basis is Basis.MEASURED
+    return judge.problem.point(options, e_measured=known.e if known and is_measured else None)
+
+
+def _digest(problem: Problem, judge: Judge, seed: int) -> str:
+    """Return a hash of all that decides what a study's trials mean."""
+    costs = problem.costs
+    parts: list[object] = [costs.fp32_flow, costs.bf16_flow, judge.budget, problem.memory_bytes]
+    parts += [judge.extra_per_e, judge.evaluate is None, seed]
+    for layer, prices, allowed in zip(costs.layers, costs.prices, problem.allowed, strict=True):
+        parts.append((layer.name, layer.shape_key, layer.tied_to))
+        parts += [(option.key, price) for option, price in prices.items() if option in allowed]
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()
+
+
+def _step_equivalents(judge: Judge, profile: Profile) -> float:
+    """Return what the measurements took, in FP32 training steps."""
+    step = profile.step("fp32")
+    if step is None or profile.basis is not Basis.MEASURED or step.timing.median_ms <= 0.0:
+        return float(PASSES_PER_PLAN * judge.measured)
+    return judge.spent_s * 1e3 / step.timing.median_ms
+
+
+def _repair_note(broken: Judgement, guilty: Sequence[str], repaired: Judgement | None) -> str:
+    found = (
+        f"the joint e of the exact plan is {percent(broken.e)}, "
+        f"{broken.e / max(broken.table_e, 1e-300):.1f}x the sum of its parts"
+    )
+    if not guilty:
+        return f"{found}; bisection blames no few layers, so a gentler plan of the front was tried"
+    blamed = f"{found}; bisection found {', '.join(guilty)} guilty"
+    if repaired is None:
+        return f"{blamed}, but no plan without it was feasible"
+    return (
+        f"{blamed}; the nearest feasible plan keeps it gentler: e {percent(repaired.e)}, "
+        f"{repaired.step_ms:.4g} ms instead of {broken.step_ms:.4g} ms"
+    )
+
+
+def _table_notes(judge: Judge, best: Judgement) -> list[str]:
+    if best.basis is not Basis.MEASURED:
+        return ["e of whole plans is the sum of the table: no workload was there to measure them"]
+    if best.table_e > 0.0 and best.e > EXCESS * best.table_e:
+        return [
+            f"the chosen plan's joint e is {percent(best.e)}, above the sum of its parts "
+            f"({percent(best.table_e)}) and within the budget of {percent(judge.budget)}"
+        ]
+    return []
+
+
+def _infeasible(problem: Problem, budget: float) -> str:
+    gentlest = min(problem.costs.e(plan) for plan in front(problem))
+    return (
+        f"a plan's e must be at most {percent(budget)} for this loss tolerance, but with what is "
+        f"kept the gentlest plan has {percent(gentlest)}; raise --loss-tolerance or drop a --keep"
+    )
+
+
+def _all_over_budget(judge: Judge) -> str:
+    gentlest = min(judge.known.values(), key=lambda judged: judged.e)
+    return (
+        f"a plan's joint e must be at most {percent(judge.budget)} for this loss tolerance, but "
+        f"the gentlest of the {len(judge.known)} plans measured has {percent(gentlest.e)}; raise "
+        "--loss-tolerance or drop a --keep"
+    )

@@ -1,0 +1,113 @@
+"""Predictions for rows that the fit has not seen: sources left out, or random halves of one."""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from datasheets import BY_NAME
+from fitting import machine_from
+from modelfit import BEST_COVERED, Values, constants_of, fit_all, fit_everything, make_profile
+from published import Kind, Observation
+from trainings import Training
+
+from autoprec.costmodel.machine import Machine
+
+START_ERRORS = {
+    "gemm_error_low": -0.15,
+    "gemm_error_high": 0.15,
+    "speedup_error_low": -0.12,
+    "speedup_error_high": 0.12,
+    "time_error": 0.25,
+    "step_error": 0.10,
+}
+HALVINGS = 5
+GEMM_KINDS = (Kind.GEMM, Kind.GEMMS)
+TIME_KINDS = (Kind.BF16_US, Kind.FP8_US, Kind.BF16_LINEAR_US)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A row that was not fitted, with what was predicted for it."""
+
+    source: str
+    device: str
+    label: str
+    predicted: float
+    actual: float
+
+    @property
+    def ratio(self) -> float:
+        """Published over predicted."""
+        return self.actual / self.predicted
+
+
+def machines(rows: Sequence[Observation]) -> dict[str, Machine]:
+    """Return every device's machine as fitted to these rows."""
+    fitted = fit_all(rows)
+    return {
+        name: machine_from(constants_of(BY_NAME[name], values, START_ERRORS))
+        for name, values in fitted.items()
+    }
+
+
+def leave_sources_out(
+    rows: Sequence[Observation], kinds: Iterable[Kind], *, devices: Sequence[str] = (BEST_COVERED,)
+) -> list[Held]:
+    """Return predictions for rows of those kinds and devices, their whole source left out."""
+    wanted = [row for row in rows if row.kind in tuple(kinds) and row.device in devices]
+    held = []
+    for source in sorted({row.source for row in wanted}):
+        fitted = machines([row for row in rows if row.source != source])
+        held += [_held(row, fitted[row.device]) for row in wanted if row.source == source]
+    return held
+
+
+def halve_source(rows: Sequence[Observation], source: str, kinds: Iterable[Kind]) -> list[Held]:
+    """Return predictions for random halves of a source's rows, fitted to all other rows."""
+    kinds = tuple(kinds)
+    own = [row for row in rows if row.source == source and row.kind in kinds]
+    held = []
+    for seed in range(HALVINGS):
+        shuffled = random.Random(seed).sample(own, len(own))
+        left_out = shuffled[: len(own) // 2]
+        fitted = machines([row for row in rows if row not in left_out])
+        held += [_held(row, fitted[row.device]) for row in left_out]
+    return held
+
+
+def leave_training_sources_out(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:
+    """Return predicted whole-training speedups, the runs of their source left out."""
+    held = []
+    for source in sorted({run.source for run in runs}):
+        kept = [run for run in runs if run.source != source]
+        fitted = fit_everything([row for row in rows if row.source != source], kept)
+        held += [_held_run(run, fitted) for run in runs if run.source == source]
+    return held
+
+
+def _held(row: Observation, machine: Machine) -> Held:
+    label = f"{row.kind} {row.recipe} {'x'.join(map(str, row.shapes[0]))}"
+    return Held(row.source, row.device, label, row.predict(machine), row.value)
+
+
+def _held_run(run: Training, fitted: Mapping[str, Values]) -> Held:
+    sheet = BY_NAME[run.device]
+    constants = constants_of(sheet, fitted[run.device], START_ERRORS)
+    profile = make_profile(sheet, fitted[run.device], (), START_ERRORS)
+    speedup, _ = run.predict(machine_from(constants), profile)
+    return Held(run.source, run.device, str(run), speedup, run.speedup)
+
+
+def quantile(values: Mapping[str, Sequence[float]], share: float) -> float:
+    """Return a quantile of grouped values; a group (source) weighs the root of its size."""
+    whole = sum(math.sqrt(len(group)) for group in values.values())
+    weighted = sorted(
+        (value, 1 / math.sqrt(len(group)) / whole) for group in values.values() for value in group
+    )
+    passed = 0.0
+    for value, weight in weighted:
+        passed += weight
+        if passed >= share:
+            return value
+    return weighted[-1][0]

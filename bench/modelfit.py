@@ -1,0 +1,269 @@
+"""The fit: which constants are free, where they start, and on which rows they are decided.
+
+Stages: what all devices share and the best covered device (the 500 W H100) together, then each
+other device's GEMM fractions, then the whole-training constants.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from datasheets import BY_NAME, SHEETS, Sheet, sheet_constants
+from fitting import Prior, fit_constants, fit_scales, machine_from, soften
+from numpy.typing import NDArray
+from published import Kind, Observation
+from scipy.optimize import least_squares
+from trainings import Training
+
+from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile
+from autoprec.records.model import Basis
+
+BEST_COVERED = "h100-sxm-500w"
+SMALLEST_FITTED = 512
+CAPS = {"ada": 1.15, "blackwell": 1.15}  # boost clocks pass the data sheet's peak
+STEP_EVALUATIONS = 12
+UNSTATED, UNSTATED_SIGMA = "h100-sxm", 0.15  # the image grid's H100 is not named: it may be either
+COUNTED = "counted in torchao's compiled kernels"
+SHARED = {
+    "wave_share": Prior(0.6, 0.4, "tiles of a last wave run alone"),
+    "small_tile_factor": Prior(1.2, 0.15, "half the reuse"),
+    "overlap_share": Prior(0.15, 0.7, "compute and traffic overlap"),
+    "rowwise_reread": Prior(0.2, 0.7, "share of re-reads that miss L2"),
+    "bf16_gemm_floor_us": Prior(3.0, 0.25, "a small kernel"),
+    "tensorwise_gemm_floor_us": Prior(4.0, 0.25, "a small kernel"),
+    "rowwise_gemm_floor_us": Prior(3.0, 0.25, "a small kernel"),
+    "kernel_floor_us": Prior(2.5, 0.25, "torchao's roofline has 2 us"),
+    "tensorwise_cast_bytes": Prior(16.0, 0.4, "torchao's roofline has 9 to 10 at full speed"),
+    "amax_bytes": Prior(2.0, 0.5, "one BF16 read"),
+    "rowwise_cast_bytes": Prior(18.0, 0.4, "torchao's roofline has 8 to 10 at full speed"),
+    "cast_share_input": Prior(1.0, 0.3, "the weight's"),
+    "cast_share_grad": Prior(0.7, 0.4, "fused into the kernel that makes it"),
+    "direct_cast_share": Prior(0.4, 0.3, "the transposed copy is the slower half"),
+    "tensorwise_cast_kernels": Prior(11.0, 0.3, COUNTED),
+    "rowwise_cast_kernels": Prior(11.0, 0.3, COUNTED),
+    "neighbour_kernels": Prior(5.0, 0.6, "norm and activation, forward and backward"),
+}
+FRACTIONS = {
+    "bf16_fraction": Prior(0.70, 0.15, "best of a sweep is 0.80 on an H100 SXM"),
+    "fp8_fraction": Prior(0.70, 0.15, "best of a sweep is 0.71 on an H100 SXM"),
+    "fp8_slow_fraction": Prior(0.62, 0.15, "full accumulation costs an eighth"),
+    "fp8_rowwise_fraction": Prior(0.65, 0.15, "scales per row in the epilogue"),
+    "fp8_block_fraction": Prior(0.55, 0.15, "scales per block in the main loop"),
+}
+FIXED = {  # constant -> (value, kind, source)
+    "fp32_fraction": (0.8, "published", "gpu-flops-bench: 47.3 of 60 (H200 NVL), 83.6 of 126"),
+    "memory_fraction": (0.92, "published", "torchao roofline_utils.py"),
+    "eager_host_us": (9.4, "published", "NVIDIA/Fuser #3507, CPU time per eager kernel, DGX H100"),
+    "block_cast_bytes": (6.5, "published", "ao blockwise quant kernels: 3 bytes at 85-94 %, twice"),
+    "mx_cast_bytes": (
+        7.0,
+        "published",
+        "ao training.md: MXFP8 cast kernels at 5.4-6.5 TB/s, twice",
+    ),
+    "eager_cast_bytes": (45.0, "published", "PyTorch casts step by step in FP32"),
+    "eager_cast_kernels": (45.0, "published", "about fifteen kernels per operand"),
+    "optimizer_bytes": (28.0, "published", "AdamW reads p, g, m, v and writes p, m, v in FP32"),
+}
+ERRORS = {
+    "gemm_error_low": -0.15,
+    "gemm_error_high": 0.15,
+    "speedup_error_low": -0.12,
+    "speedup_error_high": 0.12,
+    "time_error": 0.25,
+    "step_error": 0.10,
+}
+STEP = {
+    "attention_fraction": Prior(0.33, 0.25, "FlashAttention 2, forward and backward"),
+    "glue_bytes": Prior(12.0, 0.5, "residuals, rotary embedding, activation, their gradients"),
+    "loss_bytes": Prior(24.0, 0.4, "cross entropy in FP32, forward and backward"),
+    "step_overhead": Prior(1.2, 0.2, "kernels that compile does not fuse"),
+    "communication_overlap": Prior(0.75, 0.15, "FSDP2 prefetches one block ahead"),
+    "link_fraction": Prior(0.8, 0.2, "usual for NCCL on large messages"),
+}
+STEP_CAPS = {"communication_overlap": 1.0, "link_fraction": 1.0, "attention_fraction": 0.8}
+OWN_STEP = {  # devices whose whole step is unlike the H100's, by their own rows
+    "mi300x": {
+        "attention_fraction": Prior(0.27, 0.3, "the H100's"),
+        "memory_fraction": Prior(0.8, 0.3, "the H100's, less"),
+        "step_overhead": Prior(1.4, 0.3, "the H100's"),
+    }
+}
+SPEEDUP_SIGMA, TOKENS_SIGMA = 0.06, 0.2
+POWER_LIMITED = "b200"  # the source says its machine was; its absolute rate is not a B200's
+Values = dict[str, float]
+
+
+def fit_shared(rows: Iterable[Observation]) -> Values:
+    """Return the shared constants and the best covered device's fractions."""
+    own = [row for row in rows if row.device == BEST_COVERED]
+    fixed = _fixed_values(BY_NAME[BEST_COVERED])
+    return fit_constants(fixed, {**SHARED, **FRACTIONS}, own)
+
+
+def fit_device(sheet: Sheet, parent: Mapping[str, float], rows: Iterable[Observation]) -> Values:
+    """Return a device's GEMM fractions: first how all kernels of a width scale, then each kernel.
+
+    Small GEMMs are left out: launches and the vendor's choice of kernel decide there.
+    """
+    own = [r for r in rows if r.device == sheet.name and min(r.shapes[0]) >= SMALLEST_FITTED]
+    if sheet.name == UNSTATED:
+        own += [replace(r, sigma=UNSTATED_SIGMA) for r in rows if "rowwise-perf" in r.source]
+    fixed = {**_fixed_values(sheet), **{name: parent[name] for name in SHARED}}
+    base = {name: parent[name] for name in FRACTIONS}
+    telling = [row for row in own if sheet.is_power_free or "block" not in row.recipe]
+    scales = fit_scales(fixed, base, telling, cap=CAPS.get(sheet.architecture, 0.95))
+    priors = {n: Prior(scales[n], 0.25 if "block" in n else 0.06, "scaled") for n in FRACTIONS}
+    return fit_constants(fixed, priors, own, cap=CAPS.get(sheet.architecture, 0.95))
+
+
+def fit_steps(
+    fitted: Mapping[str, Values], rows: Sequence[Training], priors: Mapping[str, Prior]
+) -> Values:
+    """Return the whole-training constants that explain speedups and, loosely, BF16 rates."""
+    profiles = {row.device: _bare_profile(BY_NAME[row.device]) for row in rows}
+    names = tuple(priors)
+
+    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = {
+            name: min(math.exp(log), STEP_CAPS.get(name, math.inf))
+            for name, log in zip(names, logs, strict=True)
+        }
+        errors = [
+            (log - math.log(priors[name].value)) / priors[name].sigma
+            for name, log in zip(names, logs, strict=True)
+        ]
+        for row in rows:
+            constants = constants_of(BY_NAME[row.device], {**fitted[row.device], **values}, ERRORS)
+            speedup, tokens = row.predict(machine_from(constants), profiles[row.device])
+            errors.append(soften((speedup - row.speedup) / SPEEDUP_SIGMA))
+            if row.tokens_s and row.device != POWER_LIMITED:
+                errors.append(soften(math.log(tokens / row.tokens_s) / TOKENS_SIGMA))
+        return np.array(errors)
+
+    start = np.log([prior.value for prior in priors.values()])
+    logs = least_squares(residuals, start, max_nfev=STEP_EVALUATIONS).x.tolist()
+    return {
+        name: min(math.exp(log), STEP_CAPS.get(name, math.inf))
+        for name, log in zip(names, logs, strict=True)
+    }
+
+
+def fit_everything(rows: Sequence[Observation], runs: Sequence[Training]) -> dict[str, Values]:
+    """Return the fitted constants of every device, whole-training constants included.
+
+    Runs of an engine that is not PyTorch, and of devices with constants of their own, are left out
+    of the shared ones.
+    """
+    fitted = fit_all(rows)
+    shared = [r for r in runs if not r.is_own_engine and r.device not in OWN_STEP]
+    steps = fit_steps({n: {**v, **_start(STEP)} for n, v in fitted.items()}, shared, STEP)
+    fitted = {name: {**values, **steps} for name, values in fitted.items()}
+    for device, priors in OWN_STEP.items():
+        own = [run for run in runs if run.device == device]
+        if own:
+            fitted[device] |= fit_steps(fitted, own, priors)
+        else:
+            fitted[device] |= _start(priors)
+    return fitted
+
+
+def _start(priors: Mapping[str, Prior]) -> Values:
+    return {name: prior.value for name, prior in priors.items()}
+
+
+def constants_of(sheet: Sheet, values: Mapping[str, float], errors: Mapping[str, float]) -> Values:
+    """Return every constant of a device as plain numbers."""
+    return {**_fixed_values(sheet), **values, **errors}
+
+
+def fit_all(rows: Sequence[Observation]) -> dict[str, Values]:
+    """Return the fitted constants of every device."""
+    fitted = {BEST_COVERED: fit_shared(rows)}
+    common = {name: fitted[BEST_COVERED][name] for name in SHARED}
+    for sheet in sorted(SHEETS, key=_generation):
+        if sheet.name != BEST_COVERED:
+            fitted[sheet.name] = {**common, **fit_device(sheet, fitted[sheet.parent], rows)}
+    return fitted
+
+
+def make_profile(
+    sheet: Sheet, fitted: Mapping[str, float], rows: Sequence[Observation], errors: Values
+) -> DeviceProfile:
+    """Return the profile record of a device, every constant with its source."""
+    constants = {
+        name: Constant(
+            value=value, unit=CONSTANTS[name].unit, kind=ConstantKind(kind), source=source
+        )
+        for name, (value, kind, source) in {**FIXED, **sheet_constants(sheet)}.items()
+    }
+    for name, value in fitted.items():
+        constants[name] = Constant(
+            value=_rounded(value),
+            unit=CONSTANTS[name].unit,
+            kind=ConstantKind.FITTED,
+            source=_source(name, sheet, rows),
+        )
+    for name, value in errors.items():
+        constants[name] = Constant(
+            value=_rounded(value),
+            unit=CONSTANTS[name].unit,
+            kind=ConstantKind.FITTED,
+            source="bench/score_costmodel.py, rows of sources left out of the fit",
+        )
+    return DeviceProfile(
+        name=sheet.name,
+        title=sheet.title,
+        aliases=sheet.aliases,
+        architecture=sheet.architecture,
+        capability=sheet.capability,
+        fp8_recipes=sheet.recipes,
+        fp8_reason=sheet.fp8_reason,
+        basis=Basis.PREDICTED,
+        constants={name: constants[name] for name in CONSTANTS},
+        notes=sheet.notes,
+    )
+
+
+def _bare_profile(sheet: Sheet) -> DeviceProfile:
+    """Return the profile with unfitted constants: what a device can run, not how fast."""
+    return make_profile(sheet, _start({**SHARED, **FRACTIONS, **STEP}), (), ERRORS)
+
+
+def _fixed_values(sheet: Sheet) -> Values:
+    known = {**FIXED, **sheet_constants(sheet)}
+    return {**_start(STEP), **ERRORS, **{name: value for name, (value, _, _) in known.items()}}
+
+
+def _generation(sheet: Sheet) -> int:
+    return 0 if not sheet.parent else 1 + _generation(BY_NAME[sheet.parent])
+
+
+def _source(name: str, sheet: Sheet, rows: Sequence[Observation]) -> str:
+    if name in STEP or name in OWN_STEP.get(sheet.name, {}):
+        return "bench/data/training.csv, PyTorch runs with batch and parallelism stated"
+    device = BEST_COVERED if name in SHARED else sheet.name
+    own = sorted({row.source for row in rows if row.device == device and _tells(row, name)})
+    if own:
+        return "; ".join(own)
+    return f"no rows of its own; {sheet.parent}'s, scaled as the device's other kernels"
+
+
+def _tells(row: Observation, name: str) -> bool:
+    """Return whether a row says anything about a constant."""
+    recipe = row.recipe.value
+    if name == "bf16_fraction":
+        return row.kind is not Kind.FP8_US
+    if row.kind in (Kind.BF16_US, Kind.BF16_LINEAR_US):
+        return name in ("wave_share", "small_tile_factor", "overlap_share", "bf16_gemm_floor_us")
+    if "rowwise" in name:
+        return "rowwise" in recipe
+    if "block" in name:
+        return recipe in ("blockwise", "mxfp8")
+    if name in ("fp8_fraction", "fp8_slow_fraction", "amax_bytes") or "tensorwise" in name:
+        return recipe in ("tensorwise", "delayed")
+    return True
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,138 @@
+"""The depth-free table of e beside the exact one, layer by layer, in one run.
+
+    python bench/sensitivity.py            the demo: examples/char_gpt.py, 17 linears
+    python bench/sensitivity.py --deep     25 blocks of the same at a smaller width, 101 linears
+
+Both tables are measured on one warmed-up reference: same weights, batches and preconditioner. The
+cost in step equivalents is wall time over the median FP32 training step of that reference; the
+depth-free table's includes warming up and all else that `measure_sensitivity` does.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from autoprec.capture import capture_model
+from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp8_option
+from autoprec.sensitivity import JointMeter, Reference, measure_sensitivity, prepare_reference
+from autoprec.workload import Workload, load_workload, workload_from
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+CPU = torch.device("cpu")
+SUBSETS = 12
+
+
+def deep_workload() -> Workload:
+    """Return the demo with 25 narrow blocks."""
+    sys.path.insert(0, str(EXAMPLES))
+    import char_gpt
+
+    char_gpt.WIDTH, char_gpt.HEADS, char_gpt.DEPTH = 64, 4, 25
+    char_gpt.BLOCK, char_gpt.BATCH = 64, 8
+    names = "build_model train_batches loss_fn build_optimizer eval_batches".split()
+    functions = {name: getattr(char_gpt, name) for name in names}
+    return workload_from(SimpleNamespace(**functions), name="deep char_gpt")
+
+
+def compare_rows(exact: Sensitivity, depth_free: Sensitivity, option: Option) -> None:
+    """Print how far the two tables agree on one option."""
+    pairs = [
+        (row.name, row.e.mean, found.e.mean, row.e.stderr or 0.0, found.e.stderr or 0.0)
+        for row in exact.rows
+        if row.option == option and (found := depth_free.row(row.name, option)) is not None
+    ]
+    left, right = (np.array([pair[place] for pair in pairs]) for place in (1, 2))
+    count = max(round(len(pairs) / 4), 1)
+    tops = [{pairs[i][0] for i in np.argsort(-values)[:count]} for values in (left, right)]
+    logs = np.corrcoef(np.log(np.maximum(left, 1e-12)), np.log(np.maximum(right, 1e-12)))[0, 1]
+    print(
+        f"{option.key:28s} rows {len(pairs):4d}  Pearson {np.corrcoef(left, right)[0, 1]:.4f} "
+        f"(of logs {logs:.4f})  sums {left.sum():.3e} {right.sum():.3e}  "
+        f"top quarter {len(tops[0] & tops[1])}/{count}"
+    )
+
+
+def check_additivity(
+    meter: JointMeter, spec: ModelSpec, table: Sensitivity, exact: Sensitivity
+) -> None:
+    """Print predicted against measured joint e of random FP8 subsets of the linears."""
+    generator = random.Random(0)
+    linears = [layer for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    errors: dict[str, list[float]] = {"depth-free": [], "exact": []}
+    for number in range(SUBSETS):
+        share = generator.choice((0.2, 0.4, 0.6, 0.8))
+        recipe = RECIPES[number % len(RECIPES)]
+        chosen = {layer.name for layer in linears if generator.random() < share}
+        chosen = chosen or {linears[0].name}
+        options = tuple(
+            fp8_option(recipe) if layer.name in chosen else BF16_O2 for layer in spec.layers
+        )
+        measured = meter.measure(options).mean
+        predicted = {
+            name: record.flow.mean
+            + sum(
+                row.e.mean
+                for layer, option in zip(spec.layers, options, strict=True)
+                if (row := record.row(layer.name, option)) is not None
+            )
+            for name, record in (("depth-free", table), ("exact", exact))
+        }
+        for name, value in predicted.items():
+            errors[name].append(value / measured - 1.0)
+        print(
+            f"  {recipe.value:20s} {len(chosen):3d} layers  joint e {measured:.3e}  "
+            f"depth-free {predicted['depth-free']:.3e} ({errors['depth-free'][-1]:+.0%})  "
+            f"exact {predicted['exact']:.3e} ({errors['exact'][-1]:+.0%})"
+        )
+    for name, found in errors.items():
+        print(f"additivity, {name} table: median error {statistics.median(map(abs, found)):.1%}")
+
+
+def timed(
+    workload: Workload, spec: ModelSpec, reference: Reference, method: str
+) -> tuple[Sensitivity, float]:
+    """Measure by one method; return the record and its seconds (warm-up left out)."""
+    started = time.perf_counter()
+    options = [fp8_option(recipe) for recipe in RECIPES]
+    found = measure_sensitivity(
+        workload, spec, device=CPU, options=options, method=method, reference=reference
+    )
+    return found, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--batches", type=int, default=None)
+    arguments = parser.parse_args()
+    workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
+    spec = capture_model(workload, device=CPU)
+    sizes = {} if arguments.batches is None else {"batches": arguments.batches}
+    reference = prepare_reference(workload, spec, device=CPU, **sizes)
+    depth_free, spent_s = timed(workload, spec, reference, "sign_coded")
+    print(
+        f"depth-free: {depth_free.passes} passes, {depth_free.step_equivalents:.1f} step "
+        f"equivalents with the warm-up of {reference.warmup_steps} (step {reference.step_s:.3f} s)"
+    )
+    exact, exact_s = timed(workload, spec, reference, "layerwise")
+    print(
+        f"exact:      {exact.passes} passes, {exact_s:.1f} s against {spent_s:.1f} s "
+        f"({exact_s / spent_s:.1f}x)"
+    )
+    print("refined:", *depth_free.notes)
+    for option in (BF16_O2, *(fp8_option(recipe) for recipe in RECIPES)):
+        compare_rows(exact, depth_free, option)
+    meter = JointMeter(workload, spec, device=CPU, reference=reference, batches=10**6)
+    check_additivity(meter, spec, depth_free, exact)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Plans for any model, without a search: every layer one option, some of them another."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from autoprec.capture import find_layers, find_uncovered, layer_kind, model_structure
+from autoprec.records import (
+    BF16_O2,
+    Assignment,
+    Basis,
+    Constraint,
+    Fingerprint,
+    LayerKind,
+    Option,
+    Plan,
+)
+
+
+def plan_for(
+    model: nn.Module, option: Option = BF16_O2, others: Mapping[str, Option] | None = None
+) -> Plan:
+    """Return a plan with `option` wherever it can be, BF16 O2 elsewhere, and `others` by name."""
+    layers = []
+    for name, layer in find_layers(model).items():
+        kind, shapes = layer_kind(layer), [tuple(p.shape) for p in layer.parameters()]
+        fits = kind is LayerKind.LINEAR and all(size % 16 == 0 for size in shapes[0])
+        chosen = (others or {}).get(name, option if fits or not option.is_fp8 else BF16_O2)
+        fields = {f: getattr(chosen, f) for f in ("precision", "recipe", "gemms_hp")}
+        layers.append(Assignment(name=name, kind=kind, shapes=tuple(shapes), **fields))
+    return Plan(
+        layers=tuple(layers),
+        uncovered=tuple(find_uncovered(model)),
+        constraint=Constraint(loss_tolerance=0.001, e_budget=None),
+        fingerprint=Fingerprint(
+            structure=model_structure(model),
+            device="",
+            capability="",
+            software={},
+            compile_mode="eager",
+            tokens_per_step=0,
+        ),
+        e=None,
+        e_basis=Basis.UNKNOWN,
+        predicted=None,
+    )

@@ -1,0 +1,285 @@
+"""The command line end to end, as a user types it."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autoprec.cli import main
+from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
+
+TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs the command line: arguments -> status, stdout, stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(leaving.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of one whole `tune` of the tiny workload; its JSON is in tune.json."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    command = [sys.executable, "-m", "autoprec", "tune", TINY, "--out", str(out), "--json"]
+    done = subprocess.run([*command, "--trials", "3"], capture_output=True, text=True, timeout=240)
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    (out / "tune.json").write_text(done.stdout)
+    return out
+
+
+def _workload(folder: Path, **functions: str) -> Path:
+    """Write a copy of the tiny workload with some functions replaced (or removed, with '')."""
+    text = Path(TINY).read_text()
+    for name, body in functions.items():
+        start = text.index(f"def {name}(")
+        end = text.find("\n\n\n", start)
+        text = text[:start] + textwrap.dedent(body) + (text[end:] if end >= 0 else "")
+    path = folder / "model.py"
+    path.write_text(text)
+    return path
+
+
+def _is_one_line(stderr: str, *words: str) -> bool:
+    lines = [line for line in stderr.splitlines() if not line.endswith("...")]
+    return (
+        len(lines) == 1
+        and lines[0].startswith("autoprec: error: ")
+        and all(word in lines[0] for word in words)
+    )
+
+
+def test_tune_prints_one_json_object_with_what_it_found(tuned: Path) -> None:
+    found = json.loads((tuned / "tune.json").read_text())
+    assert set(found["step_ms"]) == {"plan", "fp32", "bf16_o2", "autocast_bf16"}
+    assert set(found["step_speedup"]) == {"vs_fp32", "vs_bf16_o2", "vs_autocast_bf16"}
+    assert {"mean", "low", "high"} <= set(found["loss_gap"])
+    assert found["verdict"] in {"verified", "refuted", "inconclusive"}
+    assert sum(found["layers"].values()) == 4
+    assert found["extra_steps"] >= 0.0
+    assert found["time_to_loss_speedup"] == pytest.approx(
+        found["step_speedup"]["vs_fp32"] / (1 + found["extra_steps"])
+    )
+    assert found["step_speedup"]["vs_fp32"] == pytest.approx(
+        found["step_ms"]["fp32"] / found["step_ms"]["plan"]
+    )
+    assert found["out"] == str(tuned)
+
+
+def test_tune_leaves_every_record_and_report(tuned: Path) -> None:
+    plan = Plan.load(tuned / "plan.json")
+    verification = Verification.load(tuned / "verification.json")
+    assert verification.plan == plan.digest
+    assert plan.certificate is not None
+    assert plan.certificate.verdict is verification.verdict
+    structures = {
+        plan.fingerprint.structure,
+        Profile.load(tuned / "profile.json").model.structure,
+        Sensitivity.load(tuned / "sensitivity.json").structure,
+        Search.load(tuned / "search.json").structure,
+    }
+    assert len(structures) == 1
+    assert "<html" in (tuned / "report.html").read_text()
+    assert len((tuned / "layers.csv").read_text().splitlines()) == 1 + len(plan.layers)
+    assert not list(tuned.glob(".*"))
+
+
+def test_resume_repeats_no_finished_stage(tuned: Path, run: Run) -> None:
+    names = ("profile", "sensitivity", "search", "verification")
+    before = {name: (tuned / f"{name}.json").stat().st_mtime_ns for name in names}
+    status, _, err = run("tune", TINY, "--out", tuned, "--trials", "3", "--resume", "--json")
+    assert status in (0, 1)
+    assert "..." not in err  # no stage drew progress
+    assert {name: (tuned / f"{name}.json").stat().st_mtime_ns for name in names} == before
+
+
+def test_search_and_report_of_saved_records_need_no_torch(tuned: Path) -> None:
+    code = textwrap.dedent(
+        f"""
+        import sys
+        from autoprec.cli import main
+        for arguments in (["search", {str(tuned)!r}, "--json"], ["report", {str(tuned)!r}]):
+            try:
+                main(arguments)
+            except SystemExit as leaving:
+                assert leaving.code == 0, leaving.code
+        assert "torch" not in sys.modules
+        """
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None:
+    plan = tuned / "plan.json"
+    assert run("plan", "show", plan)[0] == 0
+    status, out, _ = run("plan", "check", plan, "--model", TINY, "--json")
+    assert (status, json.loads(out)["plan"] != "") == (0, True)
+    fields = json.loads(plan.read_text())
+    fields["layers"][0]["precision"] = "fp32"
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(fields))
+    assert run("plan", "diff", plan, plan)[0] == 0
+    status, out, _ = run("plan", "diff", plan, edited, "--json")
+    assert status == (1 if Plan.load(plan).layers[0].precision != "fp32" else 0)
+
+
+def test_keep_decides_a_layer(tuned: Path, run: Run) -> None:
+    status, _, _ = run("search", tuned, "--keep", "3=fp32", "--trials", "2", "--json")
+    plan = Plan.load(tuned / "plan.json")
+    assert status == 0
+    assert next(layer for layer in plan.layers if layer.name == "3").precision == "fp32"
+    status, _, err = run("search", tuned, "--keep", "block*=fp32", "--trials", "2")
+    assert status == 2
+    assert _is_one_line(err, "block*")
+
+
+BROKEN = {
+    "a missing function": ({"loss_fn": ""}, "loss_fn"),
+    "a loss that is no scalar": (
+        {"loss_fn": "def loss_fn(model, batch):\n    return model(batch[0])"},
+        "scalar",
+    ),
+    "a NaN loss": (
+        {"loss_fn": "def loss_fn(model, batch):\n    return model(batch[0]).mean() * float('nan')"},
+        "finite",
+    ),
+    "a model without parameters": (
+        {"build_model": "def build_model():\n    return nn.ReLU()"},
+        "parameters",
+    ),
+    "batches that differ": (
+        {
+            "train_batches": "def train_batches(seed):\n    while True:\n        yield "
+            "torch.randn(16, WIDTH), torch.randn(16, 10)"
+        },
+        "same batches",
+    ),
+    "user code that raises": (
+        {"build_model": "def build_model():\n    raise KeyError('weights')"},
+        "KeyError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_workload_gets_one_clear_line(case: str, run: Run, tmp_path: Path) -> None:
+    functions, word = BROKEN[case]
+    path = _workload(tmp_path, **functions)
+    status, out, err = run("tune", path, "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert _is_one_line(err, word)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_wrong_target_or_folder_gets_one_clear_line(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("tune", TINY, "--target", "h1oo-sxm", "--out", tmp_path / "out")
+    assert status == 2
+    assert _is_one_line(err, "h1oo-sxm")
+    (tmp_path / "file").write_text("")
+    status, _, err = run("tune", TINY, "--out", tmp_path / "file" / "out")
+    assert status == 2
+    assert _is_one_line(err, "--out")
+    status, _, err = run("tune", tmp_path / "nowhere.py")
+    assert status == 2
+    assert _is_one_line(err, "nowhere.py")
+
+
+EDITS: dict[str, Callable[[str], str]] = {
+    "an unknown field": lambda text: text.replace('"layers"', '"colour": 1, "layers"', 1),
+    "an unknown version": lambda text: text.replace('"version": 1', '"version": 99', 1),
+    "an unknown precision": lambda text: text.replace('"precision": "', '"precision": "int', 1),
+    "a truncated file": lambda text: text[: len(text) // 2],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_plan_gets_one_clear_line(
+    edit: str, tuned: Path, run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(EDITS[edit]((tuned / "plan.json").read_text()))
+    for arguments in (("plan", "show", path), ("plan", "check", path, "--model", TINY)):
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert _is_one_line(err, "plan.json")
+
+
+def test_a_plan_for_another_model_fails_the_check(tuned: Path, run: Run, tmp_path: Path) -> None:
+    other = _workload(
+        tmp_path,
+        build_model="def build_model():\n    return nn.Sequential(nn.Linear(WIDTH, 10))",
+    )
+    status, out, err = run("plan", "check", tuned / "plan.json", "--model", other)
+    assert status == 1
+    assert "Traceback" not in out + err
+
+
+def test_an_interrupt_ends_with_130_and_resume_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "autoprec", "tune", TINY, "--out", str(out), "--json"]
+    command += ["--trials", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "profile.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert err.splitlines()[-1].startswith("autoprec: interrupted")
+    assert "Traceback" not in err
+    assert not list(out.glob(".*"))
+    profile = (out / "profile.json").read_bytes()
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
+    assert again.returncode in (0, 1), again.stderr
+    assert (out / "profile.json").read_bytes() == profile
+
+
+def test_help_answers_in_half_a_second() -> None:
+    command = [sys.executable, "-m", "autoprec", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name in ("tune", "profile", "sensitivity", "search", "verify", "report", "plan", "doctor"):
+        assert name in done.stdout
+    code = (
+        "import sys, autoprec.cli; sys.exit(bool({'torch', 'pandas', 'optuna'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_has_help_and_is_in_the_readme() -> None:
+    import typer
+
+    from autoprec.cli import app
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    root = typer.main.get_command(app)
+    commands = getattr(root, "commands", {})
+    assert commands
+    for name, command in commands.items():
+        assert command.help, name
+        assert f"autoprec {name}" in readme, name
+        for inner, sub in getattr(command, "commands", {}).items():
+            assert sub.help, f"{name} {inner}"
+            assert f"{name} {inner}" in readme, f"{name} {inner}"
+
+
+def test_doctor_is_healthy_here(run: Run) -> None:
+    status, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert all(check["is_good"] for check in found["checks"])
+    assert {"fp32", "bf16"} <= set(found["gemm_ms"])

@@ -1,0 +1,180 @@
+"""GEMMs, casts and linears: what holds for any constants, and what the shipped ones must say."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoprec.costmodel import (
+    break_even_tokens,
+    list_device_profiles,
+    load_device_profile,
+    predict_linear,
+)
+from autoprec.costmodel.casts import cast_cost, fp8_gemms
+from autoprec.costmodel.gemm import Kernel, gemm_us
+from autoprec.costmodel.machine import machine_of
+from autoprec.errors import DeviceError
+from autoprec.records.devices import LinearPrediction, Prediction, PricedRecipe
+from autoprec.records.model import Basis, Gemm
+
+SIZES = st.integers(min_value=1, max_value=4096).map(lambda n: 16 * n)
+H100 = load_device_profile("h100-sxm")
+GRID = Path(__file__).parent.parent / "bench" / "data" / "linear_layers.csv"
+
+
+def speedup(prediction: LinearPrediction) -> Prediction:
+    assert prediction.speedup is not None
+    return prediction.speedup
+
+
+@given(M=SIZES, K=SIZES, N=SIZES, recipe=st.sampled_from(list(PricedRecipe)))
+def test_a_linear_adds_up(M: int, K: int, N: int, recipe: PricedRecipe) -> None:
+    found = predict_linear(load_device_profile("b200"), M, K, N, recipe=recipe)
+    assert found.fp8 is not None
+    for arm in (found.bf16, found.fp8):
+        parts = arm.gemm_ms + arm.cast_ms + arm.neighbours_ms
+        assert arm.total_ms == pytest.approx(parts)
+        assert 0 < arm.total_low_ms < arm.total_ms < arm.total_high_ms
+    assert found.bf16.cast_ms == 0 < found.fp8.cast_ms
+    assert speedup(found).value == pytest.approx(found.bf16.total_ms / found.fp8.total_ms)
+    assert speedup(found).low < speedup(found).value < speedup(found).high
+    assert found.basis is Basis.PREDICTED
+
+
+@given(M=SIZES, K=SIZES, N=SIZES, kernel=st.sampled_from(list(Kernel)))
+def test_no_gemm_beats_the_peak_or_the_memory(M: int, K: int, N: int, kernel: Kernel) -> None:
+    machine = machine_of(H100)
+    us = gemm_us(machine, M, K, N, kernel)
+    peak = {Kernel.FP32: machine.fp32_peak_tflops, Kernel.BF16: machine.bf16_peak_tflops}
+    assert us > 2 * M * K * N / (peak.get(kernel, machine.fp8_peak_tflops) * 1e6)
+    assert us > 2 * M * N / (machine.memory_bandwidth_tbs * 1e6)
+
+
+@given(M=SIZES, K=SIZES, N=SIZES)
+def test_twice_the_tokens_never_cost_less(M: int, K: int, N: int) -> None:
+    once = predict_linear(H100, M, K, N, recipe="rowwise")
+    twice = predict_linear(H100, 2 * M, K, N, recipe="rowwise")
+    assert once.fp8 is not None
+    assert twice.fp8 is not None
+    assert twice.bf16.total_ms >= once.bf16.total_ms
+    assert twice.fp8.total_ms >= once.fp8.total_ms
+
+
+def test_the_gain_grows_with_the_matrix() -> None:
+    sizes = (512, 1024, 2048, 4096, 8192, 16384)
+    for recipe in ("tensorwise", "rowwise"):
+        gains = [speedup(predict_linear(H100, n, n, n, recipe=recipe)).value for n in sizes]
+        assert gains == sorted(gains)
+        assert gains[0] < 1 < gains[-1]
+
+
+def test_delayed_scaling_is_within_a_tenth_of_current() -> None:
+    for n in (1024, 4096, 16384):
+        current = speedup(predict_linear(H100, n, n, n)).value
+        delayed = speedup(predict_linear(H100, n, n, n, recipe="delayed")).value
+        assert current <= delayed < 1.1 * current
+
+
+def test_eager_casts_cost_more_than_compiled_ones() -> None:
+    compiled = predict_linear(H100, 8192, 4096, 4096)
+    eager = predict_linear(H100, 8192, 4096, 4096, compiled=False)
+    assert speedup(eager).value < speedup(compiled).value
+    assert eager.bf16.neighbours_ms == 0
+
+
+def test_a_gemm_kept_in_bf16_costs_what_bf16_costs() -> None:
+    kept = predict_linear(H100, 8192, 4096, 4096, gemms_hp=(Gemm.GRAD_WEIGHT,))
+    assert kept.fp8 is not None
+    assert kept.fp8.grad_weight_ms == kept.bf16.grad_weight_ms
+    assert kept.fp8.output_ms < kept.bf16.output_ms
+
+
+def test_casts_for_fewer_gemms_cost_less() -> None:
+    machine, recipe = machine_of(H100), PricedRecipe.ROWWISE
+    costs = [
+        cast_cost(machine, 8192, 4096, 4096, recipe=recipe, gemms=gemms, compiled=True).us
+        for gemms in ((), (Gemm.OUTPUT,), (Gemm.OUTPUT, Gemm.GRAD_INPUT), fp8_gemms(recipe))
+    ]
+    assert costs[0] == 0
+    assert costs == sorted(costs)
+    assert len(set(costs)) == len(costs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe", "words"),
+    [
+        ((8192, 4095, 4096), "tensorwise", "K=4095 is not a multiple of 16"),
+        ((8192, 4096, 10), "tensorwise", "N=10 is not a multiple of 16"),
+        ((8191, 4096, 4096), "rowwise", "M=8191 is not a multiple of 16"),
+        ((8192, 4096, 4096), "mxfp8", "does not run mxfp8"),
+    ],
+)
+def test_what_fp8_cannot_run_has_bf16_and_a_reason(
+    shape: tuple[int, int, int], recipe: str, words: str
+) -> None:
+    found = predict_linear(H100, *shape, recipe=recipe)
+    assert words in found.refusal
+    assert found.bf16.total_ms > 0
+    assert found.fp8 is None
+    assert found.speedup is None
+    assert found.gemm_speedup is None
+
+
+def test_odd_tokens_run_when_grad_weight_stays_in_bf16() -> None:
+    assert not predict_linear(H100, 8191, 4096, 4096, recipe="rowwise_with_gw_hp").refusal
+
+
+def test_an_a100_predicts_bf16_and_says_why_no_fp8() -> None:
+    found = predict_linear(load_device_profile("a100"), 8192, 4096, 4096)
+    assert "no FP8" in found.refusal
+    assert found.bf16.total_ms > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16), (16, -16, 16), (16, 16, 2**31)])
+def test_a_size_that_is_none_is_an_error(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(DeviceError, match="must be between 1 and"):
+        predict_linear(H100, *shape)
+
+
+def test_the_break_even_is_where_the_speedup_passes_one() -> None:
+    tokens = break_even_tokens(H100, 4096, 4096, recipe="rowwise")
+    assert tokens is not None
+    assert tokens % 16 == 0
+    before = predict_linear(H100, tokens - 16, 4096, 4096, recipe="rowwise")
+    assert speedup(before).value < 1
+    assert speedup(predict_linear(H100, tokens, 4096, 4096, recipe="rowwise")).value >= 1
+    assert break_even_tokens(H100, 256, 256, recipe="rowwise") is None
+    assert break_even_tokens(load_device_profile("a100"), 4096, 4096) is None
+
+
+def test_every_profile_predicts_every_recipe_it_has() -> None:
+    for profile in list_device_profiles():
+        for recipe in profile.fp8_recipes:
+            found = predict_linear(profile, 16384, 8192, 8192, recipe=recipe)
+            assert 0.8 < speedup(found).value < 3, (profile.name, recipe)
+
+
+@pytest.mark.parametrize(("name", "error"), [("h100-sxm-500w", 0.06), ("h100-sxm", 0.075)])
+def test_the_published_h100_grid_is_met(name: str, error: float) -> None:
+    profile, errors, sides = load_device_profile(name), [], []
+    with GRID.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "rowwise-perf.png" in row["source"]]
+    for row in rows:
+        shape = (int(row["M"]), int(row["K"]), int(row["N"]))
+        found = speedup(predict_linear(profile, *shape, recipe="rowwise")).value
+        errors.append(abs(found / float(row["speedup"]) - 1))
+        sides.append((found >= 1) == (float(row["speedup"]) >= 1))
+    assert len(rows) > 100
+    assert math.fsum(errors) / len(errors) < error
+    assert sum(sides) / len(sides) > 0.95
+
+
+def test_the_cost_model_starts_at_once_and_without_torch() -> None:
+    code = "import autoprec.costmodel, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=10)

@@ -1,0 +1,208 @@
+"""A captured model on a device that is not here: options, times, memory, whole steps."""
+
+import pytest
+
+from autoprec.costmodel import Parallel, load_device_profile, predict_linear, predict_profile
+from autoprec.costmodel.roles import Role, attention_blocks, role_of
+from autoprec.records.cost import LayerTiming, Profile
+from autoprec.records.model import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Gemm,
+    LayerKind,
+    ModelSpec,
+    Option,
+    Precision,
+    Recipe,
+    Refusal,
+    fp8_option,
+)
+from tests.decoder_specs import decoder, linear_layer, model_of, plain_layer
+
+H100 = load_device_profile("h100-sxm")
+TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
+GW_HP = fp8_option(Recipe.ROWWISE_WITH_GW_HP)
+ALL = (TENSORWISE, ROWWISE, GW_HP)
+
+
+def predicted(
+    spec: ModelSpec, *, compiled: bool = True, parallel: Parallel | None = None
+) -> Profile:
+    return predict_profile(spec, H100, options=ALL, compiled=compiled, parallel=parallel)
+
+
+def row(profile: Profile, name: str, option: Option) -> LayerTiming:
+    found = [r for r in profile.layers if name in r.names and r.option == option]
+    assert len(found) == 1
+    return found[0]
+
+
+def total(row: LayerTiming) -> float:
+    assert row.total is not None
+    return row.total.median_ms
+
+
+def step(profile: Profile, label: str) -> float:
+    return next(s.timing.median_ms for s in profile.steps if s.label == label)
+
+
+def test_everything_is_predicted_and_nothing_was_sampled() -> None:
+    profile = predicted(decoder())
+    assert profile.basis is Basis.PREDICTED
+    assert profile.device.kind == "profile"
+    assert profile.device.name == "h100-sxm"
+    parts = [t for r in profile.layers for t in (r.output, r.grad_input, r.cast, r.total)]
+    timings = [t for t in parts if t] + [s.timing for s in profile.steps]
+    assert all(t.basis is Basis.PREDICTED and t.samples == 0 for t in timings)
+    assert all(t.p20_ms <= t.median_ms <= t.p80_ms for t in timings)
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_options_are_the_targets_and_not_the_captured_machines() -> None:
+    refusal = Refusal(precision=Precision.FP8_O1, reason="FP8 needs compute capability 8.9")
+    spec = model_of(linear_layer("up_proj", 4096, 4096, refusals=(refusal,)))
+    layer = predicted(spec).model.layers[0]
+    assert layer.options == (FP32, BF16_O2, *ALL)
+    assert layer.refusals == ()
+
+
+def test_a_layer_that_is_no_plain_linear_stays_refused() -> None:
+    refusal = Refusal(precision=Precision.FP8_O1, reason="Odd has its own forward")
+    odd = linear_layer("up", 4096, 4096, type_name="mine.Odd", refusals=(refusal,))
+    layer = predicted(model_of(odd)).model.layers[0]
+    assert layer.options == (FP32, BF16_O2)
+    assert layer.refusals == (refusal,)
+
+
+def test_a_shape_that_fp8_cannot_take_has_the_reason() -> None:
+    layer = predicted(model_of(linear_layer("head", 4096, 10))).model.layers[0]
+    assert layer.options == (FP32, BF16_O2)
+    assert "N=10 is not a multiple of 16" in layer.refusals[0].reason
+
+
+def test_odd_tokens_leave_the_options_with_grad_weight_in_bf16() -> None:
+    spec = model_of(linear_layer("up", 4096, 4096, shape=(1, 100)))
+    options = predicted(spec).model.layers[0].options
+    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
+    assert set(options) >= {GW_HP, masked}
+    assert not {TENSORWISE, ROWWISE} & set(options)
+
+
+def test_odd_tokens_of_another_batch_count_though_the_step_was_even() -> None:
+    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
+    spec = model_of(linear_layer("up", 4096, 4096, options=(FP32, BF16_O2, masked)))
+    options = predicted(spec).model.layers[0].options
+    assert masked in options
+    assert TENSORWISE not in options
+
+
+def test_a_target_without_fp8_is_a_profile_with_a_reason() -> None:
+    profile = predict_profile(decoder(), load_device_profile("a100"), options=ALL)
+    assert {r.option for r in profile.layers} == {FP32, BF16_O2}
+    assert {s.label for s in profile.steps} == {"fp32", "bf16_o2", "autocast_bf16"}
+    assert "no FP8" in profile.device.fp8_reason
+    linear = next(layer for layer in profile.model.layers if layer.kind is LayerKind.LINEAR)
+    assert "no FP8" in linear.refusals[0].reason
+
+
+def test_a_linear_costs_what_predict_linear_says() -> None:
+    profile = predicted(decoder())
+    found = row(profile, "layers.0.mlp.up_proj", ROWWISE)
+    alone = predict_linear(H100, 4096, 4096, 14336, recipe="rowwise")
+    assert alone.fp8 is not None
+    assert found.names == tuple(f"layers.{b}.mlp.{n}_proj" for b in (0, 1) for n in ("gate", "up"))
+    assert total(found) == pytest.approx(alone.fp8.total_ms - alone.fp8.neighbours_ms)
+    parts = (found.output, found.grad_input, found.grad_weight, found.cast)
+    assert total(found) == pytest.approx(sum(t.median_ms for t in parts if t))
+
+
+def test_frozen_layers_and_first_layers_have_fewer_gemms() -> None:
+    spec = model_of(
+        linear_layer("frozen", 4096, 4096, is_frozen=True),
+        linear_layer("first", 4096, 8192, requires_grad=False),
+    )
+    profile = predicted(spec)
+    frozen, first = row(profile, "frozen", TENSORWISE), row(profile, "first", TENSORWISE)
+    assert frozen.grad_weight is None
+    assert frozen.gradient_bytes == frozen.optimizer_bytes == 0
+    assert first.grad_input is None
+    assert first.grad_weight is not None
+
+
+def test_steps_are_the_layers_and_what_lies_between() -> None:
+    profile = predicted(decoder())
+    for label, option, fixed in (
+        ("fp32", FP32, profile.fixed_ms),
+        ("bf16_o2", BF16_O2, profile.fixed_bf16_ms),
+    ):
+        layers = sum(total(r) * len(r.names) for r in profile.layers if r.option == option)
+        assert step(profile, label) == pytest.approx(layers + fixed)
+        assert fixed > 0
+    assert step(profile, "fp8_o1") < step(profile, "bf16_o2") < step(profile, "autocast_bf16")
+    assert step(profile, "bf16_o2") < step(profile, "fp32")
+
+
+def test_memory_by_precision() -> None:
+    profile = predicted(model_of(linear_layer("up", 1024, 2048)))
+    numel = 1024 * 2048
+    fp32, bf16 = row(profile, "up", FP32), row(profile, "up", BF16_O2)
+    assert (fp32.parameter_bytes, fp32.gradient_bytes, fp32.optimizer_bytes) == (
+        4 * numel,
+        4 * numel,
+        8 * numel,
+    )
+    assert (bf16.parameter_bytes, bf16.gradient_bytes, bf16.optimizer_bytes) == (
+        2 * numel,
+        2 * numel,
+        12 * numel,
+    )
+    assert fp32.activation_bytes == 2 * bf16.activation_bytes == 4 * 4096 * 1024
+
+
+def test_every_kind_of_layer_has_a_time_in_both_precisions() -> None:
+    spec = model_of(
+        plain_layer("conv", LayerKind.CONV, (64, 3, 7, 7), (8, 3, 224, 224), "stride=(2, 2)"),
+        plain_layer("norm", LayerKind.NORM, (512,), (8, 128, 512)),
+        plain_layer("embed", LayerKind.EMBEDDING, (1000, 512), (8, 128)),
+        plain_layer("attention", LayerKind.ATTENTION, (1536, 512), (8, 128, 512)),
+        plain_layer("lstm", LayerKind.RECURRENT, (2048, 512), (8, 128, 512)),
+        plain_layer("scale", LayerKind.OTHER, (512,), (8, 128, 512)),
+    )
+    profile = predicted(spec)
+    for name in spec.names:
+        slow, fast = total(row(profile, name, FP32)), total(row(profile, name, BF16_O2))
+        assert 0 < fast <= slow
+
+
+def test_eager_pays_for_every_kernel() -> None:
+    spec = model_of(linear_layer("up", 1024, 1024, shape=(1, 64)))
+    eager, compiled = (
+        total(row(predicted(spec, compiled=c), "up", ROWWISE)) for c in (False, True)
+    )
+    assert eager > 2 * compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.layers.0.self_attn.q_proj", Role.QUERY),
+        ("layers.0.attention.wk", Role.KEY_VALUE),
+        ("transformer.h.0.attn.c_attn", Role.QKV),
+        ("transformer.h.0.attn.c_proj", Role.ATTENTION_OUT),
+        ("transformer.h.0.mlp.c_proj", Role.DOWN),
+        ("layers.0.feed_forward.w1", Role.UP),
+        ("lm_head", Role.HEAD),
+        ("classifier_thing", Role.OTHER),
+    ],
+)
+def test_roles_are_read_from_the_usual_names(name: str, role: Role) -> None:
+    assert role_of(linear_layer(name, 64, 64)) is role
+
+
+def test_attention_is_found_by_its_projections() -> None:
+    blocks = attention_blocks(decoder(blocks=3).layers)
+    assert len(blocks) == 3
+    assert {(b.batch, b.sequence, b.width) for b in blocks} == {(1, 4096, 4096)}
+    fused = model_of(linear_layer("attn.qkv", 512, 1536), linear_layer("attn.proj", 512, 512))
+    assert [b.width for b in attention_blocks(fused.layers)] == [512]

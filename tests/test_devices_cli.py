@@ -1,0 +1,152 @@
+"""`autoprec devices` as a user runs it: in a process of its own, output and exit status."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = (
+    "import sys; from autoprec.cli_devices import devices_app as app; "
+    "from autoprec.errors import AutoprecError\n"
+    "try: app(standalone_mode=False)\n"
+    "except AutoprecError as error: print(error, file=sys.stderr); sys.exit(2)\n"
+    "sys.exit('torch' in sys.modules)"
+)
+
+
+def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a devices command without torch; exit status 1 would mean that torch was imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_list_and_show_name_every_device_and_source() -> None:
+    listed = run("list").stdout
+    assert "h100-sxm" in listed
+    assert "no FP8: the A100" in listed
+    devices = json.loads(run("list", "--json").stdout)["devices"]
+    assert {"name", "title", "fp8_recipes", "fp8_reason"} <= set(devices[0])
+    shown = run("show", "h100").stdout
+    assert "bf16_peak_tflops" in shown
+    assert "datasheet" in shown
+    assert json.loads(run("show", "h100-sxm", "--json").stdout)["kind"] == "device_profile"
+
+
+def test_predict_prints_times_and_speedups_with_intervals() -> None:
+    text = run("predict", "h100-sxm", "--shape", "8192x4096x14336").stdout
+    for word in ("output", "grad_input", "grad_weight", "cast", "total", "BF16", "FP8"):
+        assert word in text
+    found = json.loads(run("predict", "H100", "--shape", "8192x4096x14336", "--json").stdout)
+    assert found["compiled"] is True
+    assert found["recipe"] == "tensorwise"
+    assert found["speedup"]["low"] < found["speedup"]["value"] < found["speedup"]["high"]
+    assert {"output_ms", "grad_input_ms", "grad_weight_ms", "cast_ms", "total_ms"} <= set(
+        found["fp8"]
+    )
+
+
+def test_predict_says_why_fp8_cannot_run() -> None:
+    text = run("predict", "h100-sxm", "--shape", "8192x4096x10").stdout
+    assert "N=10 is not a multiple of 16" in text
+    found = json.loads(run("predict", "a100", "--shape", "64x64x64", "--eager", "--json").stdout)
+    assert found["fp8"] is None
+    assert found["bf16"]["total_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("predict", "h100-sxm", "--shape", "8192x4096"), "--shape must be MxKxN"),
+        (("predict", "h100-sxm"), "got no --shape"),
+        (("predict",), "got neither"),
+        (("predict", "h100", "--shape", "0x16x16"), "must be between 1 and"),
+        (("predict", "nothing", "--shape", "16x16x16"), "a device must be"),
+        (("predict", "h100", "--shape", "16x16x16", "--recipe", "odd"), "a recipe must be one of"),
+        (("show", "h10"), "nearest: "),
+        (("predict", "--csv", "/nowhere.csv"), "must be readable"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: tuple[str, ...], words: str) -> None:
+    done = run(*arguments, status=2)
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_a_csv_keeps_its_columns_order_and_rows(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        "tag,device,M,K,N,recipe,compiled\n"
+        '"a, b",H100 SXM,8192,4096,4096,rowwise dynamic,yes\n'
+        "c,NVIDIA H100 80GB HBM3,8192,4096,4096,tensorwise,no\n"
+        "d,a100,8192,4096,4096,delayed,yes\n"
+        "e,h100-pcie,8192,4096,4090,blockwise,yes\n"
+        "f,Z80,8192,4096,4096,tensorwise,yes\n"
+        "g,B200,8192,4096,4096,mxfp8,yes\n"
+        "h,h100,8192,many,4096,tensorwise,yes\n"
+    )
+    done = run("predict", "--csv", str(table))
+    found = rows(done.stdout)
+    assert [row["tag"] for row in found] == ["a, b", "c", "d", "e", "f", "g", "h"]
+    assert done.stdout.startswith("tag,device,M,K,N,recipe,compiled,profile,bf16_output_ms")
+    assert found[0]["profile"] == found[1]["profile"] == "h100-sxm"
+    assert float(found[0]["speedup_low"]) < float(found[0]["speedup"])
+    assert float(found[1]["speedup"]) < 1  # eager casts
+    assert "no FP8" in found[2]["refusal"]
+    assert float(found[2]["bf16_total_ms"]) > 0
+    assert found[2]["speedup"] == found[2]["fp8_total_ms"] == ""
+    assert "N=4090" in found[3]["refusal"]
+    assert "nearest" in found[4]["refusal"] or "shows all names" in found[4]["refusal"]
+    assert found[4]["bf16_total_ms"] == ""
+    assert float(found[5]["speedup"]) > 1
+    assert "K must be a positive whole number" in found[6]["refusal"]
+    assert "2 of 7 rows not predicted" in done.stderr
+
+
+def test_a_csv_says_the_same_as_a_single_prediction(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N\nh200,4096,8192,1024\n")
+    row = rows(run("predict", "--csv", str(table), "--recipe", "rowwise").stdout)[0]
+    arguments = ("predict", "h200", "--shape", "4096x8192x1024", "--recipe", "rowwise", "--json")
+    single = json.loads(run(*arguments).stdout)
+    assert float(row["speedup"]) == pytest.approx(single["speedup"]["value"], rel=1e-4)
+    assert float(row["fp8_cast_ms"]) == pytest.approx(single["fp8"]["cast_ms"], rel=1e-4)
+
+
+def test_a_csv_without_its_columns_is_an_error(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K\nh100,16,16\n")
+    assert "lacks N" in run("predict", "--csv", str(table), status=2).stderr
+    table.write_text("device,M,K,N\nZ80,16,16,16\n")
+    assert "a device must be" in run("predict", "--csv", str(table), status=2).stderr
+
+
+def test_an_empty_table_is_its_header_alone(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N,recipe,compiled\n")
+    assert rows(run("predict", "--csv", str(table)).stdout) == []
+
+
+def test_score_compares_with_real_speedups(tmp_path: Path) -> None:
+    table = tmp_path / "real.csv"
+    header, cells = "device,M,K,N,recipe,compiled,speedup", "h100,8192,8192,8192,tensorwise,yes"
+    table.write_text(f"{header}\n{cells},1.4\n{cells},\na100,16,16,16,rowwise,yes,1.0\n")
+    score = json.loads(run("score", str(table), "--json").stdout)
+    assert score["rows"] == 1
+    assert score["left_out"] == 2
+    assert 0 <= score["mean_absolute_error"] < 0.3
+    assert score["right_side"] == 1
+    assert "right side of 1.0" in run("score", str(table)).stdout
+    table.write_text(f"{header}\n{cells},\n")
+    assert "positive `speedup`" in run("score", str(table), status=2).stderr

@@ -1,0 +1,73 @@
+"""Two real processes: what one of them sees, both decide."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from autoprec.guard import Guard, Limits
+from autoprec.guard.ranges import local
+from autoprec.runtime import install_options
+from tests.test_guard import Chain, Run, lines, plan_for
+
+
+def train_on_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    run = Run(events=folder / "events.jsonl")
+    run.batches.manual_seed(rank)
+    run.train(6, run.spoil("third", 3) if rank else lambda step: None)
+    found = {"good": run.good, "in_bf16": run.guard.in_bf16, "state": run.guard.state_dict()}
+    found["ddp"] = wrapped(DistributedDataParallel, rank)
+    found["fsdp2"] = wrapped(sharded, rank)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model.get_submodule("norm"))  # FSDP2 wants one dtype in a group
+    fully_shard(model)
+    return model
+
+
+def wrapped(wrap: Callable[[nn.Module], nn.Module], rank: int) -> list[object]:
+    """Train a wrapped model of which one rank has a NaN; return what its guard decided."""
+    torch.manual_seed(0)
+    inner = Chain()
+    plan = plan_for(inner)
+    install_options(inner, {layer.name: layer.option for layer in plan.layers})
+    model = wrap(inner)
+    optimizer = torch.optim.AdamW(model.parameters())
+    guard = Guard(model, optimizer, plan, limits=Limits(sample_every=2))
+    good = []
+    for step in range(5):
+        loss = model(torch.randn(16, 16)).square().mean()
+        loss.backward()
+        weight: Any = inner.second.weight  # Any: a tensor or a DTensor
+        if step == rank == 1:
+            local(weight.grad).fill_(math.nan)
+        good.append(guard.step(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    finite = all(bool(local(p.detach()).isfinite().all()) for p in model.parameters())
+    return [good, guard.in_bf16, finite, guard.state_dict()["norms"]]
+
+
+def test_ranks_decide_alike_when_one_of_them_has_a_nan(tmp_path: Path) -> None:
+    spawn: Any = vars(torch.multiprocessing)["spawn"]  # Any: torch does not export or type it
+    spawn(train_on_rank, args=(tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for wrap in ("ddp", "fsdp2"):
+        assert first[wrap][:3] == [[True, False, True, True, True], ["second", "third"], True]
+    assert first["good"] == [True, True, True, False, True, True]
+    assert first["in_bf16"] == ["third"]
+    assert len(lines(tmp_path / "events.jsonl")) == 1  # rank 0 writes

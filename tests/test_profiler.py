@@ -1,0 +1,358 @@
+"""Profiles of toy models: complete, timed once per shape, proven, and exact under a fake clock."""
+
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.capture import capture_model, find_layers
+from autoprec.precision import fp8_support
+from autoprec.profiler import profile_model, time_steps
+from autoprec.profiler.candidates import copy_layer, make_candidate
+from autoprec.profiler.layers import LayerMeter, sum_parts
+from autoprec.profiler.measure import group_layers, sum_totals, uniform_options
+from autoprec.profiler.recording import record_step
+from autoprec.profiler.tracing import Operation, Trace
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    LayerTiming,
+    Option,
+    Profile,
+    Recipe,
+    TensorSpec,
+    fp8_option,
+)
+from autoprec.workload import Workload, take_batches, workload_from
+from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
+
+CPU = torch.device("cpu")
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
+needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(CPU).reason}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class ConstantClock:
+    """Every call takes 1 ms, so nothing depends on the machine."""
+
+    name = "constant"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def measure(self, fn: Callable[[], object]) -> float:
+        fn()
+        self.calls += 1
+        return 1.0
+
+    def synchronize(self) -> None:
+        return None
+
+
+class SequenceNet(nn.Module):
+    """A frozen embedding, an LSTM, one linear called three times, and two of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, WIDTH)
+        self.embed.weight.requires_grad_(False)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.shared = nn.Linear(WIDTH, WIDTH)
+        self.left, self.right = nn.Linear(WIDTH, 16), nn.Linear(WIDTH, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, _ = self.lstm(self.embed(tokens))
+        for _ in range(3):
+            x = F.relu(self.shared(x))
+        logits: Tensor = self.left(x) + self.right(x)
+        return logits
+
+
+def sequence_workload() -> Workload:
+    def train_batches(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randint(16, (4, 8), generator=generator)
+
+    def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+    functions = {"build_model": SequenceNet, "train_batches": train_batches, "loss_fn": loss_fn}
+    return workload_from(SimpleNamespace(**functions), name="sequence")
+
+
+WORKLOADS = {
+    "mlp": mlp_workload,
+    "conv": conv_workload,
+    "tokens": token_workload,
+    "sequence": sequence_workload,
+}
+
+
+def profile_of(workload: Workload, options: tuple[Option, ...] = (TENSORWISE,)) -> Profile:
+    spec = capture_model(workload, device=CPU)
+    return profile_model(workload, spec, device=CPU, options=options, clock=ConstantClock())
+
+
+def row_of(profile: Profile, name: str, option: Option) -> LayerTiming:
+    row = profile.timing(name, option)
+    assert row is not None
+    return row
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_layer_has_a_row_for_every_option(name: str) -> None:
+    profile = profile_of(WORKLOADS[name]())
+    for layer in profile.model.layers:
+        for option in layer.options:
+            row = profile.timing(layer.name, option)
+            if option.is_fp8 and option.recipe is not Recipe.TENSORWISE:
+                assert row is None  # not asked for
+                continue
+            assert row is not None
+            assert row.infeasible == ""
+            assert (row.total is not None) == bool(layer.calls)
+            assert bool(row.kernels) == bool(layer.calls)
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_layers_of_one_shape_are_timed_once() -> None:
+    profile = profile_of(sequence_workload())
+    assert row_of(profile, "right", FP32).names == ("left", "right")
+    assert len([row for row in profile.layers if "left" in row.names]) == len(
+        profile.model.layer("left").options
+    ) - len([o for o in profile.model.layer("left").options if o.is_fp8 and o != TENSORWISE])
+
+
+def test_frozen_weights_have_no_grad_weight_and_constant_inputs_no_grad_input() -> None:
+    profile = profile_of(sequence_workload())
+    frozen = row_of(profile, "embed", FP32)
+    assert (frozen.grad_input, frozen.grad_weight, frozen.gradient_bytes) == (None, None, 0)
+    first = row_of(profile, "lstm", FP32)  # its input comes from frozen weights
+    assert first.grad_input is None
+    assert first.grad_weight is not None
+    inner = row_of(profile, "shared", FP32)
+    assert inner.grad_input is not None
+    assert inner.cast is None
+
+
+@needs_fp8
+def test_an_fp8_row_tells_its_casts_apart_and_proves_its_gemms() -> None:
+    row = row_of(profile_of(mlp_workload()), "second", TENSORWISE)
+    assert row.output is not None
+    assert row.cast is not None
+    assert row.cast.median_ms > row.output.median_ms  # 1 ms per operation: casts are many
+    assert "_scaled_mm float8_e4m3fn" in row.kernels
+    bf16 = row_of(profile_of(mlp_workload()), "second", BF16_O2)
+    assert all("float8" not in kernel for kernel in bf16.kernels)
+    assert "mm bfloat16" in bf16.kernels
+
+
+def test_bytes_are_those_of_the_layer() -> None:
+    profile = profile_of(mlp_workload())
+    numel = WIDTH * 64 + WIDTH  # second: 64 -> WIDTH
+    fp32, bf16 = (row_of(profile, "second", option) for option in (FP32, BF16_O2))
+    assert (fp32.parameter_bytes, fp32.gradient_bytes) == (4 * numel, 4 * numel)
+    assert (bf16.parameter_bytes, bf16.gradient_bytes) == (2 * numel, 2 * numel)
+    assert fp32.optimizer_bytes == pytest.approx(8 * numel)  # Adam's two moments
+    assert bf16.optimizer_bytes == pytest.approx(12 * numel)  # and the FP32 master
+    assert fp32.activation_bytes == 2 * bf16.activation_bytes == 4 * 48 * 64  # its input
+
+
+def test_batch_norm_keeps_fp32_parameters_in_a_16_bit_option() -> None:
+    row = row_of(profile_of(conv_workload()), "norm", BF16_O2)
+    assert row.parameter_bytes == 4 * 2 * 16
+
+
+def test_tied_weights_are_counted_where_they_come_first() -> None:
+    profile = profile_of(token_workload())
+    assert row_of(profile, "embedding", FP32).parameter_bytes == 4 * 16 * WIDTH
+    assert row_of(profile, "head", FP32).parameter_bytes == 0
+
+
+def test_the_fixed_time_closes_the_sum() -> None:
+    profile = profile_of(mlp_workload())
+    spec = profile.model
+    for label, option, fixed in (
+        ("fp32", FP32, profile.fixed_ms),
+        ("bf16_o2", BF16_O2, profile.fixed_bf16_ms),
+    ):
+        step = profile.step(label)
+        assert step is not None
+        total = sum_totals(profile.layers, dict.fromkeys(spec.names, option))
+        assert fixed + total == pytest.approx(step.timing.median_ms)
+    labels = {step.label for step in profile.steps}
+    assert labels >= {"fp32", "bf16_o2", "autocast_bf16"}
+    assert ("fp8_o1" in labels) == RUNS_FP8
+
+
+def test_inputs_and_gradients_are_the_real_ones() -> None:
+    workload = sequence_workload()
+    model = workload.build_model().train()
+    layers = find_layers(model)
+    batch = take_batches(workload, seed=0, count=1)[0]
+    calls = record_step(workload, model, batch, layers, seed=0)
+    assert torch.equal(calls["embed"][0].args[0], batch)
+    assert [call.count for call in calls["shared"]] == [1, 2]  # an LSTM gives another stride
+    spec = capture_model(workload, device=CPU)
+    for name in ("lstm", "shared", "left"):
+        tensor = calls[name][0].args[0]
+        seen = spec.layer(name).calls[0].inputs[0]
+        assert seen == TensorSpec(
+            shape=tuple(tensor.shape),
+            stride=tensor.stride(),
+            dtype="float32",
+            requires_grad=tensor.requires_grad,
+        )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_isolated_step_gives_the_gradients_of_the_whole_one() -> None:
+    workload = mlp_workload()
+    model = workload.build_model().train()
+    batch = take_batches(workload, seed=0, count=1)[0]
+    layers = find_layers(model)
+    calls = record_step(workload, model, batch, layers, seed=0)["second"]
+    workload.loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own
+    second = copy.deepcopy(layers["second"])
+    alone = make_candidate(lambda: second, calls, FP32)
+    outputs, gradients = alone.forward()
+    found = torch.autograd.grad(outputs, alone.parameters, gradients)
+    expected = [parameter.grad for parameter in layers["second"].parameters()]
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_layer_that_cannot_be_copied_is_built_anew() -> None:
+    layer = nn.Linear(4, 4)
+    layer.cached = layer.weight * 2  # deepcopy refuses tensors that autograd made
+    fresh = nn.Sequential(nn.Linear(4, 4))
+    assert copy_layer(layer, lambda: fresh, "0") is fresh[0]
+
+
+def test_an_option_that_cannot_run_is_infeasible_with_the_reason() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype is torch.bfloat16:
+                raise RuntimeError("out of memory\nat some address")
+            return x @ self.weight.t()
+
+    functions = {
+        "build_model": lambda: nn.Sequential(Stubborn(), nn.Linear(16, 10)),
+        "train_batches": lambda seed: mlp_workload().train_batches(seed),
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
+    }
+    workload = workload_from(SimpleNamespace(**functions))
+    spec = capture_model(workload, device=CPU)
+    groups = group_layers(spec, ())
+    model = workload.build_model()
+    layer = model.get_submodule("0")
+    batch = take_batches(workload, seed=0, count=1)[0]
+    calls = record_step(workload, model, batch, find_layers(model), seed=0)
+    meter = LayerMeter(CPU, ConstantClock(), 2.0)
+    rows = meter.time_group(groups[0], calls["0"], lambda: copy.deepcopy(layer))
+    assert [row.infeasible for row in rows] == ["", "out of memory"]
+    assert rows[1].total is None
+    assert rows[1].parameter_bytes == 2 * 16 * WIDTH
+
+
+@needs_fp8
+def test_a_hopelessly_slow_option_is_predicted_and_not_run() -> None:
+    class SlowFp8Clock(ConstantClock):
+        """What runs FP8 GEMMs takes a second more each time, as a reference kernel's rows do."""
+
+        def measure(self, fn: Callable[[], object]) -> float:
+            trace = Trace()
+            with trace:
+                fn()
+            gemms = [op for op in trace.operations if op.name == "_scaled_mm"]
+            self.calls += 1
+            return 1.0 + (1e3 * self.calls if gemms else 0.0)
+
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    profile = profile_model(workload, spec, device=CPU, options=(TENSORWISE,), clock=SlowFp8Clock())
+    row = row_of(profile, "second", TENSORWISE)
+    assert row.total is not None
+    assert (row.total.basis, row.total.samples) == (Basis.PREDICTED, 0)
+    assert "_scaled_mm float8_e4m3fn" in row.kernels
+    step = profile.step("fp8_o1")
+    assert step is not None
+    assert step.timing.basis is Basis.PREDICTED
+
+
+def test_fp8_operations_are_given_to_their_gemms() -> None:
+    def operation(name: str, ms: float, is_backward: bool) -> Operation:
+        return Operation(name, "bfloat16", ms, is_backward)
+
+    parts = sum_parts(
+        [
+            operation("amax", 1.0, False),
+            operation("_scaled_mm", 2.0, False),
+            operation("add", 4.0, False),
+            operation("sum", 8.0, True),
+            operation("_to_copy", 16.0, True),
+            operation("_scaled_mm", 32.0, True),
+            operation("mm", 64.0, True),
+        ]
+    )
+    assert parts == {"output": 6.0, "grad_input": 32.0, "grad_weight": 72.0, "cast": 17.0}
+
+
+def test_uniform_plans_take_the_first_fp8_option_where_there_is_one() -> None:
+    spec = capture_model(mlp_workload(), device=CPU)
+    groups = group_layers(spec, (TENSORWISE,))
+    fp8 = uniform_options(groups, fp8=True)
+    assert fp8["norm"] == fp8["head"] == BF16_O2
+    assert (fp8["first"] == TENSORWISE) == RUNS_FP8
+    assert set(uniform_options(groups).values()) == {BF16_O2}
+
+
+def test_arms_step_in_turns_on_the_same_batches() -> None:
+    seen: list[tuple[str, float]] = []
+    base = mlp_workload()
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        arm = "autocast" if torch.is_autocast_enabled("cpu") else str(dtype)
+        seen.append((arm, float(batch[0].sum())))
+        return base.loss_fn(model, batch)
+
+    functions = {
+        "build_model": base.build_model,
+        "train_batches": base.train_batches,
+        "loss_fn": loss_fn,
+    }
+    layers = list(find_layers(base.build_model()))
+    found = time_steps(
+        workload_from(SimpleNamespace(**functions)),
+        {"fp32": {}, "bf16_o2": dict.fromkeys(layers, BF16_O2), "autocast_bf16": "autocast_bf16"},
+        device=CPU,
+        clock=ConstantClock(),
+        samples=4,
+        seed=0,
+    )
+    assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]
+    assert all(step.timing.samples == 4 and step.peak_bytes is None for step in found)
+    rounds = [seen[-12:][i : i + 3] for i in range(0, 12, 3)]
+    for turns in rounds:
+        assert {arm for arm, _ in turns} == {"torch.float32", "torch.bfloat16", "autocast"}
+        assert len({batch for _, batch in turns}) == 1
+    assert len({turns[0][1] for turns in rounds}) == 4

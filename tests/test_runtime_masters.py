@@ -1,0 +1,642 @@
+import copy
+import functools
+import io
+import itertools
+import logging
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import autoprec
+from autoprec.errors import PlanMismatchError
+from autoprec.records import BF16_O2, FP32
+from autoprec.runtime import attach_optimizer, install_options
+from autoprec.runtime.masters import masters_of
+from tests.models import Mlp, TiedTokens, mlp_workload, token_workload
+from tests.runtime_plans import plan_for
+
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "sgd": functools.partial(torch.optim.SGD, lr=0.05),
+    "sgd-momentum": functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9, foreach=True),
+    "adam-amsgrad": functools.partial(torch.optim.Adam, lr=1e-3, amsgrad=True),
+    "adamw-foreach": functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True),
+    "adamw-fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
+    "adagrad": functools.partial(torch.optim.Adagrad, lr=1e-2),
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "adafactor": torch.optim.Adafactor,
+    "asgd": torch.optim.ASGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "rprop": torch.optim.Rprop,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def applied(
+    make: MakeOptimizer = OPTIMIZERS["adamw-foreach"], model: nn.Module | None = None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = model or Mlp()
+    return autoprec.apply(plan_for(model), model, make(model.parameters()))
+
+
+def batches(seed: int = 0) -> Iterator[Any]:
+    return mlp_workload().train_batches(seed)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, first: int = 0
+) -> list[float]:
+    losses = []
+    for x, y in itertools.islice(batches(), first, first + steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def exact(model: nn.Module) -> list[Tensor]:
+    return weights(autoprec.master_view(model))
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+class HandMade:
+    """The reference: BF16 weights whose masters an optimizer of their own trains."""
+
+    def __init__(self, make: MakeOptimizer) -> None:
+        self.model = Mlp()
+        self.masters = weights(self.model)
+        install_options(self.model, {n: BF16_O2 for n in ("first", "second", "norm", "head")})
+        self.optimizer = make(self.masters)
+
+    def train(self, steps: int) -> None:
+        for x, y in itertools.islice(batches(), steps):
+            self.model.zero_grad()
+            F.mse_loss(self.model(x), y).backward()
+            for parameter, master in zip(self.model.parameters(), self.masters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            self.optimizer.step()
+            with torch.no_grad():
+                for parameter, master in zip(self.model.parameters(), self.masters, strict=True):
+                    parameter.copy_(master)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_does_what_hand_made_masters_do(name: str) -> None:
+    make = OPTIMIZERS[name]
+    torch.manual_seed(1)
+    reference = HandMade(make)
+    reference.train(4)
+    torch.manual_seed(1)
+    model, optimizer = applied(make)
+    train(model, optimizer, 4)
+    assert same(exact(model), reference.masters)
+    assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
+    moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    assert all(moment.dtype is not torch.bfloat16 for moment in moments)
+
+
+def test_muon_trains_matrices() -> None:
+    model = Mlp()
+    matrices = [model.first.weight, model.second.weight]
+    optimizer = torch.optim.Muon(matrices, lr=1e-3)
+    autoprec.apply(plan_for(model), model, optimizer)
+    before = exact(model)
+    train(model, optimizer, 2)
+    assert not torch.equal(exact(model)[0], before[0])
+
+
+def test_updates_below_the_resolution_of_bf16_accumulate() -> None:
+    model = nn.Linear(16, 16, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    autoprec.apply(plan_for(model), model, optimizer)
+    tiny = 2.0**-14  # half a BF16 step at 1.0 is 2^-9
+    for _ in range(64):
+        model.weight.grad = torch.full_like(model.weight, tiny)
+        optimizer.step()
+    assert torch.equal(exact(model)[0], torch.full((16, 16), 1 - 64 * tiny))
+    assert torch.equal(model.weight.float(), torch.full((16, 16), 1 - 2.0**-8))
+
+
+def test_the_objects_the_user_holds_stay_the_same() -> None:
+    model = Mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    groups, parameters = optimizer.param_groups, list(model.parameters())
+    storages = []
+    result = autoprec.apply(plan_for(model), model, optimizer)
+    storages = [parameter.data_ptr() for parameter in parameters]
+    train(model, optimizer, 2)
+    assert result == (model, optimizer)
+    assert optimizer.param_groups is groups
+    assert all(a is b for a, b in zip(groups[0]["params"], parameters, strict=True))
+    assert all(a is b for a, b in zip(optimizer.state, parameters, strict=True))
+    assert [parameter.data_ptr() for parameter in parameters] == storages
+
+
+def test_moments_made_before_apply_are_kept_bit_for_bit() -> None:
+    model = Mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, 3)
+    moments, values = copy.deepcopy(optimizer.state_dict()), weights(model)
+    autoprec.apply(plan_for(model), model, optimizer)
+    assert same(exact(model), values)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert same(
+            {k: v for k, v in state.items() if k != "master_weight"}, moments["state"][index]
+        )
+
+
+def test_a_gradient_from_before_apply_is_used() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x, y = next(batches())
+    F.mse_loss(model(x), y).backward()
+    expected = [
+        p.detach() - p.grad.bfloat16().float() for p in model.parameters() if p.grad is not None
+    ]
+    autoprec.apply(plan_for(model), model, optimizer)
+    optimizer.step()
+    assert same(exact(model), expected)
+
+
+@pytest.mark.parametrize("first", ["scheduler", "apply"])
+def test_schedulers_work_made_before_or_after(first: str) -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if first == "apply":
+        autoprec.apply(plan_for(model), model, optimizer)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    if first == "scheduler":
+        autoprec.apply(plan_for(model), model, optimizer)
+    before = exact(model)
+    train(model, optimizer, 1)
+    scheduler.step()  # warns when it did not see the step
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert not same(exact(model), before)
+
+
+def test_closures_see_the_bf16_weights_of_each_evaluation() -> None:
+    model, optimizer = applied(functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=4))
+    x, y = next(batches())
+    seen: list[tuple[torch.dtype, float]] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        seen.append((next(model.parameters()).dtype, loss.item()))
+        return loss
+
+    returned: Any = optimizer.step(closure)  # type: ignore[arg-type]  # torch's stub wants a float
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    assert len(seen) > 2
+    assert returned.item() == seen[0][1] > seen[-1][1]
+    assert len(optimizer.state) == 1
+    optimizer.step(closure)  # type: ignore[arg-type]  # as above
+    assert seen[-1][1] < seen[4][1]
+
+
+def test_a_closure_given_by_name_works_too() -> None:
+    model, optimizer = applied()
+    before = exact(model)
+    x, y = next(batches())
+
+    def closure() -> float:
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure=closure) > 0
+    assert not same(exact(model), before)
+
+
+def test_a_step_that_raises_changes_nothing() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+
+    def closure() -> float:
+        raise ValueError("no data")
+
+    with pytest.raises(ValueError, match="no data"):
+        optimizer.step(closure)
+    assert same(weights(model), before)
+    assert same(optimizer.state_dict(), state)
+    assert all(p.dtype is torch.bfloat16 for g in optimizer.param_groups for p in g["params"])
+    train(model, optimizer, 1, first=1)
+
+
+def test_the_users_clipping_accumulation_and_zeroing_are_respected() -> None:
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1.0))
+    stream = batches()
+    for _ in range(2):
+        x, y = next(stream)
+        (F.mse_loss(model(x), y) / 2).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+    expected = [m - g for m, g in zip(exact(model), gradients, strict=True)]
+    optimizer.step()
+    assert same(exact(model), expected)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    optimizer.step()
+    assert same(exact(model), expected)
+
+
+def test_parameters_without_a_gradient_do_not_move() -> None:
+    model = TiedTokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    autoprec.apply(plan_for(model), model, optimizer)
+    before = model.unused.weight.detach().clone()
+    workload = token_workload()
+    workload.loss_fn(model, next(workload.train_batches(0))).backward()  # type: ignore[no-untyped-call]  # torch's
+    optimizer.step()
+    assert torch.equal(model.unused.weight, before)
+    assert model.unused.weight not in optimizer.state
+
+
+def test_groups_and_ones_added_later_keep_their_settings() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD([{"params": model.first.parameters(), "lr": 0.0}], lr=1.0)
+    autoprec.apply(plan_for(model), model, optimizer)
+    optimizer.add_param_group({"params": model.head.parameters(), "lr": 1e-5})
+    before = exact(model)
+    train(model, optimizer, 3)
+    moved = [not torch.equal(a, b) for a, b in zip(before, exact(model), strict=True)]
+    assert dict(zip(dict(model.named_parameters()), moved, strict=True)) == {
+        name: name.startswith("head") for name, _ in model.named_parameters()
+    }
+
+
+def test_an_optimizer_that_writes_into_its_groups_and_itself_keeps_what_it_wrote() -> None:
+    class Counting(torch.optim.SGD):
+        taken = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.taken += 1
+            self.param_groups[0]["taken"] = self.param_groups[0].get("taken", 0) + 1
+            self.state["all"] = {"taken": self.taken}
+            return super().step(closure)
+
+    model, optimizer = applied(functools.partial(Counting, lr=0.01))
+    train(model, optimizer, 3)
+    assert isinstance(optimizer, Counting)
+    assert (optimizer.taken, optimizer.param_groups[0]["taken"]) == (3, 3)
+    assert optimizer.state["all"] == {"taken": 3}  # type: ignore[index]  # as such optimizers do
+
+
+def test_the_users_step_hooks_see_the_optimizer_and_the_new_weights() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(
+        lambda opt, _a, _k: seen.append((opt, model.head.bias.detach().clone()))
+    )
+    autoprec.apply(plan_for(model), model, optimizer)
+    before = model.head.bias.detach().clone()
+    train(model, optimizer, 1)
+    assert seen[0][0] is optimizer
+    assert not torch.equal(seen[0][1], before)
+
+    def halve(opt: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in opt.param_groups[0]["params"]:
+            parameter.grad.zero_()
+
+    optimizer.register_step_pre_hook(halve)
+    values = exact(model)
+    train(model, optimizer, 1)
+    assert same(exact(model), values)
+
+
+def test_a_grad_scaler_is_harmless() -> None:
+    torch.manual_seed(3)
+    model, optimizer = applied(OPTIMIZERS["adamw-fused"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # type: ignore[attr-defined]  # torch's
+    for x, y in itertools.islice(batches(), 3):
+        optimizer.zero_grad()
+        scaler.scale(F.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.manual_seed(3)
+    plain, plain_optimizer = applied(OPTIMIZERS["adamw-fused"])
+    train(plain, plain_optimizer, 3)
+    assert same(exact(model), exact(plain))  # powers of two scale exactly
+
+
+def test_sparse_gradients_reach_sparse_optimizers() -> None:
+    model = nn.Embedding(32, 16, sparse=True)
+    optimizer = torch.optim.SparseAdam(list(model.parameters()), lr=1e-2)
+    autoprec.apply(plan_for(model), model, optimizer)
+    before = exact(model)[0]
+    model(torch.tensor([1, 1, 5])).sum().backward()
+    optimizer.step()
+    moved = (exact(model)[0] != before).any(1).nonzero().flatten().tolist()
+    assert moved == [1, 5]
+
+
+def test_an_average_of_the_view_follows_the_masters() -> None:
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-4))
+    view = autoprec.master_view(model)
+    ema = AveragedModel(view, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    ema.update_parameters(view)
+    expected = exact(model)[0]
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        ema.update_parameters(view)
+        expected = torch.lerp(expected, exact(model)[0], 1 - 0.999)
+    averaged = next(ema.module.parameters())
+    assert averaged.dtype is torch.float32
+    assert torch.allclose(averaged, expected, rtol=0, atol=1e-9)
+    assert not torch.equal(averaged, exact(model)[0])
+    assert {type(m) for m in ema.module.modules()} == {Mlp, nn.Linear, nn.LayerNorm}
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize(
+    "name", ["adamw-foreach", "adamw-fused", "sgd", "sgd-momentum", "adafactor"]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, order: str) -> None:
+    model, optimizer = applied(OPTIMIZERS[name])
+    scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+    train(model, optimizer, 3)
+    scheduler.step()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), scheduler.state_dict()], file)
+    losses = train(model, optimizer, 3, first=3)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    torch.manual_seed(77)
+    other, other_optimizer = applied(OPTIMIZERS[name])
+    other_scheduler = LambdaLR(other_optimizer, lambda step: 0.9**step)
+    for target, state in list(zip((other, other_optimizer), saved[:2], strict=True))[
+        :: 1 if order == "model first" else -1
+    ]:
+        target.load_state_dict(state)
+    other_scheduler.load_state_dict(saved[2])
+    assert train(other, other_optimizer, 3, first=3) == losses
+    assert same(exact(other), exact(model))
+    assert same(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_the_state_dict_is_the_plain_one_and_the_masters() -> None:
+    model, optimizer = applied()
+    plain = torch.optim.AdamW(Mlp().parameters(), lr=1e-3, foreach=True)
+    assert optimizer.state_dict()["state"] == {}  # nothing that a plain AdamW would trip over
+    plain.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"}
+    assert same(state["param_groups"], plain.state_dict()["param_groups"])
+    assert same([s["master_weight"] for s in state["state"].values()], exact(model))
+    assert all(
+        s.keys() == {"step", "exp_avg", "exp_avg_sq", "master_weight"}
+        for s in state["state"].values()
+    )
+    assert all("master_weight" not in s for s in optimizer.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_made_without_autoprec_loads(dtype: torch.dtype) -> None:
+    plain = Mlp()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    train(plain, plain_optimizer, 2)
+    plain.to(dtype)
+    model, optimizer = applied()
+    optimizer.load_state_dict(plain_optimizer.state_dict())
+    model.load_state_dict(plain.state_dict())
+    if dtype is torch.float32:
+        assert same(exact(model), weights(plain))
+    assert same(weights(model), [value.bfloat16() for value in weights(plain)])
+    assert same([master.bfloat16() for master in exact(model)], weights(model))
+    for index, state in plain_optimizer.state_dict()["state"].items():
+        loaded = optimizer.state_dict()["state"][index]
+        assert same({k: v for k, v in loaded.items() if k != "master_weight"}, state)
+
+
+def test_a_checkpoint_made_with_autoprec_loads_without_it() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 3)
+    plain = Mlp()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    plain.load_state_dict(model.state_dict())
+    plain_optimizer.load_state_dict(optimizer.state_dict())
+    assert same(weights(plain), [p.float() for p in weights(model)])
+    train(plain, plain_optimizer, 2, first=3)
+
+
+def test_an_fp32_checkpoint_of_the_view_brings_the_masters_back_exactly() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 2)
+    values = exact(model)
+    saved = copy.deepcopy(autoprec.master_view(model).state_dict())
+    assert saved.keys() == Mlp().state_dict().keys()
+    train(model, optimizer, 2)
+    model.load_state_dict(saved)
+    assert same(exact(model), values)
+    model.load_state_dict({"head.bias": torch.full((10,), 1 / 3)}, strict=False)
+    assert same(exact(model)[-1], torch.full((10,), 1 / 3))
+
+
+def test_masters_of_another_checkpoint_do_not_overwrite_the_weights(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    stale = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 20)
+    values = weights(model)
+    optimizer.load_state_dict(stale)
+    with caplog.at_level(logging.WARNING):
+        masters = exact(model)
+    assert same([master.bfloat16() for master in masters], values)
+    assert "load the model and the optimizer of one checkpoint" in caplog.text
+
+
+def test_replacing_parameters_by_loading_is_refused() -> None:
+    model, _ = applied()
+    with pytest.raises(PlanMismatchError, match="load with assign=False"):
+        model.load_state_dict(Mlp().state_dict(), assign=True)
+
+
+def test_a_master_of_another_shape_is_refused() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["master_weight"] = torch.zeros(3)
+    with pytest.raises(PlanMismatchError, match=r"shape \(64, 32\), but it has \(3,\)"):
+        optimizer.load_state_dict(state)
+
+
+def test_what_the_user_writes_into_a_weight_reaches_the_master() -> None:
+    model = Mlp()
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-6), model)
+    train(model, optimizer, 1)
+    lower_bits = exact(model)[2]
+    with torch.no_grad():
+        model.get_parameter("second.weight")[0].zero_()
+    train(model, optimizer, 1)
+    master = exact(model)[2]
+    assert master[0].abs().max() < 1e-4
+    assert torch.allclose(master[1:], lower_bits[1:], rtol=0, atol=1e-4)
+
+
+def test_writes_through_data_are_found_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-6))
+    with caplog.at_level(logging.WARNING):
+        for step in range(6):
+            train(model, optimizer, 1, first=step)
+            for parameter in model.parameters():
+                parameter.data.clamp_(-0.01, 0.01)
+    assert caplog.text.count("written through .data") == 1
+    assert all(master.abs().max() < 0.0101 for master in exact(model))
+
+
+def test_a_converted_model_is_refused_at_the_next_step() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    model.float()
+    with pytest.raises(PlanMismatchError, match="must stay so, but one is now float32"):
+        train(model, optimizer, 1)
+
+
+def test_an_optimizer_made_after_apply_is_attached_by_hand_or_at_its_first_step() -> None:
+    for by_hand in (True, False):
+        torch.manual_seed(5)
+        model, optimizer = Mlp(), None
+        autoprec.apply(plan_for(model), model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        if by_hand:
+            attach_optimizer(model, optimizer)
+            attach_optimizer(model, optimizer)
+        train(model, optimizer, 3)
+        assert all(s["exp_avg"].dtype is torch.float32 for s in optimizer.state.values())
+        assert not same(exact(model), [p.float() for p in weights(model)])
+
+
+def test_a_state_loaded_before_attaching_is_refused_because_its_bits_are_lost() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    late = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    late.load_state_dict(optimizer.state_dict())
+    with pytest.raises(PlanMismatchError, match="then load its state"):
+        attach_optimizer(model, late)
+    with pytest.raises(PlanMismatchError, match="then load its state"):
+        train(model, late, 1)
+
+
+def test_a_bf16_model_gets_masters_and_fp32_moments() -> None:
+    model = Mlp().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    values = weights(model)
+    autoprec.apply(plan_for(model), model, optimizer)
+    assert all(s["momentum_buffer"].dtype is torch.float32 for s in optimizer.state.values())
+    assert same(exact(model), [value.float() for value in values])
+    train(model, optimizer, 3)
+    assert not same(exact(model), [value.float() for value in weights(model)])
+
+
+def test_two_optimizers_of_one_model_and_one_of_two_models() -> None:
+    model, other = Mlp(), Mlp()
+    first = torch.optim.SGD(model.first.parameters(), lr=1e-3)
+    rest = torch.optim.Adam([*model.second.parameters(), *other.parameters()], lr=1e-3)
+    autoprec.apply(plan_for(model), model, first)
+    attach_optimizer(model, rest)
+    autoprec.apply(plan_for(other), other, rest)
+    before = exact(model) + exact(other)
+    x, y = next(batches())
+    F.mse_loss(model(x) + other(x), y).backward()
+    first.step()
+    rest.step()
+    names = [*dict(model.named_parameters()), *dict(other.named_parameters())]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, exact(model) + exact(other), strict=True)
+    ]
+    still = {n for n, m in zip(names[:8], moved[:8], strict=True) if not m}
+    assert still == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert all(moved[8:])
+
+
+def test_copies_and_pickles_of_model_and_optimizer_train_alike() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 2)
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    loaded, loaded_optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    losses = train(model, optimizer, 3, first=2)
+    assert train(copied, copied_optimizer, 3, first=2) == losses
+    assert train(loaded, loaded_optimizer, 3, first=2) == losses
+    assert same(exact(copied), exact(model))
+    assert same(exact(loaded), exact(model))
+    assert copied.get_parameter("head.bias") is not model.get_parameter("head.bias")
+
+
+def test_a_model_is_freed_without_the_garbage_collector() -> None:
+    model, optimizer = applied()
+    train(model, optimizer, 1)
+    gone = weakref.ref(model)
+    masters = weakref.ref(masters_of(model))
+    del model, optimizer
+    assert gone() is None
+    assert masters() is None
+
+
+def test_optimizers_that_cannot_have_masters_are_refused() -> None:
+    model = Mlp()
+    autoprec.apply(plan_for(model), model)
+    with pytest.raises(PlanMismatchError, match="trains no parameter of this model"):
+        attach_optimizer(model, torch.optim.SGD(Mlp().parameters(), lr=0.1))
+    with pytest.raises(PlanMismatchError, match=r"not a torch\.optim\.Optimizer"):
+        attach_optimizer(model, "adam")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(PlanMismatchError, match="turn it off"):
+        attach_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True))
+    with pytest.raises(PlanMismatchError, match="call autoprec.apply"):
+        attach_optimizer(Mlp(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_all_fp32_plan_changes_nothing_for_the_optimizer() -> None:
+    torch.manual_seed(9)
+    plain = Mlp()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    losses = train(plain, plain_optimizer, 3)
+    torch.manual_seed(9)
+    model = Mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    autoprec.apply(plan_for(model, FP32), model, optimizer)
+    assert train(model, optimizer, 3) == losses
+    assert same(optimizer.state_dict(), plain_optimizer.state_dict())

@@ -1,0 +1,202 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import autoprec
+from autoprec.checking import check_plan
+from autoprec.errors import PlanMismatchError, RecordError
+from autoprec.precision import APPLICABLE_RECIPES, all_fp8_options
+from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option
+from autoprec.runtime import check_applied, fp8_self_test, trace_step
+from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
+from tests.runtime_plans import plan_for
+
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+WORKLOAD = Path(__file__).parent / "workloads"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("option", [FP32, BF16_O2, *all_fp8_options(APPLICABLE_RECIPES)], ids=str)
+def test_what_runs_is_the_plan_for_every_option(option: Option) -> None:
+    workload = mlp_workload()
+    model = workload.build_model()
+    autoprec.apply(plan_for(model, option), model)
+    batch = next(workload.train_batches(0))
+    checks = autoprec.verify_applied(model, batch, loss_fn=workload.loss_fn)
+    assert [check.name for check in checks] == ["first", "second", "norm", "head"]
+    assert all(option.key in check.detail for check in checks[:2])
+
+
+def test_the_gemms_of_an_fp8_layer_are_told_apart() -> None:
+    workload = mlp_workload()
+    model = workload.build_model()
+    autoprec.apply(plan_for(model, fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)), model)
+    batch = next(workload.train_batches(0))
+    trace = trace_step(model, lambda: workload.loss_fn(model, batch))["first"]
+    assert dict(trace.forward) == {"_scaled_mm float8_e4m3fn": 1}
+    assert dict(trace.backward) == {
+        "grad_input _scaled_mm float8_e5m2xfloat8_e4m3fn": 1,
+        "grad_weight mm bfloat16": 1,
+    }
+
+
+@pytest.mark.parametrize("option", [FP32, BF16_O2, TENSORWISE], ids=str)
+def test_attention_embeddings_ties_convolutions_and_norms_are_proven(option: Option) -> None:
+    for workload in (token_workload(dropout=0.1), conv_workload()):
+        model = workload.build_model()
+        plan = plan_for(model, option, {"embedding": BF16_O2} if option.is_fp8 else None)
+        autoprec.apply(plan, model)
+        batch = next(workload.train_batches(0))
+        checks = autoprec.verify_applied(model, batch, loss_fn=workload.loss_fn)
+        assert {check.name for check in checks} == {layer.name for layer in plan.layers}
+
+
+def test_every_layer_that_differs_is_named() -> None:
+    workload = mlp_workload()
+    model = workload.build_model()
+    autoprec.apply(plan_for(model, TENSORWISE), model)
+    model.first.fp8_active = False
+    model.head.weight.data = model.head.weight.data.float()
+    batch = next(workload.train_batches(0))
+    with pytest.raises(PlanMismatchError) as caught:
+        autoprec.verify_applied(model, batch, loss_fn=workload.loss_fn)
+    message = str(caught.value)
+    assert "2 of 4 layers differ" in message
+    assert "'first' should run fp8_o1:tensorwise, but ran addmm bfloat16" in message
+    assert "'head' should store bfloat16 (bf16_o2), but has float32" in message
+    assert "'second'" not in message
+
+
+def test_a_layer_replaced_after_apply_is_found() -> None:
+    workload = mlp_workload()
+    model = workload.build_model()
+    autoprec.apply(plan_for(model), model)
+    model.first.forward = lambda x: F.linear(x.float(), model.first.weight.float())
+    checks = check_applied(model, next(workload.train_batches(0)), loss_fn=workload.loss_fn)
+    assert [check.name for check in checks if not check.is_good] == ["first"]
+    assert "ran mm float32" in checks[0].detail
+
+
+class Functional(nn.Module):
+    """Uses the weights of its layers without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(48, 32)
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x + self.positions.weight[: len(x)], self.linear.weight, self.linear.bias)
+
+
+def test_a_weight_used_functionally_is_attributed_to_its_layer() -> None:
+    model, x = Functional(), torch.randn(48, 32)
+    autoprec.apply(plan_for(model), model)
+    checks = autoprec.verify_applied(model, x)
+    assert checks[0].detail == "bf16_o2: not run in this step"
+    assert checks[1].detail == "bf16_o2: functional addmm bfloat16"
+    autoprec.undo(model)
+    autoprec.apply(plan_for(model, TENSORWISE), model)
+    with pytest.raises(PlanMismatchError, match="its weight is used outside of its forward"):
+        autoprec.verify_applied(model, x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_seen_through(reentrant: bool) -> None:
+    class Checkpointed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = checkpoint(super().forward, x, use_reentrant=reentrant)
+            return result
+
+    model, x = Checkpointed(), torch.randn(48, 32, requires_grad=True)
+    autoprec.apply(plan_for(model, TENSORWISE), model)
+    checks = autoprec.verify_applied(model, x)
+    assert "forward _scaled_mm" in checks[0].detail
+    assert "backward" in checks[0].detail
+
+
+def test_a_proof_leaves_the_run_as_it_was() -> None:
+    workload = conv_workload()
+    model = workload.build_model()
+    autoprec.apply(plan_for(model), model)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    autoprec.verify_applied(model, next(workload.train_batches(0)), loss_fn=workload.loss_fn)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    assert model.head.weight.grad.eq(1).all()
+    assert model.head.bias.grad is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_input_may_be_a_tensor_a_tuple_or_a_dict() -> None:
+    model = Mlp()
+    autoprec.apply(plan_for(model), model)
+    for batch in (torch.randn(16, 32), (torch.randn(16, 32),), {"x": torch.randn(16, 32)}):
+        assert autoprec.verify_applied(model, batch)
+
+
+def test_a_model_without_a_plan_or_a_loss_is_refused() -> None:
+    with pytest.raises(PlanMismatchError, match="call autoprec.apply"):
+        autoprec.verify_applied(Mlp(), torch.randn(16, 32))
+    model = Mlp().requires_grad_(False)
+    autoprec.apply(plan_for(model), model)
+    with pytest.raises(PlanMismatchError, match="give loss_fn="):
+        autoprec.verify_applied(model, torch.randn(16, 32))
+
+
+def test_the_self_test_measures_every_recipe() -> None:
+    checks = fp8_self_test(torch.device("cpu"))
+    assert [check.name for check in checks] == [f"fp8 {recipe}" for recipe in APPLICABLE_RECIPES]
+    assert all(check.is_good for check in checks)
+    assert "grad_weight 0.0" in checks[0].detail
+
+
+MODEL = """
+from tests.models import mlp_workload
+workload = mlp_workload()
+build_model, train_batches, loss_fn = (
+    workload.build_model, workload.train_batches, workload.loss_fn
+)
+"""
+
+
+def test_check_plan_fits_runs_and_tests_numerics(tmp_path: Path) -> None:
+    (tmp_path / "mlp_model.py").write_text(MODEL)
+    path = plan_for(Mlp(), TENSORWISE).save(tmp_path / "plan.json")
+    checked = check_plan(path, model=str(tmp_path / "mlp_model.py"), target="cpu")
+    assert checked.is_good
+    assert [check.name for check in checked.checks] == [
+        "file",
+        "fits the model",
+        *(f"runs: {name}" for name in ("first", "second", "norm", "head")),
+        "fp8 tensorwise",
+    ]
+    assert checked.checks[0].detail == "4 layers: 2 fp8_o1, 2 bf16_o2"
+    alone = check_plan(path, model="", target="cpu")
+    assert [check.name for check in alone.checks] == ["file", "fp8 tensorwise"]
+
+
+def test_check_plan_says_what_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "mlp_model.py").write_text(MODEL)
+    path = plan_for(TiedTokens()).save(tmp_path / "plan.json")
+    checked = check_plan(path, model=str(tmp_path / "mlp_model.py"), target="cpu")
+    assert not checked.is_good
+    assert "layer 'embedding' is in the plan only" in checked.checks[1].detail
+    path.write_text("{")
+    with pytest.raises(RecordError):
+        check_plan(path, model="", target="cpu")

@@ -1,0 +1,225 @@
+import pytest
+
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    FrontPoint,
+    Gemm,
+    Operand,
+    OperandStatistics,
+    Option,
+    Plan,
+    Profile,
+    Recipe,
+    Search,
+    Sensitivity,
+    fp8_option,
+)
+from autoprec.search import build_plan, search_plan
+from tests.report_runs import CPU, H100, linear, make_profile, make_sensitivity, make_spec
+from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, replaced_layer, tables_of
+
+SLOW_FP8: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (3.2, 1e-3)}
+SLOW_BF16: Row = {FP32: (2.0, 0.0), BF16_O2: (3.0, 1e-5)}
+
+
+def planned(
+    tables: tuple[Profile, Sensitivity], *, budget: float = 4e-3, kept: tuple[str, ...] = ()
+) -> tuple[Search, Plan]:
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=budget, kept=kept)
+    search = search_plan(*tables, constraint=constraint, evaluate=None, trials=2)
+    return search, build_plan(*tables, search, search.chosen, constraint=constraint)
+
+
+def reason(plan: Plan, name: str) -> str:
+    return next(layer.reason for layer in plan.layers if layer.name == name)
+
+
+def test_the_plan_says_what_the_search_chose() -> None:
+    tables = tables_of({"a": TYPICAL, "b": TYPICAL}, flow=1e-6)
+    search, plan = planned(tables)
+    assert plan.options == search.chosen.options
+    assert plan.e == search.chosen.e
+    assert plan.e_basis is Basis.PREDICTED
+    assert plan.constraint.e_budget == search.e_budget
+    assert plan.predicted is not None
+    assert plan.predicted.plan_ms == search.chosen.step_ms
+    assert plan.predicted.fp32_ms == 3.0 + 4.0 + 4.0
+    assert plan.predicted.bf16_o2_ms == 2.0 + 2.0 + 2.0
+    assert (plan.predicted.low_ms or 0.0) < plan.predicted.plan_ms < (plan.predicted.high_ms or 0.0)
+    assert (plan.layers[0].layer_ms, plan.layers[0].baseline_ms) == (1.0, 2.0)
+    assert plan.fingerprint.structure == tables[0].model.structure
+    assert plan.fingerprint.device == CPU.name
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_measured_joint_e_is_the_plans() -> None:
+    tables = tables_of({"a": TYPICAL})
+    search, _ = planned(tables)
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
+    point = search.chosen.model_copy(update={"e_measured": 5e-4})
+    plan = build_plan(*tables, search, point, constraint=constraint)
+    assert (plan.e, plan.e_basis) == (5e-4, Basis.MEASURED)
+
+
+def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL})
+    rows = tuple(r.model_copy(update={"basis": Basis.TRANSFERRED}) for r in sensitivity.rows)
+    tables = (
+        profile.model_copy(update={"basis": Basis.PREDICTED}),
+        sensitivity.model_copy(update={"rows": rows}),
+    )
+    _, plan = planned(tables)
+    assert plan.fingerprint.time_basis is Basis.PREDICTED
+    assert plan.fingerprint.sensitivity_basis is Basis.TRANSFERRED
+
+
+# --- reasons ------------------------------------------------------------------------------------
+
+
+def test_fp8_tells_its_speed_and_its_error() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL}))
+    assert reason(plan, "a") == "FP8 tensorwise 2x faster than BF16 at M=32 K=32 N=32, e=0.1 %"
+
+
+def test_a_gentler_recipe_names_the_faster_one() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL}), budget=8e-4)
+    assert plan.options == (ROWWISE,)
+    assert reason(plan, "a").endswith("FP8 tensorwise is faster still, but has e=0.1 %")
+
+
+def test_masked_recipes_read_well() -> None:
+    masked = fp8_option(Recipe.ROWWISE, Gemm.GRAD_INPUT)
+    _, plan = planned(tables_of({"a": {**SLOW_FP8, masked: (1.0, 1e-4)}}))
+    assert plan.options == (masked,)
+    assert reason(plan, "a").startswith("FP8 rowwise (grad_input in BF16) 2x faster than BF16")
+
+
+def test_slower_fp8_is_named_with_its_shape() -> None:
+    _, plan = planned(tables_of({"a": SLOW_FP8}))
+    assert reason(plan, "a") == (
+        "FP8 tensorwise 1.6x slower than BF16 at M=32 K=32 N=32; BF16 2x faster than FP32"
+    )
+
+
+def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
+    harmful: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.9, 2.8e-3)}
+    profile, sensitivity = tables_of({"a": harmful, "b": TYPICAL, "c": TYPICAL})
+    cause = OperandStatistics(
+        name="a",
+        operand=Operand.GRAD_OUTPUT,
+        amax=1.0,
+        amin_nonzero=1e-9,
+        dynamic_range_bits=30.0,
+        underflow={"tensorwise": 0.31, "rowwise": 0.004},
+        saturation={},
+        outlier_channels=(),
+        channels=32,
+    )
+    tables = (profile, sensitivity.model_copy(update={"statistics": (cause,)}))
+    _, plan = planned(tables)
+    assert reason(plan, "a").startswith(
+        "FP8 tensorwise 1.05x faster, but dominates the gradient error (e=0.28 %, budget 0.4 %); "
+        "grad_output: 31 % underflow under tensorwise; rowwise 0.4 %"
+    )
+    _, plan = planned(tables, budget=2.5e-3)
+    assert "but alone is over the budget (e=0.28 %, budget 0.25 %)" in reason(plan, "a")
+
+
+def test_an_ineligible_layer_gives_its_refusal() -> None:
+    profile, sensitivity = tables_of({"router": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)}})
+    profile = replaced_layer(profile, linear("router", 32, 32, 10))
+    _, plan = planned((profile, sensitivity))
+    assert reason(plan, "router") == (
+        "BF16 2x faster than FP32; N=10 is not a multiple of 16, which FP8 GEMMs need"
+    )
+
+
+def test_an_option_that_could_not_be_timed_gives_the_profiles_words() -> None:
+    profile, sensitivity = tables_of({"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)}})
+    layers = tuple(
+        row.model_copy(update={"option": TENSORWISE, "infeasible": "no kernel for this shape"})
+        for row in profile.layers[:1]
+    )
+    profile = profile.model_copy(update={"layers": (*profile.layers, *layers)})
+    _, plan = planned((profile, sensitivity))
+    assert reason(plan, "a").endswith("no FP8: no kernel for this shape")
+
+
+def test_kept_tied_and_uncalled_layers_say_so() -> None:
+    rows: dict[str, Row] = {"token": TYPICAL, "unused": TYPICAL, "head": TYPICAL, "fc": TYPICAL}
+    tables = tables_of(rows, tied={"head": "token"}, uncalled=("unused",))
+    _, plan = planned(tables, kept=("fc=bf16_o2",))
+    assert reason(plan, "fc") == "kept by --keep 'fc=bf16_o2'"
+    assert reason(plan, "unused") == "not called in the captured step; follows the BF16 flow"
+    assert reason(plan, "head").endswith("; tied to token")
+    assert reason(plan, "token").endswith("; shares its parameter with head")
+
+
+def test_a_guilty_layer_says_so() -> None:
+    tables = tables_of({"a": TYPICAL, "b": TYPICAL})
+    search, _ = planned(tables)
+    found = search.model_copy(update={"guilty": ("b",)})
+    point = FrontPoint(options=(TENSORWISE, BF16_O2), step_ms=5.0, e=1e-3)
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
+    plan = build_plan(*tables, found, point, constraint=constraint)
+    assert "adds more error than alone (found by bisection)" in reason(plan, "b")
+
+
+# --- what is not worth it -----------------------------------------------------------------------
+
+
+def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
+    _, plan = planned(tables_of({"a": SLOW_FP8, "b": SLOW_FP8}))
+    assert plan.notes[-1] == (
+        "FP8 is not worth it here: on the 2 layers that can take it the fastest recipe needs "
+        "6.4 ms, the plan 4 ms"
+    )
+
+
+def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL}), budget=5e-4)
+    assert plan.notes[-1] == (
+        "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all), but not by "
+        "enough for the error it adds (e budget 0.05 %)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "budget", "words"),
+    [
+        (SLOW_BF16, 4e-3, "the step takes 5 ms in BF16 O2, 5 ms in FP32"),
+        (TYPICAL, 5e-6, "BF16 O2 is 1.75x faster, but FP32 is the plan: e of BF16 O2 is 0.001 %"),
+        ({FP32: (2.0, 0.0)}, 4e-3, "no layer can take it"),
+    ],
+)
+def test_bf16_that_is_not_worth_it_leaves_fp32(row: Row, budget: float, words: str) -> None:
+    _, plan = planned(tables_of({"a": row}), budget=budget)
+    assert plan.options == (FP32,)
+    assert words in plan.notes[-1]
+    assert (plan.e, plan.e_basis) == (0.0, Basis.MEASURED)
+
+
+# --- a whole model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", [H100, CPU])
+def test_every_layer_of_a_transformer_has_a_reason(machine: object) -> None:
+    on_gpu = machine is H100
+    spec = make_spec(blocks=2, M=16384 if on_gpu else 2048, width=2048 if on_gpu else 256)
+    tables = (make_profile(spec, H100 if on_gpu else CPU), make_sensitivity(spec))
+    search, plan = planned(tables)
+    assert all(layer.reason and "\n" not in layer.reason for layer in plan.layers)
+    has_fp8 = any(option.is_fp8 for option in plan.options)
+    assert has_fp8 == on_gpu
+    expected = sum(_ms(tables[0], n, o) for n, o in zip(spec.names, plan.options, strict=True))
+    assert search.chosen.step_ms == pytest.approx(expected + tables[0].fixed_bf16_ms)
+
+
+def _ms(profile: Profile, name: str, option: Option) -> float:
+    row = profile.timing(name, option)
+    assert row is not None
+    assert row.total is not None
+    return row.total.median_ms

@@ -1,0 +1,307 @@
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoprec.errors import InfeasibleError, RecordError
+from autoprec.records import BF16_O2, FP32, Constraint, LayerKind, Option, Recipe, fp8_option
+from autoprec.search.costs import Costs, boundary_melements, make_costs
+from autoprec.search.keeps import parse_keep
+from autoprec.search.problem import Options, Problem, exact, front, make_problem
+from autoprec.search.space import make_space
+from tests.report_runs import linear
+from tests.search_tables import (
+    ROWWISE,
+    TENSORWISE,
+    TYPICAL,
+    Row,
+    called,
+    layer_timing,
+    replaced_layer,
+    sensitivity_of,
+    spec_of,
+    tables_of,
+    tensor,
+)
+
+SLOW_FP8: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (2.5, 1e-6)}
+
+
+def constraint(*kept: str, memory_bytes: int | None = None) -> Constraint:
+    return Constraint(loss_tolerance=1e-3, e_budget=None, kept=kept, memory_bytes=memory_bytes)
+
+
+def problem_of(
+    rows: dict[str, Row],
+    *kept: str,
+    memory_bytes: int | None = None,
+    tied: dict[str, str] | None = None,
+    uncalled: tuple[str, ...] = (),
+    flow: float = 0.0,
+    cast_ms: float = 0.0,
+) -> Problem:
+    profile, sensitivity = tables_of(rows, tied=tied, uncalled=uncalled, flow=flow, cast_ms=cast_ms)
+    costs = make_costs(profile, sensitivity)
+    return make_problem(costs, constraint(*kept, memory_bytes=memory_bytes))
+
+
+# --- costs --------------------------------------------------------------------------------------
+
+
+def test_a_plan_costs_its_flow_its_layers_and_the_casts_of_fp32_layers() -> None:
+    costs = problem_of({"a": TYPICAL, "b": TYPICAL}, flow=2e-5, cast_ms=500.0).costs
+    casts = 500.0 * 2 * 32 * 32 / 1e6  # [32, 32] in, [32, 32] out
+    assert costs.step_ms((FP32, FP32)) == pytest.approx(3.0 + 4.0 + 4.0)
+    assert costs.step_ms((BF16_O2, TENSORWISE)) == pytest.approx(2.0 + 2.0 + 1.0)
+    assert costs.step_ms((BF16_O2, FP32)) == pytest.approx(2.0 + 2.0 + 4.0 + casts)
+    assert costs.e((FP32, FP32)) == 0.0
+    assert costs.e((BF16_O2, FP32)) == pytest.approx(2e-5 + 1e-5)
+    assert costs.e((BF16_O2, TENSORWISE)) == pytest.approx(2e-5 + 1e-5 + 1e-3)
+    low, high = costs.step_interval((BF16_O2, TENSORWISE))
+    assert (low, high) == pytest.approx((5.0 - 0.3, 5.0 + 0.3))
+
+
+def test_an_e_that_noise_made_negative_counts_as_zero() -> None:
+    costs = problem_of({"a": {FP32: (2.0, 0.0), BF16_O2: (1.0, -1e-6)}}).costs
+    assert costs.e((BF16_O2,)) == 0.0
+
+
+def test_options_without_time_or_e_have_no_price_but_a_reason() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL})
+    rows = [row for row in profile.layers if row.option != ROWWISE]
+    rows[-1] = rows[-1].model_copy(update={"infeasible": "out of memory"})
+    delayed = layer_timing("a", fp8_option(Recipe.DELAYED), 0.1)
+    costs = make_costs(profile.model_copy(update={"layers": (*rows, delayed)}), sensitivity)
+    assert list(costs.prices[0]) == [FP32, BF16_O2]
+    assert costs.missing[0][TENSORWISE] == "out of memory"
+    assert costs.missing[0][ROWWISE] == "it was not timed"
+    assert "emulated" in costs.missing[0][fp8_option(Recipe.DELAYED)]
+    unmeasured = sensitivity.model_copy(update={"rows": sensitivity.rows[:1]})
+    assert "was not measured" in make_costs(profile, unmeasured).missing[0][ROWWISE]
+
+
+def test_a_called_layer_without_any_price_is_an_error() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL})
+    with pytest.raises(RecordError, match=r"'a' has none .*it was not timed.*again"):
+        make_costs(profile.model_copy(update={"layers": ()}), sensitivity)
+
+
+def test_boundary_elements_follow_from_the_shapes() -> None:
+    base = linear("x", 8, 16, 32)
+    assert boundary_melements(base) * 1e6 == 8 * 16 + 8 * 32
+    embedding = base.model_copy(
+        update={
+            "kind": LayerKind.EMBEDDING,
+            "gemm": None,
+            "calls": called(tensor(4, 5, dtype="int64")),
+        }
+    )
+    assert boundary_melements(embedding) * 1e6 == 4 * 5 * 16  # indices are not cast
+    conv = base.model_copy(
+        update={
+            "kind": LayerKind.CONV,
+            "type_name": "torch.nn.modules.conv.Conv2d",
+            "settings": "3, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)",
+            "calls": called(tensor(2, 3, 8, 8), count=2),
+        }
+    )
+    assert boundary_melements(conv) * 1e6 == 2 * (2 * 3 * 8 * 8 + 2 * 12 * 4 * 4)
+    norm = base.model_copy(update={"kind": LayerKind.NORM, "calls": called(tensor(7, 9))})
+    assert boundary_melements(norm) * 1e6 == 2 * 7 * 9
+    assert boundary_melements(base.model_copy(update={"calls": ()})) == 0.0
+
+
+# --- keeps --------------------------------------------------------------------------------------
+
+
+def test_keeps_fix_every_layer_that_the_glob_matches_whole() -> None:
+    rows = {"block.1.fc": TYPICAL, "block.10.fc": TYPICAL, "embed": TYPICAL, "embedding": TYPICAL}
+    problem = problem_of(rows, "block.*=bf16_o2", "embed=fp32", "embedding=fp8_o1")
+    assert problem.allowed == ((BF16_O2,), (BF16_O2,), (FP32,), (TENSORWISE, ROWWISE))
+
+
+@pytest.mark.parametrize(
+    ("kept", "match"),
+    [
+        (("hed=bf16_o2",), r"'hed=bf16_o2' must match a layer by its whole name.*nearest are head"),
+        (("head",), r"must be GLOB=PRECISION\[:RECIPE\], but it is 'head'"),
+        (("head=int8",), r"one of fp8_o1, bf16_o2, fp32 .*'head=int8' names 'int8'"),
+        (("head=fp8_o1:slow",), r"names 'fp8_o1:slow'"),
+    ],
+)
+def test_a_keep_that_cannot_be_read_or_matches_nothing_is_an_error(
+    kept: tuple[str, ...], match: str
+) -> None:
+    with pytest.raises(RecordError, match=match):
+        problem_of({"head": TYPICAL, "body": TYPICAL}, *kept)
+
+
+def test_keeps_that_contradict_each_other_are_an_error() -> None:
+    with pytest.raises(InfeasibleError, match=r"'head' is in both '\*=bf16_o2' and 'head=fp32'"):
+        problem_of({"head": TYPICAL}, "*=bf16_o2", "head=fp32")
+    problem_of({"head": TYPICAL}, "*=bf16_o2", "head=bf16_o2")  # twice the same is no contradiction
+
+
+def test_a_layer_that_cannot_take_what_is_kept_is_an_error_with_the_refusal() -> None:
+    profile, sensitivity = tables_of({"router": {FP32: (1.0, 0.0), BF16_O2: (0.5, 1e-5)}})
+    refusing = linear("router", 32, 32, 10)
+    profile = replaced_layer(profile, refusing)
+    with pytest.raises(InfeasibleError, match=r"'router' .* cannot: N=10 is not a multiple of 16"):
+        make_problem(make_costs(profile, sensitivity), constraint("router=fp8_o1:rowwise"))
+
+
+def test_keep_reads_masked_recipes() -> None:
+    keep = parse_keep("a=b=fp8_o1:tensorwise-grad_weight")
+    assert keep.glob == "a=b"
+    assert keep.option == Option.parse("fp8_o1:tensorwise-grad_weight")
+
+
+# --- choices ------------------------------------------------------------------------------------
+
+
+def test_an_option_that_is_no_faster_than_a_gentler_one_is_locked() -> None:
+    problem = problem_of({"a": SLOW_FP8, "b": TYPICAL})
+    assert problem.units[0].choices == ((FP32,), (BF16_O2,))  # even though its e is smaller
+
+
+def test_slow_bf16_is_taken_where_the_flow_is_worth_it() -> None:
+    slow_bf16: Row = {FP32: (2.0, 0.0), BF16_O2: (2.5, 1e-5)}  # the BF16 flow saves 1 ms
+    found = exact(problem_of({"a": slow_bf16, "b": slow_bf16}), 1.0)
+    assert found is not None
+    assert sorted(option.key for option in found[0]) == ["bf16_o2", "fp32"]
+
+
+def test_layers_that_the_step_did_not_call_follow_the_flow() -> None:
+    problem = problem_of({"a": TYPICAL, "unused": TYPICAL}, uncalled=("unused",))
+    found = exact(problem, 1.0)
+    assert found is not None
+    assert found[0] == (TENSORWISE, BF16_O2)
+    found = exact(problem, 0.0)
+    assert found is not None
+    assert found[0] == (FP32, FP32)
+
+
+def test_tied_layers_take_one_storage() -> None:
+    poor: Row = {FP32: (4.0, 0.0), BF16_O2: (3.9, 5e-3)}
+    problem = problem_of({"token": poor, "head": TYPICAL, "fc": TYPICAL}, tied={"head": "token"})
+    for budget in (1e-4, 1e-3, 2e-3, 1.0):
+        found = exact(problem, budget)
+        assert found is not None
+        token, head, _ = found[0]
+        assert (token == FP32) == (head == FP32)
+
+
+def test_keeps_that_part_tied_layers_are_an_error() -> None:
+    with pytest.raises(InfeasibleError, match=r"all FP32 or all 16-bit, but 'token', 'head' have"):
+        problem_of(
+            {"token": TYPICAL, "head": TYPICAL},
+            "token=fp32",
+            "head=bf16_o2",
+            tied={"head": "token"},
+        )
+
+
+def test_uniform_plans_yield_to_keeps_and_ties() -> None:
+    only_fp32: Row = {FP32: (1.0, 0.0)}
+    rows = {"a": TYPICAL, "token": only_fp32, "head": TYPICAL, "b": TYPICAL}
+    problem = problem_of(rows, "b=fp8_o1:rowwise", tied={"head": "token"})
+    assert problem.uniform(BF16_O2) == (BF16_O2, FP32, FP32, ROWWISE)
+    assert problem.uniform(FP32) == (FP32, FP32, FP32, ROWWISE)
+    assert not problem.can_be_fp32
+
+
+def test_a_memory_limit_buys_bytes_with_time() -> None:
+    # in BF16 the layer takes half the bytes and more time
+    rows: dict[str, Row] = {
+        name: {FP32: (1.0, 0.0), BF16_O2: (1.5 + i, 1e-5)} for i, name in enumerate("abc")
+    }
+    found = exact(problem_of(rows, memory_bytes=10_000), 1.0)
+    assert found is not None
+    assert found[0] == (BF16_O2, FP32, FP32)
+    with pytest.raises(InfeasibleError, match=r"must fit in 5000 bytes, but the smallest .* 6000"):
+        front(problem_of(rows, memory_bytes=5_000))
+
+
+def every_plan(problem: Problem, tied: dict[str, str]) -> list[Options]:
+    names = [layer.name for layer in problem.costs.layers]
+    pairs = [(names.index(a), names.index(b)) for a, b in tied.items()]
+    return [
+        plan
+        for plan in itertools.product(*problem.allowed)
+        if all((plan[a] == FP32) == (plan[b] == FP32) for a, b in pairs)
+    ]
+
+
+def fastest(costs: Costs, plans: list[Options], budget: float) -> float:
+    fitting = [plan for plan in plans if costs.e(plan) <= budget * (1 + 1e-9)]
+    return min((costs.step_ms(plan) for plan in fitting), default=math.inf)
+
+
+prices = st.tuples(st.floats(0.1, 5.0), st.one_of(st.just(0.0), st.floats(1e-6, 1e-2)))
+
+
+@st.composite
+def model_rows(draw: st.DrawFn) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for name in "abcde"[: draw(st.integers(1, 5))]:
+        options = [BF16_O2, *draw(st.sets(st.sampled_from([TENSORWISE, ROWWISE])))]
+        row = {option: draw(prices) for option in options}
+        gentle = row[BF16_O2][1]
+        # rounding to FP8 never adds less error than rounding to BF16: what locking relies on
+        harsher = {o: (ms, max(e, gentle)) for o, (ms, e) in row.items()}
+        rows[name] = {FP32: (draw(prices)[0], 0.0), **harsher}
+    return rows
+
+
+@given(
+    rows=model_rows(),
+    is_tied=st.booleans(),
+    flow=st.sampled_from([0.0, 1e-4]),
+    cast_ms=st.sampled_from([0.0, 300.0]),
+    share=st.floats(0.0, 1.2),
+)
+@settings(max_examples=80, deadline=None)
+def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
+    rows: dict[str, Row], is_tied: bool, flow: float, cast_ms: float, share: float
+) -> None:
+    tied = {"b": "a"} if is_tied and len(rows) > 1 else {}
+    problem = problem_of(rows, tied=tied, flow=flow, cast_ms=cast_ms)
+    costs, plans = problem.costs, every_plan(problem, tied)
+    budget = share * max(costs.e(plan) for plan in plans)
+    found = exact(problem, budget)
+    assert found is not None  # all FP32 always fits
+    assert costs.step_ms(found[0]) == pytest.approx(fastest(costs, plans, budget))
+    assert found[1] == pytest.approx(costs.step_ms(found[0]))
+    points = front(problem)
+    for plan in points:
+        assert costs.step_ms(plan) == pytest.approx(fastest(costs, plans, costs.e(plan)))
+    gentlest_of_fastest = costs.step_ms(points[-1])
+    assert gentlest_of_fastest == pytest.approx(fastest(costs, plans, math.inf))
+
+
+# --- the study's decisions ----------------------------------------------------------------------
+
+
+def test_roles_gather_the_same_layer_of_every_block() -> None:
+    rows = {f"blocks.{i}.{part}": TYPICAL for i in range(4) for part in ("qkv", "fc")}
+    problem = problem_of(rows)
+    space = make_space(problem, front(problem))
+    assert [role.name for role in space.roles] == ["blocks.*.qkv", "blocks.*.fc"]
+    params = {**space.params(0), "blocks.*.qkv": ROWWISE.key}
+    assert space.decode(params) == (ROWWISE, FP32) * 4
+    for base, options in enumerate(space.bases):
+        assert space.decode(space.params(base)) == options
+
+
+def test_uniform_plans_are_among_the_bases() -> None:
+    problem = problem_of({"a": SLOW_FP8, "b": TYPICAL})
+    bases = make_space(problem, front(problem)).bases
+    assert (FP32, FP32) in bases
+    assert (BF16_O2, BF16_O2) in bases
+
+
+def test_the_spec_of_the_tables_is_the_models() -> None:
+    spec = spec_of({"a": TYPICAL})
+    assert sensitivity_of(spec, {"a": TYPICAL}).structure == spec.structure

@@ -1,0 +1,422 @@
+import ast
+import itertools
+import logging
+import math
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+import autoprec
+from autoprec.errors import InfeasibleError, RecordError
+from autoprec.gap import e_budget_for, extra_steps
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    Estimate,
+    Option,
+    Profile,
+    Search,
+    Sensitivity,
+)
+from autoprec.search import HORIZON_STEPS, e_budget, search_plan
+from autoprec.search.costs import Costs, make_costs
+from autoprec.search.repair import find_guilty
+from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
+
+Options = tuple[Option, ...]
+BUDGET = 4e-3
+
+# e falls from layer to layer, as in a trained transformer
+LAYERS: dict[str, Row] = {
+    f"blocks.{i}.{part}": {o: (ms, e / (1 + i)) for o, (ms, e) in TYPICAL.items()}
+    for i in range(4)
+    for part in ("qkv", "fc")
+}
+
+
+class Meter:
+    """Stands for the joint measurement: the table's sum, times what a test plants."""
+
+    def __init__(self, costs: Costs, factor: Callable[[Options], float] = lambda _: 1.0) -> None:
+        self.costs = costs
+        self.factor = factor
+        self.asked: list[Options] = []
+
+    def __call__(self, options: Options) -> Estimate:
+        self.asked.append(options)
+        return Estimate(mean=self.costs.e(options) * self.factor(options))
+
+
+def run(
+    tables: tuple[Profile, Sensitivity],
+    *,
+    evaluate: Callable[[Options], Estimate] | None = None,
+    budget: float | None = BUDGET,
+    kept: tuple[str, ...] = (),
+    trials: int = 6,
+    time_budget_s: float | None = None,
+    seed: int = 0,
+    storage: str | None = None,
+    clock: Callable[[], float] = lambda: 0.0,
+    memory_bytes: int | None = None,
+) -> Search:
+    return search_plan(
+        *tables,
+        constraint=Constraint(
+            loss_tolerance=1e-3, e_budget=budget, kept=kept, memory_bytes=memory_bytes
+        ),
+        evaluate=evaluate,
+        trials=trials,
+        time_budget_s=time_budget_s,
+        seed=seed,
+        storage=storage,
+        clock=clock,
+    )
+
+
+@pytest.fixture
+def tables() -> tuple[Profile, Sensitivity]:
+    return tables_of(LAYERS, flow=1e-5)
+
+
+def wobble(options: Options) -> float:
+    """Joint e within 10 % of the sum, the same for the same plan."""
+    codes = [option.key for option in options]
+    return 1.0 + 0.1 * math.sin(sum((i + 1) * len(code) for i, code in enumerate(codes)))
+
+
+# --- what is chosen -----------------------------------------------------------------------------
+
+
+def test_the_chosen_plan_is_the_soonest_to_the_loss_within_the_budget(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    meter = Meter(make_costs(*tables), wobble)
+    search = run(tables, evaluate=meter)
+    assert search.chosen.e_measured is not None
+    assert search.chosen.e_measured <= BUDGET
+    chosen_ms = search.chosen.step_ms * (1 + extra_steps(tables[1], search.chosen.e_measured))
+    feasible = [trial.time_to_loss_ms for trial in search.trials if trial.feasible]
+    assert chosen_ms == pytest.approx(min(feasible))
+    assert search.exact.e <= BUDGET
+    assert search.bound_ms <= search.exact.step_ms * (1 + 1e-9)
+    assert Search.from_json(search.to_json()) == search
+
+
+def test_the_same_tables_and_seed_give_the_same_search(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    costs = make_costs(*tables)
+    one, two = (run(tables, evaluate=Meter(costs, wobble), seed=3) for _ in range(2))
+    assert one == two
+
+
+def test_without_a_workload_the_table_stands_for_the_whole_plan(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables)
+    assert search.chosen.e_measured is None
+    assert search.chosen == search.exact
+    assert "no workload" in search.notes[0]
+    assert {t.e_basis for t in search.trials if t.options != (FP32,) * 8} == {Basis.PREDICTED}
+    assert search.step_equivalents == 0.0
+
+
+def test_a_lower_joint_e_than_the_sum_lets_the_search_go_beyond_the_exact_plan(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables, evaluate=Meter(make_costs(*tables), lambda _: 0.7), budget=2e-3)
+    assert search.chosen.step_ms < search.exact.step_ms
+    assert search.chosen.e > 2e-3 >= (search.chosen.e_measured or 1.0)
+
+
+def test_a_higher_joint_e_than_the_sum_moves_the_choice_down_the_front(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables, evaluate=Meter(make_costs(*tables), lambda _: 1.2), budget=2e-3)
+    assert search.exact.e_measured is not None
+    assert search.exact.e_measured > 2e-3
+    assert (search.chosen.e_measured or 1.0) <= 2e-3
+    assert any(option.is_fp8 for option in search.chosen.options)
+
+
+def test_fp32_is_the_plan_where_nothing_faster_keeps_the_budget(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables, evaluate=Meter(make_costs(*tables)), budget=1e-6)
+    assert search.chosen.options == (FP32,) * 8
+    assert (search.chosen.e, search.chosen.e_measured) == (0.0, 0.0)
+    assert search.ranked == ()
+
+
+def test_ranked_plans_have_clearly_less_e_and_end_with_the_safe_ones(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables, evaluate=Meter(make_costs(*tables)))
+    bf16, fp32 = search.ranked[-2:]
+    assert bf16.options == (BF16_O2,) * 8
+    assert fp32.options == (FP32,) * 8
+    es = [point.e for point in (search.chosen, *search.ranked)]
+    assert es == sorted(es, reverse=True)
+    assert all(after <= 0.7 * before for before, after in itertools.pairwise(es[:-2]))
+
+
+def test_kept_layers_stay_as_they_were_asked_for(tables: tuple[Profile, Sensitivity]) -> None:
+    kept = ("blocks.0.*=bf16_o2", "blocks.3.fc=fp8_o1:rowwise")
+    search = run(tables, evaluate=Meter(make_costs(*tables), wobble), kept=kept)
+    for options in [search.chosen.options, *(trial.options for trial in search.trials)]:
+        assert options[:2] == (BF16_O2, BF16_O2)
+        assert options[7] == ROWWISE
+
+
+def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensitivity]) -> None:
+    with pytest.raises(InfeasibleError, match=r"at most 0.001 %.* gentlest plan has 0.1.*--keep"):
+        run(tables, budget=1e-5, kept=("blocks.0.qkv=fp8_o1:tensorwise",))
+    meter = Meter(make_costs(*tables), lambda _: 1e3)
+    with pytest.raises(InfeasibleError, match=r"the gentlest of the \d+ plans measured has"):
+        run(tables, evaluate=meter, kept=("blocks.0.qkv=fp8_o1:tensorwise",))
+
+
+def test_a_memory_limit_holds_for_every_plan_that_may_be_chosen(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    search = run(tables, evaluate=Meter(make_costs(*tables)), memory_bytes=20_000)
+    assert all((p.memory_bytes or 0) <= 20_000 for p in (search.chosen, *search.ranked))
+    assert search.ranked[-1].options != (FP32,) * 8  # 32 kB
+
+
+# --- the budget ---------------------------------------------------------------------------------
+
+
+def test_the_budget_follows_from_the_tolerance_unless_given(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    sensitivity = tables[1]
+    asked = Constraint(loss_tolerance=1e-3, e_budget=None)
+    assert e_budget(sensitivity, asked) == e_budget_for(sensitivity, 1e-3, HORIZON_STEPS)
+    assert e_budget(sensitivity, asked.model_copy(update={"e_budget": 0.5})) == 0.5
+    assert run(tables, budget=None).e_budget == e_budget(sensitivity, asked)
+
+
+def test_the_horizon_is_what_verification_trains() -> None:
+    source = (
+        Path(autoprec.__file__).parent / "verification" / "gate.py"
+    ).read_text()  # to import it takes torch
+    verify_plan = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "verify_plan"
+    )
+    names = [argument.arg for argument in verify_plan.args.kwonlyargs]
+    defaults = dict(zip(names, verify_plan.args.kw_defaults, strict=True))
+    steps = [defaults[name] for name in ("warmup_steps", "branch_steps")]
+    assert sum(ast.literal_eval(step) for step in steps if step) == HORIZON_STEPS
+
+
+# --- measurements are not repeated --------------------------------------------------------------
+
+
+def test_no_plan_is_measured_twice(tables: tuple[Profile, Sensitivity], tmp_path: Path) -> None:
+    meter = Meter(make_costs(*tables), wobble)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    first = run(tables, evaluate=meter, storage=storage, trials=8)
+    assert len(set(meter.asked)) == len(meter.asked)
+    assert (FP32,) * 8 not in meter.asked  # it is the reference
+    again = run(tables, evaluate=meter, storage=storage, trials=8)
+    assert len(set(meter.asked)) == len(meter.asked)
+    assert again.chosen == first.chosen
+    assert again.trials == first.trials
+    assert again.duplicates_skipped == first.duplicates_skipped
+
+
+def test_a_search_killed_half_way_goes_on_where_it_was(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path
+) -> None:
+    meter = Meter(make_costs(*tables), wobble)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def killed_at_second(options: Options) -> Estimate:
+        if len(meter.asked) == 2:
+            raise KeyboardInterrupt
+        return meter(options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tables, evaluate=killed_at_second, storage=storage)
+    before = list(meter.asked)
+    search = run(tables, evaluate=meter, storage=storage)
+    assert meter.asked[:2] == before
+    assert len(set(meter.asked)) == len(meter.asked)
+    assert search.chosen == run(tables, evaluate=Meter(meter.costs, wobble)).chosen
+
+
+def test_a_study_of_other_tables_is_left_alone(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    meter = Meter(make_costs(*tables), wobble)
+    run(tables, evaluate=meter, storage=storage)
+    count = len(meter.asked)
+    other = tables_of(LAYERS, flow=2e-5)
+    search = run(other, evaluate=meter, storage=storage)
+    assert len(meter.asked) > count
+    assert search == run(other, evaluate=Meter(meter.costs, wobble))
+    names = optuna.get_all_study_names(storage)
+    assert len(names) == 2
+    assert names[0] == "autoprec"
+    assert names[1].startswith("autoprec-")
+
+
+def test_the_time_budget_ends_the_search_after_the_plan_at_hand(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    now = 0.0
+    meter = Meter(make_costs(*tables))
+
+    def slow(options: Options) -> Estimate:
+        nonlocal now
+        now += 60.0
+        return meter(options)
+
+    search = run(tables, evaluate=slow, time_budget_s=30.0, clock=lambda: now)
+    assert len(meter.asked) == 1
+    assert search.chosen.options == search.exact.options
+
+
+def test_no_trials_still_measure_the_seeds(tables: tuple[Profile, Sensitivity]) -> None:
+    meter = Meter(make_costs(*tables))
+    search = run(tables, evaluate=meter, trials=0)
+    assert search.trials_asked is None
+    assert {trial.source for trial in search.trials} == {"exact", "uniform"}
+
+
+# --- repair -------------------------------------------------------------------------------------
+
+
+def test_a_planted_pair_is_found_and_kept_out_of_fp8(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    def clash(options: Options) -> float:  # layers 3 and 6 in FP8 together do harm
+        return 5.0 if options[3].is_fp8 and options[6].is_fp8 else 1.0
+
+    meter = Meter(make_costs(*tables), clash)
+    search = run(tables, evaluate=meter, budget=1e-2, trials=0)
+    names = list(LAYERS)
+    assert len(search.guilty) == 1
+    assert search.guilty[0] in (names[3], names[6])
+    assert search.chosen.options.count(TENSORWISE) == 7
+    assert not search.chosen.options[names.index(search.guilty[0])].is_fp8
+    assert f"bisection found {search.guilty[0]} guilty" in search.notes[0]
+    assert len(meter.asked) <= 12
+
+
+def test_an_excess_spread_over_all_layers_blames_none(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    def more_than_half(options: Options) -> float:
+        return 1.0 + 0.5 * sum(option.is_fp8 for option in options)
+
+    search = run(tables, evaluate=Meter(make_costs(*tables), more_than_half), trials=0)
+    assert (search.chosen.e_measured or 1.0) <= BUDGET
+
+
+@pytest.mark.parametrize("culprit", range(13))
+def test_bisection_finds_a_single_culprit(culprit: int) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def excess_without(suspects: "tuple[int, ...]") -> float:
+        asked.append(tuple(suspects))
+        return 0.1 if culprit in suspects else 1.0
+
+    assert find_guilty(range(13), 1.0, excess_without) == (culprit,)  # type: ignore[arg-type] # wider
+    assert len(asked) <= 8
+
+
+def test_bisection_blames_no_one_for_what_all_do() -> None:
+    assert find_guilty(range(16), 1.6, lambda half: 1.6 - 0.1 * len(half) * 0.9) == ()
+
+
+# --- manners ------------------------------------------------------------------------------------
+
+
+def test_optuna_stays_silent_and_gets_its_settings_back(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    root = (logging.getLogger().level, list(logging.getLogger().handlers))
+    try:
+        run(tables, storage=f"sqlite:///{tmp_path / 'study.db'}")
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    assert (logging.getLogger().level, list(logging.getLogger().handlers)) == root
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("storage", "match"),
+    [
+        ("sqlite:////no/such/folder/study.db", "unable to open database file"),
+        ("nonsense", "Could not parse"),
+        ("mysql://host/db", "Failed to import DB access module"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_one_clear_line(
+    tables: tuple[Profile, Sensitivity], storage: str, match: str
+) -> None:
+    with pytest.raises(RecordError, match=match) as caught:
+        run(tables, storage=storage)
+    assert "\n" not in str(caught.value)
+    assert "--storage must be a database URL" in str(caught.value)
+
+
+def test_a_storage_file_that_is_no_database_is_one_clear_line(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path
+) -> None:
+    (tmp_path / "study.db").write_text("not a database " * 100)
+    with pytest.raises(RecordError, match="file is not a database"):
+        run(tables, storage=f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_the_study_is_an_ordinary_optuna_study(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    search = run(tables, evaluate=Meter(make_costs(*tables), wobble), storage=storage)
+    study = optuna.load_study(study_name="autoprec", storage=storage)
+    best = [t for t in study.trials if t.values and t.constraints["e"] <= 0.0]
+    assert min(t.values[0] for t in best) == min(
+        t.time_to_loss_ms for t in search.trials if t.feasible
+    )
+    assert sqlite3.connect(tmp_path / "study.db").execute("select count(*) from trials")
+
+
+def test_searching_saved_records_is_quick_and_needs_no_torch(
+    tables: tuple[Profile, Sensitivity], tmp_path: Path
+) -> None:
+    profile, sensitivity = tables
+    profile.save(tmp_path / "profile.json")
+    sensitivity.save(tmp_path / "sensitivity.json")
+    code = f"""
+import sys, time
+from autoprec.records import Constraint, Profile, Sensitivity
+from autoprec.search import build_plan, search_plan
+constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
+profile = Profile.load({str(tmp_path / "profile.json")!r})
+sensitivity = Sensitivity.load({str(tmp_path / "sensitivity.json")!r})
+search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=12,
+                     storage={f"sqlite:///{tmp_path / 'study.db'}"!r})
+build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
+print(time.process_time(), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, has_torch = done.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 3.0
+    assert done.stderr == ""
