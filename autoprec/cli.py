@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from autoprec import pipeline
 from autoprec.cli_devices import devices_app
@@ -62,6 +62,7 @@ Parallel = Annotated[str, typer.Option(help="With a device profile: fsdp=8, tp=8
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
+INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
 
 
@@ -247,16 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
     except AutoprecError as error:
         print(f"autoprec: error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
-    except click.ClickException as error:
+    except TyperException as error:
         print(f"autoprec: error: {error.format_message()}", file=sys.stderr)
         status = 2
-    except (KeyboardInterrupt, click.Abort):
+    if status == INTERRUPTED:
         print(
             "autoprec: interrupted; finished stages are kept, add --resume to go on",
             file=sys.stderr,
         )
-        status = 130
-    sys.exit(status)
+    sys.exit(status or 0)  # a command that returns nothing went well
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arguments

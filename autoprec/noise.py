@@ -10,7 +10,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-IMPORT_NOISE = (("torchao", "Failed to load"), ("torch.utils._pytree", "register_constant"))
+IMPORT_NOISE = (
+    ("torchao", "Failed to load"),
+    ("torch.utils._pytree", "register_constant"),
+    ("", "Detected no triton"),
+)
 
 
 @contextmanager

@@ -42,7 +42,10 @@ def compare_plans(path: str, *, plans: int, seed: int) -> None:
     workload = load_workload(path)
     spec = capture_model(workload, device=device)
     profile = profile_model(workload, spec, device=device, seed=seed)
-    print(f"\n{path}: profile cost {profile.step_equivalents:.1f} FP32 steps")
+    print(
+        f"\n{path}: profile cost {profile.step_equivalents:.1f} FP32 steps, boundary cast "
+        f"{profile.boundary_cast_ms_per_melement:.2f} ms per million elements"
+    )
     print_layers(profile)
     drawn = draw_plans(profile, count=plans, seed=seed)
     uniform = {"fp32": dict.fromkeys(spec.names, FP32), "bf16_o2": bf16_plan(spec)}
@@ -77,20 +80,27 @@ def print_layers(profile: Profile) -> None:
 
 
 def draw_plans(profile: Profile, *, count: int, seed: int) -> dict[str, dict[str, Option]]:
-    """Return random plans; tied layers get one option, so that they agree on their storage."""
+    """Return random plans that mix options, for no uniform one is new to the profile."""
     generator = random.Random(seed)
-    plans = {}
-    for number in range(count):
-        share = generator.random()
-        plan: dict[str, Option] = {}
-        for layer in profile.model.layers:
-            others = [option for option in timed_options(profile, layer.name) if option != FP32]
-            lowered = bool(others) and generator.random() < share
-            plan[layer.name] = generator.choice(others) if lowered else FP32
-            if layer.tied_to is not None:
-                plan[layer.name] = plan[layer.tied_to]
-        plans[f"plan {number}"] = plan
-    return plans
+    plans: list[dict[str, Option]] = []
+    while len(plans) < count:
+        plan = draw_plan(profile, generator)
+        if len({plan[layer.name] for layer in profile.model.layers if layer.calls}) > 1:
+            plans.append(plan)
+    return {f"plan {number}": plan for number, plan in enumerate(plans)}
+
+
+def draw_plan(profile: Profile, generator: random.Random) -> dict[str, Option]:
+    """Return a random plan; tied layers get one option, so that they agree on their storage."""
+    share = generator.random()
+    plan: dict[str, Option] = {}
+    for layer in profile.model.layers:
+        others = [option for option in timed_options(profile, layer.name) if option != FP32]
+        lowered = bool(others) and generator.random() < share
+        plan[layer.name] = generator.choice(others) if lowered else FP32
+        if layer.tied_to is not None:
+            plan[layer.name] = plan[layer.tied_to]
+    return plan
 
 
 def timed_options(profile: Profile, name: str) -> Sequence[Option]:

@@ -199,6 +199,24 @@ def test_a_wrong_target_or_folder_gets_one_clear_line(run: Run, tmp_path: Path) 
     assert _is_one_line(err, "nowhere.py")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tune",),
+        ("tune", TINY, "--bogus"),
+        ("bogus",),
+        ("tune", TINY, "--loss-tolerance", "5"),
+        ("tune", TINY, "--recipes", "mxfp4"),
+        ("tune", TINY, "--time-budget", "soon"),
+        ("tune", TINY, "--trials", "-1"),
+    ],
+)
+def test_a_wrong_argument_gets_one_clear_line(arguments: tuple[str, ...], run: Run) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert _is_one_line(err)
+
+
 EDITS: dict[str, Callable[[str], str]] = {
     "an unknown field": lambda text: text.replace('"layers"', '"colour": 1, "layers"', 1),
     "an unknown version": lambda text: text.replace('"version": 1', '"version": 99', 1),

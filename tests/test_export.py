@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]  # ships no types
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ FINGERPRINT = Fingerprint(
     compile_mode="",
     tokens_per_step=2048,
 )
+SLOW_MACHINE = settings(deadline=None, max_examples=50)  # PyYAML is slow where cores are shared
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="."), min_size=1, max_size=12)
 
 
@@ -221,6 +222,7 @@ def titan_converters(text: str) -> list[TitanConverter.Config]:
     return converters
 
 
+@SLOW_MACHINE
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, ROWWISE, BF16_O2]), min_size=1))
 def test_torchtitan_filters_are_exact_or_refused(options: dict[str, Option]) -> None:
     options = {name: option for name, option in options.items() if not name.endswith("norm")}
@@ -264,9 +266,9 @@ def test_torchtitan_converts_exactly_the_fp8_layers_of_its_llama() -> None:
 # --- Megatron ----------------------------------------------------------------------------------
 
 
-def megatron_config(text: str, name: str) -> str:
+def megatron_config(file: dict[str, Any], name: str) -> str:  # Any: YAML values
     """Return the config that Megatron's first fitting matcher gives a module."""
-    for matcher in yaml.safe_load(text)["matchers"].values():
+    for matcher in file["matchers"].values():
         assert matcher["enabled"] is True
         assert matcher["type"] == "glob"
         if fnmatch.fnmatch(name, matcher["pattern"]):
@@ -274,13 +276,15 @@ def megatron_config(text: str, name: str) -> str:
     raise AssertionError("nothing fits")
 
 
+@SLOW_MACHINE
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, BF16_O2]), min_size=1), NAMES)
 def test_megatron_matchers_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"every other module": TENSORWISE, **options}
     text = export_plan(plan({n: o for n, o in options.items() if n[-4:] != "norm"}), "megatron")
+    file = yaml.safe_load(text)
     for name in [*options, stranger]:
         is_fp8 = options.get(name, BF16_O2).is_fp8 and not name.endswith("norm")
-        assert megatron_config(text, name) == ("fp8_o1" if is_fp8 else "bf16_o2")
+        assert megatron_config(file, name) == ("fp8_o1" if is_fp8 else "bf16_o2")
 
 
 def test_megatron_itself_reads_the_file(tmp_path: Path) -> None:
@@ -307,6 +311,7 @@ def test_megatron_refuses_what_its_file_has_no_word_for() -> None:
         export_plan(plan({"a": TENSORWISE}, fp8_all_gather=True), "megatron")
 
 
+@SLOW_MACHINE
 @given(NAMES, NAMES)
 def test_an_exact_glob_fits_its_name_only(name: str, other: str) -> None:
     assert fnmatch.fnmatch(name, exact_glob(name))
@@ -316,12 +321,11 @@ def test_an_exact_glob_fits_its_name_only(name: str, other: str) -> None:
 # --- Transformer Engine ------------------------------------------------------------------------
 
 
-def engine_features(text: str, name: str) -> list[Any]:  # Any: YAML values
+def engine_features(file: dict[str, Any], name: str) -> list[Any]:  # Any: YAML values
     """Return the features that a TE module of this name gets."""
-    sections = yaml.safe_load(text).values()
     found = [
         section["transformer_engine"]
-        for section in sections
+        for section in file.values()
         if re.search(section["layers"]["layer_name_regex_pattern"], name)
     ]
     assert len(found) <= 1  # nvdlfw-inspect refuses a second section for a layer
@@ -340,16 +344,17 @@ def engine_feature(option: Option) -> list[Any]:  # Any: YAML values
     }.get(option, [OFF])
 
 
+@SLOW_MACHINE
 @given(st.dictionaries(NAMES, FP8_OR_NOT, min_size=1), NAMES)
 def test_transformer_engine_patterns_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"layers.1": TENSORWISE, **options}
     options = {name: option for name, option in options.items() if not name.endswith("norm")}
-    text = export_plan(plan(options), "transformer-engine")
+    file = yaml.safe_load(export_plan(plan(options), "transformer-engine"))
     for name in [*options, stranger]:
         expected = engine_feature(options.get(name, BF16_O2))
-        assert engine_features(text, name) == expected
-        assert engine_features(text, f"model.module.{name}") == expected
-        assert engine_features(text, f"{name}.tail") == [OFF]
+        assert engine_features(file, name) == expected
+        assert engine_features(file, f"model.module.{name}") == expected
+        assert engine_features(file, f"{name}.tail") == [OFF]
 
 
 def test_transformer_engine_reads_delayed_scaling_and_refuses_twins() -> None:
@@ -410,6 +415,7 @@ def test_an_unknown_target_is_named_with_the_known_ones() -> None:
         export_plan(plan(TRAPS), "deepspeed")
 
 
+@SLOW_MACHINE
 @given(st.text(st.characters(codec="utf-8")))
 def test_yaml_strings_read_back_to_the_character(text: str) -> None:
     assert yaml.safe_load(yaml_string(text)) == text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -461,6 +461,22 @@ def test_a_compiled_model_has_two_graphs_for_each_set_of_layers(sees_compiled: b
     torch._dynamo.reset()
 
 
+@pytest.mark.slow  # inductor
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo and inductor themselves
+def test_inductor_sees_the_shares_that_eager_sees() -> None:
+    limits = Limits(sample_every=1)
+    run, eager = Run(limits=limits), Run(limits=limits)
+    torch._dynamo.reset()
+    run.model = torch.compile(run.model, fullgraph=True)
+    seen: dict[Run, list[Tensor]] = {run: [], eager: []}
+    for each, shares in seen.items():
+        each.train(10, lambda _: shares.append(each.guard._sampler.shares(torch.device("cpu"))))  # noqa: B023
+    assert all(run.good)
+    assert not run.guard.in_bf16
+    assert all(torch.allclose(a, b, atol=0.02) for a, b in zip(seen[run], seen[eager], strict=True))
+    torch._dynamo.reset()
+
+
 def test_a_sampled_step_computes_what_any_other_does_and_sees_gradients() -> None:
     run, unwatched = Run(limits=Limits(sample_every=1)), Run()
     for each in (run, unwatched):
@@ -485,6 +501,7 @@ def test_a_model_is_copied_and_pickled_while_it_is_sampled() -> None:
 # --- numbers -----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(1, 2), min_size=FEWEST_VALUES, max_size=60),
     st.floats(1, 10),

@@ -26,7 +26,7 @@ RANKS = {  # a room imports itself and rooms with a smaller number
     "runstate": 3,
     "precision": 2,
     "capture": 3,
-    "timing": 3,
+    "timing": 2,
     "nvml": 3,
     "device": 4,
     "device_measure": 5,

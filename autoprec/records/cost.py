@@ -63,6 +63,8 @@ class LayerTiming(Record):
     `cast` (FP8 casts and scales of all three GEMMs; casts at the layer's boundary are NOT here).
     `grad_input` is None where the input needs no gradient, `grad_weight` None for frozen layers.
     `total` is the measured forward + backward of the whole layer; it is what the search adds up.
+    It is predicted where running FP8 once would take longer than it is worth (a reference kernel),
+    and None, like the parts, for a layer that the step does not call.
     Bytes are per layer. `infeasible` says why the option cannot run ("" when it can).
     `kernels` are the operations that really ran (proof of FP8).
     """

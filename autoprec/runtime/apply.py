@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound="Optimizer | None")
 MOST_LISTED = 8  # differences that an error spells out
-WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpointing
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpointing
 MATTERS = ("torch", "torchao")  # packages whose version can change what a plan is worth
 
 
@@ -180,9 +180,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(name: str) -> str:
     """Return a layer's name without what wrappers of single blocks put into it."""
-    for wrapper in WRAPPER_NAMES:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def _differences(plan: Plan, model: nn.Module) -> Iterator[str]:

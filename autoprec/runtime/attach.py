@@ -24,7 +24,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.errors import PlanMismatchError
-from autoprec.runtime.masters import LIVE, Masters, copy_down, keep_exact_loads, masters_of
+from autoprec.runtime.masters import (
+    LIVE,
+    Masters,
+    copy_all,
+    copy_down,
+    keep_exact_loads,
+    masters_of,
+)
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
 MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
@@ -260,8 +267,7 @@ def give_gradients(pairs: Pairs) -> None:
             master.grad = torch.empty_like(master)
         sources.append(gradient)
         targets.append(master.grad)
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    copy_all(targets, sources)
 
 
 def make_twin(optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()) -> Optimizer:

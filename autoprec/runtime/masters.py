@@ -17,7 +17,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,11 +145,15 @@ def masters_of(model: nn.Module) -> Masters:
 @torch.no_grad()
 def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters]) -> None:
     """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
-    if not masters:
-        return
-    torch._foreach_copy_(list(masters), list(masters.values()))
+    copy_all(list(masters), list(masters.values()))
     for store in stores:
         store.agreed.update((p, _stamp(p)) for p in masters if p in store.values)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source into its target, with few kernels; of shards the local parts."""
+    if targets:
+        torch._foreach_copy_(_local_parts(targets), _local_parts(sources))
 
 
 def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
@@ -225,6 +229,14 @@ def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
     whole = master.to(parameter.device)
     shard: Tensor = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     return shard
+
+
+def _local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if "torch.distributed.tensor" not in sys.modules:
+        return list(tensors)
+    from torch.distributed.tensor import DTensor
+
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _check_dtype(parameter: nn.Parameter) -> None:

@@ -30,7 +30,7 @@ from autoprec.workload import Batch, Workload, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
 DEFAULT_BATCHES = 2  # a pair: with its standard error, its bias and its noise
-DEFAULT_WARMUP_STEPS = 12
+DEFAULT_WARMUP_STEPS = 10
 FEWEST_BATCHES = 2  # one batch cannot tell noise from bias, nor give a standard error
 
 

@@ -25,7 +25,7 @@ from autoprec.sensitivity.rows import make_rows
 
 PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU, 2026-11)
 REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
-REFINED_CELLS = 2
+REFINED_CELLS = 3  # of these the LM head takes one per recipe
 REFINED_BATCHES = 2
 
 

@@ -1,0 +1,296 @@
+"""A plan inside the code that people have around their models."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+import autoprec
+from autoprec.errors import PlanMismatchError
+from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
+from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
+from tests.runtime_plans import plan_for
+
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, steps: int, call: Any = None
+) -> list[float]:
+    losses = []
+    for x, y in itertools.islice(mlp_workload().train_batches(0), steps):
+        optimizer.zero_grad()
+        loss = F.mse_loss((call or model)(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def expected_losses(model: nn.Module, option: Option, steps: int) -> list[float]:
+    own = copy.deepcopy(model)
+    return train(*autoprec.apply(plan_for(own, option), own, sgd(own)), steps)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "in place"])
+def test_torch_compile_before_or_after_has_no_break_and_compiles_once(order: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()  # counts graphs, runs them eagerly
+    model = Mlp()
+    optimizer = sgd(model)
+    expected = expected_losses(model, TENSORWISE, 4)
+    plan = plan_for(model, TENSORWISE)
+    if order == "before":
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        compiled(torch.randn(48, 32))
+        result, _ = autoprec.apply(plan, compiled, optimizer)
+        assert result is compiled
+    else:
+        autoprec.apply(plan, model, optimizer)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+    if order == "in place":
+        model.compile(backend=counter, fullgraph=True)
+        compiled = model
+    counter.clear()
+    assert train(compiled, optimizer, 4) == pytest.approx(expected, rel=1e-3)
+    assert counter.frame_count == 1
+    model.first.fp8_active = False
+    train(compiled, optimizer, 2)
+    model.first.fp8_active = True
+    train(compiled, optimizer, 2)
+    assert counter.frame_count == 2
+    autoprec.undo(compiled, optimizer)
+    assert next(model.parameters()).dtype is torch.float32
+
+
+def test_a_compiled_block_inside_the_model_keeps_its_plain_name() -> None:
+    torch._dynamo.reset()
+    model = Mlp()
+    optimizer = sgd(model)
+    expected = expected_losses(model, TENSORWISE, 3)
+    plan = plan_for(model, TENSORWISE)
+    model.first = torch.compile(model.first, backend="eager")  # type: ignore[assignment]  # on purpose
+    autoprec.apply(plan, model, optimizer)
+    assert train(model, optimizer, 3) == pytest.approx(expected, rel=1e-3)
+    assert [c.is_good for c in autoprec.verify_applied(model, torch.randn(48, 32))] == [True] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
+def test_inductor_compiles_an_applied_model() -> None:
+    torch._dynamo.reset()
+    model = Mlp()
+    optimizer = sgd(model)
+    expected = expected_losses(model, TENSORWISE, 4)
+    autoprec.apply(plan_for(model, TENSORWISE), model, optimizer)
+    compiled = torch.compile(model, fullgraph=True)
+    assert train(compiled, optimizer, 4) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE], ids=str)
+def test_activation_checkpointing_gives_the_same_losses(option: Option, reentrant: bool) -> None:
+    model = Mlp()
+    expected = expected_losses(model, option, 3)
+    optimizer = sgd(model)
+    autoprec.apply(plan_for(model, option), model, optimizer)
+
+    def call(x: Tensor) -> Any:
+        return checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+
+    assert train(model, optimizer, 3, call) == expected
+
+
+def test_autocast_around_the_step_changes_nothing() -> None:
+    model = Mlp()
+    expected = expected_losses(model, TENSORWISE, 3)
+    optimizer = sgd(model)
+    autoprec.apply(plan_for(model, TENSORWISE), model, optimizer)
+
+    def call(x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    assert train(model, optimizer, 3, call) == expected
+
+
+@pytest.mark.parametrize("option", [FP32, BF16_O2, TENSORWISE], ids=str)
+def test_ties_class_tokens_dropout_and_unused_layers_train(option: Option) -> None:
+    workload = token_workload(dropout=0.1)
+    model = TiedTokens(dropout=0.1)
+    plan = plan_for(model, option, {"embedding": BF16_O2} if option.is_fp8 else None)
+    _, optimizer = autoprec.apply(plan, model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    losses = []
+    for batch in itertools.islice(workload.train_batches(0), 25):
+        optimizer.zero_grad()
+        loss = workload.loss_fn(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        optimizer.step()
+        losses.append(loss.item())
+    assert model.head.weight is model.embedding.weight
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert model.class_token.dtype is (torch.float32 if option is FP32 else torch.bfloat16)
+    autoprec.undo(model, optimizer)
+    assert model.class_token.abs().sum() > 0
+
+
+def test_batch_norm_trains_and_evaluates() -> None:
+    workload = conv_workload()
+    model = workload.build_model()
+    batch = next(workload.train_batches(0))
+    _, optimizer = autoprec.apply(plan_for(model), model, sgd(model))
+    for _ in range(3):
+        workload.loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's
+        optimizer.step()
+    model.eval()
+    with torch.inference_mode():
+        in_bf16 = model(batch[0])
+    view = autoprec.master_view(model)
+    assert in_bf16.dtype is torch.float32
+    assert torch.allclose(in_bf16, view(batch[0]), rtol=0.1, atol=0.05)
+    assert torch.equal(view.get_buffer("norm.running_mean"), model.get_buffer("norm.running_mean"))
+
+
+def test_frozen_weights_get_no_gradient_and_no_state() -> None:
+    model = Mlp()
+    model.first.requires_grad_(False)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    autoprec.apply(plan_for(model, TENSORWISE), model, optimizer)
+    before = model.first.weight.detach().clone()
+    train(model, optimizer, 3)
+    assert torch.equal(model.first.weight, before)
+    assert model.first.weight.grad is None
+    assert all(check.is_good for check in autoprec.verify_applied(model, torch.randn(48, 32)))
+
+
+def test_an_encoder_layer_of_torch_takes_its_fast_path_in_eval() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2
+    )
+    x = torch.randn(4, 16, 32)
+    expected = model(x)
+    _, optimizer = autoprec.apply(plan_for(model, TENSORWISE), model, sgd(model))
+    model(x).square().mean().backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        assert (model(x) - expected).norm() < 0.2 * expected.norm()
+    model.train()
+    assert all(check.is_good for check in autoprec.verify_applied(model, x))
+
+
+def test_hooks_and_parametrizations_of_the_user_keep_working() -> None:
+    model = Mlp()
+    nn.utils.parametrizations.weight_norm(model.second)
+    seen: list[torch.dtype] = []
+    model.first.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    model.first.weight.register_hook(lambda grad: seen.append(grad.dtype))
+    model.head.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.dtype))
+    plan = plan_for(model)
+    _, optimizer = autoprec.apply(plan, model, sgd(model))
+    losses = train(model, optimizer, 4)
+    assert len(seen) == 12
+    assert set(seen) == {torch.bfloat16}
+    assert losses[-1] < losses[0]
+    autoprec.undo(model, optimizer)
+    assert nn.utils.parametrize.is_parametrized(model.second)
+
+
+def test_experts_with_3d_weights_are_one_layer() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 32, 32) / 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eij->bj", x, self.weight)
+
+    model = nn.Sequential(nn.Linear(32, 32), Experts(), nn.Linear(32, 10))
+    _, optimizer = autoprec.apply(plan_for(model, TENSORWISE), model, sgd(model))
+    train(model, optimizer, 2)
+    checks = autoprec.verify_applied(model, torch.randn(16, 32))
+    assert "bmm bfloat16" in checks[1].detail
+
+
+def test_a_huggingface_gpt2_trains_generates_and_comes_back() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        vocab_size=64,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    keys = list(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(3, 64, (2, 16))
+    autoprec.apply(plan_for(model), model, optimizer)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    checks = autoprec.verify_applied(model, {"input_ids": tokens, "labels": tokens})
+    assert (
+        "forward addmm bfloat16"
+        in {c.name: c.detail for c in checks}["transformer.h.0.attn.c_attn"]
+    )
+    model.eval()
+    generated = model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (2, 8)
+    assert list(model.state_dict()) == keys
+    autoprec.undo(model, optimizer)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_huggingface_llama_in_fp8_runs_its_plan() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=32,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(3, 64, (2, 16))
+    plan = plan_for(model, TENSORWISE, {"model.embed_tokens": BF16_O2})
+    _, optimizer = autoprec.apply(plan, model, sgd(model))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimizer.step()
+    checks = autoprec.verify_applied(model, {"input_ids": tokens, "labels": tokens})
+    assert sum("_scaled_mm" in check.detail for check in checks) == plan.count(TENSORWISE.precision)
+
+
+def test_distributed_wrappers_are_refused_before_and_named() -> None:
+    with pytest.raises(PlanMismatchError, match="then wrap the model"):
+        autoprec.apply(plan_for(Mlp()), nn.DataParallel(Mlp()))

@@ -1,0 +1,148 @@
+"""The emulated casts and GEMMs against torchao's own and torch's own."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec.precision import all_fp8_options, float8_config, import_torchao
+from autoprec.records import Operand, Option, Recipe, fp8_option
+from autoprec.sensitivity.casts import (
+    Cast,
+    cast_operand,
+    emulated_linear,
+    fp8_to_float,
+    gemm_casts,
+    scale_of,
+)
+from autoprec.sensitivity.gemm import fast_fp8_gemms, scaled_mm
+
+M, K, N = 48, 64, 32
+RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+CPU = torch.device("cpu")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def no_history(_operand: Operand) -> float | None:
+    return None
+
+
+def operands() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x_MK with an outlier channel, weight_NK, bias and grad_MN of wide range, BF16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(M, K, generator=generator)
+    x[:, 3] *= 50
+    weight = torch.randn(N, K, generator=generator) / 8
+    bias = torch.randn(N, generator=generator)
+    grad = torch.randn(M, N, generator=generator) * 10.0 ** -torch.arange(M)[:, None].div(8)
+    return x.bfloat16(), weight.bfloat16(), bias.bfloat16(), grad.bfloat16()
+
+
+def run_torchao(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias, grad = operands()
+    linear = nn.Linear(K, N, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    cls = import_torchao().float8_linear.Float8Linear
+    layer = cls.from_float(linear, float8_config(option))
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    assert x.grad is not None
+    return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
+
+
+def run_emulated(
+    option: Option, amax: Callable[[Operand], float | None] = no_history
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias, grad = (t.float() for t in operands())
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+    y = emulated_linear(option, amax)(x, weight, bias)
+    y.backward(grad)
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert bias.grad is not None
+    return y.detach(), x.grad, weight.grad, bias.grad
+
+
+@pytest.mark.parametrize("option", all_fp8_options(RECIPES), ids=lambda option: option.key)
+def test_emulated_linear_is_torchaos_up_to_the_order_of_sums(option: Option) -> None:
+    """Sums in another order may round to the neighbouring BF16 value, 2^-8 away."""
+    for real, emulated in zip(run_torchao(option), run_emulated(option), strict=True):
+        difference = (real.float() - emulated).abs()
+        assert bool((difference <= 2.0**-7 * emulated.abs() + 1e-6 * emulated.abs().max()).all())
+        assert float((difference > 0).float().mean()) < 0.05  # all others are equal to the bit
+
+
+@pytest.mark.parametrize("option", all_fp8_options(RECIPES), ids=lambda option: option.key)
+def test_fast_gemms_give_what_the_real_kernel_gives(option: Option) -> None:
+    real = run_torchao(option)
+    with fast_fp8_gemms(CPU):
+        fast = run_torchao(option)
+    for one, other in zip(real, fast, strict=True):
+        difference = (one.float() - other.float()).norm() / one.float().norm()
+        assert float(difference) < 2e-4
+
+
+def test_fast_gemms_nest_and_leave_the_real_kernel_behind() -> None:
+    a = torch.randn(16, 32).to(torch.float8_e4m3fn)
+    b = torch.randn(16, 32).to(torch.float8_e4m3fn).t()
+    one = torch.tensor(1.0)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # replacing the kernel is not announced
+        with fast_fp8_gemms(CPU):
+            with fast_fp8_gemms(CPU):
+                seen.append(torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16))
+            seen.append(torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16))
+    seen.append(torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16))
+    for found in seen:
+        assert torch.allclose(found.float(), a.float() @ b.float(), rtol=2**-7, atol=1e-3)
+
+
+def test_scaled_mm_takes_a_bias_and_a_result_scale() -> None:
+    a = torch.randn(16, 32).to(torch.float8_e4m3fn)
+    b = torch.randn(8, 32).to(torch.float8_e4m3fn).t()
+    rows, columns, bias = torch.rand(16, 1), torch.rand(1, 8), torch.rand(8)
+    found = scaled_mm(a, b, rows, columns, bias, torch.tensor(2.0), torch.float32)
+    assert torch.allclose(found, 2 * ((a.float() * rows) @ (b.float() * columns) + bias))
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+def test_the_table_holds_every_fp8_value(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(dtype)
+    assert torch.equal(
+        fp8_to_float(codes.t()).nan_to_num(7e9), codes.t().float().nan_to_num(7e9)
+    )
+
+
+def test_delayed_scaling_uses_the_history_and_saturates() -> None:
+    cast = Cast(dtype=torch.float8_e4m3fn, dim=None, is_delayed=True)
+    x = torch.tensor([0.5, 1.0, 4.0])
+    assert float(scale_of(x, cast, amax=1.0)) == 448.0
+    assert cast_operand(x, cast, amax=1.0).tolist() == [0.5, 1.0, 1.0]  # 4 is cut to the old amax
+    assert cast_operand(x, cast).tolist() == [0.5, 1.0, 4.0]  # no history: the current amax
+
+
+def test_delayed_is_e4m3_forward_and_e5m2_backward() -> None:
+    casts = gemm_casts(fp8_option(Recipe.DELAYED))
+    dtypes = {operand: cast.dtype for sides in casts.values() for operand, cast in sides}
+    assert len(casts) == 3
+    assert dtypes[Operand.GRAD_OUTPUT] is torch.float8_e5m2
+    assert dtypes[Operand.INPUT] is dtypes[Operand.WEIGHT] is torch.float8_e4m3fn
+
+
+def test_a_stale_history_makes_delayed_scaling_worse_than_a_current_one() -> None:
+    x, weight, bias, _ = (t.float() for t in operands())
+    exact = x @ weight.t() + bias
+    amax = {Operand.INPUT: float(x.abs().max()), Operand.WEIGHT: float(weight.abs().max())}
+    stale = {operand: value / 4 for operand, value in amax.items()}
+    errors = [
+        float((run_emulated(fp8_option(Recipe.DELAYED), history.get)[0] - exact).norm())
+        for history in (amax, stale)
+    ]
+    assert errors[1] > 3 * errors[0]

@@ -1,0 +1,265 @@
+"""The stage from end to end, the joint meter, the shared reference, and bad input."""
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoprec.capture import capture_model
+from autoprec.errors import AutoprecError, PlanMismatchError, RecordError, WorkloadError
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    ModelSpec,
+    Option,
+    Recipe,
+    Sensitivity,
+    fp8_option,
+)
+from autoprec.sensitivity import JointMeter, Reference, measure_sensitivity, prepare_reference
+from autoprec.sensitivity.explain import explain_statistics
+from autoprec.workload import Workload, workload_from
+from tests.models import mlp_workload, token_workload
+
+CPU = torch.device("cpu")
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+def captured(workload: Workload) -> ModelSpec:
+    return capture_model(workload, device=CPU)
+
+
+def uniform(spec: ModelSpec, option: Option) -> tuple[Option, ...]:
+    return tuple(option if option in layer.options else BF16_O2 for layer in spec.layers)
+
+
+def changed(workload: Workload, **functions: object) -> Workload:
+    """Return the workload with some of its functions exchanged."""
+    names = ("build_model", "train_batches", "loss_fn", "build_optimizer")
+    own = {name: getattr(workload, name) for name in names}
+    return workload_from(SimpleNamespace(**{**own, **functions}), name="changed")
+
+
+def test_a_measurement_is_whole_and_survives_its_file(tmp_path: Path) -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    found = measure_sensitivity(workload, spec, device=CPU, warmup_steps=6)
+    cells = {(layer.name, option) for layer in spec.layers for option in layer.options}
+    assert {(row.name, row.option) for row in found.rows} == {c for c in cells if c[1] != FP32}
+    assert all(row.e.stderr is not None for row in found.rows)
+    assert found.preconditioner == "adam"
+    assert found.floor.mean == 0.0
+    assert 0.0 < found.flow.mean < 1e-3
+    assert len(found.loss_curve) == found.warmup_steps == 6
+    assert found.joint[0].label == "fp8_gentlest"
+    assert found.joint[0].e.mean == pytest.approx(found.joint[0].predicted_e, rel=0.5)
+    path = found.save(tmp_path / "sensitivity.json")
+    assert Sensitivity.load(path) == found
+
+
+def test_same_seed_same_table() -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    one, other = (
+        measure_sensitivity(workload, spec, device=CPU, warmup_steps=3, seed=5) for _ in range(2)
+    )
+    assert one.rows == other.rows
+    assert one.loss_curve == other.loss_curve
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
+    before = {k: v.clone() for k, v in reference.model.state_dict().items()}
+    classes = [type(module) for module in reference.model.modules()]
+    for method in ("layerwise", "sign_coded"):
+        measure_sensitivity(workload, spec, device=CPU, method=method, reference=reference)
+    assert classes == [type(module) for module in reference.model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in reference.model.state_dict().items())
+
+
+def test_one_reference_serves_sensitivity_and_search() -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    options = uniform(spec, TENSORWISE)
+    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
+    shared = measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    alone = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    assert shared.rows == alone.rows
+    assert shared.passes == alone.passes
+    before = reference.passes
+    meter = JointMeter(workload, spec, device=CPU, reference=reference)
+    found = meter.measure(options)
+    assert reference.passes - before == 2  # nothing is warmed up or run for the reference again
+    assert found == JointMeter(workload, spec, device=CPU, warmup_steps=3).measure(options)
+
+
+def test_a_plan_is_measured_once_and_all_fp32_costs_nothing() -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    meter = JointMeter(workload, spec, device=CPU, warmup_steps=3)
+    first = meter.measure(uniform(spec, TENSORWISE))
+    passes = meter.reference.passes
+    assert meter.measure(uniform(spec, TENSORWISE)) == first
+    assert meter.reference.passes == passes
+    assert meter.measure((FP32,) * len(spec.layers)).mean == 0.0
+    assert first.mean > meter.measure((BF16_O2,) * len(spec.layers)).mean > 0.0
+    with pytest.raises(PlanMismatchError, match="one option per layer"):
+        meter.measure((BF16_O2,))
+
+
+def test_dropout_is_paired_so_that_its_floor_is_zero() -> None:
+    workload = token_workload(dropout=0.5)
+    spec = captured(workload)
+    assert spec.has_randomness
+    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
+    baseline = reference.baseline(0)
+    assert reference.perturbation(0, baseline).squared == 0.0
+    quiet = measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    assert max(row.e.mean for row in quiet.rows if row.option == BF16_O2) < 1e-2
+
+
+def test_a_reference_that_differs_from_run_to_run_is_reported() -> None:
+    plain = mlp_workload()
+    noise = torch.Generator().manual_seed(0)
+
+    def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        x = batch[0] + 1e-3 * torch.randn(batch[0].shape, generator=noise)
+        return F.mse_loss(model(x), batch[1])
+
+    workload = changed(plain, loss_fn=loss_fn)
+    spec = captured(workload)
+    found = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    assert not spec.is_deterministic
+    assert found.floor.mean > 0.0
+    assert any("two runs of the reference differ" in note for note in found.notes)
+
+
+def test_a_fallback_preconditioner_is_said_in_the_notes() -> None:
+    workload = changed(
+        mlp_workload(), build_optimizer=lambda model: torch.optim.Rprop(model.parameters())
+    )
+    found = measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=3)
+    assert found.preconditioner == "identity"
+    assert any("Rprop" in note for note in found.notes)
+
+
+def test_memory_stays_within_a_few_gradients() -> None:
+    """Nothing of the model's size is kept per layer or option."""
+    workload = mlp_workload()
+    spec = captured(workload)
+    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
+    measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    gc.collect()
+    own = sum(p.numel() * 4 for p in reference.model.parameters())
+    kept = sum(g.numel() * 4 for b in reference.kept.values() for g in b.gradients.values())
+    assert kept <= own * len(reference.batches)
+
+
+def test_gradients_too_large_to_keep_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    kept = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    monkeypatch.setattr("autoprec.sensitivity.reference.KEPT_BYTES", 0)
+    again = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    assert again.rows == kept.rows
+    assert again.passes > kept.passes
+
+
+def constant(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.mse_loss(model(batch[0]) * 0.0, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"batches": 1}, "at least 2 batches and 1 warm-up step"),
+        ({"warmup_steps": 0}, "at least 2 batches and 1 warm-up step"),
+        ({"method": "guess"}, "must be one of auto"),
+        ({"checkpoint": Path("nowhere.pt")}, "must be readable"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments: dict[str, object], rule: str) -> None:
+    workload = mlp_workload()
+    with pytest.raises(AutoprecError, match=rule) as caught:
+        measure_sensitivity(workload, captured(workload), device=CPU, **arguments)  # type: ignore[arg-type]  # wrong on purpose
+    assert "\n" not in str(caught.value)
+
+
+def test_a_constant_loss_is_refused() -> None:
+    workload = changed(mlp_workload(), loss_fn=constant)
+    with pytest.raises(WorkloadError, match="its gradient is zero"):
+        measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=2)
+
+
+def test_another_models_spec_is_refused() -> None:
+    with pytest.raises(AutoprecError, match="must be the captured one"):
+        measure_sensitivity(mlp_workload(), captured(token_workload()), device=CPU, warmup_steps=2)
+
+
+def test_checkpoints_start_where_they_were_saved(tmp_path: Path) -> None:
+    workload = mlp_workload()
+    spec = captured(workload)
+    model = workload.build_model(seed=3)
+    with torch.no_grad():
+        model.get_parameter("first.weight").fill_(0.25)
+    optimizer = workload.build_optimizer(model)
+    for _ in range(2):
+        workload.loss_fn(model, next(workload.train_batches(0))).backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
+    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    for name in ("whole.pt", "bare.pt"):
+        reference = prepare_reference(
+            workload, spec, device=CPU, warmup_steps=1, checkpoint=tmp_path / name
+        )
+        moved = reference.model.get_parameter("first.weight") - model.get_parameter("first.weight")
+        assert float(moved.detach().abs().max()) < 0.02
+        assert reference.checkpoint.endswith(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"not a checkpoint", "weights_only=True"),
+        ({"model": {"other": torch.ones(1)}}, "must fit the workload's model"),
+        ([1, 2], "must be a state dict"),
+    ],
+)
+def test_broken_checkpoints_are_one_clear_line(
+    tmp_path: Path, content: object, rule: str
+) -> None:
+    path = tmp_path / "broken.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    workload = mlp_workload()
+    with pytest.raises(RecordError, match=rule) as caught:
+        prepare_reference(workload, captured(workload), device=CPU, checkpoint=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prepared_reference_is_a_public_name() -> None:
+    assert Reference.__name__ == "Reference"
+
+
+def test_underflow_is_put_into_words() -> None:
+    plain = mlp_workload()
+
+    def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        scale = 10.0 ** -torch.arange(len(batch[0])).div(6.0)[:, None]  # tokens of any weight
+        return F.mse_loss(model(batch[0]) * scale, batch[1] * scale)
+
+    workload = changed(plain, loss_fn=loss_fn)
+    found = measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=3)
+    rows = [row for row in found.statistics if row.name == "first"]
+    text = explain_statistics(rows)
+    assert "grad_output" in text
+    assert "underflow under tensorwise; rowwise" in text

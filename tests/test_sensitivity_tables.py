@@ -1,0 +1,257 @@
+"""The table of e: the exact way by hand, the depth-free way against the exact one."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.capture import capture_model
+from autoprec.errors import AutoprecError
+from autoprec.progress import report_nothing
+from autoprec.records import (
+    BF16_O2,
+    Estimate,
+    Gemm,
+    LayerSensitivity,
+    ModelSpec,
+    Operand,
+    Option,
+    Recipe,
+    fp8_option,
+)
+from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.layerwise import measure_layerwise
+from autoprec.sensitivity.probes import probe_batches
+from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.rows import make_rows
+from autoprec.sensitivity.tables import (
+    Method,
+    choose_method,
+    layerwise_table,
+    list_cells,
+    sign_coded_table,
+    uncertain_cells,
+)
+from autoprec.workload import Workload, workload_from
+from tests.models import conv_workload, mlp_workload, token_workload
+
+CPU = torch.device("cpu")
+TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
+Rows = dict[tuple[str, Option], LayerSensitivity]
+
+
+def one_linear() -> Workload:
+    """Return a workload of one linear, mean squares and plain SGD: all can be written down."""
+
+    def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            x = torch.randn(64, 32, generator=generator)
+            yield x, x.flip(1)[:, :16]
+
+    functions = {
+        "build_model": lambda: nn.Sequential(nn.Linear(32, 16, bias=False)),
+        "train_batches": train_batches,
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
+        "build_optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    return workload_from(SimpleNamespace(**functions), name="linear")
+
+
+def recurrent() -> Workload:
+    """Return a next-step workload for an LSTM."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(16, 32, batch_first=True)
+            self.head = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.lstm(x)[0])
+            return out
+
+    def train_batches(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(8, 12, 16, generator=generator).cumsum(1) / 4
+
+    functions = {
+        "build_model": Net,
+        "train_batches": train_batches,
+        "loss_fn": lambda model, x: F.mse_loss(model(x[:, :-1]), x[:, 1:]),
+    }
+    return workload_from(SimpleNamespace(**functions), name="lstm")
+
+
+def frozen_first() -> Workload:
+    """Return the Mlp workload with its first layer frozen."""
+    plain = mlp_workload()
+
+    def build_model() -> nn.Module:
+        model = plain.build_model()
+        model.get_submodule("first").requires_grad_(False)
+        return model
+
+    functions = {
+        "build_model": build_model,
+        "train_batches": plain.train_batches,
+        "loss_fn": plain.loss_fn,
+    }
+    return workload_from(SimpleNamespace(**functions), name="frozen")
+
+
+def prepared(workload: Workload, *, batches: int = 2) -> tuple[ModelSpec, Reference]:
+    spec = capture_model(workload, device=CPU)
+    return spec, prepare_reference(workload, spec, device=CPU, batches=batches, warmup_steps=6)
+
+
+def by_cell(rows: tuple[LayerSensitivity, ...]) -> Rows:
+    return {(row.name, row.option): row for row in rows}
+
+
+def both(workload: Workload, *, batches: int = 4, probes: int = 4) -> tuple[Rows, Rows]:
+    """Return the exact rows and the probed ones, none of them refined."""
+    spec, reference = prepared(workload, batches=batches)
+    cells = list_cells(spec, None)
+    exact = by_cell(measure_layerwise(reference, cells, progress=report_nothing)[0])
+    fp8: dict[str, list[Option]] = {}
+    for name, option in cells:
+        if option.is_fp8:
+            fp8.setdefault(name, []).append(option)
+    shows = probe_batches(reference, spec.layers, fp8, probes=probes, progress=report_nothing)
+    return exact, by_cell(make_rows(shows, cells))
+
+
+def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) -> Tensor:
+    """Return the weight gradient of one linear under an option, step by step."""
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.bfloat16().float()
+
+    casts = gemm_casts(option) if option.is_fp8 else {}
+    x_MK, weight_NK = rounded(x), rounded(weight)
+    left, right = x_MK, weight_NK
+    if Gemm.OUTPUT in casts:
+        sides = dict(casts[Gemm.OUTPUT])
+        left = cast_operand(left, sides[Operand.INPUT])
+        right = cast_operand(right, sides[Operand.WEIGHT])
+    y_MN = rounded(left @ right.t())
+    grad_MN = rounded(2 * (y_MN - target) / y_MN.numel())
+    left, right = grad_MN, x_MK
+    if Gemm.GRAD_WEIGHT in casts:
+        sides = dict(casts[Gemm.GRAD_WEIGHT])
+        left = cast_operand(left, sides[Operand.GRAD_OUTPUT])
+        right = cast_operand(right, sides[Operand.INPUT])
+    return rounded(left.t() @ right)
+
+
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE, ROWWISE], ids=str)
+def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
+    spec, reference = prepared(one_linear())
+    name = spec.names[0]
+    rows, _ = measure_layerwise(reference, [(name, option)], progress=report_nothing)
+    weight = next(reference.model.parameters()).detach()
+    changed, squared = [], []
+    for x, target in reference.batches:
+        y = x.double() @ weight.double().t()
+        exact = (2 * (y - target) / y.numel()).t() @ x.double()
+        changed.append(float((gradient_by_hand(x, target, weight, option) - exact).square().sum()))
+        squared.append(float(exact.square().sum()))
+    assert rows[0].e.mean == pytest.approx(sum(changed) / sum(squared), rel=0.01)
+    assert rows[0].e.stderr is not None
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [mlp_workload(), token_workload(), conv_workload(), recurrent(), frozen_first()],
+    ids=["mlp", "tied tokens", "conv", "lstm", "frozen"],
+)
+def test_probes_find_what_the_exact_mode_finds(workload: Workload) -> None:
+    """Toy layers have a few dozen groups each, so their probes scatter; BF16 only to size."""
+    exact, probed = both(workload)
+    assert exact.keys() == probed.keys()
+    for precision in {option.precision for _, option in exact}:
+        keys = [key for key in exact if key[1].precision is precision and exact[key].e.mean > 0]
+        left = np.array([exact[key].e.mean for key in keys])
+        right = np.array([probed[key].e.mean for key in keys])
+        heavy = left > 0.02 * left.max()
+        off = np.abs(np.log(right[heavy] / left[heavy]))
+        is_fp8 = precision is not BF16_O2.precision
+        assert off.mean() < (math.log(1.5) if is_fp8 else math.log(2.5))
+        assert abs(math.log(right.sum() / left.sum())) < (math.log(1.4) if is_fp8 else math.log(2.5))
+
+
+def test_what_no_layer_takes_part_in_has_no_error() -> None:
+    exact, probed = both(token_workload(), batches=2, probes=1)
+    assert exact["unused", BF16_O2].e.mean == 0.0
+    assert probed["unused", BF16_O2].e.mean == 0.0
+
+
+def test_gemms_add_up_to_the_row() -> None:
+    _, probed = both(mlp_workload(), batches=2, probes=1)
+    for row in probed.values():
+        assert math.fsum(part.mean for part in row.by_gemm.values()) == pytest.approx(row.e.mean)
+
+
+def test_probed_rows_have_standard_errors_that_cover_the_exact_ones() -> None:
+    exact, probed = both(mlp_workload())
+    keys = [key for key in exact if exact[key].e.mean > 1e-9]
+    distances = [
+        abs(probed[key].e.mean - exact[key].e.mean) / (probed[key].e.stderr or 1e-30)
+        for key in keys
+    ]
+    assert np.median(distances) < 2.0
+
+
+def test_a_frozen_layer_has_no_grad_weight_error() -> None:
+    _, probed = both(frozen_first(), batches=2, probes=1)
+    row = probed["first", TENSORWISE]
+    assert row.by_gemm[Gemm.GRAD_WEIGHT].mean == 0.0
+    assert row.by_gemm[Gemm.OUTPUT].mean > 0.0
+
+
+def test_both_tables_carry_statistics_noise_and_delayed_scaling() -> None:
+    spec, reference = prepared(mlp_workload())
+    cells = list_cells(spec, [TENSORWISE, fp8_option(Recipe.DELAYED)])
+    assert {option.recipe for _, option in cells} == {None, Recipe.TENSORWISE, Recipe.DELAYED}
+    for table in (
+        layerwise_table(reference, cells, progress=report_nothing),
+        sign_coded_table(reference, spec, cells, progress=report_nothing),
+    ):
+        assert [(row.name, row.option) for row in table.rows] == cells
+        assert {(s.name, s.operand) for s in table.statistics} == {
+            (name, operand) for name in ("first", "second") for operand in Operand
+        }
+        assert table.gradient_noise is not None
+        assert 0.0 < table.gradient_noise.mean < 1.0
+        for statistics in table.statistics:
+            assert 0.0 <= statistics.underflow["tensorwise"] < 0.5
+            assert statistics.amax >= statistics.amin_nonzero > 0.0
+
+
+def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
+    def row(name: str, e: float, stderr: float) -> LayerSensitivity:
+        return LayerSensitivity(
+            name=name,
+            option=TENSORWISE,
+            e=Estimate(mean=e, stderr=stderr),
+            bias=Estimate(mean=0.0),
+            loss_delta=None,
+        )
+
+    rows = [row("sure", 1.0, 0.01), row("unsure", 1.0, 0.5), row("small", 0.01, 0.01)]
+    assert uncertain_cells(rows) == (("unsure", TENSORWISE),)
+
+
+def test_the_cheaper_method_is_chosen_and_an_unknown_one_refused() -> None:
+    assert choose_method("auto", cells=3) is Method.LAYERWISE
+    assert choose_method("auto", cells=60) is Method.SIGN_CODED
+    assert choose_method("layerwise", cells=60) is Method.LAYERWISE
+    with pytest.raises(AutoprecError, match="must be one of auto, layerwise, sign_coded"):
+        choose_method("fast", cells=1)
