@@ -4,13 +4,14 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from autoprec.errors import DeviceError
-from autoprec.nvml import Sensor, ThermalMonitor, open_sensor
+from autoprec.nvml import SLOWDOWNS, Sensor, open_sensor
 from autoprec.precision import fp8_support
 from autoprec.records import DeviceFacts
 from autoprec.timing import Monitor, Observation
@@ -22,6 +23,8 @@ INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's nam
     *("asimd", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
 )
 CPU_INFO = Path("/proc/cpuinfo")
+PAUSE_S = 2.0  # a hot GPU cools below its slowdown threshold within a few seconds of idling
+MOST_PAUSES = 15  # per round; after half a minute the GPU is measured as it is
 MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted elsewhere
 
 
@@ -174,6 +177,36 @@ def _software(missing: dict[str, str]) -> dict[str, str]:
             missing[package] = "not installed"
     runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return found | {name: value for name, value in runtimes.items() if value}
+
+
+class ThermalMonitor:
+    """Pauses while the GPU is slowed by heat, and calls a sample that saw it slowed dirty."""
+
+    def __init__(self, sensor: Sensor, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sensor = sensor
+        self._sleep = sleep
+        self._energy_j: float | None = None
+
+    def settle(self) -> int:
+        """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often."""
+        for pauses in range(MOST_PAUSES):
+            if not SLOWDOWNS & set(self._sensor.throttle_reasons()):
+                return pauses
+            self._sleep(PAUSE_S)
+        return MOST_PAUSES
+
+    def begin(self) -> None:
+        """Note the energy counter."""
+        self._energy_j = self._sensor.energy_j()
+
+    def end(self) -> Observation:
+        """Return what the GPU was like, and whether that spoiled the sample."""
+        seen = self._sensor.read()
+        after = self._sensor.energy_j()
+        if self._energy_j is not None and after is not None:
+            used = max(after - self._energy_j, 0.0)
+            seen = seen.model_copy(update={"energy_j": used})
+        return Observation(bool(SLOWDOWNS & set(seen.throttle_reasons)), seen)
 
 
 class LoadMonitor:

@@ -6,11 +6,10 @@ driver lacks are facts, each with its reason in words, never a crash:
     open_sensor   raises one DeviceError when NVML or the GPU cannot be reached at all
     Sensor.read   leaves a reading that failed None, and its reason in `Sensor.missing`
 
-A sample is dirty when the GPU was slowed by heat or by its power brake. The software power cap is
-not such a reason: a GPU at full load runs there for as long as the training does.
+`SLOWDOWNS` are the reasons that spoil a measurement: heat and the power brake. The software power
+cap is none of them: a GPU at full load runs there for as long as the training does.
 """
 
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,7 +17,6 @@ import pynvml
 
 from autoprec.errors import DeviceError
 from autoprec.records import Conditions
-from autoprec.timing import Observation
 
 T = TypeVar("T")
 
@@ -33,8 +31,6 @@ REASONS = {  # bits of nvmlDeviceGetCurrentClocksEventReasons, by NVML's own nam
     0x0100: "display_clock",
 }
 SLOWDOWNS = frozenset({"hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"})
-PAUSE_S = 2.0  # a hot H100 falls below its slowdown threshold within a few seconds of idling
-MOST_PAUSES = 15  # per round; after half a minute the GPU is measured as it is
 
 
 class Sensor:
@@ -106,36 +102,6 @@ class Sensor:
         except pynvml.NVMLError as error:
             self.missing[fact] = f"NVML: {error}"
             return None
-
-
-class ThermalMonitor:
-    """Pauses while the GPU is slowed by heat, and calls a sample that saw it slowed dirty."""
-
-    def __init__(self, sensor: Sensor, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._sensor = sensor
-        self._sleep = sleep
-        self._energy_j: float | None = None
-
-    def settle(self) -> int:
-        """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often."""
-        for pauses in range(MOST_PAUSES):
-            if not SLOWDOWNS & set(self._sensor.throttle_reasons()):
-                return pauses
-            self._sleep(PAUSE_S)
-        return MOST_PAUSES
-
-    def begin(self) -> None:
-        """Note the energy counter."""
-        self._energy_j = self._sensor.energy_j()
-
-    def end(self) -> Observation:
-        """Return what the GPU was like, and whether that spoiled the sample."""
-        seen = self._sensor.read()
-        after = self._sensor.energy_j()
-        if self._energy_j is not None and after is not None:
-            used = max(after - self._energy_j, 0.0)
-            seen = seen.model_copy(update={"energy_j": used})
-        return Observation(bool(SLOWDOWNS & set(seen.throttle_reasons)), seen)
 
 
 def open_sensor(uuid: str) -> Sensor:

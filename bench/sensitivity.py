@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,7 +62,11 @@ def compare_rows(exact: Sensitivity, depth_free: Sensitivity, option: Option) ->
 
 
 def check_additivity(
-    meter: JointMeter, spec: ModelSpec, table: Sensitivity, exact: Sensitivity
+    meter: JointMeter,
+    spec: ModelSpec,
+    table: Sensitivity,
+    exact: Sensitivity,
+    recipes: Sequence[Recipe],
 ) -> None:
     """Print predicted against measured joint e of random FP8 subsets of the linears."""
     generator = random.Random(0)
@@ -69,7 +74,7 @@ def check_additivity(
     errors: dict[str, list[float]] = {"depth-free": [], "exact": []}
     for number in range(SUBSETS):
         share = generator.choice((0.2, 0.4, 0.6, 0.8))
-        recipe = RECIPES[number % len(RECIPES)]
+        recipe = recipes[number % len(recipes)]
         chosen = {layer.name for layer in linears if generator.random() < share}
         chosen = chosen or {linears[0].name}
         options = tuple(
@@ -97,11 +102,15 @@ def check_additivity(
 
 
 def timed(
-    workload: Workload, spec: ModelSpec, reference: Reference, method: str
+    workload: Workload,
+    spec: ModelSpec,
+    reference: Reference,
+    method: str,
+    recipes: Sequence[Recipe],
 ) -> tuple[Sensitivity, float]:
     """Measure by one method; return the record and its seconds (warm-up left out)."""
     started = time.perf_counter()
-    options = [fp8_option(recipe) for recipe in RECIPES]
+    options = [fp8_option(recipe) for recipe in recipes]
     found = measure_sensitivity(
         workload, spec, device=CPU, options=options, method=method, reference=reference
     )
@@ -111,27 +120,27 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--deep", action="store_true")
-    parser.add_argument("--batches", type=int, default=None)
+    parser.add_argument("--recipes", nargs="+", type=Recipe, default=list(RECIPES))
     arguments = parser.parse_args()
     workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
     spec = capture_model(workload, device=CPU)
-    sizes = {} if arguments.batches is None else {"batches": arguments.batches}
-    reference = prepare_reference(workload, spec, device=CPU, **sizes)
-    depth_free, spent_s = timed(workload, spec, reference, "sign_coded")
+    recipes = tuple(arguments.recipes)
+    reference = prepare_reference(workload, spec, device=CPU)
+    depth_free, spent_s = timed(workload, spec, reference, "sign_coded", recipes)
     print(
         f"depth-free: {depth_free.passes} passes, {depth_free.step_equivalents:.1f} step "
         f"equivalents with the warm-up of {reference.warmup_steps} (step {reference.step_s:.3f} s)"
     )
-    exact, exact_s = timed(workload, spec, reference, "layerwise")
+    exact, exact_s = timed(workload, spec, reference, "layerwise", recipes)
     print(
         f"exact:      {exact.passes} passes, {exact_s:.1f} s against {spent_s:.1f} s "
         f"({exact_s / spent_s:.1f}x)"
     )
-    print("refined:", *depth_free.notes)
-    for option in (BF16_O2, *(fp8_option(recipe) for recipe in RECIPES)):
+    print(*depth_free.notes, sep="\n")
+    for option in (BF16_O2, *(fp8_option(recipe) for recipe in recipes)):
         compare_rows(exact, depth_free, option)
     meter = JointMeter(workload, spec, device=CPU, reference=reference, batches=10**6)
-    check_additivity(meter, spec, depth_free, exact)
+    check_additivity(meter, spec, depth_free, exact, recipes)
 
 
 if __name__ == "__main__":

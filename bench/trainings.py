@@ -38,7 +38,7 @@ DEVICES = {
     "RTX PRO 6000": "rtx-pro-6000",
 }
 OWN_ENGINE = "llmq"
-ENGINE = {  # a C++ engine with hand-fused kernels, counted and not fitted: half the cast traffic
+ENGINE = {  # hand-fused C++ kernels: half the cast traffic, no glue; set by hand with the rows seen
     "tensorwise_cast_bytes": 6.0,
     "tensorwise_cast_kernels": 4.0,
     "attention_fraction": 0.40,

@@ -12,9 +12,9 @@ import pynvml
 import pytest
 import torch
 
-from autoprec.device import nvml_facts
+from autoprec.device import MOST_PAUSES, ThermalMonitor, nvml_facts
 from autoprec.errors import DeviceError
-from autoprec.nvml import MOST_PAUSES, ThermalMonitor, open_sensor
+from autoprec.nvml import open_sensor
 from autoprec.profiler.steps import measure_energy
 from autoprec.timing import Stopping, sample_interleaved
 

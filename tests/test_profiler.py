@@ -28,6 +28,7 @@ from autoprec.records import (
     TensorSpec,
     fp8_option,
 )
+from autoprec.timing import Observation
 from autoprec.workload import Workload, take_batches, workload_from
 from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
 
@@ -60,6 +61,19 @@ class ConstantClock:
 
     def synchronize(self) -> None:
         return None
+
+
+class CleanMonitor:
+    """Finds no sample dirty, however busy the machine is."""
+
+    def settle(self) -> int:
+        return 0
+
+    def begin(self) -> None:
+        return None
+
+    def end(self) -> Observation:
+        return Observation()
 
 
 class SequenceNet(nn.Module):
@@ -348,6 +362,7 @@ def test_arms_step_in_turns_on_the_same_batches() -> None:
         clock=ConstantClock(),
         samples=4,
         seed=0,
+        monitor=CleanMonitor(),
     )
     assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]
     assert all(step.timing.samples == 4 and step.peak_bytes is None for step in found)

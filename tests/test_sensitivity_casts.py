@@ -115,9 +115,7 @@ def test_scaled_mm_takes_a_bias_and_a_result_scale() -> None:
 @pytest.mark.parametrize("dtype", FP8_DTYPES)
 def test_the_table_holds_every_fp8_value(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(dtype)
-    assert torch.equal(
-        fp8_to_float(codes.t()).nan_to_num(7e9), codes.t().float().nan_to_num(7e9)
-    )
+    assert torch.equal(fp8_to_float(codes.t()).nan_to_num(7e9), codes.t().float().nan_to_num(7e9))
 
 
 def test_delayed_scaling_uses_the_history_and_saturates() -> None:

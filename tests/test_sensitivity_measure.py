@@ -232,9 +232,7 @@ def test_checkpoints_start_where_they_were_saved(tmp_path: Path) -> None:
         ([1, 2], "must be a state dict"),
     ],
 )
-def test_broken_checkpoints_are_one_clear_line(
-    tmp_path: Path, content: object, rule: str
-) -> None:
+def test_broken_checkpoints_are_one_clear_line(tmp_path: Path, content: object, rule: str) -> None:
     path = tmp_path / "broken.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -262,4 +260,4 @@ def test_underflow_is_put_into_words() -> None:
     rows = [row for row in found.statistics if row.name == "first"]
     text = explain_statistics(rows)
     assert "grad_output" in text
-    assert "underflow under tensorwise; rowwise" in text
+    assert "underflow under rowwise; rowwise_with_gw_hp" in text

@@ -184,7 +184,9 @@ def test_probes_find_what_the_exact_mode_finds(workload: Workload) -> None:
         off = np.abs(np.log(right[heavy] / left[heavy]))
         is_fp8 = precision is not BF16_O2.precision
         assert off.mean() < (math.log(1.5) if is_fp8 else math.log(2.5))
-        assert abs(math.log(right.sum() / left.sum())) < (math.log(1.4) if is_fp8 else math.log(2.5))
+        assert abs(math.log(right.sum() / left.sum())) < (
+            math.log(1.4) if is_fp8 else math.log(2.5)
+        )
 
 
 def test_what_no_layer_takes_part_in_has_no_error() -> None:

@@ -9,10 +9,10 @@ Each holds attention, activations, loss, optimizer and Python's share, and also 
 layer runs faster or slower than one within its step: their common part cancels in the fixed time.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,6 @@ from autoprec.records import (
 )
 from autoprec.timing import Clock, Stopping, make_clock, sample_interleaved
 from autoprec.workload import Workload, take_batches
-
-logger = logging.getLogger(__name__)
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
@@ -74,9 +72,7 @@ def profile_model(
     """Measure what every layer costs in every option, and what whole steps cost.
 
     Args:
-        workload: the user's functions.
-        spec: the captured model.
-        device: where to measure.
+        workload, spec, device: the user's functions, the captured model, where to measure.
         options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
@@ -87,19 +83,9 @@ def profile_model(
     started = time.perf_counter()
     groups = group_layers(spec, options)
     recorded = _record(workload, groups, device=device, seed=seed)
-    meter = LayerMeter(
-        device, clock, spec.optimizer_state_numel_ratio, monitor=find_monitor(device), seed=seed
+    rows = _time_layers(
+        workload, spec, groups, recorded, device=device, clock=clock, seed=seed, progress=progress
     )
-    rows: list[LayerTiming] = []
-    for number, group in enumerate(groups):
-        progress("layers", number, len(groups))
-        name = group.first.name
-        rows += meter.time_group(
-            group,
-            recorded.calls[name],
-            lambda name=name: _fresh_layer(workload, recorded, name, device=device),  # type: ignore[misc]  # mypy: default of a lambda
-        )
-    progress("layers", len(groups), len(groups))
     cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
     steps = _time_uniform_steps(
         workload,
@@ -111,7 +97,6 @@ def profile_model(
         seed=seed,
         progress=progress,
     )
-    fixed = {label: fixed_time(label, steps, rows, groups) for label in ("fp32", "bf16_o2")}
     fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
     return Profile(
         model=spec,
@@ -120,10 +105,34 @@ def profile_model(
         layers=tuple(rows),
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
-        fixed_ms=fixed["fp32"],
-        fixed_bf16_ms=fixed["bf16_o2"],
+        fixed_ms=fixed_time("fp32", steps, rows, groups),
+        fixed_bf16_ms=fixed_time("bf16_o2", steps, rows, groups),
         step_equivalents=(time.perf_counter() - started) * 1e3 / max(fp32_ms, 1e-6),
     )
+
+
+def _time_layers(
+    workload: Workload,
+    spec: ModelSpec,
+    groups: Sequence[Group],
+    recorded: Recorded,
+    *,
+    device: torch.device,
+    clock: Clock,
+    seed: int,
+    progress: Progress,
+) -> list[LayerTiming]:
+    meter = LayerMeter(
+        device, clock, spec.optimizer_state_numel_ratio, monitor=find_monitor(device), seed=seed
+    )
+    rows: list[LayerTiming] = []
+    for number, group in enumerate(groups):
+        progress("layers", number, len(groups))
+        name = group.first.name
+        make_layer = partial(_fresh_layer, workload, recorded, name, device=device)
+        rows += meter.time_group(group, recorded.calls[name], make_layer)
+    progress("layers", len(groups), len(groups))
+    return rows
 
 
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:

@@ -68,13 +68,12 @@ def time_steps(
     Args:
         workload: builds the model, the batches and the optimizer of every arm.
         arms: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
-        device: where to train.
-        clock: how to time.
-        samples: timed steps per arm.
+        device, clock: where to train, and how to time it.
+        samples: timed steps per arm; `stopping`, when given, decides instead.
         seed: of models, batches and turns.
         progress: told of every round.
-        stopping: when an arm has enough samples, in place of `samples`.
-        monitor: rejects dirty samples; default: NVML's, where there is one.
+        stopping: when an arm is done.
+        monitor: rejects dirty samples; default: the device's own.
         warmup: untimed steps per arm.
 
     Raises:
@@ -98,7 +97,6 @@ def time_steps(
         monitor=monitor or find_monitor(device),
         seed=seed,
     )
-    progress("steps", stopping.samples, stopping.samples)
     sensor = find_sensor(device)
     return tuple(
         _step_timing(label, one, found[label], clock=clock, sensor=sensor)

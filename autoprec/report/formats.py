@@ -17,6 +17,7 @@ STEP_TITLES = {
     "autocast_bf16": "autocast BF16",
     "fp8_o1": "FP8 where eligible",
 }
+HUGE_MS = 1e6  # a quarter of an hour: nothing that anybody would run
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
@@ -28,8 +29,10 @@ def clean_text(text: str) -> str:
 
 
 def shown_ms(value: float | None) -> str:
-    """Return a time in ms with three significant digits, `-` for None."""
-    return UNKNOWN if value is None else _significant(value, 3)
+    """Return a time in ms with three significant digits, `-` for None; huge ones as 1.6e+06."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2g}" if value >= HUGE_MS else _significant(value, 3)
 
 
 def shown_share(value: float | None, *, sign: bool = False) -> str:

@@ -62,7 +62,8 @@ def print_steps(found: Summary, console: Console) -> None:
 
 def _step_texts(label: str, step: Step, found: Summary) -> tuple[str, ...]:
     low, high = step.low_ms, step.high_ms
-    spread = f"{shown_ms(low)}..{shown_ms(high)}" if low is not None and high is not None else ""
+    has_spread = low is not None and high is not None and low < high
+    spread = f"{shown_ms(low)}..{shown_ms(high)}" if has_spread else ""
     speedup = found.speedups.get(label)
     return (
         step_title(label),

@@ -102,7 +102,7 @@ def _attach(masters: Masters, optimizer: Optimizer) -> None:
     for parameter in attachment.mine(optimizer):
         saved = optimizer.state.get(parameter, {}).pop(MASTER, None)
         if saved is not None:  # the state was loaded before the optimizer was attached
-            masters.loaded[parameter] = saved
+            masters.loaded[parameter] = saved, None
     watch_optimizers()
 
 
@@ -251,7 +251,7 @@ class Attachment:
             )
         for store in self.stores:
             if parameter in store.values:
-                store.loaded[parameter] = saved.detach().to(torch.float32, copy=True)
+                store.loaded[parameter] = saved.detach().to(torch.float32, copy=True), None
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ written the master too, element by element, and elements that nobody wrote keep 
 
     m <- m   where bf16(m) = p,   else float(p)
 
+Before a parameter's first step, a write sets all its bits, m <- float(p): DDP then sends rank 0's
+BF16 weights to all ranks, and masters that kept bits of their own would drift apart for ever.
+
 Writes are seen by the tensor's version counter; those through `p.data`, which it does not count, by
 comparing values in the first steps and every hundredth, and in every step once one was found.
 """
@@ -38,24 +41,29 @@ LIVE: "weakref.WeakSet[Masters]" = weakref.WeakSet()  # of all applied models, c
 class Masters:
     """The masters of one model's BF16 parameters. It lives on the model and is copied with it.
 
-    `values` holds None for a parameter that was BF16 before the plan and was not trained yet,
-    `loaded` the masters of an optimizer's checkpoint until the model's weights are in.
+    `values` holds None for a parameter that was BF16 before the plan and was not trained yet;
+    `loaded` what checkpoints hold, until the model's weights are in, and for values that the model
+    loads itself the parameter's version after that; `agreed` a parameter's stamp when it and its
+    master last agreed; `stepped` the parameters that an optimizer has seen.
     """
 
     options: dict[str, Option]
     values: dict[nn.Parameter, Tensor | None]
     names: dict[str, nn.Parameter]
-    loaded: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    loaded: dict[nn.Parameter, tuple[Tensor, int | None]] = field(default_factory=dict)
     agreed: dict[nn.Parameter, tuple[int, int]] = field(default_factory=dict)
+    stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys
     steps: int = 0
     is_watching: bool = False
 
     def __post_init__(self) -> None:
+        self.agreed = {parameter: _stamp(parameter) for parameter in self.values}
         LIVE.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: the fields
-        """Restore a copy or a pickle."""
+        """Restore a copy or a pickle, whose parameters have stamps of their own."""
         vars(self).update(state)
+        self.agreed = {}
         LIVE.add(self)
 
     @torch.no_grad()
@@ -83,11 +91,10 @@ class Masters:
         self.steps += 1
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
         looks_closer = is_due or self.is_watching
-        return {
-            parameter: self.current(parameter, looks_closer=looks_closer)
-            for parameter in parameters
-            if parameter in self.values
-        }
+        mine = [parameter for parameter in parameters if parameter in self.values]
+        found = {p: self.current(p, looks_closer=looks_closer) for p in mine}
+        self.stepped |= dict.fromkeys(mine, True)
+        return found
 
     def refresh(self, model: nn.Module) -> None:
         """Take in parameters that replaced others of the same name, e.g. shards of them."""
@@ -97,20 +104,25 @@ class Masters:
             old = self.names.get(name)
             master = None if old is None else self.values.pop(old, None)
             self.values[parameter] = _carried(master, parameter)
+            self.agreed[parameter] = _stamp(parameter)
             self.names[name] = parameter
 
     def _adopted(self, parameter: nn.Parameter, master: Tensor) -> Tensor:
         written = parameter.detach()
         master = master.to(written.device)
-        master.copy_(_kept(master, written))
-        loaded = self.loaded.pop(parameter, None)
-        if loaded is None:
+        is_fresh = parameter not in self.stepped
+        if is_fresh and parameter._version != self.agreed.get(parameter, _stamp(parameter))[0]:
+            master.copy_(written)
+        else:
+            master.copy_(torch.where(master.to(written.dtype) == written, master, written.float()))
+        loaded, version = self.loaded.pop(parameter, (None, None))
+        if loaded is None or (is_fresh and version not in (None, parameter._version)):
             return master
         loaded = loaded.to(written.device)
         if not _is_rounded(loaded, written):
             logger.warning(
-                "the optimizer's checkpoint holds other masters than the model's weights round to; "
-                "the weights were kept, so load the model and the optimizer of one checkpoint"
+                "a checkpoint holds other masters than the model's weights round to; the weights "
+                "were kept, so load the model and the optimizer of one checkpoint"
             )
         return master.copy_(torch.where(loaded.to(written.dtype) == written, loaded, master))
 
@@ -200,15 +212,9 @@ def _load_exactly(
                 "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
                 "replaces them; load with assign=False, or before autoprec.apply"
             )
-        master = masters.values[parameter]
         if value.shape == parameter.shape and value.dtype is not parameter.dtype:
-            exact = parameter.detach().float() if master is None else master
-            masters.values[parameter] = exact.copy_(value)
-
-
-def _kept(master: Tensor, written: Tensor) -> Tensor:
-    """Return the master with the elements that were written in it; the others keep their bits."""
-    return torch.where(master.to(written.dtype) == written, master, written.float())
+            exact = value.detach().to(torch.float32, copy=True)
+            masters.loaded[parameter] = exact, parameter._version + 1  # torch copies into it next
 
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:

@@ -88,7 +88,7 @@ def measure_sensitivity(
     else:
         table = sign_coded_table(prepared, spec, cells, progress=progress)
     meter = JointMeter(workload, spec, device=device, reference=prepared)
-    flow = meter.measure_flow()
+    flow = meter.measure_flow(table.rows)
     joint = measure_gentlest(meter, spec, table.rows, flow=flow)
     floor = measure_floor(prepared, spec)
     prepared_s = 0.0 if reference is None else reference.spent_s

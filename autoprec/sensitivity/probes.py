@@ -51,7 +51,6 @@ from autoprec.sensitivity.operands import Operands
 from autoprec.sensitivity.reference import Baseline, Reference, seeded
 from autoprec.sensitivity.replay import Call, Replayed, recorded_calls, replay
 
-PROBES_PER_BATCH = 1
 STEP = 5e-3  # mean |weight change| over mean |weight|; moves activations by about 0.2 %
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 

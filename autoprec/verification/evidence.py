@@ -93,7 +93,7 @@ def make_verification(
         gap=evidence.gap("plan"),
         control_gap=evidence.gap("bf16_o2"),
         seed_spread=seed_spread(evidence),
-        predicted_gap=predicted_gap(plan, evidence, sensitivity),
+        predicted_gap=predicted_gap(session, plan, sensitivity),
         warmup_steps=session.warmup_steps,
         branch_steps=session.terms.branch_steps,
         branches=evidence.branches,
@@ -135,11 +135,18 @@ def eval_stderr(evidence: Evidence) -> float | None:
     return float(stderr) / abs(float(reference.mean()))
 
 
-def predicted_gap(plan: Plan, evidence: Evidence, sensitivity: Sensitivity | None) -> float | None:
-    """Return the gap that the plan's e predicts for a branch of this length."""
+def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None) -> float | None:
+    """Return the gap that the plan's e predicts for a branch of this length after this warm-up.
+
+    The warm-up's own loss curve says what a step is worth, when it is the longer one.
+    """
     if sensitivity is None or plan.e is None:
         return None
-    return predicted_loss_gap(sensitivity, plan.e, evidence.terms.branch_steps)
+    curve = tuple(enumerate(session.checkpoint.curve, start=1))
+    if len(curve) > len(sensitivity.loss_curve):
+        sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
+    steps = session.terms.branch_steps
+    return predicted_loss_gap(sensitivity, plan.e, steps, start=len(session.checkpoint.curve))
 
 
 def advice(evidence: Evidence) -> str:

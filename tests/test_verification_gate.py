@@ -1,0 +1,378 @@
+"""Branch and anneal on toy models: verdicts, resuming, checkpoints, bad input, the error rate."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.capture import capture_model
+from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Assignment,
+    Basis,
+    Constraint,
+    Fingerprint,
+    ModelSpec,
+    Option,
+    Plan,
+    Recipe,
+    Verdict,
+    Verification,
+    fp8_option,
+)
+from autoprec.verification import verify_front, verify_plan
+from autoprec.verification.branches import Bench, Checkpoint, evaluate, train_branch, warm_up
+from autoprec.verification.gate import gather_evidence
+from autoprec.verification.sequential import Looks, gap_interval, judge
+from autoprec.verification.session import REFERENCE, Session, Terms, open_session
+from autoprec.workload import Workload, workload_from
+from tests.models import mlp_workload, token_workload
+
+CPU = torch.device("cpu")
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+STEPS = 8
+
+
+def changed(workload: Workload, **functions: object) -> Workload:
+    names = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
+    own = {name: getattr(workload, name) for name in names}
+    return workload_from(SimpleNamespace(**{**own, **functions}), name="changed")
+
+
+def plan_of(spec: ModelSpec, option: Option) -> Plan:
+    chosen = [option if option in layer.options else BF16_O2 for layer in spec.layers]
+    layers = tuple(
+        Assignment(
+            name=layer.name,
+            kind=layer.kind,
+            shapes=tuple(parameter.shape for parameter in layer.parameters),
+            precision=own.precision,
+            recipe=own.recipe,
+        )
+        for layer, own in zip(spec.layers, chosen, strict=True)
+    )
+    return Plan(
+        layers=layers,
+        uncovered=tuple(parameter.name for parameter in spec.uncovered),
+        constraint=Constraint(loss_tolerance=1e-3, e_budget=None, kept=()),
+        fingerprint=Fingerprint(
+            structure=spec.structure,
+            device="cpu",
+            capability="",
+            software={},
+            compile_mode="",
+            tokens_per_step=0,
+        ),
+        e=None,
+        e_basis=Basis.UNKNOWN,
+        predicted=None,
+    )
+
+
+def terms(*, tolerance: float = 0.05, seeds_max: int = 3) -> Terms:
+    looks = Looks(seeds_min=2, seeds_max=seeds_max)
+    return Terms(tolerance, looks, STEPS, STEPS, seed=0, time_budget_s=None)
+
+
+def opened(
+    workload: Workload,
+    spec: ModelSpec,
+    *,
+    folder: Path | None = None,
+    checkpoint: Path | None = None,
+    asked: Terms | None = None,
+) -> Session:
+    return open_session(
+        workload,
+        asked or terms(),
+        device=CPU,
+        spec=spec,
+        state_dir=folder,
+        checkpoint=checkpoint,
+        progress=lambda *_: None,
+    )
+
+
+def verified(workload: Workload, option: Option, *, tolerance: float = 0.05) -> Verification:
+    return verify_plan(
+        workload,
+        plan_of(capture_model(workload, device=CPU), option),
+        device=CPU,
+        tolerance=tolerance,
+        seeds_min=2,
+        seeds_max=3,
+        warmup_steps=STEPS,
+        branch_steps=STEPS,
+    )
+
+
+def test_a_gentle_plan_is_verified_with_its_control_and_its_times() -> None:
+    found = verified(mlp_workload(), TENSORWISE, tolerance=0.5)
+    assert found.verdict is Verdict.VERIFIED
+    assert found.gap is not None
+    assert found.control_gap is not None
+    assert found.gap.low <= found.gap.mean <= found.gap.high <= 0.5
+    assert {branch.label for branch in found.branches} == {"reference", "bf16_o2", "plan"}
+    assert found.floor == 0.0
+    assert found.seed_spread is not None
+    assert {step.label for step in found.steps} == {"fp32", "bf16_o2", "autocast_bf16", "plan"}
+
+
+def test_a_plan_of_fp32_is_the_reference_itself() -> None:
+    found = verified(mlp_workload(), FP32, tolerance=1e-9)
+    assert found.verdict is Verdict.VERIFIED
+    assert found.gap is not None
+    assert (found.gap.low, found.gap.high) == (0.0, 0.0)
+    assert any("FP32 reference" in note for note in found.notes)
+
+
+def overflowing(workload: Workload) -> Workload:
+    """Return the workload with a loss that is infinite in 16-bit only."""
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        weight = model.get_parameter("first.weight")
+        loss = F.mse_loss(model(batch[0]), batch[1])
+        return loss * math.inf if weight.dtype is torch.bfloat16 else loss
+
+    return changed(workload, loss_fn=loss_fn)
+
+
+def test_a_branch_that_diverges_refutes_at_once_with_its_step() -> None:
+    found = verified(overflowing(mlp_workload()), TENSORWISE)
+    assert found.verdict is Verdict.REFUTED
+    assert "diverged at step 0 of the branch of seed 1" in found.advice
+    assert {branch.seed for branch in found.branches} == {1}
+    assert found.gap is None
+
+
+def test_a_refuted_plan_gives_way_to_the_next() -> None:
+    workload = overflowing(mlp_workload())
+    spec = capture_model(workload, device=CPU)
+    index, found = verify_front(
+        workload,
+        [plan_of(spec, TENSORWISE), plan_of(spec, FP32)],
+        device=CPU,
+        tolerance=0.05,
+        seeds_min=2,
+        seeds_max=2,
+        warmup_steps=STEPS,
+        branch_steps=STEPS,
+    )
+    assert index == 1
+    assert found.verdict is Verdict.VERIFIED
+    assert len(found.refuted_plans) == 1
+
+
+def test_evaluation_is_fp32_of_the_master_weights() -> None:
+    """A branch of steps too small for BF16 must still move the evaluation loss."""
+
+    def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e-5)
+
+    workload = changed(mlp_workload(), build_optimizer=build_optimizer)
+    spec = capture_model(workload, device=CPU)
+    session = opened(workload, spec)
+    reference, _, plan = session.train_seed(session.arms(plan_of(spec, BF16_O2)), 1)
+    start = sum(session.checkpoint.eval_losses)
+    moved = sum(reference.eval_losses) - start
+    assert moved < 0.0
+    assert sum(plan.eval_losses) - start == pytest.approx(moved, rel=0.05)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [1, STEPS + 3, 2 * STEPS + 1, 3 * STEPS + 5, 5 * STEPS])
+def test_a_kill_costs_at_most_the_branch_in_flight(tmp_path: Path, kill_at: int) -> None:
+    plain = mlp_workload()
+    spec = capture_model(plain, device=CPU)
+    plan = plan_of(spec, TENSORWISE)
+    whole = gather_evidence(opened(plain, spec), plan)
+    steps = 0
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal steps
+        if torch.is_grad_enabled():
+            steps += 1
+            if steps == kill_at:
+                raise Killed
+        return plain.loss_fn(model, batch)
+
+    workload = changed(plain, loss_fn=loss_fn)
+    with pytest.raises(Killed):
+        gather_evidence(opened(workload, spec, folder=tmp_path), plan)
+    resumed = gather_evidence(opened(workload, spec, folder=tmp_path), plan)
+    assert resumed.branches == whole.branches
+    count = STEPS * (1 + len(whole.branches)) + 2  # and two steps for the floor
+    assert steps - count <= STEPS + 2
+
+
+def test_saved_branches_of_another_setup_are_not_picked_up(tmp_path: Path) -> None:
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    plan = plan_of(spec, TENSORWISE)
+    one = gather_evidence(opened(workload, spec, folder=tmp_path), plan)
+    asked = replace(terms(), branch_steps=STEPS + 1)
+    other = gather_evidence(opened(workload, spec, folder=tmp_path, asked=asked), plan)
+    assert len(other.branches[0].curve) == STEPS + 1
+    assert one.branches != other.branches
+
+
+def test_a_changed_workload_is_told_from_the_saved_one(tmp_path: Path) -> None:
+    plain = mlp_workload()
+    spec = capture_model(plain, device=CPU)
+    opened(changed(plain), spec, folder=tmp_path)
+    shifted = changed(plain, loss_fn=lambda model, batch: plain.loss_fn(model, batch) * 2)
+    with pytest.raises(RecordError, match="evaluates to another loss now"):
+        opened(shifted, spec, folder=tmp_path)
+
+
+def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    model = workload.build_model(seed=9)
+    optimizer = workload.build_optimizer(model)
+    workload.loss_fn(model, next(workload.train_batches(3))).backward()  # type: ignore[no-untyped-call]  # torch's own
+    optimizer.step()
+    path = tmp_path / "whole.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    session = opened(workload, spec, checkpoint=path)
+    assert session.warmup_steps == 0
+    own = evaluate(session.bench, model)
+    assert session.checkpoint.eval_losses == own
+    torch.save(model.state_dict(), path)
+    assert opened(workload, spec, checkpoint=path).warmup_steps == STEPS
+    path.write_bytes(b"broken")
+    with pytest.raises(RecordError, match="weights_only=True"):
+        opened(workload, spec, checkpoint=path)
+
+
+def test_dropout_masks_are_paired() -> None:
+    workload = token_workload(dropout=0.5)
+    found = verified(workload, BF16_O2, tolerance=0.5)
+    assert found.floor == 0.0
+    assert found.gap is not None
+    assert abs(found.gap.mean) < 0.01
+    assert any("one branch serves as plan and control" in note for note in found.notes)
+
+
+def noisy(workload: Workload, noise: torch.Generator, scale: float = 1e-3) -> Workload:
+    """Return the workload with rounding noise that no seed controls, in training only."""
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return workload.loss_fn(model, batch)
+        x = batch[0] * (1.0 + scale * torch.randn(batch[0].shape, generator=noise))
+        return workload.loss_fn(model, (x, batch[1]))
+
+    return changed(workload, loss_fn=loss_fn)
+
+
+def test_training_that_is_not_deterministic_has_a_floor() -> None:
+    workload = noisy(mlp_workload(), torch.Generator().manual_seed(0))
+    found = verified(workload, BF16_O2, tolerance=0.5)
+    assert found.floor is not None
+    assert found.floor > 0.0
+    assert any("not deterministic" in note for note in found.notes)
+
+
+def test_the_reference_against_itself_is_refuted_in_at_most_one_of_twenty() -> None:
+    """40 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
+    workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
+    bench = Bench(workload, CPU, 0, 4, list(workload.eval_batches())[:2])
+    start: Checkpoint = warm_up(bench, steps=4)
+    looks = Looks()
+    refuted = 0
+    for repeat in range(40):
+        gaps: list[float] = []
+        for seed in range(looks.seeds_max):
+            losses = [
+                train_branch(bench, start, REFERENCE, seed=1000 * repeat + seed).eval_loss
+                for _ in range(2)
+            ]
+            assert losses[0] is not None
+            assert losses[1] is not None
+            gaps.append((losses[1] - losses[0]) / losses[0])
+            if len(gaps) >= looks.seeds_min:
+                verdict = judge(gap_interval(gaps, looks), 0.0)
+                if verdict is not Verdict.INCONCLUSIVE:
+                    refuted += verdict is Verdict.REFUTED
+                    break
+    assert refuted <= 2
+
+
+def test_a_spread_too_large_to_decide_says_what_it_would_take() -> None:
+    workload = noisy(mlp_workload(), torch.Generator().manual_seed(2), scale=0.5)
+    found = verified(workload, BF16_O2, tolerance=1e-7)
+    assert found.verdict in (Verdict.INCONCLUSIVE, Verdict.REFUTED)
+    if found.verdict is Verdict.INCONCLUSIVE:
+        assert "seeds" in found.advice
+
+
+def nan_from(step: int) -> Workload:
+    plain = mlp_workload()
+
+    def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (x, y) in enumerate(plain.train_batches(seed)):
+            yield (x * math.nan if seed > 0 and index >= step else x), y
+
+    return changed(plain, train_batches=train_batches)
+
+
+def test_a_reference_that_does_not_train_is_one_clear_line() -> None:
+    with pytest.raises(WorkloadError, match="at step 3 of the branch of seed 1") as caught:
+        verified(nan_from(3), BF16_O2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_constant_loss_is_refused() -> None:
+    workload = changed(
+        mlp_workload(), loss_fn=lambda model, batch: model(batch[0]).mean() * 0.0 + 1.0
+    )
+    with pytest.raises(WorkloadError, match="training must move the evaluation loss"):
+        verified(workload, BF16_O2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"tolerance": -1.0}, "zero or more"),
+        ({"tolerance": math.nan}, "zero or more"),
+        ({"branch_steps": 1}, "branch_steps >= 2"),
+        ({"seeds_min": 1}, "seeds_min <= seeds_max"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments: dict[str, float], rule: str) -> None:
+    workload = mlp_workload()
+    plan = plan_of(capture_model(workload, device=CPU), BF16_O2)
+    with pytest.raises(AutoprecError, match=rule):
+        verify_plan(workload, plan, device=CPU, **{"tolerance": 0.1, **arguments})  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_no_plan_is_an_error() -> None:
+    with pytest.raises(InfeasibleError, match="at least one plan"):
+        verify_front(mlp_workload(), [], device=CPU, tolerance=0.1)
+
+
+def test_a_time_budget_ends_the_test_before_a_seed_begins() -> None:
+    workload = mlp_workload()
+    found = verify_plan(
+        workload,
+        plan_of(capture_model(workload, device=CPU), BF16_O2),
+        device=CPU,
+        tolerance=0.1,
+        warmup_steps=2,
+        branch_steps=2,
+        time_budget_s=0.0,
+    )
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "the time budget ended after 0 of 3 seeds" in found.advice
