@@ -9,6 +9,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.precision import fp8_support
 from autoprec.records import Check, Plan, PlanCheck, Precision
 from autoprec.runtime import apply, check_applied, check_fit, fp8_self_test
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.workload import Workload, load_workload, take_batches
 
 
@@ -48,7 +49,8 @@ def _model_checks(plan: Plan, workload: Workload, device: torch.device) -> list[
     except PlanMismatchError as error:
         return [Check(name="fits the model", is_good=False, detail=str(error))]
     fits = Check(name="fits the model", is_good=True, detail="every layer by name, kind and shape")
-    ran = check_applied(model, batch, loss_fn=workload.loss_fn)
+    with fast_fp8_gemms(device):
+        ran = check_applied(model, batch, loss_fn=workload.loss_fn)
     return [fits, *(_named(check) for check in ran)]
 
 

@@ -9,6 +9,7 @@ depth-free table's includes warming up and all else that `measure_sensitivity` d
 """
 
 import argparse
+import importlib
 import random
 import statistics
 import sys
@@ -34,11 +35,9 @@ SUBSETS = 12
 def deep_workload() -> Workload:
     """Return the demo with 25 narrow blocks."""
     sys.path.insert(0, str(EXAMPLES))
-    import char_gpt
-
-    char_gpt.WIDTH, char_gpt.HEADS, char_gpt.DEPTH = 64, 4, 25
-    char_gpt.BLOCK, char_gpt.BATCH = 64, 8
-    names = "build_model train_batches loss_fn build_optimizer eval_batches".split()
+    char_gpt = importlib.import_module("char_gpt")
+    vars(char_gpt).update(WIDTH=64, HEADS=4, DEPTH=25, BLOCK=64, BATCH=8)
+    names = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
     functions = {name: getattr(char_gpt, name) for name in names}
     return workload_from(SimpleNamespace(**functions), name="deep char_gpt")
 

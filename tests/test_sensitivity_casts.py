@@ -49,8 +49,8 @@ def run_torchao(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cls = import_torchao().float8_linear.Float8Linear
     layer = cls.from_float(linear, float8_config(option))
     x.requires_grad_()
-    y = layer(x)
-    y.backward(grad)
+    y: Tensor = layer(x)
+    torch.autograd.backward(y, grad)
     assert x.grad is not None
     return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
 
@@ -62,7 +62,7 @@ def run_emulated(
     for leaf in (x, weight, bias):
         leaf.requires_grad_()
     y = emulated_linear(option, amax)(x, weight, bias)
-    y.backward(grad)
+    torch.autograd.backward(y, grad)
     assert x.grad is not None
     assert weight.grad is not None
     assert bias.grad is not None
@@ -105,11 +105,13 @@ def test_fast_gemms_nest_and_leave_the_real_kernel_behind() -> None:
 
 
 def test_scaled_mm_takes_a_bias_and_a_result_scale() -> None:
-    a = torch.randn(16, 32).to(torch.float8_e4m3fn)
-    b = torch.randn(8, 32).to(torch.float8_e4m3fn).t()
-    rows, columns, bias = torch.rand(16, 1), torch.rand(1, 8), torch.rand(8)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(16, 32, generator=generator).to(torch.float8_e4m3fn)
+    b = torch.randn(8, 32, generator=generator).to(torch.float8_e4m3fn).t()
+    rows, columns, bias = (torch.rand(s, generator=generator) for s in ((16, 1), (1, 8), (8,)))
     found = scaled_mm(a, b, rows, columns, bias, torch.tensor(2.0), torch.float32)
-    assert torch.allclose(found, 2 * ((a.float() * rows) @ (b.float() * columns) + bias))
+    expected = 2 * ((a.double() * rows) @ (b.double() * columns) + bias)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FP8_DTYPES)

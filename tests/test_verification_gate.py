@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprec.capture import capture_model
 from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
+from autoprec.gap import predicted_loss_gap
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -28,8 +29,10 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
+from autoprec.sensitivity import measure_sensitivity
 from autoprec.verification import verify_front, verify_plan
 from autoprec.verification.branches import Bench, Checkpoint, evaluate, train_branch, warm_up
+from autoprec.verification.evidence import predicted_gap
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.sequential import Looks, gap_interval, judge
 from autoprec.verification.session import REFERENCE, Session, Terms, open_session
@@ -39,6 +42,11 @@ from tests.models import mlp_workload, token_workload
 CPU = torch.device("cpu")
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoprec.verification.steps.TIMING_SAMPLES", 1)
 
 
 def changed(workload: Workload, **functions: object) -> Workload:
@@ -254,6 +262,20 @@ def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
     path.write_bytes(b"broken")
     with pytest.raises(RecordError, match="weights_only=True"):
         opened(workload, spec, checkpoint=path)
+
+
+def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    sensitivity = measure_sensitivity(workload, spec, device=CPU, warmup_steps=4)
+    plan = plan_of(spec, BF16_O2).model_copy(update={"e": 0.01})
+    session = opened(workload, spec)
+    curve = tuple(enumerate(session.checkpoint.curve, start=1))
+    longer = sensitivity.model_copy(update={"loss_curve": curve})
+    expected = predicted_loss_gap(longer, 0.01, STEPS, start=STEPS)
+    assert expected is not None
+    assert predicted_gap(session, plan, sensitivity) == expected
+    assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None
 
 
 def test_dropout_masks_are_paired() -> None:

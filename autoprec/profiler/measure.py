@@ -72,7 +72,9 @@ def profile_model(
     """Measure what every layer costs in every option, and what whole steps cost.
 
     Args:
-        workload, spec, device: the user's functions, the captured model, where to measure.
+        workload: the user's functions.
+        spec: the captured model.
+        device: where to measure.
         options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
@@ -88,14 +90,7 @@ def profile_model(
     )
     cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
     steps = _time_uniform_steps(
-        workload,
-        rows,
-        groups,
-        fp32_ms=recorded.step_ms,
-        device=device,
-        clock=clock,
-        seed=seed,
-        progress=progress,
+        workload, rows, groups, recorded, device=device, clock=clock, seed=seed, progress=progress
     )
     fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
     return Profile(
@@ -233,8 +228,8 @@ def _time_uniform_steps(
     workload: Workload,
     rows: Sequence[LayerTiming],
     groups: Sequence[Group],
+    recorded: Recorded,
     *,
-    fp32_ms: float,
     device: torch.device,
     clock: Clock,
     seed: int,
@@ -245,7 +240,7 @@ def _time_uniform_steps(
     arms: dict[str, Arm] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
     has_fp8 = any(option.is_fp8 for option in fp8.values())
     surplus_ms = sum_totals(rows, fp8) - sum_totals(rows, bf16)
-    is_slow = surplus_ms > (SLOW_STEP - 1) * fp32_ms
+    is_slow = surplus_ms > (SLOW_STEP - 1) * recorded.step_ms
     if has_fp8 and not is_slow:
         arms["fp8_o1"] = fp8
     steps = time_steps(
@@ -258,7 +253,10 @@ def _time_uniform_steps(
         progress=progress,
         warmup=STEP_WARMUP,
         stopping=Stopping(
-            STEP_SAMPLES, STEP_LEAST, budget_ms=STEP_BUDGET * fp32_ms, rejections=STEP_LEAST
+            STEP_SAMPLES,
+            STEP_LEAST,
+            budget_ms=STEP_BUDGET * recorded.step_ms,
+            rejections=STEP_LEAST,
         ),
     )
     if has_fp8 and is_slow:

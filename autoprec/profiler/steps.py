@@ -68,7 +68,8 @@ def time_steps(
     Args:
         workload: builds the model, the batches and the optimizer of every arm.
         arms: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
-        device, clock: where to train, and how to time it.
+        device: where to train.
+        clock: how to time.
         samples: timed steps per arm; `stopping`, when given, decides instead.
         seed: of models, batches and turns.
         progress: told of every round.
@@ -79,29 +80,36 @@ def time_steps(
     Raises:
         DeviceError: an arm does not fit into the device's memory.
     """
-    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
-    shared = Shared(workload, device, batches, seed)
-    stopping = stopping or Stopping(samples=samples)
+    shared = _share(workload, device=device, seed=seed)
+    stopping = stopping or Stopping(samples)
     built = {label: _build_arm(shared, label, arm) for label, arm in arms.items()}
-
-    def prepare(number: int) -> None:
-        shared.position = number
-        progress("steps", min(number, stopping.samples), stopping.samples)
-
     found = sample_interleaved(
         {label: one.step for label, one in built.items()},
         clock=clock,
         stopping=stopping,
         warmup=warmup - 1,  # building an arm runs its first step
-        prepare=prepare,
+        prepare=_turn_batches(shared, progress, stopping.samples),
         monitor=monitor or find_monitor(device),
         seed=seed,
     )
     sensor = find_sensor(device)
     return tuple(
-        _step_timing(label, one, found[label], clock=clock, sensor=sensor)
-        for label, one in built.items()
+        _step_timing(label, built[label], samples, clock=clock, sensor=sensor)
+        for label, samples in found.items()
     )
+
+
+def _turn_batches(shared: Shared, progress: Progress, rounds: int) -> Callable[[int], None]:
+    def prepare(number: int) -> None:
+        shared.position = number
+        progress("steps", min(number, rounds), rounds)
+
+    return prepare
+
+
+def _share(workload: Workload, *, device: torch.device, seed: int) -> Shared:
+    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
+    return Shared(workload, device, batches, seed)
 
 
 @dataclass(frozen=True)

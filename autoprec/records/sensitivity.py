@@ -74,9 +74,9 @@ class Sensitivity(FileRecord):
 
     `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`; `passes` counts
     forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
-    names P (`adam`, `identity`, ...). `flow` is what the joint e of uniform BF16 has
-    beyond its rows; it is paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the reference
-    (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
+    names P (`adam`, `identity`, ...). `flow` is what the joint e of uniform BF16 has beyond its
+    rows; it is paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the
+    reference (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
     `gradient_noise` is the relative variance of the minibatch gradient, for scale.
     """
 

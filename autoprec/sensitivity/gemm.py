@@ -26,14 +26,16 @@ def fast_fp8_gemms(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's own
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered")
-            library.impl("_scaled_mm", scaled_mm, "CPU", allow_override=True)
+            library.impl(  # type: ignore[no-untyped-call]  # torch's own
+                "_scaled_mm", scaled_mm, "CPU", allow_override=True
+            )
         yield
     finally:
-        library._destroy()
+        library._destroy()  # type: ignore[no-untyped-call]  # torch's own
 
 
 def scaled_mm(
@@ -44,7 +46,7 @@ def scaled_mm(
     bias: Tensor | None = None,
     scale_result: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    use_fast_accum: bool = False,  # noqa: FBT001 - the operator's own signature
+    use_fast_accum: bool = False,
 ) -> Tensor:
     """Return what `torch._scaled_mm` does; scales are one number, or [M, 1] and [1, N]."""
     b = fp8_to_float(b.t()).t()  # it comes column-major, and so it stays

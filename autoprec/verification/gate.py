@@ -152,7 +152,7 @@ def _first_not_refuted(
             logger.info("plan %d of %d is refuted; trying the next", index + 1, len(plans))
             refuted.append(plan)
             continue
-        steps = time_plan(session, evidence, profile)
+        steps = time_plan(session, evidence, plan, profile)
         return index, make_verification(session, plan, evidence, steps, refuted, sensitivity)
     raise InfeasibleError("verification needs at least one plan, but got none; search first")
 

@@ -1,7 +1,7 @@
 """The measured step time of the plan, interleaved with what the user would run otherwise."""
 
 from autoprec.profiler import time_steps
-from autoprec.records import Basis, Profile, StepTiming
+from autoprec.records import Basis, Plan, Profile, StepTiming
 from autoprec.timing import make_clock
 from autoprec.verification.evidence import Evidence
 from autoprec.verification.session import Session
@@ -10,23 +10,24 @@ TIMING_SAMPLES = 12  # per arm; the median's interval is then about the 3rd to t
 
 
 def time_plan(
-    session: Session, evidence: Evidence, profile: Profile | None
+    session: Session, evidence: Evidence, plan: Plan, profile: Profile | None
 ) -> tuple[StepTiming, ...]:
     """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
 
     A plan that equals uniform BF16 O2 is timed as an arm of its own all the same: the two
     intervals then show how well equal arms agree.
     """
-    if profile is not None and profile.basis is not Basis.MEASURED:
+    basis = plan.fingerprint.time_basis if profile is None else profile.basis
+    if basis is not Basis.MEASURED:
         return ()
-    _, control, plan = evidence.arms
+    _, control, chosen = evidence.arms
     return time_steps(
         session.bench.workload,
         {
             "fp32": {},
             "bf16_o2": control.options,
             "autocast_bf16": "autocast_bf16",
-            "plan": plan.options,
+            "plan": chosen.options,
         },
         device=session.bench.device,
         clock=make_clock(session.bench.device),
