@@ -78,11 +78,11 @@ def capture_model(
     progress("capture", 0, 3)
     first = run_step(workload, model, batches[0], seed=seed)
     layers = find_layers(model)  # after a step: lazy modules have their parameters now
-    calls = _Calls()
+    calls = Calls()
     with recorded_calls(layers, calls):
         second = run_step(workload, model, batches[0], seed=seed)
     progress("capture", 2, 3)
-    _scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
+    scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
     optimizer = workload.build_optimizer(model)
     optimizer.step()
     progress("capture", 3, 3)
@@ -92,7 +92,7 @@ def capture_model(
         calls=calls,
         support=fp8_support(device),
         optimizer=type(optimizer).__name__,
-        state_ratio=_state_ratio(optimizer),
+        state_ratio=optimizer_state_ratio(optimizer),
         has_randomness=first.used_randomness,
         is_deterministic=first.fingerprint == second.fingerprint,
         loss=first.loss,
@@ -194,7 +194,7 @@ def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -
 
 
 @dataclass
-class _Calls:
+class Calls:
     """What hooks saw: per layer, the tensor inputs of each call, and all token counts M."""
 
     inputs: dict[str, Counter[tuple[TensorSpec, ...]]] = field(default_factory=dict)
@@ -202,7 +202,7 @@ class _Calls:
 
 
 @contextmanager
-def recorded_calls(layers: Mapping[str, nn.Module], calls: _Calls) -> Iterator[None]:
+def recorded_calls(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
     """Record the inputs of every layer's forward while the context is open."""
     handles = [
         layer.register_forward_pre_hook(_recorder(name, layer, calls), with_kwargs=True)
@@ -219,7 +219,7 @@ def make_spec(
     model: nn.Module,
     *,
     layers: Mapping[str, nn.Module],
-    calls: _Calls,
+    calls: Calls,
     support: Fp8Support,
     optimizer: str,
     state_ratio: float,
@@ -274,7 +274,7 @@ def _children_own_parameters(module: nn.Module) -> bool:
     )
 
 
-def _recorder(name: str, layer: nn.Module, calls: _Calls):  # type: ignore[no-untyped-def]  # a hook
+def _recorder(name: str, layer: nn.Module, calls: Calls):  # type: ignore[no-untyped-def]  # a hook
     def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors = batch_tensors([*args, *kwargs.values()])
         if not torch.is_grad_enabled() and calls.inputs.get(name) is None:
@@ -289,13 +289,13 @@ def _recorder(name: str, layer: nn.Module, calls: _Calls):  # type: ignore[no-un
     return record
 
 
-def _scan_shapes(
+def scan_shapes(
     workload: Workload,
     model: nn.Module,
     *,
     layers: Mapping[str, nn.Module],
     batches: list[Batch],
-    calls: _Calls,
+    calls: Calls,
 ) -> None:
     """Look at the M of batches whose shapes differ from the first's, such as a short last one."""
     seen = {_signature(batches[0])}
@@ -335,7 +335,7 @@ def _layer_spec(
     name: str,
     layer: nn.Module,
     *,
-    calls: _Calls,
+    calls: Calls,
     tied_to: str | None,
     support: Fp8Support,
     names: dict[int, str],
@@ -388,7 +388,7 @@ def _without_fp8(
     return kept, (Refusal(precision=Precision.FP8_O1, reason=reason),)
 
 
-def _state_ratio(optimizer: torch.optim.Optimizer) -> float:
+def optimizer_state_ratio(optimizer: torch.optim.Optimizer) -> float:
     """Return state elements per parameter element, scalars (step counters) left out."""
     state = sum(
         value.numel()
@@ -408,6 +408,8 @@ def _generator_states() -> list[Tensor]:
 
 
 __all__ = [
+    "SCANNED_BATCHES",
+    "Calls",
     "StepResult",
     "capture_model",
     "find_layers",
@@ -417,7 +419,9 @@ __all__ = [
     "make_spec",
     "model_structure",
     "move_batch",
+    "optimizer_state_ratio",
     "recorded_calls",
     "run_step",
+    "scan_shapes",
     "type_name",
 ]

@@ -59,6 +59,15 @@ Checkpoint = Annotated[
     typer.Option(help="Start from this checkpoint (state dict) instead of from scratch."),
 ]
 Parallel = Annotated[str, typer.Option(help="With a device profile: fsdp=8, tp=8 or fsdp=32,tp=8.")]
+Meta = Annotated[
+    bool, typer.Option("--meta", help="Capture without weights: for a model too large for here.")
+]
+Compiled = Annotated[
+    Optional[bool],  # noqa: UP045 - typer reads it at run time
+    typer.Option(
+        "--compile/--eager", help="With a device profile: torch.compile (the default) or eager."
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
@@ -85,6 +94,8 @@ def tune(
         typer.Option(help="Use this sensitivity.json instead of measuring."),
     ] = None,
     parallel: Parallel = "",
+    compiled: Compiled = None,
+    meta: Meta = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the training proof.")
     ] = False,
@@ -106,6 +117,8 @@ def profile(
     recipes: Recipes = DEFAULT_RECIPES,
     seed: Seed = 0,
     parallel: Parallel = "",
+    compiled: Compiled = None,
+    meta: Meta = False,
     as_json: Json = False,
 ) -> None:
     """Measure (or predict) time and memory of every layer and option: profile.json."""
@@ -251,6 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:
         print(f"autoprec: error: {error.format_message()}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:  # typer catches it inside a command only
+        status = INTERRUPTED
     if status == INTERRUPTED:
         print(
             "autoprec: interrupted; finished stages are kept, add --resume to go on",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 IMPORT_NOISE = (
     ("torchao", "Failed to load"),
     ("torch.utils._pytree", "register_constant"),
-    ("", "Detected no triton"),
+    ("torchao.kernel.intmm", "Detected no triton"),
 )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from autoprec.errors import RecordError
+from autoprec.errors import DeviceError, RecordError
 from autoprec.records import (
     Certificate,
     Estimate,
@@ -33,6 +33,10 @@ from autoprec.settings import Settings, constraint_of, fp8_options
 if TYPE_CHECKING:
     import torch
 
+    from autoprec.sensitivity import Reference
+
+R = TypeVar("R", Profile, Sensitivity)
+OpenReference = Callable[[], "Reference"]
 Evaluate = Callable[[tuple[Option, ...]], Estimate]
 
 
@@ -58,30 +62,30 @@ def tune_workload(settings: Settings) -> Outcome:
     """Run every stage, save what each made, and write the report."""
     open_folder(settings.out)
     profile = staged(settings, "profile", Profile, lambda: make_profile(settings))
-    sensitivity = (
-        Sensitivity.load(settings.sensitivity)
-        if settings.sensitivity
-        else staged(
-            settings,
-            "sensitivity",
-            Sensitivity,
-            lambda: make_sensitivity(settings, profile.model),
-            after=("profile",),
-        )
+    reference = reference_opener(settings, profile.model)
+    sensitivity = staged(
+        settings,
+        "sensitivity",
+        Sensitivity,
+        lambda: make_sensitivity(settings, profile.model, reference),
+        after=("profile",),
     )
     search = staged(
         settings,
         "search",
         Search,
         lambda: make_search(
-            settings, profile, sensitivity, evaluate=joint_meter(settings, profile.model)
+            settings,
+            profile,
+            sensitivity,
+            evaluate=joint_meter(settings, profile.model, reference),
         ),
         after=("profile", "sensitivity"),
     )
     plan = make_plan(settings, profile, sensitivity, search)
     plan.save(settings.out / "plan.json")
     verification = None
-    if settings.verify:
+    if settings.verify and not settings.meta:
         verification = staged(
             settings,
             "verification",
@@ -106,14 +110,18 @@ def sensitivity_stage(settings: Settings) -> Sensitivity:
     open_folder(settings.out)
     path = settings.out / "profile.json"
     spec = Profile.load(path).model if path.exists() else captured_model(settings)
-    return staged(settings, "sensitivity", Sensitivity, lambda: make_sensitivity(settings, spec))
+    reference = reference_opener(settings, spec)
+    return staged(
+        settings, "sensitivity", Sensitivity, lambda: make_sensitivity(settings, spec, reference)
+    )
 
 
 def search_stage(settings: Settings) -> Plan:
     """Make search.json and plan.json from a folder's profile.json and sensitivity.json."""
     profile = Profile.load(settings.out / "profile.json")
-    sensitivity = Sensitivity.load(settings.sensitivity or settings.out / "sensitivity.json")
-    evaluate = joint_meter(settings, profile.model)
+    path = settings.sensitivity or settings.out / "sensitivity.json"
+    sensitivity = given_sensitivity(path, profile.model)
+    evaluate = joint_meter(settings, profile.model, reference_opener(settings, profile.model))
     search = make_search(settings, profile, sensitivity, evaluate=evaluate)
     search.save(settings.out / "search.json")
     plan = make_plan(settings, profile, sensitivity, search)
@@ -133,6 +141,8 @@ def verify_stage(settings: Settings, plan_path: Path) -> Verification:
         plan,
         device=numerics_device(settings),
         tolerance=settings.loss_tolerance,
+        profile=saved_beside(plan_path, plan, Profile),
+        sensitivity=saved_beside(plan_path, plan, Sensitivity),
         state_dir=settings.out / "branches",
         checkpoint=settings.checkpoint,
         seed=settings.seed,
@@ -143,10 +153,25 @@ def verify_stage(settings: Settings, plan_path: Path) -> Verification:
     return verification
 
 
+def saved_beside(plan_path: Path, plan: Plan, record: type[R]) -> R | None:
+    """Return the profile or sensitivity in the plan's folder, if it is there and of its model."""
+    path = plan_path.parent / f"{record.KIND}.json"
+    if not path.exists():
+        return None
+    found = record.load(path)
+    structure = found.model.structure if isinstance(found, Profile) else found.structure
+    return found if structure == plan.fingerprint.structure else None
+
+
 def make_profile(settings: Settings) -> Profile:
     """Capture the workload and measure its cost here, or predict it for a device profile."""
     if not settings.is_local:
         return predicted_profile(settings)
+    if settings.compiled:
+        raise DeviceError(
+            "--compile is for a device profile as the target, since on the machine at hand the "
+            f"eager step is timed, but the target is {settings.target!r}; leave it out"
+        )
     from autoprec.profiler import profile_model
     from autoprec.workload import load_workload
 
@@ -169,13 +194,19 @@ def predicted_profile(settings: Settings) -> Profile:
         captured_model(settings),
         target,
         parallel=parse_parallel(settings.parallel) if settings.parallel else None,
-        compiled=settings.compiled,
+        compiled=settings.is_compiled,
         options=fp8_options(settings),
     )
 
 
-def make_sensitivity(settings: Settings, spec: ModelSpec) -> Sensitivity:
-    """Measure what each option does to loss and gradient, on the machine at hand."""
+def make_sensitivity(settings: Settings, spec: ModelSpec, reference: OpenReference) -> Sensitivity:
+    """Measure what each option does to loss and gradient, or take it from where it is known."""
+    if settings.sensitivity:
+        return given_sensitivity(settings.sensitivity, spec)
+    if settings.meta:
+        from autoprec.transfer import unknown_sensitivity
+
+        return unknown_sensitivity(spec)
     from autoprec.sensitivity import measure_sensitivity
     from autoprec.workload import load_workload
 
@@ -184,25 +215,50 @@ def make_sensitivity(settings: Settings, spec: ModelSpec) -> Sensitivity:
         spec,
         device=numerics_device(settings),
         options=fp8_options(settings),
-        checkpoint=settings.checkpoint,
-        seed=settings.seed,
         progress=settings.progress,
+        reference=reference(),
     )
 
 
-def joint_meter(settings: Settings, spec: ModelSpec) -> Evaluate | None:
-    """Return the measurement of a whole plan's e, opened on first use; None without a workload."""
-    if not settings.workload:
+def reference_opener(settings: Settings, spec: ModelSpec) -> OpenReference:
+    """Return what prepares the warmed-up reference on first use: two stages share it."""
+
+    @cache
+    def open_reference() -> "Reference":
+        from autoprec.sensitivity import prepare_reference
+        from autoprec.workload import load_workload
+
+        return prepare_reference(
+            load_workload(settings.workload),
+            spec,
+            device=numerics_device(settings),
+            checkpoint=settings.checkpoint,
+            seed=settings.seed,
+            progress=settings.progress,
+        )
+
+    return open_reference
+
+
+def given_sensitivity(path: Path, spec: ModelSpec) -> Sensitivity:
+    """Return a saved sensitivity; one of another model is transferred by role and depth."""
+    from autoprec.transfer import transfer_sensitivity
+
+    given = Sensitivity.load(path)
+    return given if given.structure == spec.structure else transfer_sensitivity(given, spec)
+
+
+def joint_meter(settings: Settings, spec: ModelSpec, reference: OpenReference) -> Evaluate | None:
+    """Return the measurement of a whole plan's e, opened on first use; None where it cannot be."""
+    if not settings.workload or spec.device == "meta":
         return None
 
     @cache
     def open_meter() -> Evaluate:
         from autoprec.sensitivity import JointMeter
-        from autoprec.workload import load_workload
 
-        workload = load_workload(settings.workload)
-        device = numerics_device(settings)
-        return JointMeter(workload, spec, device=device, seed=settings.seed).measure
+        opened = reference()
+        return JointMeter(opened.workload, spec, device=opened.device, reference=opened).measure
 
     return lambda options: open_meter()(options)
 
@@ -215,7 +271,9 @@ def numerics_device(settings: Settings) -> "torch.device":
 
 
 def captured_model(settings: Settings) -> ModelSpec:
-    """Capture the workload on the machine at hand."""
+    """Capture the workload on the machine at hand, or without storage on the meta device."""
+    if settings.meta:
+        return captured_on_meta(settings)
     from autoprec.capture import capture_model
     from autoprec.workload import load_workload
 
@@ -224,6 +282,25 @@ def captured_model(settings: Settings) -> ModelSpec:
         device=numerics_device(settings),
         seed=settings.seed,
         progress=settings.progress,
+    )
+
+
+def captured_on_meta(settings: Settings) -> ModelSpec:
+    """Capture the workload without storage, for a target that is not here.
+
+    Raises:
+        DeviceError: the target is the machine at hand, which can time nothing of it.
+    """
+    from autoprec.capture_meta import capture_on_meta
+    from autoprec.workload import load_workload
+
+    if settings.is_local:
+        raise DeviceError(
+            "--meta needs a device profile as its target, since nothing is run that could be "
+            f"timed, but the target is {settings.target!r}; add e.g. --target h100-sxm"
+        )
+    return capture_on_meta(
+        load_workload(settings.workload), seed=settings.seed, progress=settings.progress
     )
 
 

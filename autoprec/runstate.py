@@ -17,8 +17,8 @@ from autoprec.settings import Settings
 
 STAGES = ("profile", "sensitivity", "search", "verification")
 STAGE_SETTINGS = {
-    "profile": ("target", "recipes", "seed", "parallel", "compiled"),
-    "sensitivity": ("recipes", "seed", "checkpoint"),
+    "profile": ("target", "recipes", "seed", "parallel", "is_compiled", "meta"),
+    "sensitivity": ("recipes", "seed", "checkpoint", "meta"),
     "search": ("loss_tolerance", "kept", "trials", "time_budget_s", "seed", "storage", "study"),
     "verification": ("loss_tolerance", "seed", "checkpoint"),
 }
@@ -91,5 +91,7 @@ def _stage_digest(settings: Settings, stage: str, *, inputs: list[str]) -> str:
     chosen = {name: str(getattr(settings, name)) for name in STAGE_SETTINGS[stage]}
     file = Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
     source = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    if stage == "sensitivity" and settings.sensitivity and settings.sensitivity.is_file():
+        inputs = [*inputs, hashlib.sha256(settings.sensitivity.read_bytes()).hexdigest()]
     text = json.dumps([stage, chosen, source, settings.workload, __version__, inputs])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,7 +13,10 @@ LOCAL_TARGETS = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. Times in seconds, `loss_tolerance` relative (0.001 = 0.1 %)."""
+    """What the user asked for. Times in seconds, `loss_tolerance` relative (0.001 = 0.1 %).
+
+    `meta`: the model is captured without storage, so nothing of it can be measured.
+    """
 
     workload: str = ""
     target: str = "auto"
@@ -29,7 +32,8 @@ class Settings:
     checkpoint: Path | None = None
     sensitivity: Path | None = None
     parallel: str = ""
-    compiled: bool = False
+    compiled: bool | None = None
+    meta: bool = False
     verify: bool = True
     resume: bool = False
     progress: Progress = field(default=report_nothing, compare=False)
@@ -38,6 +42,11 @@ class Settings:
     def is_local(self) -> bool:
         """Whether the target is the machine at hand rather than a device profile."""
         return self.target in LOCAL_TARGETS
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether predicted times are those of torch.compile: by default for a device profile."""
+        return not self.is_local if self.compiled is None else self.compiled
 
 
 def constraint_of(settings: Settings) -> Constraint:

@@ -173,15 +173,14 @@ def vit(faults: dict[str, int]) -> Family:
         generator = torch.Generator().manual_seed(seed)
         while True:
             chosen = torch.randint(len(labels) - HELD_OUT, (64,), generator=generator)
-            noise = 0.5 * torch.randn(
-                64, 1, 8, 8, generator=generator
-            )  # so that the loss stays > 0
+            # noise, so that the loss stays above 0
+            noise = 0.5 * torch.randn(64, 1, 8, 8, generator=generator)
             yield images[chosen] + noise, labels[chosen]
 
     def held_out() -> list[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(1)
         noisy = images[-HELD_OUT:] + 0.5 * torch.randn(HELD_OUT, 1, 8, 8, generator=generator)
-        return list(zip(noisy.split(64), labels[-HELD_OUT:].split(64), strict=True))
+        return list(zip(torch.split(noisy, 64), torch.split(labels[-HELD_OUT:], 64), strict=True))
 
     return Family(
         name="vit",
@@ -270,7 +269,7 @@ def encoder(faults: dict[str, int]) -> Family:
             yield tokens[chosen], masks[chosen], labels[chosen]
 
     def held_out() -> list[tuple[Tensor, Tensor, Tensor]]:
-        parts = (tensor[-HELD_OUT // 2 :].split(32) for tensor in (tokens, masks, labels))
+        parts = (torch.split(tensor[-HELD_OUT // 2 :], 32) for tensor in (tokens, masks, labels))
         return list(zip(*parts, strict=True))
 
     return Family(

@@ -1,15 +1,17 @@
 """Predicted against measured step time of mixed plans that the profile never saw.
 
-    python bench/profiler.py [--plans 10] [--seed 0] [examples/char_gpt.py ...]
+    python bench/profiler.py [--plans 10] [--seed 0] [--cpu-time] [examples/char_gpt.py ...]
 
 Each plan draws an option for every layer from those that were timed; it is predicted from the
-profile as the search does, and measured interleaved with the others. A machine that is busy with
-something else shows in the column of the uniform steps, which are measured again beside the plans.
+profile as the search does, and measured interleaved with the others. The uniform steps are measured
+again beside the plans: they show how far the machine itself moved in between. On a machine that is
+busy with something else use --cpu-time, the CPU time of one thread in place of the wall clock.
 """
 
 import argparse
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -18,7 +20,7 @@ from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import FP32, Basis, ModelSpec, Option, Profile
 from autoprec.search.costs import boundary_melements
-from autoprec.timing import make_clock
+from autoprec.timing import MOST_CPU_CACHE_BYTES, Clock, make_clock
 from autoprec.workload import load_workload
 
 EXAMPLES = ("examples/char_gpt.py", "examples/digits_cnn.py")
@@ -30,18 +32,22 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=EXAMPLES)
     parser.add_argument("--plans", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu-time", action="store_true")
     given = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if given.cpu_time:
+        torch.set_num_threads(1)
+    clock = CpuTimeClock() if given.cpu_time else make_clock(torch.device("cpu"))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, clock: {clock.name}")
     for path in given.workloads:
-        compare_plans(path, plans=given.plans, seed=given.seed)
+        compare_plans(path, plans=given.plans, seed=given.seed, clock=clock)
 
 
-def compare_plans(path: str, *, plans: int, seed: int) -> None:
+def compare_plans(path: str, *, plans: int, seed: int, clock: Clock) -> None:
     """Profile a workload, then print predicted and measured step times of random plans."""
     device = torch.device("cpu")
     workload = load_workload(path)
     spec = capture_model(workload, device=device)
-    profile = profile_model(workload, spec, device=device, seed=seed)
+    profile = profile_model(workload, spec, device=device, seed=seed, clock=clock)
     print(
         f"\n{path}: profile cost {profile.step_equivalents:.1f} FP32 steps, boundary cast "
         f"{profile.boundary_cast_ms_per_melement:.2f} ms per million elements"
@@ -50,9 +56,7 @@ def compare_plans(path: str, *, plans: int, seed: int) -> None:
     drawn = draw_plans(profile, count=plans, seed=seed)
     uniform = {"fp32": dict.fromkeys(spec.names, FP32), "bf16_o2": bf16_plan(spec)}
     arms: dict[str, dict[str, Option]] = {**uniform, **drawn}
-    measured = time_steps(
-        workload, arms, device=device, clock=make_clock(device), samples=SAMPLES, seed=seed
-    )
+    measured = time_steps(workload, arms, device=device, clock=clock, samples=SAMPLES, seed=seed)
     errors = []
     for step in measured:
         predicted = predict_step(profile, arms[step.label])
@@ -123,6 +127,24 @@ def predict_step(profile: Profile, plan: Mapping[str, Option]) -> float:
     cast_ms = profile.boundary_cast_ms_per_melement
     kept = [layer for layer in profile.model.layers if plan[layer.name] == FP32]
     return profile.fixed_bf16_ms + layers_ms + cast_ms * sum(map(boundary_melements, kept))
+
+
+class CpuTimeClock:
+    """CPU time of the calling thread in ms, from caches as cold as CpuClock leaves them."""
+
+    name = "cpu time of one thread"
+
+    def __init__(self) -> None:
+        self._buffer = torch.zeros(2 * MOST_CPU_CACHE_BYTES // 4)
+
+    def measure(self, fn: Callable[[], object]) -> float:
+        self._buffer.sum()
+        started = time.thread_time()
+        fn()
+        return (time.thread_time() - started) * 1e3
+
+    def synchronize(self) -> None:
+        return None
 
 
 if __name__ == "__main__":

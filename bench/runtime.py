@@ -85,7 +85,7 @@ def hand_written_step(plan: str, batch: Batch) -> Step:
             module_filter_fn=lambda _, name: name.rpartition(".")[2] in LAYERS_IN_FP8,
         )
     optimizer = torch.optim.AdamW(masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     tokens, targets = batch
 
     def step() -> None:

@@ -29,4 +29,4 @@ def test_all_lists_what_the_type_checker_sees() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'autoprec' has no attribute 'aply'"):
-        _ = autoprec.aply  # type: ignore[attr-defined]  # on purpose
+        _ = autoprec.aply

@@ -257,7 +257,7 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(tmp_path: Path) -> None:
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
-    assert started.returncode == 130
+    assert started.returncode == 130, err
     assert err.splitlines()[-1].startswith("autoprec: interrupted")
     assert "Traceback" not in err
     assert not list(out.glob(".*"))

@@ -11,7 +11,7 @@ import pytest
 import autoprec
 
 PACKAGE = Path(autoprec.__file__).parent
-TORCH_FREE = ("records", "search", "costmodel", "report", "settings", "gap", "export")
+TORCH_FREE = ("records", "search", "costmodel", "transfer", "report", "settings", "gap", "export")
 RANKS = {  # a room imports itself and rooms with a smaller number
     "errors": 0,
     "progress": 0,
@@ -26,6 +26,8 @@ RANKS = {  # a room imports itself and rooms with a smaller number
     "runstate": 3,
     "precision": 2,
     "capture": 3,
+    "capture_meta": 4,
+    "transfer": 3,
     "timing": 2,
     "nvml": 3,
     "device": 4,

@@ -36,7 +36,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> f
     x, y = next(mlp_workload().train_batches(seed))
     optimizer.zero_grad()
     loss = F.mse_loss(model(x), y)
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     return loss.item()
 
@@ -113,7 +113,7 @@ def test_undo_after_install_options_and_attach_works_without_apply() -> None:
 def test_a_view_is_plain_fp32_and_shares_the_masters() -> None:
     model = TiedTokens()
     autoprec.apply(plan_for(model), model)
-    view = autoprec.master_view(model)
+    view: Any = autoprec.master_view(model)
     assert view.head.weight is view.embedding.weight
     assert {p.dtype for p in view.parameters()} == {torch.float32}
     assert list(view.state_dict()) == list(model.state_dict())
@@ -126,7 +126,7 @@ def test_a_view_is_plain_fp32_and_shares_the_masters() -> None:
     assert torch.equal(view.head.weight, before - 1e-3)
 
 
-DIFFERENCES = {
+DIFFERENCES: dict[str, Any] = {
     "layer 'third' is in the plan only": lambda layers: [
         *layers,
         layers[0].model_copy(update={"name": "third"}),
@@ -211,7 +211,7 @@ def test_a_plan_is_applied_once_and_undone_once() -> None:
     with pytest.raises(PlanMismatchError, match=r"call autoprec\.undo"):
         autoprec.apply(plan, model)
     autoprec.undo(model)
-    with pytest.raises(PlanMismatchError, match="call autoprec.apply"):
+    with pytest.raises(PlanMismatchError, match=r"call autoprec\.apply"):
         autoprec.undo(model)
     autoprec.apply(plan_for(model, TENSORWISE), model)
 

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.errors import PlanMismatchError
@@ -38,7 +41,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, of: in
         share = slice(rank * BATCH // of, (rank + 1) * BATCH // of)
         optimizer.zero_grad()
         loss = F.mse_loss(model(x[share]), y[share])
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         total = loss.detach().clone()
         if of > 1:
@@ -96,9 +99,27 @@ def _rank(rank: int, folder: str, run: Callable[[int, Option], Losses]) -> None:
 
 @pytest.mark.parametrize("run", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(run: Callable[[int, Option], Losses], tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path), run), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    spawn(_rank, args=(str(tmp_path), run), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
     for option, losses in zip(OPTIONS, torch.load(tmp_path / "losses.pt"), strict=True):
         torch.manual_seed(0)
         model = Mlp()
         _, optimizer = autoprec.apply(plan_for(model, option), model, _adam(model))
         assert losses == pytest.approx(_train(model, optimizer, 0, 1), rel=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_distributed_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
+    model = Mlp()
+    _, optimizer = autoprec.apply(plan_for(model), model, _adam(model))
+    _train(model, optimizer, 0, 1)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    expected = _train(model, optimizer, 0, 1)
+    other = Mlp()
+    _, other_optimizer = autoprec.apply(plan_for(other), other, _adam(other))
+    model_state, optimizer_state = get_state_dict(other, other_optimizer)
+    load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    set_state_dict(
+        other, other_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+    )
+    assert _train(other, other_optimizer, 0, 1) == expected

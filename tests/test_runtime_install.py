@@ -165,7 +165,9 @@ def test_batch_norm_keeps_fp32_parameters_and_statistics() -> None:
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         assert model[1].weight.dtype is torch.float32
         assert model[1].get_buffer("running_mean").dtype is torch.float32
-        assert model[3].weight.grad.dtype is torch.bfloat16
+        gradient = model.get_parameter("3.weight").grad
+        assert gradient is not None
+        assert gradient.dtype is torch.bfloat16
 
 
 def test_recurrent_and_attention_layers_take_tuples_and_keywords() -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_wor
 from tests.runtime_plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
-WORKLOAD = Path(__file__).parent / "workloads"
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_attention_embeddings_ties_convolutions_and_norms_are_proven(option: Opt
 
 def test_every_layer_that_differs_is_named() -> None:
     workload = mlp_workload()
-    model = workload.build_model()
+    model: Any = workload.build_model()
     autoprec.apply(plan_for(model, TENSORWISE), model)
     model.first.fp8_active = False
     model.head.weight.data = model.head.weight.data.float()
@@ -82,7 +82,7 @@ def test_every_layer_that_differs_is_named() -> None:
 
 def test_a_layer_replaced_after_apply_is_found() -> None:
     workload = mlp_workload()
-    model = workload.build_model()
+    model: Any = workload.build_model()
     autoprec.apply(plan_for(model), model)
     model.first.forward = lambda x: F.linear(x.float(), model.first.weight.float())
     checks = check_applied(model, next(workload.train_batches(0)), loss_fn=workload.loss_fn)
@@ -106,7 +106,7 @@ def test_a_weight_used_functionally_is_attributed_to_its_layer() -> None:
     model, x = Functional(), torch.randn(48, 32)
     autoprec.apply(plan_for(model), model)
     checks = autoprec.verify_applied(model, x)
-    assert checks[0].detail == "bf16_o2: not run in this step"
+    assert checks[0].detail == "bf16_o2: not called in this step"
     assert checks[1].detail == "bf16_o2: functional addmm bfloat16"
     autoprec.undo(model)
     autoprec.apply(plan_for(model, TENSORWISE), model)
@@ -130,7 +130,7 @@ def test_activation_checkpointing_is_seen_through(reentrant: bool) -> None:
 
 def test_a_proof_leaves_the_run_as_it_was() -> None:
     workload = conv_workload()
-    model = workload.build_model()
+    model: Any = workload.build_model()
     autoprec.apply(plan_for(model), model)
     model.head.weight.grad = torch.ones_like(model.head.weight)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -151,7 +151,7 @@ def test_the_input_may_be_a_tensor_a_tuple_or_a_dict() -> None:
 
 
 def test_a_model_without_a_plan_or_a_loss_is_refused() -> None:
-    with pytest.raises(PlanMismatchError, match="call autoprec.apply"):
+    with pytest.raises(PlanMismatchError, match=r"call autoprec\.apply"):
         autoprec.verify_applied(Mlp(), torch.randn(16, 32))
     model = Mlp().requires_grad_(False)
     autoprec.apply(plan_for(model), model)

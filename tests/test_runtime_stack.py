@@ -19,6 +19,9 @@ from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_wor
 from tests.runtime_plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
+QUIET = pytest.mark.filterwarnings(  # torch's compiler uses what torch deprecates
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ def train(
     for x, y in itertools.islice(mlp_workload().train_batches(0), steps):
         optimizer.zero_grad()
         loss = F.mse_loss((call or model)(x), y)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -56,7 +59,8 @@ def expected_losses(model: nn.Module, option: Option, steps: int) -> list[float]
 def test_torch_compile_before_or_after_has_no_break_and_compiles_once(order: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()  # counts graphs, runs them eagerly
-    model = Mlp()
+    model: Any = Mlp()
+    compiled: Any = model
     optimizer = sgd(model)
     expected = expected_losses(model, TENSORWISE, 4)
     plan = plan_for(model, TENSORWISE)
@@ -67,10 +71,10 @@ def test_torch_compile_before_or_after_has_no_break_and_compiles_once(order: str
         assert result is compiled
     else:
         autoprec.apply(plan, model, optimizer)
+    if order == "after":
         compiled = torch.compile(model, backend=counter, fullgraph=True)
     if order == "in place":
         model.compile(backend=counter, fullgraph=True)
-        compiled = model
     counter.clear()
     assert train(compiled, optimizer, 4) == pytest.approx(expected, rel=1e-3)
     assert counter.frame_count == 1
@@ -95,8 +99,23 @@ def test_a_compiled_block_inside_the_model_keeps_its_plain_name() -> None:
     assert [c.is_good for c in autoprec.verify_applied(model, torch.randn(48, 32))] == [True] * 4
 
 
+@QUIET
+def test_a_compiled_optimizer_step_compiles_once() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = Mlp()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    autoprec.apply(plan_for(model), model, optimizer)
+    train(model, optimizer, 1)
+    other, other_optimizer = copy.deepcopy((model, optimizer))
+    expected = train(other, other_optimizer, 4)
+    optimizer.step = torch.compile(optimizer.step, backend=counter)
+    assert train(model, optimizer, 4) == pytest.approx(expected, rel=1e-3)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own
+@QUIET
 def test_inductor_compiles_an_applied_model() -> None:
     torch._dynamo.reset()
     model = Mlp()
@@ -144,7 +163,7 @@ def test_ties_class_tokens_dropout_and_unused_layers_train(option: Option) -> No
     for batch in itertools.islice(workload.train_batches(0), 25):
         optimizer.zero_grad()
         loss = workload.loss_fn(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
     assert model.head.weight is model.embedding.weight
@@ -160,7 +179,7 @@ def test_batch_norm_trains_and_evaluates() -> None:
     batch = next(workload.train_batches(0))
     _, optimizer = autoprec.apply(plan_for(model), model, sgd(model))
     for _ in range(3):
-        workload.loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's
+        torch.autograd.backward(workload.loss_fn(model, batch))
         optimizer.step()
     model.eval()
     with torch.inference_mode():
@@ -190,7 +209,7 @@ def test_an_encoder_layer_of_torch_takes_its_fast_path_in_eval() -> None:
     x = torch.randn(4, 16, 32)
     expected = model(x)
     _, optimizer = autoprec.apply(plan_for(model, TENSORWISE), model, sgd(model))
-    model(x).square().mean().backward()
+    torch.autograd.backward(model(x).square().mean())
     optimizer.step()
     model.eval()
     with torch.no_grad():
@@ -200,7 +219,7 @@ def test_an_encoder_layer_of_torch_takes_its_fast_path_in_eval() -> None:
 
 
 def test_hooks_and_parametrizations_of_the_user_keep_working() -> None:
-    model = Mlp()
+    model: Any = Mlp()
     nn.utils.parametrizations.weight_norm(model.second)
     seen: list[torch.dtype] = []
     model.first.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
@@ -252,7 +271,7 @@ def test_a_huggingface_gpt2_trains_generates_and_comes_back() -> None:
     for _ in range(4):
         optimizer.zero_grad()
         loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
@@ -285,7 +304,7 @@ def test_a_huggingface_llama_in_fp8_runs_its_plan() -> None:
     plan = plan_for(model, TENSORWISE, {"model.embed_tokens": BF16_O2})
     _, optimizer = autoprec.apply(plan, model, sgd(model))
     loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     checks = autoprec.verify_applied(model, {"input_ids": tokens, "labels": tokens})
     assert sum("_scaled_mm" in check.detail for check in checks) == plan.count(TENSORWISE.precision)

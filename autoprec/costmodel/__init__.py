@@ -8,7 +8,7 @@ registry          device profiles by name or path
 tables, scoring   many linears from a CSV file; predictions against real speedups
 """
 
-from autoprec.costmodel.breakeven import break_even_tokens
+from autoprec.costmodel.breakeven import break_even_tokens, break_even_width
 from autoprec.costmodel.linear import predict_linear
 from autoprec.costmodel.parallel import Parallel, parse_parallel
 from autoprec.costmodel.predict import predict_profile
@@ -20,6 +20,7 @@ from autoprec.costmodel.tables import format_table, predict_table, read_table
 __all__ = [
     "Parallel",
     "break_even_tokens",
+    "break_even_width",
     "format_table",
     "list_device_profiles",
     "load_device_profile",

@@ -41,6 +41,13 @@ class Parallel:
         """How many devices train together."""
         return self.fsdp * self.tp
 
+    def __str__(self) -> str:
+        """Return what `parse_parallel` reads; empty for one device."""
+        name = next(name for name, share in RECOMPUTED.items() if share == self.recomputed)
+        parts = [f"{degree}={n}" for degree, n in (("fsdp", self.fsdp), ("tp", self.tp)) if n > 1]
+        parts += ["gather=fp8"] if self.fp8_gather else []
+        return ",".join(parts + ([f"ac={name}"] if self.recomputed else []))
+
 
 def parse_parallel(text: str) -> Parallel:
     """Return the degrees of e.g. `fsdp=32,tp=8`.

@@ -65,6 +65,7 @@ def predict_profile(
         fixed_ms=(fp32.total - fp32.layers) / 1e3,
         fixed_bf16_ms=(bf16.total - bf16.layers) / 1e3,
         step_equivalents=0.0,
+        parallel=str(parallel),
     )
 
 

@@ -122,6 +122,7 @@ class Profile(FileRecord):
     step_equivalents: NonNegativeFloat
     compile_s: NonNegativeFloat = 0.0
     recompiles: NonNegativeInt = 0
+    parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""

@@ -128,13 +128,13 @@ def watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_look_at)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
 def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's hook
     """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first."""
     attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
     if attachment is not None:
         hooks = _hooks(optimizer, HOOKS[0])
-        if attachment.before.id in hooks:  # not in a twin's, whose step may call super().step()
-            hooks.move_to_end(attachment.before.id)
+        hooks.move_to_end(attachment.before.id)
         return
     for masters in list(LIVE):
         if any(parameter in masters.values for parameter in _parameters(optimizer)):
@@ -147,6 +147,7 @@ class Attachment:
     def __init__(self, optimizer: Optimizer) -> None:
         self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
         self.loading: StateDict = {}
+        self.twin: Optimizer = object.__new__(type(optimizer))
         self.before = optimizer.register_step_pre_hook(self.before_step)
         self.after = optimizer.register_step_post_hook(self.after_step)
         _hooks(optimizer, HOOKS[1]).move_to_end(self.after.id, last=False)
@@ -169,6 +170,7 @@ class Attachment:
         store = next(store for store in self.stores if parameter in store.values)
         return store.current(parameter)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
         """Put the twin, with FP32 masters and gradients, in the optimizer's place."""
         pairs: Pairs = {}
@@ -177,7 +179,7 @@ class Attachment:
         if not pairs:
             return None
         give_gradients(pairs)
-        twin = make_twin(optimizer, pairs, hooks=self.handles)
+        twin = set_twin(self.twin, optimizer, pairs, hooks=self.handles)
 
         def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:  # Any: the loss
             def evaluate() -> Any:
@@ -193,6 +195,7 @@ class Attachment:
             kwargs = {**kwargs, "closure": wrapped(kwargs["closure"])}
         return (twin, *rest), kwargs
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook
         """Take over what the twin made, and round the masters into the model."""
         twin = args[0]
@@ -236,7 +239,8 @@ class Attachment:
             if MASTER in states.get(index, {}):
                 saved[index] = states[index].pop(MASTER)
         pairs = {parameter: self.current(parameter) for parameter in self.mine(optimizer)}
-        twin = make_twin(optimizer, pairs, hooks=self.handles)
+        blank: Optimizer = object.__new__(type(optimizer))
+        twin = set_twin(blank, optimizer, pairs, hooks=self.handles)
         Optimizer.load_state_dict(twin, {"state": states, "param_groups": groups})
         _take_over(optimizer, twin, pairs, groups=False)
         for index, parameter in _indexed(optimizer, groups):
@@ -270,26 +274,33 @@ def give_gradients(pairs: Pairs) -> None:
     copy_all(targets, sources)
 
 
-def make_twin(optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()) -> Optimizer:
-    """Return an optimizer with the same attributes and state, but masters for parameters.
+def set_twin(
+    twin: Optimizer, optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()
+) -> Optimizer:
+    """Give `twin` the optimizer's attributes and state, but masters for parameters; return it.
 
+    The twin, its groups and lists stay the same objects, since a compiled `step` guards on them.
     `hooks` are the handles of hooks that the twin does not get (Any: torch's handles).
     """
-    twin: Optimizer = object.__new__(type(optimizer))
-    vars(twin).update(vars(optimizer))
+    groups: list[dict[str, Any]] = vars(twin).get("param_groups", [])  # Any: torch's own
+    groups += [{"params": []} for _ in optimizer.param_groups[len(groups) :]]
+    state: defaultdict[Tensor, Any] = vars(twin).get("state", defaultdict(dict))
+    state.clear()
+    state.update((_get(pairs, key), value) for key, value in optimizer.state.items())
+    vars(twin).update(vars(optimizer), param_groups=groups, state=state)
+    vars(twin).pop(ON_OPTIMIZER, None)  # would be a reference cycle
     lists: dict[int, list[Tensor]] = {}
-    twin.param_groups = []
-    for group in optimizer.param_groups:
-        lists[id(group["params"])] = [pairs.get(p, p) for p in group["params"]]
-        twin.param_groups.append({**group, "params": lists[id(group["params"])]})
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        params = lists[id(own["params"])] = group["params"]
+        params[:] = [pairs.get(parameter, parameter) for parameter in own["params"]]
+        group.update({**own, "params": params})
     for name, value in vars(optimizer).items():
         if id(value) in lists:
             setattr(twin, name, lists[id(value)])  # LBFGS keeps its parameter list as an attribute
-    twin.state = defaultdict(dict, {_get(pairs, key): v for key, v in optimizer.state.items()})
     left_out = {handle.id for handle in hooks}
     for name in HOOKS:
-        own = _hooks(optimizer, name).items()
-        vars(twin)[name] = OrderedDict((k, hook) for k, hook in own if k not in left_out)
+        own_hooks = _hooks(optimizer, name).items()
+        vars(twin)[name] = OrderedDict((k, hook) for k, hook in own_hooks if k not in left_out)
     return twin
 
 

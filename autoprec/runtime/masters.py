@@ -77,7 +77,8 @@ class Masters:
         master = self.values[parameter]
         if master is None or master.is_meta:
             master = parameter.detach().float()
-        elif parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
+            self.agreed[parameter] = _stamp(parameter)
+        if parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
             master = self._adopted(parameter, master)
         elif looks_closer and not _is_rounded(master, parameter.detach()):
             self._watch()
@@ -212,7 +213,8 @@ def _load_exactly(
                 "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
                 "replaces them; load with assign=False, or before autoprec.apply"
             )
-        if value.shape == parameter.shape and value.dtype is not parameter.dtype:
+        is_exact = value.shape == parameter.shape and value.dtype is not parameter.dtype
+        if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
             exact = value.detach().to(torch.float32, copy=True)
             masters.loaded[parameter] = exact, parameter._version + 1  # torch copies into it next
 

@@ -355,7 +355,7 @@ def _is_dtype(seen: str, dtype: torch.dtype) -> bool:
 
 def _detail(option: Option, trace: LayerTrace) -> str:
     if not trace.calls and not trace.functional:
-        return f"{option.key}: not run in this step"
+        return f"{option.key}: not called in this step"
     return f"{option.key}: {trace}"
 
 

@@ -12,7 +12,7 @@ this model and the choice is a knapsack. Estimates of e that noise made negative
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autoprec.errors import RecordError
 from autoprec.records import (
@@ -31,6 +31,7 @@ from autoprec.records import (
     Sensitivity,
     TensorSpec,
 )
+from autoprec.transfer import default_locks, sensitivity_basis
 
 CONV_CHANNELS = re.compile(r"^(\d+), (\d+), kernel_size")  # torch's extra_repr of a convolution
 CONV_STRIDE = re.compile(r"stride=\(([\d, ]+)\)")
@@ -68,7 +69,8 @@ class Flow:
 class Costs:
     """The prices of every layer, in model order, and of the two flows.
 
-    `missing` says of each layer why an option has no price.
+    `missing` says of each layer why an option has no price, `locks` which layers stay out of FP8
+    unless they are kept in it, and why.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -76,6 +78,7 @@ class Costs:
     missing: tuple[Mapping[Option, str], ...]
     fp32_flow: Flow
     bf16_flow: Flow
+    locks: Mapping[str, str] = field(default_factory=dict)
 
     def flow(self, options: Sequence[Option]) -> Flow:
         """Return the flow of a plan."""
@@ -140,6 +143,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         for layer in profile.model.layers
     ]
     prices = tuple(prices for prices, _ in by_layer)
+    is_unknown = sensitivity_basis(sensitivity) is Basis.UNKNOWN
     return Costs(
         layers=profile.model.layers,
         prices=prices,
@@ -150,6 +154,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
             max(sensitivity.flow.mean, 0.0),
             _fixed_bytes(profile, prices, BF16_O2),
         ),
+        locks=default_locks(profile.model.layers) if is_unknown else {},
     )
 
 

@@ -17,10 +17,12 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
+from autoprec.search.breakeven import break_even_notes
 from autoprec.search.costs import Costs, is_all_fp32, make_costs
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
 from autoprec.search.wording import compared, percent
+from autoprec.transfer import sensitivity_basis
 
 
 def build_plan(
@@ -40,7 +42,7 @@ def build_plan(
         statistics.setdefault(row.name, []).append(row)
     why = reasons(Why(problem, search, point.options, statistics))
     baseline = uniform_plan(costs)
-    e, e_basis = _joint_e(point)
+    e, e_basis = _joint_e(point, sensitivity_basis(sensitivity))
     return Plan(
         layers=tuple(
             _assignment(costs, index, point.options, why[index])
@@ -52,7 +54,12 @@ def build_plan(
         e=e,
         e_basis=e_basis,
         predicted=_predicted(costs, point.options, baseline),
-        notes=(*search.notes, *plan_notes(costs, search, point.options)),
+        notes=(
+            *search.notes,
+            *plan_notes(costs, search, point.options),
+            *break_even_notes(profile, costs, point.options),
+            *(() if sensitivity_basis(sensitivity) is Basis.MEASURED else sensitivity.notes),
+        ),
     )
 
 
@@ -114,12 +121,14 @@ def _measured_e(search: Search, options: Options) -> float | None:
     return next((trial.e for trial in search.trials if trial.options == options), None)
 
 
-def _joint_e(point: FrontPoint) -> tuple[float, Basis]:
+def _joint_e(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:
     if is_all_fp32(point.options):
         return 0.0, Basis.MEASURED  # it is the reference
     if point.e_measured is not None:
         return point.e_measured, Basis.MEASURED
-    return point.e, Basis.PREDICTED
+    if basis is Basis.UNKNOWN:
+        return None, Basis.UNKNOWN
+    return point.e, Basis.PREDICTED if basis is Basis.MEASURED else basis
 
 
 def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assignment:
@@ -135,7 +144,7 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
         layer_ms=price.ms,
         baseline_ms=baseline.ms if baseline else None,
         basis=price.time_basis,
-        e=price.e,
+        e=None if price.e_basis is Basis.UNKNOWN else price.e,
         e_basis=price.e_basis,
         reason=reason,
     )
@@ -154,7 +163,6 @@ def _predicted(costs: Costs, options: Options, baseline: Options) -> PredictedSt
 
 
 def _fingerprint(profile: Profile, sensitivity: Sensitivity) -> Fingerprint:
-    bases = {row.basis for row in sensitivity.rows} - {Basis.MEASURED}
     return Fingerprint(
         structure=profile.model.structure,
         device=profile.device.name,
@@ -162,6 +170,7 @@ def _fingerprint(profile: Profile, sensitivity: Sensitivity) -> Fingerprint:
         software=profile.device.software,
         compile_mode=profile.device.compile_mode,
         tokens_per_step=profile.model.tokens_per_step,
+        parallel=profile.parallel,
         time_basis=profile.basis,
-        sensitivity_basis=min(bases, default=Basis.MEASURED),
+        sensitivity_basis=sensitivity_basis(sensitivity),
     )

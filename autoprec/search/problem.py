@@ -123,7 +123,7 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
     """
     keeps = keep_of_layers(constraint.kept, costs)
     allowed = tuple(
-        tuple(o for o in prices if layer.name not in keeps or keeps[layer.name].allows(o))
+        tuple(o for o in prices if _is_allowed(o, layer, keeps.get(layer.name), costs))
         for layer, prices in zip(costs.layers, costs.prices, strict=True)
     )
     has_limit = constraint.memory_bytes is not None
@@ -132,6 +132,13 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
         for group in tied_groups(costs.layers)
     )
     return Problem(costs, keeps, allowed, units, constraint.memory_bytes)
+
+
+def _is_allowed(option: Option, layer: LayerSpec, keep: Keep | None, costs: Costs) -> bool:
+    """Whether a layer may take an option: as it is kept, else as it is locked."""
+    if keep is not None:
+        return keep.allows(option)
+    return not (option.is_fp8 and layer.name in costs.locks)
 
 
 def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from autoprec.records import (
     BF16_O2,
     FP32,
+    Basis,
     LayerSpec,
     OperandStatistics,
     Option,
@@ -75,22 +76,33 @@ def _why_fp8(why: Why, index: int) -> str:
     option, prices = why.options[index], why.prices(index)
     base = BF16_O2 if BF16_O2 in prices else FP32
     if base not in prices:
-        return f"{short(option)}, e={percent(prices[option].e)}"
+        return f"{short(option)}, {_e_of(prices[option])}"
     speed = compared(why.ms(index, option), why.ms(index, base))
     text = (
         f"{short(option)} {speed} than {short(base)}{shape(why.layer(index).gemm)}, "
-        f"e={percent(prices[option].e)}"
+        f"{_e_of(prices[option])}"
     )
     faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
     if faster:
         best = min(faster, key=lambda o: prices[o].ms)
-        text += f"; {short(best)} is faster still, but has e={percent(prices[best].e)}"
+        text += f"; {short(best)} is faster still, but has {_e_of(prices[best])}"
     return text
+
+
+def _e_of(price: Price) -> str:
+    """Return `e=0.1%`, with its basis where it was not measured on this model."""
+    if price.e_basis is Basis.UNKNOWN:
+        return "e unknown"
+    basis = " (transferred)" if price.e_basis is Basis.TRANSFERRED else ""
+    return f"e={percent(price.e)}{basis}"
 
 
 def _why_not_fp8(why: Why, index: int) -> str:
     layer, prices = why.layer(index), why.prices(index)
+    lock = why.problem.costs.locks.get(layer.name)
     fp8 = [option for option in prices if option.is_fp8]
+    if fp8 and lock:
+        return lock
     if not fp8:
         return _missing(why, index, Precision.FP8_O1)
     best = min(fp8, key=lambda option: prices[option].ms)
@@ -110,7 +122,7 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     """Say that an option is faster and yet not worth its error, and where the error is from."""
     price, budget = why.prices(index)[best], why.search.e_budget
     gain = f"{short(best)} {compared(price.flow_ms, own_ms)}"
-    cost = f"e={percent(price.e)}, budget {percent(budget)}"
+    cost = f"{_e_of(price)}, budget {percent(budget)}"
     if price.e < DOMINATES * budget:
         return f"{gain}, but what it saves is not worth its error ({cost})"
     verb = "dominates the gradient error" if price.e <= budget else "alone is over the budget"

@@ -26,6 +26,7 @@ from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import StudyLog
 from autoprec.search.wording import percent
+from autoprec.transfer import sensitivity_basis
 
 HORIZON_STEPS = 75  # 50 of warm-up and 25 of branch: what verification trains by default
 BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
@@ -100,7 +101,7 @@ def search_plan(
         duplicates_skipped=log.duplicates,
         trials_asked=trials or None,
         guilty=guilty,
-        notes=(*notes, *_table_notes(judge, best)),
+        notes=(*notes, *(_table_notes(judge, best) if budget else ())),
     )
 
 
@@ -113,6 +114,8 @@ def e_budget(sensitivity: Sensitivity, constraint: Constraint) -> float:
     """
     if constraint.e_budget is not None:
         return constraint.e_budget
+    if sensitivity_basis(sensitivity) is Basis.UNKNOWN:
+        return 0.0  # nothing is known that could be spent: every e counts as 0, the locks hold
     return e_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
 
 

@@ -23,7 +23,7 @@ from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.rows import make_rows
 
-PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU, 2026-11)
+PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
 LAYERS_PER_PROBE = 35  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 4  # per batch; seven did not agree better with the exact table on 101 linears
 REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
