@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## tune a small GPT on this machine, then for an H100: plan.json and report.html in runs/
 	$(BIN)/autoprec tune examples/char_gpt.py --out runs/char_gpt
-	$(BIN)/autoprec tune examples/char_gpt.py --target h100-sxm --reuse runs/char_gpt --no-verify --out runs/char_gpt-h100
+	$(BIN)/autoprec tune examples/char_gpt.py --target h100-sxm --sensitivity runs/char_gpt/sensitivity.json --no-verify --out runs/char_gpt-h100
 
 test: $(STAMP) ## the test suite (under 10 minutes on two cores)
 	$(BIN)/pytest -q

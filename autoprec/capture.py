@@ -397,7 +397,7 @@ def optimizer_state_ratio(optimizer: torch.optim.Optimizer) -> float:
         if isinstance(value, Tensor) and value.dim() > 0
     )
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    return state / max(parameters, 1)
+    return float(state / max(parameters, 1))
 
 
 def _generator_states() -> list[Tensor]:

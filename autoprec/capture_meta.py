@@ -118,20 +118,23 @@ def _moved_to_meta(model: nn.Module) -> nn.Module:
 
     `Module.to` swaps fake parameters in place, which weak references to them forbid.
     """
-    moved: dict[int, Tensor] = {}
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that ids stay taken
 
     def on_meta(tensor: Tensor) -> Tensor:
         if tensor.device == META or nn.parameter.is_lazy(tensor):
             return tensor
-        return moved.setdefault(id(tensor), torch.empty_like(tensor, device=META))
+        if id(tensor) not in moved:
+            copy = torch.empty_like(tensor, device=META)
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+            moved[id(tensor)] = tensor, copy
+        return moved[id(tensor)][1]
 
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and on_meta(parameter) is not parameter:
-                tensor = nn.Parameter(on_meta(parameter), requires_grad=parameter.requires_grad)
-                moved[id(parameter)] = module._parameters[name] = tensor
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else on_meta(buffer)
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)  # Any: either
+        for held in stores:
+            for name, tensor in held.items():
+                held[name] = None if tensor is None else on_meta(tensor)
     return model
 
 

@@ -316,7 +316,8 @@ def _timings_by_layer(profile: Profile | None) -> dict[str, dict[Option, LayerTi
 def _effects_by_layer(sensitivity: Sensitivity | None) -> dict[str, dict[Option, LayerSensitivity]]:
     found: dict[str, dict[Option, LayerSensitivity]] = {}
     for row in sensitivity.rows if sensitivity else ():
-        found.setdefault(row.name, {})[row.option] = row
+        if row.basis is not Basis.UNKNOWN:
+            found.setdefault(row.name, {})[row.option] = row
     return found
 
 

@@ -1,0 +1,271 @@
+"""Planning for models that do not fit here: capture without storage, then a predicted plan."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec import pipeline
+from autoprec.capture import capture_model
+from autoprec.capture_meta import capture_on_meta
+from autoprec.errors import CaptureError, DeviceError, WorkloadError
+from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
+from autoprec.settings import Settings
+from autoprec.workload import Workload, load_workload, workload_from
+from tests.models import conv_workload, mlp_workload, token_workload
+from tests.test_workload import workload_with
+
+CPU = torch.device("cpu")
+NOT_SEEN = {"loss": None, "is_deterministic": False, "device": "meta"}
+TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "llama_meta.py"
+
+
+def llama_workload(blocks: int = 2, *, tied: bool = False) -> Workload:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build_model() -> nn.Module:
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=blocks,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+            use_cache=False,
+        )
+        model: nn.Module = LlamaForCausalLM(config)
+        return model
+
+    def train_batches(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randint(64, (2, 17), generator=generator)[:, :16]  # a view, with strides
+
+    def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    functions = {"build_model": build_model, "train_batches": train_batches, "loss_fn": loss_fn}
+    return workload_from(SimpleNamespace(**functions), name="llama")
+
+
+# --- capture -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_has_the_same_spec_on_meta_as_for_real(tied: bool) -> None:
+    real = capture_model(llama_workload(tied=tied), device=CPU)
+    assert capture_on_meta(llama_workload(tied=tied)) == real.model_copy(update=NOT_SEEN)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [mlp_workload(), conv_workload(), token_workload(dropout=0.1)],
+    ids=["mlp", "conv", "tokens"],
+)
+def test_toy_models_have_the_same_spec_on_meta_as_for_real(workload: Workload) -> None:
+    real = capture_model(workload, device=CPU)
+    assert capture_on_meta(workload) == real.model_copy(update=NOT_SEEN)
+
+
+def test_a_model_larger_than_any_memory_is_captured() -> None:
+    width = 1 << 20
+    workload = workload_with(
+        build_model=lambda: nn.Sequential(*(nn.Linear(width, width) for _ in range(4))),
+        train_batches=lambda seed: iter([torch.ones(1, 16)]),
+        loss_fn=lambda model, batch: model(torch.ones(16, width)).sum(),
+    )
+    spec = capture_on_meta(workload)
+    assert sum(p.numel for p in spec.parameters()) > 4e12
+    assert spec.tokens_per_step == 16
+
+
+def test_parameters_made_on_another_device_move_and_stay_tied() -> None:
+    def build_model() -> nn.Module:
+        model = nn.Sequential(*(nn.Linear(32, 32, bias=False, device="cpu") for _ in range(2)))
+        model[1].weight = model[0].weight
+        return model
+
+    workload = workload_with(
+        build_model=build_model, train_batches=lambda seed: iter([torch.ones(16, 32)])
+    )
+    assert capture_on_meta(workload).layer("1").tied_to == "0"
+
+
+def test_a_loss_that_looks_at_values_is_told_how_to_go_on() -> None:
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = model(batch).square().mean()
+        return loss / loss.item()
+
+    with pytest.raises(CaptureError, match=r"with --meta nothing is computed.*loss_fn"):
+        capture_on_meta(workload_with(loss_fn=loss_fn))
+
+
+def test_an_error_of_the_users_own_stays_what_it_is() -> None:
+    def build_model() -> nn.Module:
+        raise ValueError("no such size")
+
+    with pytest.raises(WorkloadError, match="no such size"):
+        capture_on_meta(workload_with(build_model=build_model))
+
+
+def test_a_loss_without_gradient_is_refused() -> None:
+    with pytest.raises(CaptureError, match="needs no gradient"):
+        capture_on_meta(workload_with(loss_fn=lambda model, batch: model(batch).sum().detach()))
+
+
+def test_an_optimizer_that_reads_values_is_refused_with_the_way_out() -> None:
+    class Reader(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            float(self.param_groups[0]["params"][0].grad.sum())
+
+    workload = workload_with(build_optimizer=lambda model: Reader(model.parameters(), lr=0.1))
+    with pytest.raises(CaptureError, match=r"Reader raised.*leave build_optimizer out"):
+        capture_on_meta(workload)
+
+
+def test_a_backward_that_meta_lacks_gives_every_parameter_a_gradient(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            raise RuntimeError("no meta kernel")
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        out: Tensor = Kernel.apply(model(batch))  # type: ignore[no-untyped-call]
+        return out.mean()
+
+    spec = capture_on_meta(workload_with(loss_fn=loss_fn))
+    assert spec.optimizer_state_numel_ratio == pytest.approx(2.0)
+    assert "no meta kernel" in caplog.text
+
+
+def test_the_examples_have_the_published_sizes() -> None:
+    sizes = {"llama2_7b": 6_738_415_616, "llama3_8b": 8_030_261_248}
+    for name, numel in sizes.items():
+        spec = capture_on_meta(load_workload(f"{EXAMPLE}:{name}"))
+        assert sum(parameter.numel for parameter in spec.parameters()) == numel
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("meta") / "run"
+    settings = Settings(
+        workload=f"{EXAMPLE}:llama3_8b",
+        target="h100-sxm",
+        out=out,
+        meta=True,
+        parallel="tp=8",
+        trials=2,
+    )
+    outcome = pipeline.tune_workload(settings)
+    assert outcome.verification is None
+    assert outcome.exit_code == 0
+    return out
+
+
+def test_a_plan_for_a_model_that_is_not_here_says_what_is_not_known(planned: Path) -> None:
+    plan = Plan.load(planned / "plan.json")
+    assert plan.count(Precision.FP8_O1) > 0
+    assert (plan.e, plan.e_basis) == (None, Basis.UNKNOWN)
+    assert plan.certificate is None
+    made = plan.fingerprint
+    assert (made.time_basis, made.sensitivity_basis) == (Basis.PREDICTED, Basis.UNKNOWN)
+    assert (made.compile_mode, made.parallel) == ("default", "tp=8")
+    head = next(layer for layer in plan.layers if layer.name == "lm_head")
+    assert head.precision is Precision.BF16_O2
+    assert "stays out of FP8 while its e is unknown" in head.reason
+    assert "arXiv 2412.19437" in head.reason
+    assert any("no sensitivity was measured" in note for note in plan.notes)
+    assert any("not verified" in note for note in plan.notes)
+
+
+def test_narrow_projections_lose_under_tensor_parallelism_and_the_notes_say_from_when_on(
+    planned: Path,
+) -> None:
+    plan = Plan.load(planned / "plan.json")
+    narrow = [layer for layer in plan.layers if layer.name.endswith(("k_proj", "v_proj"))]
+    assert narrow
+    assert all(layer.precision is Precision.BF16_O2 for layer in narrow)
+    note = next(note for note in plan.notes if "where FP8 does not pay" in note)
+    assert "K=4096 N=128" in note
+    assert "tokens" in note
+
+
+def test_the_report_of_such_a_plan_claims_no_error_and_no_proof(planned: Path) -> None:
+    from autoprec.report import load_run, summary_object
+
+    found = summary_object(load_run(planned), planned)
+    assert (found["e"], found["e_basis"], found["verdict"]) == (None, "unknown", "not_run")
+    assert found["extra_steps"] is None
+    assert "not verified" in (planned / "report.html").read_text()
+
+
+def test_resuming_repeats_nothing(planned: Path) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in planned.glob("*.json")}
+    settings = Settings(
+        workload=f"{EXAMPLE}:llama3_8b",
+        target="h100-sxm",
+        out=planned,
+        meta=True,
+        parallel="tp=8",
+        trials=2,
+        resume=True,
+    )
+    pipeline.tune_workload(settings)
+    for name in ("profile.json", "sensitivity.json", "search.json"):
+        assert (planned / name).stat().st_mtime_ns == before[name]
+
+
+def test_a_kept_head_is_let_out_of_the_lock(tmp_path: Path, planned: Path) -> None:
+    profile = Profile.load(planned / "profile.json")
+    sensitivity = Sensitivity.load(planned / "sensitivity.json")
+    settings = Settings(out=tmp_path, trials=0, kept=("lm_head=fp8_o1",))
+    search = pipeline.make_search(settings, profile, sensitivity, evaluate=None)
+    plan = pipeline.make_plan(settings, profile, sensitivity, search)
+    assert plan.layers[-1].name == "lm_head"
+    assert plan.layers[-1].precision is Precision.FP8_O1
+
+
+def test_meta_without_a_device_profile_is_refused(tmp_path: Path) -> None:
+    settings = Settings(workload=TINY, out=tmp_path, meta=True)
+    with pytest.raises(DeviceError, match="--meta needs a device profile"):
+        pipeline.profile_stage(settings)
+
+
+def test_compile_is_for_device_profiles_and_their_default(tmp_path: Path) -> None:
+    settings = Settings(workload=TINY, target="h100-sxm", out=tmp_path, meta=True)
+    assert pipeline.profile_stage(settings).device.compile_mode == "default"
+    eager = pipeline.profile_stage(replace(settings, compiled=False))
+    assert eager.device.compile_mode == "eager"
+    with pytest.raises(DeviceError, match="--compile is for a device profile"):
+        pipeline.make_profile(Settings(workload=TINY, compiled=True))
+
+
+def test_the_flags_are_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from autoprec.cli import main
+
+    arguments = ["profile", TINY, "--target", "h100-sxm", "--meta", "--eager", "--json"]
+    with pytest.raises(SystemExit) as leaving:
+        main([*arguments, "--out", str(tmp_path)])
+    assert leaving.value.code in (0, None)
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["compile_mode"] == "eager"
+    assert found["model"]["device"] == "meta"

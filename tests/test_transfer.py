@@ -1,0 +1,186 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoprec.errors import RecordError
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    Estimate,
+    LayerSensitivity,
+    ModelSpec,
+    Option,
+    Sensitivity,
+)
+from autoprec.search import search_plan
+from autoprec.transfer import (
+    default_locks,
+    sensitivity_basis,
+    transfer_sensitivity,
+    unknown_sensitivity,
+)
+from tests.decoder_specs import decoder, linear_layer, model_of
+from tests.search_tables import TENSORWISE, profile_of, sensitivity_of, spec_of
+
+OPTIONS = (FP32, BF16_O2, TENSORWISE)
+
+
+def model(blocks: int, *, structure: str = "1" * 16, head: str = "lm_head") -> ModelSpec:
+    layers = [
+        linear_layer(f"layers.{block}.{part}.{role}", 64, 64, options=OPTIONS)
+        for block in range(blocks)
+        for part, role in (("attn", "q_proj"), ("mlp", "down_proj"))
+    ]
+    spec = model_of(*layers, linear_layer(head, 64, 64, options=OPTIONS))
+    return spec.model_copy(update={"structure": structure})
+
+
+def measured(spec: ModelSpec, e: dict[str, float]) -> Sensitivity:
+    """Return a sensitivity with these e in FP8; BF16 has a hundredth."""
+    empty = sensitivity_of(spec, {})
+    rows = tuple(
+        LayerSensitivity(
+            name=layer.name,
+            option=option,
+            e=Estimate(mean=share * e[layer.name], stderr=0.1 * share * e[layer.name]),
+            bias=Estimate(mean=0.0),
+            loss_delta=None,
+        )
+        for layer in spec.layers
+        for option, share in ((BF16_O2, 0.01), (TENSORWISE, 1.0))
+    )
+    return empty.model_copy(update={"rows": rows})
+
+
+def e_of(sensitivity: Sensitivity, name: str, option: Option = TENSORWISE) -> float:
+    row = sensitivity.row(name, option)
+    assert row is not None
+    return row.e.mean
+
+
+SMALL = model(2, structure="2" * 16)
+E = {
+    "layers.0.attn.q_proj": 8e-3,
+    "layers.1.attn.q_proj": 2e-3,
+    "layers.0.mlp.down_proj": 1e-3,
+    "layers.1.mlp.down_proj": 1e-3,
+    "lm_head": 3e-3,
+}
+
+
+# --- transferred ---------------------------------------------------------------------------------
+
+
+def test_a_layer_takes_the_e_of_its_role_at_its_depth() -> None:
+    large = transfer_sensitivity(measured(SMALL, E), model(3))
+    by_depth = [e_of(large, f"layers.{block}.attn.q_proj") for block in range(3)]
+    assert by_depth == pytest.approx([8e-3 * 2 / 3, 5e-3 * 2 / 3, 2e-3 * 2 / 3])
+    assert e_of(large, "lm_head") == pytest.approx(3e-3)
+    assert e_of(large, "lm_head", BF16_O2) == pytest.approx(3e-5)
+    assert {row.basis for row in large.rows} == {Basis.TRANSFERRED}
+    assert large.structure == model(3).structure
+    assert sensitivity_basis(large) is Basis.TRANSFERRED
+
+
+@given(small=st.integers(1, 6), large=st.integers(1, 12), data=st.data())
+def test_a_role_keeps_its_total(small: int, large: int, data: st.DataObject) -> None:
+    spec = model(small, structure="2" * 16)
+    shares = st.floats(1e-8, 1.0)
+    given_e = {name: data.draw(shares) for name in spec.names}
+    found = transfer_sensitivity(measured(spec, given_e), model(large))
+    for role in ("q_proj", "down_proj", "lm_head"):
+        total = math.fsum(e for name, e in given_e.items() if name.endswith(role))
+        rows = [r.e.mean for r in found.rows if r.name.endswith(role) and r.option == TENSORWISE]
+        assert math.fsum(rows) == pytest.approx(total)
+        assert min(rows) >= 0.0
+
+
+def test_the_same_depth_gives_the_same_table() -> None:
+    found = transfer_sensitivity(measured(SMALL, E), model(2))
+    assert {row.name: row.e.mean for row in found.rows if row.option == TENSORWISE} == E
+
+
+def test_names_may_differ_outside_the_role() -> None:
+    layers = [
+        layer.model_copy(update={"name": f"model.decoder.{layer.name}"})
+        for layer in model(4).layers
+    ]
+    found = transfer_sensitivity(measured(SMALL, E), model_of(*layers))
+    assert e_of(found, "model.decoder.layers.0.attn.q_proj") == pytest.approx(8e-3 / 2)
+
+
+def test_a_layer_without_counterpart_stays_out_of_fp8_and_is_named() -> None:
+    found = transfer_sensitivity(measured(SMALL, E), model(2, head="unembed"))
+    assert found.row("unembed", TENSORWISE) is None
+    row = found.row("unembed", BF16_O2)
+    assert row is not None
+    assert row.basis is Basis.UNKNOWN
+    assert any("unembed" in note for note in found.notes)
+
+
+def test_another_family_is_refused() -> None:
+    small = model_of(linear_layer("conv_stem", 64, 64, options=OPTIONS))
+    with pytest.raises(RecordError, match=r"same family.*q_proj, down_proj, lm_head.*conv_stem"):
+        transfer_sensitivity(measured(small, {"conv_stem": 1e-3}), model(2))
+
+
+def test_budget_and_noise_are_the_small_models() -> None:
+    small = measured(SMALL, E)
+    found = transfer_sensitivity(small, model(8))
+    assert found.loss_curve == small.loss_curve
+    assert found.flow == small.flow
+    assert any("transferred by role" in note for note in found.notes)
+
+
+# --- unknown -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_known_of_any_layer() -> None:
+    found = unknown_sensitivity(model(2))
+    assert sensitivity_basis(found) is Basis.UNKNOWN
+    assert len(found.rows) == 2 * len(model(2).layers)
+    assert Sensitivity.from_json(found.to_json()) == found
+
+
+def test_head_and_router_are_locked_and_nothing_else() -> None:
+    router = linear_layer("layers.0.moe.gate", 4096, 64)
+    named = linear_layer("layers.1.moe.router", 4096, 4096)
+    gate = linear_layer("layers.1.mlp.gate", 4096, 14336)
+    base = decoder()
+    spec = base.model_copy(update={"layers": (router, named, gate, *base.layers)})
+    locks = default_locks(spec.layers)
+    assert set(locks) == {"layers.0.moe.gate", "layers.1.moe.router", "lm_head"}
+    assert "a router" in locks["layers.0.moe.gate"]
+
+
+def test_a_head_is_known_by_its_tie_or_its_place() -> None:
+    base = decoder()
+    last = base.layers[-1]
+    nameless = last.model_copy(update={"name": "project"})
+    assert set(default_locks((*base.layers[:-1], nameless))) == {"project"}
+    tied = last.model_copy(update={"name": "project", "tied_to": "embed"})
+    assert set(default_locks((tied, *base.layers[:-1]))) == {"project", base.layers[-2].name}
+
+
+def test_locks_hold_only_while_nothing_is_known() -> None:
+    rows = {
+        "body": {FP32: (4.0, 0.0), BF16_O2: (2.0, 0.0), TENSORWISE: (1.0, 0.0)},
+        "lm_head": {FP32: (4.0, 0.0), BF16_O2: (2.0, 0.0), TENSORWISE: (1.0, 0.0)},
+    }
+    spec = spec_of(rows)
+    profile = profile_of(spec, rows)
+    asked = Constraint(loss_tolerance=1e-3, e_budget=None)
+    chosen = {
+        name: search_plan(
+            profile, sensitivity, constraint=asked, evaluate=None, trials=2
+        ).chosen.options
+        for name, sensitivity in (
+            ("unknown", unknown_sensitivity(spec)),
+            ("measured", sensitivity_of(spec, rows)),
+        )
+    }
+    assert chosen == {"unknown": (TENSORWISE, BF16_O2), "measured": (TENSORWISE, TENSORWISE)}
