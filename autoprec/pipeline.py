@@ -119,8 +119,11 @@ def sensitivity_stage(settings: Settings) -> Sensitivity:
 def search_stage(settings: Settings) -> Plan:
     """Make search.json and plan.json from a folder's profile.json and sensitivity.json."""
     profile = Profile.load(settings.out / "profile.json")
-    path = settings.sensitivity or settings.out / "sensitivity.json"
-    sensitivity = given_sensitivity(path, profile.model)
+    sensitivity = (
+        given_sensitivity(settings.sensitivity, profile.model)
+        if settings.sensitivity
+        else Sensitivity.load(settings.out / "sensitivity.json")
+    )
     evaluate = joint_meter(settings, profile.model, reference_opener(settings, profile.model))
     search = make_search(settings, profile, sensitivity, evaluate=evaluate)
     search.save(settings.out / "search.json")

