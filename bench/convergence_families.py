@@ -118,7 +118,7 @@ def gpt(faults: dict[str, int]) -> Family:
         name="gpt",
         faults=faults,
         warmup_steps=150,
-        branch_steps=80,
+        branch_steps=40,
         build=char_gpt.build_model,
         batches=char_gpt.train_batches,
         held_out=held_out,
@@ -197,7 +197,7 @@ def vit(faults: dict[str, int]) -> Family:
         name="vit",
         faults=faults,
         warmup_steps=150,
-        branch_steps=80,
+        branch_steps=40,
         build=VisionTransformer,
         batches=batches,
         held_out=held_out,
@@ -289,11 +289,24 @@ def encoder(faults: dict[str, int]) -> Family:
     return Family(
         name="encoder",
         faults=faults,
-        warmup_steps=20,
-        branch_steps=16,
+        warmup_steps=60,
+        branch_steps=30,
         build=Classifier,
         batches=batches,
         held_out=held_out,
         loss=lambda model, parts: F.cross_entropy(model(parts[0], parts[1]), parts[2]),
         learning_rate=1e-4,
     )
+
+
+FAMILIES = {
+    "gpt": (gpt, {"blocks.1.fc1": 17}),
+    "vit": (vit, {"blocks.1.fc2": 17}),
+    "encoder": (encoder, {"encoder.encoder.layer.0.intermediate.dense": 17}),
+}
+
+
+def faulty(name: str) -> Family:
+    """Return a family with its planted fault."""
+    build, faults = FAMILIES[name]
+    return build(faults)

