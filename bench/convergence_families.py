@@ -290,7 +290,7 @@ def encoder(faults: dict[str, int]) -> Family:
         name="encoder",
         faults=faults,
         warmup_steps=60,
-        branch_steps=30,
+        branch_steps=20,
         build=Classifier,
         batches=batches,
         held_out=held_out,
@@ -300,9 +300,9 @@ def encoder(faults: dict[str, int]) -> Family:
 
 
 FAMILIES = {
-    "gpt": (gpt, {"blocks.1.fc1": 17}),
-    "vit": (vit, {"blocks.1.fc2": 17}),
-    "encoder": (encoder, {"encoder.encoder.layer.0.intermediate.dense": 17}),
+    "gpt": (gpt, {"blocks.1.fc1": 20}),
+    "vit": (vit, {"blocks.1.fc2": 20}),
+    "encoder": (encoder, {"encoder.encoder.layer.0.intermediate.dense": 20}),
 }
 
 

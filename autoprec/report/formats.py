@@ -63,6 +63,8 @@ def shown_ratio(value: float | None) -> str:
     """Return a speedup, e.g. `1.64x`."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
+    if value < 0.01:
+        return f"{value:.1g}x"
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
