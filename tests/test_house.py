@@ -25,6 +25,7 @@ RANKS = {  # a room imports itself and rooms with a smaller number
     "export": 2,
     "runstate": 3,
     "precision": 2,
+    "checkpoint": 2,
     "capture": 3,
     "capture_meta": 4,
     "transfer": 3,

@@ -228,7 +228,7 @@ def test_checkpoints_start_where_they_were_saved(tmp_path: Path) -> None:
     ("content", "rule"),
     [
         (b"not a checkpoint", "weights_only=True"),
-        ({"model": {"other": torch.ones(1)}}, "must fit the workload's model"),
+        ({"model": {"other": torch.ones(1)}}, "must fit the model"),
         ([1, 2], "must be a state dict"),
     ],
 )

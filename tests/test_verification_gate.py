@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprec.capture import capture_model
+from autoprec.checkpoint import Checkpoint
 from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
 from autoprec.gap import predicted_loss_gap
 from autoprec.records import (
@@ -31,7 +32,7 @@ from autoprec.records import (
 )
 from autoprec.sensitivity import measure_sensitivity
 from autoprec.verification import verify_front, verify_plan
-from autoprec.verification.branches import Bench, Checkpoint, evaluate, train_branch, warm_up
+from autoprec.verification.branches import Bench, evaluate, train_branch, warm_up
 from autoprec.verification.evidence import predicted_gap
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.sequential import Looks, gap_interval, judge

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoprec.capture import find_layers, model_structure
-from autoprec.errors import CaptureError, RecordError, WorkloadError
+from autoprec.checkpoint import load_state, read_checkpoint
+from autoprec.errors import CaptureError, WorkloadError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import ModelSpec
 from autoprec.sensitivity.history import AmaxHistory
@@ -179,11 +178,13 @@ def prepare_reference(
         )
     started = time.perf_counter()
     model = workload.build_model(seed=seed).to(device)
-    optimizer_state = None if checkpoint is None else load_checkpoint(model, checkpoint)
+    start = None if checkpoint is None else read_checkpoint(checkpoint)
+    if start is not None:
+        load_state(model, start.model, what="model")
     model.train()
     optimizer = workload.build_optimizer(model)
-    if optimizer_state is not None:
-        _load(optimizer, optimizer_state, what="optimizer", path=checkpoint)
+    if start is not None and start.optimizer is not None:
+        load_state(optimizer, start.optimizer, what="optimizer")
     stream = workload.train_batches(seed)
     warmup = [move_batch(batch, device) for batch in islice(stream, warmup_steps)]
     history = AmaxHistory()
@@ -210,33 +211,6 @@ def prepare_reference(
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
     )
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> dict[str, Any] | None:
-    """Load a state dict, or a dict with `model` and maybe `optimizer`; return the latter's state.
-
-    Raises:
-        RecordError: the file is missing, holds more than tensors and data, or fits another model.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise RecordError(
-            f"a checkpoint must be readable, but {path} is not ({error.strerror}); check the path"
-        ) from error
-    except (UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise RecordError(
-            f"a checkpoint must load with torch.load(weights_only=True), but {path} does not "
-            f"({type(error).__name__}); save a state dict, or model= and optimizer= state dicts"
-        ) from error
-    if not isinstance(content, dict):
-        raise RecordError(
-            f"a checkpoint must be a state dict or a dict with 'model', but {path} holds "
-            f"{type(content).__name__}; save model.state_dict()"
-        )
-    has_parts = isinstance(content.get("model"), dict)
-    _load(model, content["model"] if has_parts else content, what="model", path=path)
-    return content.get("optimizer") if has_parts else None
 
 
 @contextmanager
@@ -268,17 +242,6 @@ def _warm_up(
         times.append(time.perf_counter() - started)
     progress("sensitivity: warm-up", len(batches), len(batches))
     return tuple(curve), statistics.median(times[1:] or times)
-
-
-def _load(target: Any, state: Any, *, what: str, path: Path | None) -> None:  # Any: state dicts
-    try:
-        target.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise RecordError(
-            f"the checkpoint's {what} state must fit the workload's {what}, but {path} does not "
-            f"({problem}); give a checkpoint of this workload"
-        ) from error
 
 
 def _gradient(parameter: Tensor) -> Tensor:

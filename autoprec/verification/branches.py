@@ -13,18 +13,17 @@ in eval mode on fixed held-out batches, whatever the branch trained in.
 """
 
 import math
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoprec.errors import RecordError, WorkloadError
+from autoprec.checkpoint import Checkpoint, load_state, on_cpu
+from autoprec.errors import WorkloadError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import Branch, Option, Precision
 from autoprec.runtime import attach_optimizer, install_options, undo
@@ -35,17 +34,6 @@ from autoprec.workload import Batch, Workload, check_loss, move_batch
 # a training loss by percents, and the reference saw the same batches
 DIVERGED_RATIO = 3.0
 SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
-# what torch.load raises on truncated, foreign or unsafe bytes
-BROKEN_FILE = (
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    pickle.UnpicklingError,
-)
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
@@ -61,16 +49,6 @@ class Arm:
     def is_reference(self) -> bool:
         """Whether nothing is installed: every layer is FP32."""
         return all(option.precision is Precision.FP32 for option in self.options.values())
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where the branches start: state dicts on the CPU, and the warm-up's losses."""
-
-    model: dict[str, Any]  # Any: a state dict may hold extra state of the user's
-    optimizer: dict[str, Any] | None  # Any: an optimizer's state dict
-    curve: tuple[float, ...] = ()
-    eval_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,8 +77,8 @@ def warm_up(bench: Bench, *, steps: int, start: Checkpoint | None = None) -> Che
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             bench.progress("verify: warm-up", step + 1, steps)
         return Checkpoint(
-            model=_on_cpu(model.state_dict()),
-            optimizer=_on_cpu(optimizer.state_dict()),
+            model=on_cpu(model.state_dict()),
+            optimizer=on_cpu(optimizer.state_dict()),
             curve=tuple(curve),
             eval_losses=evaluate(bench, model),
         )
@@ -167,44 +145,12 @@ def restore(bench: Bench, checkpoint: Checkpoint | None) -> tuple[nn.Module, tor
     """
     model = bench.workload.build_model(seed=bench.seed).to(bench.device)
     if checkpoint is not None:
-        _load(model, checkpoint.model, what="model")
+        load_state(model, checkpoint.model, what="model")
     model.train()
     optimizer = bench.workload.build_optimizer(model)
     if checkpoint is not None and checkpoint.optimizer is not None:
-        _load(optimizer, checkpoint.optimizer, what="optimizer")
+        load_state(optimizer, checkpoint.optimizer, what="optimizer")
     return model, optimizer
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a user's checkpoint: a bare state dict, or a dict with `model` and maybe `optimizer`.
-
-    Raises:
-        RecordError: the file is missing, is no checkpoint, or holds more than tensors and data.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise RecordError(
-            f"a checkpoint must be readable, but {path} is not ({error.strerror}); check the path"
-        ) from error
-    except BROKEN_FILE as error:
-        raise RecordError(
-            f"a checkpoint must load with torch.load(weights_only=True), but {path} does not "
-            f"({type(error).__name__}); save a state dict, or model= and optimizer= state dicts"
-        ) from error
-    if not isinstance(content, dict):
-        raise RecordError(
-            f"a checkpoint must be a state dict or a dict with 'model', but {path} holds "
-            f"{type(content).__name__}; save model.state_dict()"
-        )
-    if isinstance(content.get("model"), dict):
-        return Checkpoint(
-            model=content["model"],
-            optimizer=content.get("optimizer"),
-            curve=tuple(content.get("curve", ())),
-            eval_losses=tuple(content.get("eval_losses", ())),
-        )
-    return Checkpoint(model=content, optimizer=None)
 
 
 @contextmanager
@@ -299,27 +245,3 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:  # Any: a param group
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
-
-
-def _load(target: nn.Module | torch.optim.Optimizer, state: dict[str, Any], *, what: str) -> None:
-    try:
-        target.load_state_dict(_copied(state))
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecordError(
-            f"the checkpoint must fit the {what} that the workload builds, but it does not "
-            f"({reason}); give a checkpoint of this workload"
-        ) from error
-
-
-def _on_cpu(value: Any) -> Any:  # Any: a state dict is a tree of anything
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_cpu(item) for item in value)
-    return value
-
-
-_copied = _on_cpu  # a loaded state may alias its source: every branch loads a copy of its own

@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 
 from autoprec import __version__
+from autoprec.checkpoint import Checkpoint, read_checkpoint
 from autoprec.errors import InfeasibleError, RecordError, WorkloadError
 from autoprec.progress import Progress
 from autoprec.records import BF16_O2, FP32, Branch, ModelSpec, Option, Plan
 from autoprec.verification.branches import (
     Arm,
     Bench,
-    Checkpoint,
     evaluate,
-    read_checkpoint,
     replay_reference,
     restore,
     seeded,
