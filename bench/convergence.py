@@ -137,6 +137,7 @@ def run_family(family: Family, folder: Path) -> FamilyRun:
     sensitivity = measured.model_copy(
         update={"loss_curve": tuple(enumerate(session.checkpoint.curve, start=1))}
     )
+    sensitivity.save(folder / "sensitivity.json")
     meter = JointMeter(workload, spec, device=CPU, reference=reference)
     plans = make_plans(spec, fault)
     others = other_scores(reference.model, reference.batches, family, plans, spec)

@@ -150,14 +150,14 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """16 patches of 2 x 2 pixels, averaged at the end, ten logits."""
+    """16 patches of 2 x 2 pixels, averaged at the end, 16 logits of which ten are used."""
 
     def __init__(self, width: int = 96, depth: int = 3, heads: int = 4) -> None:
         super().__init__()
         self.patch = nn.Conv2d(1, width, 2, stride=2)
         self.position = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 16)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position
@@ -300,9 +300,9 @@ def encoder(faults: dict[str, int]) -> Family:
 
 
 FAMILIES = {
-    "gpt": (gpt, {"blocks.1.fc1": 20}),
-    "vit": (vit, {"blocks.1.fc2": 20}),
-    "encoder": (encoder, {"encoder.encoder.layer.0.intermediate.dense": 20}),
+    "gpt": (gpt, {"blocks.0.qkv": 20}),
+    "vit": (vit, {"blocks.0.fc1": 20}),
+    "encoder": (encoder, {"encoder.encoder.layer.1.attention.output.dense": 20}),
 }
 
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import InfeasibleError
-from autoprec.gap import bias_share, e_budget_for, extra_steps, fit_loss_line, predicted_loss_gap
+from autoprec.gap import (
+    USUAL_EXPONENT,
+    bias_share,
+    e_budget_for,
+    extra_steps,
+    fit_loss_line,
+    predicted_loss_gap,
+)
 from autoprec.records import FP32, Estimate, JointMeasurement, Sensitivity
 
 
@@ -53,7 +60,7 @@ def test_fit_recovers_a_line_in_log_t() -> None:
     line = fit_loss_line(falling(0.4))
     assert line is not None
     assert line.slope == pytest.approx(0.4)
-    assert line.loss_at(20) == pytest.approx(5.0 - 0.4 * math.log(20))
+    assert line.last_loss == pytest.approx(5.0 - 0.4 * math.log(20))
 
 
 def test_gap_is_extra_steps_times_slope_over_loss() -> None:
@@ -96,6 +103,31 @@ def test_budget_is_the_inverse_of_the_gap(
     assert budget > 0
     if budget < 1e6:  # above, the budget is cut: nothing costs that much
         assert gap == pytest.approx(tolerance, rel=1e-6)
+
+
+def test_beyond_the_curve_the_slope_tends_to_the_usual_one() -> None:
+    steep, flat = (fit_loss_line(falling(slope)) for slope in (1.0, 0.01))
+    assert steep is not None
+    assert flat is not None
+    own = 1.0 / (5.0 - math.log(20))
+    assert steep.exponent_at(5) == steep.exponent_at(20) == pytest.approx(own)
+    assert steep.exponent_at(80) == pytest.approx(own / 4 + 0.75 * USUAL_EXPONENT)
+    assert flat.exponent_at(80) < USUAL_EXPONENT < steep.exponent_at(80)
+    assert flat.exponent_at(10**6) == pytest.approx(USUAL_EXPONENT, rel=1e-3)
+
+
+# the mean loss of three seeds of bench/convergence.py: the first ten steps, and r at 75 measured
+# over steps 50 to 150 (gpt, vit) or 38 to 90 (encoder)
+MEASURED_CURVES = MEASURED
+
+
+@pytest.mark.parametrize(("early", "measured"), MEASURED_CURVES.values(), ids=MEASURED_CURVES)
+def test_ten_steps_guess_the_slope_at_the_horizon(
+    early: tuple[float, ...], measured: float
+) -> None:
+    line = fit_loss_line(tuple(enumerate(early, start=1)))
+    assert line is not None
+    assert measured / 4 < line.exponent_at(75) < 4 * measured
 
 
 def test_noisy_curve_is_not_taken_for_flat() -> None:

@@ -63,7 +63,7 @@ class Guard:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        plan: Plan,
+        plan: Plan | Path | str,
         *,
         on_alarm: Action | str = Action.SKIP,
         limits: Limits | None = None,
@@ -75,7 +75,7 @@ class Guard:
         Args:
             model: after `autoprec.apply`, wrapped by DDP, FSDP2 or torch.compile or not.
             optimizer: what steps it.
-            plan: the plan that was applied; its schedule, if any, is run.
+            plan: the plan that was applied, or its path; its schedule, if any, is run.
             on_alarm: what happens to a poisoned step.
             limits: when to act.
             events: a file to which every event is appended as a line of JSON.
@@ -84,6 +84,7 @@ class Guard:
         Raises:
             PlanMismatchError: the model's FP8 layers are not those of the plan.
         """
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.on_alarm, self.limits = Action(on_alarm), limits or Limits()
         self.layers = fp8_layers(model, plan)
