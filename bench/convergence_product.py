@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from autoprec.costmodel import load_device_profile, predict_profile
+from autoprec.gap import fit_loss_line
 from autoprec.records import (
     BF16_O2,
     CallSpec,
@@ -47,7 +48,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ProductRun:
-    """What the search chose. `out` are the linears it left out of FP8 though FP8 is faster there."""
+    """What the search chose; `out` are the linears left out of FP8 though it is faster there."""
 
     e_budget: float
     early_slope: float
@@ -63,8 +64,6 @@ def run_product(
     workload: Workload, spec: ModelSpec, session: Session, *, fault: str, tolerance: float
 ) -> ProductRun:
     """Search a plan from a sensitivity measured from scratch, and verify it and all-FP8."""
-    from autoprec.gap import fit_loss_line
-
     reference = prepare_reference(workload, spec, device=CPU)
     sensitivity = measure_sensitivity(
         workload,

@@ -53,7 +53,7 @@ def _repredict(run: Run, sensitivity: Sensitivity) -> None:
 
 
 def noise_of(run: Run) -> float:
-    """Return the standard error of a plan's mean gap: the median spread over plans without fault."""
+    """Return the standard error of a mean gap, by the median spread of plans without fault."""
     spreads = [np.std(r["gaps"], ddof=1) for r in run["plans"] if not r["has_fault"]]
     return float(np.median(spreads)) / math.sqrt(run["seeds"])
 
@@ -98,9 +98,7 @@ def _agreement(runs: Sequence[Run]) -> str:
     heads = ["", *(f"{run['family']}" for run in runs)]
     rows: list[list[str]] = []
     for name, score in SCORES.items():
-        rows.append(
-            [f"Spearman, {name}", *(f"{spearman(clear_rows(r), score):.2f}" for r in runs)]
-        )
+        rows.append([f"Spearman, {name}", *(f"{spearman(clear_rows(r), score):.2f}" for r in runs)])
     for name, score in SCORES.items():
         rows.append(
             [f"the same over all plans, {name}"]
@@ -150,9 +148,10 @@ def _products(runs: Sequence[Run]) -> str:
     for run in runs:
         product = run["product"]
         text += (
-            f"\n**{run['family']}** (fault in `{run['fault']}`): e budget {product['e_budget']:.2%}, "
-            f"chosen plan e {product['chosen_e']:.2%}, {product['fp8_layers']} layers in FP8; "
-            f"{product['step_equivalents']:.0f} step equivalents. Out of FP8 though it is faster:\n"
+            f"\n**{run['family']}** (fault in `{run['fault']}`): e budget "
+            f"{product['e_budget']:.2%}, chosen plan's e {product['chosen_e']:.2%}, "
+            f"{product['fp8_layers']} layers in FP8; {product['step_equivalents']:.0f} step "
+            "equivalents. Out of FP8 though it is faster:\n"
         )
         text += "".join(f"\n- `{name}`: {product['reasons'][name]}" for name in product["out"])
         text += "\n\n" + _table(

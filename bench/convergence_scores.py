@@ -1,8 +1,8 @@
 """Other ways to score a plan without training it, on the same model and batches.
 
-    modelopt       NVIDIA ModelOpt AutoQuantize, method "gradient": sum of (dL/dy)^2 (y_fp8 - y)^2 per
-                   layer. It knows one FP8 format (a scale per tensor), so recipes and GEMMs kept in
-                   BF16 make no difference to it; that is the tool's own limit.
+    modelopt       NVIDIA ModelOpt AutoQuantize, method "gradient": sum of (dL/dy)^2 (y_fp8 - y)^2
+                   per layer. It knows one FP8 format (a scale per tensor), so recipes and GEMMs
+                   kept in BF16 make no difference to it; that is the tool's own limit.
     weight_error   relative squared rounding error of the weight under the option's scaling
     layer_order    1 for the first layer, falling to 0 for the last: "keep the early layers"
 

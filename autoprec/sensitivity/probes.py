@@ -51,7 +51,7 @@ from autoprec.sensitivity.operands import Operands
 from autoprec.sensitivity.reference import Baseline, Reference, seeded
 from autoprec.sensitivity.replay import Call, Replayed, recorded_calls, replay
 
-STEP = 5e-3  # mean |weight change| over mean |weight|; moves activations by about 0.2 %
+STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by about 0.2 %
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -214,10 +214,14 @@ def _run_probe(
 
 
 def _step_size(reference: Reference, baseline: Baseline) -> float:
-    """Return t such that t P^(1/2) u changes weights by STEP of their mean size."""
+    """Return t such that t P^(1/2) u changes weights by STEP of their usual size.
+
+    The usual size is a tensor's median: a few outlier rows must not make the step of all the others
+    so large that nothing is linear any more.
+    """
     weight = scale = 0.0
     for place, parameter in reference.measured():
-        weight += float(parameter.detach().abs().sum(dtype=torch.float64))
+        weight += float(parameter.detach().abs().median()) * parameter.numel()
         ones = torch.ones_like(baseline.gradients[place])
         weighted = reference.weigh(parameter, ones, baseline.gradients[place])
         scale += float(weighted.sum(dtype=torch.float64))
