@@ -4,9 +4,9 @@
 
 Tiny models from `transformers` configs, and from `diffusers` where that is installed, with random
 weights: capture, a random valid plan with FP8 in half of the eligible layers, apply, three steps of
-AdamW, proof of what ran, a bit-identical resume, undo (tests/architecture_checks.py). On a CPU torch
-runs a reference loop for FP8 GEMMs, so equal FP32 ones stand in. Target: at least 25 architectures,
-all passed, or refused with a correct reason.
+AdamW, proof of what ran, a bit-identical resume, undo (tests/architecture_checks.py). On a CPU
+torch runs a reference loop for FP8 GEMMs, so equal FP32 ones stand in. Target: at least 25
+architectures, all passed, or refused with a correct reason.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from autoprec.sensitivity.gemm import fast_fp8_gemms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.architecture_checks import DEVICE, Outcome, try_architecture  # noqa: E402
-from tests.architecture_zoo import ARCHITECTURES, Architecture  # noqa: E402
+from tests.architecture_checks import DEVICE, Outcome, try_architecture
+from tests.architecture_zoo import ARCHITECTURES, Architecture
 
 WIDTHS = "{:16} {:44} {:>6} {:>6} {:>6}  {}"
 

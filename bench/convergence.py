@@ -75,6 +75,8 @@ class PlanRow:
     has_fault: bool
     table_e: float
     joint_e: float
+    table_bias: float
+    joint_bias: float
     table_gap: float
     joint_gap: float
     scores: dict[str, float]
@@ -268,38 +270,40 @@ def measure_plan(
     has: bool,
 ) -> PlanRow:
     """Predict a plan's gap and measure it over the paired seeds."""
-    table_e = sensitivity.flow.mean + sum(
-        row.e.mean
-        for name, option in plan.items()
-        if (row := sensitivity.row(name, option)) is not None
-    )
-    joint_e = meter.measure(tuple(plan[name] for name in meter.spec.names)).mean
+    rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
+    table_e = sensitivity.flow.mean + sum(row.e.mean for row in rows)
+    table_bias = sum(row.bias.mean for row in rows)
+    joint = meter.measure_joint(tuple(plan[name] for name in meter.spec.names))
+    joint_bias = joint.bias.mean if joint.bias else 0.0
     arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in meter.spec.uncovered))
     pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, SEEDS + 1)]
-    row = PlanRow(
+    found = PlanRow(
         label=label,
         has_fault=has,
         table_e=table_e,
-        joint_e=joint_e,
-        table_gap=predicted(session, sensitivity, table_e),
-        joint_gap=predicted(session, sensitivity, joint_e),
+        joint_e=joint.e.mean,
+        table_bias=table_bias,
+        joint_bias=joint_bias,
+        table_gap=predicted(session, sensitivity, table_e, bias=table_bias),
+        joint_gap=predicted(session, sensitivity, joint.e.mean, bias=joint_bias),
         scores=scores,
         gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
         diverged=any(branch.diverged_at is not None for _, branch in pairs),
     )
-    gaps = " ".join(f"{gap:+.3%}" for gap in row.gaps)
+    gaps = " ".join(f"{gap:+.3%}" for gap in found.gaps)
     print(
-        f"  {label:32s} e {table_e:.2e} joint {joint_e:.2e}  predicted {row.joint_gap:.3%}  "
-        f"measured {gaps}{'  diverged' if row.diverged else ''}",
+        f"  {label:32s} e {table_e:.2e} joint {joint.e.mean:.2e}  predicted {found.joint_gap:.3%}  "
+        f"measured {gaps}{'  diverged' if found.diverged else ''}",
         flush=True,
     )
-    return row
+    return found
 
 
-def predicted(session: Session, sensitivity: Sensitivity, e: float) -> float:
+def predicted(session: Session, sensitivity: Sensitivity, e: float, *, bias: float) -> float:
     """Return the predicted gap of a branch; 0 where no curve says what a step is worth."""
+    terms = session.terms
     gap = predicted_loss_gap(
-        sensitivity, e, session.terms.branch_steps, start=session.terms.warmup_steps
+        sensitivity, e, terms.branch_steps, start=terms.warmup_steps, bias=max(bias, 0.0)
     )
     return gap or 0.0
 

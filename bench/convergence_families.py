@@ -199,7 +199,7 @@ def vit(faults: dict[str, int]) -> Family:
         name="vit",
         faults=faults,
         warmup_steps=150,
-        branch_steps=40,
+        branch_steps=24,
         build=VisionTransformer,
         batches=batches,
         held_out=held_out,
@@ -228,7 +228,10 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         from transformers import AutoModel
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.encoder = AutoModel.from_pretrained(
             encoder_folder(), add_pooling_layer=False, num_hidden_layers=BLOCKS
         )

@@ -39,14 +39,12 @@ def write_report(folder: Path) -> None:
 
 def _repredict(run: Run, sensitivity: Sensitivity) -> None:
     """Predict anew from the saved e: the page belongs to the present autoprec.gap."""
+    steps, start = run["branch_steps"], run["warmup_steps"]
     for row in run["plans"]:
         for kind in ("table", "joint"):
-            row[f"{kind}_gap"] = predicted_loss_gap(
-                sensitivity,
-                row[f"{kind}_e"],
-                run["branch_steps"],
-                start=run["warmup_steps"],
-            )
+            e, bias = row[f"{kind}_e"], max(row[f"{kind}_bias"], 0.0)
+            row[f"{kind}_gap"] = predicted_loss_gap(sensitivity, e, steps, start=start, bias=bias)
+        row["pooled_gap"] = predicted_loss_gap(sensitivity, row["joint_e"], steps, start=start)
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -84,11 +82,14 @@ def calibration(rows: Sequence[Row], kind: str) -> tuple[float, float]:
 
 SCORES: dict[str, Callable[[Row], float]] = {
     "autoprec, joint e": lambda row: float(row["joint_gap"]),
+    "autoprec, joint e and pooled bias": lambda row: float(row["pooled_gap"]),
     "autoprec, table": lambda row: float(row["table_gap"]),
     "ModelOpt": lambda row: float(row["scores"]["ModelOpt"]),
     "weight error": lambda row: float(row["scores"]["weight error"]),
     "layer order": lambda row: float(row["scores"]["layer order"]),
 }
+
+KINDS = {"joint": "joint e", "pooled": "joint e and pooled bias", "table": "table"}
 
 
 # --- page ----------------------------------------------------------------------------------------
@@ -104,10 +105,11 @@ def _agreement(runs: Sequence[Run]) -> str:
             [f"the same over all plans, {name}"]
             + [f"{spearman(run['plans'], score):.2f}" for run in runs]
         )
-    for kind in ("joint", "table"):
+    for kind in ("joint", "pooled", "table"):
         pairs = [calibration(clear_rows(run), kind) for run in runs]
-        rows.append([f"measured / predicted, {kind} e", *(f"{ratio:.2f}" for ratio, _ in pairs)])
-        rows.append([f"slope of log on log, {kind} e", *(f"{slope:.2f}" for _, slope in pairs)])
+        name = KINDS[kind]
+        rows.append([f"measured / predicted, {name}", *(f"{ratio:.2f}" for ratio, _ in pairs)])
+        rows.append([f"slope of log on log, {name}", *(f"{slope:.2f}" for _, slope in pairs)])
     rows += [
         ["plans above the noise", *(f"{len(clear_rows(r))} of {len(r['plans'])}" for r in runs)],
         ["noise of a mean gap", *(f"{noise_of(run):.3%}" for run in runs)],

@@ -1,7 +1,7 @@
 """One architecture through its whole life under a plan: each way in which it can fail is a check.
 
-capture, a random valid plan, apply with AdamW, three training steps, proof of what ran, save and load
-into a fresh model and optimizer, undo, plain FP32 again. Every stage is compared with something that
+Capture, a random valid plan, apply with AdamW, three training steps, proof of what ran, save and
+load into a fresh model and optimizer, undo, plain FP32 again. Every stage is compared with what
 cannot go wrong the same way: the FP32 loss, a bit-identical resume, the master weights.
 """
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import autoprec
-from autoprec.capture import capture_model
-from autoprec.errors import AutoprecError
+from autoprec.capture import capture_model, type_name
+from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Plan
+from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload import Batch, Workload
 from tests.runtime_plans import plan_for
@@ -46,17 +47,19 @@ def try_architecture(workload: Workload, *, seed: int = 0) -> Outcome:
 
     Raises:
         CheckError: a stage did something else than it must.
+        WorkloadError: the model trains in FP32 and breaks under the plan.
     """
-    layers = fp8_layers = 0
     try:
         spec = capture_model(workload, device=DEVICE, seed=seed)
-        layers = len(spec.layers)
-        plan = random_plan(spec, workload.build_model(seed=seed), seed=seed)
-        fp8_layers = sum(layer.option.is_fp8 for layer in plan.layers)
+    except WorkloadError as problem:
+        return Outcome(0, 0, f"does not train here: {problem}")
+    plan = random_plan(spec, workload.build_model(seed=seed), seed=seed)
+    fp8_layers = sum(layer.option.is_fp8 for layer in plan.layers)
+    try:
         run_plan(workload, plan, seed=seed)
-    except AutoprecError as refusal:
-        return Outcome(layers, fp8_layers, f"refused: {refusal}")
-    return Outcome(layers, fp8_layers, "passed")
+    except PlanMismatchError as refusal:
+        return Outcome(len(spec.layers), fp8_layers, f"refused: {refusal}")
+    return Outcome(len(spec.layers), fp8_layers, "passed")
 
 
 def random_plan(spec: ModelSpec, model: nn.Module, *, seed: int) -> Plan:
@@ -182,8 +185,9 @@ def _check_undo(
     masters = _masters(model)
     autoprec.undo(model, optimizer)
     plain = workload.build_model(seed=seed + 1).train()
-    classes = [type(module) for module in plain.modules()]
-    _check([type(m) for m in model.modules()] == classes, "undo left other classes")
+    names = [type_name(module) for module in plain.modules()]
+    _check([type_name(m) for m in model.modules()] == names, "undo left other classes")
+    _check(not any(is_made_here(type(m)) for m in model.modules()), "undo left our classes")
     _check(all(ON_MODEL not in vars(m) for m in model.modules()), "undo left its attribute")
     wrong = [n for n, p in model.named_parameters() if not torch.equal(p, masters[n])]
     _check(not wrong, f"undo left other weights than the masters: {', '.join(wrong)}")

@@ -4,8 +4,8 @@ Everything comes from `transformers`, and from `diffusers` where that is install
 downloaded. A batch is a dict of keyword arguments; the loss is the model's own if it has one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.workload import Workload, workload_from
+from tests.architecture_batches import (
+    CLASSES,
+    VOCABULARY,
+    Batch,
+    MakeBatch,
+    boxes,
+    class_images,
+    guided_images,
+    image_text,
+    images,
+    language,
+    latents,
+    noisy_images,
+    padded,
+    pairs,
+    segmentation,
+    series,
+    sound,
+    sound_image,
+    spectrogram,
+    videos,
+)
 
 Settings = Mapping[str, Any]  # Any: what a config takes
-Batch = dict[str, Any]  # Any: what a model takes
-MakeBatch = Callable[[torch.Generator], Batch]
-VOCABULARY, WIDTH, CLASSES = 96, 64, 16
-SEQUENCES, TOKENS = 2, 16
+WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,6 @@ class Architecture:
     settings: Settings
     make_batch: MakeBatch
     library: str = "transformers"
-    attributes: Settings = field(default_factory=dict)  # set on the config after it is made
 
     @property
     def name(self) -> str:
@@ -43,8 +61,8 @@ class Architecture:
         cls = getattr(library, self.model)
         if not self.config:  # diffusers: models take their settings themselves
             model: nn.Module = cls(**self.settings)
-            return model
-        model = cls(make_config(library, self.config, self.settings))
+        else:
+            model = cls(make_config(library, self.config, self.settings))
         return model
 
     def workload(self) -> Workload:
@@ -80,117 +98,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def _is_config(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict)
-
-
-def _ids(generator: torch.Generator, tokens: int = TOKENS) -> Tensor:
-    return torch.randint(3, VOCABULARY, (SEQUENCES, tokens), generator=generator)
-
-
-def language(generator: torch.Generator) -> Batch:
-    ids = _ids(generator)
-    return {"input_ids": ids, "labels": ids}
-
-
-def padded(generator: torch.Generator) -> Batch:
-    mask = torch.ones(SEQUENCES, TOKENS, dtype=torch.long)
-    mask[1, -5:] = 0
-    return {**language(generator), "attention_mask": mask}
-
-
-def images(generator: torch.Generator) -> Batch:
-    pixels = torch.randn(SEQUENCES, 3, 32, 32, generator=generator)
-    return {
-        "pixel_values": pixels,
-        "labels": torch.randint(CLASSES, (SEQUENCES,), generator=generator),
-    }
-
-
-def pixels_only(generator: torch.Generator) -> Batch:
-    return {"pixel_values": torch.randn(SEQUENCES, 3, 32, 32, generator=generator)}
-
-
-def segmentation(generator: torch.Generator) -> Batch:
-    labels = torch.randint(CLASSES, (SEQUENCES, 32, 32), generator=generator)
-    return {**pixels_only(generator), "labels": labels}
-
-
-def boxes(generator: torch.Generator) -> Batch:
-    labels = [
-        {
-            "class_labels": torch.randint(CLASSES, (2,), generator=generator),
-            "boxes": 0.25 + 0.5 * torch.rand(2, 4, generator=generator),
-        }
-        for _ in range(SEQUENCES)
-    ]
-    return {**pixels_only(generator), "labels": labels}
-
-
-def videos(generator: torch.Generator) -> Batch:
-    return {
-        "pixel_values": torch.randn(SEQUENCES, 2, 3, 32, 32, generator=generator),
-        "labels": torch.randint(CLASSES, (SEQUENCES,), generator=generator),
-    }
-
-
-def sound(generator: torch.Generator) -> Batch:
-    return {
-        "input_values": torch.randn(SEQUENCES, 1600, generator=generator),
-        "labels": _ids(generator, 4),
-    }
-
-
-def spectrogram(generator: torch.Generator) -> Batch:
-    features = torch.randn(SEQUENCES, 16, 32, generator=generator)
-    return {"input_features": features, "labels": _ids(generator, 8)}
-
-
-def sound_image(generator: torch.Generator) -> Batch:
-    return {
-        "input_values": torch.randn(SEQUENCES, 32, 16, generator=generator),
-        "labels": torch.randint(CLASSES, (SEQUENCES,), generator=generator),
-    }
-
-
-def pairs(generator: torch.Generator) -> Batch:
-    return {**pixels_only(generator), "input_ids": _ids(generator), "return_loss": True}
-
-
-def image_text(generator: torch.Generator) -> Batch:
-    ids = _ids(generator)
-    ids[:, 1:5] = 2  # the image token: four patches
-    return {**pixels_only(generator), "input_ids": ids, "labels": ids}
-
-
-def series(generator: torch.Generator) -> Batch:
-    return {
-        "past_values": torch.randn(SEQUENCES, 32, 2, generator=generator),
-        "future_values": torch.randn(SEQUENCES, 8, 2, generator=generator),
-    }
-
-
-def noisy_images(generator: torch.Generator) -> Batch:
-    return {
-        "sample": torch.randn(SEQUENCES, 3, 16, 16, generator=generator),
-        "timestep": torch.randint(1000, (SEQUENCES,), generator=generator),
-    }
-
-
-def guided_images(generator: torch.Generator) -> Batch:
-    context = torch.randn(SEQUENCES, 16, 32, generator=generator)
-    return {**noisy_images(generator), "encoder_hidden_states": context}
-
-
-def class_images(generator: torch.Generator) -> Batch:
-    noisy = noisy_images(generator)
-    return {
-        "hidden_states": noisy["sample"],
-        "timestep": noisy["timestep"],
-        "class_labels": torch.randint(CLASSES, (SEQUENCES,), generator=generator),
-    }
-
-
-def latents(generator: torch.Generator) -> Batch:
-    return {"sample": torch.randn(SEQUENCES, 3, 16, 16, generator=generator)}
 
 
 SHAPE: Settings = {
@@ -285,7 +192,7 @@ def _decoders() -> Iterator[Architecture]:
         model, config = f"{name}ForCausalLM", f"{name}Config"
         return Architecture("decoder", model, config, {**settings, **more}, make_batch)
 
-    heads = {"head_dim": 16}
+    heads: dict[str, Any] = {"head_dim": 16}
     ends = {key: SHAPE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     gpt2 = {**ends, "n_layer": 2, "n_head": 4, "n_embd": WIDTH, "n_positions": 64}
     yield Architecture("decoder", "GPT2LMHeadModel", "GPT2Config", gpt2, padded)
@@ -306,7 +213,12 @@ def _decoders() -> Iterator[Architecture]:
     yield decoder("Falcon", SHAPE)
     yield decoder("Bloom", ends, hidden_size=WIDTH, n_layer=2, n_head=4)
     yield decoder("GPTBigCode", gpt2)
-    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    latent: dict[str, Any] = {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    }
     latent |= {"qk_nope_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
     latent |= {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
     latent |= {"moe_intermediate_size": 32, "num_key_value_heads": 4}
@@ -325,10 +237,19 @@ def _decoders() -> Iterator[Architecture]:
 def _state_spaces() -> Iterator[Architecture]:
     common = {key: SHAPE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
     second = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 8}
-    recurrent = {"attention_window_size": 8, "num_hidden_layers": 3, "head_dim": 16}
+    recurrent: dict[str, Any] = {"attention_window_size": 8, "num_hidden_layers": 3, "head_dim": 16}
     recurrent |= {"block_types": ["recurrent", "recurrent", "attention"], "lru_width": WIDTH}
-    jamba = {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}
-    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 16}
+    jamba: dict[str, Any] = {
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+    }
+    linear: dict[str, Any] = {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "head_dim": 16,
+    }
     linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "decoder_sparse_step": 1}
     linear |= {"layer_types": ["linear_attention", "full_attention"]}
     for name, settings in (
@@ -389,6 +310,8 @@ def _visions() -> Iterator[Architecture]:
     segments |= {"sr_ratios": [4, 2], "patch_sizes": [7, 3], "strides": [4, 2]}
     segments |= {"mlp_ratios": [2, 2]}
     convnext = {"num_labels": CLASSES, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+    mobile: dict[str, Any] = {"num_labels": CLASSES, "image_size": 32, "output_stride": 8}
+    mobile |= {"classifier_dropout_prob": 0.0, "depth_multiplier": 0.35}
     classifiers: tuple[tuple[str, Settings, MakeBatch], ...] = (
         ("ViT", VISION, images),
         ("DeiT", VISION, images),
@@ -399,12 +322,14 @@ def _visions() -> Iterator[Architecture]:
         ("ConvNextV2", convnext, images),
         ("ResNet", CONVOLUTIONS, images),
         ("RegNet", {**CONVOLUTIONS, "groups_width": 8}, images),
-        ("MobileNetV2", {"num_labels": CLASSES, "image_size": 32}, images),
+        ("MobileNetV2", mobile, images),
         ("VideoMAE", {**VISION, "num_frames": 2, "tubelet_size": 2}, videos),
     )
     for name, settings, batch in classifiers:
         family = "convolutional" if "Net" in name or "Next" in name else "vision"
-        model = f"{name}ForVideoClassification" if batch is videos else f"{name}ForImageClassification"
+        model = (
+            f"{name}ForVideoClassification" if batch is videos else f"{name}ForImageClassification"
+        )
         yield Architecture(family, model, f"{name}Config", settings, batch)
     yield Architecture(
         "vision", "SegformerForSemanticSegmentation", "SegformerConfig", segments, segmentation
@@ -449,9 +374,7 @@ def _mixed() -> Iterator[Architecture]:
     yield Architecture(
         "multimodal", "LlavaForConditionalGeneration", "LlavaConfig", llava, image_text
     )
-    yield Architecture(
-        "time series", "PatchTSTForPrediction", "PatchTSTConfig", patches, series
-    )
+    yield Architecture("time series", "PatchTSTForPrediction", "PatchTSTConfig", patches, series)
 
 
 def _diffusions() -> Iterator[Architecture]:
@@ -459,7 +382,7 @@ def _diffusions() -> Iterator[Architecture]:
     unet |= {"in_channels": 3, "out_channels": 3, "norm_num_groups": 8, "attention_head_dim": 8}
     plain = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
     plain |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    crossed = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    crossed: dict[str, Any] = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     crossed |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32}
     dit = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
     dit |= {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16}

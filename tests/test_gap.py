@@ -13,9 +13,17 @@ from autoprec.gap import (
     e_budget_for,
     extra_steps,
     fit_loss_line,
+    plan_bias,
     predicted_loss_gap,
 )
-from autoprec.records import FP32, Estimate, JointMeasurement, Sensitivity
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Estimate,
+    JointMeasurement,
+    LayerSensitivity,
+    Sensitivity,
+)
 
 
 def make_sensitivity(
@@ -87,6 +95,21 @@ def test_bias_counts_against_the_mean_gradient() -> None:
     assert extra_steps(biased, 0.01, bias=0.01) == pytest.approx(0.04)
 
 
+def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
+    rows = tuple(
+        LayerSensitivity(
+            name=name, option=BF16_O2, e=Estimate(mean=e), bias=Estimate(mean=b), loss_delta=None
+        )
+        for name, e, b in (("good", 0.01, 0.008), ("bad", 1.0, 0.02), ("unbiased", 0.1, -0.01))
+    )
+    sensitivity = make_sensitivity(falling(0.4)).model_copy(update={"rows": rows})
+    assert plan_bias(sensitivity, {"good": BF16_O2, "bad": FP32}, 0.02) == pytest.approx(0.016)
+    both = plan_bias(sensitivity, {"good": BF16_O2, "bad": BF16_O2}, 1.01)
+    assert both == pytest.approx(0.028)
+    assert plan_bias(sensitivity, {"unbiased": BF16_O2}, 0.1) == 0.0
+    assert plan_bias(sensitivity, {}, 0.1) == 0.0
+
+
 @given(
     tolerance=st.floats(1e-5, 0.1),
     slope=st.floats(0.01, 1.0),
@@ -116,18 +139,24 @@ def test_beyond_the_curve_the_slope_tends_to_the_usual_one() -> None:
     assert flat.exponent_at(10**6) == pytest.approx(USUAL_EXPONENT, rel=1e-3)
 
 
-# the mean loss of three seeds of bench/convergence.py: the first ten steps, and r at 75 measured
-# over steps 50 to 150 (gpt, vit) or 38 to 90 (encoder)
-MEASURED_CURVES = MEASURED
+# families of bench/convergence.py without a fault: the mean loss of two or three seeds in the first
+# ten steps, what the log line extrapolated from it gives for r at step 75, and r as it was there
+GPT = (5.51, 4.89, 4.47, 4.27, 4.13, 3.69, 3.62, 3.62, 3.31, 3.36), 0.79, 0.06
+VIT = (2.85, 2.57, 2.59, 2.52, 2.49, 2.42, 2.4, 2.45, 2.43, 2.37), 0.076, 0.19
+ENCODER = (2.86, 2.75, 2.73, 2.65, 2.68, 2.63, 2.44, 2.52, 2.59, 2.67), 0.051, 0.49
 
 
-@pytest.mark.parametrize(("early", "measured"), MEASURED_CURVES.values(), ids=MEASURED_CURVES)
+@pytest.mark.parametrize(
+    ("early", "log_line", "measured"), [GPT, VIT, ENCODER], ids=["gpt", "vit", "encoder"]
+)
 def test_ten_steps_guess_the_slope_at_the_horizon(
-    early: tuple[float, ...], measured: float
+    early: tuple[float, ...], log_line: float, measured: float
 ) -> None:
     line = fit_loss_line(tuple(enumerate(early, start=1)))
     assert line is not None
-    assert measured / 4 < line.exponent_at(75) < 4 * measured
+    guess = line.exponent_at(75)
+    assert abs(math.log(guess / measured)) < abs(math.log(log_line / measured))
+    assert measured / 6 < guess < 3 * measured
 
 
 def test_noisy_curve_is_not_taken_for_flat() -> None:

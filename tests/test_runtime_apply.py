@@ -126,6 +126,15 @@ def test_a_view_is_plain_fp32_and_shares_the_masters() -> None:
     assert torch.equal(view.head.weight, before - 1e-3)
 
 
+def test_a_view_is_made_of_a_model_that_keeps_a_computed_tensor() -> None:
+    model: Any = Mlp()
+    autoprec.apply(plan_for(model), model)
+    model.state = model(torch.randn(4, 32))
+    view: Any = autoprec.master_view(model)
+    assert torch.equal(view.state, model.state)
+    assert not view.state.requires_grad
+
+
 DIFFERENCES: dict[str, Any] = {
     "layer 'third' is in the plan only": lambda layers: [
         *layers,

@@ -1,7 +1,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -124,6 +124,61 @@ def test_every_fp8_option_trains_a_layer(option: Option) -> None:
     assert (output - expected).norm() < 0.1 * expected.norm()
     assert x.grad is not None
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("rows", [32, 27])
+@pytest.mark.parametrize("recipe", APPLICABLE_RECIPES, ids=str)
+def test_fp8_takes_inputs_of_any_layout(recipe: Recipe, rows: int) -> None:
+    layer = nn.Linear(32, 48)
+    image, hidden = torch.randn(2, 32, rows), torch.randn(2, rows, 64)
+    inputs = {
+        "transposed": image.transpose(1, 2),
+        "sliced": hidden[..., :32],
+        "expanded": hidden[:1, :, :32].expand(2, -1, -1),
+        "matrix": image[0].t(),
+    }
+    with install_options(layer, {"": fp8_option(recipe)}):
+        for name, x in inputs.items():
+            grads = []
+            for value in (x, x.contiguous()):
+                layer.zero_grad()
+                layer(value).square().sum().backward()
+                grads.append([p.grad for p in layer.parameters()])
+            assert all(map(torch.equal, *grads)), name
+
+
+WITHOUT_BF16_KERNEL: dict[str, Callable[[Tensor], Tensor]] = {
+    "fft": lambda x: torch.fft.fftn(x, dim=(-2, -1)).real,
+    "rfft": lambda x: torch.fft.irfft(torch.fft.rfft(x), n=x.shape[-1]),
+    "cdist": lambda x: torch.cdist(x, torch.ones(1, 8, 32)),
+    "inverse": lambda x: (x.mT @ x + torch.eye(32)).inverse(),
+    "linalg": lambda x: torch.linalg.qr(x)[1],
+    "svd": lambda x: torch.linalg.svdvals(x),
+    "quantile": lambda x: x.quantile(0.9),
+    "complex": lambda x: torch.view_as_complex(x.reshape(-1, 2)).abs(),
+    "avg_pool3d": lambda x: F.avg_pool3d(x[None], 2),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_BF16_KERNEL)
+def test_functions_without_a_bf16_kernel_run_in_fp32(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return WITHOUT_BF16_KERNEL[name](self.linear(x))
+
+    model, x = Net(), torch.randn(2, 48, 32)
+    expected = model(x)
+    with install_options(model, {"linear": BF16_O2}):
+        result = model(x)
+        result.sum().backward()
+    assert result.dtype is torch.float32
+    assert model.linear.weight.grad is not None
+    error = (result - expected).norm() / expected.norm()
+    assert error < 0.05
 
 
 def test_one_layer_in_an_fp32_flow_leaves_the_others_in_fp32() -> None:

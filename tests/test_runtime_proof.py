@@ -90,6 +90,24 @@ def test_a_layer_replaced_after_apply_is_found() -> None:
     assert "ran mm float32" in checks[0].detail
 
 
+class Router(nn.Module):
+    """Computes in FP32 whatever its storage, as the routers of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
+def test_what_a_layers_own_code_lifts_to_fp32_is_shown_not_refused() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), Router())
+    autoprec.apply(plan_for(model), model)
+    checks = autoprec.verify_applied(model, torch.randn(48, 32))
+    assert "bf16_o2: forward mm float32" in checks[1].detail
+
+
 class Functional(nn.Module):
     """Uses the weights of its layers without calling them."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoprec.capture import capture_model
 from autoprec.checkpoint import Checkpoint
 from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
-from autoprec.gap import predicted_loss_gap
+from autoprec.gap import plan_bias, predicted_loss_gap
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -273,7 +273,8 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     session = opened(workload, spec)
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     longer = sensitivity.model_copy(update={"loss_curve": curve})
-    expected = predicted_loss_gap(longer, 0.01, STEPS, start=STEPS)
+    bias = plan_bias(longer, dict.fromkeys(spec.names, BF16_O2), 0.01)
+    expected = predicted_loss_gap(longer, 0.01, STEPS, start=STEPS, bias=bias)
     assert expected is not None
     assert predicted_gap(session, plan, sensitivity) == expected
     assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
@@ -142,6 +142,7 @@ def master_view(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     masters = masters_of(inner)
     memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
+    memo |= {id(result): result.detach() for result in _kept_results(inner)}
     for parameter in inner.parameters():
         data = masters.current(parameter) if parameter in masters.values else parameter.detach()
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
@@ -272,6 +273,14 @@ def _warn_of_differences(plan: Plan, model: nn.Module) -> None:
             "of the other; tune again here to be sure",
             ", ".join(found),
         )
+
+
+def _kept_results(model: nn.Module) -> Iterator[Tensor]:
+    """Yield computed tensors that modules keep as attributes: torch refuses to copy these."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                yield value
 
 
 def _software_differences(made: Mapping[str, str]) -> list[str]:

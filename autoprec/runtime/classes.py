@@ -123,7 +123,8 @@ def _fp8_forward() -> Forward:
     """Return torchao's forward, with BF16 where FP8 is switched off or has nothing to do.
 
     A last batch whose M is no multiple of 16 gets rows of zeros, which change no scale and no
-    gradient, because grad_weight's inner dimension is M.
+    gradient, because grad_weight's inner dimension is M. An input that is not contiguous (a
+    transposed image) is made a matrix first: torchao cannot reshape an FP8 one that has row scales.
     """
     torchao_forward = import_torchao().float8_linear.Float8Linear.forward
 
@@ -131,12 +132,13 @@ def _fp8_forward() -> Forward:
         if not module.fp8_active or input.numel() == 0:
             return F.linear(input, module.weight, module.bias)
         rows = input.numel() // input.shape[-1]
-        if rows % FP8_MULTIPLE == 0 or not torch.is_grad_enabled():
+        missing = -rows % FP8_MULTIPLE if torch.is_grad_enabled() else 0
+        if not missing and input.is_contiguous():
             output: Tensor = torchao_forward(module, input)
             return output
-        padded = F.pad(input.reshape(rows, -1), (0, 0, 0, -rows % FP8_MULTIPLE))
-        output = torchao_forward(module, padded)[:rows]
-        return output.reshape(*input.shape[:-1], -1)
+        matrix = input.reshape(rows, -1)
+        output = torchao_forward(module, F.pad(matrix, (0, 0, 0, missing)) if missing else matrix)
+        return output[:rows].reshape(*input.shape[:-1], -1)
 
     return forward
 

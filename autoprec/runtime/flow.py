@@ -7,7 +7,7 @@ while the root's forward runs, looks at a fixed set of functions and leaves all 
 
     GEMMs, convolutions, attention, norms   operands of different floating dtypes -> the flow dtype
     index and scatter writes                the written values -> the target's dtype
-    losses                                  floating arguments -> FP32
+    losses, and what has no BF16 kernel     16-bit among the floating arguments -> all FP32
 """
 
 from collections.abc import Callable
@@ -28,6 +28,10 @@ def _functions(namespace: object, names: str) -> tuple[Function, ...]:
     return tuple(function for function in found if function is not None)
 
 
+FACTORIZATIONS = (
+    "logdet det slogdet inverse pinverse svd qr cholesky geqrf ormqr triangular_solve "
+    "cholesky_inverse cholesky_solve lu_solve"
+)
 UNIFORM = frozenset(
     _functions(
         F,
@@ -39,7 +43,7 @@ UNIFORM = frozenset(
         torch,
         "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr einsum chain_matmul "
         "tensordot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-        "layer_norm group_norm rms_norm instance_norm batch_norm prelu cdist lerp cross",
+        "layer_norm group_norm rms_norm instance_norm batch_norm prelu lerp cross",
     )
     + _functions(
         Tensor,
@@ -64,9 +68,23 @@ IN_FP32 = frozenset(
         "smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
         "cosine_embedding_loss hinge_embedding_loss margin_ranking_loss multi_margin_loss "
         "multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss triplet_margin_loss "
-        "triplet_margin_with_distance_loss ctc_loss",
+        "triplet_margin_with_distance_loss ctc_loss avg_pool3d local_response_norm",
     )
+    + _functions(
+        torch,
+        "cdist pdist quantile nanquantile complex polar view_as_complex stft istft ctc_loss "
+        f"{FACTORIZATIONS}",
+    )
+    + _functions(Tensor, f"quantile nanquantile stft istft {FACTORIZATIONS}")
+    + _functions(
+        torch.linalg,
+        "cholesky cholesky_ex cond det eig eigh eigvals eigvalsh householder_product inv inv_ex "
+        "ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_rank "
+        "pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve vander",
+    )
+    + _functions(torch.fft, " ".join(torch.fft.__all__))
 )
+LOW = frozenset({torch.bfloat16, torch.float16})
 
 
 class FlowMode(TorchFunctionMode):
@@ -89,7 +107,7 @@ class FlowMode(TorchFunctionMode):
         elif func in INTO_FIRST:
             args, kwargs = _make_uniform(args, kwargs or {}, args[0].dtype)
         elif func in IN_FP32:
-            args, kwargs = cast_floating(args, torch.float32), cast_floating(kwargs, torch.float32)
+            args, kwargs = _lift(args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -103,6 +121,16 @@ def _make_uniform(
     if len(found) <= 1:
         return args, kwargs
     return cast_floating(args, dtype), cast_floating(kwargs, dtype)
+
+
+def _lift(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cast floating arguments to FP32 if one of them is 16-bit."""
+    found: set[torch.dtype] = set()
+    _collect_dtypes(args, found)
+    _collect_dtypes(tuple(kwargs.values()), found)
+    if found.isdisjoint(LOW):
+        return args, kwargs
+    return cast_floating(args, torch.float32), cast_floating(kwargs, torch.float32)
 
 
 def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]) -> None:

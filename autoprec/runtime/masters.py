@@ -73,7 +73,7 @@ class Masters:
         Raises:
             PlanMismatchError: the parameter is not BF16 any more.
         """
-        _check_dtype(parameter)
+        self._check_dtype(parameter)
         master = self.values[parameter]
         if master is None or master.is_meta:
             master = parameter.detach().float()
@@ -126,6 +126,16 @@ class Masters:
                 "were kept, so load the model and the optimizer of one checkpoint"
             )
         return master.copy_(torch.where(loaded.to(written.dtype) == written, loaded, master))
+
+    def _check_dtype(self, parameter: nn.Parameter) -> None:
+        if parameter.dtype is torch.bfloat16:
+            return
+        name = next((name for name, own in self.names.items() if own is parameter), "one")
+        raise PlanMismatchError(
+            f"a parameter that the plan stores as bfloat16 must stay so, but {name} is now "
+            f"{str(parameter.dtype).removeprefix('torch.')}; where the model's own code converts "
+            "it, set its layer to fp32, else call autoprec.undo(model, optimizer) first"
+        )
 
     def _watch(self) -> None:
         if self.is_watching:
@@ -245,15 +255,6 @@ def _local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     from torch.distributed.tensor import DTensor
 
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-
-
-def _check_dtype(parameter: nn.Parameter) -> None:
-    if parameter.dtype is not torch.bfloat16:
-        raise PlanMismatchError(
-            f"a parameter that the plan stores as bfloat16 must stay so, but one is now "
-            f"{str(parameter.dtype).removeprefix('torch.')}; do not convert a model with a plan: "
-            "call autoprec.undo(model, optimizer) first"
-        )
 
 
 def _stamp(parameter: nn.Parameter) -> tuple[int, int]:

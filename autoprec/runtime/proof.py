@@ -10,6 +10,8 @@ given to a layer:
 
 Only operations with a precision of their own are looked at (GEMMs, convolutions, fused attention
 and recurrent kernels, norms, embeddings); what is elementwise follows from the dtypes that flow.
+A class with a forward of its own may compute in FP32 from BF16 storage, as routers of experts do:
+what its author wrote stays, and the check says so.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.records import Check, Gemm, Option, Recipe
 from autoprec.runtime.apply import unwrapped
 from autoprec.runtime.casting import CASTABLE
-from autoprec.runtime.classes import option_dtype
+from autoprec.runtime.classes import option_dtype, own_class
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 
@@ -326,9 +328,14 @@ def _problem(layer: nn.Module, option: Option, trace: LayerTrace) -> str:
             f"should run {option.key}, but its weight is used outside of its forward "
             f"({', '.join(trace.functional)})"
         )
+    lifts = _has_own_forward(layer) and not option.is_fp8
+    forward, backward = (
+        [seen for seen in direction if not (lifts and _is_dtype(seen, torch.float32))]
+        for direction in (trace.forward, trace.backward)
+    )
     wrong = [seen for seen in trace.functional if not _is_dtype(seen, option_dtype(option))]
-    wrong += [seen for seen in trace.forward if not _fits(seen, Gemm.OUTPUT, option)]
-    for seen in trace.backward:
+    wrong += [seen for seen in forward if not _fits(seen, Gemm.OUTPUT, option)]
+    for seen in backward:
         gemms = [gemm for gemm in Gemm if seen.startswith(gemm)]
         either = gemms or [Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT]
         if not any(_fits(seen, gemm, option) for gemm in either):
@@ -338,6 +345,12 @@ def _problem(layer: nn.Module, option: Option, trace: LayerTrace) -> str:
     if option.is_fp8 and trace.calls and not trace.forward:
         return f"should run {option.key}, but no GEMM of it was seen"
     return ""
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether the layer runs code of a class that is not torch's."""
+    own: str = own_class(layer).forward.__module__
+    return "forward" not in vars(layer) and own.partition(".")[0] != "torch"
 
 
 def _fits(seen: str, gemm: Gemm, option: Option) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoprec.gap import predicted_loss_gap
+from autoprec.gap import plan_bias, predicted_loss_gap
 from autoprec.records import (
     Branch,
     LossGap,
@@ -146,7 +146,10 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
     if len(curve) > len(sensitivity.loss_curve):
         sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
     steps = session.terms.branch_steps
-    return predicted_loss_gap(sensitivity, plan.e, steps, start=len(session.checkpoint.curve))
+    bias = plan_bias(sensitivity, {layer.name: layer.option for layer in plan.layers}, plan.e)
+    return predicted_loss_gap(
+        sensitivity, plan.e, steps, start=len(session.checkpoint.curve), bias=bias
+    )
 
 
 def advice(evidence: Evidence) -> str:
