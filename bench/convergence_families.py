@@ -13,6 +13,7 @@ small ones.
 """
 
 import ast
+import importlib
 import os
 import sys
 import sysconfig
@@ -106,7 +107,7 @@ def plant_outlier_rows(model: nn.Module, name: str, *, exponent: int, rows: int 
 
 
 def gpt(faults: dict[str, int]) -> Family:
-    import char_gpt
+    char_gpt: Any = importlib.import_module("char_gpt")  # Any: a file of examples/
 
     vars(char_gpt).update(WIDTH=128, DEPTH=3, BLOCK=64, BATCH=8)
 

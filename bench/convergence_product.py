@@ -48,7 +48,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ProductRun:
-    """What the search chose; `out` are the linears left out of FP8 though it is faster there."""
+    """What the search chose; `out` are the linears that could take FP8 and do not."""
 
     e_budget: float
     early_slope: float

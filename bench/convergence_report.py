@@ -153,7 +153,7 @@ def _products(runs: Sequence[Run]) -> str:
             f"\n**{run['family']}** (fault in `{run['fault']}`): e budget "
             f"{product['e_budget']:.2%}, chosen plan's e {product['chosen_e']:.2%}, "
             f"{product['fp8_layers']} layers in FP8; {product['step_equivalents']:.0f} step "
-            "equivalents. Out of FP8 though it is faster:\n"
+            "equivalents. Linears out of FP8, and why:\n"
         )
         text += "".join(f"\n- `{name}`: {product['reasons'][name]}" for name in product["out"])
         text += "\n\n" + _table(
