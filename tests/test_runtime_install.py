@@ -225,6 +225,32 @@ def test_batch_norm_keeps_fp32_parameters_and_statistics() -> None:
         assert gradient.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("functional", [False, True])
+def test_running_statistics_move_as_in_fp32(functional: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            if not functional:
+                output: Tensor = self.norm(self.conv(images))
+                return output
+            n, x = self.norm, self.conv(images)
+            return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, training=True)
+
+    plain, images = Net(), torch.randn(16, 3, 8, 8) + 2.0
+    model = copy.deepcopy(plain)
+    for _ in range(20):
+        plain(images)
+    with install_options(model, {"conv": BF16_O2, "norm": BF16_O2}):
+        for _ in range(20):
+            model(images).sum().backward()
+    for name in ("running_mean", "running_var"):
+        expected, found = plain.norm.get_buffer(name), model.norm.get_buffer(name)
+        assert (found - expected).norm() < 0.005 * expected.norm(), name
+
+
 def test_recurrent_and_attention_layers_take_tuples_and_keywords() -> None:
     lstm, attention = nn.LSTM(16, 16, batch_first=True), nn.MultiheadAttention(16, 2)
     x = torch.randn(4, 5, 16)

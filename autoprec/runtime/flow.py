@@ -8,6 +8,9 @@ while the root's forward runs, looks at a fixed set of functions and leaves all 
     GEMMs, convolutions, attention, norms   operands of different floating dtypes -> the flow dtype
     index and scatter writes                the written values -> the target's dtype
     losses, and what has no BF16 kernel     16-bit among the floating arguments -> all FP32
+
+Batch and instance norm are left alone: they take BF16 beside FP32 parameters, and they write their
+running statistics into arguments, so that a cast would let them write into a copy.
 """
 
 from collections.abc import Callable
@@ -37,13 +40,13 @@ UNIFORM = frozenset(
         F,
         "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
         "scaled_dot_product_attention multi_head_attention_forward layer_norm group_norm rms_norm "
-        "instance_norm batch_norm prelu embedding_bag grid_sample",
+        "prelu embedding_bag grid_sample",
     )
     + _functions(
         torch,
         "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr einsum chain_matmul "
         "tensordot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-        "layer_norm group_norm rms_norm instance_norm batch_norm prelu lerp cross",
+        "layer_norm group_norm rms_norm prelu lerp cross",
     )
     + _functions(
         Tensor,
