@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autoprec.guard import Guard, Limits
 from autoprec.guard.ranges import local
 from autoprec.runtime import install_options
+from tests.ranks import leave_group
 from tests.test_guard import Chain, Run, lines, plan_for
 
 
@@ -29,7 +30,7 @@ def train_on_rank(rank: int, folder: Path) -> None:
     found["ddp"] = wrapped(DistributedDataParallel, rank)
     found["fsdp2"] = wrapped(sharded, rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 def sharded(model: nn.Module) -> nn.Module:

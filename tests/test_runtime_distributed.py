@@ -23,6 +23,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.records import BF16_O2, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
 from tests.models import BATCH, Mlp, mlp_workload
+from tests.ranks import leave_group
 from tests.runtime_plans import plan_for
 
 RANKS, STEPS = 2, 6
@@ -94,7 +95,7 @@ def _rank(rank: int, folder: str, run: Callable[[int, Option], Losses]) -> None:
     losses = [run(rank, option) for option in OPTIONS]
     if rank == 0:
         torch.save(losses, Path(folder) / "losses.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("run", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
