@@ -45,9 +45,8 @@ def _cast_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
     if all(changed[key] is item for key, item in value.items()):
         return value
     result: Any = copy.copy(value)
-    for key, item in changed.items():
-        if item is not value[key]:
-            result[key] = item
+    for key, item in changed.items():  # all: dynamo's copy of a dict's subclass has no items
+        result[key] = item
     return result
 
 

@@ -1,0 +1,191 @@
+"""A plan in Lightning: a precision plugin for its Trainer, and `setup` for Fabric.
+
+    trainer = L.Trainer(plugins=PlanPrecision("plan.json", inside="model"), ...)
+    trainer.fit(module, ckpt_path=...)
+
+    model, optimizer = setup(fabric, "plan.json", model, optimizer)
+
+The Trainer converts the module by its precision plugin before it wraps it, and shows the plugin the
+optimizers before it loads their state, so masters resume exactly. It refuses a `precision=` beside
+a plugin by itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.precision import Precision as FabricPrecision
+from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy as FabricDeepSpeed
+from lightning.fabric.strategies.fsdp import FSDPStrategy as FabricFSDP
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallel
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import autoprec
+from autoprec.errors import PlanMismatchError
+from autoprec.guard import Guard
+from autoprec.guard.limits import Action
+from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.records import Plan
+from autoprec.runtime import attach_optimizer
+from autoprec.runtime.attach import check_optimizer
+
+OWN_WRAPPERS = (
+    *(FabricDeepSpeed, FabricFSDP, FabricModelParallel),
+    *(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy),
+)
+
+
+def setup(
+    fabric: L.Fabric, plan: Plan | Path | str, model: nn.Module, *optimizers: Optimizer
+) -> Any:  # Any: as fabric.setup, a module or a tuple
+    """Apply a plan, then return `fabric.setup(model, *optimizers)`.
+
+    Raises:
+        RecordError: the file is no plan.
+        PlanMismatchError: the plan does not fit, or Fabric has a precision or a sharding of its
+            own. Nothing is set up then.
+    """
+    plan = load_plan(plan)
+    _check_strategy(fabric.strategy)
+    precision = fabric.strategy.precision
+    if type(precision) is not FabricPrecision:  # even bf16-mixed casts the model's inputs
+        raise PlanMismatchError(
+            "a plan is the mixed precision of its model, but Fabric has "
+            f"precision={precision.precision!r}; leave it at '32-true'"
+        )
+    for optimizer in optimizers:
+        check_optimizer(model, optimizer)
+    autoprec.apply(plan, model, optimizers[0] if optimizers else None)
+    for optimizer in optimizers[1:]:
+        attach_optimizer(model, optimizer)
+    return fabric.setup(model, *optimizers)
+
+
+def _check_strategy(strategy: object) -> None:
+    if isinstance(strategy, OWN_WRAPPERS):
+        raise PlanMismatchError(
+            "a plan needs parameters that stay where it put them, but the "
+            f"{type(strategy).__name__} replaces them; use DDP, or autoprec.apply and torch's "
+            "fully_shard in a loop of your own"
+        )
+
+
+class PlanPrecision(Precision):
+    """A precision plugin for Lightning's Trainer that applies a plan to what is trained."""
+
+    def __init__(self, plan: Plan | Path | str, *, inside: str = "") -> None:
+        """Read the plan.
+
+        Args:
+            plan: a plan, or the path of a plan.json.
+            inside: the name of the submodule that the plan is for; "" is the LightningModule.
+
+        Raises:
+            RecordError: the file is no plan.
+        """
+        self.plan = load_plan(plan)
+        self.inside = inside
+        self.model: nn.Module | None = None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Apply the plan, once.
+
+        Raises:
+            PlanMismatchError: the plan does not fit, or the strategy shards the module; it is as
+                it was.
+        """
+        if isinstance(module, L.LightningModule):
+            _check_strategy(module.trainer.strategy)
+        self.model = self._planned(module)
+        if not runs_plan(self.model, self.plan):
+            autoprec.apply(self.plan, self.model)
+        return module
+
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:  # Any: Lightning's own
+        """Give the optimizers their masters, before their state is loaded."""
+        if self.model is not None:
+            for optimizer in optimizers:
+                attach_optimizer(self.model, optimizer)
+        return model, optimizers, lr_schedulers
+
+    def _planned(self, module: nn.Module) -> nn.Module:
+        try:
+            return module.get_submodule(self.inside)
+        except AttributeError as error:
+            raise PlanMismatchError(
+                f"inside= must name a submodule of the {type(module).__name__}, but it has no "
+                f"{self.inside!r}; give the name of the attribute that holds the plan's model"
+            ) from error
+
+
+class GuardCallback(L.Callback):
+    """Lets a guard look at every step of a Trainer that has a `PlanPrecision`.
+
+    Its state is saved in Lightning's checkpoints.
+    """
+
+    def __init__(self, make_guard: MakeGuard = Guard) -> None:
+        """Remember how to make the guard: `autoprec.Guard`, or a `functools.partial` of it."""
+        self.make_guard = make_guard
+        self.guard: Guard | None = None
+        self.loaded: dict[str, Any] = {}  # Any: a guard's state
+        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the guard.
+
+        Raises:
+            PlanMismatchError: there is no plan, not one optimizer, or the guard would roll back.
+        """
+        plugin = trainer.precision_plugin
+        if not isinstance(plugin, PlanPrecision) or plugin.model is None:
+            raise PlanMismatchError(
+                "a guard watches a model that runs a plan, but this Trainer's precision plugin is "
+                f"a {type(plugin).__name__}; give it plugins=PlanPrecision(plan)"
+            )
+        if len(trainer.optimizers) != 1:
+            raise PlanMismatchError(
+                "a guard watches one optimizer, but the module has "
+                f"{len(trainer.optimizers)}; call autoprec.Guard's step in the module instead"
+            )
+        guard = self.make_guard(plugin.model, trainer.optimizers[0], plugin.plan)
+        if guard.on_alarm is Action.ROLLBACK:
+            raise PlanMismatchError(
+                "a guard may change the weights between steps only, but Lightning calls it within "
+                "the optimizer's step; use on_alarm='skip', 'switch' or 'stop'"
+            )
+        if self.loaded:
+            guard.load_state_dict(self.loaded)
+        self.guard = guard
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Keep the loss, which Lightning has divided by the number of micro-batches."""
+        self.losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Let the guard look, before clipping."""
+        if self.guard is not None and self.losses:
+            self.guard.step(sum(self.losses, start=self.losses[0].new_zeros(())))
+        self.losses.clear()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the guard's hooks out."""
+        if self.guard is not None:
+            self.guard.close()
+
+    def state_dict(self) -> dict[str, Any]:  # Any: a guard's state
+        """Return the guard's state for Lightning's checkpoint."""
+        return self.loaded if self.guard is None else self.guard.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: a guard's state
+        """Keep a checkpoint's state until there is a guard."""
+        self.loaded = state_dict

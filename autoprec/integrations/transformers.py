@@ -1,0 +1,192 @@
+"""A plan and a `transformers.Trainer` -> the same Trainer, training with the plan.
+
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    apply("plan.json", trainer)                             # or guard=autoprec.Guard
+    trainer.train(resume_from_checkpoint=...)
+
+A Trainer makes its optimizer, wraps the model and loads a checkpoint into both between two events
+of its callbacks, so that a callback alone can only come too early or too late for the masters of a
+checkpoint. `apply` therefore asks the Trainer for its optimizer at once. The guard looks at the end
+of `training_step`: what callbacks get to see later was clipped, and `clip_grad_norm_` makes every
+gradient a NaN where one was.
+
+`PrecisionPlanCallback` alone does for stacks that take callbacks and nothing else.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import autoprec
+from autoprec.errors import PlanMismatchError
+from autoprec.guard import Guard
+from autoprec.integrations.accelerate import check_state
+from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.records import Plan
+from autoprec.runtime import attach_optimizer, check_fit
+from autoprec.runtime.apply import unwrapped
+from autoprec.runtime.attach import ON_OPTIMIZER
+
+GUARD_STATE = "autoprec.Guard"  # the guard's key in trainer_state.json
+FULL_EVAL = ("bf16_full_eval", "fp16_full_eval")
+
+
+def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None = None) -> Trainer:
+    """Make a Trainer train with a plan, in place. Call it before `trainer.train`.
+
+    Args:
+        plan: a plan, or the path of a plan.json.
+        trainer: of any subclass; not one with `model_init`.
+        guard: makes the guard of the run: `autoprec.Guard`, or a `functools.partial` of it.
+
+    Returns:
+        The same Trainer.
+
+    Raises:
+        RecordError: the file is no plan.
+        PlanMismatchError: the plan does not fit the model, or the Trainer's arguments do not go
+            with a plan. The Trainer is as it was.
+    """
+    callback = PrecisionPlanCallback(plan)
+    if trainer.model_init is not None:
+        raise PlanMismatchError(
+            "a plan is applied to the model that is trained, but this Trainer makes another one "
+            "with model_init when training starts; give it model=, or call "
+            "autoprec.apply(plan, model) in model_init"
+        )
+    _check_arguments(trainer.args)
+    check_fit(callback.plan, unwrapped(trainer.model))
+    trainer.create_optimizer()
+    autoprec.apply(callback.plan, trainer.model, _inner(trainer.optimizer))
+    trainer.add_callback(callback)
+    if guard is not None:
+        callback.make_guard = guard
+        trainer.training_step = functools.partial(_guarded_step, callback, trainer.training_step)
+    return trainer
+
+
+class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Applies a plan when the Trainer was made: `Trainer(..., callbacks=[this])`.
+
+    A checkpoint is resumed from only if the Trainer was given its optimizer
+    (`optimizers=(optimizer, None)`), and there is no guard. Use `apply` for both.
+    """
+
+    def __init__(self, plan: Plan | Path | str) -> None:
+        """Read the plan.
+
+        Raises:
+            RecordError: the file is no plan.
+        """
+        self.plan = load_plan(plan)
+        self.make_guard: MakeGuard | None = None
+        self.guard: Guard | None = None
+        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        **_: Any,  # Any: what else a Trainer gives its callbacks
+    ) -> None:
+        """Apply the plan to the model, and to the optimizer if the Trainer was given one."""
+        _check_arguments(args)
+        autoprec.apply(self.plan, model, optimizer)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: Any,  # Any: see on_init_end
+    ) -> None:
+        """Attach the optimizer that the Trainer has made since, and go on with the guard's run."""
+        if not runs_plan(model, self.plan):
+            raise PlanMismatchError(
+                "the model that is trained must be the one that the plan was applied to, but the "
+                "Trainer has made another since; without model_init it makes none"
+            )
+        optimizer = _inner(optimizer)
+        if state.global_step > 0 and ON_OPTIMIZER not in vars(optimizer):
+            raise PlanMismatchError(
+                "masters are loaded by an optimizer that knows the plan, but this one was made "
+                "and loaded out of the callback's sight; call autoprec.integrations.transformers"
+                ".apply(plan, trainer) after making the Trainer, in place of the callback"
+            )
+        attach_optimizer(unwrapped(model), optimizer)
+        if self.make_guard is not None:
+            self._close()
+            self.guard = self.make_guard(model, optimizer, self.plan)
+            if GUARD_STATE in state.stateful_callbacks:
+                self.guard.load_state_dict(state.stateful_callbacks[GUARD_STATE])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Keep the guard's state where the next checkpoint takes it from."""
+        if self.guard is not None:
+            state.stateful_callbacks[GUARD_STATE] = self.guard.state_dict()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the guard's hooks out."""
+        self._close()
+
+    def _close(self) -> None:
+        self.losses.clear()
+        if self.guard is not None:
+            self.guard.close()
+            self.guard = None
+
+
+def _guarded_step(
+    callback: PrecisionPlanCallback,
+    training_step: Callable[..., Tensor],
+    *args: Any,  # Any: what the Trainer calls its step with
+    **kwargs: Any,
+) -> Tensor:
+    """Run the Trainer's step; let the guard look at the last one before an optimizer step."""
+    loss = training_step(*args, **kwargs)
+    callback.losses.append(loss)
+    if callback.guard is not None and GradientState().sync_gradients:
+        callback.guard.step(sum(callback.losses, start=loss.new_zeros(())))  # scaled already
+        callback.losses.clear()
+    return loss
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    check_state(AcceleratorState())
+    if args.n_gpu > 1:
+        raise PlanMismatchError(
+            "a plan trains one process per device, but this Trainer would use DataParallel over "
+            f"{args.n_gpu} GPUs; start it with torchrun"
+        )
+    for name in FULL_EVAL:
+        if getattr(args, name):
+            raise PlanMismatchError(
+                "evaluation must leave the model's dtypes as the plan has them, but "
+                f"TrainingArguments has {name}=True; turn it off: the plan is on there too"
+            )
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside Accelerate's wrapper."""
+    inner: Optimizer = (
+        optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    )
+    return inner
