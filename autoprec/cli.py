@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 from autoprec import pipeline
 from autoprec.cli_devices import devices_app
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.noise import import_noise_dropped
 from autoprec.records import Plan, Record
 from autoprec.settings import Settings, parse_duration, parse_fraction, parse_recipes
@@ -68,6 +68,13 @@ Compiled = Annotated[
         "--compile/--eager", help="With a device profile: torch.compile (the default) or eager."
     ),
 ]
+Rest = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+    typer.Argument(metavar="[-- ARGS]", help="With --script: the script's own arguments."),
+]
+NoMasks = Annotated[
+    bool, typer.Option("--no-masks", help="Keep the three GEMMs of an FP8 layer together.")
+]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
@@ -77,12 +84,22 @@ DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
 
 @app.command()
 def tune(
-    workload: Workload,
+    workload: Annotated[
+        str, typer.Argument(metavar="[MODEL.py]", help="The workload: FILE or FILE:NAME.")
+    ] = "",
+    rest: Rest = None,
+    script: Annotated[
+        str, typer.Option(metavar="TRAIN.py", help="Tune what a training script trains instead.")
+    ] = "",
+    script_steps: Annotated[
+        int, typer.Option(min=8, help="Training steps of the script to record, then it is stopped.")
+    ] = 32,
     target: Target = "auto",
     out: Out = Path("autoprec-out"),
     loss_tolerance: Tolerance = "0.1%",
     keep: Keep = None,
     recipes: Recipes = DEFAULT_RECIPES,
+    no_masks: NoMasks = False,
     trials: Trials = 12,
     time_budget: Budget = "",
     seed: Seed = 0,
@@ -103,10 +120,40 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Find, prove and save the precision plan of a model: every stage, then the report."""
-    settings = _settings(locals())
+    settings = _of_script(_settings(locals()), rest or [])
     outcome = _with_progress(settings, pipeline.tune_workload)
     _print_run(out, as_json=as_json)
     raise typer.Exit(outcome.exit_code)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[str, typer.Argument(metavar="TRAIN.py", help="The training script.")],
+    rest: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+        typer.Argument(metavar="[ARGS]...", help="The script's own arguments."),
+    ] = None,
+    plan: Annotated[Path, typer.Option(help="The plan for the model that the script trains.")] = (
+        Path("autoprec-out/plan.json")
+    ),
+    is_module: Annotated[
+        bool, typer.Option("-m", help="TRAIN.py is the name of a module, as in `python -m`.")
+    ] = False,
+    guard: Annotated[
+        Optional[bool],  # noqa: UP045 - typer reads it at run time
+        typer.Option(
+            "--guard/--no-guard", help="Watch the run; by default if the plan has a schedule."
+        ),
+    ] = None,
+) -> None:
+    """Run an unmodified training script with a plan; its exit status is the script's."""
+    loaded = Plan.load(plan)
+    from autoprec.launch import Script, run_with_plan
+
+    outcome = run_with_plan(Script(script, tuple(rest or ()), is_module), loaded, guard=guard)
+    if outcome.was_applied or not outcome.status:
+        print(f"autoprec: {outcome.message}", file=sys.stderr)
+    raise typer.Exit(outcome.status or (0 if outcome.was_applied else 1))
 
 
 @app.command()
@@ -115,6 +162,7 @@ def profile(
     target: Target = "auto",
     out: Out = Path("autoprec-out"),
     recipes: Recipes = DEFAULT_RECIPES,
+    no_masks: NoMasks = False,
     seed: Seed = 0,
     parallel: Parallel = "",
     compiled: Compiled = None,
@@ -283,6 +331,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arg
         "time_budget": ("time_budget_s", parse_duration),
         "storage": ("storage", lambda url: url or None),
         "no_verify": ("verify", lambda skipped: not skipped),
+        "no_masks": ("masks", lambda kept: not kept),
     }
     fields = {}
     for name, value in given.items():
@@ -290,6 +339,26 @@ def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arg
         if field in Settings.__dataclass_fields__:
             fields[field] = function(value)
     return Settings(**fields)
+
+
+def _of_script(settings: Settings, rest: list[str]) -> Settings:
+    """Give the words after the options to the script, where there is one.
+
+    Raises:
+        WorkloadError: there is no workload, or something is left over.
+    """
+    words = [*filter(None, [settings.workload]), *rest]
+    if settings.script and settings.meta:
+        raise WorkloadError("--meta needs a MODEL.py, since a script is run; leave --script out")
+    if settings.script:
+        out = settings.out.absolute()  # the script may change the folder
+        return replace(settings, workload="", script_args=tuple(words), out=out)
+    if len(words) != 1:
+        raise WorkloadError(
+            f"tune needs one MODEL.py, or --script TRAIN.py, but got {len(words)} files; "
+            "only a script takes further arguments, after --"
+        )
+    return settings
 
 
 T = TypeVar("T")

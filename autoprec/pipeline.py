@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from autoprec.sensitivity import Reference
+    from autoprec.workload import Workload
 
 R = TypeVar("R", Profile, Sensitivity)
 OpenReference = Callable[[], "Reference"]
@@ -135,12 +136,11 @@ def search_stage(settings: Settings) -> Plan:
 def verify_stage(settings: Settings, plan_path: Path) -> Verification:
     """Prove or refute one plan; writes verification.json and the plan with its certificate."""
     from autoprec.verification import verify_plan
-    from autoprec.workload import load_workload
 
     open_folder(settings.out)
     plan = Plan.load(plan_path)
     verification = verify_plan(
-        load_workload(settings.workload),
+        open_workload(settings),
         plan,
         device=numerics_device(settings),
         tolerance=settings.loss_tolerance,
@@ -176,13 +176,13 @@ def make_profile(settings: Settings) -> Profile:
             f"eager step is timed, but the target is {settings.target!r}; leave it out"
         )
     from autoprec.profiler import profile_model
-    from autoprec.workload import load_workload
 
     return profile_model(
-        load_workload(settings.workload),
+        open_workload(settings),
         captured_model(settings),
         device=numerics_device(settings),
         options=fp8_options(settings),
+        masks=settings.masks,
         seed=settings.seed,
         progress=settings.progress,
     )
@@ -199,6 +199,7 @@ def predicted_profile(settings: Settings) -> Profile:
         parallel=parse_parallel(settings.parallel) if settings.parallel else None,
         compiled=settings.is_compiled,
         options=fp8_options(settings),
+        masks=settings.masks,
     )
 
 
@@ -211,10 +212,9 @@ def make_sensitivity(settings: Settings, spec: ModelSpec, reference: OpenReferen
 
         return unknown_sensitivity(spec)
     from autoprec.sensitivity import measure_sensitivity
-    from autoprec.workload import load_workload
 
     return measure_sensitivity(
-        load_workload(settings.workload),
+        open_workload(settings),
         spec,
         device=numerics_device(settings),
         options=fp8_options(settings),
@@ -229,10 +229,9 @@ def reference_opener(settings: Settings, spec: ModelSpec) -> OpenReference:
     @cache
     def open_reference() -> "Reference":
         from autoprec.sensitivity import prepare_reference
-        from autoprec.workload import load_workload
 
         return prepare_reference(
-            load_workload(settings.workload),
+            open_workload(settings),
             spec,
             device=numerics_device(settings),
             checkpoint=settings.checkpoint,
@@ -253,7 +252,7 @@ def given_sensitivity(path: Path, spec: ModelSpec) -> Sensitivity:
 
 def joint_meter(settings: Settings, spec: ModelSpec, reference: OpenReference) -> Evaluate | None:
     """Return the measurement of a whole plan's e, opened on first use; None where it cannot be."""
-    if not settings.workload or spec.device == "meta":
+    if not (settings.workload or settings.script) or spec.device == "meta":
         return None
 
     @cache
@@ -264,6 +263,18 @@ def joint_meter(settings: Settings, spec: ModelSpec, reference: OpenReference) -
         return JointMeter(opened.workload, spec, device=opened.device, reference=opened).measure
 
     return lambda options: open_meter()(options)
+
+
+def open_workload(settings: Settings) -> "Workload":
+    """Load the user's file, or record the user's training script (once in a process)."""
+    if not settings.script:
+        from autoprec.workload import load_workload
+
+        return load_workload(settings.workload)
+    from autoprec.launch import Script, record_workload
+
+    script = Script(settings.script, settings.script_args)
+    return record_workload(script, steps=settings.script_steps)
 
 
 def numerics_device(settings: Settings) -> "torch.device":
@@ -278,10 +289,9 @@ def captured_model(settings: Settings) -> ModelSpec:
     if settings.meta:
         return captured_on_meta(settings)
     from autoprec.capture import capture_model
-    from autoprec.workload import load_workload
 
     return capture_model(
-        load_workload(settings.workload),
+        open_workload(settings),
         device=numerics_device(settings),
         seed=settings.seed,
         progress=settings.progress,
@@ -295,16 +305,13 @@ def captured_on_meta(settings: Settings) -> ModelSpec:
         DeviceError: the target is the machine at hand, which can time nothing of it.
     """
     from autoprec.capture_meta import capture_on_meta
-    from autoprec.workload import load_workload
 
     if settings.is_local:
         raise DeviceError(
             "--meta needs a device profile as its target, since nothing is run that could be "
             f"timed, but the target is {settings.target!r}; add e.g. --target h100-sxm"
         )
-    return capture_on_meta(
-        load_workload(settings.workload), seed=settings.seed, progress=settings.progress
-    )
+    return capture_on_meta(open_workload(settings), seed=settings.seed, progress=settings.progress)
 
 
 def make_search(
@@ -361,10 +368,9 @@ def make_verification(
 ) -> Verification:
     """Train with the plan and prove or refute it; a refuted plan gives way to the next."""
     from autoprec.verification import verify_front
-    from autoprec.workload import load_workload
 
     _, verification = verify_front(
-        load_workload(settings.workload),
+        open_workload(settings),
         candidate_plans(settings, profile, sensitivity, search),
         profile=profile,
         sensitivity=sensitivity,

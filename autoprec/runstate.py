@@ -90,8 +90,13 @@ def _stage_digest(settings: Settings, stage: str, *, inputs: list[str]) -> str:
     """Hash all that decides a stage's record: settings, the user's file, versions, inputs."""
     chosen = {name: str(getattr(settings, name)) for name in STAGE_SETTINGS[stage]}
     file = Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
+    if settings.script:
+        file = Path(settings.script)
+        inputs = [*inputs, *settings.script_args, str(settings.script_steps)]
     source = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     if stage == "sensitivity" and settings.sensitivity and settings.sensitivity.is_file():
         inputs = [*inputs, hashlib.sha256(settings.sensitivity.read_bytes()).hexdigest()]
-    text = json.dumps([stage, chosen, source, settings.workload, __version__, inputs])
+    text = json.dumps(
+        [stage, chosen, source, settings.workload or settings.script, __version__, inputs]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,10 +15,14 @@ LOCAL_TARGETS = ("auto", "cpu", "cuda")
 class Settings:
     """What the user asked for. Times in seconds, `loss_tolerance` relative (0.001 = 0.1 %).
 
-    `meta`: the model is captured without storage, so nothing of it can be measured.
+    `script`, if given, is a training script to record for `script_steps` steps in the place of a
+    workload file. `meta`: the model is captured without storage, so nothing of it can be measured.
     """
 
     workload: str = ""
+    script: str = ""
+    script_args: tuple[str, ...] = ()
+    script_steps: int = 32
     target: str = "auto"
     out: Path = Path("autoprec-out")
     loss_tolerance: float = 1e-3
@@ -34,6 +38,7 @@ class Settings:
     parallel: str = ""
     compiled: bool | None = None
     meta: bool = False
+    masks: bool = True
     verify: bool = True
     resume: bool = False
     progress: Progress = field(default=report_nothing, compare=False)

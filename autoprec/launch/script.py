@@ -1,0 +1,188 @@
+"""A script or module with its arguments -> run in this process as `python` would run it.
+
+`__main__`, `sys.argv` and `sys.path[0]` are what `python FILE ARGS` or `python -m MODULE ARGS`
+makes them, and stay so afterwards: the process is the script's from then on. An exception is shown
+by `sys.excepthook` with the script's frames only.
+"""
+
+import builtins
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+from autoprec.errors import AutoprecError, WorkloadError
+
+FAILED, INTERRUPTED = 1, 130  # Python's exit status of an uncaught exception, a shell's of Ctrl-C
+HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A path (or with `is_module` a module's name) and its arguments."""
+
+    name: str
+    args: tuple[str, ...] = ()
+    is_module: bool = False
+
+
+class StopScript(BaseException):
+    """Ends a script from outside; not an Exception, so that the script's handlers let it pass.
+
+    `refusal` says why the script cannot be used, None when it was stopped as planned.
+    """
+
+    def __init__(self, refusal: str | None = None) -> None:
+        super().__init__(refusal or "stopped by autoprec")
+        self.refusal = refusal
+
+
+def run_script(script: Script) -> int:
+    """Run a script to its end and return its exit status; its errors are shown as Python does.
+
+    Raises:
+        WorkloadError: there is no such file or module.
+        AutoprecError: what autoprec's own code raised inside of the script.
+        StopScript: as it was raised.
+    """
+    outcome = _AsPython()
+    with outcome, _own_logging():
+        code, main = _load_module(script) if script.is_module else _load_file(script)
+        sys.modules["__main__"] = main
+        exec(code, vars(main))
+    return outcome.status
+
+
+def script_line() -> str:
+    """Return the file and line of the script that runs, as seen from what it called."""
+    file = vars(sys.modules["__main__"]).get("__file__")
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        if frame.f_code.co_filename == file:
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return Path(file or "the script").name
+
+
+def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
+    path = Path(script.name)
+    if not path.is_file():
+        raise WorkloadError(
+            f"the script must be a Python file, but {path} is not there; give its path, or -m and "
+            "a module's name"
+        )
+    _enter(script.name, script.args, folder=str(path.resolve().parent))
+    full = os.path.abspath(path)
+    code = compile(path.read_bytes(), full, "exec", dont_inherit=True)
+    loader = SourceFileLoader("__main__", full)
+    return code, _main_module(__file__=full, __loader__=loader, __spec__=None, __package__=None)
+
+
+def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
+    _enter("-m", script.args, folder=os.getcwd())
+    spec = _find_module(script.name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = _find_module(f"{script.name}.__main__")
+    loader: Any = getattr(spec, "loader", None)  # Any: not every loader has code to give
+    code = loader.get_code(spec.name) if spec and hasattr(loader, "get_code") else None
+    if spec is None or code is None:
+        raise WorkloadError(
+            f"-m must be given a module that can be run, but {script.name!r} is none that Python "
+            "finds; check the name and the folder it is run from"
+        )
+    sys.argv[0] = spec.origin or script.name
+    fields = {"__file__": spec.origin, "__loader__": loader, "__spec__": spec}
+    return code, _main_module(**fields, __package__=spec.parent)
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    """Find a module; None if it or its package is not there. What its package raises, passes."""
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            return None
+        raise
+
+
+def _main_module(**fields: object) -> ModuleType:
+    main = ModuleType("__main__")
+    vars(main).update(fields, __builtins__=builtins, __cached__=None)
+    return main
+
+
+def _enter(name: str, args: tuple[str, ...], *, folder: str) -> None:
+    sys.argv[:] = [name, *args]
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Give the root logger to the script, which may configure it; keep ours for our messages."""
+    root, own = logging.getLogger(), logging.getLogger("autoprec")
+    handlers = root.handlers[:]
+    root.handlers[:], own.handlers[:], own.propagate = [], [*own.handlers, *handlers], False
+    try:
+        yield
+    finally:
+        own.handlers[:] = [handler for handler in own.handlers if handler not in handlers]
+        root.handlers[:], own.propagate = handlers, True
+
+
+class _AsPython:
+    """Ends like the interpreter: shows what was raised and keeps the exit status."""
+
+    status = 0
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            return True
+        if isinstance(error, AutoprecError | StopScript | GeneratorExit):
+            return False
+        if isinstance(error, SystemExit):
+            self.status = _exit_status(error)
+            return True
+        error.__traceback__ = _script_frames(trace)
+        sys.excepthook(type(error), error, error.__traceback__)
+        self.status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+        return True
+
+
+def _exit_status(leaving: SystemExit) -> int:
+    if leaving.code is None or isinstance(leaving.code, int):
+        return leaving.code or 0
+    sys.stderr.write(f"{leaving.code}\n")  # as Python does with sys.exit("message")
+    return FAILED
+
+
+def _script_frames(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without the frames of this package."""
+    while trace is not None and _is_ours(trace):
+        trace = trace.tb_next
+    at = trace
+    while at is not None:
+        while at.tb_next is not None and _is_ours(at.tb_next):
+            at.tb_next = at.tb_next.tb_next
+        at = at.tb_next
+    return trace
+
+
+def _is_ours(trace: TracebackType) -> bool:
+    name = trace.tb_frame.f_code.co_filename
+    return name.startswith((HERE, "<frozen importlib"))

@@ -1,0 +1,52 @@
+"""Training scripts as users write them, built from parts; and a place to run them in."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAD = """
+import sys
+import torch, torch.nn.functional as F
+from torch import nn
+torch.manual_seed(0)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 16)
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(F.gelu(self.first(x))), 0.1, self.training))
+
+def batches(count):
+    for _ in range(count):
+        x = torch.randn(16, 32)
+        yield x, x[:, :16].argmax(1)
+
+model = Net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+"""
+LOOP = """
+for x, y in batches(int(sys.argv[1])):
+    loss = F.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(f"{loss.item():.17g}")
+"""
+
+
+def write_script(folder: Path, body: str, *, name: str = "train.py") -> str:
+    """Write a script and return its path."""
+    path = folder / name
+    path.write_text(body)
+    return str(path)
+
+
+@pytest.fixture
+def own_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what a script that runs in this process takes over."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)

@@ -1,0 +1,299 @@
+"""`autoprec tune --script`: a training script recorded, and tuned as if it had a model.py."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autoprec.cli import main
+from autoprec.errors import WorkloadError
+from autoprec.launch import Script, record_workload
+from autoprec.launch.recorder import RecordedBatch
+from autoprec.records import Plan
+from autoprec.workload import Workload, check_batches
+from tests.launch_scripts import HEAD, LOOP, own_main, write_script
+
+__all__ = ["own_main"]
+pytestmark = pytest.mark.usefixtures("own_main")
+STEPS = 8
+HF_STYLE = HEAD.replace(
+    "    def forward(self, x):\n        return self.head(",
+    "    def forward(self, x, labels):\n        logits = (self.head(",
+).replace(
+    "self.training))\n\ndef",
+    "self.training)))\n"
+    "        return {'logits': logits, 'loss': F.cross_entropy(logits, labels)}\n\ndef",
+)
+
+
+def record(folder: Path, body: str, *args: str, steps: int = STEPS) -> Workload:
+    """Record a script of this text."""
+    record_workload.cache_clear()
+    return record_workload(Script(write_script(folder, body), args or ("99",)), steps=steps)
+
+
+def first_loss(workload: Workload) -> float:
+    """Return the recorded loss of a first training batch on the recorded weights."""
+    model = workload.build_model()
+    torch.manual_seed(3)
+    return float(workload.loss_fn(model, next(workload.train_batches(0))).detach())
+
+
+def recorded(workload: Workload) -> list[RecordedBatch]:
+    """Return every batch of the workload, each once."""
+    training = list(islice(workload.train_batches(0), STEPS - 2))
+    return [*training, *workload.eval_batches()]
+
+
+def test_a_plain_script_becomes_a_workload(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    workload = record(tmp_path, HEAD + LOOP)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    losses = [float(line) for line in captured.err.splitlines()]
+    assert len(losses) == STEPS - 1  # stopped in its last step
+    check_batches(workload, seed=1)
+    model = workload.build_model(seed=5)
+    assert all(torch.equal(a, b) for a, b in _parameters(model, workload.build_model(seed=6)))
+    optimizer = workload.build_optimizer(model)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert optimizer.state == {}
+    for batch in islice(workload.train_batches(0), 200):
+        optimizer.zero_grad()
+        loss = workload.loss_fn(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert float(loss.detach()) < min(losses)
+    one, other = (list(islice(workload.train_batches(seed), 6)) for seed in (1, 2))
+    assert [id(batch) for batch in one] != [id(batch) for batch in other]
+    assert {id(batch) for batch in one} == {id(batch) for batch in other}
+    assert not {id(batch) for batch in one} & {id(batch) for batch in workload.eval_batches()}
+
+
+def test_the_recorded_loss_is_that_of_the_script(tmp_path: Path) -> None:
+    plain = record(tmp_path, HEAD + LOOP)
+    net = plain.build_model()
+    batch = next(plain.train_batches(0))
+    torch.manual_seed(3)
+    target = batch.constants[0]
+    expected = nn.functional.cross_entropy(net(*batch.args), target)
+    assert first_loss(plain) == float(expected.detach())
+    returned = LOOP.replace("F.cross_entropy(model(x), y)", "model(x, labels=y)['loss']")
+    hf_style = record(tmp_path, HF_STYLE + returned)
+    assert first_loss(hf_style) == first_loss(plain)
+    assert recorded(hf_style)[0].program.steps == {}
+
+
+def test_accumulation_and_scaling_are_taken_out_of_the_loss(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+for step in range(99):
+    for x, y in batches(2):
+        loss = F.cross_entropy(model(x), y) / 2
+        scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+"""
+    workload = record(tmp_path, body)
+    assert len(workload.eval_batches()) == 4
+    plain = record(tmp_path, HEAD + LOOP)
+    assert 0.5 < first_loss(workload) / first_loss(plain) < 2
+
+
+def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> None:
+    loss = """
+    logits = model(x)
+    with torch.no_grad():
+        weight = logits.softmax(-1).amax(-1)
+        accuracy = (logits.argmax(-1) == y).float().mean().item()
+    picked = torch.zeros(16)
+    picked[:] = logits[torch.arange(16), y]
+    picked[0] *= 2.0
+    rows = torch.logsumexp(logits, -1) - picked
+    total = torch.zeros(())
+    total += (rows * weight).sum() / weight.sum()
+    total += 1e-3 * sum(p.square().sum() for p in model.parameters())
+    loss = total + 0.0 * nn.functional.mse_loss(logits, torch.zeros_like(logits))
+"""
+    body = HEAD + LOOP.replace("\n    loss = F.cross_entropy(model(x), y)\n", loss)
+    workload = record(tmp_path, body)
+    for scale in (1.0, 0.5):  # other weights than the recorded ones
+        net = workload.build_model()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(scale)
+        net.eval()
+        batch = recorded(workload)[0]
+        logits, y = net(*batch.args), next(c for c in batch.constants if c.dtype is torch.int64)
+        y = next(c for c in batch.constants if c.dtype is torch.int64 and (c.diff() != 1).any())
+        picked = logits[torch.arange(16), y] * torch.tensor([2.0] + [1.0] * 15)
+        weight = logits.detach().softmax(-1).amax(-1)
+        rows = torch.logsumexp(logits, -1) - picked
+        penalty = sum(float(p.detach().square().sum()) for p in net.parameters())
+        expected = float(((rows * weight).sum() / weight.sum()).detach()) + 1e-3 * penalty
+        for _ in range(2):  # constants that are written into start afresh
+            assert math.isclose(
+                float(workload.loss_fn(net, batch).detach()), expected, rel_tol=1e-5
+            )
+
+
+def test_a_warm_up_does_not_decide_the_learning_rate(tmp_path: Path) -> None:
+    schedule = """
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+"""
+    body = HEAD + schedule + LOOP.replace("optimizer.step()", "optimizer.step(); schedule.step()")
+    workload = record(tmp_path, body)
+    optimizer = workload.build_optimizer(workload.build_model())
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    optimizer.step()
+
+
+def test_the_autocast_of_accelerate_is_not_the_models(tmp_path: Path) -> None:
+    body = HEAD + "from accelerate import Accelerator\n"
+    body += "accelerator = Accelerator(cpu=True, mixed_precision='bf16')\n"
+    body += "model, optimizer = accelerator.prepare(model, optimizer)\n"
+    workload = record(
+        tmp_path, body + LOOP.replace("loss.backward()", "accelerator.backward(loss)")
+    )
+    net = workload.build_model()
+    batch = next(workload.train_batches(0))
+    seen = []
+    net.get_submodule("head").register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    workload.loss_fn(net, batch)
+    assert seen == [torch.float32]
+
+
+def test_checkpointing_and_a_compiled_model_are_recorded(tmp_path: Path) -> None:
+    body = HEAD.replace(
+        "F.gelu(self.first(x))",
+        "torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=True)",
+    ).replace("import sys", "import sys, torch.utils.checkpoint")
+    body = body.replace("x = torch.randn(16, 32)", "x = torch.randn(16, 32, requires_grad=True)")
+    body = body.replace("yield x, x[", "yield x, x.detach()[")
+    record(tmp_path, body + LOOP)
+    record(tmp_path, HEAD + "model = torch.compile(model, backend='eager')\n" + LOOP)
+
+
+REFUSALS = {
+    "two forward passes": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = F.mse_loss(model(x), model(x + 1))",
+        "calls it twice",
+    ),
+    "two models": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = F.cross_entropy(other(model(x)), y)",
+        "calls several",
+    ),
+    "no backward": ("loss.backward()", "pass", "none of both was seen"),
+    "two backward passes": (
+        "loss.backward()",
+        "loss.backward(retain_graph=True); loss.backward()",
+        "or twice",
+    ),
+    "no step": ("optimizer.step()", "pass", "but none did"),
+    "a closure": ("optimizer.step()", "optimizer.step(lambda: loss)", "without a closure"),
+    "another optimizer": (
+        "optimizer.step()",
+        "optimizer.step(); torch.optim.SGD(model.parameters(), lr=0.1).step()",
+        "steps two",
+    ),
+    "another's weights": ("optimizer.step()", "others.step()", "has others"),
+    "an unseen function": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = Doubled.apply(model(x)).sum()",
+        "DoubledBackward",
+    ),
+    "a hook": (
+        "loss = F.cross_entropy(model(x), y)",
+        "out = model(x); out.register_hook(lambda g: 2 * g); loss = F.cross_entropy(out, y)",
+        "gradient hook",
+    ),
+    "hidden inputs": (
+        "loss = F.cross_entropy(model(x), y)",
+        "model.shift = y[0].item(); loss = F.cross_entropy(model(x), y)",
+        "repeat the script's first step",
+    ),
+}
+EXTRA = """
+other = nn.Linear(16, 16)
+others = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+shift = [0]
+Net.forward_ = Net.forward
+def forward(self, x):
+    shift[0] += 1
+    return self.forward_(x) + (shift[0] if hasattr(self, "shift") else 0) * x[:, :16]
+Net.forward = forward
+"""
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_script_that_cannot_be_recorded_gets_one_clear_line(case: str, tmp_path: Path) -> None:
+    before, after, word = REFUSALS[case]
+    with pytest.raises(WorkloadError, match=word) as refused:
+        record(tmp_path, HEAD + EXTRA + LOOP.replace(before, after), "10")
+    assert "\n" not in str(refused.value)
+    assert type(nn.Module.__call__).__name__ == "function"
+    assert nn.Module.__call__ is nn.Module._wrapped_call_impl
+
+
+def test_a_script_that_ends_early_or_fails_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkloadError, match="ended after 5"):
+        record(tmp_path, HEAD + LOOP, "5")
+    with pytest.raises(WorkloadError, match="none was in this process"):
+        record(tmp_path, "print(1)")
+    with pytest.raises(WorkloadError, match="exit status 1"):
+        record(tmp_path, "raise KeyError('data')")
+    assert "KeyError: 'data'" in capsys.readouterr().err
+
+
+def test_tune_of_a_script_writes_the_records_resumes_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script counts its runs in a file: a resumed tune does not run it again."""
+    count = "with open(__file__ + '.runs', 'a') as runs:\n    runs.write('.')\n"
+    script, out = write_script(tmp_path, count + HEAD + LOOP), tmp_path / "out"
+    tune = ["tune", "--script", script, "--script-steps", "16", "--target", "h100-sxm", "--json"]
+    tune += ["--no-verify", "--trials", "1", "--recipes", "tensorwise", "--out", str(out)]
+    command = [sys.executable, "-m", "autoprec", *tune, "--", "99"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "train.py was stopped after 16 training steps" in done.stderr
+    assert sum(json.loads(done.stdout)["layers"].values()) == 3
+    names = [layer.name for layer in Plan.load(out / "plan.json").layers]
+    assert names == ["first", "norm", "head"]
+    assert (out / "report.html").exists()
+    runs = Path(f"{script}.runs")
+    again = [*tune, "--resume", "--", "99"]
+    for arguments, times in (
+        (again, 1),
+        (["run", "--plan", str(out / "plan.json"), script, "3"], 2),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            main(arguments)
+        captured = capsys.readouterr()
+        assert leaving.value.code == 0, captured.err
+        assert len(runs.read_text()) == times
+    assert captured.err.splitlines()[-1].startswith("autoprec: plan applied to Net")
+
+
+def _parameters(*models: nn.Module) -> list[tuple[nn.Parameter, ...]]:
+    return list(zip(*(model.parameters() for model in models), strict=True))

@@ -1,0 +1,311 @@
+"""`autoprec run`: a plan in a training script that does not know of it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from autoprec.errors import PlanMismatchError
+from autoprec.launch import Script, run_with_plan
+from autoprec.launch.watch import RunOutcome
+from autoprec.records import Phase, Plan
+from autoprec.runtime import masters
+from tests.launch_scripts import HEAD, LOOP, own_main, write_script
+from tests.runtime_plans import plan_for
+
+__all__ = ["own_main"]
+pytestmark = pytest.mark.usefixtures("own_main")
+SAVE = "torch.save([p.float() for p in model.parameters()], sys.argv[2])\n"
+DTYPE = "print(model.first.weight.dtype)\n"
+PATCHED = (
+    (nn.Module, "__call__"),
+    (torch.optim.Optimizer, "__init__"),
+    (torch.optim.Optimizer, "load_state_dict"),
+    (nn.parallel.DistributedDataParallel, "__init__"),
+    (torch.autograd, "backward"),
+    (torch.nn.utils, "clip_grad_norm_"),
+)
+
+
+class Net(nn.Module):
+    """The scripts' model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 16)
+
+
+def run(folder: Path, body: str, *args: str, plan: Plan | None = None, **how: bool) -> RunOutcome:
+    """Run a script of this text with a plan, and check that nothing stays patched."""
+    before = [vars(owner)[name] for owner, name in PATCHED]
+    masters.LIVE.clear()
+    hooks = len(_global_optimizer_pre_hooks)
+    script = Script(write_script(folder, body), args)
+    try:
+        return run_with_plan(script, plan or plan_for(Net()), **how)
+    finally:
+        assert [vars(owner)[name] for owner, name in PATCHED] == before
+        assert len(_global_optimizer_pre_hooks) <= hooks + 1  # the runtime's own stays
+
+
+def test_a_run_is_bit_identical_to_the_line_in_the_script(tmp_path: Path) -> None:
+    plan_for(Net()).save(tmp_path / "plan.json")
+    line = f"import autoprec; autoprec.apply({str(tmp_path / 'plan.json')!r}, model, optimizer)\n"
+    by_hand = write_script(tmp_path, HEAD + line + LOOP + SAVE, name="by_hand.py")
+    plain = write_script(tmp_path, HEAD + LOOP + SAVE)
+    autoprec = ("-m", "autoprec", "run", "--plan", str(tmp_path / "plan.json"))
+    commands = (
+        [sys.executable, by_hand, "6", str(tmp_path / "by_hand.pt")],
+        [sys.executable, *autoprec, plain, "6", str(tmp_path / "run.pt")],
+    )
+    done = [subprocess.run(c, capture_output=True, text=True, timeout=120) for c in commands]
+    assert [each.returncode for each in done] == [0, 0], done[1].stderr
+    assert done[0].stdout == done[1].stdout
+    expected: list[Tensor] = torch.load(tmp_path / "by_hand.pt")
+    actual: list[Tensor] = torch.load(tmp_path / "run.pt")
+    assert all(torch.equal(one, other) for one, other in zip(expected, actual, strict=True))
+    line = done[1].stderr.splitlines()[-1]
+    assert line.startswith("autoprec: plan applied to Net at train.py:"), done[1].stderr
+    assert "3 bf16_o2" in line
+    assert "AdamW" in line
+
+
+def test_an_evaluation_before_training_runs_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = f"""{HEAD}
+model.eval()
+with torch.no_grad():
+    model(torch.randn(4, 32))
+{DTYPE}model.train()
+{LOOP}{DTYPE}"""
+    outcome = run(tmp_path, body, "2")
+    assert (outcome.status, outcome.was_applied) == (0, True)
+    assert re.findall(r"torch\.\w+", capsys.readouterr().out) == ["torch.float32", "torch.bfloat16"]
+
+
+def test_the_right_model_of_several_is_found(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+other = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8))
+second = torch.optim.SGD(other.parameters(), lr=0.1)
+other(torch.randn(2, 32)).sum().backward()
+second.step()
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = model
+    def forward(self, x, y):
+        return F.cross_entropy(self.inner(x), y)
+whole = WithLoss()
+for x, y in batches(2):
+    whole(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert other[0].weight.dtype is torch.float32
+assert model.first.weight.dtype is torch.bfloat16
+assert nn.Module.__call__ is nn.Module._wrapped_call_impl  # the wrapper is gone
+"""
+    outcome = run(tmp_path, body)
+    assert outcome.status == 0
+    assert "plan applied to Net" in outcome.message
+
+
+def test_every_fold_of_a_cross_validation_gets_the_plan(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+del model, optimizer
+for fold in range(2):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    {LOOP.strip().replace(chr(10), chr(10) + "    ")}
+    assert model.first.weight.dtype is torch.bfloat16
+"""
+    outcome = run(tmp_path, body, "2")
+    assert outcome.status == 0
+    assert outcome.message.count("plan applied to Net") == 2
+
+
+@pytest.mark.parametrize("wraps_first", [True, False])
+def test_ddp_gets_a_model_that_has_the_plan(tmp_path: Path, *, wraps_first: bool) -> None:
+    made = "optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)" if wraps_first else ""
+    body = f"""{HEAD}
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+wrapped = nn.parallel.DistributedDataParallel(model)
+{made}
+plain, model = model, wrapped
+{LOOP}
+dist.destroy_process_group()
+assert plain.first.weight.dtype is torch.bfloat16
+"""
+    outcome = run(tmp_path, body, "2")
+    assert outcome.status == 0
+    assert "before DistributedDataParallel wrapped it" in outcome.message
+    assert ("SGD" if wraps_first else "AdamW") in outcome.message
+
+
+def test_blocks_that_are_sharded_first_get_the_plan_of_the_whole(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+fully_shard(model.first, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+{LOOP}
+dist.destroy_process_group()
+assert model.first.weight.dtype is torch.bfloat16
+"""
+    outcome = run(tmp_path, body, "2")
+    assert outcome.status == 0
+    assert "before fully_shard" in outcome.message
+
+
+def test_a_compiled_model_gets_the_plan_and_compiles_once(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+import torch._dynamo.testing
+counter = torch._dynamo.testing.CompileCounter()
+idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # keeps the watch on
+plain, model = model, torch.compile(model, backend=counter, fullgraph=True)
+{LOOP}
+assert plain.first.weight.dtype is torch.bfloat16
+assert counter.frame_count == 1, counter.frame_count
+"""
+    assert run(tmp_path, body, "3").status == 0
+
+
+HIDDEN_CALLS = {
+    "in a closure": """
+for x, y in batches(3):
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+""",
+    "in a compiled function": """
+compute = torch.compile(lambda x, y: F.cross_entropy(model(x), y), backend="eager", fullgraph=True)
+for x, y in batches(3):
+    compute(x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+""",
+    "of forward itself": LOOP.replace("model(x)", "model.forward(x)"),
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN_CALLS)
+def test_a_call_that_cannot_be_seen_gets_the_plan_at_the_first_step(
+    tmp_path: Path, where: str
+) -> None:
+    body = HEAD + HIDDEN_CALLS[where] + "assert model.first.weight.dtype is torch.bfloat16\n"
+    body += "assert optimizer.state[model.first.weight]['exp_avg'].dtype is torch.float32\n"
+    outcome = run(tmp_path, body, "3")
+    assert outcome.status == 0
+    assert "before AdamW's first step" in outcome.message
+
+
+@pytest.mark.parametrize("cls", ["AdamW", "SGD"])
+def test_a_resumed_run_equals_one_without_interruption(tmp_path: Path, cls: str) -> None:
+    body = f"""{HEAD.replace("AdamW", cls)}
+from pathlib import Path
+start, steps, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+if start:
+    state = torch.load(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+for step in range(start, steps):
+    torch.manual_seed(step)
+    x, y = next(iter(batches(1)))
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, path)
+"""
+    whole, halves = tmp_path / "whole.pt", tmp_path / "halves.pt"
+    for args in (("0", "6", whole), ("0", "3", halves), ("3", "6", halves)):
+        assert run(tmp_path, body, *map(str, args)).status == 0
+    expected, actual = torch.load(whole), torch.load(halves)
+    assert _flat(expected) == _flat(actual)
+
+
+def test_an_optimizer_made_late_loads_its_masters(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+{LOOP}
+saved = optimizer.state_dict()
+late = torch.optim.AdamW(model.parameters(), lr=1e-2)
+late.load_state_dict(saved)
+again = late.state_dict()["state"]
+for index, state in saved["state"].items():
+    assert torch.equal(state["master_weight"], again[index]["master_weight"])
+    assert again[index]["exp_avg"].dtype is torch.float32
+"""
+    assert run(tmp_path, body, "2").status == 0
+
+
+def test_a_script_without_a_fitting_model_gets_one_clear_line(tmp_path: Path) -> None:
+    body = (HEAD + LOOP).replace("nn.Linear(32, 64)", "nn.Linear(32, 64, bias=False)")
+    outcome = run(tmp_path, body, "2")
+    assert (outcome.status, outcome.was_applied) == (0, False)
+    assert "seen: Net" in outcome.message
+    assert "'first' has shapes 64x32 in the model, 64x32, 64 in the plan" in outcome.message
+    assert "\n" not in outcome.message
+    assert "no model was called" in run(tmp_path, "print(1)").message
+
+
+def test_a_plan_that_cannot_be_applied_is_one_error(tmp_path: Path) -> None:
+    twice = HEAD + "import autoprec\nautoprec.apply(sys.argv[2], model, optimizer)\n" + LOOP
+    plan_for(Net()).save(tmp_path / "plan.json")
+    with pytest.raises(PlanMismatchError, match="one plan at a time"):
+        run(tmp_path, twice, "2", str(tmp_path / "plan.json"))
+
+
+def test_a_script_ends_as_python_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "import sys, pickle\nclass A: pass\nprint(sys.argv[1:], __name__, sys.path[0])\n"
+    body += "pickle.loads(pickle.dumps(A()))\n"
+    assert run(tmp_path, body + "sys.exit(7)", "--lr", "3").status == 7
+    assert capsys.readouterr().out == f"['--lr', '3'] __main__ {tmp_path}\n"
+    assert run(tmp_path, body + "sys.exit('no data')").status == 1
+    assert capsys.readouterr().err == "no data\n"
+    failing = HEAD + "Net.forward = lambda self, x: 1 / 0\nmodel(torch.ones(1))\n"
+    assert run(tmp_path, failing).status == 1
+    trace = capsys.readouterr().err
+    assert trace.startswith("Traceback (most recent call last):\n  File ")
+    assert "autoprec/launch" not in trace
+    assert "ZeroDivisionError" in trace
+
+
+def test_a_guard_runs_the_schedule_of_a_plan(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_for(Net()).model_copy(update={"schedule": (Phase(start_step=2, fp8=False),)})
+    assert run(tmp_path, HEAD + LOOP, "3", plan=plan).status == 0
+    assert "the plan's schedule" in caplog.text
+    assert "call autoprec.Guard" not in caplog.text
+    poisoned = HEAD + LOOP.replace(
+        "    optimizer.step()",
+        "    model.head.weight.grad[0] = float('nan')\n"
+        "    nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n"
+        "    optimizer.step()",
+    )
+    poisoned += "assert model.head.weight.isfinite().all()\n"
+    assert run(tmp_path, poisoned, "2", guard=True).status == 0
+    assert run(tmp_path, poisoned, "2").status == 1
+
+
+def _flat(value: object) -> list[object]:
+    if isinstance(value, Tensor):
+        return [value.dtype, *value.double().flatten().tolist()]
+    if isinstance(value, dict):
+        return [item for key, found in value.items() for item in (key, *_flat(found))]
+    if isinstance(value, list | tuple):
+        return [item for found in value for item in _flat(found)]
+    return [value]
