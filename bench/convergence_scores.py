@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.records import Option, Recipe
+from autoprec.progress import report_nothing
+from autoprec.records import ModelSpec, Option, Recipe, fp8_option
+from autoprec.sensitivity import Reference
+from autoprec.sensitivity.probes import probe_batches
 
 E4M3_MAX = 448.0
 
@@ -61,6 +64,20 @@ def modelopt_scores(
         )
         seconds = time.perf_counter() - started
     return Scores("modelopt", _scores_by_layer(state["candidate_stats"], layers), seconds)
+
+
+def loss_probe_seconds(reference: Reference, spec: ModelSpec) -> float:
+    """Return what autoprec's loss probe of one format takes on the same batches.
+
+    It is what the sensitivity's probes begin with: a pass and the layers replayed per batch.
+    """
+    format_ = fp8_option(Recipe.TENSORWISE)
+    options = {layer.name: [format_] for layer in spec.layers if format_ in layer.options}
+    started = time.perf_counter()
+    shows = probe_batches(reference, spec.layers, options, probes=0, progress=report_nothing)
+    if not all(show.loss_deltas for show in shows):
+        raise SystemExit("the loss probe found nothing; it is broken")
+    return time.perf_counter() - started
 
 
 def _scores_by_layer(stats: Mapping[str, Any], layers: Sequence[str]) -> dict[str, float]:

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from autoprec.errors import InfeasibleError
 from autoprec.gap import (
     USUAL_EXPONENT,
-    bias_share,
     e_budget_for,
-    extra_steps,
     fit_loss_line,
     plan_bias,
     predicted_loss_gap,
@@ -20,14 +18,13 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Estimate,
-    JointMeasurement,
     LayerSensitivity,
     Sensitivity,
 )
 
 
 def make_sensitivity(
-    curve: tuple[tuple[int, float], ...], *, e: float = 0.01, bias: float = 0.0, noise: float = 0.0
+    curve: tuple[tuple[int, float], ...],
 ) -> Sensitivity:
     zero = Estimate(mean=0.0)
     return Sensitivity(
@@ -45,17 +42,9 @@ def make_sensitivity(
         flow=zero,
         floor=zero,
         statistics=(),
-        joint=(
-            JointMeasurement(
-                label="x",
-                options=(),
-                e=Estimate(mean=e),
-                predicted_e=e,
-                bias=Estimate(mean=bias),
-            ),
-        ),
+        joint=(),
         loss_curve=curve,
-        gradient_noise=Estimate(mean=noise),
+        gradient_noise=None,
         software={},
     )
 
@@ -86,15 +75,6 @@ def test_gap_of_a_branch_counts_the_branch_only() -> None:
     assert branch == pytest.approx(whole / 2, rel=0.01)
 
 
-def test_bias_counts_against_the_mean_gradient() -> None:
-    noise_only = make_sensitivity(falling(0.4), noise=0.75)
-    biased = make_sensitivity(falling(0.4), e=0.01, bias=0.005, noise=0.75)
-    assert bias_share(biased) == pytest.approx(0.5)
-    assert extra_steps(noise_only, 0.01) == pytest.approx(0.01)
-    assert extra_steps(biased, 0.01) == pytest.approx(0.005 + 0.005 * 4)
-    assert extra_steps(biased, 0.01, bias=0.01) == pytest.approx(0.04)
-
-
 def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
     rows = tuple(
         LayerSensitivity(
@@ -113,14 +93,10 @@ def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
 @given(
     tolerance=st.floats(1e-5, 0.1),
     slope=st.floats(0.01, 1.0),
-    bias=st.floats(0.0, 0.01),
-    noise=st.floats(-0.2, 1.2),
     steps=st.integers(1, 10_000),
 )
-def test_budget_is_the_inverse_of_the_gap(
-    tolerance: float, slope: float, bias: float, noise: float, steps: int
-) -> None:
-    sensitivity = make_sensitivity(falling(slope), bias=bias, noise=noise)
+def test_budget_is_the_inverse_of_the_gap(tolerance: float, slope: float, steps: int) -> None:
+    sensitivity = make_sensitivity(falling(slope))
     budget = e_budget_for(sensitivity, tolerance, steps)
     gap = predicted_loss_gap(sensitivity, budget, steps)
     assert budget > 0

@@ -19,10 +19,12 @@ from autoprec.records import (
     ModelSpec,
     Option,
     Plan,
+    Recipe,
     Search,
     Sensitivity,
     Verdict,
     Verification,
+    fp8_option,
 )
 from autoprec.search import build_plan, search_plan
 from autoprec.sensitivity import JointMeter, measure_sensitivity, prepare_reference
@@ -133,6 +135,23 @@ def test_exactly_the_faulty_layer_stays_out_of_fp8_with_its_cause(run: Run) -> N
     assert [layer.name for layer in kept] == [FAULT]
     assert "over the budget" in kept[0].reason
     assert re.search(r"weight: \d\d % underflow under tensorwise", kept[0].reason)
+
+
+def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
+    workload = faulty_workload()
+    spec = capture_model(workload, device=CPU)
+    reference = prepare_reference(workload, spec, device=CPU)
+    options = [fp8_option(Recipe.TENSORWISE)]
+    exact, probed = (
+        measure_sensitivity(
+            workload, spec, device=CPU, options=options, method=method, reference=reference
+        ).row(FAULT, options[0])
+        for method in ("layerwise", "sign_coded")
+    )
+    assert exact is not None
+    assert probed is not None
+    assert exact.e.mean > 0.1
+    assert probed.e.mean == pytest.approx(exact.e.mean, rel=1e-6)
 
 
 def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted(run: Run) -> None:

@@ -32,6 +32,7 @@ from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
     choose_method,
+    large_cells,
     layerwise_table,
     list_cells,
     sign_coded_table,
@@ -249,6 +250,8 @@ def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
 
     rows = [row("sure", 1.0, 0.01), row("unsure", 1.0, 0.5), row("small", 0.01, 0.01)]
     assert uncertain_cells(rows) == (("unsure", TENSORWISE),)
+    assert large_cells(rows[1:]) == (("unsure", TENSORWISE),)
+    assert large_cells([row("healthy", 0.003, 0.001)]) == ()
 
 
 def test_the_cheaper_method_is_chosen_and_an_unknown_one_refused() -> None:

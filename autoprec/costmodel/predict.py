@@ -5,11 +5,21 @@ from collections.abc import Sequence
 from autoprec.costmodel.eligible import retarget_model
 from autoprec.costmodel.layers import Setting, predicted, time_layers
 from autoprec.costmodel.machine import Machine, machine_of
+from autoprec.costmodel.masks import without_slow_masks
 from autoprec.costmodel.parallel import Parallel
-from autoprec.costmodel.step import autocast_us, first_fp8, step_times
+from autoprec.costmodel.step import autocast_us, first_fp8, gather_savings_us, step_times
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import BF16_O2, FP32, Basis, ModelSpec, Option
+from autoprec.records.model import (
+    BF16_O2,
+    FP32,
+    Basis,
+    ModelSpec,
+    Option,
+    Recipe,
+    fp8_option,
+    with_masks,
+)
 
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
 MEGA = 1e6
@@ -22,6 +32,7 @@ def predict_profile(
     parallel: Parallel | None = None,
     compiled: bool = False,
     options: Sequence[Option] = (),
+    masks: bool = False,
 ) -> Profile:
     """Predict every layer x option of a captured model, and its whole steps, on a device.
 
@@ -31,15 +42,21 @@ def predict_profile(
         parallel: degrees of parallelism; default: one device.
         compiled: torch.compile fuses casts, or eager.
         options: the FP8 options to consider; those that the target or a shape refuses drop out.
+        masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
 
     Raises:
         DeviceError: the tensor-parallel degree does not divide a layer.
     """
     parallel = parallel or Parallel()
     machine = machine_of(device_profile)
-    target = retarget_model(spec, device_profile, options, parallel)
+    considered = with_masks(options) if masks else options
+    target = retarget_model(spec, device_profile, considered, parallel)
     setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
-    layers = time_layers(target.layers, setting)
+    gathers = gather_savings_us(target, fp8_option(Recipe.TENSORWISE), setting)
+    layers = time_layers(target.layers, setting, gathers)
+    in_layers = sum(gathers.values())
+    if masks:
+        target, layers = without_slow_masks(target, layers)
     fp32 = step_times(target, lambda _: FP32, setting)
     bf16 = step_times(target, lambda _: BF16_O2, setting)
     fp8 = step_times(target, first_fp8, setting)
@@ -62,8 +79,8 @@ def predict_profile(
             for label, us in steps
         ),
         boundary_cast_ms_per_melement=boundary_cast_us(machine) / 1e3,
-        fixed_ms=(fp32.total - fp32.layers) / 1e3,
-        fixed_bf16_ms=(bf16.total - bf16.layers) / 1e3,
+        fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
+        fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
     )

@@ -24,7 +24,17 @@ from autoprec.errors import PlanMismatchError
 from autoprec.profiler.candidates import Candidate, MakeLayer, make_candidate
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import Operation, Trace, cuda_kernels
-from autoprec.records import FP32, Basis, Gemm, LayerSpec, LayerTiming, Option, Timing
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Gemm,
+    LayerSpec,
+    LayerTiming,
+    Option,
+    Timing,
+    with_masks,
+)
 from autoprec.runtime.classes import option_dtype
 from autoprec.timing import (
     Clock,
@@ -43,6 +53,7 @@ HOPELESS = 6.0  # times the FP32 layer; a slower option is predicted, not timed
 PROBE_WIDTH, PROBE_ROWS, PROBE_CALLS = 64, (16, 144), 3
 FEASIBILITY_ERRORS = (RuntimeError, ValueError, AssertionError, PlanMismatchError)
 CAST = "cast"
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class LayerMeter:
     device: torch.device
     clock: Clock
     state_ratio: float  # optimizer state elements per parameter element
+    masks: bool = False  # time FP8 with some GEMMs in BF16 too, where the parts promise a gain
     monitor: Monitor | None = None
     seed: int = 0
     probes: dict[Option, Probe] = field(default_factory=dict)
@@ -100,6 +112,14 @@ class LayerMeter:
         for option in (option for option in group.options if option != FP32):
             predicted = self._predict_fp8(option, calls, limit_ms=limit_ms)
             runs.append(predicted or self._try_option(option, calls, make_layer))
+        rows = self._time_runs(group, runs)
+        if self.masks:
+            masked = [self._try_option(o, calls, make_layer) for o in promising_masks(rows)]
+            rows += self._time_runs(group, masked)
+        return rows
+
+    def _time_runs(self, group: Group, runs: Sequence[Run]) -> list[LayerTiming]:
+        """Time runs in turns, whole and then in parts."""
         totals = self._sample({run.option.key: run.candidate.step for run in runs if run.candidate})
         parts = self._time_parts(runs)
         return [
@@ -253,6 +273,41 @@ class LayerMeter:
             sum(numel * size for numel, size in trainable),
             round(states) + masters,
         )
+
+
+def promising_masks(rows: Sequence[LayerTiming]) -> list[Option]:
+    """Return the masked options that should beat BF16, by the parts of the unmasked ones.
+
+    A masked GEMM takes BF16's time for it instead of FP8's, and saves its share of the casts. The
+    guess has a margin, since parts do not quite add up; what is timed then, decides.
+    """
+    plain = next((row for row in rows if row.option == BF16_O2), None)
+    if plain is None or plain.total is None:
+        return []
+    known = [row.option for row in rows]
+    whole = {row.option.recipe: row for row in rows if row.option.is_fp8 and row.total}
+    return [
+        option
+        for option in with_masks(known)
+        if option not in known
+        and option.recipe in whole
+        and _masked_ms(whole[option.recipe], plain, option) < MARGIN * plain.total.median_ms
+    ]
+
+
+def _masked_ms(whole: LayerTiming, plain: LayerTiming, option: Option) -> float:
+    ms = whole.total.median_ms if whole.total else math.inf
+    for gemm in option.gemms_hp:
+        own, other = _part_of(whole, gemm), _part_of(plain, gemm)
+        if own is not None and other is not None:
+            ms += other.median_ms - own.median_ms
+    casts = whole.cast.median_ms if whole.cast else 0.0
+    return ms - casts * len(option.gemms_hp) / len(Gemm)
+
+
+def _part_of(row: LayerTiming, gemm: Gemm) -> Timing | None:
+    parts = {Gemm.OUTPUT: row.output, Gemm.GRAD_INPUT: row.grad_input}
+    return parts.get(gemm, row.grad_weight)
 
 
 def trace_step(candidate: Candidate, clock: Clock | None = None) -> list[Operation]:

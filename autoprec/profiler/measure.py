@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprec.capture import find_layers
+from autoprec.costmodel.masks import without_slow_masks
 from autoprec.device import device_facts, find_monitor
 from autoprec.profiler.candidates import copy_layer
 from autoprec.profiler.layers import Group, LayerMeter
@@ -65,6 +66,7 @@ def profile_model(
     *,
     device: torch.device,
     options: Sequence[Option] | None = None,
+    masks: bool = False,
     seed: int = 0,
     progress: Progress = report_nothing,
     clock: Clock | None = None,
@@ -76,6 +78,7 @@ def profile_model(
         spec: the captured model.
         device: where to measure.
         options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
+        masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
         clock: default: the device's own.
@@ -85,9 +88,17 @@ def profile_model(
     started = time.perf_counter()
     groups = group_layers(spec, options)
     recorded = _record(workload, groups, device=device, seed=seed)
-    rows = _time_layers(
-        workload, spec, groups, recorded, device=device, clock=clock, seed=seed, progress=progress
+    meter = LayerMeter(
+        device,
+        clock,
+        spec.optimizer_state_numel_ratio,
+        masks=masks,
+        monitor=find_monitor(device),
+        seed=seed,
     )
+    rows = _time_layers(workload, meter, groups, recorded, progress=progress)
+    if masks:
+        spec, rows = without_slow_masks(spec, rows)
     cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
     steps = _time_uniform_steps(
         workload, rows, groups, recorded, device=device, clock=clock, seed=seed, progress=progress
@@ -97,7 +108,7 @@ def profile_model(
         model=spec,
         device=facts,
         basis=Basis.MEASURED,
-        layers=tuple(rows),
+        layers=rows,
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
         fixed_ms=fixed_time("fp32", steps, rows, groups),
@@ -108,26 +119,20 @@ def profile_model(
 
 def _time_layers(
     workload: Workload,
-    spec: ModelSpec,
+    meter: LayerMeter,
     groups: Sequence[Group],
     recorded: Recorded,
     *,
-    device: torch.device,
-    clock: Clock,
-    seed: int,
     progress: Progress,
-) -> list[LayerTiming]:
-    meter = LayerMeter(
-        device, clock, spec.optimizer_state_numel_ratio, monitor=find_monitor(device), seed=seed
-    )
+) -> tuple[LayerTiming, ...]:
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
         progress("layers", number, len(groups))
         name = group.first.name
-        make_layer = partial(_fresh_layer, workload, recorded, name, device=device)
+        make_layer = partial(_fresh_layer, workload, recorded, name, device=meter.device)
         rows += meter.time_group(group, recorded.calls[name], make_layer)
     progress("layers", len(groups), len(groups))
-    return rows
+    return tuple(rows)
 
 
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:

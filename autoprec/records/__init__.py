@@ -35,6 +35,7 @@ from autoprec.records.model import (
     Refusal,
     TensorSpec,
     fp8_option,
+    with_masks,
 )
 from autoprec.records.plan import (
     Assignment,
@@ -109,5 +110,6 @@ __all__ = [
     "Verification",
     "fp8_option",
     "read_text",
+    "with_masks",
     "write_atomically",
 ]

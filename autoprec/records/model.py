@@ -1,6 +1,7 @@
 """What a model is made of: precisions, options, layers and shapes, as one real step showed them."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -131,6 +132,20 @@ BF16_O2 = Option(precision=Precision.BF16_O2)
 def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
     """Return the FP8 O1 option of a recipe, with these GEMMs kept in BF16."""
     return Option(precision=Precision.FP8_O1, recipe=recipe, gemms_hp=gemms_hp)
+
+
+def with_masks(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Return the options, then each unmasked FP8 one with one or two of its GEMMs in BF16."""
+    masks = [mask for count in (1, 2) for mask in itertools.combinations(Gemm, count)]
+    masked = (
+        fp8_option(option.recipe, *mask)
+        for option in options
+        if option.recipe is not None
+        and option.recipe is not Recipe.ROWWISE_WITH_GW_HP
+        and not option.gemms_hp
+        for mask in masks
+    )
+    return tuple(dict.fromkeys((*options, *masked)))
 
 
 class ParameterSpec(Record):

@@ -56,7 +56,7 @@ def promising_base(space: Space, judge: Judge, ratio: float) -> int | None:
         e = ratio * costs.e(options)
         if e > judge.budget:
             continue
-        ms = costs.step_ms(options) * (1.0 + judge.extra_per_e * e)
+        ms = costs.step_ms(options) * (1.0 + e)
         if best is None or ms < best[0]:
             best = (ms, base)
     return None if best is None else best[1]

@@ -1,6 +1,6 @@
 """A whole plan -> its step time, its e and its time to loss; measured once and remembered.
 
-    time_to_loss = step_ms * (1 + extra_per_e * e)        extra steps per step, see autoprec.gap
+    time_to_loss = step_ms * (1 + e)        e extra steps per step, see autoprec.gap
 
 A measurement costs training steps, so a plan that cannot win is told by the table: even with
 HOPE times its table e (the sum of the parts was never found more than 25 % off on small models) it
@@ -45,13 +45,11 @@ class Judge:
         *,
         budget: float,
         evaluate: Evaluate | None,
-        extra_per_e: float,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.problem = problem
         self.budget = budget
         self.evaluate = evaluate
-        self.extra_per_e = extra_per_e
         self.clock = clock
         self.measured = 0  # how many plans were measured here
         self.spent_s = 0.0
@@ -102,7 +100,7 @@ class Judge:
         if e > self.budget or not self.problem.fits_memory(options):
             return False
         best = self.best
-        hoped_ms = self.problem.costs.step_ms(options) * (1.0 + self.extra_per_e * e)
+        hoped_ms = self.problem.costs.step_ms(options) * (1.0 + e)
         return best is None or hoped_ms < best.time_to_loss_ms
 
     def _judgement(self, options: Options, e: float, basis: Basis, *, is_final: bool) -> Judgement:
@@ -113,7 +111,7 @@ class Judge:
             table_e=self.problem.costs.e(options),
             e=e,
             basis=basis,
-            time_to_loss_ms=step_ms * (1.0 + self.extra_per_e * e),
+            time_to_loss_ms=step_ms * (1.0 + e),
             is_feasible=e <= self.budget * (1.0 + ROUNDING) and self.problem.fits_memory(options),
             is_final=is_final,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from autoprec.errors import InfeasibleError
-from autoprec.gap import e_budget_for, extra_steps
+from autoprec.gap import e_budget_for
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import (
     BF16_O2,
@@ -75,8 +75,7 @@ def search_plan(
     budget = e_budget(sensitivity, constraint)
     exact_plan, bound_ms = _exact_plan(problem, budget)
     plans = front(problem)
-    per_e = extra_steps(sensitivity, 1.0)
-    judge = Judge(problem, budget=budget, evaluate=evaluate, extra_per_e=per_e)
+    judge = Judge(problem, budget=budget, evaluate=evaluate)
     tables = _digest(problem, judge, seed)
     is_over = partial(_is_over, clock, clock(), time_budget_s)
     with open_study(storage, study_name, tables=tables) as study:
@@ -191,7 +190,7 @@ def _digest(problem: Problem, judge: Judge, seed: int) -> str:
     """Return a hash of all that decides what a study's trials mean."""
     costs = problem.costs
     parts: list[object] = [costs.fp32_flow, costs.bf16_flow, judge.budget, problem.memory_bytes]
-    parts += [judge.extra_per_e, judge.evaluate is None, seed]
+    parts += [judge.evaluate is None, seed]
     for layer, prices, allowed in zip(costs.layers, costs.prices, problem.allowed, strict=True):
         parts.append((layer.name, layer.shape_key, layer.tied_to))
         parts += [(option.key, price) for option, price in prices.items() if option in allowed]

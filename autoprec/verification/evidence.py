@@ -86,6 +86,7 @@ def make_verification(
     sensitivity: Sensitivity | None,
 ) -> Verification:
     """Make the record of a plan's verification."""
+    predicted = predicted_gaps(session, plan, sensitivity)
     return Verification(
         plan=plan.digest,
         verdict=evidence.verdict,
@@ -93,7 +94,8 @@ def make_verification(
         gap=evidence.gap("plan"),
         control_gap=evidence.gap("bf16_o2"),
         seed_spread=seed_spread(evidence),
-        predicted_gap=predicted_gap(session, plan, sensitivity),
+        predicted_gap=predicted and predicted[0],
+        predicted_bias_gap=predicted and predicted[1],
         warmup_steps=session.warmup_steps,
         branch_steps=session.terms.branch_steps,
         branches=evidence.branches,
@@ -135,8 +137,10 @@ def eval_stderr(evidence: Evidence) -> float | None:
     return float(stderr) / abs(float(reference.mean()))
 
 
-def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None) -> float | None:
-    """Return the gap that the plan's e predicts for a branch of this length after this warm-up.
+def predicted_gaps(
+    session: Session, plan: Plan, sensitivity: Sensitivity | None
+) -> tuple[float, float] | None:
+    """Return the gap that the plan's e predicts for such a branch, and that of e's bias part.
 
     The warm-up's own loss curve says what a step is worth, when it is the longer one.
     """
@@ -145,11 +149,12 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     if len(curve) > len(sensitivity.loss_curve):
         sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
-    steps = session.terms.branch_steps
     bias = plan_bias(sensitivity, {layer.name: layer.option for layer in plan.layers}, plan.e)
-    return predicted_loss_gap(
-        sensitivity, plan.e, steps, start=len(session.checkpoint.curve), bias=bias
+    steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
+    whole, systematic = (
+        predicted_loss_gap(sensitivity, part, steps, start=start) for part in (plan.e, bias)
     )
+    return None if whole is None or systematic is None else (whole, systematic)
 
 
 def advice(evidence: Evidence) -> str:

@@ -21,6 +21,7 @@ from autoprec.errors import InfeasibleError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import Plan, Profile, Sensitivity, Verdict, Verification
 from autoprec.verification.evidence import Evidence, make_verification
+from autoprec.verification.refuted import Refuted, is_hopeless, repair_notes
 from autoprec.verification.sequential import Looks
 from autoprec.verification.session import Session, Terms, open_session
 from autoprec.verification.steps import time_plan
@@ -114,7 +115,8 @@ def verify_front(
 ) -> tuple[int, Verification]:
     """Verify plans in order of rank until one is not refuted; return its index and record.
 
-    When all are refuted, the last one's record is returned. Arguments as in `verify_plan`.
+    Plans whose e is too much by what a refuted one showed are passed over. When all are refuted,
+    the last one's record is returned. Arguments as in `verify_plan`.
     """
     if not plans:
         raise InfeasibleError("verification needs at least one plan, but got none; search first")
@@ -144,16 +146,21 @@ def _first_not_refuted(
     profile: Profile | None,
     sensitivity: Sensitivity | None,
 ) -> tuple[int, Verification]:
-    refuted: list[Plan] = []
+    refuted: list[Refuted] = []
     for index, plan in enumerate(plans):
-        evidence = gather_evidence(session, plan)
         is_last = index == len(plans) - 1
+        if not is_last and is_hopeless(plan, refuted):
+            continue
+        evidence = gather_evidence(session, plan)
         if evidence.verdict is Verdict.REFUTED and not is_last:
             logger.info("plan %d of %d is refuted; trying the next", index + 1, len(plans))
-            refuted.append(plan)
+            refuted.append(Refuted(plan, evidence))
             continue
         steps = time_plan(session, evidence, plan, profile)
-        return index, make_verification(session, plan, evidence, steps, refuted, sensitivity)
+        before = [each.plan for each in refuted]
+        found = make_verification(session, plan, evidence, steps, before, sensitivity)
+        said = repair_notes(plan, refuted, skipped=index - len(refuted))
+        return index, found.model_copy(update={"notes": (*said, *found.notes)})
     raise InfeasibleError("verification needs at least one plan, but got none; search first")
 
 

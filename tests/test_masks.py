@@ -1,0 +1,139 @@
+"""FP8 with some GEMMs in BF16, as options of the search: only where the device makes them pay."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprec.costmodel import load_device_profile, predict_profile
+from autoprec.profiler.layers import Group, LayerMeter, promising_masks
+from autoprec.profiler.recording import Call
+from autoprec.profiler.tracing import PLAIN_TENSORS
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Gemm,
+    LayerTiming,
+    Option,
+    Profile,
+    Recipe,
+    Timing,
+    fp8_option,
+    with_masks,
+)
+from autoprec.timing import Function
+from tests.decoder_specs import linear_layer, model_of
+
+TENSORWISE, GW_HP = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE_WITH_GW_HP)
+
+
+def predicted(
+    device: str, M: int, K: int, N: int, options: tuple[Option, ...] = (TENSORWISE, GW_HP)
+) -> Profile:
+    spec = model_of(linear_layer("wide", K, N, shape=(1, M)))
+    return predict_profile(
+        spec, load_device_profile(device), options=options, compiled=True, masks=True
+    )
+
+
+def masked_of(profile: Profile) -> list[Option]:
+    return [option for option in profile.model.layers[0].options if option.gemms_hp]
+
+
+def test_every_mask_that_is_legal_is_considered_once() -> None:
+    options = with_masks((FP32, BF16_O2, TENSORWISE, GW_HP))
+    assert len(options) == len(set(options)) == 4 + 6
+    assert all(option.recipe is Recipe.TENSORWISE for option in options if option.gemms_hp)
+    assert with_masks(options) == options
+
+
+def test_a_wide_layer_gets_masks_that_beat_bf16_and_not_the_whole_of_fp8() -> None:
+    profile = predicted("h100-sxm", 16384, 8192, 8192)
+    ms = {row.option: row.total.median_ms for row in profile.layers if row.total}
+    masked = masked_of(profile)
+    assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT) in masked
+    for option in masked:
+        assert ms[option] < ms[BF16_O2]
+        assert ms[option] > ms[TENSORWISE]
+
+
+def test_no_mask_where_fp8_does_not_pay() -> None:
+    assert masked_of(predicted("h100-sxm", 512, 256, 256)) == []
+    assert masked_of(predicted("a100", 16384, 8192, 8192)) == []
+
+
+def test_masks_that_the_shape_needs_stay_though_they_are_slow() -> None:
+    options = predicted("h100-sxm", 257, 256, 256, (TENSORWISE,)).model.layers[0].options
+    assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in options
+
+
+def timing(ms: float) -> Timing:
+    return Timing(median_ms=ms, p20_ms=ms, p80_ms=ms, samples=3, basis=Basis.MEASURED)
+
+
+def timed(option: Option, gemms: tuple[float, float, float], cast: float = 0.0) -> LayerTiming:
+    output, grad_input, grad_weight = map(timing, gemms)
+    return LayerTiming(
+        names=("a",),
+        option=option,
+        output=output,
+        grad_input=grad_input,
+        grad_weight=grad_weight,
+        cast=timing(cast) if option.is_fp8 else None,
+        total=timing(sum(gemms) + cast),
+        parameter_bytes=0,
+        gradient_bytes=0,
+        optimizer_bytes=0,
+        activation_bytes=0,
+    )
+
+
+def test_the_parts_tell_which_masks_are_worth_timing() -> None:
+    plain = timed(BF16_O2, (2.0, 2.0, 2.0))
+    fast = timed(TENSORWISE, (1.0, 1.0, 1.0), cast=0.6)  # one mask 4.4 ms, two 5.2 ms, BF16 6 ms
+    assert set(promising_masks([plain, fast])) == set(with_masks((TENSORWISE,))) - {TENSORWISE}
+    slow = timed(TENSORWISE, (1.0, 1.0, 5.5), cast=3.0)  # only without its own grad_weight
+    found = promising_masks([plain, slow])
+    assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in found
+    assert all(Gemm.GRAD_WEIGHT in option.gemms_hp for option in found)
+    assert promising_masks([plain]) == []
+
+
+class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
+    """Counts the GEMMs that are not FP8."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(kind not in PLAIN_TENSORS for kind in types):
+            return NotImplemented  # torchao's own tensors take their operations apart first
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+class KindToFp8:
+    """A clock by which a plain GEMM takes a millisecond and all else next to nothing."""
+
+    name = "kind to FP8"
+
+    def measure(self, fn: Function) -> float:
+        with PlainGemms() as seen:  # type: ignore[no-untyped-call]
+            fn()
+        return float(seen.count) + 1e-3
+
+    def synchronize(self) -> None:
+        return None
+
+
+def test_a_measured_profile_times_the_masks_that_promise_a_gain() -> None:
+    layer = linear_layer("a", 16, 16, shape=(2, 16), options=(FP32, BF16_O2, TENSORWISE))
+    call = Call(
+        args=(torch.randn(32, 16).requires_grad_(),), kwargs={}, gradients=[torch.randn(32, 16)]
+    )
+    meter = LayerMeter(torch.device("cpu"), KindToFp8(), state_ratio=2.0, masks=True)
+    rows = meter.time_group(
+        Group((layer,), layer.options), [call], lambda: nn.Linear(16, 16, bias=False)
+    )
+    ms = {row.option: row.total.median_ms for row in rows if row.total}
+    assert set(with_masks((TENSORWISE,))) <= set(ms)
+    assert ms[fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT)] > ms[TENSORWISE]
