@@ -1,12 +1,13 @@
 """A plan file, a workload and a device -> whether the plan can be trusted there, check by check."""
 
+import functools
 from pathlib import Path
 
 import torch
 
 from autoprec.device import resolve_device
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import fp8_support
+from autoprec.precision import APPLICABLE_RECIPES, fp8_support
 from autoprec.records import Check, Plan, PlanCheck, Precision
 from autoprec.runtime import apply, check_applied, check_fit, fp8_self_test
 from autoprec.sensitivity.gemm import fast_fp8_gemms
@@ -59,9 +60,15 @@ def _named(check: Check) -> Check:
 
 
 def _fp8_checks(plan: Plan, device: torch.device) -> list[Check]:
-    """Test the recipes that the plan uses, numerically."""
+    """Test the recipes that the plan uses, numerically; on a GPU compiled too, if the plan is."""
     if not fp8_support(device).recipes:
         reason = f"{fp8_support(device).reason}; set these layers to bf16_o2, or use another device"
         return [Check(name="fp8 on this device", is_good=False, detail=reason)]
-    used = {f"fp8 {layer.recipe}" for layer in plan.layers if layer.recipe is not None}
-    return [check for check in fp8_self_test(device) if check.name in used]
+    used = {layer.recipe for layer in plan.layers} & set(APPLICABLE_RECIPES)
+    recipes = sorted(recipe for recipe in used if recipe is not None)
+    checks = fp8_self_test(device, recipes=recipes)
+    mode = plan.fingerprint.compile_mode
+    if device.type != "cpu" and mode not in ("", "eager"):
+        compiler = functools.partial(torch.compile, mode=mode)
+        checks += fp8_self_test(device, recipes=recipes, compiler=compiler)
+    return checks

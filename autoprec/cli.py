@@ -65,7 +65,8 @@ Meta = Annotated[
 Compiled = Annotated[
     Optional[bool],  # noqa: UP045 - typer reads it at run time
     typer.Option(
-        "--compile/--eager", help="With a device profile: torch.compile (the default) or eager."
+        "--compile/--eager",
+        help="Times under torch.compile or eager; default: eager here, compiled on a profile.",
     ),
 ]
 Rest = Annotated[

@@ -25,6 +25,8 @@ INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's nam
 CPU_INFO = Path("/proc/cpuinfo")
 PAUSE_S = 2.0  # a hot GPU cools below its slowdown threshold within a few seconds of idling
 MOST_PAUSES = 15  # per round; after half a minute the GPU is measured as it is
+MXFP8_CAPABILITY = (10, 0)  # Blackwell: MX blocks are scaled by the tensor cores
+FNUZ_ARCHITECTURES = ("gfx940", "gfx941", "gfx942")  # MI300; MI350 and Navi 4 are OCP, as NVIDIA's
 MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted elsewhere
 
 
@@ -57,6 +59,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
     missing: dict[str, str] = {}
     hardware = _cuda_facts if device.type == "cuda" else _cpu_facts
     support = fp8_support(device)
+    missing |= fp8_format_gaps(device)
     facts = {
         **hardware(device, missing),
         "threads": torch.get_num_threads(),
@@ -67,6 +70,30 @@ def device_facts(device: torch.device) -> DeviceFacts:
         "fp8_reason": support.reason,
     }
     return DeviceFacts.model_validate({**facts, "missing": tuple(missing.items())})
+
+
+def fp8_format_gaps(device: torch.device) -> dict[str, str]:
+    """Return the FP8 formats that a GPU's units do not multiply, each with the reason."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        capability = (properties.major, properties.minor)
+        if capability >= MXFP8_CAPABILITY:
+            return {}
+        had = ".".join(map(str, capability))
+        return {"mxfp8": f"MXFP8 GEMMs need compute capability 10.0 or more, and it has {had}"}
+    architecture = str(properties.gcnArchName).partition(":")[0]
+    gaps = {"mxfp8": f"torchao has no MXFP8 training on AMD's {architecture}"}
+    if architecture in FNUZ_ARCHITECTURES:
+        gaps["e4m3fn, e5m2"] = f"{architecture} multiplies float8_e4m3fnuz and float8_e5m2fnuz"
+    return gaps
+
+
+def e4m3_dtype(device: torch.device) -> torch.dtype:
+    """Return the e4m3 format that the device multiplies."""
+    is_fnuz = "e4m3fn, e5m2" in fp8_format_gaps(device)
+    return torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
 
 
 def device_name(device: torch.device) -> str:
@@ -119,6 +146,8 @@ def _cpu_facts(_device: torch.device, missing: dict[str, str]) -> dict[str, obje
 def _cuda_facts(device: torch.device, missing: dict[str, str]) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
     is_hip = torch.version.hip is not None
+    if is_hip:
+        missing["nvml"] = "the GPU is AMD's: NVML reads clocks, power and heat of NVIDIA GPUs only"
     return {
         "name": properties.name,
         "kind": "hip" if is_hip else "cuda",
@@ -186,14 +215,20 @@ class ThermalMonitor:
         self._sensor = sensor
         self._sleep = sleep
         self._energy_j: float | None = None
+        self._gave_up = False
 
     def settle(self) -> int:
-        """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often."""
-        for pauses in range(MOST_PAUSES):
+        """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often.
+
+        A GPU that stayed slow is not waited for again until a sample has seen it fast.
+        """
+        patience = 0 if self._gave_up else MOST_PAUSES
+        for pauses in range(patience):
             if not SLOWDOWNS & set(self._sensor.throttle_reasons()):
                 return pauses
             self._sleep(PAUSE_S)
-        return MOST_PAUSES
+        self._gave_up = True
+        return patience
 
     def begin(self) -> None:
         """Note the energy counter."""
@@ -206,7 +241,9 @@ class ThermalMonitor:
         if self._energy_j is not None and after is not None:
             used = max(after - self._energy_j, 0.0)
             seen = seen.model_copy(update={"energy_j": used})
-        return Observation(bool(SLOWDOWNS & set(seen.throttle_reasons)), seen)
+        is_slow = bool(SLOWDOWNS & set(seen.throttle_reasons))
+        self._gave_up = self._gave_up and is_slow
+        return Observation(is_slow, seen)
 
 
 class LoadMonitor:

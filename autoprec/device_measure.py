@@ -1,9 +1,10 @@
 """The GPU that is here -> a measured device profile: `autoprec devices measure`.
 
 Times large GEMMs in every precision the device runs, the smallest GEMM, a copy and an empty kernel,
-interleaved and with a cleared cache, and hands them to the cost model's calibration. It starts from
-the shipped profile of the same name, else of the same compute capability; what is not measured
-(links, casts) stays that profile's and says so.
+interleaved and with a cleared cache, and hands them to the cost model's calibration. On CUDA each
+is replayed as a graph, so that Python's launches are in none of them. It starts from the shipped
+profile of the same name, else of the same compute capability; what is not measured (links, casts)
+stays that profile's and says so.
 """
 
 import math
@@ -16,17 +17,18 @@ from autoprec.costmodel import list_device_profiles
 from autoprec.costmodel.calibrate import Measured, Shape, calibrate_profile
 from autoprec.costmodel.gemm import Kernel
 from autoprec.costmodel.registry import find_profile
-from autoprec.device import find_monitor, resolve_device
+from autoprec.device import e4m3_dtype, find_monitor, resolve_device
 from autoprec.errors import DeviceError
 from autoprec.precision import fp8_support
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import Recipe
-from autoprec.timing import Clock, Monitor, make_clock, time_interleaved
+from autoprec.timing import Clock, Monitor, graph_replay, make_clock, time_interleaved
 
 LARGE: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
 SMALL: Shape = (256, 256, 256)
 COPIED_BYTES = 1 << 30
 SAMPLES = 20
+SHORT_CALLS = 20  # of a kernel of a few microseconds, in one replay
 Function = Callable[[], object]
 
 
@@ -76,32 +78,48 @@ def take_measurements(
     *,
     clock: Clock,
     shapes: Sequence[Shape],
+    small: Shape = SMALL,
     copied_bytes: int = COPIED_BYTES,
     samples: int = SAMPLES,
     monitor: Monitor | None = None,
 ) -> Measured:
-    """Time GEMMs of `shapes`, the smallest GEMM, a copy and an empty kernel on a device."""
+    """Time GEMMs of `shapes`, one of the shape `small`, a copy and an empty kernel on a device."""
     recipes = fp8_support(device).recipes
 
-    def microseconds(candidates: dict[str, Function]) -> dict[str, float]:
+    def microseconds(candidates: dict[str, Function], calls: int = 1) -> dict[str, float]:
+        if device.type != "cuda":
+            calls = 1  # a call costs the host next to nothing there
+        else:
+            candidates = {name: replay_of(fn, calls) for name, fn in candidates.items()}
         timings = time_interleaved(candidates, clock=clock, samples=samples, monitor=monitor)
-        return {name: timing.median_ms * 1e3 for name, timing in timings.items()}
+        return {name: timing.median_ms * 1e3 / calls for name, timing in timings.items()}
 
     large: dict[Kernel, dict[Shape, float]] = {}
     for shape in shapes:
         for kernel, us in microseconds(gemm_candidates(device, shape, recipes)).items():
             large.setdefault(Kernel(kernel), {})[shape] = us
-    small = microseconds(gemm_candidates(device, SMALL, recipes))
+    smallest = microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     target, one = torch.empty_like(source), torch.ones((), device=device)
-    moved = microseconds({"copy": lambda: target.copy_(source), "empty": lambda: one.add_(0)})
+    copied = microseconds({"copy": lambda: target.copy_(source)})
+    empty = microseconds({"empty": lambda: one.add_(0)}, SHORT_CALLS)
     return Measured(
         large=large,
-        small={Kernel(kernel): us for kernel, us in small.items()},
-        copied_tbs=2 * copied_bytes / moved["copy"] / 1e6,
-        empty_us=moved["empty"],
+        small={Kernel(kernel): us for kernel, us in smallest.items()},
+        copied_tbs=2 * copied_bytes / copied["copy"] / 1e6,
+        empty_us=empty["empty"],
         facts=device_constants(device),
     )
+
+
+def replay_of(fn: Function, calls: int) -> Function:
+    """Return the replay of a CUDA graph that holds `calls` calls of `fn`."""
+
+    def run() -> None:
+        for _ in range(calls):
+            fn()
+
+    return graph_replay(run)
 
 
 def gemm_candidates(
@@ -134,7 +152,8 @@ def scaled_gemm(
     is_fast: bool,
 ) -> Function:
     """Return an FP8 GEMM of these operands, cast once: [M, K] @ [K, N]."""
-    a_fp8, b_fp8 = a_MK.to(torch.float8_e4m3fn), b_NK.to(torch.float8_e4m3fn)
+    dtype = e4m3_dtype(a_MK.device)
+    a_fp8, b_fp8 = a_MK.to(dtype), b_NK.to(dtype)
     return lambda: torch._scaled_mm(
         a_fp8,
         b_fp8.T,

@@ -170,11 +170,6 @@ def make_profile(settings: Settings) -> Profile:
     """Capture the workload and measure its cost here, or predict it for a device profile."""
     if not settings.is_local:
         return predicted_profile(settings)
-    if settings.compiled:
-        raise DeviceError(
-            "--compile is for a device profile as the target, since on the machine at hand the "
-            f"eager step is timed, but the target is {settings.target!r}; leave it out"
-        )
     from autoprec.profiler import profile_model
 
     return profile_model(
@@ -183,6 +178,7 @@ def make_profile(settings: Settings) -> Profile:
         device=numerics_device(settings),
         options=fp8_options(settings),
         masks=settings.masks,
+        compiled=settings.is_compiled,
         seed=settings.seed,
         progress=settings.progress,
     )

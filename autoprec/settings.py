@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether predicted times are those of torch.compile: by default for a device profile."""
+        """Whether times are those of torch.compile: by default only for a device profile."""
         return not self.is_local if self.compiled is None else self.compiled
 
 

@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from autoprec.errors import DeviceError
 from autoprec.records import Conditions, Timing
 
 Function = Callable[[], object]
@@ -54,10 +55,11 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """What a monitor saw during one sample."""
+    """What a monitor saw during one sample; a spoiled one is left out whatever the limit."""
 
     is_dirty: bool = False
     conditions: Conditions | None = None
+    is_spoiled: bool = False
 
 
 class Monitor(Protocol):
@@ -145,10 +147,13 @@ def make_clock(device: torch.device) -> Clock:
 def graph_replay(fn: Function) -> Function:
     """Capture the CUDA work of `fn` in a graph; return its replay, which costs the host one launch.
 
-    `fn` must always do the same work on the same tensors.
+    It is for constants of the device, where Python's 5 to 10 us per launch would hide a kernel's
+    own 2 us. Layers and steps are timed as training launches them, without it: an eager FP8 layer
+    that the host cannot feed fast enough is as slow in training. `fn` must always do the same work
+    on the same tensors.
 
     Raises:
-        RuntimeError: `fn` does something that a graph cannot hold.
+        DeviceError: `fn` does something that a graph cannot hold.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
     side.wait_stream(torch.cuda.current_stream())
@@ -157,8 +162,14 @@ def graph_replay(fn: Function) -> Function:
             fn()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
+    try:
+        with torch.cuda.graph(graph):
+            fn()
+    except RuntimeError as error:
+        raise DeviceError(
+            "what is timed in a CUDA graph must not wait for the device or the host, but "
+            f"{' '.join(str(error).split())[:200]}; time it with plain launches"
+        ) from error
     return graph.replay
 
 
@@ -209,7 +220,7 @@ class Samples:
         """Keep a sample of round `number`, or reject it: a dirty one, up to the limit."""
         if seen.conditions is not None:
             self.conditions.append(seen.conditions)
-        reject = seen.is_dirty and self.rejected < limit
+        reject = seen.is_spoiled or (seen.is_dirty and self.rejected < limit)
         self.rejected += reject
         self.rounds.extend([None] * (number - len(self.rounds)))
         self.rounds.append(None if reject else elapsed)

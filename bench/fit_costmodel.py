@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasheets import SHEETS, Sheet
-from holdout import GEMM_KINDS, TIME_KINDS, Held, leave_sources_out, leave_training_sources_out
+from holdout import (
+    GEMM_KINDS,
+    TIME_KINDS,
+    Held,
+    absolute_errors,
+    covering,
+    leave_sources_out,
+    leave_training_sources_out,
+)
 from holdout import quantile as grouped_quantile
 from modelfit import BEST_COVERED, Values, fit_everything, make_profile
 from published import Kind, Observation, observations
@@ -29,7 +37,7 @@ def main(out: Path) -> None:
     rows, runs = observations(), stated(trainings())
     errors = interval_errors(rows)
     held = leave_training_sources_out(rows, runs)
-    errors["step_error"] = _quantile_of([abs(h.predicted - h.actual) for h in held], LOW + 0.7)
+    errors["step_error"] = covering(absolute_errors(held), HIGH - LOW)
     fitted = fit_everything(rows, runs)
     for sheet in SHEETS:
         profile = make_profile(sheet, fitted[sheet.name], rows, device_errors(sheet, errors))
@@ -66,10 +74,6 @@ def _logs(held: Sequence[Held]) -> dict[str, list[float]]:
     for row in held:
         groups[row.source].append(math.log(row.ratio))
     return dict(groups)
-
-
-def _quantile_of(values: Sequence[float], share: float) -> float:
-    return grouped_quantile({"all": values}, share)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from datasheets import BY_NAME
 from fitting import machine_from
-from modelfit import BEST_COVERED, Values, constants_of, fit_all, fit_everything, make_profile
+from modelfit import (
+    BEST_COVERED,
+    ENGINE,
+    Values,
+    constants_of,
+    fit_all,
+    fit_everything,
+    fit_steps,
+    make_profile,
+)
 from published import Kind, Observation
 from trainings import Training
 
@@ -22,6 +31,7 @@ START_ERRORS = {
     "step_error": 0.10,
 }
 HALVINGS = 5
+ROUNDING = 1e-9
 GEMM_KINDS = (Kind.GEMM, Kind.GEMMS)
 TIME_KINDS = (Kind.BF16_US, Kind.FP8_US, Kind.BF16_LINEAR_US)
 
@@ -71,19 +81,56 @@ def halve_source(rows: Sequence[Observation], source: str, kinds: Iterable[Kind]
     for seed in range(HALVINGS):
         shuffled = random.Random(seed).sample(own, len(own))
         left_out = shuffled[: len(own) // 2]
-        fitted = machines([row for row in rows if row not in left_out])
+        cases = {_case(row) for row in left_out}
+        fitted = machines(
+            [
+                row
+                for row in rows
+                if row not in left_out and not (row.kind in TIME_KINDS and _case(row) in cases)
+            ]
+        )
         held += [_held(row, fitted[row.device]) for row in left_out]
     return held
 
 
 def leave_training_sources_out(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:
-    """Return predicted whole-training speedups, the runs of their source left out."""
+    """Return predicted whole-training speedups, the runs of their source left out.
+
+    An engine that is not PyTorch has kernels of its own, of which other sources say nothing: its
+    runs are predicted with constants from its runs on other devices.
+    """
     held = []
     for source in sorted({run.source for run in runs}):
         kept = [run for run in runs if run.source != source]
         fitted = fit_everything([row for row in rows if row.source != source], kept)
-        held += [_held_run(run, fitted) for run in runs if run.source == source]
+        own = [run for run in runs if run.source == source]
+        if own[0].is_own_engine:
+            held += leave_devices_out(own, fitted)
+        else:
+            held += [_held_run(run, fitted) for run in own]
     return held
+
+
+def leave_devices_out(runs: Sequence[Training], fitted: Mapping[str, Values]) -> list[Held]:
+    """Return predictions for an engine's runs, those of the same device left out of its fit."""
+    held = []
+    for device in sorted({run.device for run in runs}):
+        engine = fit_steps(fitted, [run for run in runs if run.device != device], ENGINE)
+        own = {device: {**fitted[device], **engine}}
+        held += [_held_run(run, own) for run in runs if run.device == device]
+    return held
+
+
+def without_engine(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:
+    """Return predictions for an engine's runs with PyTorch's constants, as a source never seen."""
+    kept = [run for run in runs if not run.is_own_engine]
+    fitted = fit_everything(rows, kept)
+    return [_held_run(run, fitted) for run in runs if run.is_own_engine]
+
+
+def _case(row: Observation) -> tuple[object, ...]:
+    """Return what a ratio shares with the two times that it was made of."""
+    return row.source, row.shapes, row.recipe, row.is_fast
 
 
 def _held(row: Observation, machine: Machine) -> Held:
@@ -97,6 +144,30 @@ def _held_run(run: Training, fitted: Mapping[str, Values]) -> Held:
     profile = make_profile(sheet, fitted[run.device], (), START_ERRORS)
     speedup, _ = run.predict(machine_from(constants), profile)
     return Held(run.source, run.device, str(run), speedup, run.speedup)
+
+
+def absolute_errors(held: Sequence[Held]) -> dict[str, list[float]]:
+    """Return how far off predictions are, by source."""
+    groups: dict[str, list[float]] = {}
+    for row in held:
+        groups.setdefault(row.source, []).append(abs(row.predicted - row.actual))
+    return groups
+
+
+def covering(values: Mapping[str, Sequence[float]], share: float) -> float:
+    """Return the width that covers at least `share` of the errors on one more source.
+
+    Hierarchical conformal prediction (Lee, Barber and Willett 2023): sources count alike, and the
+    one not seen counts as one that is never covered, so the level rises by (n + 1) / n.
+    """
+    level = share * (len(values) + 1) / len(values)
+    weighted = sorted((value, 1 / len(group)) for group in values.values() for value in group)
+    passed = 0.0
+    for value, weight in weighted:
+        passed += weight / len(values)
+        if passed >= level - ROUNDING:
+            return value
+    return weighted[-1][0]
 
 
 def quantile(values: Mapping[str, Sequence[float]], share: float) -> float:

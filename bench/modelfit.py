@@ -89,6 +89,13 @@ OWN_STEP = {  # devices whose whole step is unlike the H100's, by their own rows
         "step_overhead": Prior(1.4, 0.3, "the H100's"),
     }
 }
+ENGINE = {  # llmq's hand-fused C++ kernels: what a fit to its own runs starts from
+    "tensorwise_cast_bytes": Prior(10.0, 0.5, "torchao's compiled casts"),
+    "attention_fraction": Prior(0.33, 0.25, "PyTorch's"),
+    "glue_bytes": Prior(12.0, 0.5, "PyTorch's"),
+    "loss_bytes": Prior(24.0, 0.4, "PyTorch's"),
+    "step_overhead": Prior(1.2, 0.2, "PyTorch's"),
+}
 SPEEDUP_SIGMA, TOKENS_SIGMA = 0.06, 0.2
 POWER_LIMITED = "b200"  # the source says its machine was; its absolute rate is not a B200's
 Values = dict[str, float]

@@ -11,12 +11,16 @@ Which rows count, and which do not, is said here once, for fitting and scoring a
     RTX 5090 in gpu-flops-bench its FP8 rate is above what FP32 accumulation can give
     MI300X in TE #73, hipBLASLt library faults (110 and 28 TFLOPS)
     FFN blocks of issue#685     hidden width not read: used for the eager penalty only
+
+PR#940's FP8 GEMMs multiplied zeros, its BF16 GEMMs normal values (torchao's bench_matmul.py and
+float8_roofline.py of 2024), so its GEMM ratios are too high: zeros flip no bits and meet no power
+limit. `has_zeros` prices that. Its linear layers, and all other sources, have real values.
 """
 
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -35,10 +39,15 @@ from autoprec.records.model import Gemm
 
 DATA = Path(__file__).parent / "data"
 Shape = tuple[int, int, int]
+FFN_SHAPES = ((8192, 4096, 14336), (8192, 4096, 14336), (8192, 14336, 4096))  # PR#282's
 TE_SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))  # its four linears
 META = ("H100", "H100 (presumed)", "H100 (Meta)", "H100 SXM (Meta 500 W/2.4 TB/s presumed)")
+ZERO_SPEED = 295 / 257  # 8192 cubes of zeros against normal values on an A100, thonking.ai 2024
+SMALLEST_TOKENS = 512
+NARROW_SIGMA = 0.15  # PR#23280's width, 2112, fits no tile: its vendor's choice of kernel decides
 LARGE = 4096
 LARGE_SHARE_OF_BEST = 0.93  # a large GEMM against the best shape of a sweep
+ALL_CASTS = "all fp8 overhead kernels in norm+FFN+norm"
 
 
 class Kind(StrEnum):
@@ -70,9 +79,12 @@ class Observation:
     part: Gemm = Gemm.OUTPUT
     is_fast: bool = True
     sigma: float = 0.05
+    has_zeros: bool = False  # its FP8 operands were zeros, its BF16 ones were not
 
     def predict(self, machine: Machine) -> float:
         """Return what the model says instead of `value`."""
+        if self.has_zeros:
+            machine = _on_zeros(machine)
         if self.kind in (Kind.LINEAR, Kind.PART, Kind.GEMMS):
             return self._linear_ratio(machine)
         if self.kind is Kind.BF16_RATE:
@@ -138,6 +150,16 @@ def source_of(row: dict[str, str]) -> str:
     return row["source"].split(" (")[0].split(" @")[0]
 
 
+def _on_zeros(machine: Machine) -> Machine:
+    """Return a machine whose FP8 operands are zeros: no bits flip, so no power limit is met."""
+    return replace(
+        machine,
+        fp8_fraction=machine.fp8_fraction * ZERO_SPEED,
+        fp8_slow_fraction=machine.fp8_slow_fraction * ZERO_SPEED,
+        fp8_rowwise_fraction=machine.fp8_rowwise_fraction * ZERO_SPEED,
+    )
+
+
 def _linears() -> Iterator[Observation]:
     for row in read_rows("linear_layers.csv"):
         source = source_of(row)
@@ -145,6 +167,8 @@ def _linears() -> Iterator[Observation]:
             continue
         if "gemm_profiling" in source:
             yield from _transformer_engine(row, source)
+        if row["direction"].startswith("GEMM part only"):
+            yield from _feed_forward(row, source)
         if row["direction"] not in (
             "fwd+bwd",
             "Linear fwd+bwd",
@@ -164,6 +188,20 @@ def _linears() -> Iterator[Observation]:
             has_neighbours="LayerNorm" in row["direction"] or "README" in source,
             sigma=0.15 if old else 0.05,
         )
+
+
+def _feed_forward(row: dict[str, str], source: str) -> Iterator[Observation]:
+    """Yield a profiled feed-forward block's three linears: GEMMs alone, and with their casts.
+
+    Its hidden width is 16384 * 2 / 3 * 1.3 rounded up to 1024s, as Llama's code has it.
+    """
+    bf16, fp8 = float(row["bf16_value"]), float(row["fp8_value"])
+    casts = next(
+        float(r["value"]) for r in read_rows("overhead.csv") if r["what"].startswith(ALL_CASTS)
+    )
+    recipe = parse_recipe(row["recipe"])
+    for kind, value in ((Kind.GEMMS, bf16 / fp8), (Kind.LINEAR, bf16 / (fp8 + casts))):
+        yield Observation(source, "h100-sxm-500w", kind, FFN_SHAPES, recipe, value)
 
 
 def _transformer_engine(row: dict[str, str], source: str) -> Iterator[Observation]:
@@ -191,7 +229,7 @@ def _gemms() -> Iterator[Observation]:
             continue
         if (
             "best" in row["metric"]
-            or "act quant" in recipe
+            or "(with act quant)" in recipe
             or "grouped" in recipe
             or "padded" in recipe
         ):
@@ -200,7 +238,20 @@ def _gemms() -> Iterator[Observation]:
             continue
         if "rowwise" in recipe and "fast_accum=False" in notes:
             continue
-        yield from _gemm_observations(row, device)
+        if "act quant?" in recipe:  # of such a row only the BF16 half is known
+            yield from _bf16_halves(row, source_of(row), device)
+        else:
+            yield from _gemm_observations(row, device)
+
+
+def _bf16_halves(row: dict[str, str], source: str, device: str) -> Iterator[Observation]:
+    """Yield a row's BF16 time; the rows of a shape repeat it, so one of them counts."""
+    if "cutlass" in row["recipe"] and int(row["M"]) >= SMALLEST_TOKENS:
+        us = _microseconds(float(row["bf16_value"]), row["unit"], _shape(row))
+        recipe = PricedRecipe.TENSORWISE
+        yield Observation(
+            source, device, Kind.BF16_US, (_shape(row),), recipe, us, sigma=NARROW_SIGMA
+        )
 
 
 def _rates() -> Iterator[Observation]:
@@ -240,7 +291,15 @@ def _gemm_observations(row: dict[str, str], device: str) -> Iterator[Observation
 
     def make(kind: Kind, value: float, shapes: tuple[Shape, ...] = (shape,)) -> Observation:
         return Observation(
-            source, device, kind, shapes, recipe, value, is_fast=is_fast, sigma=sigma
+            source,
+            device,
+            kind,
+            shapes,
+            recipe,
+            value,
+            is_fast=is_fast,
+            sigma=sigma,
+            has_zeros="PR#940" in source,
         )
 
     if row["metric"].startswith("sum of 3"):
@@ -266,8 +325,11 @@ def _gemm_device(row: dict[str, str]) -> str:
         "RTX 5090": "rtx-5090",
         "NVIDIA RTX PRO 6000 Blackwell Server Edition": "rtx-pro-6000",
         "SM100 (B200 class)": "b200",
+        "SM90 (H100/H200 class)": "h100-sxm",
     }
-    if row["device"] in META[2:]:
+    if "PR#23280" in row["source"]:
+        return "h100-sxm"
+    if row["device"] in META[2:] or "helion" in row["source"]:
         return "h100-sxm-500w"
     return known.get(row["device"], "")
 

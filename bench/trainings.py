@@ -8,7 +8,7 @@ sequence.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from decoders import DECODERS, decoder_spec
@@ -38,14 +38,6 @@ DEVICES = {
     "RTX PRO 6000": "rtx-pro-6000",
 }
 OWN_ENGINE = "llmq"
-ENGINE = {  # hand-fused C++ kernels: half the cast traffic, no glue; set by hand with the rows seen
-    "tensorwise_cast_bytes": 6.0,
-    "tensorwise_cast_kernels": 4.0,
-    "attention_fraction": 0.40,
-    "glue_bytes": 6.0,
-    "loss_bytes": 16.0,
-    "step_overhead": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -75,8 +67,6 @@ class Training:
 
     def predict(self, machine: Machine, profile: DeviceProfile) -> tuple[float, float]:
         """Return the predicted speedup and BF16 tokens per second and device."""
-        if self.is_own_engine:
-            machine = replace(machine, **ENGINE)
         options = [fp8_option(self.recipe)]
         target = retarget_model(self.spec, profile, options, self.parallel)
         bf16 = self._step(target, machine, BF16_O2)

@@ -20,6 +20,9 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam-amsgrad": functools.partial(torch.optim.Adam, lr=1e-3, amsgrad=True),
     "adamw-foreach": functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True),
     "adamw-fused": functools.partial(torch.optim.AdamW, lr=1e-3, fused=True),
+    "adam-fused": functools.partial(torch.optim.Adam, lr=1e-3, amsgrad=True, fused=True),
+    "sgd-fused": functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9, fused=True),
+    "adagrad-fused": functools.partial(torch.optim.Adagrad, lr=1e-2, fused=True),
     "adagrad": functools.partial(torch.optim.Adagrad, lr=1e-2),
     "adadelta": torch.optim.Adadelta,
     "adamax": torch.optim.Adamax,
@@ -29,6 +32,21 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "rprop": torch.optim.Rprop,
+}
+FOREACH: tuple[Any, ...] = (  # Any: optimizers' classes, of which each takes other arguments
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+)
+OPTIMIZERS |= {
+    f"{make.__name__.lower()}-foreach": functools.partial(make, foreach=True) for make in FOREACH
 }
 
 

@@ -20,11 +20,12 @@ from autoprec.costmodel.casts import cast_cost, fp8_gemms
 from autoprec.costmodel.gemm import Kernel, gemm_us
 from autoprec.costmodel.machine import machine_of
 from autoprec.errors import DeviceError
-from autoprec.records.devices import LinearPrediction, Prediction, PricedRecipe
+from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction, PricedRecipe
 from autoprec.records.model import Basis, Gemm
 
 SIZES = st.integers(min_value=1, max_value=4096).map(lambda n: 16 * n)
 H100 = load_device_profile("h100-sxm")
+FP8_DEVICES = [profile for profile in list_device_profiles() if profile.has_fp8]
 GRID = Path(__file__).parent.parent / "bench" / "data" / "linear_layers.csv"
 
 
@@ -74,10 +75,21 @@ def test_the_gain_grows_with_the_matrix() -> None:
         assert gains[0] < 1 < gains[-1]
 
 
-def test_delayed_scaling_is_within_a_tenth_of_current() -> None:
+@pytest.mark.parametrize("device", FP8_DEVICES, ids=lambda device: device.name)
+def test_the_gain_grows_with_the_matrix_on_every_device(device: DeviceProfile) -> None:
+    for recipe in ("tensorwise", "rowwise"):
+        gains = [
+            speedup(predict_linear(device, n, n, n, recipe=recipe)).value
+            for n in (2048, 4096, 8192, 16384)
+        ]
+        assert gains == sorted(gains)
+
+
+@pytest.mark.parametrize("device", FP8_DEVICES, ids=lambda device: device.name)
+def test_delayed_scaling_is_within_a_tenth_of_current(device: DeviceProfile) -> None:
     for n in (1024, 4096, 16384):
-        current = speedup(predict_linear(H100, n, n, n)).value
-        delayed = speedup(predict_linear(H100, n, n, n, recipe="delayed")).value
+        current = speedup(predict_linear(device, n, n, n)).value
+        delayed = speedup(predict_linear(device, n, n, n, recipe="delayed")).value
         assert current <= delayed < 1.1 * current
 
 

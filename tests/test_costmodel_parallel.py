@@ -12,8 +12,20 @@ from autoprec.costmodel import (
 from autoprec.costmodel.machine import machine_of
 from autoprec.costmodel.parallel import collective_us, shard_gemm
 from autoprec.errors import DeviceError
+from autoprec.export import export_plan
+from autoprec.records import Constraint, Plan
 from autoprec.records.cost import Profile
-from autoprec.records.model import BF16_O2, ModelSpec, Recipe, fp8_option
+from autoprec.records.model import (
+    BF16_O2,
+    Gemm,
+    ModelSpec,
+    Option,
+    Precision,
+    Recipe,
+    fp8_option,
+)
+from autoprec.search import build_plan, search_plan
+from autoprec.transfer import unknown_sensitivity
 from tests.decoder_specs import decoder, linear_layer
 
 H100 = load_device_profile("h100-sxm-500w")
@@ -32,6 +44,19 @@ def predicted(text: str, spec: ModelSpec | None = None, recipe: Recipe = Recipe.
 
 def step(profile: Profile, label: str) -> float:
     return next(s.timing.median_ms for s in profile.steps if s.label == label)
+
+
+def total(profile: Profile, option: Option) -> float:
+    """Return what the layers that have an option take in it."""
+    rows = [row for row in profile.layers if row.option == option and row.total is not None]
+    return sum(len(row.names) * row.total.median_ms for row in rows if row.total is not None)
+
+
+def planned(profile: Profile) -> Plan:
+    sensitivity = unknown_sensitivity(profile.model)
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=0.0)
+    search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
+    return build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
 
 
 def gain(profile: Profile, name: str) -> float:
@@ -114,6 +139,56 @@ def test_fp8_gathers_move_half_the_bytes() -> None:
     fast = predicted("fsdp=8,tp=8,gather=fp8", spec, Recipe.TENSORWISE)
     assert step(fast, "fp8_o1") < step(slow, "fp8_o1")
     assert step(fast, "bf16_o2") == pytest.approx(step(slow, "bf16_o2"))
+
+
+@pytest.mark.parametrize("text", ["fsdp=64,tp=8", "tp=8", "fsdp=256"])
+def test_fp8_gathers_are_in_the_price_of_the_layers_that_use_them(text: str) -> None:
+    spec = decoder(width=8192, hidden=28672)
+    slow = predicted(text, spec, Recipe.TENSORWISE)
+    fast = predicted(f"{text},gather=fp8", spec, Recipe.TENSORWISE)
+    saved = step(slow, "fp8_o1") - step(fast, "fp8_o1")
+    assert saved > 0
+    assert total(fast, TENSORWISE) == pytest.approx(total(slow, TENSORWISE))
+    assert total(fast, BF16_O2) == pytest.approx(total(slow, BF16_O2) + saved)
+    assert fast.fixed_bf16_ms == pytest.approx(slow.fixed_bf16_ms - saved)
+
+
+def test_other_recipes_and_masked_gemms_are_gathered_in_bf16() -> None:
+    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
+    for option in (ROWWISE, masked):
+        slow, fast = (
+            predict_profile(
+                decoder(), H100, parallel=parse_parallel(text), compiled=True, options=[option]
+            )
+            for text in ("tp=8", "tp=8,gather=fp8")
+        )
+        in_layers = slow.fixed_bf16_ms - fast.fixed_bf16_ms
+        assert total(fast, option) == pytest.approx(total(slow, option) + in_layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "recipe", "is_set"),
+    [
+        ("fsdp=8,gather=fp8", Recipe.TENSORWISE, True),
+        ("fsdp=8", Recipe.TENSORWISE, False),
+        ("fsdp=8,gather=fp8", Recipe.ROWWISE, False),
+        ("tp=8,gather=fp8", Recipe.TENSORWISE, False),
+    ],
+)
+def test_the_plan_and_its_export_say_whether_weights_are_gathered_in_fp8(
+    text: str, recipe: Recipe, is_set: bool
+) -> None:
+    plan = planned(predicted(text, decoder(width=8192, hidden=28672), recipe))
+    assert any(layer.precision is Precision.FP8_O1 for layer in plan.layers)
+    assert plan.fp8_all_gather is is_set
+    assert ("enable_fsdp_float8_all_gather" in export_plan(plan, "torchao")) is is_set
+
+
+def test_reasons_speak_of_the_shapes_that_a_device_has() -> None:
+    plan = planned(predicted("tp=8", decoder(width=8192, hidden=28672), Recipe.TENSORWISE))
+    reasons = {layer.name: layer.reason for layer in plan.layers}
+    assert "K=8192 N=3584" in reasons["layers.0.mlp.up_proj"]
+    assert "K=3584 N=8192" in reasons["layers.0.mlp.down_proj"]
 
 
 def test_recomputation_repeats_the_forward() -> None:

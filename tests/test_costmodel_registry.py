@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autoprec.costmodel import list_device_profiles, load_device_profile, parse_recipe
+from autoprec.costmodel import list_device_profiles, load_device_profile, parse_recipe, registry
 from autoprec.costmodel.registry import profiles_folder
 from autoprec.costmodel.spelling import has_own_casts, parse_compiled
 from autoprec.errors import DeviceError, RecordError
@@ -86,6 +86,20 @@ def test_another_device_is_no_match(spelling: str) -> None:
 def test_an_unknown_name_offers_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(DeviceError, match=f"nearest: .*{near}"):
         load_device_profile(wrong)
+
+
+def test_a_bare_name_with_variants_says_what_it_was_read_as(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry._tell_variants.cache_clear()
+    assert load_device_profile("H100").name == "h100-sxm"
+    assert load_device_profile("H100").name == "h100-sxm"
+    assert "'H100' is read as h100-sxm" in caplog.text
+    assert "h100-pcie, h100-sxm-500w" in caplog.text
+    assert len(caplog.records) == 1
+    load_device_profile("H800")
+    load_device_profile("h100-pcie")
+    assert len(caplog.records) == 1
 
 
 def test_a_users_own_file_is_read_and_comes_back_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +10,28 @@ import torch
 from autoprec import device as module
 from autoprec.device import (
     LoadMonitor,
+    ThermalMonitor,
     available_devices,
     device_facts,
+    device_name,
+    e4m3_dtype,
     find_monitor,
+    find_sensor,
+    fp8_format_gaps,
     resolve_device,
 )
 from autoprec.errors import DeviceError
+from autoprec.precision import Fp8Support
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+GPU = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    total_memory=80 * 2**30,
+    uuid="1234",
+    gcnArchName="gfx942:sramecc+:xnack-",
+)
 XEON = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n"
 
 
@@ -86,3 +101,76 @@ def test_a_sample_is_dirty_when_the_cpu_was_taken_away(monkeypatch: pytest.Monke
 
 def test_the_cpu_has_a_monitor() -> None:
     assert isinstance(find_monitor(CPU), LoadMonitor)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU that only torch's properties know; NVML does not show it."""
+    found = SimpleNamespace(**vars(GPU))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(module, "fp8_support", lambda _: Fp8Support((), "none tried"))
+
+    def no_sensor(_: str) -> object:
+        raise DeviceError("NVML does not start (Driver Not Loaded)")
+
+    monkeypatch.setattr(module, "open_sensor", no_sensor)
+    return found
+
+
+def test_facts_of_a_gpu_without_nvml_name_what_is_missing(gpu: SimpleNamespace) -> None:
+    facts = device_facts(CUDA)
+    assert (facts.name, facts.kind, facts.capability) == (gpu.name, "cuda", "9.0")
+    assert (facts.memory_bytes, facts.driver, facts.fp8_reason) == (
+        gpu.total_memory,
+        "",
+        "none tried",
+    )
+    missing = dict(facts.missing)
+    assert "Driver Not Loaded" in missing["nvml"]
+    assert "10.0 or more, and it has 9.0" in missing["mxfp8"]
+    assert device_name(CUDA) == gpu.name
+    assert find_sensor(CUDA) is None
+    assert find_monitor(CUDA) is None
+
+
+def test_a_gpu_with_nvml_has_a_thermal_monitor(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_sensor", lambda uuid: SimpleNamespace(uuid=uuid))
+    assert isinstance(find_monitor(CUDA), ThermalMonitor)
+    assert vars(find_sensor(CUDA))["uuid"] == gpu.uuid
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_mxfp8"), [((8, 9), False), ((10, 0), True), ((12, 0), True)]
+)
+def test_mxfp8_is_for_blackwell(
+    gpu: SimpleNamespace, capability: tuple[int, int], has_mxfp8: bool
+) -> None:
+    gpu.major, gpu.minor = capability
+    assert (fp8_format_gaps(CUDA) == {}) is has_mxfp8
+    assert e4m3_dtype(CUDA) is torch.float8_e4m3fn
+
+
+def test_amd_names_its_own_formats_and_has_no_nvml(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    facts = device_facts(CUDA)
+    assert (facts.kind, facts.driver) == ("hip", "")
+    missing = dict(facts.missing)
+    assert "AMD" in missing["nvml"]
+    assert "float8_e4m3fnuz" in missing["e4m3fn, e5m2"]
+    assert e4m3_dtype(CUDA) is torch.float8_e4m3fnuz
+    assert find_sensor(CUDA) is None
+    gpu.gcnArchName = "gfx950:sramecc+"
+    assert e4m3_dtype(CUDA) is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("count", "device"), [(0, "cpu"), (2, "cuda:0")])
+def test_auto_takes_the_first_gpu(monkeypatch: pytest.MonkeyPatch, count: int, device: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert resolve_device("auto") == torch.device(device)
+    assert available_devices() == ("cpu", *(f"cuda:{index}" for index in range(count)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 from torch import nn
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoprec.guard import Guard, Limits
 from autoprec.guard.ranges import local
-from autoprec.runtime import install_options
+from autoprec.runtime import attach_optimizer, install_options
 from tests.ranks import leave_group
 from tests.test_guard import Chain, Run, lines, plan_for
 
@@ -29,6 +30,7 @@ def train_on_rank(rank: int, folder: Path) -> None:
     found = {"good": run.good, "in_bf16": run.guard.in_bf16, "state": run.guard.state_dict()}
     found["ddp"] = wrapped(DistributedDataParallel, rank)
     found["fsdp2"] = wrapped(sharded, rank)
+    found["rollback"] = rolled_back(rank, of=2)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     leave_group()
 
@@ -62,6 +64,40 @@ def wrapped(wrap: Callable[[nn.Module], nn.Module], rank: int) -> list[object]:
     return [good, guard.in_bf16, finite, guard.state_dict()["norms"]]
 
 
+def rolled_back(rank: int, *, of: int) -> list[Any]:  # Any: JSON values
+    """Train a rank's share with a NaN in step 5, on which the guard goes back to step 4.
+
+    Returns:
+        The losses of the whole batch, and the layers in BF16.
+    """
+    torch.manual_seed(0)
+    model: Any = Chain()  # Any: a Chain, sharded or not
+    plan = plan_for(model)
+    install_options(model, {layer.name: layer.option for layer in plan.layers})
+    if of > 1:
+        sharded(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    attach_optimizer(model, optimizer)
+    limits = Limits(sample_every=10_000, snapshot_every=4)
+    guard = Guard(model, optimizer, plan, on_alarm="rollback", limits=limits)
+    batches = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(10):
+        x = torch.randn(32, 16, generator=batches)[32 * rank // of : 32 * (rank + 1) // of]
+        loss = (model(x) - x[:, :10]).square().mean()
+        loss.backward()
+        if step == 5 and rank == of - 1:
+            local(model.third.weight.grad).fill_(math.nan)
+        total = loss.detach().clone()
+        if of > 1:
+            torch.distributed.all_reduce(total)
+        losses.append(total.item() / of)
+        guard.step(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [losses, guard.in_bf16]
+
+
 def test_ranks_decide_alike_when_one_of_them_has_a_nan(tmp_path: Path) -> None:
     spawn: Any = vars(torch.multiprocessing)["spawn"]  # Any: torch does not export or type it
     spawn(train_on_rank, args=(tmp_path,), nprocs=2)
@@ -72,3 +108,7 @@ def test_ranks_decide_alike_when_one_of_them_has_a_nan(tmp_path: Path) -> None:
     assert first["good"] == [True, True, True, False, True, True]
     assert first["in_bf16"] == ["third"]
     assert len(lines(tmp_path / "events.jsonl")) == 1  # rank 0 writes
+    losses, in_bf16 = rolled_back(0, of=1)
+    assert list(in_bf16) == first["rollback"][1] == ["third"]
+    assert first["rollback"][0] == pytest.approx(losses, rel=5e-3)
+    assert losses[-1] < losses[0]

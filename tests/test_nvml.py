@@ -102,6 +102,21 @@ def test_a_gpu_that_stays_hot_is_measured_as_it_is(load_stub: LoadStub) -> None:
     assert (found.rejected, len(found.clean)) == (2, 4)
 
 
+def test_a_gpu_that_stays_hot_is_waited_for_once(load_stub: LoadStub) -> None:
+    load_stub(STUB_HOT=MOST_PAUSES + 4)
+    naps: list[float] = []
+    monitor = ThermalMonitor(open_sensor("a"), sleep=naps.append)
+    assert monitor.settle() == MOST_PAUSES
+    for _ in range(4):  # the fourth sample is the last hot one
+        assert monitor.settle() == 0
+        monitor.begin()
+        assert monitor.end().is_dirty
+    assert len(naps) == MOST_PAUSES
+    monitor.begin()
+    assert not monitor.end().is_dirty  # it has cooled: from now on heat is waited for again
+    assert not monitor._gave_up
+
+
 def test_what_may_not_be_read_is_a_named_fact(load_stub: LoadStub) -> None:
     load_stub(STUB_ERROR=4)
     missing: dict[str, str] = {}

@@ -1,6 +1,8 @@
 """A plan under DDP and FSDP2, in two real processes that talk through gloo."""
 
 import itertools
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 import autoprec
-from autoprec.errors import PlanMismatchError
-from autoprec.records import BF16_O2, Option, Recipe, fp8_option
+from autoprec.errors import AutoprecError, PlanMismatchError
+from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
-from tests.models import BATCH, Mlp, mlp_workload
+from autoprec.runtime.classes import is_made_here
+from autoprec.runtime.ranks import Answer, check_answers
+from tests.models import BATCH, WIDTH, Mlp, mlp_workload
 from tests.ranks import leave_group
 from tests.runtime_plans import plan_for
 
@@ -79,9 +83,9 @@ def _fsdp(rank: int, option: Option) -> Losses:
         fully_shard(layer, mesh=mesh)
     optimizer = _adam(model)
     attach_optimizer(model, optimizer)
-    with pytest.raises(PlanMismatchError, match="is now a"):
-        autoprec.undo(model)
     losses = _train(model, optimizer, rank, RANKS)
+    with pytest.raises(PlanMismatchError, match="is sharded over ranks; save its state"):
+        autoprec.undo(model, optimizer)
     masters = [s["master_weight"] for s in optimizer.state_dict()["state"].values()]
     assert all(isinstance(master, DTensor) and master.dtype is torch.float32 for master in masters)
     assert any(not torch.equal(m.to_local(), m.to_local().bfloat16().float()) for m in masters)
@@ -106,6 +110,92 @@ def test_two_processes_train_as_one(run: Callable[[int, Option], Losses], tmp_pa
         model = Mlp()
         _, optimizer = autoprec.apply(plan_for(model, option), model, _adam(model))
         assert losses == pytest.approx(_train(model, optimizer, 0, 1), rel=5e-3)
+
+
+# --- ranks that do not do the same -------------------------------------------------------------
+
+
+class Wider(Mlp):
+    """Another model on one rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+
+def _untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    return (
+        {p.dtype for p in model.parameters()} == {torch.float32}
+        and not any(is_made_here(type(module)) for module in model.modules())
+        and not optimizer._optimizer_step_pre_hooks
+    )
+
+
+def _refusal(plan: Plan | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    with pytest.raises(AutoprecError) as caught:
+        autoprec.apply(plan, model, optimizer)
+    assert _untouched(model, optimizer)
+    return str(caught.value)
+
+
+def _disagree(rank: int, folder: str) -> None:
+    """Apply on two ranks of which one differs in one thing; write what each of them raises."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
+    model = Mlp()
+    optimizer = _adam(model)
+    plan, other = plan_for(model), plan_for(model, others={"head": FP32})
+    scheduled = plan.model_copy(update={"schedule": (Phase(start_step=9, fp8=True),)})
+    wider = Wider()
+    raised = {
+        "plan": _refusal(other if rank else plan, model, optimizer),
+        "schedule": _refusal(scheduled if rank else plan, model, optimizer),
+        "file": _refusal(plan if rank else Path(folder) / "absent.json", model, optimizer),
+        "model": _refusal(plan, *((wider, _adam(wider)) if rank else (model, optimizer))),
+        "models": _refusal(
+            *((plan_for(wider), wider, _adam(wider)) if rank else (plan, model, optimizer))
+        ),
+        "optimizer": _refusal(plan, model, _adam(Mlp()) if rank else optimizer),
+    }
+    groups = [dist.new_group([member]) for member in range(RANKS)]
+    autoprec.apply(other if rank else plan, model, optimizer, group=groups[rank])
+    autoprec.undo(model, optimizer)
+    autoprec.apply(plan, model, optimizer)
+    _train(nn.parallel.DistributedDataParallel(model), optimizer, rank, RANKS)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(raised))
+    leave_group()
+
+
+def test_when_one_rank_differs_all_ranks_stop_with_one_message(tmp_path: Path) -> None:
+    spawn(_disagree, args=(str(tmp_path),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
+    assert first == second
+    same_plan = "every rank must have the same plan, but rank 1 of 2 got another"
+    assert all(first[case].startswith(same_plan) for case in ("plan", "schedule", "models"))
+    could_not = "every rank must apply the plan, but rank {} of 2 could not, so that none did: "
+    assert first["file"].startswith(could_not.format(0) + "a plan file must be readable")
+    assert first["model"].startswith(could_not.format(1) + "a plan must name every layer")
+    assert "layer 'extra' is in the model only" in first["model"]
+    assert first["optimizer"].startswith(could_not.format(1) + "the optimizer must be one")
+    assert all(message.isprintable() for message in first.values())
+
+
+@pytest.mark.parametrize(
+    ("digests", "message"),
+    [
+        ("aaab", "rank 3 of 4 got another than the others (b, not a)"),
+        ("baaa", "rank 0 of 4 got another than the others (b, not a)"),
+        ("abcaa", "ranks 1, 2 of 5 got another than the others (b, not a)"),
+        ("ab", "rank 1 of 2 got another than the others (b, not a)"),
+        ("a" * 20 + "b" * 12, "ranks 20, 21, 22, 23, 24, 25, 26, 27 and 4 more of 32 got"),
+    ],
+)
+def test_the_ranks_that_differ_are_named(digests: str, message: str) -> None:
+    answers = [Answer(rank, digest=digest) for rank, digest in enumerate(digests)]
+    with pytest.raises(PlanMismatchError, match=re.escape(message)):
+        check_answers(answers)
+    check_answers([Answer(rank, digest="a") for rank in range(4)])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

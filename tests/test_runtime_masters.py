@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autoprec
 from autoprec.errors import PlanMismatchError
@@ -290,21 +289,6 @@ def test_the_users_step_hooks_see_the_optimizer_and_the_new_weights() -> None:
     assert same(exact(model), values)
 
 
-def test_a_grad_scaler_is_harmless() -> None:
-    torch.manual_seed(3)
-    model, optimizer = applied(OPTIMIZERS["adamw-fused"])
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for x, y in itertools.islice(batches(), 3):
-        optimizer.zero_grad()
-        torch.autograd.backward(scaler.scale(F.mse_loss(model(x), y)))
-        scaler.step(optimizer)
-        scaler.update()
-    torch.manual_seed(3)
-    plain, plain_optimizer = applied(OPTIMIZERS["adamw-fused"])
-    train(plain, plain_optimizer, 3)
-    assert same(exact(model), exact(plain))  # powers of two scale exactly
-
-
 def test_sparse_gradients_reach_sparse_optimizers() -> None:
     model = nn.Embedding(32, 16, sparse=True)
     optimizer: Any = torch.optim.SparseAdam(list(model.parameters()), lr=1e-2)
@@ -314,24 +298,6 @@ def test_sparse_gradients_reach_sparse_optimizers() -> None:
     optimizer.step()
     moved = (exact(model)[0] != before).any(1).nonzero().flatten().tolist()
     assert moved == [1, 5]
-
-
-def test_an_average_of_the_view_follows_the_masters() -> None:
-    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-4))
-    view = autoprec.master_view(model)
-    average = get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]  # torch's
-    ema = AveragedModel(view, multi_avg_fn=average)
-    ema.update_parameters(view)
-    expected = exact(model)[0]
-    for step in range(3):
-        train(model, optimizer, 1, first=step)
-        ema.update_parameters(view)
-        expected = torch.lerp(expected, exact(model)[0], 1 - 0.999)
-    averaged = next(ema.module.parameters())
-    assert averaged.dtype is torch.float32
-    assert torch.allclose(averaged, expected, rtol=0, atol=1e-9)
-    assert not torch.equal(averaged, exact(model)[0])
-    assert {type(m) for m in ema.module.modules()} == {Mlp, nn.Linear, nn.LayerNorm}
 
 
 def test_what_the_user_writes_into_a_weight_reaches_the_master() -> None:

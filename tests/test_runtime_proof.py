@@ -1,5 +1,10 @@
-from collections.abc import Iterator
+import contextlib
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,15 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autoprec
+from autoprec import precision
 from autoprec.checking import check_plan
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.precision import APPLICABLE_RECIPES, all_fp8_options
+from autoprec.precision import APPLICABLE_RECIPES, all_fp8_options, fp8_support
 from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option
 from autoprec.runtime import check_applied, fp8_self_test, trace_step
+from autoprec.sensitivity.gemm import scaled_mm
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.runtime_plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -178,10 +186,139 @@ def test_a_model_without_a_plan_or_a_loss_is_refused() -> None:
 
 
 def test_the_self_test_measures_every_recipe() -> None:
-    checks = fp8_self_test(torch.device("cpu"))
+    checks = fp8_self_test(CPU)
     assert [check.name for check in checks] == [f"fp8 {recipe}" for recipe in APPLICABLE_RECIPES]
     assert all(check.is_good for check in checks)
     assert "grad_weight 0.0" in checks[0].detail
+    assert "kernels alone: output 0.00" in checks[0].detail
+
+
+@contextlib.contextmanager
+def planted(fault: Callable[[Any], Tensor], gemm: Gemm) -> Iterator[None]:
+    """Make `torch._scaled_mm` on the CPU wrong for one GEMM of the self-test's layer."""
+    inner = {Gemm.OUTPUT: 64, Gemm.GRAD_INPUT: 48, Gemm.GRAD_WEIGHT: 32}[gemm]
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        given = SimpleNamespace(**(dict(zip(PARAMETERS, args, strict=False)) | kwargs))
+        return fault(given) if given.a.shape[-1] == inner else scaled_mm(*args, **kwargs)
+
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered")
+        library.impl("_scaled_mm", kernel, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+PARAMETERS = ("a", "b", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum")
+
+
+def product(given: Any, **changes: Any) -> Tensor:  # Any: a kernel's arguments
+    found = vars(given) | changes
+    a, b, scale_a, scale_b = (found[name] for name in ("a", "b", "scale_a", "scale_b"))
+    return scaled_mm(a, b, scale_a, scale_b, out_dtype=given.out_dtype)
+
+
+FAULTS: dict[str, Callable[[Any], Tensor]] = {
+    "row- for column-major": lambda g: product(g, b=g.b.t().contiguous().view(g.b.shape)),
+    "the tail of the inner dimension": lambda g: product(g, a=g.a[:, :-16], b=g.b[:-16]),
+    "the last row": lambda g: torch.cat([product(g)[:-1], torch.zeros_like(product(g)[-1:])]),
+    "an FP8 output": lambda g: product(g).to(torch.float8_e5m2).to(g.out_dtype),
+    "an FP32 output": lambda g: product(g).float(),
+    "NaN": lambda g: product(g) * float("nan"),
+    "two percent": lambda g: product(g) * 1.02,
+}
+SCALE_FAULTS: dict[str, Callable[[Any], Tensor]] = {
+    "a scale applied twice": lambda g: product(g) * g.scale_a,
+    "no scale": lambda g: product(g, scale_b=torch.ones_like(g.scale_b)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("gemm", list(Gemm))
+def test_a_wrong_kernel_is_caught_with_the_name_of_its_recipe_and_gemm(
+    gemm: Gemm, fault: str
+) -> None:
+    fp8_support(CPU)  # found before the kernel went bad, as by a process that started well
+    with planted(FAULTS[fault], gemm):
+        checks = fp8_self_test(CPU)
+    for check in checks:
+        unused = check.name == "fp8 rowwise_with_gw_hp" and gemm is Gemm.GRAD_WEIGHT
+        assert check.is_good == unused, check
+        assert unused or check.detail.startswith(f"its {gemm} kernel is wrong: off by ")
+    assert all(check.is_good for check in fp8_self_test(CPU))
+
+
+@pytest.mark.parametrize("fault", SCALE_FAULTS)
+@pytest.mark.parametrize("gemm", list(Gemm))
+def test_a_wrong_scale_is_caught(gemm: Gemm, fault: str) -> None:
+    fp8_support(CPU)
+    with planted(SCALE_FAULTS[fault], gemm):
+        tensorwise = fp8_self_test(CPU)[0]
+    assert tensorwise.detail.startswith(f"its {gemm} kernel is wrong: off by ")
+
+
+def test_scales_of_the_wrong_rows_are_caught() -> None:
+    """In the one GEMM whose row scales torchao leaves to the kernel."""
+    fp8_support(CPU)
+    with planted(lambda g: product(g, scale_a=g.scale_a.expand(32, 1).roll(1, 0)), Gemm.OUTPUT):
+        tensorwise, *others = fp8_self_test(CPU)
+    assert tensorwise.is_good
+    assert all(check.detail.startswith("its output kernel is wrong: off by ") for check in others)
+
+
+@pytest.mark.parametrize("gemm", [Gemm.OUTPUT, Gemm.GRAD_INPUT])
+def test_a_wrong_cast_is_caught_though_the_kernels_are_right(
+    gemm: Gemm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cast whose scale is a row off: every kernel multiplies what it is given."""
+    fp8_support(CPU)
+    utils: Any = importlib.import_module("torchao.float8.float8_scaling_utils")
+    right = utils.tensor_to_scale
+    wanted = {Gemm.OUTPUT: (32, 64), Gemm.GRAD_INPUT: (32, 48)}[gemm]
+
+    def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale: Tensor = right(x, *args, **kwargs)
+        return scale * 64 if tuple(x.shape) == wanted else scale  # everything saturates
+
+    monkeypatch.setattr(utils, "tensor_to_scale", wrong)
+    check = fp8_self_test(CPU)[0]
+    assert check.detail.startswith(f"its {gemm} is wrong: off by ")
+
+
+def test_a_wrong_kernel_stops_check_and_apply_before_the_run(tmp_path: Path) -> None:
+    path = plan_for(Mlp(), TENSORWISE).save(tmp_path / "plan.json")
+    precision._try_recipes.cache_clear()  # as in a process that starts with the bad kernel
+    try:
+        with planted(SCALE_FAULTS["no scale"], Gemm.GRAD_INPUT):
+            checked = check_plan(path, model="", target="cpu")
+            with pytest.raises(PlanMismatchError, match="tensorwise: its grad_input kernel is"):
+                autoprec.apply(path, Mlp())
+    finally:
+        precision._try_recipes.cache_clear()
+    assert not checked.is_good
+    assert "tensorwise: its grad_input kernel is wrong" in checked.checks[-1].detail
+
+
+@pytest.mark.parametrize("fault", ["returns too much", "gives up"])
+def test_a_wrong_compiler_is_caught_though_its_kernels_are_right(fault: str) -> None:
+    def backend(graph: Any, _: Any) -> Any:  # Any: torch's
+        if fault == "gives up":
+            raise ValueError("no")
+        return lambda *args: tuple(output * 1.5 for output in graph(*args))
+
+    torch._dynamo.reset()
+    compiler = functools.partial(torch.compile, backend=backend)
+    check = fp8_self_test(CPU, recipes=[Recipe.TENSORWISE], compiler=compiler)[0]
+    assert check.name == "compiled fp8 tensorwise"
+    assert not check.is_good
+    assert check.detail.startswith(
+        "did not run: " if fault == "gives up" else "its output is wrong: off by 0.5 "
+    )
+    good = functools.partial(torch.compile, backend="aot_eager")
+    assert fp8_self_test(CPU, recipes=[Recipe.TENSORWISE], compiler=good)[0].is_good
 
 
 MODEL = """

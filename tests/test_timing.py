@@ -3,7 +3,9 @@
 import gc
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoprec import timing as module
+from autoprec.errors import DeviceError
 from autoprec.records import Conditions
 from autoprec.timing import (
+    CACHE_FACTOR,
+    DEFAULT_CACHE_BYTES,
+    GRAPH_WARMUPS,
     SHORTEST_SAMPLE_MS,
     CpuClock,
+    CudaClock,
     Observation,
     Stopping,
+    graph_replay,
     last_level_cache_bytes,
     make_clock,
     merge_conditions,
@@ -237,3 +246,73 @@ def test_the_cpu_clock_measures_what_passes() -> None:
     clock = make_clock(torch.device("cpu"))
     x = torch.randn(256, 256)
     assert clock.measure(lambda: [x @ x for _ in range(20)]) > clock.measure(lambda: None)
+
+
+class FakeCuda:
+    """Events, streams and graphs that note in which order they are used."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, l2_bytes: int = 0) -> None:
+        self.order: list[str] = []
+        self.capture_error: str = ""
+        properties = SimpleNamespace(L2_cache_size=l2_bytes)
+        stream = SimpleNamespace(wait_stream=lambda _: self.order.append("wait"))
+        fakes = {
+            "get_device_properties": lambda _: properties,
+            "device": lambda _: nullcontext(),
+            "synchronize": lambda _: self.order.append("synchronize"),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.order.append("replay")),
+            "graph": lambda _: nullcontext(),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(module, "_timing_event", self.event)
+
+    def event(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            record=lambda: self.order.append("record"),
+            synchronize=lambda: self.order.append("wait for the event"),
+            elapsed_time=lambda _: 2.5,
+        )
+
+
+def test_the_cuda_clock_reads_events_around_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch, l2_bytes=50 * 2**20)
+    clock = CudaClock(torch.device("meta"))
+    assert clock._buffer.nbytes == CACHE_FACTOR * 50 * 2**20
+    assert clock.measure(lambda: fake.order.append("call")) == 2.5
+    assert fake.order == ["record", "call", "record", "wait for the event"]
+    assert 0 <= clock.host_ms < 1e3
+    clock.synchronize()
+    assert fake.order[-1] == "synchronize"
+
+
+def test_the_cuda_clock_clears_a_common_cache_where_none_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    FakeCuda(monkeypatch)
+    assert CudaClock(torch.device("meta"))._buffer.nbytes == CACHE_FACTOR * DEFAULT_CACHE_BYTES
+
+
+def test_a_graph_is_warmed_up_on_another_stream_and_captured_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeCuda(monkeypatch)
+    replay = graph_replay(lambda: fake.order.append("call"))
+    assert fake.order == ["wait", *["call"] * GRAPH_WARMUPS, "wait", "call"]
+    replay()
+    assert fake.order[-1] == "replay"
+
+
+def test_what_a_graph_cannot_hold_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(monkeypatch)
+    calls = itertools.count()
+
+    def fn() -> None:
+        if next(calls) == GRAPH_WARMUPS:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with pytest.raises(DeviceError, match="not permitted when stream is capturing"):
+        graph_replay(fn)

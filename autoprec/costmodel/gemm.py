@@ -9,16 +9,25 @@ The kernel takes the cheapest of four tile shapes; a tile of half the area costs
 fraction is per kernel: a power limit takes more from BF16 than from FP8 (so GEMM ratios above 2 are
 real on a power-limited H100), and full accumulation costs FP8 a fifth.
 
+Where there are fewer tiles than processors, cuBLAS splits K over several of them and adds partial
+sums in FP32 (vLLM PR#23280's BF16 GEMMs of width 2112 are else priced up to twice too slow).
+
 Rowwise kernels walk the tiles along M only. Once A no longer fits the L2 cache, each wave reads its
 operands again; `rowwise_reread` of that traffic shows.
 """
 
 import math
 from enum import StrEnum
+from itertools import product
 
 from autoprec.costmodel.machine import Machine
 
 TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
+
+
+SPLITS = (1, 2, 4, 8)
+SHORTEST_SPLIT = 1024  # of K: a shorter sum does not fill a tile's pipeline
+PARTIAL_BYTES = 8  # an FP32 partial sum is written and read
 
 
 class Kernel(StrEnum):
@@ -32,6 +41,7 @@ class Kernel(StrEnum):
     FP8_BLOCK = "fp8_block"  # blocks of 128, and MX blocks of 32
 
 
+SPLIT = (Kernel.BF16, Kernel.FP8_FAST, Kernel.FP8_SLOW)  # cuBLAS's; CUTLASS's rowwise do not
 _OPERAND_BYTES = {Kernel.FP32: 4, Kernel.BF16: 2}  # the rest: 1
 _OUTPUT_BYTES = {Kernel.FP32: 4}  # the rest: 2, FP8 GEMMs write BF16
 
@@ -42,13 +52,15 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     compulsory: float = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
     flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
     best = math.inf
-    for rows, columns, halvings in TILES:
+    for (rows, columns, halvings), splits in product(TILES, SPLITS if kernel in SPLIT else (1,)):
         down, across = math.ceil(M / rows), math.ceil(N / columns)
-        waves = max(down * across / machine.sm_count, 1.0)
+        if splits > 1 and (down * across >= machine.sm_count or splits * SHORTEST_SPLIT > K):
+            continue
+        waves = max(down * across * splits / machine.sm_count, 1.0)
         paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
-        tile_flops = 2 * rows * columns * K * machine.small_tile_factor**halvings
+        tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
         compute = paid * tile_flops / flops_per_us
-        traffic = compulsory
+        traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
         if kernel is Kernel.FP8_ROWWISE and machine.l2_cache_mb * 1e6 < M * K:
             side = min(down, machine.sm_count)
             ahead = min(across, max(1.0, machine.sm_count / side))

@@ -12,7 +12,7 @@ amounts to:
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.costmodel.casts import cast_cost, fp8_gemms
@@ -23,7 +23,7 @@ from autoprec.costmodel.linear import (
     plain_linear,
 )
 from autoprec.costmodel.machine import Machine
-from autoprec.costmodel.parallel import Parallel, parameter_share, shard_gemm
+from autoprec.costmodel.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm
 from autoprec.records.cost import LayerTiming, Timing
 from autoprec.records.devices import PricedRecipe
 from autoprec.records.model import (
@@ -59,16 +59,29 @@ class Passes:
     has_grad_weight: bool
 
 
-def time_layers(layers: Iterable[LayerSpec], setting: Setting) -> tuple[LayerTiming, ...]:
-    """Return one timing per option for each group of layers that cost the same."""
+def time_layers(
+    layers: Iterable[LayerSpec], setting: Setting, gathers: Mapping[str, float] | None = None
+) -> tuple[LayerTiming, ...]:
+    """Return one timing per option for each group of layers that cost the same.
+
+    `gathers` are the microseconds that FP8 gathers save a layer (`step.gather_savings_us`): the
+    totals of its options that are not gathered in FP8 have them on top.
+    """
+    gathers = gathers or {}
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in layers:
         if layer.calls:
             shard = shard_gemm(layer, setting.parallel) if layer.gemm else None
-            key = (layer.shape_key, shard, layer.options, layer.tied_to is None)
+            key = (
+                layer.shape_key,
+                shard,
+                layer.options,
+                layer.tied_to is None,
+                gathers.get(layer.name),
+            )
             groups.setdefault(key, []).append(layer)
     return tuple(
-        _layer_timing(group, option, setting)
+        _layer_timing(group, option, setting, gather=gathers.get(group[0].name, 0.0))
         for group in groups.values()
         for option in group[0].options
     )
@@ -107,9 +120,12 @@ def predicted(us: float, machine: Machine) -> Timing:
     )
 
 
-def _layer_timing(group: Sequence[LayerSpec], option: Option, setting: Setting) -> LayerTiming:
+def _layer_timing(
+    group: Sequence[LayerSpec], option: Option, setting: Setting, *, gather: float
+) -> LayerTiming:
     layer, machine = group[0], setting.machine
     times = layer_times(layer, option, setting)
+    total = times.total + (0.0 if gathers_fp8(option, setting.parallel) else gather)
     passes = [passes_of(layer, call) for call in layer.calls]
     has_grad_input = any(p.has_grad_input for p in passes) and times.grad_input > 0
     has_grad_weight = any(p.has_grad_weight for p in passes) and times.grad_weight > 0
@@ -124,7 +140,7 @@ def _layer_timing(group: Sequence[LayerSpec], option: Option, setting: Setting) 
         grad_input=predicted(times.grad_input, machine) if has_grad_input else None,
         grad_weight=predicted(times.grad_weight, machine) if has_grad_weight else None,
         cast=predicted(times.cast, machine),
-        total=predicted(times.total, machine),
+        total=predicted(total, machine),
         parameter_bytes=round(size * _numel(own) * share),
         gradient_bytes=round(size * trained * share),
         optimizer_bytes=round(states * trained * share),

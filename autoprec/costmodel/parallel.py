@@ -7,7 +7,7 @@
                out-features, row-parallel ones K/tp in-features. Two all-gathers and two
                reduce-scatters of the activations per block and direction, not hidden.
     gather=fp8 tensorwise FP8 layers gather weights (torchao's enable_fsdp_float8_all_gather) and
-               activations (its float8 tensor parallelism) in FP8
+               activations (its float8 tensor parallelism) in FP8; masked GEMMs need BF16
     ac=full    activation checkpointing: the forward runs again in the backward; `selective` half
 
 A collective over n devices moves (n - 1) / n of its bytes through each device's link: the fast one
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from autoprec.costmodel.machine import Machine
 from autoprec.costmodel.roles import COLUMN_ROLES, ROW_ROLES, Role, role_of
 from autoprec.errors import DeviceError
-from autoprec.records.model import GemmShape, LayerSpec
+from autoprec.records.model import GemmShape, LayerSpec, Option, Recipe
 
 LARGEST_DEGREE = 1 << 20
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice
@@ -86,6 +86,11 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
             f"tp={parallel.tp}; choose a degree that divides it"
         )
     return gemm.model_copy(update={axis: size // parallel.tp})
+
+
+def gathers_fp8(option: Option, parallel: Parallel) -> bool:
+    """Return whether a layer of that option is gathered in FP8."""
+    return parallel.fp8_gather and option.recipe is Recipe.TENSORWISE and not option.gemms_hp
 
 
 def parameter_share(layer: LayerSpec, parallel: Parallel) -> float:

@@ -4,6 +4,7 @@ They are package data in a wheel (`autoprec/profiles`) and the folder `profiles`
 """
 
 import difflib
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from autoprec.costmodel.spelling import device_readings, device_words
 from autoprec.errors import DeviceError
 from autoprec.records.devices import DeviceProfile
 
+logger = logging.getLogger(__name__)
 NEAREST_NAMES = 3
 _PACKAGE = Path(__file__).parent.parent
 
@@ -66,11 +68,25 @@ def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfil
         for profile in profiles:
             capacity = f"{profile.value('memory_capacity_gb'):.0f}gb"
             if known.get(reading) is profile or known.get(reading - {capacity}) is profile:
+                others = (p.name for p in profiles if reading < device_words(p.name))
+                _tell_variants(text, profile.name, tuple(n for n in others if n != profile.name))
                 return profile
     raise DeviceError(
         f"a device must be a profile's name or a path that ends in .json, but it is {text!r}; "
         f"{_suggestion(text, profiles)}"
     )
+
+
+@cache  # a table with a thousand rows says it once
+def _tell_variants(text: str, chosen: str, others: tuple[str, ...]) -> None:
+    """Log which other profiles a bare name like `H100` could have meant."""
+    if others:
+        logger.warning(
+            "%r is read as %s; its variants have profiles of their own: %s",
+            text,
+            chosen,
+            ", ".join(others),
+        )
 
 
 def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:

@@ -7,13 +7,14 @@ per element. FSDP hides behind a share of the compute; tensor parallelism does n
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprec.costmodel.gemm import Kernel, kernel_flops_per_us
 from autoprec.costmodel.layers import Setting, element_bytes, layer_times
 from autoprec.costmodel.machine import Machine
 from autoprec.costmodel.parallel import (
     fsdp_us,
+    gathers_fp8,
     parameter_share,
     shard_gemm,
     tensor_parallel_us,
@@ -27,7 +28,6 @@ from autoprec.records.model import (
     ModelSpec,
     Option,
     Precision,
-    Recipe,
 )
 
 CAUSAL = 0.5  # half of the scores are masked away and not computed
@@ -137,21 +137,63 @@ def exposed_us(
     compute: float,
 ) -> float:
     """Return the communication that compute does not hide."""
-    machine, parallel, layers = setting.machine, setting.parallel, tuple(layers)
+    layers = tuple(layers)
+    sharded = _exposed_fsdp_us(layers, chosen, setting, compute=compute)
+    return sharded + _split_us(layers, chosen, flow, setting)
+
+
+def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict[str, float]:
+    """Return what FP8 gathers save of a step's exposed communication, layer by layer.
+
+    Whether FSDP's gathers hide behind compute is a question to the whole step. It is asked of the
+    step with `option` wherever it can run; a layer has the share that its bytes have.
+    """
+    called = [layer for layer in spec.layers if layer.calls]
+    takes = [layer for layer in called if option in layer.options]
+    if not takes or not gathers_fp8(option, setting.parallel):
+        return {}
+    chosen = {layer.name: option if option in layer.options else BF16_O2 for layer in called}
+    plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
+    times = step_times(spec, lambda layer: chosen[layer.name], plain)
+    compute = times.layers + times.between
+    sharded, split = (
+        _exposed_fsdp_us(called, chosen, plain, compute=compute)
+        - _exposed_fsdp_us(called, chosen, setting, compute=compute),
+        _split_us(called, chosen, option, plain) - _split_us(called, chosen, option, setting),
+    )
+    weights = {layer.name: _numel(layer, setting) for layer in takes}
+    inputs = {layer.name: float(layer.gemm.M * layer.gemm.K) for layer in takes if layer.gemm}
+    return {
+        name: sharded * weights[name] / max(sum(weights.values()), 1.0)
+        + split * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
+        for name in weights
+    }
+
+
+def _exposed_fsdp_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting, *, compute: float
+) -> float:
     gathered = reduced = 0.0
     for layer in layers:
-        option = chosen[layer.name]
-        numel = parameter_share(layer, parallel) * sum(p.numel for p in layer.parameters)
-        is_fp8 = parallel.fp8_gather and option.recipe is Recipe.TENSORWISE
-        gathered += numel * (1 if is_fp8 else element_bytes(option))
+        option, numel = chosen[layer.name], _numel(layer, setting)
+        gathered += numel * (1 if gathers_fp8(option, setting.parallel) else element_bytes(option))
         reduced += numel * REDUCED_BYTES * (not layer.is_frozen)
-    sharded = fsdp_us(machine, parallel, gathered, reduced)
+    moved = fsdp_us(setting.machine, setting.parallel, gathered, reduced)
+    return max(0.0, moved - setting.machine.communication_overlap * compute)
+
+
+def _split_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], flow: Option, setting: Setting
+) -> float:
     size = element_bytes(flow)
-    is_cast = parallel.fp8_gather and any(o.recipe is Recipe.TENSORWISE for o in chosen.values())
-    split = tensor_parallel_us(
-        machine, parallel, layers, size=size, gathered_size=1 if is_cast else size
+    is_cast = any(gathers_fp8(option, setting.parallel) for option in chosen.values())
+    return tensor_parallel_us(
+        setting.machine, setting.parallel, layers, size=size, gathered_size=1 if is_cast else size
     )
-    return max(0.0, sharded - machine.communication_overlap * compute) + split
+
+
+def _numel(layer: LayerSpec, setting: Setting) -> float:
+    return parameter_share(layer, setting.parallel) * sum(p.numel for p in layer.parameters)
 
 
 def _attention_us(block: AttentionBlock, flow: Option, setting: Setting) -> float:

@@ -3,12 +3,14 @@
 measure     workload -> profile
 layers      layers of equal shape -> rows
 candidates  one layer in one option, on its own
+compiling   torch.compile of what is timed
 recording   the inputs and gradients of a real step
 tracing     the operations that really ran
 steps       whole steps, interleaved
 """
 
+from autoprec.profiler.compiling import open_compilation
 from autoprec.profiler.measure import profile_model
 from autoprec.profiler.steps import time_steps
 
-__all__ = ["profile_model", "time_steps"]
+__all__ = ["open_compilation", "profile_model", "time_steps"]

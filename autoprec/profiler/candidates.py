@@ -33,6 +33,7 @@ class Candidate:
     option: Option
     layer: nn.Module
     calls: list[Call]
+    compiled: Callable[..., Any] | None = None  # runs in the layer's place; Any: a layer's own
     inputs: list[Tensor] = field(default_factory=list)  # those that need a gradient
     parameters: list[nn.Parameter] = field(default_factory=list)  # trainable ones
 
@@ -40,10 +41,11 @@ class Candidate:
         """Run every call of a step; return the outputs that got a gradient, with it."""
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
+        run = self.layer if self.compiled is None else self.compiled
         with torch.enable_grad():
             for call in self.calls:
                 for _ in range(call.count):
-                    found = output_tensors(self.layer(*call.args, **call.kwargs))
+                    found = output_tensors(run(*call.args, **call.kwargs))
                     for tensor, gradient in zip(found, call.gradients, strict=False):
                         if gradient is not None:
                             outputs.append(tensor)

@@ -8,22 +8,29 @@ ones that cannot run), then all of them are timed in turns: first whole, then th
                                       FP8: the three GEMMs, operation by operation.
     cast                              FP8: every other operation
 
+With torch.compile, `total` is of the compiled layer. Its parts cannot be run apart (one compiled
+backward pass makes all gradients), so the GEMMs are those of the eager layer, the same library
+calls, and an FP8 layer's `cast` is the rest of the total. Bytes and operations are the eager
+layer's too, since compiled code hides its operations; on CUDA its kernels are added.
+
 Where FP8 GEMMs have only a reference kernel, timing whole layers would take longer than training
 (oneDNN 3.12 on a CPU with AVX512-FP16 but no FP8 units: 900 times slower than FP32). The cost per
 operation of a small layer tells: such an option gets a predicted total.
 """
 
+import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from autoprec.errors import PlanMismatchError
 from autoprec.profiler.candidates import Candidate, MakeLayer, make_candidate
+from autoprec.profiler.compiling import Compilation, GraphMonitor, reason_of
 from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import Operation, Trace, cuda_kernels
+from autoprec.profiler.tracing import Operation, Trace, cuda_kernels, is_fp8_kernel
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -47,6 +54,7 @@ from autoprec.timing import (
     timing_from,
 )
 
+log = logging.getLogger(__name__)
 TOTAL = Stopping(samples=9, least=3, precision=0.02, budget_ms=30.0, rejections=3)
 PART = Stopping(samples=5, least=2, precision=0.1, budget_ms=15.0, rejections=1)
 HOPELESS = 6.0  # times the FP32 layer; a slower option is predicted, not timed
@@ -75,10 +83,17 @@ class Run:
 
     option: Option
     candidate: Candidate | None = None  # None: it cannot run, or is not worth timing
+    compiled: Candidate | None = None  # the same, compiled; None: eager
     infeasible: str = ""
     predicted_ms: float | None = None
     kernels: tuple[str, ...] = ()
     activation_bytes: int = 0
+
+    @property
+    def step(self) -> Function | None:
+        """What is timed as a whole."""
+        timed = self.compiled or self.candidate
+        return None if timed is None else timed.step
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class LayerMeter:
     masks: bool = False  # time FP8 with some GEMMs in BF16 too, where the parts promise a gain
     monitor: Monitor | None = None
     seed: int = 0
+    compilation: Compilation | None = None  # None: eager
     probes: dict[Option, Probe] = field(default_factory=dict)
 
     def time_group(
@@ -107,6 +123,8 @@ class LayerMeter:
         """Return a row for every option of the group."""
         if not calls:  # the step does not call it, so it has bytes but no time
             return [self._row(group, Run(option), None, {}) for option in group.options]
+        if self.compilation is not None:
+            torch.compiler.reset()
         runs = [self._try_option(FP32, calls, make_layer)]
         limit_ms = self._limit(group, runs[0])
         for option in (option for option in group.options if option != FP32):
@@ -120,14 +138,34 @@ class LayerMeter:
 
     def _time_runs(self, group: Group, runs: Sequence[Run]) -> list[LayerTiming]:
         """Time runs in turns, whole and then in parts."""
-        totals = self._sample({run.option.key: run.candidate.step for run in runs if run.candidate})
+        totals = self._sample({run.option.key: run.step for run in runs if run.step})
         parts = self._time_parts(runs)
+        for run in (run for run in runs if run.compiled and run.option in parts):
+            if run.option.is_fp8:
+                total = totals[run.option.key].timing()
+                parts[run.option][CAST] = remainder(total, parts[run.option])
         return [
             self._row(group, run, totals.get(run.option.key), parts.get(run.option, {}))
             for run in runs
         ]
 
     def _try_option(self, option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Run:
+        """Run an option as it will be timed, and once under a trace."""
+        run = self._try_eager(option, calls, make_layer)
+        if run.candidate is None:
+            return run
+        try:
+            compiled = self._compile(run.candidate)
+            names: tuple[str, ...] = ()
+            if self.device.type == "cuda":
+                names = cuda_kernels((compiled or run.candidate).step)
+                if option.is_fp8 and not any(map(is_fp8_kernel, names)):
+                    log.warning("no CUDA kernel of %s names FP8: %s", option.key, ", ".join(names))
+            return replace(run, compiled=compiled, kernels=(*run.kernels, *names))
+        except FEASIBILITY_ERRORS as error:
+            return Run(option=option, infeasible=reason_of(error))
+
+    def _try_eager(self, option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Run:
         """Run an option once, under a trace."""
         try:
             candidate = make_candidate(make_layer, calls, option)
@@ -139,22 +177,29 @@ class LayerMeter:
                 activation_bytes=activation_bytes,
             )
         except FEASIBILITY_ERRORS as error:
-            return Run(option=option, infeasible=_first_line(error))
+            return Run(option=option, infeasible=reason_of(error))
+
+    def _compile(self, candidate: Candidate) -> Candidate | None:
+        """Return the candidate compiled and run, or None in eager mode."""
+        if self.compilation is None:
+            return None
+        run = self.compilation.compile_layer(candidate.layer)
+        compiled = replace(candidate, compiled=run)
+        self.compilation.run_first(compiled.step)
+        return compiled
 
     def _run_once(self, candidate: Candidate) -> tuple[tuple[str, ...], int]:
         """Return the operations that ran, and the bytes that forward saved for backward."""
         with candidate.weighing() as saved:
             operations = trace_step(candidate)
         kernels = tuple(dict.fromkeys(f"{op.name} {op.dtype}".strip() for op in operations))
-        if self.device.type == "cuda":
-            kernels += cuda_kernels(candidate.step)
         return kernels, sum(saved.values())
 
     def _limit(self, group: Group, fp32: Run) -> float:
         """Return the ms above which an FP8 option is not timed."""
-        if fp32.candidate is None or not any(option.is_fp8 for option in group.options):
+        if fp32.step is None or not any(option.is_fp8 for option in group.options):
             return math.inf
-        return HOPELESS * self.clock.measure(fp32.candidate.step)
+        return HOPELESS * self.clock.measure(fp32.step)
 
     def _predict_fp8(self, option: Option, calls: Sequence[Call], *, limit_ms: float) -> Run | None:
         """Return a run with a predicted time when it would be above the limit, else None."""
@@ -175,7 +220,7 @@ class LayerMeter:
         kernels: tuple[str, ...] = ()
         for rows in PROBE_ROWS:
             call = _probe_call(rows, generator, self.device)
-            run = self._try_option(
+            run = self._try_eager(
                 option, [call], lambda: nn.Linear(PROBE_WIDTH, PROBE_WIDTH, device=self.device)
             )
             if run.candidate is None:
@@ -194,11 +239,24 @@ class LayerMeter:
             clock=self.clock,
             stopping=stopping,
             warmup=1,
-            monitor=self.monitor,
+            monitor=self._watch(),
             seed=self.seed,
         )
 
+    def _watch(self) -> Monitor | None:
+        if self.compilation is None:
+            return self.monitor
+        return GraphMonitor(self.compilation, self.monitor)
+
     def _time_parts(self, runs: Sequence[Run]) -> dict[Option, dict[str, Timing]]:
+        """Time the parts of every option; none where their graphs do not fit side by side."""
+        try:
+            return self._time_all_parts(runs)
+        except torch.OutOfMemoryError as error:
+            log.warning("parts of a layer are not timed, only its total: %s", reason_of(error))
+            return {}
+
+    def _time_all_parts(self, runs: Sequence[Run]) -> dict[Option, dict[str, Timing]]:
         candidates = [run.candidate for run in runs if run.candidate]
         functions: dict[str, Function] = {}
         for candidate in candidates:
@@ -342,6 +400,12 @@ def sum_parts(operations: Sequence[Operation]) -> dict[str, float]:
     return parts
 
 
+def remainder(total: Timing, parts: Mapping[str, Timing]) -> Timing:
+    """Return what a compiled FP8 layer takes beyond its GEMMs."""
+    gemms = sum(parts[gemm].median_ms for gemm in Gemm if gemm in parts)
+    return timing_from([max(total.median_ms - gemms, 0.0)])
+
+
 def _part_functions(candidate: Candidate) -> list[tuple[str, Callable[[], object]]]:
     functions: list[tuple[str, Callable[[], object]]] = [(Gemm.OUTPUT, candidate.forward)]
     if candidate.inputs:
@@ -374,8 +438,3 @@ def _linear_macs(calls: Sequence[Call]) -> float:
 def _probe_call(rows: int, generator: torch.Generator, device: torch.device) -> Call:
     x, gradient = (torch.randn(rows, PROBE_WIDTH, generator=generator).to(device) for _ in "xg")
     return Call(args=(x.requires_grad_(),), kwargs={}, gradients=[gradient])
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else repr(error)

@@ -11,7 +11,7 @@ layer runs faster or slower than one within its step: their common part cancels 
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from autoprec.capture import find_layers
 from autoprec.costmodel.masks import without_slow_masks
 from autoprec.device import device_facts, find_monitor
 from autoprec.profiler.candidates import copy_layer
+from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.layers import Group, LayerMeter
 from autoprec.profiler.recording import Call, record_step
 from autoprec.profiler.steps import AUTOCAST, Arm, time_steps
@@ -30,6 +31,7 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
+    DeviceFacts,
     LayerSpec,
     LayerTiming,
     ModelSpec,
@@ -51,6 +53,18 @@ DEFAULT_CAST_ELEMENTS = 2**20  # where the step has no floating activation
 
 
 @dataclass(frozen=True)
+class Given:
+    """What every part of one measurement is given."""
+
+    workload: Workload
+    device: torch.device
+    clock: Clock
+    seed: int
+    progress: Progress
+    compilation: Compilation | None = None  # None: eager
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The FP32 model, its layers, what each was called with, and the ms of one such step."""
 
@@ -67,6 +81,7 @@ def profile_model(
     device: torch.device,
     options: Sequence[Option] | None = None,
     masks: bool = False,
+    compiled: bool = False,
     seed: int = 0,
     progress: Progress = report_nothing,
     clock: Clock | None = None,
@@ -79,30 +94,44 @@ def profile_model(
         device: where to measure.
         options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
         masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
+        compiled: time layers and steps under torch.compile; on a CPU it takes minutes to compile.
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
         clock: default: the device's own.
+
+    Raises:
+        DeviceError: torch.compile does not work here, or a step compiles again and again.
     """
     facts = device_facts(device)  # imports torchao, which is no part of the measurement
-    clock = clock or make_clock(device)
-    started = time.perf_counter()
+    given = Given(workload, device, clock or make_clock(device), seed, progress)
     groups = group_layers(spec, options)
-    recorded = _record(workload, groups, device=device, seed=seed)
+    mode = COMPILED if compiled else EAGER
+    facts = facts.model_copy(update={"compile_mode": mode})
+    with open_compilation(device, mode) as compilation:
+        return _profile(replace(given, compilation=compilation), spec, facts, groups, masks=masks)
+
+
+def _profile(
+    given: Given, spec: ModelSpec, facts: DeviceFacts, groups: Sequence[Group], *, masks: bool
+) -> Profile:
+    started = time.perf_counter()
+    recorded = _record(given, groups)
     meter = LayerMeter(
-        device,
-        clock,
+        given.device,
+        given.clock,
         spec.optimizer_state_numel_ratio,
         masks=masks,
-        monitor=find_monitor(device),
-        seed=seed,
+        monitor=find_monitor(given.device),
+        seed=given.seed,
+        compilation=given.compilation,
     )
-    rows = _time_layers(workload, meter, groups, recorded, progress=progress)
+    rows = _time_layers(given, meter, groups, recorded)
     if masks:
         spec, rows = without_slow_masks(spec, rows)
-    cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
-    steps = _time_uniform_steps(
-        workload, rows, groups, recorded, device=device, clock=clock, seed=seed, progress=progress
-    )
+    cast_ms = time_boundary_cast(recorded.calls.values(), clock=given.clock, device=given.device)
+    steps = _time_uniform_steps(given, rows, groups, recorded)
+    elapsed_ms = (time.perf_counter() - started) * 1e3
+    compilation = given.compilation or Compilation(given.device)
     fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
     return Profile(
         model=spec,
@@ -113,25 +142,22 @@ def profile_model(
         boundary_cast_ms_per_melement=cast_ms,
         fixed_ms=fixed_time("fp32", steps, rows, groups),
         fixed_bf16_ms=fixed_time("bf16_o2", steps, rows, groups),
-        step_equivalents=(time.perf_counter() - started) * 1e3 / max(fp32_ms, 1e-6),
+        step_equivalents=max(elapsed_ms - compilation.seconds * 1e3, 0.0) / max(fp32_ms, 1e-6),
+        compile_s=compilation.seconds,
+        recompiles=compilation.recompiles,
     )
 
 
 def _time_layers(
-    workload: Workload,
-    meter: LayerMeter,
-    groups: Sequence[Group],
-    recorded: Recorded,
-    *,
-    progress: Progress,
+    given: Given, meter: LayerMeter, groups: Sequence[Group], recorded: Recorded
 ) -> tuple[LayerTiming, ...]:
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
-        progress("layers", number, len(groups))
+        given.progress("layers", number, len(groups))
         name = group.first.name
-        make_layer = partial(_fresh_layer, workload, recorded, name, device=meter.device)
+        make_layer = partial(_fresh_layer, given.workload, recorded, name, device=meter.device)
         rows += meter.time_group(group, recorded.calls[name], make_layer)
-    progress("layers", len(groups), len(groups))
+    given.progress("layers", len(groups), len(groups))
     return tuple(rows)
 
 
@@ -205,10 +231,9 @@ def time_boundary_cast(
     return found["cast"].timing().median_ms / CASTS_PER_SAMPLE / elements * 1e6
 
 
-def _record(
-    workload: Workload, groups: Sequence[Group], *, device: torch.device, seed: int
-) -> Recorded:
+def _record(given: Given, groups: Sequence[Group]) -> Recorded:
     """Run two steps of the FP32 model: one warms up, the other is recorded and timed."""
+    workload, device, seed = given.workload, given.device, given.seed
     model = workload.build_model(seed=seed).to(device).train()
     batch = take_batches(workload, seed=seed, count=1, device=device)[0]
     record_step(workload, model, batch, {}, seed=seed)  # lazy modules have parameters after it
@@ -230,15 +255,7 @@ def _fresh_layer(
 
 
 def _time_uniform_steps(
-    workload: Workload,
-    rows: Sequence[LayerTiming],
-    groups: Sequence[Group],
-    recorded: Recorded,
-    *,
-    device: torch.device,
-    clock: Clock,
-    seed: int,
-    progress: Progress,
+    given: Given, rows: Sequence[LayerTiming], groups: Sequence[Group], recorded: Recorded
 ) -> tuple[StepTiming, ...]:
     bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
     fp8 = _feasible(fp8, rows)
@@ -249,13 +266,14 @@ def _time_uniform_steps(
     if has_fp8 and not is_slow:
         arms["fp8_o1"] = fp8
     steps = time_steps(
-        workload,
+        given.workload,
         arms,
-        device=device,
-        clock=clock,
+        device=given.device,
+        clock=given.clock,
         samples=STEP_SAMPLES,
-        seed=seed,
-        progress=progress,
+        seed=given.seed,
+        progress=given.progress,
+        compilation=given.compilation,
         warmup=STEP_WARMUP,
         stopping=Stopping(
             STEP_SAMPLES,

@@ -1,9 +1,15 @@
 """Whole training steps, interleaved: each arm has a model and an optimizer of its own.
 
 A step is zero_grad, forward, backward and optimizer.step on a batch that is already on the device;
-all arms see the same batches in the same order.
+all arms see the same batches in the same order. Under torch.compile the model is compiled, for
+every shape of these batches, before the first sample.
+
+Arms that do not fit into a device's memory side by side are timed one after another: a drift of the
+machine in between is then in their ratio, which the log says.
 """
 
+import gc
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +18,9 @@ from torch import nn
 
 from autoprec.capture import find_uncovered
 from autoprec.device import find_monitor, find_sensor
-from autoprec.errors import DeviceError
+from autoprec.errors import DeviceError, WorkloadError
 from autoprec.nvml import Sensor
+from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import FP32, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
@@ -32,6 +39,7 @@ Arm = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or
 AUTOCAST = "autocast_bf16"
 BATCHES = 4  # different ones, taken in turn
 ENERGY_MS = 1000.0  # NVML's counter moves every 20 to 100 ms
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,12 +50,22 @@ class Shared:
     device: torch.device
     batches: Sequence[Batch]
     seed: int
+    compilation: Compilation | None = None  # None: eager
     position: int = 0
 
     @property
     def batch(self) -> Batch:
         """The batch of this round."""
         return self.batches[self.position % len(self.batches)]
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    clock: Clock
+    stopping: Stopping
+    warmup: int
+    monitor: Monitor | None
+    progress: Progress
 
 
 def time_steps(
@@ -61,6 +79,7 @@ def time_steps(
     progress: Progress = report_nothing,
     stopping: Stopping | None = None,
     monitor: Monitor | None = None,
+    compilation: Compilation | None = None,
     warmup: int = 2,
 ) -> tuple[StepTiming, ...]:
     """Time a whole training step of every arm, in turns.
@@ -75,26 +94,71 @@ def time_steps(
         progress: told of every round.
         stopping: when an arm is done.
         monitor: rejects dirty samples; default: the device's own.
+        compilation: compiles the models, see `open_compilation`; None: eager.
         warmup: untimed steps per arm.
 
     Raises:
-        DeviceError: an arm does not fit into the device's memory.
+        DeviceError: an arm alone does not fit into the device's memory.
     """
-    shared = _share(workload, device=device, seed=seed)
-    stopping = stopping or Stopping(samples)
-    built = {label: _build_arm(shared, label, arm) for label, arm in arms.items()}
+    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
+    shared = Shared(workload, device, batches, seed, compilation)
+    monitor = monitor or find_monitor(device)
+    if compilation is not None:
+        monitor = GraphMonitor(compilation, monitor)
+    sampling = _Sampling(clock, stopping or Stopping(samples), warmup, monitor, progress)
+    try:
+        return _time_arms(shared, arms, sampling)
+    except (torch.OutOfMemoryError, WorkloadError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning(
+            "%d arms do not fit into the memory of %s side by side and are timed one after "
+            "another, so their ratios are less exact (%s)",
+            len(arms),
+            device,
+            " ".join(str(error).split()),
+        )
+    return tuple(_time_alone(shared, label, arm, sampling) for label, arm in arms.items())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in our code or in a function of the user's file."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(
+        error.__cause__, torch.OutOfMemoryError
+    )
+
+
+def _time_alone(shared: Shared, label: str, arm: Arm, sampling: _Sampling) -> StepTiming:
+    gc.collect()  # what the arm before held
+    if shared.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        return _time_arms(shared, {label: arm}, sampling)[0]
+    except (torch.OutOfMemoryError, WorkloadError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(
+            f"a step of every arm must fit into the memory of {shared.device}, but {label!r} does "
+            "not; tune with a smaller batch or model, or on a larger device"
+        ) from error
+
+
+def _time_arms(
+    shared: Shared, arms: Mapping[str, Arm], sampling: _Sampling
+) -> tuple[StepTiming, ...]:
+    built = {label: _build_arm(shared, arm) for label, arm in arms.items()}
     found = sample_interleaved(
         {label: one.step for label, one in built.items()},
-        clock=clock,
-        stopping=stopping,
-        warmup=warmup - 1,  # building an arm runs its first step
-        prepare=_turn_batches(shared, progress, stopping.samples),
-        monitor=monitor or find_monitor(device),
-        seed=seed,
+        clock=sampling.clock,
+        stopping=sampling.stopping,
+        warmup=sampling.warmup - 1,  # building an arm runs its first step
+        prepare=_turn_batches(shared, sampling.progress, sampling.stopping.samples),
+        monitor=sampling.monitor,
+        seed=shared.seed,
     )
-    sensor = find_sensor(device)
+    sensor = find_sensor(shared.device)
     return tuple(
-        _step_timing(label, built[label], samples, clock=clock, sensor=sensor)
+        _step_timing(label, built[label], samples, clock=sampling.clock, sensor=sensor)
         for label, samples in found.items()
     )
 
@@ -107,33 +171,27 @@ def _turn_batches(shared: Shared, progress: Progress, rounds: int) -> Callable[[
     return prepare
 
 
-def _share(workload: Workload, *, device: torch.device, seed: int) -> Shared:
-    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
-    return Shared(workload, device, batches, seed)
-
-
 @dataclass(frozen=True)
 class _Built:
     step: Function
     peak_bytes: int | None
 
 
-def _build_arm(shared: Shared, label: str, arm: Arm) -> _Built:
-    """Build an arm and run its first step, which makes the optimizer's state."""
+def _build_arm(shared: Shared, arm: Arm) -> _Built:
+    """Build an arm and run its first step, which makes the optimizer's state and compiles."""
     on_cuda = shared.device.type == "cuda"
     before = torch.cuda.memory_allocated(shared.device) if on_cuda else 0
-    try:
-        step = _make_step(shared, arm)
+    step = _make_step(shared, arm)
+    if shared.compilation is None:
         step()
-        if not on_cuda:
-            return _Built(step, None)
-        torch.cuda.reset_peak_memory_stats(shared.device)
-        step()
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(
-            f"a step of every arm must fit into the memory of {shared.device}, but {label!r} does "
-            "not beside the others; tune with a smaller batch or model, or on a larger device"
-        ) from error
+    else:
+        for number in range(len(shared.batches)):
+            shared.position = number
+            shared.compilation.run_first(step)
+    if not on_cuda:
+        return _Built(step, None)
+    torch.cuda.reset_peak_memory_stats(shared.device)
+    step()
     return _Built(step, torch.cuda.max_memory_allocated(shared.device) - before)
 
 
@@ -144,6 +202,8 @@ def _make_step(shared: Shared, arm: Arm) -> Function:
     if not isinstance(arm, str) and any(option != FP32 for option in arm.values()):
         install_options(model, arm, uncovered=find_uncovered(model))
         attach_optimizer(model, optimizer)
+    if shared.compilation is not None:
+        shared.compilation.compile_model(model)
     loss_of = _loss_function(shared, model, is_autocast=isinstance(arm, str))
 
     def step() -> None:

@@ -5,6 +5,7 @@ A dispatch mode sees the ATen operations below autograd, torchao's tensor subcla
 of the kernels are added, as CUPTI reports them.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from autoprec.timing import Clock
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 NO_WORK = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"})
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, hipBLASLt
+    r"e4m3|e5m2|float8|fp8|nvjet_(sm\d+_)?qq|_scaled_mm|_(F8|B8){1,2}[A-Z]", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,17 @@ def cuda_kernels(fn: Callable[[], object]) -> tuple[str, ...]:
         torch.cuda.synchronize()
     on_device = [e.name for e in seen.events() or () if e.device_type.name == "CUDA"]
     return tuple(dict.fromkeys(on_device))
+
+
+def is_fp8_kernel(name: str) -> bool:
+    """Whether a CUDA kernel's name says that it multiplies FP8 operands.
+
+    Seen: `sm90_xmma_gemm_e4m3bf16_e4m3f32_...` and `nvjet_qqtst_128x256_...` of cuBLASLt, and
+    CUTLASS templates over `cutlass::float_e4m3_t`. Casts to FP8 are not meant, so elementwise and
+    reduction kernels do not count.
+    """
+    is_cast = re.search(r"elementwise|reduce_kernel|triton_(poi|red|per)_", name)
+    return not is_cast and FP8_KERNEL.search(name) is not None
 
 
 def _run(fn: Callable[[], Any], clock: Clock | None) -> tuple[Any, float]:

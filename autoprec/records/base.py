@@ -1,28 +1,43 @@
 """The base of every record: frozen data, strict when read, atomic when written.
 
 A record is what one stage hands to the next and, byte for byte, a JSON file. Reading is strict
-(an unknown field, another version, a truncated or huge file is one `RecordError`); writing goes
-through a temporary file in the same folder and `os.replace`, so that a kill leaves the old file or
-the new one, never half of one.
+(an unknown field, another version, a truncated or huge file is one `RecordError`), and a file from
+anywhere can be read: it runs nothing and takes bounded time and memory. Writing goes through a
+temporary file in the same folder and `os.replace`, so that a kill leaves the old file or the new
+one, never half of one.
 """
 
 import json
 import os
 import re
+import reprlib
+import stat
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import IO, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from autoprec.errors import RecordError
 
 MAX_RECORD_BYTES = (
     64 * 1024 * 1024
 )  # the largest record seen (70B model, all options) is below 8 MB
+MAX_VALUES = 4_000_000  # 20 for each of 200,000 layers; 64 MB of [[],[],...] would take 2 GB
+MAX_KEYS = 10_000  # of one object; pydantic keeps a KB for each key that it does not know
 BRACKET = re.compile(r"[\[\]{}]")
-STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+# Possessive, and matching an unterminated string too: linear in time, whatever the text is.
+STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
+PARTIAL = ".partial"  # ends the name of a file that is being written
+SHOWN = 60  # characters of a foreign value in an error
+MOST_SAID = 300  # characters of a message that a library wrote
+
+T = TypeVar("T")
+# A tuple that stops at its first bad item: a million errors would take a GB.
+Many = Annotated[tuple[T, ...], FailFast()]
 
 
 class Record(BaseModel):
@@ -66,13 +81,14 @@ class FileRecord(Record):
 
         Raises:
             RecordError: the file is missing, too large, not JSON, of another kind or version, or
-                has an unknown, missing or malformed field.
+                has an unknown, missing, doubled or malformed field.
         """
         return cls.from_json(read_text(Path(path), what=cls.KIND), source=str(path))
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "text") -> Self:
         """Read a record from JSON text; `source` names it in errors."""
+        source = one_line(source)
         fields = _parse_object(text, source=source)
         _check_header(fields, kind=cls.KIND, version=cls.VERSION, source=source)
         body = {name: value for name, value in fields.items() if name not in ("kind", "version")}
@@ -88,11 +104,22 @@ def write_atomically(path: Path, text: str) -> Path:
     Raises:
         RecordError: the folder does not exist or cannot be written.
     """
+    return replace_file(path, lambda file: file.write(text.encode()))
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Let `write` fill a new file beside `path`, and put it there in one step when it is complete.
+
+    Raises:
+        RecordError: the folder does not exist or cannot be written.
+    """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL
+        )
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -102,80 +129,127 @@ def write_atomically(path: Path, text: str) -> Path:
             raise
     except OSError as error:
         raise RecordError(
-            f"an output file must be writable, but {path} is not ({error.strerror}); "
-            "choose another folder with --out"
+            f"an output file must be writable, but {one_line(str(path))} is not "
+            f"({error.strerror}); choose another folder with --out"
         ) from error
     return path
 
 
 def read_text(path: Path, *, what: str) -> str:
     """Return the text of a record file, refusing one that is absent or larger than any record."""
+    name = one_line(str(path))
     try:
-        size = path.stat().st_size
-        if size > MAX_RECORD_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise RecordError(
-                f"a {what} file has at most {MAX_RECORD_BYTES:,} bytes, but {path} has {size:,}; "
-                "it is not one that autoprec wrote"
+                f"a {what} file must be a regular file, but {name} is a pipe or a device, which "
+                "may never end; copy it to a file first"
+            )
+        if status.st_size > MAX_RECORD_BYTES:
+            raise RecordError(
+                f"a {what} file has at most {MAX_RECORD_BYTES:,} bytes, but {name} has "
+                f"{status.st_size:,}; it is not one that autoprec wrote"
             )
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        if isinstance(error, OSError):
+            reason = error.strerror
+        elif isinstance(error, UnicodeDecodeError):
+            reason = "it is not UTF-8 text"
+        else:
+            reason = "no file can have that name"
         raise RecordError(
-            f"a {what} file must be readable, but {path} is not ({reason}); check the path"
+            f"a {what} file must be readable, but {name} is not ({reason}); check the path"
         ) from error
 
 
+def one_line(text: str, *, most: int = 4 * SHOWN) -> str:
+    """Return foreign text as it may stand in a message: printable, and of at most `most` letters.
+
+    A name may hold a newline, which would forge a second message, or codes that a terminal obeys.
+    """
+    head = text[: most + 1]
+    printable = head if head.isprintable() else repr(head)[1:-1]
+    return printable if len(printable) <= most else printable[: most - 3] + "..."
+
+
+def shown_value(value: object) -> str:
+    """Return the `repr` of a foreign value for a message, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = SHOWN
+    return one_line(short.repr(value))
+
+
 def _parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON values
-    depth = _nesting(text)
-    if depth > MAX_NESTING:
-        raise RecordError(
-            f"a record nests at most {MAX_NESTING} levels, but {source} nests {depth}; "
-            "it is not one that autoprec wrote"
-        )
+    _check_structure(text, source=source)
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except ValueError as error:
         raise RecordError(
-            f"a record must be complete JSON, but {source} is not ({error}); "
+            f"a record must be complete JSON, but {source} is not ({one_line(str(error))}); "
             "write it again or restore it from a copy"
         ) from error
     if not isinstance(fields, dict):
         raise RecordError(
-            f"a record must be a JSON object, but {source} is {type(fields).__name__}"
+            f"a record must be a JSON object, but {source} is {type(fields).__name__}; "
+            "check which file was given"
         )
     return fields
 
 
-def _nesting(text: str) -> int:
-    """Return the nesting depth of JSON text; brackets inside strings do not count."""
-    depth = deepest = 0
-    for bracket in BRACKET.findall(STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+def _check_structure(text: str, *, source: str) -> None:
+    """Bound what json.loads may take in time and memory; brackets inside strings do not count."""
+    structure = STRING.sub("", text)
+    values = sum(structure.count(mark) for mark in ",[{")
+    if values > MAX_VALUES:
+        raise RecordError(
+            f"a record holds at most {MAX_VALUES:,} values, but {source} holds {values:,}; "
+            "it is not one that autoprec wrote"
+        )
+    depth = 0
+    for bracket in BRACKET.finditer(structure):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth > MAX_NESTING:
+            raise RecordError(
+                f"a record nests at most {MAX_NESTING} levels, but {source} nests deeper; "
+                "it is not one that autoprec wrote"
+            )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has {len(pairs):,} keys, at most {MAX_KEYS:,} are read")
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {shown_value(twice)} is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
 
 
 def _check_header(fields: dict[str, Any], *, kind: str, version: int, source: str) -> None:
     if fields.get("kind") != kind:
         raise RecordError(
-            f"a {kind} file must say kind={kind!r}, but {source} says {fields.get('kind')!r}; "
-            "check which file was given"
+            f"a {kind} file must say kind={kind!r}, but {source} says "
+            f"{shown_value(fields.get('kind'))}; check which file was given"
         )
     if type(fields.get("version")) is not int or fields["version"] != version:
         raise RecordError(
             f"this autoprec reads {kind} version {version}, but {source} says "
-            f"{fields.get('version')!r}; write it again with this autoprec"
+            f"{shown_value(fields.get('version'))}; write it again with this autoprec"
         )
 
 
 def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the record"
-    got = repr(first.get("input"))
-    shown = got if len(got) <= 60 else got[:57] + "..."
+    where = one_line(".".join(str(part) for part in first["loc"])) or "the record"
+    said, got = one_line(first["msg"], most=MOST_SAID), shown_value(first.get("input"))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (
-        f"{kind} file {source}: {where}: {first['msg']}, but it is {shown}{more}; "
+        f"{kind} file {source}: {where}: {said}, but it is {got}{more}; "
         "mend that field or write the file again"
     )

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from autoprec.records.base import FileRecord, Record
+from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, Gemm, LayerKind, Option, Precision, Recipe
 from autoprec.records.verification import LossGap, Verdict
 
@@ -23,10 +23,10 @@ class Assignment(Record):
 
     name: str = Field(max_length=4096)
     kind: LayerKind
-    shapes: tuple[tuple[NonNegativeInt, ...], ...]  # of its parameters, in registration order
+    shapes: Many[Many[NonNegativeInt]]  # of its parameters, in registration order
     precision: Precision
     recipe: Recipe | None = None
-    gemms_hp: tuple[Gemm, ...] = ()
+    gemms_hp: Many[Gemm] = ()
     layer_ms: NonNegativeFloat | None = None
     baseline_ms: NonNegativeFloat | None = None
     basis: Basis = Basis.MEASURED
@@ -51,7 +51,7 @@ class Constraint(Record):
     loss_tolerance: NonNegativeFloat  # relative loss gap, 0.001 = 0.1 %
     e_budget: NonNegativeFloat | None  # the e that the search allowed for it
     memory_bytes: NonNegativeInt | None = None
-    kept: tuple[str, ...] = ()  # --keep GLOB=precision, as given
+    kept: Many[str] = ()  # --keep GLOB=precision, as given
 
 
 class Fingerprint(Record):
@@ -107,17 +107,17 @@ class Plan(FileRecord):
     KIND: ClassVar[str] = "plan"
     VERSION: ClassVar[int] = 1
 
-    layers: tuple[Assignment, ...] = Field(max_length=200_000)
-    uncovered: tuple[str, ...]
+    layers: Many[Assignment] = Field(max_length=200_000)
+    uncovered: Many[str]
     constraint: Constraint
     fingerprint: Fingerprint
     e: float | None
     e_basis: Basis
     predicted: PredictedStep | None
     certificate: Certificate | None = None
-    schedule: tuple[Phase, ...] = ()
+    schedule: Many[Phase] = ()
     fp8_all_gather: bool = False
-    notes: tuple[str, ...] = ()
+    notes: Many[str] = ()
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -6,6 +6,7 @@ flow       what happens between layers
 classes    the classes that modules get
 casting    casts of whatever flows
 masters    the FP32 masters of BF16 parameters
+ranks      the same plan on every rank, or one error on all
 attach     an optimizer that trains them
 proof      what really ran, against the plan
 self_test  FP8 against FP64 on this device

@@ -9,6 +9,7 @@ the optimizer's hooks, nowhere else: copies and pickles of the model carry it al
 """
 
 import copy
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from autoprec.capture import find_layers, find_uncovered, layer_kind
 from autoprec.device import device_name
-from autoprec.errors import PlanMismatchError
+from autoprec.errors import AutoprecError, PlanMismatchError
+from autoprec.precision import APPLICABLE_RECIPES
 from autoprec.records import Assignment, Plan
+from autoprec.records.base import one_line
 from autoprec.runtime.attach import (
     attach_optimizer,
     check_optimizer,
@@ -32,14 +36,17 @@ from autoprec.runtime.attach import (
     watch_optimizers,
 )
 from autoprec.runtime.classes import is_made_here, own_class
-from autoprec.runtime.install import install_options, set_storage
+from autoprec.runtime.install import Installed, install_options, set_storage
 from autoprec.runtime.masters import (
     ON_MODEL,
     Masters,
+    added_later,
+    exact_value,
     forget_loads,
     keep_exact_loads,
     masters_of,
 )
+from autoprec.runtime.ranks import agree
 
 logger = logging.getLogger(__name__)
 
@@ -54,44 +61,44 @@ def apply(
     plan: Plan | Path | str,
     model: Model,
     optimizer: AnyOptimizer = None,  # type: ignore[assignment]  # None is AnyOptimizer's default
+    *,
+    group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Model, AnyOptimizer]:
     """Make `model` run as the plan says, and `optimizer` train FP32 masters; both in place.
 
     Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
     into the optimizer. An optimizer made later is attached with `attach_optimizer`. Frozen
-    parameters that become BF16 keep no FP32 copy.
+    parameters that become BF16 keep no FP32 copy. Where `torch.distributed` runs, every rank calls
+    it, and either all ranks apply the same plan or all of them raise the same error.
 
     Args:
         plan: a plan, or the path of a plan.json.
         model: what the training step calls; `torch.compile`d or not.
         optimizer: any `torch.optim` optimizer of the model.
+        group: the ranks that hold this model, if not all do (the stages of a pipeline).
 
     Returns:
         The same two objects.
 
     Raises:
         RecordError: the file is no plan.
-        PlanMismatchError: the plan does not fit; model and optimizer are as they were.
+        PlanMismatchError: the plan does not fit, here or on another rank; model and optimizer are
+            as they were.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     inner = unwrapped(model)
-    _check_wrappers(inner)
-    layers = {plain_name(name): name for name in find_layers(inner)}
-    check_fit(plan, inner)
-    if optimizer is not None:
-        check_optimizer(inner, optimizer)
-    install_options(
-        inner,
-        {layers[layer.name]: layer.option for layer in plan.layers},
-        uncovered=[name for name in find_uncovered(inner) if plain_name(name) in plan.uncovered],
-    )
-    masters = masters_of(inner)
+    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     try:
-        if optimizer is not None:
-            attach_optimizer(inner, optimizer)
-    except BaseException:
-        undo(inner, optimizer)
+        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        installed = _install(plan, inner, optimizer)
+    except AutoprecError as error:
+        agree(failure=str(error), device=device, group=group)  # raises if there are other ranks
         raise
+    try:
+        agree(plan=plan, device=device, group=group)
+    except BaseException:
+        _take_out(installed, optimizer)
+        raise
+    masters = masters_of(inner)
     _forget_frozen(masters)
     keep_exact_loads(inner, masters)
     watch_optimizers()
@@ -115,8 +122,8 @@ def undo(
     inner = unwrapped(model)
     masters = masters_of(inner)
     _check_classes(inner)
-    for parameter in list(masters.values):
-        set_storage(parameter, masters.current(parameter))
+    for parameter in [*masters.values, *added_later(inner, masters)]:
+        set_storage(parameter, exact_value(parameter, masters))
     masters.values.clear()
     for module in inner.modules():
         module.__class__ = own_class(module)
@@ -143,8 +150,9 @@ def master_view(model: nn.Module) -> nn.Module:
     masters = masters_of(inner)
     memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
     memo |= {id(result): result.detach() for result in _kept_results(inner)}
+    low = {*masters.values, *added_later(inner, masters)}
     for parameter in inner.parameters():
-        data = masters.current(parameter) if parameter in masters.values else parameter.detach()
+        data = exact_value(parameter, masters) if parameter in low else parameter.detach()
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     view = copy.deepcopy(inner, memo)
     forget_loads(view)
@@ -184,17 +192,59 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
+def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Installed:
+    """Check everything, then make model and optimizer run the plan; on an error undo that."""
+    _check_wrappers(model)
+    layers = {plain_name(name): name for name in find_layers(model)}
+    check_fit(plan, model)
+    _check_recipes(plan)
+    if optimizer is not None:
+        check_optimizer(model, optimizer)
+    installed = install_options(
+        model,
+        {layers[layer.name]: layer.option for layer in plan.layers},
+        uncovered=find_uncovered(model),
+    )
+    try:
+        if optimizer is not None:
+            attach_optimizer(model, optimizer)
+    except BaseException:
+        _take_out(installed, optimizer)
+        raise
+    return installed
+
+
+def _check_recipes(plan: Plan) -> None:
+    for layer in plan.layers:
+        if layer.recipe is not None and layer.recipe not in APPLICABLE_RECIPES:
+            raise PlanMismatchError(
+                f"{layer.name!r} cannot run {layer.option.key}: torchao applies "
+                f"{', '.join(APPLICABLE_RECIPES)}; choose one of these, or export the plan to a "
+                "runtime that has it"
+            )
+
+
+def _take_out(installed: Installed, optimizer: Optimizer | None) -> None:
+    """Leave no trace of an installation that was not trained with."""
+    if optimizer is not None:
+        detach_optimizer(optimizer)
+    forget_loads(installed.model)
+    installed.undo()
+
+
 def _differences(plan: Plan, model: nn.Module) -> Iterator[str]:
     layers = {plain_name(name): module for name, module in find_layers(model).items()}
     planned = {layer.name: layer for layer in plan.layers}
-    yield from (f"layer {n!r} is in the plan only" for n in planned if n not in layers)
+    absent = (one_line(repr(name)) for name in planned if name not in layers)
+    yield from (f"layer {name} is in the plan only" for name in absent)
     yield from (f"layer {n!r} is in the model only" for n in layers if n not in planned)
     for name, module in layers.items():
         if name in planned:
             yield from _layer_differences(planned[name], module)
-    bare = [plain_name(name) for name in find_uncovered(model)]
-    yield from (f"parameter {n!r} is in the plan only" for n in plan.uncovered if n not in bare)
-    yield from (f"parameter {n!r} is in the model only" for n in bare if n not in plan.uncovered)
+    bare, listed = {plain_name(name): None for name in find_uncovered(model)}, set(plan.uncovered)
+    foreign = (one_line(repr(name)) for name in plan.uncovered if name not in bare)
+    yield from (f"parameter {name} is in the plan only" for name in foreign)
+    yield from (f"parameter {n!r} is in the model only" for n in bare if n not in listed)
 
 
 def _layer_differences(planned: Assignment, module: nn.Module) -> Iterator[str]:
@@ -210,7 +260,8 @@ def _layer_differences(planned: Assignment, module: nn.Module) -> Iterator[str]:
 
 
 def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes) or "none"
+    sizes = ("x".join(map(str, shape[:MOST_LISTED])) or "scalar" for shape in shapes[:MOST_LISTED])
+    return one_line(", ".join(sizes)) or "none"
 
 
 def _check_wrappers(model: nn.Module) -> None:
@@ -221,10 +272,11 @@ def _check_wrappers(model: nn.Module) -> None:
                 "a model takes one plan at a time, but one is applied to this model already; call "
                 "autoprec.undo(model, optimizer) first"
             )
-        if isinstance(module, parallel):
+        if isinstance(module, parallel) or _is_split(module):
+            by = type(module).__name__ if isinstance(module, parallel) else "parallelize_module"
             raise PlanMismatchError(
-                "a plan must be applied before the model is wrapped, but it is wrapped in "
-                f"{type(module).__name__}; call autoprec.apply first, then wrap the model"
+                "a plan must be applied before the model is wrapped or split, but it already is by "
+                f"{by}; call autoprec.apply first"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise PlanMismatchError(
@@ -241,9 +293,24 @@ def _fsdp_classes() -> tuple[type, ...]:
     return FullyShardedDataParallel, FSDPModule
 
 
+def _is_split(module: nn.Module) -> bool:
+    """Whether tensor parallelism gave the module parts of its parameters."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+
+
 def _check_classes(model: nn.Module) -> None:
     for name, module in model.named_modules():
         cls = type(module)
+        if issubclass(cls, _fsdp_classes()) or _is_split(module):
+            raise PlanMismatchError(
+                f"a plan can be taken out of a whole model only, but {name or 'this model'!r} is "
+                "sharded over ranks; save its state (the optimizer's has the FP32 masters) and "
+                "load that into a model without a plan"
+            )
         if not is_made_here(cls) and any(is_made_here(base) for base in cls.__mro__[1:]):
             raise PlanMismatchError(
                 f"a module must keep the class that the plan gave it, but {name!r} is now a "
@@ -266,7 +333,7 @@ def _warn_of_differences(plan: Plan, model: nn.Module) -> None:
     made, name = plan.fingerprint, device_name(device)
     found = _software_differences(made.software)
     if made.device and name != made.device:
-        found.insert(0, f"device {name} (the plan: {made.device})")
+        found.insert(0, f"device {name} (the plan: {one_line(made.device)})")
     if found:
         logger.warning(
             "the plan was made elsewhere: %s; it will run, but its times and its verification are "
@@ -284,9 +351,13 @@ def _kept_results(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _software_differences(made: Mapping[str, str]) -> list[str]:
-    here = {package: version(package) for package in MATTERS}
     return [
-        f"{package} {here[package]} (the plan: {made[package]})"
-        for package in MATTERS
-        if package in made and made[package] != here[package]
+        f"{package} {here} (the plan: {one_line(made[package])})"
+        for package, here in _installed().items()
+        if package in made and made[package] != here
     ]
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    return {package: version(package) for package in MATTERS}

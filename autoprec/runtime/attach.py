@@ -244,7 +244,8 @@ class Attachment:
         Optimizer.load_state_dict(twin, {"state": states, "param_groups": groups})
         _take_over(optimizer, twin, pairs, groups=False)
         for index, parameter in _indexed(optimizer, groups):
-            if index in saved and parameter in pairs:
+            is_own = saved.get(index) is pairs.get(parameter)  # Accelerate loads what it just read
+            if index in saved and parameter in pairs and not is_own:
                 self._load_master(parameter, saved[index])
 
     def _load_master(self, parameter: nn.Parameter, saved: Tensor) -> None:

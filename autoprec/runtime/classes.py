@@ -16,16 +16,17 @@ Autocast around any of these is off inside, because the plan decides.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprec.errors import PlanMismatchError
 from autoprec.precision import FP8_MULTIPLE, float8_config, import_torchao
 from autoprec.records import Option, Precision
 from autoprec.runtime.casting import CASTABLE, cast_floating
-from autoprec.runtime.flow import FlowMode, is_flow_active
+from autoprec.runtime.flow import FlowMode, is_flow_active, join_recomputation
 
 Forward = Callable[..., Any]
 Settings = tuple[Any, ...]  # what a class was made from besides its base
@@ -81,6 +82,8 @@ def _make_layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) 
 
     @functools.wraps(base.forward)
     def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            join_recomputation(flow)
         if is_autocast_on():
             with autocast_off():
                 return run(self, args, kwargs)
@@ -98,6 +101,7 @@ def _make_layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) 
             nn.Linear(1, 1, bias=False, device="meta"), float8_config(option)
         )
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
+        body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
     return _subclass(_make_layer_class, base, (option, flow), bases=bases, body=body)
 
@@ -131,6 +135,10 @@ def _fp8_forward() -> Forward:
     def forward(module: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         if not module.fp8_active or input.numel() == 0:
             return F.linear(input, module.weight, module.bias)
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # there torchao cannot reshape row scales at all, and dynamo cannot follow the question
+            with torch.inference_mode(False), torch.no_grad():
+                return forward(module, input)
         rows = input.numel() // input.shape[-1]
         missing = -rows % FP8_MULTIPLE if torch.is_grad_enabled() else 0
         if not missing and input.is_contiguous():
@@ -141,6 +149,15 @@ def _fp8_forward() -> Forward:
         return output[:rows].reshape(*input.shape[:-1], -1)
 
     return forward
+
+
+def _refuse_fp8_styles(_module: nn.Module) -> NoReturn:
+    """Answer what torchao's Float8ColwiseParallel, and no other code, asks of a layer."""
+    raise PlanMismatchError(
+        "a plan's layers cast their own inputs, so that a guard can switch FP8 off, but torchao's "
+        "Float8ColwiseParallel and Float8RowwiseParallel cast before the layer; use torch's "
+        "ColwiseParallel and RowwiseParallel"
+    )
 
 
 def _make_container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:

@@ -11,6 +11,11 @@ while the root's forward runs, looks at a fixed set of functions and leaves all 
 
 Batch and instance norm are left alone: they take BF16 beside FP32 parameters, and they write their
 running statistics into arguments, so that a cast would let them write into a copy.
+
+Activation checkpointing runs forward again in backward, where no root is in its forward. A module
+that is recomputed switches the mode on itself; a function is not ours, so the first layer that runs
+in a node of backward switches it on until the node is done, when autograd restores the thread's
+state (`join_recomputation`).
 """
 
 from collections.abc import Callable
@@ -19,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _push_mode
 
 from autoprec.runtime.casting import CASTABLE, cast_floating
 
@@ -76,14 +81,15 @@ IN_FP32 = frozenset(
     + _functions(
         torch,
         "cdist pdist quantile nanquantile complex polar view_as_complex stft istft ctc_loss "
-        f"{FACTORIZATIONS}",
+        f"matrix_exp {FACTORIZATIONS}",
     )
-    + _functions(Tensor, f"quantile nanquantile stft istft {FACTORIZATIONS}")
+    + _functions(Tensor, f"quantile nanquantile stft istft matrix_exp {FACTORIZATIONS}")
     + _functions(
         torch.linalg,
         "cholesky cholesky_ex cond det eig eigh eigvals eigvalsh householder_product inv inv_ex "
-        "ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_rank "
-        "pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv tensorsolve vander",
+        "ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp "
+        "matrix_rank pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv "
+        "tensorsolve vander",
     )
     + _functions(torch.fft, " ".join(torch.fft.__all__))
 )
@@ -151,3 +157,13 @@ def is_flow_active() -> bool:
         isinstance(torch._C._get_function_stack_at(position), FlowMode)
         for position in range(torch._C._len_torch_function_stack())
     )
+
+
+def join_recomputation(dtype: torch.dtype) -> None:
+    """Switch the flow mode on for the rest of this node of backward, if forward runs again in it.
+
+    Nothing switches it off but the end of the node: torch sets the thread's state, with the stack
+    of function modes in it, around every node (`ThreadLocalStateGuard` in its engine.cpp).
+    """
+    if torch._C._current_graph_task_id() >= 0 and not is_flow_active():
+        _push_mode(FlowMode(dtype))  # type: ignore[no-untyped-call]  # torch's own

@@ -22,6 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from autoprec.capture import find_layers
 from autoprec.errors import PlanMismatchError
@@ -223,7 +224,9 @@ def _keep_masters(
         values={p: None if data is None else data.float() for p, data in originals.items()},
         names={name: p for name, p in model.named_parameters() if p in originals},
     )
-    vars(model)[ON_MODEL] = installed.masters
+    others = dict(vars(model))
+    vars(model).clear()  # masters first: a copy of the model must copy them before their hooks
+    vars(model).update({ON_MODEL: installed.masters, **others})
 
 
 def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:
@@ -237,12 +240,16 @@ def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) ->
 
 
 def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules that run user code between layers, the root left out."""
+    """Yield the modules that run user code between layers, the root left out.
+
+    And the parametrizations of layers: reading `layer.weight` runs them, inside the root or not.
+    """
     inside = {module for layer in layers.values() for module in layer.modules()}
     for module in model.modules():
         runs_code = type(module).forward is not nn.Module.forward and "forward" not in vars(module)
         is_plain = type(module).__module__.startswith("torch.nn.") and not any(module.children())
-        if module not in inside and module is not model and runs_code and not is_plain:
+        is_between = module not in inside or isinstance(module, ParametrizationList)
+        if is_between and module is not model and runs_code and not is_plain:
             yield module
 
 

@@ -16,7 +16,6 @@ Writes are seen by the tensor's version counter; those through `p.data`, which i
 comparing values in the first steps and every hundredth, and in every step once one was found.
 """
 
-import functools
 import logging
 import sys
 import weakref
@@ -165,6 +164,19 @@ def masters_of(model: nn.Module) -> Masters:
     return masters
 
 
+def added_later(model: nn.Module, masters: Masters) -> list[nn.Parameter]:
+    """Return the model's BF16 parameters that came after the plan, e.g. PEFT's copies of layers."""
+    low = (parameter for parameter in model.parameters() if parameter.dtype is torch.bfloat16)
+    return [parameter for parameter in low if parameter not in masters.values]
+
+
+def exact_value(parameter: nn.Parameter, masters: Masters) -> Tensor:
+    """Return a BF16 parameter's FP32 master, from whichever model's masters have one."""
+    stores = (store for store in (masters, *LIVE) if parameter in store.values)
+    store = next(stores, None)
+    return parameter.detach().float() if store is None else store.current(parameter)
+
+
 @torch.no_grad()
 def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters]) -> None:
     """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
@@ -183,7 +195,7 @@ def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
     """Make `load_state_dict` on any module of the model hand FP32 values to the masters."""
     forget_loads(model)
     for module in _owners(model, masters):
-        hook = functools.partial(_load_exactly, masters)
+        hook = ExactLoads(masters)
         module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch's
 
 
@@ -191,13 +203,13 @@ def forget_loads(model: nn.Module) -> None:
     """Take the hooks of `keep_exact_loads` out."""
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
-        ours = [k for k, hook in hooks.items() if _function(hook) is _load_exactly]
+        ours = [k for k, hook in hooks.items() if isinstance(_function(hook), ExactLoads)]
         for key in ours:
             del hooks[key]
 
 
 def _function(hook: Any) -> object:  # Any: torch's wrapper around whatever was registered
-    return getattr(getattr(hook, "hook", None), "func", None)
+    return getattr(hook, "hook", None)
 
 
 def _owners(model: nn.Module, masters: Masters) -> Iterator[nn.Module]:
@@ -206,27 +218,43 @@ def _owners(model: nn.Module, masters: Masters) -> Iterator[nn.Module]:
             yield module
 
 
-def _load_exactly(
-    masters: Masters,
-    module: nn.Module,
-    state_dict: Mapping[str, Any],  # Any: a state dict may hold extra state
-    prefix: str,
-    local_metadata: Mapping[str, Any],  # Any: torch's own
-    *_: object,
-) -> None:
-    for name, parameter in module._parameters.items():
-        value = state_dict.get(prefix + name)
-        if parameter not in masters.values or not isinstance(value, Tensor):
-            continue
-        if local_metadata.get("assign_to_params_buffers", False):
-            raise PlanMismatchError(
-                "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
-                "replaces them; load with assign=False, or before autoprec.apply"
-            )
-        is_exact = value.shape == parameter.shape and value.dtype is not parameter.dtype
-        if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
-            exact = value.detach().to(torch.float32, copy=True)
-            masters.loaded[parameter] = exact, parameter._version + 1  # torch copies into it next
+class ExactLoads:
+    """A hook of one module that hands the FP32 values of a state dict to the masters."""
+
+    def __init__(self, masters: Masters) -> None:
+        self.masters = masters
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExactLoads":  # Any: copy's own
+        """Copy with the model: its copied masters. With a module alone: masters of its own only."""
+        if id(self.masters) in memo:
+            return ExactLoads(memo[id(self.masters)])
+        own = {memo[id(p)]: value for p, value in self.masters.values.items() if id(p) in memo}
+        copies = {p: None if value is None else value.clone() for p, value in own.items()}
+        return ExactLoads(Masters(options={}, values=copies, names={}))
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: Mapping[str, Any],  # Any: a state dict may hold extra state
+        prefix: str,
+        local_metadata: Mapping[str, Any],  # Any: torch's own
+        *_: object,
+    ) -> None:
+        """Take what is about to be loaded into the module's parameters."""
+        for name, parameter in module._parameters.items():
+            value = state_dict.get(prefix + name)
+            if parameter not in self.masters.values or not isinstance(value, Tensor):
+                continue
+            if local_metadata.get("assign_to_params_buffers", False):
+                raise PlanMismatchError(
+                    "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
+                    "replaces them; load with assign=False, or before autoprec.apply"
+                )
+            is_exact = value.shape == parameter.shape and value.dtype is not parameter.dtype
+            if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
+                exact = value.detach().to(torch.float32, copy=True)
+                loaded_at = parameter._version + 1  # torch copies into it next
+                self.masters.loaded[parameter] = exact, loaded_at
 
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:

@@ -11,26 +11,31 @@ given to a layer:
 Only operations with a precision of their own are looked at (GEMMs, convolutions, fused attention
 and recurrent kernels, norms, embeddings); what is elementwise follows from the dtypes that flow.
 A class with a forward of its own may compute in FP32 from BF16 storage, as routers of experts do:
-what its author wrote stays, and the check says so.
+what its author wrote stays, and the check says so. What a parametrization does to make a weight
+(an orthogonal one factorizes in FP32) is not the layer's operation and is left out.
+
+A layer is looked for under the plan's name, or where what wrapped it later put it: LoRA makes
+`q_proj` to `q_proj.base_layer`, `torch.compile` of a block puts `_orig_mod` into the name.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from autoprec.capture import find_layers
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Check, Gemm, Option, Recipe
-from autoprec.runtime.apply import unwrapped
+from autoprec.runtime.apply import plain_name, unwrapped
 from autoprec.runtime.casting import CASTABLE
-from autoprec.runtime.classes import option_dtype, own_class
+from autoprec.runtime.classes import is_made_here, option_dtype, own_class
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 
@@ -148,12 +153,17 @@ def check_applied(
         return loss_fn(inner, batch) if loss_fn is not None else _call(inner, batch)
 
     traces = trace_step(inner, step)
+    called = {name for name, trace in traces.items() if trace.calls}
     checks = []
     for name, option in options.items():
-        trace = traces[name]
-        problem = _storage_problem(layers[name], option) or _problem(layers[name], option, trace)
-        detail = problem or _detail(option, trace)
-        checks.append(Check(name=name, is_good=not problem, detail=detail))
+        found = _present_name(name, layers, called)
+        problem = f"should run {option.key}, but is not in the model any more"
+        detail = ""
+        if found is not None:
+            layer, trace = layers[found], traces[found]
+            problem = _storage_problem(layer, option) or _problem(layer, option, trace)
+            detail = _detail(option, trace)
+        checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)
 
 
@@ -172,6 +182,18 @@ def trace_step(model: nn.Module, step: Step) -> dict[str, LayerTrace]:
         finally:
             torch.compiler.set_stance("default")
     return tracer.traces
+
+
+def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str]) -> str | None:
+    """Return the name that a planned layer has now, None if that cannot be told."""
+    if planned in layers:
+        return planned
+    plain = {plain_name(name): name for name in layers}
+    own = plain_name(planned)
+    inside = [plain[name] for name in plain if name.startswith(f"{own}.")]
+    ours = [name for name in inside if is_made_here(type(layers[name]))]
+    running = [name for name in ours if name in called] or ours  # PEFT keeps copies of a layer
+    return running[0] if len(running) == 1 else plain.get(own)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:  # Any: the model's own arguments and result
@@ -220,8 +242,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.layers = layers
         self.traces = {name: LayerTrace() for name in layers}
-        self.running: list[tuple[str, int]] = []  # layers in forward, and the first node of each
-        self.nodes: list[tuple[int, int, str]] = []  # numbers from, to (excluded), layer
+        self.running: list[tuple[str | None, int]] = []  # in forward, and the first node of each
+        self.nodes: list[tuple[int, int, str | None]] = []  # numbers from, to (excluded), layer
         self.owners = {
             parameter.untyped_storage().data_ptr(): name
             for name, layer in reversed(list(layers.items()))
@@ -236,16 +258,23 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         for name, layer in self.layers.items():
             handles.append(layer.register_forward_pre_hook(self._starter(name)))
             handles.append(layer.register_forward_hook(self._end, always_call=True))
+            for part in layer.modules():
+                if isinstance(part, ParametrizationList):
+                    handles.append(part.register_forward_pre_hook(self._starter(None)))
+                    handles.append(part.register_forward_hook(self._end, always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _starter(self, name: str) -> Callable[..., None]:
+    def _starter(self, name: str | None) -> Callable[..., None]:
+        """Return a hook that starts a layer, or with None a parametrization, which is no layer."""
+
         def start(*_: object) -> None:
             self.running.append((name, torch._C._autograd._get_sequence_nr()))
-            self.traces[name].calls += 1
+            if name is not None:
+                self.traces[name].calls += 1
 
         return start
 
@@ -267,7 +296,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
 
     def _note(self, seen: str, packet: Any, args: tuple[Any, ...]) -> None:
         if self.running:
-            self.traces[self.running[-1][0]].forward[seen] += 1
+            running = self.running[-1][0]
+            if running is not None:
+                self.traces[running].forward[seen] += 1
             return
         node = torch._C._current_autograd_node()
         if node is None:

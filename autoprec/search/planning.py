@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from autoprec.costmodel import Parallel, parse_parallel
+from autoprec.costmodel.parallel import gathers_fp8
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -40,7 +42,7 @@ def build_plan(
     statistics: dict[str, list[OperandStatistics]] = {}
     for row in sensitivity.statistics:
         statistics.setdefault(row.name, []).append(row)
-    why = reasons(Why(problem, search, point.options, statistics))
+    why = reasons(Why(problem, search, point.options, statistics, profile.parallel))
     baseline = uniform_plan(costs)
     e, e_basis = _joint_e(point, sensitivity_basis(sensitivity))
     return Plan(
@@ -54,6 +56,7 @@ def build_plan(
         e=e,
         e_basis=e_basis,
         predicted=_predicted(costs, point.options, baseline),
+        fp8_all_gather=_gathers_fp8(profile, point.options),
         notes=(
             *search.notes,
             *plan_notes(costs, search, point.options),
@@ -61,6 +64,12 @@ def build_plan(
             *(() if sensitivity_basis(sensitivity) is Basis.MEASURED else sensitivity.notes),
         ),
     )
+
+
+def _gathers_fp8(profile: Profile, options: Options) -> bool:
+    """Return whether FSDP gathers some layer's weights in FP8: asked for, and a layer can."""
+    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    return parallel.fsdp > 1 and any(gathers_fp8(option, parallel) for option in options)
 
 
 def uniform_plan(costs: Costs) -> Options:

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.costmodel import parse_parallel
+from autoprec.costmodel.parallel import shard_gemm
 from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
+    GemmShape,
     LayerSpec,
     OperandStatistics,
     Option,
@@ -29,6 +32,14 @@ class Why:
     search: Search
     options: Options
     statistics: Mapping[str, Sequence[OperandStatistics]]
+    parallel: str = ""
+
+    def gemm(self, index: int) -> GemmShape | None:
+        """Return the layer's GEMM on one device: its shard under tensor parallelism."""
+        layer = self.layer(index)
+        if layer.gemm is None or not self.parallel:
+            return layer.gemm
+        return shard_gemm(layer, parse_parallel(self.parallel))
 
     def layer(self, index: int) -> LayerSpec:
         """Return the layer."""
@@ -79,7 +90,7 @@ def _why_fp8(why: Why, index: int) -> str:
         return f"{short(option)}, {_e_of(prices[option])}"
     speed = compared(why.ms(index, option), why.ms(index, base))
     text = (
-        f"{short(option)} {speed} than {short(base)}{shape(why.layer(index).gemm)}, "
+        f"{short(option)} {speed} than {short(base)}{shape(why.gemm(index))}, "
         f"{_e_of(prices[option])}"
     )
     faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
@@ -109,7 +120,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
     own = why.ms(index, why.options[index])
     if prices[best].ms >= own:
         speed = compared(prices[best].ms, own)
-        return f"{short(best)} {_than(speed, why.options[index])}{shape(layer.gemm)}"
+        return f"{short(best)} {_than(speed, why.options[index])}{shape(why.gemm(index))}"
     if layer.name in why.search.guilty:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
@@ -145,7 +156,7 @@ def _why_not_16_bit(why: Why, index: int) -> str:
     own = why.ms(index, FP32)
     speed = compared(prices[BF16_O2].ms, own)
     if prices[BF16_O2].ms >= own:
-        return f"BF16 {_than(speed, FP32)}{shape(why.layer(index).gemm)}"
+        return f"BF16 {_than(speed, FP32)}{shape(why.gemm(index))}"
     if is_all_fp32(why.options):
         return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
     return _too_harmful(why, index, BF16_O2, own)

@@ -1,6 +1,6 @@
 """The measured step time of the plan, interleaved with what the user would run otherwise."""
 
-from autoprec.profiler import time_steps
+from autoprec.profiler import open_compilation, time_steps
 from autoprec.records import Basis, Plan, Profile, StepTiming
 from autoprec.timing import make_clock
 from autoprec.verification.evidence import Evidence
@@ -14,24 +14,30 @@ def time_plan(
 ) -> tuple[StepTiming, ...]:
     """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
 
+    They are compiled if the profile is.
+
     A plan that equals uniform BF16 O2 is timed as an arm of its own all the same: the two
     intervals then show how well equal arms agree.
     """
     basis = plan.fingerprint.time_basis if profile is None else profile.basis
     if basis is not Basis.MEASURED:
         return ()
+    mode = plan.fingerprint.compile_mode if profile is None else profile.device.compile_mode
+    device = session.bench.device
     _, control, chosen = evidence.arms
-    return time_steps(
-        session.bench.workload,
-        {
-            "fp32": {},
-            "bf16_o2": control.options,
-            "autocast_bf16": "autocast_bf16",
-            "plan": chosen.options,
-        },
-        device=session.bench.device,
-        clock=make_clock(session.bench.device),
-        samples=TIMING_SAMPLES,
-        seed=session.terms.seed,
-        progress=session.bench.progress,
-    )
+    with open_compilation(device, mode) as compilation:
+        return time_steps(
+            session.bench.workload,
+            {
+                "fp32": {},
+                "bf16_o2": control.options,
+                "autocast_bf16": "autocast_bf16",
+                "plan": chosen.options,
+            },
+            device=device,
+            clock=make_clock(device),
+            samples=TIMING_SAMPLES,
+            seed=session.terms.seed,
+            progress=session.bench.progress,
+            compilation=compilation,
+        )

@@ -1,0 +1,153 @@
+"""`torch.compile` around what is timed: compile time apart, and no graph made within a sample.
+
+A layer is compiled alone, with static shapes; a whole step as users compile it: the model, with the
+inductor's default mode, loss and optimizer outside. The first run compiles (the backward pass too);
+its time beyond that of a second run is compile time, and in no sample.
+
+Dynamo keeps what it made by code object. All layers and models share `nn.Module`'s, so it would
+give up after eight of them and time eager code in silence: here the limit is high, reaching it is
+an error, and caches are emptied before each group, lest one layer's sizes make another's dynamic.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from autoprec.errors import DeviceError
+from autoprec.timing import Function, Monitor, Observation
+
+EAGER, COMPILED = "eager", "default"  # modes, as records name them
+INDUCTOR = "inductor"
+Backend = str | Callable[..., Any]  # Any: as torch.compile takes it
+MOST_GRAPHS = 256  # per code object; a group of layers has at most some dozens of options
+MOST_SPOILED = 2  # samples in which a graph was made; one more, and the step never settles
+
+
+@dataclass
+class Compilation:
+    """What compiling took so far, and how it is done."""
+
+    device: torch.device
+    backend: Backend = INDUCTOR
+    seconds: float = 0.0
+    recompiles: int = 0  # graphs made after the first run
+
+    def compile_layer(self, layer: nn.Module) -> Callable[..., Any]:  # Any: a layer's own
+        """Return the layer compiled for the shapes that it is called with."""
+        return torch.compile(layer, backend=self.backend, dynamic=False)
+
+    def compile_model(self, model: nn.Module) -> None:
+        """Compile a model in place, so that it stays the object that the user's loss knows."""
+        model.compile(backend=self.backend)
+
+    def run_first(self, step: Function) -> None:
+        """Run a step twice: the first compiles, the second tells how much of it that was."""
+        first = self._run(step)
+        known = made_graphs()
+        self.seconds += max(first - self._run(step), 0.0)
+        self.recompiles += made_graphs() - known
+
+    def _run(self, step: Function) -> float:
+        started = time.perf_counter()
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+
+class GraphMonitor:
+    """Another monitor, that also spoils every sample in which a graph was made."""
+
+    def __init__(self, compilation: Compilation, inner: Monitor | None) -> None:
+        self._compilation = compilation
+        self._inner = inner
+        self._known = 0
+        self._spoiled = 0
+
+    def settle(self) -> int:
+        """Wait as the other monitor does."""
+        return 0 if self._inner is None else self._inner.settle()
+
+    def begin(self) -> None:
+        """Note how many graphs there are."""
+        self._known = made_graphs()
+        if self._inner is not None:
+            self._inner.begin()
+
+    def end(self) -> Observation:
+        """Return what the other monitor saw; spoiled if there are more graphs now.
+
+        Raises:
+            DeviceError: it happens again and again.
+        """
+        seen = Observation() if self._inner is None else self._inner.end()
+        made = made_graphs() - self._known
+        if not made:
+            return seen
+        self._compilation.recompiles += made
+        self._spoiled += 1
+        if self._spoiled > MOST_SPOILED:
+            raise DeviceError(
+                "a compiled step must not compile again while it is timed, but "
+                f"{self._spoiled} samples did; give batches of one shape, or time it with --eager"
+            )
+        return Observation(seen.is_dirty, seen.conditions, is_spoiled=True)
+
+
+@contextmanager
+def open_compilation(
+    device: torch.device, mode: str, *, backend: Backend = INDUCTOR
+) -> Iterator[Compilation | None]:
+    """Let what is timed be compiled while the context is open; give None in eager mode.
+
+    Raises:
+        DeviceError: torch.compile does not work here.
+    """
+    if mode in ("", EAGER):
+        yield None
+        return
+    torch.compiler.reset()
+    try:
+        with torch._dynamo.config.patch(
+            recompile_limit=MOST_GRAPHS,
+            accumulated_recompile_limit=MOST_GRAPHS,
+            fail_on_recompile_limit_hit=True,
+        ):
+            _check_compiler(device, backend)
+            yield Compilation(device, backend)
+    finally:
+        torch.compiler.reset()
+
+
+def made_graphs() -> int:
+    """Return how many graphs dynamo has made in this process."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def reason_of(error: Exception) -> str:
+    """Return the line of an error that says what went wrong; a compiler's wraps it in others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("backend=")]
+    return (telling or lines or [repr(error)])[0]
+
+
+def _check_compiler(device: torch.device, backend: Backend) -> None:
+    """Compile one small function, for the one line that says what is missing."""
+    needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
+    try:
+        torch.compile(_double, backend=backend)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        raise DeviceError(
+            f"--compile needs a torch.compile that works, with {needed}, but on {device} it says: "
+            f"{reason_of(error)}; install what is missing, or leave --compile out"
+        ) from error
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() * 2

@@ -1,0 +1,100 @@
+"""What each rank is about to do -> the same on all of them, or one error on all of them.
+
+A rank with another plan would wait for the others in its first collective, for ever: its gradients
+have other dtypes or shapes. So ranks tell each other, once in `apply`, whether they could install
+their plan, and which. Every rank sees the same answers, so all of them go on or all raise.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from autoprec.errors import PlanMismatchError
+from autoprec.records import Plan
+
+MOST_RANKS = 8  # that an error lists
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank says: its rank in the job, the plan that it installed, or why it could not."""
+
+    rank: int
+    digest: str = ""
+    failure: str = ""
+
+
+def decided_digest(plan: Plan) -> str:
+    """Return a hash of everything in a plan that ranks must agree about, evidence left out."""
+    layers = [[layer.name, layer.shapes, layer.option.key] for layer in plan.layers]
+    schedule = [[phase.start_step, phase.fp8] for phase in plan.schedule]
+    decided = [layers, plan.uncovered, schedule, plan.fp8_all_gather]
+    return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+
+
+def agree(
+    *,
+    device: torch.device,
+    group: "dist.ProcessGroup | None",
+    plan: Plan | None = None,
+    failure: str = "",
+) -> None:
+    """Check that every rank of the group installed this plan; a collective on all of them.
+
+    Args:
+        device: of the model; NCCL sends from there, whatever the current device is.
+        group: None for all ranks.
+        plan: what this rank installed.
+        failure: why it installed nothing.
+
+    Raises:
+        PlanMismatchError: a rank installed nothing, or another plan; the same on every rank.
+    """
+    if not is_shared(group):
+        return
+    digest = "" if plan is None else decided_digest(plan)
+    mine = Answer(dist.get_rank(), digest=digest, failure=failure)
+    answers = [mine] * dist.get_world_size(group)
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        dist.all_gather_object(answers, mine, group=group)
+    check_answers(answers)
+
+
+def is_shared(group: "dist.ProcessGroup | None" = None) -> bool:
+    """Whether several ranks train together; those of torch's fake backend do not."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return dist.get_world_size(group) > 1 and dist.get_backend(group) != "fake"
+
+
+def check_answers(answers: Sequence[Answer]) -> None:
+    """Raise the same error everywhere unless all ranks installed one plan; see `agree`."""
+    failed = {answer.rank: answer.failure for answer in answers if answer.failure}
+    if failed:
+        first = next(iter(failed.values()))
+        raise PlanMismatchError(
+            f"every rank must apply the plan, but {_listed(failed)} of {len(answers)} could not, "
+            f"so that none did: {first}"
+        )
+    counts = Counter(answer.digest for answer in answers)
+    usual, _ = counts.most_common(1)[0]  # of equally many the lowest rank's
+    others = {answer.rank: answer.digest for answer in answers if answer.digest != usual}
+    if others:
+        raise PlanMismatchError(
+            f"every rank must have the same plan, but {_listed(others)} of {len(answers)} "
+            f"got another than the others ({next(iter(others.values()))}, not {usual}); give all "
+            "ranks one plan.json, or group= where ranks hold different parts of a model"
+        )
+
+
+def _listed(ranks: Mapping[int, str]) -> str:
+    names = [str(rank) for rank in list(ranks)[:MOST_RANKS]]
+    more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}{more}"

@@ -1,0 +1,297 @@
+"""The profiler under torch.compile: compile time apart, no graph in a sample, failures named."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec import pipeline
+from autoprec.capture import capture_model, find_layers
+from autoprec.errors import DeviceError
+from autoprec.precision import fp8_support
+from autoprec.profiler import open_compilation, profile_model, time_steps
+from autoprec.profiler.compiling import (
+    MOST_SPOILED,
+    Compilation,
+    GraphMonitor,
+    made_graphs,
+    reason_of,
+)
+from autoprec.profiler.layers import LayerMeter
+from autoprec.profiler.measure import group_layers
+from autoprec.profiler.recording import record_step
+from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe, fp8_option
+from autoprec.settings import Settings
+from autoprec.timing import Observation, Stopping, sample_interleaved
+from autoprec.workload import take_batches, workload_from
+from tests.models import mlp_workload
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo and inductor themselves
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # dynamo does it, torch 2.13
+]
+CPU = torch.device("cpu")
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
+
+
+class ConstantClock:
+    """Every call takes 1 ms."""
+
+    name = "constant"
+
+    def measure(self, fn: Callable[[], object]) -> float:
+        fn()
+        return 1.0
+
+    def synchronize(self) -> None:
+        return None
+
+
+class CleanMonitor:
+    def settle(self) -> int:
+        return 2
+
+    def begin(self) -> None:
+        return None
+
+    def end(self) -> Observation:
+        return Observation()
+
+
+def opened(backend: Any = "aot_eager") -> Any:  # Any: dynamo's backends; a context of this module
+    return open_compilation(CPU, "default", backend=backend)
+
+
+def rows_of(compilation: Compilation, name: str = "second") -> dict[str, LayerTiming]:
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    model = workload.build_model().train()
+    layers = find_layers(model)
+    calls = record_step(
+        workload, model, take_batches(workload, seed=0, count=1)[0], layers, seed=0
+    )[name]
+    group = next(g for g in group_layers(spec, (TENSORWISE,)) if g.first.name == name)
+    meter = LayerMeter(CPU, ConstantClock(), 2.0, compilation=compilation)
+    rows = meter.time_group(group, calls, lambda: copy.deepcopy(layers[name]))
+    return {row.option.key: row for row in rows}
+
+
+def test_layers_are_timed_compiled_and_their_parts_eager() -> None:
+    with opened() as compilation:
+        before = made_graphs()
+        rows = rows_of(compilation)
+        assert made_graphs() > before
+    assert compilation.seconds > 0
+    assert compilation.recompiles == 0
+    assert all(row.total is not None and not row.infeasible for row in rows.values())
+    if RUNS_FP8:
+        fp8 = rows[TENSORWISE.key]
+        assert "_scaled_mm float8_e4m3fn" in fp8.kernels
+        assert fp8.cast is not None
+        assert fp8.cast.median_ms == 0.0  # 1 ms in all, and each GEMM takes as long on this clock
+
+
+@pytest.mark.skipif(not RUNS_FP8, reason="no FP8 here")
+def test_an_fp8_layer_that_does_not_compile_is_infeasible_with_the_reason() -> None:
+    def no_fp8(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        if any("float8" in str(node.args) + str(node.target) for node in graph.graph.nodes):
+            raise RuntimeError("no FP8 kernel for this layer\nwith much more to say")
+        return graph.forward
+
+    with opened(no_fp8) as compilation:
+        rows = rows_of(compilation)
+    assert "no FP8 kernel for this layer" in rows[TENSORWISE.key].infeasible
+    assert "\n" not in rows[TENSORWISE.key].infeasible
+    assert rows[TENSORWISE.key].total is None
+    assert rows["bf16_o2"].infeasible == ""
+
+
+def test_steps_are_compiled_for_every_batch_before_the_first_sample() -> None:
+    base = mlp_workload()
+    names = list(find_layers(base.build_model()))
+    with opened() as compilation:
+        found = time_steps(
+            base,
+            {"fp32": {}, "bf16_o2": dict.fromkeys(names, BF16_O2), "autocast": "autocast_bf16"},
+            device=CPU,
+            clock=ConstantClock(),
+            samples=3,
+            seed=0,
+            monitor=CleanMonitor(),
+            compilation=compilation,
+        )
+    assert [step.timing.samples for step in found] == [3, 3, 3]
+    assert all(step.timing.rejected == 0 for step in found)
+    assert compilation.seconds > 0
+
+
+def test_a_sample_in_which_a_graph_was_made_is_left_out() -> None:
+    with opened("eager") as compilation:
+        sizes = iter([4, 4, 5, *[4] * 9])
+        fn = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+        found = sample_interleaved(
+            {"a": lambda: fn(torch.ones(next(sizes)))},
+            clock=ConstantClock(),
+            stopping=Stopping(samples=3, rejections=0),
+            warmup=1,
+            monitor=GraphMonitor(compilation, CleanMonitor()),
+        )["a"]
+    assert found.rounds == [1.0, None, 1.0]  # no rejection is allowed, and yet this one is
+    assert (found.rejected, compilation.recompiles, found.pauses) == (1, 1, 6)
+
+
+def test_a_step_that_compiles_again_and_again_is_an_error() -> None:
+    with opened("eager") as compilation:
+        sizes = iter(range(2, 99))
+        fn = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+        with pytest.raises(DeviceError, match="give batches of one shape"):
+            sample_interleaved(
+                {"a": lambda: fn(torch.ones(next(sizes)))},
+                clock=ConstantClock(),
+                stopping=Stopping(samples=9),
+                monitor=GraphMonitor(compilation, None),
+            )
+    assert compilation.recompiles == MOST_SPOILED + 1
+
+
+def test_many_layers_of_one_class_are_all_compiled() -> None:
+    with opened("eager") as compilation:
+        before = made_graphs()
+        for width in range(1, 20):  # dynamo itself stops at eight
+            layer = nn.Linear(width, 2)
+            compilation.compile_layer(layer)(torch.ones(3, width))
+        assert made_graphs() - before == 19
+
+
+def test_eager_mode_compiles_nothing() -> None:
+    before = made_graphs()
+    with open_compilation(CPU, "eager") as compilation:
+        assert compilation is None
+    assert made_graphs() == before
+
+
+def test_a_missing_compiler_is_one_line() -> None:
+    def broken(*_: object) -> Callable[..., Any]:
+        raise RuntimeError("InvalidCxxCompiler: no g++\nstack\nstack")
+
+    with pytest.raises(DeviceError) as error, opened(broken):
+        pass
+    assert "a C++ compiler" in str(error.value)
+    assert "no g++" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_reason_is_the_line_that_tells() -> None:
+    assert reason_of(RuntimeError("backend='inductor' raised:\nE: no\nmore")) == "E: no"
+    assert reason_of(ValueError("")) == "ValueError('')"
+
+
+def test_arms_that_do_not_fit_together_are_timed_one_after_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = mlp_workload()
+    alive: list[int] = []
+
+    class Memory:
+        """One model fits; a second one beside it does not."""
+
+        held = 0
+
+        def __init__(self) -> None:
+            Memory.held += 1
+
+        def __del__(self) -> None:
+            Memory.held -= 1
+
+    def build_model() -> nn.Module:
+        model = base.build_model()
+        vars(model)["memory"] = Memory()
+        return model
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:  # Any: the workload's own
+        alive.append(Memory.held)
+        if Memory.held > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return base.loss_fn(model, batch)
+
+    functions = {"build_model": build_model, "train_batches": base.train_batches}
+    workload = workload_from(SimpleNamespace(**functions, loss_fn=loss_fn))
+    given: dict[str, Any] = {"device": CPU, "clock": ConstantClock(), "samples": 3, "seed": 0}
+    with caplog.at_level(logging.WARNING):
+        found = time_steps(workload, {"a": {}, "b": {}}, monitor=CleanMonitor(), **given)
+    assert [step.label for step in found] == ["a", "b"]
+    assert all(step.timing.samples == 3 for step in found)
+    assert "one after another" in caplog.text
+    assert max(alive) == 2
+    kept = Memory()
+    with pytest.raises(DeviceError, match="'a' does not"):
+        time_steps(workload, {"a": {}}, monitor=CleanMonitor(), **given)
+    del kept
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "import torch, torch.nn.functional as F\n"
+        "def build_model():\n    return torch.nn.Sequential(torch.nn.Linear(16, 16))\n"
+        "def train_batches(seed):\n    while True:\n        yield torch.ones(16, 16)\n"
+        "def loss_fn(model, x):\n    return F.mse_loss(model(x), x)\n"
+    )
+    return path
+
+
+@pytest.mark.slow  # the inductor compiles C++
+def test_profile_with_compile_is_of_the_inductor(tmp_path: Path, tiny_file: Path) -> None:
+    settings = Settings(
+        workload=str(tiny_file),
+        target="cpu",
+        out=tmp_path,
+        compiled=True,
+        recipes=(Recipe.TENSORWISE,),
+        masks=False,
+    )
+    profile = pipeline.profile_stage(settings)
+    assert profile.device.compile_mode == "default"
+    assert profile.compile_s > 0
+    assert profile.recompiles == 0
+    row = profile.timing("0", FP32)
+    assert row is not None
+    assert row.total is not None
+    assert {step.label for step in profile.steps} >= {"fp32", "bf16_o2", "autocast_bf16"}
+
+
+@pytest.mark.slow  # imports the inductor
+def test_no_cpp_compiler_is_named() -> None:
+    import torch._inductor.config as inductor
+
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}),
+        pytest.raises(DeviceError, match="No working C\\+\\+ compiler"),
+        open_compilation(CPU, "default"),
+    ):
+        pass
+
+
+@pytest.mark.slow  # the inductor compiles C++
+def test_profile_model_is_complete_when_compiled() -> None:
+    workload = mlp_workload()
+    spec = capture_model(workload, device=CPU)
+    profile = profile_model(
+        workload,
+        spec,
+        device=CPU,
+        options=(TENSORWISE,),
+        compiled=True,
+        clock=ConstantClock(),
+    )
+    assert all(row.total is not None for row in profile.layers if not row.infeasible)
+    assert profile.step_equivalents > 0
+    assert profile.compile_s > 1

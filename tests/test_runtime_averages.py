@@ -1,0 +1,122 @@
+"""What people put around an optimizer: gradient scalers, weight averages, copies of layers."""
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import autoprec
+from autoprec.runtime.masters import LIVE
+from tests.models import Mlp
+from tests.runtime_plans import plan_for
+from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_grad_scaler_is_harmless() -> None:
+    torch.manual_seed(3)
+    model, optimizer = applied(OPTIMIZERS["adamw-fused"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for x, y in itertools.islice(batches(), 3):
+        optimizer.zero_grad()
+        torch.autograd.backward(scaler.scale(F.mse_loss(model(x), y)))
+        scaler.step(optimizer)
+        scaler.update()
+    torch.manual_seed(3)
+    plain, plain_optimizer = applied(OPTIMIZERS["adamw-fused"])
+    train(plain, plain_optimizer, 3)
+    assert same(exact(model), exact(plain))  # powers of two scale exactly
+
+
+@pytest.mark.parametrize("name", ["adamw-fused", "adamw-foreach", "sgd"])
+def test_a_grad_scaler_skips_steps_that_overflow(name: str) -> None:
+    model, optimizer = applied(OPTIMIZERS[name])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before, seen = exact(model), list[bool]()
+    for x, y in itertools.islice(batches(), 60):
+        optimizer.zero_grad()
+        torch.autograd.backward(scaler.scale(F.mse_loss(model(x), 1e4 * y)))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append(same(exact(model), before))
+    assert seen[0]
+    assert not seen[-1]
+    assert all(value.isfinite().all() for value in exact(model))
+
+
+def test_an_average_of_the_view_follows_the_masters() -> None:
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-4))
+    view = autoprec.master_view(model)
+    average = get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]  # torch's
+    ema = AveragedModel(view, multi_avg_fn=average)
+    ema.update_parameters(view)
+    expected = exact(model)[0]
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        ema.update_parameters(view)
+        expected = torch.lerp(expected, exact(model)[0], 1 - 0.999)
+    averaged = next(ema.module.parameters())
+    assert averaged.dtype is torch.float32
+    assert torch.allclose(averaged, expected, rtol=0, atol=1e-9)
+    assert not torch.equal(averaged, exact(model)[0])
+    assert {type(m) for m in ema.module.modules()} == {Mlp, nn.Linear, nn.LayerNorm}
+
+
+def test_weight_averaging_trains_evaluates_and_renews_its_batch_norms() -> None:
+    """torch.optim.swa_utils whole: SWALR, AveragedModel of the view, update_bn."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    scheduler = SWALR(optimizer, swa_lr=1e-5, anneal_epochs=2)
+    autoprec.apply(plan_for(model), model, optimizer)
+    view = autoprec.master_view(model)
+    average: Any = AveragedModel(view)
+    seen = []
+    for step in range(4):
+        train(model, optimizer, 1, first=step)
+        scheduler.step()
+        average.update_parameters(view)
+        seen.append(exact(model)[0])
+    found = next(average.module.parameters())
+    assert optimizer.param_groups[0]["lr"] == 1e-5
+    assert torch.allclose(found, torch.stack(seen).mean(0), rtol=0, atol=1e-7)
+    data = [x for x, _ in itertools.islice(batches(), 8)]
+    update_bn(data, average)
+    expected = torch.stack([average.module[0](x).mean(0) for x in data]).mean(0)
+    norm = average.module[1]
+    assert torch.allclose(norm.running_mean, expected, atol=1e-5)
+    assert not torch.equal(norm.running_mean, model[1].get_buffer("running_mean"))
+    average.eval()
+    assert average(data[0]).dtype is torch.float32
+
+
+def test_a_copied_layer_gets_masters_of_its_own_and_comes_back() -> None:
+    """As PEFT's modules_to_save does: a layer of the model becomes a trained copy of itself."""
+    model: Any = Mlp()
+    autoprec.apply(plan_for(model), model)
+    model.head = copy.deepcopy(model.head)
+    new = [store for store in LIVE if model.head.weight in store.values]
+    assert [len(store.values) for store in new] == [2]  # not those of the whole model
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=1e-6)
+    train(model, optimizer, 3)
+    view: Any = autoprec.master_view(model)
+    master = view.head.weight.detach().clone()
+    assert not torch.equal(master, model.head.weight.float())
+    autoprec.undo(model, optimizer)
+    assert torch.equal(model.head.weight, master)

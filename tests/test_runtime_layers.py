@@ -1,0 +1,240 @@
+"""A plan on layers that are more than a matrix: fast paths, states, parametrizations, layouts."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import autoprec
+from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
+from autoprec.runtime import trace_step
+from tests.runtime_plans import plan_for
+
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(
+    model: nn.Module,
+    *inputs: Any,
+    option: Option = BF16_O2,
+    others: dict[str, Option] | None = None,
+    steps: int = 3,
+) -> torch.optim.Optimizer:
+    """Apply a plan, train, prove what ran."""
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    autoprec.apply(plan_for(model, option, others), model, optimizer)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(*inputs)
+        loss = output.square().mean()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert output.dtype is torch.float32
+    assert losses[-1] < losses[0]
+    assert all(check.is_good for check in autoprec.verify_applied(model, inputs))
+    return optimizer
+
+
+def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+# --- attention -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the FP32 fast path's own
+@pytest.mark.parametrize("option", [FP32, BF16_O2, TENSORWISE], ids=str)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_torchs_encoder_runs_the_plan_in_eval_whose_fast_path_knows_none(
+    option: Option, is_padded: bool
+) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(4, 16, 32)
+    padding = torch.arange(16).expand(4, -1) >= 12 if is_padded else None
+    run = functools.partial(model, x, src_key_padding_mask=padding)
+    trained(model, x, option=option)
+    expected = autoprec.master_view(model).eval()(x, src_key_padding_mask=padding)
+    model.eval()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            kept = slice(12) if is_padded else slice(None)
+            assert is_close(run()[:, kept], expected[:, kept], 0.1)
+    if option is not FP32:
+        traces = trace_step(model, run)
+        kernel = "_scaled_mm float8_e4m3fn" if option.is_fp8 else "addmm bfloat16"
+        assert kernel in traces["layers.1.linear1"].forward
+
+
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE], ids=str)
+def test_torchs_whole_transformer_trains_with_causal_masks(option: Option) -> None:
+    class Translate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = nn.Transformer(32, 4, 1, 1, 64, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            mask = nn.Transformer.generate_square_subsequent_mask(16)
+            return self.transformer(x, x, tgt_mask=mask)
+
+    model, x = Translate(), torch.randn(2, 16, 32)
+    trained(model, x, option=option, steps=4)
+    model.eval()
+    with torch.no_grad():
+        assert is_close(model(x), autoprec.master_view(model)(x), 0.1)
+
+
+# --- recurrence ------------------------------------------------------------------------------
+
+
+class Sequence(nn.Module):
+    """A recurrent layer and a linear; packed if asked."""
+
+    def __init__(self, recurrent: Any, *, is_packed: bool = False) -> None:
+        super().__init__()
+        self.recurrent, self.is_packed = recurrent, is_packed
+        self.head = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.is_packed:
+            return self.head(self.recurrent(x)[0])
+        packed = nn.utils.rnn.pack_padded_sequence(x, [8, 7, 5, 2], batch_first=True)
+        output, _ = self.recurrent(packed)
+        return self.head(nn.utils.rnn.pad_packed_sequence(output, batch_first=True)[0])
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_train_and_come_back(cls: Any, is_packed: bool) -> None:
+    recurrent = cls(32, 32, 2, bidirectional=True, batch_first=True)
+    model, x = Sequence(recurrent, is_packed=is_packed), torch.randn(4, 8, 32)
+    optimizer = trained(model, x, option=TENSORWISE)
+    assert {p.dtype for p in model.recurrent.parameters()} == {torch.bfloat16}
+    model.eval()
+    with torch.no_grad():
+        in_bf16 = model(x)
+    autoprec.undo(model, optimizer)
+    assert is_close(in_bf16, model(x), 0.1)
+
+
+def test_cells_carry_their_state_in_fp32_or_bf16() -> None:
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.gru = nn.LSTMCell(32, 32), nn.GRUCell(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = state = torch.zeros(len(x), 32)
+            for step in range(x.shape[1]):
+                hidden, state = self.lstm(x[:, step], (hidden, state))
+                hidden = self.gru(x[:, step], hidden)
+            return hidden
+
+    trained(Cells(), torch.randn(4, 8, 32))
+
+
+# --- dtypes and layouts ----------------------------------------------------------------------
+
+
+class Asking(nn.Module):
+    """Casts to whatever dtype a layer's weight has, as T5, Mamba and many others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.asked: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.asked = [self.first.weight.dtype, next(self.parameters()).dtype]
+        x = self.first(x.to(self.first.weight.dtype)).float()
+        lowest = torch.finfo(self.second.weight.dtype).min
+        mask = torch.full((16, 1), lowest, dtype=self.second.weight.dtype).clamp(min=0.0)
+        return self.second((x + mask).to(self.second.weight.dtype))
+
+
+@pytest.mark.parametrize("option", [FP32, BF16_O2, TENSORWISE], ids=str)
+def test_a_model_may_ask_for_the_dtype_of_a_weight(option: Option) -> None:
+    model = Asking()
+    trained(model, torch.randn(16, 32), option=option)
+    assert set(model.asked) == {torch.float32 if option is FP32 else torch.bfloat16}
+
+
+@pytest.mark.parametrize("order", ["layout first", "plan first"])
+def test_channels_last_stays_and_loses_no_bit(order: str) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    layout: Any = {"memory_format": torch.channels_last}
+    x = torch.randn(4, 16, 8, 8).to(**layout)
+    weight = model.get_parameter("0.weight")
+    if order == "layout first":
+        model.to(**layout)
+    optimizer = trained(model, x)
+    exact = [p.detach().clone() for p in autoprec.master_view(model).parameters()]
+    if order == "plan first":
+        model.to(**layout)
+    now = autoprec.master_view(model).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(exact, now, strict=True))
+    torch.autograd.backward(model(x).square().mean())
+    optimizer.step()
+    assert weight.dtype is torch.bfloat16
+    assert weight.is_contiguous(**layout)
+    assert model(x).is_contiguous(**layout)
+    if order == "layout first":
+        assert optimizer.state[weight]["exp_avg"].is_contiguous(**layout)
+        autoprec.undo(model, optimizer)
+        assert weight.is_contiguous(**layout)
+
+
+# --- parametrizations ------------------------------------------------------------------------
+
+PARAMETRIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    **{
+        f"orthogonal {name}": functools.partial(parametrizations.orthogonal, orthogonal_map=name)
+        for name in ("matrix_exp", "cayley", "householder")
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_parametrized_layers_train_in_bf16_and_come_back(name: str) -> None:
+    model: Any = nn.Sequential(PARAMETRIZED[name](nn.Linear(32, 32)), nn.Linear(32, 32))
+    x = torch.randn(16, 32)
+    optimizer = trained(model, x, option=TENSORWISE, others={"0": BF16_O2})
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weight = model[0].weight.float()  # read outside of forward
+    if name.startswith("orthogonal"):
+        assert is_close(weight @ weight.T, torch.eye(32), 0.05)
+    autoprec.undo(model, optimizer)
+    assert parametrize.is_parametrized(model[0])
+    assert is_close(weight, model[0].weight, 0.05)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE], ids=str)
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_norms_by_hooks_train_too(norm: Callable[[nn.Module], nn.Module], option: Option) -> None:
+    model, x = nn.Sequential(norm(nn.Linear(32, 32)), nn.Linear(32, 32)), torch.randn(16, 32)
+    optimizer = trained(model, x, option=option)
+    view = autoprec.master_view(model)
+    assert is_close(model(x), view(x), 0.1)
+    autoprec.undo(model, optimizer)
+    assert F.linear(model(x), torch.eye(32)).dtype is torch.float32
