@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check fmt test-gpu test-slow profiles clean
+.PHONY: demo test check fmt test-gpu test-slow test-export profiles clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,8 +35,13 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 test-slow: $(STAMP) ## the tests that take over a minute each
 	$(BIN)/pytest -q -m slow
 
+test-export: ## exports against the real torchtitan, Megatron and Transformer Engine readers, in a venv of their own
+	$(PYTHON) -m venv $(VENV)-export
+	$(VENV)-export/bin/pip install --quiet -c constraints.txt -e '.[consumers]'
+	$(VENV)-export/bin/pytest -q tests/test_export.py
+
 profiles: $(STAMP) ## fit the device profiles again from the published rows in bench/data
 	$(BIN)/python bench/fit_costmodel.py
 
 clean:
-	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-export runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -320,6 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
             "autoprec: interrupted; finished stages are kept, add --resume to go on",
             file=sys.stderr,
         )
+        # Under `python -m` CPython remembers an interrupt that passed through exec() of a string
+        # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
+        eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
 
 

@@ -91,7 +91,7 @@ def test_the_repository_speaks_of_the_project_alone() -> None:
     root = PACKAGE.parent
     words = ("/".join(("..", "shared")), "/".join(("", "work", "")), "/".join(("", "root", "")))
     files = [p for p in root.rglob("*") if p.suffix in (".py", ".md", ".toml", ".json", ".csv")]
-    skipped = {".venv", ".git", "runs", "build", "dist"}
+    skipped = {".venv", ".venv-export", ".git", "runs", "build", "dist"}
     found = [
         str(path.relative_to(root))
         for path in files

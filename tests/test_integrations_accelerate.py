@@ -31,15 +31,20 @@ RANKS = 2
 MIXED = {"second": fp8_option(Recipe.ROWWISE), "head": FP32}
 
 
+def _forget_accelerators() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
 @pytest.fixture(autouse=True)
 def _one_run() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    _forget_accelerators()  # other tests make some too
     yield
     torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    _forget_accelerators()
 
 
 def _mixed_plan() -> Plan:

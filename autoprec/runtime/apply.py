@@ -105,6 +105,11 @@ def apply(
     _warn_of_differences(plan, inner)
     if plan.schedule:
         logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
+    if plan.fp8_all_gather:
+        logger.warning(
+            "the plan counts on FP8 all-gathers, but apply leaves FSDP's gathers in BF16; "
+            "`autoprec plan export PLAN --to torchao` prints code that has them"
+        )
     return model, optimizer
 
 
