@@ -36,7 +36,7 @@ def deep_workload() -> Workload:
     """Return the demo with 25 narrow blocks."""
     sys.path.insert(0, str(EXAMPLES))
     char_gpt = importlib.import_module("char_gpt")
-    vars(char_gpt).update(WIDTH=64, HEADS=4, DEPTH=25, BLOCK=64, BATCH=8)
+    vars(char_gpt).update(WIDTH=128, HEADS=4, DEPTH=25, BLOCK=64, BATCH=8)
     names = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
     functions = {name: getattr(char_gpt, name) for name in names}
     return workload_from(SimpleNamespace(**functions), name="deep char_gpt")

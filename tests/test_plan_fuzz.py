@@ -155,19 +155,17 @@ def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], count: 
     settings(FUZZ, max_examples=count)(given(strategy)(check))()
 
 
-# --- fuzzing: 1,000 plans by default, 10,000 with `-m slow` ------------------------------------
+# --- fuzzing: 10,000 plans ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [700, pytest.param(7000, marks=pytest.mark.slow)])
-def test_a_mutated_plan_is_a_plan_or_one_line(count: int) -> None:
+def test_a_mutated_plan_is_a_plan_or_one_line() -> None:
     def check(changes: list[Mutation]) -> None:
         check_reading(lambda: Plan.from_json(mutated(changes)))
 
-    fuzz(check, mutations, count)
+    fuzz(check, mutations, 7_000)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_mutated_bytes_are_a_plan_or_one_line(count: int, tmp_path: Path) -> None:
+def test_mutated_bytes_are_a_plan_or_one_line(tmp_path: Path) -> None:
     def check(cuts: list[tuple[int, int, bytes]]) -> None:
         content = TEXT.encode()
         for place, length, new in cuts:
@@ -178,11 +176,10 @@ def test_mutated_bytes_are_a_plan_or_one_line(count: int, tmp_path: Path) -> Non
         check_reading(lambda: Plan.load(path))
 
     cut = st.tuples(st.integers(0, 10**6), st.integers(0, 6), st.binary(max_size=4))
-    fuzz(check, st.lists(cut, min_size=1, max_size=4), count)
+    fuzz(check, st.lists(cut, min_size=1, max_size=4), 2_000)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_mutated_plan_applies_or_leaves_all_as_it_was(count: int) -> None:
+def test_a_mutated_plan_applies_or_leaves_all_as_it_was() -> None:
     def check(case: tuple[str, list[Mutation]]) -> None:
         inside, changes = case
         try:
@@ -192,7 +189,7 @@ def test_a_mutated_plan_applies_or_leaves_all_as_it_was(count: int) -> None:
         return check_applying(plan)
 
     parts = st.sampled_from(["layers", "uncovered", "schedule", "fingerprint"])
-    fuzz(check, st.tuples(parts, mutations), count)
+    fuzz(check, st.tuples(parts, mutations), 1_000)
 
 
 @given(

@@ -235,6 +235,16 @@ def test_wrapped_models_are_refused_with_the_way_out() -> None:
         autoprec.undo(nn.Sequential().append(nn.DataParallel(model))[0])
 
 
+@pytest.mark.parametrize("name", ["", "first"])
+def test_a_forward_set_on_the_object_would_hide_the_plan_and_is_refused(name: str) -> None:
+    model = Mlp()
+    module = model.get_submodule(name)
+    vars(module)["forward"] = module.forward
+    with pytest.raises(PlanMismatchError, match="has a forward of its own on the object"):
+        autoprec.apply(plan_for(model), model)
+    assert type(model) is Mlp
+
+
 def test_undo_refuses_when_something_else_changed_a_class() -> None:
     model = Mlp()
     autoprec.apply(plan_for(model), model)

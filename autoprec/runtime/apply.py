@@ -200,6 +200,7 @@ def plain_name(name: str) -> str:
 def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Installed:
     """Check everything, then make model and optimizer run the plan; on an error undo that."""
     _check_wrappers(model)
+    _check_own_forwards(model)
     layers = {plain_name(name): name for name in find_layers(model)}
     check_fit(plan, model)
     _check_recipes(plan)
@@ -287,6 +288,17 @@ def _check_wrappers(model: nn.Module) -> None:
             raise PlanMismatchError(
                 "a scripted module cannot be changed, and the model has one; "
                 "call autoprec.apply before torch.jit.script"
+            )
+
+
+def _check_own_forwards(model: nn.Module) -> None:
+    """Refuse forwards set on the root or on a layer itself: they hide what its class computes."""
+    for name, module in {"": model, **find_layers(model)}.items():
+        if "forward" in vars(module) and not isinstance(module, OptimizedModule):
+            raise PlanMismatchError(
+                "a plan changes what a module's class computes, but "
+                f"{name or 'the model'!r} has a forward of its own on the object (Accelerate's "
+                "prepare and its hooks set one); call autoprec.apply before what sets it"
             )
 
 
