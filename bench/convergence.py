@@ -189,8 +189,7 @@ def run_fault(name: str, folder: Path) -> ProductRun:
     workload = workload_from(family, name=name)
     spec = capture_model(workload, device=CPU)
     session = open_bench(workload, family, spec, folder)
-    fault = next(f"{layer}.0" for layer in family.faults)
-    return run_product(workload, spec, session, fault=fault, tolerance=TOLERANCE)
+    return run_product(workload, spec, session, tolerance=TOLERANCE)
 
 
 def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path) -> Session:

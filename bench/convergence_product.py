@@ -49,10 +49,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ProductRun:
-    """What the search chose; `out` are the linears that could take FP8 and do not.
-
-    `masked` is what the faulty layer gets where GEMMs of an FP8 layer may stay in BF16.
-    """
+    """What the search chose; `out` are the linears that could take FP8 and do not."""
 
     e_budget: float
     early_slope: float
@@ -60,37 +57,32 @@ class ProductRun:
     out: list[str]
     reasons: dict[str, str]
     fp8_layers: int
-    masked: str
-    masked_e: float
     step_equivalents: float
     verdicts: list[Verdict]
 
 
 def run_product(
-    workload: Workload, spec: ModelSpec, session: Session, *, fault: str, tolerance: float
+    workload: Workload, spec: ModelSpec, session: Session, *, tolerance: float
 ) -> ProductRun:
     """Search plans from a sensitivity measured from scratch, and verify them and all-FP8."""
     reference = prepare_reference(workload, spec, device=CPU)
-    masked, whole = (wide_profile(spec, masks=masks) for masks in (True, False))
-    sensitivity = measure_sensitivity(workload, masked.model, device=CPU, reference=reference)
+    profile = wide_profile(spec)
+    sensitivity = measure_sensitivity(workload, profile.model, device=CPU, reference=reference)
     meter = JointMeter(workload, spec, device=CPU, reference=reference)
     constraint = Constraint(loss_tolerance=tolerance, e_budget=None)
-    search = search_plan(whole, sensitivity, constraint=constraint, evaluate=meter.measure)
-    spent = sensitivity.step_equivalents + meter.step_equivalents
-    plan = build_plan(whole, sensitivity, search, search.chosen, constraint=constraint)
-    finer = search_plan(masked, sensitivity, constraint=constraint, evaluate=meter.measure)
-    finer_plan = build_plan(masked, sensitivity, finer, finer.chosen, constraint=constraint)
+    search = search_plan(profile, sensitivity, constraint=constraint, evaluate=meter.measure)
+    plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
     out = [
         layer
-        for layer, spec_layer in zip(plan.layers, whole.model.layers, strict=True)
+        for layer, spec_layer in zip(plan.layers, profile.model.layers, strict=True)
         if not layer.option.is_fp8 and any(option.is_fp8 for option in spec_layer.options)
     ]
-    plans = {"chosen": plan, "chosen, GEMMs apart": finer_plan}
+    plans = {"chosen": plan}
     for recipe in RECIPES[:2]:
-        options = everywhere(whole.model, fp8_option(recipe))
+        options = everywhere(profile.model, fp8_option(recipe))
         point = FrontPoint(options=options, step_ms=0.0, e=0.0)
         plans[f"FP8 {recipe} everywhere"] = build_plan(
-            whole, sensitivity, search, point, constraint=constraint
+            profile, sensitivity, search, point, constraint=constraint
         )
     line = fit_loss_line(sensitivity.loss_curve)
     return ProductRun(
@@ -100,21 +92,19 @@ def run_product(
         out=[layer.name for layer in out],
         reasons={layer.name: layer.reason for layer in out},
         fp8_layers=sum(layer.option.is_fp8 for layer in plan.layers),
-        masked=next(layer.option.key for layer in finer_plan.layers if layer.name == fault),
-        masked_e=finer.chosen.e_measured or finer.chosen.e,
-        step_equivalents=spent,
+        step_equivalents=sensitivity.step_equivalents + meter.step_equivalents,
         verdicts=[verdict(session, label, plan) for label, plan in plans.items()],
     )
 
 
-def wide_profile(spec: ModelSpec, *, masks: bool) -> Profile:
+def wide_profile(spec: ModelSpec) -> Profile:
     """Return the predicted times of the model WIDER times as wide on DEVICE."""
     return predict_profile(
         wider(spec, WIDER),
         load_device_profile(DEVICE),
         compiled=True,
         options=[fp8_option(recipe) for recipe in RECIPES],
-        masks=masks,
+        masks=True,
     )
 
 

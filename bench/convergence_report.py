@@ -164,10 +164,6 @@ def _products(runs: Sequence[Run]) -> str:
             "equivalents. Linears out of FP8, and why:\n"
         )
         text += "".join(f"\n- `{name}`: {product['reasons'][name]}" for name in product["out"])
-        text += (
-            f"\n\nWith GEMMs apart the faulty layer gets `{product['masked']}`, "
-            f"and the plan's e is {product['masked_e']:.2%}."
-        )
         text += "\n\n" + _table(
             ["plan", "verdict", "gaps"],
             [

@@ -12,6 +12,7 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
+    Constraint,
     Gemm,
     LayerTiming,
     Option,
@@ -21,8 +22,10 @@ from autoprec.records import (
     fp8_option,
     with_masks,
 )
+from autoprec.search import search_plan
 from autoprec.timing import Function
 from tests.decoder_specs import linear_layer, model_of
+from tests.search_tables import tables_of
 
 TENSORWISE, GW_HP = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE_WITH_GW_HP)
 
@@ -137,3 +140,27 @@ def test_a_measured_profile_times_the_masks_that_promise_a_gain() -> None:
     ms = {row.option: row.total.median_ms for row in rows if row.total}
     assert set(with_masks((TENSORWISE,))) <= set(ms)
     assert ms[fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT)] > ms[TENSORWISE]
+
+
+def search_of(e_whole: float, e_masked: float, *, budget: float) -> Option:
+    """Return what the search gives the one layer whose whole FP8 is over the budget."""
+    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT)
+    rows = {"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.0, e_whole)}}
+    rows["a"][masked] = (1.3, e_masked)
+    profile, sensitivity = tables_of(rows)
+    search = search_plan(
+        profile,
+        sensitivity,
+        constraint=Constraint(loss_tolerance=1e-3, e_budget=budget),
+        evaluate=None,
+    )
+    return search.chosen.options[0]
+
+
+def test_a_mask_is_chosen_where_the_whole_of_fp8_is_over_the_budget() -> None:
+    chosen = search_of(0.008, 0.001, budget=0.005)
+    assert chosen == fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT)
+
+
+def test_a_layer_that_fp8_breaks_gets_no_mask() -> None:
+    assert search_of(0.2, 0.001, budget=0.005) == BF16_O2

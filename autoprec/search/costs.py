@@ -33,6 +33,9 @@ from autoprec.records import (
 )
 from autoprec.transfer import default_locks, sensitivity_basis
 
+# A layer whose every whole FP8 recipe has this e alone is broken for FP8 (a healthy one has under
+# 0.3 %). It is not offered some of its GEMMs in FP8 either: what breaks it changes in training.
+BROKEN_E = 0.01
 CONV_CHANNELS = re.compile(r"^(\d+), (\d+), kernel_size")  # torch's extra_repr of a convolution
 CONV_STRIDE = re.compile(r"stride=\(([\d, ]+)\)")
 
@@ -183,6 +186,10 @@ def _price_layer(
             prices[option] = _price(
                 timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0
             )
+    if _is_broken(prices):
+        for option in [option for option in prices if option.gemms_hp]:
+            del prices[option]
+            missing[option] = "every whole FP8 recipe of the layer does too much harm"
     if not prices:
         raise RecordError(
             f"every layer needs a time and an e in some precision, but {layer.name!r} has none "
@@ -190,6 +197,11 @@ def _price_layer(
             "make the profile and the sensitivity again"
         )
     return prices, missing
+
+
+def _is_broken(prices: Mapping[Option, Price]) -> bool:
+    whole = [price.e for option, price in prices.items() if option.is_fp8 and not option.gemms_hp]
+    return bool(whole) and min(whole) > BROKEN_E
 
 
 def _why_missing(
