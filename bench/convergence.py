@@ -30,7 +30,7 @@ from convergence_product import ProductRun, run_product
 from convergence_report import write_report
 from convergence_scores import (
     layer_order_scores,
-    loss_probe_seconds,
+    loss_probe_scores,
     modelopt_scores,
     weight_error_scores,
 )
@@ -159,7 +159,8 @@ def run_family(name: str, folder: Path) -> FamilyRun:
         measure_plan(session, meter, sensitivity, label, plan, scores=others[label], family=family)
         for label, plan in plans.items()
     ]
-    linears = [layer for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    loss_probe = loss_probe_scores(longer, linears, TENSORWISE)
     return FamilyRun(
         family=name,
         faults=dict(zip(faults, family.faults.values(), strict=True)),
@@ -173,7 +174,7 @@ def run_family(name: str, folder: Path) -> FamilyRun:
         sensitivity_steps=measured.step_equivalents,
         joint_steps=meter.step_equivalents / len(plans),
         modelopt_steps=spent_s / reference.step_s,
-        loss_probe_steps=loss_probe_seconds(longer, spec) / reference.step_s,
+        loss_probe_steps=loss_probe.seconds / reference.step_s,
         gradient_noise=measured.gradient_noise.mean if measured.gradient_noise else 0.0,
         loss_curve=list(session.checkpoint.curve),
         plans=rows,

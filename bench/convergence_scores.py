@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.progress import report_nothing
-from autoprec.records import ModelSpec, Option, Recipe, fp8_option
+from autoprec.records import Gemm, Option, Recipe
 from autoprec.sensitivity import Reference
-from autoprec.sensitivity.probes import probe_batches
+from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.local import loss_delta
+from autoprec.sensitivity.replay import recorded_calls
 
 E4M3_MAX = 448.0
 
@@ -66,18 +67,28 @@ def modelopt_scores(
     return Scores("modelopt", _scores_by_layer(state["candidate_stats"], layers), seconds)
 
 
-def loss_probe_seconds(reference: Reference, spec: ModelSpec) -> float:
-    """Return what autoprec's loss probe of one format takes on the same batches.
+def loss_probe_scores(reference: Reference, names: Sequence[str], option: Option) -> Scores:
+    """Score every layer by autoprec's loss probe of one option: one pass per batch.
 
-    It is what the sensitivity's probes begin with: a pass and the layers replayed per batch.
+    E[g.dy] + half of the Fisher term, with g = dL/dy from the pass and dy from the option's casts.
     """
-    format_ = fp8_option(Recipe.TENSORWISE)
-    options = {layer.name: [format_] for layer in spec.layers if format_ in layer.options}
     started = time.perf_counter()
-    shows = probe_batches(reference, spec.layers, options, probes=0, progress=report_nothing)
-    if not all(show.loss_deltas for show in shows):
-        raise SystemExit("the loss probe found nothing; it is broken")
-    return time.perf_counter() - started
+    layers = {name: reference.model.get_submodule(name) for name in names}
+    (_, input_cast), (_, weight_cast) = gemm_casts(option)[Gemm.OUTPUT]
+    found = dict.fromkeys(names, 0.0)
+    for index in range(len(reference.batches)):
+        with recorded_calls(layers) as calls:
+            reference.run(index)
+        for name, layer in layers.items():
+            weight_NK = layer.get_parameter("weight").detach()
+            error_NK = cast_operand(weight_NK, weight_cast) - weight_NK
+            for call in calls[name]:
+                x_MK, g_MN = call.inputs[0].flatten(0, -2), call.gradients[0]
+                if g_MN is not None:
+                    cast_MK = cast_operand(x_MK, input_cast)
+                    error_MN = cast_MK @ error_NK.t() + (cast_MK - x_MK) @ weight_NK.t()
+                    found[name] += loss_delta(g_MN.flatten(0, -2), error_MN)
+    return Scores("loss probe", found, time.perf_counter() - started)
 
 
 def _scores_by_layer(stats: Mapping[str, Any], layers: Sequence[str]) -> dict[str, float]:

@@ -130,7 +130,7 @@ def _fp8_forward() -> Forward:
     gradient, because grad_weight's inner dimension is M. An input that is not contiguous (a
     transposed image) is made a matrix first: torchao cannot reshape an FP8 one that has row scales.
     """
-    torchao_forward = import_torchao().float8_linear.Float8Linear.forward
+    torchao_forward = _without_flow(import_torchao().float8_linear.Float8Linear.forward)
 
     def forward(module: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         if not module.fp8_active or input.numel() == 0:
@@ -149,6 +149,18 @@ def _fp8_forward() -> Forward:
         return output[:rows].reshape(*input.shape[:-1], -1)
 
     return forward
+
+
+def _without_flow(forward: Forward) -> Forward:
+    """Return `forward` with the flow mode off: its operands agree, and it calls torch often."""
+
+    def run(module: Any, input: Tensor) -> Any:  # noqa: A002  # nn.Linear's own name
+        if torch.compiler.is_compiling():  # dynamo follows the mode at no cost
+            return forward(module, input)
+        with torch._C.DisableTorchFunction():
+            return forward(module, input)
+
+    return run
 
 
 def _refuse_fp8_styles(_module: nn.Module) -> NoReturn:
