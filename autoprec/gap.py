@@ -40,6 +40,7 @@ from autoprec.records import Option, Sensitivity
 
 FEWEST_POINTS = 4  # of the loss curve; a line needs two, its standard error a few more
 SMALLEST_LOSS = 1e-12
+HORIZON_STEPS = 75  # 50 of warm-up and 25 of branch: what verification trains by default
 USUAL_EXPONENT = 0.1  # at step 75 of the three families of bench/convergence: 0.06, 0.19, 0.49
 
 

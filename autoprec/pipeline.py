@@ -28,7 +28,7 @@ from autoprec.records import (
     write_atomically,
 )
 from autoprec.runstate import open_folder, staged
-from autoprec.settings import Settings, constraint_of, fp8_options
+from autoprec.settings import Settings, constraint_of, fp8_options, measured_options
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +213,7 @@ def make_sensitivity(settings: Settings, spec: ModelSpec, reference: OpenReferen
         open_workload(settings),
         spec,
         device=numerics_device(settings),
-        options=fp8_options(settings),
+        options=measured_options(settings),
         progress=settings.progress,
         reference=reference(),
     )

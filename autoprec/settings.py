@@ -64,6 +64,11 @@ def fp8_options(settings: Settings) -> tuple[Option, ...]:
     return tuple(fp8_option(recipe) for recipe in settings.recipes)
 
 
+def measured_options(settings: Settings) -> tuple[Option, ...]:
+    """Return the FP8 options whose effect is measured: delayed scaling too, for comparison."""
+    return (*fp8_options(settings), fp8_option(Recipe.DELAYED))
+
+
 def parse_recipes(text: str) -> tuple[Recipe, ...]:
     """Return the recipes of a comma-separated list.
 

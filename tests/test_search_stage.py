@@ -13,7 +13,7 @@ import pytest
 
 import autoprec
 from autoprec.errors import InfeasibleError, RecordError
-from autoprec.gap import e_budget_for
+from autoprec.gap import HORIZON_STEPS, e_budget_for
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -25,7 +25,7 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
-from autoprec.search import HORIZON_STEPS, e_budget, search_plan
+from autoprec.search import e_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.repair import find_guilty
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of

@@ -16,8 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
+from autoprec.gap import HORIZON_STEPS
 from autoprec.report import formats, loss_figures, step_figures
 from autoprec.report.answers import Ceiling, fp8_ceiling, unmeasured
+from autoprec.report.recipes import recipe_rows
 from autoprec.report.runs import RunRecords
 from autoprec.report.sections import (
     condition_rows,
@@ -91,6 +93,8 @@ def _tables(run: RunRecords, found: Summary) -> dict[str, Any]:  # Any: template
         "headline": headline(run, found),
         "cards": summary_cards(run, found),
         "predicted_rows": predicted_rows(run),
+        "recipe_rows": recipe_rows(run.sensitivity) if run.sensitivity else [],
+        "horizon": HORIZON_STEPS,
         "joint_rows": joint_rows(run),
         "trial_rows": trial_rows(run),
         "environment_rows": environment_rows(run),

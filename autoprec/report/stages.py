@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from autoprec.gap import HORIZON_STEPS
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -36,6 +37,7 @@ from autoprec.report.formats import (
     shown_share,
 )
 from autoprec.report.layer_table import print_layers
+from autoprec.report.recipes import recipe_rows
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import summarise_run
 from autoprec.report.tables import VERDICT_STYLES, Column, cell, heading, new_table, say
@@ -98,6 +100,12 @@ def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
         table.add_row(*(cell(console, text) for text in (name, *texts)))
     console.print(table, highlight=False)
     _say_rest(console, len(by_layer) - MOST_SHOWN, "layer", "sensitivity.json")
+    for recipe, linears, e, bias, gap in recipe_rows(sensitivity):
+        say(
+            console,
+            f"{recipe} in all {linears} linears: e = {e} ({bias} of it bias), predicted loss gap "
+            f"after {HORIZON_STEPS} steps {gap}",
+        )
     for joint in sensitivity.joint:
         measured = shown_e(joint.e.mean, joint.e.stderr)
         predicted = shown_share(joint.predicted_e)

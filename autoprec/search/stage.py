@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from autoprec.errors import InfeasibleError
-from autoprec.gap import e_budget_for
+from autoprec.gap import HORIZON_STEPS, e_budget_for
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import (
     BF16_O2,
@@ -28,7 +28,6 @@ from autoprec.search.study import StudyLog
 from autoprec.search.wording import percent
 from autoprec.transfer import sensitivity_basis
 
-HORIZON_STEPS = 75  # 50 of warm-up and 25 of branch: what verification trains by default
 BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
 NEXT_E = 0.7  # a plan that was refuted is followed by one with at most this share of its e
 MOST_RANKED = 3  # beside the uniform plans

@@ -1,0 +1,50 @@
+"""What each recipe costs in convergence, delayed scaling beside the current ones."""
+
+import pytest
+
+from autoprec.gap import HORIZON_STEPS, predicted_loss_gap
+from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe, fp8_option
+from autoprec.report.formats import shown_share
+from autoprec.report.recipes import recipe_rows
+from autoprec.settings import Settings, measured_options
+from tests.search_tables import sensitivity_of, spec_of
+
+TENSORWISE, DELAYED = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.DELAYED)
+
+
+def row(name: str, option: Option, e: float, bias: float) -> LayerSensitivity:
+    return LayerSensitivity(
+        name=name,
+        option=option,
+        e=Estimate(mean=e),
+        bias=Estimate(mean=bias),
+        loss_delta=None,
+    )
+
+
+def test_a_recipe_is_summed_over_its_linears_and_bf16_elsewhere() -> None:
+    spec = spec_of({name: {BF16_O2: (1.0, 0.0)} for name in ("a", "b", "norm")})
+    rows = (
+        *(row(name, BF16_O2, 1e-5, 0.0) for name in ("a", "b", "norm")),
+        *(row(name, TENSORWISE, 2e-3, 1e-3) for name in ("a", "b")),
+        row("a", DELAYED, 5e-3, -1e-3),
+    )
+    curve = tuple((t, 5.0 / t**0.1) for t in range(1, 21))
+    sensitivity = sensitivity_of(spec, {}).model_copy(update={"rows": rows, "loss_curve": curve})
+    tensorwise, delayed = recipe_rows(sensitivity)
+    e = sensitivity.flow.mean + 2 * 2e-3 + 1e-5
+    gap = predicted_loss_gap(sensitivity, e, HORIZON_STEPS)
+    assert tensorwise == (
+        "fp8_o1 tensorwise",
+        "2",
+        shown_share(e),
+        "0.20 %",
+        shown_share(gap, sign=True),
+    )
+    assert delayed[:2] == ("fp8_o1 delayed", "1")
+    assert float(delayed[2].split()[0]) == pytest.approx(0.502, abs=0.01)
+
+
+def test_delayed_scaling_is_measured_whatever_recipes_are_searched() -> None:
+    settings = Settings(workload="model.py", recipes=(Recipe.ROWWISE,))
+    assert measured_options(settings) == (fp8_option(Recipe.ROWWISE), DELAYED)
