@@ -109,14 +109,6 @@ def train_lm(
     return sum(losses) / len(losses), guard
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:  # Any: a generator
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- numbers that go wrong ---------------------------------------------------------------------
 
 

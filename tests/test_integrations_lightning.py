@@ -63,14 +63,6 @@ class ByStep(Module):
         return super().training_step(list(itertools.islice(batches(), 6))[self.global_step], index)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _mixed_plan() -> Plan:
     return plan_for(Mlp(), others=MIXED)
 

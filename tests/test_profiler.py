@@ -38,14 +38,6 @@ RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
 needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(CPU).reason}")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class ConstantClock:
     """Every call takes 1 ms, so nothing depends on the machine."""
 

@@ -1,6 +1,5 @@
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from tests.models import ConvNet, Mlp, TiedTokens, mlp_workload
 from tests.runtime_plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from autoprec.runtime.masters import LIVE
 from tests.models import Mlp
 from tests.runtime_plans import plan_for
 from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_grad_scaler_is_harmless() -> None:

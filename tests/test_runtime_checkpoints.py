@@ -2,7 +2,6 @@ import copy
 import io
 import logging
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,6 @@ from tests.runtime_training import (
     train,
     weights,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])

@@ -1,7 +1,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,6 @@ from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
 from autoprec.runtime import install_options
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 class MixingNet(nn.Module):

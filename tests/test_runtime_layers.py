@@ -1,7 +1,7 @@
 """A plan on layers that are more than a matrix: fast paths, states, parametrizations, layouts."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +16,6 @@ from autoprec.runtime import trace_step
 from tests.runtime_plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(

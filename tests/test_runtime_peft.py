@@ -1,6 +1,5 @@
 """LoRA by PEFT around and inside a plan: frozen weights in FP8, adapters with FP32 masters."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ pytestmark = pytest.mark.filterwarnings(  # PEFT 0.21 calls what transformers 5 
     "ignore:.*gradient_checkpointing.*:FutureWarning",
     "ignore:`gradient_checkpointing_enable`:FutureWarning",
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama() -> Any:

@@ -28,15 +28,6 @@ TENSORWISE = fp8_option(Recipe.TENSORWISE)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("option", [FP32, BF16_O2, *all_fp8_options(APPLICABLE_RECIPES)], ids=str)
 def test_what_runs_is_the_plan_for_every_option(option: Option) -> None:
     workload = mlp_workload()

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,15 +24,6 @@ QUIET = pytest.mark.filterwarnings(  # torch's compiler uses what torch deprecat
 QUIET_TRANSFORMERS = pytest.mark.filterwarnings(  # 5.24 deprecates what it calls itself
     "ignore:.*gradient_checkpointing.*:FutureWarning"
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
