@@ -10,7 +10,7 @@ or the one before. Files are loaded with `weights_only=True`: nothing in them ca
 
 import glob
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprec.errors import RecordError
 from autoprec.records.base import PARTIAL, replace_file
@@ -93,7 +94,7 @@ def save_checkpoint(
     """
     path = Path(path)
     content = {
-        "model": _inner(model).state_dict(),
+        "model": unwrapped(model).state_dict(),
         "optimizer": optimizer.state_dict(),
         "guard": None if guard is None else guard.state_dict(),
         "step": step,
@@ -133,7 +134,7 @@ def load_checkpoint(
             f"a guard goes on from a guard's state, but {path} was saved without one; "
             "leave guard out, it then starts anew"
         )
-    load_state(_inner(model), content["model"], what="model")
+    load_state(unwrapped(model), content["model"], what="model")
     load_state(optimizer, content["optimizer"], what="optimizer")
     if guard is not None:
         guard.load_state_dict(content["guard"])
@@ -177,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:  # Any: whatever was saved
     return content
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DDP and `torch.compile`, whose wrappers change the keys."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -189,22 +190,11 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _check_whole(content: Mapping[str, Any]) -> None:  # Any: state dicts
-    if any(hasattr(tensor, "to_local") for tensor in _tensors(content)):
+    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
         raise RecordError(
             "one file holds whole tensors, but this model is sharded over ranks; save it with "
             "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
         )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:  # Any: a state dict is a tree of anything
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def load_state(

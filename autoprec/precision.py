@@ -38,7 +38,6 @@ from autoprec.records import (
     Recipe,
     Refusal,
     fp8_option,
-    with_masks,
 )
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
@@ -71,11 +70,6 @@ def import_torchao() -> Any:  # Any: torchao ships no types
 def fp8_support(device: torch.device) -> Fp8Support:
     """Return which FP8 recipes `device` runs, found by running each one; asked once per device."""
     return _try_recipes(str(torch.device(device)))
-
-
-def all_fp8_options(recipes: Sequence[Recipe]) -> tuple[Option, ...]:
-    """Return every FP8 option of `recipes`: each as it is, and with one or two GEMMs in BF16."""
-    return with_masks(tuple(fp8_option(recipe) for recipe in recipes))
 
 
 def layer_options(

@@ -101,7 +101,6 @@ class FamilyRun:
     joint_steps: float
     modelopt_steps: float
     loss_probe_steps: float
-    gradient_noise: float
     loss_curve: list[float]
     plans: list[PlanRow]
     fault: str
@@ -175,7 +174,6 @@ def run_family(name: str, folder: Path) -> FamilyRun:
         joint_steps=meter.step_equivalents / len(plans),
         modelopt_steps=spent_s / reference.step_s,
         loss_probe_steps=loss_probe.seconds / reference.step_s,
-        gradient_noise=measured.gradient_noise.mean if measured.gradient_noise else 0.0,
         loss_curve=list(session.checkpoint.curve),
         plans=rows,
         fault=next(f"{layer}.0" for layer in convergence_families.FAULTS[name]),

@@ -163,17 +163,22 @@ def test_the_examples_have_the_published_sizes() -> None:
 # --- the stages ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("meta") / "run"
-    settings = Settings(
+def llama_settings(out: Path, *, resume: bool = False) -> Settings:
+    return Settings(
         workload=f"{EXAMPLE}:llama3_8b",
         target="h100-sxm",
         out=out,
         meta=True,
         parallel="tp=8",
         trials=2,
+        resume=resume,
     )
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("meta") / "run"
+    settings = llama_settings(out)
     outcome = pipeline.tune_workload(settings)
     assert outcome.verification is None
     assert outcome.exit_code == 0
@@ -219,15 +224,7 @@ def test_the_report_of_such_a_plan_claims_no_error_and_no_proof(planned: Path) -
 
 def test_resuming_repeats_nothing(planned: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in planned.glob("*.json")}
-    settings = Settings(
-        workload=f"{EXAMPLE}:llama3_8b",
-        target="h100-sxm",
-        out=planned,
-        meta=True,
-        parallel="tp=8",
-        trials=2,
-        resume=True,
-    )
+    settings = llama_settings(planned, resume=True)
     pipeline.tune_workload(settings)
     for name in ("profile.json", "sensitivity.json", "search.json"):
         assert (planned / name).stat().st_mtime_ns == before[name]

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from autoprec.checkpoint import unwrapped
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Phase, Plan
 from autoprec.runtime.apply import plain_name
@@ -34,17 +35,6 @@ def fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao 
             f"layers {', '.join(differing[:4])}; call autoprec.apply with this plan first"
         )
     return {name: found[name] for name in wanted}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def is_fp8_phase(schedule: tuple[Phase, ...], step: int) -> bool:

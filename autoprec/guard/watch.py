@@ -38,6 +38,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from autoprec.checkpoint import unwrapped
 from autoprec.errors import PlanMismatchError, TrainingStoppedError
 from autoprec.guard.bands import RunningBand
 from autoprec.guard.events import EventKind, EventLog, GuardEvent, SummaryWriter, finite
@@ -46,7 +47,7 @@ from autoprec.guard.sampling import OPERANDS, Sampler
 from autoprec.guard.signals import Signals, read_signals
 from autoprec.guard.snapshots import Snapshot, take_snapshot
 from autoprec.guard.state import GuardState, Moved, parse_state
-from autoprec.guard.switches import fp8_layers, is_fp8_phase, set_active, unwrapped
+from autoprec.guard.switches import fp8_layers, is_fp8_phase, set_active
 from autoprec.records import Plan
 from autoprec.runtime.apply import plain_name
 
