@@ -270,15 +270,6 @@ def test_the_same_software_and_device_are_silent(caplog: pytest.LogCaptureFixtur
     assert caplog.records == []
 
 
-def test_fp8_gathers_are_not_promised_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    model = Mlp()
-    plan = plan_for(model, fp8_option(Recipe.TENSORWISE))
-    autoprec.apply(plan.model_copy(update={"fp8_all_gather": True}), model)
-    said = [r.getMessage() for r in caplog.records if "FP8 all-gathers" in r.getMessage()]
-    assert len(said) == 1
-    assert "plan export PLAN --to torchao" in said[0]
-
-
 def test_frozen_parameters_keep_no_fp32_copy() -> None:
     model = Mlp()
     model.first.requires_grad_(False)

@@ -5,6 +5,7 @@ install    options per layer -> a model that runs them
 flow       what happens between layers
 classes    the classes that modules get
 casting    casts of whatever flows
+gathers    FP8 weights through FSDP2's all-gather, and whole_weights what arrives
 masters    the FP32 masters of BF16 parameters
 ranks      the same plan on every rank, or one error on all
 attach     an optimizer that trains them

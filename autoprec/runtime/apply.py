@@ -36,6 +36,7 @@ from autoprec.runtime.attach import (
     watch_optimizers,
 )
 from autoprec.runtime.classes import is_made_here, own_class
+from autoprec.runtime.gathers import install_gathers, remove_gathers
 from autoprec.runtime.install import Installed, install_options, set_storage
 from autoprec.runtime.masters import (
     ON_MODEL,
@@ -69,7 +70,8 @@ def apply(
     Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
     into the optimizer. An optimizer made later is attached with `attach_optimizer`. Frozen
     parameters that become BF16 keep no FP32 copy. Where `torch.distributed` runs, every rank calls
-    it, and either all ranks apply the same plan or all of them raise the same error.
+    it, and either all ranks apply the same plan or all of them raise the same error. A plan that
+    says `fp8_all_gather` makes `fully_shard` gather FP8 weights, see gathers.py.
 
     Args:
         plan: a plan, or the path of a plan.json.
@@ -106,10 +108,7 @@ def apply(
     if plan.schedule:
         logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
     if plan.fp8_all_gather:
-        logger.warning(
-            "the plan counts on FP8 all-gathers, but apply leaves FSDP's gathers in BF16; "
-            "`autoprec plan export PLAN --to torchao` prints code that has them"
-        )
+        install_gathers(inner, installed.options)
     return model, optimizer
 
 
@@ -130,6 +129,7 @@ def undo(
     for parameter in [*masters.values, *added_later(inner, masters)]:
         set_storage(parameter, exact_value(parameter, masters))
     masters.values.clear()
+    remove_gathers(inner)
     for module in inner.modules():
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)
@@ -162,6 +162,7 @@ def master_view(model: nn.Module) -> nn.Module:
     view = copy.deepcopy(inner, memo)
     forget_loads(view)
     vars(view).pop(ON_MODEL)
+    remove_gathers(view)
     for module in view.modules():
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.errors import PlanMismatchError
+from autoprec.runtime.gathers import check_gathers
 from autoprec.runtime.masters import (
     LIVE,
     Masters,
@@ -61,6 +62,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     check_optimizer(model, optimizer)
     masters.refresh(model)
     keep_exact_loads(model, masters)
+    check_gathers(model)
     _attach(masters, optimizer)
 
 

@@ -264,7 +264,7 @@ def _is_rounded(master: Tensor, written: Tensor) -> bool:
 
 def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
     """Return a master for the parameter that took another one's place, None if it does not fit."""
-    if master is None or master.shape != parameter.shape:
+    if master is None or master.is_meta or master.shape != parameter.shape:
         return None
     if "torch.distributed.tensor" not in sys.modules:  # then nothing can be a shard
         return master

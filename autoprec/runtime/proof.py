@@ -36,6 +36,7 @@ from autoprec.records import Check, Gemm, Option, Recipe
 from autoprec.runtime.apply import plain_name, unwrapped
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import is_made_here, option_dtype, own_class
+from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 
@@ -148,6 +149,7 @@ def check_applied(
     inner = unwrapped(model)
     options = masters_of(inner).options
     layers = find_layers(inner)
+    gathers = any(ON_LAYER in vars(layer) for layer in layers.values())
 
     def step() -> Any:
         return loss_fn(inner, batch) if loss_fn is not None else _call(inner, batch)
@@ -162,7 +164,7 @@ def check_applied(
         if found is not None:
             layer, trace = layers[found], traces[found]
             problem = _storage_problem(layer, option) or _problem(layer, option, trace)
-            detail = _detail(option, trace)
+            detail = _detail(option, trace) + (_gather_detail(layer, option) if gathers else "")
         checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)
 
@@ -248,7 +250,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
             parameter.untyped_storage().data_ptr(): name
             for name, layer in reversed(list(layers.items()))
             for parameter in layer.parameters()
-            if type(parameter) is nn.Parameter
+            if type(parameter) in (nn.Parameter, GatheredInFp8)
         }
 
     @contextlib.contextmanager
@@ -401,6 +403,11 @@ def _detail(option: Option, trace: LayerTrace) -> str:
     if not trace.calls and not trace.functional:
         return f"{option.key}: not called in this step"
     return f"{option.key}: {trace}"
+
+
+def _gather_detail(layer: nn.Module, option: Option) -> str:
+    dtype = gathered_dtype(layer) if option.is_fp8 else ""
+    return f"; weight gathered in {dtype}" if dtype else ""
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,298 @@
+"""FP8 weights through FSDP2's all-gather: what `apply` leaves on weights for `fully_shard` to find.
+
+    apply         a weight's class becomes `GatheredInFp8`; it stays the BF16 Parameter that it was
+    fully_shard   makes its shards with the weight's `new_zeros`: these are `Fp8Shard`s, still BF16
+    all-gather    asks a shard what to send (`fsdp_pre_all_gather`): its elements in FP8, one byte
+                  each, under one scale for the whole weight, and makes the weight of what arrives
+                  (`fsdp_post_all_gather`): a `WholeWeight`, which torchao's GEMMs take as it is
+
+With W the whole weight and W_r the rows of it on rank r, torchao casts tensorwise as
+
+    scale = 448 / max |W| = 448 / max_r max |W_r|,    FP8 = e4m3(W * scale), element by element
+
+so one all-reduce of a scalar gives every rank the bits that a cast of the gathered BF16 weight
+would give: what a layer computes does not depend on how its weight came. Masters, optimizer and
+checkpoints see shards of BF16; nothing of this is in a `state_dict` or in a file.
+
+FSDP's buffers keep the size of the first gather. A layer that a guard has moved to BF16 therefore
+gathers its BF16 weight beside the FP8 one, in a buffer that FSDP frees with its own.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._pytree import tree_map_only
+
+from autoprec.capture import find_layers
+from autoprec.errors import PlanMismatchError
+from autoprec.precision import import_torchao
+from autoprec.records import Option, Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+ON_LAYER = "gathers_fp8"  # on layers that shall; an attribute of the object, as `fp8_active` is
+MOST_LISTED = 8  # layers that a message names
+STAYS_SHARD = frozenset(  # what FSDP, DTensor and copies do with a shard; all else gives plain ones
+    (
+        aten.detach.default,
+        aten.new_zeros.default,
+        aten.empty_like.default,
+        aten.clone.default,
+        aten.slice.Tensor,
+        aten.view.default,
+        aten.as_strided.default,
+        aten.copy_.default,
+        aten._to_copy.default,
+        aten._pin_memory.default,
+    )
+)
+
+
+def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
+    """Mark the weights that `fully_shard` shall gather in FP8, and log which FP8 layers' it cannot.
+
+    Args:
+        model: a model with these options installed.
+        options: by layer name.
+    """
+    layers = find_layers(model)
+    owners = Counter(p for module in model.modules() for p in module._parameters.values())
+    kept: dict[str, str] = {}
+    marked = 0
+    for name, option in options.items():
+        reason = _refusal(option, layers[name], owners) if option.is_fp8 else "not FP8"
+        if not reason:
+            vars(layers[name])[ON_LAYER] = True
+            weight: Any = layers[name].weight  # Any: mypy knows no change of class
+            weight.__class__ = GatheredInFp8
+            marked += 1
+        elif option.is_fp8:
+            kept[name] = reason
+    logger.info(
+        "fully_shard will gather the weights of %d layers in FP8; without it nothing is gathered%s",
+        marked,
+        f"; FP8 layers with BF16 gathers: {_listed(kept)}" if kept else "",
+    )
+
+
+def remove_gathers(model: nn.Module) -> None:
+    """Take out what `install_gathers` put in; the model must not be sharded."""
+    for module in model.modules():
+        vars(module).pop(ON_LAYER, None)
+        for parameter in module._parameters.values():
+            if type(parameter) is GatheredInFp8:
+                own: Any = parameter  # Any: mypy knows no change of class
+                own.__class__ = nn.Parameter
+
+
+def check_gathers(model: nn.Module) -> None:
+    """Log one warning if weights that should be gathered in FP8 were sharded as BF16 ones."""
+    layers = {name: layer for name, layer in find_layers(model).items() if ON_LAYER in vars(layer)}
+    lost = {name: "" for name, layer in layers.items() if gathered_dtype(layer) == "bfloat16"}
+    if lost:
+        logger.warning(
+            "the plan counts on FP8 gathers, but the weights of %s are sharded as BF16: something "
+            "replaced them after apply (parallelize_module, to_empty, unpickling); their GEMMs "
+            "are as planned",
+            _listed(lost),
+        )
+
+
+def gathered_dtype(layer: nn.Module) -> str:
+    """Return the dtype in which FSDP gathers a layer's weight; empty if it is not sharded."""
+    shard = getattr(getattr(layer, "weight", None), "_local_tensor", None)  # a DTensor has one
+    if shard is None:
+        return ""
+    dtype = torch.float8_e4m3fn if isinstance(shard, Fp8Shard) else shard.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # Any: a linear
+    if option.recipe is not Recipe.TENSORWISE:
+        return f"{option.recipe} scales"
+    if option.gemms_hp:
+        return f"{', '.join(option.gemms_hp)} in BF16"
+    if owners[layer.weight] > 1:
+        return "its weight is shared"
+    if type(layer.weight) is not nn.Parameter:
+        return f"its weight is a {type(layer.weight).__name__}"
+    return ""
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    shown = [f"{n!r} ({why})" if why else repr(n) for n, why in list(names.items())[:MOST_LISTED]]
+    more = [f"and {len(names) - MOST_LISTED} more"] if len(names) > MOST_LISTED else []
+    return ", ".join(shown + more)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the hook before a gather tells the one after it; `mesh` of ranks that hold shards."""
+
+    layer: Any  # one of our FP8 layers
+    scale: Tensor
+    size: torch.Size
+    mesh: "DeviceMesh"
+    in_fp8: bool
+
+
+class GatheredInFp8(nn.Parameter):
+    """A whole BF16 weight of which FSDP shall gather FP8; in all else a Parameter."""
+
+    def new_zeros(self, *size: Any, **kwargs: Any) -> Tensor:  # Any: torch's own
+        """Return zeros, as a shard: `fully_shard` copies this rank's rows into them."""
+        zeros = super().new_zeros(*size, **kwargs)
+        return Fp8Shard(zeros) if zeros.dim() == self.dim() and not kwargs else zeros
+
+
+class Fp8Shard(Tensor):
+    """This rank's rows of a BF16 weight, with FSDP2's hooks; other operations see plain BF16."""
+
+    plain: Tensor
+
+    @staticmethod
+    def __new__(cls, plain: Tensor) -> "Fp8Shard":
+        """Wrap `plain`, whose storage it shares."""
+        shard: Fp8Shard = Tensor._make_wrapper_subclass(
+            cls,
+            plain.size(),
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            layout=plain.layout,
+            device=plain.device,
+            requires_grad=plain.requires_grad,
+        )
+        shard.plain = plain
+        return shard
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch types it as no classmethod
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:  # Any: torch's own protocol
+        """Run the operation on plain tensors; a shard stays one in those that FSDP needs."""
+        first: Any = args[0] if args else None
+        args, kwargs = tree_map_only(cls, lambda shard: shard.plain, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if func is aten.copy_.default:
+            return first
+        if func not in STAYS_SHARD or result.dtype is not first.dtype:
+            return result
+        return cls(result)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Name the inner tensor, for torch.compile."""
+        return ["plain"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> "Fp8Shard":
+        """Make it of its inner tensor, for torch.compile."""
+        return Fp8Shard(inner["plain"])
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents to print
+        return f"Fp8Shard({self.plain!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # Any: pickle's own
+        """Be saved as the plain tensor."""
+        return self.plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's
+
+    @torch.no_grad()
+    def fsdp_pre_all_gather(
+        self,
+        mesh: "DeviceMesh",
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],  # of FSDP's protocol, not needed
+        module: Any,  # one of our FP8 layers
+        mp_policy: "MixedPrecisionPolicy",
+    ) -> tuple[tuple[Tensor], Sent]:
+        """Return what FSDP sends of this shard: FP8, with as many rows as the other ranks' have."""
+        if mp_policy.param_dtype not in (None, torch.bfloat16):
+            raise PlanMismatchError(
+                "FP8 gathers start from the BF16 weights of the plan, but fully_shard's mp_policy "
+                f"has param_dtype={mp_policy.param_dtype}; leave param_dtype out"
+            )
+        dtype = module.config.cast_config_weight.target_dtype
+        scale = _common_scale(self.plain, dtype, mesh, module.config.round_scales_to_power_of_2)
+        utils = import_torchao().float8_utils
+        bits = utils.to_fp8_saturated(self.plain.to(torch.float32) * scale, dtype)
+        sent = Sent(module, scale, outer_size, mesh, module.fp8_active)
+        return (_padded(bits, outer_size, mesh),), sent
+
+    @torch.no_grad()
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[Tensor, ...],
+        metadata: Sent,
+        param_dtype: torch.dtype,
+        *,
+        out: Any = None,  # the WholeWeight of before
+    ) -> Any:
+        """Make the whole weight of what all ranks sent; later ones in place, in FSDP's buffers."""
+        (bits,) = all_gather_outputs
+        if metadata.scale.is_cuda:  # made on FSDP's stream for copies, read on this one
+            metadata.scale.record_stream(torch.cuda.current_stream(metadata.scale.device))
+        whole = out
+        if out is None:
+            from autoprec.runtime.whole_weights import whole_weight
+
+            whole = whole_weight(bits, metadata.scale, dtype=param_dtype, layer=metadata.layer)
+        whole._scale = metadata.scale
+        _fill(whole.bf16, None if metadata.in_fp8 else _gather_bf16(self.plain, metadata))
+        return None if out is not None else (whole, (bits, whole.bf16))
+
+
+def _common_scale(shard: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", in_powers: bool) -> Tensor:
+    """Return the scale of the whole weight, as torchao computes it."""
+    amax = shard.abs().max() if shard.numel() else shard.new_zeros(())
+    dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
+    scale: Tensor = import_torchao().float8_utils.amax_to_scale(amax, dtype, in_powers)
+    return scale
+
+
+def _padded(shard: Tensor, size: torch.Size, mesh: "DeviceMesh") -> Tensor:
+    """Return a shard with the rows of the largest one: a gather takes equally many of each rank."""
+    if shard.dim() > 1 and shard.shape[1:] != size[1:]:
+        return shard  # sharded by columns, which FSDP splits evenly only
+    rows = -(-size[0] // mesh.size())
+    if shard.shape[0] == rows:
+        return shard
+    padded = torch.zeros(rows, *size[1:], dtype=shard.dtype, device=shard.device)
+    padded[: shard.shape[0]].copy_(shard)
+    return padded
+
+
+def _gather_bf16(shard: Tensor, sent: Sent) -> Tensor:
+    """Return the weight itself, of what all ranks hold of it."""
+    shard = _padded(shard.to(sent.scale.device), sent.size, sent.mesh)
+    parts = [torch.empty_like(shard) for _ in range(sent.mesh.size())]
+    dist.all_gather(parts, shard, group=sent.mesh.get_group())
+    return torch.cat(parts, dim=int(shard.shape[1:] != sent.size[1:]))
+
+
+def _fill(buffer: Tensor, whole: Tensor | None) -> None:
+    """Make a buffer hold these elements, or none.
+
+    Compiled code saves it for backward, before which it is filled again with the same elements: so
+    autograd must not count that as a write, as in FSDP's own buffers.
+    """
+    elements = 0 if whole is None else whole.numel()
+    kept = () if buffer.is_inference() else (buffer,)
+    with _unsafe_preserve_version_counter(kept):
+        if buffer.numel() != elements:
+            buffer.resize_(elements)
+        if whole is not None:
+            buffer.copy_(whole.view(-1))

@@ -1,0 +1,92 @@
+"""A weight that FSDP gathered in FP8: torchao's FP8 tensor, that is BF16 to everything else.
+
+torchao's own knows the operations of its FP8 linears and refuses all others. This one also stands
+where a layer's weight is used in BF16: in the layer itself while a guard has switched FP8 off, and
+in user code that reads the weight. Such an operation gets the gathered BF16 weight where there is
+one, else the FP8 elements divided by their scale; autograd saves this tensor, never the BF16 one,
+so that FSDP can free both after forward and fill them again before backward.
+
+Imported when the first such weight arrives, because torchao's import takes two seconds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from autoprec.precision import import_torchao
+
+_torchao = import_torchao().float8_training_tensor
+Float8TrainingTensor: Any = _torchao.Float8TrainingTensor  # Any: torchao ships no types
+aten = torch.ops.aten
+VIEWS = frozenset(
+    (
+        aten.detach.default,
+        aten.alias.default,
+        aten.as_strided.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.view.default,
+    )
+)
+
+
+class WholeWeight(Float8TrainingTensor):  # type: ignore[misc]  # a class of torchao is Any
+    """The whole weight; `bf16` holds its BF16 elements in their order in memory, or nothing."""
+
+    bf16: Tensor
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:  # Any: torch's own protocol
+        """Keep views what they are, give torchao its GEMM of two FP8 operands, be BF16 else."""
+        kwargs = kwargs or {}
+        if func in VIEWS:
+            return _like(args[0], func(args[0]._data, *args[1:], **kwargs))
+        if func is aten.mm.default and all(isinstance(x, Float8TrainingTensor) for x in args):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        args, kwargs = tree_map_only(cls, _in_bf16, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """Name the inner tensors, for torch.compile."""
+        names, settings = super().__tensor_flatten__()
+        return [*names, "bf16"], settings
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], settings: Any, *_: object) -> "WholeWeight":
+        """Make it of its inner tensors, for torch.compile."""
+        kept = ("_orig_dtype", "_linear_mm_config", "_gemm_input_role")
+        weight = WholeWeight(inner["_data"], inner["_scale"], *(settings[name] for name in kept))
+        weight.bf16 = inner["bf16"]
+        return weight
+
+
+def whole_weight(data: Tensor, scale: Tensor, *, dtype: torch.dtype, layer: Any) -> WholeWeight:
+    """Return FP8 elements under a scale as a layer's weight of a dtype (Any: one of our layers)."""
+    role = _torchao.GemmInputRole.WEIGHT
+    weight = WholeWeight(data, scale, dtype, layer.linear_mm_config, role)
+    weight.bf16 = data.new_empty(0, dtype=dtype)
+    return weight
+
+
+def _like(weight: WholeWeight, data: Tensor) -> WholeWeight:
+    view = WholeWeight(
+        data,
+        weight._scale,
+        weight._orig_dtype,
+        weight._linear_mm_config,
+        weight._gemm_input_role,
+    )
+    view.bf16 = weight.bf16  # the same object: a later gather resizes it
+    return view
+
+
+def _in_bf16(weight: WholeWeight) -> Tensor:
+    data: Tensor = weight._data
+    if weight.bf16.numel():
+        return weight.bf16.as_strided(data.size(), data.stride(), data.storage_offset())
+    rounded: Tensor = data.to(torch.float32) / weight._scale
+    return rounded.to(weight._orig_dtype)
