@@ -30,7 +30,7 @@ fmt: $(STAMP) ## format and apply safe fixes
 	$(BIN)/ruff check --fix .
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(BIN)/pytest -q -m gpu
+	$(BIN)/pytest -q -m gpu -W default
 
 test-slow: $(STAMP) ## the tests that take over a minute each
 	$(BIN)/pytest -q -m slow

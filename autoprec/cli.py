@@ -313,6 +313,16 @@ def main(arguments: list[str] | None = None) -> None:
     except TyperException as error:
         print(f"autoprec: error: {error.format_message()}", file=sys.stderr)
         status = 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        reason = " ".join(str(error).split())[:160]
+        print(
+            f"autoprec: error: what is run must fit into the device's memory, but {reason}; "
+            "use smaller batches or a smaller model, or a larger device",
+            file=sys.stderr,
+        )
+        status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
     if status == INTERRUPTED:

@@ -1,5 +1,6 @@
 """A target's name -> the torch device, what it is and can do, and a monitor of its heat."""
 
+import gc
 import os
 import platform
 import sys
@@ -33,19 +34,31 @@ MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted
 def resolve_device(target: str) -> torch.device:
     """Return the torch device that `target` (auto, cpu, cuda, cuda:1) names.
 
+    A GPU becomes torch's current one: user code that says just "cuda" means it, and streams, graphs
+    and synchronisation are its own.
+
     Raises:
         DeviceError: the name is unknown or the device is not here.
     """
     here = available_devices()
-    if target == "auto":
-        return torch.device("cuda", 0) if len(here) > 1 else torch.device("cpu")
-    name = "cuda:0" if target == "cuda" else target
+    first = "cuda:0" if len(here) > 1 else "cpu"
+    name = {"auto": first, "cuda": "cuda:0"}.get(target, target)
     if name not in here:
         raise DeviceError(
             f"a target must be a device that is here or auto, but {target!r} is not; "
             f"possible: auto, {', '.join(here)}"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back to a GPU what nothing holds any more: torch keeps it, in blocks of old sizes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def available_devices() -> tuple[str, ...]:

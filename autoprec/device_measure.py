@@ -1,27 +1,45 @@
 """The GPU that is here -> a measured device profile: `autoprec devices measure`.
 
-Times large GEMMs in every precision the device runs, the smallest GEMM, a copy and an empty kernel,
-interleaved and with a cleared cache, and hands them to the cost model's calibration. On CUDA each
-is replayed as a graph, so that Python's launches are in none of them. It starts from the shipped
-profile of the same name, else of the same compute capability; what is not measured (links, casts)
-stays that profile's and says so.
+Times large GEMMs in every precision the device runs, the smallest GEMM, a copy, an empty kernel and
+the FP8 casts of an operand, interleaved and with a cleared cache, and hands them to the cost
+model's calibration. On CUDA each is replayed as a graph, so that Python's launches are in none of
+them; one cast is timed with its launches, for what a kernel costs the host in eager mode. It starts
+from the shipped profile of the same name, else of the same compute capability; what is not measured
+(links, attention, block scales) stays that profile's and says so.
 """
 
+import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from autoprec.costmodel import list_device_profiles
-from autoprec.costmodel.calibrate import Measured, Shape, calibrate_profile
+from autoprec.costmodel.calibrate import (
+    CastTimes,
+    EagerCasts,
+    Measured,
+    Shape,
+    calibrate_profile,
+)
 from autoprec.costmodel.gemm import Kernel
 from autoprec.costmodel.registry import find_profile
 from autoprec.device import e4m3_dtype, find_monitor, resolve_device
 from autoprec.errors import DeviceError
-from autoprec.precision import fp8_support
+from autoprec.precision import float8_config, fp8_support, import_torchao
+from autoprec.profiler.compiling import (
+    COMPILED,
+    INDUCTOR,
+    Backend,
+    open_compilation,
+    reason_of,
+)
+from autoprec.profiler.tracing import Trace
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import Recipe
+from autoprec.records.model import Recipe, fp8_option
 from autoprec.timing import Clock, Monitor, graph_replay, make_clock, time_interleaved
 
 LARGE: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
@@ -29,7 +47,11 @@ SMALL: Shape = (256, 256, 256)
 COPIED_BYTES = 1 << 30
 SAMPLES = 20
 SHORT_CALLS = 20  # of a kernel of a few microseconds, in one replay
+CAST, TINY = (16384, 8192), (256, 256)  # shapes of an operand: above and below any cache
+CAST_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE)  # those that the cost model has constants of
 Function = Callable[[], object]
+Casts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+log = logging.getLogger(__name__)
 
 
 def measure_device_profile(target: str = "cuda") -> DeviceProfile:
@@ -80,36 +102,132 @@ def take_measurements(
     shapes: Sequence[Shape],
     small: Shape = SMALL,
     copied_bytes: int = COPIED_BYTES,
+    cast: tuple[int, int] = CAST,
     samples: int = SAMPLES,
     monitor: Monitor | None = None,
+    backend: Backend = INDUCTOR,
 ) -> Measured:
-    """Time GEMMs of `shapes`, one of the shape `small`, a copy and an empty kernel on a device."""
+    """Time GEMMs of `shapes`, one of the shape `small`, a copy, an empty kernel and casts."""
     recipes = fp8_support(device).recipes
-
-    def microseconds(candidates: dict[str, Function], calls: int = 1) -> dict[str, float]:
-        if device.type != "cuda":
-            calls = 1  # a call costs the host next to nothing there
-        else:
-            candidates = {name: replay_of(fn, calls) for name, fn in candidates.items()}
-        timings = time_interleaved(candidates, clock=clock, samples=samples, monitor=monitor)
-        return {name: timing.median_ms * 1e3 / calls for name, timing in timings.items()}
-
+    meter = Meter(device, clock, samples, monitor)
     large: dict[Kernel, dict[Shape, float]] = {}
     for shape in shapes:
-        for kernel, us in microseconds(gemm_candidates(device, shape, recipes)).items():
+        for kernel, us in meter.microseconds(gemm_candidates(device, shape, recipes)).items():
             large.setdefault(Kernel(kernel), {})[shape] = us
-    smallest = microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
+    smallest = meter.microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     target, one = torch.empty_like(source), torch.ones((), device=device)
-    copied = microseconds({"copy": lambda: target.copy_(source)})
-    empty = microseconds({"empty": lambda: one.add_(0)}, SHORT_CALLS)
+    copied = meter.microseconds({"copy": lambda: target.copy_(source)})
+    empty = meter.microseconds({"empty": lambda: one.add_(0)}, SHORT_CALLS)
+    operands = Operands(*(torch.randn(size, device=device).bfloat16() for size in (cast, TINY)))
+    known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(
         large=large,
         small={Kernel(kernel): us for kernel, us in smallest.items()},
         copied_tbs=2 * copied_bytes / copied["copy"] / 1e6,
         empty_us=empty["empty"],
         facts=device_constants(device),
+        casts=time_compiled_casts(meter, operands, known, backend=backend),
+        eager=time_eager_casts(meter, operands, known[0]) if known else None,
     )
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What is cast: a large matrix, whose bytes count, and one whose kernels count."""
+
+    large: torch.Tensor
+    small: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Times functions on a device, in turns."""
+
+    device: torch.device
+    clock: Clock
+    samples: int
+    monitor: Monitor | None
+
+    def microseconds(self, candidates: Mapping[str, Function], calls: int = 1) -> dict[str, float]:
+        """Return the time of each on the device alone: on CUDA as a replay of `calls` calls."""
+        if self.device.type != "cuda":
+            return self.launched(candidates)  # a call costs the host next to nothing there
+        replays = {name: replay_of(fn, calls) for name, fn in candidates.items()}
+        return {name: us / calls for name, us in self.launched(replays).items()}
+
+    def launched(self, candidates: Mapping[str, Function]) -> dict[str, float]:
+        """Return the time of each as Python launches it."""
+        timings = time_interleaved(
+            candidates, clock=self.clock, samples=self.samples, monitor=self.monitor
+        )
+        return {name: timing.median_ms * 1e3 for name, timing in timings.items()}
+
+
+def time_compiled_casts(
+    meter: Meter, operands: Operands, recipes: Sequence[Recipe], *, backend: Backend
+) -> dict[Recipe, CastTimes]:
+    """Time each recipe's compiled casts; none where torch.compile does not work, which is said."""
+    found: dict[Recipe, CastTimes] = {}
+    try:
+        with open_compilation(meter.device, COMPILED, backend=backend):
+            for recipe in recipes:
+                cast = torch.compile(casts_of(recipe), backend=backend, dynamic=False)
+                large = meter.microseconds({"cast": partial(cast, operands.large)})
+                small = meter.microseconds({"cast": partial(cast, operands.small)}, SHORT_CALLS)
+                found[recipe] = CastTimes(
+                    large_us=large["cast"],
+                    small_us=small["cast"],
+                    large_elements=operands.large.numel(),
+                    small_elements=operands.small.numel(),
+                )
+    except torch.OutOfMemoryError:
+        raise
+    except (DeviceError, RuntimeError) as error:
+        log.warning("compiled FP8 casts are not measured: %s", reason_of(error))
+    return found
+
+
+def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> EagerCasts:
+    """Time a recipe's eager casts, and count their kernels."""
+    cast = casts_of(recipe)
+    with Trace() as trace:
+        cast(operands.small)
+
+    def launch() -> None:
+        for _ in range(SHORT_CALLS):
+            cast(operands.small)
+
+    return EagerCasts(
+        large_us=meter.microseconds({"cast": partial(cast, operands.large)})["cast"],
+        host_us=meter.launched({"cast": launch})["cast"] / SHORT_CALLS,
+        elements=operands.large.numel(),
+        kernels=len(trace.operations),
+    )
+
+
+def casts_of(recipe: Recipe) -> Casts:
+    """Return torchao's casts of a weight for its two GEMMs: as it lies, and transposed."""
+    utils, config = import_torchao().float8_utils, float8_config(fp8_option(recipe))
+    given = config.cast_config_weight
+
+    def cast(x: torch.Tensor, dim: int) -> torch.Tensor:
+        scale = utils.tensor_to_scale(
+            x,
+            given.target_dtype,
+            scaling_granularity=given.scaling_granularity,
+            axiswise_dim=dim,
+            round_scales_to_power_of_2=config.round_scales_to_power_of_2,
+        )
+        made: torch.Tensor = utils.to_fp8_saturated(x.float() * scale, given.target_dtype)
+        return made
+
+    def both(x_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        direct = cast(x_NK, -1)
+        turned = direct if recipe is Recipe.TENSORWISE else cast(x_NK, 0)
+        return direct, turned.t().contiguous()
+
+    return both
 
 
 def replay_of(fn: Function, calls: int) -> Function:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from autoprec.device import device_facts, resolve_device
+from autoprec.device import device_facts, e4m3_dtype, resolve_device
 from autoprec.precision import fp8_support, import_torchao
 from autoprec.records import Check, Diagnosis, GemmShape, Timing
 from autoprec.runtime import fp8_self_test
 from autoprec.timing import make_clock, time_interleaved
 
 GEMM = GemmShape(M=2048, K=1024, N=1024)
+GPU_GEMM = GemmShape(M=8192, K=4096, N=4096)  # far longer than Python needs to launch it
 SMALL_GEMM = GemmShape(M=128, K=128, N=128)
 SAMPLES = 7
 HOPELESS = 20.0  # times slower than BF16: an FP8 kernel that no plan can use is not timed further
@@ -33,9 +34,14 @@ def diagnose(target: str) -> Diagnosis:
     return Diagnosis(
         device=device_facts(device),
         checks=(*_software_checks(), *_fp8_checks(device), *([speed] if speed else [])),
-        gemm=str(GEMM),
+        gemm=str(gemm_of(device)),
         gemm_ms=timings,
     )
+
+
+def gemm_of(device: torch.device) -> GemmShape:
+    """Return the shape of the GEMM that is timed on a device."""
+    return GPU_GEMM if device.type == "cuda" else GEMM
 
 
 def time_gemms(device: torch.device) -> tuple[dict[str, Timing], Check | None]:
@@ -45,7 +51,7 @@ def time_gemms(device: torch.device) -> tuple[dict[str, Timing], Check | None]:
     check then says so.
     """
     clock = make_clock(device)
-    large, small = gemm_functions(GEMM, device), gemm_functions(SMALL_GEMM, device)
+    large, small = gemm_functions(gemm_of(device), device), gemm_functions(SMALL_GEMM, device)
     found = None
     if "fp8" in small:
         quick = time_interleaved(small, clock=clock, samples=SAMPLES)
@@ -71,7 +77,7 @@ def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable
     }
     if fp8_support(device).recipes:
         one = torch.ones((), device=device)
-        a_fp8, b_fp8 = a_bf16.to(torch.float8_e4m3fn), b_bf16.to(torch.float8_e4m3fn)
+        a_fp8, b_fp8 = (x.to(e4m3_dtype(device)) for x in (a_bf16, b_bf16))
         functions["fp8"] = lambda: torch._scaled_mm(
             a_fp8, b_fp8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
         )

@@ -15,6 +15,7 @@ The CPU kernel is not so strict, but a plan made on a CPU must mean the same on 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,24 @@ def import_torchao() -> Any:  # Any: torchao ships no types
     The first import takes about two seconds on a CPU.
     """
     with import_noise_dropped():
-        return importlib.import_module("torchao.float8")
+        module = importlib.import_module("torchao.float8")
+        if torch.cuda.is_available():
+            _mend_compiled_casts()
+        return module
+
+
+@functools.cache
+def _mend_compiled_casts() -> None:
+    """Do what torchao's own conversion does first: keep NaN out of FP8 casts that Triton compiles.
+
+    From torch 2.14 on, Triton can store garbage beside a `min` or `max` that hands NaN on (its
+    issue 11111). torchao 0.18 has the workaround, 0.17 has none.
+    """
+    name = "torchao.float8._inductor_patch"
+    if importlib.util.find_spec(name) is not None:
+        mend = getattr(importlib.import_module(name), "_patch_inductor_min_max_codegen", None)
+        if mend is not None:
+            mend()
 
 
 def fp8_support(device: torch.device) -> Fp8Support:

@@ -104,8 +104,7 @@ class CudaClock:
     """Device ms between two events; the L2 cache is overwritten before each call.
 
     The device is still busy with the overwriting while the host queues the call, so host time is
-    not in the figure as long as the call queues faster than that; `host_ms` is the host's part of
-    the last call, for steps that the host cannot feed fast enough.
+    not in the figure as long as the call queues faster than that.
     """
 
     name = "cuda"
@@ -115,7 +114,6 @@ class CudaClock:
         size = int(torch.cuda.get_device_properties(device).L2_cache_size) or DEFAULT_CACHE_BYTES
         words = CACHE_FACTOR * size // 4
         self._buffer = torch.empty(words, dtype=torch.int32, device=device)
-        self.host_ms = 0.0
 
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return the device ms between the events around it."""
@@ -123,9 +121,7 @@ class CudaClock:
             start, end = (_timing_event() for _ in range(2))
             self._buffer.zero_()
             start.record()
-            queued = time.perf_counter()
             fn()
-            self.host_ms = (time.perf_counter() - queued) * 1e3
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end))
@@ -148,24 +144,27 @@ def graph_replay(fn: Function) -> Function:
     """Capture the CUDA work of `fn` in a graph; return its replay, which costs the host one launch.
 
     It is for constants of the device, where Python's 5 to 10 us per launch would hide a kernel's
-    own 2 us. Layers and steps are timed as training launches them, without it: an eager FP8 layer
-    that the host cannot feed fast enough is as slow in training. `fn` must always do the same work
-    on the same tensors.
+    own 2 us. Layers and steps are timed as training launches them: an eager FP8 layer that the host
+    cannot feed fast enough is as slow in training. `fn` must do the same on the same tensors.
 
     Raises:
         DeviceError: `fn` does something that a graph cannot hold.
     """
+    current = torch.cuda.current_stream()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(GRAPH_WARMUPS):
             fn()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             fn()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
+        torch.cuda.set_stream(current)  # a capture that fails does not leave its own stream
         raise DeviceError(
             "what is timed in a CUDA graph must not wait for the device or the host, but "
             f"{' '.join(str(error).split())[:200]}; time it with plain launches"

@@ -172,5 +172,8 @@ def test_amd_names_its_own_formats_and_has_no_nvml(
 def test_auto_takes_the_first_gpu(monkeypatch: pytest.MonkeyPatch, count: int, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert resolve_device("auto") == torch.device(device)
+    assert current == [torch.device(device)] * (count > 0)
     assert available_devices() == ("cpu", *(f"cuda:{index}" for index in range(count)))

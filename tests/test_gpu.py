@@ -21,6 +21,7 @@ from autoprec.costmodel.gemm import Kernel, gemm_us
 from autoprec.costmodel.machine import machine_of
 from autoprec.device import device_facts, find_sensor, fp8_format_gaps, resolve_device
 from autoprec.device_measure import gemm_candidates, measure_device_profile, replay_of
+from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
 from autoprec.precision import APPLICABLE_RECIPES, fp8_support
 from autoprec.profiler import open_compilation, profile_model, time_steps
@@ -28,6 +29,7 @@ from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
 from autoprec.records import BF16_O2, FP32, Basis, Option, Profile, Recipe, fp8_option
+from autoprec.records.devices import ConstantKind
 from autoprec.runtime import attach_optimizer, fp8_self_test
 from autoprec.runtime.classes import is_made_here
 from autoprec.timing import CudaClock, graph_replay, make_clock, relative_error, time_interleaved
@@ -219,6 +221,8 @@ def _assert_complete(profile: Profile, device: torch.device) -> None:
     rows = [row for row in profile.layers if row.option.is_fp8 and not row.infeasible]
     assert bool(rows) == bool(fp8_support(device).recipes)
     for row in rows:
+        assert row.total is not None
+        assert row.total.samples > 0  # timed, not predicted from a smaller layer
         assert any("_scaled_mm float8" in kernel for kernel in row.kernels)
         assert any(map(is_fp8_kernel, row.kernels)), row.kernels
     if find_sensor(device) is not None:
@@ -287,8 +291,18 @@ def test_a_candidate_that_does_not_fit_is_infeasible_with_the_reason(device: tor
     call = Call(args=(x,), kwargs={}, gradients=[torch.randn(32, 16, device=device)])
     meter = LayerMeter(device, make_clock(device), 2.0)
     assert meter._try_option(FP32, [call], lambda: Greedy(16, 16, device=device)).candidate
+    before = torch.cuda.memory_allocated(device)
     run = meter._try_option(BF16_O2, [call], lambda: Greedy(16, 16, device=device))
     assert "out of memory" in run.infeasible
+    assert torch.cuda.memory_allocated(device) == before
+
+
+def test_work_that_waits_is_no_graph_and_leaves_the_stream_as_it_was(device: torch.device) -> None:
+    x, before = torch.ones(4, device=device), torch.cuda.current_stream()
+    with pytest.raises(DeviceError, match="must not wait"):
+        graph_replay(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == before
+    assert float(x.sum()) == 4.0
 
 
 def test_a_measured_device_profile_predicts_what_it_measured(
@@ -299,6 +313,10 @@ def test_a_measured_device_profile_predicts_what_it_measured(
     path.write_text(profile.to_json())
     assert load_device_profile(path) == profile
     assert profile.basis is Basis.MEASURED
+    recipes = fp8_support(device).recipes
+    casts = [f"{r}_cast_bytes" for r in (Recipe.TENSORWISE, Recipe.ROWWISE) if r in recipes]
+    for name in (*casts, *(["eager_host_us", "eager_cast_bytes"] if casts else [])):
+        assert profile.constants[name].kind is ConstantKind.MEASURED, name
     x, w = (torch.randn(LARGE[1], LARGE[1], device=device).bfloat16() for _ in "xw")
     x = x.repeat(2, 1)  # M = 8192 rows
     found = time_interleaved({"bf16": lambda: x @ w}, clock=CudaClock(device))["bf16"]

@@ -57,7 +57,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     sections: dict[str, dict[str, Any]] = results["sections"]
-    assert list(sections) == ["facts", "profile", "gemms", "linears", "compare", "steps"]
+    assert list(sections) == ["facts", "profile", "gemms", "linears", "compare", "steps", "kernels"]
     assert not [note for note in results["skipped"] if " failed: " in note]
     assert "means anything" in results["claim"]
     assert {row["kernel"] for row in sections["gemms"]["rows"]} >= {"bf16"}

@@ -14,9 +14,13 @@ from autoprec.precision import fp8_support
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import copy_layer, make_candidate
 from autoprec.profiler.layers import LayerMeter, sum_parts
-from autoprec.profiler.measure import group_layers, sum_totals, uniform_options
+from autoprec.profiler.measure import (
+    group_layers,
+    sum_totals,
+    uniform_options,
+)
 from autoprec.profiler.recording import Call, record_step
-from autoprec.profiler.tracing import Operation, Trace, is_fp8_kernel
+from autoprec.profiler.tracing import Operation, Trace
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -363,41 +367,6 @@ def test_arms_step_in_turns_on_the_same_batches() -> None:
         assert {arm for arm, _ in turns} == {"torch.float32", "torch.bfloat16", "autocast"}
         assert len({batch for _, batch in turns}) == 1
     assert len({turns[0][1] for turns in rounds}) == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "is_fp8"),
-    [
-        ("sm90_xmma_gemm_e4m3bf16_e4m3f32_f32_tn_n_tilesize64x128x64_cublas", True),
-        ("sm89_xmma_gemm_e5m2bf16_e4m3f32_f32_tn_n", True),
-        ("nvjet_qqtst_128x256_128x6_2x1_v_bz_TNT", True),
-        ("nvjet_sm100_qqtst_128x256_128x6_2x1_2cta_v_bz_TNT", True),
-        ("void cutlass::device_kernel<GemmUniversal<cutlass::float_e4m3_t, ...>>", True),
-        ("triton_tem_fused__scaled_mm_0", True),
-        ("Cijk_Alik_Bljk_F8BS_BH_Bias_MT256x256x128", True),
-        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", False),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", False),
-        ("Cijk_Alik_Bljk_BBS_BH_Bias_MT256x256x64", False),
-        ("triton_poi_fused__to_copy_clamp_float8_e4m3fn_3", False),  # a cast
-        ("void at::native::vectorized_elementwise_kernel<8, float8_copy_kernel_cuda>", False),
-    ],
-)
-def test_names_of_fp8_gemm_kernels_are_known(name: str, is_fp8: bool) -> None:
-    assert is_fp8_kernel(name) is is_fp8
-
-
-@needs_fp8
-@pytest.mark.parametrize("name", ["nvjet_qqtst_128x256_TNT", "nvjet_tst_128x256_TNT"])
-def test_kernel_names_of_a_gpu_are_recorded_and_others_than_fp8_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    monkeypatch.setattr("autoprec.profiler.layers.cuda_kernels", lambda _: (name,))
-    call = Call(args=(torch.randn(32, 16),), kwargs={}, gradients=[torch.randn(32, 16)])
-    meter = LayerMeter(torch.device("cuda"), ConstantClock(), 2.0)  # the layer is on the CPU
-    run = meter._try_option(TENSORWISE, [call], lambda: nn.Linear(16, 16))
-    assert run.kernels[-1] == name
-    assert "_scaled_mm float8_e4m3fn" in run.kernels
-    assert ("names FP8" in caplog.text) is ("_qq" not in name)
 
 
 def test_memory_that_runs_out_is_a_reason_and_no_crash(caplog: pytest.LogCaptureFixture) -> None:

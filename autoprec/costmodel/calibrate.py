@@ -1,20 +1,24 @@
-"""Measured GEMMs, copies and empty kernels -> the constants of a device profile.
+"""Measured GEMMs, copies, casts and empty kernels -> the constants of a device profile.
 
 A fraction is what the GEMM model needs so that its time at a shape is the measured one; over
-several shapes the median. The model's own form (tiles, waves) is kept from the profile it starts
-from, so that measured and predicted profiles differ in numbers only.
+several shapes the median. Casts of one operand (as it lies, and transposed) take
+
+    us = elements * bytes / bandwidth + kernels * kernel floor        a layer has three operands
+
+so two sizes give both constants. The model's own form (tiles, waves) is kept from the profile it
+starts from, so that measured and predicted profiles differ in numbers only.
 """
 
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autoprec.costmodel.gemm import Kernel, gemm_us
 from autoprec.costmodel.machine import Machine, machine_of
 from autoprec.errors import DeviceError
 from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile
-from autoprec.records.model import Basis
+from autoprec.records.model import Basis, Recipe
 
 Shape = tuple[int, int, int]
 FRACTION_OF = {
@@ -30,6 +34,30 @@ FLOOR_OF = {
     Kernel.FP8_ROWWISE: "rowwise_gemm_floor_us",
 }
 HALVINGS = 60
+OPERANDS = 3  # of a linear: input, weight, gradient of the output
+
+
+@dataclass(frozen=True)
+class CastTimes:
+    """Microseconds of both compiled casts of one operand, of a large tensor and of a small one."""
+
+    large_us: float
+    small_us: float
+    large_elements: int
+    small_elements: int
+
+
+@dataclass(frozen=True)
+class EagerCasts:
+    """Both eager casts of one operand: a large one on the device, a small one with its launches.
+
+    The small one takes as long as the host needs for its kernels.
+    """
+
+    large_us: float
+    host_us: float
+    elements: int  # of the large one
+    kernels: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,7 @@ class Measured:
     """What was timed, in microseconds: large GEMMs, the smallest GEMM, a copy, an empty kernel.
 
     `copied_tbs` is bytes read plus written over time; `facts` are constants read from the driver.
+    Casts are those of an operand like a weight, which nothing else is fused with.
     """
 
     large: Mapping[Kernel, Mapping[Shape, float]]
@@ -44,6 +73,8 @@ class Measured:
     copied_tbs: float
     empty_us: float
     facts: Mapping[str, float]
+    casts: Mapping[Recipe, CastTimes] = field(default_factory=dict)  # compiled
+    eager: EagerCasts | None = None
 
 
 def calibrate_profile(
@@ -65,6 +96,7 @@ def calibrate_profile(
     for kernel, times in measured.large.items():
         fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
         found[FRACTION_OF[kernel]] = statistics.median(fractions)
+    found |= cast_constants(machine, measured)
     return base.model_copy(
         update={
             "name": title.lower().replace(" ", "-"),
@@ -86,6 +118,25 @@ def solve_fraction(machine: Machine, kernel: Kernel, shape: Shape, us: float) ->
         time = gemm_us(replace(machine, **{FRACTION_OF[kernel]: middle}), *shape, kernel)
         low, high = (middle, high) if time > us else (low, middle)
     return math.sqrt(low * high)
+
+
+def cast_constants(machine: Machine, measured: Measured) -> dict[str, float]:
+    """Return the constants of casts at which the model takes the measured times."""
+    found: dict[str, float] = {}
+    for recipe, times in measured.casts.items():
+        elements = times.large_elements - times.small_elements
+        us_per_element = max(times.large_us - times.small_us, 0.0) / elements
+        fixed_us = times.small_us - us_per_element * times.small_elements
+        found[f"{recipe}_cast_bytes"] = us_per_element * machine.bytes_per_us
+        kernels = max(fixed_us / machine.kernel_floor_us, 1.0)  # something was launched
+        found[f"{recipe}_cast_kernels"] = OPERANDS * kernels
+    eager = measured.eager
+    if eager is not None:
+        moving_us = max(eager.large_us - eager.kernels * machine.kernel_floor_us, 0.0)
+        found["eager_cast_bytes"] = moving_us * machine.bytes_per_us / eager.elements
+        found["eager_cast_kernels"] = float(OPERANDS * eager.kernels)
+        found["eager_host_us"] = eager.host_us / eager.kernels
+    return found
 
 
 def _labelled(found: Mapping[str, float], source: str) -> dict[str, Constant]:

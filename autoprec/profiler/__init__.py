@@ -7,6 +7,7 @@ compiling   torch.compile of what is timed
 recording   the inputs and gradients of a real step
 tracing     the operations that really ran
 steps       whole steps, interleaved
+proving     the CUDA kernels that really ran
 """
 
 from autoprec.profiler.compiling import open_compilation

@@ -11,10 +11,10 @@ ones that cannot run), then all of them are timed in turns: first whole, then th
 With torch.compile, `total` is of the compiled layer. Its parts cannot be run apart (one compiled
 backward pass makes all gradients), so the GEMMs are those of the eager layer, the same library
 calls, and an FP8 layer's `cast` is the rest of the total. Bytes and operations are the eager
-layer's too, since compiled code hides its operations; on CUDA its kernels are added.
+layer's too, since compiled code hides its operations.
 
-Where FP8 GEMMs have only a reference kernel, timing whole layers would take longer than training
-(oneDNN 3.12 on a CPU with AVX512-FP16 but no FP8 units: 900 times slower than FP32). The cost per
+Where a CPU has only a reference kernel for FP8 GEMMs, timing whole layers would take longer than
+training (oneDNN 3.12 with AVX512-FP16 but no FP8 units: 900 times slower than FP32). The cost per
 operation of a small layer tells: such an option gets a predicted total.
 """
 
@@ -26,11 +26,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from autoprec.device import release_memory
 from autoprec.errors import PlanMismatchError
 from autoprec.profiler.candidates import Candidate, MakeLayer, make_candidate
 from autoprec.profiler.compiling import Compilation, GraphMonitor, reason_of
 from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import Operation, Trace, cuda_kernels, is_fp8_kernel
+from autoprec.profiler.tracing import Operation, Trace
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -153,17 +154,14 @@ class LayerMeter:
         """Run an option as it will be timed, and once under a trace."""
         run = self._try_eager(option, calls, make_layer)
         if run.candidate is None:
+            release_memory(self.device)  # it may be what ran out
             return run
         try:
-            compiled = self._compile(run.candidate)
-            names: tuple[str, ...] = ()
-            if self.device.type == "cuda":
-                names = cuda_kernels((compiled or run.candidate).step)
-                if option.is_fp8 and not any(map(is_fp8_kernel, names)):
-                    log.warning("no CUDA kernel of %s names FP8: %s", option.key, ", ".join(names))
-            return replace(run, compiled=compiled, kernels=(*run.kernels, *names))
+            return replace(run, compiled=self._compile(run.candidate))
         except FEASIBILITY_ERRORS as error:
-            return Run(option=option, infeasible=reason_of(error))
+            run = Run(option=option, infeasible=reason_of(error))
+        release_memory(self.device)
+        return run
 
     def _try_eager(self, option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Run:
         """Run an option once, under a trace."""
@@ -202,8 +200,12 @@ class LayerMeter:
         return HOPELESS * self.clock.measure(fp32.step)
 
     def _predict_fp8(self, option: Option, calls: Sequence[Call], *, limit_ms: float) -> Run | None:
-        """Return a run with a predicted time when it would be above the limit, else None."""
-        if not option.is_fp8:
+        """Return a run with a predicted time when it would be above the limit, else None.
+
+        On a GPU there is FP8 where its units multiply it, and a microsecond that launching the
+        probe took longer would be minutes at the size of a real layer.
+        """
+        if not option.is_fp8 or self.device.type == "cuda":
             return None
         if option not in self.probes:
             self.probes[option] = self._probe(option)

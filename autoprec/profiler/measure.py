@@ -10,7 +10,7 @@ layer runs faster or slower than one within its step: their common part cancels 
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.capture import find_layers
 from autoprec.costmodel.masks import without_slow_masks
-from autoprec.device import device_facts, find_monitor
+from autoprec.device import device_facts, find_monitor, release_memory
 from autoprec.profiler.candidates import copy_layer
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.layers import Group, LayerMeter
+from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.recording import Call, record_step
 from autoprec.profiler.steps import AUTOCAST, Arm, time_steps
 from autoprec.progress import Progress, report_nothing
@@ -85,6 +86,7 @@ def profile_model(
     seed: int = 0,
     progress: Progress = report_nothing,
     clock: Clock | None = None,
+    names_kernels: bool = True,
 ) -> Profile:
     """Measure what every layer costs in every option, and what whole steps cost.
 
@@ -98,6 +100,7 @@ def profile_model(
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
         clock: default: the device's own.
+        names_kernels: add the names of FP8 layers' CUDA kernels; slows later launches, see proving.
 
     Raises:
         DeviceError: torch.compile does not work here, or a step compiles again and again.
@@ -108,7 +111,11 @@ def profile_model(
     mode = COMPILED if compiled else EAGER
     facts = facts.model_copy(update={"compile_mode": mode})
     with open_compilation(device, mode) as compilation:
-        return _profile(replace(given, compilation=compilation), spec, facts, groups, masks=masks)
+        given = replace(given, compilation=compilation)
+        profile = _profile(given, spec, facts, groups, masks=masks)
+    if device.type != "cuda" or not names_kernels:
+        return profile
+    return profile.model_copy(update={"layers": name_kernels_of(given, groups, profile.layers)})
 
 
 def _profile(
@@ -129,7 +136,10 @@ def _profile(
     if masks:
         spec, rows = without_slow_masks(spec, rows)
     cast_ms = time_boundary_cast(recorded.calls.values(), clock=given.clock, device=given.device)
-    steps = _time_uniform_steps(given, rows, groups, recorded)
+    step_ms = recorded.step_ms
+    del recorded  # a model and all its activations, which whole steps would have to fit beside
+    release_memory(given.device)
+    steps = _time_uniform_steps(given, rows, groups, step_ms)
     elapsed_ms = (time.perf_counter() - started) * 1e3
     compilation = given.compilation or Compilation(given.device)
     fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
@@ -154,11 +164,21 @@ def _time_layers(
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
         given.progress("layers", number, len(groups))
-        name = group.first.name
-        make_layer = partial(_fresh_layer, given.workload, recorded, name, device=meter.device)
-        rows += meter.time_group(group, recorded.calls[name], make_layer)
+        rows += meter.time_group(group, *_layer_of(given, recorded, group))
     given.progress("layers", len(groups), len(groups))
     return tuple(rows)
+
+
+def name_kernels_of(
+    given: Given, groups: Sequence[Group], rows: Sequence[LayerTiming]
+) -> tuple[LayerTiming, ...]:
+    """Return all rows with the names of FP8 layers' CUDA kernels; the model is built once more."""
+    recorded = _record(given, groups)
+    named: list[LayerTiming] = []
+    for group in groups:
+        own = [row for row in rows if group.first.name in row.names]
+        named += name_kernels(own, *_layer_of(given, recorded, group))
+    return tuple(named)
 
 
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:
@@ -246,6 +266,15 @@ def _record(given: Given, groups: Sequence[Group]) -> Recorded:
     return Recorded(model, layers, calls, (time.perf_counter() - started) * 1e3)
 
 
+def _layer_of(
+    given: Given, recorded: Recorded, group: Group
+) -> tuple[Sequence[Call], Callable[[], nn.Module]]:
+    """Return the calls of a group's first layer, and what makes copies of it."""
+    name = group.first.name
+    make_layer = partial(_fresh_layer, given.workload, recorded, name, device=given.device)
+    return recorded.calls[name], make_layer
+
+
 def _fresh_layer(
     workload: Workload, recorded: Recorded, name: str, *, device: torch.device
 ) -> nn.Module:
@@ -255,14 +284,14 @@ def _fresh_layer(
 
 
 def _time_uniform_steps(
-    given: Given, rows: Sequence[LayerTiming], groups: Sequence[Group], recorded: Recorded
+    given: Given, rows: Sequence[LayerTiming], groups: Sequence[Group], step_ms: float
 ) -> tuple[StepTiming, ...]:
     bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
     fp8 = _feasible(fp8, rows)
     arms: dict[str, Arm] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
     has_fp8 = any(option.is_fp8 for option in fp8.values())
     surplus_ms = sum_totals(rows, fp8) - sum_totals(rows, bf16)
-    is_slow = surplus_ms > (SLOW_STEP - 1) * recorded.step_ms
+    is_slow = surplus_ms > (SLOW_STEP - 1) * step_ms
     if has_fp8 and not is_slow:
         arms["fp8_o1"] = fp8
     steps = time_steps(
@@ -278,7 +307,7 @@ def _time_uniform_steps(
         stopping=Stopping(
             STEP_SAMPLES,
             STEP_LEAST,
-            budget_ms=STEP_BUDGET * recorded.step_ms,
+            budget_ms=STEP_BUDGET * step_ms,
             rejections=STEP_LEAST,
         ),
     )

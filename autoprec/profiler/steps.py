@@ -8,7 +8,6 @@ Arms that do not fit into a device's memory side by side are timed one after ano
 machine in between is then in their ratio, which the log says.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from autoprec.capture import find_uncovered
-from autoprec.device import find_monitor, find_sensor
+from autoprec.device import find_monitor, find_sensor, release_memory
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.nvml import Sensor
 from autoprec.profiler.compiling import Compilation, GraphMonitor
@@ -129,9 +128,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _time_alone(shared: Shared, label: str, arm: Arm, sampling: _Sampling) -> StepTiming:
-    gc.collect()  # what the arm before held
-    if shared.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(shared.device)  # what the arm before held
     try:
         return _time_arms(shared, {label: arm}, sampling)[0]
     except (torch.OutOfMemoryError, WorkloadError) as error:

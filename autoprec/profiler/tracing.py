@@ -6,7 +6,7 @@ of the kernels are added, as CUPTI reports them.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,12 @@ from autoprec.timing import Clock
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 NO_WORK = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"})
 PLAIN_TENSORS = (Tensor, nn.Parameter)
+LOST_KERNELS = 1000  # a process's k-th profile can lack its first k kernels (PyTorch issue 192021)
+SLEEP_KERNEL = "spin_kernel"  # of torch.cuda._sleep: launched first, to be lost
 FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, hipBLASLt
-    r"e4m3|e5m2|float8|fp8|nvjet_(sm\d+_)?qq|_scaled_mm|_(F8|B8){1,2}[A-Z]", re.IGNORECASE
+    r"(?<!u)e4m3|e5m2|float8|fp8|nvjet_(sm\d+_)?(q[a-z]|[a-z]q)[a-z]{3}_|_scaled_mm"
+    r"|_(F8|B8){1,2}[A-Z]",
+    re.IGNORECASE,
 )
 
 
@@ -64,23 +68,32 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
 
 def cuda_kernels(fn: Callable[[], object]) -> tuple[str, ...]:
-    """Return the names of the CUDA kernels that `fn` launches, each once."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as seen:
+    """Return the names of the CUDA kernels that `fn` launches, each once; none without CUPTI."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as seen:
+        for _ in range(LOST_KERNELS):
+            torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # torch's own
         fn()
         torch.cuda.synchronize()
-    on_device = [e.name for e in seen.events() or () if e.device_type.name == "CUDA"]
-    return tuple(dict.fromkeys(on_device))
+    return kernel_names(seen.events() or ())
+
+
+def kernel_names(events: Iterable[Any]) -> tuple[str, ...]:  # Any: torch's events
+    """Return the names of what ran on a GPU, each once, without the kernels that only wait."""
+    names = (event.name for event in events if event.device_type.name == "CUDA")
+    return tuple(dict.fromkeys(name for name in names if SLEEP_KERNEL not in name))
 
 
 def is_fp8_kernel(name: str) -> bool:
     """Whether a CUDA kernel's name says that it multiplies FP8 operands.
 
-    Seen: `sm90_xmma_gemm_e4m3bf16_e4m3f32_...` and `nvjet_qqtst_128x256_...` of cuBLASLt, and
-    CUTLASS templates over `cutlass::float_e4m3_t`. Casts to FP8 are not meant, so elementwise and
-    reduction kernels do not count.
+    Seen: `sm89_xmma_gemm_e4m3bf16_e4m3f32_...` (sm90 too), `nvjet_qqtst_128x256_...` and since
+    CUDA 13 `nvjet_sm90_qqtst_...` of cuBLASLt, and CUTLASS templates over `cutlass::float_e4m3_t`.
+    nvjet names five types where operands and result differ (q is e4m3, o is FP4, t is BF16) and
+    three where they do not; `ue4m3` is the scale of FP4. Casts to FP8 are not meant, so elementwise
+    and reduction kernels do not count.
     """
-    is_cast = re.search(r"elementwise|reduce_kernel|triton_(poi|red|per)_", name)
+    is_cast = re.search(r"elementwise_kernel|reduce_kernel|triton_(poi|red|per|spl|for|unk)_", name)
     return not is_cast and FP8_KERNEL.search(name) is not None
 
 
