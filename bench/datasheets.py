@@ -14,6 +14,9 @@ DATA = Path(__file__).parent / "data"
 SHEET = "maker's data sheet"
 PAPER = "maker's architecture paper"
 ASSUMED = "usual machine: 8 devices, a 400 Gb/s network port for each"
+BLOCKWISE_ELSEWHERE = (
+    "torch._scaled_mm takes blockwise scales on capability 9.0 only; times are of vLLM's kernels"
+)
 HOST = "usual host: PCIe 5.0 x16 (4.0 on Ada), a 100 Gb/s network port for four devices"
 
 HOPPER = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "delayed", "blockwise")
@@ -51,6 +54,7 @@ class Sheet:
     fp8_reason: str = ""
     parent: str = "h100-sxm"  # whose GEMM fractions it starts from
     is_power_free: bool = False  # no kernel meets the power limit, so one kernel tells of all
+    is_wgmma: bool = True  # tensor cores fed from shared memory; before and beside: mma.sync
     notes: tuple[str, ...] = ()
 
 
@@ -65,6 +69,7 @@ SHEETS = (
         ("A100", "A100 SXM", "A100 40GB", "A100 PCIe"),
         link=(300, 25, 8, "NVLink 3, 600 GB/s both ways; a 200 Gb/s network port for each"),
         fp8_reason="the A100 has no FP8 units (compute capability 8.0, FP8 needs 8.9)",
+        is_wgmma=False,
     ),
     Sheet(
         "h100-sxm",
@@ -160,6 +165,7 @@ SHEETS = (
         ("B200", "B200 SXM", "B200 1000W", "SM100", "SM100 B200", "GB200", "GB200 SXM"),
         extra={"l2_cache_mb": (126, "GB200's, of the same dies")},
         link=(900, 50, 8, "NVLink 5, 1800 GB/s both ways; a 400 Gb/s network port for each"),
+        notes=(BLOCKWISE_ELSEWHERE,),
     ),
     Sheet(
         "b300",
@@ -171,6 +177,7 @@ SHEETS = (
         ("B300", "B300 SXM", "GB300", "GB300 SXM"),
         extra={"l2_cache_mb": (126, "GB200's, of the same dies")},
         link=(900, 100, 8, "NVLink 5, 1800 GB/s both ways; an 800 Gb/s network port for each"),
+        notes=(BLOCKWISE_ELSEWHERE,),
         parent="b200",
     ),
     Sheet(
@@ -183,6 +190,8 @@ SHEETS = (
         ("L4",),
         extra={"fp32_peak_tflops": (30.3, SHEET)},
         link=(32, 12.5, 4, HOST),
+        notes=("no GEMM of an L4 is published here; at 72 W large ones run slower than this",),
+        is_wgmma=False,
     ),
     Sheet(
         "l40s",
@@ -194,6 +203,7 @@ SHEETS = (
         ("L40S",),
         extra={"l2_cache_mb": (96, SHEET)},
         link=(32, 12.5, 8, HOST),
+        is_wgmma=False,
     ),
     Sheet(
         "rtx-4090",
@@ -205,6 +215,7 @@ SHEETS = (
         ("RTX 4090", "4090"),
         extra={"memory_capacity_gb": (24, SHEET)},
         link=(32, 12.5, 4, HOST),
+        is_wgmma=False,
     ),
     Sheet(
         "rtx-5090",
@@ -216,6 +227,7 @@ SHEETS = (
         ("RTX 5090", "5090"),
         extra={"memory_capacity_gb": (32, SHEET), "tf32_peak_tflops": (104.8, SHEET)},
         link=(63, 12.5, 4, HOST),
+        is_wgmma=False,
     ),
     Sheet(
         "rtx-pro-6000",
@@ -227,13 +239,14 @@ SHEETS = (
         ("RTX PRO 6000", "PRO 6000", "RTX 6000 PRO"),
         extra={"memory_capacity_gb": (96, SHEET)},
         link=(63, 12.5, 8, HOST),
+        is_wgmma=False,
     ),
     Sheet(
         "mi300x",
         "AMD Instinct MI300X 192GB",
         "cdna3",
         "gfx942",
-        HOPPER,
+        ADA,
         ("MI300X",),
         ("MI300X", "MI300X OAM"),
         extra={

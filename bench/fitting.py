@@ -20,7 +20,7 @@ from autoprec.records.devices import CONSTANTS
 
 SOFT = 2.0  # sigmas up to which a residual counts as a square
 MAX_EVALUATIONS = 60
-COMMON_SIGMA, APART_SIGMA = 0.5, 0.1  # how devices differ: all kernels alike, BF16 against FP8
+COMMON_SIGMA = 0.5  # how devices differ in all kernels alike
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,19 @@ def fit_scales(
     rows: Sequence[Observation],
     *,
     cap: float,
+    apart: float,
 ) -> dict[str, float]:
-    """Return `fractions` scaled, BF16 and FP8 apart; alike where rows are silent."""
+    """Return `fractions` scaled, BF16 against FP8 by about `apart`; alike where rows are silent."""
 
     def scaled(logs: NDArray[np.float64]) -> dict[str, float]:
         bf16, fp8 = np.exp(logs[0] + logs[1]), np.exp(logs[0] - logs[1])
-        return {n: min(cap, f * (bf16 if "bf16" in n else fp8)) for n, f in fractions.items()}
+        factors = {n: float(bf16 if "bf16" in n else fp8) for n in fractions}
+        return {n: min(cap, f * factors[n]) for n, f in fractions.items()}
 
     def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
         machine = machine_from({**fixed, **scaled(logs)})
         errors = [soften(row.residual(machine)) for row in rows]
-        return np.array([*errors, logs[0] / COMMON_SIGMA, logs[1] / APART_SIGMA])
+        return np.array([*errors, logs[0] / COMMON_SIGMA, logs[1] / apart])
 
     return scaled(least_squares(residuals, np.zeros(2), max_nfev=MAX_EVALUATIONS).x)
 

@@ -9,12 +9,10 @@ from datasheets import BY_NAME
 from fitting import machine_from
 from modelfit import (
     BEST_COVERED,
-    ENGINE,
     Values,
     constants_of,
     fit_all,
     fit_everything,
-    fit_steps,
     make_profile,
 )
 from published import Kind, Observation
@@ -94,38 +92,13 @@ def halve_source(rows: Sequence[Observation], source: str, kinds: Iterable[Kind]
 
 
 def leave_training_sources_out(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:
-    """Return predicted whole-training speedups, the runs of their source left out.
-
-    An engine that is not PyTorch has kernels of its own, of which other sources say nothing: its
-    runs are predicted with constants from its runs on other devices.
-    """
+    """Return predicted whole-training speedups, the runs of their source left out."""
     held = []
     for source in sorted({run.source for run in runs}):
         kept = [run for run in runs if run.source != source]
         fitted = fit_everything([row for row in rows if row.source != source], kept)
-        own = [run for run in runs if run.source == source]
-        if own[0].is_own_engine:
-            held += leave_devices_out(own, fitted)
-        else:
-            held += [_held_run(run, fitted) for run in own]
+        held += [_held_run(run, fitted) for run in runs if run.source == source]
     return held
-
-
-def leave_devices_out(runs: Sequence[Training], fitted: Mapping[str, Values]) -> list[Held]:
-    """Return predictions for an engine's runs, those of the same device left out of its fit."""
-    held = []
-    for device in sorted({run.device for run in runs}):
-        engine = fit_steps(fitted, [run for run in runs if run.device != device], ENGINE)
-        own = {device: {**fitted[device], **engine}}
-        held += [_held_run(run, own) for run in runs if run.device == device]
-    return held
-
-
-def without_engine(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:
-    """Return predictions for an engine's runs with PyTorch's constants, as a source never seen."""
-    kept = [run for run in runs if not run.is_own_engine]
-    fitted = fit_everything(rows, kept)
-    return [_held_run(run, fitted) for run in runs if run.is_own_engine]
 
 
 def _case(row: Observation) -> tuple[object, ...]:

@@ -23,14 +23,16 @@ BEST_COVERED = "h100-sxm-500w"
 SMALLEST_FITTED = 512
 CAPS = {"ada": 1.15, "blackwell": 1.15}  # boost clocks pass the data sheet's peak
 STEP_EVALUATIONS = 12
+SAME_CHIP = {"h100-sxm": ("h800",)}  # whose GEMMs are the same, only links differ
+APART, ALIKE = 0.1, 0.02  # how FP8 differs from BF16 on another device; with mma.sync hardly
+MMA_SYNC_TILES = 1.05  # its operands come from registers, so 128 x 128 tiles are near the best
 UNSTATED, UNSTATED_SIGMA = "h100-sxm", 0.15  # the image grid's H100 is not named: it may be either
 COUNTED = "counted in torchao's compiled kernels"
 SHARED = {
     "wave_share": Prior(0.6, 0.4, "tiles of a last wave run alone"),
     "small_tile_factor": Prior(1.2, 0.15, "half the reuse"),
     "overlap_share": Prior(0.15, 0.7, "compute and traffic overlap"),
-    "rowwise_reread": Prior(0.2, 0.7, "share of re-reads that miss L2"),
-    "bf16_gemm_floor_us": Prior(3.0, 0.25, "a small kernel"),
+    "bf16_gemm_floor_us": Prior(2.0, 0.1, "torchao's roofline has 2 us a kernel"),
     "tensorwise_gemm_floor_us": Prior(4.0, 0.25, "a small kernel"),
     "rowwise_gemm_floor_us": Prior(3.0, 0.25, "a small kernel"),
     "kernel_floor_us": Prior(2.5, 0.25, "torchao's roofline has 2 us"),
@@ -54,6 +56,7 @@ FRACTIONS = {
 FIXED = {  # constant -> (value, kind, source)
     "fp32_fraction": (0.8, "published", "gpu-flops-bench: 47.3 of 60 (H200 NVL), 83.6 of 126"),
     "memory_fraction": (0.92, "published", "torchao roofline_utils.py"),
+    "rowwise_swizzle_from": (4096, "published", "pytorch RowwiseScaledMM.cu: large M, N"),
     "eager_host_us": (9.4, "published", "NVIDIA/Fuser #3507, CPU time per eager kernel, DGX H100"),
     "block_cast_bytes": (6.5, "published", "ao blockwise quant kernels: 3 bytes at 85-94 %, twice"),
     "mx_cast_bytes": (
@@ -89,13 +92,6 @@ OWN_STEP = {  # devices whose whole step is unlike the H100's, by their own rows
         "step_overhead": Prior(1.4, 0.3, "the H100's"),
     }
 }
-ENGINE = {  # llmq's hand-fused C++ kernels: what a fit to its own runs starts from
-    "tensorwise_cast_bytes": Prior(10.0, 0.5, "torchao's compiled casts"),
-    "attention_fraction": Prior(0.33, 0.25, "PyTorch's"),
-    "glue_bytes": Prior(12.0, 0.5, "PyTorch's"),
-    "loss_bytes": Prior(24.0, 0.4, "PyTorch's"),
-    "step_overhead": Prior(1.2, 0.2, "PyTorch's"),
-}
 SPEEDUP_SIGMA, TOKENS_SIGMA = 0.06, 0.2
 POWER_LIMITED = "b200"  # the source says its machine was; its absolute rate is not a B200's
 Values = dict[str, float]
@@ -111,17 +107,34 @@ def fit_shared(rows: Iterable[Observation]) -> Values:
 def fit_device(sheet: Sheet, parent: Mapping[str, float], rows: Iterable[Observation]) -> Values:
     """Return a device's GEMM fractions: first how all kernels of a width scale, then each kernel.
 
-    Small GEMMs are left out: launches and the vendor's choice of kernel decide there.
+    Small GEMMs are left out: launches and the vendor's choice of kernel decide there. Tensor cores
+    with mma.sync run FP8 at twice their BF16 rate and all FP8 kernels alike: one scale for all.
     """
-    own = [r for r in rows if r.device == sheet.name and min(r.shapes[0]) >= SMALLEST_FITTED]
+    devices = (sheet.name, *SAME_CHIP.get(sheet.name, ()))
+    own = [r for r in rows if r.device in devices and min(r.shapes[0]) >= SMALLEST_FITTED]
     if sheet.name == UNSTATED:
         own += [replace(r, sigma=UNSTATED_SIGMA) for r in rows if "rowwise-perf" in r.source]
-    fixed = {**_fixed_values(sheet), **{name: parent[name] for name in SHARED}}
+    fixed = {**_fixed_values(sheet), **shared_constants(sheet, parent)}
     base = {name: parent[name] for name in FRACTIONS}
-    telling = [row for row in own if sheet.is_power_free or "block" not in row.recipe]
-    scales = fit_scales(fixed, base, telling, cap=CAPS.get(sheet.architecture, 0.95))
+    if not sheet.is_wgmma:
+        base = dict.fromkeys(FRACTIONS, parent["bf16_fraction"])
+    telling = [row for row in own if sheet.is_power_free or not _is_block(row)]
+    cap = CAPS.get(sheet.architecture, 0.95)
+    scales = fit_scales(fixed, base, telling, cap=cap, apart=APART if sheet.is_wgmma else ALIKE)
+    if not sheet.is_wgmma:
+        return scales
     priors = {n: Prior(scales[n], 0.25 if "block" in n else 0.06, "scaled") for n in FRACTIONS}
-    return fit_constants(fixed, priors, own, cap=CAPS.get(sheet.architecture, 0.95))
+    return fit_constants(fixed, priors, own, cap=cap)
+
+
+def shared_constants(sheet: Sheet, parent: Mapping[str, float]) -> Values:
+    """Return what a device shares with the best covered one, tiles apart."""
+    shared = {name: parent[name] for name in SHARED}
+    return shared if sheet.is_wgmma else {**shared, "small_tile_factor": MMA_SYNC_TILES}
+
+
+def _is_block(row: Observation) -> bool:
+    return "block" in row.recipe and row.kind is not Kind.BF16_US
 
 
 def fit_steps(
@@ -187,10 +200,11 @@ def constants_of(sheet: Sheet, values: Mapping[str, float], errors: Mapping[str,
 def fit_all(rows: Sequence[Observation]) -> dict[str, Values]:
     """Return the fitted constants of every device."""
     fitted = {BEST_COVERED: fit_shared(rows)}
-    common = {name: fitted[BEST_COVERED][name] for name in SHARED}
+    common = fitted[BEST_COVERED]
     for sheet in sorted(SHEETS, key=_generation):
         if sheet.name != BEST_COVERED:
-            fitted[sheet.name] = {**common, **fit_device(sheet, fitted[sheet.parent], rows)}
+            own = fit_device(sheet, fitted[sheet.parent], rows)
+            fitted[sheet.name] = {**shared_constants(sheet, common), **own}
     return fitted
 
 

@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,32 @@ def test_the_gain_grows_with_the_matrix() -> None:
         gains = [speedup(predict_linear(H100, n, n, n, recipe=recipe)).value for n in sizes]
         assert gains == sorted(gains)
         assert gains[0] < 1 < gains[-1]
+
+
+def test_a_rowwise_kernel_without_swizzle_reads_a_large_operand_again() -> None:
+    machine = machine_of(load_device_profile("h100-sxm-500w"))
+    plain = replace(machine, rowwise_swizzle_from=math.inf)
+    for K, reads_again in ((2048, False), (32768, True)):
+        swizzled = gemm_us(machine, 16384, K, 16384, Kernel.FP8_ROWWISE)
+        in_order = gemm_us(plain, 16384, K, 16384, Kernel.FP8_ROWWISE)
+        assert (in_order > 1.2 * swizzled) == reads_again
+        assert in_order >= swizzled
+    turned = gemm_us(plain, 16384, 32768, 8192, Kernel.FP8_ROWWISE)
+    assert gemm_us(plain, 8192, 32768, 16384, Kernel.FP8_ROWWISE) == pytest.approx(turned)
+
+
+def test_without_transposed_activations_rowwise_casts_cost_less() -> None:
+    machine = machine_of(H100)
+    for size in (256, 8192):
+        costs = {
+            recipe: cast_cost(
+                machine, size, size, size, recipe=recipe, gemms=fp8_gemms(recipe), compiled=True
+            )
+            for recipe in (PricedRecipe.ROWWISE, PricedRecipe.ROWWISE_WITH_GW_HP)
+        }
+        rowwise, high_precision = costs.values()
+        assert high_precision.us < rowwise.us
+        assert high_precision.kernels < rowwise.kernels
 
 
 @pytest.mark.parametrize("device", FP8_DEVICES, ids=lambda device: device.name)

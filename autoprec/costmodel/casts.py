@@ -11,7 +11,8 @@ both operands contiguous along the summed dimension):
 Both casts of one element of the weight cost `*_cast_bytes` of memory traffic at streaming speed:
 amax pass, read, write and the transposed copy, whose strided access runs at half speed (all of it
 is in the number). Input and grad_output differ by a share, since a compiler fuses part of their
-casts into the kernels that make them. Then comes a floor per kernel. In eager mode every step of a
+casts into the kernels that make them. `rowwise_with_gw_hp` has no transposed activations, and casts
+the weight for grad_input with one scale for the tensor (torchao's float8/config.py). Then comes a floor per kernel. In eager mode every step of a
 cast is a kernel of its own in FP32, and the host can be slower than the device.
 """
 
@@ -22,6 +23,7 @@ from autoprec.costmodel.machine import Machine
 from autoprec.records.devices import PricedRecipe
 from autoprec.records.model import Gemm
 
+GW_HP_KERNELS = 5.0  # torchao's roofline: one for input and grad_output, three for the weight
 BLOCK_KERNELS = 6.0  # torchao's blockwise linear: input, weight twice, grad_output twice, input
 TENSORWISE_USES_SHARED = 0.25  # the amax pass serves both uses of an operand
 
@@ -51,12 +53,17 @@ def cast_cost(
     if not compiled:
         per_element, kernels = machine.eager_cast_bytes, machine.eager_cast_kernels
     shares = _operand_shares(machine, recipe, gemms)
-    moved = per_element * (
-        shares[0] * machine.cast_share_input * M * K
-        + shares[1] * K * N
-        + shares[2] * machine.cast_share_grad * M * N
-    )
     used = kernels * sum(shares) / 3
+    per_weight = shares[1] * per_element
+    if compiled and recipe is PricedRecipe.ROWWISE_WITH_GW_HP:
+        used = GW_HP_KERNELS
+        direct = machine.direct_cast_share
+        per_weight = direct * per_element + (1 - direct) * machine.tensorwise_cast_bytes
+    moved = (
+        shares[0] * per_element * machine.cast_share_input * M * K
+        + per_weight * K * N
+        + shares[2] * per_element * machine.cast_share_grad * M * N
+    )
     return CastCost(moved / machine.bytes_per_us + used * machine.kernel_floor_us, used)
 
 

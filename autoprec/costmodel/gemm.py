@@ -12,8 +12,9 @@ real on a power-limited H100), and full accumulation costs FP8 a fifth.
 Where there are fewer tiles than processors, cuBLAS splits K over several of them and adds partial
 sums in FP32 (vLLM PR#23280's BF16 GEMMs of width 2112 are else priced up to twice too slow).
 
-Rowwise kernels walk the tiles along M only. Once A no longer fits the L2 cache, each wave reads its
-operands again; `rowwise_reread` of that traffic shows.
+PyTorch's rowwise kernel (RowwiseScaledMM.cu) walks the tiles in blocks ("swizzled") only from
+`rowwise_swizzle_from` rows and columns on. Below, it walks along the shorter side of the output;
+once the operand of that side no longer fits the L2 cache, each wave reads it again from memory.
 """
 
 import math
@@ -61,15 +62,21 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
         compute = paid * tile_flops / flops_per_us
         traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
-        if kernel is Kernel.FP8_ROWWISE and machine.l2_cache_mb * 1e6 < M * K:
-            side = min(down, machine.sm_count)
-            ahead = min(across, max(1.0, machine.sm_count / side))
-            read = waves * (side * rows + ahead * columns) * K
-            traffic += machine.rowwise_reread * max(0.0, read - compulsory)
+        if kernel is Kernel.FP8_ROWWISE and _rereads(machine, M, K, N):
+            along, beside = (rows, columns) if M <= N else (columns, rows)
+            side = min(down if M <= N else across, machine.sm_count)
+            read = waves * (side * along + machine.sm_count / side * beside) * K
+            traffic = max(traffic, read)
         moved = traffic / machine.bytes_per_us
         time = max(compute, moved) + machine.overlap_share * min(compute, moved)
         best = min(best, time)
     return _floor_us(machine, kernel) + best
+
+
+def _rereads(machine: Machine, M: int, K: int, N: int) -> bool:
+    """Return whether a rowwise kernel reads its FP8 operands more than once."""
+    is_swizzled = min(M, N) >= machine.rowwise_swizzle_from
+    return not is_swizzled and min(M, N) * K > machine.l2_cache_mb * 1e6
 
 
 def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:

@@ -33,7 +33,7 @@ class Machine:
     wave_share: float
     small_tile_factor: float
     overlap_share: float
-    rowwise_reread: float
+    rowwise_swizzle_from: float
     bf16_gemm_floor_us: float
     tensorwise_gemm_floor_us: float
     rowwise_gemm_floor_us: float

@@ -77,8 +77,8 @@ CONSTANTS: dict[str, Bounds] = {
     "overlap_share": Bounds(
         "1", 0.0, 1.0, "share of the shorter of compute and traffic that shows"
     ),
-    "rowwise_reread": Bounds(
-        "1", 0.0, 1.0, "share of a rowwise kernel's operand re-reads that miss L2"
+    "rowwise_swizzle_from": Bounds(
+        "1", 1.0, 1e9, "rows and columns from which rowwise kernels walk the tiles in blocks"
     ),
     "bf16_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a BF16 GEMM kernel"),
     "tensorwise_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a tensorwise FP8 GEMM"),
