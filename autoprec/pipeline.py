@@ -262,7 +262,13 @@ def joint_meter(settings: Settings, spec: ModelSpec, reference: OpenReference) -
 
 
 def open_workload(settings: Settings) -> "Workload":
-    """Load the user's file, or record the user's training script (once in a process)."""
+    """Load the user's file or config, or record the user's script (once in a process)."""
+    if settings.config and settings.meta:
+        from autoprec.config_workload import config_model
+        from autoprec.workload import workload_from
+
+        model = config_model(settings.config, batch=settings.batch, sequence=settings.sequence)
+        return workload_from(model, name=settings.workload)
     if not settings.script:
         from autoprec.workload import load_workload
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprec.config_workload import META_ALONE, config_file
 from autoprec.errors import AutoprecError, WorkloadError
 
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
@@ -132,14 +133,17 @@ def load_workload(reference: str) -> Workload:
     """Load `model.py` or `model.py:name`.
 
     Raises:
-        WorkloadError: the file is missing, does not import, or lacks a required function.
+        WorkloadError: the file is missing, does not import, lacks a required function, or is a
+            transformers config, which only `--meta` takes.
     """
+    if config_file(reference):
+        raise WorkloadError(META_ALONE.format(config=reference))
     path_text, _, name = reference.partition(".py:")
     path = Path(path_text + ".py" if name else reference)
     if not path.is_file():
         raise WorkloadError(
             f"the workload must be a Python file, but {path} is not there; "
-            "give a path such as model.py or model.py:name"
+            "give a path such as model.py or model.py:name (or, with --meta, a config.json)"
         )
     holder: object = _import_file(path)
     if name:
