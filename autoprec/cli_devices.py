@@ -71,7 +71,10 @@ def devices_predict(
     compiled: Compiled = True,
     csv: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time
-        typer.Option(help="Predict every row (device, M, K, N, recipe, compiled) instead."),
+        typer.Option(
+            help="Predict every row (device, M, K, N, recipe, compiled) instead; NAME is for rows "
+            "without a device."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -79,7 +82,12 @@ def devices_predict(
     from autoprec.costmodel import load_device_profile, predict_linear
 
     if csv is not None:
-        _predict_file(csv, recipe=recipe, compiled=compiled)
+        if shape or as_json:
+            raise DeviceError(
+                "--csv FILE takes its shapes from the file and prints CSV, but "
+                f"{'--shape' if shape else '--json'} came with it; leave that out"
+            )
+        _predict_file(csv, device=name or "", recipe=recipe, compiled=compiled)
         return
     if not name or not shape:
         raise DeviceError(
@@ -125,13 +133,20 @@ def devices_measure(
     typer.echo(profile.to_json().rstrip() if as_json else f"wrote {out}: {profile.title}")
 
 
-def _predict_file(path: Path, *, recipe: str, compiled: bool) -> None:
+def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> None:
     from autoprec.costmodel import format_table, parse_recipe, predict_table, read_table
+    from autoprec.costmodel.tables import ADDED, NEEDED
 
-    table = read_table(read_text(path, what="CSV"), source=str(path))
-    answers = tuple(predict_table(table, recipe=parse_recipe(recipe), compiled=compiled))
+    needed = NEEDED[1:] if device else NEEDED
+    table = read_table(read_text(path, what="CSV"), source=str(path), needed=needed)
+    answers = predict_table(table, device=device, recipe=parse_recipe(recipe), compiled=compiled)
     typer.echo(format_table(table, answers), nl=False)
+    for column in ADDED:
+        if table.column(column) is not None:
+            log.warning("%s has a column %r of its own; the last one is predicted", path, column)
     failed = sum(answer.prediction is None for answer in answers)
+    if answers and failed == len(answers):
+        raise DeviceError(answers[0].refusal)
     if failed:
         log.warning("%d of %d rows not predicted; see `refusal`", failed, len(answers))
 

@@ -25,6 +25,7 @@ from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction
 from autoprec.records.model import Basis, Gemm
 
 SIZES = st.integers(min_value=1, max_value=4096).map(lambda n: 16 * n)
+BLOCKS = st.integers(min_value=1, max_value=512).map(lambda n: 128 * n)
 H100 = load_device_profile("h100-sxm")
 FP8_DEVICES = [profile for profile in list_device_profiles() if profile.has_fp8]
 GRID = Path(__file__).parent.parent / "bench" / "data" / "linear_layers.csv"
@@ -35,7 +36,7 @@ def speedup(prediction: LinearPrediction) -> Prediction:
     return prediction.speedup
 
 
-@given(M=SIZES, K=SIZES, N=SIZES, recipe=st.sampled_from(list(PricedRecipe)))
+@given(M=BLOCKS, K=BLOCKS, N=BLOCKS, recipe=st.sampled_from(list(PricedRecipe)))
 def test_a_linear_adds_up(M: int, K: int, N: int, recipe: PricedRecipe) -> None:
     found = predict_linear(load_device_profile("b200"), M, K, N, recipe=recipe)
     assert found.fp8 is not None
@@ -163,6 +164,20 @@ def test_what_fp8_cannot_run_has_bf16_and_a_reason(
     assert found.fp8 is None
     assert found.speedup is None
     assert found.gemm_speedup is None
+
+
+@pytest.mark.parametrize(
+    ("device", "recipe", "size", "block"),
+    [("b200", "mxfp8", 4112, 32), ("h100-sxm", "blockwise", 4112, 128)],
+)
+def test_block_scales_need_whole_blocks(device: str, recipe: str, size: int, block: int) -> None:
+    profile = load_device_profile(device)
+    for axis in "MKN":
+        M, K, N = (size if axis == other else 4096 for other in "MKN")
+        found = predict_linear(profile, M, K, N, recipe=recipe)
+        assert found.fp8 is None
+        assert f"{axis}={size} is not a multiple of {block}" in found.refusal
+    assert predict_linear(profile, 8192, 4096, 4096, recipe=recipe).fp8 is not None
 
 
 def test_odd_tokens_run_when_grad_weight_stays_in_bf16() -> None:

@@ -81,7 +81,13 @@ def test_another_device_is_no_match(spelling: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"), [("h100-sxn", "h100-sxm"), ("rtx4090", "rtx-4090"), ("b20", "b200")]
+    ("wrong", "near"),
+    [
+        ("h100-sxn", "h100-sxm"),
+        ("rtx4090", "rtx-4090"),
+        ("b20", "b200"),
+        ("H100 80GB 700W SXM", "h100-sxm"),
+    ],
 )
 def test_an_unknown_name_offers_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(DeviceError, match=f"nearest: .*{near}"):
@@ -118,6 +124,40 @@ def test_a_constant_in_another_unit_is_an_error(tmp_path: Path) -> None:
     path = edited(tmp_path, {"memory_bandwidth_tbs": {"unit": "GB/s"}})
     with pytest.raises(RecordError, match="is in TB/s, but the file says GB/s"):
         load_device_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("bf16_peak_tflops", True, "valid number"),
+        ("bf16_peak_tflops", "989", "valid number"),
+        ("fp8_peak_tflops", 100.0, "must be 1 to 4 times bf16_peak_tflops"),
+        ("bf16_peak_tflops", 10.0, "must not be below fp32_peak_tflops"),
+        ("sm_count", 1.5, "must be whole"),
+        ("speedup_error_low", -1.5, "must be between -1 and 0, but it is -1.5"),
+    ],
+)
+def test_an_absurd_constant_is_an_error(
+    tmp_path: Path, name: str, value: float | str, words: str
+) -> None:
+    with pytest.raises(RecordError, match=words) as caught:
+        load_device_profile(edited(tmp_path, {name: {"value": value}}))
+    assert "aliases" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "../../x", "two\nlines", "x" * 101])
+def test_a_name_that_could_be_a_path_is_an_error(tmp_path: Path, name: str) -> None:
+    fields = json.loads(edited(tmp_path, {}).read_text())
+    path = tmp_path / "named.json"
+    path.write_text(json.dumps({**fields, "name": name}))
+    with pytest.raises(RecordError, match="name"):
+        load_device_profile(path)
+
+
+def test_a_mark_before_the_json_is_passed_over(tmp_path: Path) -> None:
+    path = edited(tmp_path, {})
+    path.write_text("\ufeff" + path.read_text())
+    assert load_device_profile(path).name == "h100-sxm"
 
 
 def test_a_missing_constant_is_an_error(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_predict_says_why_fp8_cannot_run() -> None:
         ),
         (("show", "h10"), "nearest: "),
         (("predict", "--csv", "/nowhere.csv"), "must be readable"),
+        (("predict", "--csv", "/nowhere.csv", "--json"), "--json came with it"),
+        (("predict", "--csv", "/nowhere.csv", "--shape", "16x16x16"), "--shape came with it"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: tuple[str, ...], words: str) -> None:
@@ -131,8 +133,49 @@ def test_a_csv_without_its_columns_is_an_error(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K\nh100,16,16\n")
     assert "lacks N" in run("predict", "--csv", str(table), status=2).stderr
-    table.write_text("device,M,K,N\nZ80,16,16,16\n")
-    assert "a device must be" in run("predict", "--csv", str(table), status=2).stderr
+
+
+def test_a_csv_of_which_nothing_is_predicted_still_has_its_rows(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N\nZ80,16,16,16\n/nowhere.json,16,16,16\nh100,16,16,16,16\n")
+    done = run("predict", "--csv", str(table), status=2)
+    found = rows(done.stdout)
+    assert "a device must be" in done.stderr
+    assert [row["M"] for row in found] == ["16", "16", "16"]
+    for row, words in zip(found, ("Z80", "/nowhere.json", "at most the header's 4"), strict=True):
+        assert words in row["refusal"]
+
+
+def test_a_name_is_for_rows_without_a_device(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N\n,4096,4096,4096\nb200,4096,4096,4096\n")
+    found = rows(run("predict", "h200", "--csv", str(table)).stdout)
+    assert [row["profile"] for row in found] == ["h200", "b200"]
+    table.write_text("M,K,N\n4096,4096,4096\n")
+    assert rows(run("predict", "h200", "--csv", str(table)).stdout)[0]["profile"] == "h200"
+
+
+def test_a_column_with_a_predictions_name_is_told(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N,speedup\nh200,4096,4096,4096,9.5\n")
+    done = run("predict", "--csv", str(table))
+    assert "a column 'speedup' of its own; the last one is predicted" in done.stderr
+    assert 0 < float(rows(done.stdout)[0]["speedup"]) < 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "autoprec", "devices", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
 
 
 def test_an_empty_table_is_its_header_alone(tmp_path: Path) -> None:

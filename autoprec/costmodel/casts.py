@@ -12,8 +12,9 @@ Both casts of one element of the weight cost `*_cast_bytes` of memory traffic at
 amax pass, read, write and the transposed copy, whose strided access runs at half speed (all of it
 is in the number). Input and grad_output differ by a share, since a compiler fuses part of their
 casts into the kernels that make them. `rowwise_with_gw_hp` has no transposed activations, and casts
-the weight for grad_input with one scale for the tensor (torchao's float8/config.py). Then comes a floor per kernel. In eager mode every step of a
-cast is a kernel of its own in FP32, and the host can be slower than the device.
+the weight for grad_input with one scale for the tensor (torchao's float8/config.py). Then comes a
+floor per kernel. In eager mode every step of a cast is a kernel of its own in FP32, and the host
+can be slower than the device.
 """
 
 from collections.abc import Collection

@@ -27,6 +27,7 @@ from autoprec.records.devices import (
 from autoprec.records.model import Basis, Gemm, Recipe
 
 FP8_MULTIPLE = 16  # elements; torch._scaled_mm and cuBLASLt
+BLOCKS = {PricedRecipe.BLOCKWISE: 128, PricedRecipe.MXFP8: 32}  # torchao's kernels take whole ones
 LARGEST_DIMENSION = 2**31
 
 
@@ -114,11 +115,13 @@ def fp8_refusal(
     if recipe not in profile.fp8_recipes:
         names = ", ".join(profile.fp8_recipes)
         return f"{profile.title} does not run {recipe}; it runs {names}"
+    multiple = BLOCKS.get(recipe, FP8_MULTIPLE)
+    what = f"{recipe} scales" if recipe in BLOCKS else "FP8 GEMMs"
     for axis, size in (("K", K), ("N", N)):
-        if size % FP8_MULTIPLE:
-            return f"{axis}={size} is not a multiple of {FP8_MULTIPLE}, which FP8 GEMMs need"
-    if M % FP8_MULTIPLE and Gemm.GRAD_WEIGHT in fp8_gemms(recipe, gemms_hp):
-        return f"M={M} is not a multiple of {FP8_MULTIPLE}, which the FP8 grad_weight GEMM needs"
+        if size % multiple:
+            return f"{axis}={size} is not a multiple of {multiple}, which {what} need"
+    if M % multiple and Gemm.GRAD_WEIGHT in fp8_gemms(recipe, gemms_hp):
+        return f"M={M} is not a multiple of {multiple}, which the FP8 grad_weight GEMM needs"
     return ""
 
 

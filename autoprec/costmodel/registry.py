@@ -4,6 +4,7 @@ They are package data in a wheel (`autoprec/profiles`) and the folder `profiles`
 """
 
 import difflib
+import hashlib
 import logging
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,11 @@ def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
     return find_profile(text, list_device_profiles())
 
 
+def profile_digest(profile: DeviceProfile) -> str:
+    """Return a hash of all that a profile holds: its name alone does not tell it from a copy."""
+    return hashlib.sha256(profile.to_json().encode()).hexdigest()[:16]
+
+
 def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfile:
     """Return the profile that a spelling means.
 
@@ -96,9 +102,10 @@ def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
 def _suggestion(text: str, profiles: tuple[DeviceProfile, ...]) -> str:
     spellings = {" ".join(sorted(s)): p.name for p in profiles for s in _spellings(p)}
     spellings |= {p.name: p.name for p in profiles}
-    near = difflib.get_close_matches(text.lower(), spellings, n=9, cutoff=0.4)
     words = device_words(text)
-    near += [key for key in spellings if words & set(key.split())]
+    sharing = [key for key in spellings if words & set(key.split())]
+    near = sorted(sharing, key=lambda key: -len(words & set(key.split())))
+    near += difflib.get_close_matches(text.lower(), spellings, n=9, cutoff=0.4)
     names = list(dict.fromkeys(spellings[key] for key in near))[:NEAREST_NAMES]
     return f"nearest: {', '.join(names)}" if names else "`autoprec devices list` shows all names"
 

@@ -1,7 +1,7 @@
 """CSV in, CSV out: the predictions of many linears, each row keeping its own columns first.
 
 A row that FP8 cannot run has its BF16 predictions and a `refusal`. A row that cannot be predicted
-at all (unknown device, a shape that is none) has the refusal alone.
+at all (unknown device, a shape that is none, more cells than columns) has the refusal alone.
 """
 
 import csv
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from autoprec.costmodel.linear import predict_linear
 from autoprec.costmodel.registry import load_device_profile
 from autoprec.costmodel.spelling import has_own_casts, parse_compiled, parse_recipe
-from autoprec.errors import DeviceError
+from autoprec.errors import AutoprecError, DeviceError
 from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction, PricedRecipe
 
 NEEDED = ("device", "M", "K", "N")
-ARM_TIMES = ("output", "grad_input", "grad_weight", "cast", "neighbours", "total")
+ARM_TIMES = (
+    *("output", "grad_input", "grad_weight", "cast", "neighbours"),
+    *("total", "total_low", "total_high"),
+)
 ADDED = (
     "profile",
     *(f"{arm}_{time}_ms" for arm in ("bf16", "fp8") for time in ARM_TIMES),
@@ -70,17 +73,16 @@ def read_table(text: str, *, source: str, needed: tuple[str, ...] = NEEDED) -> T
 
 
 def predict_table(
-    table: Table, *, recipe: PricedRecipe = PricedRecipe.TENSORWISE, compiled: bool = True
+    table: Table,
+    *,
+    device: str = "",
+    recipe: PricedRecipe = PricedRecipe.TENSORWISE,
+    compiled: bool = True,
 ) -> tuple[Answer, ...]:
-    """Return the answer for each row; `recipe` and `compiled` are for rows that do not say.
-
-    Raises:
-        DeviceError: no row can be predicted; the message is the first row's.
-    """
-    answers = tuple(_answer(table, row, recipe=recipe, compiled=compiled) for row in table.rows)
-    if answers and not any(answer.prediction for answer in answers):
-        raise DeviceError(answers[0].refusal)
-    return answers
+    """Return the answer for each row; `device`, `recipe`, `compiled` are for rows without one."""
+    return tuple(
+        _answer(table, row, device=device, recipe=recipe, compiled=compiled) for row in table.rows
+    )
 
 
 def format_table(table: Table, answers: Sequence[Answer]) -> str:
@@ -94,18 +96,26 @@ def format_table(table: Table, answers: Sequence[Answer]) -> str:
     return out.getvalue()
 
 
-def _answer(table: Table, row: tuple[str, ...], *, recipe: PricedRecipe, compiled: bool) -> Answer:
+def _answer(
+    table: Table, row: tuple[str, ...], *, device: str, recipe: PricedRecipe, compiled: bool
+) -> Answer:
     wording = table.cell(row, "recipe")
+    if len(row) > len(table.header):
+        return Answer(
+            None,
+            f"a row must have at most the header's {len(table.header)} cells, but it has "
+            f"{len(row)}; quote a cell that holds a comma",
+        )
     try:
         prediction = predict_linear(
-            load_device_profile(table.cell(row, "device")),
+            load_device_profile(table.cell(row, "device") or device),
             *(_size(axis, table.cell(row, axis)) for axis in "MKN"),
             recipe=parse_recipe(wording) if wording else recipe,
             compiled=has_own_casts(wording)
             or parse_compiled(table.cell(row, "compiled"), default=compiled),
         )
-    except DeviceError as error:
-        return Answer(None, str(error))
+    except AutoprecError as error:
+        return Answer(None, " ".join(str(error).split()))
     return Answer(prediction, prediction.refusal)
 
 

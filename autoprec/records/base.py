@@ -150,7 +150,7 @@ def read_text(path: Path, *, what: str) -> str:
                 f"a {what} file has at most {MAX_RECORD_BYTES:,} bytes, but {name} has "
                 f"{status.st_size:,}; it is not one that autoprec wrote"
             )
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         if isinstance(error, OSError):
             reason = error.strerror
@@ -247,9 +247,10 @@ def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     where = one_line(".".join(str(part) for part in first["loc"])) or "the record"
-    said, got = one_line(first["msg"], most=MOST_SAID), shown_value(first.get("input"))
+    said = one_line(first["msg"], most=MOST_SAID)
+    # A rule over the whole record says what it found; a dump of the record would hide it.
+    got = f", but it is {shown_value(first.get('input'))}" if first["loc"] else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (
-        f"{kind} file {source}: {where}: {said}, but it is {got}{more}; "
-        "mend that field or write the file again"
+        f"{kind} file {source}: {where}: {said}{got}{more}; mend that field or write the file again"
     )

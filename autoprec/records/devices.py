@@ -7,12 +7,23 @@ has one, in the RTX 5090's bandwidth) is an error when the file is read and not 
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Strict,
+    model_validator,
+)
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Recipe
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._+()-]*$"  # a name is shown in one line and may name a file
+FP8_GAIN = (1.0, 4.0)  # of the peak over BF16's
+WHOLE = ("sm_count", "devices_per_node")
 
 
 class ConstantKind(StrEnum):
@@ -106,20 +117,20 @@ CONSTANTS: dict[str, Bounds] = {
     "step_overhead": Bounds("1", 1.0, 5.0, "measured over modelled time outside the linears"),
     "communication_overlap": Bounds("1", 0.0, 1.0, "share of compute that can hide communication"),
     "gemm_error_low": Bounds(
-        "1", -2.0, 0.0, "10 % quantile of log(published/predicted), GEMM speedup"
+        "1", -1.0, 0.0, "10 % quantile of log(published/predicted), GEMM speedup"
     ),
-    "gemm_error_high": Bounds("1", 0.0, 2.0, "90 % quantile of it"),
-    "speedup_error_low": Bounds("1", -2.0, 0.0, "10 % quantile of it, linear forward + backward"),
-    "speedup_error_high": Bounds("1", 0.0, 2.0, "90 % quantile of it"),
-    "time_error": Bounds("1", 0.0, 2.0, "80 % half-width of a predicted time, log units"),
-    "step_error": Bounds("1", 0.0, 2.0, "80 % half-width of a whole-training speedup, absolute"),
+    "gemm_error_high": Bounds("1", 0.0, 1.0, "90 % quantile of it"),
+    "speedup_error_low": Bounds("1", -1.0, 0.0, "10 % quantile of it, linear forward + backward"),
+    "speedup_error_high": Bounds("1", 0.0, 1.0, "90 % quantile of it"),
+    "time_error": Bounds("1", 0.0, 1.0, "80 % half-width of a predicted time, log units"),
+    "step_error": Bounds("1", 0.0, 1.0, "80 % half-width of a whole-training speedup, absolute"),
 }
 
 
 class Constant(Record):
     """One number with its unit and where it comes from."""
 
-    value: float
+    value: Annotated[float, Strict()]  # neither true nor "989"
     unit: str
     kind: ConstantKind
     source: str = Field(min_length=1)
@@ -135,7 +146,7 @@ class DeviceProfile(FileRecord):
     KIND: ClassVar[str] = "device_profile"
     VERSION: ClassVar[int] = 1
 
-    name: str = Field(min_length=1, max_length=100)
+    name: str = Field(max_length=100, pattern=NAME)
     title: str
     aliases: tuple[str, ...]
     architecture: str
@@ -156,6 +167,7 @@ class DeviceProfile(FileRecord):
             raise ValueError(f"constant {unknown[0]!r} is unknown")
         for name, bounds in CONSTANTS.items():
             _check_constant(name, self.constants[name], bounds)
+        _check_peaks(self)
         if bool(self.fp8_recipes) != (self.value("fp8_peak_tflops") > 0):
             raise ValueError("fp8_recipes and fp8_peak_tflops must both be there or both be absent")
         if not self.fp8_recipes and not self.fp8_reason:
@@ -177,13 +189,27 @@ class DeviceProfile(FileRecord):
         return tuple(r for r in Recipe if PricedRecipe(r.value) in self.fp8_recipes)
 
 
+def _check_peaks(profile: DeviceProfile) -> None:
+    for name in WHOLE:
+        if profile.value(name) % 1:
+            raise ValueError(f"{name} must be whole, but it is {profile.value(name):g}")
+    peak, bf16 = profile.value("fp8_peak_tflops"), profile.value("bf16_peak_tflops")
+    if bf16 < profile.value("fp32_peak_tflops"):
+        raise ValueError("bf16_peak_tflops must not be below fp32_peak_tflops")
+    if profile.fp8_recipes and not FP8_GAIN[0] <= peak / bf16 <= FP8_GAIN[1]:
+        raise ValueError(
+            f"fp8_peak_tflops must be {FP8_GAIN[0]:g} to {FP8_GAIN[1]:g} times "
+            f"bf16_peak_tflops, but it is {peak / bf16:.3g} times"
+        )
+
+
 def _check_constant(name: str, constant: Constant, bounds: Bounds) -> None:
     if constant.unit != bounds.unit:
         raise ValueError(f"{name} is in {bounds.unit}, but the file says {constant.unit}")
     if not bounds.low <= constant.value <= bounds.high:
         raise ValueError(
-            f"{name} must be between {bounds.low:g} and {bounds.high:g} {bounds.unit}, "
-            f"but it is {constant.value:g}"
+            f"{name} must be between {bounds.low:g} and {bounds.high:g}"
+            f"{'' if bounds.unit == '1' else f' {bounds.unit}'}, but it is {constant.value:g}"
         )
 
 
