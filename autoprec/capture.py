@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from autoprec.costmodel.roles import HEAD_ROLES, KEY_VALUE_ROLES, ROW_ROLES, role_of
 from autoprec.errors import CaptureError
+from autoprec.heads import head_counts
 from autoprec.precision import Fp8Support, fp8_support, layer_options
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import (
@@ -232,7 +234,12 @@ def make_spec(
     ties = find_ties(model)
     names: dict[int, str] = {}
     specs = tuple(
-        _layer_spec(name, layer, calls=calls, tied_to=ties.get(name), support=support, names=names)
+        _with_heads(
+            _layer_spec(
+                name, layer, calls=calls, tied_to=ties.get(name), support=support, names=names
+            ),
+            model,
+        )
         for name, layer in layers.items()
     )
     if not any(spec.calls for spec in specs):
@@ -368,6 +375,17 @@ def _layer_spec(
         options=options,
         refusals=refusals,
     )
+
+
+def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
+    """Return the layer with its attention heads, if it is a projection whose model tells them."""
+    role = role_of(spec)
+    counts = head_counts(model, spec.name) if role in HEAD_ROLES and spec.gemm else None
+    if counts is None or spec.gemm is None:
+        return spec
+    heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
+    size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
+    return spec if size % heads else spec.model_copy(update={"heads": heads})
 
 
 def _fp8_obstacle(layer: nn.Module, *, was_called: bool) -> str:

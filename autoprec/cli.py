@@ -5,6 +5,7 @@ good, 1 the constraint was not met or a check failed, 2 bad input, 130 interrupt
 happen inside the commands, so that `--help` answers at once.
 """
 
+import errno
 import json
 import logging
 import sys
@@ -58,9 +59,29 @@ Checkpoint = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads it at run time
     typer.Option(help="Start from this checkpoint (state dict) instead of from scratch."),
 ]
-Parallel = Annotated[str, typer.Option(help="With a device profile: fsdp=8, tp=8 or fsdp=32,tp=8.")]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        metavar="PARTS",
+        help="With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 "
+        "gathers), ac=full or ac=selective (recomputation), e.g. fsdp=32,tp=8.",
+    ),
+]
 Meta = Annotated[
-    bool, typer.Option("--meta", help="Capture without weights: for a model too large for here.")
+    bool,
+    typer.Option(
+        "--meta",
+        help="Capture without weights: for a model too large for here. MODEL.py may then be a "
+        "transformers config (the JSON file or its folder).",
+    ),
+]
+Batch = Annotated[
+    Optional[int],  # noqa: UP045 - typer reads it at run time
+    typer.Option(min=1, help="Of a config: sequences a step on a device; default 1."),
+]
+Sequence = Annotated[
+    Optional[int],  # noqa: UP045 - typer reads it at run time
+    typer.Option(min=2, help="Of a config: tokens a sequence; default 4096 or what it can."),
 ]
 Compiled = Annotated[
     Optional[bool],  # noqa: UP045 - typer reads it at run time
@@ -79,6 +100,7 @@ NoMasks = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
 
@@ -114,6 +136,8 @@ def tune(
     parallel: Parallel = "",
     compiled: Compiled = None,
     meta: Meta = False,
+    batch: Batch = None,
+    sequence: Sequence = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the training proof.")
     ] = False,
@@ -168,6 +192,8 @@ def profile(
     parallel: Parallel = "",
     compiled: Compiled = None,
     meta: Meta = False,
+    batch: Batch = None,
+    sequence: Sequence = None,
     as_json: Json = False,
 ) -> None:
     """Measure (or predict) time and memory of every layer and option: profile.json."""
@@ -307,21 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with import_noise_dropped():
             status = app(args=arguments, prog_name="autoprec", standalone_mode=False)
-    except AutoprecError as error:
-        print(f"autoprec: error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except TyperException as error:
-        print(f"autoprec: error: {error.format_message()}", file=sys.stderr)
-        status = 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        reason = " ".join(str(error).split())[:160]
-        print(
-            f"autoprec: error: what is run must fit into the device's memory, but {reason}; "
-            "use smaller batches or a smaller model, or a larger device",
-            file=sys.stderr,
-        )
+    except (AutoprecError, TyperException, RuntimeError, OSError) as error:
+        print(f"autoprec: error: {_said_of(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
@@ -334,6 +347,23 @@ def main(arguments: list[str] | None = None) -> None:
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
+
+
+def _said_of(error: Exception) -> str:
+    """Return the one line that a user gets; an error that is none of theirs is raised again."""
+    if isinstance(error, AutoprecError):
+        return " ".join(str(error).split())
+    if isinstance(error, TyperException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"what is printed must be kept, but {error.strerror}; free space or write elsewhere"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        reason = " ".join(str(error).split())[:160]
+        return (
+            f"what is run must fit into the device's memory, but {reason}; "
+            "use smaller batches or a smaller model, or a larger device"
+        )
+    raise error
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arguments

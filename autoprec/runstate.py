@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from autoprec import __version__
+from autoprec.costmodel.registry import load_device_profile, profile_digest
 from autoprec.errors import RecordError
 from autoprec.records import FileRecord
 from autoprec.settings import Settings
 
 STAGES = ("profile", "sensitivity", "search", "verification")
 STAGE_SETTINGS = {
-    "profile": ("target", "recipes", "seed", "parallel", "is_compiled", "meta"),
+    "profile": (
+        "target",
+        "recipes",
+        "seed",
+        "parallel",
+        "is_compiled",
+        "meta",
+        "batch",
+        "sequence",
+    ),
     "sensitivity": ("recipes", "seed", "checkpoint", "meta"),
     "search": ("loss_tolerance", "kept", "trials", "time_budget_s", "seed", "storage", "study"),
     "verification": ("loss_tolerance", "seed", "checkpoint"),
@@ -87,15 +97,18 @@ def _finished_stages(settings: Settings) -> dict[str, str]:
 
 
 def _stage_digest(settings: Settings, stage: str, *, inputs: list[str]) -> str:
-    """Hash all that decides a stage's record: settings, the user's file, versions, inputs."""
+    """Hash all that decides a stage's record: settings, files it is made of, versions, inputs."""
     chosen = {name: str(getattr(settings, name)) for name in STAGE_SETTINGS[stage]}
-    file = Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
+    module = Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
+    file = settings.config or module
     if settings.script:
         file = Path(settings.script)
         inputs = [*inputs, *settings.script_args, str(settings.script_steps)]
     source = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
     if stage == "sensitivity" and settings.sensitivity and settings.sensitivity.is_file():
         inputs = [*inputs, hashlib.sha256(settings.sensitivity.read_bytes()).hexdigest()]
+    if stage == "profile" and not settings.is_local:
+        inputs = [*inputs, profile_digest(load_device_profile(settings.target))]
     text = json.dumps(
         [stage, chosen, source, settings.workload or settings.script, __version__, inputs]
     )

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autoprec.errors import RecordError
+from autoprec.config_workload import config_file
+from autoprec.costmodel.parallel import parse_parallel
+from autoprec.errors import DeviceError, RecordError, WorkloadError
 from autoprec.progress import Progress, report_nothing
 from autoprec.records import Constraint, Option, Recipe, fp8_option
 
@@ -17,6 +19,12 @@ class Settings:
 
     `script`, if given, is a training script to record for `script_steps` steps in the place of a
     workload file. `meta`: the model is captured without storage, so nothing of it can be measured.
+    `parallel` holds the degrees of a device profile's run, checked before anything is captured.
+    `batch` sequences of `sequence` tokens are a step of a workload that is a transformers config.
+
+    Raises:
+        DeviceError: `parallel` cannot be read, or the target is the machine at hand.
+        WorkloadError: `batch` or `sequence` is given for what is no config.
     """
 
     workload: str = ""
@@ -38,10 +46,35 @@ class Settings:
     parallel: str = ""
     compiled: bool | None = None
     meta: bool = False
+    batch: int | None = None
+    sequence: int | None = None
     masks: bool = True
     verify: bool = True
     resume: bool = False
     progress: Progress = field(default=report_nothing, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a `parallel`, `batch` or `sequence` that would come to nothing."""
+        if (self.batch or self.sequence) and not self.config:
+            raise WorkloadError(
+                "--batch and --sequence are for a workload that is a transformers config, but it "
+                f"is {self.script or self.workload!r}, which makes its own batches; "
+                "leave them out"
+            )
+        if not self.parallel:
+            return
+        if self.is_local:
+            raise DeviceError(
+                "--parallel needs a device profile as its target, since what is measured here is "
+                f"one device, but the target is {self.target!r} and --parallel {self.parallel!r}; "
+                "add e.g. --target h100-sxm, or leave --parallel out"
+            )
+        parse_parallel(self.parallel)
+
+    @property
+    def config(self) -> Path | None:
+        """The transformers config that is the workload, if it is one."""
+        return None if self.script else config_file(self.workload)
 
     @property
     def is_local(self) -> bool:

@@ -259,9 +259,11 @@ def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[st
 def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
     locks = default_locks(spec.layers)
     held = f", here {_some(list(locks))}" if locks else ""
+    takes_fp8 = any(option.is_fp8 for layer in spec.layers for option in layer.options)
+    kept = f"; embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
     yield (
-        "no sensitivity was measured: e is unknown and the plan is chosen by time alone; "
-        f"embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
+        "no sensitivity was measured: e is unknown and the plan is chosen by time alone"
+        f"{kept if takes_fp8 else ''}"
     )
     yield (
         "the loss tolerance is not verified: train a small model of the family with autoprec and "

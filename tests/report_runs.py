@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from autoprec.costmodel import load_device_profile, predict_profile
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -47,6 +48,9 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.report import RunRecords
+from autoprec.search import build_plan, search_plan
+from autoprec.transfer import unknown_sensitivity
+from tests.decoder_specs import decoder
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 ROWWISE = fp8_option(Recipe.ROWWISE)
@@ -101,6 +105,27 @@ def make_run(
         search=search,
         verification=verification,
     )
+
+
+def predicted_run(device: str = "h100-sxm", *, memory_gb: float | None = None) -> RunRecords:
+    """Return the profile and the plan of a small decoder for a device that is not here."""
+    profile = predict_profile(
+        decoder(), load_device_profile(device), compiled=True, options=(TENSORWISE, ROWWISE)
+    )
+    if memory_gb is not None:
+        facts = profile.device.model_copy(update={"memory_bytes": int(memory_gb * 1e9)})
+        profile = profile.model_copy(update={"device": facts})
+    sensitivity = unknown_sensitivity(profile.model)
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=0.0)
+    search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
+    plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
+    return RunRecords(profile=profile, sensitivity=sensitivity, search=search, plan=plan)
+
+
+def uncertified(run: RunRecords) -> RunRecords:
+    """Return the run with the verification's certificate taken off its plan."""
+    assert run.plan
+    return replace(run, plan=run.plan.model_copy(update={"certificate": None}))
 
 
 def renamed(run: RunRecords, names: Mapping[str, str]) -> RunRecords:

@@ -26,7 +26,7 @@ from autoprec.records.model import (
 )
 from autoprec.search import build_plan, search_plan
 from autoprec.transfer import unknown_sensitivity
-from tests.decoder_specs import decoder, linear_layer
+from tests.decoder_specs import decoder, linear_layer, model_of
 
 H100 = load_device_profile("h100-sxm-500w")
 ROWWISE, TENSORWISE = fp8_option(Recipe.ROWWISE), fp8_option(Recipe.TENSORWISE)
@@ -74,6 +74,7 @@ def test_degrees_are_parsed() -> None:
         tp=2, fp8_gather=True, recomputed=1.0
     )
     assert parse_parallel("fsdp=32,tp=8").devices == 256
+    assert parse_parallel("FSDP=8,Gather=FP8") == Parallel(fsdp=8, fp8_gather=True)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,22 @@ def test_degrees_are_parsed() -> None:
 def test_a_degree_that_is_none_is_an_error(text: str) -> None:
     with pytest.raises(DeviceError, match="--parallel"):
         parse_parallel(text)
+
+
+@pytest.mark.parametrize("text", ["gather=fp8", "gather=fp8,fsdp=1", "ac=full,tp=1,gather=fp8"])
+def test_gathers_with_nothing_to_gather_from_are_refused(text: str) -> None:
+    with pytest.raises(DeviceError, match="gather=fp8 needs devices to gather from") as refusal:
+        parse_parallel(text)
+    assert repr(text) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [Parallel(), Parallel(fp8_gather=True), Parallel(tp=2, fp8_gather=True, recomputed=0.5)],
+)
+def test_what_a_record_says_can_be_read_again(parallel: Parallel) -> None:
+    text = str(parallel)
+    assert str(parse_parallel(text) if text else Parallel()) == text
 
 
 def test_columns_and_rows_are_split_by_role() -> None:
@@ -110,6 +127,55 @@ def test_columns_and_rows_are_split_by_role() -> None:
 def test_a_degree_that_does_not_divide_is_an_error_with_the_layer() -> None:
     with pytest.raises(DeviceError, match=r"layers\.0\.attn\.q_proj has N=4096 and tp=3"):
         predicted("tp=3")
+
+
+def grouped_query_decoder() -> ModelSpec:
+    """Return the decoder with 32 heads, of which 8 have keys and values of their own."""
+    heads = {"q_proj": 32, "k_proj": 8, "v_proj": 8, "o_proj": 32}
+    spec = decoder()
+    layers = tuple(
+        layer.model_copy(update={"heads": heads.get(layer.name.rpartition(".")[2])})
+        for layer in spec.layers
+    )
+    return spec.model_copy(update={"layers": layers})
+
+
+@pytest.mark.parametrize(
+    ("degree", "words"),
+    [
+        (64, r"q_proj has 32 heads and tp=64; choose a divisor of 32$"),
+        (16, r"k_proj has 8 key/value heads and tp=16; choose a divisor of 8 .*Megatron"),
+    ],
+)
+def test_a_degree_that_cuts_through_a_head_is_refused(degree: int, words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        predicted(f"tp={degree}", grouped_query_decoder())
+    assert predicted(f"tp={degree}").parallel == f"tp={degree}"  # where no model says its heads
+
+
+def test_a_degree_that_divides_the_heads_is_taken() -> None:
+    assert step(predicted("tp=8", grouped_query_decoder()), "bf16_o2") == step(
+        predicted("tp=8"), "bf16_o2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("first", "second"), "tp=8 splits no layer: none has a known role (first, second);"),
+        (("up_proj", "a", "b", "c", "d"), "leaves 4 of 5 linear layers whole"),
+        (("up_proj", "lm_head"), ""),
+    ],
+)
+def test_layers_that_stay_whole_for_want_of_a_role_are_named(
+    names: tuple[str, ...], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = model_of(*(linear_layer(name, 1024, 1024) for name in names))
+    said = [note for note in planned(predicted("tp=8", spec)).notes if "tp=8" in note]
+    assert len(said) == bool(words)
+    assert all(words in note for note in said)
+    assert words in caplog.text
+    assert not any("known role" in n for n in planned(predicted("fsdp=8", spec)).notes)
 
 
 def test_narrow_projections_lose_under_tensor_parallelism() -> None:

@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from autoprec.records import Verdict
 from autoprec.report import RunRecords, render_html
 from autoprec.report.charts import Scale, fitted, padded
+from autoprec.report.formats import shown_bytes
 from autoprec.report.runs import FILES
+from autoprec.report.sections import condition_rows, summary_cards
 from autoprec.report.step_figures import layer_figure, row_options
+from autoprec.report.summary import summarise_run
 from autoprec.report.table import layer_rows
 from tests.golden_text import check_golden
-from tests.report_runs import CPU, H100, make_run, renamed
+from tests.report_runs import CPU, H100, make_run, predicted_run, renamed, uncertified
 
 VOID = {"meta", "input", "br", "link", "img"}
 HOSTILE = (
@@ -169,6 +172,35 @@ def test_every_card_says_measured_or_predicted() -> None:
     assert cards >= 6
     inside = text[text.index('class="cards"') : text.index('class="split"')]
     assert cards == len(re.findall(r'class="basis (measured|predicted)"', inside))
+
+
+def test_intervals_of_predictions_are_not_called_percentiles() -> None:
+    text, measured = render_html(predicted_run()), render_html(make_run())
+    for words in ("percentile of the samples", "p20..p80"):
+        assert words in measured
+        assert words not in text
+    for words in ("whiskers are predicted: the median and its 80 % interval", "80 % interval, pre"):
+        assert words in text
+        assert words not in measured
+    mixed = render_html(replace(uncertified(make_run()), verification=None))
+    assert "hatched bars are predicted, with what the spread of the parts gives" in mixed
+
+
+def test_predicted_steps_have_no_spread_of_samples() -> None:
+    rows = condition_rows(predicted_run())
+    assert rows
+    assert {row[4] for row in rows} == {"-"}
+    assert "-" not in {row[4] for row in condition_rows(make_run())}
+
+
+def test_a_plan_that_does_not_fit_is_an_answer_and_its_peak_a_card() -> None:
+    run = predicted_run(memory_gb=2.0)
+    words = Page(render_html(run)).words
+    assert sum("does not fit in memory" in word for word in words) == 1
+    card = next(c for c in summary_cards(run, summarise_run(run)) if "memory" in c.title)
+    assert run.plan
+    assert run.plan.predicted
+    assert (card.value, card.basis) == (shown_bytes(run.plan.predicted.memory_bytes), "predicted")
 
 
 def test_a_refuted_plan_has_no_line_to_paste() -> None:

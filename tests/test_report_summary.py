@@ -16,7 +16,7 @@ from autoprec.report import RunRecords, layer_rows, summary_object
 from autoprec.report.answers import fp8_answer, fp8_ceiling, unmeasured, verdict_sentence
 from autoprec.report.steps import plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
-from tests.report_runs import CPU, H100, make_run
+from tests.report_runs import CPU, H100, make_run, predicted_run, uncertified
 
 
 def all_in(run: RunRecords, option: object) -> RunRecords:
@@ -56,11 +56,6 @@ def test_json_of_a_run_without_verification_is_predicted_and_has_nulls() -> None
     assert found["step_basis"]["fp32"] == "measured"
 
 
-def uncertified(run: RunRecords) -> RunRecords:
-    assert run.plan
-    return replace(run, plan=run.plan.model_copy(update={"certificate": None}))
-
-
 def test_a_predicted_plan_is_compared_with_the_same_model_s_uniform_plans() -> None:
     run = replace(uncertified(make_run()), verification=None)
     assert run.plan
@@ -73,6 +68,44 @@ def test_a_predicted_plan_is_compared_with_the_same_model_s_uniform_plans() -> N
     assert predicted.high_ms
     assert speedups["bf16_o2"].low == predicted.bf16_o2_ms / predicted.high_ms
     assert speedups["autocast_bf16"].basis is Basis.PREDICTED
+
+
+def test_a_predicted_plan_that_is_a_baseline_has_no_interval_against_it() -> None:
+    run = predicted_run("a100")
+    speedups, steps = plan_speedups(run), plan_steps(run)
+    plan, bf16 = steps["plan"], steps["bf16_o2"]
+    assert (plan.low_ms, plan.ms, plan.high_ms) == pytest.approx(
+        (bf16.low_ms, bf16.ms, bf16.high_ms)
+    )
+    assert speedups["bf16_o2"].value == pytest.approx(1.0)
+    assert speedups["bf16_o2"].low is speedups["bf16_o2"].high is None
+
+
+def test_a_predicted_speedup_is_as_unsure_as_what_differs() -> None:
+    run = predicted_run()
+    assert run.plan
+    assert run.plan.predicted
+    predicted, speedup = run.plan.predicted, plan_speedups(run)["bf16_o2"]
+    fp8_ms = sum(layer.layer_ms or 0.0 for layer in run.plan.layers if layer.option.is_fp8)
+    assert 0.0 < fp8_ms < predicted.plan_ms
+    for step_ms, end in ((predicted.high_ms, speedup.low), (predicted.low_ms, speedup.high)):
+        assert step_ms
+        ms = predicted.plan_ms + fp8_ms * (step_ms / predicted.plan_ms - 1.0)
+        assert end == pytest.approx(predicted.bf16_o2_ms / ms)
+    against_fp32 = plan_speedups(run)["fp32"]
+    assert predicted.high_ms
+    assert against_fp32.low == pytest.approx(predicted.fp32_ms / predicted.high_ms)
+
+
+def test_json_says_whether_the_plan_fits_in_memory() -> None:
+    assert summary_object(make_run(), "out")["memory"] == ""
+    assert summary_object(predicted_run(), "out")["memory"] == ""
+    tight = predicted_run(memory_gb=2.0)
+    assert summary_object(tight, "out")["memory"].startswith("does not fit in memory")
+    assert tight.plan
+    alone = RunRecords(plan=tight.plan)
+    assert summary_object(alone, "out")["memory"] == ""
+    assert any(note.startswith("does not fit in memory") for note in unmeasured(alone))
 
 
 def test_verification_s_steps_are_compared_among_themselves() -> None:

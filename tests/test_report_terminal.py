@@ -28,7 +28,17 @@ from autoprec.report.formats import (
     shown_share,
 )
 from tests.golden_text import check_golden
-from tests.report_runs import CPU, GW_HP, H100, device_facts, make_run, renamed, timing
+from tests.report_runs import (
+    CPU,
+    GW_HP,
+    H100,
+    device_facts,
+    make_run,
+    predicted_run,
+    renamed,
+    timing,
+    uncertified,
+)
 
 
 def console(width: int = 80) -> Console:
@@ -181,6 +191,28 @@ def test_a_predicted_step_says_so() -> None:
     text = summary_text(replace(run, plan=plan, verification=None))
     assert "step times are predicted" in text
     assert "not verified: no training was compared" in text
+
+
+def test_intervals_of_predictions_are_not_called_percentiles() -> None:
+    text = summary_text(predicted_run())
+    assert "80 % interval" in text
+    assert "p20..p80" not in text
+    assert "p20..p80" in summary_text(make_run())
+    profile = predicted_run().profile
+    assert profile
+    assert "p20..p80" not in record_text(profile)
+    mixed = replace(uncertified(make_run()), verification=None)
+    assert "spread" in summary_text(mixed)
+    assert "80 %" not in summary_text(mixed)
+
+
+def test_a_plan_that_does_not_fit_is_said_once_in_the_answer() -> None:
+    text = " ".join(summary_text(predicted_run(memory_gb=2.0), width=200).split())
+    _, answer = text.split(" Answer ")
+    assert answer.count("does not fit in memory: the plan needs at least") == 1
+    assert "note: does not fit" not in answer
+    assert "h100-sxm has 2 GB: shard further" in answer
+    assert "does not fit" not in summary_text(predicted_run())
 
 
 def test_a_difference_lists_its_rows() -> None:

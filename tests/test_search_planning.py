@@ -104,6 +104,36 @@ def test_slower_fp8_is_named_with_its_shape() -> None:
     )
 
 
+def test_bf16_is_compared_to_fp32_as_in_the_table_and_with_the_casts_of_a_bf16_flow() -> None:
+    rows: dict[str, Row] = {
+        "norm": {FP32: (1.0, 0.0), BF16_O2: (1.0, 1e-6)},
+        "fp32": {FP32: (1.0, 0.0), BF16_O2: (4.0, 1e-6)},
+        "a": {FP32: (9.0, 0.0), BF16_O2: (2.0, 1e-6)},
+    }
+    casts = 1.0 / (2 * 32 * 32 / 1e6)  # ms per million elements: 1 ms around a layer
+    _, plan = planned(tables_of(rows, cast_ms=casts))
+    assert plan.options == (BF16_O2, FP32, BF16_O2)
+    norm, fp32, _ = plan.layers
+    assert (norm.layer_ms, norm.baseline_ms, fp32.layer_ms) == (1.0, 1.0, 1.0)
+    alone = "BF16 as fast as FP32 (2x faster with the casts around FP32)"
+    assert reason(plan, "norm").startswith(alone)
+    assert reason(plan, "fp32") == (
+        "BF16 4x slower than FP32 at M=32 K=32 N=32 (2x slower with the casts around FP32)"
+    )
+    _, all_fp32 = planned(tables_of({"a": SLOW_BF16}, cast_ms=casts))
+    assert "casts" not in reason(all_fp32, "a")
+
+
+def test_bf16_that_is_too_harmful_is_compared_to_fp32_as_in_the_table() -> None:
+    harmful: Row = {FP32: (1.5, 0.0), BF16_O2: (1.0, 0.5)}
+    casts = 0.5 / (2 * 32 * 32 / 1e6)
+    _, plan = planned(tables_of({"a": harmful, "b": TYPICAL}, cast_ms=casts))
+    assert plan.options[0] == FP32
+    assert reason(plan, "a").startswith(
+        "BF16 1.5x faster than FP32 (2x faster with the casts around FP32), but alone is over"
+    )
+
+
 def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
     harmful: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.9, 2.8e-3)}
     profile, sensitivity = tables_of({"a": harmful, "b": TYPICAL, "c": TYPICAL})

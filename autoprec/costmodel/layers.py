@@ -144,7 +144,7 @@ def _layer_timing(
         parameter_bytes=round(size * _numel(own) * share),
         gradient_bytes=round(size * trained * share),
         optimizer_bytes=round(states * trained * share),
-        activation_bytes=round(size * _saved_elements(layer) * (1 - setting.parallel.recomputed)),
+        activation_bytes=round(size * _saved_elements(layer, setting.parallel)),
     )
 
 
@@ -261,14 +261,19 @@ def _numel(parameters: Iterable[ParameterSpec]) -> int:
     return sum(p.numel for p in parameters)
 
 
-def _saved_elements(layer: LayerSpec) -> int:
-    """Return what the backward needs of the forward: the layer's inputs."""
-    return sum(
+def _saved_elements(layer: LayerSpec, parallel: Parallel) -> float:
+    """Return what the backward needs of the forward on one device: the layer's inputs.
+
+    Tensor parallelism with its sequence-parallel norms splits them as it splits the work.
+    """
+    share = 1 / parallel.tp if layer.kind is LayerKind.NORM else parameter_share(layer, parallel)
+    inputs = sum(
         call.count * math.prod(tensor.shape)
         for call in layer.calls
         for tensor in call.inputs
         if tensor.dtype.startswith(("float", "bfloat"))
     )
+    return (1 - parallel.recomputed) * share * inputs
 
 
 _Price = Callable[[LayerSpec, CallSpec, Option, Setting], LinearTimes]

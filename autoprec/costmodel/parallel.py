@@ -6,6 +6,8 @@
     tp=N       the GEMMs themselves are split over N devices: column-parallel layers keep N/tp
                out-features, row-parallel ones K/tp in-features. Two all-gathers and two
                reduce-scatters of the activations per block and direction, not hidden.
+               Whole attention heads stay together, so N divides the heads, and the key/value heads
+               where they are fewer: checked where the model says how many it has.
     gather=fp8 tensorwise FP8 layers gather weights (torchao's enable_fsdp_float8_all_gather) and
                activations (its float8 tensor parallelism) in FP8; masked GEMMs need BF16
     ac=full    activation checkpointing: the forward runs again in the backward; `selective` half
@@ -18,12 +20,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from autoprec.costmodel.machine import Machine
-from autoprec.costmodel.roles import COLUMN_ROLES, ROW_ROLES, Role, role_of
+from autoprec.costmodel.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
 from autoprec.errors import DeviceError
-from autoprec.records.model import GemmShape, LayerSpec, Option, Recipe
+from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option, Recipe
 
 LARGEST_DEGREE = 1 << 20
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice
+MOST_NAMED = 3  # layers in a note
+_ROLE_NAMES = "roles are read from names such as q_proj, o_proj, up_proj, down_proj, fc1 or lm_head"
 _EXAMPLE = "write e.g. fsdp=8, tp=8 or fsdp=32,tp=8"
 
 
@@ -45,24 +49,29 @@ class Parallel:
         """Return what `parse_parallel` reads; empty for one device."""
         name = next(name for name, share in RECOMPUTED.items() if share == self.recomputed)
         parts = [f"{degree}={n}" for degree, n in (("fsdp", self.fsdp), ("tp", self.tp)) if n > 1]
-        parts += ["gather=fp8"] if self.fp8_gather else []
+        parts += ["gather=fp8"] if self.fp8_gather and self.devices > 1 else []
         return ",".join(parts + ([f"ac={name}"] if self.recomputed else []))
 
 
 def parse_parallel(text: str) -> Parallel:
-    """Return the degrees of e.g. `fsdp=32,tp=8`.
+    """Return the degrees of e.g. `fsdp=32,tp=8`, in any case.
 
     Raises:
-        DeviceError: a part is no known degree, or given twice.
+        DeviceError: a part is no known degree, given twice, or without any effect.
     """
     found = Parallel()
     seen: set[str] = set()
-    for part in (part.strip() for part in text.split(",")):
+    for part in (part.strip().lower() for part in text.split(",")):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name in seen:
             raise DeviceError(f"--parallel names each degree once, but {name} is twice; {_EXAMPLE}")
         seen.add(name)
         found = _with_part(found, name, value, text=text)
+    if found.fp8_gather and found.devices == 1:
+        raise DeviceError(
+            "gather=fp8 needs devices to gather from, fsdp=N or tp=N with N > 1, but --parallel is "
+            f"{text!r}; add one, or leave gather=fp8 out"
+        )
     return found
 
 
@@ -70,7 +79,7 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
     """Return the layer's GEMM on one device.
 
     Raises:
-        DeviceError: the tensor-parallel degree does not divide the layer.
+        DeviceError: the tensor-parallel degree does not divide the layer, or its heads.
     """
     gemm = layer.gemm
     if gemm is None:
@@ -85,7 +94,26 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
             f"tp must divide the layers that it splits, but {layer.name} has {axis}={size} and "
             f"tp={parallel.tp}; choose a degree that divides it"
         )
+    _check_heads(layer, role, parallel)
     return gemm.model_copy(update={axis: size // parallel.tp})
+
+
+def unsplit_note(layers: Iterable[LayerSpec], parallel: Parallel) -> str:
+    """Return which linears tensor parallelism leaves whole for want of a role; empty for none."""
+    if parallel.tp == 1:
+        return ""
+    called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
+    whole = [layer.name for layer in called if role_of(layer) not in COLUMN_ROLES | ROW_ROLES]
+    if not whole:
+        return ""
+    first, more = ", ".join(whole[:MOST_NAMED]), len(whole) - MOST_NAMED
+    named = f"{first} and {more} more" if more > 0 else first
+    if len(whole) == len(called):
+        return f"tp={parallel.tp} splits no layer: none has a known role ({named}); {_ROLE_NAMES}"
+    return (
+        f"tp={parallel.tp} leaves {len(whole)} of {len(called)} linear layers whole, since they "
+        f"have no known role ({named}); {_ROLE_NAMES}"
+    )
 
 
 def gathers_fp8(option: Option, parallel: Parallel) -> bool:
@@ -164,6 +192,19 @@ def _once_per_group(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
         if key not in seen:
             seen.add(key)
             yield layer
+
+
+def _check_heads(layer: LayerSpec, role: Role, parallel: Parallel) -> None:
+    """Refuse a degree that would cut through an attention head."""
+    if not layer.heads or layer.heads % parallel.tp == 0:
+        return
+    is_shared = role in KEY_VALUE_ROLES
+    why = " (Megatron lets devices share one, torch's tensor parallelism does not)"
+    raise DeviceError(
+        f"tp must divide the attention heads{' and the key/value heads' if is_shared else ''}, but "
+        f"{layer.name} has {layer.heads} {'key/value ' if is_shared else ''}heads and "
+        f"tp={parallel.tp}; choose a divisor of {layer.heads}{why if is_shared else ''}"
+    )
 
 
 def _with_part(found: Parallel, name: str, value: str, *, text: str) -> Parallel:

@@ -1,13 +1,22 @@
 """A captured model and a device profile -> that model's profile on that device, all predicted."""
 
+import logging
 from collections.abc import Sequence
 
+from autoprec.costmodel.breakeven import find_break_evens
 from autoprec.costmodel.eligible import retarget_model
-from autoprec.costmodel.layers import Setting, predicted, time_layers
+from autoprec.costmodel.layers import Setting, element_bytes, predicted, time_layers
 from autoprec.costmodel.machine import Machine, machine_of
 from autoprec.costmodel.masks import without_slow_masks
-from autoprec.costmodel.parallel import Parallel
-from autoprec.costmodel.step import autocast_us, first_fp8, gather_savings_us, step_times
+from autoprec.costmodel.parallel import Parallel, unsplit_note
+from autoprec.costmodel.registry import profile_digest
+from autoprec.costmodel.step import (
+    autocast_us,
+    first_fp8,
+    fsdp_communication,
+    gather_savings_us,
+    step_times,
+)
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
@@ -21,8 +30,11 @@ from autoprec.records.model import (
     with_masks,
 )
 
+logger = logging.getLogger(__name__)
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
 MEGA = 1e6
+OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in a BF16 flow, 4 + 4 in FP32
+STATE_BYTES = 4  # an optimizer state is FP32
 
 
 def predict_profile(
@@ -45,9 +57,11 @@ def predict_profile(
         masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
 
     Raises:
-        DeviceError: the tensor-parallel degree does not divide a layer.
+        DeviceError: the tensor-parallel degree does not divide a layer or its heads.
     """
     parallel = parallel or Parallel()
+    if note := unsplit_note(spec.layers, parallel):
+        logger.warning("%s", note)
     machine = machine_of(device_profile)
     considered = with_masks(options) if masks else options
     target = retarget_model(spec, device_profile, considered, parallel)
@@ -74,7 +88,7 @@ def predict_profile(
             StepTiming(
                 label=label,
                 timing=predicted(us, machine),
-                peak_bytes=peak_bytes(layers, chosen[label]),
+                peak_bytes=peak_bytes(target, layers, chosen[label], fsdp=parallel.fsdp),
             )
             for label, us in steps
         ),
@@ -83,6 +97,8 @@ def predict_profile(
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
+        break_evens=find_break_evens(device_profile, target.layers, parallel, compiled=compiled),
+        communication=fsdp_communication(target, bf16, setting),
     )
 
 
@@ -101,6 +117,7 @@ def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
         fp8_recipes=tuple(recipe.value for recipe in profile.fp8_recipes),
         fp8_reason=profile.fp8_reason,
         missing=(("driver", "the device is not here"),),
+        digest=profile_digest(profile),
     )
 
 
@@ -109,10 +126,23 @@ def boundary_cast_us(machine: Machine) -> float:
     return BOUNDARY_BYTES * MEGA / machine.bytes_per_us
 
 
-def peak_bytes(layers: Sequence[LayerTiming], option: Option) -> int:
-    """Return the memory of a uniform plan: everything the layers keep at once."""
+def peak_bytes(
+    spec: ModelSpec, layers: Sequence[LayerTiming], option: Option, *, fsdp: int = 1
+) -> int:
+    """Return the memory of a uniform plan on one device, at least.
+
+    It counts parameters, gradients, optimizer states with FP32 masters, and the inputs that layers
+    save: not what attention and activations save, the logits, gathered weights or fragmentation.
+    """
     own = [row for row in layers if row.option == option]
-    return sum(
+    timed = {name for row in layers for name in row.names}
+    others = [p for layer in spec.layers if layer.name not in timed for p in layer.parameters]
+    numel = {False: 0, True: 0}
+    for parameter in (*others, *spec.uncovered):
+        numel[parameter.is_trainable] += parameter.numel * (parameter.shared_with is None)
+    trained = OUTSIDE_BYTES + STATE_BYTES * spec.optimizer_state_numel_ratio
+    outside = (trained * numel[True] + element_bytes(option) * numel[False]) / fsdp
+    return round(outside) + sum(
         len(row.names)
         * (row.parameter_bytes + row.gradient_bytes + row.optimizer_bytes + row.activation_bytes)
         for row in own

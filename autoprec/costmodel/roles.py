@@ -106,6 +106,8 @@ _NAMES: Mapping[Role, frozenset[str]] = {
 _PROJECTIONS = frozenset(("c_proj", "proj", "dense"))  # attention's or the MLP's, by the parent
 _MLP_PARENTS = ("mlp", "ffn", "feed", "fc")
 COLUMN_ROLES = frozenset((Role.QUERY, Role.KEY_VALUE, Role.QKV, Role.UP, Role.HEAD))
+KEY_VALUE_ROLES = frozenset((Role.KEY_VALUE, Role.QKV))  # split by the key/value heads
+HEAD_ROLES = KEY_VALUE_ROLES | {Role.QUERY, Role.ATTENTION_OUT}  # split by attention heads
 ROW_ROLES = frozenset((Role.ATTENTION_OUT, Role.DOWN))
 
 

@@ -20,6 +20,7 @@ from autoprec.costmodel.parallel import (
     tensor_parallel_us,
 )
 from autoprec.costmodel.roles import AttentionBlock, Role, attention_blocks, role_of
+from autoprec.records.cost import Communication
 from autoprec.records.model import (
     BF16_O2,
     FP32,
@@ -142,6 +143,29 @@ def exposed_us(
     return sharded + _split_us(layers, chosen, flow, setting)
 
 
+def unhidden(moved: float, compute: float, *, share: float) -> float:
+    """Return the time of communication that a share of the compute does not hide."""
+    return max(0.0, moved - share * compute)
+
+
+def fsdp_communication(spec: ModelSpec, bf16: StepTimes, setting: Setting) -> Communication | None:
+    """Return FSDP's part of a BF16 O2 step of those times; None where nothing is sharded."""
+    if setting.parallel.fsdp == 1:
+        return None
+    called = [layer for layer in spec.layers if layer.calls]
+    moved = _fsdp_moved_us(
+        called, dict.fromkeys((layer.name for layer in called), BF16_O2), setting
+    )
+    share = setting.machine.communication_overlap
+    exposed = unhidden(moved, bf16.layers + bf16.between, share=share)
+    return Communication(
+        moved_ms=moved / 1e3,
+        between_ms=bf16.between / 1e3,
+        share=share,
+        exposed_ms=exposed / 1e3,
+    )
+
+
 def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict[str, float]:
     """Return what FP8 gathers save of a step's exposed communication, layer by layer.
 
@@ -173,13 +197,19 @@ def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict
 def _exposed_fsdp_us(
     layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting, *, compute: float
 ) -> float:
+    moved = _fsdp_moved_us(layers, chosen, setting)
+    return unhidden(moved, compute, share=setting.machine.communication_overlap)
+
+
+def _fsdp_moved_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting
+) -> float:
     gathered = reduced = 0.0
     for layer in layers:
         option, numel = chosen[layer.name], _numel(layer, setting)
         gathered += numel * (1 if gathers_fp8(option, setting.parallel) else element_bytes(option))
         reduced += numel * REDUCED_BYTES * (not layer.is_frozen)
-    moved = fsdp_us(setting.machine, setting.parallel, gathered, reduced)
-    return max(0.0, moved - setting.machine.communication_overlap * compute)
+    return fsdp_us(setting.machine, setting.parallel, gathered, reduced)
 
 
 def _split_us(

@@ -11,6 +11,8 @@ checks        what doctor, check and diff say
 from autoprec.records.base import FileRecord, Record, read_text, write_atomically
 from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
+    BreakEven,
+    Communication,
     Conditions,
     DeviceFacts,
     LayerTiming,
@@ -65,9 +67,11 @@ __all__ = [
     "Assignment",
     "Basis",
     "Branch",
+    "BreakEven",
     "CallSpec",
     "Certificate",
     "Check",
+    "Communication",
     "Conditions",
     "Constraint",
     "DeviceFacts",

@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.model import Basis, ModelSpec, Option
+from autoprec.records.model import Basis, GemmShape, ModelSpec, Option, Recipe
 
 
 class Timing(Record):
@@ -41,6 +41,7 @@ class DeviceFacts(Record):
     fp8_recipes: tuple[str, ...]  # recipes that torch._scaled_mm accepts here
     fp8_reason: str  # why FP8 is missing; "" where it is there
     missing: tuple[tuple[str, str], ...] = ()
+    digest: str = ""  # of a device profile's content: two may have one name; "" for a real device
 
 
 class Conditions(Record):
@@ -98,6 +99,34 @@ class StepTiming(Record):
     conditions: Conditions | None = None
 
 
+class BreakEven(Record):
+    """From what size on a recipe is no slower than BF16, for a GEMM as one device has it.
+
+    `tokens` is the least M for its K and N; `width` the least K = N for its M, looked for where no
+    M is enough; `wide` the smallest square weight that is looked at with the least M for it, where
+    no width is either. None: there is none.
+    """
+
+    gemm: GemmShape
+    recipe: Recipe
+    tokens: PositiveInt | None = None
+    width: PositiveInt | None = None
+    wide: GemmShape | None = None
+
+
+class Communication(Record):
+    """FSDP's communication in a step of a BF16 flow, in ms, and what hides it.
+
+    It hides behind `share` of the compute: that of the layers and `between_ms` outside them.
+    `exposed_ms` is what a BF16 O2 step shows of it. Faster layers hide less.
+    """
+
+    moved_ms: NonNegativeFloat
+    between_ms: NonNegativeFloat
+    share: NonNegativeFloat
+    exposed_ms: NonNegativeFloat
+
+
 class Profile(FileRecord):
     """The measured or predicted cost of a model on a device; carries the model's spec.
 
@@ -106,6 +135,8 @@ class Profile(FileRecord):
     there and back (forward and backward), paid where a layer's precision differs from the flow's.
     `fixed_ms` is the FP32 step's time outside the layers (attention, activations, loss, glue), and
     `fixed_bf16_ms` the same in a BF16 flow; both are step minus the sum of layer totals.
+    `break_evens` are asked of the device's constants when the profile is predicted, so that the
+    search of a saved run needs no device profile, which may have moved or changed since.
     """
 
     KIND: ClassVar[str] = "profile"
@@ -123,6 +154,8 @@ class Profile(FileRecord):
     compile_s: NonNegativeFloat = 0.0
     recompiles: NonNegativeInt = 0
     parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
+    break_evens: tuple[BreakEven, ...] = ()  # predicted profiles only
+    communication: Communication | None = None  # predicted profiles under FSDP only
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""

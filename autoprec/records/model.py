@@ -209,6 +209,8 @@ class LayerSpec(Record):
 
     `type_name` is the class (`torch.nn.modules.linear.Linear`), `settings` its `extra_repr()`.
     `gemm` is there for linears only and holds the M of the largest call.
+    `heads` is how many attention heads its outputs (q; key/value heads for k, v and fused ones) or
+    inputs (the attention's output) are made of; None where the model does not say.
     `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
     one storage, so they take one storage precision (FP32 or 16 bit) together.
     `options` are what the layer can take on the captured device, `refusals` say why not the rest.
@@ -225,6 +227,7 @@ class LayerSpec(Record):
     tied_to: str | None
     options: tuple[Option, ...]
     refusals: tuple[Refusal, ...]
+    heads: PositiveInt | None = None
 
     @property
     def calls_per_step(self) -> int:

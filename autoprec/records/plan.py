@@ -55,7 +55,10 @@ class Constraint(Record):
 
 
 class Fingerprint(Record):
-    """For what the plan was made; a difference at apply time is an error or a named warning."""
+    """For what the plan was made; a difference at apply time is an error or a named warning.
+
+    `device_digest` tells device profiles of one name apart; empty for a device that was there.
+    """
 
     structure: str
     device: str
@@ -66,16 +69,21 @@ class Fingerprint(Record):
     parallel: str = ""
     time_basis: Basis = Basis.MEASURED
     sensitivity_basis: Basis = Basis.MEASURED
+    device_digest: str = ""
 
 
 class PredictedStep(Record):
-    """The step time that the search's model gives, in ms, for the plan and the uniform plans."""
+    """The step time that the search's model gives, in ms, for the plan and the uniform plans.
+
+    `low_ms`..`high_ms` is the interval of `plan_ms`; `memory_bytes` the plan's peak on one device.
+    """
 
     plan_ms: NonNegativeFloat
     fp32_ms: NonNegativeFloat
     bf16_o2_ms: NonNegativeFloat
     low_ms: NonNegativeFloat | None = None
     high_ms: NonNegativeFloat | None = None
+    memory_bytes: NonNegativeInt | None = None
 
 
 class Certificate(Record):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from autoprec.costmodel.memory import memory_note
 from autoprec.records import FP32, Basis, LayerKind, Precision, Profile, Verdict
 from autoprec.report.formats import (
     clean_text,
@@ -85,9 +86,18 @@ def fp8_answer(run: RunRecords, rows: Sequence[LayerRow]) -> str:
         saved = sum(_ms(r.bf16_o2) - _ms(r.chosen) for r in rows if r.option and r.option.is_fp8)
         return (
             f"FP8 pays on {count} of {count_of(linears, 'linear layer')}: "
-            f"{shown_ms(saved)} ms a step less than in BF16"
+            f"{shown_ms(saved)} ms a step less in them than in BF16"
         )
     return f"FP8 is not worth it here: {_why_no_fp8(run, rows)}"
+
+
+def memory_answer(run: RunRecords) -> str:
+    """Return that the plan does not fit into the device's memory; "" where nothing says so."""
+    need = run.plan.predicted.memory_bytes if run.plan and run.plan.predicted else None
+    if run.plan is None or run.profile is None or need is None:
+        return ""
+    chosen = {layer.name: layer.option for layer in run.plan.layers}
+    return clean_text(memory_note(run.profile, chosen, need))
 
 
 def verdict_sentence(run: RunRecords) -> str:
@@ -114,7 +124,8 @@ def unmeasured(run: RunRecords) -> list[str]:
         said += run.verification.notes
     if run.plan:
         said += run.plan.notes
-    return [clean_text(sentence) for sentence in dict.fromkeys(said)]
+    told = memory_answer(run)
+    return [text for text in map(clean_text, dict.fromkeys(said)) if text != told]
 
 
 def profile_notes(profile: Profile) -> Iterator[str]:

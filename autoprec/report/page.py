@@ -72,10 +72,11 @@ def render_html(run: RunRecords) -> str:
     )
 
 
-def _figures(run: RunRecords, found: Summary, ceiling: Ceiling | None) -> dict[str, Markup]:
+def _figures(run: RunRecords, found: Summary, ceiling: Ceiling | None) -> dict[str, str]:
     """Draw every figure that the records allow; the others are empty."""
     empty, proof = Markup(""), run.verification
     return {
+        "step_note": step_figures.step_note(found.steps),
         "step_figure": step_figures.step_figure(found.steps, found.speedups, ceiling),
         "anatomy_figure": step_figures.anatomy_figure(found.rows, found.steps),
         "layer_figure": step_figures.layer_figure(found.rows),

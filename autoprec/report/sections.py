@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autoprec.records import Conditions, DeviceFacts, Precision, StepTiming, Verdict
+from autoprec.records import Conditions, DeviceFacts, Precision, StepTiming, Timing, Verdict
 from autoprec.report.formats import (
     UNKNOWN,
     count_of,
@@ -69,7 +69,7 @@ def summary_cards(run: RunRecords, found: Summary) -> list[Card]:
                 "predicted",
             )
         )
-    return [*cards, *_loss_cards(run, found), *_memory_cards(found)]
+    return [*cards, *_loss_cards(run, found), *_memory_cards(run, found)]
 
 
 def predicted_rows(run: RunRecords) -> list[tuple[str, str, str, str, str]]:
@@ -148,8 +148,7 @@ def condition_rows(run: RunRecords) -> list[tuple[str, ...]]:
         for step in steps:
             timing, seen = step.timing, step.conditions
             counts = (f"{timing.samples}", f"{timing.rejected}")
-            spread = (timing.p80_ms - timing.p20_ms) / timing.median_ms if timing.median_ms else 0.0
-            rows.append((where, step_title(step.label), *counts, shown_share(spread), *_seen(seen)))
+            rows.append((where, step_title(step.label), *counts, _spread(timing), *_seen(seen)))
     return rows
 
 
@@ -231,13 +230,15 @@ def _loss_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
         )
 
 
-def _memory_cards(found: Summary) -> Iterable[Card]:
+def _memory_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
     steps = found.steps
     plan, base = steps.get("plan"), steps.get("bf16_o2")
-    peak, baseline = _peak(plan), _peak(base)
+    peak, baseline, basis = _peak(plan), _peak(base), "measured"
+    if peak is None and baseline is not None and run.plan and run.plan.predicted:
+        peak, basis = run.plan.predicted.memory_bytes, "predicted"
     if peak is not None:
         beside = f"BF16 O2 {shown_bytes(baseline)}" if baseline is not None else ""
-        yield Card("Peak memory of a step", shown_bytes(peak), beside, "measured")
+        yield Card("Peak memory of a step", shown_bytes(peak), beside, basis)
 
 
 def _peak(step: Step | None) -> int | None:
@@ -262,6 +263,12 @@ def _timed_steps(run: RunRecords) -> Iterable[tuple[str, tuple[StepTiming, ...]]
         yield "profile", run.profile.steps
     if run.verification:
         yield "verification", run.verification.steps
+
+
+def _spread(timing: Timing) -> str:
+    if not timing.samples:
+        return UNKNOWN
+    return shown_share((timing.p80_ms - timing.p20_ms) / (timing.median_ms or 1.0))
 
 
 def _seen(seen: Conditions | None) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from autoprec.report.charts import (
 )
 from autoprec.report.folding import FoldedRow, fold_rows
 from autoprec.report.formats import shown_ms, shown_option, shown_ratio, step_title
-from autoprec.report.steps import Speedup, Step
+from autoprec.report.steps import Speedup, Step, spread_title
 from autoprec.report.table import PARTS, LayerRow, Times, sum_times
 
 WIDTH = 1080.0
@@ -59,6 +59,18 @@ def step_figure(
     parts += _ceiling_line(ceiling, scale=scale, bottom=y)
     axis = x_axis(scale, 18.0, y, label="ms per training step", show=plain_number)
     return picture(WIDTH, y + 42.0, [axis, *parts], title="Time of one training step")
+
+
+def step_note(steps: Mapping[str, Step]) -> str:
+    """Return what the bars and whiskers of the steps are."""
+    title = spread_title(steps.values())
+    if title == "80 % interval":
+        return "Bars and whiskers are predicted: the median and its 80 % interval"
+    more = ", with what the spread of the parts gives" if title == "spread" else ""
+    return (
+        "Bars are medians, whiskers the 20th to 80th percentile of the samples; hatched bars are "
+        f"predicted{more}"
+    )
 
 
 def anatomy_figure(rows: Sequence[LayerRow], steps: Mapping[str, Step]) -> Markup:

@@ -9,13 +9,17 @@ samples gives sigma = (p80 - p20) / (2 * 0.8416), the median of n of them has th
 1.2533 * sigma / sqrt(n), and the relative errors of the two medians add in squares. The factor on
 them is Student's at n - 1 degrees, 1.96 + 2.37 / (n - 1): simulated normal samples of a known ratio
 then lie in it in 93, 95, 95 and 95 % of the cases for n = 5, 8, 12 and 20.
+
+The interval of a predicted speedup is that of the plan's step, narrowed to what differs from the
+baseline: layers that are in BF16 in both, and all that lies outside the layers, are off by the same
+factor in both. A plan that is the baseline has no interval.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autoprec.records import Basis, StepTiming
+from autoprec.records import BF16_O2, Basis, StepTiming
 from autoprec.report.formats import joint_basis
 from autoprec.report.runs import RunRecords
 
@@ -69,6 +73,14 @@ class Speedup:
         return Speedup(self.value / factor, low, high, joint_basis(self.basis, Basis.PREDICTED))
 
 
+def spread_title(steps: Iterable[Step]) -> str:
+    """Return what `low_ms` to `high_ms` of some steps is: of samples, of a prediction, of both."""
+    sampled = {step.samples > 0 for step in steps if step.low_ms is not None}
+    if sampled == {False}:
+        return "80 % interval"
+    return "spread" if len(sampled) > 1 else "p20..p80"
+
+
 def plan_steps(run: RunRecords) -> dict[str, Step]:
     """Return the steps by label, the plan's among them if anything is known of it."""
     measured = {step.label: _measured(step, "verification.json") for step in _verified(run)}
@@ -84,7 +96,22 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     if plan is None or plan.ms <= 0.0:
         return {}
     bases = {**steps, **_model_steps(run)} if plan.source == "plan.json (model)" else steps
-    return {label: _speedup(bases[label], plan) for label in BASELINES if label in bases}
+    shared = _shared_ms(run) if plan.source == "plan.json (model)" else {}
+    return {
+        label: _speedup(bases[label], plan, shared.get(label, 0.0))
+        for label in BASELINES
+        if label in bases
+    }
+
+
+def _shared_ms(run: RunRecords) -> dict[str, float]:
+    """Return, per baseline, how much of a predicted plan's step is the same in the baseline."""
+    plan = run.plan
+    if plan is None or plan.predicted is None or plan.fingerprint.time_basis is Basis.MEASURED:
+        return {}
+    others = math.fsum(layer.layer_ms or 0.0 for layer in plan.layers if layer.option != BF16_O2)
+    shared = max(plan.predicted.plan_ms - others, 0.0)
+    return {"bf16_o2": shared, "autocast_bf16": shared}
 
 
 def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
@@ -96,7 +123,7 @@ def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
     return {label: (ms, steps[label]) for label, ms in model.items() if label in steps}
 
 
-def _speedup(base: Step, plan: Step) -> Speedup:
+def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
     basis = joint_basis(base.basis, plan.basis)
     if plan.samples and base.samples:
@@ -105,7 +132,11 @@ def _speedup(base: Step, plan: Step) -> Speedup:
         return Speedup(value, value / spread, value * spread, basis)
     if plan.samples or not plan.low_ms or not plan.high_ms:
         return Speedup(value, None, None, basis)
-    return Speedup(value, base.ms / plan.high_ms, base.ms / plan.low_ms, basis)
+    differs = max(plan.ms - shared_ms, 0.0) / plan.ms
+    if differs == 0.0:
+        return Speedup(value, None, None, basis)
+    low, high = (plan.ms + differs * (end - plan.ms) for end in (plan.low_ms, plan.high_ms))
+    return Speedup(value, base.ms / high, base.ms / low, basis)
 
 
 def _verified(run: RunRecords) -> tuple[StepTiming, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprec.records import Basis, Estimate, LossGap, Precision, Verdict
-from autoprec.report.answers import fp8_answer, verdict_sentence
+from autoprec.report.answers import fp8_answer, memory_answer, verdict_sentence
 from autoprec.report.runs import RunRecords
 from autoprec.report.steps import BASELINES, Speedup, Step, plan_speedups, plan_steps
 from autoprec.report.table import LayerRow, layer_rows
@@ -33,6 +33,7 @@ class Summary:
     control_gap: LossGap | None
     tolerance: float | None
     fp8_answer: str
+    memory_answer: str
 
 
 def summarise_run(run: RunRecords) -> Summary:
@@ -60,6 +61,7 @@ def summarise_run(run: RunRecords) -> Summary:
         control_gap=verified.control_gap if verified else None,
         tolerance=proof.tolerance if proof else constraint,
         fp8_answer=fp8_answer(run, rows),
+        memory_answer=memory_answer(run),
     )
 
 
@@ -90,6 +92,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "verdict": found.verdict.value,
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,
+        "memory": found.memory_answer,
         "out": str(out),
         "plan": str(Path(out) / "plan.json") if run.plan else None,
     }

@@ -19,7 +19,7 @@ from autoprec.report.formats import (
 )
 from autoprec.report.layer_table import print_layers
 from autoprec.report.runs import RunRecords
-from autoprec.report.steps import Speedup, Step
+from autoprec.report.steps import Speedup, Step, spread_title
 from autoprec.report.summary import Summary, apply_line, summarise_run
 from autoprec.report.tables import (
     VERDICT_STYLES,
@@ -47,8 +47,9 @@ def print_steps(found: Summary, console: Console) -> None:
     """Print the whole-step times and the plan's speedup over each baseline."""
     if not found.steps:
         return
+    spread = spread_title(found.steps.values())
     columns = [Column("step")]
-    columns += [Column(name, is_number=True) for name in ("ms", "p20..p80", "samples")]
+    columns += [Column(name, is_number=True) for name in ("ms", spread, "samples")]
     columns += [Column("basis")]
     if found.speedups:
         columns += [Column("plan's speedup", is_number=True)]
@@ -112,6 +113,8 @@ def _print_answers(run: RunRecords, found: Summary, console: Console) -> None:
         say(console, f"{count_of(len(found.rows), 'layer')}: {', '.join(counts)}")
     if found.fp8_answer:
         say(console, found.fp8_answer, "bold")
+    if found.memory_answer:
+        say(console, found.memory_answer, "bold")
     ceiling = fp8_ceiling(run, found.rows)
     if ceiling is not None:
         say(console, ceiling.sentence)

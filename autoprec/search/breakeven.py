@@ -1,21 +1,16 @@
 """Linears that FP8 does not make faster on a predicted device -> from how many tokens on it would.
 
-Asked of the cost model per shape and recipe, with the shapes of one device under `--parallel`.
+The sizes are in the profile, asked of the constants that it was predicted with; here they are found
+for the layers that lose, and put into words.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoprec.costmodel import (
-    break_even_tokens,
-    break_even_width,
-    load_device_profile,
-    parse_parallel,
-)
+from autoprec.costmodel import parse_parallel
+from autoprec.costmodel.breakeven import WIDE
 from autoprec.costmodel.parallel import Parallel, shard_gemm
-from autoprec.errors import DeviceError
-from autoprec.records import Basis, GemmShape, LayerKind, Option, Profile
-from autoprec.records.devices import DeviceProfile
+from autoprec.records import Basis, BreakEven, GemmShape, LayerKind, Option, Profile
 from autoprec.search.costs import Costs, Price
 
 MOST_SHAPES = 4  # in one note; the largest weights first
@@ -37,15 +32,16 @@ def break_even_notes(profile: Profile, costs: Costs, options: Sequence[Option]) 
     losing = _losing_shapes(profile, costs, options)
     if not losing:
         return []
-    try:
-        device = load_device_profile(profile.device.name)
-    except DeviceError:  # a user's own profile, given by its path, which the record does not keep
-        return [f"from what size FP8 would pay on {profile.device.name} needs its profile by name"]
-    is_compiled = profile.device.compile_mode != "eager"
-    said = [_sentence(found, device, compiled=is_compiled) for found in losing[:MOST_SHAPES]]
+    device = profile.device.name
+    if not profile.break_evens:
+        return [
+            f"from what size FP8 would pay on {device} is not in this profile.json, which an older "
+            "autoprec wrote; make the profile again"
+        ]
+    said = [_sentence(found, _break_evens(profile, found)) for found in losing[:MOST_SHAPES]]
     more = len(losing) - len(said)
     rest = f"; and {more} more {'shape' if more == 1 else 'shapes'}" if more else ""
-    return [f"where FP8 does not pay on {device.title} it would from: {'; '.join(said)}{rest}"]
+    return [f"where FP8 does not pay on {device} it would from: {'; '.join(said)}{rest}"]
 
 
 def _losing_shapes(profile: Profile, costs: Costs, options: Sequence[Option]) -> list[_Losing]:
@@ -64,27 +60,37 @@ def _loses(prices: Mapping[Option, Price], option: Option) -> bool:
     return not option.is_fp8 and best >= prices[option].flow_ms
 
 
-def _sentence(losing: _Losing, device: DeviceProfile, *, compiled: bool) -> str:
-    found: dict[int, str] = {}
-    for option in losing.options:
-        if option.recipe is None or option.gemms_hp:
-            continue
-        tokens = break_even_tokens(
-            device, losing.gemm.K, losing.gemm.N, recipe=option.recipe, compiled=compiled
-        )
-        if tokens is not None:
-            found.setdefault(tokens, option.recipe.value)
+def _break_evens(profile: Profile, losing: _Losing) -> list[BreakEven]:
+    recipes = {option.recipe for option in losing.options}
+    return [r for r in profile.break_evens if r.gemm == losing.gemm and r.recipe in recipes]
+
+
+def _sentence(losing: _Losing, rows: Sequence[BreakEven]) -> str:
     more = f" and {len(losing.names) - 1} more" if len(losing.names) > 1 else ""
     what = f"{losing.names[0]}{more} (K={losing.gemm.K} N={losing.gemm.N})"
-    if not found:
-        return f"{what}: no number of tokens{_width(losing, device, compiled=compiled)}"
-    tokens = min(found)
-    return f"{what}: {tokens} tokens a step with {found[tokens]}, here {losing.gemm.M}"
+    enough = [(row.tokens, row.recipe) for row in rows if row.tokens is not None]
+    if not enough:
+        return f"{what}: no number of tokens {_elsewhere(losing.gemm.M, rows)}"
+    tokens, recipe = min(enough)
+    said = f"{what}: {tokens} tokens a step with {recipe}, here {losing.gemm.M}"
+    if tokens > losing.gemm.M:
+        return said
+    return (
+        f"{said}, by its own GEMMs and casts; what the step adds takes the gain (casts at its "
+        "border, a gradient that it does not compute, recomputation, gathers)"
+    )
 
 
-def _width(losing: _Losing, device: DeviceProfile, *, compiled: bool) -> str:
-    recipes = dict.fromkeys(o.recipe for o in losing.options if o.recipe and not o.gemms_hp)
-    M = losing.gemm.M
-    widths = [break_even_width(device, M, recipe=r, compiled=compiled) for r in recipes if r]
-    known = [width for width in widths if width is not None]
-    return f" (at {M} tokens, width K=N={min(known)} would)" if known else ""
+def _elsewhere(M: int, rows: Sequence[BreakEven]) -> str:
+    """Return which other size would pay: another width at these tokens, else a wide weight."""
+    widths = [row.width for row in rows if row.width is not None]
+    if widths:
+        return f"(at {M} tokens, width K=N={min(widths)} would)"
+    wide = [(row.wide.K, row.wide.M, row.recipe) for row in rows if row.wide is not None]
+    if wide:
+        size, tokens, recipe = min(wide)
+        return (
+            f"and at {M} tokens no width (K=N={size} would from {tokens} tokens a step with "
+            f"{recipe})"
+        )
+    return f"and at {M} tokens no width: FP8 never gains here, nor at K=N={WIDE[-1]}"

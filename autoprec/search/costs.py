@@ -2,11 +2,16 @@
 
     step_ms  = fixed time of the flow + sum over layers of the measured total
                + casts at the boundary of every FP32 layer, where the flow is BF16
+             + FSDP communication that the plan's shorter compute no longer hides (predicted only)
     e        = e of the BF16 flow + sum over layers of the layer's e
 
 A plan with any 16-bit or FP8 layer has a BF16 flow; an all-FP32 plan has an FP32 flow, pays no
-cast and has e = 0. Within the BF16 flow every term belongs to one layer, so the sums are exact for
-this model and the choice is a knapsack. Estimates of e that noise made negative count as 0.
+cast and has e = 0. Within the BF16 flow every term but the last belongs to one layer, so the sums
+are exact for this model and the choice is a knapsack. The last does not change it: compute hides at
+most its own time, so that a step is never shorter with more compute. (Only where gathers are in FP8
+do the layers' times hold more than compute, and the order of near plans can differ.) A plan's step
+is then the cost model's whole step of that plan, but for an FP32 layer's gathers, priced as BF16.
+Estimates of e that noise made negative count as 0.
 """
 
 import math
@@ -14,12 +19,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autoprec.costmodel.step import unhidden
 from autoprec.errors import RecordError
 from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
     CallSpec,
+    Communication,
     LayerKind,
     LayerSensitivity,
     LayerSpec,
@@ -47,6 +54,7 @@ class Price:
     ms: float
     low_ms: float
     high_ms: float
+    compute_ms: float  # `ms` without communication
     boundary_ms: float  # paid in a BF16 flow; 0 but for FP32
     e: float
     memory_bytes: int
@@ -61,11 +69,17 @@ class Price:
 
 @dataclass(frozen=True)
 class Flow:
-    """What a plan pays once: the time and bytes outside the layers, and the e of the flow."""
+    """What a plan pays once: the time and bytes outside the layers, and the e of the flow.
+
+    `low` and `high` are the ends of a predicted time's interval, relative to it; a measured one
+    counts as exact.
+    """
 
     ms: float
     e: float
     memory_bytes: int
+    low: float = 1.0
+    high: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Costs:
     fp32_flow: Flow
     bf16_flow: Flow
     locks: Mapping[str, str] = field(default_factory=dict)
+    communication: Communication | None = None
 
     def flow(self, options: Sequence[Option]) -> Flow:
         """Return the flow of a plan."""
@@ -91,14 +106,24 @@ class Costs:
         """Return the predicted step time of a plan."""
         is_bf16 = not is_all_fp32(options)
         layers = [price.flow_ms if is_bf16 else price.ms for price in self._chosen(options)]
-        return max(math.fsum([self.flow(options).ms, *layers]), 0.0)
+        outside = [self.flow(options).ms, self.unhidden_ms(options)]
+        return max(math.fsum([*outside, *layers]), 0.0)
+
+    def unhidden_ms(self, options: Sequence[Option]) -> float:
+        """Return the communication that a plan hides less than BF16 O2 does."""
+        if self.communication is None or is_all_fp32(options):
+            return 0.0
+        fsdp = self.communication
+        layers = math.fsum(price.compute_ms + price.boundary_ms for price in self._chosen(options))
+        exposed = unhidden(fsdp.moved_ms, fsdp.between_ms + layers, share=fsdp.share)
+        return exposed - fsdp.exposed_ms
 
     def step_interval(self, options: Sequence[Option]) -> tuple[float, float]:
-        """Return the step time with every layer at its low, and at its high end."""
-        chosen = list(self._chosen(options))
-        step = self.step_ms(options)
-        low = step - math.fsum(price.ms - price.low_ms for price in chosen)
-        high = step + math.fsum(price.high_ms - price.ms for price in chosen)
+        """Return the step time with every layer, and what is predicted outside, at either end."""
+        chosen, flow = list(self._chosen(options)), self.flow(options)
+        outside = self.step_ms(options) - math.fsum(price.ms for price in chosen)
+        low = math.fsum(price.low_ms for price in chosen) + flow.low * outside
+        high = math.fsum(price.high_ms for price in chosen) + flow.high * outside
         return max(low, 0.0), max(high, 0.0)
 
     def e(self, options: Sequence[Option]) -> float:
@@ -151,13 +176,10 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         layers=profile.model.layers,
         prices=prices,
         missing=tuple(missing for _, missing in by_layer),
-        fp32_flow=Flow(profile.fixed_ms, 0.0, _fixed_bytes(profile, prices, FP32)),
-        bf16_flow=Flow(
-            profile.fixed_bf16_ms,
-            max(sensitivity.flow.mean, 0.0),
-            _fixed_bytes(profile, prices, BF16_O2),
-        ),
+        fp32_flow=_flow(profile, prices, FP32, e=0.0),
+        bf16_flow=_flow(profile, prices, BF16_O2, e=max(sensitivity.flow.mean, 0.0)),
         locks=default_locks(profile.model.layers) if is_unknown else {},
+        communication=profile.communication,
     )
 
 
@@ -239,11 +261,34 @@ def _price(
         ms=total.median_ms if total else 0.0,
         low_ms=min(total.p20_ms, total.median_ms) if total else 0.0,
         high_ms=max(total.p80_ms, total.median_ms) if total else 0.0,
+        compute_ms=_compute_ms(timing) if timing else 0.0,
         boundary_ms=boundary_ms,
         e=max(effect.e.mean, 0.0) if effect else 0.0,
         memory_bytes=bytes_,
         time_basis=total.basis if total else Basis.MEASURED,
         e_basis=effect.basis if effect else Basis.MEASURED,
+    )
+
+
+def _compute_ms(timing: LayerTiming) -> float:
+    """Return the sum of the parts; the total of a predicted layer can hold communication too."""
+    parts = (timing.output, timing.grad_input, timing.grad_weight, timing.cast)
+    return math.fsum(part.median_ms for part in parts if part)
+
+
+def _flow(
+    profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option, *, e: float
+) -> Flow:
+    step = profile.step(option.precision.value)
+    low = high = 1.0
+    if profile.basis is Basis.PREDICTED and step is not None and step.timing.median_ms > 0.0:
+        low, high = (ms / step.timing.median_ms for ms in (step.timing.p20_ms, step.timing.p80_ms))
+    return Flow(
+        ms=profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms,
+        e=e,
+        memory_bytes=_fixed_bytes(profile, prices, option),
+        low=low,
+        high=high,
     )
 
 

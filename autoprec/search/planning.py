@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from autoprec.costmodel import Parallel, parse_parallel
-from autoprec.costmodel.parallel import gathers_fp8
+from autoprec.costmodel.memory import memory_note
+from autoprec.costmodel.parallel import gathers_fp8, unsplit_note
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -25,6 +26,8 @@ from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
 from autoprec.search.wording import compared, percent
 from autoprec.transfer import sensitivity_basis
+
+TOLD = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
 def build_plan(
@@ -59,11 +62,26 @@ def build_plan(
         fp8_all_gather=_gathers_fp8(profile, point.options),
         notes=(
             *search.notes,
+            *memory_notes(profile, costs, point.options),
             *plan_notes(costs, search, point.options),
             *break_even_notes(profile, costs, point.options),
+            *parallel_notes(profile),
             *(() if sensitivity_basis(sensitivity) is Basis.MEASURED else sensitivity.notes),
         ),
     )
+
+
+def memory_notes(profile: Profile, costs: Costs, options: Options) -> list[str]:
+    """Return that the plan does not fit into the device's memory, where it does not."""
+    chosen = dict(zip(profile.model.names, options, strict=True))
+    note = memory_note(profile, chosen, costs.memory_bytes(options))
+    return [note] if note else []
+
+
+def parallel_notes(profile: Profile) -> list[str]:
+    """Return which layers `--parallel` leaves whole although it asks for tensor parallelism."""
+    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    return [note] if (note := unsplit_note(profile.model.layers, parallel)) else []
 
 
 def _gathers_fp8(profile: Profile, options: Options) -> bool:
@@ -82,7 +100,7 @@ def plan_notes(costs: Costs, search: Search, options: Options) -> list[str]:
     if is_all_fp32(options):
         return [_why_no_bf16(costs, search, options)]
     if any(option.is_fp8 for option in options):
-        return []
+        return [note] if (note := _why_less_gain(costs, options)) else []
     return [note] if (note := _why_no_fp8(costs, search, options)) else []
 
 
@@ -119,6 +137,18 @@ def _why_no_fp8(costs: Costs, search: Search, options: Options) -> str:
     return (
         f"FP8 is not worth it here: it is faster on {_count(faster)} ({gain:.4g} ms a step in "
         f"all), but not by enough for the error it adds (e budget {percent(search.e_budget)})"
+    )
+
+
+def _why_less_gain(costs: Costs, options: Options) -> str:
+    """Say how much of what FP8 saves goes to communication that hides behind compute in BF16."""
+    lost = costs.unhidden_ms(options)
+    saved = costs.step_ms(uniform_plan(costs)) - costs.step_ms(options) + lost
+    if lost < TOLD * saved:
+        return ""
+    return (
+        f"the FP8 layers save {saved:.4g} ms a step, but FSDP's communication hides less behind "
+        f"them than behind BF16 and takes {lost:.4g} ms of it"
     )
 
 
@@ -168,6 +198,7 @@ def _predicted(costs: Costs, options: Options, baseline: Options) -> PredictedSt
         bf16_o2_ms=costs.step_ms(baseline),
         low_ms=low,
         high_ms=high,
+        memory_bytes=costs.memory_bytes(options),
     )
 
 
@@ -182,4 +213,5 @@ def _fingerprint(profile: Profile, sensitivity: Sensitivity) -> Fingerprint:
         parallel=profile.parallel,
         time_basis=profile.basis,
         sensitivity_basis=sensitivity_basis(sensitivity),
+        device_digest=profile.device.digest,
     )

@@ -133,6 +133,8 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     """Say that an option is faster and yet not worth its error, and where the error is from."""
     price, budget = why.prices(index)[best], why.search.e_budget
     gain = f"{short(best)} {compared(price.flow_ms, own_ms)}"
+    if best == BF16_O2:
+        gain = _bf16_to_fp32(why, index)
     cost = f"{_e_of(price)}, budget {percent(budget)}"
     if price.e < DOMINATES * budget:
         return f"{gain}, but what it saves is not worth its error ({cost})"
@@ -143,10 +145,19 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
 
 
 def _why_not_fp32(why: Why, index: int) -> str:
-    if FP32 not in why.prices(index):
-        return ""
-    speed = compared(why.ms(index, BF16_O2), why.ms(index, FP32))
-    return f"BF16 {_than(speed, FP32)}"
+    return _bf16_to_fp32(why, index) if FP32 in why.prices(index) else ""
+
+
+def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
+    """Compare the layer in BF16 to FP32: alone, and with the casts that FP32 needs in a BF16 flow.
+
+    The first is what the tables of the report say, the second what the choice was made by.
+    """
+    prices = why.prices(index)
+    alone = compared(prices[BF16_O2].ms, prices[FP32].ms)
+    text = f"BF16 {_than(alone, FP32)}{where}"
+    with_casts = compared(prices[BF16_O2].ms, why.ms(index, FP32))
+    return text if with_casts == alone else f"{text} ({with_casts} with the casts around FP32)"
 
 
 def _why_not_16_bit(why: Why, index: int) -> str:
@@ -154,10 +165,10 @@ def _why_not_16_bit(why: Why, index: int) -> str:
     if BF16_O2 not in prices:
         return _missing(why, index, Precision.BF16_O2)
     own = why.ms(index, FP32)
-    speed = compared(prices[BF16_O2].ms, own)
     if prices[BF16_O2].ms >= own:
-        return f"BF16 {_than(speed, FP32)}{shape(why.gemm(index))}"
+        return _bf16_to_fp32(why, index, shape(why.gemm(index)))
     if is_all_fp32(why.options):
+        speed = compared(prices[BF16_O2].ms, own)
         return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
     return _too_harmful(why, index, BF16_O2, own)
 

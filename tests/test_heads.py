@@ -1,0 +1,100 @@
+"""How many attention heads a projection is made of, by what the modules around it say."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprec.capture import capture_model
+from autoprec.capture_meta import capture_on_meta
+from autoprec.heads import HeadCounts, head_counts
+from autoprec.records import ModelSpec
+from autoprec.workload import load_workload, workload_from
+from tests.test_meta import EXAMPLE
+
+WIDTH = 64
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; the attributes are what a test gives."""
+
+    def __init__(self, key_value_width: int = WIDTH, **attributes: object) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDTH, WIDTH)
+        self.k_proj = nn.Linear(WIDTH, key_value_width)
+        self.o_proj = nn.Linear(WIDTH, WIDTH)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(self.q_proj(x)) + self.k_proj(x).sum()
+        return out
+
+
+class Block(nn.Module):
+    """An attention and an MLP, under a config that may say how many heads there are."""
+
+    def __init__(self, attention: nn.Module, config: object = None) -> None:
+        super().__init__()
+        self.attn = attention
+        self.up_proj = nn.Linear(WIDTH, WIDTH)
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up_proj(self.attn(x))
+        return out
+
+
+def captured(model: nn.Module) -> ModelSpec:
+    functions = {
+        "build_model": lambda: model,
+        "train_batches": lambda seed: iter([torch.ones(16, WIDTH)] * 64),
+        "loss_fn": lambda m, x: m(x).square().mean(),
+    }
+    return capture_model(
+        workload_from(SimpleNamespace(**functions), name="toy"), device=torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"num_heads": 8}, HeadCounts(8, 8)),
+        ({"n_heads": 8, "n_kv_heads": 2}, HeadCounts(8, 2)),
+        ({"n_head": 4, "n_kv_head": 1}, HeadCounts(4, 1)),
+        ({"config": SimpleNamespace(num_attention_heads=4, num_key_value_heads=None)}, (4, 4)),
+        ({"num_heads": [4, 8]}, None),
+        ({}, None),
+    ],
+)
+def test_attributes_of_the_usual_libraries_are_read(
+    attributes: dict[str, object], expected: HeadCounts | tuple[int, int] | None
+) -> None:
+    found = head_counts(Block(Attention(**attributes)), "attn.q_proj")  # type: ignore[arg-type]
+    assert found == (HeadCounts(*expected) if isinstance(expected, tuple) else expected)
+
+
+def test_the_nearest_module_that_says_it_counts() -> None:
+    config = SimpleNamespace(num_attention_heads=2)
+    assert head_counts(Block(Attention(num_heads=4), config), "attn.q_proj") == HeadCounts(4, 4)
+    assert head_counts(Block(Attention(), config), "attn.q_proj") == HeadCounts(2, 2)
+
+
+def test_projections_alone_have_heads() -> None:
+    config = SimpleNamespace(num_attention_heads=8, num_key_value_heads=2)
+    spec = captured(Block(Attention(key_value_width=16), config))
+    heads = {layer.name: layer.heads for layer in spec.layers}
+    assert heads == {"attn.q_proj": 8, "attn.k_proj": 2, "attn.o_proj": 8, "up_proj": None}
+
+
+def test_a_count_that_does_not_fit_the_width_is_none_of_this_layer() -> None:
+    spec = captured(Block(Attention(num_heads=7)))
+    assert {layer.heads for layer in spec.layers} == {None}
+
+
+def test_a_transformers_model_says_its_heads() -> None:
+    spec = capture_on_meta(load_workload(f"{EXAMPLE}:llama3_8b"))
+    heads = {layer.name.rpartition(".")[2]: layer.heads for layer in spec.layers}
+    assert [heads[f"{name}_proj"] for name in "qkvo"] == [32, 8, 8, 32]
+    assert (heads["up_proj"], heads["lm_head"]) == (None, None)

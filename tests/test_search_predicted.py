@@ -1,0 +1,265 @@
+"""Plans for a device that is not here: whole steps, their intervals, and what fits in memory."""
+
+import itertools
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from autoprec.costmodel import load_device_profile, parse_parallel, predict_profile
+from autoprec.costmodel.layers import Setting
+from autoprec.costmodel.machine import machine_of
+from autoprec.costmodel.memory import memory_note
+from autoprec.costmodel.step import step_times
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    ModelSpec,
+    Option,
+    ParameterSpec,
+    Plan,
+    Profile,
+    Recipe,
+    fp8_option,
+)
+from autoprec.search import build_plan, search_plan
+from autoprec.search.costs import Costs, make_costs
+from autoprec.transfer import unknown_sensitivity
+from tests.decoder_specs import decoder, linear_layer, model_of
+from tests.search_tables import TYPICAL, tables_of
+
+H100 = load_device_profile("h100-sxm")
+TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
+WIDE = decoder(width=8192, hidden=28672)
+HIDDEN, SHOWN = "fsdp=8", "fsdp=256"  # behind BF16 compute FSDP hides, and does not
+
+
+def predicted(parallel: str = "", spec: ModelSpec = WIDE, *options: Option) -> Profile:
+    return predict_profile(
+        spec,
+        H100,
+        parallel=parse_parallel(parallel) if parallel else None,
+        compiled=True,
+        options=options or (TENSORWISE, ROWWISE),
+    )
+
+
+def costs_of(profile: Profile) -> Costs:
+    return make_costs(profile, unknown_sensitivity(profile.model))
+
+
+def planned(profile: Profile) -> Plan:
+    sensitivity = unknown_sensitivity(profile.model)
+    constraint = Constraint(loss_tolerance=1e-3, e_budget=0.0)
+    search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
+    return build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
+
+
+def uniform(costs: Costs, option: Option) -> tuple[Option, ...]:
+    return tuple(option if option in row else BF16_O2 for row in costs.prices)
+
+
+def interval(profile: Profile, label: str) -> tuple[float, float]:
+    step = profile.step(label)
+    assert step is not None
+    return step.timing.p20_ms, step.timing.p80_ms
+
+
+def whole_step_ms(profile: Profile, options: Sequence[Option]) -> float:
+    """Return the cost model's step of a plan, in one go."""
+    parallel = parse_parallel(profile.parallel)
+    setting = Setting(machine_of(H100), parallel, True, profile.model.optimizer_state_numel_ratio)
+    chosen = dict(zip(profile.model.names, options, strict=True))
+    return step_times(profile.model, lambda layer: chosen[layer.name], setting).total / 1e3
+
+
+# --- intervals ----------------------------------------------------------------------------------
+
+
+def test_a_plan_that_is_a_uniform_step_has_its_interval() -> None:
+    profile = predict_profile(decoder(), load_device_profile("a100"), compiled=True)
+    plan = planned(profile)
+    assert set(plan.options) == {BF16_O2}
+    assert plan.predicted is not None
+    assert (plan.predicted.low_ms, plan.predicted.high_ms) == pytest.approx(
+        interval(profile, "bf16_o2")
+    )
+
+
+@pytest.mark.parametrize("parallel", ["", HIDDEN, SHOWN, "fsdp=32,tp=8"])
+def test_uniform_plans_have_the_interval_of_the_whole_step(parallel: str) -> None:
+    profile = predicted(parallel)
+    costs = costs_of(profile)
+    for option, label in ((FP32, "fp32"), (BF16_O2, "bf16_o2")):
+        assert costs.step_interval(uniform(costs, option)) == pytest.approx(
+            interval(profile, label)
+        )
+
+
+def test_what_lies_outside_the_layers_is_no_surer_than_they_are() -> None:
+    costs = costs_of(predicted(SHOWN))
+    plan = (FP32, *uniform(costs, TENSORWISE)[1:])  # with casts at a boundary
+    low, high = costs.step_interval(plan)
+    sure = costs.step_interval(uniform(costs, BF16_O2))
+    scale = costs.step_ms(plan) / costs.step_ms(uniform(costs, BF16_O2))
+    assert (low, high) == pytest.approx((scale * sure[0], scale * sure[1]))
+
+
+# --- the whole step -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [HIDDEN, SHOWN, "fsdp=64,tp=8", "fsdp=32,ac=full"])
+def test_a_plan_s_step_is_the_cost_model_s_whole_step_of_it(parallel: str) -> None:
+    profile = predicted(parallel)
+    costs, rng = costs_of(profile), random.Random(0)
+    for _ in range(20):
+        options = tuple(rng.choice([o for o in row if o != FP32]) for row in costs.prices)
+        assert costs.step_ms(options) == pytest.approx(whole_step_ms(profile, options), rel=1e-9)
+
+
+def test_faster_layers_hide_less_communication() -> None:
+    costs = costs_of(predicted(SHOWN))
+    bf16, fp8 = uniform(costs, BF16_O2), uniform(costs, TENSORWISE)
+    assert costs.unhidden_ms(bf16) == pytest.approx(0.0, abs=1e-9)
+    assert costs.unhidden_ms(fp8) > 0.0
+    assert costs_of(predicted("tp=8")).unhidden_ms(fp8) == 0.0
+
+
+@pytest.mark.parametrize("parallel", ["fsdp=256,gather=fp8", "fsdp=64,tp=8,gather=fp8"])
+def test_with_fp8_gathers_both_uniform_steps_are_whole_steps(parallel: str) -> None:
+    profile = predicted(parallel, WIDE, TENSORWISE)
+    costs = costs_of(profile)
+    for option, label in ((BF16_O2, "bf16_o2"), (TENSORWISE, "fp8_o1")):
+        step = profile.step(label)
+        assert step is not None
+        assert costs.step_ms(uniform(costs, option)) == pytest.approx(step.timing.median_ms)
+
+
+@pytest.mark.parametrize("parallel", [HIDDEN, SHOWN])
+def test_the_plan_is_the_fastest_of_all_by_whole_steps(parallel: str) -> None:
+    spec = model_of(
+        *(linear_layer(f"layers.0.{name}", 4096, N) for name, N in (("q", 4096), ("k", 512))),
+        linear_layer("layers.0.down", 14336, 4096),
+        linear_layer("lm_head", 4096, 8192),
+    )
+    profile = predicted(parallel, spec)
+    every = itertools.product(*(layer.options for layer in profile.model.layers[:-1]), [BF16_O2])
+    fastest = min(whole_step_ms(profile, o) for o in every if FP32 not in o)
+    plan = planned(profile)
+    assert plan.predicted is not None
+    assert plan.predicted.plan_ms == pytest.approx(fastest)
+
+
+def test_the_plan_says_what_communication_takes_of_the_gain() -> None:
+    told = [
+        [note for note in planned(predicted(parallel)).notes if "hides less" in note]
+        for parallel in ("", SHOWN)
+    ]
+    assert told[0] == []
+    assert len(told[1]) == 1
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def own_memory(profile: Profile, label: str = "bf16_o2") -> int:
+    step = profile.step(label)
+    assert step is not None
+    assert step.peak_bytes is not None
+    return step.peak_bytes
+
+
+def test_adamw_in_a_bf16_flow_keeps_sixteen_bytes_a_parameter() -> None:
+    numel = sum(p.numel for layer in WIDE.layers for p in layer.parameters)
+    for label in ("fp32", "bf16_o2", "fp8_o1"):
+        assert own_memory(predicted("ac=full"), label) == 16 * numel
+    assert own_memory(predicted("fsdp=8,ac=full")) == pytest.approx(2 * numel)
+
+
+def test_parameters_outside_the_timed_layers_are_kept_too() -> None:
+    more = ParameterSpec(name="experts", shape=(1000, 8), dtype="float32", is_trainable=True)
+    frozen = more.model_copy(update={"name": "table", "is_trainable": False})
+    unused = WIDE.layers[1].model_copy(update={"name": "unused", "calls": ()})
+    size = sum(p.numel for p in unused.parameters)
+    spec = WIDE.model_copy(
+        update={"uncovered": (more, frozen), "layers": (*WIDE.layers, unused)},
+    )
+    before, after = predicted(), predicted("", spec)
+    assert own_memory(after) - own_memory(before) == 16 * 8000 + 2 * 8000 + 16 * size
+    costs = costs_of(after)
+    assert costs.memory_bytes(uniform(costs, BF16_O2)) == own_memory(after)
+
+
+def test_tensor_parallelism_splits_what_layers_save() -> None:
+    whole, split = predicted("fsdp=8"), predicted("fsdp=8,tp=8")
+    saved = [
+        sum(row.activation_bytes * len(row.names) for row in p.layers if row.option == BF16_O2)
+        for p in (whole, split)
+    ]
+    assert saved[1] == pytest.approx(saved[0] / 8, rel=1e-3)  # the embedding's indices are whole
+
+
+def note_of(plan: Plan) -> str:
+    return next((note for note in plan.notes if note.startswith("does not fit in memory")), "")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "memory_gb", "words"),
+    [
+        ("", 19.0, r"shard further \(--parallel (fsdp=\d+) or more\) or recompute"),
+        ("", 19.0, r" or more\) or recompute \(--parallel (ac=full)\)"),
+        ("", 10.0, r"shard further \(--parallel (fsdp=\d+) or more\)$"),
+        ("fsdp=64", 1.0, r"GB: recompute \(--parallel (fsdp=64,ac=full)\)"),
+        ("", 1.0, r"shard further and recompute \(--parallel (fsdp=\d+,ac=full) or more\)"),
+        ("tp=2,ac=full", 1.5, r"shard further \(--parallel (fsdp=\d+,tp=2,ac=full) or more\)"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_so_and_its_advice_fits(
+    parallel: str, memory_gb: float, words: str
+) -> None:
+    profile = with_memory(predicted(parallel, decoder(blocks=4)), memory_gb)
+    plan = planned(profile)
+    found = re.search(words, note_of(plan))
+    assert found
+    assert plan.predicted is not None
+    assert plan.predicted.memory_bytes is not None
+    assert plan.predicted.memory_bytes > memory_gb * 1e9
+    advised = with_memory(predicted(found[1], decoder(blocks=4)), memory_gb)
+    assert note_of(planned(advised)) == ""
+
+
+def with_memory(profile: Profile, memory_gb: float) -> Profile:
+    facts = profile.device.model_copy(update={"memory_bytes": int(memory_gb * 1e9)})
+    return profile.model_copy(update={"device": facts})
+
+
+def test_a_plan_that_fits_has_no_note_on_memory() -> None:
+    assert note_of(planned(predicted("", decoder()))) == ""
+
+
+def test_a_measured_plan_is_not_told_to_shard() -> None:
+    profile, _ = tables_of({"a": TYPICAL})
+    chosen: Mapping[str, Option] = {"a": BF16_O2}
+    size = profile.device.memory_bytes
+    assert memory_note(profile, chosen, size) == ""
+    note = memory_note(profile, chosen, 2 * size)
+    assert profile.basis is Basis.MEASURED
+    assert "--parallel" not in note
+    assert "about" in note
+    assert "make the batch smaller" in note
+
+
+# --- notes --------------------------------------------------------------------------------------
+
+
+def test_a_device_without_fp8_is_not_told_what_stays_out_of_it() -> None:
+    for device, is_told in (("a100", False), ("h100-sxm", True)):
+        profile = predict_profile(
+            decoder(), load_device_profile(device), compiled=True, options=(TENSORWISE,)
+        )
+        notes = unknown_sensitivity(profile.model).notes
+        assert any("out of FP8" in note for note in notes) is is_told
+        assert any("e is unknown" in note for note in notes)
