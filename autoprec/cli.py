@@ -5,7 +5,6 @@ good, 1 the constraint was not met or a check failed, 2 bad input, 130 interrupt
 happen inside the commands, so that `--help` answers at once.
 """
 
-import errno
 import json
 import logging
 import sys
@@ -19,6 +18,7 @@ from typer.exceptions import TyperException
 
 from autoprec import pipeline
 from autoprec.cli_devices import devices_app
+from autoprec.cli_errors import drop_output, one_line_of
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.noise import import_noise_dropped
 from autoprec.records import Plan, Record
@@ -100,7 +100,6 @@ NoMasks = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
 
@@ -333,8 +332,18 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with import_noise_dropped():
             status = app(args=arguments, prog_name="autoprec", standalone_mode=False)
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()  # a full disk is told here, not by the interpreter when it ends
+    except BrokenPipeError:  # `| head` has seen enough
+        drop_output()
+        status = 1
     except (AutoprecError, TyperException, RuntimeError, OSError) as error:
-        print(f"autoprec: error: {_said_of(error)}", file=sys.stderr)
+        message = one_line_of(error)
+        if message is None:
+            raise
+        if isinstance(error, OSError):
+            drop_output()
+        print(f"autoprec: error: {message}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
@@ -347,23 +356,6 @@ def main(arguments: list[str] | None = None) -> None:
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
-
-
-def _said_of(error: Exception) -> str:
-    """Return the one line that a user gets; an error that is none of theirs is raised again."""
-    if isinstance(error, AutoprecError):
-        return " ".join(str(error).split())
-    if isinstance(error, TyperException):
-        return error.format_message()
-    if isinstance(error, OSError) and error.errno in FULL:
-        return f"what is printed must be kept, but {error.strerror}; free space or write elsewhere"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        reason = " ".join(str(error).split())[:160]
-        return (
-            f"what is run must fit into the device's memory, but {reason}; "
-            "use smaller batches or a smaller model, or a larger device"
-        )
-    raise error
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arguments

@@ -134,19 +134,27 @@ def devices_measure(
 
 
 def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> None:
-    from autoprec.costmodel import format_table, parse_recipe, predict_table, read_table
-    from autoprec.costmodel.tables import ADDED, NEEDED
+    from autoprec.costmodel import (
+        format_table,
+        load_device_profile,
+        parse_recipe,
+        predict_table,
+        read_table,
+    )
+    from autoprec.costmodel.tables import NEEDED, SIZES
 
-    needed = NEEDED[1:] if device else NEEDED
+    if device:
+        load_device_profile(device)  # a wrong argument is no matter of single rows
+    needed = SIZES if device else NEEDED
     table = read_table(read_text(path, what="CSV"), source=str(path), needed=needed)
     answers = predict_table(table, device=device, recipe=parse_recipe(recipe), compiled=compiled)
     typer.echo(format_table(table, answers), nl=False)
-    for column in ADDED:
-        if table.column(column) is not None:
-            log.warning("%s has a column %r of its own; the last one is predicted", path, column)
     failed = sum(answer.prediction is None for answer in answers)
     if answers and failed == len(answers):
-        raise DeviceError(answers[0].refusal)
+        raise DeviceError(
+            f"some row of {path} must be one that can be predicted, but none of {len(answers)} is; "
+            f"the first says: {answers[0].refusal}"
+        )
     if failed:
         log.warning("%d of %d rows not predicted; see `refusal`", failed, len(answers))
 

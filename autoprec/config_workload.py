@@ -88,7 +88,9 @@ def _read_config(file: Path) -> Any:  # Any: transformers ships no usable types
         raise WorkloadError(
             f"{file} must be a config that transformers takes, but it says: {reason}; mend the file"
         ) from error
+    _check_architecture(config, file)
     config.use_cache = False  # a training step keeps no keys and values
+    config._attn_implementation = None  # the default: a kernel asked for may not be installed here
     return config
 
 
@@ -109,6 +111,20 @@ def _check_kind(file: Path) -> None:
         raise WorkloadError(
             f"{file} must be of a decoder that AutoModelForCausalLM knows, but its model_type is "
             f"{kind!r}; write a MODEL.py with a build_model (code beside a config is not run)"
+        )
+
+
+def _check_architecture(config: Any, file: Path) -> None:  # Any: as above
+    """Refuse a config saved with another model than the decoder that would be built."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    said = config.architectures or []
+    said = [said] if isinstance(said, str) else said
+    if said and built not in said:
+        raise WorkloadError(
+            f"{file} must be of the decoder that is built from it, {built}, but it is of "
+            f"{' '.join(said)}; write a MODEL.py with a build_model"
         )
 
 

@@ -185,6 +185,24 @@ def test_experts_are_refused_because_their_times_are_unknown(
     assert "MixtralExperts" in line
 
 
+@pytest.mark.parametrize("asked", ["flash_attention_2", "kernels-community/flash-attn"])
+def test_a_kernel_that_is_not_here_is_not_asked_for(asked: str, tmp_path: Path) -> None:
+    file = config_in(
+        tmp_path, attn_implementation=asked, quantization_config={"quant_method": "fp8"}
+    )
+    assert captured(file, batch=1, sequence=16).tokens_per_step == 16
+
+
+@pytest.mark.parametrize("said", [["LlamaForSequenceClassification"], "LlamaModel"])
+def test_a_config_of_another_model_than_the_decoder_is_refused(
+    said: list[str] | str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_in(tmp_path, architectures=said)
+    line = refusal(capsys, "tune", file, *META, "--out", tmp_path / "run")
+    assert "of the decoder that is built from it, LlamaForCausalLM" in line
+    assert captured(config_in(tmp_path, architectures=["LlamaForCausalLM"])).tokens_per_step == 32
+
+
 def test_a_sequence_beyond_the_config_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

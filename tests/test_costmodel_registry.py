@@ -132,9 +132,9 @@ def test_a_constant_in_another_unit_is_an_error(tmp_path: Path) -> None:
         ("bf16_peak_tflops", True, "valid number"),
         ("bf16_peak_tflops", "989", "valid number"),
         ("fp8_peak_tflops", 100.0, "must be 1 to 4 times bf16_peak_tflops"),
-        ("bf16_peak_tflops", 10.0, "must not be below fp32_peak_tflops"),
+        ("bf16_peak_tflops", 10.0, "must not be below tf32_peak_tflops, but they are 10 and"),
         ("sm_count", 1.5, "must be whole"),
-        ("speedup_error_low", -1.5, "must be between -1 and 0, but it is -1.5"),
+        ("speedup_error_low", -1.5, "must be between -0.7 and 0, but it is -1.5"),
     ],
 )
 def test_an_absurd_constant_is_an_error(

@@ -155,12 +155,17 @@ def test_a_name_is_for_rows_without_a_device(tmp_path: Path) -> None:
     assert rows(run("predict", "h200", "--csv", str(table)).stdout)[0]["profile"] == "h200"
 
 
-def test_a_column_with_a_predictions_name_is_told(tmp_path: Path) -> None:
+def test_a_column_that_the_input_has_is_told_from_the_predicted_one(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
-    table.write_text("device,M,K,N,speedup\nh200,4096,4096,4096,9.5\n")
-    done = run("predict", "--csv", str(table))
-    assert "a column 'speedup' of its own; the last one is predicted" in done.stderr
-    assert 0 < float(rows(done.stdout)[0]["speedup"]) < 3
+    table.write_text("device,M,K,N,Speedup,profile\nh200,4096,4096,4096,9.5,mine\n")
+    text = run("predict", "--csv", str(table)).stdout
+    header = next(csv.reader(io.StringIO(text)))
+    assert len({name.lower() for name in header}) == len(header)
+    row = rows(text)[0]
+    assert (row["Speedup"], row["profile"]) == ("9.5", "mine")
+    assert row["predicted_profile"] == "h200"
+    assert 0 < float(row["predicted_speedup"]) < 3
+    assert row["speedup_low"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")

@@ -48,6 +48,7 @@ RANKS = {  # a room imports itself and rooms with a smaller number
     "launch": 9,
     "pipeline": 10,
     "console": 10,
+    "cli_errors": 1,
     "cli_devices": 11,
     "cli": 12,
 }

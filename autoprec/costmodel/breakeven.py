@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
-from autoprec.costmodel.linear import FP8_MULTIPLE, predict_linear
+from autoprec.costmodel.linear import fp8_multiple, predict_linear
 from autoprec.costmodel.parallel import Parallel, shard_gemm
+from autoprec.costmodel.spelling import parse_recipe
 from autoprec.records.cost import BreakEven
 from autoprec.records.devices import DeviceProfile, PricedRecipe
 from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Recipe
@@ -39,7 +40,9 @@ def break_even_tokens(
     recipe: PricedRecipe | Recipe | str = PricedRecipe.TENSORWISE,
     compiled: bool = True,
 ) -> int | None:
-    """Return the fewest tokens (a multiple of 16) at which FP8 is no slower; None when it never is.
+    """Return the fewest tokens at which FP8 is no slower; None when it never is.
+
+    They are a multiple of 16, or of the recipe's block.
 
     Raises:
         DeviceError: a dimension is no positive integer, or the recipe is unknown.
@@ -49,7 +52,7 @@ def break_even_tokens(
         found = predict_linear(profile, M, K, N, recipe=recipe, compiled=compiled).speedup
         return found is not None and found.value >= 1
 
-    return _least(pays, MOST_TOKENS)
+    return _least(pays, MOST_TOKENS, step=fp8_multiple(parse_recipe(recipe)))
 
 
 def break_even_width(
@@ -59,7 +62,9 @@ def break_even_width(
     recipe: PricedRecipe | Recipe | str = PricedRecipe.TENSORWISE,
     compiled: bool = True,
 ) -> int | None:
-    """Return the least K = N (a multiple of 16) at which FP8 is no slower for M tokens, or None.
+    """Return the least K = N at which FP8 is no slower for M tokens; None when it never is.
+
+    It is a multiple of 16, or of the recipe's block.
 
     Raises:
         DeviceError: M is no positive integer, or the recipe is unknown.
@@ -69,7 +74,7 @@ def break_even_width(
         found = predict_linear(profile, M, width, width, recipe=recipe, compiled=compiled).speedup
         return found is not None and found.value >= 1
 
-    return _least(pays, MOST_WIDTH)
+    return _least(pays, MOST_WIDTH, step=fp8_multiple(parse_recipe(recipe)))
 
 
 def _break_even(
@@ -89,13 +94,13 @@ def _break_even(
     return found
 
 
-def _least(pays: Callable[[int], bool], most: int) -> int | None:
-    """Return the least multiple of 16 that pays, given that all above it do too."""
+def _least(pays: Callable[[int], bool], most: int, *, step: int) -> int | None:
+    """Return the least multiple of `step` that pays, given that all above it do too."""
     if not pays(most):
         return None
     low, high = 0, most  # pays at high, not known to at low
-    while high - low > FP8_MULTIPLE:
-        middle = (low + high) // 2 // FP8_MULTIPLE * FP8_MULTIPLE
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
         if pays(middle):
             high = middle
         else:

@@ -144,8 +144,8 @@ def _labelled(found: Mapping[str, float], source: str) -> dict[str, Constant]:
         bounds = CONSTANTS[name]
         if not bounds.low <= value <= bounds.high:
             raise DeviceError(
-                f"{name} must be between {bounds.low:g} and {bounds.high:g} {bounds.unit}, but "
-                f"{value:g} was measured; measure again with the device idle"
+                f"{name} must be {bounds.span}, but {value:g} was measured; measure again with "
+                "the device idle"
             )
     return {
         name: Constant(

@@ -115,7 +115,7 @@ def fp8_refusal(
     if recipe not in profile.fp8_recipes:
         names = ", ".join(profile.fp8_recipes)
         return f"{profile.title} does not run {recipe}; it runs {names}"
-    multiple = BLOCKS.get(recipe, FP8_MULTIPLE)
+    multiple = fp8_multiple(recipe)
     what = f"{recipe} scales" if recipe in BLOCKS else "FP8 GEMMs"
     for axis, size in (("K", K), ("N", N)):
         if size % multiple:
@@ -123,6 +123,11 @@ def fp8_refusal(
     if M % multiple and Gemm.GRAD_WEIGHT in fp8_gemms(recipe, gemms_hp):
         return f"M={M} is not a multiple of {multiple}, which the FP8 grad_weight GEMM needs"
     return ""
+
+
+def fp8_multiple(recipe: PricedRecipe) -> int:
+    """Return what K and N, and M where grad_weight runs in FP8, must be multiples of."""
+    return BLOCKS.get(recipe, FP8_MULTIPLE)
 
 
 def bf16_linear(machine: Machine, M: int, K: int, N: int, *, compiled: bool = True) -> LinearTimes:

@@ -6,15 +6,19 @@ They are package data in a wheel (`autoprec/profiles`) and the folder `profiles`
 import difflib
 import hashlib
 import logging
+import re
 from functools import cache
 from pathlib import Path
 
-from autoprec.costmodel.spelling import device_readings, device_words
+from autoprec.costmodel.spelling import device_readings, device_words, words_weight
 from autoprec.errors import DeviceError
-from autoprec.records.devices import DeviceProfile
+from autoprec.records.base import shown_value
+from autoprec.records.devices import NAME, DeviceProfile
 
 logger = logging.getLogger(__name__)
 NEAREST_NAMES = 3
+LEAST_ALIKE = 0.4  # of the letters
+LONGEST_NAME = 100  # letters; a longer text is no name, and may be no file name either
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -52,8 +56,8 @@ def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".json"):
         return DeviceProfile.load(text)
-    path = profiles_folder() / f"{text}.json"
-    if text == Path(text).name and path.is_file():  # the usual case reads one file
+    path = profiles_folder() / f"{text[:LONGEST_NAME]}.json"
+    if re.fullmatch(NAME, text) and path.is_file():  # the usual case reads one file
         return DeviceProfile.load(path)
     return find_profile(text, list_device_profiles())
 
@@ -78,7 +82,8 @@ def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfil
                 _tell_variants(text, profile.name, tuple(n for n in others if n != profile.name))
                 return profile
     raise DeviceError(
-        f"a device must be a profile's name or a path that ends in .json, but it is {text!r}; "
+        f"a device must be a profile's name or a path that ends in .json, but it is "
+        f"{shown_value(text)}; "
         f"{_suggestion(text, profiles)}"
     )
 
@@ -100,14 +105,26 @@ def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
 
 
 def _suggestion(text: str, profiles: tuple[DeviceProfile, ...]) -> str:
-    spellings = {" ".join(sorted(s)): p.name for p in profiles for s in _spellings(p)}
-    spellings |= {p.name: p.name for p in profiles}
+    scores = {profile.name: _likeness(text, profile) for profile in profiles}
+    near = [name for name, (shared, alike) in scores.items() if shared or alike >= LEAST_ALIKE]
+    near.sort(key=lambda name: scores[name], reverse=True)
+    names = ", ".join(near[:NEAREST_NAMES])
+    return f"nearest: {names}" if names else "`autoprec devices list` shows all names"
+
+
+def _likeness(text: str, profile: DeviceProfile) -> tuple[float, float]:
+    """Return how like a device's spellings a text is: the share of common words, then of letters.
+
+    Words that differ count too, so that `H100 SXM 700W` is nearer to the plain card than to the
+    variant of 500 W.
+    """
     words = device_words(text)
-    sharing = [key for key in spellings if words & set(key.split())]
-    near = sorted(sharing, key=lambda key: -len(words & set(key.split())))
-    near += difflib.get_close_matches(text.lower(), spellings, n=9, cutoff=0.4)
-    names = list(dict.fromkeys(spellings[key] for key in near))[:NEAREST_NAMES]
-    return f"nearest: {', '.join(names)}" if names else "`autoprec devices list` shows all names"
+    spellings = _spellings(profile)
+    shared = max(words_weight(words & s) / (words_weight(words | s) or 1) for s in spellings)
+    written = [profile.name, *(" ".join(sorted(s)) for s in spellings)]
+    lowered = text.lower()[:LONGEST_NAME]
+    alike = max(difflib.SequenceMatcher(None, lowered, form).ratio() for form in written)
+    return shared, alike
 
 
 @cache

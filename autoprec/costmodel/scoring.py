@@ -41,14 +41,17 @@ def score_table(table: Table) -> SpeedupScore:
         DeviceError: no row has a speedup and can be predicted.
     """
     pairs = []
-    for row, answer in zip(table.rows, predict_table(table), strict=True):
+    answers = predict_table(table)
+    for row, answer in zip(table.rows, answers, strict=True):
         actual = _number(table.cell(row, "speedup"))
         if actual and answer.prediction and answer.prediction.speedup:
             pairs.append(Pair(answer.prediction.speedup, actual))
     if not pairs:
+        refusals = (answer.refusal for answer in answers if answer.refusal)
+        first = next((f" (the first refusal: {refusal})" for refusal in refusals), "")
         raise DeviceError(
             "a table to score must have a positive `speedup` in some row that FP8 can run, "
-            "but none has one; write BF16 time / FP8 time there"
+            f"but none has one{first}; write BF16 time / FP8 time there"
         )
     return score_pairs(pairs, left_out=len(table.rows) - len(pairs))
 

@@ -56,6 +56,10 @@ _EMPTY_WORDS = frozenset(
     ]
 )
 _FORMS = {"sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm", "pcie4": "pcie", "pcie5": "pcie"}
+_DETAIL = re.compile(
+    r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam"
+)  # many different devices share these
+_DETAIL_WEIGHT = 0.2
 _HIGH_PRECISION_GRAD = re.compile(r"gw[ _-]?hp|grad[ _-]?weight[ _-]?hp")
 _RECIPES: tuple[tuple[re.Pattern[str], PricedRecipe], ...] = (  # the first that is found
     (_HIGH_PRECISION_GRAD, PricedRecipe.ROWWISE_WITH_GW_HP),
@@ -78,6 +82,11 @@ def device_words(text: str) -> frozenset[str]:
     joined = _UNIT.sub(r"\1\2 ", text.lower().replace("_", " ").replace("-", " "))
     words = (_FORMS.get(word, word) for word in _WORD.findall(joined))
     return frozenset(word for word in words if word not in _EMPTY_WORDS)
+
+
+def words_weight(words: frozenset[str]) -> float:
+    """Return how much words say about which device is meant: a size or a form says little."""
+    return sum(_DETAIL_WEIGHT if _DETAIL.fullmatch(word) else 1.0 for word in words)
 
 
 def device_readings(text: str) -> tuple[frozenset[str], ...]:

@@ -1,21 +1,25 @@
-"""CSV in, CSV out: the predictions of many linears, each row keeping its own columns first.
+"""CSV in, CSV out: the predictions of many linears, each row with its own columns first.
 
 A row that FP8 cannot run has its BF16 predictions and a `refusal`. A row that cannot be predicted
-at all (unknown device, a shape that is none, more cells than columns) has the refusal alone.
+at all (unknown device, a shape that is none, more cells than the header) has the refusal alone.
+A name that the input has already is `predicted_NAME` in the output.
 """
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autoprec.costmodel.linear import predict_linear
 from autoprec.costmodel.registry import load_device_profile
 from autoprec.costmodel.spelling import has_own_casts, parse_compiled, parse_recipe
 from autoprec.errors import AutoprecError, DeviceError
+from autoprec.records.base import one_line, shown_value
 from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction, PricedRecipe
 
-NEEDED = ("device", "M", "K", "N")
+SIZES = ("M", "K", "N")
+NEEDED = ("device", *SIZES)
+READ = (*NEEDED, "recipe", "compiled")
 ARM_TIMES = (
     *("output", "grad_input", "grad_weight", "cast", "neighbours"),
     *("total", "total_low", "total_high"),
@@ -45,6 +49,11 @@ class Table:
         at = self.column(name)
         return row[at].strip() if at is not None and at < len(row) else ""
 
+    def fitted(self, row: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a row with as many cells as the header."""
+        width = len(self.header)
+        return (*row[:width], *("",) * (width - len(row)))
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,16 +67,22 @@ def read_table(text: str, *, source: str, needed: tuple[str, ...] = NEEDED) -> T
     """Return the table in CSV text.
 
     Raises:
-        DeviceError: a needed column is missing.
+        DeviceError: it is no CSV, or a column is missing or there twice.
     """
-    lines = [tuple(row) for row in csv.reader(io.StringIO(text.removeprefix("\ufeff")))]
-    lines = [line for line in lines if line]
+    lines = _csv_lines(text, source=source)
     table = Table(header=lines[0] if lines else (), rows=tuple(lines[1:]))
     missing = [name for name in needed if table.column(name) is None]
     if missing:
         raise DeviceError(
             f"the CSV must have the columns {', '.join(needed)}, but {source} lacks "
             f"{', '.join(missing)}; its first line must name the columns"
+        )
+    names = [cell.strip().lower() for cell in table.header]
+    twice = [name for name in {*READ, *needed} if names.count(name.lower()) > 1]
+    if twice:
+        raise DeviceError(
+            f"the CSV must name a column once, but {source} has two called {twice[0]}; "
+            "rename the one that is not to be read"
         )
     return table
 
@@ -79,7 +94,7 @@ def predict_table(
     recipe: PricedRecipe = PricedRecipe.TENSORWISE,
     compiled: bool = True,
 ) -> tuple[Answer, ...]:
-    """Return the answer for each row; `device`, `recipe`, `compiled` are for rows without one."""
+    """Return the answer for each row; device, recipe and mode are for rows that do not say."""
     return tuple(
         _answer(table, row, device=device, recipe=recipe, compiled=compiled) for row in table.rows
     )
@@ -89,34 +104,70 @@ def format_table(table: Table, answers: Sequence[Answer]) -> str:
     """Return the table as CSV with the predictions behind each row's own columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow((*table.header, *ADDED))
+    writer.writerow((*table.header, *added_names(table.header)))
     for row, answer in zip(table.rows, answers, strict=True):
-        padding = ("",) * (len(table.header) - len(row))
-        writer.writerow((*row[: len(table.header)], *padding, *_cells(answer)))
+        writer.writerow((*table.fitted(row), *_cells(answer)))
     return out.getvalue()
+
+
+def added_names(header: Iterable[str]) -> tuple[str, ...]:
+    """Return the added columns' names: one that the header has already begins with `predicted_`."""
+    taken = {cell.strip().lower() for cell in header}
+    found = []
+    for name in ADDED:
+        while name in taken:
+            name = f"predicted_{name}"
+        taken.add(name)
+        found.append(name)
+    return tuple(found)
+
+
+def _csv_lines(text: str, *, source: str) -> list[tuple[str, ...]]:
+    """Return the lines that are not empty; `strict`, since a stray quote would swallow rows."""
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    try:
+        return [tuple(row) for row in reader if row]
+    except csv.Error as error:
+        raise DeviceError(
+            f"the CSV must be well formed, but {source} is not at line {reader.line_num} "
+            f"({one_line(str(error))}); mend the quotes there"
+        ) from error
 
 
 def _answer(
     table: Table, row: tuple[str, ...], *, device: str, recipe: PricedRecipe, compiled: bool
 ) -> Answer:
     wording = table.cell(row, "recipe")
-    if len(row) > len(table.header):
-        return Answer(
-            None,
-            f"a row must have at most the header's {len(table.header)} cells, but it has "
-            f"{len(row)}; quote a cell that holds a comma",
-        )
     try:
+        _check_width(table, row)
         prediction = predict_linear(
-            load_device_profile(table.cell(row, "device") or device),
-            *(_size(axis, table.cell(row, axis)) for axis in "MKN"),
+            load_device_profile(_device(table.cell(row, "device") or device)),
+            *(_size(axis, table.cell(row, axis)) for axis in SIZES),
             recipe=parse_recipe(wording) if wording else recipe,
             compiled=has_own_casts(wording)
             or parse_compiled(table.cell(row, "compiled"), default=compiled),
         )
     except AutoprecError as error:
-        return Answer(None, " ".join(str(error).split()))
+        return Answer(None, str(error))
     return Answer(prediction, prediction.refusal)
+
+
+def _check_width(table: Table, row: tuple[str, ...]) -> None:
+    width = len(table.header)
+    if any(cell.strip() for cell in row[width:]):
+        raise DeviceError(
+            f"a row must have at most the header's {width} cells, but it has {len(row)}; "
+            "put quotes around a cell that holds commas"
+        )
+
+
+def _device(name: str) -> str:
+    if not name:
+        raise DeviceError(
+            "a row must name its device, but its cell is empty; fill it in, or name the device of "
+            "such rows before --csv"
+        )
+    return name
 
 
 def _size(axis: str, text: str) -> int:
@@ -125,7 +176,9 @@ def _size(axis: str, text: str) -> int:
     except ValueError:
         value = -1.0
     if value != value or value in (float("inf"), float("-inf")) or value != int(value) or value < 1:
-        raise DeviceError(f"{axis} must be a positive whole number, but it is {text!r}; mend it")
+        raise DeviceError(
+            f"{axis} must be a positive whole number, but it is {shown_value(text)}; mend it"
+        )
     return int(value)
 
 

@@ -33,6 +33,7 @@ STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
 PARTIAL = ".partial"  # ends the name of a file that is being written
 SHOWN = 60  # characters of a foreign value in an error
+SAYS_ALL = ("value_error", "missing")  # of an object: the message names the field and the value
 MOST_SAID = 300  # characters of a message that a library wrote
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ def read_text(path: Path, *, what: str) -> str:
                 f"a {what} file has at most {MAX_RECORD_BYTES:,} bytes, but {name} has "
                 f"{status.st_size:,}; it is not one that autoprec wrote"
             )
-        return path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         if isinstance(error, OSError):
             reason = error.strerror
@@ -247,9 +248,10 @@ def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     where = one_line(".".join(str(part) for part in first["loc"])) or "the record"
-    said = one_line(first["msg"], most=MOST_SAID)
-    # A rule over the whole record says what it found; a dump of the record would hide it.
-    got = f", but it is {shown_value(first.get('input'))}" if first["loc"] else ""
+    said = one_line(first["msg"].removeprefix("Value error, "), most=MOST_SAID)
+    # A rule over an object says what it found; a dump of the object would hide it.
+    is_told = first["type"] in SAYS_ALL and isinstance(first.get("input"), dict)
+    got = "" if is_told else f", but it is {shown_value(first.get('input'))}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (
         f"{kind} file {source}: {where}: {said}{got}{more}; mend that field or write the file again"

@@ -1,0 +1,34 @@
+"""Output that cannot be written: one line, and no second failure when the interpreter ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = f"{sys.executable} -m autoprec devices show h200 --json"
+SMALL = (
+    f'{sys.executable} -c "from autoprec import cli; cli.app = lambda **_: print(1); cli.main()"'
+)
+
+
+def errors_of(script: str) -> str:
+    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True, timeout=60)
+    return done.stderr.strip()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("command", [COMMAND, SMALL], ids=["at once", "from the buffer"])
+def test_a_full_disk_is_one_line_and_status_2(command: str) -> None:
+    line, status = errors_of(f"{command} > /dev/full; echo $? >&2").splitlines()
+    assert line.startswith("autoprec: error: ")
+    assert "writing failed (No space left on device)" in line
+    assert status == "2"
+
+
+def test_a_reader_that_leaves_is_no_trouble() -> None:
+    assert errors_of(f"({SMALL}; echo $? >&2) | exec true") in ("0", "1")
+
+
+def test_a_closed_stdout_is_no_trouble() -> None:
+    assert errors_of(f"{COMMAND} >&-; echo $? >&2") == "0"

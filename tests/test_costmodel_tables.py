@@ -1,0 +1,108 @@
+"""Tables of linears: whatever is wrong with a row or a name, the others keep their answers."""
+
+from pathlib import Path
+
+import pytest
+
+from autoprec.costmodel import (
+    break_even_tokens,
+    load_device_profile,
+    predict_linear,
+    predict_table,
+    read_table,
+    score_table,
+)
+from autoprec.costmodel.tables import ADDED, added_names
+from autoprec.errors import DeviceError
+
+HEADER = "device,M,K,N\n"
+GOOD = "h200,8192,4096,4096\n"
+
+
+def refusals(text: str, *, device: str = "") -> list[str]:
+    answers = predict_table(read_table(HEADER + text, source="rows.csv"), device=device)
+    return [answer.refusal if answer.prediction is None else "" for answer in answers]
+
+
+def test_a_row_that_fails_in_any_way_keeps_the_others(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    rows = {
+        GOOD: "",
+        "/nowhere/mine.json,8192,4096,4096\n": "must be readable",
+        f"{damaged},8192,4096,4096\n": "complete JSON",
+        "h200,8,192,4096,4096\n": "at most the header's 4 cells, but it has 5",
+        ",8192,4096,4096\n": "name its device",
+        f"{'x' * 5000},8192,4096,4096\n": "a device must be",
+        "h200,8192,4096,4096,,\n": "",  # spreadsheets write such commas
+        "h200,8192,4096\n": "N must be a positive whole number",
+    }
+    for found, words in zip(refusals("".join(rows)), rows.values(), strict=True):
+        assert words in found
+        assert bool(found) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("device,M,K,N,m\nh200,16,16,16,16\n", "two called M"),
+        (HEADER + GOOD + '"h200,16,16,16\n' + GOOD, "is not at line"),
+        (HEADER + "x" * 200_000 + "\n", "is not at line"),
+        ("", "lacks device"),
+    ],
+)
+def test_a_file_that_cannot_be_told_into_rows_is_one_line(text: str, words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        read_table(text, source="rows.csv")
+
+
+def test_added_names_are_new_whatever_the_header_has() -> None:
+    assert added_names(("device", "M")) == ADDED
+    header = ("Speedup ", "predicted_speedup", "refusal")
+    added = added_names(header)
+    assert "predicted_predicted_speedup" in added
+    assert "predicted_refusal" in added
+    assert "gemm_speedup" in added
+    assert not {name.strip().lower() for name in header} & set(added)
+
+
+def test_a_score_of_nothing_says_why() -> None:
+    table = read_table("device,M,K,N,speedup\nZ80,16,16,16,1.4\n", source="rows.csv")
+    with pytest.raises(DeviceError, match="the first refusal: a device must be"):
+        score_table(table)
+
+
+@pytest.mark.parametrize("wrong", ["x" * 5000, "a\x00b", "\u00e9" * 90])
+def test_a_name_that_no_file_can_have_is_one_short_line(wrong: str) -> None:
+    with pytest.raises(DeviceError, match="a device must be") as caught:
+        load_device_profile(wrong)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("h100-sxn", "h100-sxm"),
+        ("H100 80GB 700W SXM", "h100-sxm"),
+        ("H100 SXM 450W", "h100-sxm"),
+        ("H100 PCIe 300W", "h100-pcie"),
+        ("RTX 4080", "rtx-4090"),
+        ("RTX PRO 5000 Blackwell", "rtx-pro-6000"),
+        ("B300 NVL72", "b300"),
+    ],
+)
+def test_the_nearest_name_comes_first(wrong: str, near: str) -> None:
+    with pytest.raises(DeviceError, match=f"nearest: {near}(,|$)"):
+        load_device_profile(wrong)
+
+
+def test_the_break_even_of_a_recipe_of_blocks_is_whole_blocks() -> None:
+    device = load_device_profile("h100-sxm")
+    tokens = break_even_tokens(device, 8192, 8192, recipe="blockwise")
+    assert tokens is not None
+    assert tokens % 128 == 0
+    for size, pays in ((tokens, True), (tokens - 128, False)):
+        found = predict_linear(device, size, 8192, 8192, recipe="blockwise").speedup
+        assert found is not None
+        assert (found.value >= 1) is pays
