@@ -1,5 +1,6 @@
-"""What holds for every test: one thread and the same random numbers."""
+"""What holds for every test: one thread, the same random numbers, and Python's own excepthook."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,3 +15,9 @@ def _one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _own_excepthook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what init_process_group leaves: it prefixes every later traceback with a rank."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
