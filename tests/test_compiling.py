@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from autoprec import pipeline
 from autoprec.capture import capture_model, find_layers
 from autoprec.errors import DeviceError
-from autoprec.precision import fp8_support
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.compiling import (
     MOST_SPOILED,
@@ -26,32 +25,17 @@ from autoprec.profiler.compiling import (
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.measure import group_layers
 from autoprec.profiler.recording import record_step
-from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe, fp8_option
+from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
 from autoprec.settings import Settings
 from autoprec.timing import Observation, Stopping, sample_interleaved
 from autoprec.workload import take_batches, workload_from
+from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
 from tests.models import mlp_workload
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo and inductor themselves
     pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # dynamo does it, torch 2.13
 ]
-CPU = torch.device("cpu")
-TENSORWISE = fp8_option(Recipe.TENSORWISE)
-RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
-
-
-class ConstantClock:
-    """Every call takes 1 ms."""
-
-    name = "constant"
-
-    def measure(self, fn: Callable[[], object]) -> float:
-        fn()
-        return 1.0
-
-    def synchronize(self) -> None:
-        return None
 
 
 class CleanMonitor:

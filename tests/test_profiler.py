@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprec.capture import capture_model, find_layers
-from autoprec.precision import fp8_support
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import copy_layer, make_candidate
 from autoprec.profiler.layers import LayerMeter, sum_parts
@@ -30,33 +29,11 @@ from autoprec.records import (
     Profile,
     Recipe,
     TensorSpec,
-    fp8_option,
 )
 from autoprec.timing import Observation
 from autoprec.workload import Workload, take_batches, workload_from
+from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
-
-CPU = torch.device("cpu")
-TENSORWISE = fp8_option(Recipe.TENSORWISE)
-RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
-needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(CPU).reason}")
-
-
-class ConstantClock:
-    """Every call takes 1 ms, so nothing depends on the machine."""
-
-    name = "constant"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def measure(self, fn: Callable[[], object]) -> float:
-        fn()
-        self.calls += 1
-        return 1.0
-
-    def synchronize(self) -> None:
-        return None
 
 
 class CleanMonitor:

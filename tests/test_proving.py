@@ -1,6 +1,5 @@
 """Names of CUDA kernels: which say FP8, where they are kept, and that nothing is timed after."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from torch import nn
 
 from autoprec.capture import capture_model
-from autoprec.precision import fp8_support
 from autoprec.profiler import profile_model
 from autoprec.profiler.layers import Group, LayerMeter
 from autoprec.profiler.measure import Given, group_layers, name_kernels_of
@@ -16,30 +14,9 @@ from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import SLEEP_KERNEL, is_fp8_kernel, kernel_names
 from autoprec.progress import report_nothing
-from autoprec.records import BF16_O2, FP32, Recipe, fp8_option
+from autoprec.records import BF16_O2, FP32
+from tests.constant_clock import CPU, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import mlp_workload
-
-CPU = torch.device("cpu")
-TENSORWISE = fp8_option(Recipe.TENSORWISE)
-RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
-needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(CPU).reason}")
-
-
-class ConstantClock:
-    """Every call takes 1 ms."""
-
-    name = "constant"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def measure(self, fn: Callable[[], object]) -> float:
-        fn()
-        self.calls += 1
-        return 1.0
-
-    def synchronize(self) -> None:
-        return None
 
 
 @pytest.mark.parametrize(
