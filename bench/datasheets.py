@@ -66,7 +66,7 @@ SHEETS = (
         "8.0",
         (),
         ("A100 SXM",),
-        ("A100", "A100 SXM", "A100 40GB", "A100 PCIe"),
+        ("A100", "A100 SXM"),
         link=(300, 25, 8, "NVLink 3, 600 GB/s both ways; a 200 Gb/s network port for each"),
         fp8_reason="the A100 has no FP8 units (compute capability 8.0, FP8 needs 8.9)",
         is_wgmma=False,

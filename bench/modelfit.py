@@ -263,10 +263,17 @@ def _generation(sheet: Sheet) -> int:
 def _source(name: str, sheet: Sheet, rows: Sequence[Observation]) -> str:
     if name in STEP or name in OWN_STEP.get(sheet.name, {}):
         return "bench/data/training.csv, PyTorch runs with batch and parallelism stated"
-    device = BEST_COVERED if name in SHARED else sheet.name
-    own = sorted({row.source for row in rows if row.device == device and _tells(row, name)})
+    if name == "small_tile_factor" and not sheet.is_wgmma:
+        return "held at its prior: operands of mma.sync come from registers, not from shared memory"
+    devices = (BEST_COVERED,) if name in SHARED else (sheet.name, *SAME_CHIP.get(sheet.name, ()))
+    told = [row for row in rows if row.device in devices]
+    if sheet.is_wgmma or name in SHARED:
+        told = [row for row in told if _tells(row, name)]
+    own = sorted({row.source for row in told})
     if own:
         return "; ".join(own)
+    if not sheet.is_wgmma:
+        return f"no rows of its own; {sheet.parent}'s BF16 fraction, FP8 at twice BF16 (mma.sync)"
     return f"no rows of its own; {sheet.parent}'s, scaled as the device's other kernels"
 
 
