@@ -1,6 +1,6 @@
 """Run the command line from a checkout: `python cli.py tune model.py`."""
 
-from autoprec.cli import main
+from autoprec.cli.main import main
 
 if __name__ == "__main__":
     main()

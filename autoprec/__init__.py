@@ -13,9 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoprec.checkpoint import load_checkpoint, save_checkpoint
     from autoprec.guard import Guard
     from autoprec.runtime import apply, attach_optimizer, master_view, undo, verify_applied
+    from autoprec.runtime.checkpoint import load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -31,8 +31,8 @@ __all__ = [
 ]
 HOMES = {
     "Guard": "autoprec.guard",
-    "load_checkpoint": "autoprec.checkpoint",
-    "save_checkpoint": "autoprec.checkpoint",
+    "load_checkpoint": "autoprec.runtime.checkpoint",
+    "save_checkpoint": "autoprec.runtime.checkpoint",
 }
 
 

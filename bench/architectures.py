@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from autoprec.precision import import_torchao
+from autoprec.device.torchao import import_torchao
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -35,8 +35,7 @@ from convergence_scores import (
     weight_error_scores,
 )
 
-from autoprec.capture import capture_model
-from autoprec.gap import predicted_loss_gap
+from autoprec.model.capture import capture_model
 from autoprec.records import (
     BF16_O2,
     Branch,
@@ -47,11 +46,14 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
-from autoprec.sensitivity import JointMeter, measure_sensitivity, prepare_reference
+from autoprec.sensitivity.gap import predicted_loss_gap
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification.branches import Arm
 from autoprec.verification.sequential import Looks
 from autoprec.verification.session import REFERENCE, Session, Terms, open_session
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 
 CPU = torch.device("cpu")
 TENSORWISE, ROWWISE, GW_HP = map(

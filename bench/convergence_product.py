@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autoprec.costmodel import load_device_profile, predict_profile
-from autoprec.gap import fit_loss_line
+from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import (
     BF16_O2,
     CallSpec,
@@ -26,10 +25,13 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from autoprec.sensitivity import JointMeter, measure_sensitivity, prepare_reference
+from autoprec.sensitivity.gap import fit_loss_line
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.session import Session
-from autoprec.workload import Workload
+from autoprec.workload.functions import Workload
 
 CPU = torch.device("cpu")
 DEVICE = "h100-sxm"

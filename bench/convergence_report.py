@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from autoprec.gap import fit_loss_line, predicted_loss_gap
 from autoprec.records import Sensitivity
+from autoprec.sensitivity.gap import fit_loss_line, predicted_loss_gap
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TEXT = Path(__file__).resolve().parent / "data" / "convergence_text.md"
@@ -38,7 +38,7 @@ def write_report(folder: Path) -> None:
 
 
 def _repredict(run: Run, sensitivity: Sensitivity) -> None:
-    """Predict anew from the saved e: the page belongs to the present autoprec.gap."""
+    """Predict anew from the saved e: the page belongs to the present autoprec.sensitivity.gap."""
     steps, start = run["branch_steps"], run["warmup_steps"]
     for row in run["plans"]:
         for kind in ("table", "joint"):
@@ -194,7 +194,7 @@ def _slopes(runs: Sequence[Run]) -> str:
         "family",
         "measured on the warm-up",
         "log line of ten steps (before)",
-        "autoprec.gap from ten steps",
+        "autoprec.sensitivity.gap from ten steps",
     ]
     return (
         f"\n## What a step is worth at step {HORIZON}\n\nRelative slope of the loss per e-fold of "

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.records import Gemm, Option, Recipe
-from autoprec.sensitivity import Reference
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
 from autoprec.sensitivity.local import loss_delta
+from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.replay import recorded_calls
 
 E4M3_MAX = 448.0

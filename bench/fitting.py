@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from published import Observation
 from scipy.optimize import least_squares
 
-from autoprec.costmodel.machine import Machine
+from autoprec.predict.machine import Machine
 from autoprec.records.devices import CONSTANTS
 
 SOFT = 2.0  # sigmas up to which a residual counts as a square

@@ -45,17 +45,16 @@ from gpu_run import (  # noqa: E402
 )
 from profiler import predict_step  # noqa: E402
 
-from autoprec.capture import capture_model  # noqa: E402
-from autoprec.costmodel import load_device_profile, predict_profile  # noqa: E402
-from autoprec.costmodel.calibrate import calibrate_profile  # noqa: E402
-from autoprec.costmodel.gemm import Kernel, gemm_us  # noqa: E402
-from autoprec.costmodel.machine import machine_of  # noqa: E402
-from autoprec.device import (  # noqa: E402
-    device_facts,
-    find_sensor,
-    resolve_device,
-)
-from autoprec.device_measure import (  # noqa: E402
+from autoprec.device.fp8 import fp8_support  # noqa: E402
+from autoprec.device.fp8_self_test import fp8_self_test  # noqa: E402
+from autoprec.device.local import device_facts, find_sensor, resolve_device  # noqa: E402
+from autoprec.errors import AutoprecError  # noqa: E402
+from autoprec.model.capture import capture_model  # noqa: E402
+from autoprec.predict import load_device_profile, predict_profile  # noqa: E402
+from autoprec.predict.calibrate import calibrate_profile  # noqa: E402
+from autoprec.predict.gemm import Kernel, gemm_us  # noqa: E402
+from autoprec.predict.machine import machine_of  # noqa: E402
+from autoprec.predict.measure import (  # noqa: E402
     CAST,
     LARGE,
     SMALL,
@@ -65,11 +64,8 @@ from autoprec.device_measure import (  # noqa: E402
     safe_title,
     take_measurements,
 )
-from autoprec.errors import AutoprecError  # noqa: E402
-from autoprec.precision import fp8_support  # noqa: E402
 from autoprec.profiler import open_compilation, profile_model, time_steps  # noqa: E402
-from autoprec.runtime import fp8_self_test  # noqa: E402
-from autoprec.workload import Workload, load_workload  # noqa: E402
+from autoprec.workload.functions import Workload, load_workload  # noqa: E402
 
 QUICK_SIZES = Sizes(width=32, hidden=64, heads=2, vocabulary=64, batch=2, sequence=16)
 STAND_IN = "h100-sxm"

@@ -6,15 +6,15 @@ import torch
 from gpu_run import Deadline, Run, Shape, conditions_of, shape_of
 from torch import nn
 
-from autoprec.device import release_memory
-from autoprec.precision import fp8_support
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.local import release_memory
+from autoprec.device.timing import Function
 from autoprec.profiler import open_compilation
 from autoprec.profiler.candidates import Candidate, make_candidate
 from autoprec.profiler.compiling import reason_of
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
 from autoprec.records import BF16_O2, Option, fp8_option
-from autoprec.timing import Function
 
 
 def sweep_linears(run: Run, found: dict[str, Any], deadline: Deadline) -> None:

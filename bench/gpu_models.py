@@ -10,7 +10,7 @@ from profiler import bf16_plan
 from torch import Tensor, nn
 
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Profile
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 
 Options = Mapping[str, Option]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from autoprec.costmodel import predict_linear
-from autoprec.costmodel.scoring import Pair, score_pairs
+from autoprec.predict import predict_linear
+from autoprec.predict.scoring import Pair, score_pairs
 from autoprec.records.devices import ArmPrediction, DeviceProfile, Prediction
 
 Row = Mapping[str, Any]  # Any: whatever a section wrote, numbers, texts and None

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from gpu_report import render
 
-from autoprec.device import find_monitor, release_memory
-from autoprec.profiler.compiling import reason_of
-from autoprec.records.devices import DeviceProfile
-from autoprec.timing import (
+from autoprec.device.local import find_monitor, release_memory
+from autoprec.device.timing import (
     Clock,
     Function,
     Monitor,
@@ -25,6 +23,8 @@ from autoprec.timing import (
     merge_conditions,
     sample_interleaved,
 )
+from autoprec.profiler.compiling import reason_of
+from autoprec.records.devices import DeviceProfile
 
 Shape = tuple[int, int, int]
 

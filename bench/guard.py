@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autoprec.capture import find_layers, layer_kind
 from autoprec.guard import Guard, Limits
 from autoprec.guard.ranges import range_shares
+from autoprec.model.layers import find_layers, layer_kind
 from autoprec.records import (
     BF16_O2,
     Assignment,

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from torch import nn
 
-from autoprec.capture_meta import capture_on_meta
-from autoprec.costmodel import list_device_profiles, parse_parallel, predict_profile
-from autoprec.noise import import_noise_dropped
+from autoprec.common.noise import import_noise_dropped
+from autoprec.model.capture_meta import capture_on_meta
+from autoprec.predict import list_device_profiles, parse_parallel, predict_profile
+from autoprec.predict.transfer import default_locks, unknown_sensitivity
 from autoprec.records import (
     BF16_O2,
     Basis,
@@ -38,8 +39,7 @@ from autoprec.records import (
 from autoprec.records.devices import DeviceProfile
 from autoprec.search import search_plan
 from autoprec.search.costs import Costs, make_costs
-from autoprec.transfer import default_locks, unknown_sensitivity
-from autoprec.workload import load_workload
+from autoprec.workload.functions import load_workload
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama_meta.py"
 PARALLELS = ("", "fsdp=8", "tp=8")

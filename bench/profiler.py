@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from autoprec.capture import capture_model
+from autoprec.device.timing import MOST_CPU_CACHE_BYTES, Clock, make_clock
+from autoprec.model.capture import capture_model
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import FP32, Basis, ModelSpec, Option, Profile
 from autoprec.search.costs import boundary_melements
-from autoprec.timing import MOST_CPU_CACHE_BYTES, Clock, make_clock
-from autoprec.workload import load_workload
+from autoprec.workload.functions import load_workload
 
 EXAMPLES = ("examples/char_gpt.py", "examples/digits_cnn.py")
 SAMPLES = 9

@@ -30,16 +30,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from autoprec.costmodel.casts import cast_cost, fp8_gemms
-from autoprec.costmodel.gemm import Kernel, gemm_us
-from autoprec.costmodel.linear import (
-    bf16_linear,
-    fp8_linear,
-    gemm_shapes,
-    neighbours_us,
-)
-from autoprec.costmodel.machine import Machine
-from autoprec.costmodel.spelling import parse_recipe
+from autoprec.predict.casts import cast_cost, fp8_gemms
+from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.linear import bf16_linear, fp8_linear, gemm_shapes, neighbours_us
+from autoprec.predict.machine import Machine
+from autoprec.predict.spelling import parse_recipe
 from autoprec.records.devices import PricedRecipe
 from autoprec.records.model import Gemm
 

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import autoprec
-from autoprec.precision import float8_config, fp8_support, import_torchao
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.timing import CudaClock, Stopping, sample_interleaved, speedup_interval
+from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import BF16_O2, Recipe, fp8_option
-from autoprec.timing import CudaClock, Stopping, sample_interleaved, speedup_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]

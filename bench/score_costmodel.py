@@ -24,7 +24,7 @@ from holdout import (
 from published import Kind, observations
 from trainings import Training, stated, trainings
 
-from autoprec.costmodel import load_device_profile, parse_parallel, predict_linear, predict_profile
+from autoprec.predict import load_device_profile, parse_parallel, predict_linear, predict_profile
 from autoprec.records.model import Recipe, fp8_option
 
 GRID = "pytorch/ao docs/static/fp8-rowwise-perf.png"

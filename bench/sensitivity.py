@@ -21,10 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from autoprec.capture import capture_model
+from autoprec.model.capture import capture_model
 from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp8_option
-from autoprec.sensitivity import JointMeter, Reference, measure_sensitivity, prepare_reference
-from autoprec.workload import Workload, load_workload, workload_from
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.workload.functions import Workload, load_workload, workload_from
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)

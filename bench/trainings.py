@@ -14,12 +14,12 @@ from functools import cached_property
 from decoders import DECODERS, decoder_spec
 from published import read_rows, source_of
 
-from autoprec.costmodel.eligible import retarget_model
-from autoprec.costmodel.layers import Setting
-from autoprec.costmodel.machine import Machine
-from autoprec.costmodel.parallel import Parallel
-from autoprec.costmodel.spelling import parse_recipe
-from autoprec.costmodel.step import StepTimes, first_fp8, step_times
+from autoprec.predict.eligible import retarget_model
+from autoprec.predict.layers import Setting
+from autoprec.predict.machine import Machine
+from autoprec.predict.parallel import Parallel
+from autoprec.predict.spelling import parse_recipe
+from autoprec.predict.step import StepTimes, first_fp8, step_times
 from autoprec.records.devices import DeviceProfile, PricedRecipe
 from autoprec.records.model import BF16_O2, ModelSpec, Option, Recipe, fp8_option
 

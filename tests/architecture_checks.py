@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import autoprec
-from autoprec.capture import capture_model, type_name
 from autoprec.errors import PlanMismatchError, WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.layers import type_name
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Plan
 from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import ON_MODEL
-from autoprec.workload import Batch, Workload
+from autoprec.workload.functions import Batch, Workload
 from tests.runtime_plans import plan_for
 
 STEPS = 3

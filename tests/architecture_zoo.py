@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 from tests.architecture_batches import (
     CLASSES,
     VOCABULARY,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from autoprec.precision import fp8_support
+from autoprec.device.fp8 import fp8_support
 from autoprec.records import Recipe, fp8_option
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 
 WIDTH, CLASSES, BATCH = 32, 16, 48
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from autoprec.costmodel import load_device_profile, predict_profile
+from autoprec.predict import load_device_profile, predict_profile
+from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -49,7 +50,6 @@ from autoprec.records import (
 )
 from autoprec.report import RunRecords
 from autoprec.search import build_plan, search_plan
-from autoprec.transfer import unknown_sensitivity
 from tests.decoder_specs import decoder
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from autoprec.capture import find_layers, find_uncovered, layer_kind, model_structure
+from autoprec.model.layers import find_layers, find_uncovered, layer_kind, model_structure
 from autoprec.records import (
     BF16_O2,
     Assignment,

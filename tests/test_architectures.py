@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from autoprec.precision import import_torchao
+from autoprec.device.torchao import import_torchao
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from tests.architecture_checks import DEVICE, try_architecture
 from tests.architecture_zoo import ARCHITECTURES

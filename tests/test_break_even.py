@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from autoprec.costmodel import (
+from autoprec.predict import (
     Parallel,
     break_even_tokens,
     load_device_profile,
     predict_linear,
     predict_profile,
 )
-from autoprec.costmodel.breakeven import find_break_evens
+from autoprec.predict.breakeven import find_break_evens
+from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import Constraint, GemmShape, ModelSpec, Option, Plan, Profile, Recipe
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import fp8_option
 from autoprec.search import build_plan, search_plan
-from autoprec.transfer import unknown_sensitivity
 from tests.decoder_specs import linear_layer, model_of
 
 H100 = load_device_profile("h100-sxm")

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model, find_layers, find_ties, find_uncovered, model_structure
 from autoprec.errors import CaptureError, WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.layers import find_layers, find_ties, find_uncovered, model_structure
 from autoprec.records import LayerKind, ModelSpec, Precision
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprec.cli import main
+from autoprec.cli.main import main
 from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
@@ -112,7 +112,7 @@ def test_search_and_report_of_saved_records_need_no_torch(tuned: Path) -> None:
     code = textwrap.dedent(
         f"""
         import sys
-        from autoprec.cli import main
+        from autoprec.cli.main import main
         for arguments in (["search", {str(tuned)!r}, "--json"], ["report", {str(tuned)!r}]):
             try:
                 main(arguments)
@@ -273,7 +273,8 @@ def test_help_answers_in_half_a_second() -> None:
     for name in ("tune", "profile", "sensitivity", "search", "verify", "report", "plan", "doctor"):
         assert name in done.stdout
     code = (
-        "import sys, autoprec.cli; sys.exit(bool({'torch', 'pandas', 'optuna'} & set(sys.modules)))"
+        "import sys, autoprec.cli.main as _; "
+        "sys.exit(bool({'torch', 'pandas', 'optuna'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -281,7 +282,7 @@ def test_help_answers_in_half_a_second() -> None:
 def test_every_command_has_help_and_is_in_the_readme() -> None:
     import typer
 
-    from autoprec.cli import app
+    from autoprec.cli.main import app
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     root = typer.main.get_command(app)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec import pipeline
-from autoprec.capture import capture_model, find_layers
+from autoprec.device.timing import Observation, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
+from autoprec.model.capture import capture_model
+from autoprec.model.layers import find_layers
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.compiling import (
     MOST_SPOILED,
@@ -26,9 +27,9 @@ from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.measure import group_layers
 from autoprec.profiler.recording import record_step
 from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
-from autoprec.settings import Settings
-from autoprec.timing import Observation, Stopping, sample_interleaved
-from autoprec.workload import take_batches, workload_from
+from autoprec.tune import stages as pipeline
+from autoprec.tune.settings import Settings
+from autoprec.workload.functions import take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
 from tests.models import mlp_workload
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from autoprec.capture_meta import capture_on_meta
-from autoprec.cli import main
-from autoprec.config_workload import config_file, config_model
+from autoprec.cli.main import main
+from autoprec.model.capture_meta import capture_on_meta
 from autoprec.records import Basis, ModelSpec, Plan, Profile
-from autoprec.workload import workload_from
+from autoprec.workload.functions import workload_from
+from autoprec.workload.hf_config import config_file, config_model
 
 TINY = {
     "model_type": "llama",

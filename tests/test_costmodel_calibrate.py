@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autoprec import device_measure
-from autoprec.costmodel import load_device_profile
-from autoprec.costmodel.calibrate import (
+from autoprec.device.timing import Function
+from autoprec.device.torchao import float8_config
+from autoprec.errors import DeviceError
+from autoprec.predict import load_device_profile
+from autoprec.predict import measure as device_measure
+from autoprec.predict.calibrate import (
     CastTimes,
     EagerCasts,
     Measured,
@@ -16,10 +19,10 @@ from autoprec.costmodel.calibrate import (
     cast_constants,
     solve_fraction,
 )
-from autoprec.costmodel.casts import cast_cost, fp8_gemms
-from autoprec.costmodel.gemm import Kernel, gemm_us
-from autoprec.costmodel.machine import machine_of
-from autoprec.device_measure import (
+from autoprec.predict.casts import cast_cost, fp8_gemms
+from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.machine import machine_of
+from autoprec.predict.measure import (
     Meter,
     Operands,
     base_profile,
@@ -28,11 +31,8 @@ from autoprec.device_measure import (
     take_measurements,
     time_compiled_casts,
 )
-from autoprec.errors import DeviceError
-from autoprec.precision import float8_config
 from autoprec.records.devices import ConstantKind, PricedRecipe
 from autoprec.records.model import Basis, Recipe, fp8_option
-from autoprec.timing import Function
 
 H100 = load_device_profile("h100-sxm")
 SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192))

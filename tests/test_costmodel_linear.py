@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprec.costmodel import (
+from autoprec.errors import DeviceError
+from autoprec.predict import (
     break_even_tokens,
     list_device_profiles,
     load_device_profile,
     predict_linear,
 )
-from autoprec.costmodel.casts import cast_cost, fp8_gemms
-from autoprec.costmodel.gemm import Kernel, gemm_us
-from autoprec.costmodel.machine import machine_of
-from autoprec.errors import DeviceError
+from autoprec.predict.casts import cast_cost, fp8_gemms
+from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.machine import machine_of
 from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction, PricedRecipe
 from autoprec.records.model import Basis, Gemm
 
@@ -230,5 +230,5 @@ def test_the_published_h100_grid_is_met(name: str, error: float) -> None:
 
 
 def test_the_cost_model_starts_at_once_and_without_torch() -> None:
-    code = "import autoprec.costmodel, sys; sys.exit('torch' in sys.modules)"
+    code = "import autoprec.predict, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=10)

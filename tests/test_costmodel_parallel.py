@@ -2,17 +2,18 @@
 
 import pytest
 
-from autoprec.costmodel import (
+from autoprec.errors import DeviceError
+from autoprec.integrations.export import export_plan
+from autoprec.predict import (
     Parallel,
     load_device_profile,
     parse_parallel,
     predict_linear,
     predict_profile,
 )
-from autoprec.costmodel.machine import machine_of
-from autoprec.costmodel.parallel import collective_us, shard_gemm
-from autoprec.errors import DeviceError
-from autoprec.export import export_plan
+from autoprec.predict.machine import machine_of
+from autoprec.predict.parallel import collective_us, shard_gemm
+from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import Constraint, Plan
 from autoprec.records.cost import Profile
 from autoprec.records.model import (
@@ -25,7 +26,6 @@ from autoprec.records.model import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from autoprec.transfer import unknown_sensitivity
 from tests.decoder_specs import decoder, linear_layer, model_of
 
 H100 = load_device_profile("h100-sxm-500w")

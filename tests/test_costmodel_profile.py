@@ -2,8 +2,8 @@
 
 import pytest
 
-from autoprec.costmodel import Parallel, load_device_profile, predict_linear, predict_profile
-from autoprec.costmodel.roles import Role, attention_blocks, role_of
+from autoprec.model.roles import Role, attention_blocks, role_of
+from autoprec.predict import Parallel, load_device_profile, predict_linear, predict_profile
 from autoprec.records.cost import LayerTiming, Profile
 from autoprec.records.model import (
     BF16_O2,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from autoprec.costmodel import list_device_profiles, load_device_profile, parse_recipe, registry
-from autoprec.costmodel.registry import profiles_folder
-from autoprec.costmodel.spelling import has_own_casts, parse_compiled
 from autoprec.errors import DeviceError, RecordError
+from autoprec.predict import list_device_profiles, load_device_profile, parse_recipe, registry
+from autoprec.predict.registry import profiles_folder
+from autoprec.predict.spelling import has_own_casts, parse_compiled
 from autoprec.records.devices import CONSTANTS, DeviceProfile, PricedRecipe
 
 NAMES = (

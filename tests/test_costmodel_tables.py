@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from autoprec.costmodel import (
+from autoprec.errors import DeviceError
+from autoprec.predict import (
     break_even_tokens,
     load_device_profile,
     predict_linear,
@@ -12,8 +13,7 @@ from autoprec.costmodel import (
     read_table,
     score_table,
 )
-from autoprec.costmodel.tables import ADDED, added_names
-from autoprec.errors import DeviceError
+from autoprec.predict.tables import ADDED, added_names
 
 HEADER = "device,M,K,N\n"
 GOOD = "h200,8192,4096,4096\n"

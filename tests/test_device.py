@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autoprec import device as module
-from autoprec.device import (
+from autoprec.device import local as module
+from autoprec.device.fp8 import Fp8Support
+from autoprec.device.local import (
     LoadMonitor,
     ThermalMonitor,
     available_devices,
@@ -21,7 +22,6 @@ from autoprec.device import (
     resolve_device,
 )
 from autoprec.errors import DeviceError
-from autoprec.precision import Fp8Support
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU = SimpleNamespace(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CODE = (
-    "import sys; from autoprec.cli_devices import devices_app as app; "
+    "import sys; from autoprec.cli.devices import devices_app as app; "
     "from autoprec.errors import AutoprecError\n"
     "try: app(standalone_mode=False)\n"
     "except AutoprecError as error: print(error, file=sys.stderr); sys.exit(2)\n"

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.export import ExportTarget, export_plan
-from autoprec.export.megatron import exact_glob
-from autoprec.export.yaml_text import yaml_string
-from autoprec.precision import float8_config, import_torchao
+from autoprec.integrations.export import ExportTarget, export_plan
+from autoprec.integrations.export.megatron import exact_glob
+from autoprec.integrations.export.yaml_text import yaml_string
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -422,5 +422,5 @@ def test_yaml_strings_read_back_to_the_character(text: str) -> None:
 
 
 def test_an_export_needs_no_torch() -> None:
-    code = "import sys, autoprec.export; sys.exit('torch' in sys.modules)"
+    code = "import sys, autoprec.integrations.export; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

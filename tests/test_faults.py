@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import autoprec
+from autoprec.common.files import PARTIAL
 from autoprec.errors import AutoprecError, RecordError
 from autoprec.guard import Limits
 from autoprec.records import BF16_O2, Gemm, Option, Plan, Recipe, fp8_option
-from autoprec.records.base import PARTIAL
 from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp
 from tests.runtime_plans import plan_for

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.multiprocessing.spawn import spawn
 
 import autoprec
-from autoprec.precision import import_torchao
+from autoprec.device.torchao import import_torchao
 from autoprec.runtime.gathers import Fp8Shard, GatheredInFp8
 from autoprec.runtime.whole_weights import WholeWeight, whole_weight
 from tests.fp8_gather_ranks import (

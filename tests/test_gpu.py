@@ -15,24 +15,32 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 import autoprec
-from autoprec.capture import capture_model
-from autoprec.costmodel import load_device_profile
-from autoprec.costmodel.gemm import Kernel, gemm_us
-from autoprec.costmodel.machine import machine_of
-from autoprec.device import device_facts, find_sensor, fp8_format_gaps, resolve_device
-from autoprec.device_measure import gemm_candidates, measure_device_profile, replay_of
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.local import device_facts, find_sensor, fp8_format_gaps, resolve_device
+from autoprec.device.timing import (
+    CudaClock,
+    graph_replay,
+    make_clock,
+    relative_error,
+    time_interleaved,
+)
+from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
-from autoprec.precision import APPLICABLE_RECIPES, fp8_support
+from autoprec.model.capture import capture_model
+from autoprec.predict import load_device_profile
+from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.machine import machine_of
+from autoprec.predict.measure import gemm_candidates, measure_device_profile, replay_of
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
 from autoprec.records import BF16_O2, FP32, Basis, Option, Profile, Recipe, fp8_option
 from autoprec.records.devices import ConstantKind
-from autoprec.runtime import attach_optimizer, fp8_self_test
+from autoprec.runtime import attach_optimizer
 from autoprec.runtime.classes import is_made_here
-from autoprec.timing import CudaClock, graph_replay, make_clock, relative_error, time_interleaved
 from tests.models import Mlp, mlp_workload
 from tests.ranks import leave_group
 from tests.runtime_plans import plan_for
@@ -403,8 +411,8 @@ def test_fsdp2_trains_on_one_gpu_as_without_it(
 
 
 def test_a_plan_is_tuned_from_end_to_end(device: torch.device, tmp_path: Path) -> None:
-    from autoprec import pipeline
-    from autoprec.settings import Settings
+    from autoprec.tune import stages as pipeline
+    from autoprec.tune.settings import Settings
 
     file = tmp_path / "tiny.py"
     file.write_text(

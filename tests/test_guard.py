@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoprec.capture import find_layers, layer_kind
+from autoprec.device.torchao import float8_config
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
 from autoprec.guard import Guard, Limits
 from autoprec.guard.bands import FEWEST_VALUES, RunningBand
 from autoprec.guard.ranges import range_shares
 from autoprec.guard.signals import read_signals
-from autoprec.precision import float8_config
+from autoprec.model.layers import find_layers, layer_kind
 from autoprec.records import (
     BF16_O2,
     FP32,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model
-from autoprec.capture_meta import capture_on_meta
-from autoprec.heads import HeadCounts, head_counts
+from autoprec.model.capture import capture_model
+from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.heads import HeadCounts, head_counts
 from autoprec.records import ModelSpec
-from autoprec.workload import load_workload, workload_from
+from autoprec.workload.functions import load_workload, workload_from
 from tests.test_meta import EXAMPLE
 
 WIDTH = 64

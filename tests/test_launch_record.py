@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from autoprec.cli import main
+from autoprec.cli.main import main
 from autoprec.errors import WorkloadError
-from autoprec.launch import Script, record_workload
-from autoprec.launch.recorder import RecordedBatch
+from autoprec.integrations.launch import Script, record_workload
+from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
-from autoprec.workload import Workload, check_batches
+from autoprec.workload.functions import Workload, check_batches
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 
 __all__ = ["own_main"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from autoprec.errors import PlanMismatchError
-from autoprec.launch import Script, run_with_plan
-from autoprec.launch.watch import RunOutcome
+from autoprec.integrations.launch import Script, run_with_plan
+from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import Phase, Plan
 from autoprec.runtime import masters
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script

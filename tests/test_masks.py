@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.costmodel import load_device_profile, predict_profile
+from autoprec.device.timing import Function
+from autoprec.predict import load_device_profile, predict_profile
 from autoprec.profiler.layers import Group, LayerMeter, promising_masks
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import PLAIN_TENSORS
@@ -23,7 +24,6 @@ from autoprec.records import (
     with_masks,
 )
 from autoprec.search import search_plan
-from autoprec.timing import Function
 from tests.decoder_specs import linear_layer, model_of
 from tests.search_tables import tables_of
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec import pipeline
-from autoprec.capture import capture_model
-from autoprec.capture_meta import capture_on_meta
-from autoprec.costmodel import break_even_width, load_device_profile, predict_linear
 from autoprec.errors import CaptureError, DeviceError, WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.capture_meta import capture_on_meta
+from autoprec.predict import break_even_width, load_device_profile, predict_linear
 from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
-from autoprec.settings import Settings
-from autoprec.workload import Workload, load_workload, workload_from
+from autoprec.tune import stages as pipeline
+from autoprec.tune.settings import Settings
+from autoprec.workload.functions import Workload, load_workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
 
@@ -267,7 +267,7 @@ def test_compile_is_the_default_of_device_profiles_alone(tmp_path: Path) -> None
 def test_the_flags_are_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from autoprec.cli import main
+    from autoprec.cli.main import main
 
     arguments = ["profile", TINY, "--target", "h100-sxm", "--meta", "--eager", "--json"]
     with pytest.raises(SystemExit) as leaving:

@@ -12,11 +12,11 @@ import pynvml
 import pytest
 import torch
 
-from autoprec.device import MOST_PAUSES, ThermalMonitor, nvml_facts
+from autoprec.device.local import MOST_PAUSES, ThermalMonitor, nvml_facts
+from autoprec.device.nvml import open_sensor
+from autoprec.device.timing import Stopping, sample_interleaved
 from autoprec.errors import DeviceError
-from autoprec.nvml import open_sensor
 from autoprec.profiler.steps import measure_energy
-from autoprec.timing import Stopping, sample_interleaved
 
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -164,7 +164,9 @@ def test_a_gpu_that_nvml_does_not_show_is_an_error(load_stub: LoadStub) -> None:
 
 def test_the_client_loads_the_library_by_its_own_name(load_stub: LoadStub) -> None:
     library = load_stub()
-    code = "from autoprec.nvml import open_sensor; print(open_sensor('a').read().sm_clock_mhz)"
+    code = (
+        "from autoprec.device.nvml import open_sensor; print(open_sensor('a').read().sm_clock_mhz)"
+    )
     paths = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=paths, check=True, capture_output=True, text=True

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import autoprec
+from autoprec.common.files import MAX_RECORD_BYTES
 from autoprec.errors import AutoprecError, RecordError
 from autoprec.records import FP32, Phase, Plan, PredictedStep, Recipe, fp8_option
-from autoprec.records.base import MAX_RECORD_BYTES, MAX_VALUES
+from autoprec.records.base import MAX_VALUES
 from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp
 from tests.runtime_plans import plan_for

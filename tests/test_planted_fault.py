@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model
+from autoprec.model.capture import capture_model
 from autoprec.records import (
     BF16_O2,
     Basis,
@@ -27,9 +27,11 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from autoprec.sensitivity import JointMeter, measure_sensitivity, prepare_reference
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import verify_plan
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 from tests.search_tables import profile_of
 
 CPU = torch.device("cpu")

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model, find_layers
+from autoprec.device.timing import Observation
+from autoprec.model.capture import capture_model
+from autoprec.model.layers import find_layers
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import copy_layer, make_candidate
 from autoprec.profiler.layers import LayerMeter, sum_parts
@@ -30,8 +32,7 @@ from autoprec.records import (
     Recipe,
     TensorSpec,
 )
-from autoprec.timing import Observation
-from autoprec.workload import Workload, take_batches, workload_from
+from autoprec.workload.functions import Workload, take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
 

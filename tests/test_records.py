@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoprec.common.files import MAX_RECORD_BYTES
 from autoprec.errors import RecordError
 from autoprec.records import (
     BF16_O2,
@@ -21,7 +22,6 @@ from autoprec.records import (
     fp8_option,
     write_atomically,
 )
-from autoprec.records.base import MAX_RECORD_BYTES
 
 RECORD = Verification(
     plan="0123456789abcdef",

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from autoprec.costmodel import list_device_profiles
-from autoprec.costmodel.registry import profiles_folder
 from autoprec.errors import RecordError
+from autoprec.predict import list_device_profiles
+from autoprec.predict.registry import profiles_folder
 from autoprec.records.devices import CONSTANTS, DeviceProfile
 
 

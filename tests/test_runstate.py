@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from autoprec.costmodel import load_device_profile, predict_profile
 from autoprec.errors import RecordError
+from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import Profile
-from autoprec.runstate import staged
-from autoprec.settings import Settings
+from autoprec.tune.folder import staged
+from autoprec.tune.settings import Settings
 from tests.decoder_specs import linear_layer, model_of
 
 Resumed = Callable[[], bool]

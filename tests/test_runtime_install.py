@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import APPLICABLE_RECIPES
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option, with_masks
 from autoprec.runtime import install_options
 

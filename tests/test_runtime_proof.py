@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autoprec
-from autoprec import precision
-from autoprec.checking import check_plan
+from autoprec.device import fp8 as precision
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.precision import APPLICABLE_RECIPES, fp8_support
 from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option, with_masks
-from autoprec.runtime import check_applied, fp8_self_test, trace_step
+from autoprec.runtime import check_applied, trace_step
 from autoprec.sensitivity.gemm import scaled_mm
+from autoprec.tune.plan_check import check_plan
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.runtime_plans import plan_for
 

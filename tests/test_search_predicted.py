@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from autoprec.costmodel import load_device_profile, parse_parallel, predict_profile
-from autoprec.costmodel.layers import Setting
-from autoprec.costmodel.machine import machine_of
-from autoprec.costmodel.memory import memory_note
-from autoprec.costmodel.step import step_times
+from autoprec.predict import load_device_profile, parse_parallel, predict_profile
+from autoprec.predict.layers import Setting
+from autoprec.predict.machine import machine_of
+from autoprec.predict.memory import memory_note
+from autoprec.predict.step import step_times
+from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -27,7 +28,6 @@ from autoprec.records import (
 )
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import Costs, make_costs
-from autoprec.transfer import unknown_sensitivity
 from tests.decoder_specs import decoder, linear_layer, model_of
 from tests.search_tables import TYPICAL, tables_of
 

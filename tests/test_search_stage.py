@@ -13,7 +13,6 @@ import pytest
 
 import autoprec
 from autoprec.errors import InfeasibleError, RecordError
-from autoprec.gap import HORIZON_STEPS, e_budget_for
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -28,6 +27,7 @@ from autoprec.records import (
 from autoprec.search import e_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.repair import find_guilty
+from autoprec.sensitivity.gap import HORIZON_STEPS, e_budget_for
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
 
 Options = tuple[Option, ...]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec.precision import float8_config, import_torchao
+from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import Operand, Option, Recipe, fp8_option, with_masks
 from autoprec.sensitivity.casts import (
     Cast,

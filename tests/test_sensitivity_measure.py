@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprec.capture import capture_model
 from autoprec.errors import AutoprecError, PlanMismatchError, RecordError, WorkloadError
+from autoprec.model.capture import capture_model
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -20,9 +20,11 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
-from autoprec.sensitivity import JointMeter, Reference, measure_sensitivity, prepare_reference
-from autoprec.sensitivity.explain import explain_statistics
-from autoprec.workload import Workload, workload_from
+from autoprec.search.explain import explain_statistics
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.workload.functions import Workload, workload_from
 from tests.models import mlp_workload, token_workload
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model
+from autoprec.common.progress import report_nothing
 from autoprec.errors import AutoprecError
-from autoprec.progress import report_nothing
+from autoprec.model.capture import capture_model
 from autoprec.records import (
     BF16_O2,
     Estimate,
@@ -38,7 +38,7 @@ from autoprec.sensitivity.tables import (
     sign_coded_table,
     uncertain_cells,
 )
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 
 CPU = torch.device("cpu")

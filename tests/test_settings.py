@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from autoprec.cli import main
+from autoprec.cli.main import main
 from autoprec.errors import DeviceError
-from autoprec.settings import Settings
+from autoprec.tune.settings import Settings
 
 
 @pytest.mark.parametrize("target", ["auto", "cpu", "cuda"])

@@ -13,10 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprec import timing as module
-from autoprec.errors import DeviceError
-from autoprec.records import Conditions
-from autoprec.timing import (
+from autoprec.device import timing as module
+from autoprec.device.timing import (
     CACHE_FACTOR,
     DEFAULT_CACHE_BYTES,
     GRAPH_WARMUPS,
@@ -35,6 +33,8 @@ from autoprec.timing import (
     time_interleaved,
     timing_from,
 )
+from autoprec.errors import DeviceError
+from autoprec.records import Conditions
 
 
 class VirtualClock:

@@ -5,6 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import RecordError
+from autoprec.predict.transfer import (
+    default_locks,
+    sensitivity_basis,
+    transfer_sensitivity,
+    unknown_sensitivity,
+)
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -17,12 +23,6 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.search import search_plan
-from autoprec.transfer import (
-    default_locks,
-    sensitivity_basis,
-    transfer_sensitivity,
-    unknown_sensitivity,
-)
 from tests.decoder_specs import decoder, linear_layer, model_of
 from tests.search_tables import TENSORWISE, profile_of, sensitivity_of, spec_of
 

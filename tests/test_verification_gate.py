@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.capture import capture_model
-from autoprec.checkpoint import Checkpoint
 from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
-from autoprec.gap import plan_bias, predicted_loss_gap
+from autoprec.model.capture import capture_model
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -30,14 +28,16 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
-from autoprec.sensitivity import measure_sensitivity
+from autoprec.runtime.checkpoint import Checkpoint
+from autoprec.sensitivity.gap import plan_bias, predicted_loss_gap
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.verification import verify_front, verify_plan
 from autoprec.verification.branches import Bench, evaluate, train_branch, warm_up
 from autoprec.verification.evidence import predicted_gaps
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.sequential import Looks, gap_interval, judge
 from autoprec.verification.session import REFERENCE, Session, Terms, open_session
-from autoprec.workload import Workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
 from tests.models import mlp_workload, token_workload
 
 CPU = torch.device("cpu")

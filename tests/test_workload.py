@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.errors import WorkloadError
-from autoprec.workload import (
+from autoprec.workload.functions import (
     MAX_EVAL_BATCHES,
     check_batches,
     load_workload,

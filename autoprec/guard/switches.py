@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from autoprec.checkpoint import unwrapped
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Phase, Plan
 from autoprec.runtime.apply import plain_name
+from autoprec.runtime.checkpoint import unwrapped
 
 
 def fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao ships no types

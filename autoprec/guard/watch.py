@@ -38,7 +38,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from autoprec.checkpoint import unwrapped
 from autoprec.errors import PlanMismatchError, TrainingStoppedError
 from autoprec.guard.bands import RunningBand
 from autoprec.guard.events import EventKind, EventLog, GuardEvent, SummaryWriter, finite
@@ -50,6 +49,7 @@ from autoprec.guard.state import GuardState, Moved, parse_state
 from autoprec.guard.switches import fp8_layers, is_fp8_phase, set_active
 from autoprec.records import Plan
 from autoprec.runtime.apply import plain_name
+from autoprec.runtime.checkpoint import unwrapped
 
 MOST_NAMED = 4  # layers in one message
 STANDS_OUT = (

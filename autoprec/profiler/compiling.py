@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from autoprec.device.timing import Function, Monitor, Observation
 from autoprec.errors import DeviceError
-from autoprec.timing import Function, Monitor, Observation
 
 EAGER, COMPILED = "eager", "default"  # modes, as records name them
 INDUCTOR = "inductor"

@@ -26,7 +26,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from autoprec.device import release_memory
+from autoprec.device.local import release_memory
+from autoprec.device.timing import (
+    Clock,
+    Function,
+    Monitor,
+    Samples,
+    Stopping,
+    merge_conditions,
+    sample_interleaved,
+    timing_from,
+)
 from autoprec.errors import PlanMismatchError
 from autoprec.profiler.candidates import Candidate, MakeLayer, make_candidate
 from autoprec.profiler.compiling import Compilation, GraphMonitor, reason_of
@@ -44,16 +54,6 @@ from autoprec.records import (
     with_masks,
 )
 from autoprec.runtime.classes import option_dtype
-from autoprec.timing import (
-    Clock,
-    Function,
-    Monitor,
-    Samples,
-    Stopping,
-    merge_conditions,
-    sample_interleaved,
-    timing_from,
-)
 
 log = logging.getLogger(__name__)
 TOTAL = Stopping(samples=9, least=3, precision=0.02, budget_ms=30.0, rejections=3)

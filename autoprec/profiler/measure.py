@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprec.capture import find_layers
-from autoprec.costmodel.masks import without_slow_masks
-from autoprec.device import device_facts, find_monitor, release_memory
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.local import device_facts, find_monitor, release_memory
+from autoprec.device.timing import Clock, Stopping, make_clock, sample_interleaved
+from autoprec.model.layers import find_layers
+from autoprec.model.masks import without_slow_masks
 from autoprec.profiler.candidates import copy_layer
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.layers import Group, LayerMeter
 from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.recording import Call, record_step
 from autoprec.profiler.steps import AUTOCAST, Arm, time_steps
-from autoprec.progress import Progress, report_nothing
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -41,8 +42,7 @@ from autoprec.records import (
     StepTiming,
     Timing,
 )
-from autoprec.timing import Clock, Stopping, make_clock, sample_interleaved
-from autoprec.workload import Workload, take_batches
+from autoprec.workload.functions import Workload, take_batches
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from autoprec.capture import run_step
-from autoprec.workload import Batch, Workload
+from autoprec.model.capture import run_step
+from autoprec.workload.functions import Batch, Workload
 
 Shapes = tuple[tuple[tuple[int, ...], tuple[int, ...], bool], ...]
 

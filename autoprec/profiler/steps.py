@@ -15,15 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from autoprec.capture import find_uncovered
-from autoprec.device import find_monitor, find_sensor, release_memory
-from autoprec.errors import DeviceError, WorkloadError
-from autoprec.nvml import Sensor
-from autoprec.profiler.compiling import Compilation, GraphMonitor
-from autoprec.progress import Progress, report_nothing
-from autoprec.records import FP32, Option, StepTiming
-from autoprec.runtime import attach_optimizer, install_options
-from autoprec.timing import (
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.local import find_monitor, find_sensor, release_memory
+from autoprec.device.nvml import Sensor
+from autoprec.device.timing import (
     Clock,
     Function,
     Monitor,
@@ -32,7 +27,12 @@ from autoprec.timing import (
     merge_conditions,
     sample_interleaved,
 )
-from autoprec.workload import Batch, Workload, take_batches
+from autoprec.errors import DeviceError, WorkloadError
+from autoprec.model.layers import find_uncovered
+from autoprec.profiler.compiling import Compilation, GraphMonitor
+from autoprec.records import FP32, Option, StepTiming
+from autoprec.runtime import attach_optimizer, install_options
+from autoprec.workload.functions import Batch, Workload, take_batches
 
 Arm = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
 AUTOCAST = "autocast_bf16"

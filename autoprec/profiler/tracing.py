@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.timing import Clock
+from autoprec.device.timing import Clock
 
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"})
 NO_WORK = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"})

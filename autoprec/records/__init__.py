@@ -8,7 +8,8 @@ verification  the proof
 checks        what doctor, check and diff say
 """
 
-from autoprec.records.base import FileRecord, Record, read_text, write_atomically
+from autoprec.common.files import read_text, write_atomically
+from autoprec.records.base import FileRecord, Record
 from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
     BreakEven,

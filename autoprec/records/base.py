@@ -8,31 +8,26 @@ one, never half of one.
 """
 
 import json
-import os
 import re
-import reprlib
-import stat
-import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
+from autoprec.common.files import (
+    read_text,
+    write_atomically,
+)
+from autoprec.common.text import one_line, shown_value
 from autoprec.errors import RecordError
 
-MAX_RECORD_BYTES = (
-    64 * 1024 * 1024
-)  # the largest record seen (70B model, all options) is below 8 MB
 MAX_VALUES = 4_000_000  # 20 for each of 200,000 layers; 64 MB of [[],[],...] would take 2 GB
 MAX_KEYS = 10_000  # of one object; pydantic keeps a KB for each key that it does not know
 BRACKET = re.compile(r"[\[\]{}]")
 # Possessive, and matching an unterminated string too: linear in time, whatever the text is.
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
-PARTIAL = ".partial"  # ends the name of a file that is being written
-SHOWN = 60  # characters of a foreign value in an error
 SAYS_ALL = ("value_error", "missing")  # of an object: the message names the field and the value
 MOST_SAID = 300  # characters of a message that a library wrote
 
@@ -97,88 +92,6 @@ class FileRecord(Record):
             return cls.model_validate_json(json.dumps(body))
         except ValidationError as error:
             raise RecordError(_first_problem(error, source=source, kind=cls.KIND)) from error
-
-
-def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` to `path` so that readers see the old file or the new one, never a part.
-
-    Raises:
-        RecordError: the folder does not exist or cannot be written.
-    """
-    return replace_file(path, lambda file: file.write(text.encode()))
-
-
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
-    """Let `write` fill a new file beside `path`, and put it there in one step when it is complete.
-
-    Raises:
-        RecordError: the folder does not exist or cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL
-        )
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise RecordError(
-            f"an output file must be writable, but {one_line(str(path))} is not "
-            f"({error.strerror}); choose another folder with --out"
-        ) from error
-    return path
-
-
-def read_text(path: Path, *, what: str) -> str:
-    """Return the text of a record file, refusing one that is absent or larger than any record."""
-    name = one_line(str(path))
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise RecordError(
-                f"a {what} file must be a regular file, but {name} is a pipe or a device, which "
-                "may never end; copy it to a file first"
-            )
-        if status.st_size > MAX_RECORD_BYTES:
-            raise RecordError(
-                f"a {what} file has at most {MAX_RECORD_BYTES:,} bytes, but {name} has "
-                f"{status.st_size:,}; it is not one that autoprec wrote"
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        if isinstance(error, OSError):
-            reason = error.strerror
-        elif isinstance(error, UnicodeDecodeError):
-            reason = "it is not UTF-8 text"
-        else:
-            reason = "no file can have that name"
-        raise RecordError(
-            f"a {what} file must be readable, but {name} is not ({reason}); check the path"
-        ) from error
-
-
-def one_line(text: str, *, most: int = 4 * SHOWN) -> str:
-    """Return foreign text as it may stand in a message: printable, and of at most `most` letters.
-
-    A name may hold a newline, which would forge a second message, or codes that a terminal obeys.
-    """
-    head = text[: most + 1]
-    printable = head if head.isprintable() else repr(head)[1:-1]
-    return printable if len(printable) <= most else printable[: most - 3] + "..."
-
-
-def shown_value(value: object) -> str:
-    """Return the `repr` of a foreign value for a message, cut where it is long."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = SHOWN
-    return one_line(short.repr(value))
 
 
 def _parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON values

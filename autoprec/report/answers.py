@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from autoprec.costmodel.memory import memory_note
+from autoprec.predict.memory import memory_note
 from autoprec.records import FP32, Basis, LayerKind, Precision, Profile, Verdict
 from autoprec.report.formats import (
     clean_text,

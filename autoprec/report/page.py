@@ -16,7 +16,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.gap import HORIZON_STEPS
 from autoprec.report import formats, loss_figures, step_figures
 from autoprec.report.answers import Ceiling, fp8_ceiling, unmeasured
 from autoprec.report.recipes import recipe_rows
@@ -33,6 +32,7 @@ from autoprec.report.sections import (
 )
 from autoprec.report.summary import Summary, apply_line, summarise_run
 from autoprec.report.table import table_totals
+from autoprec.sensitivity.gap import HORIZON_STEPS
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS: dict[str, Callable[..., object]] = {

@@ -5,9 +5,9 @@ gap that it predicts. `delayed` is emulated and cannot be applied here; the choi
 current scaling is Transformer Engine's, and this is what it means for the loss.
 """
 
-from autoprec.gap import HORIZON_STEPS, predicted_loss_gap
 from autoprec.records import BF16_O2, Option, Sensitivity
 from autoprec.report.formats import shown_option, shown_share
+from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 
 
 def recipe_rows(sensitivity: Sensitivity) -> list[tuple[str, str, str, str, str]]:

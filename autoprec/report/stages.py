@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.console import Console
 
-from autoprec.gap import HORIZON_STEPS
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -42,6 +41,7 @@ from autoprec.report.runs import RunRecords
 from autoprec.report.summary import summarise_run
 from autoprec.report.tables import VERDICT_STYLES, Column, cell, heading, new_table, say
 from autoprec.report.terminal import print_steps
+from autoprec.sensitivity.gap import HORIZON_STEPS
 
 MOST_OPTIONS = 5  # columns of the table of sensitivities
 MOST_SHOWN = 30  # rows of a stage's own table; the record has them all

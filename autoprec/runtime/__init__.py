@@ -10,14 +10,12 @@ masters    the FP32 masters of BF16 parameters
 ranks      the same plan on every rank, or one error on all
 attach     an optimizer that trains them
 proof      what really ran, against the plan
-self_test  FP8 against FP64 on this device
 """
 
 from autoprec.runtime.apply import apply, check_fit, master_view, undo
 from autoprec.runtime.attach import attach_optimizer
 from autoprec.runtime.install import Installed, install_options
 from autoprec.runtime.proof import LayerTrace, check_applied, trace_step, verify_applied
-from autoprec.runtime.self_test import fp8_self_test
 
 __all__ = [
     "Installed",
@@ -26,7 +24,6 @@ __all__ = [
     "attach_optimizer",
     "check_applied",
     "check_fit",
-    "fp8_self_test",
     "install_options",
     "master_view",
     "trace_step",

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
-from autoprec.capture import find_layers, find_uncovered, layer_kind
-from autoprec.device import device_name
+from autoprec.common.text import one_line
+from autoprec.device.local import device_name
+from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.precision import APPLICABLE_RECIPES
+from autoprec.model.layers import find_layers, find_uncovered, layer_kind
 from autoprec.records import Assignment, Plan
-from autoprec.records.base import one_line
 from autoprec.runtime.attach import (
     attach_optimizer,
     check_optimizer,

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import FP8_MULTIPLE, float8_config, import_torchao
+from autoprec.model.options import FP8_MULTIPLE
 from autoprec.records import Option, Precision
 from autoprec.runtime.casting import CASTABLE, cast_floating
 from autoprec.runtime.flow import FlowMode, is_flow_active, join_recomputation

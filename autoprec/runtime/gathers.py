@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
-from autoprec.capture import find_layers
+from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import import_torchao
+from autoprec.model.layers import find_layers
 from autoprec.records import Option, Recipe
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from autoprec.capture import find_layers
+from autoprec.device.fp8 import fp8_support
 from autoprec.errors import PlanMismatchError
-from autoprec.precision import FP8_MULTIPLE, fp8_support, linear_refusal
+from autoprec.model.layers import find_layers
+from autoprec.model.options import FP8_MULTIPLE, linear_refusal
 from autoprec.records import Option
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import (

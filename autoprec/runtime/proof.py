@@ -30,8 +30,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from autoprec.capture import find_layers
 from autoprec.errors import PlanMismatchError
+from autoprec.model.layers import find_layers
 from autoprec.records import Check, Gemm, Option, Recipe
 from autoprec.runtime.apply import plain_name, unwrapped
 from autoprec.runtime.casting import CASTABLE

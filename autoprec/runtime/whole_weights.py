@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from autoprec.precision import import_torchao
+from autoprec.device.torchao import import_torchao
 
 _torchao = import_torchao().float8_training_tensor
 Float8TrainingTensor: Any = _torchao.Float8TrainingTensor  # Any: torchao ships no types

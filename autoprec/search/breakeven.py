@@ -7,9 +7,9 @@ for the layers that lose, and put into words.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoprec.costmodel import parse_parallel
-from autoprec.costmodel.breakeven import WIDE
-from autoprec.costmodel.parallel import Parallel, shard_gemm
+from autoprec.predict import parse_parallel
+from autoprec.predict.breakeven import WIDE
+from autoprec.predict.parallel import Parallel, shard_gemm
 from autoprec.records import Basis, BreakEven, GemmShape, LayerKind, Option, Profile
 from autoprec.search.costs import Costs, Price
 

@@ -19,8 +19,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autoprec.costmodel.step import unhidden
 from autoprec.errors import RecordError
+from autoprec.predict.step import unhidden
+from autoprec.predict.transfer import default_locks, sensitivity_basis
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -38,7 +39,6 @@ from autoprec.records import (
     Sensitivity,
     TensorSpec,
 )
-from autoprec.transfer import default_locks, sensitivity_basis
 
 # A layer with this e in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.

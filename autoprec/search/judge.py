@@ -1,6 +1,6 @@
 """A whole plan -> its step time, its e and its time to loss; measured once and remembered.
 
-    time_to_loss = step_ms * (1 + e)        e extra steps per step, see autoprec.gap
+    time_to_loss = step_ms * (1 + e)        e extra steps per step, see autoprec.sensitivity.gap
 
 A measurement costs training steps, so a plan that cannot win is told by the table: even with
 HOPE times its table e (the sum of the parts was never found more than 25 % off on small models) it

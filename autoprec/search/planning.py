@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from autoprec.costmodel import Parallel, parse_parallel
-from autoprec.costmodel.memory import memory_note
-from autoprec.costmodel.parallel import gathers_fp8, unsplit_note
+from autoprec.predict import Parallel, parse_parallel
+from autoprec.predict.memory import memory_note
+from autoprec.predict.parallel import gathers_fp8, unsplit_note
+from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -25,7 +26,6 @@ from autoprec.search.costs import Costs, is_all_fp32, make_costs
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
 from autoprec.search.wording import compared, percent
-from autoprec.transfer import sensitivity_basis
 
 TOLD = 0.05  # a smaller share of what FP8 saves is not worth a note
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoprec.costmodel import parse_parallel
-from autoprec.costmodel.parallel import shard_gemm
+from autoprec.predict import parse_parallel
+from autoprec.predict.parallel import shard_gemm
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -17,9 +17,9 @@ from autoprec.records import (
     Search,
 )
 from autoprec.search.costs import Price, is_all_fp32
+from autoprec.search.explain import explain_statistics
 from autoprec.search.problem import Options, Problem, tied_groups
 from autoprec.search.wording import compared, percent, shape
-from autoprec.sensitivity.explain import explain_statistics
 
 DOMINATES = 0.25  # of the e budget: a layer with more dominates the gradient error
 

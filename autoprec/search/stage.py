@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import InfeasibleError
-from autoprec.gap import HORIZON_STEPS, e_budget_for
-from autoprec.progress import Progress, report_nothing
+from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -26,7 +26,7 @@ from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import StudyLog
 from autoprec.search.wording import percent
-from autoprec.transfer import sensitivity_basis
+from autoprec.sensitivity.gap import HORIZON_STEPS, e_budget_for
 
 BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
 NEXT_E = 0.7  # a plan that was refuted is followed by one with at most this share of its e

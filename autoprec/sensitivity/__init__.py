@@ -15,32 +15,7 @@ preconditioner  how the optimizer weighs a gradient
 projection      short sketches of gradients
 gemm            FP8 GEMMs on a CPU, fast
 estimates       per-batch numbers -> estimates with standard errors
-explain         operand statistics in words
+gap             from a gradient error to a loss gap, and back
 
-Importing this package imports no torch: `explain` can be had without it.
+Importing this package imports no torch: `gap` can be had without it.
 """
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from autoprec.sensitivity.joint import JointMeter
-    from autoprec.sensitivity.measure import measure_sensitivity
-    from autoprec.sensitivity.reference import Reference, prepare_reference
-
-__all__ = ["JointMeter", "Reference", "measure_sensitivity", "prepare_reference"]
-
-_HOMES = {
-    "JointMeter": "joint",
-    "measure_sensitivity": "measure",
-    "Reference": "reference",
-    "prepare_reference": "reference",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from its module on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprec.precision import float8_config
+from autoprec.device.torchao import float8_config
 from autoprec.records import Gemm, Operand, Option, Recipe
 
 EPS = 1e-12  # the smallest amax, torchao.float8.float8_utils.EPS

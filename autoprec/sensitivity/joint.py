@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import PlanMismatchError
-from autoprec.progress import Progress, report_nothing
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -28,7 +28,7 @@ from autoprec.sensitivity.reference import (
     Reference,
     prepare_reference,
 )
-from autoprec.workload import Workload
+from autoprec.workload.functions import Workload
 
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
 FLOW_BATCHES = 1  # e of the flow is far smaller than that of any FP8 plan

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from autoprec.common.progress import Progress
 from autoprec.errors import PlanMismatchError
-from autoprec.progress import Progress
 from autoprec.records import LayerSensitivity, Option, Recipe
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import emulated_linear

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from autoprec import __version__
-from autoprec.progress import Progress, report_nothing
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -37,7 +37,7 @@ from autoprec.sensitivity.tables import (
     list_cells,
     sign_coded_table,
 )
-from autoprec.workload import Workload
+from autoprec.workload.functions import Workload
 
 
 def measure_sensitivity(

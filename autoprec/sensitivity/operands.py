@@ -7,7 +7,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import find_layers
+from autoprec.model.layers import find_layers
 from autoprec.records import Operand, OperandStatistics, Option
 from autoprec.sensitivity.casts import Cast, cast_operand, gemm_casts, round_bf16, scale_of
 from autoprec.sensitivity.reference import Reference

@@ -33,8 +33,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import find_layers
-from autoprec.progress import Progress
+from autoprec.common.progress import Progress
+from autoprec.model.layers import find_layers
 from autoprec.records import BF16_O2, Gemm, LayerSpec, Operand, OperandStatistics, Option
 from autoprec.runtime import install_options
 from autoprec.sensitivity.local import (

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoprec.capture import find_layers, model_structure
-from autoprec.checkpoint import load_state, read_checkpoint
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import CaptureError, WorkloadError
-from autoprec.progress import Progress, report_nothing
+from autoprec.model.layers import find_layers, model_structure
 from autoprec.records import ModelSpec
+from autoprec.runtime.checkpoint import load_state, read_checkpoint
 from autoprec.sensitivity.history import AmaxHistory
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.projection import Projection
-from autoprec.workload import Batch, Workload, check_loss, move_batch
+from autoprec.workload.functions import Batch, Workload, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
 DEFAULT_BATCHES = 2  # a pair: with its standard error, its bias and its noise

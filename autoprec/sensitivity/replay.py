@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from autoprec.workload import batch_tensors
+from autoprec.workload.functions import batch_tensors
 
 
 @dataclass

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from autoprec.common.progress import Progress
 from autoprec.errors import AutoprecError
-from autoprec.progress import Progress
 from autoprec.records import (
     FP32,
     Estimate,

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.checkpoint import Checkpoint, load_state, on_cpu
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import WorkloadError
-from autoprec.progress import Progress, report_nothing
 from autoprec.records import Branch, Option, Precision
 from autoprec.runtime import attach_optimizer, install_options, undo
+from autoprec.runtime.checkpoint import Checkpoint, load_state, on_cpu
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.workload import Batch, Workload, check_loss, move_batch
+from autoprec.workload.functions import Batch, Workload, check_loss, move_batch
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents, and the reference saw the same batches

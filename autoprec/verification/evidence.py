@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoprec.gap import plan_bias, predicted_loss_gap
 from autoprec.records import (
     Branch,
     LossGap,
@@ -16,6 +15,7 @@ from autoprec.records import (
     Verdict,
     Verification,
 )
+from autoprec.sensitivity.gap import plan_bias, predicted_loss_gap
 from autoprec.verification.branches import Arm
 from autoprec.verification.sequential import Looks, gap_interval, judge, seeds_needed
 from autoprec.verification.session import Session, Terms

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
+from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import InfeasibleError
-from autoprec.progress import Progress, report_nothing
 from autoprec.records import Plan, Profile, Sensitivity, Verdict, Verification
 from autoprec.verification.evidence import Evidence, make_verification
 from autoprec.verification.refuted import Refuted, is_hopeless, repair_notes
 from autoprec.verification.sequential import Looks
 from autoprec.verification.session import Session, Terms, open_session
 from autoprec.verification.steps import time_plan
-from autoprec.workload import Workload
+from autoprec.workload.functions import Workload
 
 logger = logging.getLogger(__name__)
 

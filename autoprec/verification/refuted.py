@@ -1,8 +1,8 @@
 """What a refuted plan teaches: how gentle the next one has to be, and what it does otherwise.
 
-A loss gap grows about in proportion to e (autoprec.gap). A plan with e and a measured gap above the
-tolerance says that at most e * tolerance / gap is bearable, whatever was predicted before training,
-so plans above that are passed over instead of being trained and refuted one after the other.
+A loss gap grows about in proportion to e (`sensitivity.gap`). A plan with e and a measured gap
+above the tolerance says that at most e * tolerance / gap is bearable, whatever was predicted before
+training, so plans above that are passed over instead of being trained and refuted one by one.
 """
 
 from collections.abc import Sequence

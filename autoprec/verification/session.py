@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from autoprec import __version__
-from autoprec.checkpoint import Checkpoint, read_checkpoint
+from autoprec.common.progress import Progress
 from autoprec.errors import InfeasibleError, RecordError, WorkloadError
-from autoprec.progress import Progress
 from autoprec.records import BF16_O2, FP32, Branch, ModelSpec, Option, Plan
+from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.verification.branches import (
     Arm,
     Bench,
@@ -25,7 +25,7 @@ from autoprec.verification.branches import (
 )
 from autoprec.verification.sequential import Looks
 from autoprec.verification.state import BranchStore, file_digest, open_store
-from autoprec.workload import Workload, check_batches, move_batch
+from autoprec.workload.functions import Workload, check_batches, move_batch
 
 REFERENCE = Arm(label="reference", options={})
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from autoprec.checkpoint import Checkpoint, read_checkpoint
 from autoprec.errors import RecordError
 from autoprec.records import Branch
 from autoprec.records.verification import BranchFile
+from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.verification.branches import Arm
 
 DIGEST_LENGTH = 16

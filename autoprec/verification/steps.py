@@ -1,8 +1,8 @@
 """The measured step time of the plan, interleaved with what the user would run otherwise."""
 
+from autoprec.device.timing import make_clock
 from autoprec.profiler import open_compilation, time_steps
 from autoprec.records import Basis, Plan, Profile, StepTiming
-from autoprec.timing import make_clock
 from autoprec.verification.evidence import Evidence
 from autoprec.verification.session import Session
 

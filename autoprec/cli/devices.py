@@ -1,0 +1,245 @@
+"""`autoprec devices`: what the cost model knows of each device, and what it predicts.
+
+Nothing here needs torch but `measure`. Results go to stdout; `--json` prints one JSON object.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from autoprec.common.files import read_text, write_atomically
+from autoprec.errors import DeviceError
+from autoprec.records.devices import (
+    ArmPrediction,
+    DeviceProfile,
+    LinearPrediction,
+    Prediction,
+    SpeedupScore,
+)
+
+devices_app = typer.Typer(
+    help="Device profiles: list, show, predict, score, measure.", no_args_is_help=True
+)
+log = logging.getLogger(__name__)
+
+SHAPE = re.compile(r"\s*(\d+)\s*[x,*]\s*(\d+)\s*[x,*]\s*(\d+)\s*", re.IGNORECASE)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Name = Annotated[str, typer.Argument(help="A profile's name, a usual spelling, or a path.")]
+RecipeName = Annotated[
+    str, typer.Option(help="tensorwise, rowwise, rowwise_with_gw_hp, delayed, blockwise or mxfp8.")
+]
+Compiled = Annotated[
+    bool, typer.Option("--compile/--eager", help="Casts fused by torch.compile, or eager.")
+]
+
+
+@devices_app.command("list")
+def devices_list(as_json: Json = False) -> None:
+    """List the device profiles."""
+    from autoprec.predict import list_device_profiles
+
+    profiles = list_device_profiles()
+    if as_json:
+        typer.echo(json.dumps({"devices": [_summary(profile) for profile in profiles]}))
+        return
+    width = max(len(profile.name) for profile in profiles)
+    for profile in profiles:
+        typer.echo(f"{profile.name:<{width}}  {profile.title:<40}  {_ability(profile)}")
+
+
+@devices_app.command("show")
+def devices_show(name: Name, as_json: Json = False) -> None:
+    """Print a device's constants, each with its kind and source."""
+    from autoprec.predict import load_device_profile
+
+    profile = load_device_profile(name)
+    typer.echo(profile.to_json().rstrip() if as_json else "\n".join(_profile_lines(profile)))
+
+
+@devices_app.command("predict")
+def devices_predict(
+    name: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it at run time
+        typer.Argument(help="A profile's name, a usual spelling, or a path."),
+    ] = None,
+    shape: Annotated[str, typer.Option(help="MxKxN: tokens, in-features, out-features.")] = "",
+    recipe: RecipeName = "tensorwise",
+    compiled: Compiled = True,
+    csv: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it at run time
+        typer.Option(
+            help="Predict every row (device, M, K, N, recipe, compiled) instead; NAME is for rows "
+            "without a device."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict a linear layer, forward and backward, in BF16 and FP8."""
+    from autoprec.predict import load_device_profile, predict_linear
+
+    if csv is not None:
+        if shape or as_json:
+            raise DeviceError(
+                "--csv FILE takes its shapes from the file and prints CSV, but "
+                f"{'--shape' if shape else '--json'} came with it; leave that out"
+            )
+        _predict_file(csv, device=name or "", recipe=recipe, compiled=compiled)
+        return
+    if not name or not shape:
+        raise DeviceError(
+            "predict needs a device and --shape MxKxN, or --csv FILE, but got "
+            f"{'no --shape' if name else 'neither'}; "
+            "e.g. autoprec devices predict h100-sxm --shape 8192x4096x14336"
+        )
+    prediction = predict_linear(
+        load_device_profile(name), *_parse_shape(shape), recipe=recipe, compiled=compiled
+    )
+    lines = prediction.model_dump_json() if as_json else "\n".join(_prediction_lines(prediction))
+    typer.echo(lines)
+
+
+@devices_app.command("score")
+def devices_score(
+    csv: Annotated[
+        Path,
+        typer.Argument(help="Rows of device, M, K, N, recipe, compiled and the real speedup."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare predicted speedups of linears with the real ones in a CSV file."""
+    from autoprec.predict import read_table, score_table
+    from autoprec.predict.scoring import SCORED_COLUMNS
+
+    text = read_text(csv, what="CSV")
+    score = score_table(read_table(text, source=str(csv), needed=SCORED_COLUMNS))
+    typer.echo(score.model_dump_json() if as_json else "\n".join(_score_lines(score)))
+
+
+@devices_app.command("measure")
+def devices_measure(
+    out: Annotated[Path, typer.Option(help="The profile to write, e.g. my-gpu.json.")],
+    target: Annotated[str, typer.Option(help="The device to measure: cuda or cuda:N.")] = "cuda",
+    as_json: Json = False,
+) -> None:
+    """Measure the device that is here and write its profile (takes about two minutes)."""
+    from autoprec.predict.measure import measure_device_profile
+
+    profile = measure_device_profile(target)
+    write_atomically(out, profile.to_json())
+    typer.echo(profile.to_json().rstrip() if as_json else f"wrote {out}: {profile.title}")
+
+
+def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> None:
+    from autoprec.predict import (
+        format_table,
+        load_device_profile,
+        parse_recipe,
+        predict_table,
+        read_table,
+    )
+    from autoprec.predict.tables import NEEDED, SIZES
+
+    if device:
+        load_device_profile(device)  # a wrong argument is no matter of single rows
+    needed = SIZES if device else NEEDED
+    table = read_table(read_text(path, what="CSV"), source=str(path), needed=needed)
+    answers = predict_table(table, device=device, recipe=parse_recipe(recipe), compiled=compiled)
+    typer.echo(format_table(table, answers), nl=False)
+    failed = sum(answer.prediction is None for answer in answers)
+    if answers and failed == len(answers):
+        raise DeviceError(
+            f"some row of {path} must be one that can be predicted, but none of {len(answers)} is; "
+            f"the first says: {answers[0].refusal}"
+        )
+    if failed:
+        log.warning("%d of %d rows not predicted; see `refusal`", failed, len(answers))
+
+
+def _parse_shape(text: str) -> tuple[int, int, int]:
+    match = SHAPE.fullmatch(text)
+    if match is None:
+        raise DeviceError(
+            f"--shape must be MxKxN (tokens, in-features, out-features), but it is {text!r}; "
+            "write e.g. 8192x4096x14336"
+        )
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def _summary(profile: DeviceProfile) -> dict[str, object]:
+    return {
+        "name": profile.name,
+        "title": profile.title,
+        "architecture": profile.architecture,
+        "capability": profile.capability,
+        "fp8_recipes": [recipe.value for recipe in profile.fp8_recipes],
+        "fp8_reason": profile.fp8_reason,
+        "basis": profile.basis.value,
+    }
+
+
+def _ability(profile: DeviceProfile) -> str:
+    return ", ".join(profile.fp8_recipes) if profile.has_fp8 else f"no FP8: {profile.fp8_reason}"
+
+
+def _profile_lines(profile: DeviceProfile) -> list[str]:
+    lines = [
+        f"{profile.name}: {profile.title} ({profile.architecture}, {profile.capability})",
+        f"FP8: {_ability(profile)}",
+        f"also called: {', '.join(profile.aliases)}",
+        *(f"note: {note}" for note in profile.notes),
+        "",
+    ]
+    width = max(len(name) for name in profile.constants)
+    for name, constant in profile.constants.items():
+        amount = f"{constant.value:.6g} {'' if constant.unit == '1' else constant.unit}".rstrip()
+        lines.append(f"{name:<{width}}  {amount:<18} {constant.kind:<10} {constant.source}")
+    return lines
+
+
+def _prediction_lines(prediction: LinearPrediction) -> list[str]:
+    mode = "compiled" if prediction.compiled else "eager"
+    lines = [
+        f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "
+        f"{prediction.recipe}, {mode}, {prediction.basis}",
+        f"{'ms':<6}{'output':>10}{'grad_input':>12}{'grad_weight':>13}{'cast':>9}"
+        f"{'neighbours':>12}{'total':>10}  (80 % interval)",
+        _arm_line("BF16", prediction.bf16),
+    ]
+    if prediction.fp8 is None:
+        return [*lines, f"FP8    {prediction.refusal}"]
+    lines.append(_arm_line("FP8", prediction.fp8))
+    lines += [
+        f"{label:<13} {_interval(value)}"
+        for label, value in (
+            ("gemm_speedup", prediction.gemm_speedup),
+            ("speedup", prediction.speedup),
+        )
+        if value is not None
+    ]
+    return lines
+
+
+def _arm_line(label: str, arm: ArmPrediction) -> str:
+    return (
+        f"{label:<6}{arm.output_ms:>10.4f}{arm.grad_input_ms:>12.4f}{arm.grad_weight_ms:>13.4f}"
+        f"{arm.cast_ms:>9.4f}{arm.neighbours_ms:>12.4f}{arm.total_ms:>10.4f}"
+        f"  ({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
+    )
+
+
+def _interval(prediction: Prediction) -> str:
+    return f"{prediction.value:.2f}x  ({prediction.low:.2f} to {prediction.high:.2f})"
+
+
+def _score_lines(score: SpeedupScore) -> list[str]:
+    return [
+        f"rows                 {score.rows} ({score.left_out} left out)",
+        f"mean absolute error  {score.mean_absolute_error:.1%}",
+        f"bias                 {score.bias:+.1%}",
+        f"right side of 1.0    {score.right_side:.0%}",
+        f"inside the interval  {score.coverage:.0%} (80 % asked)",
+    ]

@@ -1,0 +1,286 @@
+"""A target's name -> the torch device, what it is and can do, and a monitor of its heat."""
+
+import gc
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
+from autoprec.device.timing import Monitor, Observation
+from autoprec.errors import DeviceError
+from autoprec.records import DeviceFacts
+
+PACKAGES = ("autoprec", "torch", "torchao", "numpy", "nvidia-ml-py")
+INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's names, x86 then Arm
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_fp16", "amx_int8"),
+    *("asimd", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
+)
+CPU_INFO = Path("/proc/cpuinfo")
+PAUSE_S = 2.0  # a hot GPU cools below its slowdown threshold within a few seconds of idling
+MOST_PAUSES = 15  # per round; after half a minute the GPU is measured as it is
+MXFP8_CAPABILITY = (10, 0)  # Blackwell: MX blocks are scaled by the tensor cores
+FNUZ_ARCHITECTURES = ("gfx940", "gfx941", "gfx942")  # MI300; MI350 and Navi 4 are OCP, as NVIDIA's
+MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted elsewhere
+
+
+def resolve_device(target: str) -> torch.device:
+    """Return the torch device that `target` (auto, cpu, cuda, cuda:1) names.
+
+    A GPU becomes torch's current one: user code that says just "cuda" means it, and streams, graphs
+    and synchronisation are its own.
+
+    Raises:
+        DeviceError: the name is unknown or the device is not here.
+    """
+    here = available_devices()
+    first = "cuda:0" if len(here) > 1 else "cpu"
+    name = {"auto": first, "cuda": "cuda:0"}.get(target, target)
+    if name not in here:
+        raise DeviceError(
+            f"a target must be a device that is here or auto, but {target!r} is not; "
+            f"possible: auto, {', '.join(here)}"
+        )
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back to a GPU what nothing holds any more: torch keeps it, in blocks of old sizes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def available_devices() -> tuple[str, ...]:
+    """Return the names of the devices that are here; the CPU comes first."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cpu", *(f"cuda:{index}" for index in range(count)))
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return what the device and the software are; takes seconds when FP8 is first tried."""
+    missing: dict[str, str] = {}
+    hardware = _cuda_facts if device.type == "cuda" else _cpu_facts
+    support = fp8_support(device)
+    missing |= fp8_format_gaps(device)
+    facts = {
+        **hardware(device, missing),
+        "threads": torch.get_num_threads(),
+        "allow_tf32": _allows_tf32(),
+        "compile_mode": "eager",
+        "software": _software(missing),
+        "fp8_recipes": tuple(recipe.value for recipe in support.recipes),
+        "fp8_reason": support.reason,
+    }
+    return DeviceFacts.model_validate({**facts, "missing": tuple(missing.items())})
+
+
+def fp8_format_gaps(device: torch.device) -> dict[str, str]:
+    """Return the FP8 formats that a GPU's units do not multiply, each with the reason."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None:
+        capability = (properties.major, properties.minor)
+        if capability >= MXFP8_CAPABILITY:
+            return {}
+        had = ".".join(map(str, capability))
+        return {"mxfp8": f"MXFP8 GEMMs need compute capability 10.0 or more, and it has {had}"}
+    architecture = str(properties.gcnArchName).partition(":")[0]
+    gaps = {"mxfp8": f"torchao has no MXFP8 training on AMD's {architecture}"}
+    if architecture in FNUZ_ARCHITECTURES:
+        gaps["e4m3fn, e5m2"] = f"{architecture} multiplies float8_e4m3fnuz and float8_e5m2fnuz"
+    return gaps
+
+
+def e4m3_dtype(device: torch.device) -> torch.dtype:
+    """Return the e4m3 format that the device multiplies."""
+    is_fnuz = "e4m3fn, e5m2" in fp8_format_gaps(device)
+    return torch.float8_e4m3fnuz if is_fnuz else torch.float8_e4m3fn
+
+
+def device_name(device: torch.device) -> str:
+    """Return what `device_facts` calls the device, at once."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).name)
+    return str(_cpu_facts(device, {})["name"])
+
+
+def find_sensor(device: torch.device) -> Sensor | None:
+    """Return the NVML sensor of a device; None where there is none (`device_facts` says why)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    try:
+        return open_sensor(str(torch.cuda.get_device_properties(device).uuid))
+    except DeviceError:
+        return None
+
+
+def find_monitor(device: torch.device) -> Monitor | None:
+    """Return what rejects samples of a hot GPU or a busy CPU; None where nothing can be read."""
+    if device.type == "cpu":
+        return None if sys.platform == "win32" else LoadMonitor()
+    sensor = find_sensor(device)
+    return None if sensor is None else ThermalMonitor(sensor)
+
+
+def _cpu_facts(_device: torch.device, missing: dict[str, str]) -> dict[str, object]:
+    missing["clocks, power, heat, energy"] = "NVML reads them of NVIDIA GPUs only"
+    try:
+        text = CPU_INFO.read_text()
+    except OSError as error:
+        text = ""
+        missing["instruction sets"] = f"{CPU_INFO}: {error.strerror}"
+    flags = set(_cpu_field(text, "flags", "Features").split())
+    if text and not flags:
+        missing["instruction sets"] = f"{CPU_INFO} lists none"
+    name = _cpu_field(text, "model name", "Model") or platform.processor()
+    if not name:
+        missing["name"] = f"neither {CPU_INFO} nor the platform says"
+    return {
+        "name": name or platform.machine() or "cpu",
+        "kind": "cpu",
+        "capability": " ".join(known for known in INSTRUCTION_SETS if known in flags),
+        "memory_bytes": _physical_memory(missing),
+        "driver": "",
+    }
+
+
+def _cuda_facts(device: torch.device, missing: dict[str, str]) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(device)
+    is_hip = torch.version.hip is not None
+    if is_hip:
+        missing["nvml"] = "the GPU is AMD's: NVML reads clocks, power and heat of NVIDIA GPUs only"
+    return {
+        "name": properties.name,
+        "kind": "hip" if is_hip else "cuda",
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": int(properties.total_memory),
+        "driver": "" if is_hip else nvml_facts(str(properties.uuid), missing),
+    }
+
+
+def nvml_facts(uuid: str, missing: dict[str, str]) -> str:
+    """Return the driver's version; add what NVML does not tell of a GPU, and why, to `missing`."""
+    try:
+        sensor = open_sensor(uuid)
+    except DeviceError as error:
+        missing["nvml"] = str(error)
+        return ""
+    driver = sensor.driver()
+    sensor.read()
+    sensor.energy_j()
+    if sensor.is_mig():
+        missing["mig"] = "the GPU is split into MIG slices: clocks, power and energy are the GPU's"
+    missing.update(sensor.missing)
+    return driver
+
+
+def _cpu_field(text: str, *names: str) -> str:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in names:
+            return value.strip()
+    return ""
+
+
+def _physical_memory(missing: dict[str, str]) -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError) as error:
+        missing["memory"] = f"the system does not say ({error})"
+        return 0
+
+
+def _allows_tf32() -> bool:
+    """Whether FP32 matrix products may lose bits; read through torch's newer API alone."""
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":  # as the setting for all backends says
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set at import
+    return bool(chosen == "tf32")
+
+
+def _software(missing: dict[str, str]) -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": f"{sys.platform} {platform.release()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            missing[package] = "not installed"
+    runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    return found | {name: value for name, value in runtimes.items() if value}
+
+
+class ThermalMonitor:
+    """Pauses while the GPU is slowed by heat, and calls a sample that saw it slowed dirty."""
+
+    def __init__(self, sensor: Sensor, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sensor = sensor
+        self._sleep = sleep
+        self._energy_j: float | None = None
+        self._gave_up = False
+
+    def settle(self) -> int:
+        """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often.
+
+        A GPU that stayed slow is not waited for again until a sample has seen it fast.
+        """
+        patience = 0 if self._gave_up else MOST_PAUSES
+        for pauses in range(patience):
+            if not SLOWDOWNS & set(self._sensor.throttle_reasons()):
+                return pauses
+            self._sleep(PAUSE_S)
+        self._gave_up = True
+        return patience
+
+    def begin(self) -> None:
+        """Note the energy counter."""
+        self._energy_j = self._sensor.energy_j()
+
+    def end(self) -> Observation:
+        """Return what the GPU was like, and whether that spoiled the sample."""
+        seen = self._sensor.read()
+        after = self._sensor.energy_j()
+        if self._energy_j is not None and after is not None:
+            used = max(after - self._energy_j, 0.0)
+            seen = seen.model_copy(update={"energy_j": used})
+        is_slow = bool(SLOWDOWNS & set(seen.throttle_reasons))
+        self._gave_up = self._gave_up and is_slow
+        return Observation(is_slow, seen)
+
+
+class LoadMonitor:
+    """Calls a sample dirty when other processes took the CPU away from this one during it."""
+
+    def __init__(self) -> None:
+        self._switches, self._started = 0, 0.0
+
+    def settle(self) -> int:
+        """Return at once: how long others want the CPU is not known."""
+        return 0
+
+    def begin(self) -> None:
+        """Note the count of involuntary context switches."""
+        self._switches, self._started = _involuntary_switches(), time.perf_counter()
+
+    def end(self) -> Observation:
+        """Return dirty when there were more switches than a quiet machine's own services cause."""
+        elapsed_ms = (time.perf_counter() - self._started) * 1e3
+        switches = _involuntary_switches() - self._switches
+        return Observation(is_dirty=switches > max(1.0, elapsed_ms / MS_PER_SWITCH))
+
+
+def _involuntary_switches() -> int:
+    import resource  # not on Windows, where no LoadMonitor is made
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -1,5 +1,0 @@
-"""A plan in the words of the frameworks that people train with. Data only; needs no torch."""
-
-from autoprec.export.targets import ExportTarget, export_plan
-
-__all__ = ["ExportTarget", "export_plan"]

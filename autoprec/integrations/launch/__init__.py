@@ -1,0 +1,18 @@
+"""The user's own training script -> run with a plan, or recorded for tuning; the file untouched.
+
+script      runs a script or module as `python` would
+patches     wraps torch's functions for a while and puts them back
+placing     finds the model that a plan is for
+watch       waits for that model in a running script, and applies the plan: `run_with_plan`
+guarding    a Guard in a script that does not know of it
+tape        the operations between a model's output and its loss, recorded and replayed
+recorder    follows a script's first steps: model calls, backward, optimizer steps
+optimizers  an optimizer, taken apart so that it can be built for another copy of the model
+recorded    what was recorded -> a Workload: `record_workload`
+"""
+
+from autoprec.integrations.launch.recorded import record_workload
+from autoprec.integrations.launch.script import Script
+from autoprec.integrations.launch.watch import run_with_plan
+
+__all__ = ["Script", "record_workload", "run_with_plan"]

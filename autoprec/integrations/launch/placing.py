@@ -1,0 +1,84 @@
+"""A plan and a module that a script calls -> the module inside it that the plan is for."""
+
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from autoprec.errors import PlanMismatchError
+from autoprec.model.layers import find_layers
+from autoprec.records import Plan
+from autoprec.runtime.apply import check_fit, plain_name, unwrapped
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A model that a plan does not fit: how many layers are in one of the two only, and why."""
+
+    model: str
+    distance: int
+    reason: str
+
+
+def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
+    """Return `module`, or the module within it, whose layers are those of the plan."""
+    counts: Counter[str] = Counter()
+    for name in find_layers(module):
+        counts.update(_prefixes(name))
+    for prefix in sorted(counts, key=len):
+        found = module.get_submodule(prefix)
+        if counts[prefix] == len(plan.layers) and _mismatch(plan, found) is None:
+            return found
+    return None
+
+
+def measure_misfit(plan: Plan, module: nn.Module) -> Misfit:
+    """Say how a module that the plan does not fit differs from the plan."""
+    module = unwrapped(module)
+    names = {plain_name(name) for name in find_layers(module)}
+    return Misfit(
+        model=type(module).__name__,
+        distance=len(names ^ {layer.name for layer in plan.layers}),
+        reason=_mismatch(plan, module) or "it fits",
+    )
+
+
+def is_initialised(module: nn.Module) -> bool:
+    """Whether no parameter is still waiting for its first input to get a shape."""
+    return not any(is_lazy(parameter) for parameter in module.parameters())
+
+
+def find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:
+    """Yield the outermost modules that contain a module or parameter, among all that are alive."""
+    parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
+    for found in gc.get_objects():
+        if issubclass(type(found), nn.Module):  # isinstance would wake lazy proxies
+            own = vars(found)
+            for child in (*own.get("_modules", {}).values(), *own.get("_parameters", {}).values()):
+                parents[id(child)].append(found)
+    waiting, done = [part], {id(part)}
+    while waiting:
+        part = waiting.pop()
+        above = [parent for parent in parents[id(part)] if id(parent) not in done]
+        done.update(map(id, above))
+        waiting += above
+        if isinstance(part, nn.Module) and not parents[id(part)]:
+            yield part
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    yield ""
+    parts = name.split(".") if name else []
+    for end in range(1, len(parts) + 1):
+        yield ".".join(parts[:end])
+
+
+def _mismatch(plan: Plan, module: nn.Module) -> str | None:
+    try:
+        check_fit(plan, unwrapped(module))
+    except PlanMismatchError as error:
+        return str(error)
+    return None

@@ -1,0 +1,344 @@
+"""One real training step -> ModelSpec: every layer, its shapes, and what precision it can take.
+
+A layer is a module that owns parameters and can take a precision of its own: a leaf module, or one
+whose children only make sense inside it (`nn.MultiheadAttention`, a parametrized one). Parameters
+that a container holds beside its children (a class token) belong to no layer and are listed as
+uncovered.
+"""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.fp8 import Fp8Support, fp8_support
+from autoprec.errors import CaptureError
+from autoprec.model.heads import head_counts
+from autoprec.model.layers import (
+    find_layers,
+    find_ties,
+    find_uncovered,
+    layer_kind,
+    model_structure,
+    type_name,
+)
+from autoprec.model.options import layer_options
+from autoprec.model.roles import HEAD_ROLES, KEY_VALUE_ROLES, ROW_ROLES, role_of
+from autoprec.records import (
+    CallSpec,
+    GemmShape,
+    LayerKind,
+    LayerSpec,
+    ModelSpec,
+    Option,
+    ParameterSpec,
+    Precision,
+    Refusal,
+    TensorSpec,
+)
+from autoprec.workload.functions import (
+    Batch,
+    Workload,
+    batch_tensors,
+    check_batches,
+    check_loss,
+    take_batches,
+)
+
+SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
+
+
+def capture_model(
+    workload: Workload,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress = report_nothing,
+) -> ModelSpec:
+    """Run one real step of `workload` on `device` and return what it showed.
+
+    Costs three training steps (two more than one, to see whether the step is deterministic).
+
+    Raises:
+        CaptureError: no layer ran.
+        WorkloadError: the user's functions break their contract, or the loss is not finite.
+    """
+    check_batches(workload, seed=seed)
+    model = workload.build_model(seed=seed).to(device).train()
+    batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
+    progress("capture", 0, 3)
+    first = run_step(workload, model, batches[0], seed=seed)
+    layers = find_layers(model)  # after a step: lazy modules have their parameters now
+    calls = Calls()
+    with recorded_calls(layers, calls):
+        second = run_step(workload, model, batches[0], seed=seed)
+    progress("capture", 2, 3)
+    scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
+    optimizer = workload.build_optimizer(model)
+    optimizer.step()
+    progress("capture", 3, 3)
+    return make_spec(
+        model,
+        layers=layers,
+        calls=calls,
+        support=fp8_support(device),
+        optimizer=type(optimizer).__name__,
+        state_ratio=optimizer_state_ratio(optimizer),
+        has_randomness=first.used_randomness,
+        is_deterministic=first.fingerprint == second.fingerprint,
+        loss=first.loss,
+        device=str(device),
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One forward and backward: the loss, and a digest of loss and gradients."""
+
+    loss: float
+    fingerprint: str
+    used_randomness: bool
+
+
+def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -> StepResult:
+    """Run forward and backward of one batch with seeded generators; gradients stay on the model."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    before = _generator_states()
+    loss = workload.loss_fn(model, batch)
+    used_randomness = any(
+        not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True)
+    )
+    value = check_loss(loss, where="in the first step")
+    if not loss.requires_grad:
+        raise CaptureError(
+            "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
+            "compute it from model(batch) without no_grad or detach"
+        )
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    digest = hashlib.sha256(str(value).encode())
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            digest.update(parameter.grad.detach().double().sum().cpu().numpy().tobytes())
+    return StepResult(value, digest.hexdigest(), used_randomness)
+
+
+@dataclass
+class Calls:
+    """What hooks saw: per layer, the tensor inputs of each call, and all token counts M."""
+
+    inputs: dict[str, Counter[tuple[TensorSpec, ...]]] = field(default_factory=dict)
+    tokens: dict[str, set[int]] = field(default_factory=dict)
+
+
+@contextmanager
+def recorded_calls(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
+    """Record the inputs of every layer's forward while the context is open."""
+    handles = [
+        layer.register_forward_pre_hook(_recorder(name, layer, calls), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def make_spec(
+    model: nn.Module,
+    *,
+    layers: Mapping[str, nn.Module],
+    calls: Calls,
+    support: Fp8Support,
+    optimizer: str,
+    state_ratio: float,
+    has_randomness: bool,
+    is_deterministic: bool,
+    loss: float | None,
+    device: str,
+) -> ModelSpec:
+    """Assemble the spec from a model and what was recorded of its calls."""
+    ties = find_ties(model)
+    names: dict[int, str] = {}
+    specs = tuple(
+        _with_heads(
+            _layer_spec(
+                name, layer, calls=calls, tied_to=ties.get(name), support=support, names=names
+            ),
+            model,
+        )
+        for name, layer in layers.items()
+    )
+    if not any(spec.calls for spec in specs):
+        raise CaptureError(
+            "at least one layer must run in the training step, but none did; "
+            "loss_fn(model, batch) must call the model it is given"
+        )
+    return ModelSpec(
+        layers=specs,
+        uncovered=tuple(
+            _parameter_spec(name, parameter, names=names)
+            for name, parameter in find_uncovered(model).items()
+        ),
+        uncalled=tuple(spec.name for spec in specs if not spec.calls),
+        structure=model_structure(model),
+        tokens_per_step=max((spec.gemm.M for spec in specs if spec.gemm), default=0),
+        optimizer=optimizer,
+        optimizer_state_numel_ratio=state_ratio,
+        has_randomness=has_randomness,
+        is_deterministic=is_deterministic,
+        loss=loss,
+        device=device,
+    )
+
+
+def _recorder(name: str, layer: nn.Module, calls: Calls):  # type: ignore[no-untyped-def]  # a hook
+    def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors = batch_tensors([*args, *kwargs.values()])
+        if not torch.is_grad_enabled() and calls.inputs.get(name) is None:
+            return  # the shape scan looks only at M
+        if torch.is_grad_enabled():
+            specs = tuple(_tensor_spec(tensor) for tensor in tensors)
+            calls.inputs.setdefault(name, Counter())[specs] += 1
+        if isinstance(layer, nn.Linear) and tensors:
+            tokens = tensors[0].numel() // max(tensors[0].shape[-1], 1)
+            calls.tokens.setdefault(name, set()).add(tokens)
+
+    return record
+
+
+def scan_shapes(
+    workload: Workload,
+    model: nn.Module,
+    *,
+    layers: Mapping[str, nn.Module],
+    batches: list[Batch],
+    calls: Calls,
+) -> None:
+    """Look at the M of batches whose shapes differ from the first's, such as a short last one."""
+    seen = {_signature(batches[0])}
+    for batch in itertools.islice(batches, 1, None):
+        if _signature(batch) in seen:
+            continue
+        seen.add(_signature(batch))
+        with torch.no_grad(), recorded_calls(layers, calls):
+            workload.loss_fn(model, batch)
+
+
+def _signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in batch_tensors(batch))
+
+
+def _tensor_spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        requires_grad=tensor.requires_grad,
+    )
+
+
+def _parameter_spec(name: str, parameter: nn.Parameter, *, names: dict[int, str]) -> ParameterSpec:
+    first = names.setdefault(id(parameter), name)
+    return ParameterSpec(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        is_trainable=parameter.requires_grad,
+        shared_with=None if first == name else first,
+    )
+
+
+def _layer_spec(
+    name: str,
+    layer: nn.Module,
+    *,
+    calls: Calls,
+    tied_to: str | None,
+    support: Fp8Support,
+    names: dict[int, str],
+) -> LayerSpec:
+    kind = layer_kind(layer)
+    tokens = sorted(calls.tokens.get(name, set()))
+    gemm = None
+    if isinstance(layer, nn.Linear) and tokens and tokens[-1] > 0:
+        gemm = GemmShape(M=tokens[-1], K=layer.in_features, N=layer.out_features)
+    options, refusals = layer_options(kind=kind, gemm=gemm, all_m=tokens, support=support)
+    obstacle = _fp8_obstacle(layer, was_called=name in calls.inputs)
+    if obstacle and kind is LayerKind.LINEAR:
+        options, refusals = _without_fp8(options, reason=obstacle)
+    prefix = f"{name}." if name else ""
+    return LayerSpec(
+        name=name,
+        kind=kind,
+        type_name=type_name(layer),
+        settings=layer.extra_repr(),
+        parameters=tuple(
+            _parameter_spec(prefix + n, p, names=names) for n, p in layer.named_parameters()
+        ),
+        gemm=gemm,
+        calls=tuple(
+            CallSpec(inputs=inputs, count=count)
+            for inputs, count in calls.inputs.get(name, Counter()).items()
+        ),
+        is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
+        tied_to=tied_to,
+        options=options,
+        refusals=refusals,
+    )
+
+
+def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
+    """Return the layer with its attention heads, if it is a projection whose model tells them."""
+    role = role_of(spec)
+    counts = head_counts(model, spec.name) if role in HEAD_ROLES and spec.gemm else None
+    if counts is None or spec.gemm is None:
+        return spec
+    heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
+    size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
+    return spec if size % heads else spec.model_copy(update={"heads": heads})
+
+
+def _fp8_obstacle(layer: nn.Module, *, was_called: bool) -> str:
+    """Return why a linear cannot run in FP8 whatever its shape, or an empty string."""
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized, and torchao casts plain weights only"
+    if type(layer).forward is not nn.Linear.forward:
+        return f"{type(layer).__name__} has its own forward, which FP8 would replace"
+    if not was_called:
+        return "it was not called in the captured step, so its shapes are not known"
+    return ""
+
+
+def _without_fp8(
+    options: tuple[Option, ...], *, reason: str
+) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
+    kept = tuple(option for option in options if not option.is_fp8)
+    return kept, (Refusal(precision=Precision.FP8_O1, reason=reason),)
+
+
+def optimizer_state_ratio(optimizer: torch.optim.Optimizer) -> float:
+    """Return state elements per parameter element, scalars (step counters) left out."""
+    state = sum(
+        value.numel()
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, Tensor) and value.dim() > 0
+    )
+    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return float(state / max(parameters, 1))
+
+
+def _generator_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    return states

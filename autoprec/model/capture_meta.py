@@ -1,0 +1,223 @@
+"""One training step without storage -> ModelSpec, for a model that does not fit here.
+
+Parameters, batches and gradients are meta tensors: they have shapes and nothing else, so a model of
+any size is captured in the memory of its module tree. Nothing is computed, hence no loss, and
+whether two steps agree bit for bit is not known. What FP8 can run is told by shape alone; the
+target's profile has the last word (`costmodel`).
+
+The meta tensors are `FakeTensor`s: transformers looks at values of plain meta tensors (is a batch
+packed?), which fails, and does not at those of fake ones.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.fp8 import Fp8Support
+from autoprec.device.torchao import APPLICABLE_RECIPES
+from autoprec.errors import CaptureError, WorkloadError
+from autoprec.model.capture import (
+    SCANNED_BATCHES,
+    Calls,
+    make_spec,
+    optimizer_state_ratio,
+    recorded_calls,
+    scan_shapes,
+)
+from autoprec.model.layers import find_layers
+from autoprec.records import ModelSpec
+from autoprec.workload.functions import (
+    Batch,
+    Workload,
+    batch_tensors,
+    check_batches,
+    move_batch,
+    take_batches,
+)
+
+logger = logging.getLogger(__name__)
+
+META = torch.device("meta")
+BY_SHAPE = Fp8Support(APPLICABLE_RECIPES, "")  # no kernel is asked: shapes decide
+LOOKED_AT_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+
+
+def capture_on_meta(
+    workload: Workload, *, seed: int = 0, progress: Progress = report_nothing
+) -> ModelSpec:
+    """Run one step of `workload` on meta tensors and return what it showed.
+
+    `build_model`, `loss_fn` and `build_optimizer` run under `torch.device("meta")`; batches are
+    made as always and then moved there.
+
+    Raises:
+        CaptureError: no layer ran, or the user's code looks at values.
+        WorkloadError: the user's functions break their contract.
+    """
+    check_batches(workload, seed=seed)
+    drawn = take_batches(workload, seed=seed, count=SCANNED_BATCHES)
+    progress("capture on meta", 0, 3)
+    calls, seeded = Calls(), _SeededOperators()
+    with _without_storage():
+        model = _moved_to_meta(workload.build_model(seed=seed)).train()
+        batches = [_batch_on_meta(batch) for batch in drawn]
+        with seeded:
+            workload.loss_fn(model, batches[0])
+        progress("capture on meta", 1, 3)
+        layers = find_layers(model)  # after a forward: lazy modules have their parameters now
+        with recorded_calls(layers, calls):
+            loss = workload.loss_fn(model, batches[0])
+        _fill_gradients(model, loss)
+        progress("capture on meta", 2, 3)
+        scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
+        optimizer = _stepped_optimizer(workload, model)
+        progress("capture on meta", 3, 3)
+        return _spec(model, layers, calls, optimizer, has_randomness=seeded.seen)
+
+
+def _spec(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calls: Calls,
+    optimizer: torch.optim.Optimizer,
+    *,
+    has_randomness: bool,
+) -> ModelSpec:
+    return make_spec(
+        model,
+        layers=layers,
+        calls=calls,
+        support=BY_SHAPE,
+        optimizer=type(optimizer).__name__,
+        state_ratio=optimizer_state_ratio(optimizer),
+        has_randomness=has_randomness,
+        is_deterministic=False,  # nobody compared two steps
+        loss=None,
+        device=str(META),
+    )
+
+
+def _moved_to_meta(model: nn.Module) -> nn.Module:
+    """Replace what was made on a device of its own choice; shared parameters stay shared.
+
+    `Module.to` swaps fake parameters in place, which weak references to them forbid.
+    """
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that ids stay taken
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        if tensor.device == META or nn.parameter.is_lazy(tensor):
+            return tensor
+        if id(tensor) not in moved:
+            copy = torch.empty_like(tensor, device=META)
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+            moved[id(tensor)] = tensor, copy
+        return moved[id(tensor)][1]
+
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)  # Any: either
+        for held in stores:
+            for name, tensor in held.items():
+                held[name] = None if tensor is None else on_meta(tensor)
+    return model
+
+
+def _batch_on_meta(batch: Batch) -> Batch:
+    """Move a batch; a copy to another device is contiguous, so views get their strides back."""
+    moved = move_batch(batch, META)
+    for own, copy in zip(batch_tensors(batch), batch_tensors(moved), strict=True):
+        if copy.stride() != own.stride():
+            strided = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=META)
+            copy.set_(strided)  # type: ignore[call-overload]  # torch's stub lacks tensors
+    return moved
+
+
+def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
+    """Run the backward; where an operation has none on meta, every parameter gets a gradient."""
+    if not loss.requires_grad:
+        raise CaptureError(
+            "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
+            "compute it from model(batch) without no_grad or detach"
+        )
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    except (RuntimeError, *LOOKED_AT_VALUES) as error:
+        logger.warning(
+            "the backward does not run on meta tensors (%s): all trainable parameters are taken "
+            "to have a gradient",
+            _first_line(error),
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+
+def _stepped_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = workload.build_optimizer(model)
+    try:
+        optimizer.step()
+    except (RuntimeError, *LOOKED_AT_VALUES) as error:
+        raise CaptureError(
+            f"with --meta the optimizer must step on meta tensors, but {type(optimizer).__name__} "
+            f"raised: {_first_line(error)}; leave build_optimizer out (AdamW is then assumed)"
+        ) from error
+    return optimizer
+
+
+@contextmanager
+def _without_storage() -> Iterator[None]:
+    """Make every tensor a fake one on meta, and say what to do where code wants values."""
+    told = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback as well
+    level = told.level
+    told.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), META:
+            yield
+    except WorkloadError as error:
+        cause = error.__cause__
+        if not isinstance(cause, LOOKED_AT_VALUES) and "meta" not in str(cause).lower():
+            raise
+        raise CaptureError(
+            f"with --meta nothing is computed, so model and loss must not look at values, but "
+            f"{error}; take values from the batch's shapes, or capture without --meta"
+        ) from error
+    finally:
+        told.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class _SeededOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+    """Notes whether an operator that draws random numbers ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # Any: an operator of torch, and its arguments
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,100 @@
+"""The layers of a model: names, kinds, ties, parameters outside of them, structure."""
+
+import hashlib
+import json
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from autoprec.records import (
+    LayerKind,
+)
+
+KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
+    ((nn.MultiheadAttention,), LayerKind.ATTENTION),
+    ((nn.Linear,), LayerKind.LINEAR),
+    ((nn.modules.conv._ConvNd,), LayerKind.CONV),
+    ((nn.Embedding, nn.EmbeddingBag), LayerKind.EMBEDDING),
+    (
+        (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase),
+        LayerKind.NORM,
+    ),
+    ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
+)
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a model by exact name, in module order; a shared module once."""
+    layers: dict[str, nn.Module] = {}
+    inside_opaque: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside_opaque or isinstance(module, nn.ParameterList | nn.ParameterDict):
+            continue
+        if _is_opaque(module):
+            inside_opaque.update(id(child) for child in module.modules())
+            layers[name] = module
+        elif _owns_parameters(module) and not _children_own_parameters(module):
+            layers[name] = module
+    return layers
+
+
+def find_uncovered(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that no layer owns, by name."""
+    covered = {
+        id(parameter) for layer in find_layers(model).values() for parameter in layer.parameters()
+    }
+    return {n: p for n, p in model.named_parameters() if id(p) not in covered}
+
+
+def find_ties(model: nn.Module) -> dict[str, str]:
+    """Return, for each layer that shares a parameter with an earlier layer, that layer's name."""
+    owner: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, layer in find_layers(model).items():
+        for parameter in layer.parameters():
+            first = owner.setdefault(id(parameter), name)
+            if first != name:
+                ties[name] = ties.get(first, first)
+    return ties
+
+
+def layer_kind(module: nn.Module) -> LayerKind:
+    """Return what a layer computes."""
+    for types, kind in KINDS:
+        if isinstance(module, types):
+            return kind
+    return LayerKind.NORM if type(module).__name__.endswith("Norm") else LayerKind.OTHER
+
+
+def model_structure(model: nn.Module) -> str:
+    """Return a hash of the layers' names, classes and shapes; dtypes and values play no part."""
+    layers = [
+        [name, type_name(layer), [[n, list(p.shape)] for n, p in layer.named_parameters()]]
+        for name, layer in find_layers(model).items()
+    ]
+    bare = [[name, list(parameter.shape)] for name, parameter in find_uncovered(model).items()]
+    return hashlib.sha256(json.dumps([layers, bare]).encode()).hexdigest()[:16]
+
+
+def type_name(module: nn.Module) -> str:
+    """Return the module's class with its Python module; a parametrized module's own class."""
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _children_own_parameters(module: nn.Module) -> bool:
+    return any(
+        next(child.parameters(), None) is not None
+        for child in module.children()
+        if not isinstance(child, nn.ParameterList | nn.ParameterDict)
+    )

@@ -1,0 +1,34 @@
+"""What a model costs on a device that is not here; no torch, and fitted to published figures.
+
+gemm + casts      microseconds of one GEMM, of the casts around it
+linear            a linear layer, forward and backward, in BF16 and FP8
+parallel          sharded shapes and communication under FSDP and tensor parallelism
+layers + step     every layer x option of a model, and its whole training step
+registry          device profiles by name or path
+tables, scoring   many linears from a CSV file; predictions against real speedups
+"""
+
+from autoprec.predict.breakeven import break_even_tokens, break_even_width
+from autoprec.predict.linear import predict_linear
+from autoprec.predict.parallel import Parallel, parse_parallel
+from autoprec.predict.predict import predict_profile
+from autoprec.predict.registry import list_device_profiles, load_device_profile
+from autoprec.predict.scoring import score_table
+from autoprec.predict.spelling import parse_recipe
+from autoprec.predict.tables import format_table, predict_table, read_table
+
+__all__ = [
+    "Parallel",
+    "break_even_tokens",
+    "break_even_width",
+    "format_table",
+    "list_device_profiles",
+    "load_device_profile",
+    "parse_parallel",
+    "parse_recipe",
+    "predict_linear",
+    "predict_profile",
+    "predict_table",
+    "read_table",
+    "score_table",
+]

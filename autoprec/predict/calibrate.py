@@ -1,0 +1,158 @@
+"""Measured GEMMs, copies, casts and empty kernels -> the constants of a device profile.
+
+A fraction is what the GEMM model needs so that its time at a shape is the measured one; over
+several shapes the median. Casts of one operand (as it lies, and transposed) take
+
+    us = elements * bytes / bandwidth + kernels * kernel floor        a layer has three operands
+
+so two sizes give both constants. The model's own form (tiles, waves) is kept from the profile it
+starts from, so that measured and predicted profiles differ in numbers only.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from autoprec.errors import DeviceError
+from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.machine import Machine, machine_of
+from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile
+from autoprec.records.model import Basis, Recipe
+
+Shape = tuple[int, int, int]
+FRACTION_OF = {
+    Kernel.FP32: "fp32_fraction",
+    Kernel.BF16: "bf16_fraction",
+    Kernel.FP8_FAST: "fp8_fraction",
+    Kernel.FP8_SLOW: "fp8_slow_fraction",
+    Kernel.FP8_ROWWISE: "fp8_rowwise_fraction",
+}
+FLOOR_OF = {
+    Kernel.BF16: "bf16_gemm_floor_us",
+    Kernel.FP8_FAST: "tensorwise_gemm_floor_us",
+    Kernel.FP8_ROWWISE: "rowwise_gemm_floor_us",
+}
+HALVINGS = 60
+OPERANDS = 3  # of a linear: input, weight, gradient of the output
+
+
+@dataclass(frozen=True)
+class CastTimes:
+    """Microseconds of both compiled casts of one operand, of a large tensor and of a small one."""
+
+    large_us: float
+    small_us: float
+    large_elements: int
+    small_elements: int
+
+
+@dataclass(frozen=True)
+class EagerCasts:
+    """Both eager casts of one operand: a large one on the device, a small one with its launches.
+
+    The small one takes as long as the host needs for its kernels.
+    """
+
+    large_us: float
+    host_us: float
+    elements: int  # of the large one
+    kernels: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was timed, in microseconds: large GEMMs, the smallest GEMM, a copy, an empty kernel.
+
+    `copied_tbs` is bytes read plus written over time; `facts` are constants read from the driver.
+    Casts are those of an operand like a weight, which nothing else is fused with.
+    """
+
+    large: Mapping[Kernel, Mapping[Shape, float]]
+    small: Mapping[Kernel, float]
+    copied_tbs: float
+    empty_us: float
+    facts: Mapping[str, float]
+    casts: Mapping[Recipe, CastTimes] = field(default_factory=dict)  # compiled
+    eager: EagerCasts | None = None
+
+
+def calibrate_profile(
+    base: DeviceProfile, measured: Measured, *, title: str, source: str
+) -> DeviceProfile:
+    """Return `base` with the constants that were measured, each labelled so.
+
+    Raises:
+        DeviceError: a measured constant lies outside what is believable.
+    """
+    found = dict(measured.facts)
+    bandwidth = base.value("memory_bandwidth_tbs")
+    found["memory_bandwidth_tbs"] = max(bandwidth, measured.copied_tbs)
+    found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
+    found["kernel_floor_us"] = measured.empty_us
+    found |= {FLOOR_OF[kernel]: us for kernel, us in measured.small.items() if kernel in FLOOR_OF}
+    known = {name: value for name, value in found.items() if name in Machine.__annotations__}
+    machine = replace(machine_of(base), **known)
+    for kernel, times in measured.large.items():
+        fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
+        found[FRACTION_OF[kernel]] = statistics.median(fractions)
+    found |= cast_constants(machine, measured)
+    return base.model_copy(
+        update={
+            "name": title.lower().replace(" ", "-"),
+            "title": title,
+            "aliases": (),
+            "basis": Basis.MEASURED,
+            "constants": {**base.constants, **_labelled(found, source)},
+            "notes": (f"what was not measured is of {base.name}",),
+        }
+    )
+
+
+def solve_fraction(machine: Machine, kernel: Kernel, shape: Shape, us: float) -> float:
+    """Return the achieved fraction at which the model takes `us` for a GEMM."""
+    bounds = CONSTANTS[FRACTION_OF[kernel]]
+    low, high = bounds.low, bounds.high
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        time = gemm_us(replace(machine, **{FRACTION_OF[kernel]: middle}), *shape, kernel)
+        low, high = (middle, high) if time > us else (low, middle)
+    return math.sqrt(low * high)
+
+
+def cast_constants(machine: Machine, measured: Measured) -> dict[str, float]:
+    """Return the constants of casts at which the model takes the measured times."""
+    found: dict[str, float] = {}
+    for recipe, times in measured.casts.items():
+        elements = times.large_elements - times.small_elements
+        us_per_element = max(times.large_us - times.small_us, 0.0) / elements
+        fixed_us = times.small_us - us_per_element * times.small_elements
+        found[f"{recipe}_cast_bytes"] = us_per_element * machine.bytes_per_us
+        kernels = max(fixed_us / machine.kernel_floor_us, 1.0)  # something was launched
+        found[f"{recipe}_cast_kernels"] = OPERANDS * kernels
+    eager = measured.eager
+    if eager is not None:
+        moving_us = max(eager.large_us - eager.kernels * machine.kernel_floor_us, 0.0)
+        found["eager_cast_bytes"] = moving_us * machine.bytes_per_us / eager.elements
+        found["eager_cast_kernels"] = float(OPERANDS * eager.kernels)
+        found["eager_host_us"] = eager.host_us / eager.kernels
+    return found
+
+
+def _labelled(found: Mapping[str, float], source: str) -> dict[str, Constant]:
+    for name, value in found.items():
+        bounds = CONSTANTS[name]
+        if not bounds.low <= value <= bounds.high:
+            raise DeviceError(
+                f"{name} must be {bounds.span}, but {value:g} was measured; measure again with "
+                "the device idle"
+            )
+    return {
+        name: Constant(
+            value=float(f"{value:.5g}"),
+            unit=CONSTANTS[name].unit,
+            kind=ConstantKind.MEASURED,
+            source=source,
+        )
+        for name, value in found.items()
+    }

@@ -1,0 +1,100 @@
+"""GEMM time by shape and kernel: tiles, waves, traffic and a floor.
+
+    t = floor + max(compute, traffic) + overlap_share * min(compute, traffic)
+    compute = waves * tile flops / (peak per processor * achieved fraction)
+    waves   = wave_share * ceil(filled) + (1 - wave_share) * filled,  filled = tiles / processors
+
+The kernel takes the cheapest of four tile shapes; a tile of half the area costs
+`small_tile_factor` more per flop, since its operands are reused half as often. The achieved
+fraction is per kernel: a power limit takes more from BF16 than from FP8 (so GEMM ratios above 2 are
+real on a power-limited H100), and full accumulation costs FP8 a fifth.
+
+Where there are fewer tiles than processors, cuBLAS splits K over several of them and adds partial
+sums in FP32 (vLLM PR#23280's BF16 GEMMs of width 2112 are else priced up to twice too slow).
+
+PyTorch's rowwise kernel (RowwiseScaledMM.cu) walks the tiles in blocks ("swizzled") only from
+`rowwise_swizzle_from` rows and columns on. Below, it walks along the shorter side of the output;
+once the operand of that side no longer fits the L2 cache, each wave reads it again from memory.
+"""
+
+import math
+from enum import StrEnum
+from itertools import product
+
+from autoprec.predict.machine import Machine
+
+TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
+
+
+SPLITS = (1, 2, 4, 8)
+SHORTEST_SPLIT = 1024  # of K: a shorter sum does not fill a tile's pipeline
+PARTIAL_BYTES = 8  # an FP32 partial sum is written and read
+
+
+class Kernel(StrEnum):
+    """The kinds of GEMM kernel that differ in speed."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8_FAST = "fp8_fast"  # tensorwise scales, fast accumulation
+    FP8_SLOW = "fp8_slow"  # tensorwise scales, full accumulation
+    FP8_ROWWISE = "fp8_rowwise"
+    FP8_BLOCK = "fp8_block"  # blocks of 128, and MX blocks of 32
+
+
+SPLIT = (Kernel.BF16, Kernel.FP8_FAST, Kernel.FP8_SLOW)  # cuBLAS's; CUTLASS's rowwise do not
+_OPERAND_BYTES = {Kernel.FP32: 4, Kernel.BF16: 2}  # the rest: 1
+_OUTPUT_BYTES = {Kernel.FP32: 4}  # the rest: 2, FP8 GEMMs write BF16
+
+
+def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
+    """Return the time of [M, K] @ [K, N] in microseconds."""
+    size = _OPERAND_BYTES.get(kernel, 1)
+    compulsory: float = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
+    flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
+    best = math.inf
+    for (rows, columns, halvings), splits in product(TILES, SPLITS if kernel in SPLIT else (1,)):
+        down, across = math.ceil(M / rows), math.ceil(N / columns)
+        if splits > 1 and (down * across >= machine.sm_count or splits * SHORTEST_SPLIT > K):
+            continue
+        waves = max(down * across * splits / machine.sm_count, 1.0)
+        paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
+        tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
+        compute = paid * tile_flops / flops_per_us
+        traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
+        if kernel is Kernel.FP8_ROWWISE and _rereads(machine, M, K, N):
+            along, beside = (rows, columns) if M <= N else (columns, rows)
+            side = min(down if M <= N else across, machine.sm_count)
+            read = waves * (side * along + machine.sm_count / side * beside) * K
+            traffic = max(traffic, read)
+        moved = traffic / machine.bytes_per_us
+        time = max(compute, moved) + machine.overlap_share * min(compute, moved)
+        best = min(best, time)
+    return _floor_us(machine, kernel) + best
+
+
+def _rereads(machine: Machine, M: int, K: int, N: int) -> bool:
+    """Return whether a rowwise kernel reads its FP8 operands more than once."""
+    is_swizzled = min(M, N) >= machine.rowwise_swizzle_from
+    return not is_swizzled and min(M, N) * K > machine.l2_cache_mb * 1e6
+
+
+def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:
+    """Return what the whole device computes in a microsecond with that kind of kernel."""
+    peak, fraction = {
+        Kernel.FP32: (machine.fp32_peak_tflops, machine.fp32_fraction),
+        Kernel.BF16: (machine.bf16_peak_tflops, machine.bf16_fraction),
+        Kernel.FP8_FAST: (machine.fp8_peak_tflops, machine.fp8_fraction),
+        Kernel.FP8_SLOW: (machine.fp8_peak_tflops, machine.fp8_slow_fraction),
+        Kernel.FP8_ROWWISE: (machine.fp8_peak_tflops, machine.fp8_rowwise_fraction),
+        Kernel.FP8_BLOCK: (machine.fp8_peak_tflops, machine.fp8_block_fraction),
+    }[kernel]
+    return peak * fraction * 1e6
+
+
+def _floor_us(machine: Machine, kernel: Kernel) -> float:
+    if kernel in (Kernel.FP32, Kernel.BF16):
+        return machine.bf16_gemm_floor_us
+    if kernel in (Kernel.FP8_FAST, Kernel.FP8_SLOW):
+        return machine.tensorwise_gemm_floor_us
+    return machine.rowwise_gemm_floor_us

@@ -1,0 +1,221 @@
+"""Parallel training: sharded shapes per device, and what communication costs.
+
+    fsdp=N     parameters, gradients and optimizer state are sharded over N devices; each layer's
+               weights are gathered before its forward and again before its backward, its gradients
+               are reduce-scattered. Mostly hidden behind compute.
+    tp=N       the GEMMs themselves are split over N devices: column-parallel layers keep N/tp
+               out-features, row-parallel ones K/tp in-features. Two all-gathers and two
+               reduce-scatters of the activations per block and direction, not hidden.
+               Whole attention heads stay together, so N divides the heads, and the key/value heads
+               where they are fewer: checked where the model says how many it has.
+    gather=fp8 tensorwise FP8 layers gather weights (torchao's enable_fsdp_float8_all_gather) and
+               activations (its float8 tensor parallelism) in FP8; masked GEMMs need BF16
+    ac=full    activation checkpointing: the forward runs again in the backward; `selective` half
+
+A collective over n devices moves (n - 1) / n of its bytes through each device's link: the fast one
+inside a node, the network between nodes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from autoprec.errors import DeviceError
+from autoprec.model.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
+from autoprec.predict.machine import Machine
+from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option, Recipe
+
+LARGEST_DEGREE = 1 << 20
+RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice
+MOST_NAMED = 3  # layers in a note
+_ROLE_NAMES = "roles are read from names such as q_proj, o_proj, up_proj, down_proj, fc1 or lm_head"
+_EXAMPLE = "write e.g. fsdp=8, tp=8 or fsdp=32,tp=8"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Degrees of parallelism; `recomputed` is the share of the forward that runs twice."""
+
+    fsdp: int = 1
+    tp: int = 1
+    fp8_gather: bool = False
+    recomputed: float = 0.0
+
+    @property
+    def devices(self) -> int:
+        """How many devices train together."""
+        return self.fsdp * self.tp
+
+    def __str__(self) -> str:
+        """Return what `parse_parallel` reads; empty for one device."""
+        name = next(name for name, share in RECOMPUTED.items() if share == self.recomputed)
+        parts = [f"{degree}={n}" for degree, n in (("fsdp", self.fsdp), ("tp", self.tp)) if n > 1]
+        parts += ["gather=fp8"] if self.fp8_gather and self.devices > 1 else []
+        return ",".join(parts + ([f"ac={name}"] if self.recomputed else []))
+
+
+def parse_parallel(text: str) -> Parallel:
+    """Return the degrees of e.g. `fsdp=32,tp=8`, in any case.
+
+    Raises:
+        DeviceError: a part is no known degree, given twice, or without any effect.
+    """
+    found = Parallel()
+    seen: set[str] = set()
+    for part in (part.strip().lower() for part in text.split(",")):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name in seen:
+            raise DeviceError(f"--parallel names each degree once, but {name} is twice; {_EXAMPLE}")
+        seen.add(name)
+        found = _with_part(found, name, value, text=text)
+    if found.fp8_gather and found.devices == 1:
+        raise DeviceError(
+            "gather=fp8 needs devices to gather from, fsdp=N or tp=N with N > 1, but --parallel is "
+            f"{text!r}; add one, or leave gather=fp8 out"
+        )
+    return found
+
+
+def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
+    """Return the layer's GEMM on one device.
+
+    Raises:
+        DeviceError: the tensor-parallel degree does not divide the layer, or its heads.
+    """
+    gemm = layer.gemm
+    if gemm is None:
+        raise DeviceError(f"a layer must have been called to be sharded, but {layer.name} was not")
+    role = role_of(layer)
+    if parallel.tp == 1 or role not in COLUMN_ROLES | ROW_ROLES:
+        return gemm
+    axis = "N" if role in COLUMN_ROLES else "K"
+    size = getattr(gemm, axis)
+    if size % parallel.tp:
+        raise DeviceError(
+            f"tp must divide the layers that it splits, but {layer.name} has {axis}={size} and "
+            f"tp={parallel.tp}; choose a degree that divides it"
+        )
+    _check_heads(layer, role, parallel)
+    return gemm.model_copy(update={axis: size // parallel.tp})
+
+
+def unsplit_note(layers: Iterable[LayerSpec], parallel: Parallel) -> str:
+    """Return which linears tensor parallelism leaves whole for want of a role; empty for none."""
+    if parallel.tp == 1:
+        return ""
+    called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
+    whole = [layer.name for layer in called if role_of(layer) not in COLUMN_ROLES | ROW_ROLES]
+    if not whole:
+        return ""
+    first, more = ", ".join(whole[:MOST_NAMED]), len(whole) - MOST_NAMED
+    named = f"{first} and {more} more" if more > 0 else first
+    if len(whole) == len(called):
+        return f"tp={parallel.tp} splits no layer: none has a known role ({named}); {_ROLE_NAMES}"
+    return (
+        f"tp={parallel.tp} leaves {len(whole)} of {len(called)} linear layers whole, since they "
+        f"have no known role ({named}); {_ROLE_NAMES}"
+    )
+
+
+def gathers_fp8(option: Option, parallel: Parallel) -> bool:
+    """Return whether a layer of that option is gathered in FP8."""
+    return parallel.fp8_gather and option.recipe is Recipe.TENSORWISE and not option.gemms_hp
+
+
+def parameter_share(layer: LayerSpec, parallel: Parallel) -> float:
+    """Return the share of a layer's parameters that tensor parallelism leaves on one device."""
+    return 1 / parallel.tp if role_of(layer) in COLUMN_ROLES | ROW_ROLES else 1.0
+
+
+def collective_us(machine: Machine, moved: float, *, members: int, per_node: int) -> float:
+    """Return the time of an all-gather or reduce-scatter of `moved` bytes over `members` devices.
+
+    `per_node` is how many of them share a node: they share its fast links, and together they have
+    that many ports to the network.
+    """
+    if members <= 1:
+        return 0.0
+    link = machine.interconnect_gbs
+    if members > per_node:
+        link = min(link, machine.network_gbs * per_node)
+    return moved * (members - 1) / members / (link * 1e3 * machine.link_fraction)
+
+
+def fsdp_us(machine: Machine, parallel: Parallel, gathered: float, reduced: float) -> float:
+    """Return a step's FSDP time: two gathers of `gathered` bytes, one reduction of `reduced`."""
+    per_node = max(int(machine.devices_per_node) // parallel.tp, 1)
+    return sum(
+        collective_us(machine, moved, members=parallel.fsdp, per_node=per_node)
+        for moved in (gathered, gathered, reduced)
+    )
+
+
+def tensor_parallel_us(
+    machine: Machine,
+    parallel: Parallel,
+    layers: Iterable[LayerSpec],
+    *,
+    size: float,
+    gathered_size: float,
+) -> float:
+    """Return a step's tensor-parallel time: collectives before and behind each half block.
+
+    Column-parallel layers gather their input (once per group of siblings) and scatter its gradient;
+    row-parallel ones scatter their output and gather its gradient. Gathers move elements of
+    `gathered_size` bytes, since casts can go before them; scatters sum, in elements of `size`.
+    Recomputation repeats the forward.
+    """
+    if parallel.tp == 1:
+        return 0.0
+    again = parallel.recomputed
+    moved = 0.0
+    for layer in _once_per_group(layers):
+        if layer.gemm is None:
+            continue
+        if role_of(layer) in COLUMN_ROLES:
+            moved += layer.gemm.M * layer.gemm.K * (gathered_size * (1 + again) + size)
+        else:
+            moved += layer.gemm.M * layer.gemm.N * (size * (1 + again) + gathered_size)
+    return collective_us(
+        machine, moved, members=parallel.tp, per_node=int(machine.devices_per_node)
+    )
+
+
+def _once_per_group(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
+    """Yield one split layer of each block and kind: q, k and v share their gathered input."""
+    seen: set[tuple[str, bool]] = set()
+    for layer in layers:
+        role = role_of(layer)
+        if role not in COLUMN_ROLES | ROW_ROLES:
+            continue
+        parent = layer.name if role is Role.HEAD else layer.name.rpartition(".")[0]
+        key = (parent, role in COLUMN_ROLES)
+        if key not in seen:
+            seen.add(key)
+            yield layer
+
+
+def _check_heads(layer: LayerSpec, role: Role, parallel: Parallel) -> None:
+    """Refuse a degree that would cut through an attention head."""
+    if not layer.heads or layer.heads % parallel.tp == 0:
+        return
+    is_shared = role in KEY_VALUE_ROLES
+    why = " (Megatron lets devices share one, torch's tensor parallelism does not)"
+    raise DeviceError(
+        f"tp must divide the attention heads{' and the key/value heads' if is_shared else ''}, but "
+        f"{layer.name} has {layer.heads} {'key/value ' if is_shared else ''}heads and "
+        f"tp={parallel.tp}; choose a divisor of {layer.heads}{why if is_shared else ''}"
+    )
+
+
+def _with_part(found: Parallel, name: str, value: str, *, text: str) -> Parallel:
+    if name in ("fsdp", "tp") and value.isdecimal() and 1 <= int(value) <= LARGEST_DEGREE:
+        degree = int(value)
+        return replace(found, fsdp=degree) if name == "fsdp" else replace(found, tp=degree)
+    if name == "gather" and value in ("fp8", "bf16"):
+        return replace(found, fp8_gather=value == "fp8")
+    if name == "ac" and value in RECOMPUTED:
+        return replace(found, recomputed=RECOMPUTED[value])
+    raise DeviceError(
+        "--parallel must be fsdp=N, tp=N, gather=fp8|bf16 or ac=none|selective|full, separated by "
+        f"commas, but it is {text!r}; {_EXAMPLE}"
+    )

@@ -1,0 +1,239 @@
+"""A whole training step: the layers, what lies between them, the optimizer, communication.
+
+    step = layers + attention + glue + loss + optimizer + communication that does not hide
+
+Attention is flops (causal, forward 4 b s^2 w / 2, backward 2.5 times that), the rest memory traffic
+per element. FSDP hides behind a share of the compute; tensor parallelism does not hide.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from autoprec.model.roles import AttentionBlock, Role, attention_blocks, role_of
+from autoprec.predict.gemm import Kernel, kernel_flops_per_us
+from autoprec.predict.layers import Setting, element_bytes, layer_times
+from autoprec.predict.machine import Machine
+from autoprec.predict.parallel import (
+    fsdp_us,
+    gathers_fp8,
+    parameter_share,
+    shard_gemm,
+    tensor_parallel_us,
+)
+from autoprec.records.cost import Communication
+from autoprec.records.model import (
+    BF16_O2,
+    FP32,
+    LayerKind,
+    LayerSpec,
+    ModelSpec,
+    Option,
+    Precision,
+)
+
+CAUSAL = 0.5  # half of the scores are masked away and not computed
+BACKWARD = 2.5  # fused attention recomputes the scores: five GEMMs against two
+ADAM_VALUES = 3  # optimizer_bytes counts AdamW: a parameter and two states
+REDUCED_BYTES = 4  # gradients are reduced in FP32
+EAGER_GLUE = 2.8  # traffic of unfused kernels: torchtitan's Llama3-8B, 5762 eager, 6667 compiled
+AUTOCAST_BYTES = 12  # per parameter: to BF16 in the forward, its gradient back to FP32
+Choice = Callable[[LayerSpec], Option]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Microseconds of one step; `exposed` is communication that does not hide behind compute."""
+
+    layers: float
+    between: float
+    optimizer: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.layers + self.between + self.optimizer + self.exposed
+
+
+def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
+    """Return a step in which each layer has the option that `choice` gives it."""
+    called = [layer for layer in spec.layers if layer.calls]
+    chosen = {layer.name: choice(layer) for layer in called}
+    cost: dict[tuple[str, Option, object], float] = {}
+    layers = 0.0
+    for layer in called:
+        shard = shard_gemm(layer, setting.parallel) if layer.gemm else None
+        key = (layer.shape_key, chosen[layer.name], shard)
+        if key not in cost:
+            cost[key] = layer_times(layer, chosen[layer.name], setting).total
+        layers += cost[key]
+    flow = (
+        BF16_O2
+        if any(option.precision is not Precision.FP32 for option in chosen.values())
+        else FP32
+    )
+    between = between_us(called, flow, setting) * setting.machine.step_overhead
+    optimizer = optimizer_us(spec, setting) * setting.machine.step_overhead
+    exposed = exposed_us(called, chosen, flow, setting, compute=layers + between)
+    return StepTimes(layers, between, optimizer, exposed)
+
+
+def first_fp8(layer: LayerSpec) -> Option:
+    """Return a layer's first FP8 option, else BF16."""
+    return next((option for option in layer.options if option.is_fp8), BF16_O2)
+
+
+def autocast_us(spec: ModelSpec, setting: Setting) -> float:
+    """Return what torch.autocast adds to a BF16 step: weights cast anew, norms in FP32."""
+    moved = extra = 0.0
+    for layer in spec.layers:
+        if layer.kind is LayerKind.LINEAR and layer.calls:
+            share = parameter_share(layer, setting.parallel)
+            moved += AUTOCAST_BYTES * share * sum(p.numel for p in layer.parameters)
+        if layer.kind is LayerKind.NORM and layer.calls:
+            fp32, bf16 = (layer_times(layer, option, setting).total for option in (FP32, BF16_O2))
+            extra += fp32 - bf16
+    return moved / setting.machine.bytes_per_us + extra
+
+
+def between_us(layers: Iterable[LayerSpec], flow: Option, setting: Setting) -> float:
+    """Return attention, residuals, activations and loss, forward and backward."""
+    machine, layers = setting.machine, tuple(layers)
+    attention = sum(_attention_us(block, flow, setting) for block in attention_blocks(layers))
+    glue = loss = 0.0
+    for layer in layers:
+        if layer.kind is not LayerKind.LINEAR or layer.gemm is None:
+            continue
+        gemm = shard_gemm(layer, setting.parallel)
+        elements = gemm.M * gemm.N * layer.calls_per_step
+        if role_of(layer) is Role.HEAD:
+            loss += machine.loss_bytes * elements
+        else:
+            glue += machine.glue_bytes * elements * element_bytes(flow) / 2
+    glue *= 1.0 if setting.compiled else EAGER_GLUE
+    passes = 1 + setting.parallel.recomputed / 3
+    return (attention + glue / machine.bytes_per_us) * passes + loss / machine.bytes_per_us
+
+
+def optimizer_us(spec: ModelSpec, setting: Setting) -> float:
+    """Return the optimizer step: it reads and writes parameters and states in FP32."""
+    numel = sum(
+        p.numel * parameter_share(layer, setting.parallel)
+        for layer in spec.layers
+        for p in layer.parameters
+        if p.is_trainable and p.shared_with is None
+    )
+    numel += sum(p.numel for p in spec.uncovered if p.is_trainable)
+    values = (1 + setting.state_ratio) / ADAM_VALUES
+    moved = setting.machine.optimizer_bytes * values * numel / setting.parallel.fsdp
+    return moved / setting.machine.bytes_per_us
+
+
+def exposed_us(
+    layers: Iterable[LayerSpec],
+    chosen: dict[str, Option],
+    flow: Option,
+    setting: Setting,
+    *,
+    compute: float,
+) -> float:
+    """Return the communication that compute does not hide."""
+    layers = tuple(layers)
+    sharded = _exposed_fsdp_us(layers, chosen, setting, compute=compute)
+    return sharded + _split_us(layers, chosen, flow, setting)
+
+
+def unhidden(moved: float, compute: float, *, share: float) -> float:
+    """Return the time of communication that a share of the compute does not hide."""
+    return max(0.0, moved - share * compute)
+
+
+def fsdp_communication(spec: ModelSpec, bf16: StepTimes, setting: Setting) -> Communication | None:
+    """Return FSDP's part of a BF16 O2 step of those times; None where nothing is sharded."""
+    if setting.parallel.fsdp == 1:
+        return None
+    called = [layer for layer in spec.layers if layer.calls]
+    moved = _fsdp_moved_us(
+        called, dict.fromkeys((layer.name for layer in called), BF16_O2), setting
+    )
+    share = setting.machine.communication_overlap
+    exposed = unhidden(moved, bf16.layers + bf16.between, share=share)
+    return Communication(
+        moved_ms=moved / 1e3,
+        between_ms=bf16.between / 1e3,
+        share=share,
+        exposed_ms=exposed / 1e3,
+    )
+
+
+def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict[str, float]:
+    """Return what FP8 gathers save of a step's exposed communication, layer by layer.
+
+    Whether FSDP's gathers hide behind compute is a question to the whole step. It is asked of the
+    step with `option` wherever it can run; a layer has the share that its bytes have.
+    """
+    called = [layer for layer in spec.layers if layer.calls]
+    takes = [layer for layer in called if option in layer.options]
+    if not takes or not gathers_fp8(option, setting.parallel):
+        return {}
+    chosen = {layer.name: option if option in layer.options else BF16_O2 for layer in called}
+    plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
+    times = step_times(spec, lambda layer: chosen[layer.name], plain)
+    compute = times.layers + times.between
+    sharded, split = (
+        _exposed_fsdp_us(called, chosen, plain, compute=compute)
+        - _exposed_fsdp_us(called, chosen, setting, compute=compute),
+        _split_us(called, chosen, option, plain) - _split_us(called, chosen, option, setting),
+    )
+    weights = {layer.name: _numel(layer, setting) for layer in takes}
+    inputs = {layer.name: float(layer.gemm.M * layer.gemm.K) for layer in takes if layer.gemm}
+    return {
+        name: sharded * weights[name] / max(sum(weights.values()), 1.0)
+        + split * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
+        for name in weights
+    }
+
+
+def _exposed_fsdp_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting, *, compute: float
+) -> float:
+    moved = _fsdp_moved_us(layers, chosen, setting)
+    return unhidden(moved, compute, share=setting.machine.communication_overlap)
+
+
+def _fsdp_moved_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting
+) -> float:
+    gathered = reduced = 0.0
+    for layer in layers:
+        option, numel = chosen[layer.name], _numel(layer, setting)
+        gathered += numel * (1 if gathers_fp8(option, setting.parallel) else element_bytes(option))
+        reduced += numel * REDUCED_BYTES * (not layer.is_frozen)
+    return fsdp_us(setting.machine, setting.parallel, gathered, reduced)
+
+
+def _split_us(
+    layers: Iterable[LayerSpec], chosen: dict[str, Option], flow: Option, setting: Setting
+) -> float:
+    size = element_bytes(flow)
+    is_cast = any(gathers_fp8(option, setting.parallel) for option in chosen.values())
+    return tensor_parallel_us(
+        setting.machine, setting.parallel, layers, size=size, gathered_size=1 if is_cast else size
+    )
+
+
+def _numel(layer: LayerSpec, setting: Setting) -> float:
+    return parameter_share(layer, setting.parallel) * sum(p.numel for p in layer.parameters)
+
+
+def _attention_us(block: AttentionBlock, flow: Option, setting: Setting) -> float:
+    machine = setting.machine
+    flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / setting.parallel.tp
+    rate = _attention_rate(machine, flow)
+    return block.calls * flops * (1 + BACKWARD) / rate
+
+
+def _attention_rate(machine: Machine, flow: Option) -> float:
+    if flow.precision is Precision.FP32:
+        return kernel_flops_per_us(machine, Kernel.FP32)
+    return machine.bf16_peak_tflops * machine.attention_fraction * 1e6

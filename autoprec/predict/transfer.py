@@ -1,0 +1,286 @@
+"""A small model's sensitivity -> a large model's, or what to do where there is none. No torch.
+
+Transferred: a layer takes its e from the layers of the small model that do the same thing (the same
+name but for numbers, else the same last two parts, else the last) at the same relative depth, first
+to first and last to last, interpolated between. A role's total is kept and spread over more layers:
+the residual stream is longer, and each layer's share of it smaller. Noise, loss curve and flow are
+the small model's. Seen on Llamas of width 64: the table of 2 blocks against one measured on 8 has
+Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 % below; that of 4 blocks 0.97 to 0.98, and
+17 to 20 % below. Other widths are not covered by this.
+
+Unknown: every e is 0 and labelled `unknown`, and what DeepSeek-V3 keeps out of FP8 (embedding,
+output head, norms, MoE gates: arXiv 2412.19437, section 3.3.1) stays out of it; of these only
+linears, so head and gates, could run in FP8 at all.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from autoprec.errors import RecordError
+from autoprec.model.roles import Role, role_of
+from autoprec.records import (
+    FP32,
+    Basis,
+    Estimate,
+    LayerKind,
+    LayerSensitivity,
+    LayerSpec,
+    ModelSpec,
+    Option,
+    Sensitivity,
+)
+
+DIGITS = re.compile(r"\d+")
+ROUTER_NAMES = frozenset(("router", "gating", "gate_network", "router_proj", "wg"))
+ROUTER_NARROWING = 4  # a `gate` with fewer outputs than a quarter of its inputs picks experts
+SOURCE = "DeepSeek-V3's list, arXiv 2412.19437, section 3.3.1"
+ZERO = Estimate(mean=0.0)
+MOST_NAMED = 5
+
+Key = Callable[[str], str]
+
+
+def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
+    """Return the sensitivity of a model by that of a smaller one of its family.
+
+    Raises:
+        RecordError: no layer that could run in FP8 has a counterpart.
+    """
+    finder = _Finder(small, spec)
+    rows: list[LayerSensitivity] = []
+    unmatched: list[str] = []
+    for layer in spec.layers:
+        found = finder.rows(layer)
+        rows += found
+        if not found:
+            unmatched.append(layer.name)
+            rows += [_unknown_row(layer.name, o) for o in layer.options if not o.is_fp8]
+    if not any(row.option.is_fp8 for row in rows):
+        raise RecordError(_no_family(small, spec))
+    return small.model_copy(
+        update={
+            "structure": spec.structure,
+            "method": "transferred",
+            "passes": 0,
+            "step_equivalents": 0.0,
+            "rows": tuple(row for row in rows if row.option != FP32),
+            "statistics": (),
+            "joint": (),
+            "notes": (
+                *_transfer_notes(small, unmatched),
+                *(f"of the smaller model: {note}" for note in small.notes),
+            ),
+        }
+    )
+
+
+def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
+    """Return the sensitivity of a model of which nothing was measured."""
+    return Sensitivity(
+        structure=spec.structure,
+        reference=FP32,
+        method="unknown",
+        preconditioner="unknown",
+        batches=0,
+        passes=0,
+        step_equivalents=0.0,
+        warmup_steps=0,
+        checkpoint="",
+        seed=0,
+        rows=tuple(
+            _unknown_row(layer.name, option)
+            for layer in spec.layers
+            for option in layer.options
+            if option != FP32
+        ),
+        flow=ZERO,
+        floor=ZERO,
+        statistics=(),
+        joint=(),
+        loss_curve=(),
+        gradient_noise=None,
+        software={},
+        notes=tuple(_unknown_notes(spec)),
+    )
+
+
+def sensitivity_basis(sensitivity: Sensitivity) -> Basis:
+    """Return what a sensitivity rests on: the weakest basis that most of its rows have."""
+    bases = [row.basis for row in sensitivity.rows]
+    if bases and all(basis is Basis.UNKNOWN for basis in bases):
+        return Basis.UNKNOWN
+    return Basis.TRANSFERRED if Basis.TRANSFERRED in bases else Basis.MEASURED
+
+
+def default_locks(layers: Sequence[LayerSpec]) -> dict[str, str]:
+    """Return the linears to keep out of FP8 while nothing is known of them, and why."""
+    called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
+    embeddings = {layer.name for layer in layers if layer.kind is LayerKind.EMBEDDING}
+    last = called[-1].name if called else ""
+    locks: dict[str, str] = {}
+    for layer in called:
+        is_head = role_of(layer) is Role.HEAD or layer.tied_to in embeddings or layer.name == last
+        if is_head or _is_router(layer):
+            what = "the output head" if is_head else "a router"
+            locks[layer.name] = f"{what} stays out of FP8 while its e is unknown ({SOURCE})"
+    return locks
+
+
+def _is_router(layer: LayerSpec) -> bool:
+    last = layer.name.lower().rpartition(".")[2]
+    if last in ROUTER_NAMES:
+        return True
+    return (
+        last == "gate" and layer.gemm is not None and layer.gemm.N * ROUTER_NARROWING < layer.gemm.K
+    )
+
+
+def _unknown_row(name: str, option: Option) -> LayerSensitivity:
+    return LayerSensitivity(
+        name=name, option=option, e=ZERO, bias=ZERO, loss_delta=None, basis=Basis.UNKNOWN
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer is among the layers of its role: the index-th of count."""
+
+    index: int
+    count: int
+
+
+class _Finder:
+    """Finds what a small model's table says of a large model's layers."""
+
+    def __init__(self, small: Sensitivity, spec: ModelSpec) -> None:
+        names = list(dict.fromkeys(row.name for row in small.rows))
+        self._table: dict[str, dict[Option, LayerSensitivity]] = {}
+        for row in small.rows:
+            self._table.setdefault(row.name, {})[row.option] = row
+        self._small = [_by_key(names, key) for key in _KEYS]
+        self._large = [_by_key([layer.name for layer in spec.layers], key) for key in _KEYS]
+
+    def rows(self, layer: LayerSpec) -> list[LayerSensitivity]:
+        """Return the transferred rows of a layer; none where no layer does the same."""
+        for small, large, key in zip(self._small, self._large, _KEYS, strict=True):
+            sources, group = small.get(key(layer.name)), large[key(layer.name)]
+            if sources:
+                place = _Place(group.index(layer.name), len(group))
+                return list(self._transferred(layer, sources, place))
+        return []
+
+    def _transferred(
+        self, layer: LayerSpec, sources: Sequence[str], place: _Place
+    ) -> Iterator[LayerSensitivity]:
+        for option in layer.options:
+            rows = [self._table[name][option] for name in sources if option in self._table[name]]
+            if rows:
+                yield _spread(layer.name, rows, place)
+
+
+def _spread(name: str, rows: Sequence[LayerSensitivity], place: _Place) -> LayerSensitivity:
+    """Return a role's row at a place; over all places it adds up to the role's total."""
+    weights = _weights(place.index, place.count, len(rows))
+    total = math.fsum(max(row.e.mean, 0.0) for row in rows)
+    reached = math.fsum(
+        weight * max(rows[at].e.mean, 0.0)
+        for index in range(place.count)
+        for at, weight in _weights(index, place.count, len(rows)).items()
+    )
+    scale = total / reached if reached > 0.0 else 1.0
+    return LayerSensitivity(
+        name=name,
+        option=rows[0].option,
+        e=_mixed([(weight, rows[at].e) for at, weight in weights.items()], scale),
+        bias=_mixed([(weight, rows[at].bias) for at, weight in weights.items()], scale),
+        loss_delta=None,
+        basis=Basis.TRANSFERRED,
+    )
+
+
+def _weights(index: int, count: int, sources: int) -> dict[int, float]:
+    """Return the sources nearest to a relative depth, and their shares; ends map to ends.
+
+    One layer alone stands for all of its sources.
+    """
+    if count == 1:
+        return dict.fromkeys(range(sources), 1.0 / sources)
+    depth = index / (count - 1) * (sources - 1)
+    below = min(int(depth), sources - 1)
+    above = min(below + 1, sources - 1)
+    if above == below or depth == below:
+        return {below: 1.0}
+    return {below: above - depth, above: depth - below}
+
+
+def _mixed(parts: Sequence[tuple[float, Estimate]], scale: float) -> Estimate:
+    mean = scale * math.fsum(weight * estimate.mean for weight, estimate in parts)
+    errors = [estimate.stderr for _, estimate in parts if estimate.stderr is not None]
+    is_known = len(errors) == len(parts)
+    return Estimate(mean=mean, stderr=scale * max(errors) if is_known else None)
+
+
+def _pattern(name: str) -> str:
+    return DIGITS.sub("*", name)
+
+
+def _last_two(name: str) -> str:
+    return ".".join(_pattern(name).split(".")[-2:])
+
+
+def _last(name: str) -> str:
+    return _pattern(name).rpartition(".")[2]
+
+
+_KEYS = (_pattern, _last_two, _last)
+
+
+def _by_key(names: Sequence[str], key: Key) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return found
+
+
+def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
+    yield (
+        f"e is transferred by role and relative depth from a smaller model ({small.structure}), "
+        "not measured on this one; so are the loss curve and the gradient noise behind the budget"
+    )
+    if unmatched:
+        yield (
+            f"no counterpart in the smaller model, so out of FP8: {_some(unmatched)}; their e in "
+            "BF16 is unknown and counts as 0"
+        )
+
+
+def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
+    locks = default_locks(spec.layers)
+    held = f", here {_some(list(locks))}" if locks else ""
+    takes_fp8 = any(option.is_fp8 for layer in spec.layers for option in layer.options)
+    kept = f"; embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
+    yield (
+        "no sensitivity was measured: e is unknown and the plan is chosen by time alone"
+        f"{kept if takes_fp8 else ''}"
+    )
+    yield (
+        "the loss tolerance is not verified: train a small model of the family with autoprec and "
+        "give its sensitivity.json with --sensitivity, or verify the plan where the model fits"
+    )
+
+
+def _no_family(small: Sensitivity, spec: ModelSpec) -> str:
+    theirs = list(dict.fromkeys(_last(row.name) for row in small.rows if row.option.is_fp8))
+    own = [_last(layer.name) for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    return (
+        "a sensitivity of another model must be of the same family, but no layer that can run in "
+        f"FP8 has a name of it: the model has {_some(list(dict.fromkeys(own))) or 'none'}, the "
+        f"sensitivity {_some(theirs) or 'none'}; measure a small model built by the same code"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

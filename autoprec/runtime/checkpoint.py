@@ -1,0 +1,226 @@
+"""A training run -> one checkpoint file, and back; and the user's own checkpoint files.
+
+    autoprec.save_checkpoint("run.pt", model, optimizer, guard=guard, step=step)
+    resumed = autoprec.load_checkpoint("run.pt", model, optimizer, guard=guard)
+
+Model, optimizer (with its FP32 masters) and guard are one file that takes the last one's place in
+one step when it is complete. So a kill at any moment leaves a pair that belongs together, the last
+or the one before. Files are loaded with `weights_only=True`: nothing in them can run code.
+"""
+
+import glob
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autoprec.common.files import PARTIAL, replace_file
+from autoprec.errors import RecordError
+
+# what torch.load raises on truncated, foreign or unsafe bytes
+BROKEN_FILE = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    pickle.UnpicklingError,
+)
+PARTS = ("model", "optimizer", "guard", "step", "extra")  # of a file of save_checkpoint
+BROKEN_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+
+
+class Stateful(Protocol):
+    """What a guard is here."""
+
+    def state_dict(self) -> dict[str, Any]:  # Any: JSON values
+        """Return what it remembers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # Any: JSON values
+        """Go on from there."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a loaded checkpoint was written: after `step` steps, with the user's own `extra`."""
+
+    step: int
+    extra: dict[str, Any] = field(default_factory=dict)  # Any: what was given to save_checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State dicts on the CPU; `curve` and `eval_losses` are there in a checkpoint of our own."""
+
+    model: dict[str, Any]  # Any: a state dict may hold extra state of the user's
+    optimizer: dict[str, Any] | None  # Any: an optimizer's state dict
+    curve: tuple[float, ...] = ()
+    eval_losses: tuple[float, ...] = ()
+
+
+def save_checkpoint(
+    path: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    guard: Stateful | None = None,
+    step: int = 0,
+    extra: Mapping[str, Any] | None = None,  # Any: tensors and plain data
+) -> Path:
+    """Write model, optimizer and guard to one file, which a kill leaves whole: the old or the new.
+
+    The model's state is in its dtypes, the optimizer's has the FP32 masters. Where
+    `torch.distributed` runs, rank 0 writes and the others return; for sharded models use
+    `torch.distributed.checkpoint` instead.
+
+    Args:
+        path: the file; the one that is there stays until the new one is complete.
+        model: inside DDP or `torch.compile` or not: keys are those of the plain model.
+        optimizer: what trains it.
+        guard: a guard of the run, if any.
+        step: how many steps were done.
+        extra: more to save, of tensors and plain data: a scheduler's state, random states.
+
+    Raises:
+        RecordError: the file cannot be written, or the model is sharded.
+    """
+    path = Path(path)
+    content = {
+        "model": unwrapped(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "guard": None if guard is None else guard.state_dict(),
+        "step": step,
+        "extra": dict(extra or {}),
+    }
+    _check_whole(content)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return path
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)  # of a writer that was killed
+    return replace_file(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(
+    path: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    guard: Stateful | None = None,
+) -> Resumed:
+    """Load what `save_checkpoint` wrote, into a model and optimizer to which the plan was applied.
+
+    The run then goes on bit for bit as if it had never stopped, given the same batches.
+
+    Raises:
+        RecordError: the file is missing, is no such checkpoint, or is of another model.
+    """
+    content = _read(Path(path))
+    missing = [name for name in PARTS if name not in content]
+    if missing:
+        raise RecordError(
+            f"a checkpoint must be one of autoprec.save_checkpoint, but {path} has no "
+            f"{missing[0]!r}; load its state dicts with load_state_dict"
+        )
+    if guard is not None and content["guard"] is None:
+        raise RecordError(
+            f"a guard goes on from a guard's state, but {path} was saved without one; "
+            "leave guard out, it then starts anew"
+        )
+    load_state(unwrapped(model), content["model"], what="model")
+    load_state(optimizer, content["optimizer"], what="optimizer")
+    if guard is not None:
+        guard.load_state_dict(content["guard"])
+    return Resumed(step=content["step"], extra=content["extra"])
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint: a bare state dict, or a dict with `model` and maybe `optimizer`.
+
+    Raises:
+        RecordError: the file is missing, is no checkpoint, or holds more than tensors and data.
+    """
+    content = _read(path)
+    if not isinstance(content.get("model"), dict):
+        return Checkpoint(model=content, optimizer=None)
+    return Checkpoint(
+        model=content["model"],
+        optimizer=content.get("optimizer"),
+        curve=tuple(content.get("curve", ())),
+        eval_losses=tuple(content.get("eval_losses", ())),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:  # Any: whatever was saved
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RecordError(
+            f"a checkpoint must be readable, but {path} is not ({error.strerror}); check the path"
+        ) from error
+    except BROKEN_FILE as error:
+        raise RecordError(
+            f"a checkpoint must load with torch.load(weights_only=True), but {path} does not "
+            f"({type(error).__name__}); save a state dict, or model= and optimizer= state dicts"
+        ) from error
+    if not isinstance(content, dict):
+        raise RecordError(
+            f"a checkpoint must be a state dict or a dict with 'model', but {path} holds "
+            f"{type(content).__name__}; save model.state_dict()"
+        )
+    return content
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and `torch.compile`, whose wrappers change the keys."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _check_whole(content: Mapping[str, Any]) -> None:  # Any: state dicts
+    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
+        raise RecordError(
+            "one file holds whole tensors, but this model is sharded over ranks; save it with "
+            "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
+        )
+
+
+def load_state(
+    target: nn.Module | torch.optim.Optimizer, state: dict[str, Any], *, what: str
+) -> None:
+    """Load a copy of a state dict into a model or an optimizer; `what` names it in errors.
+
+    Raises:
+        RecordError: the state is of another model or optimizer.
+    """
+    try:
+        target.load_state_dict(on_cpu(state))
+    except BROKEN_STATE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RecordError(
+            f"the checkpoint must fit the {what} that the workload builds, but it does not "
+            f"({reason}); give a checkpoint of this workload"
+        ) from error
+
+
+def on_cpu(value: Any) -> Any:  # Any: a state dict is a tree of anything
+    """Return a copy of a state dict with its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_cpu(item) for item in value)
+    return value

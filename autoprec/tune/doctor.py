@@ -1,0 +1,109 @@
+"""What this machine can do for a plan: versions, device, FP8 with reasons, numbers that are right.
+
+The numeric self-test runs every FP8 recipe against a higher-precision reference: a wrong kernel or
+compiler is found here rather than in a training run. One GEMM is timed in each precision, since "is
+FP8 worth anything on this device" is the first question that people ask. Where FP8 has a reference
+kernel only (oneDNN on most CPUs), a small GEMM tells so: the large one would take minutes.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.local import device_facts, e4m3_dtype, resolve_device
+from autoprec.device.timing import make_clock, time_interleaved
+from autoprec.device.torchao import import_torchao
+from autoprec.records import Check, Diagnosis, GemmShape, Timing
+
+GEMM = GemmShape(M=2048, K=1024, N=1024)
+GPU_GEMM = GemmShape(M=8192, K=4096, N=4096)  # far longer than Python needs to launch it
+SMALL_GEMM = GemmShape(M=128, K=128, N=128)
+SAMPLES = 7
+HOPELESS = 20.0  # times slower than BF16: an FP8 kernel that no plan can use is not timed further
+
+
+def diagnose(target: str) -> Diagnosis:
+    """Look at the machine; takes a few seconds.
+
+    Raises:
+        DeviceError: the target is not here.
+    """
+    device = resolve_device(target)
+    timings, speed = time_gemms(device)
+    return Diagnosis(
+        device=device_facts(device),
+        checks=(*_software_checks(), *_fp8_checks(device), *([speed] if speed else [])),
+        gemm=str(gemm_of(device)),
+        gemm_ms=timings,
+    )
+
+
+def gemm_of(device: torch.device) -> GemmShape:
+    """Return the shape of the GEMM that is timed on a device."""
+    return GPU_GEMM if device.type == "cuda" else GEMM
+
+
+def time_gemms(device: torch.device) -> tuple[dict[str, Timing], Check | None]:
+    """Time one GEMM in FP32, BF16 and FP8 tensorwise, interleaved.
+
+    FP8 is left out where it does not run, or where a small GEMM shows that it is hopeless; the
+    check then says so.
+    """
+    clock = make_clock(device)
+    large, small = gemm_functions(gemm_of(device), device), gemm_functions(SMALL_GEMM, device)
+    found = None
+    if "fp8" in small:
+        quick = time_interleaved(small, clock=clock, samples=SAMPLES)
+        ratio = quick["fp8"].median_ms / quick["bf16"].median_ms
+        if ratio > HOPELESS:
+            del large["fp8"]
+            found = Check(
+                name="fp8 speed",
+                is_good=True,  # a fact, not a fault
+                detail=f"a reference kernel: {SMALL_GEMM} takes {ratio:,.0f} times as long as BF16",
+            )
+    return time_interleaved(large, clock=clock, samples=SAMPLES), found
+
+
+def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return [M, K] @ [K, N] -> [M, N] in FP32, BF16 and (where it runs) FP8."""
+    a_MK = torch.randn(shape.M, shape.K, device=device)
+    b_NK = torch.randn(shape.N, shape.K, device=device)
+    a_bf16, b_bf16 = a_MK.bfloat16(), b_NK.bfloat16()
+    functions: dict[str, Callable[[], object]] = {
+        "fp32": lambda: a_MK @ b_NK.T,
+        "bf16": lambda: a_bf16 @ b_bf16.T,
+    }
+    if fp8_support(device).recipes:
+        one = torch.ones((), device=device)
+        a_fp8, b_fp8 = (x.to(e4m3_dtype(device)) for x in (a_bf16, b_bf16))
+        functions["fp8"] = lambda: torch._scaled_mm(
+            a_fp8, b_fp8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        )
+    return functions
+
+
+def _software_checks() -> list[Check]:
+    torchao = import_torchao()
+    return [
+        Check(
+            name="torchao float8 training",
+            is_good=hasattr(torchao, "convert_to_float8_training"),
+            detail="importable",
+        )
+    ]
+
+
+def _fp8_checks(device: torch.device) -> list[Check]:
+    support = fp8_support(device)
+    if not support.recipes:
+        return [
+            Check(
+                name="fp8 on this device",
+                is_good=True,  # a fact, not a fault: plans for it have BF16 and FP32 only
+                detail=f"not available: {support.reason}",
+            )
+        ]
+    return fp8_self_test(device)

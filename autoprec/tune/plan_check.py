@@ -1,0 +1,76 @@
+"""A plan file, a workload and a device -> whether the plan can be trusted there, check by check."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from autoprec.device.fp8 import fp8_support
+from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.local import resolve_device
+from autoprec.device.torchao import APPLICABLE_RECIPES
+from autoprec.errors import PlanMismatchError
+from autoprec.records import Check, Plan, PlanCheck, Precision
+from autoprec.runtime import apply, check_applied, check_fit
+from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.workload.functions import Workload, load_workload, take_batches
+
+
+def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:
+    """Check that a plan file is valid, and with a workload that it fits and is what runs.
+
+    Args:
+        plan: the path of a plan.json.
+        model: the workload, as `model.py` or `model.py:name`; empty: only the file and the
+            device's FP8 are checked.
+        target: the device to check on.
+
+    Raises:
+        RecordError: the file is no plan.
+        DeviceError: the target is not here.
+        WorkloadError: the workload breaks its contract.
+    """
+    loaded = Plan.load(plan)
+    device = resolve_device(target)
+    counts = ", ".join(f"{loaded.count(p)} {p}" for p in Precision if loaded.count(p))
+    checks = [Check(name="file", is_good=True, detail=f"{len(loaded.layers)} layers: {counts}")]
+    if model:
+        checks += _model_checks(loaded, load_workload(model), device)
+    if loaded.count(Precision.FP8_O1):
+        checks += _fp8_checks(loaded, device)
+    return PlanCheck(plan=str(plan), checks=tuple(checks))
+
+
+def _model_checks(plan: Plan, workload: Workload, device: torch.device) -> list[Check]:
+    model = workload.build_model().to(device).train()
+    batch = take_batches(workload, seed=0, count=1, device=device)[0]
+    try:
+        with torch.no_grad():
+            workload.loss_fn(model, batch)  # lazy modules get their shapes
+        check_fit(plan, model)
+        apply(plan, model)
+    except PlanMismatchError as error:
+        return [Check(name="fits the model", is_good=False, detail=str(error))]
+    fits = Check(name="fits the model", is_good=True, detail="every layer by name, kind and shape")
+    with fast_fp8_gemms(device):
+        ran = check_applied(model, batch, loss_fn=workload.loss_fn)
+    return [fits, *(_named(check) for check in ran)]
+
+
+def _named(check: Check) -> Check:
+    return check.model_copy(update={"name": f"runs: {check.name or 'the model'}"})
+
+
+def _fp8_checks(plan: Plan, device: torch.device) -> list[Check]:
+    """Test the recipes that the plan uses, numerically; on a GPU compiled too, if the plan is."""
+    if not fp8_support(device).recipes:
+        reason = f"{fp8_support(device).reason}; set these layers to bf16_o2, or use another device"
+        return [Check(name="fp8 on this device", is_good=False, detail=reason)]
+    used = {layer.recipe for layer in plan.layers} & set(APPLICABLE_RECIPES)
+    recipes = sorted(recipe for recipe in used if recipe is not None)
+    checks = fp8_self_test(device, recipes=recipes)
+    mode = plan.fingerprint.compile_mode
+    if device.type != "cpu" and mode not in ("", "eager"):
+        compiler = functools.partial(torch.compile, mode=mode)
+        checks += fp8_self_test(device, recipes=recipes, compiler=compiler)
+    return checks

@@ -1,0 +1,1 @@
+"""The user's side: functions of a file, or a transformers config."""
