@@ -75,7 +75,7 @@ class PlanRow:
 
     label: str
     has_fault: bool
-    table_e: float
+    table_grad_error: float
     joint_e: float
     table_bias: float
     joint_bias: float
@@ -290,7 +290,7 @@ def measure_plan(
 ) -> PlanRow:
     """Predict a plan's gap and measure it over the paired seeds."""
     rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
-    table_e = sensitivity.flow.mean + sum(row.e.mean for row in rows)
+    table_grad_error = sensitivity.activation_error.mean + sum(row.grad_error.mean for row in rows)
     table_bias = sum(row.bias.mean for row in rows)
     joint = meter.measure_joint(tuple(plan[name] for name in meter.spec.names))
     joint_bias = joint.bias.mean if joint.bias else 0.0
@@ -299,29 +299,33 @@ def measure_plan(
     found = PlanRow(
         label=label,
         has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),
-        table_e=table_e,
-        joint_e=joint.e.mean,
+        table_grad_error=table_grad_error,
+        joint_e=joint.grad_error.mean,
         table_bias=table_bias,
         joint_bias=joint_bias,
-        table_gap=predicted(session, sensitivity, table_e),
-        joint_gap=predicted(session, sensitivity, joint.e.mean),
+        table_gap=predicted(session, sensitivity, table_grad_error),
+        joint_gap=predicted(session, sensitivity, joint.grad_error.mean),
         scores=scores,
         gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
         diverged=any(branch.diverged_at is not None for _, branch in pairs),
     )
     gaps = " ".join(f"{gap:+.3%}" for gap in found.gaps)
     print(
-        f"  {label:32s} e {table_e:.2e} joint {joint.e.mean:.2e}  predicted {found.joint_gap:.3%}  "
+        f"  {label:32s} e {table_grad_error:.2e} "
+        f"joint {joint.grad_error.mean:.2e}  predicted {found.joint_gap:.3%}  "
         f"measured {gaps}{'  diverged' if found.diverged else ''}",
         flush=True,
     )
     return found
 
 
-def predicted(session: Session, sensitivity: Sensitivity, e: float) -> float:
+def predicted(session: Session, sensitivity: Sensitivity, grad_error: float) -> float:
     """Return the predicted gap of a branch; 0 where no curve says what a step is worth."""
     terms = session.terms
-    return predicted_loss_gap(sensitivity, e, terms.branch_steps, start=terms.warmup_steps) or 0.0
+    return (
+        predicted_loss_gap(sensitivity, grad_error, terms.branch_steps, start=terms.warmup_steps)
+        or 0.0
+    )
 
 
 def relative_gap(reference: Branch, branch: Branch) -> float | None:

@@ -53,7 +53,7 @@ class Verdict:
 class ProductRun:
     """What the search chose; `out` are the linears that could take FP8 and do not."""
 
-    e_budget: float
+    grad_error_budget: float
     early_slope: float
     chosen_e: float
     out: list[str]
@@ -71,7 +71,7 @@ def run_product(
     profile = wide_profile(spec)
     sensitivity = measure_sensitivity(workload, profile.model, device=CPU, reference=reference)
     meter = JointMeter(workload, spec, device=CPU, reference=reference)
-    constraint = Constraint(loss_tolerance=tolerance, e_budget=None)
+    constraint = Constraint(loss_tolerance=tolerance, grad_error_budget=None)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=meter.measure)
     plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
     out = [
@@ -82,15 +82,15 @@ def run_product(
     plans = {"chosen": plan}
     for recipe in RECIPES[:2]:
         options = everywhere(profile.model, fp8_option(recipe))
-        point = FrontPoint(options=options, step_ms=0.0, e=0.0)
+        point = FrontPoint(options=options, step_ms=0.0, grad_error=0.0)
         plans[f"FP8 {recipe} everywhere"] = build_plan(
             profile, sensitivity, search, point, constraint=constraint
         )
     line = fit_loss_line(sensitivity.loss_curve)
     return ProductRun(
-        e_budget=search.e_budget,
+        grad_error_budget=search.grad_error_budget,
         early_slope=line.slope if line else 0.0,
-        chosen_e=search.chosen.e_measured or search.chosen.e,
+        chosen_e=search.chosen.grad_error_measured or search.chosen.grad_error,
         out=[layer.name for layer in out],
         reasons={layer.name: layer.reason for layer in out},
         fp8_layers=sum(layer.option.is_fp8 for layer in plan.layers),
@@ -106,7 +106,7 @@ def wide_profile(spec: ModelSpec) -> Profile:
         load_device_profile(DEVICE),
         compiled=True,
         options=[fp8_option(recipe) for recipe in RECIPES],
-        masks=True,
+        gemms_hp=True,
     )
 
 

@@ -131,7 +131,7 @@ def _plan_table(run: Run) -> str:
     rows = [
         [
             row["label"],
-            f"{row['table_e']:.1e}",
+            f"{row['table_grad_error']:.1e}",
             f"{row['joint_e']:.1e}",
             f"{row['joint_gap']:.3%}",
             " ".join(f"{gap:+.3%}" for gap in row["gaps"])
@@ -159,7 +159,7 @@ def _products(runs: Sequence[Run]) -> str:
         product = run["product"]
         text += (
             f"\n**{run['family']}** (fault in `{run['fault']}`): e budget "
-            f"{product['e_budget']:.2%}, chosen plan's e {product['chosen_e']:.2%}, "
+            f"{product['grad_error_budget']:.2%}, chosen plan's e {product['chosen_e']:.2%}, "
             f"{product['fp8_layers']} layers in FP8; {product['step_equivalents']:.0f} step "
             "equivalents. Linears out of FP8, and why:\n"
         )

@@ -63,7 +63,7 @@ def figures(run: RunRecords) -> Iterator[tuple[str, str, str, bool]]:
     )
     gap = found.gap
     shown = f"{gap.mean:+.4%} ({gap.low:+.4%} to {gap.high:+.4%})" if gap else "none"
-    yield "loss gap", shown, f"verified at {found.tolerance:.2%}", found.verdict == "verified"
+    yield "loss gap", shown, f"verified at {found.loss_tolerance:.2%}", found.verdict == "verified"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def block_plan(model: nn.Module) -> Plan:
     return Plan(
         layers=tuple(layers),
         uncovered=(),
-        constraint=Constraint(loss_tolerance=0.001, e_budget=None),
+        constraint=Constraint(loss_tolerance=0.001, grad_error_budget=None),
         fingerprint=Fingerprint(
             structure="",
             device="",
@@ -72,8 +72,8 @@ def block_plan(model: nn.Module) -> Plan:
             compile_mode="",
             tokens_per_step=2048,
         ),
-        e=None,
-        e_basis=Basis.UNKNOWN,
+        grad_error=None,
+        grad_error_basis=Basis.UNKNOWN,
         predicted=None,
     )
 

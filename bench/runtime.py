@@ -230,7 +230,11 @@ def cpu_peak_mb(run: Step) -> float:
     if profiler.profiler is None:
         raise RuntimeError("torch's profiler recorded nothing")
     events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    changes = [
+        (grad_error.start_ns(), grad_error.nbytes())
+        for grad_error in events
+        if grad_error.name() == "[memory]"
+    ]
     peak: int = max(itertools.accumulate(size for _, size in sorted(changes)))
     return peak / 1e6
 

@@ -43,7 +43,7 @@ def search_folder(folder: Path) -> None:
 
     profile = Profile.load(folder / "profile.json")
     sensitivity = Sensitivity.load(folder / "sensitivity.json")
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=4e-3)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=4e-3)
     started = time.perf_counter()
     search = search_plan(
         profile,
@@ -57,7 +57,7 @@ def search_folder(folder: Path) -> None:
     search_s = time.perf_counter() - started
     problem = make_problem(make_costs(profile, sensitivity), constraint)
     started = time.perf_counter()
-    exact(problem, search.e_budget)
+    exact(problem, search.grad_error_budget)
     print(
         json.dumps(
             {
@@ -86,10 +86,13 @@ def write_tables(folder: Path, layers: int) -> None:
     rng = np.random.default_rng(0)
     rows: dict[str, Row] = {}
     for index in range(layers):
-        ms, e = float(rng.lognormal()), float(rng.lognormal(-8.0, 2.0)) / layers**0.5
-        row = {FP32: (3.0 * ms, 0.0), BF16_O2: (ms, 0.02 * e)}
+        ms, grad_error = float(rng.lognormal()), float(rng.lognormal(-8.0, 2.0)) / layers**0.5
+        row = {FP32: (3.0 * ms, 0.0), BF16_O2: (ms, 0.02 * grad_error)}
         for option in fp8:
-            row[option] = (ms * float(rng.uniform(0.6, 1.1)), e * float(rng.uniform(0.3, 1.0)))
+            row[option] = (
+                ms * float(rng.uniform(0.6, 1.1)),
+                grad_error * float(rng.uniform(0.3, 1.0)),
+            )
         rows[f"blocks.{index // 5}.{('norm', 'qkv', 'proj', 'fc1', 'fc2')[index % 5]}"] = row
     spec = spec_of(rows)
     profile_of(spec, rows).save(folder / "profile.json")

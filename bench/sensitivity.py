@@ -47,7 +47,13 @@ def deep_workload() -> Workload:
 def compare_rows(exact: Sensitivity, depth_free: Sensitivity, option: Option) -> None:
     """Print how far the two tables agree on one option."""
     pairs = [
-        (row.name, row.e.mean, found.e.mean, row.e.stderr or 0.0, found.e.stderr or 0.0)
+        (
+            row.name,
+            row.grad_error.mean,
+            found.grad_error.mean,
+            row.grad_error.stderr or 0.0,
+            found.grad_error.stderr or 0.0,
+        )
         for row in exact.rows
         if row.option == option and (found := depth_free.row(row.name, option)) is not None
     ]
@@ -83,9 +89,9 @@ def check_additivity(
         )
         measured = meter.measure(options).mean
         predicted = {
-            name: record.flow.mean
+            name: record.activation_error.mean
             + sum(
-                row.e.mean
+                row.grad_error.mean
                 for layer, option in zip(spec.layers, options, strict=True)
                 if (row := record.row(layer.name, option)) is not None
             )

@@ -116,7 +116,7 @@ def predicted_run(device: str = "h100-sxm", *, memory_gb: float | None = None) -
         facts = profile.device.model_copy(update={"memory_bytes": int(memory_gb * 1e9)})
         profile = profile.model_copy(update={"device": facts})
     sensitivity = unknown_sensitivity(profile.model)
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=0.0)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=0.0)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
     plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
     return RunRecords(profile=profile, sensitivity=sensitivity, search=search, plan=plan)
@@ -379,7 +379,7 @@ def device_facts(machine: Machine) -> DeviceFacts:
 # --- loss ---------------------------------------------------------------------------------------
 
 
-def layer_e(position: int, option: Option) -> float:
+def layer_grad_error(position: int, option: Option) -> float:
     return E_SCALE[option] * 0.003 / math.pow(1 + position, 1.3)
 
 
@@ -388,9 +388,13 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
         LayerSensitivity(
             name=layer.name,
             option=option,
-            e=Estimate(mean=layer_e(position, option), stderr=0.1 * layer_e(position, option)),
+            grad_error=Estimate(
+                mean=layer_grad_error(position, option),
+                stderr=0.1 * layer_grad_error(position, option),
+            ),
             bias=Estimate(
-                mean=0.4 * layer_e(position, option), stderr=0.1 * layer_e(position, option)
+                mean=0.4 * layer_grad_error(position, option),
+                stderr=0.1 * layer_grad_error(position, option),
             ),
             loss_delta=Estimate(mean=1e-4 / (1 + position), stderr=3e-5),
         )
@@ -412,7 +416,7 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
         checkpoint="",
         seed=0,
         rows=tuple(rows),
-        flow=Estimate(mean=2.1e-5, stderr=2e-6),
+        activation_error=Estimate(mean=2.1e-5, stderr=2e-6),
         floor=Estimate(mean=0.0, stderr=0.0),
         statistics=tuple(
             statistics_of(layer.name, operand) for layer in linears for operand in Operand
@@ -421,8 +425,8 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
             JointMeasurement(
                 label="bf16_o2",
                 options=uniform,
-                e=Estimate(mean=3.1e-4, stderr=2e-5),
-                predicted_e=2.9e-4,
+                grad_error=Estimate(mean=3.1e-4, stderr=2e-5),
+                predicted_grad_error=2.9e-4,
             ),
         ),
         loss_curve=tuple((index, 10.8 - 0.3 * index) for index in range(20)),
@@ -456,9 +460,13 @@ def total_ms(profile: Profile, name: str, option: Option) -> float:
     return row.total.median_ms
 
 
-def total_e(sensitivity: Sensitivity, names: tuple[str, ...], options: tuple[Option, ...]) -> float:
+def total_grad_error(
+    sensitivity: Sensitivity, names: tuple[str, ...], options: tuple[Option, ...]
+) -> float:
     found = (sensitivity.row(n, o) for n, o in zip(names, options, strict=True))
-    return math.fsum(row.e.mean for row in found if row) + sensitivity.flow.mean
+    return (
+        math.fsum(row.grad_error.mean for row in found if row) + sensitivity.activation_error.mean
+    )
 
 
 def choose_options(profile: Profile, sensitivity: Sensitivity) -> tuple[Option, ...]:
@@ -487,7 +495,7 @@ def make_plan(profile: Profile, sensitivity: Sensitivity, options: tuple[Option,
             for layer, option in zip(profile.model.layers, options, strict=True)
         ),
         uncovered=("class_token",),
-        constraint=Constraint(loss_tolerance=0.001, e_budget=0.01, kept=("head=bf16_o2",)),
+        constraint=Constraint(loss_tolerance=0.001, grad_error_budget=0.01, keep=("head=bf16_o2",)),
         fingerprint=Fingerprint(
             structure=profile.model.structure,
             device=profile.device.name,
@@ -496,8 +504,8 @@ def make_plan(profile: Profile, sensitivity: Sensitivity, options: tuple[Option,
             compile_mode="eager",
             tokens_per_step=profile.model.tokens_per_step,
         ),
-        e=1.08 * total_e(sensitivity, profile.model.names, options),
-        e_basis=Basis.MEASURED,
+        grad_error=1.08 * total_grad_error(sensitivity, profile.model.names, options),
+        grad_error_basis=Basis.MEASURED,
         predicted=PredictedStep(
             plan_ms=predicted,
             fp32_ms=plan_ms(profile, tuple(FP32 for _ in options)),
@@ -523,7 +531,7 @@ def assignment(
         recipe=option.recipe,
         layer_ms=ms,
         baseline_ms=baseline,
-        e=row.e.mean if row else None,
+        grad_error=row.grad_error.mean if row else None,
         reason=reason_of(layer, option, baseline / fp8),
     )
 
@@ -543,7 +551,7 @@ def make_search(profile: Profile, sensitivity: Sensitivity, options: tuple[Optio
     chosen = points[-1]
     return Search(
         structure=profile.model.structure,
-        e_budget=0.01,
+        grad_error_budget=0.01,
         front=points,
         exact=chosen,
         bound_ms=0.995 * chosen.step_ms,
@@ -555,8 +563,8 @@ def make_search(profile: Profile, sensitivity: Sensitivity, options: tuple[Optio
                 source=source,
                 options=point.options,
                 step_ms=point.step_ms * (1.0 + 0.004 * number),
-                e=point.e * 1.1,
-                time_to_loss_ms=point.step_ms * (1 + point.e),
+                grad_error=point.grad_error * 1.1,
+                time_to_loss_ms=point.step_ms * (1 + point.grad_error),
                 feasible=number != 3,
             )
             for number, (source, point) in enumerate(
@@ -579,13 +587,13 @@ def front_points(
     points = []
     for cut in dict.fromkeys(round(count * fifth / 5) for fifth in range(6)):
         mixed = tuple(options[i] if i >= count - cut else BF16_O2 for i in range(count))
-        e = total_e(sensitivity, names, mixed)
+        grad_error = total_grad_error(sensitivity, names, mixed)
         points.append(
             FrontPoint(
                 options=mixed,
                 step_ms=plan_ms(profile, mixed),
-                e=e,
-                e_measured=1.08 * e if cut == count else None,
+                grad_error=grad_error,
+                grad_error_measured=1.08 * grad_error if cut == count else None,
             )
         )
     return tuple(points)
@@ -606,7 +614,7 @@ def make_verification(plan: Plan, profile: Profile) -> Verification:
     return Verification(
         plan=plan.digest,
         verdict=Verdict.VERIFIED,
-        tolerance=0.001,
+        loss_tolerance=0.001,
         gap=LossGap(mean=0.00021, low=-0.00012, high=0.00054, confidence=0.95, seeds=3),
         control_gap=LossGap(mean=0.00012, low=-0.0001, high=0.00034, confidence=0.95, seeds=3),
         seed_spread=0.0041,
@@ -645,7 +653,7 @@ def make_branches() -> tuple[Branch, ...]:
 def certificate_of(verification: Verification) -> Certificate:
     return Certificate(
         verdict=verification.verdict,
-        tolerance=verification.tolerance,
+        loss_tolerance=verification.loss_tolerance,
         gap=verification.gap,
         step_ms={s.label: s.timing.median_ms for s in verification.steps},
         seeds=3,

@@ -31,7 +31,7 @@ def plan_for(
     return Plan(
         layers=tuple(layers),
         uncovered=tuple(find_uncovered(model)),
-        constraint=Constraint(loss_tolerance=0.001, e_budget=None),
+        constraint=Constraint(loss_tolerance=0.001, grad_error_budget=None),
         fingerprint=Fingerprint(
             structure=model_structure(model),
             device="",
@@ -40,7 +40,7 @@ def plan_for(
             compile_mode="eager",
             tokens_per_step=0,
         ),
-        e=None,
-        e_basis=Basis.UNKNOWN,
+        grad_error=None,
+        grad_error_basis=Basis.UNKNOWN,
         predicted=None,
     )

@@ -127,14 +127,17 @@ def sensitivity_of(
         seed=0,
         rows=tuple(
             LayerSensitivity(
-                name=name, option=option, e=Estimate(mean=e), bias=Estimate(mean=bias * e),
+                name=name,
+                option=option,
+                grad_error=Estimate(mean=grad_error),
+                bias=Estimate(mean=bias * grad_error),
                 loss_delta=None,
             )
             for name, row in rows.items()
-            for option, (_, e) in row.items()
+            for option, (_, grad_error) in row.items()
             if option != FP32
         ),
-        flow=Estimate(mean=flow),
+        activation_error=Estimate(mean=flow),
         floor=Estimate(mean=0.0),
         statistics=(),
         joint=(),

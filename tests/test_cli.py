@@ -219,7 +219,7 @@ def test_a_wrong_argument_gets_one_clear_line(arguments: tuple[str, ...], run: R
 
 EDITS: dict[str, Callable[[str], str]] = {
     "an unknown field": lambda text: text.replace('"layers"', '"colour": 1, "layers"', 1),
-    "an unknown version": lambda text: text.replace('"version": 1', '"version": 99', 1),
+    "an unknown version": lambda text: text.replace('"version": 2', '"version": 99', 1),
     "an unknown precision": lambda text: text.replace('"precision": "', '"precision": "int', 1),
     "a truncated file": lambda text: text[: len(text) // 2],
 }

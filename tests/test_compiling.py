@@ -241,7 +241,7 @@ def test_profile_with_compile_is_of_the_inductor(tmp_path: Path, tiny_file: Path
         out=tmp_path,
         compiled=True,
         recipes=(Recipe.TENSORWISE,),
-        masks=False,
+        gemms_hp=False,
     )
     profile = pipeline.profile_stage(settings)
     assert profile.device.compile_mode == "default"

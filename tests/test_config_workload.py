@@ -70,7 +70,7 @@ def test_tune_plans_a_config(
         main(["tune", str(given), *META, *options, "--out", str(out)])
     assert not leaving.value.code
     found = json.loads(capsys.readouterr().out)
-    assert (found["e_basis"], found["verdict"]) == ("unknown", "not_run")
+    assert (found["grad_error_basis"], found["verdict"]) == ("unknown", "not_run")
     plan = Plan.load(out / "plan.json")
     assert plan.fingerprint.tokens_per_step == 32
     assert plan.fingerprint.time_basis is Basis.PREDICTED

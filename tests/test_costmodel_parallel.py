@@ -54,7 +54,7 @@ def total(profile: Profile, option: Option) -> float:
 
 def planned(profile: Profile) -> Plan:
     sensitivity = unknown_sensitivity(profile.model)
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=0.0)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=0.0)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
     return build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
 

@@ -103,7 +103,7 @@ def test_a_csv_keeps_its_columns_order_and_rows(tmp_path: Path) -> None:
     )
     done = run("predict", "--csv", str(table))
     found = rows(done.stdout)
-    assert [row["tag"] for row in found] == ["a, b", "c", "d", "e", "f", "g", "h"]
+    assert [row["tag"] for row in found] == ["a, b", "c", "d", "grad_error", "f", "g", "h"]
     assert done.stdout.startswith("tag,device,M,K,N,recipe,compiled,profile,bf16_output_ms")
     assert found[0]["profile"] == found[1]["profile"] == "h100-sxm"
     assert float(found[0]["speedup_low"]) < float(found[0]["speedup"])

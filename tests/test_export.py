@@ -69,10 +69,10 @@ def plan(options: dict[str, Option], **fields: Any) -> Plan:  # Any: any field o
         {
             "layers": layers,
             "uncovered": (),
-            "constraint": Constraint(loss_tolerance=0.001, e_budget=None),
+            "constraint": Constraint(loss_tolerance=0.001, grad_error_budget=None),
             "fingerprint": FINGERPRINT,
-            "e": None,
-            "e_basis": Basis.UNKNOWN,
+            "grad_error": None,
+            "grad_error_basis": Basis.UNKNOWN,
             "predicted": None,
             **fields,
         }

@@ -16,8 +16,8 @@ from autoprec.records import (
 )
 from autoprec.sensitivity.gap import (
     USUAL_EXPONENT,
-    e_budget_for,
     fit_loss_line,
+    grad_error_budget_for,
     plan_bias,
     predicted_loss_gap,
 )
@@ -39,7 +39,7 @@ def make_sensitivity(
         checkpoint="",
         seed=0,
         rows=(),
-        flow=zero,
+        activation_error=zero,
         floor=zero,
         statistics=(),
         joint=(),
@@ -78,9 +78,17 @@ def test_gap_of_a_branch_counts_the_branch_only() -> None:
 def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
     rows = tuple(
         LayerSensitivity(
-            name=name, option=BF16_O2, e=Estimate(mean=e), bias=Estimate(mean=b), loss_delta=None
+            name=name,
+            option=BF16_O2,
+            grad_error=Estimate(mean=grad_error),
+            bias=Estimate(mean=b),
+            loss_delta=None,
         )
-        for name, e, b in (("good", 0.01, 0.008), ("bad", 1.0, 0.02), ("unbiased", 0.1, -0.01))
+        for name, grad_error, b in (
+            ("good", 0.01, 0.008),
+            ("bad", 1.0, 0.02),
+            ("unbiased", 0.1, -0.01),
+        )
     )
     sensitivity = make_sensitivity(falling(0.4)).model_copy(update={"rows": rows})
     assert plan_bias(sensitivity, {"good": BF16_O2, "bad": FP32}, 0.02) == pytest.approx(0.016)
@@ -97,7 +105,7 @@ def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
 )
 def test_budget_is_the_inverse_of_the_gap(tolerance: float, slope: float, steps: int) -> None:
     sensitivity = make_sensitivity(falling(slope))
-    budget = e_budget_for(sensitivity, tolerance, steps)
+    budget = grad_error_budget_for(sensitivity, tolerance, steps)
     gap = predicted_loss_gap(sensitivity, budget, steps)
     assert budget > 0
     if budget < 1e6:  # above, the budget is cut: nothing costs that much
@@ -146,12 +154,12 @@ def test_short_curve_predicts_nothing_and_gives_no_budget() -> None:
     sensitivity = make_sensitivity(((1, 3.0), (2, 2.0)))
     assert predicted_loss_gap(sensitivity, 0.01, 100) is None
     with pytest.raises(InfeasibleError, match="more warm-up steps"):
-        e_budget_for(sensitivity, 0.001, 100)
+        grad_error_budget_for(sensitivity, 0.001, 100)
 
 
 def test_constant_curve_gives_no_budget() -> None:
     with pytest.raises(InfeasibleError, match="no fall"):
-        e_budget_for(make_sensitivity(tuple((t, 2.0) for t in range(1, 21))), 0.001, 100)
+        grad_error_budget_for(make_sensitivity(tuple((t, 2.0) for t in range(1, 21))), 0.001, 100)
 
 
 def test_gap_and_explanations_import_no_torch() -> None:

@@ -78,10 +78,10 @@ def plan_for(model: nn.Module, option: Option = ROWWISE, **fields: Any) -> Plan:
         {
             "layers": layers,
             "uncovered": (),
-            "constraint": Constraint(loss_tolerance=0.001, e_budget=None),
+            "constraint": Constraint(loss_tolerance=0.001, grad_error_budget=None),
             "fingerprint": fingerprint,
-            "e": None,
-            "e_basis": Basis.UNKNOWN,
+            "grad_error": None,
+            "grad_error_basis": Basis.UNKNOWN,
             "predicted": None,
             **fields,
         }

@@ -16,7 +16,7 @@ TORCH_FREE = (
     "records",
     "workload.hf_config",
     "model.roles",
-    "model.masks",
+    "model.gemms_hp",
     "predict",
     "predict.transfer",
     "sensitivity.gap",

@@ -21,7 +21,7 @@ from autoprec.records import (
     Recipe,
     Timing,
     fp8_option,
-    with_masks,
+    with_gemms_hp,
 )
 from autoprec.search import search_plan
 from tests.decoder_specs import linear_layer, model_of
@@ -35,7 +35,7 @@ def predicted(
 ) -> Profile:
     spec = model_of(linear_layer("wide", K, N, shape=(1, M)))
     return predict_profile(
-        spec, load_device_profile(device), options=options, compiled=True, masks=True
+        spec, load_device_profile(device), options=options, compiled=True, gemms_hp=True
     )
 
 
@@ -44,10 +44,10 @@ def masked_of(profile: Profile) -> list[Option]:
 
 
 def test_every_mask_that_is_legal_is_considered_once() -> None:
-    options = with_masks((FP32, BF16_O2, TENSORWISE, GW_HP))
+    options = with_gemms_hp((FP32, BF16_O2, TENSORWISE, GW_HP))
     assert len(options) == len(set(options)) == 4 + 6
     assert all(option.recipe is Recipe.TENSORWISE for option in options if option.gemms_hp)
-    assert with_masks(options) == options
+    assert with_gemms_hp(options) == options
 
 
 def test_a_wide_layer_gets_masks_that_beat_bf16_and_not_the_whole_of_fp8() -> None:
@@ -94,7 +94,7 @@ def timed(option: Option, gemms: tuple[float, float, float], cast: float = 0.0) 
 def test_the_parts_tell_which_masks_are_worth_timing() -> None:
     plain = timed(BF16_O2, (2.0, 2.0, 2.0))
     fast = timed(TENSORWISE, (1.0, 1.0, 1.0), cast=0.6)  # one mask 4.4 ms, two 5.2 ms, BF16 6 ms
-    assert set(promising_masks([plain, fast])) == set(with_masks((TENSORWISE,))) - {TENSORWISE}
+    assert set(promising_masks([plain, fast])) == set(with_gemms_hp((TENSORWISE,))) - {TENSORWISE}
     slow = timed(TENSORWISE, (1.0, 1.0, 5.5), cast=3.0)  # only without its own grad_weight
     found = promising_masks([plain, slow])
     assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in found
@@ -133,12 +133,12 @@ def test_a_measured_profile_times_the_masks_that_promise_a_gain() -> None:
     call = Call(
         args=(torch.randn(32, 16).requires_grad_(),), kwargs={}, gradients=[torch.randn(32, 16)]
     )
-    meter = LayerMeter(torch.device("cpu"), KindToFp8(), state_ratio=2.0, masks=True)
+    meter = LayerMeter(torch.device("cpu"), KindToFp8(), state_ratio=2.0, gemms_hp=True)
     rows = meter.time_group(
         Group((layer,), layer.options), [call], lambda: nn.Linear(16, 16, bias=False)
     )
     ms = {row.option: row.total.median_ms for row in rows if row.total}
-    assert set(with_masks((TENSORWISE,))) <= set(ms)
+    assert set(with_gemms_hp((TENSORWISE,))) <= set(ms)
     assert ms[fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT)] > ms[TENSORWISE]
 
 
@@ -151,7 +151,7 @@ def search_of(e_whole: float, e_masked: float, *, budget: float) -> Option:
     search = search_plan(
         profile,
         sensitivity,
-        constraint=Constraint(loss_tolerance=1e-3, e_budget=budget),
+        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
         evaluate=None,
     )
     return search.chosen.options[0]

@@ -188,7 +188,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_plan_for_a_model_that_is_not_here_says_what_is_not_known(planned: Path) -> None:
     plan = Plan.load(planned / "plan.json")
     assert plan.count(Precision.FP8_O1) > 0
-    assert (plan.e, plan.e_basis) == (None, Basis.UNKNOWN)
+    assert (plan.grad_error, plan.grad_error_basis) == (None, Basis.UNKNOWN)
     assert plan.certificate is None
     made = plan.fingerprint
     assert (made.time_basis, made.sensitivity_basis) == (Basis.PREDICTED, Basis.UNKNOWN)
@@ -217,7 +217,11 @@ def test_the_report_of_such_a_plan_claims_no_error_and_no_proof(planned: Path) -
     from autoprec.report import load_run, summary_object
 
     found = summary_object(load_run(planned), planned)
-    assert (found["e"], found["e_basis"], found["verdict"]) == (None, "unknown", "not_run")
+    assert (found["grad_error"], found["grad_error_basis"], found["verdict"]) == (
+        None,
+        "unknown",
+        "not_run",
+    )
     assert found["extra_steps"] is None
     assert "not verified" in (planned / "report.html").read_text()
 
@@ -233,7 +237,7 @@ def test_resuming_repeats_nothing(planned: Path) -> None:
 def test_a_kept_head_is_let_out_of_the_lock(tmp_path: Path, planned: Path) -> None:
     profile = Profile.load(planned / "profile.json")
     sensitivity = Sensitivity.load(planned / "sensitivity.json")
-    settings = Settings(out=tmp_path, trials=0, kept=("lm_head=fp8_o1",))
+    settings = Settings(out=tmp_path, trials=0, keep=("lm_head=fp8_o1",))
     search = pipeline.make_search(settings, profile, sensitivity, evaluate=None)
     plan = pipeline.make_plan(settings, profile, sensitivity, search)
     assert plan.layers[-1].name == "lm_head"

@@ -310,7 +310,7 @@ def test_a_100_mb_file_is_refused_without_being_read(tmp_path: Path) -> None:
     [
         (b"", b"[", "nests at most 32 levels"),
         (b"", b'{"a":', "nests at most 32 levels"),
-        (b'{"kind":"plan","version":1,"layers":', b"[", "nests at most 32 levels"),
+        (b'{"kind":"plan","version":2,"layers":', b"[", "nests at most 32 levels"),
     ],
 )
 def test_a_100_000_deep_file_is_refused_at_once(

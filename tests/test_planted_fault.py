@@ -107,7 +107,7 @@ class Run:
         )
         rows = {layer.name: _row(layer) for layer in self.spec.layers}
         self.profile = profile_of(self.spec, rows, basis=Basis.PREDICTED)
-        self.constraint = Constraint(loss_tolerance=TOLERANCE, e_budget=None)
+        self.constraint = Constraint(loss_tolerance=TOLERANCE, grad_error_budget=None)
         meter = JointMeter(self.workload, self.spec, device=CPU, reference=reference)
         self.search: Search = search_plan(
             self.profile, self.sensitivity, constraint=self.constraint, evaluate=meter.measure
@@ -152,8 +152,8 @@ def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
     )
     assert exact is not None
     assert probed is not None
-    assert exact.e.mean > 0.1
-    assert probed.e.mean == pytest.approx(exact.e.mean, rel=1e-6)
+    assert exact.grad_error.mean > 0.1
+    assert probed.grad_error.mean == pytest.approx(exact.grad_error.mean, rel=1e-6)
 
 
 def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted(run: Run) -> None:
@@ -162,5 +162,5 @@ def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted(run: Run) -> No
         next((option for option in layer.options if option.is_fp8), BF16_O2)
         for layer in run.spec.layers
     )
-    everywhere = run.plan(FrontPoint(options=fp8, step_ms=0.0, e=0.0))
+    everywhere = run.plan(FrontPoint(options=fp8, step_ms=0.0, grad_error=0.0))
     assert run.verify(everywhere).verdict is Verdict.REFUTED

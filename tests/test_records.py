@@ -26,7 +26,7 @@ from autoprec.records import (
 RECORD = Verification(
     plan="0123456789abcdef",
     verdict=Verdict.VERIFIED,
-    tolerance=1e-3,
+    loss_tolerance=1e-3,
     gap=LossGap(mean=1e-4, low=-1e-4, high=3e-4, confidence=0.95, seeds=3),
     control_gap=None,
     seed_spread=0.01,

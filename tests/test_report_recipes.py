@@ -12,11 +12,11 @@ from tests.search_tables import sensitivity_of, spec_of
 TENSORWISE, DELAYED = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.DELAYED)
 
 
-def row(name: str, option: Option, e: float, bias: float) -> LayerSensitivity:
+def row(name: str, option: Option, grad_error: float, bias: float) -> LayerSensitivity:
     return LayerSensitivity(
         name=name,
         option=option,
-        e=Estimate(mean=e),
+        grad_error=Estimate(mean=grad_error),
         bias=Estimate(mean=bias),
         loss_delta=None,
     )
@@ -32,12 +32,12 @@ def test_a_recipe_is_summed_over_its_linears_and_bf16_elsewhere() -> None:
     curve = tuple((t, 5.0 / t**0.1) for t in range(1, 21))
     sensitivity = sensitivity_of(spec, {}).model_copy(update={"rows": rows, "loss_curve": curve})
     tensorwise, delayed = recipe_rows(sensitivity)
-    e = sensitivity.flow.mean + 2 * 2e-3 + 1e-5
-    gap = predicted_loss_gap(sensitivity, e, HORIZON_STEPS)
+    grad_error = sensitivity.activation_error.mean + 2 * 2e-3 + 1e-5
+    gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
     assert tensorwise == (
         "fp8_o1 tensorwise",
         "2",
-        shown_share(e),
+        shown_share(grad_error),
         "0.20 %",
         shown_share(gap, sign=True),
     )

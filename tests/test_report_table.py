@@ -62,8 +62,8 @@ def test_an_fp32_layer_has_no_gradient_error_by_definition() -> None:
     plan = run.plan.model_copy(update={"layers": (first, *run.plan.layers[1:])})
     row = layer_rows(replace(run, plan=plan))[0]
     assert row.option == FP32
-    assert row.e
-    assert row.e.mean == 0.0
+    assert row.grad_error
+    assert row.grad_error.mean == 0.0
 
 
 def test_without_a_profile_the_plan_s_own_times_are_used() -> None:
@@ -146,7 +146,9 @@ def test_folding_keeps_every_layer_and_every_total() -> None:
     assert sorted(r.name for row in folded for r in row.rows) == sorted(r.name for r in rows)
     assert len(folded) < len(rows) / 4
     assert sum(row.chosen_ms or 0.0 for row in folded) == pytest.approx(total_row(rows).chosen_ms)
-    assert sum(row.e.mean for row in folded if row.e) == pytest.approx(table_totals(rows).e)
+    assert sum(row.grad_error.mean for row in folded if row.grad_error) == pytest.approx(
+        table_totals(rows).grad_error
+    )
 
 
 def test_rows_with_another_answer_are_not_folded() -> None:

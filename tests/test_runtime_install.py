@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError
-from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option, with_masks
+from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.runtime import install_options
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -103,7 +103,9 @@ def test_undo_gives_the_exact_values_and_classes_back() -> None:
     assert not any("fp8_active" in vars(m) for m in model.modules())
 
 
-@pytest.mark.parametrize("option", with_masks(list(map(fp8_option, APPLICABLE_RECIPES))), ids=str)
+@pytest.mark.parametrize(
+    "option", with_gemms_hp(list(map(fp8_option, APPLICABLE_RECIPES))), ids=str
+)
 def test_every_fp8_option_trains_a_layer(option: Option) -> None:
     layer = nn.Linear(32, 48)
     x = torch.randn(64, 32, requires_grad=True)
@@ -179,7 +181,7 @@ def test_one_layer_in_an_fp32_flow_leaves_the_others_in_fp32() -> None:
         model.get_submodule(name).register_forward_hook(
             lambda _m, _a, out, name=name: seen.__setitem__(name, out.dtype)
         )
-    with install_options(model, {"qkv": BF16_O2}, flow=torch.float32):
+    with install_options(model, {"qkv": BF16_O2}, activation_dtype=torch.float32):
         model(tokens()).sum().backward()
         assert {p.dtype for p in model.out.parameters()} == {torch.float32}
         assert {p.dtype for p in model.qkv.parameters()} == {torch.bfloat16}

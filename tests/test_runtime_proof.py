@@ -19,7 +19,7 @@ from autoprec.device.fp8 import fp8_support
 from autoprec.device.fp8_self_test import fp8_self_test
 from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option, with_masks
+from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.runtime import check_applied, trace_step
 from autoprec.sensitivity.gemm import scaled_mm
 from autoprec.tune.plan_check import check_plan
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "option", [FP32, BF16_O2, *with_masks(list(map(fp8_option, APPLICABLE_RECIPES)))], ids=str
+    "option", [FP32, BF16_O2, *with_gemms_hp(list(map(fp8_option, APPLICABLE_RECIPES)))], ids=str
 )
 def test_what_runs_is_the_plan_for_every_option(option: Option) -> None:
     workload = mlp_workload()

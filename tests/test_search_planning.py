@@ -26,9 +26,9 @@ SLOW_BF16: Row = {FP32: (2.0, 0.0), BF16_O2: (3.0, 1e-5)}
 
 
 def planned(
-    tables: tuple[Profile, Sensitivity], *, budget: float = 4e-3, kept: tuple[str, ...] = ()
+    tables: tuple[Profile, Sensitivity], *, budget: float = 4e-3, keep: tuple[str, ...] = ()
 ) -> tuple[Search, Plan]:
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=budget, kept=kept)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=budget, keep=keep)
     search = search_plan(*tables, constraint=constraint, evaluate=None, trials=2)
     return search, build_plan(*tables, search, search.chosen, constraint=constraint)
 
@@ -41,9 +41,9 @@ def test_the_plan_says_what_the_search_chose() -> None:
     tables = tables_of({"a": TYPICAL, "b": TYPICAL}, flow=1e-6)
     search, plan = planned(tables)
     assert plan.options == search.chosen.options
-    assert plan.e == search.chosen.e
-    assert plan.e_basis is Basis.PREDICTED
-    assert plan.constraint.e_budget == search.e_budget
+    assert plan.grad_error == search.chosen.grad_error
+    assert plan.grad_error_basis is Basis.PREDICTED
+    assert plan.constraint.grad_error_budget == search.grad_error_budget
     assert plan.predicted is not None
     assert plan.predicted.plan_ms == search.chosen.step_ms
     assert plan.predicted.fp32_ms == 3.0 + 4.0 + 4.0
@@ -58,10 +58,10 @@ def test_the_plan_says_what_the_search_chose() -> None:
 def test_a_measured_joint_e_is_the_plans() -> None:
     tables = tables_of({"a": TYPICAL})
     search, _ = planned(tables)
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
-    point = search.chosen.model_copy(update={"e_measured": 5e-4})
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
+    point = search.chosen.model_copy(update={"grad_error_measured": 5e-4})
     plan = build_plan(*tables, search, point, constraint=constraint)
-    assert (plan.e, plan.e_basis) == (5e-4, Basis.MEASURED)
+    assert (plan.grad_error, plan.grad_error_basis) == (5e-4, Basis.MEASURED)
 
 
 def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None:
@@ -181,7 +181,7 @@ def test_an_option_that_could_not_be_timed_gives_the_profiles_words() -> None:
 def test_kept_tied_and_uncalled_layers_say_so() -> None:
     rows: dict[str, Row] = {"token": TYPICAL, "unused": TYPICAL, "head": TYPICAL, "fc": TYPICAL}
     tables = tables_of(rows, tied={"head": "token"}, uncalled=("unused",))
-    _, plan = planned(tables, kept=("fc=bf16_o2",))
+    _, plan = planned(tables, keep=("fc=bf16_o2",))
     assert reason(plan, "fc") == "kept by --keep 'fc=bf16_o2'"
     assert reason(plan, "unused") == "not called in the captured step; follows the BF16 flow"
     assert reason(plan, "head").endswith("; tied to token")
@@ -191,9 +191,9 @@ def test_kept_tied_and_uncalled_layers_say_so() -> None:
 def test_a_guilty_layer_says_so() -> None:
     tables = tables_of({"a": TYPICAL, "b": TYPICAL})
     search, _ = planned(tables)
-    found = search.model_copy(update={"guilty": ("b",)})
-    point = FrontPoint(options=(TENSORWISE, BF16_O2), step_ms=5.0, e=1e-3)
-    constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
+    found = search.model_copy(update={"interacting": ("b",)})
+    point = FrontPoint(options=(TENSORWISE, BF16_O2), step_ms=5.0, grad_error=1e-3)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
     plan = build_plan(*tables, found, point, constraint=constraint)
     assert "adds more error than alone (found by bisection)" in reason(plan, "b")
 
@@ -229,7 +229,7 @@ def test_bf16_that_is_not_worth_it_leaves_fp32(row: Row, budget: float, words: s
     _, plan = planned(tables_of({"a": row}), budget=budget)
     assert plan.options == (FP32,)
     assert words in plan.notes[-1]
-    assert (plan.e, plan.e_basis) == (0.0, Basis.MEASURED)
+    assert (plan.grad_error, plan.grad_error_basis) == (0.0, Basis.MEASURED)
 
 
 # --- a whole model ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.records import BF16_O2, FP32, Constraint, LayerKind, Option, Recipe, fp8_option
 from autoprec.search.costs import Costs, boundary_melements, make_costs
-from autoprec.search.keeps import parse_keep
+from autoprec.search.keep import parse_keep
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from tests.report_runs import linear
@@ -30,7 +30,9 @@ SLOW_FP8: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (2.5, 1e-6)
 
 
 def constraint(*kept: str, memory_bytes: int | None = None) -> Constraint:
-    return Constraint(loss_tolerance=1e-3, e_budget=None, kept=kept, memory_bytes=memory_bytes)
+    return Constraint(
+        loss_tolerance=1e-3, grad_error_budget=None, keep=kept, memory_bytes=memory_bytes
+    )
 
 
 def problem_of(
@@ -56,16 +58,16 @@ def test_a_plan_costs_its_flow_its_layers_and_the_casts_of_fp32_layers() -> None
     assert costs.step_ms((FP32, FP32)) == pytest.approx(3.0 + 4.0 + 4.0)
     assert costs.step_ms((BF16_O2, TENSORWISE)) == pytest.approx(2.0 + 2.0 + 1.0)
     assert costs.step_ms((BF16_O2, FP32)) == pytest.approx(2.0 + 2.0 + 4.0 + casts)
-    assert costs.e((FP32, FP32)) == 0.0
-    assert costs.e((BF16_O2, FP32)) == pytest.approx(2e-5 + 1e-5)
-    assert costs.e((BF16_O2, TENSORWISE)) == pytest.approx(2e-5 + 1e-5 + 1e-3)
+    assert costs.grad_error((FP32, FP32)) == 0.0
+    assert costs.grad_error((BF16_O2, FP32)) == pytest.approx(2e-5 + 1e-5)
+    assert costs.grad_error((BF16_O2, TENSORWISE)) == pytest.approx(2e-5 + 1e-5 + 1e-3)
     low, high = costs.step_interval((BF16_O2, TENSORWISE))
     assert (low, high) == pytest.approx((5.0 - 0.3, 5.0 + 0.3))
 
 
 def test_an_e_that_noise_made_negative_counts_as_zero() -> None:
     costs = problem_of({"a": {FP32: (2.0, 0.0), BF16_O2: (1.0, -1e-6)}}).costs
-    assert costs.e((BF16_O2,)) == 0.0
+    assert costs.grad_error((BF16_O2,)) == 0.0
 
 
 def test_options_without_time_or_e_have_no_price_but_a_reason() -> None:
@@ -123,7 +125,7 @@ def test_keeps_fix_every_layer_that_the_glob_matches_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "match"),
+    ("keep", "match"),
     [
         (("hed=bf16_o2",), r"'hed=bf16_o2' must match a layer by its whole name.*nearest are head"),
         (("head",), r"must be GLOB=PRECISION\[:RECIPE\], but it is 'head'"),
@@ -132,10 +134,10 @@ def test_keeps_fix_every_layer_that_the_glob_matches_whole() -> None:
     ],
 )
 def test_a_keep_that_cannot_be_read_or_matches_nothing_is_an_error(
-    kept: tuple[str, ...], match: str
+    keep: tuple[str, ...], match: str
 ) -> None:
     with pytest.raises(RecordError, match=match):
-        problem_of({"head": TYPICAL, "body": TYPICAL}, *kept)
+        problem_of({"head": TYPICAL, "body": TYPICAL}, *keep)
 
 
 def test_keeps_that_contradict_each_other_are_an_error() -> None:
@@ -235,7 +237,7 @@ def every_plan(problem: Problem, tied: dict[str, str]) -> list[Options]:
 
 
 def fastest(costs: Costs, plans: list[Options], budget: float) -> float:
-    fitting = [plan for plan in plans if costs.e(plan) <= budget * (1 + 1e-9)]
+    fitting = [plan for plan in plans if costs.grad_error(plan) <= budget * (1 + 1e-9)]
     return min((costs.step_ms(plan) for plan in fitting), default=math.inf)
 
 
@@ -250,7 +252,7 @@ def model_rows(draw: st.DrawFn) -> dict[str, Row]:
         row = {option: draw(prices) for option in options}
         gentle = row[BF16_O2][1]
         # rounding to FP8 never adds less error than rounding to BF16: what locking relies on
-        harsher = {o: (ms, max(e, gentle)) for o, (ms, e) in row.items()}
+        harsher = {o: (ms, max(grad_error, gentle)) for o, (ms, grad_error) in row.items()}
         rows[name] = {FP32: (draw(prices)[0], 0.0), **harsher}
     return rows
 
@@ -269,14 +271,14 @@ def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     tied = {"b": "a"} if is_tied and len(rows) > 1 else {}
     problem = problem_of(rows, tied=tied, flow=flow, cast_ms=cast_ms)
     costs, plans = problem.costs, every_plan(problem, tied)
-    budget = share * max(costs.e(plan) for plan in plans)
+    budget = share * max(costs.grad_error(plan) for plan in plans)
     found = exact(problem, budget)
     assert found is not None  # all FP32 always fits
     assert costs.step_ms(found[0]) == pytest.approx(fastest(costs, plans, budget))
     assert found[1] == pytest.approx(costs.step_ms(found[0]))
     points = front(problem)
     for plan in points:
-        assert costs.step_ms(plan) == pytest.approx(fastest(costs, plans, costs.e(plan)))
+        assert costs.step_ms(plan) == pytest.approx(fastest(costs, plans, costs.grad_error(plan)))
     gentlest_of_fastest = costs.step_ms(points[-1])
     assert gentlest_of_fastest == pytest.approx(fastest(costs, plans, math.inf))
 

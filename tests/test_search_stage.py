@@ -24,10 +24,10 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
-from autoprec.search import e_budget, search_plan
+from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
-from autoprec.search.repair import find_guilty
-from autoprec.sensitivity.gap import HORIZON_STEPS, e_budget_for
+from autoprec.search.repair import find_interacting
+from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
 
 Options = tuple[Option, ...]
@@ -35,7 +35,7 @@ BUDGET = 4e-3
 
 # e falls from layer to layer, as in a trained transformer
 LAYERS: dict[str, Row] = {
-    f"blocks.{i}.{part}": {o: (ms, e / (1 + i)) for o, (ms, e) in TYPICAL.items()}
+    f"blocks.{i}.{part}": {o: (ms, grad_error / (1 + i)) for o, (ms, grad_error) in TYPICAL.items()}
     for i in range(4)
     for part in ("qkv", "fc")
 }
@@ -51,7 +51,7 @@ class Meter:
 
     def __call__(self, options: Options) -> Estimate:
         self.asked.append(options)
-        return Estimate(mean=self.costs.e(options) * self.factor(options))
+        return Estimate(mean=self.costs.grad_error(options) * self.factor(options))
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
     *,
     evaluate: Callable[[Options], Estimate] | None = None,
     budget: float | None = BUDGET,
-    kept: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
     trials: int = 6,
     time_budget_s: float | None = None,
     seed: int = 0,
@@ -70,7 +70,7 @@ def run(
     return search_plan(
         *tables,
         constraint=Constraint(
-            loss_tolerance=1e-3, e_budget=budget, kept=kept, memory_bytes=memory_bytes
+            loss_tolerance=1e-3, grad_error_budget=budget, keep=keep, memory_bytes=memory_bytes
         ),
         evaluate=evaluate,
         trials=trials,
@@ -100,12 +100,12 @@ def test_the_chosen_plan_is_the_soonest_to_the_loss_within_the_budget(
 ) -> None:
     meter = Meter(make_costs(*tables), wobble)
     search = run(tables, evaluate=meter)
-    assert search.chosen.e_measured is not None
-    assert search.chosen.e_measured <= BUDGET
-    chosen_ms = search.chosen.step_ms * (1 + search.chosen.e_measured)
+    assert search.chosen.grad_error_measured is not None
+    assert search.chosen.grad_error_measured <= BUDGET
+    chosen_ms = search.chosen.step_ms * (1 + search.chosen.grad_error_measured)
     feasible = [trial.time_to_loss_ms for trial in search.trials if trial.feasible]
     assert chosen_ms == pytest.approx(min(feasible))
-    assert search.exact.e <= BUDGET
+    assert search.exact.grad_error <= BUDGET
     assert search.bound_ms <= search.exact.step_ms * (1 + 1e-9)
     assert Search.from_json(search.to_json()) == search
 
@@ -122,10 +122,12 @@ def test_without_a_workload_the_table_stands_for_the_whole_plan(
     tables: tuple[Profile, Sensitivity],
 ) -> None:
     search = run(tables)
-    assert search.chosen.e_measured is None
+    assert search.chosen.grad_error_measured is None
     assert search.chosen == search.exact
     assert "no workload" in search.notes[0]
-    assert {t.e_basis for t in search.trials if t.options != (FP32,) * 8} == {Basis.PREDICTED}
+    assert {t.grad_error_basis for t in search.trials if t.options != (FP32,) * 8} == {
+        Basis.PREDICTED
+    }
     assert search.step_equivalents == 0.0
 
 
@@ -134,16 +136,16 @@ def test_a_lower_joint_e_than_the_sum_lets_the_search_go_beyond_the_exact_plan(
 ) -> None:
     search = run(tables, evaluate=Meter(make_costs(*tables), lambda _: 0.7), budget=2e-3)
     assert search.chosen.step_ms < search.exact.step_ms
-    assert search.chosen.e > 2e-3 >= (search.chosen.e_measured or 1.0)
+    assert search.chosen.grad_error > 2e-3 >= (search.chosen.grad_error_measured or 1.0)
 
 
 def test_a_higher_joint_e_than_the_sum_moves_the_choice_down_the_front(
     tables: tuple[Profile, Sensitivity],
 ) -> None:
     search = run(tables, evaluate=Meter(make_costs(*tables), lambda _: 1.2), budget=2e-3)
-    assert search.exact.e_measured is not None
-    assert search.exact.e_measured > 2e-3
-    assert (search.chosen.e_measured or 1.0) <= 2e-3
+    assert search.exact.grad_error_measured is not None
+    assert search.exact.grad_error_measured > 2e-3
+    assert (search.chosen.grad_error_measured or 1.0) <= 2e-3
     assert any(option.is_fp8 for option in search.chosen.options)
 
 
@@ -152,7 +154,7 @@ def test_fp32_is_the_plan_where_nothing_faster_keeps_the_budget(
 ) -> None:
     search = run(tables, evaluate=Meter(make_costs(*tables)), budget=1e-6)
     assert search.chosen.options == (FP32,) * 8
-    assert (search.chosen.e, search.chosen.e_measured) == (0.0, 0.0)
+    assert (search.chosen.grad_error, search.chosen.grad_error_measured) == (0.0, 0.0)
     assert search.ranked == ()
 
 
@@ -163,14 +165,14 @@ def test_ranked_plans_have_clearly_less_e_and_end_with_the_safe_ones(
     bf16, fp32 = search.ranked[-2:]
     assert bf16.options == (BF16_O2,) * 8
     assert fp32.options == (FP32,) * 8
-    es = [point.e for point in (search.chosen, *search.ranked)]
+    es = [point.grad_error for point in (search.chosen, *search.ranked)]
     assert es == sorted(es, reverse=True)
     assert all(after <= 0.7 * before for before, after in itertools.pairwise(es[:-2]))
 
 
 def test_kept_layers_stay_as_they_were_asked_for(tables: tuple[Profile, Sensitivity]) -> None:
-    kept = ("blocks.0.*=bf16_o2", "blocks.3.fc=fp8_o1:rowwise")
-    search = run(tables, evaluate=Meter(make_costs(*tables), wobble), kept=kept)
+    keep = ("blocks.0.*=bf16_o2", "blocks.3.fc=fp8_o1:rowwise")
+    search = run(tables, evaluate=Meter(make_costs(*tables), wobble), keep=keep)
     for options in [search.chosen.options, *(trial.options for trial in search.trials)]:
         assert options[:2] == (BF16_O2, BF16_O2)
         assert options[7] == ROWWISE
@@ -178,10 +180,10 @@ def test_kept_layers_stay_as_they_were_asked_for(tables: tuple[Profile, Sensitiv
 
 def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensitivity]) -> None:
     with pytest.raises(InfeasibleError, match=r"at most 0.001 %.* gentlest plan has 0.1.*--keep"):
-        run(tables, budget=1e-5, kept=("blocks.0.qkv=fp8_o1:tensorwise",))
+        run(tables, budget=1e-5, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
     meter = Meter(make_costs(*tables), lambda _: 1e3)
     with pytest.raises(InfeasibleError, match=r"the gentlest of the \d+ plans measured has"):
-        run(tables, evaluate=meter, kept=("blocks.0.qkv=fp8_o1:tensorwise",))
+        run(tables, evaluate=meter, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
 
 
 def test_a_memory_limit_holds_for_every_plan_that_may_be_chosen(
@@ -199,10 +201,14 @@ def test_the_budget_follows_from_the_tolerance_unless_given(
     tables: tuple[Profile, Sensitivity],
 ) -> None:
     sensitivity = tables[1]
-    asked = Constraint(loss_tolerance=1e-3, e_budget=None)
-    assert e_budget(sensitivity, asked) == e_budget_for(sensitivity, 1e-3, HORIZON_STEPS)
-    assert e_budget(sensitivity, asked.model_copy(update={"e_budget": 0.5})) == 0.5
-    assert run(tables, budget=None).e_budget == e_budget(sensitivity, asked)
+    asked = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
+    assert grad_error_budget(sensitivity, asked) == grad_error_budget_for(
+        sensitivity, 1e-3, HORIZON_STEPS
+    )
+    assert (
+        grad_error_budget(sensitivity, asked.model_copy(update={"grad_error_budget": 0.5})) == 0.5
+    )
+    assert run(tables, budget=None).grad_error_budget == grad_error_budget(sensitivity, asked)
 
 
 def test_the_horizon_is_what_verification_trains() -> None:
@@ -308,11 +314,11 @@ def test_a_planted_pair_is_found_and_kept_out_of_fp8(
     meter = Meter(make_costs(*tables), clash)
     search = run(tables, evaluate=meter, budget=1e-2, trials=0)
     names = list(LAYERS)
-    assert len(search.guilty) == 1
-    assert search.guilty[0] in (names[3], names[6])
+    assert len(search.interacting) == 1
+    assert search.interacting[0] in (names[3], names[6])
     assert search.chosen.options.count(TENSORWISE) == 7
-    assert not search.chosen.options[names.index(search.guilty[0])].is_fp8
-    assert f"bisection found {search.guilty[0]} guilty" in search.notes[0]
+    assert not search.chosen.options[names.index(search.interacting[0])].is_fp8
+    assert f"bisection found {search.interacting[0]} interacting" in search.notes[0]
     assert len(meter.asked) <= 12
 
 
@@ -323,7 +329,7 @@ def test_an_excess_spread_over_all_layers_blames_none(
         return 1.0 + 0.5 * sum(option.is_fp8 for option in options)
 
     search = run(tables, evaluate=Meter(make_costs(*tables), more_than_half), trials=0)
-    assert (search.chosen.e_measured or 1.0) <= BUDGET
+    assert (search.chosen.grad_error_measured or 1.0) <= BUDGET
 
 
 @pytest.mark.parametrize("culprit", range(13))
@@ -334,12 +340,12 @@ def test_bisection_finds_a_single_culprit(culprit: int) -> None:
         asked.append(tuple(suspects))
         return 0.1 if culprit in suspects else 1.0
 
-    assert find_guilty(range(13), 1.0, excess_without) == (culprit,)  # type: ignore[arg-type] # wider
+    assert find_interacting(range(13), 1.0, excess_without) == (culprit,)  # type: ignore[arg-type] # wider
     assert len(asked) <= 8
 
 
 def test_bisection_blames_no_one_for_what_all_do() -> None:
-    assert find_guilty(range(16), 1.6, lambda half: 1.6 - 0.1 * len(half) * 0.9) == ()
+    assert find_interacting(range(16), 1.6, lambda half: 1.6 - 0.1 * len(half) * 0.9) == ()
 
 
 # --- manners ------------------------------------------------------------------------------------
@@ -390,7 +396,7 @@ def test_the_study_is_an_ordinary_optuna_study(
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     search = run(tables, evaluate=Meter(make_costs(*tables), wobble), storage=storage)
     study = optuna.load_study(study_name="autoprec", storage=storage)
-    best = [t for t in study.trials if t.values and t.constraints["e"] <= 0.0]
+    best = [t for t in study.trials if t.values and t.constraints["grad_error"] <= 0.0]
     assert min(t.values[0] for t in best) == min(
         t.time_to_loss_ms for t in search.trials if t.feasible
     )
@@ -407,7 +413,7 @@ def test_searching_saved_records_is_quick_and_needs_no_torch(
 import sys, time
 from autoprec.records import Constraint, Profile, Sensitivity
 from autoprec.search import build_plan, search_plan
-constraint = Constraint(loss_tolerance=1e-3, e_budget=None)
+constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
 profile = Profile.load({str(tmp_path / "profile.json")!r})
 sensitivity = Sensitivity.load({str(tmp_path / "sensitivity.json")!r})
 search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=12,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.device.torchao import float8_config, import_torchao
-from autoprec.records import Operand, Option, Recipe, fp8_option, with_masks
+from autoprec.records import Operand, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.sensitivity.casts import (
     Cast,
     cast_operand,
@@ -70,7 +70,7 @@ def run_emulated(
 
 
 @pytest.mark.parametrize(
-    "option", with_masks(list(map(fp8_option, RECIPES))), ids=lambda option: option.key
+    "option", with_gemms_hp(list(map(fp8_option, RECIPES))), ids=lambda option: option.key
 )
 def test_emulated_linear_is_torchaos_up_to_the_order_of_sums(option: Option) -> None:
     """Sums in another order may round to the neighbouring BF16 value, 2^-8 away."""
@@ -81,7 +81,7 @@ def test_emulated_linear_is_torchaos_up_to_the_order_of_sums(option: Option) -> 
 
 
 @pytest.mark.parametrize(
-    "option", with_masks(list(map(fp8_option, RECIPES))), ids=lambda option: option.key
+    "option", with_gemms_hp(list(map(fp8_option, RECIPES))), ids=lambda option: option.key
 )
 def test_fast_gemms_give_what_the_real_kernel_gives(option: Option) -> None:
     real = run_torchao(option)

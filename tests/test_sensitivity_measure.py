@@ -52,13 +52,15 @@ def test_a_measurement_is_whole_and_survives_its_file(tmp_path: Path) -> None:
     found = measure_sensitivity(workload, spec, device=CPU, warmup_steps=6)
     cells = {(layer.name, option) for layer in spec.layers for option in layer.options}
     assert {(row.name, row.option) for row in found.rows} == {c for c in cells if c[1] != FP32}
-    assert all(row.e.stderr is not None for row in found.rows)
+    assert all(row.grad_error.stderr is not None for row in found.rows)
     assert found.preconditioner == "adam"
     assert found.floor.mean == 0.0
-    assert 0.0 < found.flow.mean < 1e-3
+    assert 0.0 < found.activation_error.mean < 1e-3
     assert len(found.loss_curve) == found.warmup_steps == 6
     assert found.joint[0].label == "fp8_gentlest"
-    assert found.joint[0].e.mean == pytest.approx(found.joint[0].predicted_e, rel=0.5)
+    assert found.joint[0].grad_error.mean == pytest.approx(
+        found.joint[0].predicted_grad_error, rel=0.5
+    )
     path = found.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(path) == found
 
@@ -123,7 +125,7 @@ def test_dropout_is_paired_so_that_its_floor_is_zero() -> None:
     baseline = reference.baseline(0)
     assert reference.perturbation(0, baseline).squared == 0.0
     quiet = measure_sensitivity(workload, spec, device=CPU, reference=reference)
-    assert max(row.e.mean for row in quiet.rows if row.option == BF16_O2) < 1e-2
+    assert max(row.grad_error.mean for row in quiet.rows if row.option == BF16_O2) < 1e-2
 
 
 def test_a_reference_that_differs_from_run_to_run_is_reported() -> None:

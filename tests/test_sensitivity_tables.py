@@ -164,8 +164,8 @@ def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
         exact = (2 * (y - target) / y.numel()).t() @ x.double()
         changed.append(float((gradient_by_hand(x, target, weight, option) - exact).square().sum()))
         squared.append(float(exact.square().sum()))
-    assert rows[0].e.mean == pytest.approx(sum(changed) / sum(squared), rel=0.01)
-    assert rows[0].e.stderr is not None
+    assert rows[0].grad_error.mean == pytest.approx(sum(changed) / sum(squared), rel=0.01)
+    assert rows[0].grad_error.stderr is not None
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,11 @@ def test_probes_find_what_the_exact_mode_finds(workload: Workload) -> None:
     exact, probed = both(workload)
     assert exact.keys() == probed.keys()
     for precision in {option.precision for _, option in exact}:
-        keys = [key for key in exact if key[1].precision is precision and exact[key].e.mean > 0]
-        left = np.array([exact[key].e.mean for key in keys])
-        right = np.array([probed[key].e.mean for key in keys])
+        keys = [
+            key for key in exact if key[1].precision is precision and exact[key].grad_error.mean > 0
+        ]
+        left = np.array([exact[key].grad_error.mean for key in keys])
+        right = np.array([probed[key].grad_error.mean for key in keys])
         heavy = left > 0.02 * left.max()
         off = np.abs(np.log(right[heavy] / left[heavy]))
         is_fp8 = precision is not BF16_O2.precision
@@ -192,21 +194,24 @@ def test_probes_find_what_the_exact_mode_finds(workload: Workload) -> None:
 
 def test_what_no_layer_takes_part_in_has_no_error() -> None:
     exact, probed = both(token_workload(), batches=2, probes=1)
-    assert exact["unused", BF16_O2].e.mean == 0.0
-    assert probed["unused", BF16_O2].e.mean == 0.0
+    assert exact["unused", BF16_O2].grad_error.mean == 0.0
+    assert probed["unused", BF16_O2].grad_error.mean == 0.0
 
 
 def test_gemms_add_up_to_the_row() -> None:
     _, probed = both(mlp_workload(), batches=2, probes=1)
     for row in probed.values():
-        assert math.fsum(part.mean for part in row.by_gemm.values()) == pytest.approx(row.e.mean)
+        assert math.fsum(part.mean for part in row.by_gemm.values()) == pytest.approx(
+            row.grad_error.mean
+        )
 
 
 def test_probed_rows_have_standard_errors_that_cover_the_exact_ones() -> None:
     exact, probed = both(mlp_workload())
-    keys = [key for key in exact if exact[key].e.mean > 1e-9]
+    keys = [key for key in exact if exact[key].grad_error.mean > 1e-9]
     distances = [
-        abs(probed[key].e.mean - exact[key].e.mean) / (probed[key].e.stderr or 1e-30)
+        abs(probed[key].grad_error.mean - exact[key].grad_error.mean)
+        / (probed[key].grad_error.stderr or 1e-30)
         for key in keys
     ]
     assert np.median(distances) < 2.0
@@ -239,11 +244,11 @@ def test_both_tables_carry_statistics_noise_and_delayed_scaling() -> None:
 
 
 def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
-    def row(name: str, e: float, stderr: float) -> LayerSensitivity:
+    def row(name: str, grad_error: float, stderr: float) -> LayerSensitivity:
         return LayerSensitivity(
             name=name,
             option=TENSORWISE,
-            e=Estimate(mean=e, stderr=stderr),
+            grad_error=Estimate(mean=grad_error, stderr=stderr),
             bias=Estimate(mean=0.0),
             loss_delta=None,
         )

@@ -39,14 +39,16 @@ def model(blocks: int, *, structure: str = "1" * 16, head: str = "lm_head") -> M
     return spec.model_copy(update={"structure": structure})
 
 
-def measured(spec: ModelSpec, e: dict[str, float]) -> Sensitivity:
+def measured(spec: ModelSpec, grad_error: dict[str, float]) -> Sensitivity:
     """Return a sensitivity with these e in FP8; BF16 has a hundredth."""
     empty = sensitivity_of(spec, {})
     rows = tuple(
         LayerSensitivity(
             name=layer.name,
             option=option,
-            e=Estimate(mean=share * e[layer.name], stderr=0.1 * share * e[layer.name]),
+            grad_error=Estimate(
+                mean=share * grad_error[layer.name], stderr=0.1 * share * grad_error[layer.name]
+            ),
             bias=Estimate(mean=0.0),
             loss_delta=None,
         )
@@ -59,7 +61,7 @@ def measured(spec: ModelSpec, e: dict[str, float]) -> Sensitivity:
 def e_of(sensitivity: Sensitivity, name: str, option: Option = TENSORWISE) -> float:
     row = sensitivity.row(name, option)
     assert row is not None
-    return row.e.mean
+    return row.grad_error.mean
 
 
 SMALL = model(2, structure="2" * 16)
@@ -93,15 +95,19 @@ def test_a_role_keeps_its_total(small: int, large: int, data: st.DataObject) -> 
     given_e = {name: data.draw(shares) for name in spec.names}
     found = transfer_sensitivity(measured(spec, given_e), model(large))
     for role in ("q_proj", "down_proj", "lm_head"):
-        total = math.fsum(e for name, e in given_e.items() if name.endswith(role))
-        rows = [r.e.mean for r in found.rows if r.name.endswith(role) and r.option == TENSORWISE]
+        total = math.fsum(grad_error for name, grad_error in given_e.items() if name.endswith(role))
+        rows = [
+            r.grad_error.mean
+            for r in found.rows
+            if r.name.endswith(role) and r.option == TENSORWISE
+        ]
         assert math.fsum(rows) == pytest.approx(total)
         assert min(rows) >= 0.0
 
 
 def test_the_same_depth_gives_the_same_table() -> None:
     found = transfer_sensitivity(measured(SMALL, E), model(2))
-    assert {row.name: row.e.mean for row in found.rows if row.option == TENSORWISE} == E
+    assert {row.name: row.grad_error.mean for row in found.rows if row.option == TENSORWISE} == E
 
 
 def test_names_may_differ_outside_the_role() -> None:
@@ -132,7 +138,7 @@ def test_budget_and_noise_are_the_small_models() -> None:
     small = measured(SMALL, E)
     found = transfer_sensitivity(small, model(8))
     assert found.loss_curve == small.loss_curve
-    assert found.flow == small.flow
+    assert found.activation_error == small.activation_error
     assert any("transferred by role" in note for note in found.notes)
 
 
@@ -173,7 +179,7 @@ def test_locks_hold_only_while_nothing_is_known() -> None:
     }
     spec = spec_of(rows)
     profile = profile_of(spec, rows)
-    asked = Constraint(loss_tolerance=1e-3, e_budget=None)
+    asked = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
     chosen = {
         name: search_plan(
             profile, sensitivity, constraint=asked, evaluate=None, trials=2

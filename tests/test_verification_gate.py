@@ -71,7 +71,7 @@ def plan_of(spec: ModelSpec, option: Option) -> Plan:
     return Plan(
         layers=layers,
         uncovered=tuple(parameter.name for parameter in spec.uncovered),
-        constraint=Constraint(loss_tolerance=1e-3, e_budget=None, kept=()),
+        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=None, keep=()),
         fingerprint=Fingerprint(
             structure=spec.structure,
             device="cpu",
@@ -80,8 +80,8 @@ def plan_of(spec: ModelSpec, option: Option) -> Plan:
             compile_mode="",
             tokens_per_step=0,
         ),
-        e=None,
-        e_basis=Basis.UNKNOWN,
+        grad_error=None,
+        grad_error_basis=Basis.UNKNOWN,
         predicted=None,
     )
 
@@ -269,12 +269,14 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     workload = mlp_workload()
     spec = capture_model(workload, device=CPU)
     sensitivity = measure_sensitivity(workload, spec, device=CPU, warmup_steps=4)
-    plan = plan_of(spec, BF16_O2).model_copy(update={"e": 0.01})
+    plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
     session = opened(workload, spec)
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     longer = sensitivity.model_copy(update={"loss_curve": curve})
     bias = plan_bias(longer, dict.fromkeys(spec.names, BF16_O2), 0.01)
-    expected = tuple(predicted_loss_gap(longer, e, STEPS, start=STEPS) for e in (0.01, bias))
+    expected = tuple(
+        predicted_loss_gap(longer, grad_error, STEPS, start=STEPS) for grad_error in (0.01, bias)
+    )
     assert None not in expected
     assert predicted_gaps(session, plan, sensitivity) == expected
     assert predicted_gaps(session, plan_of(spec, BF16_O2), sensitivity) is None

@@ -31,11 +31,11 @@ def uniform(option: Option) -> Plan:
     return plan_for(Mlp(), option)
 
 
-def plan(option: Option, e: float | None) -> Plan:
-    return uniform(option).model_copy(update={"e": e})
+def plan(option: Option, grad_error: float | None) -> Plan:
+    return uniform(option).model_copy(update={"grad_error": grad_error})
 
 
-def refuted(e: float | None, gap: float, *, diverged_at: int | None = None) -> Refuted:
+def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = None) -> Refuted:
     branches = [
         Branch(
             label=label,
@@ -50,16 +50,16 @@ def refuted(e: float | None, gap: float, *, diverged_at: int | None = None) -> R
     ]
     arm = Arm(label="plan", options={})
     evidence = Evidence(arms=(REFERENCE, arm, arm), terms=TERMS, branches=tuple(branches))
-    return Refuted(plan(TENSORWISE, e), evidence)
+    return Refuted(plan(TENSORWISE, grad_error), evidence)
 
 
 @settings(deadline=None)  # the first example builds the plan
-@given(e=st.floats(1e-4, 1.0), gap=st.floats(1.1e-3, 0.5))
+@given(grad_error=st.floats(1e-4, 1.0), gap=st.floats(1.1e-3, 0.5))
 def test_the_bearable_e_is_where_a_proportional_gap_meets_the_tolerance(
-    e: float, gap: float
+    grad_error: float, gap: float
 ) -> None:
-    bearable = refuted(e, gap).bearable_e
-    assert bearable == pytest.approx(e * TERMS.tolerance / gap, rel=1e-6)
+    bearable = refuted(grad_error, gap).bearable_e
+    assert bearable == pytest.approx(grad_error * TERMS.tolerance / gap, rel=1e-6)
 
 
 def test_plans_above_the_bearable_e_are_passed_over() -> None:

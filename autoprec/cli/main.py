@@ -94,8 +94,8 @@ Rest = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
     typer.Argument(metavar="[-- ARGS]", help="With --script: the script's own arguments."),
 ]
-NoMasks = Annotated[
-    bool, typer.Option("--no-masks", help="Keep the three GEMMs of an FP8 layer together.")
+NoGemmsHp = Annotated[
+    bool, typer.Option("--no-gemms-hp", help="Keep the three GEMMs of an FP8 layer together.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
@@ -121,7 +121,7 @@ def tune(
     loss_tolerance: Tolerance = "0.1%",
     keep: Keep = None,
     recipes: Recipes = DEFAULT_RECIPES,
-    no_masks: NoMasks = False,
+    no_gemms_hp: NoGemmsHp = False,
     trials: Trials = 12,
     time_budget: Budget = "",
     seed: Seed = 0,
@@ -186,7 +186,7 @@ def profile(
     target: Target = "auto",
     out: Out = Path("autoprec-out"),
     recipes: Recipes = DEFAULT_RECIPES,
-    no_masks: NoMasks = False,
+    no_gemms_hp: NoGemmsHp = False,
     seed: Seed = 0,
     parallel: Parallel = "",
     compiled: Compiled = None,
@@ -362,12 +362,12 @@ def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arg
     """Make settings of a command's arguments; those that are no setting are left out."""
     convert: dict[str, tuple[str, Callable[[Any], Any]]] = {  # Any: as above
         "loss_tolerance": ("loss_tolerance", parse_fraction),
-        "keep": ("kept", lambda globs: tuple(globs or ())),
+        "keep": ("keep", lambda globs: tuple(globs or ())),
         "recipes": ("recipes", parse_recipes),
         "time_budget": ("time_budget_s", parse_duration),
         "storage": ("storage", lambda url: url or None),
         "no_verify": ("verify", lambda skipped: not skipped),
-        "no_masks": ("masks", lambda kept: not kept),
+        "no_gemms_hp": ("gemms_hp", lambda kept: not kept),
     }
     fields = {}
     for name, value in given.items():

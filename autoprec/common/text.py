@@ -1,8 +1,12 @@
-"""Foreign text, made fit to stand in a message."""
+"""Text for people: foreign text made safe for one line, long lists cut, digests."""
 
+import hashlib
+import json
 import reprlib
+from collections.abc import Iterable
 
-SHOWN = 60  # characters of a foreign value in an error
+SHOWN = 60  # characters of a foreign value in a message
+MOST_NAMED = 4  # names in a sentence; the files have them all
 
 
 def one_line(text: str, *, most: int = 4 * SHOWN) -> str:
@@ -15,8 +19,54 @@ def one_line(text: str, *, most: int = 4 * SHOWN) -> str:
     return printable if len(printable) <= most else printable[: most - 3] + "..."
 
 
+def error_line(error: BaseException, *, most: int = 4 * SHOWN) -> str:
+    """Return an error's message as one line, its class where it has none."""
+    return one_line(" ".join(str(error).split()) or type(error).__name__, most=most)
+
+
 def shown_value(value: object) -> str:
     """Return the `repr` of a foreign value for a message, cut where it is long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = SHOWN
     return one_line(short.repr(value))
+
+
+def first_and_more(
+    names: Iterable[object], *, most: int = MOST_NAMED, separator: str = ", "
+) -> str:
+    """Return the first names in words, and how many more there are.
+
+    >>> first_and_more(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    every = [str(name) for name in names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more
+
+
+def percent(share: float) -> str:
+    """Return e.g. `0.28 %`, `12 %` or `< 0.001 %`."""
+    value = 100.0 * share
+    if value >= 1e6:
+        return "any amount"
+    if value >= 10.0:
+        return f"{value:.0f} %"
+    if 0.0 < value < 0.001:
+        return "< 0.001 %"
+    return f"{value:.2g} %"
+
+
+def compared(ms: float, other_ms: float) -> str:
+    """Return how a time compares to another: `1.6x slower`, `1.42x faster`, `as fast`."""
+    if ms <= 0.0 or other_ms <= 0.0:
+        return "as fast"
+    ratio = ms / other_ms
+    if 0.995 < ratio < 1.005:
+        return "as fast"
+    factor, word = (ratio, "slower") if ratio > 1.0 else (1.0 / ratio, "faster")
+    return f"{factor:,.0f}x {word}" if factor >= 100.0 else f"{factor:.3g}x {word}"
+
+
+def short_digest(*parts: object) -> str:
+    """Return 16 hex digits of the SHA-256 of JSON values: equal parts, equal digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from autoprec.model.masks import without_slow_masks
+from autoprec.model.gemms_hp import without_slow_masks
 from autoprec.predict.breakeven import find_break_evens
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
@@ -27,7 +27,7 @@ from autoprec.records.model import (
     Option,
     Recipe,
     fp8_option,
-    with_masks,
+    with_gemms_hp,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def predict_profile(
     parallel: Parallel | None = None,
     compiled: bool = False,
     options: Sequence[Option] = (),
-    masks: bool = False,
+    gemms_hp: bool = False,
 ) -> Profile:
     """Predict every layer x option of a captured model, and its whole steps, on a device.
 
@@ -54,7 +54,7 @@ def predict_profile(
         parallel: degrees of parallelism; default: one device.
         compiled: torch.compile fuses casts, or eager.
         options: the FP8 options to consider; those that the target or a shape refuses drop out.
-        masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
+        gemms_hp: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
 
     Raises:
         DeviceError: the tensor-parallel degree does not divide a layer or its heads.
@@ -63,13 +63,13 @@ def predict_profile(
     if note := unsplit_note(spec.layers, parallel):
         logger.warning("%s", note)
     machine = machine_of(device_profile)
-    considered = with_masks(options) if masks else options
+    considered = with_gemms_hp(options) if gemms_hp else options
     target = retarget_model(spec, device_profile, considered, parallel)
     setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
     gathers = gather_savings_us(target, fp8_option(Recipe.TENSORWISE), setting)
     layers = time_layers(target.layers, setting, gathers)
     in_layers = sum(gathers.values())
-    if masks:
+    if gemms_hp:
         target, layers = without_slow_masks(target, layers)
     fp32 = step_times(target, lambda _: FP32, setting)
     bf16 = step_times(target, lambda _: BF16_O2, setting)

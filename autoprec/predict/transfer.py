@@ -95,7 +95,7 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
             for option in layer.options
             if option != FP32
         ),
-        flow=ZERO,
+        activation_error=ZERO,
         floor=ZERO,
         statistics=(),
         joint=(),
@@ -139,7 +139,7 @@ def _is_router(layer: LayerSpec) -> bool:
 
 def _unknown_row(name: str, option: Option) -> LayerSensitivity:
     return LayerSensitivity(
-        name=name, option=option, e=ZERO, bias=ZERO, loss_delta=None, basis=Basis.UNKNOWN
+        name=name, option=option, grad_error=ZERO, bias=ZERO, loss_delta=None, basis=Basis.UNKNOWN
     )
 
 
@@ -183,9 +183,9 @@ class _Finder:
 def _spread(name: str, rows: Sequence[LayerSensitivity], place: _Place) -> LayerSensitivity:
     """Return a role's row at a place; over all places it adds up to the role's total."""
     weights = _weights(place.index, place.count, len(rows))
-    total = math.fsum(max(row.e.mean, 0.0) for row in rows)
+    total = math.fsum(max(row.grad_error.mean, 0.0) for row in rows)
     reached = math.fsum(
-        weight * max(rows[at].e.mean, 0.0)
+        weight * max(rows[at].grad_error.mean, 0.0)
         for index in range(place.count)
         for at, weight in _weights(index, place.count, len(rows)).items()
     )
@@ -193,7 +193,7 @@ def _spread(name: str, rows: Sequence[LayerSensitivity], place: _Place) -> Layer
     return LayerSensitivity(
         name=name,
         option=rows[0].option,
-        e=_mixed([(weight, rows[at].e) for at, weight in weights.items()], scale),
+        grad_error=_mixed([(weight, rows[at].grad_error) for at, weight in weights.items()], scale),
         bias=_mixed([(weight, rows[at].bias) for at, weight in weights.items()], scale),
         loss_delta=None,
         basis=Basis.TRANSFERRED,

@@ -89,7 +89,7 @@ def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option)
     """Return a layer with `option` and its calls in the option's dtype."""
     dtype = option_dtype(option)
     layer = make_layer()
-    install_options(layer, {"": option}, flow=dtype, root=False)
+    install_options(layer, {"": option}, activation_dtype=dtype, root=False)
     own = [
         Call(
             args=_as_input(call.args, dtype),

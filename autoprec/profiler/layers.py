@@ -51,7 +51,7 @@ from autoprec.records import (
     LayerTiming,
     Option,
     Timing,
-    with_masks,
+    with_gemms_hp,
 )
 from autoprec.runtime.classes import option_dtype
 
@@ -112,7 +112,7 @@ class LayerMeter:
     device: torch.device
     clock: Clock
     state_ratio: float  # optimizer state elements per parameter element
-    masks: bool = False  # time FP8 with some GEMMs in BF16 too, where the parts promise a gain
+    gemms_hp: bool = False  # time FP8 with some GEMMs in BF16 too, where the parts promise a gain
     monitor: Monitor | None = None
     seed: int = 0
     compilation: Compilation | None = None  # None: eager
@@ -132,7 +132,7 @@ class LayerMeter:
             predicted = self._predict_fp8(option, calls, limit_ms=limit_ms)
             runs.append(predicted or self._try_option(option, calls, make_layer))
         rows = self._time_runs(group, runs)
-        if self.masks:
+        if self.gemms_hp:
             masked = [self._try_option(o, calls, make_layer) for o in promising_masks(rows)]
             rows += self._time_runs(group, masked)
         return rows
@@ -348,7 +348,7 @@ def promising_masks(rows: Sequence[LayerTiming]) -> list[Option]:
     whole = {row.option.recipe: row for row in rows if row.option.is_fp8 and row.total}
     return [
         option
-        for option in with_masks(known)
+        for option in with_gemms_hp(known)
         if option not in known
         and option.recipe in whole
         and _masked_ms(whole[option.recipe], plain, option) < MARGIN * plain.total.median_ms

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.local import device_facts, find_monitor, release_memory
 from autoprec.device.timing import Clock, Stopping, make_clock, sample_interleaved
+from autoprec.model.gemms_hp import without_slow_masks
 from autoprec.model.layers import find_layers
-from autoprec.model.masks import without_slow_masks
 from autoprec.profiler.candidates import copy_layer
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.layers import Group, LayerMeter
@@ -81,7 +81,7 @@ def profile_model(
     *,
     device: torch.device,
     options: Sequence[Option] | None = None,
-    masks: bool = False,
+    gemms_hp: bool = False,
     compiled: bool = False,
     seed: int = 0,
     progress: Progress = report_nothing,
@@ -95,7 +95,7 @@ def profile_model(
         spec: the captured model.
         device: where to measure.
         options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
-        masks: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
+        gemms_hp: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
         compiled: time layers and steps under torch.compile; on a CPU it takes minutes to compile.
         seed: of the model, the batches and the order of turns.
         progress: told of every group of layers and every round of steps.
@@ -112,14 +112,14 @@ def profile_model(
     facts = facts.model_copy(update={"compile_mode": mode})
     with open_compilation(device, mode) as compilation:
         given = replace(given, compilation=compilation)
-        profile = _profile(given, spec, facts, groups, masks=masks)
+        profile = _profile(given, spec, facts, groups, gemms_hp=gemms_hp)
     if device.type != "cuda" or not names_kernels:
         return profile
     return profile.model_copy(update={"layers": name_kernels_of(given, groups, profile.layers)})
 
 
 def _profile(
-    given: Given, spec: ModelSpec, facts: DeviceFacts, groups: Sequence[Group], *, masks: bool
+    given: Given, spec: ModelSpec, facts: DeviceFacts, groups: Sequence[Group], *, gemms_hp: bool
 ) -> Profile:
     started = time.perf_counter()
     recorded = _record(given, groups)
@@ -127,13 +127,13 @@ def _profile(
         given.device,
         given.clock,
         spec.optimizer_state_numel_ratio,
-        masks=masks,
+        gemms_hp=gemms_hp,
         monitor=find_monitor(given.device),
         seed=given.seed,
         compilation=given.compilation,
     )
     rows = _time_layers(given, meter, groups, recorded)
-    if masks:
+    if gemms_hp:
         spec, rows = without_slow_masks(spec, rows)
     cast_ms = time_boundary_cast(recorded.calls.values(), clock=given.clock, device=given.device)
     step_ms = recorded.step_ms

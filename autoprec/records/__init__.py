@@ -38,7 +38,7 @@ from autoprec.records.model import (
     Refusal,
     TensorSpec,
     fp8_option,
-    with_masks,
+    with_gemms_hp,
 )
 from autoprec.records.plan import (
     Assignment,
@@ -115,6 +115,6 @@ __all__ = [
     "Verification",
     "fp8_option",
     "read_text",
-    "with_masks",
+    "with_gemms_hp",
     "write_atomically",
 ]

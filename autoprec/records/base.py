@@ -49,6 +49,7 @@ class FileRecord(Record):
 
     KIND: ClassVar[str]
     VERSION: ClassVar[int]
+    REMAKE: ClassVar[str]  # the command that writes such a file
 
     def to_json(self) -> str:
         """Return the file's text: indented JSON, `kind` and `version` first."""
@@ -86,7 +87,7 @@ class FileRecord(Record):
         """Read a record from JSON text; `source` names it in errors."""
         source = one_line(source)
         fields = _parse_object(text, source=source)
-        _check_header(fields, kind=cls.KIND, version=cls.VERSION, source=source)
+        _check_header(fields, kind=cls.KIND, version=cls.VERSION, remake=cls.REMAKE, source=source)
         body = {name: value for name, value in fields.items() if name not in ("kind", "version")}
         try:
             return cls.model_validate_json(json.dumps(body))
@@ -144,7 +145,9 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
-def _check_header(fields: dict[str, Any], *, kind: str, version: int, source: str) -> None:
+def _check_header(
+    fields: dict[str, Any], *, kind: str, version: int, remake: str, source: str
+) -> None:
     if fields.get("kind") != kind:
         raise RecordError(
             f"a {kind} file must say kind={kind!r}, but {source} says "
@@ -153,7 +156,7 @@ def _check_header(fields: dict[str, Any], *, kind: str, version: int, source: st
     if type(fields.get("version")) is not int or fields["version"] != version:
         raise RecordError(
             f"this autoprec reads {kind} version {version}, but {source} says "
-            f"{shown_value(fields.get('version'))}; write it again with this autoprec"
+            f"{shown_value(fields.get('version'))}; make a new one with {remake}"
         )
 
 
@@ -167,5 +170,5 @@ def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:
     got = "" if is_told else f", but it is {shown_value(first.get('input'))}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return (
-        f"{kind} file {source}: {where}: {said}{got}{more}; mend that field or write the file again"
+        f"{kind} file {source}: {where}: {said}{got}{more}; fix that field or write the file again"
     )

@@ -140,7 +140,8 @@ class Profile(FileRecord):
     """
 
     KIND: ClassVar[str] = "profile"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
 
     model: ModelSpec
     device: DeviceFacts

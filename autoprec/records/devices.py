@@ -170,7 +170,10 @@ class DeviceProfile(FileRecord):
     """
 
     KIND: ClassVar[str] = "device_profile"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = (
+        "`autoprec devices measure`, or take a shipped one (`autoprec devices list`)"
+    )
 
     name: str = Field(max_length=100, pattern=NAME)
     title: Line

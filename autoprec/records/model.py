@@ -134,7 +134,7 @@ def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
     return Option(precision=Precision.FP8_O1, recipe=recipe, gemms_hp=gemms_hp)
 
 
-def with_masks(options: Sequence[Option]) -> tuple[Option, ...]:
+def with_gemms_hp(options: Sequence[Option]) -> tuple[Option, ...]:
     """Return the options, then each unmasked FP8 one with one or two of its GEMMs in BF16."""
     masks = [mask for count in (1, 2) for mask in itertools.combinations(Gemm, count)]
     masked = (
@@ -261,7 +261,8 @@ class ModelSpec(FileRecord):
     """
 
     KIND: ClassVar[str] = "model"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
 
     layers: tuple[LayerSpec, ...]
     uncovered: tuple[ParameterSpec, ...]

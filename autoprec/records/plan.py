@@ -18,7 +18,7 @@ class Assignment(Record):
     """The precision of one layer by exact name, with what led to it.
 
     Times are the layer's forward + backward per step in this option and in the baseline BF16 O2, in
-    ms; `e` its gradient perturbation; `reason` is a sentence for people.
+    ms; `grad_error` its gradient error; `reason` is a sentence for people.
     """
 
     name: str = Field(max_length=4096)
@@ -30,8 +30,8 @@ class Assignment(Record):
     layer_ms: NonNegativeFloat | None = None
     baseline_ms: NonNegativeFloat | None = None
     basis: Basis = Basis.MEASURED
-    e: float | None = None
-    e_basis: Basis = Basis.MEASURED
+    grad_error: float | None = None
+    grad_error_basis: Basis = Basis.MEASURED
     reason: str = ""
 
     @property
@@ -49,9 +49,9 @@ class Constraint(Record):
     """What the plan had to satisfy."""
 
     loss_tolerance: NonNegativeFloat  # relative loss gap, 0.001 = 0.1 %
-    e_budget: NonNegativeFloat | None  # the e that the search allowed for it
+    grad_error_budget: NonNegativeFloat | None  # the gradient error that it allows
     memory_bytes: NonNegativeInt | None = None
-    kept: Many[str] = ()  # --keep GLOB=precision, as given
+    keep: Many[str] = ()  # --keep GLOB=precision, as given
 
 
 class Fingerprint(Record):
@@ -90,7 +90,7 @@ class Certificate(Record):
     """The verification in short; the whole is in verification.json."""
 
     verdict: Verdict
-    tolerance: NonNegativeFloat
+    loss_tolerance: NonNegativeFloat
     gap: LossGap | None
     step_ms: dict[str, float]
     seeds: NonNegativeInt
@@ -107,20 +107,21 @@ class Phase(Record):
 class Plan(FileRecord):
     """The precision of every layer of one model.
 
-    `e` is the joint gradient perturbation (measured or not, see `e_basis`), so
-    `e` extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
+    `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`): about that
+    many extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only).
     """
 
     KIND: ClassVar[str] = "plan"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec tune MODEL.py`"
 
     layers: Many[Assignment] = Field(max_length=200_000)
     uncovered: Many[str]
     constraint: Constraint
     fingerprint: Fingerprint
-    e: float | None
-    e_basis: Basis
+    grad_error: float | None
+    grad_error_basis: Basis
     predicted: PredictedStep | None
     certificate: Certificate | None = None
     schedule: Many[Phase] = ()
@@ -154,30 +155,30 @@ class Plan(FileRecord):
 
 
 class FrontPoint(Record):
-    """One plan on the Pareto front of predicted step time and e."""
+    """One plan on the Pareto front of predicted step time and gradient error."""
 
     options: tuple[Option, ...]
     step_ms: NonNegativeFloat
-    e: NonNegativeFloat
-    e_measured: NonNegativeFloat | None = None  # joint, where a trial measured it
+    grad_error: NonNegativeFloat
+    grad_error_measured: NonNegativeFloat | None = None  # joint, where a trial measured it
     memory_bytes: NonNegativeInt | None = None
 
 
 class SearchTrial(Record):
-    """One Optuna trial: a whole plan with its joint e.
+    """One Optuna trial: a whole plan with its joint gradient error.
 
-    `source` is `exact` (from the front), `uniform`, `sampler` or `repair`. `e_basis` is `predicted`
-    where there was no workload to measure with, and `e` is the table's sum.
+    `source` is `exact` (from the front), `uniform`, `sampler` or `repair`. `grad_error_basis` is
+    `predicted` where there was no workload to measure with, and `grad_error` is the table's sum.
     """
 
     number: NonNegativeInt
     source: str
     options: tuple[Option, ...]
     step_ms: NonNegativeFloat
-    e: NonNegativeFloat
+    grad_error: NonNegativeFloat
     time_to_loss_ms: NonNegativeFloat
     feasible: bool
-    e_basis: Basis = Basis.MEASURED
+    grad_error_basis: Basis = Basis.MEASURED
 
 
 class Search(FileRecord):
@@ -185,15 +186,16 @@ class Search(FileRecord):
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
     its step time; `chosen` what the study preferred; `ranked` the plans to try, best first, should
-    verification refute the chosen one. `guilty` are layers that were found by bisection to make
-    the joint e larger than the sum of its parts; `notes` say what the search did about it.
+    verification refute the chosen one. `interacting` are layers that were found by bisection to
+    make the joint error larger than the sum of its parts; `notes` say what the search did about it.
     """
 
     KIND: ClassVar[str] = "search"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec search FOLDER`"
 
     structure: str
-    e_budget: NonNegativeFloat
+    grad_error_budget: NonNegativeFloat
     front: tuple[FrontPoint, ...]
     exact: FrontPoint
     bound_ms: NonNegativeFloat
@@ -204,5 +206,5 @@ class Search(FileRecord):
     step_equivalents: NonNegativeFloat
     duplicates_skipped: NonNegativeInt = 0
     trials_asked: PositiveInt | None = None
-    guilty: tuple[str, ...] = ()
+    interacting: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -27,14 +27,14 @@ class Operand(StrEnum):
 class LayerSensitivity(Record):
     """One layer x option against the reference.
 
-    `e` is the gradient perturbation (of |P g_ref|^2); `bias` the part of it that does not
-    average out over batches; `loss_delta` the one-pass loss probe (nats, or the loss's unit);
-    `by_gemm` the share of `e` that each GEMM adds where it was measured apart.
+    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR); `bias` the part
+    of it that does not average out over batches; `loss_delta` the one-pass loss probe (nats, or
+    the loss's unit); `by_gemm` the share of it that each GEMM adds where it was measured apart.
     """
 
     name: str
     option: Option
-    e: Estimate
+    grad_error: Estimate
     bias: Estimate
     loss_delta: Estimate | None
     by_gemm: dict[Gemm, Estimate] = Field(default_factory=dict)
@@ -60,29 +60,31 @@ class OperandStatistics(Record):
 
 
 class JointMeasurement(Record):
-    """The measured e of a whole assignment beside the sum of its parts from the table."""
+    """The measured gradient error of a whole plan beside the sum of its rows in the table."""
 
     label: str
     options: tuple[Option, ...]  # in the order of the model's layers
-    e: Estimate
-    predicted_e: float
+    grad_error: Estimate
+    predicted_grad_error: float
     bias: Estimate | None = None
 
 
 class Sensitivity(FileRecord):
-    """The table of gradient perturbations and what it was measured with.
+    """The table of gradient errors and what it was measured with.
 
     `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`, or
     `transferred` or `unknown` for a model that was not measured; `passes` counts
     forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
-    names P (`adam`, `identity`, ...). `flow` is what the joint e of uniform BF16 has beyond its
-    rows; it is paid once by any plan with a 16-bit layer. `floor` is the e between two runs of the
+    names P (`adam`, `identity`, ...). `activation_error` is what the
+    joint error of uniform BF16 has beyond its rows, from BF16 activations between layers: paid once
+    by any plan with a 16-bit layer. `floor` is the error between two runs of the
     reference (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
     `gradient_noise` is the relative variance of the minibatch gradient, for scale.
     """
 
     KIND: ClassVar[str] = "sensitivity"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec sensitivity MODEL.py`"
 
     structure: str
     reference: Option
@@ -95,7 +97,7 @@ class Sensitivity(FileRecord):
     checkpoint: str
     seed: int
     rows: tuple[LayerSensitivity, ...]
-    flow: Estimate
+    activation_error: Estimate
     floor: Estimate
     statistics: tuple[OperandStatistics, ...]
     joint: tuple[JointMeasurement, ...]

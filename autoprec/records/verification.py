@@ -55,7 +55,8 @@ class BranchFile(FileRecord):
     """
 
     KIND: ClassVar[str] = "branch"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec verify`, without the old file"
 
     setup: str
     arm: str
@@ -65,10 +66,10 @@ class BranchFile(FileRecord):
 class Verification(FileRecord):
     """The certificate of a plan.
 
-    `tolerance` is the allowed relative loss gap, `gap` the plan's and `control_gap` BF16 O2's own;
+    `loss_tolerance` is the allowed relative loss gap, `gap` the plan's and `control_gap` BF16 O2's;
     `seed_spread` the relative standard deviation of the reference's evaluation loss over seeds.
-    `predicted_gap` comes from the sensitivity's e and the reference's loss curve, and
-    `predicted_bias_gap` is what the systematic part of e makes of it. `steps` are the whole-step
+    `predicted_gap` comes from the gradient error and the reference's loss curve, and
+    `predicted_bias_gap` is what its systematic part makes of it. `steps` are the whole-step
     timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
     plans that were tried before this one. `advice` is what it would take when inconclusive.
     `plan` is the plan's digest (`Plan.digest`). `seeds_planned` are the smallest and largest number
@@ -79,11 +80,12 @@ class Verification(FileRecord):
     """
 
     KIND: ClassVar[str] = "verification"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec verify MODEL.py PLAN.json`"
 
     plan: str
     verdict: Verdict
-    tolerance: NonNegativeFloat
+    loss_tolerance: NonNegativeFloat
     gap: LossGap | None
     control_gap: LossGap | None
     seed_spread: NonNegativeFloat | None

@@ -108,7 +108,7 @@ def verdict_sentence(run: RunRecords) -> str:
     gap = f"the loss gap to FP32 is {shown_gap(proof.gap)}" if proof.gap else "no loss gap is known"
     advice = clean_text(run.verification.advice) if run.verification else ""
     more = f"; {advice}" if advice else ""
-    return f"{proof.verdict}: {gap}; the tolerance is {shown_share(proof.tolerance)}{more}"
+    return f"{proof.verdict}: {gap}; the tolerance is {shown_share(proof.loss_tolerance)}{more}"
 
 
 def unmeasured(run: RunRecords) -> list[str]:

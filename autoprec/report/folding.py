@@ -44,9 +44,9 @@ class FoldedRow:
         return _ratio(_all_ms(row.bf16_o2 for row in self.rows), self.chosen_ms)
 
     @property
-    def e(self) -> Estimate | None:
+    def grad_error(self) -> Estimate | None:
         """The summed e; None when a row has none."""
-        estimates = [row.e for row in self.rows]
+        estimates = [row.grad_error for row in self.rows]
         known = [estimate for estimate in estimates if estimate is not None]
         if not known or len(known) < len(estimates):
             return None

@@ -43,7 +43,7 @@ def shown_share(value: float | None, *, sign: bool = False) -> str:
     return f"+{text} %" if sign and value > 0 else f"{text} %"
 
 
-def shown_e(mean: float | None, stderr: float | None) -> str:
+def shown_grad_error(mean: float | None, stderr: float | None) -> str:
     """Return a gradient perturbation with its standard error, e.g. `0.43 % +- 0.05 %`."""
     if mean is None or stderr is None:
         return shown_share(mean)

@@ -53,7 +53,7 @@ def frame_columns() -> dict[str, Column]:
         "samples": lambda row: row.chosen.samples if row.chosen else None,
         "rejected": lambda row: row.chosen.rejected if row.chosen else None,
         "time_basis": lambda row: row.chosen.basis.value if row.chosen else None,
-        "e_basis": lambda row: row.e_basis.value if row.e else None,
+        "grad_error_basis": lambda row: row.grad_error_basis.value if row.grad_error else None,
         "reason": lambda row: row.reason,
     }
 
@@ -67,8 +67,8 @@ def _time_columns(prefix: str, times: Callable[[LayerRow], Times | None]) -> dic
 
 def _effect_columns() -> dict[str, Column]:
     return {
-        "e": lambda row: _mean(row.e),
-        "e_stderr": lambda row: row.e.stderr if row.e else None,
+        "grad_error": lambda row: _mean(row.grad_error),
+        "e_stderr": lambda row: row.grad_error.stderr if row.grad_error else None,
         "e_share": lambda row: row.e_share,
         "bias": lambda row: _mean(row.bias),
         "bias_stderr": lambda row: row.bias.stderr if row.bias else None,

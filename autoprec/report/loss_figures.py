@@ -30,7 +30,13 @@ from autoprec.report.charts import (
     x_axis,
     y_axis,
 )
-from autoprec.report.formats import shown_e, shown_ms, shown_option, shown_share, step_title
+from autoprec.report.formats import (
+    shown_grad_error,
+    shown_ms,
+    shown_option,
+    shown_share,
+    step_title,
+)
 from autoprec.report.runs import RunRecords
 from autoprec.report.table import LayerRow, OptionRow
 
@@ -57,11 +63,13 @@ BRANCH_KINDS = {"reference": "b-reference", "bf16_o2": "b-bf16_o2", "plan": "b-p
 
 def pareto_figure(search: Search) -> Markup:
     """Return step time against e: the front, every trial, the chosen plan, bound and budget."""
-    points = [(p.step_ms, p.e_measured or p.e) for p in (*search.front, search.chosen)]
-    points += [(trial.step_ms, trial.e) for trial in search.trials]
+    points = [
+        (p.step_ms, p.grad_error_measured or p.grad_error) for p in (*search.front, search.chosen)
+    ]
+    points += [(trial.step_ms, trial.grad_error) for trial in search.trials]
     x = Scale(*padded(min(p[0] for p in points), max(p[0] for p in points)), 84.0, WIDTH - 30.0)
-    budget = search.e_budget
-    reach = max(e for _, e in points)
+    budget = search.grad_error_budget
+    reach = max(grad_error for _, grad_error in points)
     highest = max(reach, budget) if budget < 3.0 * reach else reach
     y = Scale(0.0, max(highest * 1.12, 1e-12), 380.0, 34.0)
     parts = [
@@ -70,7 +78,11 @@ def pareto_figure(search: Search) -> Markup:
         *_pareto_lines(search, x, y),
         *_trial_marks(search, x, y),
         *_front_marks(search.front, x, y),
-        _star(x(search.chosen.step_ms), y(search.chosen.e_measured or search.chosen.e), search),
+        _star(
+            x(search.chosen.step_ms),
+            y(search.chosen.grad_error_measured or search.chosen.grad_error),
+            search,
+        ),
     ]
     return legend(PARETO_KEYS) + picture(
         WIDTH, 424.0, parts, title="Pareto front of step time and e"
@@ -83,7 +95,7 @@ def sensitivity_figure(rows: Sequence[LayerRow]) -> Markup:
     top = ranked[:MOST_DOTS]
     if not top:
         return Markup("")
-    values = [e for row in top for o in row.options if (e := _e(o)) > 0.0]
+    values = [grad_error for row in top for o in row.options if (grad_error := _e(o)) > 0.0]
     x = Scale(min(values) / 1.5, max(values) * 1.6, 270.0, WIDTH - 30.0, is_log=True)
     bottom = 16.0 + 20.0 * len(top)
     parts = [x_axis(x, 8.0, bottom, label="e (log scale), with standard error", show=shown_share)]
@@ -132,14 +144,22 @@ def gap_figure(verification: Verification) -> Markup:
     seeds = {label: seed_gaps(verification, label) for label in ("bf16_o2", "plan")}
     gaps: Mapping[str, LossGap | None]
     gaps = {"bf16_o2": verification.control_gap, "plan": verification.gap}
-    ends = [0.0, verification.tolerance, *(gap for by in seeds.values() for gap in by.values())]
+    ends = [
+        0.0,
+        verification.loss_tolerance,
+        *(gap for by in seeds.values() for gap in by.values()),
+    ]
     for known in gaps.values():
         ends += [known.low, known.high] if known else []
     x = Scale(*padded(min(ends), max(ends)), 190.0, WIDTH - 40.0)
     parts = [x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=_signed)]
     for value, kind, words in (
         (0.0, "zero", "FP32"),
-        (verification.tolerance, "limit", f"tolerance {shown_share(verification.tolerance)}"),
+        (
+            verification.loss_tolerance,
+            "limit",
+            f"tolerance {shown_share(verification.loss_tolerance)}",
+        ),
     ):
         parts.append(line(x(value), 24.0, x(value), 130.0, kind=kind))
         parts.append(text(x(value), 16.0, words, kind="tick", anchor="middle"))
@@ -186,10 +206,10 @@ def option_kind(option: Option) -> str:
 
 def _pareto_lines(search: Search, x: Scale, y: Scale) -> list[Markup]:
     parts = []
-    if search.e_budget <= y.high:
-        at = y(search.e_budget)
+    if search.grad_error_budget <= y.high:
+        at = y(search.grad_error_budget)
         parts.append(line(x.start, at, x.end, at, kind="limit"))
-        words = f"e budget {shown_share(search.e_budget)}"
+        words = f"e budget {shown_share(search.grad_error_budget)}"
         parts.append(text(x.end, at - 6.0, words, kind="tick", anchor="end"))
     if x.low <= search.bound_ms <= x.high:
         at = x(search.bound_ms)
@@ -205,10 +225,11 @@ def _trial_marks(search: Search, x: Scale, y: Scale) -> list[Markup]:
         kind = SOURCE_KINDS.get(trial.source, "t-sampler") if trial.feasible else "t-infeasible"
         tip = (
             f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'}): "
-            f"{shown_ms(trial.step_ms)} ms predicted, e {shown_share(trial.e)} ({trial.e_basis}), "
+            f"{shown_ms(trial.step_ms)} ms predicted, e "
+            f"{shown_share(trial.grad_error)} ({trial.grad_error_basis}), "
             f"{_option_counts(trial.options)}"
         )
-        parts.append(dot(x(trial.step_ms), y(trial.e), 5.0, kind=kind, tip=tip))
+        parts.append(dot(x(trial.step_ms), y(trial.grad_error), 5.0, kind=kind, tip=tip))
     return parts
 
 
@@ -216,24 +237,27 @@ def _front_marks(front: Sequence[FrontPoint], x: Scale, y: Scale) -> list[Markup
     ranked = sorted(front, key=lambda point: point.step_ms)
     stairs: list[tuple[float, float]] = []
     for point in ranked:
-        at = (x(point.step_ms), y(point.e))
+        at = (x(point.step_ms), y(point.grad_error))
         stairs += [(at[0], stairs[-1][1]), at] if stairs else [at]
     parts = [path(stairs, kind="front")]
     for point in ranked:
         tip = (
-            f"front: {shown_ms(point.step_ms)} ms, e {shown_share(point.e)} (both predicted by the "
+            f"front: {shown_ms(point.step_ms)} ms, e {shown_share(point.grad_error)} (both "
+            f"predicted by the "
             f"tables), {_option_counts(point.options)}"
         )
-        parts.append(dot(x(point.step_ms), y(point.e), 3.5, kind="t-front", tip=tip))
+        parts.append(dot(x(point.step_ms), y(point.grad_error), 3.5, kind="t-front", tip=tip))
     return parts
 
 
 def _star(x: float, y: float, search: Search) -> Markup:
     chosen = search.chosen
-    e = chosen.e if chosen.e_measured is None else chosen.e_measured
-    basis = "predicted" if chosen.e_measured is None else "measured"
+    grad_error = (
+        chosen.grad_error if chosen.grad_error_measured is None else chosen.grad_error_measured
+    )
+    basis = "predicted" if chosen.grad_error_measured is None else "measured"
     tip = (
-        f"chosen: {shown_ms(chosen.step_ms)} ms predicted, e {shown_share(e)} {basis}, "
+        f"chosen: {shown_ms(chosen.step_ms)} ms predicted, e {shown_share(grad_error)} {basis}, "
         f"{_option_counts(chosen.options)}"
     )
     way = f"M{x:.1f},{y - 9:.1f}l9,9l-9,9l-9,-9z"
@@ -252,12 +276,16 @@ def _sensitivity_marks(row: LayerRow, x: Scale, *, y: float) -> list[Markup]:
     ]
     for option in row.options:
         effect = option.sensitivity
-        if effect is None or effect.e.mean <= 0.0:
+        if effect is None or effect.grad_error.mean <= 0.0:
             continue
-        mean, stderr, kind = effect.e.mean, effect.e.stderr, option_kind(option.option)
-        bias = shown_e(effect.bias.mean, effect.bias.stderr)
+        mean, stderr, kind = (
+            effect.grad_error.mean,
+            effect.grad_error.stderr,
+            option_kind(option.option),
+        )
+        bias = shown_grad_error(effect.bias.mean, effect.bias.stderr)
         tip = (
-            f"{row.name}, {shown_option(option.option)}: e {shown_e(mean, stderr)} "
+            f"{row.name}, {shown_option(option.option)}: e {shown_grad_error(mean, stderr)} "
             f"({effect.basis}), bias {bias}"
         )
         if stderr:
@@ -321,4 +349,4 @@ def _largest_e(row: LayerRow) -> float:
 
 
 def _e(option: OptionRow) -> float:
-    return option.sensitivity.e.mean if option.sensitivity else 0.0
+    return option.sensitivity.grad_error.mean if option.sensitivity else 0.0

@@ -66,7 +66,7 @@ def render_html(run: RunRecords) -> str:
         notes=unmeasured(run),
         ceiling=ceiling,
         count_of=formats.count_of,
-        e_text=formats.shown_e,
+        grad_error_text=formats.shown_grad_error,
         **_figures(run, found, ceiling),
         **_tables(run, found),
     )

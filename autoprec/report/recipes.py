@@ -21,8 +21,16 @@ def _row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str, 
     own = {row.name: row for row in sensitivity.rows if row.option == option}
     others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
     chosen = [*own.values(), *others]
-    e = sensitivity.flow.mean + sum(max(row.e.mean, 0.0) for row in chosen)
+    grad_error = sensitivity.activation_error.mean + sum(
+        max(row.grad_error.mean, 0.0) for row in chosen
+    )
     bias = sum(max(row.bias.mean, 0.0) for row in chosen)
-    gap = predicted_loss_gap(sensitivity, e, HORIZON_STEPS)
+    gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
     name = shown_option(option)
-    return name, str(len(own)), shown_share(e), shown_share(bias), shown_share(gap, sign=True)
+    return (
+        name,
+        str(len(own)),
+        shown_share(grad_error),
+        shown_share(bias),
+        shown_share(gap, sign=True),
+    )

@@ -8,7 +8,7 @@ from autoprec.report.formats import (
     UNKNOWN,
     count_of,
     shown_bytes,
-    shown_e,
+    shown_grad_error,
     shown_ms,
     shown_option,
     shown_ratio,
@@ -90,9 +90,15 @@ def joint_rows(run: RunRecords) -> list[tuple[str, str, str, str]]:
     """Return (plan, sum of parts, measured at once, ratio) of the joint measurements."""
     rows = []
     for joint in run.sensitivity.joint if run.sensitivity else ():
-        ratio = joint.e.mean / joint.predicted_e if joint.predicted_e else None
-        measured = shown_e(joint.e.mean, joint.e.stderr)
-        rows.append((joint.label, shown_share(joint.predicted_e), measured, shown_ratio(ratio)))
+        ratio = (
+            joint.grad_error.mean / joint.predicted_grad_error
+            if joint.predicted_grad_error
+            else None
+        )
+        measured = shown_grad_error(joint.grad_error.mean, joint.grad_error.stderr)
+        rows.append(
+            (joint.label, shown_share(joint.predicted_grad_error), measured, shown_ratio(ratio))
+        )
     return rows
 
 
@@ -104,7 +110,7 @@ def trial_rows(run: RunRecords) -> list[tuple[str, ...]]:
             str(trial.number),
             trial.source,
             shown_ms(trial.step_ms),
-            f"{shown_share(trial.e)} ({trial.e_basis})",
+            f"{shown_share(trial.grad_error)} ({trial.grad_error_basis})",
             shown_ms(trial.time_to_loss_ms),
             ", ".join(
                 f"{count} {precision}"
@@ -137,7 +143,7 @@ def environment_rows(run: RunRecords) -> list[tuple[str, str]]:
         made = run.plan.fingerprint
         rows += [("model structure", made.structure), ("plan", run.plan.digest)]
         rows += [("parallel", made.parallel)] if made.parallel else []
-        rows += [("kept by the user", ", ".join(run.plan.constraint.kept) or "nothing")]
+        rows += [("kept by the user", ", ".join(run.plan.constraint.keep) or "nothing")]
     return rows
 
 
@@ -209,13 +215,17 @@ def _interval(speedup: Speedup) -> str:
 
 
 def _loss_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
-    if found.e is not None:
-        error = f" +- {shown_share(found.e.stderr)}" if found.e.stderr is not None else ""
+    if found.grad_error is not None:
+        error = (
+            f" +- {shown_share(found.grad_error.stderr)}"
+            if found.grad_error.stderr is not None
+            else ""
+        )
         yield Card(
             "Extra steps to the same loss",
             shown_share(found.extra_steps, sign=True),
-            f"gradient perturbation e = {shown_share(found.e.mean)}{error}",
-            found.e_basis.value,
+            f"gradient perturbation e = {shown_share(found.grad_error.mean)}{error}",
+            found.grad_error_basis.value,
         )
     if found.gap is not None:
         gap = found.gap
@@ -224,7 +234,7 @@ def _loss_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
             shown_share(gap.mean, sign=True),
             f"{100 * gap.confidence:.0f} % interval {shown_share(gap.low, sign=True)} to "
             f"{shown_share(gap.high, sign=True)}, {count_of(gap.seeds, 'seed')}; tolerance "
-            f"{shown_share(found.tolerance)}",
+            f"{shown_share(found.loss_tolerance)}",
             "measured",
             found.verdict.value,
         )
@@ -296,8 +306,8 @@ def _how_sensed(run: RunRecords) -> Iterable[str]:
         f"{record.step_equivalents:.1f} FP32 training steps"
     )
     yield (
-        f"A BF16 flow with all layers in FP32 has e = {shown_share(record.flow.mean)}; two runs of "
-        f"the reference differ by e = {shown_share(record.floor.mean)}"
+        f"A BF16 flow with all layers in FP32 has e = {shown_share(record.activation_error.mean)}; "
+        f"two runs of the reference differ by e = {shown_share(record.floor.mean)}"
     )
     if record.gradient_noise is not None:
         yield (

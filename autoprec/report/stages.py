@@ -28,8 +28,8 @@ from autoprec.report.formats import (
     UNKNOWN,
     count_of,
     shown_bytes,
-    shown_e,
     shown_gap,
+    shown_grad_error,
     shown_ms,
     shown_option,
     shown_ratio,
@@ -100,19 +100,20 @@ def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
         table.add_row(*(cell(console, text) for text in (name, *texts)))
     console.print(table, highlight=False)
     _say_rest(console, len(by_layer) - MOST_SHOWN, "layer", "sensitivity.json")
-    for recipe, linears, e, bias, gap in recipe_rows(sensitivity):
+    for recipe, linears, grad_error, bias, gap in recipe_rows(sensitivity):
         say(
             console,
-            f"{recipe} in all {linears} linears: e = {e} ({bias} of it bias), predicted loss gap "
+            f"{recipe} in all {linears} linears: e = {grad_error} ({bias} of it bias), predicted "
+            f"loss gap "
             f"after {HORIZON_STEPS} steps {gap}",
         )
     for joint in sensitivity.joint:
-        measured = shown_e(joint.e.mean, joint.e.stderr)
-        predicted = shown_share(joint.predicted_e)
+        measured = shown_grad_error(joint.grad_error.mean, joint.grad_error.stderr)
+        predicted = shown_share(joint.predicted_grad_error)
         say(console, f"{joint.label}, all layers at once: e = {measured}, sum of parts {predicted}")
     say(
         console,
-        f"BF16 flow alone: {_shown(sensitivity.flow)}; two runs of the reference: "
+        f"BF16 flow alone: {_shown(sensitivity.activation_error)}; two runs of the reference: "
         f"{_shown(sensitivity.floor)}; {count_of(sensitivity.batches, 'batch', 'batches')}, "
         f"{sensitivity.preconditioner} preconditioner; cost: "
         f"{sensitivity.step_equivalents:.1f} FP32 training steps",
@@ -124,18 +125,22 @@ def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
 def print_search(search: Search, console: Console) -> None:
     """Print the Pareto front and what was chosen."""
     say(console, "Pareto front (additive model; e measured where a trial ran it)", "bold")
-    names = ("step ms", "e", "measured e", "fp8_o1", "bf16_o2", "fp32")
+    names = ("step ms", "grad_error", "measured e", "fp8_o1", "bf16_o2", "fp32")
     table = new_table([*(Column(name, is_number=True) for name in names), Column("")])
     for point in search.front:
         marks = [name for name in ("chosen", "exact") if point.options == _options(search, name)]
         counts = [sum(o.precision is p for o in point.options) for p in Precision]
-        texts = [shown_ms(point.step_ms), shown_share(point.e), shown_share(point.e_measured)]
+        texts = [
+            shown_ms(point.step_ms),
+            shown_share(point.grad_error),
+            shown_share(point.grad_error_measured),
+        ]
         table.add_row(*(cell(console, text) for text in (*texts, *counts, ", ".join(marks))))
     console.print(table, highlight=False)
     say(
         console,
         f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates skipped, "
-        f"e budget {shown_share(search.e_budget)}; no plan within it can be faster than "
+        f"e budget {shown_share(search.grad_error_budget)}; no plan within it can be faster than "
         f"{shown_ms(search.bound_ms)} ms (proven on the additive model)",
     )
 
@@ -149,8 +154,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print()
     counts = [f"{count} in {precision}" for precision, count in found.counts.items() if count]
     say(console, f"{count_of(len(plan.layers), 'layer')}: {', '.join(counts) or 'none'}")
-    if plan.e is not None:
-        say(console, f"e = {shown_share(plan.e)} ({plan.e_basis})")
+    if plan.grad_error is not None:
+        say(console, f"e = {shown_share(plan.grad_error)} ({plan.grad_error_basis})")
     made = plan.fingerprint
     say(console, f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}")
     if plan.uncovered:
@@ -278,8 +283,10 @@ def _ranked_effects(sensitivity: Sensitivity) -> list[tuple[str, dict[Option, Es
     """Return every layer's e per option, the layer with the largest one first."""
     found: dict[str, dict[Option, Estimate]] = {}
     for row in sensitivity.rows:
-        found.setdefault(row.name, {})[row.option] = row.e
-    return sorted(found.items(), key=lambda item: -max(e.mean for e in item[1].values()))
+        found.setdefault(row.name, {})[row.option] = row.grad_error
+    return sorted(
+        found.items(), key=lambda item: -max(grad_error.mean for grad_error in item[1].values())
+    )
 
 
 def _say_rest(console: Console, rest: int, noun: str, where: str) -> None:
@@ -292,4 +299,4 @@ def _options(search: Search, name: str) -> object:
 
 
 def _shown(estimate: Estimate) -> str:
-    return shown_e(estimate.mean, estimate.stderr)
+    return shown_grad_error(estimate.mean, estimate.stderr)

@@ -23,15 +23,15 @@ class Summary:
     counts: Mapping[Precision, int]
     steps: Mapping[str, Step]
     speedups: Mapping[str, Speedup]
-    e: Estimate | None
-    e_basis: Basis
+    grad_error: Estimate | None
+    grad_error_basis: Basis
     extra_steps: float | None
     time_to_loss: Speedup | None
     verdict: Verdict
     verdict_sentence: str
     gap: LossGap | None
     control_gap: LossGap | None
-    tolerance: float | None
+    loss_tolerance: float | None
     fp8_answer: str
     memory_answer: str
 
@@ -39,8 +39,8 @@ class Summary:
 def summarise_run(run: RunRecords) -> Summary:
     """Return the summary of a run; parts that no stage made are None."""
     rows, speedups = layer_rows(run), plan_speedups(run)
-    e = plan_e(run)
-    extra_steps = None if e is None else max(e.mean, 0.0)
+    grad_error = plan_grad_error(run)
+    extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     vs_fp32 = speedups.get("fp32")
     known = vs_fp32 is not None and extra_steps is not None
     verified, certificate = run.verification, run.plan.certificate if run.plan else None
@@ -51,28 +51,28 @@ def summarise_run(run: RunRecords) -> Summary:
         counts={precision: _count(rows, precision) for precision in Precision},
         steps=plan_steps(run),
         speedups=speedups,
-        e=e,
-        e_basis=run.plan.e_basis if run.plan else Basis.UNKNOWN,
+        grad_error=grad_error,
+        grad_error_basis=run.plan.grad_error_basis if run.plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
         time_to_loss=vs_fp32.discounted(extra_steps or 0.0) if known and vs_fp32 else None,
         verdict=proof.verdict if proof else Verdict.NOT_RUN,
         verdict_sentence=verdict_sentence(run),
         gap=proof.gap if proof else None,
         control_gap=verified.control_gap if verified else None,
-        tolerance=proof.tolerance if proof else constraint,
+        loss_tolerance=proof.loss_tolerance if proof else constraint,
         fp8_answer=fp8_answer(run, rows),
         memory_answer=memory_answer(run),
     )
 
 
-def plan_e(run: RunRecords) -> Estimate | None:
+def plan_grad_error(run: RunRecords) -> Estimate | None:
     """Return the plan's e, with its standard error where the joint measurement is on record."""
-    if run.plan is None or run.plan.e is None:
+    if run.plan is None or run.plan.grad_error is None:
         return None
     for joint in run.sensitivity.joint if run.sensitivity else ():
         if joint.options == run.plan.options:
-            return Estimate(mean=run.plan.e, stderr=joint.e.stderr)
-    return Estimate(mean=run.plan.e)
+            return Estimate(mean=run.plan.grad_error, stderr=joint.grad_error.stderr)
+    return Estimate(mean=run.plan.grad_error)
 
 
 def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: JSON values
@@ -83,12 +83,12 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "step_basis": {label: _step_basis(found, label) for label in STEP_LABELS},
         "step_speedup": {f"vs_{label}": _speedup(found, label) for label in BASELINES},
         "step_speedup_interval": {f"vs_{label}": _interval(found, label) for label in BASELINES},
-        "e": found.e.mean if found.e else None,
-        "e_basis": found.e_basis.value,
+        "grad_error": found.grad_error.mean if found.grad_error else None,
+        "grad_error_basis": found.grad_error_basis.value,
         "extra_steps": found.extra_steps,
         "time_to_loss_speedup": found.time_to_loss.value if found.time_to_loss else None,
         "loss_gap": _gap_object(found.gap),
-        "loss_tolerance": found.tolerance,
+        "loss_tolerance": found.loss_tolerance,
         "verdict": found.verdict.value,
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,

@@ -96,8 +96,8 @@ class LayerRow:
     chosen: Times | None
     bf16_o2: Times | None
     fp32: Times | None
-    e: Estimate | None
-    e_basis: Basis
+    grad_error: Estimate | None
+    grad_error_basis: Basis
     e_share: float | None
     bias: Estimate | None
     loss_delta: Estimate | None
@@ -147,7 +147,7 @@ class Totals:
     fp32_ms: float
     saved_vs_bf16_o2_ms: float
     saved_vs_fp32_ms: float
-    e: float
+    grad_error: float
     memory_bytes: int
 
 
@@ -170,8 +170,8 @@ def layer_rows(run: RunRecords) -> tuple[LayerRow, ...]:
         )
         for name in names
     ]
-    e_sum = sum(row.e.mean for row in rows if row.e is not None)
-    return tuple(_layer_row(row, e_sum) for row in rows)
+    grad_error_sum = sum(row.grad_error.mean for row in rows if row.grad_error is not None)
+    return tuple(_layer_row(row, grad_error_sum) for row in rows)
 
 
 def table_totals(rows: Iterable[LayerRow]) -> Totals:
@@ -185,7 +185,7 @@ def table_totals(rows: Iterable[LayerRow]) -> Totals:
         fp32_ms=_sum(_total(row.fp32) for row in rows),
         saved_vs_bf16_o2_ms=_sum(row.saved_vs_bf16_o2_ms for row in rows),
         saved_vs_fp32_ms=_sum(row.saved_vs_fp32_ms for row in rows),
-        e=_sum(row.e.mean for row in rows if row.e is not None),
+        grad_error=_sum(row.grad_error.mean for row in rows if row.grad_error is not None),
         memory_bytes=sum(row.memory_bytes or 0 for row in rows),
     )
 
@@ -252,21 +252,21 @@ class _Sources:
         return self.effects.get(self.option) if self.option else None
 
     @cached_property
-    def e(self) -> Estimate | None:
+    def grad_error(self) -> Estimate | None:
         if self.effect is not None:
-            return self.effect.e
+            return self.effect.grad_error
         if self.option is None:
             return None
         if self.effects and self.option == self.reference:
             return Estimate(mean=0.0, stderr=0.0)  # by definition: it is the reference
-        given = self.assignment.e if self.assignment else None
+        given = self.assignment.grad_error if self.assignment else None
         return None if given is None else Estimate(mean=given)
 
     @property
-    def e_basis(self) -> Basis:
+    def grad_error_basis(self) -> Basis:
         if self.effect is not None:
             return self.effect.basis
-        return self.assignment.e_basis if self.assignment else Basis.UNKNOWN
+        return self.assignment.grad_error_basis if self.assignment else Basis.UNKNOWN
 
     def times(self, option: Option) -> Times | None:
         """The option's times: from the profile, else what the plan itself says."""
@@ -281,8 +281,8 @@ class _Sources:
         return None
 
 
-def _layer_row(sources: _Sources, e_sum: float) -> LayerRow:
-    spec, assignment, e = sources.spec, sources.assignment, sources.e
+def _layer_row(sources: _Sources, grad_error_sum: float) -> LayerRow:
+    spec, assignment, grad_error = sources.spec, sources.assignment, sources.grad_error
     kind = spec.kind if spec else (assignment.kind if assignment else LayerKind.OTHER)
     return LayerRow(
         name=sources.name,
@@ -296,9 +296,11 @@ def _layer_row(sources: _Sources, e_sum: float) -> LayerRow:
         chosen=sources.times(sources.option) if sources.option else None,
         bf16_o2=sources.times(BF16_O2),
         fp32=sources.times(FP32),
-        e=e,
-        e_basis=sources.e_basis,
-        e_share=e.mean / e_sum if e is not None and e_sum > 0 else None,
+        grad_error=grad_error,
+        grad_error_basis=sources.grad_error_basis,
+        e_share=grad_error.mean / grad_error_sum
+        if grad_error is not None and grad_error_sum > 0
+        else None,
         bias=sources.effect.bias if sources.effect else None,
         loss_delta=sources.effect.loss_delta if sources.effect else None,
         reason=assignment.reason if assignment else "",

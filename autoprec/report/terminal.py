@@ -10,8 +10,8 @@ from autoprec.report.formats import (
     UNKNOWN,
     clean_text,
     count_of,
-    shown_e,
     shown_gap,
+    shown_grad_error,
     shown_ms,
     shown_ratio,
     shown_share,
@@ -86,11 +86,13 @@ def _shown_speedup(speedup: Speedup) -> str:
 
 def _print_loss(run: RunRecords, found: Summary, console: Console) -> None:
     heading(console, "Loss")
-    if found.e is not None:
+    if found.grad_error is not None:
         say(
             console,
-            f"gradient perturbation e = {shown_e(found.e.mean, found.e.stderr)} "
-            f"({found.e_basis}) => {shown_share(found.extra_steps, sign=True)} training steps",
+            f"gradient perturbation e = "
+            f"{shown_grad_error(found.grad_error.mean, found.grad_error.stderr)} "
+            f"({found.grad_error_basis}) => "
+            f"{shown_share(found.extra_steps, sign=True)} training steps",
         )
     if found.time_to_loss is not None and found.extra_steps is not None:
         step = found.speedups["fp32"]

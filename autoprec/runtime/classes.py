@@ -26,8 +26,8 @@ from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.model.options import FP8_MULTIPLE
 from autoprec.records import Option, Precision
+from autoprec.runtime.activations import FlowMode, is_flow_active, join_recomputation
 from autoprec.runtime.casting import CASTABLE, cast_floating
-from autoprec.runtime.flow import FlowMode, is_flow_active, join_recomputation
 
 Forward = Callable[..., Any]
 Settings = tuple[Any, ...]  # what a class was made from besides its base
@@ -36,9 +36,11 @@ AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
 _MADE: dict[tuple[Maker, type[nn.Module], Settings], type[nn.Module]] = {}
 
 
-def layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) -> type[nn.Module]:
+def layer_class(
+    base: type[nn.Module], option: Option, activation_dtype: torch.dtype
+) -> type[nn.Module]:
     """Return `base` as a layer with `option`, in a flow of dtype `flow`."""
-    return _made(_make_layer_class, base, (option, flow))
+    return _made(_make_layer_class, base, (option, activation_dtype))
 
 
 def container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
@@ -77,14 +79,16 @@ def _made(maker: Maker, base: type[nn.Module], settings: Settings) -> type[nn.Mo
     return _MADE[key]
 
 
-def _make_layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) -> type[nn.Module]:
+def _make_layer_class(
+    base: type[nn.Module], option: Option, activation_dtype: torch.dtype
+) -> type[nn.Module]:
     forward = _fp8_forward() if option.is_fp8 else base.forward
-    run = _cast_around(forward, option_dtype(option), flow)
+    run = _cast_around(forward, option_dtype(option), activation_dtype)
 
     @functools.wraps(base.forward)
     def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            join_recomputation(flow)
+            join_recomputation(activation_dtype)
         if is_autocast_on():
             with autocast_off():
                 return run(self, args, kwargs)
@@ -104,11 +108,11 @@ def _make_layer_class(base: type[nn.Module], option: Option, flow: torch.dtype) 
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
-    return _subclass(_make_layer_class, base, (option, flow), bases=bases, body=body)
+    return _subclass(_make_layer_class, base, (option, activation_dtype), bases=bases, body=body)
 
 
 def _cast_around(
-    forward: Forward, dtype: torch.dtype, flow: torch.dtype
+    forward: Forward, dtype: torch.dtype, activation_dtype: torch.dtype
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
     """Return `forward` between two casts, written so that one right tensor costs two compares."""
 
@@ -118,8 +122,12 @@ def _cast_around(
         output = forward(module, *args, **kwargs)
         if isinstance(output, Tensor):
             dtype_out = output.dtype
-            return output if dtype_out == flow or dtype_out not in CASTABLE else output.to(flow)
-        return cast_floating(output, flow)
+            return (
+                output
+                if dtype_out == activation_dtype or dtype_out not in CASTABLE
+                else output.to(activation_dtype)
+            )
+        return cast_floating(output, activation_dtype)
 
     return run
 

@@ -1,10 +1,10 @@
 """Options per layer -> a model that runs them, in place and reversibly.
 
-What an option means is decided here and nowhere else. With `flow` the dtype of activations between
-layers:
+What an option means is decided here and nowhere else. The activation dtype is that of what flows
+between layers:
 
-    fp32      parameters FP32; floating inputs cast to FP32, outputs to `flow`
-    bf16_o2   parameters BF16; inputs cast to BF16, outputs to `flow`
+    fp32      parameters FP32; floating inputs cast to FP32, outputs to it
+    bf16_o2   parameters BF16; inputs cast to BF16, outputs to it
     fp8_o1    as bf16_o2, and torchao runs the GEMMs as the recipe says
 
 Batch and instance norms in `bf16_o2` take and give BF16 but keep FP32 parameters and statistics
@@ -49,7 +49,7 @@ class Installed:
 
     model: nn.Module
     options: dict[str, Option]
-    flow: torch.dtype
+    activation_dtype: torch.dtype
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
     masters: Masters | None = None  # made by the first installation in a model, None if nested
@@ -88,7 +88,7 @@ def install_options(
     model: nn.Module,
     options: Mapping[str, Option],
     *,
-    flow: torch.dtype | None = None,
+    activation_dtype: torch.dtype | None = None,
     root: bool = True,
     uncovered: Iterable[str] = (),
 ) -> Installed:
@@ -99,7 +99,7 @@ def install_options(
     Args:
         model: its layers that `options` does not name stay as they are.
         options: by exact layer name.
-        flow: the dtype between layers; default BF16 if any option is 16-bit or FP8, else FP32.
+        activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
         root: whether `model` is what the training step calls: its floating outputs become FP32.
         uncovered: names of parameters outside of layers, to be stored in the flow dtype.
 
@@ -110,21 +110,21 @@ def install_options(
     layers = find_layers(model)
     _check_names(options, layers)
     has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
-    flow = flow or (torch.bfloat16 if has_16_bit else torch.float32)
+    activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
-    storage |= {model.get_parameter(name): (name, flow) for name in uncovered}
+    storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
     for name, option in options.items():
         _check_layer(name, layers[name], option)
-    installed = Installed(model, dict(options), flow)
+    installed = Installed(model, dict(options), activation_dtype)
     try:
         _convert_storage(storage, installed)
         for name, option in options.items():
             _install_layer(layers[name], option, installed=installed)
         if has_16_bit:
             for module in _containers(model, layers):
-                _change_class(module, container_class(type(module), flow), installed)
+                _change_class(module, container_class(type(module), activation_dtype), installed)
         if root:
-            cls = root_class(type(model), flow if has_16_bit else None)
+            cls = root_class(type(model), activation_dtype if has_16_bit else None)
             _change_class(model, cls, installed)
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
@@ -231,9 +231,13 @@ def _keep_masters(
 
 
 def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:
-    if option_dtype(option) is torch.float32 is installed.flow and not is_made_here(type(layer)):
+    if option_dtype(option) is torch.float32 is installed.activation_dtype and not is_made_here(
+        type(layer)
+    ):
         return  # nothing to cast: an FP32 layer in an FP32 flow is left alone
-    _change_class(layer, layer_class(own_class(layer), option, installed.flow), installed)
+    _change_class(
+        layer, layer_class(own_class(layer), option, installed.activation_dtype), installed
+    )
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):

@@ -56,10 +56,10 @@ class Price:
     high_ms: float
     compute_ms: float  # `ms` without communication
     boundary_ms: float  # paid in a BF16 flow; 0 but for FP32
-    e: float
+    grad_error: float
     memory_bytes: int
     time_basis: Basis
-    e_basis: Basis
+    grad_error_basis: Basis
 
     @property
     def flow_ms(self) -> float:
@@ -76,7 +76,7 @@ class Flow:
     """
 
     ms: float
-    e: float
+    grad_error: float
     memory_bytes: int
     low: float = 1.0
     high: float = 1.0
@@ -126,9 +126,11 @@ class Costs:
         high = math.fsum(price.high_ms for price in chosen) + flow.high * outside
         return max(low, 0.0), max(high, 0.0)
 
-    def e(self, options: Sequence[Option]) -> float:
+    def grad_error(self, options: Sequence[Option]) -> float:
         """Return the sum of the parts' e."""
-        return math.fsum([self.flow(options).e, *(price.e for price in self._chosen(options))])
+        return math.fsum(
+            [self.flow(options).grad_error, *(price.grad_error for price in self._chosen(options))]
+        )
 
     def memory_bytes(self, options: Sequence[Option]) -> int:
         """Return the bytes of a step."""
@@ -176,8 +178,10 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         layers=profile.model.layers,
         prices=prices,
         missing=tuple(missing for _, missing in by_layer),
-        fp32_flow=_flow(profile, prices, FP32, e=0.0),
-        bf16_flow=_flow(profile, prices, BF16_O2, e=max(sensitivity.flow.mean, 0.0)),
+        fp32_flow=_flow(profile, prices, FP32, grad_error=0.0),
+        bf16_flow=_flow(
+            profile, prices, BF16_O2, grad_error=max(sensitivity.activation_error.mean, 0.0)
+        ),
         locks=default_locks(profile.model.layers) if is_unknown else {},
         communication=profile.communication,
     )
@@ -222,7 +226,11 @@ def _price_layer(
 
 
 def _is_broken(prices: Mapping[Option, Price]) -> bool:
-    whole = [price.e for option, price in prices.items() if option.is_fp8 and not option.gemms_hp]
+    whole = [
+        price.grad_error
+        for option, price in prices.items()
+        if option.is_fp8 and not option.gemms_hp
+    ]
     return max(whole, default=0.0) > BROKEN_E
 
 
@@ -263,10 +271,10 @@ def _price(
         high_ms=max(total.p80_ms, total.median_ms) if total else 0.0,
         compute_ms=_compute_ms(timing) if timing else 0.0,
         boundary_ms=boundary_ms,
-        e=max(effect.e.mean, 0.0) if effect else 0.0,
+        grad_error=max(effect.grad_error.mean, 0.0) if effect else 0.0,
         memory_bytes=bytes_,
         time_basis=total.basis if total else Basis.MEASURED,
-        e_basis=effect.basis if effect else Basis.MEASURED,
+        grad_error_basis=effect.basis if effect else Basis.MEASURED,
     )
 
 
@@ -277,7 +285,7 @@ def _compute_ms(timing: LayerTiming) -> float:
 
 
 def _flow(
-    profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option, *, e: float
+    profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option, *, grad_error: float
 ) -> Flow:
     step = profile.step(option.precision.value)
     low = high = 1.0
@@ -285,7 +293,7 @@ def _flow(
         low, high = (ms / step.timing.median_ms for ms in (step.timing.p20_ms, step.timing.p80_ms))
     return Flow(
         ms=profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms,
-        e=e,
+        grad_error=grad_error,
         memory_bytes=_fixed_bytes(profile, prices, option),
         low=low,
         high=high,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from autoprec.records import BF16_O2, FP32, Option
 from autoprec.search.judge import Judge, Judgement
 from autoprec.search.problem import GENTLENESS, Options, Problem, Unit, exact
-from autoprec.search.repair import find_guilty
+from autoprec.search.repair import find_interacting
 from autoprec.search.space import Space
 from autoprec.search.study import StudyLog
 
@@ -41,7 +41,9 @@ def walk_front(log: StudyLog, start: Judgement, *, is_over: IsOver) -> None:
     """Measure the most promising base again and again, as the measurements correct the table."""
     judged = start
     for _ in range(WALK_STEPS):
-        ratio = judged.e / judged.table_e if judged.table_e > 0.0 else 1.0
+        ratio = (
+            judged.grad_error / judged.table_grad_error if judged.table_grad_error > 0.0 else 1.0
+        )
         base = promising_base(log.space, log.judge, ratio)
         if base is None or log.space.bases[base] in log.judge.known or is_over():
             return
@@ -53,10 +55,10 @@ def promising_base(space: Space, judge: Judge, ratio: float) -> int | None:
     costs = space.problem.costs
     best: tuple[float, int] | None = None
     for base, options in enumerate(space.bases):
-        e = ratio * costs.e(options)
-        if e > judge.budget:
+        grad_error = ratio * costs.grad_error(options)
+        if grad_error > judge.budget:
             continue
-        ms = costs.step_ms(options) * (1.0 + e)
+        ms = costs.step_ms(options) * (1.0 + grad_error)
         if best is None or ms < best[0]:
             best = (ms, base)
     return None if best is None else best[1]
@@ -66,7 +68,7 @@ def repair(log: StudyLog, broken: Judgement) -> tuple[tuple[str, ...], Judgement
     """Find the layers that make a plan's joint e exceed the sum, and a feasible plan without them.
 
     Returns:
-        The names of the guilty layers, and the judgement of the nearest plan that is feasible;
+        The names of the interacting layers, and the judgement of the nearest plan that is feasible;
         nothing when the excess is spread over many layers.
     """
     problem = log.space.problem
@@ -74,18 +76,20 @@ def repair(log: StudyLog, broken: Judgement) -> tuple[tuple[str, ...], Judgement
 
     def excess_without(units: Sequence[Unit]) -> float:
         judged = log.try_plan(relax(problem, broken.options, units), source="repair")
-        return judged.e - judged.table_e
+        return judged.grad_error - judged.table_grad_error
 
-    guilty = find_guilty(suspects, broken.e - broken.table_e, excess_without)
-    if not guilty:
+    interacting = find_interacting(
+        suspects, broken.grad_error - broken.table_grad_error, excess_without
+    )
+    if not interacting:
         return (), None
-    names = tuple(problem.costs.layers[i].name for unit in guilty for i in unit.layers)
-    return names, _without(log, broken, guilty)
+    names = tuple(problem.costs.layers[i].name for unit in interacting for i in unit.layers)
+    return names, _without(log, broken, interacting)
 
 
 def needs_repair(judged: Judgement) -> bool:
     """Whether a plan breaks the budget because its parts do more together than apart."""
-    return not judged.is_feasible and judged.e > EXCESS * judged.table_e
+    return not judged.is_feasible and judged.grad_error > EXCESS * judged.table_grad_error
 
 
 def gentler(problem: Problem, unit: Unit, options: Options) -> list[Options]:
@@ -111,12 +115,12 @@ def relax(problem: Problem, options: Options, units: Sequence[Unit]) -> Options:
     return problem.settle(tuple(chosen))
 
 
-def _without(log: StudyLog, broken: Judgement, guilty: Sequence[Unit]) -> Judgement | None:
-    """Solve again with the guilty units gentler, at smaller budgets while the joint e is over."""
+def _without(log: StudyLog, broken: Judgement, interacting: Sequence[Unit]) -> Judgement | None:
+    """Solve again with the interacting units gentler, at smaller budgets while over."""
     problem = log.space.problem
     limited = {
         unit.layers: Unit(unit.layers, tuple(gentler(problem, unit, broken.options)))
-        for unit in guilty
+        for unit in interacting
     }
     units = tuple(limited.get(unit.layers, unit) for unit in problem.units)
     budget = log.judge.budget
@@ -127,5 +131,5 @@ def _without(log: StudyLog, broken: Judgement, guilty: Sequence[Unit]) -> Judgem
         judged = log.try_plan(found[0], source="repair")
         if judged.is_feasible:
             return judged
-        budget = log.judge.budget * judged.table_e / judged.e
+        budget = log.judge.budget * judged.table_grad_error / judged.grad_error
     return None

@@ -28,8 +28,8 @@ class Judgement:
 
     options: Options
     step_ms: float
-    table_e: float
-    e: float
+    table_grad_error: float
+    grad_error: float
     basis: Basis
     time_to_loss_ms: float
     is_feasible: bool
@@ -55,9 +55,9 @@ class Judge:
         self.spent_s = 0.0
         self.known: dict[Options, Judgement] = {}
 
-    def remember(self, options: Options, e: float, basis: Basis) -> Judgement:
+    def remember(self, options: Options, grad_error: float, basis: Basis) -> Judgement:
         """Take the e of a plan from elsewhere: an earlier run of the same study."""
-        self.known[options] = self._judgement(options, e, basis, is_final=True)
+        self.known[options] = self._judgement(options, grad_error, basis, is_final=True)
         return self.known[options]
 
     def judge(self, options: Options) -> Judgement:
@@ -68,14 +68,14 @@ class Judge:
 
     def told(self, options: Options) -> Judgement:
         """Return the judgement of a plan by the table alone."""
-        e = self.problem.costs.e(options)
-        return self._judgement(options, e, Basis.PREDICTED, is_final=False)
+        grad_error = self.problem.costs.grad_error(options)
+        return self._judgement(options, grad_error, Basis.PREDICTED, is_final=False)
 
     def measure(self, options: Options) -> Judgement:
         """Return the judgement of a plan with its joint e measured, if that can be done."""
         if options not in self.known:
-            e, basis = self._joint_e(options)
-            self.known[options] = self._judgement(options, e, basis, is_final=True)
+            grad_error, basis = self._joint_e(options)
+            self.known[options] = self._judgement(options, grad_error, basis, is_final=True)
         return self.known[options]
 
     @property
@@ -88,7 +88,7 @@ class Judge:
         if is_all_fp32(options):
             return 0.0, Basis.MEASURED  # it is the reference
         if self.evaluate is None:
-            return self.problem.costs.e(options), Basis.PREDICTED
+            return self.problem.costs.grad_error(options), Basis.PREDICTED
         started = self.clock()
         estimate = self.evaluate(options)
         self.spent_s += self.clock() - started
@@ -96,23 +96,26 @@ class Judge:
         return max(estimate.mean, 0.0), Basis.MEASURED
 
     def _has_hope(self, options: Options) -> bool:
-        e = HOPE * self.problem.costs.e(options)
-        if e > self.budget or not self.problem.fits_memory(options):
+        grad_error = HOPE * self.problem.costs.grad_error(options)
+        if grad_error > self.budget or not self.problem.fits_memory(options):
             return False
         best = self.best
-        hoped_ms = self.problem.costs.step_ms(options) * (1.0 + e)
+        hoped_ms = self.problem.costs.step_ms(options) * (1.0 + grad_error)
         return best is None or hoped_ms < best.time_to_loss_ms
 
-    def _judgement(self, options: Options, e: float, basis: Basis, *, is_final: bool) -> Judgement:
+    def _judgement(
+        self, options: Options, grad_error: float, basis: Basis, *, is_final: bool
+    ) -> Judgement:
         step_ms = self.problem.costs.step_ms(options)
         return Judgement(
             options=options,
             step_ms=step_ms,
-            table_e=self.problem.costs.e(options),
-            e=e,
+            table_grad_error=self.problem.costs.grad_error(options),
+            grad_error=grad_error,
             basis=basis,
-            time_to_loss_ms=step_ms * (1.0 + e),
-            is_feasible=e <= self.budget * (1.0 + ROUNDING) and self.problem.fits_memory(options),
+            time_to_loss_ms=step_ms * (1.0 + grad_error),
+            is_feasible=grad_error <= self.budget * (1.0 + ROUNDING)
+            and self.problem.fits_memory(options),
             is_final=is_final,
         )
 
@@ -120,4 +123,4 @@ class Judge:
 def rank(judgement: Judgement) -> tuple[float, float, float, str]:
     """Return the sort key of the best plan: time to loss, e, step time, then its options."""
     keys = "".join(option.key for option in judgement.options)
-    return judgement.time_to_loss_ms, judgement.e, judgement.step_ms, keys
+    return judgement.time_to_loss_ms, judgement.grad_error, judgement.step_ms, keys

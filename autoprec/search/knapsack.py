@@ -47,7 +47,7 @@ class Solution:
 
     picks: tuple[int, ...]
     ms: float
-    e: float
+    grad_error: float
     memory: float
     bound_ms: float
 
@@ -56,7 +56,7 @@ def solve(units: Sequence[Sequence[Item]], limits: Limits) -> Solution | None:
     """Return the fastest plan within the limits (the one of least e among equals), or None."""
     table = make_table(units)
     if math.isinf(limits.budget):
-        most = float(np.where(np.isfinite(table.ms), table.e, 0.0).max(axis=1).sum())
+        most = float(np.where(np.isfinite(table.ms), table.grad_error, 0.0).max(axis=1).sum())
         limits = Limits(most, limits.memory, limits.needs_mark)
     if math.isfinite(limits.memory):
         free = _solve(table, Limits(limits.budget, math.inf, limits.needs_mark))
@@ -90,7 +90,7 @@ def pareto_front(units: Sequence[Sequence[Item]], limits: Limits) -> tuple[Solut
 def undominated(points: Sequence[Solution]) -> tuple[Solution, ...]:
     """Return the points that none of the others beats in both time and e, by increasing e."""
     kept: list[Solution] = []
-    for point in sorted(points, key=lambda point: (point.e, point.ms)):
+    for point in sorted(points, key=lambda point: (point.grad_error, point.ms)):
         if not kept or point.ms < kept[-1].ms:
             kept.append(point)
     return tuple(kept)
@@ -100,8 +100,8 @@ def _every_point(
     units: Sequence[Sequence[Item]], limits: Limits, fastest: Solution
 ) -> list[Solution]:
     points = [fastest]
-    while points[-1].e > 0.0:
-        point = _within(units, limits, points[-1].e * (1.0 - 4.0 * ROUNDING))
+    while points[-1].grad_error > 0.0:
+        point = _within(units, limits, points[-1].grad_error * (1.0 - 4.0 * ROUNDING))
         if point is None:
             break
         points.append(point)
@@ -110,11 +110,14 @@ def _every_point(
 
 def _sweep(units: Sequence[Sequence[Item]], fastest: Solution) -> list[float]:
     """Return budgets from the least e possible to that of the fastest plan."""
-    gentlest = sum(min(item.e for item in unit) for unit in units)
-    low = max(gentlest, fastest.e * 1e-3)
+    gentlest = sum(min(item.grad_error for item in unit) for unit in units)
+    low = max(gentlest, fastest.grad_error * 1e-3)
     if low <= 0.0:
         return [0.0]
-    return [gentlest, *(float(step) for step in np.geomspace(low, fastest.e, SWEEP_POINTS))]
+    return [
+        gentlest,
+        *(float(step) for step in np.geomspace(low, fastest.grad_error, SWEEP_POINTS)),
+    ]
 
 
 def _within(units: Sequence[Sequence[Item]], limits: Limits, budget: float) -> Solution | None:
@@ -126,7 +129,7 @@ def _solve(table: Table, limits: Limits) -> Solution | None:
         limits.budget * (1.0 + ROUNDING), limits.memory * (1.0 + ROUNDING), limits.needs_mark
     )
     present = np.isfinite(table.ms)
-    least = np.where(present, table.e, np.inf).min(axis=1).sum()
+    least = np.where(present, table.grad_error, np.inf).min(axis=1).sum()
     if least > limits.budget or (limits.needs_mark and not table.marked.any()):
         return None
     relaxed = relax(table, limits)
@@ -149,7 +152,7 @@ def _solution(table: Table, picks: Indices, *, bound_ms: float | None = None) ->
     return Solution(
         picks=tuple(int(pick) for pick in picks),
         ms=ms,
-        e=math.fsum(table.e[rows, picks]),
+        grad_error=math.fsum(table.grad_error[rows, picks]),
         memory=math.fsum(table.memory[rows, picks]),
         bound_ms=ms if bound_ms is None else min(bound_ms, ms),
     )

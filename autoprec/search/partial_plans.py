@@ -21,7 +21,7 @@ class States:
     """Partial plans: their sums, and which state and item each came from."""
 
     ms: Floats
-    e: Floats
+    grad_error: Floats
     memory: Floats
     marked: Bools
     parent: Indices
@@ -31,7 +31,7 @@ class States:
         """Return some of them, in the given order."""
         return States(
             self.ms[which],
-            self.e[which],
+            self.grad_error[which],
             self.memory[which],
             self.marked[which],
             self.parent[which],
@@ -47,7 +47,7 @@ class Rest:
     least_e: float
     least_memory: float
     ms: float
-    e: float
+    grad_error: float
     memory: float
     marked: bool
 
@@ -83,16 +83,16 @@ class Bound:
 
     def cost(self, states: States) -> Floats:
         """Return the Lagrangian of each state, without what was paid."""
-        return states.ms + self.e_price * states.e + self.memory_price * states.memory
+        return states.ms + self.e_price * states.grad_error + self.memory_price * states.memory
 
     def prune(self, states: States, rest: Rest) -> tuple[States, "Bound"]:
         """Drop what cannot fit or cannot win; the relaxed rest may give a better upper bound."""
-        fits = (states.e + rest.least_e <= self.limits.budget) & (
+        fits = (states.grad_error + rest.least_e <= self.limits.budget) & (
             states.memory + rest.least_memory <= self.limits.memory
         )
         states = states.take(fits)
         complete = (
-            (states.e + rest.e <= self.limits.budget)
+            (states.grad_error + rest.grad_error <= self.limits.budget)
             & (states.memory + rest.memory <= self.limits.memory)
             & (states.marked | (rest.marked or not self.limits.needs_mark))
         )
@@ -122,10 +122,10 @@ def _rests(table: Table, cost: Floats, open_items: Bools, order: Sequence[int]) 
         pick = picks[row]
         rest = Rest(
             cost=rest.cost + float(cost[row, pick]),
-            least_e=rest.least_e + float(table.e[row][open_items[row]].min()),
+            least_e=rest.least_e + float(table.grad_error[row][open_items[row]].min()),
             least_memory=rest.least_memory + float(table.memory[row][open_items[row]].min()),
             ms=rest.ms + float(table.ms[row, pick]),
-            e=rest.e + float(table.e[row, pick]),
+            grad_error=rest.grad_error + float(table.grad_error[row, pick]),
             memory=rest.memory + float(table.memory[row, pick]),
             marked=rest.marked or bool(table.marked[row, pick]),
         )
@@ -142,7 +142,7 @@ def _combine(states: States, table: Table, row: int, items: Indices) -> States:
     count = len(states.ms)
     return States(
         ms=np.add.outer(states.ms, table.ms[row, items]).ravel(),
-        e=np.add.outer(states.e, table.e[row, items]).ravel(),
+        grad_error=np.add.outer(states.grad_error, table.grad_error[row, items]).ravel(),
         memory=np.add.outer(states.memory, table.memory[row, items]).ravel(),
         marked=np.logical_or.outer(states.marked, table.marked[row, items]).ravel(),
         parent=np.repeat(np.arange(count), len(items)),
@@ -152,24 +152,24 @@ def _combine(states: States, table: Table, row: int, items: Indices) -> States:
 
 def _undominated(states: States, *, has_memory: bool) -> States:
     """Drop states that another beats or equals in all sums; unmarked ones compete apart."""
-    order = np.lexsort((states.memory, states.e, states.ms))
+    order = np.lexsort((states.memory, states.grad_error, states.ms))
     states = states.take(order)
     keep = np.zeros(len(order), dtype=np.bool_)
     for mark in (True, False):
         which = np.flatnonzero(states.marked == mark)
         if has_memory:
-            keep[which] = _staircase(states.e[which], states.memory[which])
+            keep[which] = _staircase(states.grad_error[which], states.memory[which])
         elif len(which):
-            e = states.e[which]
-            keep[which] = np.r_[True, e[1:] < np.minimum.accumulate(e)[:-1]]
+            grad_error = states.grad_error[which]
+            keep[which] = np.r_[True, grad_error[1:] < np.minimum.accumulate(grad_error)[:-1]]
     return states.take(keep)
 
 
-def _staircase(e: Floats, memory: Floats) -> list[bool]:
+def _staircase(grad_error: Floats, memory: Floats) -> list[bool]:
     """Say of each pair whether none before it is as small in both (a staircase is kept sorted)."""
     steps: list[tuple[float, float]] = []  # e rising, memory falling
     keep = []
-    for pair in zip(e.tolist(), memory.tolist(), strict=True):
+    for pair in zip(grad_error.tolist(), memory.tolist(), strict=True):
         at = bisect.bisect_right(steps, (pair[0], math.inf))
         is_new = at == 0 or steps[at - 1][1] > pair[1]
         keep.append(is_new)
@@ -188,7 +188,7 @@ def _traced(order: Sequence[int], stages: Sequence[States], limits: Limits) -> I
     valid = np.flatnonzero(last.marked | (not limits.needs_mark))
     if not len(valid):
         return None
-    at = int(valid[np.lexsort((last.e[valid], last.ms[valid]))[0]])
+    at = int(valid[np.lexsort((last.grad_error[valid], last.ms[valid]))[0]])
     picks = np.zeros(len(order), dtype=np.intp)
     for row, states in zip(reversed(order), reversed(stages), strict=True):
         picks[row] = states.item[at]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from autoprec.common.text import compared, percent
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import gathers_fp8, unsplit_note
@@ -25,7 +26,6 @@ from autoprec.search.breakeven import break_even_notes
 from autoprec.search.costs import Costs, is_all_fp32, make_costs
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
-from autoprec.search.wording import compared, percent
 
 TOLD = 0.05  # a smaller share of what FP8 saves is not worth a note
 
@@ -39,7 +39,7 @@ def build_plan(
     constraint: Constraint,
 ) -> Plan:
     """Return the plan of a point of the search, with the reason for every layer."""
-    constraint = constraint.model_copy(update={"e_budget": search.e_budget})
+    constraint = constraint.model_copy(update={"grad_error_budget": search.grad_error_budget})
     costs = make_costs(profile, sensitivity)
     problem = make_problem(costs, constraint)
     statistics: dict[str, list[OperandStatistics]] = {}
@@ -47,7 +47,7 @@ def build_plan(
         statistics.setdefault(row.name, []).append(row)
     why = reasons(Why(problem, search, point.options, statistics, profile.parallel))
     baseline = uniform_plan(costs)
-    e, e_basis = _joint_e(point, sensitivity_basis(sensitivity))
+    grad_error, grad_error_basis = _joint_e(point, sensitivity_basis(sensitivity))
     return Plan(
         layers=tuple(
             _assignment(costs, index, point.options, why[index])
@@ -56,8 +56,8 @@ def build_plan(
         uncovered=tuple(parameter.name for parameter in profile.model.uncovered),
         constraint=constraint,
         fingerprint=_fingerprint(profile, sensitivity),
-        e=e,
-        e_basis=e_basis,
+        grad_error=grad_error,
+        grad_error_basis=grad_error_basis,
         predicted=_predicted(costs, point.options, baseline),
         fp8_all_gather=_gathers_fp8(profile, point.options),
         notes=(
@@ -116,8 +116,8 @@ def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
         )
     return (
         f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: e of BF16 O2 is "
-        f"{percent(_measured_e(search, uniform) or costs.e(uniform))}, the budget "
-        f"{percent(search.e_budget)}"
+        f"{percent(_measured_e(search, uniform) or costs.grad_error(uniform))}, the budget "
+        f"{percent(search.grad_error_budget)}"
     )
 
 
@@ -136,7 +136,8 @@ def _why_no_fp8(costs: Costs, search: Search, options: Options) -> str:
     gain = sum(own[i] - best[i] for i in faster)
     return (
         f"FP8 is not worth it here: it is faster on {_count(faster)} ({gain:.4g} ms a step in "
-        f"all), but not by enough for the error it adds (e budget {percent(search.e_budget)})"
+        f"all), but not by enough for the error it adds (e budget "
+        f"{percent(search.grad_error_budget)})"
     )
 
 
@@ -157,17 +158,17 @@ def _count(layers: Sequence[int]) -> str:
 
 
 def _measured_e(search: Search, options: Options) -> float | None:
-    return next((trial.e for trial in search.trials if trial.options == options), None)
+    return next((trial.grad_error for trial in search.trials if trial.options == options), None)
 
 
 def _joint_e(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:
     if is_all_fp32(point.options):
         return 0.0, Basis.MEASURED  # it is the reference
-    if point.e_measured is not None:
-        return point.e_measured, Basis.MEASURED
+    if point.grad_error_measured is not None:
+        return point.grad_error_measured, Basis.MEASURED
     if basis is Basis.UNKNOWN:
         return None, Basis.UNKNOWN
-    return point.e, Basis.PREDICTED if basis is Basis.MEASURED else basis
+    return point.grad_error, Basis.PREDICTED if basis is Basis.MEASURED else basis
 
 
 def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assignment:
@@ -183,8 +184,8 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
         layer_ms=price.ms,
         baseline_ms=baseline.ms if baseline else None,
         basis=price.time_basis,
-        e=None if price.e_basis is Basis.UNKNOWN else price.e,
-        e_basis=price.e_basis,
+        grad_error=None if price.grad_error_basis is Basis.UNKNOWN else price.grad_error,
+        grad_error_basis=price.grad_error_basis,
         reason=reason,
     )
 

@@ -25,7 +25,7 @@ from autoprec.records import (
     Precision,
 )
 from autoprec.search.costs import Costs, Price
-from autoprec.search.keeps import Keep, keep_of_layers
+from autoprec.search.keep import Keep, keep_of_layers
 from autoprec.search.knapsack import Solution, pareto_front, solve
 from autoprec.search.relaxation import Item, Limits
 
@@ -57,13 +57,13 @@ class Problem:
         """Whether every layer may be FP32."""
         return all(FP32 in options for options in self.allowed)
 
-    def point(self, options: Options, *, e_measured: float | None = None) -> FrontPoint:
+    def point(self, options: Options, *, grad_error_measured: float | None = None) -> FrontPoint:
         """Return a plan with what the tables say of it."""
         return FrontPoint(
             options=options,
             step_ms=self.costs.step_ms(options),
-            e=self.costs.e(options),
-            e_measured=e_measured,
+            grad_error=self.costs.grad_error(options),
+            grad_error_measured=grad_error_measured,
             memory_bytes=self.costs.memory_bytes(options),
         )
 
@@ -121,7 +121,7 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
         RecordError: a keep matches no layer.
         InfeasibleError: keeps contradict each other, a tie, or what a layer can take.
     """
-    keeps = keep_of_layers(constraint.kept, costs)
+    keeps = keep_of_layers(constraint.keep, costs)
     allowed = tuple(
         tuple(o for o in prices if _is_allowed(o, layer, keeps.get(layer.name), costs))
         for layer, prices in zip(costs.layers, costs.prices, strict=True)
@@ -161,7 +161,7 @@ def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
         options = _options(problem, solution)
         step_ms = costs.step_ms(options)
         bound_ms = step_ms - (solution.ms - solution.bound_ms)
-        found.append((step_ms, costs.e(options), options, bound_ms))
+        found.append((step_ms, costs.grad_error(options), options, bound_ms))
     fp32 = _fp32_plan(problem)
     if fp32 is not None:
         step_ms = costs.step_ms(fp32)
@@ -187,7 +187,7 @@ def front(problem: Problem) -> tuple[Options, ...]:
         raise InfeasibleError(_nothing_fits(problem))
     costs = problem.costs
     kept: list[Options] = []
-    for plan in sorted(plans, key=lambda plan: (costs.e(plan), costs.step_ms(plan))):
+    for plan in sorted(plans, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan))):
         if not kept or costs.step_ms(plan) < costs.step_ms(kept[-1]):
             kept.append(plan)
     return tuple(kept)
@@ -211,7 +211,7 @@ def _item(costs: Costs, unit: Unit, choice: Options) -> Item:
     is_called = any(costs.layers[index].calls for index in unit.layers)
     return Item(
         ms=math.fsum(price.flow_ms for price in prices),
-        e=math.fsum(price.e for price in prices),
+        grad_error=math.fsum(price.grad_error for price in prices),
         memory=float(sum(price.memory_bytes for price in prices)),
         is_marked=is_called and any(option != FP32 for option in choice),
     )
@@ -221,7 +221,7 @@ def _limits(problem: Problem, budget: float) -> Limits:
     flow = problem.costs.bf16_flow
     memory = problem.memory_bytes
     return Limits(
-        budget=budget - flow.e,
+        budget=budget - flow.grad_error,
         memory=math.inf if memory is None else float(memory - flow.memory_bytes),
         needs_mark=True,
     )
@@ -283,7 +283,7 @@ def unlocked(
     """Return the options; of the 16-bit ones those that beat every gentler one in time or bytes."""
     kept = [option for option in options if option == FP32]
     halves: list[Option] = []
-    for option in sorted(options, key=lambda o: (GENTLENESS[o.precision], prices[o].e)):
+    for option in sorted(options, key=lambda o: (GENTLENESS[o.precision], prices[o].grad_error)):
         beaten = any(_as_good(prices[k], prices[option], has_limit=has_limit) for k in halves)
         if option != FP32 and not beaten:
             halves.append(option)
@@ -303,7 +303,7 @@ def _best_combinations(
     kept: list[tuple[Item, Options]] = []
     for item, choice in sorted(items, key=lambda pair: pair[0][:3]):
         if not any(
-            other.e <= item.e and (not has_limit or other.memory <= item.memory)
+            other.grad_error <= item.grad_error and (not has_limit or other.memory <= item.memory)
             for other, _ in kept
         ):
             kept.append((item, choice))

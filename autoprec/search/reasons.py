@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.common.text import compared, percent
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import shard_gemm
 from autoprec.records import (
@@ -19,7 +20,7 @@ from autoprec.records import (
 from autoprec.search.costs import Price, is_all_fp32
 from autoprec.search.explain import explain_statistics
 from autoprec.search.problem import Options, Problem, tied_groups
-from autoprec.search.wording import compared, percent, shape
+from autoprec.search.wording import shape
 
 DOMINATES = 0.25  # of the e budget: a layer with more dominates the gradient error
 
@@ -102,10 +103,10 @@ def _why_fp8(why: Why, index: int) -> str:
 
 def _e_of(price: Price) -> str:
     """Return `e=0.1%`, with its basis where it was not measured on this model."""
-    if price.e_basis is Basis.UNKNOWN:
+    if price.grad_error_basis is Basis.UNKNOWN:
         return "e unknown"
-    basis = " (transferred)" if price.e_basis is Basis.TRANSFERRED else ""
-    return f"e={percent(price.e)}{basis}"
+    basis = " (transferred)" if price.grad_error_basis is Basis.TRANSFERRED else ""
+    return f"e={percent(price.grad_error)}{basis}"
 
 
 def _why_not_fp8(why: Why, index: int) -> str:
@@ -121,7 +122,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
     if prices[best].ms >= own:
         speed = compared(prices[best].ms, own)
         return f"{short(best)} {_than(speed, why.options[index])}{shape(why.gemm(index))}"
-    if layer.name in why.search.guilty:
+    if layer.name in why.search.interacting:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
             "it adds more error than alone (found by bisection)"
@@ -131,14 +132,16 @@ def _why_not_fp8(why: Why, index: int) -> str:
 
 def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     """Say that an option is faster and yet not worth its error, and where the error is from."""
-    price, budget = why.prices(index)[best], why.search.e_budget
+    price, budget = why.prices(index)[best], why.search.grad_error_budget
     gain = f"{short(best)} {compared(price.flow_ms, own_ms)}"
     if best == BF16_O2:
         gain = _bf16_to_fp32(why, index)
     cost = f"{_e_of(price)}, budget {percent(budget)}"
-    if price.e < DOMINATES * budget:
+    if price.grad_error < DOMINATES * budget:
         return f"{gain}, but what it saves is not worth its error ({cost})"
-    verb = "dominates the gradient error" if price.e <= budget else "alone is over the budget"
+    verb = (
+        "dominates the gradient error" if price.grad_error <= budget else "alone is over the budget"
+    )
     told = explain_statistics(why.statistics.get(why.layer(index).name, ()))
     source = f"; {told}" if told and best.is_fp8 else ""
     return f"{gain}, but {verb} ({cost}){source}"

@@ -31,7 +31,7 @@ class Item(NamedTuple):
     """One thing a unit can be: its time, its e, its bytes, and whether it counts as marked."""
 
     ms: float
-    e: float
+    grad_error: float
     memory: float = 0.0
     is_marked: bool = True
 
@@ -50,7 +50,7 @@ class Table:
     """The items as padded arrays [units, items]; missing ones cost infinitely much time."""
 
     ms: Floats
-    e: Floats
+    grad_error: Floats
     memory: Floats
     marked: Bools
 
@@ -76,14 +76,14 @@ def rounding(ms: float, paid: float) -> float:
 def make_table(units: Sequence[Sequence[Item]]) -> Table:
     """Return the items of the units as arrays."""
     shape = (len(units), max((len(unit) for unit in units), default=1))
-    ms, e, memory = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
+    ms, grad_error, memory = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
     marked = np.zeros(shape, dtype=np.bool_)
     for row, unit in enumerate(units):
         columns = list(zip(*unit, strict=True))
         size = len(unit)
-        ms[row, :size], e[row, :size], memory[row, :size] = columns[:3]
+        ms[row, :size], grad_error[row, :size], memory[row, :size] = columns[:3]
         marked[row, :size] = columns[3]
-    return Table(ms, e, memory, marked)
+    return Table(ms, grad_error, memory, marked)
 
 
 def relax(table: Table, limits: Limits) -> Relaxed:
@@ -92,11 +92,11 @@ def relax(table: Table, limits: Limits) -> Relaxed:
     has_memory = math.isfinite(limits.memory)
     for _ in range(ROUNDS if has_memory else 1):
         at = best.memory_price
-        prices = _turning_prices(table.ms + at * table.memory, table.e)
+        prices = _turning_prices(table.ms + at * table.memory, table.grad_error)
         best = _search_price(best, prices, partial(_price_e, table, limits, at))
         if has_memory:
             at = best.e_price
-            prices = _turning_prices(table.ms + at * table.e, table.memory)
+            prices = _turning_prices(table.ms + at * table.grad_error, table.memory)
             best = _search_price(best, prices, partial(_price_memory, table, limits, at))
     if best.picks is None:
         return best
@@ -108,9 +108,11 @@ def _filled(table: Table, limits: Limits, picks: Indices) -> tuple[Indices, floa
     """Spend what a plan leaves of the limits: the largest gain in time that fits, and again."""
     rows, picks = np.arange(len(picks)), picks.copy()
     while True:
-        ms, e, memory = (a[rows, picks] for a in (table.ms, table.e, table.memory))
+        ms, grad_error, memory = (
+            a[rows, picks] for a in (table.ms, table.grad_error, table.memory)
+        )
         gains = ms[:, None] - table.ms
-        fits = (table.e - e[:, None] <= limits.budget - e.sum()) & (
+        fits = (table.grad_error - grad_error[:, None] <= limits.budget - grad_error.sum()) & (
             table.memory - memory[:, None] <= limits.memory - memory.sum()
         )
         if limits.needs_mark:
@@ -128,7 +130,7 @@ def hull_plans(table: Table, budgets: Sequence[float], limits: Limits) -> list[I
     Each is the fastest of all plans with as little e (no memory limit). Plans that lack a mark are
     left out.
     """
-    prices = _turning_prices(table.ms, table.e)
+    prices = _turning_prices(table.ms, table.grad_error)
     found = []
     for budget in budgets:
         at = partial(_price_e, table, Limits(budget * (1.0 + ROUNDING)), 0.0)
@@ -142,7 +144,7 @@ def hull_plans(table: Table, budgets: Sequence[float], limits: Limits) -> list[I
 
 def _price_e(table: Table, limits: Limits, at: float, price: float) -> tuple[Relaxed, bool]:
     relaxed = _priced(table, limits, price, at)
-    return relaxed, _uses(table.e, relaxed.cost) <= limits.budget
+    return relaxed, _uses(table.grad_error, relaxed.cost) <= limits.budget
 
 
 def _price_memory(table: Table, limits: Limits, at: float, price: float) -> tuple[Relaxed, bool]:
@@ -183,12 +185,12 @@ def _search_price(
 
 def _priced(table: Table, limits: Limits, e_price: float, memory_price: float) -> Relaxed:
     """Return the Lagrangian at these prices, with its plan if that one fits."""
-    cost = table.ms + e_price * table.e + memory_price * table.memory
+    cost = table.ms + e_price * table.grad_error + memory_price * table.memory
     paid = e_price * limits.budget + (memory_price * limits.memory if memory_price else 0.0)
     picks = cost.argmin(axis=1)
     rows = np.arange(len(picks))
     fits = (
-        table.e[rows, picks].sum() <= limits.budget
+        table.grad_error[rows, picks].sum() <= limits.budget
         and table.memory[rows, picks].sum() <= limits.memory
         and (not limits.needs_mark or bool(table.marked[rows, picks].any()))
     )

@@ -12,7 +12,7 @@ SHARE = 0.5
 Suspect = TypeVar("Suspect")
 
 
-def find_guilty(
+def find_interacting(
     suspects: Sequence[Suspect], excess: float, excess_without: Callable[[Sequence[Suspect]], float]
 ) -> tuple[Suspect, ...]:
     """Return the few suspects that account for the excess; () when it is spread over many.
@@ -22,14 +22,14 @@ def find_guilty(
         excess: joint e minus the sum of the parts, of the plan as it is.
         excess_without: the same with these suspects made gentler.
     """
-    guilty = tuple(suspects)
-    while len(guilty) > 1:
-        middle = len(guilty) // 2
-        halves = (guilty[:middle], guilty[middle:])
+    interacting = tuple(suspects)
+    while len(interacting) > 1:
+        middle = len(interacting) // 2
+        halves = (interacting[:middle], interacting[middle:])
         removed = [excess - excess_without(half) for half in halves]
         worst = max(range(2), key=lambda side: removed[side])
         if removed[worst] < SHARE * excess:
             break
-        guilty = halves[worst]
-    is_few = len(guilty) == 1 or len(guilty) <= len(suspects) // 4
-    return guilty if is_few else ()
+        interacting = halves[worst]
+    is_few = len(interacting) == 1 or len(interacting) <= len(suspects) // 4
+    return interacting if is_few else ()

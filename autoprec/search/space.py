@@ -63,7 +63,7 @@ def make_space(problem: Problem, front: Sequence[Options]) -> Space:
     uniform = [problem.uniform(option) for option in (FP32, BF16_O2)]
     plans = dict.fromkeys((*front, *(plan for plan in uniform if problem.fits_memory(plan))))
     costs = problem.costs
-    bases = sorted(plans, key=lambda plan: (costs.e(plan), costs.step_ms(plan)))
+    bases = sorted(plans, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan)))
     return Space(problem, tuple(bases), _roles(problem))
 
 

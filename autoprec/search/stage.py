@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from autoprec.common.progress import Progress, report_nothing
+from autoprec.common.text import percent
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records import (
@@ -25,8 +26,7 @@ from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import StudyLog
-from autoprec.search.wording import percent
-from autoprec.sensitivity.gap import HORIZON_STEPS, e_budget_for
+from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 
 BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
 NEXT_E = 0.7  # a plan that was refuted is followed by one with at most this share of its e
@@ -71,7 +71,7 @@ def search_plan(
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
     problem = make_problem(make_costs(profile, sensitivity), constraint)
-    budget = e_budget(sensitivity, constraint)
+    budget = grad_error_budget(sensitivity, constraint)
     exact_plan, bound_ms = _exact_plan(problem, budget)
     plans = front(problem)
     judge = Judge(problem, budget=budget, evaluate=evaluate)
@@ -80,15 +80,19 @@ def search_plan(
     with open_study(storage, study_name, tables=tables) as study:
         space = make_space(problem, (*plans, exact_plan, *_near(problem, budget)))
         log = StudyLog(study, space, judge, seed=seed)
-        guilty, notes = _explore(log, exact_plan, trials=trials, is_over=is_over, progress=progress)
+        interacting, notes = _explore(
+            log, exact_plan, trials=trials, is_over=is_over, progress=progress
+        )
     best = judge.best
     if best is None:
         raise InfeasibleError(_all_over_budget(judge))
     point = partial(_point, judge)
     return Search(
         structure=profile.model.structure,
-        e_budget=budget,
-        front=tuple(map(point, sorted(dict.fromkeys((*plans, exact_plan)), key=problem.costs.e))),
+        grad_error_budget=budget,
+        front=tuple(
+            map(point, sorted(dict.fromkeys((*plans, exact_plan)), key=problem.costs.grad_error))
+        ),
         exact=point(exact_plan),
         bound_ms=bound_ms,
         chosen=point(best.options),
@@ -98,23 +102,23 @@ def search_plan(
         step_equivalents=_step_equivalents(judge, profile),
         duplicates_skipped=log.duplicates,
         trials_asked=trials or None,
-        guilty=guilty,
+        interacting=interacting,
         notes=(*notes, *(_table_notes(judge, best) if budget else ())),
     )
 
 
-def e_budget(sensitivity: Sensitivity, constraint: Constraint) -> float:
+def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float:
     """Return the largest e allowed: as given, or what the loss tolerance leaves.
 
     The tolerance is read as the loss gap at the end of a run of HORIZON_STEPS with the plan from
     its first step. Verification measures at that step, but with the plan in the last third only, so
     the budget is on the safe side of it.
     """
-    if constraint.e_budget is not None:
-        return constraint.e_budget
+    if constraint.grad_error_budget is not None:
+        return constraint.grad_error_budget
     if sensitivity_basis(sensitivity) is Basis.UNKNOWN:
         return 0.0  # nothing is known that could be spent: every e counts as 0, the locks hold
-    return e_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
+    return grad_error_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
 
 
 def _exact_plan(problem: Problem, budget: float) -> tuple[Options, float]:
@@ -137,20 +141,20 @@ def _explore(
     is_over: Callable[[], bool],
     progress: Progress,
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Judge whole plans; return the layers found guilty and what was done about them."""
+    """Judge whole plans; return the layers found interacting and what was done about them."""
 
     def told(done: int) -> None:
         progress("search: whole plans", done, trials)
 
     judged = measure_seeds(log, exact_plan, is_over=is_over)
     walk_front(log, judged, is_over=is_over)
-    guilty: tuple[str, ...] = ()
+    interacting: tuple[str, ...] = ()
     notes: list[str] = []
     if needs_repair(judged) and not is_over():
-        guilty, repaired = repair(log, judged)
-        notes.append(_repair_note(judged, guilty, repaired))
+        interacting, repaired = repair(log, judged)
+        notes.append(_repair_note(judged, interacting, repaired))
     log.sample(trials, is_over=is_over, told=told)
-    return guilty, notes
+    return interacting, notes
 
 
 def _near(problem: Problem, budget: float) -> list[Options]:
@@ -170,8 +174,12 @@ def _ranked(judge: Judge, best: Judgement, bases: Sequence[Options]) -> list[Opt
     last, others = best, 0
     found: list[Options] = []
     for judgement in sorted((j for j in judged if j.is_feasible), key=rank):
-        is_safe = judgement.options in uniform and judgement.e < last.e
-        is_next = judgement.e <= NEXT_E * last.e and others < MOST_RANKED and last.e > 0.0
+        is_safe = judgement.options in uniform and judgement.grad_error < last.grad_error
+        is_next = (
+            judgement.grad_error <= NEXT_E * last.grad_error
+            and others < MOST_RANKED
+            and last.grad_error > 0.0
+        )
         if is_safe or is_next:
             found.append(judgement.options)
             others += not is_safe
@@ -182,7 +190,9 @@ def _ranked(judge: Judge, best: Judgement, bases: Sequence[Options]) -> list[Opt
 def _point(judge: Judge, options: Options) -> FrontPoint:
     known = judge.known.get(options)
     is_measured = known is not None and known.basis is Basis.MEASURED
-    return judge.problem.point(options, e_measured=known.e if known and is_measured else None)
+    return judge.problem.point(
+        options, grad_error_measured=known.grad_error if known and is_measured else None
+    )
 
 
 def _digest(problem: Problem, judge: Judge, seed: int) -> str:
@@ -204,18 +214,18 @@ def _step_equivalents(judge: Judge, profile: Profile) -> float:
     return judge.spent_s * 1e3 / step.timing.median_ms
 
 
-def _repair_note(broken: Judgement, guilty: Sequence[str], repaired: Judgement | None) -> str:
+def _repair_note(broken: Judgement, interacting: Sequence[str], repaired: Judgement | None) -> str:
     found = (
-        f"the joint e of the exact plan is {percent(broken.e)}, "
-        f"{broken.e / max(broken.table_e, 1e-300):.1f}x the sum of its parts"
+        f"the joint e of the exact plan is {percent(broken.grad_error)}, "
+        f"{broken.grad_error / max(broken.table_grad_error, 1e-300):.1f}x the sum of its parts"
     )
-    if not guilty:
+    if not interacting:
         return f"{found}; bisection blames no few layers, so a gentler plan of the front was tried"
-    blamed = f"{found}; bisection found {', '.join(guilty)} guilty"
+    blamed = f"{found}; bisection found {', '.join(interacting)} interacting"
     if repaired is None:
         return f"{blamed}, but no plan without it was feasible"
     return (
-        f"{blamed}; the nearest feasible plan keeps it gentler: e {percent(repaired.e)}, "
+        f"{blamed}; the nearest feasible plan keeps it gentler: e {percent(repaired.grad_error)}, "
         f"{repaired.step_ms:.4g} ms instead of {broken.step_ms:.4g} ms"
     )
 
@@ -223,16 +233,16 @@ def _repair_note(broken: Judgement, guilty: Sequence[str], repaired: Judgement |
 def _table_notes(judge: Judge, best: Judgement) -> list[str]:
     if best.basis is not Basis.MEASURED:
         return ["e of whole plans is the sum of the table: no workload was there to measure them"]
-    if best.table_e > 0.0 and best.e > EXCESS * best.table_e:
+    if best.table_grad_error > 0.0 and best.grad_error > EXCESS * best.table_grad_error:
         return [
-            f"the chosen plan's joint e is {percent(best.e)}, above the sum of its parts "
-            f"({percent(best.table_e)}) and within the budget of {percent(judge.budget)}"
+            f"the chosen plan's joint e is {percent(best.grad_error)}, above the sum of its parts "
+            f"({percent(best.table_grad_error)}) and within the budget of {percent(judge.budget)}"
         ]
     return []
 
 
 def _infeasible(problem: Problem, budget: float) -> str:
-    gentlest = min(problem.costs.e(plan) for plan in front(problem))
+    gentlest = min(problem.costs.grad_error(plan) for plan in front(problem))
     return (
         f"a plan's e must be at most {percent(budget)} for this loss tolerance, but with what is "
         f"kept the gentlest plan has {percent(gentlest)}; raise --loss-tolerance or drop a --keep"
@@ -240,9 +250,10 @@ def _infeasible(problem: Problem, budget: float) -> str:
 
 
 def _all_over_budget(judge: Judge) -> str:
-    gentlest = min(judge.known.values(), key=lambda judged: judged.e)
+    gentlest = min(judge.known.values(), key=lambda judged: judged.grad_error)
     return (
         f"a plan's joint e must be at most {percent(judge.budget)} for this loss tolerance, but "
-        f"the gentlest of the {len(judge.known)} plans measured has {percent(gentlest.e)}; raise "
+        f"the gentlest of the {len(judge.known)} plans measured has "
+        f"{percent(gentlest.grad_error)}; raise "
         "--loss-tolerance or drop a --keep"
     )

@@ -28,7 +28,7 @@ FIRST_CODE = 48  # "0"; each option is one character in a note
 
 class _Note(TypedDict):
     plan: str
-    e: float
+    grad_error: float
     basis: str
     source: str
     is_final: bool
@@ -74,7 +74,7 @@ class StudyLog:
             optuna.trial.create_trial(
                 value=judged.time_to_loss_ms,
                 user_attrs={NOTE: self._note(judged, source, is_duplicate=False)},
-                constraints={"e": self._excess(judged)},
+                constraints={"grad_error": self._excess(judged)},
             )
         )
         self._take_up()
@@ -123,7 +123,7 @@ class StudyLog:
             before = len(self.judge.known)
             judged = judge(options)
             is_duplicate = options in self._seen and len(self.judge.known) == before
-            trial.set_constraint("e", self._excess(judged))
+            trial.set_constraint("grad_error", self._excess(judged))
             trial.set_user_attr(NOTE, self._note(judged, source, is_duplicate=is_duplicate))
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL)
@@ -145,8 +145,8 @@ class StudyLog:
                 source=source,
                 options=judged.options,
                 step_ms=judged.step_ms,
-                e=judged.e,
-                e_basis=judged.basis,
+                grad_error=judged.grad_error,
+                grad_error_basis=judged.basis,
                 time_to_loss_ms=judged.time_to_loss_ms,
                 feasible=judged.is_feasible,
             )
@@ -154,13 +154,17 @@ class StudyLog:
 
     def _excess(self, judged: Judgement) -> float:
         """Return the constraint's value: e over the budget, relative; at most 0 is feasible."""
-        return judged.e / self.judge.budget - 1.0 if self.judge.budget > 0.0 else judged.e
+        return (
+            judged.grad_error / self.judge.budget - 1.0
+            if self.judge.budget > 0.0
+            else judged.grad_error
+        )
 
     def _note(self, judged: Judgement, source: str, *, is_duplicate: bool) -> _Note:
         codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
         return _Note(
             plan="".join(codes[option] for option in judged.options),
-            e=judged.e,
+            grad_error=judged.grad_error,
             basis=judged.basis.value,
             source=source,
             is_final=judged.is_final,
@@ -182,7 +186,7 @@ class StudyLog:
             options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
             basis = Basis(note["basis"])
             judged = (
-                self.judge.remember(options, note["e"], basis)
+                self.judge.remember(options, note["grad_error"], basis)
                 if note["is_final"]
                 else self.judge.told(options)
             )

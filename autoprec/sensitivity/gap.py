@@ -28,7 +28,7 @@ Kaplan et al., "Scaling Laws for Neural Language Models"):
 From ten steps this is a guess of the right size and no bound: at step 75 it was 2 times too high
 for a GPT, 2 and 5 times too low for a classifier from scratch and a fine-tuned one (a line in log t
 through the same steps: 13 times too high, 3 and 10 too low). The budget of e keeps a factor in hand
-(see `search.stage.e_budget`); what it lets through that does harm, verification refutes.
+(see `search.stage.grad_error_budget`); what it lets through that does harm, verification refutes.
 """
 
 import math
@@ -66,7 +66,7 @@ class LossLine:
 
 def predicted_loss_gap(
     sensitivity: Sensitivity,
-    e: float,
+    grad_error: float,
     steps: int,
     *,
     start: int = 0,
@@ -75,7 +75,7 @@ def predicted_loss_gap(
 
     Args:
         sensitivity: gives the loss curve.
-        e: the perturbation of the whole assignment, or the part of it that is asked about.
+        grad_error: the perturbation of the whole assignment, or the part of it that is asked about.
         steps: how many steps run with it.
         start: how many steps ran before, in the reference's precision.
 
@@ -85,11 +85,11 @@ def predicted_loss_gap(
     line = fit_loss_line(sensitivity.loss_curve)
     if line is None:
         return None
-    extra = e * steps / max(start + steps, 1)
+    extra = grad_error * steps / max(start + steps, 1)
     return line.exponent_at(start + steps) * math.log1p(extra)
 
 
-def e_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:
+def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:
     """Return the largest e whose predicted relative loss gap after `steps` is `tolerance`.
 
     Raises:
@@ -126,14 +126,14 @@ def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
     return LossLine(level, believed, last, level - believed * math.log(last))
 
 
-def plan_bias(sensitivity: Sensitivity, options: Mapping[str, Option], e: float) -> float:
+def plan_bias(sensitivity: Sensitivity, options: Mapping[str, Option], grad_error: float) -> float:
     """Return the part of a plan's `e` that does not average out, by the rows of its own options.
 
     One bad layer can make up nearly all of e, and its share is not that of the others.
     """
     rows = [row for name, option in options.items() if (row := sensitivity.row(name, option))]
-    total = math.fsum(row.e.mean for row in rows)
+    total = math.fsum(row.grad_error.mean for row in rows)
     if total <= 0.0:
         return 0.0
     share = math.fsum(row.bias.mean for row in rows) / total
-    return e * min(max(share, 0.0), 1.0)
+    return grad_error * min(max(share, 0.0), 1.0)

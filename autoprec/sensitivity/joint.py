@@ -77,10 +77,10 @@ class JointMeter:
 
     def measure(self, options: tuple[Option, ...]) -> Estimate:
         """Return the joint e of `options`, given in the order of the spec's layers."""
-        return self.measure_joint(options).e
+        return self.measure_joint(options).grad_error
 
     def measure_joint(
-        self, options: tuple[Option, ...], *, label: str = "", predicted_e: float = 0.0
+        self, options: tuple[Option, ...], *, label: str = "", predicted_grad_error: float = 0.0
     ) -> JointMeasurement:
         """Return the joint e and its bias part, beside a prediction to compare with.
 
@@ -97,7 +97,9 @@ class JointMeter:
             self._measured[options] = self._measure(options)
             self._spent_s += time.perf_counter() - started
         found = self._measured[options]
-        return found.model_copy(update={"label": label, "predicted_e": predicted_e})
+        return found.model_copy(
+            update={"label": label, "predicted_grad_error": predicted_grad_error}
+        )
 
     def measure_flow(self, rows: Sequence[LayerSensitivity]) -> Estimate:
         """Return what uniform BF16 costs beyond its layers: the e of the flow between them.
@@ -112,7 +114,7 @@ class JointMeter:
         used = range(min(FLOW_BATCHES, len(self.reference.batches)))
         samples = [self._sample(index, options) for index in used]
         joint = ratio_estimate([s.squared for s in samples], [self._scale[i] for i in used])
-        layers = math.fsum(row.e.mean for row in rows if row.option == BF16_O2)
+        layers = math.fsum(row.grad_error.mean for row in rows if row.option == BF16_O2)
         return joint.model_copy(update={"mean": max(joint.mean - layers, 0.0)})
 
     def _measure(self, options: Sequence[Option]) -> JointMeasurement:
@@ -123,8 +125,8 @@ class JointMeter:
         return JointMeasurement(
             label="",
             options=tuple(options),
-            e=ratio_estimate([s.squared for s in samples], scale),
-            predicted_e=0.0,
+            grad_error=ratio_estimate([s.squared for s in samples], scale),
+            predicted_grad_error=0.0,
             bias=bias_estimate([s.sketch for s in samples], scale),
         )
 

@@ -49,7 +49,7 @@ def measure_cell(
     if option.recipe is Recipe.DELAYED:
         with emulated_layer(reference, name, option):
             return reference.perturbation(index, baseline)
-    installed = install_options(reference.model, {name: option}, flow=torch.float32)
+    installed = install_options(reference.model, {name: option}, activation_dtype=torch.float32)
     with installed, fast_fp8_gemms(reference.device):
         return reference.perturbation(index, baseline)
 
@@ -62,7 +62,7 @@ def make_row(
     return LayerSensitivity(
         name=name,
         option=option,
-        e=ratio_estimate([s.squared for s in samples], scale),
+        grad_error=ratio_estimate([s.squared for s in samples], scale),
         bias=bias_estimate([s.sketch for s in samples], scale),
         loss_delta=mean_estimate([s.loss_delta for s in samples]),
     )

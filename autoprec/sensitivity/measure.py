@@ -105,7 +105,7 @@ def measure_sensitivity(
         checkpoint=prepared.checkpoint,
         seed=prepared.seed,
         rows=table.rows,
-        flow=flow,
+        activation_error=flow,
         floor=floor,
         statistics=table.statistics,
         joint=joint,
@@ -138,17 +138,19 @@ def measure_gentlest(
     for row in rows:
         if row.option.is_fp8 and row.option.recipe is not Recipe.DELAYED:
             before = best.get(row.name)
-            best[row.name] = row if before is None or row.e.mean < before.e.mean else before
+            best[row.name] = (
+                row if before is None or row.grad_error.mean < before.grad_error.mean else before
+            )
     if not best:
         return ()
-    table = {(row.name, row.option): row.e.mean for row in rows}
+    table = {(row.name, row.option): row.grad_error.mean for row in rows}
     plan = tuple(
         best[layer.name].option if layer.name in best else BF16_O2 for layer in spec.layers
     )
     predicted = flow.mean + sum(
         table.get((name, option), 0.0) for name, option in zip(spec.names, plan, strict=True)
     )
-    return (meter.measure_joint(plan, label="fp8_gentlest", predicted_e=predicted),)
+    return (meter.measure_joint(plan, label="fp8_gentlest", predicted_grad_error=predicted),)
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
@@ -157,7 +159,9 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
         notes.append(
             f"two runs of the reference differ: no e below {floor.mean:.1e} can be told from noise"
         )
-    diverged = [f"{row.name} {row.option.key}" for row in table.rows if row.e.mean >= DIVERGED_E]
+    diverged = [
+        f"{row.name} {row.option.key}" for row in table.rows if row.grad_error.mean >= DIVERGED_E
+    ]
     if diverged:
         notes.append(f"not finite, so e is set to {DIVERGED_E:g}: {', '.join(diverged)}")
     if table.refined:

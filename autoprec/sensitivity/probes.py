@@ -136,7 +136,9 @@ def _local_errors(
         for name, layer in called.items():
             exact[name] = replay(layer, calls[name], seed=seed)
         rounded_options = dict.fromkeys(called, BF16_O2)
-        with install_options(reference.model, rounded_options, flow=torch.float32, root=False):
+        with install_options(
+            reference.model, rounded_options, activation_dtype=torch.float32, root=False
+        ):
             for name, layer in called.items():
                 rounded = replay(layer, calls[name], seed=seed)
                 found[name] = bf16_errors(calls[name], exact[name], rounded)
@@ -285,8 +287,8 @@ def _parameter_products(
 ) -> dict[Component, Tensor]:
     """Return z per row of each parameter, for a layer whose parameters are used without a call."""
     rows = [
-        (c * e).reshape(len(c), -1).sum(1) if c.dim() else (c * e).reshape(1)
-        for c, e in zip(changes, errors, strict=True)
+        (c * grad_error).reshape(len(c), -1).sum(1) if c.dim() else (c * grad_error).reshape(1)
+        for c, grad_error in zip(changes, errors, strict=True)
     ]
     return {
         BF16_OUTPUT: torch.cat(rows) if rows else torch.zeros(1),
@@ -338,7 +340,7 @@ def _linear_product(component: Component, sides: _LinearSides, errors: list[Tens
             return (sides.by_weight * errors[0]).sum(1)  # per output channel
         return (sides.by_weight_backward * errors[0]).sum(0)  # per input channel
     others = sides.by_input if is_output else sides.by_gradient
-    return _summed([(a * e).sum(0) for a, e in zip(others, errors, strict=True)])
+    return _summed([(a * grad_error).sum(0) for a, grad_error in zip(others, errors, strict=True)])
 
 
 def _by_channel(

@@ -43,7 +43,7 @@ def _row(shows: Sequence[BatchShow], name: str, option: Option) -> LayerSensitiv
     return LayerSensitivity(
         name=name,
         option=option,
-        e=_spreading(shows, keys, plus=staying),
+        grad_error=_spreading(shows, keys, plus=staying),
         bias=_bias(shows, keys, key),
         loss_delta=mean_estimate([show.loss_deltas[name, option] for show in shows]),
         by_gemm=by_gemm,

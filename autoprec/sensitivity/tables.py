@@ -127,8 +127,10 @@ def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
 
     The gentlest come first: a plan may still choose them.
     """
-    broken = {row.name for row in rows if row.option.is_fp8 and row.e.mean > LARGE_E}
-    cells = {(r.name, r.option): r.e.mean for r in rows if r.option.is_fp8 and r.name in broken}
+    broken = {row.name for row in rows if row.option.is_fp8 and row.grad_error.mean > LARGE_E}
+    cells = {
+        (r.name, r.option): r.grad_error.mean for r in rows if r.option.is_fp8 and r.name in broken
+    }
     return tuple(sorted(cells, key=lambda cell: cells[cell])[:LARGE_CELLS])
 
 
@@ -136,9 +138,9 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
     """Return the cells whose standard error matters for their option's sum, worst first."""
     sums: dict[Option, float] = {}
     for row in rows:
-        sums[row.option] = sums.get(row.option, 0.0) + max(row.e.mean, 0.0)
+        sums[row.option] = sums.get(row.option, 0.0) + max(row.grad_error.mean, 0.0)
     doubts = {
-        (row.name, row.option): (row.e.stderr or 0.0) / sums[row.option]
+        (row.name, row.option): (row.grad_error.stderr or 0.0) / sums[row.option]
         for row in rows
         if row.option.is_fp8 and sums[row.option] > 0.0
     }
@@ -155,7 +157,7 @@ def _refined(reference: Reference, cell: Cell, row: LayerSensitivity) -> LayerSe
         for index, baseline in zip(used, baselines, strict=True)
     ]
     exact = make_row(cell, samples, [baseline.squared for baseline in baselines])
-    ratio = exact.e.mean / row.e.mean
+    ratio = exact.grad_error.mean / row.grad_error.mean
     by_gemm = {
         gemm: Estimate(
             mean=part.mean * ratio, stderr=None if part.stderr is None else part.stderr * ratio

@@ -21,6 +21,7 @@ STAGE_SETTINGS = {
     "profile": (
         "target",
         "recipes",
+        "gemms_hp",
         "seed",
         "parallel",
         "is_compiled",
@@ -29,7 +30,7 @@ STAGE_SETTINGS = {
         "sequence",
     ),
     "sensitivity": ("recipes", "seed", "checkpoint", "meta"),
-    "search": ("loss_tolerance", "kept", "trials", "time_budget_s", "seed", "storage", "study"),
+    "search": ("loss_tolerance", "keep", "trials", "time_budget_s", "seed", "storage", "study"),
     "verification": ("loss_tolerance", "seed", "checkpoint"),
 }
 R = TypeVar("R", bound=FileRecord)
@@ -39,7 +40,8 @@ class RunState(FileRecord):
     """`run.json`: a digest of the inputs of every finished stage."""
 
     KIND: ClassVar[str] = "run"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    REMAKE: ClassVar[str] = "`autoprec tune`, without --resume"
 
     stages: dict[str, str]
 

@@ -54,15 +54,22 @@ def diff_sensitivities(before: Sensitivity, after: Sensitivity) -> tuple[Differe
         if other is None:
             rows.append(
                 DifferenceRow(
-                    name=f"{row.name} {row.option}", before=f"{row.e.mean:.3%}", after="absent"
+                    name=f"{row.name} {row.option}",
+                    before=f"{row.grad_error.mean:.3%}",
+                    after="absent",
                 )
             )
-        elif _has_drifted(row.e.mean, other.e.mean, row.e.stderr or 0.0, other.e.stderr or 0.0):
+        elif _has_drifted(
+            row.grad_error.mean,
+            other.grad_error.mean,
+            row.grad_error.stderr or 0.0,
+            other.grad_error.stderr or 0.0,
+        ):
             rows.append(
                 DifferenceRow(
                     name=f"{row.name} {row.option}",
-                    before=f"{row.e.mean:.4%}",
-                    after=f"{other.e.mean:.4%}",
+                    before=f"{row.grad_error.mean:.4%}",
+                    after=f"{other.grad_error.mean:.4%}",
                 )
             )
     return tuple(rows)

@@ -34,7 +34,7 @@ class Settings:
     target: str = "auto"
     out: Path = Path("autoprec-out")
     loss_tolerance: float = 1e-3
-    kept: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     recipes: tuple[Recipe, ...] = DEFAULT_RECIPES
     trials: int = 12
     time_budget_s: float | None = None
@@ -48,7 +48,7 @@ class Settings:
     meta: bool = False
     batch: int | None = None
     sequence: int | None = None
-    masks: bool = True
+    gemms_hp: bool = True
     verify: bool = True
     resume: bool = False
     progress: Progress = field(default=report_nothing, compare=False)
@@ -89,7 +89,9 @@ class Settings:
 
 def constraint_of(settings: Settings) -> Constraint:
     """Return the constraint that the settings ask for."""
-    return Constraint(loss_tolerance=settings.loss_tolerance, e_budget=None, kept=settings.kept)
+    return Constraint(
+        loss_tolerance=settings.loss_tolerance, grad_error_budget=None, keep=settings.keep
+    )
 
 
 def fp8_options(settings: Settings) -> tuple[Option, ...]:

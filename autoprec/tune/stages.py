@@ -177,7 +177,7 @@ def make_profile(settings: Settings) -> Profile:
         captured_model(settings),
         device=numerics_device(settings),
         options=fp8_options(settings),
-        masks=settings.masks,
+        gemms_hp=settings.gemms_hp,
         compiled=settings.is_compiled,
         seed=settings.seed,
         progress=settings.progress,
@@ -195,7 +195,7 @@ def predicted_profile(settings: Settings) -> Profile:
         parallel=parse_parallel(settings.parallel) if settings.parallel else None,
         compiled=settings.is_compiled,
         options=fp8_options(settings),
-        masks=settings.masks,
+        gemms_hp=settings.gemms_hp,
     )
 
 
@@ -408,7 +408,7 @@ def certify(plan: Plan, verification: Verification) -> Plan:
     """Return the plan with the verification's certificate in it."""
     certificate = Certificate(
         verdict=verification.verdict,
-        tolerance=verification.tolerance,
+        loss_tolerance=verification.loss_tolerance,
         gap=verification.gap,
         step_ms={step.label: step.timing.median_ms for step in verification.steps},
         seeds=verification.gap.seeds if verification.gap else 0,

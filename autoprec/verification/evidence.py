@@ -90,7 +90,7 @@ def make_verification(
     return Verification(
         plan=plan.digest,
         verdict=evidence.verdict,
-        tolerance=evidence.terms.tolerance,
+        loss_tolerance=evidence.terms.tolerance,
         gap=evidence.gap("plan"),
         control_gap=evidence.gap("bf16_o2"),
         seed_spread=seed_spread(evidence),
@@ -144,15 +144,18 @@ def predicted_gaps(
 
     The warm-up's own loss curve says what a step is worth, when it is the longer one.
     """
-    if sensitivity is None or plan.e is None:
+    if sensitivity is None or plan.grad_error is None:
         return None
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     if len(curve) > len(sensitivity.loss_curve):
         sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
-    bias = plan_bias(sensitivity, {layer.name: layer.option for layer in plan.layers}, plan.e)
+    bias = plan_bias(
+        sensitivity, {layer.name: layer.option for layer in plan.layers}, plan.grad_error
+    )
     steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
     whole, systematic = (
-        predicted_loss_gap(sensitivity, part, steps, start=start) for part in (plan.e, bias)
+        predicted_loss_gap(sensitivity, part, steps, start=start)
+        for part in (plan.grad_error, bias)
     )
     return None if whole is None or systematic is None else (whole, systematic)
 

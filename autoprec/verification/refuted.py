@@ -24,16 +24,16 @@ class Refuted:
     @property
     def bearable_e(self) -> float | None:
         """The e at which a plan's gap would be the tolerance; None when one of both is unknown."""
-        gap, e = self.evidence.gap("plan"), self.plan.e
-        if gap is None or e is None or gap.mean <= 0.0:
+        gap, grad_error = self.evidence.gap("plan"), self.plan.grad_error
+        if gap is None or grad_error is None or gap.mean <= 0.0:
             return None
-        return e * min(self.evidence.terms.tolerance / gap.mean, 1.0)
+        return grad_error * min(self.evidence.terms.tolerance / gap.mean, 1.0)
 
 
 def is_hopeless(plan: Plan, refuted: Sequence[Refuted]) -> bool:
     """Whether a plan's e is above what the refuted plans show to be bearable."""
     bounds = [bound for each in refuted if (bound := each.bearable_e) is not None]
-    return plan.e is not None and bool(bounds) and plan.e > min(bounds)
+    return plan.grad_error is not None and bool(bounds) and plan.grad_error > min(bounds)
 
 
 def repair_notes(plan: Plan, refuted: Sequence[Refuted], *, skipped: int) -> list[str]:

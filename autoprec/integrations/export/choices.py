@@ -52,7 +52,7 @@ def linears(plan: Plan) -> list[Assignment]:
     return [layer for layer in plan.layers if layer.kind is LayerKind.LINEAR]
 
 
-def require_recipes(plan: Plan, to: str, allowed: Sequence[str], *, with_masks: bool) -> None:
+def require_recipes(plan: Plan, to: str, allowed: Sequence[str], *, with_gemms_hp: bool) -> None:
     """Refuse options that the target does not have.
 
     Raises:
@@ -65,7 +65,7 @@ def require_recipes(plan: Plan, to: str, allowed: Sequence[str], *, with_masks: 
                 f"{'has' if len(names) == 1 else 'have'} {option.recipe}; tune again with "
                 f"--recipes {','.join(allowed)}, or export to torchao"
             )
-        if option.gemms_hp and not with_masks:
+        if option.gemms_hp and not with_gemms_hp:
             raise PlanMismatchError(
                 f"{to} switches a layer's three GEMMs together, but {named(names)} "
                 f"{'keeps' if len(names) == 1 else 'keep'} {', '.join(option.gemms_hp)} in BF16; "

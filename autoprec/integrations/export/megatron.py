@@ -43,7 +43,7 @@ def megatron_yaml(plan: Plan) -> str:
     Raises:
         PlanMismatchError: the file has no word for an option of the plan.
     """
-    require_recipes(plan, "megatron", (Recipe.TENSORWISE.value,), with_masks=False)
+    require_recipes(plan, "megatron", (Recipe.TENSORWISE.value,), with_gemms_hp=False)
     require_no_all_gather(plan, "megatron")
     require_no_fp32_gemm(plan, "megatron", "chooses between FP8 and BF16")
     matchers = "".join(_matcher(layer) for layer in linears(plan))

@@ -79,7 +79,7 @@ def torchao_snippet(plan: Plan) -> str:
     Raises:
         PlanMismatchError: a layer has a recipe that torchao does not.
     """
-    require_recipes(plan, "torchao", TORCHAO_RECIPES, with_masks=True)
+    require_recipes(plan, "torchao", TORCHAO_RECIPES, with_gemms_hp=True)
     choices = fp8_choices(plan)
     groups = "".join(
         f"    ({_config(plan, option)}, {{\n{quoted(names, indent=8)}    }}),\n"
@@ -112,7 +112,7 @@ def accelerate_snippet(plan: Plan) -> str:
         PlanMismatchError: the plan has several options, GEMM masks, FP32 layers with a GEMM, or is
             for a model that is one layer.
     """
-    require_recipes(plan, "accelerate", TORCHAO_RECIPES, with_masks=False)
+    require_recipes(plan, "accelerate", TORCHAO_RECIPES, with_gemms_hp=False)
     option = require_one_option(plan, "accelerate")
     require_no_fp32_gemm(plan, "accelerate", "runs every other GEMM under BF16 autocast")
     names = fp8_choices(plan)[option]

@@ -34,7 +34,7 @@ def torchtitan_snippet(plan: Plan) -> str:
         PlanMismatchError: substring filters cannot tell the plan's layers apart, or torchtitan has
             no word for an option.
     """
-    require_recipes(plan, "torchtitan", TORCHAO_RECIPES, with_masks=False)
+    require_recipes(plan, "torchtitan", TORCHAO_RECIPES, with_gemms_hp=False)
     require_no_all_gather(plan, "torchtitan")
     require_no_fp32_gemm(plan, "torchtitan", "runs every other GEMM in one dtype")
     blocks = []

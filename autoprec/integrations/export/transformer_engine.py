@@ -39,7 +39,7 @@ def transformer_engine_yaml(plan: Plan) -> str:
             cannot be told apart.
     """
     to = "transformer-engine"
-    require_recipes(plan, to, [recipe.value for recipe in RECIPES], with_masks=True)
+    require_recipes(plan, to, [recipe.value for recipe in RECIPES], with_gemms_hp=True)
     require_no_all_gather(plan, to)
     require_no_fp32_gemm(plan, to, "chooses between FP8 and BF16")
     recipe = _only_recipe(plan)

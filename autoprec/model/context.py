@@ -1,0 +1,33 @@
+"""What every stage that runs the user's model is given: the model's source, and where to run it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.timing import Clock, make_clock
+from autoprec.workload.functions import Workload
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run's workload, device and seed, and how the run tells its progress and measures time.
+
+    Attributes:
+        workload: the user's functions.
+        device: where the model runs.
+        seed: of weights, batches and everything else that is random.
+        progress: told how far a stage is.
+        clock: measures the time of work on `device`; None: the device's own (`timer`).
+    """
+
+    workload: Workload
+    device: torch.device
+    seed: int = 0
+    progress: Progress = report_nothing
+    clock: Clock | None = None
+
+    @property
+    def timer(self) -> Clock:
+        """The clock that was given, or the one that fits the device."""
+        return self.clock or make_clock(self.device)
