@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from autoprec.errors import DeviceError
 from autoprec.predict import (
-    break_even_tokens,
     list_device_profiles,
     load_device_profile,
     predict_linear,
@@ -194,17 +193,6 @@ def test_an_a100_predicts_bf16_and_says_why_no_fp8() -> None:
 def test_a_size_that_is_none_is_an_error(shape: tuple[int, int, int]) -> None:
     with pytest.raises(DeviceError, match="must be between 1 and"):
         predict_linear(H100, *shape)
-
-
-def test_the_break_even_is_where_the_speedup_passes_one() -> None:
-    tokens = break_even_tokens(H100, 4096, 4096, recipe="rowwise")
-    assert tokens is not None
-    assert tokens % 16 == 0
-    before = predict_linear(H100, tokens - 16, 4096, 4096, recipe="rowwise")
-    assert speedup(before).value < 1
-    assert speedup(predict_linear(H100, tokens, 4096, 4096, recipe="rowwise")).value >= 1
-    assert break_even_tokens(H100, 256, 256, recipe="rowwise") is None
-    assert break_even_tokens(load_device_profile("a100"), 4096, 4096) is None
 
 
 def test_every_profile_predicts_every_recipe_it_has() -> None:

@@ -6,9 +6,7 @@ import pytest
 
 from autoprec.errors import DeviceError
 from autoprec.predict import (
-    break_even_tokens,
     load_device_profile,
-    predict_linear,
     predict_table,
     read_table,
     score_table,
@@ -95,14 +93,3 @@ def test_a_name_that_no_file_can_have_is_one_short_line(wrong: str) -> None:
 def test_the_nearest_name_comes_first(wrong: str, near: str) -> None:
     with pytest.raises(DeviceError, match=f"nearest: {near}(,|$)"):
         load_device_profile(wrong)
-
-
-def test_the_break_even_of_a_recipe_of_blocks_is_whole_blocks() -> None:
-    device = load_device_profile("h100-sxm")
-    tokens = break_even_tokens(device, 8192, 8192, recipe="blockwise")
-    assert tokens is not None
-    assert tokens % 128 == 0
-    for size, pays in ((tokens, True), (tokens - 128, False)):
-        found = predict_linear(device, size, 8192, 8192, recipe="blockwise").speedup
-        assert found is not None
-        assert (found.value >= 1) is pays

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
-from autoprec.predict import break_even_width, load_device_profile, predict_linear
 from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
 from autoprec.tune import stages as pipeline
 from autoprec.tune.settings import Settings
@@ -242,16 +241,6 @@ def test_a_kept_head_is_let_out_of_the_lock(tmp_path: Path, planned: Path) -> No
     plan = pipeline.make_plan(settings, profile, sensitivity, search)
     assert plan.layers[-1].name == "lm_head"
     assert plan.layers[-1].precision is Precision.FP8_O1
-
-
-def test_where_no_number_of_tokens_helps_a_width_would() -> None:
-    device = load_device_profile("h100-sxm")
-    width = break_even_width(device, 8192, recipe="rowwise")
-    assert width is not None
-    for size, pays in ((width, True), (width - 16, False)):
-        found = predict_linear(device, 8192, size, size, recipe="rowwise").speedup
-        assert found is not None
-        assert (found.value >= 1) is pays
 
 
 def test_meta_without_a_device_profile_is_refused(tmp_path: Path) -> None:

@@ -263,3 +263,21 @@ def test_a_device_without_fp8_is_not_told_what_stays_out_of_it() -> None:
         notes = unknown_sensitivity(profile.model).notes
         assert any("out of FP8" in note for note in notes) is is_told
         assert any("e is unknown" in note for note in notes)
+
+
+def test_two_profiles_of_one_name_are_told_apart() -> None:
+    casts = H100.constants["rowwise_cast_bytes"]
+    own = H100.model_copy(
+        update={
+            "constants": {
+                **H100.constants,
+                "rowwise_cast_bytes": casts.model_copy(update={"value": 1.5 * casts.value}),
+            }
+        }
+    )
+    digests = {
+        planned(predict_profile(decoder(), device, compiled=True)).fingerprint.device_digest
+        for device in (H100, own)
+    }
+    assert len(digests) == 2
+    assert "" not in digests

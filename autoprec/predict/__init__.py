@@ -8,7 +8,6 @@ registry          device profiles by name or path
 tables, scoring   many linears from a CSV file; predictions against real speedups
 """
 
-from autoprec.predict.breakeven import break_even_tokens, break_even_width
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.parallel import Parallel, parse_parallel
 from autoprec.predict.predict import predict_profile
@@ -19,8 +18,6 @@ from autoprec.predict.tables import format_table, predict_table, read_table
 
 __all__ = [
     "Parallel",
-    "break_even_tokens",
-    "break_even_width",
     "format_table",
     "list_device_profiles",
     "load_device_profile",

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 
 from autoprec.model.gemms_hp import without_slow_masks
-from autoprec.predict.breakeven import find_break_evens
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
 from autoprec.predict.machine import Machine, machine_of
@@ -97,7 +96,6 @@ def predict_profile(
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
-        break_evens=find_break_evens(device_profile, target.layers, parallel, compiled=compiled),
         communication=fsdp_communication(target, bf16, setting),
     )
 

@@ -12,7 +12,6 @@ from autoprec.common.files import read_text, write_atomically
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
-    BreakEven,
     Communication,
     Conditions,
     DeviceFacts,
@@ -68,7 +67,6 @@ __all__ = [
     "Assignment",
     "Basis",
     "Branch",
-    "BreakEven",
     "CallSpec",
     "Certificate",
     "Check",

@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.model import Basis, GemmShape, ModelSpec, Option, Recipe
+from autoprec.records.model import Basis, ModelSpec, Option
 
 
 class Timing(Record):
@@ -99,21 +99,6 @@ class StepTiming(Record):
     conditions: Conditions | None = None
 
 
-class BreakEven(Record):
-    """From what size on a recipe is no slower than BF16, for a GEMM as one device has it.
-
-    `tokens` is the least M for its K and N; `width` the least K = N for its M, looked for where no
-    M is enough; `wide` the smallest square weight that is looked at with the least M for it, where
-    no width is either. None: there is none.
-    """
-
-    gemm: GemmShape
-    recipe: Recipe
-    tokens: PositiveInt | None = None
-    width: PositiveInt | None = None
-    wide: GemmShape | None = None
-
-
 class Communication(Record):
     """FSDP's communication in a step of a BF16 flow, in ms, and what hides it.
 
@@ -135,8 +120,6 @@ class Profile(FileRecord):
     there and back (forward and backward), paid where a layer's precision differs from the flow's.
     `fixed_ms` is the FP32 step's time outside the layers (attention, activations, loss, glue), and
     `fixed_bf16_ms` the same in a BF16 flow; both are step minus the sum of layer totals.
-    `break_evens` are asked of the device's constants when the profile is predicted, so that the
-    search of a saved run needs no device profile, which may have moved or changed since.
     """
 
     KIND: ClassVar[str] = "profile"
@@ -155,7 +138,6 @@ class Profile(FileRecord):
     compile_s: NonNegativeFloat = 0.0
     recompiles: NonNegativeInt = 0
     parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
-    break_evens: tuple[BreakEven, ...] = ()  # predicted profiles only
     communication: Communication | None = None  # predicted profiles under FSDP only
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:

@@ -22,7 +22,6 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
-from autoprec.search.breakeven import break_even_notes
 from autoprec.search.costs import Costs, is_all_fp32, make_costs
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
@@ -64,7 +63,6 @@ def build_plan(
             *search.notes,
             *memory_notes(profile, costs, point.options),
             *plan_notes(costs, search, point.options),
-            *break_even_notes(profile, costs, point.options),
             *parallel_notes(profile),
             *(() if sensitivity_basis(sensitivity) is Basis.MEASURED else sensitivity.notes),
         ),
