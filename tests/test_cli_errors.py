@@ -8,7 +8,7 @@ import pytest
 
 COMMAND = f"{sys.executable} -m autoprec devices show h200 --json"
 SMALL = (
-    f'{sys.executable} -c "from autoprec import cli; cli.app = lambda **_: print(1); cli.main()"'
+    f'{sys.executable} -c "from autoprec.cli import main as cli; cli.app = lambda **_: print(1); cli.main()"'
 )
 
 

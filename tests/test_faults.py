@@ -194,7 +194,7 @@ import os, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 import torch
 import autoprec
-from autoprec.checkpoint import save_checkpoint
+from autoprec.runtime.checkpoint import save_checkpoint
 from tests.runtime_training import applied, train
 torch.set_num_threads(1)
 folder, saves = sys.argv[1], 0
