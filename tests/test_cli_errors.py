@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 COMMAND = f"{sys.executable} -m autoprec devices show h200 --json"
-SMALL = (
-    f'{sys.executable} -c "from autoprec.cli import main as cli; cli.app = lambda **_: print(1); cli.main()"'
-)
+SMALL_CODE = "from autoprec.cli import main as cli; cli.app = lambda **_: print(1); cli.main()"
+SMALL = f'{sys.executable} -c "{SMALL_CODE}"'
 
 
 def errors_of(script: str) -> str:

@@ -27,8 +27,8 @@ from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.measure import group_layers
 from autoprec.profiler.recording import record_step
 from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
-from autoprec.tune import stages as pipeline
-from autoprec.tune.settings import Settings
+from autoprec.tuning import stages as pipeline
+from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
 from tests.models import mlp_workload

@@ -24,8 +24,8 @@ from autoprec.profiler.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, GemmShape, Option, Recipe, fp8_option
 from autoprec.runtime import install_options
 from autoprec.runtime.masters import CLOSE_LOOKS, masters_of
-from autoprec.tune import doctor
-from autoprec.tune import stages as pipeline
+from autoprec.tuning import doctor
+from autoprec.tuning import stages as pipeline
 from tests.fake_gpu import GPU, FakeGpu
 from tests.models import Mlp
 from tests.runtime_plans import plan_for

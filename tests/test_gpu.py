@@ -411,8 +411,8 @@ def test_fsdp2_trains_on_one_gpu_as_without_it(
 
 
 def test_a_plan_is_tuned_from_end_to_end(device: torch.device, tmp_path: Path) -> None:
-    from autoprec.tune import stages as pipeline
-    from autoprec.tune.settings import Settings
+    from autoprec.tuning import stages as pipeline
+    from autoprec.tuning.settings import Settings
 
     file = tmp_path / "tiny.py"
     file.write_text(

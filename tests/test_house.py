@@ -23,8 +23,8 @@ TORCH_FREE = (
     "search",
     "report",
     "integrations.export",
-    "tune.settings",
-    "tune.stages",
+    "tuning.settings",
+    "tuning.stages",
     "cli.main",
 )
 ORDER = (  # bottom up: a room imports itself and rooms of earlier lines
@@ -39,7 +39,7 @@ ORDER = (  # bottom up: a room imports itself and rooms of earlier lines
     ("sensitivity",),
     ("search", "verification", "report"),
     ("integrations",),
-    ("tune",),
+    ("tuning",),
     ("cli",),
 )
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -14,8 +14,8 @@ from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
 from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
-from autoprec.tune import stages as pipeline
-from autoprec.tune.settings import Settings
+from autoprec.tuning import stages as pipeline
+from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import Workload, load_workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with

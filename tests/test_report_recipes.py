@@ -6,7 +6,7 @@ from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe
 from autoprec.report.formats import shown_share
 from autoprec.report.recipes import recipe_rows
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
-from autoprec.tune.settings import Settings, measured_options
+from autoprec.tuning.settings import Settings, measured_options
 from tests.search_tables import sensitivity_of, spec_of
 
 TENSORWISE, DELAYED = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.DELAYED)

@@ -8,8 +8,8 @@ import pytest
 from autoprec.errors import RecordError
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import Profile
-from autoprec.tune.folder import staged
-from autoprec.tune.settings import Settings
+from autoprec.tuning.folder import staged
+from autoprec.tuning.settings import Settings
 from tests.decoder_specs import linear_layer, model_of
 
 Resumed = Callable[[], bool]

@@ -22,7 +22,7 @@ from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.runtime import check_applied, trace_step
 from autoprec.sensitivity.gemm import scaled_mm
-from autoprec.tune.plan_check import check_plan
+from autoprec.tuning.plan_check import check_plan
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.runtime_plans import plan_for
 

@@ -7,7 +7,7 @@ import pytest
 
 from autoprec.cli.main import main
 from autoprec.errors import DeviceError
-from autoprec.tune.settings import Settings
+from autoprec.tuning.settings import Settings
 
 
 @pytest.mark.parametrize("target", ["auto", "cpu", "cuda"])

@@ -21,8 +21,8 @@ from autoprec.cli.errors import drop_output, one_line_of
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.records import Plan, Record
-from autoprec.tune import stages as pipeline
-from autoprec.tune.settings import Settings, parse_duration, parse_fraction, parse_recipes
+from autoprec.tuning import stages as pipeline
+from autoprec.tuning.settings import Settings, parse_duration, parse_fraction, parse_recipes
 
 app = typer.Typer(
     help="Which layers should train in FP8, BF16 or FP32? Measured, searched, proven.",
@@ -266,7 +266,7 @@ def report(out: RunFolder, as_json: Json = False) -> None:
 @app.command()
 def doctor(target: Target = "auto", as_json: Json = False) -> None:
     """Say what this machine can do: versions, device, FP8 with reasons, numeric self-test."""
-    from autoprec.tune.doctor import diagnose
+    from autoprec.tuning.doctor import diagnose
 
     diagnosis = diagnose(target)
     _print_record(diagnosis, as_json=as_json)
@@ -282,7 +282,7 @@ def plan_show(plan: PlanFile, as_json: Json = False) -> None:
 @plan_app.command("diff")
 def plan_diff(before: PlanFile, after: PlanFile, as_json: Json = False) -> None:
     """Compare two plans, or two sensitivity.json files (drift); exit 1 when they differ."""
-    from autoprec.tune.plan_diff import compare_files
+    from autoprec.tuning.plan_diff import compare_files
 
     difference = compare_files(before, after)
     _print_record(difference, as_json=as_json)
@@ -297,7 +297,7 @@ def plan_check(
     as_json: Json = False,
 ) -> None:
     """Check a plan's file; with --model also that it fits, and that what runs is what it says."""
-    from autoprec.tune.plan_check import check_plan
+    from autoprec.tuning.plan_check import check_plan
 
     checked = check_plan(plan, model=model, target=target)
     _print_record(checked, as_json=as_json)

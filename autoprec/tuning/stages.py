@@ -27,8 +27,8 @@ from autoprec.records import (
     Verification,
     write_atomically,
 )
-from autoprec.tune.folder import open_folder, staged
-from autoprec.tune.settings import Settings, constraint_of, fp8_options, measured_options
+from autoprec.tuning.folder import open_folder, staged
+from autoprec.tuning.settings import Settings, constraint_of, fp8_options, measured_options
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from autoprec import __version__
 from autoprec.errors import RecordError
 from autoprec.predict.registry import load_device_profile, profile_digest
 from autoprec.records import FileRecord
-from autoprec.tune.settings import Settings
+from autoprec.tuning.settings import Settings
 
 STAGES = ("profile", "sensitivity", "search", "verification")
 STAGE_SETTINGS = {
