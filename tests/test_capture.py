@@ -72,7 +72,9 @@ def test_short_last_batch_counts_for_fp8() -> None:
         build_model=Model,
         train_batches=lambda seed: iter([torch.ones(32, 32), torch.ones(7, 32)]),
     )
-    options = [o for o in capture_model(workload, device=CPU).layer("linear").options if o.is_fp8]
+    layer = capture_model(workload, device=CPU).layer("linear")
+    assert layer.tokens == (7, 32)
+    options = [option for option in layer.options if option.is_fp8]
     assert options
     assert not any("grad_weight" not in o.key and "gw_hp" not in o.key for o in options)
 

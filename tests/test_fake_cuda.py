@@ -15,13 +15,21 @@ from autoprec.cli import main as cli
 from autoprec.device import torchao
 from autoprec.device.fp8 import Fp8Support
 from autoprec.device.timing import Function
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.guard.sampling import Sampler
 from autoprec.predict.measure import casts_of, gemm_candidates
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.measure import time_boundary_cast
 from autoprec.profiler.recording import Call
-from autoprec.records import BF16_O2, FP32, Gemm, GemmShape, Option, Recipe, fp8_option
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    FP32,
+    Gemm,
+    GemmShape,
+    Option,
+    Recipe,
+    fp8_option,
+)
 from autoprec.runtime import install_options
 from autoprec.runtime.masters import CLOSE_LOOKS, masters_of
 from autoprec.tuning import doctor
@@ -204,10 +212,10 @@ def test_torchaos_workaround_for_triton_is_in_place_where_triton_compiles(
     done: list[str] = []
     monkeypatch.setattr(patch, "_patch_inductor_min_max_codegen", lambda: done.append("once"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_here)
-    torchao._mend_compiled_casts.cache_clear()
+    torchao._fix_compiled_casts.cache_clear()
     for _ in range(2):
         torchao.import_torchao()
-    torchao._mend_compiled_casts.cache_clear()
+    torchao._fix_compiled_casts.cache_clear()
     assert done == ["once"] * is_here
 
 

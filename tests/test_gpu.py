@@ -25,7 +25,6 @@ from autoprec.device.timing import (
     relative_error,
     time_interleaved,
 )
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
 from autoprec.model.capture import capture_model
@@ -37,7 +36,16 @@ from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.recording import Call
 from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
-from autoprec.records import BF16_O2, FP32, Basis, Option, Profile, Recipe, fp8_option
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    FP32,
+    Basis,
+    Option,
+    Profile,
+    Recipe,
+    fp8_option,
+)
 from autoprec.records.devices import ConstantKind
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.classes import is_made_here

@@ -17,6 +17,7 @@ TORCH_FREE = (
     "workload.hf_config",
     "model.roles",
     "model.gemms_hp",
+    "model.options",
     "predict",
     "predict.transfer",
     "sensitivity.gap",

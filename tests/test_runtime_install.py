@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError
-from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option, with_gemms_hp
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    FP32,
+    Option,
+    Recipe,
+    fp8_option,
+    with_gemms_hp,
+)
 from autoprec.runtime import install_options
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)

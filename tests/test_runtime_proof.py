@@ -17,9 +17,17 @@ import autoprec
 from autoprec.device import fp8 as precision
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.fp8_self_test import fp8_self_test
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.records import BF16_O2, FP32, Gemm, Option, Recipe, fp8_option, with_gemms_hp
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    FP32,
+    Gemm,
+    Option,
+    Recipe,
+    fp8_option,
+    with_gemms_hp,
+)
 from autoprec.runtime import check_applied, trace_step
 from autoprec.sensitivity.gemm import scaled_mm
 from autoprec.tuning.plan_check import check_plan

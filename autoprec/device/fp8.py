@@ -11,16 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.device.torchao import (
-    APPLICABLE_RECIPES,
-    float8_config,
-    import_torchao,
-)
-from autoprec.records import (
-    Gemm,
-    Recipe,
-    fp8_option,
-)
+from autoprec.device.torchao import float8_config, import_torchao
+from autoprec.records import APPLICABLE_RECIPES, Gemm, Recipe, fp8_option
 
 RECIPE_TOLERANCE = 0.15  # relative error; FP8's own rounding gives 0.03-0.06 (torch 2.13.0, CPU)
 KERNEL_TOLERANCE = 0.01  # the same of a GEMM alone: BF16's rounding of its output gives 0.002

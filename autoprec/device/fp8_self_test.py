@@ -18,8 +18,7 @@ from autoprec.device.fp8 import (
     fp8_support,
     recipe_errors,
 )
-from autoprec.device.torchao import APPLICABLE_RECIPES
-from autoprec.records import Check, Recipe
+from autoprec.records import APPLICABLE_RECIPES, Check, Recipe
 
 
 def fp8_self_test(

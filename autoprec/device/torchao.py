@@ -9,13 +9,7 @@ import torch
 
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import PlanMismatchError
-from autoprec.records import (
-    Gemm,
-    Option,
-    Recipe,
-)
-
-APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+from autoprec.records import APPLICABLE_RECIPES, Gemm, Option
 
 
 def import_torchao() -> Any:  # Any: torchao ships no types
@@ -26,12 +20,12 @@ def import_torchao() -> Any:  # Any: torchao ships no types
     with import_noise_dropped():
         module = importlib.import_module("torchao.float8")
         if torch.cuda.is_available():
-            _mend_compiled_casts()
+            _fix_compiled_casts()
         return module
 
 
 @functools.cache
-def _mend_compiled_casts() -> None:
+def _fix_compiled_casts() -> None:
     """Do what torchao's own conversion does first: keep NaN out of FP8 casts that Triton compiles.
 
     From torch 2.14 on, Triton can store garbage beside a `min` or `max` that hands NaN on (its
@@ -39,9 +33,9 @@ def _mend_compiled_casts() -> None:
     """
     name = "torchao.float8._inductor_patch"
     if importlib.util.find_spec(name) is not None:
-        mend = getattr(importlib.import_module(name), "_patch_inductor_min_max_codegen", None)
-        if mend is not None:
-            mend()
+        fix = getattr(importlib.import_module(name), "_patch_inductor_min_max_codegen", None)
+        if fix is not None:
+            fix()
 
 
 def float8_config(option: Option) -> Any:  # Any: torchao ships no types

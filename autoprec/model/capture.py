@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support, fp8_support
@@ -26,6 +25,7 @@ from autoprec.model.layers import (
     find_ties,
     find_uncovered,
     layer_kind,
+    linear_refusal,
     model_structure,
     type_name,
 )
@@ -37,11 +37,9 @@ from autoprec.records import (
     LayerKind,
     LayerSpec,
     ModelSpec,
-    Option,
     ParameterSpec,
-    Precision,
-    Refusal,
     TensorSpec,
+    fp8_option,
 )
 from autoprec.workload.functions import (
     Batch,
@@ -267,14 +265,18 @@ def _layer_spec(
     names: dict[int, str],
 ) -> LayerSpec:
     kind = layer_kind(layer)
-    tokens = sorted(calls.tokens.get(name, set()))
+    tokens = sorted(m for m in calls.tokens.get(name, set()) if m > 0)
     gemm = None
-    if isinstance(layer, nn.Linear) and tokens and tokens[-1] > 0:
+    if isinstance(layer, nn.Linear) and tokens:
         gemm = GemmShape(M=tokens[-1], K=layer.in_features, N=layer.out_features)
-    options, refusals = layer_options(kind=kind, gemm=gemm, all_m=tokens, support=support)
-    obstacle = _fp8_obstacle(layer, was_called=name in calls.inputs)
-    if obstacle and kind is LayerKind.LINEAR:
-        options, refusals = _without_fp8(options, reason=obstacle)
+    options, refusals = layer_options(
+        kind=kind,
+        gemm=gemm,
+        tokens=tokens,
+        fp8_options=[fp8_option(recipe) for recipe in support.recipes],
+        obstacle=linear_refusal(layer) if kind is LayerKind.LINEAR else "",
+        unavailable=support.reason,
+    )
     prefix = f"{name}." if name else ""
     return LayerSpec(
         name=name,
@@ -285,6 +287,7 @@ def _layer_spec(
             _parameter_spec(prefix + n, p, names=names) for n, p in layer.named_parameters()
         ),
         gemm=gemm,
+        tokens=tuple(tokens),
         calls=tuple(
             CallSpec(inputs=inputs, count=count)
             for inputs, count in calls.inputs.get(name, Counter()).items()
@@ -305,24 +308,6 @@ def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
     heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
     size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
     return spec if size % heads else spec.model_copy(update={"heads": heads})
-
-
-def _fp8_obstacle(layer: nn.Module, *, was_called: bool) -> str:
-    """Return why a linear cannot run in FP8 whatever its shape, or an empty string."""
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrized, and torchao casts plain weights only"
-    if type(layer).forward is not nn.Linear.forward:
-        return f"{type(layer).__name__} has its own forward, which FP8 would replace"
-    if not was_called:
-        return "it was not called in the captured step, so its shapes are not known"
-    return ""
-
-
-def _without_fp8(
-    options: tuple[Option, ...], *, reason: str
-) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
-    kept = tuple(option for option in options if not option.is_fp8)
-    return kept, (Refusal(precision=Precision.FP8_O1, reason=reason),)
 
 
 def optimizer_state_ratio(optimizer: torch.optim.Optimizer) -> float:

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import (
     SCANNED_BATCHES,
@@ -37,7 +36,7 @@ from autoprec.model.capture import (
     scan_shapes,
 )
 from autoprec.model.layers import find_layers
-from autoprec.records import ModelSpec
+from autoprec.records import APPLICABLE_RECIPES, ModelSpec
 from autoprec.workload.functions import (
     Batch,
     Workload,

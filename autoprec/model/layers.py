@@ -66,6 +66,22 @@ def layer_kind(module: nn.Module) -> LayerKind:
     return LayerKind.NORM if type(module).__name__.endswith("Norm") else LayerKind.OTHER
 
 
+def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str:
+    """Return why this module cannot run in FP8 whatever its shape, or an empty string.
+
+    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. `cls` is
+    the class that counts when it is not the module's present one. Sizes are `options.py`'s matter.
+    """
+    cls = cls or type(module)
+    if not issubclass(cls, nn.Linear):
+        return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized, and torchao casts plain weights only"
+    if cls.forward is not nn.Linear.forward:
+        return f"{cls.__name__} has its own forward, which FP8 would replace"
+    return ""
+
+
 def model_structure(model: nn.Module) -> str:
     """Return a hash of the layers' names, classes and shapes; dtypes and values play no part."""
     layers = [

@@ -1,4 +1,4 @@
-"""Which options a layer can take on a device, and why not the rest.
+"""THE rule: which options a layer can take, and why not the rest. This module imports no torch.
 
 FP8 has three GEMMs per linear layer, with M tokens, K in- and N out-features:
 
@@ -10,17 +10,13 @@ FP8 has three GEMMs per linear layer, with M tokens, K in- and N out-features:
 16 (cuBLASLt's 16-byte rows at one byte per element). So K and N must always be, and M must be where
 grad_weight runs in FP8: a layer called with any other M can keep that GEMM in BF16 instead.
 The CPU kernel is not so strict, but a plan made on a CPU must mean the same on a GPU.
+
+What a module's class has to do with it is `layers.linear_refusal`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from torch import nn
-from torch.nn.utils import parametrize
-
-from autoprec.device.fp8 import (
-    Fp8Support,
-)
-from autoprec.records import (
+from autoprec.records.model import (
     BF16_O2,
     FP32,
     Gemm,
@@ -28,73 +24,11 @@ from autoprec.records import (
     LayerKind,
     Option,
     Precision,
-    Recipe,
     Refusal,
     fp8_option,
 )
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
-
-
-def layer_options(
-    *,
-    kind: LayerKind,
-    gemm: GemmShape | None,
-    all_m: Sequence[int],
-    support: Fp8Support,
-    fp8_options: Sequence[Option] | None = None,
-) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
-    """Return what a layer can take on a device, and why not the rest.
-
-    Args:
-        kind: what the layer computes.
-        gemm: its output GEMM; None where it is no linear or was never called.
-        all_m: every token count M that it is called with.
-        support: what the device runs, see `fp8_support`.
-        fp8_options: the FP8 options to consider; default: every supported recipe, unmasked, and
-            where M rules all of these out, `tensorwise` and `rowwise` with grad_weight in BF16.
-    """
-    reason = _shape_refusal(kind=kind, gemm=gemm, support=support)
-    if reason:
-        return (FP32, BF16_O2), (Refusal(precision=Precision.FP8_O1, reason=reason),)
-    uneven = sorted(m for m in set(all_m) if m % FP8_MULTIPLE)
-    if fp8_options is None:
-        masks = (Gemm.GRAD_WEIGHT,) if uneven else ()
-        fp8_options = [
-            fp8_option(recipe, *(() if recipe is Recipe.ROWWISE_WITH_GW_HP else masks))
-            for recipe in support.recipes
-        ]
-    fitting = tuple(
-        option
-        for option in fp8_options
-        if option.recipe in support.recipes and not (uneven and _has_fp8_grad_weight(option))
-    )
-    if fitting:
-        return (FP32, BF16_O2, *fitting), ()
-    reason = (
-        f"called with M={uneven[0]}, not a multiple of {FP8_MULTIPLE} as FP8 grad_weight needs"
-        if uneven
-        else "none of the FP8 options asked for runs on this device"
-    )
-    return (FP32, BF16_O2), (Refusal(precision=Precision.FP8_O1, reason=reason),)
-
-
-def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str:
-    """Return why this module cannot run in FP8 whatever its shape, or an empty string.
-
-    torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. `cls` is
-    the class to judge by when it is not the module's present one.
-    """
-    cls = cls or type(module)
-    if not issubclass(cls, nn.Linear):
-        return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized, and torchao casts plain weights only"
-    if cls.forward is not nn.Linear.forward:
-        return f"{cls.__name__} has its own forward, which FP8 would replace"
-    return ""
-
-
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",
@@ -102,20 +36,79 @@ _NOT_LINEAR = {
 }
 
 
-def _has_fp8_grad_weight(option: Option) -> bool:
-    in_bf16 = Gemm.GRAD_WEIGHT in option.gemms_hp
-    return option.is_fp8 and not in_bf16 and option.recipe is not Recipe.ROWWISE_WITH_GW_HP
+def layer_options(
+    *,
+    kind: LayerKind,
+    gemm: GemmShape | None,
+    tokens: Iterable[int] = (),
+    fp8_options: Sequence[Option],
+    obstacle: str = "",
+    unavailable: str = "",
+) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
+    """Return the options of a layer, and why FP8 is not among them if it is not.
+
+    Args:
+        kind: what the layer computes.
+        gemm: its output GEMM; None where it is no linear or was never called.
+        tokens: every M that it is called with, `gemm.M` among them or not.
+        fp8_options: those that the device runs; where some M rules one out, it is taken with
+            grad_weight in BF16.
+        obstacle: what else keeps the layer out of FP8, e.g. its class.
+        unavailable: why the device runs none, if it does not.
+    """
+    reason = obstacle or _kind_refusal(kind, gemm)
+    fitting: tuple[Option, ...] = ()
+    if gemm is not None and not reason:
+        reason = shape_refusal(gemm.K, gemm.N)
+    if gemm is not None and not reason:
+        uneven = any(m % FP8_MULTIPLE for m in (gemm.M, *tokens))
+        wanted = [grad_weight_in_bf16(o) if uneven else o for o in fp8_options]
+        fitting = tuple(dict.fromkeys(o for o in wanted if o is not None))
+        reason = unavailable or "none of the FP8 options asked for can run it"
+    refusals = () if fitting else (Refusal(precision=Precision.FP8_O1, reason=reason),)
+    return (FP32, BF16_O2, *fitting), refusals
 
 
-def _shape_refusal(*, kind: LayerKind, gemm: GemmShape | None, support: Fp8Support) -> str:
+def shape_refusal(
+    K: int,
+    N: int,
+    *,
+    tokens: Iterable[int] = (),
+    gemms: Collection[Gemm] = tuple(Gemm),
+    multiple: int = FP8_MULTIPLE,
+    needed_by: str = "FP8 GEMMs",
+) -> str:
+    """Return why FP8 cannot run a linear of these sizes, or an empty string.
+
+    Args:
+        K: in-features.
+        N: out-features.
+        tokens: every M that it is called with; none where that is not known yet.
+        gemms: those that run in FP8.
+        multiple: what sizes must be multiples of; blockwise scales want larger ones.
+        needed_by: whose rule that is.
+    """
+    for axis, size in (("K", K), ("N", N)):
+        if size % multiple:
+            return f"{axis}={size} is not a multiple of {multiple}, which {needed_by} need"
+    uneven = min((m for m in tokens if m % multiple), default=None)
+    if uneven is not None and Gemm.GRAD_WEIGHT in gemms:
+        return f"M={uneven} is not a multiple of {multiple}, which the FP8 grad_weight GEMM needs"
+    return ""
+
+
+def grad_weight_in_bf16(option: Option) -> Option | None:
+    """Return an FP8 option with its grad_weight GEMM in BF16, None if no GEMM is then in FP8."""
+    if option.recipe is None or Gemm.GRAD_WEIGHT not in option.fp8_gemms:
+        return option
+    in_bf16 = (*option.gemms_hp, Gemm.GRAD_WEIGHT)  # the last in the order of `Gemm`
+    return None if len(in_bf16) == len(Gemm) else fp8_option(option.recipe, *in_bf16)
+
+
+def _kind_refusal(kind: LayerKind, gemm: GemmShape | None) -> str:
     if kind is not LayerKind.LINEAR:
         what = _NOT_LINEAR.get(kind, f"{kind.value} layer")
         return f"PyTorch has no FP8 {what}; FP8 is for nn.Linear"
     if gemm is None:
-        return "the step did not call it, so the shape of its GEMMs is not known"
-    for axis, size in (("K", gemm.K), ("N", gemm.N)):
-        if size % FP8_MULTIPLE:
-            return f"{axis}={size} is not a multiple of {FP8_MULTIPLE}, which FP8 GEMMs need"
-    if not support.recipes:
-        return support.reason
+        return "it was not called in the captured step, so its shapes are not known"
     return ""

@@ -21,6 +21,7 @@ from autoprec.records.cost import (
     Timing,
 )
 from autoprec.records.model import (
+    APPLICABLE_RECIPES,
     BF16_O2,
     FP32,
     Basis,
@@ -62,6 +63,7 @@ from autoprec.records.sensitivity import (
 from autoprec.records.verification import Branch, LossGap, Verdict, Verification
 
 __all__ = [
+    "APPLICABLE_RECIPES",
     "BF16_O2",
     "FP32",
     "Assignment",

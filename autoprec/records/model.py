@@ -27,6 +27,9 @@ class Recipe(StrEnum):
     DELAYED = "delayed"
 
 
+APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)  # by torchao
+
+
 class Gemm(StrEnum):
     """The three GEMMs of a linear layer (fprop, dgrad, wgrad in Transformer Engine's words)."""
 
@@ -78,6 +81,14 @@ class Option(Record):
     def is_fp8(self) -> bool:
         """Whether any GEMM runs on FP8 operands."""
         return self.precision is Precision.FP8_O1
+
+    @property
+    def fp8_gemms(self) -> tuple[Gemm, ...]:
+        """The GEMMs that run on FP8 operands."""
+        if not self.is_fp8:
+            return ()
+        own = (Gemm.GRAD_WEIGHT,) if self.recipe is Recipe.ROWWISE_WITH_GW_HP else self.gemms_hp
+        return tuple(gemm for gemm in Gemm if gemm not in own)
 
     def __str__(self) -> str:
         """Return the key."""
@@ -208,7 +219,8 @@ class LayerSpec(Record):
     """One layer: a module that owns parameters and can take a precision of its own.
 
     `type_name` is the class (`torch.nn.modules.linear.Linear`), `settings` its `extra_repr()`.
-    `gemm` is there for linears only and holds the M of the largest call.
+    `gemm` is there for linears only and holds the M of the largest call; `tokens` are all M, in the
+    step and in the other batches that were looked at, such as a short last one.
     `heads` is how many attention heads its outputs (q; key/value heads for k, v and fused ones) or
     inputs (the attention's output) are made of; None where the model does not say.
     `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
@@ -228,6 +240,7 @@ class LayerSpec(Record):
     options: tuple[Option, ...]
     refusals: tuple[Refusal, ...]
     heads: PositiveInt | None = None
+    tokens: tuple[PositiveInt, ...] = ()
 
     @property
     def calls_per_step(self) -> int:

@@ -25,10 +25,9 @@ from torch.optim import Optimizer
 
 from autoprec.common.text import one_line
 from autoprec.device.local import device_name
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.model.layers import find_layers, find_uncovered, layer_kind
-from autoprec.records import Assignment, Plan
+from autoprec.records import APPLICABLE_RECIPES, Assignment, Plan
 from autoprec.runtime.attach import (
     attach_optimizer,
     check_optimizer,

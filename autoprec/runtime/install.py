@@ -26,8 +26,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from autoprec.device.fp8 import fp8_support
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers
-from autoprec.model.options import FP8_MULTIPLE, linear_refusal
+from autoprec.model.layers import find_layers, linear_refusal
+from autoprec.model.options import shape_refusal
 from autoprec.records import Option
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import (
@@ -167,20 +167,14 @@ def _check_layer(name: str, layer: nn.Module, option: Option) -> None:
 
 def _fp8_refusal(layer: nn.Module, option: Option) -> str:
     way_out = "; set it to bf16_o2, or tune again here"
-    reason = linear_refusal(layer, own_class(layer)) or _size_refusal(layer)
+    reason = linear_refusal(layer, own_class(layer))
+    if isinstance(layer, nn.Linear) and not reason:
+        reason = shape_refusal(layer.in_features, layer.out_features)
     device = next(layer.parameters()).device
     if not reason and device.type != "meta":
         support = fp8_support(device)
         reason = "" if option.recipe in support.recipes else support.reason
     return reason and reason + way_out
-
-
-def _size_refusal(layer: nn.Module) -> str:
-    for axis, attribute in (("K", "in_features"), ("N", "out_features")):
-        size = getattr(layer, attribute)
-        if size % FP8_MULTIPLE:
-            return f"{axis}={size} is not a multiple of {FP8_MULTIPLE}, which FP8 GEMMs need"
-    return ""
 
 
 def _plan_storage(

@@ -8,9 +8,8 @@ import torch
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.fp8_self_test import fp8_self_test
 from autoprec.device.local import resolve_device
-from autoprec.device.torchao import APPLICABLE_RECIPES
 from autoprec.errors import PlanMismatchError
-from autoprec.records import Check, Plan, PlanCheck, Precision
+from autoprec.records import APPLICABLE_RECIPES, Check, Plan, PlanCheck, Precision
 from autoprec.runtime import apply, check_applied, check_fit
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.workload.functions import Workload, load_workload, take_batches

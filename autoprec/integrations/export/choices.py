@@ -3,14 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from autoprec.errors import PlanMismatchError
-from autoprec.records import Assignment, LayerKind, Option, Plan, Precision, Recipe
+from autoprec.records import Assignment, LayerKind, Option, Plan, Precision
 
 MOST_NAMED = 4  # layers in one message
-TORCHAO_RECIPES = (
-    Recipe.TENSORWISE.value,
-    Recipe.ROWWISE.value,
-    Recipe.ROWWISE_WITH_GW_HP.value,
-)
 GEMM_KINDS = (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION, LayerKind.RECURRENT)
 
 

@@ -7,7 +7,6 @@ over. So does a layer that the model holds under two names: torchao would conver
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.export.choices import (
-    TORCHAO_RECIPES,
     fp8_choices,
     header,
     left_to_trainer,
@@ -16,7 +15,7 @@ from autoprec.integrations.export.choices import (
     require_one_option,
     require_recipes,
 )
-from autoprec.records import Option, Plan, Recipe
+from autoprec.records import APPLICABLE_RECIPES, Option, Plan, Recipe
 
 IN_BF16 = '''
 OPERANDS = {  # the casts that feed each GEMM
@@ -79,7 +78,7 @@ def torchao_snippet(plan: Plan) -> str:
     Raises:
         PlanMismatchError: a layer has a recipe that torchao does not.
     """
-    require_recipes(plan, "torchao", TORCHAO_RECIPES, with_gemms_hp=True)
+    require_recipes(plan, "torchao", APPLICABLE_RECIPES, with_gemms_hp=True)
     choices = fp8_choices(plan)
     groups = "".join(
         f"    ({_config(plan, option)}, {{\n{quoted(names, indent=8)}    }}),\n"
@@ -112,7 +111,7 @@ def accelerate_snippet(plan: Plan) -> str:
         PlanMismatchError: the plan has several options, GEMM masks, FP32 layers with a GEMM, or is
             for a model that is one layer.
     """
-    require_recipes(plan, "accelerate", TORCHAO_RECIPES, with_gemms_hp=False)
+    require_recipes(plan, "accelerate", APPLICABLE_RECIPES, with_gemms_hp=False)
     option = require_one_option(plan, "accelerate")
     require_no_fp32_gemm(plan, "accelerate", "runs every other GEMM under BF16 autocast")
     names = fp8_choices(plan)[option]

@@ -10,7 +10,6 @@ the others' layers, because a converted layer would be converted again.
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.export.choices import (
-    TORCHAO_RECIPES,
     ascii_line,
     fp8_choices,
     header,
@@ -21,9 +20,9 @@ from autoprec.integrations.export.choices import (
     require_no_fp32_gemm,
     require_recipes,
 )
-from autoprec.records import Assignment, Option, Plan
+from autoprec.model.options import shape_refusal
+from autoprec.records import APPLICABLE_RECIPES, Assignment, Option, Plan
 
-FP8_MULTIPLE = 16  # torchtitan's own rule for K and N
 RESERVED = "auto_filter_small_kn"  # a word with a meaning of its own in filter_fqns
 
 
@@ -34,7 +33,7 @@ def torchtitan_snippet(plan: Plan) -> str:
         PlanMismatchError: substring filters cannot tell the plan's layers apart, or torchtitan has
             no word for an option.
     """
-    require_recipes(plan, "torchtitan", TORCHAO_RECIPES, with_gemms_hp=False)
+    require_recipes(plan, "torchtitan", APPLICABLE_RECIPES, with_gemms_hp=False)
     require_no_all_gather(plan, "torchtitan")
     require_no_fp32_gemm(plan, "torchtitan", "runs every other GEMM in one dtype")
     blocks = []
@@ -85,7 +84,7 @@ def titan_filters(plan: Plan, option: Option) -> list[str]:
 def _is_converted(layer: Assignment) -> bool:
     """Whether torchtitan would convert the layer if nothing filtered it."""
     weight = layer.shapes[0] if layer.shapes else ()
-    return len(weight) != 2 or all(size % FP8_MULTIPLE == 0 for size in weight)
+    return len(weight) != 2 or not shape_refusal(*weight)  # torchtitan's own rule is the same
 
 
 def _recipe_notes(plan: Plan) -> list[str]:
