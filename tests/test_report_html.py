@@ -4,7 +4,6 @@ import itertools
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,13 +15,11 @@ from hypothesis import strategies as st
 
 from autoprec.records import Verdict
 from autoprec.report import RunRecords, render_html
-from autoprec.report.charts import Scale, fitted, padded
 from autoprec.report.formats import shown_bytes
 from autoprec.report.runs import FILES
 from autoprec.report.sections import condition_rows, summary_cards
-from autoprec.report.step_figures import layer_figure, row_options
 from autoprec.report.summary import summarise_run
-from autoprec.report.table import layer_rows
+from autoprec.report.svg import Scale, fitted, padded
 from tests.golden_text import check_golden
 from tests.report_runs import CPU, H100, make_run, predicted_run, renamed, uncertified
 
@@ -161,7 +158,7 @@ def test_the_page_is_made_of_whatever_is_there(kept: tuple[bool, ...]) -> None:
 def test_every_figure_is_well_formed() -> None:
     text = render_html(make_run(blocks=3))
     figures = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-    assert len(figures) > 20
+    assert len(figures) == 4
     for figure in figures:
         ElementTree.fromstring(figure)
 
@@ -221,27 +218,6 @@ def test_a_diverged_branch_is_said() -> None:
     assert "diverged at step 3" in render_html(replace(run, verification=proof))
 
 
-def test_bars_of_a_layer_end_at_its_total() -> None:
-    rows = layer_rows(make_run(blocks=1))
-    for row in rows:
-        for times in row_options(row).values():
-            assert times.total_ms
-    root = ElementTree.fromstring(
-        re.findall(r"<svg.*</svg>", str(layer_figure(rows[:1])), flags=re.DOTALL)[0]
-    )
-    bars = list(root.iter("rect"))
-    by_line: dict[str, float] = {}
-    for each in bars:
-        end = float(each.attrib["x"]) + float(each.attrib["width"])
-        by_line[each.attrib["y"]] = max(by_line.get(each.attrib["y"], 0.0), end)
-    fp32, bf16 = by_line.values()
-    row = rows[0]
-    assert row.fp32
-    assert row.bf16_o2
-    expected = (row.bf16_o2.total_ms or 0) / (row.fp32.total_ms or 1)
-    assert (bf16 - 290.0) / (fp32 - 290.0) == pytest.approx(expected, abs=0.002)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     st.floats(-1e6, 1e6, allow_nan=False),
@@ -272,17 +248,16 @@ def test_200_layers_render_in_under_3_seconds_without_torch(tmp_path: Path) -> N
     for name in FILES:
         getattr(run, name).save(tmp_path / f"{name}.json")
     code = (
-        "import sys; from pathlib import Path\n"
+        "import sys, time\n"
         "from autoprec.report import layers_frame, load_run, render_html\n"
         "run = load_run(sys.argv[1]); assert len(run.plan.layers) > 200\n"
         "page = render_html(run); table = layers_frame(run).to_csv(index=False)\n"
         "assert 200_000 < len(page) < 6_000_000 and table.count(chr(10)) > 200\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'torch', 'torchao', 'plotly', 'optuna'}, loaded\n"
+        "assert time.process_time() < 3.0\n"  # of the processor: a loaded machine is no slower
     )
-    started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert time.perf_counter() - started < 3.0
 
 
 def test_a_run_of_nothing_is_a_page_too() -> None:

@@ -50,8 +50,8 @@ def test_chosen_times_are_those_of_the_plan_s_option() -> None:
         assert row.bf16_o2.total_ms == total_ms(run.profile, layer.name, BF16_O2)
 
 
-def test_shares_of_e_add_up_to_one() -> None:
-    shares = [row.e_share for row in layer_rows(make_run())]
+def test_shares_of_the_gradient_error_add_up_to_one() -> None:
+    shares = [row.grad_error_share for row in layer_rows(make_run())]
     assert sum(share for share in shares if share is not None) == pytest.approx(1.0)
 
 

@@ -133,7 +133,7 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     model = profile.model
     if model.uncovered:
         names = _some(parameter.name for parameter in model.uncovered)
-        yield f"outside any layer, in the plan's flow dtype: {names}"
+        yield f"outside any layer, in the plan's activation dtype: {names}"
     if model.uncalled:
         yield f"not called in the captured step, so not timed: {_some(model.uncalled)}"
     infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)

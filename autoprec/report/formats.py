@@ -44,7 +44,7 @@ def shown_share(value: float | None, *, sign: bool = False) -> str:
 
 
 def shown_grad_error(mean: float | None, stderr: float | None) -> str:
-    """Return a gradient perturbation with its standard error, e.g. `0.43 % +- 0.05 %`."""
+    """Return a gradient error with its standard error, e.g. `0.43 % +- 0.05 %`."""
     if mean is None or stderr is None:
         return shown_share(mean)
     return f"{shown_share(mean)} +- {shown_share(stderr)}"

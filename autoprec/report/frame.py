@@ -1,7 +1,7 @@
 """layers.csv: the rows of the table as a pandas frame.
 
-Times are ms per step, memory is bytes, e, bias and shares are fractions (0.001 = 0.1 %). Names are
-written exactly, so that the file can be joined with a model's `named_modules()`.
+Times are ms per step, memory is bytes, gradient errors and shares are fractions (0.001 = 0.1 %).
+Names are written exactly, so that the file can be joined with a model's `named_modules()`.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def frame_columns() -> dict[str, Column]:
         "tied_to": lambda row: row.spec.tied_to if row.spec else None,
         "precision": lambda row: row.option.precision.value if row.option else None,
         "recipe": lambda row: row.option.recipe.value if row.option and row.option.recipe else None,
-        "gemms_in_bf16": lambda row: " ".join(row.option.gemms_hp) if row.option else None,
+        "gemms_hp": lambda row: " ".join(row.option.gemms_hp) if row.option else None,
         **_time_columns("", lambda row: row.chosen),
         **_time_columns("bf16_o2_", lambda row: row.bf16_o2),
         **_time_columns("fp32_", lambda row: row.fp32),
@@ -68,11 +68,8 @@ def _time_columns(prefix: str, times: Callable[[LayerRow], Times | None]) -> dic
 def _effect_columns() -> dict[str, Column]:
     return {
         "grad_error": lambda row: _mean(row.grad_error),
-        "e_stderr": lambda row: row.grad_error.stderr if row.grad_error else None,
-        "e_share": lambda row: row.e_share,
-        "bias": lambda row: _mean(row.bias),
-        "bias_stderr": lambda row: row.bias.stderr if row.bias else None,
-        "loss_delta": lambda row: _mean(row.loss_delta),
+        "grad_error_stderr": lambda row: row.grad_error.stderr if row.grad_error else None,
+        "grad_error_share": lambda row: row.grad_error_share,
     }
 
 

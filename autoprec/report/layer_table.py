@@ -28,7 +28,7 @@ NUMBERS: dict[str, Callable[[FoldedRow], str]] = {
     "ms": lambda row: shown_ms(row.chosen_ms),
     "vs FP32": lambda row: shown_ratio(row.speedup_vs_fp32),
     "vs BF16": lambda row: shown_ratio(row.speedup_vs_bf16_o2),
-    "grad_error": lambda row: shown_share(row.grad_error.mean) if row.grad_error else UNKNOWN,
+    "gradient error": lambda row: shown_share(row.grad_error.mean) if row.grad_error else UNKNOWN,
 }
 
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.report import formats, loss_figures, step_figures
+from autoprec.report import figures, formats
 from autoprec.report.answers import Ceiling, fp8_ceiling, unmeasured
 from autoprec.report.recipes import recipe_rows
 from autoprec.report.runs import RunRecords
@@ -43,8 +43,6 @@ FILTERS: dict[str, Callable[..., object]] = {
     "size": formats.shown_bytes,
     "option": formats.shown_option,
     "title_of_step": formats.step_title,
-    "option_kind": loss_figures.option_kind,
-    "mini_bars": step_figures.mini_bars,
 }
 
 
@@ -76,16 +74,11 @@ def _figures(run: RunRecords, found: Summary, ceiling: Ceiling | None) -> dict[s
     """Draw every figure that the records allow; the others are empty."""
     empty, proof = Markup(""), run.verification
     return {
-        "step_note": step_figures.step_note(found.steps),
-        "step_figure": step_figures.step_figure(found.steps, found.speedups, ceiling),
-        "anatomy_figure": step_figures.anatomy_figure(found.rows, found.steps),
-        "layer_figure": step_figures.layer_figure(found.rows),
-        "pareto_figure": loss_figures.pareto_figure(run.search) if run.search else empty,
-        "sensitivity_figure": loss_figures.sensitivity_figure(found.rows),
-        "loss_figure": loss_figures.loss_figure(run),
-        "gap_figure": loss_figures.gap_figure(proof) if proof else empty,
-        "curve_figure": loss_figures.curve_figure(proof) if proof else empty,
-        "drift_figure": loss_figures.drift_figure(proof) if proof else empty,
+        "step_note": figures.step_note(found.steps),
+        "step_figure": figures.step_figure(found.steps, found.speedups, ceiling),
+        "pareto_figure": figures.pareto_figure(run.search) if run.search else empty,
+        "sensitivity_figure": figures.sensitivity_figure(found.rows),
+        "gap_figure": figures.gap_figure(proof) if proof else empty,
     }
 
 

@@ -1,7 +1,7 @@
 """What each FP8 recipe costs in convergence on this model, delayed scaling among them.
 
-Every linear that takes FP8 in one recipe, BF16 elsewhere: the sum of parts, its bias, and the loss
-gap that it predicts. `delayed` is emulated and cannot be applied here; the choice between it and
+Every linear that takes FP8 in one recipe, BF16 elsewhere: the sum of parts and the loss gap that it
+predicts. `delayed` is emulated and cannot be applied here; the choice between it and
 current scaling is Transformer Engine's, and this is what it means for the loss.
 """
 
@@ -10,27 +10,25 @@ from autoprec.report.formats import shown_option, shown_share
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 
 
-def recipe_rows(sensitivity: Sensitivity) -> list[tuple[str, str, str, str, str]]:
-    """Return (recipe, linears, e, bias part, predicted gap) of each whole FP8 recipe."""
+def recipe_rows(sensitivity: Sensitivity) -> list[tuple[str, str, str, str]]:
+    """Return (recipe, linears, gradient error, predicted gap) of each whole FP8 recipe."""
     options = dict.fromkeys(row.option for row in sensitivity.rows)
     whole = [option for option in options if option.is_fp8 and not option.gemms_hp]
     return [_row(sensitivity, option) for option in whole]
 
 
-def _row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str, str]:
+def _row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str]:
     own = {row.name: row for row in sensitivity.rows if row.option == option}
     others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
     chosen = [*own.values(), *others]
     grad_error = sensitivity.activation_error.mean + sum(
         max(row.grad_error.mean, 0.0) for row in chosen
     )
-    bias = sum(max(row.bias.mean, 0.0) for row in chosen)
     gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
     name = shown_option(option)
     return (
         name,
         str(len(own)),
         shown_share(grad_error),
-        shown_share(bias),
         shown_share(gap, sign=True),
     )

@@ -65,7 +65,7 @@ def summary_cards(run: RunRecords, found: Summary) -> list[Card]:
             Card(
                 "Time-to-loss speedup over FP32",
                 shown_ratio(found.time_to_loss.value),
-                f"{interval}; step speedup / (1 + e)".lstrip("; "),
+                f"{interval}; step speedup / (1 + gradient error)".lstrip("; "),
                 "predicted",
             )
         )
@@ -224,7 +224,7 @@ def _loss_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
         yield Card(
             "Extra steps to the same loss",
             shown_share(found.extra_steps, sign=True),
-            f"gradient perturbation e = {shown_share(found.grad_error.mean)}{error}",
+            f"gradient error {shown_share(found.grad_error.mean)}{error}",
             found.grad_error_basis.value,
         )
     if found.gap is not None:
@@ -306,11 +306,7 @@ def _how_sensed(run: RunRecords) -> Iterable[str]:
         f"{record.step_equivalents:.1f} FP32 training steps"
     )
     yield (
-        f"A BF16 flow with all layers in FP32 has e = {shown_share(record.activation_error.mean)}; "
-        f"two runs of the reference differ by e = {shown_share(record.floor.mean)}"
+        "BF16 activations with all layers in FP32 have a gradient error of "
+        f"{shown_share(record.activation_error.mean)}; two runs of the reference differ by "
+        f"{shown_share(record.floor.mean)}"
     )
-    if record.gradient_noise is not None:
-        yield (
-            f"For scale: the minibatch gradient's own relative variance is "
-            f"{shown_share(record.gradient_noise.mean)}"
-        )

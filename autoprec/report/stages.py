@@ -85,9 +85,9 @@ def print_profile(profile: Profile, console: Console) -> None:
 
 
 def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
-    """Print e per layer and option, the layers with the largest first."""
+    """Print the gradient error per layer and option, the layers with the largest first."""
     method = sensitivity.method.replace("_", " ")
-    say(console, f"gradient perturbation e against {sensitivity.reference} ({method})", "bold")
+    say(console, f"gradient error against {sensitivity.reference} ({method})", "bold")
     by_layer = _ranked_effects(sensitivity)
     options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
     names = [
@@ -100,23 +100,22 @@ def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
         table.add_row(*(cell(console, text) for text in (name, *texts)))
     console.print(table, highlight=False)
     _say_rest(console, len(by_layer) - MOST_SHOWN, "layer", "sensitivity.json")
-    for recipe, linears, grad_error, bias, gap in recipe_rows(sensitivity):
+    for recipe, linears, grad_error, gap in recipe_rows(sensitivity):
         say(
             console,
-            f"{recipe} in all {linears} linears: e = {grad_error} ({bias} of it bias), predicted "
-            f"loss gap "
+            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
             f"after {HORIZON_STEPS} steps {gap}",
         )
     for joint in sensitivity.joint:
         measured = shown_grad_error(joint.grad_error.mean, joint.grad_error.stderr)
         predicted = shown_share(joint.predicted_grad_error)
-        say(console, f"{joint.label}, all layers at once: e = {measured}, sum of parts {predicted}")
+        say(console, f"{joint.label}, all layers at once: {measured}, sum of parts {predicted}")
     say(
         console,
-        f"BF16 flow alone: {_shown(sensitivity.activation_error)}; two runs of the reference: "
-        f"{_shown(sensitivity.floor)}; {count_of(sensitivity.batches, 'batch', 'batches')}, "
-        f"{sensitivity.preconditioner} preconditioner; cost: "
-        f"{sensitivity.step_equivalents:.1f} FP32 training steps",
+        f"BF16 activations alone: {_shown(sensitivity.activation_error)}; two runs of the "
+        f"reference: {_shown(sensitivity.floor)}; "
+        f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
+        f"preconditioner; cost: {sensitivity.step_equivalents:.1f} FP32 training steps",
     )
     for note in sensitivity.notes:
         say(console, f"note: {note}", "dim")
@@ -124,8 +123,12 @@ def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
 
 def print_search(search: Search, console: Console) -> None:
     """Print the Pareto front and what was chosen."""
-    say(console, "Pareto front (additive model; e measured where a trial ran it)", "bold")
-    names = ("step ms", "grad_error", "measured e", "fp8_o1", "bf16_o2", "fp32")
+    say(
+        console,
+        "Pareto front (additive model; gradient error measured where a trial ran it)",
+        "bold",
+    )
+    names = ("step ms", "gradient error", "measured", "fp8_o1", "bf16_o2", "fp32")
     table = new_table([*(Column(name, is_number=True) for name in names), Column("")])
     for point in search.front:
         marks = [name for name in ("chosen", "exact") if point.options == _options(search, name)]
@@ -140,8 +143,8 @@ def print_search(search: Search, console: Console) -> None:
     say(
         console,
         f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates skipped, "
-        f"e budget {shown_share(search.grad_error_budget)}; no plan within it can be faster than "
-        f"{shown_ms(search.bound_ms)} ms (proven on the additive model)",
+        f"gradient error budget {shown_share(search.grad_error_budget)}; no plan within it can be "
+        f"faster than {shown_ms(search.bound_ms)} ms (proven on the additive model)",
     )
 
 
@@ -155,7 +158,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     counts = [f"{count} in {precision}" for precision, count in found.counts.items() if count]
     say(console, f"{count_of(len(plan.layers), 'layer')}: {', '.join(counts) or 'none'}")
     if plan.grad_error is not None:
-        say(console, f"e = {shown_share(plan.grad_error)} ({plan.grad_error_basis})")
+        say(console, f"gradient error {shown_share(plan.grad_error)} ({plan.grad_error_basis})")
     made = plan.fingerprint
     say(console, f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}")
     if plan.uncovered:
@@ -280,7 +283,7 @@ def _shape_texts(rows: Sequence[LayerTiming]) -> tuple[str, ...]:
 
 
 def _ranked_effects(sensitivity: Sensitivity) -> list[tuple[str, dict[Option, Estimate]]]:
-    """Return every layer's e per option, the layer with the largest one first."""
+    """Return every layer's gradient error per option, the layer with the largest one first."""
     found: dict[str, dict[Option, Estimate]] = {}
     for row in sensitivity.rows:
         found.setdefault(row.name, {})[row.option] = row.grad_error

@@ -98,9 +98,7 @@ class LayerRow:
     fp32: Times | None
     grad_error: Estimate | None
     grad_error_basis: Basis
-    e_share: float | None
-    bias: Estimate | None
-    loss_delta: Estimate | None
+    grad_error_share: float | None
     reason: str
 
     @cached_property
@@ -298,11 +296,9 @@ def _layer_row(sources: _Sources, grad_error_sum: float) -> LayerRow:
         fp32=sources.times(FP32),
         grad_error=grad_error,
         grad_error_basis=sources.grad_error_basis,
-        e_share=grad_error.mean / grad_error_sum
+        grad_error_share=grad_error.mean / grad_error_sum
         if grad_error is not None and grad_error_sum > 0
         else None,
-        bias=sources.effect.bias if sources.effect else None,
-        loss_delta=sources.effect.loss_delta if sources.effect else None,
         reason=assignment.reason if assignment else "",
     )
 

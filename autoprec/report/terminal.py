@@ -89,8 +89,7 @@ def _print_loss(run: RunRecords, found: Summary, console: Console) -> None:
     if found.grad_error is not None:
         say(
             console,
-            f"gradient perturbation e = "
-            f"{shown_grad_error(found.grad_error.mean, found.grad_error.stderr)} "
+            f"gradient error {shown_grad_error(found.grad_error.mean, found.grad_error.stderr)} "
             f"({found.grad_error_basis}) => "
             f"{shown_share(found.extra_steps, sign=True)} training steps",
         )

@@ -1,4 +1,4 @@
-"""Small SVG charts without a library: marks, scales, axes. Colours are CSS classes of style.css.
+"""SVG charts without a library: marks, scales, axes. Colours are CSS classes of style.css.
 
 Every text and attribute is escaped here, so a chart can be put into a page as it is. A mark with
 `tip` shows that text when pointed at.

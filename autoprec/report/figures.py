@@ -1,4 +1,4 @@
-"""Figures of loss: the Pareto front, sensitivity by layer, verification curves, paired gaps."""
+"""The four figures of the page: whole steps, the Pareto front, sensitivity, paired loss gaps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,15 +7,26 @@ from markupsafe import Markup
 from autoprec.records import (
     BF16_O2,
     FP32,
-    Branch,
+    Basis,
     FrontPoint,
     LossGap,
     Option,
     Search,
     Verification,
 )
-from autoprec.report.charts import (
+from autoprec.report.answers import Ceiling
+from autoprec.report.formats import (
+    shown_grad_error,
+    shown_ms,
+    shown_option,
+    shown_ratio,
+    shown_share,
+    step_title,
+)
+from autoprec.report.steps import Speedup, Step, spread_title
+from autoprec.report.svg import (
     Scale,
+    bar,
     dot,
     fitted,
     legend,
@@ -30,18 +41,11 @@ from autoprec.report.charts import (
     x_axis,
     y_axis,
 )
-from autoprec.report.formats import (
-    shown_grad_error,
-    shown_ms,
-    shown_option,
-    shown_share,
-    step_title,
-)
-from autoprec.report.runs import RunRecords
 from autoprec.report.table import LayerRow, OptionRow
 
 WIDTH = 1080.0
-HALF = 530.0
+LABEL_PX = 190.0
+CLIP = 2.2  # the longest bar is cut where it is more than this many times the second longest
 MOST_DOTS = 40  # layers in the sensitivity chart; the table has them all
 PARETO_KEYS = (
     ("t-front", "exact front, sum of the table (predicted)"),
@@ -61,8 +65,45 @@ SOURCE_KINDS = {
 BRANCH_KINDS = {"reference": "b-reference", "bf16_o2": "b-bf16_o2", "plan": "b-plan"}
 
 
+def step_figure(
+    steps: Mapping[str, Step], speedups: Mapping[str, Speedup], ceiling: Ceiling | None
+) -> Markup:
+    """Return bars of the whole-step times with their spread; predicted ones are hatched."""
+    if not steps:
+        return Markup("")
+    limit = bar_limit([step.high_ms or step.ms for step in steps.values()])
+    scale = Scale(0.0, limit, LABEL_PX, WIDTH - 290.0)
+    parts: list[Markup] = []
+    y = 26.0
+    for label, step in steps.items():
+        parts += _step_bar(label, step, speedups.get(label), scale=scale, y=y)
+        y += 38.0
+    parts += _ceiling_line(ceiling, scale=scale, bottom=y)
+    axis = x_axis(scale, 18.0, y, label="ms per training step", show=plain_number)
+    return picture(WIDTH, y + 42.0, [axis, *parts], title="Time of one training step")
+
+
+def step_note(steps: Mapping[str, Step]) -> str:
+    """Return what the bars and whiskers of the steps are."""
+    title = spread_title(steps.values())
+    if title == "80 % interval":
+        return "Bars and whiskers are predicted: the median and its 80 % interval"
+    more = ", with what the spread of the parts gives" if title == "spread" else ""
+    return (
+        "Bars are medians, whiskers the 20th to 80th percentile of the samples; hatched bars are "
+        f"predicted{more}"
+    )
+
+
+def bar_limit(lengths: Sequence[float]) -> float:
+    """Return the end of the axis: one that is far longer may not make the others unreadable."""
+    longest, *others = sorted(lengths, reverse=True)
+    second = others[0] if others else 0.0
+    return second if second > 0.0 and longest > CLIP * second else longest
+
+
 def pareto_figure(search: Search) -> Markup:
-    """Return step time against e: the front, every trial, the chosen plan, bound and budget."""
+    """Return step time against gradient error: front, trials, chosen plan, bound and budget."""
     points = [
         (p.step_ms, p.grad_error_measured or p.grad_error) for p in (*search.front, search.chosen)
     ]
@@ -74,7 +115,7 @@ def pareto_figure(search: Search) -> Markup:
     y = Scale(0.0, max(highest * 1.12, 1e-12), 380.0, 34.0)
     parts = [
         x_axis(x, 34.0, 380.0, label="predicted step time, ms", show=plain_number),
-        y_axis(y, 84.0, WIDTH - 30.0, label="gradient perturbation e", show=shown_share),
+        y_axis(y, 84.0, WIDTH - 30.0, label="gradient error", show=shown_share),
         *_pareto_lines(search, x, y),
         *_trial_marks(search, x, y),
         *_front_marks(search.front, x, y),
@@ -85,58 +126,39 @@ def pareto_figure(search: Search) -> Markup:
         ),
     ]
     return legend(PARETO_KEYS) + picture(
-        WIDTH, 424.0, parts, title="Pareto front of step time and e"
+        WIDTH, 424.0, parts, title="Pareto front of step time and gradient error"
     )
 
 
 def sensitivity_figure(rows: Sequence[LayerRow]) -> Markup:
-    """Return e of every option by layer, with standard errors, the largest first."""
-    ranked = sorted((row for row in rows if _largest_e(row) > 0.0), key=_largest_e, reverse=True)
+    """Return every option's gradient error by layer, with standard errors, largest first."""
+    ranked = sorted(
+        (row for row in rows if _largest_grad_error(row) > 0.0),
+        key=_largest_grad_error,
+        reverse=True,
+    )
     top = ranked[:MOST_DOTS]
     if not top:
         return Markup("")
-    values = [grad_error for row in top for o in row.options if (grad_error := _e(o)) > 0.0]
+    values = [
+        grad_error for row in top for o in row.options if (grad_error := _grad_error(o)) > 0.0
+    ]
     x = Scale(min(values) / 1.5, max(values) * 1.6, 270.0, WIDTH - 30.0, is_log=True)
     bottom = 16.0 + 20.0 * len(top)
-    parts = [x_axis(x, 8.0, bottom, label="e (log scale), with standard error", show=shown_share)]
+    parts = [
+        x_axis(
+            x,
+            8.0,
+            bottom,
+            label="gradient error (log scale), with its standard error",
+            show=shown_share,
+        )
+    ]
     for index, row in enumerate(top):
         parts += _sensitivity_marks(row, x, y=20.0 + 20.0 * index)
-    options = dict.fromkeys(o.option for row in top for o in row.options if _e(o) > 0.0)
+    options = dict.fromkeys(o.option for row in top for o in row.options if _grad_error(o) > 0.0)
     keys = legend([(option_kind(option), shown_option(option)) for option in options])
-    return keys + picture(WIDTH, bottom + 44.0, parts, title="Gradient perturbation by layer")
-
-
-def curve_figure(verification: Verification) -> Markup:
-    """Return the loss of every branch over its steps."""
-    branches = [b for b in verification.branches if len(b.curve) > 1]
-    if not branches:
-        return Markup("")
-    losses = [loss for branch in branches for loss in branch.curve]
-    x = Scale(0.0, max(len(b.curve) for b in branches) - 1.0, 70.0, HALF - 12.0)
-    y = Scale(*padded(min(losses), max(losses)), 250.0, 34.0)
-    parts = [_branch_axes(x, y, label="training loss")]
-    for branch in branches:
-        tip = f"{step_title(branch.label)}, seed {branch.seed}"
-        points = [(x(at), y(loss)) for at, loss in enumerate(branch.curve)]
-        parts.append(path(points, kind=f"curve {_branch_kind(branch)}", tip=tip))
-    return picture(HALF, 296.0, parts, title="Loss of the branches")
-
-
-def drift_figure(verification: Verification) -> Markup:
-    """Return each branch's loss relative to its seed's reference, over the branch's steps."""
-    drifts = _drifts(verification)
-    if not drifts:
-        return Markup("")
-    values = [value for _, drift in drifts for value in drift]
-    x = Scale(0.0, max(len(drift) for _, drift in drifts) - 1.0, 84.0, HALF - 12.0)
-    y = Scale(*padded(min(*values, 0.0), max(*values, 0.0)), 250.0, 34.0)
-    parts = [_branch_axes(x, y, label="training loss against the reference")]
-    parts.append(line(84.0, y(0.0), HALF - 12.0, y(0.0), kind="zero"))
-    for branch, drift in drifts:
-        tip = f"{step_title(branch.label)}, seed {branch.seed}"
-        points = [(x(at), y(value)) for at, value in enumerate(drift)]
-        parts.append(path(points, kind=f"curve {_branch_kind(branch)}", tip=tip))
-    return picture(HALF, 296.0, parts, title="Loss relative to the reference")
+    return keys + picture(WIDTH, bottom + 44.0, parts, title="Gradient error by layer")
 
 
 def gap_figure(verification: Verification) -> Markup:
@@ -168,23 +190,6 @@ def gap_figure(verification: Verification) -> Markup:
     return picture(WIDTH, 174.0, parts, title="Paired loss gaps by seed")
 
 
-def loss_figure(run: RunRecords) -> Markup:
-    """Return the reference's loss during the warm-up of the sensitivity stage."""
-    curve = run.sensitivity.loss_curve if run.sensitivity else ()
-    if len(curve) < 2:
-        return Markup("")
-    losses = [loss for _, loss in curve]
-    x = Scale(curve[0][0], curve[-1][0], 70.0, HALF - 12.0)
-    y = Scale(*padded(min(losses), max(losses)), 210.0, 34.0)
-    points = [(x(step), y(loss)) for step, loss in curve]
-    parts = [
-        x_axis(x, 34.0, 210.0, label="warm-up step", show=lambda at: f"{at:.0f}"),
-        y_axis(y, 70.0, HALF - 12.0, label="reference loss", show=plain_number),
-        path(points, kind="curve b-reference"),
-    ]
-    return picture(HALF, 256.0, parts, title="Loss of the reference")
-
-
 def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
     """Return the relative gap of each seed whose branch and reference were evaluated."""
     references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
@@ -204,12 +209,43 @@ def option_kind(option: Option) -> str:
     return "e-bf16_o2" if option == BF16_O2 else f"e-{option.recipe}"
 
 
+def _ceiling_line(ceiling: Ceiling | None, *, scale: Scale, bottom: float) -> list[Markup]:
+    """Mark the shortest step that FP8 could reach."""
+    if ceiling is None or ceiling.at_peak is None:
+        return []
+    ms = ceiling.baseline.ms / ceiling.at_peak
+    words = f"FP8's ceiling: {shown_ms(ms)} ms"
+    x = scale(ms)
+    return [
+        line(x, 16.0, x, bottom, kind="limit", tip=ceiling.sentence),
+        text(x, 11.0, words, kind="tick", anchor="middle"),
+    ]
+
+
+def _step_bar(
+    label: str, step: Step, speedup: Speedup | None, *, scale: Scale, y: float
+) -> list[Markup]:
+    basis = "" if step.basis is Basis.MEASURED else " predicted"
+    tip = f"{step_title(label)}: {shown_ms(step.ms)} ms, {step.basis}, {step.samples} samples"
+    parts = [
+        text(LABEL_PX - 12.0, y + 18.0, step_title(label), kind="label", anchor="end"),
+        bar(scale.start, y, scale(step.ms) - scale.start, 26.0, kind=f"o-{label}{basis}", tip=tip),
+    ]
+    if step.low_ms is not None and step.high_ms is not None:
+        parts.append(whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
+    words = f"{shown_ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > scale.high else ''}"
+    if speedup is not None:
+        words += f", plan {shown_ratio(speedup.value)}"
+    x = scale(max(step.ms, step.high_ms or 0.0)) + 10.0
+    return [*parts, text(x, y + 18.0, words, kind="value")]
+
+
 def _pareto_lines(search: Search, x: Scale, y: Scale) -> list[Markup]:
     parts = []
     if search.grad_error_budget <= y.high:
         at = y(search.grad_error_budget)
         parts.append(line(x.start, at, x.end, at, kind="limit"))
-        words = f"e budget {shown_share(search.grad_error_budget)}"
+        words = f"gradient error budget {shown_share(search.grad_error_budget)}"
         parts.append(text(x.end, at - 6.0, words, kind="tick", anchor="end"))
     if x.low <= search.bound_ms <= x.high:
         at = x(search.bound_ms)
@@ -225,7 +261,7 @@ def _trial_marks(search: Search, x: Scale, y: Scale) -> list[Markup]:
         kind = SOURCE_KINDS.get(trial.source, "t-sampler") if trial.feasible else "t-infeasible"
         tip = (
             f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'}): "
-            f"{shown_ms(trial.step_ms)} ms predicted, e "
+            f"{shown_ms(trial.step_ms)} ms predicted, gradient error "
             f"{shown_share(trial.grad_error)} ({trial.grad_error_basis}), "
             f"{_option_counts(trial.options)}"
         )
@@ -242,9 +278,8 @@ def _front_marks(front: Sequence[FrontPoint], x: Scale, y: Scale) -> list[Markup
     parts = [path(stairs, kind="front")]
     for point in ranked:
         tip = (
-            f"front: {shown_ms(point.step_ms)} ms, e {shown_share(point.grad_error)} (both "
-            f"predicted by the "
-            f"tables), {_option_counts(point.options)}"
+            f"front: {shown_ms(point.step_ms)} ms, gradient error {shown_share(point.grad_error)} "
+            f"(both predicted by the tables), {_option_counts(point.options)}"
         )
         parts.append(dot(x(point.step_ms), y(point.grad_error), 3.5, kind="t-front", tip=tip))
     return parts
@@ -257,7 +292,8 @@ def _star(x: float, y: float, search: Search) -> Markup:
     )
     basis = "predicted" if chosen.grad_error_measured is None else "measured"
     tip = (
-        f"chosen: {shown_ms(chosen.step_ms)} ms predicted, e {shown_share(grad_error)} {basis}, "
+        f"chosen: {shown_ms(chosen.step_ms)} ms predicted, gradient error "
+        f"{shown_share(grad_error)} {basis}, "
         f"{_option_counts(chosen.options)}"
     )
     way = f"M{x:.1f},{y - 9:.1f}l9,9l-9,9l-9,-9z"
@@ -283,10 +319,9 @@ def _sensitivity_marks(row: LayerRow, x: Scale, *, y: float) -> list[Markup]:
             effect.grad_error.stderr,
             option_kind(option.option),
         )
-        bias = shown_grad_error(effect.bias.mean, effect.bias.stderr)
         tip = (
-            f"{row.name}, {shown_option(option.option)}: e {shown_grad_error(mean, stderr)} "
-            f"({effect.basis}), bias {bias}"
+            f"{row.name}, {shown_option(option.option)}: gradient error "
+            f"{shown_grad_error(mean, stderr)} ({effect.basis})"
         )
         if stderr:
             low, high = x(max(mean - stderr, x.low)), x(mean + stderr)
@@ -315,38 +350,13 @@ def _gap_marks(
     return parts
 
 
-def _drifts(verification: Verification) -> list[tuple[Branch, list[float]]]:
-    references = {b.seed: b.curve for b in verification.branches if b.label == "reference"}
-    found = []
-    for branch in verification.branches:
-        reference = references.get(branch.seed)
-        if branch.label == "reference" or not reference:
-            continue
-        pairs = zip(branch.curve, reference, strict=False)  # a diverged branch is shorter
-        drift = [(loss - base) / abs(base) for loss, base in pairs if base]
-        if len(drift) > 1:
-            found.append((branch, drift))
-    return found
-
-
-def _branch_axes(x: Scale, y: Scale, *, label: str) -> Markup:
-    show = shown_share if "against" in label else plain_number
-    return x_axis(x, 34.0, 250.0, label="step of the branch", show=lambda at: f"{at:.0f}") + y_axis(
-        y, x.start, x.end, label=label, show=show
-    )
-
-
-def _branch_kind(branch: Branch) -> str:
-    return BRANCH_KINDS.get(branch.label, "b-reference")
-
-
 def _signed(value: float) -> str:
     return shown_share(value, sign=True)
 
 
-def _largest_e(row: LayerRow) -> float:
-    return max((_e(option) for option in row.options), default=0.0)
+def _largest_grad_error(row: LayerRow) -> float:
+    return max((_grad_error(option) for option in row.options), default=0.0)
 
 
-def _e(option: OptionRow) -> float:
+def _grad_error(option: OptionRow) -> float:
     return option.sensitivity.grad_error.mean if option.sensitivity else 0.0
