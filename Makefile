@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test check fmt test-gpu test-slow test-export profiles clean
+.PHONY: demo test check fmt test-random test-gpu test-slow test-export profiles clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,18 +18,21 @@ demo: $(STAMP) ## tune a small GPT on this machine, then for an H100: plan.json 
 	$(BIN)/autoprec tune examples/char_gpt.py --out runs/char_gpt
 	$(BIN)/autoprec tune examples/char_gpt.py --target h100-sxm --sensitivity runs/char_gpt/sensitivity.json --no-verify --out runs/char_gpt-h100
 
-test: $(STAMP) ## the test suite (under 10 minutes on two cores)
-	$(BIN)/pytest -q
+test: $(STAMP) ## the test suite, the same in each run (under 4 minutes on two cores)
+	$(PYTEST) --durations 10
 
 check: $(STAMP) ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(PYTEST) --durations 10
 
 fmt: $(STAMP) ## format and apply safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+test-random: $(STAMP) ## many other random examples, for long; what fails becomes an @example
+	$(PYTEST) -m 'hypothesis and not gpu and not slow' --hypothesis-profile search --timeout 3600
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/pytest -q -m gpu -W default

@@ -1,10 +1,31 @@
 """What holds for every test: one thread, the same random numbers, and Python's own excepthook."""
 
+import os
 import sys
 from collections.abc import Iterator
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process and of those that tests start
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+from tests.examples import MORE
+
+# What a newcomer and CI run is the same every time; `make test-random` looks for more, for long.
+# Nothing depends on how busy the machine is: no deadline, no check for slow examples.
+settings.register_profile(
+    "same",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "search", settings.get_profile("same"), derandomize=False, max_examples=100 * MORE
+)
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
