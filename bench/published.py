@@ -35,8 +35,7 @@ from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.linear import bf16_linear, fp8_linear, gemm_shapes, neighbours_us
 from autoprec.predict.machine import Machine
 from autoprec.predict.spelling import parse_recipe
-from autoprec.records.devices import PricedRecipe
-from autoprec.records.model import Gemm
+from autoprec.records.model import Gemm, Recipe
 
 DATA = Path(__file__).parent / "data"
 Shape = tuple[int, int, int]
@@ -74,7 +73,7 @@ class Observation:
     device: str
     kind: Kind
     shapes: tuple[Shape, ...]
-    recipe: PricedRecipe
+    recipe: Recipe
     value: float
     compiled: bool = True
     has_neighbours: bool = False
@@ -110,9 +109,9 @@ class Observation:
         return math.log(self.predict(machine) / self.value) / self.sigma
 
     def _kernel(self) -> Kernel:
-        if self.recipe in (PricedRecipe.ROWWISE, PricedRecipe.ROWWISE_WITH_GW_HP):
+        if self.recipe in (Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP):
             return Kernel.FP8_ROWWISE
-        if self.recipe in (PricedRecipe.BLOCKWISE, PricedRecipe.MXFP8):
+        if self.recipe in (Recipe.BLOCKWISE, Recipe.MXFP8):
             return Kernel.FP8_BLOCK
         return Kernel.FP8_FAST if self.is_fast else Kernel.FP8_SLOW
 
@@ -188,7 +187,7 @@ def _linears() -> Iterator[Observation]:
             device="h100-sxm-500w",
             kind=Kind.LINEAR,
             shapes=(_shape(row),),
-            recipe=PricedRecipe.DELAYED if is_early else parse_recipe(row["recipe"]),
+            recipe=Recipe.DELAYED if is_early else parse_recipe(row["recipe"]),
             value=float(row["speedup"]),
             has_neighbours="LayerNorm" in row["direction"] or "README" in source,
             sigma=EARLY_SIGMA if is_early or _is_unswizzled(row, source) else 0.05,
@@ -254,7 +253,7 @@ def _bf16_halves(row: dict[str, str], source: str, device: str) -> Iterator[Obse
     """Yield a row's BF16 time; the rows of a shape repeat it, so one of them counts."""
     if "cutlass" in row["recipe"] and int(row["M"]) >= SMALLEST_TOKENS:
         us = _microseconds(float(row["bf16_value"]), row["unit"], _shape(row))
-        recipe = PricedRecipe.TENSORWISE
+        recipe = Recipe.TENSORWISE
         yield Observation(
             source, device, Kind.BF16_US, (_shape(row),), recipe, us, sigma=NARROW_SIGMA
         )
@@ -283,7 +282,7 @@ def _rates() -> Iterator[Observation]:
                 device=devices[row["device"]],
                 kind=kinds[row["quantity"]],
                 shapes=((8192, 8192, 8192),),
-                recipe=PricedRecipe.TENSORWISE,
+                recipe=Recipe.TENSORWISE,
                 value=LARGE_SHARE_OF_BEST * float(row["value"]),
             )
 
@@ -291,7 +290,7 @@ def _rates() -> Iterator[Observation]:
 def _gemm_observations(row: dict[str, str], device: str) -> Iterator[Observation]:
     source, shape = source_of(row), _shape(row)
     is_bf16_only = not row["fp8_value"]
-    recipe = PricedRecipe.TENSORWISE if is_bf16_only else parse_recipe(row["recipe"])
+    recipe = Recipe.TENSORWISE if is_bf16_only else parse_recipe(row["recipe"])
     is_fast = "fast_accum=False" not in row["notes"]
     sigma = 0.10 if _is_rough(row) else EARLY_SIGMA if _is_unswizzled(row, source) else 0.05
 

@@ -20,7 +20,7 @@ from autoprec.predict.machine import Machine
 from autoprec.predict.parallel import Parallel
 from autoprec.predict.spelling import parse_recipe
 from autoprec.predict.step import StepTimes, first_fp8, step_times
-from autoprec.records.devices import DeviceProfile, PricedRecipe
+from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import BF16_O2, ModelSpec, Option, Recipe, fp8_option
 
 TORCHTITAN_SEQUENCE = 8192
@@ -134,9 +134,7 @@ def _device(row: dict[str, str]) -> str:
 def _recipe(text: str) -> Recipe | None:
     """Return the plan's recipe; block scales are priced by their nearest, tensorwise."""
     priced = parse_recipe(text)
-    if priced in (PricedRecipe.MXFP8, PricedRecipe.BLOCKWISE):
-        return None
-    return Recipe(priced.value)
+    return None if priced in (Recipe.MXFP8, Recipe.BLOCKWISE) else priced
 
 
 def _batch(text: str) -> int:

@@ -31,7 +31,7 @@ from autoprec.predict.measure import (
     take_measurements,
     time_compiled_casts,
 )
-from autoprec.records.devices import ConstantKind, PricedRecipe
+from autoprec.records.devices import ConstantKind
 from autoprec.records.model import Basis, Recipe, fp8_option
 
 H100 = load_device_profile("h100-sxm")
@@ -134,9 +134,8 @@ def test_the_model_takes_as_long_for_casts_as_was_measured(
     machine = replace(machine_of(H100), cast_share_input=1.0, cast_share_grad=1.0, **found)
     for size, wanted in ((elements, us), (2**16, 9.0)):
         side = round(size**0.5)
-        priced = PricedRecipe(recipe)
         cost = cast_cost(
-            machine, side, side, side, recipe=priced, gemms=fp8_gemms(priced), compiled=True
+            machine, side, side, side, recipe=recipe, gemms=fp8_gemms(recipe), compiled=True
         )
         assert cost.us == pytest.approx(3 * wanted, rel=0.01)
 

@@ -20,8 +20,8 @@ from autoprec.predict import (
 from autoprec.predict.casts import cast_cost, fp8_gemms
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.machine import machine_of
-from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction, PricedRecipe
-from autoprec.records.model import Basis, Gemm
+from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction
+from autoprec.records.model import Basis, Gemm, Recipe
 
 SIZES = st.integers(min_value=1, max_value=4096).map(lambda n: 16 * n)
 BLOCKS = st.integers(min_value=1, max_value=512).map(lambda n: 128 * n)
@@ -35,8 +35,8 @@ def speedup(prediction: LinearPrediction) -> Prediction:
     return prediction.speedup
 
 
-@given(M=BLOCKS, K=BLOCKS, N=BLOCKS, recipe=st.sampled_from(list(PricedRecipe)))
-def test_a_linear_adds_up(M: int, K: int, N: int, recipe: PricedRecipe) -> None:
+@given(M=BLOCKS, K=BLOCKS, N=BLOCKS, recipe=st.sampled_from(list(Recipe)))
+def test_a_linear_adds_up(M: int, K: int, N: int, recipe: Recipe) -> None:
     found = predict_linear(load_device_profile("b200"), M, K, N, recipe=recipe)
     assert found.fp8 is not None
     for arm in (found.bf16, found.fp8):
@@ -95,7 +95,7 @@ def test_without_transposed_activations_rowwise_casts_cost_less() -> None:
             recipe: cast_cost(
                 machine, size, size, size, recipe=recipe, gemms=fp8_gemms(recipe), compiled=True
             )
-            for recipe in (PricedRecipe.ROWWISE, PricedRecipe.ROWWISE_WITH_GW_HP)
+            for recipe in (Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
         }
         rowwise, high_precision = costs.values()
         assert high_precision.us < rowwise.us
@@ -135,7 +135,7 @@ def test_a_gemm_kept_in_bf16_costs_what_bf16_costs() -> None:
 
 
 def test_casts_for_fewer_gemms_cost_less() -> None:
-    machine, recipe = machine_of(H100), PricedRecipe.ROWWISE
+    machine, recipe = machine_of(H100), Recipe.ROWWISE
     costs = [
         cast_cost(machine, 8192, 4096, 4096, recipe=recipe, gemms=gemms, compiled=True).us
         for gemms in ((), (Gemm.OUTPUT,), (Gemm.OUTPUT, Gemm.GRAD_INPUT), fp8_gemms(recipe))

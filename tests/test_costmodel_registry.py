@@ -10,7 +10,8 @@ from autoprec.errors import DeviceError, RecordError
 from autoprec.predict import list_device_profiles, load_device_profile, parse_recipe, registry
 from autoprec.predict.registry import profiles_folder
 from autoprec.predict.spelling import has_own_casts, parse_compiled
-from autoprec.records.devices import CONSTANTS, DeviceProfile, PricedRecipe
+from autoprec.records.devices import CONSTANTS, DeviceProfile
+from autoprec.records.model import Recipe
 
 NAMES = (
     *("a100", "h100-sxm", "h100-sxm-500w", "h100-pcie", "h800", "h20", "h200", "b200", "b300"),
@@ -173,25 +174,25 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wording", "recipe"),
     [
-        ("tensorwise", PricedRecipe.TENSORWISE),
-        ("Tensorwise dynamic", PricedRecipe.TENSORWISE),
-        ("TE tensorwise current", PricedRecipe.TENSORWISE),
-        ("tensorwise delayed", PricedRecipe.DELAYED),
-        ("TE fp8 (delayed)", PricedRecipe.DELAYED),
-        ("delayed", PricedRecipe.DELAYED),
-        ("rowwise dynamic", PricedRecipe.ROWWISE),
-        ("rowwise(axiswise) dynamic", PricedRecipe.ROWWISE),
-        ("channelwise (noquant)", PricedRecipe.ROWWISE),
-        ("rowwise_with_gw_hp", PricedRecipe.ROWWISE_WITH_GW_HP),
-        ("rowwise gw_hp", PricedRecipe.ROWWISE_WITH_GW_HP),
-        ("blockwise", PricedRecipe.BLOCKWISE),
-        ("blockwise (1x128 act, 128x128 wt)", PricedRecipe.BLOCKWISE),
-        ("mxfp8_cublas", PricedRecipe.MXFP8),
-        ("MXFP8", PricedRecipe.MXFP8),
-        ("float8", PricedRecipe.TENSORWISE),
+        ("tensorwise", Recipe.TENSORWISE),
+        ("Tensorwise dynamic", Recipe.TENSORWISE),
+        ("TE tensorwise current", Recipe.TENSORWISE),
+        ("tensorwise delayed", Recipe.DELAYED),
+        ("TE fp8 (delayed)", Recipe.DELAYED),
+        ("delayed", Recipe.DELAYED),
+        ("rowwise dynamic", Recipe.ROWWISE),
+        ("rowwise(axiswise) dynamic", Recipe.ROWWISE),
+        ("channelwise (noquant)", Recipe.ROWWISE),
+        ("rowwise_with_gw_hp", Recipe.ROWWISE_WITH_GW_HP),
+        ("rowwise gw_hp", Recipe.ROWWISE_WITH_GW_HP),
+        ("blockwise", Recipe.BLOCKWISE),
+        ("blockwise (1x128 act, 128x128 wt)", Recipe.BLOCKWISE),
+        ("mxfp8_cublas", Recipe.MXFP8),
+        ("MXFP8", Recipe.MXFP8),
+        ("float8", Recipe.TENSORWISE),
     ],
 )
-def test_a_recipe_is_known_by_any_usual_wording(wording: str, recipe: PricedRecipe) -> None:
+def test_a_recipe_is_known_by_any_usual_wording(wording: str, recipe: Recipe) -> None:
     assert parse_recipe(wording) is recipe
 
 

@@ -161,6 +161,7 @@ def test_a_layer_that_leaves_fp8s_range_in_training_moves_alone_and_the_run_goes
         (2, {"precision": "fp8_o1", "recipe": "rowwise"}, "'norm' cannot run fp8_o1:rowwise: "),
         (3, {"precision": "fp8_o1", "recipe": "rowwise"}, "'head' cannot run .* N=10 is not a mul"),
         (0, {"precision": "fp8_o1", "recipe": "delayed"}, "'first' cannot run fp8_o1:delayed: "),
+        (0, {"precision": "fp8_o1", "recipe": "mxfp8"}, "'first' cannot run fp8_o1:mxfp8: "),
         (3, None, "layer 'head' is in the model only"),
     ],
 )

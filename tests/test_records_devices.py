@@ -86,7 +86,7 @@ def test_a_missing_field_is_told_without_the_rest_of_the_file(tmp_path: Path) ->
     fields = json.loads(path.read_text())
     del fields["title"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(RecordError, match=r"mine\.json: title: Field required; mend"):
+    with pytest.raises(RecordError, match=r"mine\.json: title: Field required; fix"):
         DeviceProfile.load(path)
 
 

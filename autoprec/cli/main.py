@@ -20,7 +20,7 @@ from autoprec.cli.devices import devices_app
 from autoprec.cli.errors import drop_output, one_line_of
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.records import Plan, Record
+from autoprec.records import APPLICABLE_RECIPES, Plan, Record
 from autoprec.tuning import stages as pipeline
 from autoprec.tuning.settings import Settings, parse_duration, parse_fraction, parse_recipes
 
@@ -101,7 +101,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
-DEFAULT_RECIPES = "tensorwise,rowwise,rowwise_with_gw_hp"
+DEFAULT_RECIPES = ",".join(APPLICABLE_RECIPES)
 
 
 @app.command()

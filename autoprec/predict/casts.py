@@ -21,8 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from autoprec.predict.machine import Machine
-from autoprec.records.devices import PricedRecipe
-from autoprec.records.model import Gemm
+from autoprec.records.model import RECIPE_GEMMS_HP, Gemm, Recipe
 
 GW_HP_KERNELS = 5.0  # torchao's roofline: one for input and grad_output, three for the weight
 BLOCK_KERNELS = 6.0  # torchao's blockwise linear: input, weight twice, grad_output twice, input
@@ -43,7 +42,7 @@ def cast_cost(
     K: int,
     N: int,
     *,
-    recipe: PricedRecipe,
+    recipe: Recipe,
     gemms: Collection[Gemm],
     compiled: bool,
 ) -> CastCost:
@@ -56,7 +55,7 @@ def cast_cost(
     shares = _operand_shares(machine, recipe, gemms)
     used = kernels * sum(shares) / 3
     per_weight = shares[1] * per_element
-    if compiled and recipe is PricedRecipe.ROWWISE_WITH_GW_HP:
+    if compiled and recipe is Recipe.ROWWISE_WITH_GW_HP:
         used = GW_HP_KERNELS
         direct = machine.direct_cast_share
         per_weight = direct * per_element + (1 - direct) * machine.tensorwise_cast_bytes
@@ -68,35 +67,35 @@ def cast_cost(
     return CastCost(moved / machine.bytes_per_us + used * machine.kernel_floor_us, used)
 
 
-def fp8_gemms(recipe: PricedRecipe, gemms_hp: Collection[Gemm] = ()) -> tuple[Gemm, ...]:
+def fp8_gemms(recipe: Recipe, gemms_hp: Collection[Gemm] = ()) -> tuple[Gemm, ...]:
     """Return the GEMMs that run on FP8 operands."""
-    kept = {Gemm.GRAD_WEIGHT} if recipe is PricedRecipe.ROWWISE_WITH_GW_HP else set()
-    return tuple(gemm for gemm in Gemm if gemm not in kept and gemm not in gemms_hp)
+    kept = (*gemms_hp, *RECIPE_GEMMS_HP.get(recipe, ()))
+    return tuple(gemm for gemm in Gemm if gemm not in kept)
 
 
-def _full_cost(machine: Machine, recipe: PricedRecipe) -> tuple[float, float]:
+def _full_cost(machine: Machine, recipe: Recipe) -> tuple[float, float]:
     """Return bytes per element and kernels of a layer whose three GEMMs are all FP8."""
-    if recipe is PricedRecipe.TENSORWISE:
+    if recipe is Recipe.TENSORWISE:
         return machine.tensorwise_cast_bytes, machine.tensorwise_cast_kernels
-    if recipe is PricedRecipe.DELAYED:
+    if recipe is Recipe.DELAYED:
         saved = machine.tensorwise_cast_bytes - machine.amax_bytes
         return max(saved, 1.0), max(machine.tensorwise_cast_kernels - 1, 1.0)
-    if recipe is PricedRecipe.BLOCKWISE:
+    if recipe is Recipe.BLOCKWISE:
         return machine.block_cast_bytes, BLOCK_KERNELS
-    if recipe is PricedRecipe.MXFP8:
+    if recipe is Recipe.MXFP8:
         return machine.mx_cast_bytes, BLOCK_KERNELS
     return machine.rowwise_cast_bytes, machine.rowwise_cast_kernels
 
 
 def _operand_shares(
-    machine: Machine, recipe: PricedRecipe, gemms: Collection[Gemm]
+    machine: Machine, recipe: Recipe, gemms: Collection[Gemm]
 ) -> tuple[float, float, float]:
     """Return which part of the casts of input, weight and grad_output is needed."""
     direct = machine.direct_cast_share
 
     def share(as_it_lies: Gemm, transposed: Gemm) -> float:
         part = direct * (as_it_lies in gemms) + (1 - direct) * (transposed in gemms)
-        shared = recipe in (PricedRecipe.TENSORWISE, PricedRecipe.DELAYED) and 0 < part < 1
+        shared = recipe in (Recipe.TENSORWISE, Recipe.DELAYED) and 0 < part < 1
         return part + TENSORWISE_USES_SHARED * (1 - part) if shared else part
 
     return (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from autoprec.predict.linear import FP8_MULTIPLE, fp8_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm
-from autoprec.records.devices import DeviceProfile, PricedRecipe
+from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     BF16_O2,
     FP32,
@@ -75,7 +75,7 @@ def _refusal(layer: LayerSpec, option: Option, profile: DeviceProfile, parallel:
         worst,
         gemm.K,
         gemm.N,
-        recipe=PricedRecipe(option.recipe.value),
+        recipe=option.recipe,
         gemms_hp=option.gemms_hp,
     )
 

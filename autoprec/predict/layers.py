@@ -21,7 +21,6 @@ from autoprec.predict.linear import LinearTimes, fp8_linear, plain_linear
 from autoprec.predict.machine import Machine
 from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm
 from autoprec.records.cost import LayerTiming, Timing
-from autoprec.records.devices import PricedRecipe
 from autoprec.records.model import (
     Basis,
     CallSpec,
@@ -156,7 +155,7 @@ def _linear_times(
         kernel = Kernel.FP32 if option.precision is Precision.FP32 else Kernel.BF16
         times = plain_linear(machine, M, K, N, kernel=kernel, compiled=setting.compiled)
         return _trimmed(times, passes)
-    recipe, compiled = PricedRecipe(option.recipe.value), setting.compiled
+    recipe, compiled = option.recipe, setting.compiled
     times = fp8_linear(machine, M, K, N, recipe=recipe, compiled=compiled, gemms_hp=option.gemms_hp)
     run = {Gemm.OUTPUT: True, Gemm.GRAD_INPUT: passes.has_grad_input}
     run[Gemm.GRAD_WEIGHT] = passes.has_grad_weight

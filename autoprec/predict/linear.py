@@ -22,12 +22,11 @@ from autoprec.records.devices import (
     DeviceProfile,
     LinearPrediction,
     Prediction,
-    PricedRecipe,
 )
 from autoprec.records.model import Basis, Gemm, Recipe
 
 FP8_MULTIPLE = 16  # elements; torch._scaled_mm and cuBLASLt
-BLOCKS = {PricedRecipe.BLOCKWISE: 128, PricedRecipe.MXFP8: 32}  # torchao's kernels take whole ones
+BLOCKS = {Recipe.BLOCKWISE: 128, Recipe.MXFP8: 32}  # torchao's kernels take whole ones
 LARGEST_DIMENSION = 2**31
 
 
@@ -57,7 +56,7 @@ def predict_linear(
     K: int,
     N: int,
     *,
-    recipe: PricedRecipe | Recipe | str = PricedRecipe.TENSORWISE,
+    recipe: Recipe | str = Recipe.TENSORWISE,
     compiled: bool = True,
     gemms_hp: Collection[Gemm] = (),
 ) -> LinearPrediction:
@@ -106,7 +105,7 @@ def fp8_refusal(
     K: int,
     N: int,
     *,
-    recipe: PricedRecipe,
+    recipe: Recipe,
     gemms_hp: Collection[Gemm] = (),
 ) -> str:
     """Return why FP8 cannot run this shape on this device, or an empty string."""
@@ -125,7 +124,7 @@ def fp8_refusal(
     return ""
 
 
-def fp8_multiple(recipe: PricedRecipe) -> int:
+def fp8_multiple(recipe: Recipe) -> int:
     """Return what K and N, and M where grad_weight runs in FP8, must be multiples of."""
     return BLOCKS.get(recipe, FP8_MULTIPLE)
 
@@ -152,7 +151,7 @@ def fp8_linear(
     K: int,
     N: int,
     *,
-    recipe: PricedRecipe,
+    recipe: Recipe,
     compiled: bool = True,
     gemms_hp: Collection[Gemm] = (),
 ) -> LinearTimes:
@@ -178,12 +177,12 @@ def gemm_shapes(M: int, K: int, N: int) -> tuple[tuple[int, int, int], ...]:
     return ((M, K, N), (M, N, K), (K, M, N))
 
 
-def _kernel(recipe: PricedRecipe, gemm: Gemm, gemms: Collection[Gemm]) -> Kernel:
+def _kernel(recipe: Recipe, gemm: Gemm, gemms: Collection[Gemm]) -> Kernel:
     if gemm not in gemms:
         return Kernel.BF16
-    if recipe in (PricedRecipe.ROWWISE, PricedRecipe.ROWWISE_WITH_GW_HP):
+    if recipe in (Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP):
         return Kernel.FP8_ROWWISE
-    if recipe in (PricedRecipe.BLOCKWISE, PricedRecipe.MXFP8):
+    if recipe in (Recipe.BLOCKWISE, Recipe.MXFP8):
         return Kernel.FP8_BLOCK
     return Kernel.FP8_FAST if gemm is Gemm.OUTPUT else Kernel.FP8_SLOW
 

@@ -8,7 +8,6 @@ is no `h100`, since a wrong profile is worse than an error.
 import re
 
 from autoprec.errors import DeviceError
-from autoprec.records.devices import PricedRecipe
 from autoprec.records.model import Recipe
 
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|w|tb/s)\b")
@@ -61,15 +60,15 @@ _DETAIL = re.compile(
 )  # many different devices share these
 _DETAIL_WEIGHT = 0.2
 _HIGH_PRECISION_GRAD = re.compile(r"gw[ _-]?hp|grad[ _-]?weight[ _-]?hp")
-_RECIPES: tuple[tuple[re.Pattern[str], PricedRecipe], ...] = (  # the first that is found
-    (_HIGH_PRECISION_GRAD, PricedRecipe.ROWWISE_WITH_GW_HP),
-    (re.compile(r"mx[ _-]?fp?8|mx8"), PricedRecipe.MXFP8),
-    (re.compile(r"block|1x128|128x128|deepgemm|deepseek"), PricedRecipe.BLOCKWISE),
-    (re.compile(r"row|axis|channel|token"), PricedRecipe.ROWWISE),
-    (re.compile(r"delay"), PricedRecipe.DELAYED),
+_RECIPES: tuple[tuple[re.Pattern[str], Recipe], ...] = (  # the first that is found
+    (_HIGH_PRECISION_GRAD, Recipe.ROWWISE_WITH_GW_HP),
+    (re.compile(r"mx[ _-]?fp?8|mx8"), Recipe.MXFP8),
+    (re.compile(r"block|1x128|128x128|deepgemm|deepseek"), Recipe.BLOCKWISE),
+    (re.compile(r"row|axis|channel|token"), Recipe.ROWWISE),
+    (re.compile(r"delay"), Recipe.DELAYED),
     (
         re.compile(r"tensor|current|dynamic|\b(e4m3|float8|fp8|f8)"),
-        PricedRecipe.TENSORWISE,
+        Recipe.TENSORWISE,
     ),
 )
 _NOT_FP8 = re.compile(r"fp4|int8|nf4|^(te )?(bf16|fp16|fp32)\b")
@@ -94,21 +93,21 @@ def device_readings(text: str) -> tuple[frozenset[str], ...]:
     return device_words(text), device_words(_PARENTHESES.sub(" ", text))
 
 
-def parse_recipe(recipe: PricedRecipe | Recipe | str) -> PricedRecipe:
+def parse_recipe(recipe: Recipe | str) -> Recipe:
     """Return the recipe that a name or a published table's wording means.
 
     Raises:
         DeviceError: the cost model does not price it.
     """
     text = str(recipe).strip().lower()
-    if text in tuple(PricedRecipe):
-        return PricedRecipe(text)
+    if text in tuple(Recipe):
+        return Recipe(text)
     if not _NOT_FP8.search(text):
         for pattern, priced in _RECIPES:
             if pattern.search(text):
                 return priced
     raise DeviceError(
-        f"a recipe must be one of {', '.join(PricedRecipe)}, but it is {str(recipe)!r}; "
+        f"a recipe must be one of {', '.join(Recipe)}, but it is {str(recipe)!r}; "
         "choose one of these"
     )
 

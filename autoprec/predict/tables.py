@@ -15,7 +15,8 @@ from autoprec.errors import AutoprecError, DeviceError
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.registry import load_device_profile
 from autoprec.predict.spelling import has_own_casts, parse_compiled, parse_recipe
-from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction, PricedRecipe
+from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction
+from autoprec.records.model import Recipe
 
 SIZES = ("M", "K", "N")
 NEEDED = ("device", *SIZES)
@@ -91,7 +92,7 @@ def predict_table(
     table: Table,
     *,
     device: str = "",
-    recipe: PricedRecipe = PricedRecipe.TENSORWISE,
+    recipe: Recipe = Recipe.TENSORWISE,
     compiled: bool = True,
 ) -> tuple[Answer, ...]:
     """Return the answer for each row; device, recipe and mode are for rows that do not say."""
@@ -135,7 +136,7 @@ def _csv_lines(text: str, *, source: str) -> list[tuple[str, ...]]:
 
 
 def _answer(
-    table: Table, row: tuple[str, ...], *, device: str, recipe: PricedRecipe, compiled: bool
+    table: Table, row: tuple[str, ...], *, device: str, recipe: Recipe, compiled: bool
 ) -> Answer:
     wording = table.cell(row, "recipe")
     try:

@@ -41,17 +41,6 @@ class ConstantKind(StrEnum):
     MEASURED = "measured"
 
 
-class PricedRecipe(StrEnum):
-    """FP8 scaling settings that the cost model prices: `Recipe` and two that torchao lacks."""
-
-    TENSORWISE = "tensorwise"
-    ROWWISE = "rowwise"
-    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
-    DELAYED = "delayed"
-    BLOCKWISE = "blockwise"
-    MXFP8 = "mxfp8"
-
-
 @dataclass(frozen=True)
 class Bounds:
     """The unit of a constant, the range that is believable, and what it is."""
@@ -180,7 +169,7 @@ class DeviceProfile(FileRecord):
     aliases: tuple[Line, ...]
     architecture: Line
     capability: Line
-    fp8_recipes: tuple[PricedRecipe, ...]
+    fp8_recipes: tuple[Recipe, ...]
     fp8_reason: Line
     basis: Basis
     constants: dict[str, Constant]
@@ -216,11 +205,6 @@ class DeviceProfile(FileRecord):
     def has_fp8(self) -> bool:
         """Whether any FP8 recipe runs."""
         return bool(self.fp8_recipes)
-
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """The recipes that a plan can apply."""
-        return tuple(r for r in Recipe if PricedRecipe(r.value) in self.fp8_recipes)
 
 
 def _check_peaks(profile: DeviceProfile) -> None:
@@ -302,7 +286,7 @@ class LinearPrediction(Record):
     M: PositiveInt
     K: PositiveInt
     N: PositiveInt
-    recipe: PricedRecipe
+    recipe: Recipe
     compiled: bool
     bf16: ArmPrediction
     fp8: ArmPrediction | None

@@ -18,24 +18,31 @@ class Precision(StrEnum):
     FP32 = "fp32"
 
 
-class Recipe(StrEnum):
-    """FP8 scaling settings by torchao's names; `delayed` is emulated, measured, never applied."""
-
-    TENSORWISE = "tensorwise"
-    ROWWISE = "rowwise"
-    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
-    DELAYED = "delayed"
-
-
-APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)  # by torchao
-
-
 class Gemm(StrEnum):
     """The three GEMMs of a linear layer (fprop, dgrad, wgrad in Transformer Engine's words)."""
 
     OUTPUT = "output"
     GRAD_INPUT = "grad_input"
     GRAD_WEIGHT = "grad_weight"
+
+
+class Recipe(StrEnum):
+    """FP8 scaling settings: torchao's by its names, then three that no plan here applies.
+
+    `delayed` (scales from earlier steps) can be emulated, and all are priced for other devices.
+    """
+
+    TENSORWISE = "tensorwise"
+    ROWWISE = "rowwise"
+    ROWWISE_WITH_GW_HP = "rowwise_with_gw_hp"
+    DELAYED = "delayed"
+    BLOCKWISE = "blockwise"
+    MXFP8 = "mxfp8"
+
+
+APPLICABLE_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)  # torchao's
+# The GEMMs that a recipe keeps in BF16 by itself (torchao's float8/config.py).
+RECIPE_GEMMS_HP: dict[Recipe, tuple[Gemm, ...]] = {Recipe.ROWWISE_WITH_GW_HP: (Gemm.GRAD_WEIGHT,)}
 
 
 class LayerKind(StrEnum):
@@ -85,10 +92,10 @@ class Option(Record):
     @property
     def fp8_gemms(self) -> tuple[Gemm, ...]:
         """The GEMMs that run on FP8 operands."""
-        if not self.is_fp8:
+        if self.recipe is None:
             return ()
-        own = (Gemm.GRAD_WEIGHT,) if self.recipe is Recipe.ROWWISE_WITH_GW_HP else self.gemms_hp
-        return tuple(gemm for gemm in Gemm if gemm not in own)
+        hp = (*self.gemms_hp, *RECIPE_GEMMS_HP.get(self.recipe, ()))
+        return tuple(gemm for gemm in Gemm if gemm not in hp)
 
     def __str__(self) -> str:
         """Return the key."""
@@ -127,8 +134,8 @@ class Option(Record):
             raise ValueError("gemms_hp lists each GEMM at most once, in the order of `Gemm`")
         if len(self.gemms_hp) == len(Gemm):
             raise ValueError("an fp8_o1 option with all three GEMMs in BF16 is bf16_o2")
-        if self.recipe is Recipe.ROWWISE_WITH_GW_HP and self.gemms_hp:
-            raise ValueError("rowwise_with_gw_hp fixes its own GEMMs; write rowwise-... instead")
+        if self.recipe in RECIPE_GEMMS_HP and self.gemms_hp:
+            raise ValueError(f"{self.recipe} fixes its own GEMMs; write rowwise-... instead")
         return self
 
     @model_serializer
@@ -146,17 +153,15 @@ def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
 
 
 def with_gemms_hp(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Return the options, then each unmasked FP8 one with one or two of its GEMMs in BF16."""
-    masks = [mask for count in (1, 2) for mask in itertools.combinations(Gemm, count)]
-    masked = (
-        fp8_option(option.recipe, *mask)
+    """Return the options, then each whole FP8 one with one or two of its GEMMs in BF16."""
+    kept = [gemms for count in (1, 2) for gemms in itertools.combinations(Gemm, count)]
+    partly = (
+        fp8_option(option.recipe, *gemms)
         for option in options
-        if option.recipe is not None
-        and option.recipe is not Recipe.ROWWISE_WITH_GW_HP
-        and not option.gemms_hp
-        for mask in masks
+        if option.recipe and option.fp8_gemms == tuple(Gemm)
+        for gemms in kept
     )
-    return tuple(dict.fromkeys((*options, *masked)))
+    return tuple(dict.fromkeys((*options, *partly)))
 
 
 class ParameterSpec(Record):

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers
-from autoprec.records import Check, Gemm, Option, Recipe
+from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.apply import plain_name, unwrapped
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import is_made_here, option_dtype, own_class
@@ -389,10 +389,9 @@ def _has_own_forward(layer: nn.Module) -> bool:
 def _fits(seen: str, gemm: Gemm, option: Option) -> bool:
     if not option.is_fp8:
         return _is_dtype(seen, option_dtype(option))
-    in_bf16 = gemm in option.gemms_hp or (
-        gemm is Gemm.GRAD_WEIGHT and option.recipe is Recipe.ROWWISE_WITH_GW_HP
-    )
-    return _is_dtype(seen, torch.bfloat16) if in_bf16 else "_scaled_mm float8" in seen
+    if gemm not in option.fp8_gemms:
+        return _is_dtype(seen, torch.bfloat16)
+    return "_scaled_mm float8" in seen
 
 
 def _is_dtype(seen: str, dtype: torch.dtype) -> bool:

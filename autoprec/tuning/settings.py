@@ -6,10 +6,9 @@ from pathlib import Path
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import DeviceError, RecordError, WorkloadError
 from autoprec.predict.parallel import parse_parallel
-from autoprec.records import Constraint, Option, Recipe, fp8_option
+from autoprec.records import APPLICABLE_RECIPES, Constraint, Option, Recipe, fp8_option
 from autoprec.workload.hf_config import config_file
 
-DEFAULT_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
 LOCAL_TARGETS = ("auto", "cpu", "cuda")
 
 
@@ -35,7 +34,7 @@ class Settings:
     out: Path = Path("autoprec-out")
     loss_tolerance: float = 1e-3
     keep: tuple[str, ...] = ()
-    recipes: tuple[Recipe, ...] = DEFAULT_RECIPES
+    recipes: tuple[Recipe, ...] = APPLICABLE_RECIPES
     trials: int = 12
     time_budget_s: float | None = None
     seed: int = 0
@@ -111,7 +110,7 @@ def parse_recipes(text: str) -> tuple[Recipe, ...]:
         RecordError: a name is no recipe that can be applied.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    allowed = [recipe.value for recipe in DEFAULT_RECIPES]
+    allowed = [recipe.value for recipe in APPLICABLE_RECIPES]
     wrong = [name for name in names if name not in allowed]
     if wrong or not names:
         raise RecordError(
