@@ -50,6 +50,9 @@ from autoprec.records import (
 )
 from autoprec.report import RunRecords
 from autoprec.search import build_plan, search_plan
+from autoprec.search.costs import make_costs
+from autoprec.search.notes import fp8_note
+from autoprec.search.problem import make_problem
 from tests.decoder_specs import decoder
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -97,9 +100,17 @@ def make_run(
     options = choose_options(profile, sensitivity)
     search = make_search(profile, sensitivity, options)
     plan = make_plan(profile, sensitivity, options)
+    constraint = Constraint(loss_tolerance=0.001, grad_error_budget=0.01)
+    problem = make_problem(make_costs(profile, sensitivity), constraint)
+    answer = fp8_note(profile, problem, search, options)
     verification = make_verification(plan, profile)
     return RunRecords(
-        plan=plan.model_copy(update={"certificate": certificate_of(verification)}),
+        plan=plan.model_copy(
+            update={
+                "certificate": certificate_of(verification),
+                "notes": (answer, *plan.notes),
+            }
+        ),
         profile=profile,
         sensitivity=sensitivity,
         search=search,

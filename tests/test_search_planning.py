@@ -18,7 +18,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from tests.report_runs import CPU, H100, linear, make_profile, make_sensitivity, make_spec
+from tests.report_runs import CPU, H100, linear, make_profile, make_sensitivity, make_spec, step
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, replaced_layer, tables_of
 
 SLOW_FP8: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (3.2, 1e-3)}
@@ -198,37 +198,91 @@ def test_a_guilty_layer_says_so() -> None:
     assert "adds more error than alone (found by bisection)" in reason(plan, "b")
 
 
-# --- what is not worth it -----------------------------------------------------------------------
+# --- what pays and what does not ----------------------------------------------------------------
+
+
+def test_fp8_that_pays_says_on_how_many_layers() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL, "b": SLOW_FP8}))
+    assert plan.notes[0] == (
+        "FP8 pays on 1 of 2 linear layers: 1 ms a step less in them than in BF16"
+    )
+
+
+@pytest.mark.parametrize("has_faster", [True, False])
+def test_forced_fp8_that_is_slower_never_pays(has_faster: bool) -> None:
+    rows = {"a": SLOW_FP8, "b": SLOW_FP8, **({"c": TYPICAL} if has_faster else {})}
+    _, plan = planned(tables_of(rows), keep=("*=fp8_o1:tensorwise",))
+    forced = "the 2 layers in FP8 because of --keep are 2.4 ms a step slower than in BF16 (a, b)"
+    pays = "FP8 pays on 1 of 3 linear layers: 1 ms a step less in them than in BF16"
+    assert plan.notes[0] == (
+        f"{pays}; {forced}" if has_faster else f"FP8 is not worth it here: {forced}"
+    )
+    assert not any("FSDP" in note for note in plan.notes)
 
 
 def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
-    _, plan = planned(tables_of({"a": SLOW_FP8, "b": SLOW_FP8}))
-    assert plan.notes[-1] == (
+    profile, sensitivity = tables_of({"a": SLOW_FP8, "b": SLOW_FP8})
+    _, plan = planned((profile, sensitivity))
+    answer = (
         "FP8 is not worth it here: on the 2 layers that can take it the fastest recipe needs "
         "6.4 ms, the plan 4 ms"
+    )
+    assert plan.notes[0] == answer
+    steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 9.0), ("bf16_o2", 6.0)))
+    _, plan = planned((profile.model_copy(update={"steps": steps}), sensitivity))
+    assert plan.notes[0] == (
+        f"{answer}; the whole step with FP8 takes 9 ms, in BF16 O2 6 ms (measured)"
     )
 
 
 def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=5e-4)
-    assert plan.notes[-1] == (
+    assert plan.notes[0] == (
         "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all), but not by "
-        "enough for the error it adds (e budget 0.05 %)"
+        "enough for the gradient error it adds (budget 0.05 %)"
     )
+
+
+def test_fp8_that_the_user_closed_is_not_blamed_on_its_error() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL}), keep=("a=bf16_o2",))
+    assert "a may not take it (--keep, or unknown gradient error)" in plan.notes[0]
+
+
+def test_a_device_without_fp8_says_its_own_reason() -> None:
+    profile, sensitivity = tables_of({"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)}})
+    facts = {"fp8_recipes": (), "fp8_reason": "FP8 GEMMs need capability 8.9, this has 8.0"}
+    device = profile.device.model_copy(update=facts)
+    _, plan = planned((profile.model_copy(update={"device": device}), sensitivity))
+    assert plan.notes[0] == (
+        "FP8 is not worth it here: FP8 GEMMs need capability 8.9, this has 8.0"
+    )
+
+
+def test_a_model_whose_linears_are_ineligible_says_why() -> None:
+    profile, sensitivity = tables_of({"router": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)}})
+    _, plan = planned((profile, sensitivity))
+    assert plan.notes[0].endswith("no FP8 option was profiled")
+    _, plan = planned((replaced_layer(profile, linear("router", 32, 32, 10)), sensitivity))
+    assert "none of the linear layers can take it (1 of them: N=10 is not" in plan.notes[0]
 
 
 @pytest.mark.parametrize(
     ("row", "budget", "words"),
     [
         (SLOW_BF16, 4e-3, "the step takes 5 ms in BF16 O2, 5 ms in FP32"),
-        (TYPICAL, 5e-6, "BF16 O2 is 1.75x faster, but FP32 is the plan: e of BF16 O2 is 0.001 %"),
+        (
+            TYPICAL,
+            5e-6,
+            "BF16 O2 is 1.75x faster, but FP32 is the plan: the gradient error of BF16 O2 is",
+        ),
         ({FP32: (2.0, 0.0)}, 4e-3, "no layer can take it"),
     ],
 )
 def test_bf16_that_is_not_worth_it_leaves_fp32(row: Row, budget: float, words: str) -> None:
     _, plan = planned(tables_of({"a": row}), budget=budget)
     assert plan.options == (FP32,)
-    assert words in plan.notes[-1]
+    assert plan.notes[0].startswith("FP8 is not worth it here: ")
+    assert words in plan.notes[1]
     assert (plan.grad_error, plan.grad_error_basis) == (0.0, Basis.MEASURED)
 
 

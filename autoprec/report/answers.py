@@ -4,13 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from autoprec.predict.memory import memory_note
-from autoprec.records import FP32, Basis, LayerKind, Precision, Profile, Verdict
+from autoprec.records import FP32, Basis, Profile, Verdict
 from autoprec.report.formats import (
     clean_text,
     count_of,
     shown_gap,
-    shown_ms,
     shown_ratio,
     shown_share,
 )
@@ -76,28 +74,19 @@ def fp8_ceiling(run: RunRecords, rows: Sequence[LayerRow]) -> Ceiling | None:
     )
 
 
-def fp8_answer(run: RunRecords, rows: Sequence[LayerRow]) -> str:
-    """Return whether FP8 is worth it here, and why or why not; "" when nothing can be said."""
-    if run.plan is None:
-        return ""
-    count = run.plan.count(Precision.FP8_O1)
-    linears = sum(row.kind is LayerKind.LINEAR for row in rows)
-    if count:
-        saved = sum(_ms(r.bf16_o2) - _ms(r.chosen) for r in rows if r.option and r.option.is_fp8)
-        return (
-            f"FP8 pays on {count} of {count_of(linears, 'linear layer')}: "
-            f"{shown_ms(saved)} ms a step less in them than in BF16"
-        )
-    return f"FP8 is not worth it here: {_why_no_fp8(run, rows)}"
+def fp8_answer(run: RunRecords) -> str:
+    """Return the plan's note of whether FP8 pays here; "" where it has none."""
+    return _plan_note(run, "FP8 ")
 
 
 def memory_answer(run: RunRecords) -> str:
-    """Return that the plan does not fit into the device's memory; "" where nothing says so."""
-    need = run.plan.predicted.memory_bytes if run.plan and run.plan.predicted else None
-    if run.plan is None or run.profile is None or need is None:
-        return ""
-    chosen = {layer.name: layer.option for layer in run.plan.layers}
-    return clean_text(memory_note(run.profile, chosen, need))
+    """Return the plan's note that it does not fit into memory; "" where it has none."""
+    return _plan_note(run, "does not fit in memory")
+
+
+def _plan_note(run: RunRecords, start: str) -> str:
+    notes = run.plan.notes if run.plan else ()
+    return next((clean_text(note) for note in notes if note.startswith(start)), "")
 
 
 def verdict_sentence(run: RunRecords) -> str:
@@ -124,8 +113,8 @@ def unmeasured(run: RunRecords) -> list[str]:
         said += run.verification.notes
     if run.plan:
         said += run.plan.notes
-    told = memory_answer(run)
-    return [text for text in map(clean_text, dict.fromkeys(said)) if text != told]
+    answers = (fp8_answer(run), memory_answer(run))  # shown apart
+    return [text for text in map(clean_text, dict.fromkeys(said)) if text not in answers]
 
 
 def profile_notes(profile: Profile) -> Iterator[str]:
@@ -150,69 +139,6 @@ def _some(names: Iterable[str]) -> str:
     every = list(names)
     more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
     return ", ".join(every[:MOST_NAMED]) + more
-
-
-def _why_no_fp8(run: RunRecords, rows: Sequence[LayerRow]) -> str:
-    device = run.profile.device if run.profile else None
-    if device is not None and not device.fp8_recipes:
-        return clean_text(device.fp8_reason) or f"{clean_text(device.name)} has no FP8 GEMM"
-    eligible = [row for row in rows if any(option.option.is_fp8 for option in row.options)]
-    if not eligible:
-        return _why_ineligible(run, rows)
-    faster = [row for row in eligible if _fp8_gain(row) > 0.0]
-    if not faster:
-        return _why_slower(run, eligible)
-    gain = sum(_fp8_gain(row) for row in faster)
-    return (
-        f"it is faster on {count_of(len(faster), 'layer')} ({shown_ms(gain)} ms a step together), "
-        "but not by enough to pay for the casts around them and the gradient error they add"
-    )
-
-
-def _why_slower(run: RunRecords, eligible: Sequence[LayerRow]) -> str:
-    timed = [row for row in eligible if row.best_fp8 and row.bf16_o2]
-    if not timed:
-        return "no FP8 option was timed"
-    fp8_ms = sum(_ms(row.best_fp8.times if row.best_fp8 else None) for row in timed)
-    bf16_ms = sum(_ms(row.bf16_o2) for row in timed)
-    best = max(timed, key=_fp8_speedup)
-    fp8_step, bf16_step = (plan_steps(run).get(label) for label in ("fp8_o1", "bf16_o2"))
-    whole = ""
-    if fp8_step and bf16_step:
-        whole = (
-            f"; the whole step with FP8 takes {shown_ms(fp8_step.ms)} ms, in BF16 O2 "
-            f"{shown_ms(bf16_step.ms)} ms ({fp8_step.basis})"
-        )
-    return (
-        f"on all {count_of(len(timed), 'eligible layer')} its fastest recipe is slower than BF16 "
-        f"({shown_ms(fp8_ms)} ms against {shown_ms(bf16_ms)} ms; at best "
-        f"{shown_ratio(_fp8_speedup(best))}, {clean_text(best.name)}){whole}"
-    )
-
-
-def _why_ineligible(run: RunRecords, rows: Sequence[LayerRow]) -> str:
-    reasons = Counter(
-        reason
-        for row in rows
-        if row.kind is LayerKind.LINEAR
-        and row.spec is not None
-        and (reason := row.spec.refusal(Precision.FP8_O1))
-    )
-    if not reasons:
-        return "no FP8 option was profiled" if run.profile is None else "it has no linear layer"
-    reason, count = reasons.most_common(1)[0]
-    return f"none of its linear layers can take it ({count} of them: {clean_text(reason)})"
-
-
-def _fp8_gain(row: LayerRow) -> float:
-    if row.best_fp8 is None or row.bf16_o2 is None:
-        return 0.0
-    return _ms(row.bf16_o2) - _ms(row.best_fp8.times)
-
-
-def _fp8_speedup(row: LayerRow) -> float:
-    fp8_ms = _ms(row.best_fp8.times if row.best_fp8 else None)
-    return _ms(row.bf16_o2) / fp8_ms if fp8_ms else 0.0
 
 
 def _missing_stages(run: RunRecords) -> Iterable[str]:

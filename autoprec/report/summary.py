@@ -60,7 +60,7 @@ def summarise_run(run: RunRecords) -> Summary:
         gap=proof.gap if proof else None,
         control_gap=verified.control_gap if verified else None,
         loss_tolerance=proof.loss_tolerance if proof else constraint,
-        fp8_answer=fp8_answer(run, rows),
+        fp8_answer=fp8_answer(run),
         memory_answer=memory_answer(run),
     )
 

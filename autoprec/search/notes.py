@@ -1,0 +1,172 @@
+"""What to know of a plan as a whole: whether FP8 and BF16 pay here, what memory and --parallel do.
+
+The one place that says whether FP8 is worth it; the report shows these notes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from autoprec.common.text import compared, first_and_more, percent
+from autoprec.predict import Parallel, parse_parallel
+from autoprec.predict.memory import memory_note
+from autoprec.predict.parallel import unsplit_note
+from autoprec.records import BF16_O2, LayerKind, Precision, Profile, Search
+from autoprec.search.costs import Costs, is_all_fp32
+from autoprec.search.problem import Options, Problem
+
+NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
+
+
+def plan_notes(
+    profile: Profile, problem: Problem, search: Search, options: Options
+) -> tuple[str, ...]:
+    """Return the notes of a plan; the first says whether FP8 pays."""
+    notes = [fp8_note(profile, problem, search, options), _memory_note(profile, problem, options)]
+    if is_all_fp32(options):
+        notes.append(_why_no_bf16(problem.costs, search, options))
+    notes += [_communication_note(problem.costs, options), _parallel_note(profile)]
+    return tuple(note for note in notes if note)
+
+
+def fp8_note(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
+    """Return on how many layers FP8 pays in a plan, or why it is not worth it here."""
+    if not any(option.is_fp8 for option in options):
+        return f"FP8 is not worth it here: {_why_no_fp8(profile, problem, search, options)}"
+    costs = problem.costs
+    gains = {i: _gain_ms(costs, i, options) for i, option in enumerate(options) if option.is_fp8}
+    faster = [index for index, gain in gains.items() if gain > 0.0]
+    others = [index for index in gains if index not in faster]
+    forced = ""
+    if others:
+        # the search itself never takes an FP8 option that is no faster, but for its bytes
+        is_kept = all(costs.layers[index].name in problem.keeps for index in others)
+        what = "--keep" if is_kept else "the memory limit"
+        lost = -sum(gains[index] for index in others)
+        names = first_and_more(costs.layers[index].name for index in others)
+        forced = (
+            f"{_count(others)} in FP8 because of {what} {_is_or_are(others)} {lost:.4g} ms a step "
+            f"slower than in BF16 ({names})"
+        )
+    if not faster:
+        return f"FP8 is not worth it here: {forced}"
+    linears = sum(layer.kind is LayerKind.LINEAR for layer in costs.layers)
+    saved = sum(gains[index] for index in faster)
+    pays = (
+        f"FP8 pays on {len(faster)} of {linears} linear layer{'' if linears == 1 else 's'}: "
+        f"{saved:.3g} ms a step less in them than in BF16"
+    )
+    return f"{pays}; {forced}" if forced else pays
+
+
+def baseline_plan(costs: Costs) -> Options:
+    """Return BF16 O2 wherever it has a price, whatever is kept."""
+    return tuple(BF16_O2 if BF16_O2 in row else next(iter(row)) for row in costs.prices)
+
+
+def _gain_ms(costs: Costs, index: int, options: Options) -> float:
+    """Return the time that a layer's FP8 option saves against its BF16 (else FP32)."""
+    prices = costs.prices[index]
+    return prices[baseline_plan(costs)[index]].flow_ms - prices[options[index]].ms
+
+
+def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
+    if not profile.device.fp8_recipes:
+        return profile.device.fp8_reason or f"{profile.device.name} has no FP8 GEMM"
+    costs = problem.costs
+    eligible = [i for i, row in enumerate(costs.prices) if any(o.is_fp8 for o in row)]
+    if not eligible:
+        return _why_ineligible(costs)
+    best = {i: min(p.ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
+    own = {i: costs.prices[i][options[i]].flow_ms for i in eligible}
+    faster = [i for i in eligible if best[i] < own[i]]
+    if not faster:
+        return (
+            f"on {_count(eligible)} that can take it the fastest recipe needs "
+            f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms{_steps(profile)}"
+        )
+    closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
+    gain = sum(own[i] - best[i] for i in faster)
+    return f"it is faster on {_count(faster)} ({gain:.4g} ms a step in all), but " + (
+        f"{first_and_more(costs.layers[i].name for i in closed)} may not take it (--keep, or "
+        "unknown gradient error)"
+        if len(closed) == len(faster)
+        else "not by enough for the gradient error it adds (budget "
+        f"{percent(search.grad_error_budget)})"
+    )
+
+
+def _why_ineligible(costs: Costs) -> str:
+    """Return why no linear has an FP8 option: most often a refusal that they share."""
+    refusals = Counter(
+        reason
+        for layer in costs.layers
+        if layer.kind is LayerKind.LINEAR and (reason := layer.refusal(Precision.FP8_O1))
+    )
+    if refusals:
+        reason, count = refusals.most_common(1)[0]
+        return f"none of the linear layers can take it ({count} of them: {reason})"
+    if any(layer.kind is LayerKind.LINEAR for layer in costs.layers):
+        return "no FP8 option was profiled"
+    return "the model has no linear layer"
+
+
+def _steps(profile: Profile) -> str:
+    """Return how the whole step in FP8 compares to that in BF16 O2, where both were timed."""
+    fp8, bf16 = profile.step("fp8_o1"), profile.step("bf16_o2")
+    if fp8 is None or bf16 is None:
+        return ""
+    return (
+        f"; the whole step with FP8 takes {fp8.timing.median_ms:.4g} ms, in BF16 O2 "
+        f"{bf16.timing.median_ms:.4g} ms ({fp8.timing.basis})"
+    )
+
+
+def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
+    uniform = baseline_plan(costs)
+    fp32_ms, bf16_ms = costs.step_ms(options), costs.step_ms(uniform)
+    if is_all_fp32(uniform):
+        return "BF16 is not worth it here: no layer can take it"
+    if bf16_ms >= fp32_ms:
+        return (
+            f"BF16 is not worth it here: the step takes {bf16_ms:.4g} ms in BF16 O2, "
+            f"{fp32_ms:.4g} ms in FP32"
+        )
+    trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
+    error = next(trials, costs.grad_error(uniform))
+    return (
+        f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: the gradient error of "
+        f"BF16 O2 is {percent(error)}, the budget {percent(search.grad_error_budget)}"
+    )
+
+
+def _communication_note(costs: Costs, options: Options) -> str:
+    """Return how much of what FP8 saves goes to communication that hides behind BF16 compute."""
+    lost = costs.unhidden_ms(options)
+    saved = costs.step_ms(baseline_plan(costs)) - costs.step_ms(options) + lost
+    has_fp8 = any(option.is_fp8 for option in options)
+    if not has_fp8 or min(lost, saved) <= 0.0 or lost < NOTABLE * saved:
+        return ""
+    return (
+        f"the FP8 layers save {saved:.4g} ms a step, but FSDP's communication hides less behind "
+        f"them than behind BF16 and takes {lost:.4g} ms of it"
+    )
+
+
+def _memory_note(profile: Profile, problem: Problem, options: Options) -> str:
+    """Return that the plan does not fit into the device's memory, where it does not."""
+    chosen = dict(zip(profile.model.names, options, strict=True))
+    return memory_note(profile, chosen, problem.costs.memory_bytes(options))
+
+
+def _parallel_note(profile: Profile) -> str:
+    """Return which layers `--parallel` leaves whole although it asks for tensor parallelism."""
+    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    return unsplit_note(profile.model.layers, parallel)
+
+
+def _count(layers: Sequence[int]) -> str:
+    return "the 1 layer" if len(layers) == 1 else f"the {len(layers)} layers"
+
+
+def _is_or_are(layers: Iterable[int]) -> str:
+    return "is" if len(list(layers)) == 1 else "are"
