@@ -77,8 +77,6 @@ class PlanRow:
     has_fault: bool
     table_grad_error: float
     joint_e: float
-    table_bias: float
-    joint_bias: float
     table_gap: float
     joint_gap: float
     scores: dict[str, float]
@@ -291,9 +289,7 @@ def measure_plan(
     """Predict a plan's gap and measure it over the paired seeds."""
     rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
     table_grad_error = sensitivity.activation_error.mean + sum(row.grad_error.mean for row in rows)
-    table_bias = sum(row.bias.mean for row in rows)
     joint = meter.measure_joint(tuple(plan[name] for name in meter.spec.names))
-    joint_bias = joint.bias.mean if joint.bias else 0.0
     arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in meter.spec.uncovered))
     pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, family.seeds + 1)]
     found = PlanRow(
@@ -301,8 +297,6 @@ def measure_plan(
         has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),
         table_grad_error=table_grad_error,
         joint_e=joint.grad_error.mean,
-        table_bias=table_bias,
-        joint_bias=joint_bias,
         table_gap=predicted(session, sensitivity, table_grad_error),
         joint_gap=predicted(session, sensitivity, joint.grad_error.mean),
         scores=scores,

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from autoprec.records import Gemm, Option, Recipe
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
-from autoprec.sensitivity.local import loss_delta
 from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.replay import recorded_calls
 
@@ -68,9 +67,11 @@ def modelopt_scores(
 
 
 def loss_probe_scores(reference: Reference, names: Sequence[str], option: Option) -> Scores:
-    """Score every layer by autoprec's loss probe of one option: one pass per batch.
+    """Score every layer by the loss probe of one option: one pass per batch.
 
-    E[g.dy] + half of the Fisher term, with g = dL/dy from the pass and dy from the option's casts.
+    E[g.dy] + half of the Fisher term, with g = dL/dy from the pass and dy from the option's casts:
+    for a loss that is a mean over n tokens, n g_t is the gradient of token t's own loss and
+    1/2 dy'F dy = 1/2 n sum_t (g_t . dy_t)^2.
     """
     started = time.perf_counter()
     layers = {name: reference.model.get_submodule(name) for name in names}
@@ -87,7 +88,9 @@ def loss_probe_scores(reference: Reference, names: Sequence[str], option: Option
                 if g_MN is not None:
                     cast_MK = cast_operand(x_MK, input_cast)
                     error_MN = cast_MK @ error_NK.t() + (cast_MK - x_MK) @ weight_NK.t()
-                    found[name] += loss_delta(g_MN.flatten(0, -2), error_MN)
+                    per_token = (g_MN.flatten(0, -2) * error_MN).sum(-1)
+                    fisher = 0.5 * len(per_token) * per_token.square().sum(dtype=torch.float64)
+                    found[name] += float(per_token.sum(dtype=torch.float64) + fisher)
     return Scores("loss probe", found, time.perf_counter() - started)
 
 

@@ -403,11 +403,6 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
                 mean=layer_grad_error(position, option),
                 stderr=0.1 * layer_grad_error(position, option),
             ),
-            bias=Estimate(
-                mean=0.4 * layer_grad_error(position, option),
-                stderr=0.1 * layer_grad_error(position, option),
-            ),
-            loss_delta=Estimate(mean=1e-4 / (1 + position), stderr=3e-5),
         )
         for position, layer in enumerate(spec.layers)
         for option in layer.options
@@ -441,7 +436,6 @@ def make_sensitivity(spec: ModelSpec) -> Sensitivity:
             ),
         ),
         loss_curve=tuple((index, 10.8 - 0.3 * index) for index in range(20)),
-        gradient_noise=Estimate(mean=0.62, stderr=0.05),
         software=SOFTWARE,
     )
 

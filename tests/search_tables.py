@@ -110,9 +110,7 @@ def layer_timing(name: str, option: Option, ms: float) -> LayerTiming:
     )
 
 
-def sensitivity_of(
-    spec: ModelSpec, rows: Mapping[str, Row], *, flow: float = 0.0, bias: float = 0.0
-) -> Sensitivity:
+def sensitivity_of(spec: ModelSpec, rows: Mapping[str, Row], *, flow: float = 0.0) -> Sensitivity:
     """Return a sensitivity with one row per layer and option other than FP32."""
     return Sensitivity(
         structure=spec.structure,
@@ -130,8 +128,6 @@ def sensitivity_of(
                 name=name,
                 option=option,
                 grad_error=Estimate(mean=grad_error),
-                bias=Estimate(mean=bias * grad_error),
-                loss_delta=None,
             )
             for name, row in rows.items()
             for option, (_, grad_error) in row.items()
@@ -142,7 +138,6 @@ def sensitivity_of(
         statistics=(),
         joint=(),
         loss_curve=tuple((step, 4.0 - 0.1 * step**0.5) for step in range(1, 21)),
-        gradient_noise=None,
         software=SOFTWARE,
     )  # fmt: skip
 

@@ -8,17 +8,14 @@ from hypothesis import strategies as st
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import (
-    BF16_O2,
     FP32,
     Estimate,
-    LayerSensitivity,
     Sensitivity,
 )
 from autoprec.sensitivity.gap import (
     USUAL_EXPONENT,
     fit_loss_line,
     grad_error_budget_for,
-    plan_bias,
     predicted_loss_gap,
 )
 
@@ -44,7 +41,6 @@ def make_sensitivity(
         statistics=(),
         joint=(),
         loss_curve=curve,
-        gradient_noise=None,
         software={},
     )
 
@@ -73,29 +69,6 @@ def test_gap_of_a_branch_counts_the_branch_only() -> None:
     assert whole is not None
     assert branch is not None
     assert branch == pytest.approx(whole / 2, rel=0.01)
-
-
-def test_the_bias_of_a_plan_is_that_of_its_own_layers() -> None:
-    rows = tuple(
-        LayerSensitivity(
-            name=name,
-            option=BF16_O2,
-            grad_error=Estimate(mean=grad_error),
-            bias=Estimate(mean=b),
-            loss_delta=None,
-        )
-        for name, grad_error, b in (
-            ("good", 0.01, 0.008),
-            ("bad", 1.0, 0.02),
-            ("unbiased", 0.1, -0.01),
-        )
-    )
-    sensitivity = make_sensitivity(falling(0.4)).model_copy(update={"rows": rows})
-    assert plan_bias(sensitivity, {"good": BF16_O2, "bad": FP32}, 0.02) == pytest.approx(0.016)
-    both = plan_bias(sensitivity, {"good": BF16_O2, "bad": BF16_O2}, 1.01)
-    assert both == pytest.approx(0.028)
-    assert plan_bias(sensitivity, {"unbiased": BF16_O2}, 0.1) == 0.0
-    assert plan_bias(sensitivity, {}, 0.1) == 0.0
 
 
 @given(

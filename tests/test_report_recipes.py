@@ -17,8 +17,6 @@ def row(name: str, option: Option, grad_error: float) -> LayerSensitivity:
         name=name,
         option=option,
         grad_error=Estimate(mean=grad_error),
-        bias=Estimate(mean=0.0),
-        loss_delta=None,
     )
 
 

@@ -123,7 +123,7 @@ def test_dropout_is_paired_so_that_its_floor_is_zero() -> None:
     assert spec.has_randomness
     reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
     baseline = reference.baseline(0)
-    assert reference.perturbation(0, baseline).squared == 0.0
+    assert reference.squared_error(0, baseline) == 0.0
     quiet = measure_sensitivity(workload, spec, device=CPU, reference=reference)
     assert max(row.grad_error.mean for row in quiet.rows if row.option == BF16_O2) < 1e-2
 

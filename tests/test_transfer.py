@@ -49,8 +49,6 @@ def measured(spec: ModelSpec, grad_error: dict[str, float]) -> Sensitivity:
             grad_error=Estimate(
                 mean=share * grad_error[layer.name], stderr=0.1 * share * grad_error[layer.name]
             ),
-            bias=Estimate(mean=0.0),
-            loss_delta=None,
         )
         for layer in spec.layers
         for option, share in ((BF16_O2, 0.01), (TENSORWISE, 1.0))

@@ -29,11 +29,11 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.runtime.checkpoint import Checkpoint
-from autoprec.sensitivity.gap import plan_bias, predicted_loss_gap
+from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.verification import verify_front, verify_plan
 from autoprec.verification.branches import Bench, evaluate, train_branch, warm_up
-from autoprec.verification.evidence import predicted_gaps
+from autoprec.verification.evidence import predicted_gap
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.sequential import Looks, gap_interval, judge
 from autoprec.verification.session import REFERENCE, Session, Terms, open_session
@@ -273,13 +273,10 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     session = opened(workload, spec)
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     longer = sensitivity.model_copy(update={"loss_curve": curve})
-    bias = plan_bias(longer, dict.fromkeys(spec.names, BF16_O2), 0.01)
-    expected = tuple(
-        predicted_loss_gap(longer, grad_error, STEPS, start=STEPS) for grad_error in (0.01, bias)
-    )
-    assert None not in expected
-    assert predicted_gaps(session, plan, sensitivity) == expected
-    assert predicted_gaps(session, plan_of(spec, BF16_O2), sensitivity) is None
+    expected = predicted_loss_gap(longer, 0.01, STEPS, start=STEPS)
+    assert expected is not None
+    assert predicted_gap(session, plan, sensitivity) == expected
+    assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None
 
 
 def test_dropout_masks_are_paired() -> None:

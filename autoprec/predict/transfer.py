@@ -3,8 +3,8 @@
 Transferred: a layer takes its e from the layers of the small model that do the same thing (the same
 name but for numbers, else the same last two parts, else the last) at the same relative depth, first
 to first and last to last, interpolated between. A role's total is kept and spread over more layers:
-the residual stream is longer, and each layer's share of it smaller. Noise, loss curve and flow are
-the small model's. Seen on Llamas of width 64: the table of 2 blocks against one measured on 8 has
+the residual stream is longer, and each layer's share of it smaller. Loss curve and flow are the
+small model's. Seen on Llamas of width 64: the table of 2 blocks against one measured on 8 has
 Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 % below; that of 4 blocks 0.97 to 0.98, and
 17 to 20 % below. Other widths are not covered by this.
 
@@ -100,7 +100,6 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
         statistics=(),
         joint=(),
         loss_curve=(),
-        gradient_noise=None,
         software={},
         notes=tuple(_unknown_notes(spec)),
     )
@@ -138,9 +137,7 @@ def _is_router(layer: LayerSpec) -> bool:
 
 
 def _unknown_row(name: str, option: Option) -> LayerSensitivity:
-    return LayerSensitivity(
-        name=name, option=option, grad_error=ZERO, bias=ZERO, loss_delta=None, basis=Basis.UNKNOWN
-    )
+    return LayerSensitivity(name=name, option=option, grad_error=ZERO, basis=Basis.UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -194,8 +191,6 @@ def _spread(name: str, rows: Sequence[LayerSensitivity], place: _Place) -> Layer
         name=name,
         option=rows[0].option,
         grad_error=_mixed([(weight, rows[at].grad_error) for at, weight in weights.items()], scale),
-        bias=_mixed([(weight, rows[at].bias) for at, weight in weights.items()], scale),
-        loss_delta=None,
         basis=Basis.TRANSFERRED,
     )
 
@@ -247,7 +242,7 @@ def _by_key(names: Sequence[str], key: Key) -> dict[str, list[str]]:
 def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
     yield (
         f"e is transferred by role and relative depth from a smaller model ({small.structure}), "
-        "not measured on this one; so are the loss curve and the gradient noise behind the budget"
+        "not measured on this one; so is the loss curve behind the budget"
     )
     if unmatched:
         yield (

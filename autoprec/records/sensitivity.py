@@ -27,16 +27,13 @@ class Operand(StrEnum):
 class LayerSensitivity(Record):
     """One layer x option against the reference.
 
-    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR); `bias` the part
-    of it that does not average out over batches; `loss_delta` the one-pass loss probe (nats, or
-    the loss's unit); `by_gemm` the share of it that each GEMM adds where it was measured apart.
+    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR), and `by_gemm` the
+    share of it that each GEMM adds where it was measured apart.
     """
 
     name: str
     option: Option
     grad_error: Estimate
-    bias: Estimate
-    loss_delta: Estimate | None
     by_gemm: dict[Gemm, Estimate] = Field(default_factory=dict)
     basis: Basis = Basis.MEASURED
 
@@ -66,7 +63,6 @@ class JointMeasurement(Record):
     options: tuple[Option, ...]  # in the order of the model's layers
     grad_error: Estimate
     predicted_grad_error: float
-    bias: Estimate | None = None
 
 
 class Sensitivity(FileRecord):
@@ -78,8 +74,7 @@ class Sensitivity(FileRecord):
     names P (`adam`, `identity`, ...). `activation_error` is what the
     joint error of uniform BF16 has beyond its rows, from BF16 activations between layers: paid once
     by any plan with a 16-bit layer. `floor` is the error between two runs of the
-    reference (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up;
-    `gradient_noise` is the relative variance of the minibatch gradient, for scale.
+    reference (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up.
     """
 
     KIND: ClassVar[str] = "sensitivity"
@@ -102,7 +97,6 @@ class Sensitivity(FileRecord):
     statistics: tuple[OperandStatistics, ...]
     joint: tuple[JointMeasurement, ...]
     loss_curve: tuple[tuple[int, float], ...]
-    gradient_noise: Estimate | None
     software: dict[str, str]
     notes: tuple[str, ...] = ()
 

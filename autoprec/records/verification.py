@@ -68,9 +68,8 @@ class Verification(FileRecord):
 
     `loss_tolerance` is the allowed relative loss gap, `gap` the plan's and `control_gap` BF16 O2's;
     `seed_spread` the relative standard deviation of the reference's evaluation loss over seeds.
-    `predicted_gap` comes from the gradient error and the reference's loss curve, and
-    `predicted_bias_gap` is what its systematic part makes of it. `steps` are the whole-step
-    timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
+    `predicted_gap` comes from the gradient error and the reference's loss curve. `steps` are the
+    whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
     plans that were tried before this one. `advice` is what it would take when inconclusive.
     `plan` is the plan's digest (`Plan.digest`). `seeds_planned` are the smallest and largest number
     of seeds the test was planned for. `eval_stderr` is the standard error that the finite number of
@@ -102,7 +101,6 @@ class Verification(FileRecord):
     eval_stderr: NonNegativeFloat | None = None
     floor: NonNegativeFloat | None = None
     notes: tuple[str, ...] = ()
-    predicted_bias_gap: float | None = None
 
     def step_ms(self, label: str) -> float | None:
         """Return the median measured step time of a label, or None."""

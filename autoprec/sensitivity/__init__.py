@@ -12,7 +12,6 @@ history         the amax history of delayed scaling
 joint           the measured e of a whole assignment
 reference       warmed-up weights, batches and reference gradients
 preconditioner  how the optimizer weighs a gradient
-projection      short sketches of gradients
 gemm            FP8 GEMMs on a CPU, fast
 estimates       per-batch numbers -> estimates with standard errors
 gap             from a gradient error to a loss gap, and back

@@ -7,14 +7,8 @@ progress of n / (1 + e) ends higher, in relative terms, by
 
     gap = r * log(1 + e)
 
-(for a branch of n steps after n0 common ones, e counts n / (n0 + n) only).
-
-The bias part of e is systematic: it neither averages out over steps nor anneals away with the
-learning rate, so its share of the gap is told apart (`plan_bias`). It is not made dearer than
-noise: counted against the mean gradient, whose square is smaller than the minibatch gradient's, it
-would be divided by 1 - v with v the relative variance of the minibatch gradient (above 0.9 in all
-that was measured), and predicted gaps came out 4 to 30 times too high on a GPT and an encoder;
-counted as noise they are within a factor of two (bench/convergence).
+(for a branch of n steps after n0 common ones, e counts n / (n0 + n) only). The part of e that does
+not average out over batches costs what the rest does (docs/decisions/015-bias-counts-as-noise.md).
 
 Within the curve r is its slope per e-fold of steps over its last loss. Beyond it nothing is known
 but how training usually goes on: a fresh GPT falls steeply to the statistics of single characters,
@@ -32,11 +26,11 @@ through the same steps: 13 times too high, 3 and 10 too low). The budget of e ke
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprec.errors import InfeasibleError
-from autoprec.records import Option, Sensitivity
+from autoprec.records import Sensitivity
 
 FEWEST_POINTS = 4  # of the loss curve; a line needs two, its standard error a few more
 SMALLEST_LOSS = 1e-12
@@ -124,16 +118,3 @@ def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
     believed = max(slope, stderr)
     level = y_mean + believed * x_mean
     return LossLine(level, believed, last, level - believed * math.log(last))
-
-
-def plan_bias(sensitivity: Sensitivity, options: Mapping[str, Option], grad_error: float) -> float:
-    """Return the part of a plan's `e` that does not average out, by the rows of its own options.
-
-    One bad layer can make up nearly all of e, and its share is not that of the others.
-    """
-    rows = [row for name, option in options.items() if (row := sensitivity.row(name, option))]
-    total = math.fsum(row.grad_error.mean for row in rows)
-    if total <= 0.0:
-        return 0.0
-    share = math.fsum(row.bias.mean for row in rows) / total
-    return grad_error * min(max(share, 0.0), 1.0)

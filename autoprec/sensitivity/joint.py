@@ -20,11 +20,10 @@ from autoprec.records import (
     Precision,
 )
 from autoprec.runtime import install_options
-from autoprec.sensitivity.estimates import bias_estimate, ratio_estimate
+from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import (
     DEFAULT_WARMUP_STEPS,
-    Perturbation,
     Reference,
     prepare_reference,
 )
@@ -82,7 +81,7 @@ class JointMeter:
     def measure_joint(
         self, options: tuple[Option, ...], *, label: str = "", predicted_grad_error: float = 0.0
     ) -> JointMeasurement:
-        """Return the joint e and its bias part, beside a prediction to compare with.
+        """Return the joint e beside a prediction to compare with.
 
         Raises:
             PlanMismatchError: not one option per layer, or a layer cannot run its option.
@@ -113,7 +112,7 @@ class JointMeter:
         }
         used = range(min(FLOW_BATCHES, len(self.reference.batches)))
         samples = [self._sample(index, options) for index in used]
-        joint = ratio_estimate([s.squared for s in samples], [self._scale[i] for i in used])
+        joint = ratio_estimate(samples, [self._scale[i] for i in used])
         layers = math.fsum(row.grad_error.mean for row in rows if row.option == BF16_O2)
         return joint.model_copy(update={"mean": max(joint.mean - layers, 0.0)})
 
@@ -125,16 +124,15 @@ class JointMeter:
         return JointMeasurement(
             label="",
             options=tuple(options),
-            grad_error=ratio_estimate([s.squared for s in samples], scale),
+            grad_error=ratio_estimate(samples, scale),
             predicted_grad_error=0.0,
-            bias=bias_estimate([s.sketch for s in samples], scale),
         )
 
-    def _sample(self, index: int, options: dict[str, Option]) -> Perturbation:
+    def _sample(self, index: int, options: dict[str, Option]) -> float:
         baseline = self.reference.baseline(index)
         self._scale[index] = baseline.squared
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
         installed = install_options(self.reference.model, options, uncovered=uncovered)
         with installed, fast_fp8_gemms(self.reference.device):
-            return self.reference.perturbation(index, baseline)
+            return self.reference.squared_error(index, baseline)

@@ -12,59 +12,52 @@ from autoprec.errors import PlanMismatchError
 from autoprec.records import LayerSensitivity, Option, Recipe
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import emulated_linear
-from autoprec.sensitivity.estimates import bias_estimate, mean_estimate, ratio_estimate
+from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.sensitivity.reference import Baseline, Perturbation, Reference
+from autoprec.sensitivity.reference import Baseline, Reference
 
 Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
 
 
 def measure_layerwise(
     reference: Reference, cells: Sequence[Cell], *, progress: Progress
-) -> tuple[tuple[LayerSensitivity, ...], list[Baseline]]:
-    """Return one row per cell, and the baselines without their gradients.
+) -> tuple[LayerSensitivity, ...]:
+    """Return one row per cell.
 
     Costs one pass per batch for the reference and one per batch and cell. Batches are the outer
     loop, so that one reference gradient is held at a time.
     """
-    samples: dict[Cell, list[Perturbation]] = {cell: [] for cell in cells}
-    baselines: list[Baseline] = []
+    samples: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    scale: list[float] = []
     total = len(reference.batches) * len(cells)
     for index in range(len(reference.batches)):
         baseline = reference.baseline(index)
         for count, cell in enumerate(cells):
             progress("sensitivity: layer by layer", index * len(cells) + count, total)
             samples[cell].append(measure_cell(reference, cell, index=index, baseline=baseline))
-        baselines.append(Baseline(baseline.loss, {}, baseline.squared, baseline.sketch))
+        scale.append(baseline.squared)
     progress("sensitivity: layer by layer", total, total)
-    scale = [baseline.squared for baseline in baselines]
-    return tuple(make_row(cell, samples[cell], scale) for cell in cells), baselines
+    return tuple(make_row(cell, samples[cell], scale) for cell in cells)
 
 
-def measure_cell(
-    reference: Reference, cell: Cell, *, index: int, baseline: Baseline
-) -> Perturbation:
+def measure_cell(reference: Reference, cell: Cell, *, index: int, baseline: Baseline) -> float:
     """Run one batch with one layer in one option, the others FP32 in an FP32 flow."""
     name, option = cell
     if option.recipe is Recipe.DELAYED:
         with emulated_layer(reference, name, option):
-            return reference.perturbation(index, baseline)
+            return reference.squared_error(index, baseline)
     installed = install_options(reference.model, {name: option}, activation_dtype=torch.float32)
     with installed, fast_fp8_gemms(reference.device):
-        return reference.perturbation(index, baseline)
+        return reference.squared_error(index, baseline)
 
 
-def make_row(
-    cell: Cell, samples: Sequence[Perturbation], scale: Sequence[float]
-) -> LayerSensitivity:
+def make_row(cell: Cell, samples: Sequence[float], scale: Sequence[float]) -> LayerSensitivity:
     """Return a cell's row from its samples and the |g_ref|^2 of the same batches."""
     name, option = cell
     return LayerSensitivity(
         name=name,
         option=option,
-        grad_error=ratio_estimate([s.squared for s in samples], scale),
-        bias=bias_estimate([s.sketch for s in samples], scale),
-        loss_delta=mean_estimate([s.loss_delta for s in samples]),
+        grad_error=ratio_estimate(samples, scale),
     )
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from autoprec.records import BF16_O2, Gemm, Operand, Option
+from autoprec.records import Gemm, Operand, Option
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
 from autoprec.sensitivity.operands import KEEP, Operands
-from autoprec.sensitivity.replay import Call, Replayed
+from autoprec.sensitivity.replay import Replayed
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,11 @@ class LocalErrors:
     """One layer's errors on one batch.
 
     `errors` holds a tensor per call, or the one of the weight. `parameter_errors` are the errors
-    of the layer's trainable parameters' gradients. `loss_deltas` is the loss probe per option.
+    of the layer's trainable parameters' gradients.
     """
 
     errors: dict[Component, list[Tensor]] = field(default_factory=dict)
     parameter_errors: dict[GradWeightKey, list[Tensor]] = field(default_factory=dict)
-    loss_deltas: dict[Option, float] = field(default_factory=dict)
 
 
 def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
@@ -78,16 +77,10 @@ def parameter_only_errors(layer: nn.Module, gradients: Sequence[Tensor]) -> Loca
             BF16_GRAD_INPUT: [],
         },
         parameter_errors={(): [round_bf16(g) - g for g in gradients]},
-        loss_deltas={
-            BF16_O2: sum(
-                _first(g * (round_bf16(p.detach()) - p.detach()))
-                for p, g in zip(trainable, gradients, strict=True)
-            )
-        },
     )
 
 
-def bf16_errors(calls: Sequence[Call], exact: Replayed, rounded: Replayed) -> LocalErrors:
+def bf16_errors(exact: Replayed, rounded: Replayed) -> LocalErrors:
     """Return a layer's errors in BF16 from its replays in FP32 and in BF16."""
     found = LocalErrors()
     found.errors[BF16_OUTPUT] = [
@@ -102,12 +95,6 @@ def bf16_errors(calls: Sequence[Call], exact: Replayed, rounded: Replayed) -> Lo
     ]
     pairs = zip(exact.parameter_gradients, rounded.parameter_gradients, strict=True)
     found.parameter_errors[()] = [b - a for a, b in pairs]
-    gradients = [g for call in calls for g in call.gradients]
-    found.loss_deltas[BF16_O2] = sum(
-        loss_delta(g, error.float())
-        for g, error in zip(gradients, found.errors[BF16_OUTPUT], strict=True)
-        if g is not None
-    )
     return found
 
 
@@ -134,20 +121,6 @@ def add_fp8_errors(
                 found.parameter_errors[sides] = _grad_weight_errors(
                     operands, sides, gradients, layer.weight
                 )
-        found.loss_deltas[option] = (
-            _output_loss_delta(operands, exact, casts[Gemm.OUTPUT], gradients.get(id(layer.weight)))
-            if Gemm.OUTPUT in casts
-            else found.loss_deltas[BF16_O2]
-        )
-
-
-def loss_delta(gradient: Tensor, error: Tensor) -> float:
-    """Return E[g.dy] + half of the Fisher term, for a loss that is a mean over the n tokens.
-
-    With n g_t the gradient of token t's own loss, 1/2 dy'F dy = 1/2 n sum_t (g_t . dy_t)^2.
-    """
-    per_token = (gradient * error).flatten(0, -2).sum(-1) if error.dim() > 1 else gradient * error
-    return _first(per_token) + 0.5 * per_token.numel() * _second(per_token)
 
 
 def _grad_weight_errors(
@@ -161,40 +134,3 @@ def _grad_weight_errors(
         made - gradient if key == id(weight) else torch.zeros_like(gradient)
         for key, gradient in gradients.items()
     ]
-
-
-def _output_loss_delta(
-    operands: Operands, exact: Replayed, sides: Sides, weight_gradient: Tensor | None
-) -> float:
-    """Return the loss probe of the output GEMM's casts, from products that are there already.
-
-    g . Dy = gx . Dx + gw . Dw with gx = g w and gw = g' x, the exact gradients of input and weight
-    (a frozen weight has none: it is multiplied out). In the Fisher term, Dx is summed up per token
-    and Dw enters by its expectation, E (g_t Dw x_t)^2 = g_t^2 Dw^2 x_t^2.
-    """
-    (input_operand, input_cast), (weight_operand, weight_cast) = sides
-    total = 0.0
-    tokens = sum(len(g_MN) for g_MN in operands.exact[Operand.GRAD_OUTPUT])
-    for gx_MK, error_MK in zip(
-        _own_input_gradients(exact), operands.errors(input_operand, input_cast), strict=True
-    ):
-        per_token = (gx_MK * error_MK).sum(1)
-        total += _first(per_token) + 0.5 * tokens * _second(per_token)
-    error_NK = operands.errors(weight_operand, weight_cast)[0].float()
-    if weight_gradient is None:
-        weight_gradient = operands.weight_gradient()
-    first = _first(weight_gradient * error_NK)
-    return total + first + 0.5 * tokens * _first(operands.weight_power * error_NK.square())
-
-
-def _own_input_gradients(exact: Replayed) -> list[Tensor]:
-    found = [g for gradients in exact.input_gradients for g in gradients if g is not None]
-    return [g.reshape(-1, g.shape[-1]) for g in found]
-
-
-def _first(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
-
-
-def _second(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))

@@ -110,7 +110,6 @@ def measure_sensitivity(
         statistics=table.statistics,
         joint=joint,
         loss_curve=prepared.loss_curve,
-        gradient_noise=table.gradient_noise,
         software=_software(),
         notes=tuple(_notes(prepared, table, floor)),
     )
@@ -124,7 +123,7 @@ def measure_floor(reference: Reference, spec: ModelSpec) -> Estimate:
     if spec.is_deterministic and spec.device == str(reference.device):
         return Estimate(mean=0.0)
     baseline = reference.baseline(0)
-    return ratio_estimate([reference.perturbation(0, baseline).squared], [baseline.squared])
+    return ratio_estimate([reference.squared_error(0, baseline)], [baseline.squared])
 
 
 def measure_gentlest(

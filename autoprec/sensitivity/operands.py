@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,6 @@ class Operands:
             pairs = zip(self.cast(operand, cast), self.exact[operand], strict=True)
             self._errors[key] = [(made - exact).to(KEEP) for made, exact in pairs]
         return self._errors[key]
-
-    def weight_gradient(self) -> Tensor:
-        """Return g' x [N, K], summed over calls."""
-        pairs = zip(self.exact[Operand.GRAD_OUTPUT], self.exact[Operand.INPUT], strict=True)
-        # grad_weight: [N, M] @ [M, K] -> [N, K], per call
-        return torch.stack([g.t() @ x for g, x in pairs]).sum(0)
-
-    @cached_property
-    def weight_power(self) -> Tensor:
-        """(g^2)' x^2 [N, K] over all tokens, taken for the product of its margins."""
-        n = torch.stack([g.square().sum(0) for g in self.exact[Operand.GRAD_OUTPUT]]).sum(0)
-        k = torch.stack([x.square().sum(0) for x in self.exact[Operand.INPUT]]).sum(0)
-        return torch.outer(n, k) / sum(len(x) for x in self.exact[Operand.INPUT])
 
     def statistics(self, name: str, options: Sequence[Option]) -> list[OperandStatistics]:
         """Return the range of each operand, and what each option's recipe would do to it."""

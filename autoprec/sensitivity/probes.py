@@ -21,8 +21,6 @@ other, and the groups' squares are added: E sum_k z_k^2 = d'Pd still, with thous
 freedom instead of one. Groups must keep together what is coherent: all tokens of one input or
 gradient channel (underflow hits them alike), all of one row of the weight. Cross terms between
 groups, operands and GEMMs are left out; measured, they scatter around zero.
-
-The same signs serve two batches in turn, so products of z of different batches give the bias part.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,17 +58,13 @@ class BatchShow:
     """What one batch showed: probe products per layer and component, and local sums.
 
     `products` has one list entry per probe, each the vector of the groups' z.
-    `parameter_errors` are (d'Pd, sketch) of each layer's own parameters.
+    `parameter_errors` are d'Pd of each layer's own parameters.
     """
 
     products: dict[tuple[str, Component], list[Tensor]] = field(default_factory=dict)
-    parameter_errors: dict[tuple[str, GradWeightKey], tuple[float, Tensor]] = field(
-        default_factory=dict
-    )
-    loss_deltas: dict[tuple[str, Option], float] = field(default_factory=dict)
+    parameter_errors: dict[tuple[str, GradWeightKey], float] = field(default_factory=dict)
     statistics: list[OperandStatistics] = field(default_factory=list)
     squared: float = 0.0
-    sketch: Tensor | None = None
 
 
 def probe_batches(
@@ -100,7 +94,7 @@ def probe_batches(
         reference.kept.pop(index, None)  # run it now, so that the calls are seen
         with recorded_calls(chosen) as calls:
             baseline = reference.baseline(index)
-        show.squared, show.sketch = baseline.squared, baseline.sketch
+        show.squared = baseline.squared
         errors = _local_errors(reference, chosen, calls, baseline, options, show, index=index)
         _keep_parameter_errors(reference, chosen, baseline, errors, show)
         for probe in range(probes):
@@ -141,7 +135,7 @@ def _local_errors(
         ):
             for name, layer in called.items():
                 rounded = replay(layer, calls[name], seed=seed)
-                found[name] = bf16_errors(calls[name], exact[name], rounded)
+                found[name] = bf16_errors(exact[name], rounded)
     for name, fp8 in options.items():
         layer = layers[name]
         if fp8 and name in called and isinstance(layer, nn.Linear):
@@ -176,17 +170,14 @@ def _keep_parameter_errors(
     for name, layer in layers.items():
         trainable = [p for p in layer.parameters() if p.requires_grad]
         for key, parts in errors[name].parameter_errors.items():
-            squared, sketch = 0.0, reference.projection.empty()
+            squared = 0.0
             for parameter, part in zip(trainable, parts, strict=True):
                 if id(parameter) in places:
                     place = places[id(parameter)]
                     weighted = reference.weigh(parameter, part, baseline.gradients[place])
                     squared += float(weighted.square().sum(dtype=torch.float64))
-                    reference.projection.add(sketch, weighted, place=place)
-            show.parameter_errors[name, key] = (squared, sketch.cpu())
+            show.parameter_errors[name, key] = squared
         errors[name].parameter_errors.clear()
-        for option, delta in errors[name].loss_deltas.items():
-            show.loss_deltas[name, option] = delta
 
 
 def _run_probe(

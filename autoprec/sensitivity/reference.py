@@ -24,32 +24,20 @@ from autoprec.records import ModelSpec
 from autoprec.runtime.checkpoint import load_state, read_checkpoint
 from autoprec.sensitivity.history import AmaxHistory
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
-from autoprec.sensitivity.projection import Projection
 from autoprec.workload.functions import Batch, Workload, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
-DEFAULT_BATCHES = 2  # a pair: with its standard error, its bias and its noise
+DEFAULT_BATCHES = 2  # a pair has a standard error
 DEFAULT_WARMUP_STEPS = 10
-FEWEST_BATCHES = 2  # one batch cannot tell noise from bias, nor give a standard error
+FEWEST_BATCHES = 2  # one batch gives no standard error
 
 
 @dataclass(frozen=True)
 class Baseline:
     """The reference gradient g of one batch: FP32 by parameter place, and its squared norm g'Pg."""
 
-    loss: float
     gradients: dict[int, Tensor]
     squared: float
-    sketch: Tensor
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What a pass changed on one batch: d'Pd with d = g_p - g_ref, its sketch, and the loss."""
-
-    squared: float
-    sketch: Tensor
-    loss_delta: float
 
 
 @dataclass
@@ -65,7 +53,6 @@ class Reference:
     seed: int
     batches: list[Batch]
     preconditioner: Preconditioner
-    projection: Projection
     history: AmaxHistory
     loss_curve: tuple[tuple[int, float], ...]
     warmup_steps: int
@@ -103,7 +90,7 @@ class Reference:
         size = sum(g.numel() * g.element_size() for g in found.gradients.values())
         if size * len(self.batches) <= KEPT_BYTES:
             cpu = {place: g.to("cpu") for place, g in found.gradients.items()}
-            self.kept[index] = Baseline(found.loss, cpu, found.squared, found.sketch)
+            self.kept[index] = Baseline(cpu, found.squared)
         return found
 
     def run_baseline(self, index: int) -> Baseline:
@@ -115,31 +102,29 @@ class Reference:
                 "lower the learning rate or look at the data"
             )
         gradients: dict[int, Tensor] = {}
-        squared, sketch = 0.0, self.projection.empty()
+        squared = 0.0
         for place, parameter in self.measured():
             gradient = _gradient(parameter)
             gradients[place] = gradient
             weighted = self.weigh(parameter, gradient, gradient)
             squared += float(weighted.square().sum(dtype=torch.float64))
-            self.projection.add(sketch, weighted, place=place)
         if not squared > 0.0:
             raise WorkloadError(
                 f"the loss must depend on the weights, but on measured batch {index} its gradient "
                 "is zero (or not finite) in every parameter that the optimizer updates; check "
                 "loss_fn and build_optimizer"
             )
-        return Baseline(loss, gradients, squared, sketch.cpu())
+        return Baseline(gradients, squared)
 
-    def perturbation(self, index: int, baseline: Baseline) -> Perturbation:
-        """Run the model as it stands now on a batch and compare with the reference."""
-        loss = self.run(index)
-        squared, sketch = 0.0, self.projection.empty()
+    def squared_error(self, index: int, baseline: Baseline) -> float:
+        """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's."""
+        self.run(index)
+        squared = 0.0
         for place, parameter in self.measured():
             reference = baseline.gradients[place].to(parameter.device)
             weighted = self.weigh(parameter, _gradient(parameter) - reference, reference)
             squared += float(weighted.square().sum(dtype=torch.float64))
-            self.projection.add(sketch, weighted, place=place)
-        return Perturbation(squared, sketch.cpu(), loss - baseline.loss)
+        return squared
 
     def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield the parameters that the optimizer updates, each with its place in the model."""
@@ -202,7 +187,6 @@ def prepare_reference(
         seed=seed,
         batches=[move_batch(batch, device) for batch in islice(stream, batches)],
         preconditioner=read_preconditioner(optimizer),
-        projection=Projection(seed, device),
         history=history,
         loss_curve=curve,
         warmup_steps=warmup_steps,

@@ -8,11 +8,10 @@ batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Option
-from autoprec.sensitivity.estimates import DIVERGED_E, mean_estimate, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED_E, ratio_estimate
 from autoprec.sensitivity.local import Component, components_of, grad_weight_key
 from autoprec.sensitivity.probes import BatchShow
 
@@ -35,17 +34,13 @@ def _row(shows: Sequence[BatchShow], name: str, option: Option) -> LayerSensitiv
     key = (name, grad_weight_key(option))
     by_gemm = {gemm: _spreading(shows, keys) for gemm, keys in spreading.items()}
     scale = [show.squared for show in shows]
-    staying = [
-        show.parameter_errors[key][0] if key in show.parameter_errors else 0.0 for show in shows
-    ]
+    staying = [show.parameter_errors.get(key, 0.0) for show in shows]
     by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
     keys = [k for keys in spreading.values() for k in keys]
     return LayerSensitivity(
         name=name,
         option=option,
         grad_error=_spreading(shows, keys, plus=staying),
-        bias=_bias(shows, keys, key),
-        loss_delta=mean_estimate([show.loss_deltas[name, option] for show in shows]),
         by_gemm=by_gemm,
     )
 
@@ -66,27 +61,6 @@ def _spreading(
     variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
     noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
-
-
-def _bias(shows: Sequence[BatchShow], keys: Sequence[Key], own: tuple[str, object]) -> Estimate:
-    """Return the part of e that does not average out, from pairs of batches with one code."""
-    pairs = list(zip(shows[0::2], shows[1::2], strict=False))
-    scale = math.fsum(show.squared for show in shows) / len(shows)
-    values = [_cross(a, b, keys, own) / scale for a, b in pairs]
-    if not all(math.isfinite(value) for value in values):
-        return Estimate(mean=DIVERGED_E)
-    return mean_estimate(values)
-
-
-def _cross(a: BatchShow, b: BatchShow, keys: Sequence[Key], own: tuple[str, object]) -> float:
-    total = 0.0
-    for key in keys:
-        products = zip(a.products[key], b.products[key], strict=True)
-        total += _mean([float(torch.dot(x.double(), y.double())) for x, y in products])
-    if own in a.parameter_errors and own in b.parameter_errors:
-        left, right = a.parameter_errors[own][1], b.parameter_errors[own][1]
-        total += float(torch.dot(left.double(), right.double()))
-    return total
 
 
 def _mean_power(

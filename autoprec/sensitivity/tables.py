@@ -16,7 +16,6 @@ from autoprec.records import (
     Option,
     Recipe,
 )
-from autoprec.sensitivity.estimates import gradient_noise
 from autoprec.sensitivity.layerwise import Cell, make_row, measure_cell, measure_layerwise
 from autoprec.sensitivity.operands import operand_statistics
 from autoprec.sensitivity.probes import probe_batches
@@ -50,7 +49,6 @@ class Table:
     method: Method
     rows: tuple[LayerSensitivity, ...]
     statistics: tuple[OperandStatistics, ...]
-    gradient_noise: Estimate | None
     refined: tuple[Cell, ...] = ()
 
 
@@ -84,14 +82,10 @@ def choose_method(method: str, *, cells: int) -> Method:
 
 def layerwise_table(reference: Reference, cells: Sequence[Cell], *, progress: Progress) -> Table:
     """Measure every cell on its own."""
-    rows, baselines = measure_layerwise(reference, cells, progress=progress)
     return Table(
         method=Method.LAYERWISE,
-        rows=rows,
+        rows=measure_layerwise(reference, cells, progress=progress),
         statistics=tuple(operand_statistics(reference, _fp8_by_layer(cells))),
-        gradient_noise=gradient_noise(
-            [b.sketch for b in baselines], [b.squared for b in baselines]
-        ),
     )
 
 
@@ -112,12 +106,10 @@ def sign_coded_table(
     for number, cell in enumerate(refined):
         progress("sensitivity: largest rows", number, len(refined))
         rows[cell] = _refined(reference, cell, rows[cell])
-    sketches = [show.sketch for show in shows if show.sketch is not None]
     return Table(
         method=Method.SIGN_CODED,
         rows=tuple(rows.values()),
         statistics=tuple(shows[0].statistics),
-        gradient_noise=gradient_noise(sketches, [show.squared for show in shows]),
         refined=refined,
     )
 
@@ -164,7 +156,7 @@ def _refined(reference: Reference, cell: Cell, row: LayerSensitivity) -> LayerSe
         )
         for gemm, part in row.by_gemm.items()
     }
-    return exact.model_copy(update={"by_gemm": by_gemm, "loss_delta": row.loss_delta})
+    return exact.model_copy(update={"by_gemm": by_gemm})
 
 
 def _layer_options(layer: LayerSpec, options: Sequence[Option] | None) -> list[Option]:

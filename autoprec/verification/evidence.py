@@ -15,7 +15,7 @@ from autoprec.records import (
     Verdict,
     Verification,
 )
-from autoprec.sensitivity.gap import plan_bias, predicted_loss_gap
+from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.verification.branches import Arm
 from autoprec.verification.sequential import Looks, gap_interval, judge, seeds_needed
 from autoprec.verification.session import Session, Terms
@@ -86,7 +86,6 @@ def make_verification(
     sensitivity: Sensitivity | None,
 ) -> Verification:
     """Make the record of a plan's verification."""
-    predicted = predicted_gaps(session, plan, sensitivity)
     return Verification(
         plan=plan.digest,
         verdict=evidence.verdict,
@@ -94,8 +93,7 @@ def make_verification(
         gap=evidence.gap("plan"),
         control_gap=evidence.gap("bf16_o2"),
         seed_spread=seed_spread(evidence),
-        predicted_gap=predicted and predicted[0],
-        predicted_bias_gap=predicted and predicted[1],
+        predicted_gap=predicted_gap(session, plan, sensitivity),
         warmup_steps=session.warmup_steps,
         branch_steps=session.terms.branch_steps,
         branches=evidence.branches,
@@ -137,10 +135,8 @@ def eval_stderr(evidence: Evidence) -> float | None:
     return float(stderr) / abs(float(reference.mean()))
 
 
-def predicted_gaps(
-    session: Session, plan: Plan, sensitivity: Sensitivity | None
-) -> tuple[float, float] | None:
-    """Return the gap that the plan's e predicts for such a branch, and that of e's bias part.
+def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None) -> float | None:
+    """Return the gap that the plan's gradient error predicts for such a branch.
 
     The warm-up's own loss curve says what a step is worth, when it is the longer one.
     """
@@ -149,15 +145,8 @@ def predicted_gaps(
     curve = tuple(enumerate(session.checkpoint.curve, start=1))
     if len(curve) > len(sensitivity.loss_curve):
         sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
-    bias = plan_bias(
-        sensitivity, {layer.name: layer.option for layer in plan.layers}, plan.grad_error
-    )
     steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
-    whole, systematic = (
-        predicted_loss_gap(sensitivity, part, steps, start=start)
-        for part in (plan.grad_error, bias)
-    )
-    return None if whole is None or systematic is None else (whole, systematic)
+    return predicted_loss_gap(sensitivity, plan.grad_error, steps, start=start)
 
 
 def advice(evidence: Evidence) -> str:
