@@ -1,6 +1,7 @@
 """What a run found, for people: terminal, HTML and CSV. Needs no torch."""
 
 from autoprec.report.frame import layers_frame
+from autoprec.report.notebook import plan_html, plan_text, run_html
 from autoprec.report.page import render_html
 from autoprec.report.runs import RunRecords, load_run
 from autoprec.report.stages import (
@@ -20,6 +21,8 @@ __all__ = [
     "layer_rows",
     "layers_frame",
     "load_run",
+    "plan_html",
+    "plan_text",
     "print_difference",
     "print_plan",
     "print_profile",
@@ -28,5 +31,6 @@ __all__ = [
     "print_summary",
     "print_verification",
     "render_html",
+    "run_html",
     "summary_object",
 ]
