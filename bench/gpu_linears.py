@@ -9,11 +9,11 @@ from torch import nn
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import release_memory
 from autoprec.device.timing import Function
+from autoprec.model.recording import Call
 from autoprec.profiler import open_compilation
 from autoprec.profiler.candidates import Candidate, make_candidate
 from autoprec.profiler.compiling import reason_of
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
+from autoprec.profiler.proving import cuda_kernels, is_fp8_kernel
 from autoprec.records import BF16_O2, Option, fp8_option
 
 

@@ -24,8 +24,7 @@ from autoprec.profiler.compiling import (
     reason_of,
 )
 from autoprec.profiler.layers import LayerMeter
-from autoprec.profiler.measure import group_layers
-from autoprec.profiler.recording import record_step
+from autoprec.profiler.measure import group_layers, record_step
 from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
 from autoprec.tuning import stages as pipeline
 from autoprec.tuning.settings import Settings

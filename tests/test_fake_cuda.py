@@ -16,10 +16,10 @@ from autoprec.device import torchao
 from autoprec.device.fp8 import Fp8Support
 from autoprec.device.timing import Function
 from autoprec.guard.sampling import Sampler
+from autoprec.model.recording import Call
 from autoprec.predict.measure import casts_of, gemm_candidates
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.measure import time_boundary_cast
-from autoprec.profiler.recording import Call
 from autoprec.records import (
     APPLICABLE_RECIPES,
     BF16_O2,

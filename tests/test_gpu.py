@@ -28,14 +28,14 @@ from autoprec.device.timing import (
 from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
 from autoprec.model.capture import capture_model
+from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.machine import machine_of
 from autoprec.predict.measure import gemm_candidates, measure_device_profile, replay_of
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.layers import LayerMeter
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
+from autoprec.profiler.proving import cuda_kernels, is_fp8_kernel
 from autoprec.records import (
     APPLICABLE_RECIPES,
     BF16_O2,

@@ -5,10 +5,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.timing import Function
+from autoprec.device.tracing import PLAIN_TENSORS
+from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.profiler.layers import Group, LayerMeter, promising_masks
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import PLAIN_TENSORS
 from autoprec.records import (
     BF16_O2,
     FP32,

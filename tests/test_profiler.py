@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from autoprec.device.timing import Observation
 from autoprec.model.capture import capture_model
 from autoprec.model.layers import find_layers
+from autoprec.model.recording import Call
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import copy_layer, make_candidate
 from autoprec.profiler.layers import LayerMeter, sum_parts
 from autoprec.profiler.measure import (
     group_layers,
+    record_step,
     sum_totals,
     uniform_options,
 )
-from autoprec.profiler.recording import Call, record_step
-from autoprec.profiler.tracing import Operation, Trace
+from autoprec.profiler.tracing import Operation, traced
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -267,8 +268,7 @@ def test_a_hopelessly_slow_option_is_predicted_and_not_run() -> None:
         """What runs FP8 GEMMs takes a second more each time, as a reference kernel's rows do."""
 
         def measure(self, fn: Callable[[], object]) -> float:
-            trace = Trace()
-            with trace:
+            with traced() as trace:
                 fn()
             gemms = [op for op in trace.operations if op.name == "_scaled_mm"]
             self.calls += 1

@@ -8,12 +8,16 @@ from torch import nn
 
 from autoprec.common.progress import report_nothing
 from autoprec.model.capture import capture_model
+from autoprec.model.recording import Call
 from autoprec.profiler import profile_model
 from autoprec.profiler.layers import Group, LayerMeter
 from autoprec.profiler.measure import Given, group_layers, name_kernels_of
-from autoprec.profiler.proving import name_kernels
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import SLEEP_KERNEL, is_fp8_kernel, kernel_names
+from autoprec.profiler.proving import (
+    SLEEP_KERNEL,
+    is_fp8_kernel,
+    kernel_names,
+    name_kernels,
+)
 from autoprec.records import BF16_O2, FP32
 from tests.constant_clock import CPU, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import mlp_workload

@@ -7,14 +7,14 @@ uncovered.
 """
 
 import hashlib
-import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support, fp8_support
@@ -30,6 +30,7 @@ from autoprec.model.layers import (
     type_name,
 )
 from autoprec.model.options import layer_options
+from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import HEAD_ROLES, KEY_VALUE_ROLES, ROW_ROLES, role_of
 from autoprec.records import (
     CallSpec,
@@ -74,11 +75,10 @@ def capture_model(
     progress("capture", 0, 3)
     first = run_step(workload, model, batches[0], seed=seed)
     layers = find_layers(model)  # after a step: lazy modules have their parameters now
-    calls = Calls()
-    with recorded_calls(layers, calls):
+    with recorded_shapes(layers) as calls:
         second = run_step(workload, model, batches[0], seed=seed)
-    progress("capture", 2, 3)
-    scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
+        progress("capture", 2, 3)
+        scan_shapes(workload, model, batches)
     optimizer = workload.build_optimizer(model)
     optimizer.step()
     progress("capture", 3, 3)
@@ -128,33 +128,18 @@ def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -
     return StepResult(value, digest.hexdigest(), used_randomness)
 
 
-@dataclass
-class Calls:
-    """What hooks saw: per layer, the tensor inputs of each call, and all token counts M."""
-
-    inputs: dict[str, Counter[tuple[TensorSpec, ...]]] = field(default_factory=dict)
-    tokens: dict[str, set[int]] = field(default_factory=dict)
-
-
-@contextmanager
-def recorded_calls(layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
-    """Record the inputs of every layer's forward while the context is open."""
-    handles = [
-        layer.register_forward_pre_hook(_recorder(name, layer, calls), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def recorded_shapes(
+    layers: Mapping[str, nn.Module],
+) -> AbstractContextManager[dict[str, list[Call]]]:
+    """Record the shapes of every layer's calls while the context is open; no tensor is kept."""
+    return recorded_calls(layers, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
 
 
 def make_spec(
     model: nn.Module,
     *,
     layers: Mapping[str, nn.Module],
-    calls: Calls,
+    calls: Mapping[str, Sequence[Call]],
     support: Fp8Support,
     optimizer: str,
     state_ratio: float,
@@ -169,7 +154,7 @@ def make_spec(
     specs = tuple(
         _with_heads(
             _layer_spec(
-                name, layer, calls=calls, tied_to=ties.get(name), support=support, names=names
+                name, layer, calls=calls[name], tied_to=ties.get(name), support=support, names=names
             ),
             model,
         )
@@ -198,36 +183,14 @@ def make_spec(
     )
 
 
-def _recorder(name: str, layer: nn.Module, calls: Calls):  # type: ignore[no-untyped-def]  # a hook
-    def record(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors = batch_tensors([*args, *kwargs.values()])
-        if not torch.is_grad_enabled() and calls.inputs.get(name) is None:
-            return  # the shape scan looks only at M
-        if torch.is_grad_enabled():
-            specs = tuple(_tensor_spec(tensor) for tensor in tensors)
-            calls.inputs.setdefault(name, Counter())[specs] += 1
-        if isinstance(layer, nn.Linear) and tensors:
-            tokens = tensors[0].numel() // max(tensors[0].shape[-1], 1)
-            calls.tokens.setdefault(name, set()).add(tokens)
-
-    return record
-
-
-def scan_shapes(
-    workload: Workload,
-    model: nn.Module,
-    *,
-    layers: Mapping[str, nn.Module],
-    batches: list[Batch],
-    calls: Calls,
-) -> None:
-    """Look at the M of batches whose shapes differ from the first's, such as a short last one."""
+def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run batches whose shapes differ from the first's, such as a short last one, forward only."""
     seen = {_signature(batches[0])}
-    for batch in itertools.islice(batches, 1, None):
+    for batch in batches[1:]:
         if _signature(batch) in seen:
             continue
         seen.add(_signature(batch))
-        with torch.no_grad(), recorded_calls(layers, calls):
+        with torch.no_grad():
             workload.loss_fn(model, batch)
 
 
@@ -259,13 +222,14 @@ def _layer_spec(
     name: str,
     layer: nn.Module,
     *,
-    calls: Calls,
+    calls: Sequence[Call],
     tied_to: str | None,
     support: Fp8Support,
     names: dict[int, str],
 ) -> LayerSpec:
     kind = layer_kind(layer)
-    tokens = sorted(m for m in calls.tokens.get(name, set()) if m > 0)
+    in_step = [call for call in calls if call.with_grad]  # the others are of the shape scan
+    tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
         gemm = GemmShape(M=tokens[-1], K=layer.in_features, N=layer.out_features)
@@ -288,15 +252,23 @@ def _layer_spec(
         ),
         gemm=gemm,
         tokens=tuple(tokens),
-        calls=tuple(
-            CallSpec(inputs=inputs, count=count)
-            for inputs, count in calls.inputs.get(name, Counter()).items()
-        ),
+        calls=tuple(CallSpec(inputs=_inputs(call), count=call.count) for call in in_step),
         is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
         tied_to=tied_to,
         options=options,
         refusals=refusals,
     )
+
+
+def _inputs(call: Call) -> tuple[TensorSpec, ...]:
+    leaves = tree_leaves((call.args, call.kwargs))
+    return tuple(leaf for leaf in leaves if isinstance(leaf, TensorSpec))
+
+
+def _all_tokens(calls: Sequence[Call]) -> list[int]:
+    """Return every token count M that a linear was called with: the rows of its input."""
+    shapes = [inputs[0].shape for inputs in map(_inputs, calls) if inputs]
+    return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
 
 
 def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:

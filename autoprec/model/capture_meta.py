@@ -10,8 +10,9 @@ packed?), which fails, and does not at those of fake ones.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,23 +20,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support
+from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import (
     SCANNED_BATCHES,
-    Calls,
     make_spec,
     optimizer_state_ratio,
-    recorded_calls,
+    recorded_shapes,
     scan_shapes,
 )
 from autoprec.model.layers import find_layers
+from autoprec.model.recording import Call
 from autoprec.records import APPLICABLE_RECIPES, ModelSpec
 from autoprec.workload.functions import (
     Batch,
@@ -73,19 +75,19 @@ def capture_on_meta(
     check_batches(workload, seed=seed)
     drawn = take_batches(workload, seed=seed, count=SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
-    calls, seeded = Calls(), _SeededOperators()
+    seeded = _SeededOperators()
     with _without_storage():
         model = _moved_to_meta(workload.build_model(seed=seed)).train()
         batches = [_batch_on_meta(batch) for batch in drawn]
-        with seeded:
+        with OperationTracer(seeded.run, plain=(*PLAIN_TENSORS, FakeTensor)):
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = find_layers(model)  # after a forward: lazy modules have their parameters now
-        with recorded_calls(layers, calls):
+        with recorded_shapes(layers) as calls:
             loss = workload.loss_fn(model, batches[0])
-        _fill_gradients(model, loss)
-        progress("capture on meta", 2, 3)
-        scan_shapes(workload, model, layers=layers, batches=batches, calls=calls)
+            _fill_gradients(model, loss)
+            progress("capture on meta", 2, 3)
+            scan_shapes(workload, model, batches)
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
         return _spec(model, layers, calls, optimizer, has_randomness=seeded.seen)
@@ -94,7 +96,7 @@ def capture_on_meta(
 def _spec(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    calls: Calls,
+    calls: Mapping[str, Sequence[Call]],
     optimizer: torch.optim.Optimizer,
     *,
     has_randomness: bool,
@@ -204,19 +206,12 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-class _SeededOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+@dataclass
+class _SeededOperators:
     """Notes whether an operator that draws random numbers ran."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
+    seen: bool = False
 
-    def __torch_dispatch__(
-        self,
-        func: Any,  # Any: an operator of torch, and its arguments
-        types: Any,
-        args: Any = (),
-        kwargs: Any = None,
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
         self.seen |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

@@ -33,7 +33,7 @@ from autoprec.profiler.compiling import (
     open_compilation,
     reason_of,
 )
-from autoprec.profiler.tracing import Trace
+from autoprec.profiler.tracing import traced
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import Recipe, fp8_option
 
@@ -186,7 +186,7 @@ def time_compiled_casts(
 def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> EagerCasts:
     """Time a recipe's eager casts, and count their kernels."""
     cast = casts_of(recipe)
-    with Trace() as trace:
+    with traced() as trace:
         cast(operands.small)
 
     def launch() -> None:

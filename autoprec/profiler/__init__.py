@@ -4,7 +4,6 @@ measure     workload -> profile
 layers      layers of equal shape -> rows
 candidates  one layer in one option, on its own
 compiling   torch.compile of what is timed
-recording   the inputs and gradients of a real step
 tracing     the operations that really ran
 steps       whole steps, interleaved
 proving     the CUDA kernels that really ran

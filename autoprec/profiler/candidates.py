@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprec.profiler.recording import Call, output_tensors
+from autoprec.model.recording import Call, output_tensors
 from autoprec.records import Option
 from autoprec.runtime import install_options
 from autoprec.runtime.casting import cast_floating

@@ -38,10 +38,10 @@ from autoprec.device.timing import (
     timing_from,
 )
 from autoprec.errors import PlanMismatchError
+from autoprec.model.recording import Call
 from autoprec.profiler.candidates import Candidate, MakeLayer, make_candidate
 from autoprec.profiler.compiling import Compilation, GraphMonitor, reason_of
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import Operation, Trace
+from autoprec.profiler.tracing import Operation, traced
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -372,8 +372,7 @@ def _part_of(row: LayerTiming, gemm: Gemm) -> Timing | None:
 
 def trace_step(candidate: Candidate, clock: Clock | None = None) -> list[Operation]:
     """Run forward and backward; return the operations, timed if there is a clock."""
-    trace = Trace(clock)
-    with trace:
+    with traced(clock) as trace:
         made = candidate.forward()
         trace.is_backward = True
         candidate.differentiate(made, [*candidate.inputs, *candidate.parameters])

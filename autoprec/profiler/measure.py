@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_leaves
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.local import device_facts, find_monitor, release_memory
 from autoprec.device.timing import Clock, Stopping, make_clock, sample_interleaved
+from autoprec.model.capture import run_step
 from autoprec.model.gemms_hp import without_slow_masks
 from autoprec.model.layers import find_layers
+from autoprec.model.recording import Call, recorded_calls
 from autoprec.profiler.candidates import copy_layer
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.layers import Group, LayerMeter
 from autoprec.profiler.proving import name_kernels
-from autoprec.profiler.recording import Call, record_step
 from autoprec.profiler.steps import AUTOCAST, Arm, time_steps
 from autoprec.records import (
     BF16_O2,
@@ -42,7 +43,7 @@ from autoprec.records import (
     StepTiming,
     Timing,
 )
-from autoprec.workload.functions import Workload, take_batches
+from autoprec.workload.functions import Batch, Workload, take_batches
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
@@ -264,6 +265,21 @@ def _record(given: Given, groups: Sequence[Group]) -> Recorded:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Recorded(model, layers, calls, (time.perf_counter() - started) * 1e3)
+
+
+def record_step(
+    workload: Workload,
+    model: nn.Module,
+    batch: Batch,
+    layers: Mapping[str, nn.Module],
+    *,
+    seed: int,
+) -> dict[str, list[Call]]:
+    """Run forward and backward of one batch; return the calls of the given layers by name."""
+    with recorded_calls(layers, merged=True) as calls:
+        run_step(workload, model, batch, seed=seed)
+    model.zero_grad(set_to_none=True)
+    return calls
 
 
 def _layer_of(

@@ -8,14 +8,24 @@ same library for its GEMMs.
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import torch
+
+from autoprec.model.recording import Call
 from autoprec.profiler.candidates import MakeLayer, make_candidate
-from autoprec.profiler.recording import Call
-from autoprec.profiler.tracing import cuda_kernels, is_fp8_kernel
 from autoprec.records import LayerTiming
 
 log = logging.getLogger(__name__)
+LOST_KERNELS = 1000  # a process's k-th profile can lack its first k kernels (PyTorch issue 192021)
+SLEEP_KERNEL = "spin_kernel"  # of torch.cuda._sleep: launched first, to be lost
+FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, hipBLASLt
+    r"(?<!u)e4m3|e5m2|float8|fp8|nvjet_(sm\d+_)?(q[a-z]|[a-z]q)[a-z]{3}_|_scaled_mm"
+    r"|_(F8|B8){1,2}[A-Z]",
+    re.IGNORECASE,
+)
 
 
 def name_kernels(
@@ -37,3 +47,33 @@ def _named(row: LayerTiming, calls: Sequence[Call], make_layer: MakeLayer) -> La
         seen = ", ".join(names) or "the profiler reports none, so CUPTI does not work here"
         log.warning("no CUDA kernel of %s in %s names FP8: %s", row.names[0], row.option.key, seen)
     return row.model_copy(update={"kernels": (*row.kernels, *names)})
+
+
+def cuda_kernels(fn: Callable[[], object]) -> tuple[str, ...]:
+    """Return the names of the CUDA kernels that `fn` launches, each once; none without CUPTI."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as seen:
+        for _ in range(LOST_KERNELS):
+            torch.cuda._sleep(1)  # type: ignore[no-untyped-call]  # torch's own
+        fn()
+        torch.cuda.synchronize()
+    return kernel_names(seen.events() or ())
+
+
+def kernel_names(events: Iterable[Any]) -> tuple[str, ...]:  # Any: torch's events
+    """Return the names of what ran on a GPU, each once, without the kernels that only wait."""
+    names = (event.name for event in events if event.device_type.name == "CUDA")
+    return tuple(dict.fromkeys(name for name in names if SLEEP_KERNEL not in name))
+
+
+def is_fp8_kernel(name: str) -> bool:
+    """Whether a CUDA kernel's name says that it multiplies FP8 operands.
+
+    Seen: `sm89_xmma_gemm_e4m3bf16_e4m3f32_...` (sm90 too), `nvjet_qqtst_128x256_...` and since
+    CUDA 13 `nvjet_sm90_qqtst_...` of cuBLASLt, and CUTLASS templates over `cutlass::float_e4m3_t`.
+    nvjet names five types where operands and result differ (q is e4m3, o is FP4, t is BF16) and
+    three where they do not; `ue4m3` is the scale of FP4. Casts to FP8 are not meant, so elementwise
+    and reduction kernels do not count.
+    """
+    is_cast = re.search(r"elementwise_kernel|reduce_kernel|triton_(poi|red|per|spl|for|unk)_", name)
+    return not is_cast and FP8_KERNEL.search(name) is not None

@@ -1,0 +1,138 @@
+"""Layers and one pass -> what each was called with, and the gradients its outputs got back.
+
+The one hook recorder. Every argument tensor goes through `keep`, which says what stays of it: the
+tensor itself, detached, where the layer is run again alone; its shape and dtype where only these
+are asked for, so that recording holds no memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
+
+
+class Gradients(Enum):
+    """The outputs whose gradients are recorded."""
+
+    NONE = auto()
+    NEEDED = auto()  # those that a gradient flows to anyway
+    ALL = auto()  # every floating one, behind frozen layers too: they are made to require one
+
+
+@dataclass
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        args: its positional arguments, each tensor as `keep` left it.
+        kwargs: its keyword arguments, likewise.
+        gradients: what came back to each floating output, in order; None where nothing did.
+        count: how many calls were like it, where equal ones are merged.
+        with_grad: whether autograd recorded it.
+    """
+
+    args: tuple[Any, ...]  # Any: whatever the layer takes
+    kwargs: dict[str, Any]
+    gradients: list[Tensor | None] = field(default_factory=list)
+    count: int = 1
+    with_grad: bool = True
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """Return the tensor without its history; it needs a gradient if it did."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
+    """Return the floating tensors of a layer's output, in order."""
+    leaves = tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def recorded_calls(
+    layers: Mapping[str, nn.Module],
+    *,
+    keep: Keep = detached,
+    gradients: Gradients = Gradients.NEEDED,
+    merged: bool = False,
+) -> Iterator[dict[str, list[Call]]]:
+    """Record the calls of layers while the context is open, by layer name.
+
+    Args:
+        layers: what to record, by name.
+        keep: what stays of an argument tensor.
+        gradients: the outputs whose gradients are recorded.
+        merged: keep the first of calls with equal shapes only, with their number.
+    """
+    recorders = {name: _Recorder(keep, gradients, merged=merged) for name in layers}
+    handles = [
+        layer.register_forward_hook(recorders[name].after_forward, with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield {name: recorder.calls for name, recorder in recorders.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder:
+    """The forward hook of one layer and the calls that it saw."""
+
+    def __init__(self, keep: Keep, gradients: Gradients, *, merged: bool) -> None:
+        self.calls: list[Call] = []
+        self._keep = keep
+        self._gradients = gradients
+        self._known: dict[object, Call] | None = {} if merged else None
+
+    def after_forward(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:  # Any: the layer's own
+        with_grad = torch.is_grad_enabled()
+        if self._known is not None:
+            # Activation checkpointing may call a layer without autograd first; such a call has no
+            # backward pass, so it is not the same as one that has.
+            key = (with_grad, _shapes((args, kwargs)))
+            if key in self._known:
+                self._known[key].count += 1
+                return
+        kept_args, kept_kwargs = tree_map_only(Tensor, self._keep, (args, kwargs))
+        call = Call(kept_args, kept_kwargs, with_grad=with_grad)
+        if self._known is not None:
+            self._known[key] = call
+        self.calls.append(call)
+        if with_grad and self._gradients is not Gradients.NONE:
+            self._watch(call, output)
+
+    def _watch(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
+        """Put a hook on every output tensor that notes the gradient coming back."""
+        for place, tensor in enumerate(output_tensors(output)):
+            call.gradients.append(None)
+            if self._gradients is Gradients.ALL and not tensor.requires_grad:
+                tensor.requires_grad_()
+            if tensor.requires_grad:
+                tensor.register_hook(_catcher(call, place))  # type: ignore[no-untyped-call]  # torch
+
+
+def _catcher(call: Call, place: int) -> Callable[[Tensor], None]:
+    def catch(gradient: Tensor) -> None:
+        before = call.gradients[place]
+        call.gradients[place] = gradient.detach() if before is None else before + gradient.detach()
+
+    return catch
+
+
+def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes
+    return tuple(
+        (tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad)
+        for leaf in tree_leaves(arguments)
+        if isinstance(leaf, Tensor)
+    )
