@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoprec.device.random_state import random_state_kept
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import APPLICABLE_RECIPES, Gemm, Recipe, fp8_option
 
@@ -94,6 +95,7 @@ class RecipeErrors:
         return ""
 
 
+@random_state_kept()  # a compiler may draw
 def recipe_errors(
     recipe: Recipe, device: torch.device, *, compiler: Compiler | None = None
 ) -> RecipeErrors:
@@ -110,7 +112,8 @@ def recipe_errors(
     x_MK = torch.randn(32, 64, generator=generator) * _octaves(32)[:, None]
     weight_NK = torch.randn(48, 64, generator=generator) / 8 * _octaves(48)[:, None]
     grad_MN = torch.randn(32, 48, generator=generator) * _octaves(48)
-    linear = nn.Linear(64, 48, bias=False, device=device, dtype=torch.bfloat16)
+    linear = nn.Linear(64, 48, bias=False, device="meta", dtype=torch.bfloat16)  # draws nothing
+    linear.to_empty(device=device)
     with torch.no_grad():
         linear.weight.copy_(weight_NK)
     float8_linear = import_torchao().float8_linear

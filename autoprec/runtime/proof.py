@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers
 from autoprec.records import Check, Gemm, Option
@@ -223,11 +224,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put gradients, buffers and random number generators back at the end."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    devices = sorted({p.device.index for p in gradients if p.device.type == "cuda"})
     for parameter in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_state_kept():
             yield
     finally:
         for parameter, gradient in gradients.items():

@@ -1,0 +1,34 @@
+"""The random numbers of a run are the user's: what autoprec does must not move their generators.
+
+An FP8 and a BF16 run see the same batches and the same dropout only if a plan draws nothing, and a
+run that was resumed goes on bit for bit only if checking its plan draws nothing either.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the global generators of torch (CPU and CUDA), numpy and `random` back at the end.
+
+    CUDA is not started for it, and numpy is not imported: what is not there has no state.
+    """
+    numpy_random = sys.modules.get("numpy.random")
+    states_np = numpy_random.get_state() if numpy_random is not None else None
+    state_py = random.getstate()
+    state_cpu = torch.get_rng_state()
+    states_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own
+    try:
+        yield
+    finally:
+        if numpy_random is not None:
+            numpy_random.set_state(states_np)
+        random.setstate(state_py)
+        torch.set_rng_state(state_cpu)
+        if states_cuda:
+            torch.cuda.set_rng_state_all(states_cuda)
