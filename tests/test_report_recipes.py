@@ -2,11 +2,12 @@
 
 import pytest
 
+from autoprec.errors import RecordError
 from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe, fp8_option
 from autoprec.report.formats import shown_share
 from autoprec.report.recipes import recipe_rows
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
-from autoprec.tuning.settings import Settings, measured_options
+from autoprec.tuning.settings import Settings, fp8_options, measured_options, parse_recipes
 from tests.search_tables import sensitivity_of, spec_of
 
 TENSORWISE, DELAYED = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.DELAYED)
@@ -38,10 +39,18 @@ def test_a_recipe_is_summed_over_its_linears_and_bf16_elsewhere() -> None:
         shown_share(grad_error),
         shown_share(gap, sign=True),
     )
-    assert delayed[:2] == ("fp8_o1 delayed", "1")
+    assert delayed[:2] == ("fp8_o1 delayed (for comparison; no plan applies it)", "1")
     assert float(delayed[2].split()[0]) == pytest.approx(0.502, abs=0.01)
 
 
-def test_delayed_scaling_is_measured_whatever_recipes_are_searched() -> None:
-    settings = Settings(workload="model.py", recipes=(Recipe.ROWWISE,))
-    assert measured_options(settings) == (fp8_option(Recipe.ROWWISE), DELAYED)
+def test_delayed_scaling_is_measured_when_asked_for_and_never_timed() -> None:
+    assert DELAYED not in measured_options(Settings(workload="model.py"))
+    asked = Settings(workload="model.py", recipes=parse_recipes("tensorwise, delayed"))
+    assert measured_options(asked) == (TENSORWISE, DELAYED)
+    assert fp8_options(asked) == (TENSORWISE,)
+
+
+@pytest.mark.parametrize("text", ["delayed", "", "tensorwise,nonsense"])
+def test_recipes_need_one_that_a_plan_can_apply(text: str) -> None:
+    with pytest.raises(RecordError, match="--recipes must be among tensorwise, rowwise"):
+        parse_recipes(text)

@@ -47,7 +47,12 @@ Keep = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
     typer.Option(help="GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat."),
 ]
-Recipes = Annotated[str, typer.Option(help="FP8 recipes to consider, separated by commas.")]
+Recipes = Annotated[
+    str,
+    typer.Option(
+        help="FP8 recipes to consider, separated by commas; `delayed` is measured for comparison."
+    ),
+]
 Trials = Annotated[int, typer.Option(min=0, help="Optuna trials after the exact seeds.")]
 Budget = Annotated[str, typer.Option(help="Time limit of the search, e.g. 20m, 90s or 1h.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

@@ -1,11 +1,11 @@
-"""What each FP8 recipe costs in convergence on this model, delayed scaling among them.
+"""What each FP8 recipe costs in convergence on this model, delayed scaling too where asked for.
 
 Every linear that takes FP8 in one recipe, BF16 elsewhere: the sum of parts and the loss gap that it
 predicts. `delayed` is emulated and cannot be applied here; the choice between it and
 current scaling is Transformer Engine's, and this is what it means for the loss.
 """
 
-from autoprec.records import BF16_O2, Option, Sensitivity
+from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Option, Sensitivity
 from autoprec.report.formats import shown_option, shown_share
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 
@@ -26,6 +26,8 @@ def _row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str]:
     )
     gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
     name = shown_option(option)
+    if option.recipe not in APPLICABLE_RECIPES:
+        name += " (for comparison; no plan applies it)"
     return (
         name,
         str(len(own)),

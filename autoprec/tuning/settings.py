@@ -94,27 +94,27 @@ def constraint_of(settings: Settings) -> Constraint:
 
 
 def fp8_options(settings: Settings) -> tuple[Option, ...]:
-    """Return the FP8 options of the chosen recipes."""
-    return tuple(fp8_option(recipe) for recipe in settings.recipes)
+    """Return the FP8 options of the chosen recipes that a plan can apply: timed and searched."""
+    return tuple(fp8_option(recipe) for recipe in settings.recipes if recipe in APPLICABLE_RECIPES)
 
 
 def measured_options(settings: Settings) -> tuple[Option, ...]:
-    """Return the FP8 options whose effect is measured: delayed scaling too, for comparison."""
-    return (*fp8_options(settings), fp8_option(Recipe.DELAYED))
+    """Return the FP8 options whose effect is measured: delayed scaling too, where asked for."""
+    return tuple(fp8_option(recipe) for recipe in settings.recipes)
 
 
 def parse_recipes(text: str) -> tuple[Recipe, ...]:
     """Return the recipes of a comma-separated list.
 
     Raises:
-        RecordError: a name is no recipe that can be applied.
+        RecordError: a name is no recipe, or none of them can be applied.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    allowed = [recipe.value for recipe in APPLICABLE_RECIPES]
-    wrong = [name for name in names if name not in allowed]
-    if wrong or not names:
+    wrong = [name for name in names if name not in tuple(Recipe)]
+    if wrong or not set(names) & set(APPLICABLE_RECIPES):
         raise RecordError(
-            f"--recipes must be among {', '.join(allowed)}, but it is {text!r}; "
+            f"--recipes must be among {', '.join(APPLICABLE_RECIPES)} (and {Recipe.DELAYED} beside "
+            f"these, for comparison: no plan applies it), but it is {text!r}; "
             "separate several with commas"
         )
     return tuple(Recipe(name) for name in dict.fromkeys(names))
