@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from autoprec.model.layers import find_layers, find_uncovered, layer_kind, model_structure
+from autoprec.model.layers import find_layers, layer_kind, model_layers
 from autoprec.records import (
     BF16_O2,
     Assignment,
@@ -30,10 +30,10 @@ def plan_for(
         layers.append(Assignment(name=name, kind=kind, shapes=tuple(shapes), **fields))
     return Plan(
         layers=tuple(layers),
-        uncovered=tuple(find_uncovered(model)),
+        uncovered=tuple(model_layers(model).uncovered),
         constraint=Constraint(loss_tolerance=0.001, grad_error_budget=None),
         fingerprint=Fingerprint(
-            structure=model_structure(model),
+            structure=model_layers(model).structure,
             device="",
             capability="",
             software={},

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import capture_model
-from autoprec.model.layers import find_layers, find_ties, find_uncovered, model_structure
+from autoprec.model.layers import find_layers, model_layers, model_structure
 from autoprec.records import LayerKind, ModelSpec, Precision
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
@@ -127,13 +127,13 @@ def test_parameter_lists_belong_to_no_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model.register_module("scales", nn.ParameterList([nn.Parameter(torch.ones(4))]))
     assert list(find_layers(model)) == ["0"]
-    assert list(find_uncovered(model)) == ["scales.0"]
+    assert list(model_layers(model).uncovered) == ["scales.0"]
 
 
 def test_chains_of_ties_point_at_the_first_layer() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
     model[1].weight = model[2].weight = model[0].weight
-    assert find_ties(model) == {"1": "0", "2": "0"}
+    assert model_layers(model).ties == {"1": "0", "2": "0"}
 
 
 def test_record_round_trips(tokens: ModelSpec) -> None:

@@ -22,11 +22,9 @@ from autoprec.errors import CaptureError
 from autoprec.model.heads import head_counts
 from autoprec.model.layers import (
     find_layers,
-    find_ties,
-    find_uncovered,
     layer_kind,
     linear_refusal,
-    model_structure,
+    model_layers,
     type_name,
 )
 from autoprec.model.options import layer_options
@@ -149,7 +147,7 @@ def make_spec(
     device: str,
 ) -> ModelSpec:
     """Assemble the spec from a model and what was recorded of its calls."""
-    ties = find_ties(model)
+    ties = model_layers(model).ties
     names: dict[int, str] = {}
     specs = tuple(
         _with_heads(
@@ -169,10 +167,10 @@ def make_spec(
         layers=specs,
         uncovered=tuple(
             _parameter_spec(name, parameter, names=names)
-            for name, parameter in find_uncovered(model).items()
+            for name, parameter in model_layers(model).uncovered.items()
         ),
         uncalled=tuple(spec.name for spec in specs if not spec.calls),
-        structure=model_structure(model),
+        structure=model_layers(model).structure,
         tokens_per_step=max((spec.gemm.M for spec in specs if spec.gemm), default=0),
         optimizer=optimizer,
         optimizer_state_numel_ratio=state_ratio,

@@ -1,14 +1,14 @@
 """The layers of a model: names, kinds, ties, parameters outside of them, structure."""
 
-import hashlib
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
-from autoprec.records import (
-    LayerKind,
-)
+from autoprec.common.text import short_digest
+from autoprec.records import LayerKind
 
 KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ((nn.MultiheadAttention,), LayerKind.ATTENTION),
@@ -21,6 +21,45 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ),
     ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
 )
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """The layers of a model, and which parameters they share or leave over.
+
+    Attributes:
+        modules: the layers by exact name, in module order; a shared module once.
+        uncovered: the parameters that no layer owns, by name.
+        ties: for each layer that shares a parameter with an earlier one, that one's name.
+    """
+
+    modules: Mapping[str, nn.Module]
+    uncovered: Mapping[str, nn.Parameter]
+    ties: Mapping[str, str]
+
+    @property
+    def structure(self) -> str:
+        """A hash of the layers' names, classes and shapes; dtypes and values play no part."""
+        layers = [
+            [name, type_name(layer), [[n, list(p.shape)] for n, p in layer.named_parameters()]]
+            for name, layer in self.modules.items()
+        ]
+        bare = [[name, list(parameter.shape)] for name, parameter in self.uncovered.items()]
+        return short_digest(layers, bare)
+
+
+def model_layers(model: nn.Module) -> ModelLayers:
+    """Return the layers of a model with what they share and leave over."""
+    layers = find_layers(model)
+    owners: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer.parameters():
+            first = owners.setdefault(id(parameter), name)
+            if first != name:  # tied to a tied layer: to the first of them all
+                ties[name] = ties.get(first, first)
+    uncovered = {n: p for n, p in model.named_parameters() if id(p) not in owners}
+    return ModelLayers(layers, uncovered, ties)
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -36,26 +75,6 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         elif _owns_parameters(module) and not _children_own_parameters(module):
             layers[name] = module
     return layers
-
-
-def find_uncovered(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that no layer owns, by name."""
-    covered = {
-        id(parameter) for layer in find_layers(model).values() for parameter in layer.parameters()
-    }
-    return {n: p for n, p in model.named_parameters() if id(p) not in covered}
-
-
-def find_ties(model: nn.Module) -> dict[str, str]:
-    """Return, for each layer that shares a parameter with an earlier layer, that layer's name."""
-    owner: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    for name, layer in find_layers(model).items():
-        for parameter in layer.parameters():
-            first = owner.setdefault(id(parameter), name)
-            if first != name:
-                ties[name] = ties.get(first, first)
-    return ties
 
 
 def layer_kind(module: nn.Module) -> LayerKind:
@@ -84,12 +103,7 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
 
 def model_structure(model: nn.Module) -> str:
     """Return a hash of the layers' names, classes and shapes; dtypes and values play no part."""
-    layers = [
-        [name, type_name(layer), [[n, list(p.shape)] for n, p in layer.named_parameters()]]
-        for name, layer in find_layers(model).items()
-    ]
-    bare = [[name, list(parameter.shape)] for name, parameter in find_uncovered(model).items()]
-    return hashlib.sha256(json.dumps([layers, bare]).encode()).hexdigest()[:16]
+    return model_layers(model).structure
 
 
 def type_name(module: nn.Module) -> str:
@@ -98,6 +112,22 @@ def type_name(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         cls = cls.__bases__[0]
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def unwrapped(model: nn.Module, *, parallel: bool = False) -> nn.Module:
+    """Return the module inside `torch.compile`'s wrapper, or the model itself.
+
+    Args:
+        model: a model that may be wrapped.
+        parallel: take it out of `DistributedDataParallel` and `DataParallel` as well.
+    """
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif parallel and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _is_opaque(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from autoprec.device.timing import (
     sample_interleaved,
 )
 from autoprec.errors import DeviceError, WorkloadError
-from autoprec.model.layers import find_uncovered
+from autoprec.model.layers import model_layers
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.records import FP32, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
@@ -197,7 +197,7 @@ def _make_step(shared: Shared, arm: Arm) -> Function:
     model = workload.build_model(seed=shared.seed).to(shared.device).train()
     optimizer = workload.build_optimizer(model)
     if not isinstance(arm, str) and any(option != FP32 for option in arm.values()):
-        install_options(model, arm, uncovered=find_uncovered(model))
+        install_options(model, arm, uncovered=model_layers(model).uncovered)
         attach_optimizer(model, optimizer)
     if shared.compilation is not None:
         shared.compilation.compile_model(model)

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from autoprec.common.text import one_line
 from autoprec.device.local import device_name
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.model.layers import find_layers, find_uncovered, layer_kind
+from autoprec.model.layers import find_layers, layer_kind, model_layers
 from autoprec.records import APPLICABLE_RECIPES, Assignment, Plan
 from autoprec.runtime.attach import (
     attach_optimizer,
@@ -209,7 +209,7 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     installed = install_options(
         model,
         {layers[layer.name]: layer.option for layer in plan.layers},
-        uncovered=find_uncovered(model),
+        uncovered=model_layers(model).uncovered,
     )
     try:
         if optimizer is not None:
@@ -247,7 +247,10 @@ def _differences(plan: Plan, model: nn.Module) -> Iterator[str]:
     for name, module in layers.items():
         if name in planned:
             yield from _layer_differences(planned[name], module)
-    bare, listed = {plain_name(name): None for name in find_uncovered(model)}, set(plan.uncovered)
+    bare, listed = (
+        {plain_name(name): None for name in model_layers(model).uncovered},
+        set(plan.uncovered),
+    )
     foreign = (one_line(repr(name)) for name in plan.uncovered if name not in bare)
     yield from (f"parameter {name} is in the plan only" for name in foreign)
     yield from (f"parameter {n!r} is in the model only" for n in bare if n not in listed)
