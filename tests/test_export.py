@@ -20,7 +20,7 @@ from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.integrations.export import ExportTarget, export_plan
 from autoprec.integrations.export.megatron import exact_glob
-from autoprec.integrations.export.yaml_text import yaml_string
+from autoprec.integrations.export.text import yaml_string
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -357,13 +357,13 @@ def test_transformer_engine_patterns_are_exact(options: dict[str, Option], stran
         assert engine_features(file, f"{name}.tail") == [OFF]
 
 
-def test_transformer_engine_reads_delayed_scaling_and_refuses_twins() -> None:
+def test_transformer_engine_reads_delayed_scaling_and_refuses_names_it_cannot_tell_apart() -> None:
     text = export_plan(plan({"a": fp8_option(Recipe.DELAYED)}), "transformer-engine")
     assert "recipe=DelayedScaling()" in text
     with pytest.raises(PlanMismatchError, match=r"but 'a' and 'model\.a' do not"):
         export_plan(plan({"a": TENSORWISE, "model.a": BF16_O2}), "transformer-engine")
     both = {"a": TENSORWISE, "b": fp8_option(Recipe.DELAYED)}
-    with pytest.raises(PlanMismatchError, match="one recipe under an autocast"):
+    with pytest.raises(PlanMismatchError, match="runs one FP8 recipe, but this plan has several"):
         export_plan(plan(both), "transformer-engine")
 
 

@@ -6,15 +6,8 @@ scaling with the `hybrid` format (e4m3 forward, e5m2 gradients) is torchao's `te
 has no word for rowwise scales, for delayed scaling, for single GEMMs or for FP32.
 """
 
-from autoprec.integrations.export.choices import (
-    header,
-    linears,
-    require_no_all_gather,
-    require_no_fp32_gemm,
-    require_recipes,
-)
-from autoprec.integrations.export.yaml_text import yaml_string
-from autoprec.records import Assignment, Plan, Recipe
+from autoprec.integrations.export.text import header, linears, yaml_string
+from autoprec.records import Assignment, Plan
 
 CONFIGS = """\
 configs:
@@ -38,14 +31,7 @@ CATCH_ALL = """\
 
 
 def megatron_yaml(plan: Plan) -> str:
-    """Return the YAML file: one matcher per linear layer by exact name, everything else in BF16.
-
-    Raises:
-        PlanMismatchError: the file has no word for an option of the plan.
-    """
-    require_recipes(plan, "megatron", (Recipe.TENSORWISE.value,), with_gemms_hp=False)
-    require_no_all_gather(plan, "megatron")
-    require_no_fp32_gemm(plan, "megatron", "chooses between FP8 and BF16")
+    """Return the YAML file: one matcher per linear layer by exact name, everything else in BF16."""
     matchers = "".join(_matcher(layer) for layer in linears(plan))
     return (
         header(

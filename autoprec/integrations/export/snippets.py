@@ -6,16 +6,8 @@ over. So does a layer that the model holds under two names: torchao would conver
 """
 
 from autoprec.errors import PlanMismatchError
-from autoprec.integrations.export.choices import (
-    fp8_choices,
-    header,
-    left_to_trainer,
-    quoted,
-    require_no_fp32_gemm,
-    require_one_option,
-    require_recipes,
-)
-from autoprec.records import APPLICABLE_RECIPES, Option, Plan, Recipe
+from autoprec.integrations.export.text import fp8_choices, header, left_to_trainer, quoted
+from autoprec.records import Option, Plan, Recipe
 
 IN_BF16 = '''
 OPERANDS = {  # the casts that feed each GEMM
@@ -73,18 +65,13 @@ def fp8_recipe(model):
 
 
 def torchao_snippet(plan: Plan) -> str:
-    """Return Python that converts exactly the plan's FP8 layers with torchao.
-
-    Raises:
-        PlanMismatchError: a layer has a recipe that torchao does not.
-    """
-    require_recipes(plan, "torchao", APPLICABLE_RECIPES, with_gemms_hp=True)
+    """Return Python that converts exactly the plan's FP8 layers with torchao."""
     choices = fp8_choices(plan)
     groups = "".join(
         f"    ({_config(plan, option)}, {{\n{quoted(names, indent=8)}    }}),\n"
         for option, names in choices.items()
     )
-    has_masks = any(option.gemms_hp for option in choices)
+    with_gemms_hp = any(option.gemms_hp for option in choices)
     imports = "Float8LinearConfig, convert_to_float8_training"
     return (
         header(
@@ -93,11 +80,11 @@ def torchao_snippet(plan: Plan) -> str:
             *_gather_notes(plan),
             left_to_trainer(plan),
         )
-        + ("import dataclasses\n\n" if has_masks or plan.fp8_all_gather else "")
+        + ("import dataclasses\n\n" if with_gemms_hp or plan.fp8_all_gather else "")
         + "import torch\n"
-        + f"from torchao.float8 import {'CastConfig, ' if has_masks else ''}{imports}\n"
-        + ("from torchao.float8.config import ScalingType\n" if has_masks else "")
-        + (IN_BF16 if has_masks else "")
+        + f"from torchao.float8 import {'CastConfig, ' if with_gemms_hp else ''}{imports}\n"
+        + ("from torchao.float8.config import ScalingType\n" if with_gemms_hp else "")
+        + (IN_BF16 if with_gemms_hp else "")
         + f"\nFP8_LAYERS = [  # configs and exact names\n{groups}]\n"
         + CHECK_LAYERS
         + CONVERT
@@ -108,13 +95,9 @@ def accelerate_snippet(plan: Plan) -> str:
     """Return Python that makes the recipe with which Accelerate converts exactly the FP8 layers.
 
     Raises:
-        PlanMismatchError: the plan has several options, GEMM masks, FP32 layers with a GEMM, or is
-            for a model that is one layer.
+        PlanMismatchError: the plan is for a model that is one layer.
     """
-    require_recipes(plan, "accelerate", APPLICABLE_RECIPES, with_gemms_hp=False)
-    option = require_one_option(plan, "accelerate")
-    require_no_fp32_gemm(plan, "accelerate", "runs every other GEMM under BF16 autocast")
-    names = fp8_choices(plan)[option]
+    [(option, names)] = fp8_choices(plan).items()
     if "" in names:
         raise PlanMismatchError(
             "accelerate converts layers inside a model, but this plan's model is itself a linear "

@@ -9,19 +9,16 @@ the others' layers, because a converted layer would be converted again.
 """
 
 from autoprec.errors import PlanMismatchError
-from autoprec.integrations.export.choices import (
+from autoprec.integrations.export.text import (
     ascii_line,
     fp8_choices,
     header,
     left_to_trainer,
     linears,
     quoted,
-    require_no_all_gather,
-    require_no_fp32_gemm,
-    require_recipes,
 )
 from autoprec.model.options import shape_refusal
-from autoprec.records import APPLICABLE_RECIPES, Assignment, Option, Plan
+from autoprec.records import Assignment, Option, Plan, Recipe
 
 RESERVED = "auto_filter_small_kn"  # a word with a meaning of its own in filter_fqns
 
@@ -30,12 +27,8 @@ def torchtitan_snippet(plan: Plan) -> str:
     """Return the converter configs that convert exactly the plan's FP8 layers.
 
     Raises:
-        PlanMismatchError: substring filters cannot tell the plan's layers apart, or torchtitan has
-            no word for an option.
+        PlanMismatchError: substring filters cannot tell the plan's layers apart.
     """
-    require_recipes(plan, "torchtitan", APPLICABLE_RECIPES, with_gemms_hp=False)
-    require_no_all_gather(plan, "torchtitan")
-    require_no_fp32_gemm(plan, "torchtitan", "runs every other GEMM in one dtype")
     blocks = []
     for option, names in fp8_choices(plan).items():
         filters = titan_filters(plan, option)
@@ -82,13 +75,13 @@ def titan_filters(plan: Plan, option: Option) -> list[str]:
 
 
 def _is_converted(layer: Assignment) -> bool:
-    """Whether torchtitan would convert the layer if nothing filtered it."""
+    """Whether torchtitan would convert the layer if nothing filtered it: its sizes fit FP8."""
     weight = layer.shapes[0] if layer.shapes else ()
-    return len(weight) != 2 or not shape_refusal(*weight)  # torchtitan's own rule is the same
+    return len(weight) != 2 or not shape_refusal(K=weight[1], N=weight[0])
 
 
 def _recipe_notes(plan: Plan) -> list[str]:
-    if not any(option.recipe == "tensorwise" for option in fp8_choices(plan)):
+    if all(option.recipe is not Recipe.TENSORWISE for option in fp8_choices(plan)):
         return []
     return [
         "torchtitan 0.3.0 documents no tensorwise recipe (torchtitan#3127): check your version."

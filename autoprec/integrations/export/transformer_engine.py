@@ -11,19 +11,16 @@ import re
 from collections.abc import Iterable
 
 from autoprec.errors import PlanMismatchError
-from autoprec.integrations.export.choices import (
+from autoprec.integrations.export.text import (
     ascii_line,
     fp8_choices,
     header,
     left_to_trainer,
-    require_no_all_gather,
-    require_no_fp32_gemm,
-    require_recipes,
+    yaml_string,
 )
-from autoprec.integrations.export.yaml_text import yaml_string
 from autoprec.records import Gemm, Option, Plan, Recipe
 
-RECIPES = {
+TE_RECIPES = {
     Recipe.TENSORWISE: "Float8CurrentScaling()",  # hybrid format: e4m3 forward, e5m2 gradients
     Recipe.DELAYED: "DelayedScaling()",
 }
@@ -35,22 +32,16 @@ def transformer_engine_yaml(plan: Plan) -> str:
     """Return the YAML file that leaves exactly the plan's FP8 layers and GEMMs in FP8.
 
     Raises:
-        PlanMismatchError: Transformer Engine has no word for an option of the plan, or two names
-            cannot be told apart.
+        PlanMismatchError: two names cannot be told apart.
     """
-    to = "transformer-engine"
-    require_recipes(plan, to, [recipe.value for recipe in RECIPES], with_gemms_hp=True)
-    require_no_all_gather(plan, to)
-    require_no_fp32_gemm(plan, to, "chooses between FP8 and BF16")
-    recipe = _only_recipe(plan)
     _require_distinct(plan)
     choices = fp8_choices(plan)
     fp8 = [name for names in choices.values() for name in names]
-    masked = {option: names for option, names in choices.items() if option.gemms_hp}
+    recipe = next(TE_RECIPES[option.recipe] for option in choices if option.recipe)
     return (
         header(
             plan,
-            f"Train under te.autocast(enabled=True, recipe={RECIPES[recipe]}), with",
+            f"Train under te.autocast(enabled=True, recipe={recipe}), with",
             "nvdlfw_inspect.api.initialize(config_file=THIS_FILE, feature_dirs=[TE's features]).",
             "The names must be those of the TE modules (their `name`, or what the tool infers,",
             "which counts modules of a list by their layer_number). Older releases of Transformer",
@@ -60,7 +51,8 @@ def transformer_engine_yaml(plan: Plan) -> str:
         + _section("all_but_the_fp8_layers", all_but(fp8), "DisableQuantizationLayer", [])
         + "".join(
             _section(_title(option), only(names), "DisableQuantizationGEMM", option.gemms_hp)
-            for option, names in masked.items()
+            for option, names in choices.items()
+            if option.gemms_hp
         )
     )
 
@@ -73,16 +65,6 @@ def only(names: Iterable[str]) -> str:
 def all_but(names: Iterable[str]) -> str:
     r"""Return the pattern that is found in every name but these."""
     return rf"\A(?!{PREFIX}(?:{'|'.join(re.escape(name) for name in names)})\Z)"
-
-
-def _only_recipe(plan: Plan) -> Recipe:
-    recipes = dict.fromkeys(option.recipe for option in fp8_choices(plan) if option.recipe)
-    if len(recipes) > 1:
-        raise PlanMismatchError(
-            f"transformer-engine runs one recipe under an autocast, but this plan has "
-            f"{' and '.join(recipes)}; tune again with one recipe in --recipes"
-        )
-    return next(iter(recipes))
 
 
 def _require_distinct(plan: Plan) -> None:
