@@ -1,7 +1,7 @@
 """`autoprec run`: a plan in a training script that does not know of it."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from autoprec.cli.main import main
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.launch import Script, run_with_plan
 from autoprec.integrations.launch.watch import RunOutcome
-from autoprec.records import Phase, Plan
+from autoprec.records import BF16_O2, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 from tests.runtime_plans import plan_for
@@ -53,25 +54,39 @@ def run(folder: Path, body: str, *args: str, plan: Plan | None = None, **how: bo
         assert len(_global_optimizer_pre_hooks) <= hooks + 1  # the runtime's own stays
 
 
-def test_a_run_is_bit_identical_to_the_line_in_the_script(tmp_path: Path) -> None:
-    plan_for(Net()).save(tmp_path / "plan.json")
-    line = f"import autoprec; autoprec.apply({str(tmp_path / 'plan.json')!r}, model, optimizer)\n"
-    by_hand = write_script(tmp_path, HEAD + line + LOOP + SAVE, name="by_hand.py")
-    plain = write_script(tmp_path, HEAD + LOOP + SAVE)
-    autoprec = ("-m", "autoprec", "run", "--plan", str(tmp_path / "plan.json"))
-    commands = (
-        [sys.executable, by_hand, "6", str(tmp_path / "by_hand.pt")],
-        [sys.executable, *autoprec, plain, "6", str(tmp_path / "run.pt")],
-    )
-    done = [subprocess.run(c, capture_output=True, text=True, timeout=120) for c in commands]
-    assert [each.returncode for each in done] == [0, 0], done[1].stderr
-    assert done[0].stdout == done[1].stdout
-    expected: list[Tensor] = torch.load(tmp_path / "by_hand.pt")
+@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)])
+def test_a_run_is_bit_identical_to_the_line_in_the_script(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: Option,
+) -> None:
+    """And neither of both moves the random numbers that the script draws."""
+    path = tmp_path / "plan.json"
+    plan_for(Net(), others={"first": option}).save(path)
+    line = f"import autoprec; autoprec.apply({str(path)!r}, model, optimizer)\n"
+    draws = "print(torch.rand(2).tolist())\n"
+    by_hand = write_script(tmp_path, HEAD + line + LOOP + SAVE + draws, name="by_hand.py")
+    plain = write_script(tmp_path, HEAD + LOOP + SAVE + draws)
+    printed = []
+    for script in (by_hand, plain):
+        monkeypatch.setattr(sys, "argv", [script, "6", f"{script}.pt"])
+        runpy.run_path(script, run_name="__main__")
+        printed.append(capsys.readouterr().out.splitlines())
+    masters.LIVE.clear()
+    with pytest.raises(SystemExit) as leaving:
+        main(["run", "--plan", str(path), plain, "6", str(tmp_path / "run.pt")])
+    ran = capsys.readouterr()
+    assert leaving.value.code == 0, ran.err
+    assert ran.out.splitlines() == printed[0]
+    assert ran.out.splitlines()[-1] == printed[1][-1]
+    assert printed[0][:-1] != printed[1][:-1]
+    expected: list[Tensor] = torch.load(f"{by_hand}.pt")
     actual: list[Tensor] = torch.load(tmp_path / "run.pt")
     assert all(torch.equal(one, other) for one, other in zip(expected, actual, strict=True))
-    line = done[1].stderr.splitlines()[-1]
-    assert line.startswith("autoprec: plan applied to Net at train.py:"), done[1].stderr
-    assert "3 bf16_o2" in line
+    line = ran.err.splitlines()[-1]
+    assert line.startswith("autoprec: plan applied to Net at train.py:"), ran.err
+    assert ("3 bf16_o2" if option == BF16_O2 else "2 bf16_o2, 1 fp8_o1") in line
     assert "AdamW" in line
 
 
@@ -279,7 +294,7 @@ def test_a_script_ends_as_python_ends_it(
     assert run(tmp_path, failing).status == 1
     trace = capsys.readouterr().err
     assert trace.startswith("Traceback (most recent call last):\n  File ")
-    assert "autoprec/launch" not in trace
+    assert "integrations/launch" not in trace
     assert "ZeroDivisionError" in trace
 
 

@@ -8,6 +8,7 @@ optimizer.step   or else here
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.guard import Guard
-from autoprec.integrations.launch.patches import Function, Patch, holds, patch_backward
+from autoprec.integrations.launch.patches import Function, has_closure, patched, trains
 from autoprec.records import Plan
 
 logger = logging.getLogger(__name__)
@@ -28,71 +29,72 @@ class ScriptGuard:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._model: Callable[[], nn.Module | None] = lambda: None
+        self._is_on = False
         self._guard: Guard | None = None
-        self._loss: Tensor | None = None
-        self._depth = 0
-        self._is_looked_at = False
-        self._handles: list[Any] = []  # Any: patches and torch's handles
+        self._loss: Tensor | None = None  # of the backward passes since the last step
+        self._depth = 0  # of backward passes, one within the other
+        self._has_looked = False  # at the step that comes next
+        self._stack = ExitStack()
 
     def watch(self, model: nn.Module) -> None:
         """Watch a model; only the first one."""
-        if self._handles:
+        if self._is_on:
             return
-        self._model = weakref.ref(model)
-        owners = (torch.nn.utils, torch.nn.utils.clip_grad)
-        self._handles = [
-            patch_backward(self._before_backward, self._after_backward),
-            *(Patch(owner, "clip_grad_norm_", self._watched_clip) for owner in owners),
-            register_optimizer_step_pre_hook(self._before_step),
-        ]
+        self._model, self._is_on = weakref.ref(model), True
+        for owner, name, around in (
+            (torch.autograd, "backward", self._around_backward),
+            (torch.nn.utils, "clip_grad_norm_", self._around_clip),
+            (torch.nn.utils.clip_grad, "clip_grad_norm_", self._around_clip),
+        ):
+            self._stack.enter_context(patched(owner, name, around))
+        self._stack.enter_context(register_optimizer_step_pre_hook(self._before_step))
 
     def stop(self) -> None:
         """Take everything out."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._is_on = False
+        self._stack.close()
         if self._guard is not None:
             self._guard.close()
 
-    def _before_backward(self, tensors: Any, _gradients: Any) -> None:  # Any: torch's
-        self._depth += 1
-        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        if self._depth == 1 and self._handles:  # checkpointing calls backward inside of backward
+    def _around_backward(
+        self, original: Function, /, tensors: Any, *args: Any, **kwargs: Any
+    ) -> None:  # Any: torch's
+        if self._is_on and self._depth == 0:  # checkpointing calls backward inside of backward
+            roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
             added = torch.stack([root.detach().float().sum() for root in roots]).sum()
             self._loss = added if self._loss is None else self._loss + added
+        self._depth += 1
+        try:
+            original(tensors, *args, **kwargs)
+        finally:
+            self._depth -= 1
 
-    def _after_backward(self) -> None:
-        self._depth -= 1
-
-    def _watched_clip(self, original: Function) -> Function:
-        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:  # Any: torch's own
-            self._look()
-            return original(*args, **kwargs)
-
-        return clip_grad_norm_
+    def _around_clip(self, original: Function, /, *args: Any, **kwargs: Any) -> Any:  # Any: torch's
+        self._look()
+        return original(*args, **kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
         model = self._model()
-        if model is None or not self._is_ours(optimizer, model):
+        if model is None or not self._is_watched(optimizer, model):
             return
         if self._guard is None:
             self._guard = Guard(model, optimizer, self._plan)
-            if any(callable(value) for value in (*args[1:], *kwargs.values())):
+            if has_closure(args, kwargs):
                 logger.warning(
                     "the guard cannot see steps that an optimizer takes with a closure; call "
                     "autoprec.Guard in the script"
                 )
         self._look()
-        self._is_looked_at, self._loss = False, None
+        self._has_looked, self._loss = False, None
 
-    def _is_ours(self, optimizer: Optimizer, model: nn.Module) -> bool:
+    def _is_watched(self, optimizer: Optimizer, model: nn.Module) -> bool:
         """Whether this optimizer's steps are those that count: the first one's of the model."""
-        return (
-            holds(optimizer, model) if self._guard is None else optimizer is self._guard.optimizer
-        )
+        if self._guard is None:
+            return trains(optimizer, model)
+        return optimizer is self._guard.optimizer
 
     def _look(self) -> None:
         """Step the guard once for each step of the optimizer."""
-        if self._guard is not None and self._loss is not None and not self._is_looked_at:
+        if self._guard is not None and self._loss is not None and not self._has_looked:
             self._guard.step(self._loss)
-            self._is_looked_at = True
+            self._has_looked = True

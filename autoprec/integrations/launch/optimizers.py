@@ -1,11 +1,11 @@
-"""An optimizer -> a recipe that builds the same one for another copy of the model.
+"""An optimizer over one copy of a model -> the same optimizer over another copy.
 
 Any subclass of `torch.optim.Optimizer` works, whatever its constructor wants: its attributes are
-copied with a placeholder for each parameter, hooks and patched methods left out.
+copied, with the other model's parameter wherever one of the first stands. Hooks and patched methods
+are left out.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,58 +14,39 @@ from torch.optim import Optimizer
 
 from autoprec.runtime.attach import HOOKS
 
-Attributes = dict[str, Any]  # Any: an optimizer's own
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
 
 
-class Place:
-    """Stands for one parameter of the model."""
+def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> Optimizer:
+    """Return an optimizer of `source`'s parameters and no others, over those of `target`.
 
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """An optimizer's class and attributes, with places instead of parameters."""
-
-    cls: type[Optimizer]
-    attributes: Attributes
-    places: tuple[Place, ...]
-
-    def build(self, model: nn.Module) -> Optimizer:
-        """Return the optimizer over the parameters of `model`, with the state that it had."""
-        parameters = zip(self.places, model.parameters(), strict=True)
-        memo: dict[int, Any] = {id(place): parameter for place, parameter in parameters}
-        optimizer: Optimizer = object.__new__(self.cls)
-        vars(optimizer).update(copy.deepcopy(self.attributes, memo))
-        optimizer.__setstate__({})  # hooks and the profiled step, as after unpickling
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    state[name] = value.to(parameter.device)
-        return optimizer
-
-
-def take_apart(optimizer: Optimizer, model: nn.Module) -> OptimizerRecipe:
-    """Return the recipe of an optimizer that trains parameters of `model` and no others.
-
-    Learning rates are those that a schedule starts from or rises to, not those of a warm-up's first
-    step, which may be zero.
+    Its state comes along, on the device of each parameter.
     """
-    places = tuple(Place() for _ in model.parameters())
-    pairs = zip(model.parameters(), places, strict=True)
-    memo: dict[int, Any] = {id(parameter): place for parameter, place in pairs}
-    kept = {
+    # deepcopy takes what its memo has under an object's id for that object's copy
+    pairs = zip(source.parameters(), target.parameters(), strict=True)
+    memo: dict[int, Any] = {id(one): other for one, other in pairs}
+    attributes = {
         name: value
         for name, value in vars(optimizer).items()
         if name not in HOOKS and not callable(value)
     }
-    attributes: Attributes = copy.deepcopy(kept, memo)
-    for group in attributes["param_groups"]:
+    other: Optimizer = object.__new__(type(optimizer))
+    vars(other).update(copy.deepcopy(attributes, memo))
+    other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
+    for parameter, state in other.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                state[name] = value.to(parameter.device)
+    return other
+
+
+def set_peak_rates(optimizer: Optimizer) -> None:
+    """Set the learning rates that a schedule starts from or rises to, and forget the schedule.
+
+    Those of a warm-up's first step may be zero.
+    """
+    for group in optimizer.param_groups:
         peaks = [group.pop(name) for name in PEAKS if name in group]
         if peaks:
-            rate = float(peaks[0])
-            group["lr"] = torch.full_like(group["lr"], rate) if _is_tensor(group) else rate
-    return OptimizerRecipe(type(optimizer), attributes, places)
-
-
-def _is_tensor(group: dict[str, Any]) -> bool:  # Any: as above
-    return isinstance(group["lr"], Tensor)
+            rate, is_tensor = float(peaks[0]), isinstance(group["lr"], Tensor)
+            group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate

@@ -36,7 +36,7 @@ def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
 
 
 def measure_misfit(plan: Plan, module: nn.Module) -> Misfit:
-    """Say how a module that the plan does not fit differs from the plan."""
+    """Return how a module that the plan does not fit differs from the plan."""
     module = unwrapped(module)
     names = {plain_name(name) for name in find_layers(module)}
     return Misfit(

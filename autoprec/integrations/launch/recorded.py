@@ -13,7 +13,6 @@ be those that the script had. FP32 and the plan are compared without the script'
 import contextlib
 import copy
 import gc
-import hashlib
 import logging
 import math
 import os
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from autoprec.common.text import short_digest
 from autoprec.errors import WorkloadError
+from autoprec.integrations.launch.optimizers import copy_optimizer
 from autoprec.integrations.launch.recorder import (
     MODEL_PY,
     FirstCall,
@@ -55,26 +55,88 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     Raises:
         WorkloadError: the script failed, ended early, or trains in a way that cannot be recorded.
     """
-    recorder = Recorder(steps)
-    with _kept_state(), recorder, contextlib.redirect_stdout(sys.stderr):
-        status = _run_until_stopped(script)
+    recorder, status = Recorder(steps), 0
+    with (
+        _kept_state(),
+        recorder,
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.suppress(StopScript),  # the recorder knows why
+    ):
+        status = run_script(script)
+    first, optimizer = recorder.first, recorder.first_optimizer
     if recorder.refusal is not None:
-        raise WorkloadError(_refused(script, recorder.refusal))
-    if not recorder.is_complete:
-        raise WorkloadError(_ended_early(script, recorder, status))
+        raise _refused(script, recorder.refusal)
+    if first is None or optimizer is None or not recorder.is_complete:
+        raise _ended_early(script, recorder, status)
     logger.warning(
         "%s was stopped after %d training steps; what it wrote until then is its own",
         script.name,
         recorder.steps,
     )
-    return make_workload(script, recorder)
+    _free(recorder)
+    check_recording(script, recorder, first)
+    _remove_accelerate(first.model)
+    batches = [_unscaled(batch, recorder.micro_steps) for batch in recorder.batches]
+    held_out = max(2, len(batches) // HELD_OUT)
+    holder = SimpleNamespace(
+        build_model=lambda: copy.deepcopy(first.model),
+        train_batches=lambda seed: _shuffled(batches[:-held_out], seed),
+        loss_fn=recorded_loss,
+        build_optimizer=lambda model: copy_optimizer(optimizer, first.model, model),
+        eval_batches=lambda: batches[-held_out:],
+    )
+    return workload_from(holder, name=script.name, digest=_digest(script, recorder))
 
 
-def _run_until_stopped(script: Script) -> int:
-    try:
-        return run_script(script)
-    except StopScript:  # the recorder knows why
-        return 0
+def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
+    """Return the loss of a recorded batch for the model as it is now."""
+    args, kwargs = batch.args, batch.kwargs
+    if batch.program.writes_inputs:
+        args, kwargs = _cloned(args), _cloned(kwargs)
+    return replay(batch.program, model, model(*args, **kwargs), batch.constants)
+
+
+def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> None:
+    """Run the first batch again as the script did, and compare.
+
+    Raises:
+        WorkloadError: loss or gradient differ.
+    """
+    model = copy.deepcopy(first.model).to(first.device).train()
+    batch = move_batch(recorder.batches[0], first.device)
+    enabled, dtype = first.autocast
+    gpus = range(len(first.generators) - 1)
+    with torch.random.fork_rng(devices=list(gpus), enabled=True):
+        # as in the script: the random numbers of its dropout, and its autocast
+        torch.set_rng_state(first.generators[0])
+        for gpu, state in zip(gpus, first.generators[1:], strict=True):
+            torch.cuda.set_rng_state(state, gpu)
+        with torch.autocast(first.device.type, dtype=dtype, enabled=enabled):
+            loss = recorded_loss(model, batch)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    for what, found, wanted, tolerance, cause in (
+        (
+            "loss",
+            float(loss.detach()),
+            recorder.losses[0],
+            LOSS_RTOL,
+            "the model or its loss depends on something else than the model's inputs",
+        ),
+        (
+            "gradient norm",
+            gradient_norm(model),
+            recorder.first_norm,
+            NORM_RTOL,
+            "the gradient does not only come from the loss (hooks, or a forward that was replaced)",
+        ),
+    ):
+        if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=1e-12):
+            raise _refused(
+                script,
+                f"a recording must repeat the script's first step, but the {what} is {found:.6g} "
+                f"again instead of {wanted:.6g}: {cause}",
+            )
 
 
 @contextlib.contextmanager
@@ -87,81 +149,6 @@ def _kept_state() -> Iterator[None]:
         os.chdir(folder)
         torch.set_default_device(None)
         torch.set_default_dtype(dtype)
-
-
-def make_workload(script: Script, recorder: Recorder) -> Workload:
-    """Make a workload of a complete recording, after checking that it repeats the first batch.
-
-    Raises:
-        WorkloadError: it does not, or too little was recorded.
-    """
-    recipe, first = recorder.recipe, recorder.first
-    if recipe is None or first is None or recorder.template is None:
-        raise WorkloadError(
-            _refused(script, "a model and its optimizer must be seen, but were not")
-        )
-    template = recorder.template
-    _free(recorder)
-    check_recording(script, recorder, first, template)
-    _remove_accelerate(template)
-    batches = [_unscaled(batch, recorder.micro_steps) for batch in recorder.batches]
-    held_out = max(2, len(batches) // HELD_OUT)
-    holder = SimpleNamespace(
-        build_model=lambda: copy.deepcopy(template),
-        train_batches=lambda seed: _shuffled(batches[:-held_out], seed),
-        loss_fn=recorded_loss,
-        build_optimizer=recipe.build,
-        eval_batches=lambda: batches[-held_out:],
-    )
-    return workload_from(holder, name=script.name, digest=_digest(script, recorder))
-
-
-def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
-    """Return the loss of a recorded batch for the model as it is now."""
-    args, kwargs = batch.args, batch.kwargs
-    if batch.program.takes_inputs:
-        args, kwargs = _cloned(args), _cloned(kwargs)
-    return replay(batch.program, model, model(*args, **kwargs), batch.constants)
-
-
-def check_recording(
-    script: Script, recorder: Recorder, first: FirstCall, template: nn.Module
-) -> None:
-    """Run the first batch again as the script did, and compare.
-
-    Raises:
-        WorkloadError: loss or gradient differ.
-    """
-    model = copy.deepcopy(template).to(first.device).train()
-    batch = move_batch(recorder.batches[0], first.device)
-    enabled, dtype = first.autocast
-    kind = first.device.type
-    gpus = range(len(first.generators) - 1)
-    with torch.random.fork_rng(devices=list(gpus), enabled=True):
-        torch.set_rng_state(first.generators[0])
-        for gpu, state in zip(gpus, first.generators[1:], strict=True):
-            torch.cuda.set_rng_state(state, gpu)
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            loss = recorded_loss(model, batch)
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
-    pairs = (
-        ("loss", float(loss.detach()), recorder.losses[0], LOSS_RTOL),
-        ("gradient norm", gradient_norm(model), recorder.first_norm, NORM_RTOL),
-    )
-    for what, found, wanted, tolerance in pairs:
-        if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=1e-12):
-            reason = (
-                f"a recording must repeat the script's first step, but the {what} is {found:.6g} "
-                f"again instead of {wanted:.6g}: {_cause(what)}"
-            )
-            raise WorkloadError(_refused(script, reason))
-
-
-def _cause(what: str) -> str:
-    if what == "loss":
-        return "the model or its loss depends on something else than the model's inputs"
-    return "the gradient does not only come from the loss (hooks, or a forward that was replaced)"
 
 
 def _unscaled(batch: RecordedBatch, micro_steps: int) -> RecordedBatch:
@@ -192,7 +179,7 @@ def _free(recorder: Recorder) -> None:
     if recorder.model is not None and recorder.first and recorder.first.device.type != "cpu":
         recorder.model.zero_grad(set_to_none=True)
         recorder.model.to("cpu")
-        if isinstance(recorder.optimizer, Optimizer):
+        if recorder.optimizer is not None:
             recorder.optimizer.state.clear()
         gc.collect()
         if torch.cuda.is_available():
@@ -203,33 +190,30 @@ def _free(recorder: Recorder) -> None:
 def _digest(script: Script, recorder: Recorder) -> str:
     """Hash the script and what it did: another run of an unseeded script is another workload."""
     path = Path(script.name)
-    text = path.read_bytes() if path.is_file() else b""
-    losses = ",".join(f"{loss:.6g}" for loss in recorder.losses)
-    asked = repr((script, recorder.wanted, losses))
-    return hashlib.sha256(text + asked.encode()).hexdigest()[:16]
+    text = path.read_bytes().hex() if path.is_file() else ""
+    losses = [f"{loss:.6g}" for loss in recorder.losses]
+    return short_digest(text, repr(script), recorder.wanted, losses)
 
 
-def _refused(script: Script, reason: str) -> str:
-    return f"{script.name} cannot be tuned as it is: {reason}; {MODEL_PY}"
+def _refused(script: Script, reason: str) -> WorkloadError:
+    return WorkloadError(f"{script.name} cannot be tuned as it is: {reason}; {MODEL_PY}")
 
 
-def _ended_early(script: Script, recorder: Recorder, status: int) -> str:
+def _ended_early(script: Script, recorder: Recorder, status: int) -> WorkloadError:
     if status >= FAILED:
-        return (
+        return WorkloadError(
             f"the script must train for {recorder.wanted} steps, but {script.name} failed with "
-            f"exit status {status} after {recorder.steps}; mend it, or {MODEL_PY}"
+            f"exit status {status} after {recorder.steps}; fix it, or {MODEL_PY}"
         )
-    if recorder.steps == 0:
-        return _refused(script, _nothing_seen(recorder))
-    return (
-        f"the script must train for {recorder.wanted} steps (--script-steps), but {script.name} "
-        f"ended after {recorder.steps}; ask for fewer, or let it train longer"
-    )
-
-
-def _nothing_seen(recorder: Recorder) -> str:
+    if recorder.steps > 0:
+        return WorkloadError(
+            f"the script must train for {recorder.wanted} steps (--script-steps), but "
+            f"{script.name} ended after {recorder.steps}; ask for fewer, or let it train longer"
+        )
     if recorder.model is None:
-        return "a model must be called in training mode, but none was in this process"
-    if not recorder.batches:
-        return "the loss must be trained by backward, but none was called"
-    return "an optimizer of torch.optim must step, but none did"
+        reason = "a model must be called in training mode, but none was in this process"
+    elif not recorder.batches:
+        reason = "the loss must be trained by backward, but none was called"
+    else:
+        reason = "an optimizer of torch.optim must step, but none did"
+    return _refused(script, reason)

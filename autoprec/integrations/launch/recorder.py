@@ -24,8 +24,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from autoprec.integrations.launch.optimizers import OptimizerRecipe, take_apart
-from autoprec.integrations.launch.patches import Function, Patch, holds, patch_backward
+from autoprec.common.text import error_line
+from autoprec.integrations.launch.optimizers import copy_optimizer, set_peak_rates
+from autoprec.integrations.launch.patches import Function, has_closure, patched, trained_by
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.tape import Program, Tape, Taping, Untaped, copied, tensors_in
 from autoprec.runtime.masters import ON_MODEL
@@ -44,22 +45,21 @@ class RecordedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class FirstCall:
-    """What it takes to repeat the first batch exactly, and what came out."""
+    """What it takes to repeat the first batch exactly."""
 
+    model: nn.Module  # a copy on the CPU from before the call
     device: torch.device
     generators: tuple[Tensor, ...]
     autocast: tuple[bool, torch.dtype]
 
 
-@dataclass
-class OpenCall:
+class OpenCall(NamedTuple):
     """A call of the model whose backward has not come yet."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: list[int]
-    tape: Tape | None = None
-    takes_inputs: bool = False
+    tape: Tape
+    writes_inputs: bool
 
 
 class Recorder:
@@ -68,16 +68,15 @@ class Recorder:
     def __init__(self, steps: int) -> None:
         self.wanted, self.steps, self.micro_steps = steps, 0, 1
         self.model: nn.Module | None = None  # the script's own
-        self.template: nn.Module | None = None  # a copy on the CPU from before its first call
-        self.optimizer: Optimizer | None = None
-        self.recipe: OptimizerRecipe | None = None
+        self.first: FirstCall | None = None
+        self.optimizer: Optimizer | None = None  # the script's own
+        self.first_optimizer: Optimizer | None = None  # before its first step, over `first.model`
         self.batches: list[RecordedBatch] = []
         self.losses: list[float] = []
-        self.first: FirstCall | None = None
         self.first_norm = math.nan  # of the first batch's gradient
         self.refusal: str | None = None
         self._call: OpenCall | None = None
-        self._batches_before = 0
+        self._batches_before = 0  # the last step
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
         self._stack = ExitStack()
@@ -85,15 +84,15 @@ class Recorder:
         self._process = os.getpid()
 
     def __enter__(self) -> "Recorder":
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.enter_context(self._mode)
-        for handle in (
-            Patch(nn.Module, "__call__", self._watched_call),
-            patch_backward(self._before_backward, self._after_backward),
+        for context in (
+            torch.compiler.set_stance("force_eager"),  # a tape sees no call of a compiled graph
+            self._mode,
+            patched(nn.Module, "__call__", self._around_call),
+            patched(torch.autograd, "backward", self._around_backward),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ):
-            self._stack.callback(handle.remove)
+            self._stack.enter_context(context)
         self._is_open = True
         return self
 
@@ -111,24 +110,30 @@ class Recorder:
         """End the script: it cannot be recorded."""
         self.refusal = self.refusal or reason
         self._mode.tape = None
-        raise StopScript(self.refusal)
+        raise StopScript
 
     # --- the model's call ------------------------------------------------------------------------
 
-    def _watched_call(self, original: Function) -> Function:
-        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if self._depth or not self._is_training(module):
-                return original(module, *args, **kwargs)
-            self._before_call(module, args, kwargs)
-            self._depth += 1
-            try:
-                output = original(module, *args, **kwargs)
-            finally:
-                self._depth -= 1
-            self._after_call(output)
-            return output
-
-        return __call__
+    def _around_call(
+        self, original: Function, module: nn.Module, /, *args: Any, **kwargs: Any
+    ) -> Any:  # Any: the user's
+        if self._depth or not self._is_training(module):
+            return original(module, *args, **kwargs)
+        model = self._check_call(module, (args, kwargs))
+        # the model may write into its inputs, so they are copied before it runs
+        inputs = list(tensors_in((args, kwargs)))
+        versions = [tensor._version for tensor in inputs]
+        before = copied(args), copied(kwargs)
+        self._depth += 1
+        try:
+            output = original(module, *args, **kwargs)
+        finally:
+            self._depth -= 1
+        writes_inputs = versions != [tensor._version for tensor in inputs]
+        # from here on, what happens to the output is on the tape
+        self._mode.tape = Tape(output, model)
+        self._call = OpenCall(*before, self._mode.tape, writes_inputs)
+        return output
 
     def _is_training(self, module: nn.Module) -> bool:
         return (
@@ -139,95 +144,94 @@ class Recorder:
             and any(parameter.requires_grad for parameter in module.parameters())
         )
 
-    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:  # Any: the user's
+    def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
+        """Return the model that a call is of, if the call can be recorded."""
         if self.refusal or self.is_complete:
-            raise StopScript(self.refusal)
-        inner = _inner(module)
+            raise StopScript  # again: the script caught the first one
+        model = _inner(module)
         if self.model is None:
-            self._take_model(inner)
-        elif inner is not self.model:
-            names = f"{type(self.model).__name__} and {type(inner).__name__}"
+            self.model, self.first = model, self._first_call(model)
+        elif model is not self.model:
+            names = f"{type(self.model).__name__} and {type(model).__name__}"
             self.refuse(f"one model must be trained, but the script calls several ({names})")
         if self._call is not None:
             self.refuse(
                 "the model must be called once before each backward, but the script calls it twice"
             )
-        if any(t.requires_grad and not t.is_leaf for t in tensors_in((args, kwargs))):
+        if any(t.requires_grad and not t.is_leaf for t in tensors_in(inputs)):
             self.refuse(
                 "the model's inputs must not depend on other weights, but an input of "
-                f"{type(inner).__name__} has a gradient"
+                f"{type(model).__name__} has a gradient"
             )
-        versions = [tensor._version for tensor in tensors_in((args, kwargs))]
-        self._call = OpenCall(copied(args), copied(kwargs), versions)
-        self._inputs = args, kwargs
+        return model
 
-    def _after_call(self, output: Any) -> None:  # Any: the user's
-        if self._call is None or self.model is None:
-            return
-        versions = [tensor._version for tensor in tensors_in(self._inputs)]
-        self._call.takes_inputs = versions != self._call.versions
-        self._call.tape = self._mode.tape = Tape(output, self.model)
-        del self._inputs
-
-    def _take_model(self, model: nn.Module) -> None:
+    def _first_call(self, model: nn.Module) -> FirstCall:
         if ON_MODEL in vars(model):
             self.refuse("the script must train plainly, but it applies a plan itself")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = torch.distributed.get_world_size()
             if ranks > 1:
                 self.refuse(f"one process must train, but there are {ranks}")
-        self.model = model
         device = next(model.parameters()).device
-        kind = device.type
-        enabled = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self.first = FirstCall(device, generator_states(), enabled)
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         try:
-            self.template = copy.deepcopy(model).to("cpu")
+            template = copy.deepcopy(model).to("cpu")
         except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
-            reason = " ".join(str(error).split())[:200]
-            self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
-        self.template.zero_grad(set_to_none=True)
+            self.refuse(
+                "the model must be one that can be copied, but copying it fails: "
+                f"{error_line(error)}"
+            )
+        template.zero_grad(set_to_none=True)
+        return FirstCall(template, device, generator_states(), autocast)
 
     # --- backward --------------------------------------------------------------------------------
 
-    def _before_backward(self, tensors: Any, gradients: Any) -> None:  # Any: torch's
+    def _around_backward(
+        self,
+        original: Function,
+        /,
+        tensors: Any,  # Any: torch's
+        grad_tensors: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if self._depth == 0 and self._is_open:
+            self._end_batch(tensors, grad_tensors)
         self._depth += 1  # checkpointing runs layers again, and backward inside of backward
-        if self._depth > 1 or not self._is_open:
-            return
+        try:
+            original(tensors, grad_tensors, *args, **kwargs)
+        finally:
+            self._depth -= 1
+        if self._depth == 0 and self._is_open and len(self.batches) == 1 and self.model is not None:
+            self.first_norm = gradient_norm(self.model)
+
+    def _end_batch(self, tensors: Any, gradients: Any) -> None:  # Any: torch's
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if self._call is None or self._call.tape is None:
+        if self._call is None:
             self.refuse(
                 "each backward must follow a call of the model in training mode, but the script "
                 "calls backward without one, or twice"
             )
-        if len(roots) != 1 or roots[0].numel() != 1 or _has_gradient(gradients):
+        given = [gradients] if isinstance(gradients, Tensor) else gradients or ()
+        if len(roots) != 1 or roots[0].numel() != 1 or any(g is not None for g in given):
             self.refuse("the loss must be one scalar, but backward starts from something else")
-        self._end_batch(self._call, self._call.tape, roots[0])
-
-    def _end_batch(self, call: OpenCall, tape: Tape, root: Tensor) -> None:
-        self._mode.tape = self._call = None
+        call, self._call, self._mode.tape = self._call, None, None
         try:
-            program = tape.finish(root, takes_inputs=call.takes_inputs)
+            program = call.tape.finish(roots[0], writes_inputs=call.writes_inputs)
         except Untaped as missing:
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {missing}, which was not seen"
             )
-        batch = RecordedBatch(call.args, call.kwargs, tape.constants, program)
-        self.batches.append(batch)
-        self.losses.append(float(root.detach()))
-
-    def _after_backward(self) -> None:
-        self._depth -= 1
-        if self._depth == 0 and self._is_open and len(self.batches) == 1 and self.model is not None:
-            self.first_norm = gradient_norm(self.model)
+        self.batches.append(RecordedBatch(call.args, call.kwargs, call.tape.constants, program))
+        self.losses.append(float(roots[0].detach()))
 
     # --- the optimizer's step --------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
         if not self._is_open:
             return
-        if any(callable(value) for value in (*args[1:], *kwargs.values())):
+        if has_closure(args, kwargs):
             self.refuse(
                 "optimizer.step() must be called without a closure, but the script gives "
                 f"{type(optimizer).__name__} one"
@@ -238,22 +242,23 @@ class Recorder:
         if self.model is None or len(self.batches) == self._batches_before:
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
-                "none of both was seen before it"
+                "neither was seen before it"
             )
         if self._call is not None:
             self.refuse("each call of the model must have its backward, but one had none")
-        if self.optimizer is None:
-            self._take_optimizer(optimizer, self.model)
+        if self.optimizer is None and self.first is not None:
+            self._take_optimizer(optimizer, self.model, self.first.model)
 
-    def _take_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
+    def _take_optimizer(self, optimizer: Optimizer, model: nn.Module, template: nn.Module) -> None:
         own = {id(parameter) for parameter in model.parameters()}
-        listed = [p for group in optimizer.param_groups for p in group["params"]]
-        if not holds(optimizer, model) or any(id(parameter) not in own for parameter in listed):
+        if any(id(parameter) not in own for parameter in trained_by(optimizer)):
             self.refuse(
                 f"the optimizer must train the weights of {type(model).__name__} alone, but "
                 f"{type(optimizer).__name__} has others"
             )
-        self.optimizer, self.recipe = optimizer, take_apart(optimizer, model)
+        self.optimizer = optimizer
+        self.first_optimizer = copy_optimizer(optimizer, model, template)
+        set_peak_rates(self.first_optimizer)
         self.micro_steps = len(self.batches)
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
@@ -288,10 +293,3 @@ def _inner(module: nn.Module) -> nn.Module:
             module = inner
         else:
             return module
-
-
-def _has_gradient(gradients: Any) -> bool:  # Any: torch's
-    if gradients is None:
-        return False
-    listed = [gradients] if isinstance(gradients, Tensor) else list(gradients)
-    return any(gradient is not None for gradient in listed)

@@ -1,11 +1,11 @@
 """A script or module with its arguments -> run in this process as `python` would run it.
 
 `__main__`, `sys.argv` and `sys.path[0]` are what `python FILE ARGS` or `python -m MODULE ARGS`
-makes them, and stay so afterwards: the process is the script's from then on. An exception is shown
-by `sys.excepthook` with the script's frames only.
+makes them, and stay so afterwards: the process is the script's from then on. (`runpy` puts them
+back, and what is compiled or pickled later looks the script's classes up in `__main__`.) An
+exception is shown by `sys.excepthook` with the script's frames only.
 """
 
-import builtins
 import importlib.util
 import logging
 import os
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from autoprec.errors import AutoprecError, WorkloadError
 
 FAILED, INTERRUPTED = 1, 130  # Python's exit status of an uncaught exception, a shell's of Ctrl-C
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,7 @@ class Script:
 
 
 class StopScript(BaseException):
-    """Ends a script from outside; not an Exception, so that the script's handlers let it pass.
-
-    `refusal` says why the script cannot be used, None when it was stopped as planned.
-    """
-
-    def __init__(self, refusal: str | None = None) -> None:
-        super().__init__(refusal or "stopped by autoprec")
-        self.refusal = refusal
+    """Ends a script from outside; not an Exception, so that the script's handlers let it pass."""
 
 
 def run_script(script: Script) -> int:
@@ -52,12 +46,20 @@ def run_script(script: Script) -> int:
         AutoprecError: what autoprec's own code raised inside of the script.
         StopScript: as it was raised.
     """
-    outcome = _AsPython()
-    with outcome, _own_logging():
-        code, main = _load_module(script) if script.is_module else _load_file(script)
-        sys.modules["__main__"] = main
-        exec(code, vars(main))
-    return outcome.status
+    with _own_logging():
+        try:
+            code, main = _load_module(script) if script.is_module else _load_file(script)
+            sys.modules["__main__"] = main
+            exec(code, vars(main))
+        except (AutoprecError, StopScript, GeneratorExit):
+            raise
+        except SystemExit as leaving:
+            return _exit_status(leaving)
+        except BaseException as error:  # noqa: BLE001 - the script's last one, as Python ends with
+            error.__traceback__ = _script_frames(error.__traceback__)
+            sys.excepthook(type(error), error, error.__traceback__)
+            return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    return 0
 
 
 def script_line() -> str:
@@ -80,9 +82,9 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
         )
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
-    code = compile(path.read_bytes(), full, "exec", dont_inherit=True)
-    loader = SourceFileLoader("__main__", full)
-    return code, _main_module(__file__=full, __loader__=loader, __spec__=None, __package__=None)
+    main = _main_module(ModuleSpec("__main__", SourceFileLoader("__main__", full), origin=full))
+    vars(main).update(__file__=full, __spec__=None, __package__=None)
+    return compile(path.read_bytes(), full, "exec", dont_inherit=True), main
 
 
 def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
@@ -98,8 +100,7 @@ def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
             "finds; check the name and the folder it is run from"
         )
     sys.argv[0] = spec.origin or script.name
-    fields = {"__file__": spec.origin, "__loader__": loader, "__spec__": spec}
-    return code, _main_module(**fields, __package__=spec.parent)
+    return code, _main_module(spec)
 
 
 def _find_module(name: str) -> ModuleSpec | None:
@@ -112,9 +113,9 @@ def _find_module(name: str) -> ModuleSpec | None:
         raise
 
 
-def _main_module(**fields: object) -> ModuleType:
-    main = ModuleType("__main__")
-    vars(main).update(fields, __builtins__=builtins, __cached__=None)
+def _main_module(spec: ModuleSpec) -> ModuleType:
+    main = importlib.util.module_from_spec(spec)
+    vars(main).update(__name__="__main__", __cached__=None)
     return main
 
 
@@ -137,33 +138,6 @@ def _own_logging() -> Iterator[None]:
         root.handlers[:], own.propagate = handlers, True
 
 
-class _AsPython:
-    """Ends like the interpreter: shows what was raised and keeps the exit status."""
-
-    status = 0
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if error is None:
-            return True
-        if isinstance(error, AutoprecError | StopScript | GeneratorExit):
-            return False
-        if isinstance(error, SystemExit):
-            self.status = _exit_status(error)
-            return True
-        error.__traceback__ = _script_frames(trace)
-        sys.excepthook(type(error), error, error.__traceback__)
-        self.status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-        return True
-
-
 def _exit_status(leaving: SystemExit) -> int:
     if leaving.code is None or isinstance(leaving.code, int):
         return leaving.code or 0
@@ -172,17 +146,13 @@ def _exit_status(leaving: SystemExit) -> int:
 
 
 def _script_frames(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without the frames of this package."""
-    while trace is not None and _is_ours(trace):
+    """Return a traceback without the frames of this package and of Python's import."""
+    shown: list[TracebackType] = []
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith((HERE, "<frozen importlib")):
+            shown.append(trace)
         trace = trace.tb_next
-    at = trace
-    while at is not None:
-        while at.tb_next is not None and _is_ours(at.tb_next):
-            at.tb_next = at.tb_next.tb_next
-        at = at.tb_next
-    return trace
-
-
-def _is_ours(trace: TracebackType) -> bool:
-    name = trace.tb_frame.f_code.co_filename
-    return name.startswith((HERE, "<frozen importlib"))
+    for above, below in pairwise([*shown, None]):
+        if above is not None:
+            above.tb_next = below
+    return shown[0] if shown else None

@@ -70,7 +70,7 @@ class Program:
     steps: Mapping[int, Step]
     root: Ref
     changed: frozenset[int]  # constants that steps write into
-    takes_inputs: bool = False  # whether the model writes into its own arguments
+    writes_inputs: bool = False  # whether the model writes into its own arguments
 
 
 @dataclass(frozen=True)
@@ -128,30 +128,46 @@ class Tape:
         is_live = any(id(tensor) in self._refs for tensor in tensors)
         if not is_live or function is _READ_GRADIENT:
             return function(*args, **kwargs)
+        # the references are taken before the call, which may write into its arguments: a constant
+        # is copied as it was, and torch counts the writes in `_version`
         taken_args, taken_kwargs = mapped((args, kwargs), self._ref)
-        before = [tensor._version for tensor in tensors]
+        versions = [tensor._version for tensor in tensors]
         has_grad = torch.is_grad_enabled()
         result = function(*args, **kwargs)
-        made = list(tensors_in(result))
-        written = [t for t, v in zip(tensors, before, strict=True) if t._version != v]
-        if not made and not written and function not in NO_HOOKS:
-            return result
-        written = self._sharing(written)
-        writes = tuple(self._refs[id(tensor)].ref for tensor in written)
-        if function in NO_HOOKS:
-            writes = tuple(Ref(Source.UNKNOWN, name="a gradient hook") for _ in tensors[:1])
-        self._steps.append(Step(function, taken_args, taken_kwargs, has_grad, writes))
+        written = [t for t, v in zip(tensors, versions, strict=True) if t._version != v]
+        step = Step(function, taken_args, taken_kwargs, has_grad, writes=())
+        self._record(step, made=list(tensors_in(result)), written=written)
+        return result
+
+    def _record(self, step: Step, *, made: list[Tensor], written: list[Tensor]) -> None:
+        """Append a step, and name the tensors that it made or changed."""
+        if step.function in NO_HOOKS:
+            # a hook changes gradients in a way that no replay repeats
+            writes: tuple[Ref, ...] = (Ref(Source.UNKNOWN, name="a gradient hook"),)
+        elif made or written:
+            # tensors changed in place keep their references, and the step is known to write to
+            # them; those that are views of the same storage changed as well
+            written = self._sharing(written)
+            writes = tuple(self._refs[id(tensor)].ref for tensor in written)
+        else:
+            return  # such as .item() or a shape
+        self._steps.append(dataclasses.replace(step, writes=writes))
         for tensor in written:
             self._name(tensor, self._refs[id(tensor)].ref)
         for leaf, tensor in enumerate(made):
             self._name(tensor, Ref(Source.VALUE, len(self._steps) - 1, leaf))
-        return result
 
-    def finish(self, root: Tensor, *, takes_inputs: bool) -> Program:
-        """Return the program that leads to `root`, without the steps that do not matter to it."""
+    def finish(self, root: Tensor, *, writes_inputs: bool) -> Program:
+        """Return the program that leads to `root`, without the steps that do not matter to it.
+
+        Raises:
+            Untaped: a step that matters has an operand of which the origin was not seen.
+        """
         ref = self._ref(root)
         needed, steps = {(ref.source, ref.index)}, {}
         unknown = [ref] if ref.source is Source.UNKNOWN else []
+        # backwards, so that all that a step needs is known when its turn comes; a step that writes
+        # in place is always kept, since a later one may read what it wrote
         for index in reversed(range(len(self._steps))):
             step = self._steps[index]
             if (Source.VALUE, index) not in needed and not step.writes:
@@ -164,7 +180,7 @@ class Tape:
             raise Untaped(unknown[0].name)
         changed = {w.index for s in steps.values() for w in s.writes if w.source is Source.CONSTANT}
         ordered = dict(sorted(steps.items()))
-        return Program(ordered, ref, frozenset(changed), takes_inputs=takes_inputs)
+        return Program(ordered, ref, frozenset(changed), writes_inputs=writes_inputs)
 
     def _sharing(self, written: list[Tensor]) -> list[Tensor]:
         """Return all known tensors that a write in place changed: also those it was a view of."""
@@ -177,6 +193,7 @@ class Tape:
         self._kept.append(tensor)
 
     def _ref(self, value: Value) -> Value:
+        """Return the reference that stands for an argument, or the argument if it is no tensor."""
         if isinstance(value, torch.device):
             is_own = value.type == self._device.type
             return Ref(Source.DEVICE) if is_own else value
@@ -185,7 +202,7 @@ class Tape:
         known = self._refs.get(id(value))
         if known is not None and known.is_still(value):
             return known.ref
-        if value.requires_grad:
+        if value.requires_grad:  # it hangs on weights, and no step that was seen made it
             name = value.grad_fn.name() if value.grad_fn is not None else "another parameter"
             return Ref(Source.UNKNOWN, name=name)
         ref = Ref(Source.CONSTANT, len(self.constants))
@@ -207,43 +224,37 @@ def replay(
         WorkloadError: the model returns something else than when it was recorded.
     """
     parameters = list(model.parameters())
-    outputs = list(tensors_in(output))
-    given = [c.clone() if i in program.changed else c for i, c in enumerate(constants)]
-    values: dict[tuple[int, int], Tensor] = {}
+    values: dict[Ref, Value] = {Ref(Source.DEVICE): parameters[0].device}
+    values |= {Ref(Source.PARAMETER, index): tensor for index, tensor in enumerate(parameters)}
+    values |= {Ref(Source.OUTPUT, leaf=leaf): t for leaf, t in enumerate(tensors_in(output))}
+    for index, constant in enumerate(constants):  # those that steps write into start afresh
+        is_changed = index in program.changed
+        values[Ref(Source.CONSTANT, index)] = constant.clone() if is_changed else constant
 
-    def look_up(value: Value) -> Value:
-        if not isinstance(value, Ref):
-            return value
-        if value.source is Source.DEVICE:
-            return parameters[0].device
-        if value.source is Source.VALUE:
-            return values[value.index, value.leaf]
-        if value.source is Source.OUTPUT and value.leaf >= len(outputs):
+    def value_of(leaf: Value) -> Value:
+        if not isinstance(leaf, Ref):
+            return leaf
+        if leaf not in values:
             raise WorkloadError(
-                f"a recorded model must return what it returned in the script, but it gave "
-                f"{len(outputs)} tensors and the loss needs number {value.leaf + 1}; write a "
-                "model.py (see the README)"
+                "a recorded model must return what it returned in the script, but the loss needs "
+                "a tensor that is not in it now; write a model.py (see the README)"
             )
-        index = value.leaf if value.source is Source.OUTPUT else value.index
-        table: dict[Source, Sequence[Tensor]] = {
-            Source.OUTPUT: outputs,
-            Source.PARAMETER: parameters,
-            Source.CONSTANT: given,
-        }
-        return table[value.source][index]
+        return values[leaf]
 
     for index, step in program.steps.items():
-        args, kwargs = mapped((step.args, step.kwargs), look_up)
+        args, kwargs = mapped((step.args, step.kwargs), value_of)
         with torch.set_grad_enabled(step.has_grad and torch.is_grad_enabled()):
             result = step.function(*args, **kwargs)
-        values |= {(index, leaf): tensor for leaf, tensor in enumerate(tensors_in(result))}
-    loss: Tensor = look_up(program.root)
+        for leaf, tensor in enumerate(tensors_in(result)):
+            values[Ref(Source.VALUE, index, leaf)] = tensor
+    loss: Tensor = value_of(program.root)
     return loss
 
 
 def without_scale(program: Program, constants: Sequence[Tensor], *, micro_steps: int) -> Program:
     """Return a program without the loss's last factors: accumulation's 1/n, GradScaler's scale."""
     while program.root.source is Source.VALUE:
+        # the root is a product or quotient of one tensor of the program and one factor: step over
         step = program.steps[program.root.index]
         if _name_of(step.function) not in ("mul", "__mul__", "__rmul__", "div", "__truediv__"):
             break
@@ -270,11 +281,11 @@ def tensors_in(value: Value) -> Iterator[Tensor]:
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
 
 
-def refs_in(value: Value) -> Iterator[Ref]:
-    """Yield the references in a step's arguments."""
-    found: list[Ref] = []
-    mapped(value, lambda item: found.append(item) if isinstance(item, Ref) else None)
-    yield from found
+def refs_in(value: Value) -> list[Ref]:
+    """Return the references in a step's arguments."""
+    leaves: list[Value] = []
+    mapped(value, leaves.append)
+    return [leaf for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def mapped(value: Value, function: Callable[[Value], Value]) -> Value:
@@ -297,9 +308,8 @@ def copied(value: Value) -> Value:
         return value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
     if type(value) in (dict, list, tuple) or hasattr(value, "_fields"):
         return mapped(value, copied)
-    if hasattr(value, "to"):
-        return copy.deepcopy(value).to("cpu")
-    return copy.deepcopy(value)
+    other = copy.deepcopy(value)
+    return other.to("cpu") if hasattr(other, "to") else other
 
 
 def _name_of(function: Callable[..., Value]) -> str:

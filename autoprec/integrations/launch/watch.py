@@ -17,6 +17,7 @@ import os
 import sys
 import weakref
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError
 from autoprec.integrations.launch.guarding import ScriptGuard
-from autoprec.integrations.launch.patches import Function, OptimizerList, Patch, holds
+from autoprec.integrations.launch.patches import Function, patched, trained_by, trains
 from autoprec.integrations.launch.placing import (
     Misfit,
     find_fitting,
@@ -43,7 +45,6 @@ from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, watch_optim
 from autoprec.runtime.masters import ON_MODEL
 
 logger = logging.getLogger(__name__)
-MOST_NAMED = 4  # models that a message lists
 
 
 @dataclass(frozen=True)
@@ -96,38 +97,40 @@ class Watch:
         self.misfits: dict[str, Misfit] = {}
         self.failure: AutoprecError | None = None
         self._guard = ScriptGuard(plan) if guard else None
-        self._optimizers = OptimizerList()
-        self._waiting: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # for their first step
-        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._patches: list[Patch] = []  # until the script ends
-        self._armed: list[Patch] = []  # until the plan is applied
-        self._handles: list[Any] = []  # as _patches; Any: torch's handles
+        # the optimizers in the order in which they were made; True: its first step is to come
+        self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
+        self._is_on = False
+        self._until_end, self._until_applied = ExitStack(), ExitStack()
+        self._is_searching = False  # for a model: while there are wrappers in `_until_applied`
         self._process = os.getpid()  # a forked worker has our wrappers, but is not watched
 
     def start(self) -> None:
         """Wrap what a script shows itself by."""
         watch_optimizers()  # not later from a hook: torch is iterating over its hooks then
-        self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-        self._optimizers.watch(self._note_optimizer)
-        self._patches += [
-            Patch(Optimizer, "load_state_dict", self._watched_load),
-            *(Patch(cls, "__init__", self._watched_wrapper) for cls in _wrapper_classes()),
-            *(Patch(owner, "fully_shard", self._watched_shard) for owner in _shard_owners()),
-        ]
-        self._arm()
+        parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        functions: tuple[tuple[object, str, Function], ...] = (
+            (Optimizer, "__init__", self._around_optimizer),
+            (Optimizer, "load_state_dict", self._around_load),
+            *((cls, "__init__", self._around_parallel) for cls in parallel),
+            *((owner, "fully_shard", self._around_shard) for owner in _shard_owners()),
+        )
+        for owner, name, around in functions:
+            self._until_end.enter_context(patched(owner, name, around))
+        self._until_end.enter_context(register_optimizer_step_pre_hook(self._before_step))
+        self._is_on = True
+        self._search()
 
     def stop(self) -> None:
         """Put everything back."""
-        self._disarm()
-        self._optimizers.stop()
-        for handle in (*self._patches, *self._handles):
-            handle.remove()
-        self._patches, self._handles = [], []
+        self._is_on = self._is_searching = False
+        self._until_applied.close()
+        self._until_end.close()
         if self._guard is not None:
             self._guard.stop()
 
     def describe(self) -> str:
-        """Say in one line what became of the plan."""
+        """Say in one line where the plan was applied, or why it was not."""
         if self.applied:
             return "; ".join(self._describe_applied(applied) for applied in self.applied)
         if not self.misfits:
@@ -137,82 +140,90 @@ class Watch:
                 "started by torchrun -m autoprec run"
             )
         nearest = min(self.misfits.values(), key=lambda misfit: misfit.distance)
-        names = list(self.misfits)
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         return (
             "the plan was not applied: it fits no model that was called for training (seen: "
-            f"{', '.join(names[:MOST_NAMED])}{more}); nearest is {nearest.model}: {nearest.reason}"
+            f"{first_and_more(self.misfits)}); nearest is {nearest.model}: {nearest.reason}"
         )
 
     # --- what the script does --------------------------------------------------------------------
 
-    def _watched_call(self, original: Function) -> Function:
-        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                self._see_call(module)
-            return original(module, *args, **kwargs)
+    def _around_call(
+        self, original: Function, module: nn.Module, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.is_grad_enabled() and self._is_new(module) and self._is_training(module):
+            self._offer(module, "at its first training call")
+        return original(module, *args, **kwargs)
 
-        return __call__
+    def _around_parallel(
+        self,
+        original: Function,
+        wrapper: nn.Module,
+        /,
+        module: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self._offer(module, f"before {type(wrapper).__name__} wrapped it")
+        original(wrapper, module, *args, **kwargs)
 
-    def _watched_wrapper(self, original: Function) -> Function:
-        def __init__(wrapper: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-            self._offer(module, f"before {type(wrapper).__name__} wrapped it")
-            original(wrapper, module, *args, **kwargs)
+    def _around_shard(
+        self, original: Function, /, module: Any, *args: Any, **kwargs: Any
+    ) -> Any:  # Any: one module or more
+        # blocks are sharded before the model that has them, and the plan is for the model
+        first = module[0] if isinstance(module, list | tuple) else module
+        if self._is_new(first):
+            for root in find_roots(first):
+                self._offer(root, "before fully_shard")
+        return original(module, *args, **kwargs)
 
-        return __init__
+    def _around_optimizer(
+        self, original: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
+    ) -> None:
+        original(optimizer, *args, **kwargs)
+        if not self._is_on or optimizer in self._waits:
+            return
+        # one of a model that has the plan is attached by the runtime at its first step; any other
+        # may belong to a model that is still to get it
+        planned = self._planned(optimizer)
+        self._waits[optimizer] = planned is None
+        if planned is None:
+            self._search()
+        else:
+            planned[0].optimizers.append(type(optimizer).__name__)
 
-    def _watched_shard(self, original: Function) -> Function:
-        def fully_shard(module: Any, *args: Any, **kwargs: Any) -> Any:  # Any: one module or more
-            first = module[0] if isinstance(module, list | tuple) else module
-            if self._armed and first not in self._seen:
-                for root in find_roots(first):
-                    self._offer(root, "before fully_shard")
-            return original(module, *args, **kwargs)
-
-        return fully_shard
-
-    def _watched_load(self, original: Function) -> Function:
-        def load_state_dict(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            is_ours = self._patches and self._attach(optimizer)
-            original(optimizer, state_dict)
-            if self._patches and not is_ours and STATELESS in state_dict:
-                _keep_masters(optimizer, state_dict[STATELESS])
-
-        return load_state_dict
-
-    def _note_optimizer(self, optimizer: Optimizer) -> None:
-        for applied in self.applied:
-            model = applied.model()
-            if model is not None and holds(optimizer, model):
-                applied.optimizers.append(type(optimizer).__name__)
-                return
-        self._waiting.add(optimizer)
-        self._arm()
+    def _around_load(
+        self, original: Function, optimizer: Optimizer, /, state_dict: dict[str, Any]
+    ) -> None:
+        # an attached optimizer loads its masters; from any other a plain load would drop them
+        planned = self._planned(optimizer) if self._is_on else None
+        if planned is not None and ON_OPTIMIZER not in vars(optimizer):
+            attach_optimizer(planned[1], optimizer)
+        original(optimizer, state_dict)
+        if self._is_on and planned is None and STATELESS in state_dict:
+            _keep_masters(optimizer, state_dict[STATELESS])
 
     def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
-        if optimizer not in self._waiting:
+        if not self._waits.get(optimizer):
             return
         if not self.applied:
             self._search_for(optimizer)
         if not self.applied and self.misfits:
             logger.warning("%s trains, but %s", type(optimizer).__name__, self.describe())
-        self._waiting.discard(optimizer)
-        self._disarm_if_done()
+        self._waits[optimizer] = False
+        self._end_search_if_done()
 
     # --- what it means ---------------------------------------------------------------------------
 
-    def _see_call(self, module: nn.Module) -> None:
-        if self._armed and module not in self._seen and self._is_training(module):
-            self._offer(module, "at its first training call")
+    def _is_new(self, module: nn.Module) -> bool:
+        return self._is_searching and os.getpid() == self._process and module not in self._seen
 
     def _is_training(self, module: nn.Module) -> bool:
         """Whether a call trains: in training mode, or with an optimizer (as some fine-tune)."""
-        return module.training or any(holds(optimizer, module) for optimizer in self._optimizers)
+        return module.training or any(trains(optimizer, module) for optimizer in self._waits)
 
     def _offer(self, module: nn.Module, moment: str) -> None:
         """Apply the plan if this module is, or has in it, the model that it is for."""
-        is_new = self._armed and os.getpid() == self._process and module not in self._seen
-        if not is_new or not is_initialised(module):
+        if not self._is_new(module) or not is_initialised(module):
             return
         self._seen.update(module.modules())
         found = find_fitting(self.plan, module)
@@ -227,11 +238,12 @@ class Watch:
 
         So it is when the step makes the call, in a closure, or a compiled function hides it.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [parameter.grad for parameter in parameters]
+        parameters = trained_by(optimizer)
         roots = list(find_roots(parameters[0]))
         if all(root in self._seen for root in roots):
             return
+        # gradients are there already, and a parameter cannot change its dtype under one
+        gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         for root in roots:
@@ -243,50 +255,46 @@ class Watch:
         inner = unwrapped(model)
         if ON_MODEL in vars(inner) and any(each.model() is inner for each in self.applied):
             return
-        mine = [optimizer for optimizer in self._optimizers if holds(optimizer, inner)]
+        owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
         plan = self.plan
         if self._guard is not None:  # it runs the schedule; `apply` would ask for it
             plan = plan.model_copy(update={"schedule": ()})
         try:
-            apply(plan, inner, mine[0] if mine else None)
-            for optimizer in mine[1:]:
+            apply(plan, inner, owned[0] if owned else None)
+            for optimizer in owned[1:]:
                 attach_optimizer(inner, optimizer)
         except AutoprecError as error:
             self.failure = error
             self.stop()
             raise
-        for optimizer in mine:
+        for optimizer in owned:
             _drop_empty_states(optimizer)
+            self._waits[optimizer] = False
         moment = f"at {script_line()} ({moment})"
-        names = [type(optimizer).__name__ for optimizer in mine]
+        names = [type(optimizer).__name__ for optimizer in owned]
         self.applied.append(Applied(weakref.ref(inner), type(inner).__name__, moment, names))
-        self._waiting.difference_update(mine)
         if self._guard is not None:
             self._guard.watch(inner)
-        self._disarm_if_done()
+        self._end_search_if_done()
 
-    def _attach(self, optimizer: Optimizer) -> bool:
-        """Attach an optimizer that was made after the plan was applied; say whether it is ours."""
+    def _planned(self, optimizer: Optimizer) -> tuple[Applied, nn.Module] | None:
+        """Return the model with the plan that an optimizer trains, None if there is none."""
         for applied in self.applied:
             model = applied.model()
-            if model is not None and holds(optimizer, model):
-                if ON_OPTIMIZER not in vars(optimizer):
-                    attach_optimizer(model, optimizer)
-                return True
-        return False
+            if model is not None and trains(optimizer, model):
+                return applied, model
+        return None
 
-    def _arm(self) -> None:
-        if not self._armed:
-            self._armed = [Patch(nn.Module, "__call__", self._watched_call)]
+    def _search(self) -> None:
+        """Look at every call of a module from now on."""
+        if not self._is_searching:
+            self._until_applied.enter_context(patched(nn.Module, "__call__", self._around_call))
+            self._is_searching = True
 
-    def _disarm(self) -> None:
-        for armed in self._armed:
-            armed.remove()
-        self._armed = []
-
-    def _disarm_if_done(self) -> None:
-        if self.applied and not any(optimizer in self._waiting for optimizer in self._optimizers):
-            self._disarm()
+    def _end_search_if_done(self) -> None:
+        if self.applied and not any(self._waits.values()):
+            self._is_searching = False
+            self._until_applied.close()
 
     def _describe_applied(self, applied: Applied) -> str:
         counts = Counter(str(layer.precision) for layer in self.plan.layers)
@@ -300,18 +308,15 @@ class Watch:
 
 def _keep_masters(optimizer: Optimizer, saved: dict[int, torch.Tensor]) -> None:
     """Keep masters that a plain load leaves out, where `apply` will look for them."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = trained_by(optimizer)
     for index, master in saved.items():
         optimizer.state[parameters[index]][MASTER] = master.detach().clone()
 
 
 def _drop_empty_states(optimizer: Optimizer) -> None:
+    """Remove the states that are empty since `apply` took the kept masters out of them."""
     for parameter in [p for p, state in optimizer.state.items() if not state]:
         del optimizer.state[parameter]
-
-
-def _wrapper_classes() -> tuple[type[nn.Module], ...]:
-    return nn.parallel.DistributedDataParallel, nn.DataParallel
 
 
 def _shard_owners() -> list[object]:
