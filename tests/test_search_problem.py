@@ -6,12 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprec.errors import InfeasibleError, RecordError
-from autoprec.records import BF16_O2, FP32, Constraint, LayerKind, Option, Recipe, fp8_option
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Constraint,
+    LayerKind,
+    ModelSpec,
+    Option,
+    Recipe,
+    fp8_option,
+)
 from autoprec.search.costs import Costs, boundary_melements, make_costs
-from autoprec.search.keep import parse_keep
+from autoprec.search.keep import parse_keep, resolve_keep
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
-from tests.report_runs import linear
+from tests.report_runs import linear, make_spec
 from tests.search_tables import (
     ROWWISE,
     TENSORWISE,
@@ -150,8 +159,70 @@ def test_a_layer_that_cannot_take_what_is_kept_is_an_error_with_the_refusal() ->
     profile, sensitivity = tables_of({"router": {FP32: (1.0, 0.0), BF16_O2: (0.5, 1e-5)}})
     refusing = linear("router", 32, 32, 10)
     profile = replaced_layer(profile, refusing)
-    with pytest.raises(InfeasibleError, match=r"'router' .* cannot: N=10 is not a multiple of 16"):
+    with pytest.raises(InfeasibleError, match=r"router cannot \(N=10 is not a multiple of 16"):
         make_problem(make_costs(profile, sensitivity), constraint("router=fp8_o1:rowwise"))
+
+
+def test_a_glob_means_the_layers_that_can_take_the_precision_and_a_note_names_the_others() -> None:
+    profile, sensitivity = tables_of({"blocks.0": TYPICAL, "blocks.1": TYPICAL, "router": TYPICAL})
+    profile = replaced_layer(profile, linear("router", 32, 32, 10))
+    rows = tuple(r for r in profile.layers if "router" not in r.names or not r.option.is_fp8)
+    costs = make_costs(profile.model_copy(update={"layers": rows}), sensitivity)
+    problem = make_problem(costs, constraint("*=fp8_o1:rowwise"))
+    assert problem.allowed[:2] == ((ROWWISE,), (ROWWISE,))
+    assert ROWWISE not in problem.allowed[2]
+    (note,) = problem.keeps.notes
+    assert note.startswith("--keep '*=fp8_o1:rowwise' fixes 2 of the 3 layers that it matches; ")
+    assert "router cannot (" in note
+
+
+# --- keeps, before anything is timed ------------------------------------------------------------
+
+
+def spec_with_norm() -> ModelSpec:
+    spec = make_spec(blocks=1, M=64, width=32)
+    assert {"blocks.0.norm1", "blocks.0.fc1"} < set(spec.names)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "match"),
+    [
+        (
+            "blocks.0.fc=fp32",
+            RecordError,
+            r"no layer of the model does; the nearest are blocks.0.fc",
+        ),
+        ("*norm*=fp8_o1", InfeasibleError, r"norm1, blocks.0.norm2 cannot \(PyTorch has no FP8"),
+        ("router=fp8_o1", InfeasibleError, r"router cannot \(N=10 is not a multiple of 16"),
+        ("blocks.0.fc1=fp8_o1:rowwise", InfeasibleError, r"only fp8_o1:tensorwise \(see --recipes"),
+    ],
+)
+def test_a_wrong_keep_is_refused_by_the_models_spec_alone(
+    keep: str, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match) as caught:
+        resolve_keep([keep], spec_with_norm(), options=(TENSORWISE,))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_right_keep_is_resolved_by_the_models_spec_alone() -> None:
+    spec = spec_with_norm()
+    found = resolve_keep(["blocks.*=fp8_o1:rowwise", "*norm*=fp32"], spec)
+    assert {found.of_layer[f"blocks.0.{name}"].option for name in ("qkv", "fc1")} == {ROWWISE}
+    assert found.of_layer["blocks.0.norm1"].option == FP32  # no contradiction: it is not in FP8
+    (note,) = found.notes
+    assert "blocks.0.norm1, blocks.0.norm2 cannot (PyTorch has no FP8 norm" in note
+
+
+@pytest.mark.parametrize("gemms_hp", [True, False])
+def test_a_keep_with_gemms_in_bf16_needs_that_they_are_considered(gemms_hp: bool) -> None:
+    keep = ["blocks.0.fc1=fp8_o1:tensorwise-grad_weight"]
+    if gemms_hp:
+        assert resolve_keep(keep, spec_with_norm(), options=(TENSORWISE,)).of_layer
+    else:
+        with pytest.raises(InfeasibleError, match="is not considered, only fp8_o1:tensorwise"):
+            resolve_keep(keep, spec_with_norm(), options=(TENSORWISE,), gemms_hp=False)
 
 
 def test_keep_reads_masked_recipes() -> None:

@@ -1,17 +1,20 @@
 """`--keep GLOB=PRECISION[:RECIPE]` -> which options each layer may still take.
 
-A glob matches whole layer names (`*` also crosses dots), never a part of one. `fp8_o1` without a
-recipe leaves every recipe open.
+A glob matches whole layer names (`*` also crosses dots), never a part of one, and means those of
+them that can take the precision. `fp8_o1` without a recipe leaves every recipe open. Checked as
+early as can be: `parse_keep` needs the text alone, `resolve_keep` the captured model; `match_keeps`
+is the rule that both that and the search's problem apply.
 """
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from autoprec.common.text import first_and_more
 from autoprec.errors import InfeasibleError, RecordError
-from autoprec.records import LayerSpec, Option, Precision
-from autoprec.search.costs import Costs
+from autoprec.records import LayerSpec, ModelSpec, Option, Precision
+from autoprec.records.model import with_gemms_hp
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Keep:
     def allows(self, option: Option) -> bool:
         """Whether an option is what was asked for."""
         return option == self.option if self.option else option.precision is self.precision
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """The keep of every layer that has one, by name; `notes` say which layers could not."""
+
+    of_layer: Mapping[str, Keep] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def parse_keep(text: str) -> Keep:
@@ -57,48 +68,98 @@ def parse_keep(text: str) -> Keep:
     return Keep(text, glob, option.precision, option)
 
 
-def keep_of_layers(texts: Sequence[str], costs: Costs) -> dict[str, Keep]:
-    """Return the keep of every layer that has one, checked against what the layer can take.
+def resolve_keep(
+    texts: Sequence[str],
+    spec: ModelSpec,
+    *,
+    options: Sequence[Option] | None = None,
+    gemms_hp: bool = True,
+) -> Keeps:
+    """Return which layers of a captured model are fixed, and in what.
+
+    Args:
+        texts: each as given to `--keep`.
+        spec: the model as captured on the target, or retargeted to it.
+        options: the FP8 options that will be considered; None: all that the layers list.
+        gemms_hp: whether those with some GEMMs kept in BF16 will be considered too.
 
     Raises:
         RecordError: a glob matches no layer, or a text cannot be read.
-        InfeasibleError: two keeps contradict each other, or a layer cannot take what is asked.
+        InfeasibleError: no matched layer can take what is asked, or two texts contradict.
+    """
+
+    def refusal(keep: Keep, index: int) -> str:
+        layer = spec.layers[index]
+        recipes = None if options is None else {option.recipe for option in options}
+        own = [o for o in layer.options if recipes is None or not o.is_fp8 or o.recipe in recipes]
+        if any(keep.allows(option) for option in (with_gemms_hp(own) if gemms_hp else own)):
+            return ""
+        if found := layer.refusal(keep.precision):
+            return found
+        among = ", ".join(option.key for option in own if option.is_fp8) or "no FP8 option"
+        return f"{keep.option or keep.precision} is not considered, only {among} (see --recipes)"
+
+    return match_keeps(texts, spec.layers, refusal)
+
+
+def match_keeps(
+    texts: Sequence[str],
+    layers: Sequence[LayerSpec],
+    refusal: Callable[[Keep, int], str],
+) -> Keeps:
+    """Return the keep of each layer that has one and can take it.
+
+    Args:
+        texts: each as given to `--keep`.
+        layers: the model's.
+        refusal: why the layer of an index cannot be kept so; "" where it can.
+
+    Raises:
+        RecordError, InfeasibleError: as `resolve_keep`.
     """
     found: dict[str, Keep] = {}
-    for keep in (parse_keep(text) for text in texts):
-        indices = [i for i, layer in enumerate(costs.layers) if keep.matches(layer.name)]
-        if not indices:
-            raise RecordError(_no_match(keep, [layer.name for layer in costs.layers]))
-        for index in indices:
-            layer = costs.layers[index]
-            other = found.get(layer.name)
-            if other is not None and (other.precision, other.option) != (
-                keep.precision,
-                keep.option,
-            ):
-                raise InfeasibleError(
-                    f"a layer is kept in one precision, but {layer.name!r} is in both "
-                    f"{other.text!r} and {keep.text!r}; drop one of them or narrow its glob"
-                )
-            _check_possible(keep, index, costs)
-            found[layer.name] = keep
-    return found
+    notes: list[str] = []
+    for keep in map(parse_keep, texts):
+        matched = [i for i, layer in enumerate(layers) if keep.matches(layer.name)]
+        refusals = {layers[i].name: refusal(keep, i) for i in matched}
+        if not refusals:
+            raise RecordError(_no_match(keep, [layer.name for layer in layers]))
+        refused = {name: reason for name, reason in refusals.items() if reason}
+        if len(refused) == len(refusals):
+            raise InfeasibleError(
+                f"--keep {keep.text!r} must match a layer that can take {_asked(keep)}, but "
+                f"{_reasons(refused)}; name another layer or precision"
+            )
+        if refused:
+            notes.append(
+                f"--keep {keep.text!r} fixes {len(refusals) - len(refused)} of the {len(refusals)} "
+                f"layers that it matches; {_reasons(refused)}"
+            )
+        for name in refusals:
+            if name not in refused:
+                _check_agreement(name, found.setdefault(name, keep), keep)
+    return Keeps(found, tuple(notes))
 
 
-def _check_possible(keep: Keep, index: int, costs: Costs) -> None:
-    if any(keep.allows(option) for option in costs.prices[index]):
-        return
-    layer = costs.layers[index]
-    raise InfeasibleError(
-        f"a kept layer must be able to take its precision, but {layer.name!r} of {keep.text!r} "
-        f"cannot: {_why_not(keep, layer, costs, index)}; keep it in one of "
-        f"{', '.join(option.key for option in costs.prices[index])}"
-    )
+def _asked(keep: Keep) -> str:
+    return str(keep.option or keep.precision)
 
 
-def _why_not(keep: Keep, layer: LayerSpec, costs: Costs, index: int) -> str:
-    missing = next((w for option, w in costs.missing[index].items() if keep.allows(option)), "")
-    return missing or layer.refusal(keep.precision) or "it was neither timed nor measured in it"
+def _reasons(refused: Mapping[str, str]) -> str:
+    """Return the layers and why they cannot, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(reason, []).append(name)
+    said = [f"{first_and_more(same)} cannot ({reason})" for reason, same in names.items()]
+    return first_and_more(said, most=2, separator="; ")
+
+
+def _check_agreement(name: str, first: Keep, second: Keep) -> None:
+    if (first.precision, first.option) != (second.precision, second.option):
+        raise InfeasibleError(
+            f"a layer is kept in one precision, but {name!r} is in both {first.text!r} and "
+            f"{second.text!r}; drop one of them or narrow its glob"
+        )
 
 
 def _no_match(keep: Keep, names: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ def plan_notes(
     if is_all_fp32(options):
         notes.append(_why_no_bf16(problem.costs, search, options))
     notes += [_communication_note(problem.costs, options), _parallel_note(profile)]
+    notes += problem.keeps.notes
     return tuple(note for note in notes if note)
 
 
@@ -39,7 +40,7 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
     forced = ""
     if others:
         # the search itself never takes an FP8 option that is no faster, but for its bytes
-        is_kept = all(costs.layers[index].name in problem.keeps for index in others)
+        is_kept = all(costs.layers[index].name in problem.keeps.of_layer for index in others)
         what = "--keep" if is_kept else "the memory limit"
         lost = -sum(gains[index] for index in others)
         names = first_and_more(costs.layers[index].name for index in others)

@@ -12,7 +12,7 @@ The all-FP32 plan has a flow of its own and stands beside the knapsack of the BF
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import (
@@ -25,7 +25,7 @@ from autoprec.records import (
     Precision,
 )
 from autoprec.search.costs import Costs, Price
-from autoprec.search.keep import Keep, keep_of_layers
+from autoprec.search.keep import Keep, Keeps, match_keeps
 from autoprec.search.knapsack import Solution, pareto_front, solve
 from autoprec.search.relaxation import Item, Limits
 
@@ -47,7 +47,7 @@ class Problem:
     """What there is to choose. `allowed` are each layer's options by the keeps, locked or not."""
 
     costs: Costs
-    keeps: Mapping[str, Keep]
+    keeps: Keeps
     allowed: tuple[Options, ...]
     units: tuple[Unit, ...]
     memory_bytes: int | None
@@ -100,7 +100,7 @@ class Problem:
             for unit in self.units
             if len(unit.layers) == 1
             and not self.costs.layers[unit.layers[0]].calls
-            and self.costs.layers[unit.layers[0]].name not in self.keeps
+            and self.costs.layers[unit.layers[0]].name not in self.keeps.of_layer
         )
 
     def _first_allowed(self, index: int) -> Option:
@@ -119,9 +119,10 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
 
     Raises:
         RecordError: a keep matches no layer.
-        InfeasibleError: keeps contradict each other, a tie, or what a layer can take.
+        InfeasibleError: keeps contradict each other or a tie, or no matched layer can take one.
     """
-    keeps = keep_of_layers(constraint.keep, costs)
+    found = match_keeps(constraint.keep, costs.layers, partial(_price_refusal, costs))
+    keeps = found.of_layer
     allowed = tuple(
         tuple(o for o in prices if _is_allowed(o, layer, keeps.get(layer.name), costs))
         for layer, prices in zip(costs.layers, costs.prices, strict=True)
@@ -131,7 +132,19 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
         _make_unit(group, costs, allowed, keeps, has_limit=has_limit)
         for group in tied_groups(costs.layers)
     )
-    return Problem(costs, keeps, allowed, units, constraint.memory_bytes)
+    return Problem(costs, found, allowed, units, constraint.memory_bytes)
+
+
+def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
+    """Return why a layer has no price in what it is kept in; "" where it has one."""
+    if any(keep.allows(option) for option in costs.prices[index]):
+        return ""
+    missing = next((w for option, w in costs.missing[index].items() if keep.allows(option)), "")
+    return (
+        missing
+        or costs.layers[index].refusal(keep.precision)
+        or "it was neither timed nor measured in it"
+    )
 
 
 def _is_allowed(option: Option, layer: LayerSpec, keep: Keep | None, costs: Costs) -> bool:

@@ -67,7 +67,7 @@ def reasons(why: Why) -> list[str]:
 
 def _reason(why: Why, index: int) -> str:
     layer, option = why.layer(index), why.options[index]
-    keep = why.problem.keeps.get(layer.name)
+    keep = why.problem.keeps.of_layer.get(layer.name)
     if keep is not None:
         recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
         return f"kept by --keep {keep.text!r}{recipe}"
