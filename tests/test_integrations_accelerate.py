@@ -176,7 +176,7 @@ def test_a_precision_of_accelerates_own_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"])
 def test_a_sharding_of_accelerates_own_is_refused(kind: str) -> None:
     state = SimpleNamespace(mixed_precision="no", distributed_type=DistributedType(kind))
-    with pytest.raises(PlanMismatchError, match=f"Accelerate runs {kind}"):
+    with pytest.raises(PlanMismatchError, match=f"Accelerate's {kind} replaces them"):
         check_state(state)
 
 

@@ -17,24 +17,17 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
 import autoprec
-from autoprec.errors import PlanMismatchError
-from autoprec.integrations.plans import load_plan
+from autoprec.integrations.plans import foreign_precision, load_plan, replaced_parameters
+from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import check_fit
-from autoprec.runtime.apply import unwrapped
 
 HARMLESS = ("no", "bf16")  # autocast is off inside a model that runs a plan
-OWN_WRAPPERS = (
-    DistributedType.DEEPSPEED,
-    DistributedType.FSDP,
-    DistributedType.MEGATRON_LM,
-    DistributedType.XLA,
-)
+OWN_WRAPPERS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")  # of `DistributedType`
 
 
 def prepare(
@@ -68,14 +61,10 @@ def check_state(state: AcceleratorState) -> None:
         PlanMismatchError: it does not.
     """
     if state.mixed_precision not in HARMLESS:
-        raise PlanMismatchError(
-            "a plan is the mixed precision of its model, but mixed_precision is "
-            f"{state.mixed_precision!r}; set it to 'no' (TrainingArguments: fp16=False), or leave "
-            "it at 'bf16', which does no harm"
+        raise foreign_precision(
+            f"mixed_precision is {state.mixed_precision!r}",
+            fix="set it to 'no' (TrainingArguments: fp16=False), or leave it at 'bf16', which "
+            "does no harm",
         )
     if state.distributed_type in OWN_WRAPPERS:
-        raise PlanMismatchError(
-            "a plan needs parameters that stay where it put them, but Accelerate runs "
-            f"{state.distributed_type.value}, which replaces them; use DDP, or autoprec.apply and "
-            "torch's fully_shard in a loop of your own"
-        )
+        raise replaced_parameters(f"Accelerate's {state.distributed_type.value}")

@@ -27,7 +27,13 @@ import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
 from autoprec.guard.limits import Action
-from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.integrations.plans import (
+    MakeGuard,
+    foreign_precision,
+    load_plan,
+    replaced_parameters,
+    runs_plan,
+)
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import check_optimizer
@@ -52,9 +58,8 @@ def setup(
     _check_strategy(fabric.strategy)
     precision = fabric.strategy.precision
     if type(precision) is not FabricPrecision:  # even bf16-mixed casts the model's inputs
-        raise PlanMismatchError(
-            "a plan is the mixed precision of its model, but Fabric has "
-            f"precision={precision.precision!r}; leave it at '32-true'"
+        raise foreign_precision(
+            f"Fabric has precision={precision.precision!r}", fix="leave it at '32-true'"
         )
     for optimizer in optimizers:
         check_optimizer(model, optimizer)
@@ -66,15 +71,15 @@ def setup(
 
 def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, OWN_WRAPPERS):
-        raise PlanMismatchError(
-            "a plan needs parameters that stay where it put them, but the "
-            f"{type(strategy).__name__} replaces them; use DDP, or autoprec.apply and torch's "
-            "fully_shard in a loop of your own"
-        )
+        raise replaced_parameters(f"the {type(strategy).__name__}")
 
 
 class PlanPrecision(Precision):
-    """A precision plugin for Lightning's Trainer that applies a plan to what is trained."""
+    """A precision plugin for Lightning's Trainer that applies a plan to what is trained.
+
+    The Trainer calls it in this order: `convert_module` on the new module, `connect` with the
+    module as the strategy wrapped it and its new optimizers, and only then are states loaded.
+    """
 
     def __init__(self, plan: Plan | Path | str, *, inside: str = "") -> None:
         """Read the plan.
@@ -100,6 +105,7 @@ class PlanPrecision(Precision):
         if isinstance(module, L.LightningModule):
             _check_strategy(module.trainer.strategy)
         self.model = self._planned(module)
+        # a second fit, or validate before a fit, converts the same module again
         if not runs_plan(self.model, self.plan):
             autoprec.apply(self.plan, self.model)
         return module

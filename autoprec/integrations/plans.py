@@ -1,4 +1,4 @@
-"""What all integrations ask about a plan and a model."""
+"""The parts that all integrations have in common: a plan and its model; where no plan can run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
+from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
-from autoprec.runtime.apply import plain_name, unwrapped
+from autoprec.runtime.apply import plain_name
 from autoprec.runtime.masters import ON_MODEL
 
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
@@ -26,3 +28,17 @@ def runs_plan(model: nn.Module, plan: Plan) -> bool:
         return False
     options = {plain_name(name): option for name, option in masters.options.items()}
     return options == {layer.name: layer.option for layer in plan.layers}
+
+
+def foreign_precision(setting: str, *, fix: str) -> PlanMismatchError:
+    """Return the error for a library whose own mixed precision is on."""
+    rule = "a plan is the mixed precision of its model"
+    return PlanMismatchError(f"{rule}, but {setting}; {fix}")
+
+
+def replaced_parameters(who: str) -> PlanMismatchError:
+    """Return the error for a library that shards, so that masters would lose their parameters."""
+    return PlanMismatchError(
+        f"a plan needs parameters that stay where it put them, but {who} replaces them; use DDP, "
+        "or autoprec.apply and torch's fully_shard in a loop of your own"
+    )

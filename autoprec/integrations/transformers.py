@@ -29,9 +29,9 @@ from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
 from autoprec.integrations.accelerate import check_state
 from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, check_fit
-from autoprec.runtime.apply import unwrapped
 from autoprec.runtime.attach import ON_OPTIMIZER
 
 GUARD_STATE = "autoprec.Guard"  # the guard's key in trainer_state.json

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.common.text import short_digest
+from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.optimizers import copy_optimizer
 from autoprec.integrations.launch.recorder import (
@@ -57,6 +58,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     """
     recorder, status = Recorder(steps), 0
     with (
+        random_state_kept(),
         _kept_state(),
         recorder,
         contextlib.redirect_stdout(sys.stderr),
@@ -105,13 +107,13 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> Non
     model = copy.deepcopy(first.model).to(first.device).train()
     batch = move_batch(recorder.batches[0], first.device)
     enabled, dtype = first.autocast
-    gpus = range(len(first.generators) - 1)
-    with torch.random.fork_rng(devices=list(gpus), enabled=True):
+    autocast = torch.autocast(first.device.type, dtype=dtype, enabled=enabled)
+    with random_state_kept():
         # as in the script: the random numbers of its dropout, and its autocast
-        torch.set_rng_state(first.generators[0])
-        for gpu, state in zip(gpus, first.generators[1:], strict=True):
-            torch.cuda.set_rng_state(state, gpu)
-        with torch.autocast(first.device.type, dtype=dtype, enabled=enabled):
+        torch.set_rng_state(first.random_state)
+        if first.random_states_gpu:
+            torch.cuda.set_rng_state_all(first.random_states_gpu)
+        with autocast:
             loss = recorded_loss(model, batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub

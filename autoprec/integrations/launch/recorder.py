@@ -29,6 +29,7 @@ from autoprec.integrations.launch.optimizers import copy_optimizer, set_peak_rat
 from autoprec.integrations.launch.patches import Function, has_closure, patched, trained_by
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.tape import Program, Tape, Taping, Untaped, copied, tensors_in
+from autoprec.model.layers import unwrapped
 from autoprec.runtime.masters import ON_MODEL
 
 MODEL_PY = "write a model.py instead (see the README)"
@@ -49,7 +50,8 @@ class FirstCall:
 
     model: nn.Module  # a copy on the CPU from before the call
     device: torch.device
-    generators: tuple[Tensor, ...]
+    random_state: Tensor
+    random_states_gpu: list[Tensor]
     autocast: tuple[bool, torch.dtype]
 
 
@@ -148,7 +150,7 @@ class Recorder:
         """Return the model that a call is of, if the call can be recorded."""
         if self.refusal or self.is_complete:
             raise StopScript  # again: the script caught the first one
-        model = _inner(module)
+        model = unwrapped(module, parallel=True)
         if self.model is None:
             self.model, self.first = model, self._first_call(model)
         elif model is not self.model:
@@ -182,7 +184,8 @@ class Recorder:
                 f"{error_line(error)}"
             )
         template.zero_grad(set_to_none=True)
-        return FirstCall(template, device, generator_states(), autocast)
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return FirstCall(template, device, torch.get_rng_state(), gpus, autocast)
 
     # --- backward --------------------------------------------------------------------------------
 
@@ -270,26 +273,7 @@ class Recorder:
             raise StopScript
 
 
-def generator_states() -> tuple[Tensor, ...]:
-    """Return the states of torch's generators: the CPU's, then those of all GPUs."""
-    states = [torch.get_rng_state()]
-    return (*states, *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()))
-
-
 def gradient_norm(model: nn.Module) -> float:
     """Return the norm of all gradients together."""
     gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None]
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    """Return the module inside of torch.compile's and data parallelism's wrappers."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if isinstance(module, wrappers):
-            module = module.module
-        elif isinstance(inner, nn.Module):
-            module = inner
-        else:
-            return module

@@ -38,9 +38,9 @@ from autoprec.integrations.launch.placing import (
     measure_misfit,
 )
 from autoprec.integrations.launch.script import Script, run_script, script_line
+from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
-from autoprec.runtime.apply import unwrapped
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, watch_optimizers
 from autoprec.runtime.masters import ON_MODEL
 
