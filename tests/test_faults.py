@@ -144,7 +144,7 @@ def test_a_layer_that_leaves_fp8s_range_in_training_moves_alone_and_the_run_goes
 
     (hurt, guard), (in_bf16, _) = train_lm(0, fault=rescale), train_lm(0, BF16_O2, fault=rescale)
     assert guard.in_bf16 == ("blocks.0.up",)
-    assert guard.moved["blocks.0.up"].since == WHEN + 20  # the next sampled step
+    assert guard.demoted["blocks.0.up"].since == WHEN + 20  # the next sampled step
     assert hurt == pytest.approx(in_bf16, rel=0.01)
 
 

@@ -1,15 +1,14 @@
 """Watch a run and take layers out of FP8, and back, while it trains.
 
+watch      the guard: all of the following, once a step
+checks     one step -> what is wrong with it, and which layers are suspected
 bands      what is usual for a number -> whether the next one is
-ranges     one operand of a layer -> how much of it FP8 loses
-sampling   which layers' operands are looked at, and when
 signals    one step -> loss and gradient norms, the same on every rank
+sampling   which layers' operands are looked at, and when
+ranges     one operand of a layer -> how much of it FP8 loses
 switches   FP8 layers on and off in place
-snapshots  model and optimizer, to go back to
-limits     when to act, and how
-state      what a guard remembers
+limits     when to act, how, and what a guard remembers
 events     what happened, for people and for programs
-watch      the guard: all of these, once a step
 """
 
 from autoprec.guard.events import GuardEvent

@@ -20,7 +20,7 @@ class RunningBand:
     """The upper end of what is usual, and how often in a row values lay above it."""
 
     def __init__(
-        self, *, window: int, width: float, floor: float = 0.0, relative_floor: float = 0.0
+        self, window: int, width: float, *, floor: float = 0.0, relative_floor: float = 0.0
     ) -> None:
         self.width, self.floor, self.relative_floor = width, floor, relative_floor
         self.values: deque[float] = deque(maxlen=window)

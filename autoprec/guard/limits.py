@@ -1,15 +1,18 @@
-"""When the guard acts, and what it then does to the step."""
+"""When the guard acts, what it then does to the step, and what it remembers from step to step."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from autoprec.records.base import Record
+
 
 class Action(StrEnum):
-    """What to do about a step that went wrong; suspects move to BF16 in all but `stop`."""
+    """What to do about a step that went wrong; suspects run in BF16 after it in all but `stop`."""
 
     SWITCH = "switch"  # let the step happen
     SKIP = "skip"  # drop its gradients, so that optimizer.step() changes nothing
-    ROLLBACK = "rollback"  # drop them, and go back to the last snapshot
     STOP = "stop"  # raise TrainingStoppedError, for a run that a person should look at
 
 
@@ -20,8 +23,8 @@ class Limits:
     `loss_floor` is the least standard deviation of the loss, relative to it, and `norm_floor` of
     the norm's logarithm: with the defaults a loss must rise by 8 % and a norm sixfold at least.
     `underflow` is the allowed share of an operand that FP8 flushes to zero. `quiet_steps` None: a
-    layer that was moved stays in BF16. After `most_bad` bad steps in a row the run is stopped,
-    because it no longer trains. `snapshot_every` is for `Action.ROLLBACK` only.
+    demoted layer stays in BF16. After `most_bad` bad steps in a row the run is stopped, because it
+    no longer trains.
     """
 
     window: int = 128
@@ -33,6 +36,26 @@ class Limits:
     underflow: float = 0.5
     sample_every: int = 100
     quiet_steps: int | None = 1000
-    most_moves: int = 3  # dynamo keeps 8 graphs, and each set of FP8 layers takes two
+    most_demotions: int = 3  # dynamo keeps 8 graphs, and each set of FP8 layers takes two
     most_bad: int = 50
-    snapshot_every: int = 200
+
+
+class Demotion(Record):
+    """A layer that was taken out of FP8: when, and after how many quiet steps it may return."""
+
+    since: NonNegativeInt
+    quiet_steps: PositiveInt
+    is_promoted: bool = False  # back in FP8; the next time it waits twice as long
+
+
+class GuardState(Record):
+    """What goes into a checkpoint: the step that comes, alarms, demoted layers, and both bands."""
+
+    step: NonNegativeInt
+    demotions: NonNegativeInt
+    last_alarm: int
+    demoted: dict[str, Demotion]
+    losses: tuple[float, ...] = Field(max_length=100_000)
+    norms: tuple[float, ...] = Field(max_length=100_000)
+    loss_run: NonNegativeInt
+    norm_run: NonNegativeInt

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError
+from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Phase, Plan
-from autoprec.runtime.apply import plain_name
-from autoprec.runtime.checkpoint import unwrapped
 
 
 def fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao ships no types
@@ -24,7 +24,7 @@ def fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao 
     """
     found = {
         plain_name(name): module
-        for name, module in unwrapped(model).named_modules()
+        for name, module in unwrapped(model, parallel=True).named_modules()
         if "fp8_active" in vars(module)
     }
     wanted = [layer.name for layer in plan.layers if layer.option.is_fp8]
@@ -32,7 +32,7 @@ def fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao 
     if differing:
         raise PlanMismatchError(
             f"a guard watches a model to which the plan was applied, but they differ in the FP8 "
-            f"layers {', '.join(differing[:4])}; call autoprec.apply with this plan first"
+            f"layers {first_and_more(differing)}; call autoprec.apply with this plan first"
         )
     return {name: found[name] for name in wanted}
 
@@ -42,9 +42,9 @@ def is_fp8_phase(schedule: tuple[Phase, ...], step: int) -> bool:
     return next((p.fp8 for p in reversed(schedule) if p.start_step <= step), True)
 
 
-def set_active(layers: Mapping[str, Any], *, moved: Set[str], fp8: bool) -> None:
-    """Run in FP8 the layers that were not moved, if `fp8`, and all others in BF16."""
+def set_active(layers: Mapping[str, Any], *, demoted: Set[str], fp8: bool) -> None:
+    """Run in FP8 the layers that are not demoted, if `fp8`, and all others in BF16."""
     for name, layer in layers.items():
-        wanted = fp8 and name not in moved
+        wanted = fp8 and name not in demoted
         if layer.fp8_active is not wanted:
             layer.fp8_active = wanted

@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.guard.limits import Action
 from autoprec.integrations.plans import (
     MakeGuard,
     foreign_precision,
@@ -146,7 +145,7 @@ class GuardCallback(L.Callback):
         """Make the guard.
 
         Raises:
-            PlanMismatchError: there is no plan, not one optimizer, or the guard would roll back.
+            PlanMismatchError: there is no plan, or not one optimizer.
         """
         plugin = trainer.precision_plugin
         if not isinstance(plugin, PlanPrecision) or plugin.model is None:
@@ -160,11 +159,6 @@ class GuardCallback(L.Callback):
                 f"{len(trainer.optimizers)}; call autoprec.Guard's step in the module instead"
             )
         guard = self.make_guard(plugin.model, trainer.optimizers[0], plugin.plan)
-        if guard.on_alarm is Action.ROLLBACK:
-            raise PlanMismatchError(
-                "a guard may change the weights between steps only, but Lightning calls it within "
-                "the optimizer's step; use on_alarm='skip', 'switch' or 'stop'"
-            )
         if self.loaded:
             guard.load_state_dict(self.loaded)
         self.guard = guard

@@ -8,9 +8,8 @@ from torch.optim import Optimizer
 
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
-from autoprec.runtime.apply import plain_name
 from autoprec.runtime.masters import ON_MODEL
 
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it

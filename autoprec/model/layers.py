@@ -21,6 +21,7 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ),
     ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
 )
+WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpointing
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ def unwrapped(model: nn.Module, *, parallel: bool = False) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def plain_name(name: str) -> str:
+    """Return a layer's name without what wrappers of single blocks put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def _is_opaque(module: nn.Module) -> bool:

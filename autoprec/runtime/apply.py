@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from autoprec.common.text import one_line
 from autoprec.device.local import device_name
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.model.layers import find_layers, layer_kind, model_layers
+from autoprec.model.layers import find_layers, layer_kind, model_layers, plain_name, unwrapped
 from autoprec.records import APPLICABLE_RECIPES, Assignment, Plan
 from autoprec.runtime.attach import (
     attach_optimizer,
@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound="Optimizer | None")
 MOST_LISTED = 8  # differences that an error spells out
-WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpointing
 MATTERS = ("torch", "torchao")  # packages whose version can change what a plan is worth
 
 
@@ -183,18 +182,6 @@ def check_fit(plan: Plan, model: nn.Module) -> None:
         f"a plan must name every layer of the model as it is, but {listed}; "
         "tune this model again, or correct the plan's names"
     )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside `torch.compile`'s wrapper, or the model itself."""
-    while isinstance(model, OptimizedModule):
-        model = model._orig_mod
-    return model
-
-
-def plain_name(name: str) -> str:
-    """Return a layer's name without what wrappers of single blocks put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Installed:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.common.files import PARTIAL, replace_file
 from autoprec.errors import RecordError
+from autoprec.model.layers import unwrapped
 
 # what torch.load raises on truncated, foreign or unsafe bytes
 BROKEN_FILE = (
@@ -94,7 +95,7 @@ def save_checkpoint(
     """
     path = Path(path)
     content = {
-        "model": unwrapped(model).state_dict(),
+        "model": unwrapped(model, parallel=True).state_dict(),
         "optimizer": optimizer.state_dict(),
         "guard": None if guard is None else guard.state_dict(),
         "step": step,
@@ -134,7 +135,7 @@ def load_checkpoint(
             f"a guard goes on from a guard's state, but {path} was saved without one; "
             "leave guard out, it then starts anew"
         )
-    load_state(unwrapped(model), content["model"], what="model")
+    load_state(unwrapped(model, parallel=True), content["model"], what="model")
     load_state(optimizer, content["optimizer"], what="optimizer")
     if guard is not None:
         guard.load_state_dict(content["guard"])
@@ -176,17 +177,6 @@ def _read(path: Path) -> dict[str, Any]:  # Any: whatever was saved
             f"{type(content).__name__}; save model.state_dict()"
         )
     return content
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and `torch.compile`, whose wrappers change the keys."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _check_whole(content: Mapping[str, Any]) -> None:  # Any: state dicts

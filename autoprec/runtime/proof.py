@@ -32,9 +32,8 @@ from torch.utils.hooks import RemovableHandle
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers
+from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
-from autoprec.runtime.apply import plain_name, unwrapped
 from autoprec.runtime.casting import CASTABLE
 from autoprec.runtime.classes import is_made_here, option_dtype, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, unwrapped
+from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Plan
-from autoprec.runtime.apply import check_fit, plain_name
+from autoprec.runtime.apply import check_fit
 
 
 @dataclass(frozen=True)
