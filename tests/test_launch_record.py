@@ -87,7 +87,7 @@ def test_the_recorded_loss_is_that_of_the_script(tmp_path: Path) -> None:
     returned = LOOP.replace("F.cross_entropy(model(x), y)", "model(x, labels=y)['loss']")
     hf_style = record(tmp_path, HF_STYLE + returned)
     assert first_loss(hf_style) == first_loss(plain)
-    assert recorded(hf_style)[0].program.steps == {}
+    assert [node.op for node in recorded(hf_style)[0].graph.nodes] == ["placeholder", "output"]
 
 
 def test_accumulation_and_scaling_are_taken_out_of_the_loss(tmp_path: Path) -> None:
@@ -119,6 +119,8 @@ def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> Non
     rows = torch.logsumexp(logits, -1) - picked
     total = torch.zeros(())
     total += (rows * weight).sum() / weight.sum()
+    stop = torch.tensor(8)
+    total += 0.1 * logits[:, :stop].max(-1).values.mean()
     total += 1e-3 * sum(p.square().sum() for p in model.parameters())
     loss = total + 0.0 * nn.functional.mse_loss(logits, torch.zeros_like(logits))
 """
@@ -137,7 +139,9 @@ def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> Non
         weight = logits.detach().softmax(-1).amax(-1)
         rows = torch.logsumexp(logits, -1) - picked
         penalty = sum(float(p.detach().square().sum()) for p in net.parameters())
-        expected = float(((rows * weight).sum() / weight.sum()).detach()) + 1e-3 * penalty
+        best = float(logits[:, :8].max(-1).values.mean().detach())
+        expected = float(((rows * weight).sum() / weight.sum()).detach())
+        expected += 0.1 * best + 1e-3 * penalty
         for _ in range(2):  # constants that are written into start afresh
             assert math.isclose(
                 float(workload.loss_fn(net, batch).detach()), expected, rel_tol=1e-5

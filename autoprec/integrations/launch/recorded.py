@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
@@ -38,7 +39,7 @@ from autoprec.integrations.launch.recorder import (
     gradient_norm,
 )
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
-from autoprec.integrations.launch.tape import mapped, replay, without_scale
+from autoprec.integrations.launch.tape import remove_scale, replay
 from autoprec.workload.functions import Workload, move_batch, workload_from
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     _free(recorder)
     check_recording(script, recorder, first)
     _remove_accelerate(first.model)
-    batches = [_unscaled(batch, recorder.micro_steps) for batch in recorder.batches]
+    batches = recorder.batches
+    for batch in batches:
+        remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
     held_out = max(2, len(batches) // HELD_OUT)
     holder = SimpleNamespace(
         build_model=lambda: copy.deepcopy(first.model),
@@ -93,9 +96,9 @@ def record_workload(script: Script, *, steps: int) -> Workload:
 def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
     """Return the loss of a recorded batch for the model as it is now."""
     args, kwargs = batch.args, batch.kwargs
-    if batch.program.writes_inputs:
+    if batch.writes_inputs:
         args, kwargs = _cloned(args), _cloned(kwargs)
-    return replay(batch.program, model, model(*args, **kwargs), batch.constants)
+    return replay(batch.graph, model, model(*args, **kwargs), batch.constants)
 
 
 def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> None:
@@ -153,11 +156,6 @@ def _kept_state() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _unscaled(batch: RecordedBatch, micro_steps: int) -> RecordedBatch:
-    program = without_scale(batch.program, batch.constants, micro_steps=micro_steps)
-    return batch._replace(program=program)
-
-
 def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -166,7 +164,7 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
 
 
 def _cloned(value: Any) -> Any:  # Any: whatever the script gives its model
-    return mapped(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _remove_accelerate(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -28,7 +28,7 @@ from autoprec.common.text import error_line
 from autoprec.integrations.launch.optimizers import copy_optimizer, set_peak_rates
 from autoprec.integrations.launch.patches import Function, has_closure, patched, trained_by
 from autoprec.integrations.launch.script import StopScript
-from autoprec.integrations.launch.tape import Program, Tape, Taping, Untaped, copied, tensors_in
+from autoprec.integrations.launch.tape import Tape, Taping, Untaped, copied, tensors_in
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.masters import ON_MODEL
 
@@ -41,7 +41,8 @@ class RecordedBatch(NamedTuple):
     args: tuple[Any, ...]  # Any: whatever the script gives its model
     kwargs: dict[str, Any]
     constants: list[Tensor]
-    program: Program
+    graph: fx.Graph
+    writes_inputs: bool  # whether the model writes into its own arguments
 
 
 @dataclass(frozen=True)
@@ -220,13 +221,15 @@ class Recorder:
             self.refuse("the loss must be one scalar, but backward starts from something else")
         call, self._call, self._mode.tape = self._call, None, None
         try:
-            program = call.tape.finish(roots[0], writes_inputs=call.writes_inputs)
+            graph = call.tape.finish(roots[0])
         except Untaped as missing:
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {missing}, which was not seen"
             )
-        self.batches.append(RecordedBatch(call.args, call.kwargs, call.tape.constants, program))
+        self.batches.append(
+            RecordedBatch(call.args, call.kwargs, call.tape.constants, graph, call.writes_inputs)
+        )
         self.losses.append(float(roots[0].detach()))
 
     # --- the optimizer's step --------------------------------------------------------------------

@@ -1,11 +1,9 @@
-"""The operations between a model's output and its loss -> a program that runs on other outputs.
+"""The operations between a model's output and its loss -> a torch.fx graph to run on other outputs.
 
 While a `Tape` is open, every call of a torch function that has the model's output in its arguments,
-or a result of such a call, becomes one step: the function, and its arguments with references in the
-place of tensors:
+or a result of such a call, becomes a node of the graph. Tensors that no node made are its inputs:
 
     output      a tensor in what the model returned
-    value       a result of an earlier step
     parameter   a parameter of the model (a penalty on the weights, a tied head)
     constant    any other tensor (targets, masks), copied when it is first used
 
@@ -21,69 +19,40 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_map
 
 from autoprec.errors import WorkloadError
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
 _READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
 NO_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+FACTORS = ("mul", "__mul__", "__rmul__", "div", "__truediv__")
 
 
 class Source(StrEnum):
-    """Where a tensor of a program comes from."""
+    """What an input of a graph is."""
 
     OUTPUT = "output"
-    VALUE = "value"
     PARAMETER = "parameter"
     CONSTANT = "constant"
     DEVICE = "device"  # no tensor: the device that the model is on
-    UNKNOWN = "unknown"  # depends on weights in a way that was not seen; `name` says what it is
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A place in a program where a tensor is put in; `leaf` counts the tensors of one result."""
-
-    source: Source
-    index: int = 0
-    leaf: int = 0
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a torch function; `writes` are the references that it changed in place."""
-
-    function: Callable[..., Value]
-    args: Value
-    kwargs: Value
-    has_grad: bool
-    writes: tuple[Ref, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """The steps from a model's output to its loss."""
-
-    steps: Mapping[int, Step]
-    root: Ref
-    changed: frozenset[int]  # constants that steps write into
-    writes_inputs: bool = False  # whether the model writes into its own arguments
+    UNKNOWN = "unknown"  # depends on weights in a way that was not seen; its index says in which
 
 
 @dataclass(frozen=True)
 class Known:
     """What a tape knows of a tensor, as it was when the tape last saw it."""
 
-    ref: Ref
+    node: fx.Node
     version: int
     requires_grad: bool
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether nothing unseen happened to it since: another value, or a graph of its own."""
-        if self.ref.source is Source.CONSTANT and tensor._version != self.version:
+        if self.node.meta.get("source") is Source.CONSTANT and tensor._version != self.version:
             return False
         return self.requires_grad or not tensor.requires_grad  # a custom autograd.Function's result
 
@@ -111,76 +80,75 @@ class Tape:
 
     def __init__(self, output: Value, model: nn.Module) -> None:
         self.constants: list[Tensor] = []
-        self._steps: list[Step] = []
-        self._refs: dict[int, Known] = {}  # by id
+        self._graph = fx.Graph()
+        self._known: dict[int, Known] = {}  # by id
         self._kept: list[Tensor] = []  # alive, so that no other tensor gets an id of these
         self._device = next(model.parameters()).device
         for index, parameter in enumerate(model.parameters()):
-            self._name(parameter, Ref(Source.PARAMETER, index))
-        for leaf, tensor in enumerate(tensors_in(output)):
-            self._name(tensor, Ref(Source.OUTPUT, leaf=leaf))
+            self._name(parameter, self._input(Source.PARAMETER, index))
+        for index, tensor in enumerate(tensors_in(output)):
+            self._name(tensor, self._input(Source.OUTPUT, index))
 
     def run(
         self, function: Callable[..., Value], args: tuple[Value, ...], kwargs: dict[str, Value]
     ) -> Value:
         """Run a function and record it if the output plays a part in it."""
         tensors = list(tensors_in((args, kwargs)))
-        is_live = any(id(tensor) in self._refs for tensor in tensors)
+        is_live = any(id(tensor) in self._known for tensor in tensors)
         if not is_live or function is _READ_GRADIENT:
             return function(*args, **kwargs)
-        # the references are taken before the call, which may write into its arguments: a constant
-        # is copied as it was, and torch counts the writes in `_version`
-        taken_args, taken_kwargs = mapped((args, kwargs), self._ref)
+        # nodes are taken before the call, which may write into its arguments: a constant is copied
+        # as it was, and torch counts the writes in `_version`
+        nodes = map_aggregate((args, kwargs), self._node)
         versions = [tensor._version for tensor in tensors]
-        has_grad = torch.is_grad_enabled()
+        meta = {"has_grad": torch.is_grad_enabled()}
         result = function(*args, **kwargs)
         written = [t for t, v in zip(tensors, versions, strict=True) if t._version != v]
-        step = Step(function, taken_args, taken_kwargs, has_grad, writes=())
-        self._record(step, made=list(tensors_in(result)), written=written)
+        if function in NO_HOOKS:  # it changes gradients, in a way that no replay repeats
+            meta["writes"] = True
+            self._input(Source.UNKNOWN, "a gradient hook").meta.update(meta)
+        elif written or any(True for _ in tensors_in(result)):  # not .item(), or a shape
+            self._record(function, nodes, meta, result=result, written=written)
         return result
 
-    def _record(self, step: Step, *, made: list[Tensor], written: list[Tensor]) -> None:
-        """Append a step, and name the tensors that it made or changed."""
-        if step.function in NO_HOOKS:
-            # a hook changes gradients in a way that no replay repeats
-            writes: tuple[Ref, ...] = (Ref(Source.UNKNOWN, name="a gradient hook"),)
-        elif made or written:
-            # tensors changed in place keep their references, and the step is known to write to
-            # them; those that are views of the same storage changed as well
-            written = self._sharing(written)
-            writes = tuple(self._refs[id(tensor)].ref for tensor in written)
-        else:
-            return  # such as .item() or a shape
-        self._steps.append(dataclasses.replace(step, writes=writes))
-        for tensor in written:
-            self._name(tensor, self._refs[id(tensor)].ref)
-        for leaf, tensor in enumerate(made):
-            self._name(tensor, Ref(Source.VALUE, len(self._steps) - 1, leaf))
+    def _record(
+        self,
+        function: Callable[..., Value],
+        nodes: Any,  # Any: the arguments, with nodes in them
+        meta: dict[str, bool],
+        *,
+        result: Value,
+        written: list[Tensor],
+    ) -> None:
+        """Append a call to the graph, and name the tensors that it made or changed."""
+        call = self._graph.call_function(function, *nodes)
+        call.meta.update(meta, writes=bool(written))
+        # a tensor that was changed in place keeps its node, of which the replay changes the value;
+        # so do those that are views of the same storage
+        for tensor in self._sharing(written):
+            node = self._known[id(tensor)].node
+            node.meta["is_written"] = True
+            self._name(tensor, node)
+        if isinstance(result, Tensor):
+            self._name(result, call)
+            return
+        for index, tensor in enumerate(tensors_in(result)):
+            node = self._graph.call_function(_nth_tensor, (call, index))
+            node.meta.update(meta)
+            self._name(tensor, node)
 
-    def finish(self, root: Tensor, *, writes_inputs: bool) -> Program:
-        """Return the program that leads to `root`, without the steps that do not matter to it.
+    def finish(self, root: Tensor) -> fx.Graph:
+        """Return the graph that leads to `root`, without the nodes that do not matter to it.
 
         Raises:
-            Untaped: a step that matters has an operand of which the origin was not seen.
+            Untaped: a node that matters has an operand of which the origin was not seen.
         """
-        ref = self._ref(root)
-        needed, steps = {(ref.source, ref.index)}, {}
-        unknown = [ref] if ref.source is Source.UNKNOWN else []
-        # backwards, so that all that a step needs is known when its turn comes; a step that writes
-        # in place is always kept, since a later one may read what it wrote
-        for index in reversed(range(len(self._steps))):
-            step = self._steps[index]
-            if (Source.VALUE, index) not in needed and not step.writes:
-                continue
-            steps[index] = step
-            refs = [*refs_in((step.args, step.kwargs)), *step.writes]
-            needed |= {(each.source, each.index) for each in refs}
-            unknown += [each for each in refs if each.source is Source.UNKNOWN]
-        if unknown:
-            raise Untaped(unknown[0].name)
-        changed = {w.index for s in steps.values() for w in s.writes if w.source is Source.CONSTANT}
-        ordered = dict(sorted(steps.items()))
-        return Program(ordered, ref, frozenset(changed), writes_inputs=writes_inputs)
+        self._graph.output(self._node(root))
+        _drop_unused(self._graph)
+        for node in self._graph.nodes:
+            if node.meta.get("source") is Source.UNKNOWN:
+                raise Untaped(node.meta["index"])
+        return self._graph
 
     def _sharing(self, written: list[Tensor]) -> list[Tensor]:
         """Return all known tensors that a write in place changed: also those it was a view of."""
@@ -188,81 +156,79 @@ class Tape:
         known = {id(tensor): tensor for tensor in self._kept} if storages else {}
         return [t for t in known.values() if t.untyped_storage().data_ptr() in storages]
 
-    def _name(self, tensor: Tensor, ref: Ref) -> None:
-        self._refs[id(tensor)] = Known(ref, tensor._version, tensor.requires_grad)
+    def _name(self, tensor: Tensor, node: fx.Node) -> None:
+        self._known[id(tensor)] = Known(node, tensor._version, tensor.requires_grad)
         self._kept.append(tensor)
 
-    def _ref(self, value: Value) -> Value:
-        """Return the reference that stands for an argument, or the argument if it is no tensor."""
+    def _input(self, source: Source, index: int | str = 0) -> fx.Node:
+        node = self._graph.placeholder(source.value)
+        node.meta.update(source=source, index=index)
+        return node
+
+    def _node(self, value: Value) -> Value:
+        """Return the node that stands for an argument, or the argument if it is no tensor."""
         if isinstance(value, torch.device):
-            is_own = value.type == self._device.type
-            return Ref(Source.DEVICE) if is_own else value
+            return self._input(Source.DEVICE) if value.type == self._device.type else value
         if not isinstance(value, Tensor):
             return value
-        known = self._refs.get(id(value))
+        known = self._known.get(id(value))
         if known is not None and known.is_still(value):
-            return known.ref
-        if value.requires_grad:  # it hangs on weights, and no step that was seen made it
+            return known.node
+        if value.requires_grad:  # it hangs on weights, and no call that was seen made it
             name = value.grad_fn.name() if value.grad_fn is not None else "another parameter"
-            return Ref(Source.UNKNOWN, name=name)
-        ref = Ref(Source.CONSTANT, len(self.constants))
+            return self._input(Source.UNKNOWN, name)
+        node = self._input(Source.CONSTANT, len(self.constants))
         self.constants.append(copied(value))
-        self._name(value, ref)
-        return ref
+        self._name(value, node)
+        return node
 
 
 class Untaped(Exception):  # noqa: N818 - the tape's answer to its caller, no user sees it
-    """The loss depends on something that no step made; the message names it."""
+    """The loss depends on something that no node made; the message names it."""
 
 
-def replay(
-    program: Program, model: nn.Module, output: Value, constants: Sequence[Tensor]
-) -> Tensor:
-    """Run a program on what the model returned, and return the loss.
+def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence[Tensor]) -> Tensor:
+    """Run a graph on what the model returned, and return the loss.
 
     Raises:
         WorkloadError: the model returns something else than when it was recorded.
     """
     parameters = list(model.parameters())
-    values: dict[Ref, Value] = {Ref(Source.DEVICE): parameters[0].device}
-    values |= {Ref(Source.PARAMETER, index): tensor for index, tensor in enumerate(parameters)}
-    values |= {Ref(Source.OUTPUT, leaf=leaf): t for leaf, t in enumerate(tensors_in(output))}
-    for index, constant in enumerate(constants):  # those that steps write into start afresh
-        is_changed = index in program.changed
-        values[Ref(Source.CONSTANT, index)] = constant.clone() if is_changed else constant
-
-    def value_of(leaf: Value) -> Value:
-        if not isinstance(leaf, Ref):
-            return leaf
-        if leaf not in values:
-            raise WorkloadError(
-                "a recorded model must return what it returned in the script, but the loss needs "
-                "a tensor that is not in it now; write a model.py (see the README)"
-            )
-        return values[leaf]
-
-    for index, step in program.steps.items():
-        args, kwargs = mapped((step.args, step.kwargs), value_of)
-        with torch.set_grad_enabled(step.has_grad and torch.is_grad_enabled()):
-            result = step.function(*args, **kwargs)
-        for leaf, tensor in enumerate(tensors_in(result)):
-            values[Ref(Source.VALUE, index, leaf)] = tensor
-    loss: Tensor = value_of(program.root)
+    inputs: dict[Source, Sequence[Value]] = {
+        Source.OUTPUT: list(tensors_in(output)),
+        Source.PARAMETER: parameters,
+        Source.CONSTANT: constants,
+        Source.DEVICE: [parameters[0].device],
+    }
+    values: dict[fx.Node, Value] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            given, index = inputs[node.meta["source"]], node.meta["index"]
+            if index >= len(given):
+                raise WorkloadError(
+                    "a recorded model must return what it returned in the script, but it gave "
+                    f"{len(given)} tensors and the loss needs number {index + 1}; write a "
+                    "model.py (see the README)"
+                )
+            is_changed = node.meta["source"] is Source.CONSTANT and "is_written" in node.meta
+            values[node] = given[index].clone() if is_changed else given[index]
+        elif node.op == "call_function":
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.set_grad_enabled(node.meta["has_grad"] and torch.is_grad_enabled()):
+                values[node] = node.target(*args, **kwargs)
+    loss: Tensor = values[_root(graph)]
     return loss
 
 
-def without_scale(program: Program, constants: Sequence[Tensor], *, micro_steps: int) -> Program:
-    """Return a program without the loss's last factors: accumulation's 1/n, GradScaler's scale."""
-    while program.root.source is Source.VALUE:
-        # the root is a product or quotient of one tensor of the program and one factor: step over
-        step = program.steps[program.root.index]
-        if _name_of(step.function) not in ("mul", "__mul__", "__rmul__", "div", "__truediv__"):
+def remove_scale(graph: fx.Graph, constants: Sequence[Tensor], *, micro_steps: int) -> None:
+    """Take the loss's last factors out: accumulation's 1/n, GradScaler's scale."""
+    while (root := _root(graph)).op == "call_function" and _name_of(root.target) in FACTORS:
+        # a product or quotient of one tensor of the graph and one factor: go back to the tensor
+        sides = [value for value in root.args if not _is_factor(value, constants, micro_steps)]
+        if len(root.args) != 2 or len(sides) != 1 or not isinstance(sides[0], fx.Node):
             break
-        sides = [value for value in step.args if not _is_factor(value, constants, micro_steps)]
-        if len(step.args) != 2 or len(sides) != 1 or not isinstance(sides[0], Ref):
-            break
-        program = dataclasses.replace(program, root=sides[0])
-    return program
+        graph.output_node().args = (sides[0],)
+    _drop_unused(graph)
 
 
 def tensors_in(value: Value) -> Iterator[Tensor]:
@@ -281,35 +247,29 @@ def tensors_in(value: Value) -> Iterator[Tensor]:
         yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
 
 
-def refs_in(value: Value) -> list[Ref]:
-    """Return the references in a step's arguments."""
-    leaves: list[Value] = []
-    mapped(value, leaves.append)
-    return [leaf for leaf in leaves if isinstance(leaf, Ref)]
-
-
-def mapped(value: Value, function: Callable[[Value], Value]) -> Value:
-    """Return the same nesting of dicts, lists, tuples and slices with `function` of every leaf."""
-    if type(value) is dict:
-        return {key: mapped(item, function) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, function) for item in value))
-    if isinstance(value, slice):
-        ends = (value.start, value.stop, value.step)
-        return slice(*(mapped(item, function) for item in ends))
-    if type(value) in (list, tuple, torch.Size):
-        return type(value)([mapped(item, function) for item in value])
-    return function(value)
-
-
 def copied(value: Value) -> Value:
-    """Return a copy on the CPU that shares no storage, without its graph."""
+    """Return a copy on the CPU of nested values that shares no storage, without its graph."""
+    return tree_map(_copied, value)
+
+
+def _copied(value: Value) -> Value:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
-    if type(value) in (dict, list, tuple) or hasattr(value, "_fields"):
-        return mapped(value, copied)
     other = copy.deepcopy(value)
     return other.to("cpu") if hasattr(other, "to") else other
+
+
+def _nth_tensor(result: Value, index: int) -> Tensor:
+    return list(tensors_in(result))[index]
+
+
+def _root(graph: fx.Graph) -> Any:  # Any: always a node
+    return graph.output_node().args[0]
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Remove what leads to no output; calls that write in place stay, others may read from that."""
+    graph.eliminate_dead_code(lambda node: node.op == "output" or node.meta.get("writes", False))
 
 
 def _name_of(function: Callable[..., Value]) -> str:
@@ -317,13 +277,11 @@ def _name_of(function: Callable[..., Value]) -> str:
 
 
 def _is_factor(value: Value, constants: Sequence[Tensor], micro_steps: int) -> bool:
-    if isinstance(value, Ref):
-        if value.source is not Source.CONSTANT or constants[value.index].numel() != 1:
+    if isinstance(value, fx.Node):
+        index = value.meta["index"] if value.meta.get("source") is Source.CONSTANT else None
+        if index is None or constants[index].numel() != 1:
             return False
-        scale = float(constants[value.index])
+        scale = float(constants[index])
         return scale > 1 and scale.hex().startswith("0x1.0000000000000p")  # GradScaler's are 2^k
-    return (
-        micro_steps > 1
-        and not isinstance(value, Tensor)
-        and value in (micro_steps, 1 / micro_steps)
-    )
+    is_number = isinstance(value, int | float) and micro_steps > 1
+    return is_number and value in (micro_steps, 1 / micro_steps)
