@@ -36,6 +36,7 @@ from convergence_scores import (
 )
 
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import (
     BF16_O2,
     Branch,
@@ -130,7 +131,7 @@ def run_family(name: str, folder: Path) -> FamilyRun:
     family = convergence_families.graded(name)
     workload = workload_from(family, name=name)
     faults = [f"{layer}.0" for layer in family.faults]
-    spec = with_masked_options(capture_model(workload, device=CPU), faults)
+    spec = with_masked_options(capture_model(Context(workload, CPU)), faults)
     session = open_bench(workload, family, spec, folder / "graded")
     checkpoint = next((folder / "graded").glob(f"warmup-{session.store.setup}.pt"))
     reference = prepare_reference(
@@ -186,7 +187,7 @@ def run_fault(name: str, folder: Path) -> ProductRun:
     """Run the product on the family with one fatal fault."""
     family = convergence_families.faulty(name)
     workload = workload_from(family, name=name)
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     session = open_bench(workload, family, spec, folder)
     return run_product(workload, spec, session, tolerance=TOLERANCE)
 

@@ -50,6 +50,7 @@ from autoprec.device.fp8_self_test import fp8_self_test  # noqa: E402
 from autoprec.device.local import device_facts, find_sensor, resolve_device  # noqa: E402
 from autoprec.errors import AutoprecError  # noqa: E402
 from autoprec.model.capture import capture_model  # noqa: E402
+from autoprec.model.context import Context  # noqa: E402
 from autoprec.predict import load_device_profile, predict_profile  # noqa: E402
 from autoprec.predict.calibrate import calibrate_profile  # noqa: E402
 from autoprec.predict.gemm import Kernel, gemm_us  # noqa: E402
@@ -202,26 +203,22 @@ def time_whole_steps(run: Run, found: dict[str, Any], deadline: Deadline) -> Non
 
 def compare_steps(run: Run, name: str, workload: Workload, mode: str) -> list[dict[str, Any]]:
     """Time whole steps and predict each: by the device profiles, and by the profiler if eager."""
-    spec = capture_model(workload, device=run.device)
+    context = Context(workload, run.device, clock=run.clock)
+    spec = capture_model(context)
     is_compiled = mode != "eager"
     predictions = {
         f"{label} ms": predict_profile(spec, profile, compiled=is_compiled)
         for label, profile in run.profiles.items()
     }
     if not is_compiled:
-        predictions["profiled ms"] = profile_model(
-            workload, spec, device=run.device, names_kernels=False
-        )
+        predictions["profiled ms"] = profile_model(context, spec, names_kernels=False)
     arms = make_arms(spec, predictions, recipes=1 if is_compiled else None)
     with open_compilation(run.device, mode, backend=run.backend) as compilation:
         steps = time_steps(
-            workload,
+            context,
             arms,
-            device=run.device,
-            clock=run.clock,
             monitor=run.monitor,
             samples=3 if run.is_quick else 12,
-            seed=0,
             compilation=compilation,
         )
         compile_s = compilation.seconds if compilation else 0.0

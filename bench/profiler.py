@@ -17,6 +17,7 @@ import torch
 
 from autoprec.device.timing import MOST_CPU_CACHE_BYTES, Clock, make_clock
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import FP32, Basis, ModelSpec, Option, Profile
@@ -44,10 +45,9 @@ def main() -> None:
 
 def compare_plans(path: str, *, plans: int, seed: int, clock: Clock) -> None:
     """Profile a workload, then print predicted and measured step times of random plans."""
-    device = torch.device("cpu")
-    workload = load_workload(path)
-    spec = capture_model(workload, device=device)
-    profile = profile_model(workload, spec, device=device, seed=seed, clock=clock)
+    context = Context(load_workload(path), torch.device("cpu"), seed, clock=clock)
+    spec = capture_model(context)
+    profile = profile_model(context, spec)
     print(
         f"\n{path}: profile cost {profile.step_equivalents:.1f} FP32 steps, boundary cast "
         f"{profile.boundary_cast_ms_per_melement:.2f} ms per million elements"
@@ -56,7 +56,7 @@ def compare_plans(path: str, *, plans: int, seed: int, clock: Clock) -> None:
     drawn = draw_plans(profile, count=plans, seed=seed)
     uniform = {"fp32": dict.fromkeys(spec.names, FP32), "bf16_o2": bf16_plan(spec)}
     arms: dict[str, dict[str, Option]] = {**uniform, **drawn}
-    measured = time_steps(workload, arms, device=device, clock=clock, samples=SAMPLES, seed=seed)
+    measured = time_steps(context, arms, samples=SAMPLES)
     errors = []
     for step in measured:
         predicted = predict_step(profile, arms[step.label])

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp8_option
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", type=Recipe, default=list(RECIPES))
     arguments = parser.parse_args()
     workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     recipes = tuple(arguments.recipes)
     reference = prepare_reference(workload, spec, device=CPU)
     depth_free, spent_s = timed(workload, spec, reference, "sign_coded", recipes)

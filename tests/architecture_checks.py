@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import autoprec
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.layers import type_name
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Plan
 from autoprec.runtime.classes import is_made_here
@@ -51,7 +52,7 @@ def try_architecture(workload: Workload, *, seed: int = 0) -> Outcome:
         WorkloadError: the model trains in FP32 and breaks under the plan.
     """
     try:
-        spec = capture_model(workload, device=DEVICE, seed=seed)
+        spec = capture_model(Context(workload, DEVICE, seed=seed))
     except WorkloadError as problem:
         return Outcome(0, 0, f"does not train here: {problem}")
     plan = random_plan(spec, workload.build_model(seed=seed), seed=seed)

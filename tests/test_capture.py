@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers, model_structure
 from autoprec.records import LayerKind, ModelSpec, Precision
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokens() -> ModelSpec:
-    return capture_model(token_workload(dropout=0.1), device=CPU)
+    return capture_model(Context(token_workload(dropout=0.1), CPU))
 
 
 def test_every_parameter_is_in_a_layer_or_listed(tokens: ModelSpec) -> None:
@@ -46,14 +47,14 @@ def test_tied_and_uncalled_layers_are_named(tokens: ModelSpec) -> None:
 def test_dropout_is_seen_as_randomness_that_a_seed_repeats(tokens: ModelSpec) -> None:
     assert tokens.has_randomness
     assert tokens.is_deterministic
-    assert not capture_model(mlp_workload(), device=CPU).has_randomness
+    assert not capture_model(Context(mlp_workload(), CPU)).has_randomness
 
 
 def test_refusals_say_why() -> None:
-    spec = capture_model(mlp_workload(), device=CPU)
+    spec = capture_model(Context(mlp_workload(), CPU))
     assert any(option.is_fp8 for option in spec.layer("first").options)
     assert "N=10" in str(spec.layer("head").refusal(Precision.FP8_O1))
-    conv = capture_model(conv_workload(), device=CPU).layer("conv")
+    conv = capture_model(Context(conv_workload(), CPU)).layer("conv")
     assert conv.refusal(Precision.FP8_O1) is not None
     assert conv.refusal(Precision.BF16_O2) is None
 
@@ -72,7 +73,7 @@ def test_short_last_batch_counts_for_fp8() -> None:
         build_model=Model,
         train_batches=lambda seed: iter([torch.ones(32, 32), torch.ones(7, 32)]),
     )
-    layer = capture_model(workload, device=CPU).layer("linear")
+    layer = capture_model(Context(workload, CPU)).layer("linear")
     assert layer.tokens == (7, 32)
     options = [option for option in layer.options if option.is_fp8]
     assert options
@@ -80,7 +81,7 @@ def test_short_last_batch_counts_for_fp8() -> None:
 
 
 def test_optimizer_state_is_measured() -> None:
-    spec = capture_model(mlp_workload(), device=CPU)
+    spec = capture_model(Context(mlp_workload(), CPU))
     assert spec.optimizer == "AdamW"
     assert spec.optimizer_state_numel_ratio == pytest.approx(2.0)
 
@@ -94,7 +95,7 @@ def test_frozen_layers_are_marked() -> None:
     workload = workload_with(
         build_model=build, train_batches=lambda seed: iter([torch.ones(16, 32)])
     )
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     assert [layer.is_frozen for layer in spec.layers] == [True, False]
     assert not spec.layer("1").calls[0].inputs[0].requires_grad
 
@@ -102,13 +103,13 @@ def test_frozen_layers_are_marked() -> None:
 def test_loss_without_gradient_is_refused() -> None:
     workload = workload_with(loss_fn=lambda model, batch: model(batch).sum().detach())
     with pytest.raises(CaptureError, match="needs no gradient"):
-        capture_model(workload, device=CPU)
+        capture_model(Context(workload, CPU))
 
 
 def test_nan_loss_is_refused() -> None:
     workload = workload_with(loss_fn=lambda model, batch: model(batch).sum() * float("nan"))
     with pytest.raises(WorkloadError, match="must be finite, but it is nan"):
-        capture_model(workload, device=CPU)
+        capture_model(Context(workload, CPU))
 
 
 def test_structure_ignores_values_and_dtype_but_not_shapes() -> None:

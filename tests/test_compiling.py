@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoprec.device.timing import Observation, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.compiling import (
@@ -23,8 +24,8 @@ from autoprec.profiler.compiling import (
     made_graphs,
     reason_of,
 )
+from autoprec.profiler.groups import group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
-from autoprec.profiler.measure import group_layers, record_step
 from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
 from autoprec.tuning import stages as pipeline
 from autoprec.tuning.settings import Settings
@@ -55,7 +56,7 @@ def opened(backend: Any = "aot_eager") -> Any:  # Any: dynamo's backends; a cont
 
 def rows_of(compilation: Compilation, name: str = "second") -> dict[str, LayerTiming]:
     workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     model = workload.build_model().train()
     layers = find_layers(model)
     calls = record_step(
@@ -102,12 +103,9 @@ def test_steps_are_compiled_for_every_batch_before_the_first_sample() -> None:
     names = list(find_layers(base.build_model()))
     with opened() as compilation:
         found = time_steps(
-            base,
+            Context(base, CPU, clock=ConstantClock()),
             {"fp32": {}, "bf16_o2": dict.fromkeys(names, BF16_O2), "autocast": "autocast_bf16"},
-            device=CPU,
-            clock=ConstantClock(),
             samples=3,
-            seed=0,
             monitor=CleanMonitor(),
             compilation=compilation,
         )
@@ -207,16 +205,16 @@ def test_arms_that_do_not_fit_together_are_timed_one_after_another(
 
     functions = {"build_model": build_model, "train_batches": base.train_batches}
     workload = workload_from(SimpleNamespace(**functions, loss_fn=loss_fn))
-    given: dict[str, Any] = {"device": CPU, "clock": ConstantClock(), "samples": 3, "seed": 0}
+    context = Context(workload, CPU, clock=ConstantClock())
     with caplog.at_level(logging.WARNING):
-        found = time_steps(workload, {"a": {}, "b": {}}, monitor=CleanMonitor(), **given)
+        found = time_steps(context, {"a": {}, "b": {}}, samples=3, monitor=CleanMonitor())
     assert [step.label for step in found] == ["a", "b"]
     assert all(step.timing.samples == 3 for step in found)
     assert "one after another" in caplog.text
     assert max(alive) == 2
     kept = Memory()
     with pytest.raises(DeviceError, match="'a' does not"):
-        time_steps(workload, {"a": {}}, monitor=CleanMonitor(), **given)
+        time_steps(context, {"a": {}}, samples=3, monitor=CleanMonitor())
     del kept
 
 
@@ -266,16 +264,9 @@ def test_no_cpp_compiler_is_named() -> None:
 
 @pytest.mark.slow  # the inductor compiles C++
 def test_profile_model_is_complete_when_compiled() -> None:
-    workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
-    profile = profile_model(
-        workload,
-        spec,
-        device=CPU,
-        options=(TENSORWISE,),
-        compiled=True,
-        clock=ConstantClock(),
-    )
+    context = Context(mlp_workload(), CPU, clock=ConstantClock())
+    spec = capture_model(context)
+    profile = profile_model(context, spec, options=(TENSORWISE,), compiled=True)
     assert all(row.total is not None for row in profile.layers if not row.infeasible)
     assert profile.step_equivalents > 0
     assert profile.compile_s > 1

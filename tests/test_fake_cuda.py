@@ -152,9 +152,9 @@ def test_a_layer_alone_is_built_and_run_on_its_device(option: Option) -> None:
     call = Call(args=(x.requires_grad_(),), kwargs={}, gradients=[gradient])
     meter = LayerMeter(GPU, QuietClock(), 2.0)
     with FakeGpu() as gpu:
-        run = meter._try_option(option, [call], make_layer)
-        meter._time_parts([run])
-    assert run.infeasible == ""
+        run = meter.try_option(option, [call], make_layer)
+        assert run.candidate is not None, run.infeasible
+        meter.time_parts([run.candidate])
     assert gpu.mixed == []
 
 
@@ -169,8 +169,8 @@ def test_a_gpu_is_never_probed_with_a_tiny_layer() -> None:
     """A microsecond more to launch it would be minutes at a real layer's size."""
     meter = LayerMeter(CUDA, QuietClock(), 2.0)
     call = Call(args=(torch.ones(48, 32),), kwargs={}, gradients=[torch.ones(48, 64)])
-    assert meter._predict_fp8(FP8[0], [call], limit_ms=0.0) is None
-    assert meter.probes == {}
+    assert meter.slow_fp8.predict(FP8[0], [call], limit_ms=0.0) is None
+    assert meter.slow_fp8.known == {}
 
 
 @pytest.mark.usefixtures("hopper")

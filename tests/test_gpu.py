@@ -28,6 +28,7 @@ from autoprec.device.timing import (
 from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile
 from autoprec.predict.gemm import Kernel, gemm_us
@@ -248,16 +249,16 @@ def _assert_complete(profile: Profile, device: torch.device) -> None:
 
 def test_a_profile_proves_its_fp8_kernels(device: torch.device) -> None:
     workload = mlp_workload()
-    spec = capture_model(workload, device=device)
-    profile = profile_model(workload, spec, device=device)
+    spec = capture_model(Context(workload, device))
+    profile = profile_model(Context(workload, device), spec)
     _assert_complete(profile, device)
     assert (profile.device.compile_mode, profile.compile_s) == ("eager", 0.0)
 
 
 def test_a_compiled_profile_is_complete_and_never_recompiles(device: torch.device) -> None:
     workload = mlp_workload()
-    spec = capture_model(workload, device=device)
-    profile = profile_model(workload, spec, device=device, compiled=True)
+    spec = capture_model(Context(workload, device))
+    profile = profile_model(Context(workload, device), spec, compiled=True)
     _assert_complete(profile, device)
     assert profile.device.compile_mode == "default"
     assert profile.compile_s > 0
@@ -279,17 +280,10 @@ def test_compiled_steps_learn_what_eager_ones_do(device: torch.device, fp8: Opti
 
 
 def test_compiled_whole_steps_are_timed(device: torch.device) -> None:
-    workload = mlp_workload()
     arms: dict[str, dict[str, Option] | str] = {"fp32": {}, "autocast_bf16": "autocast_bf16"}
     with open_compilation(device, "default") as compilation:
         found = time_steps(
-            workload,
-            arms,
-            device=device,
-            clock=make_clock(device),
-            samples=10,
-            seed=0,
-            compilation=compilation,
+            Context(mlp_workload(), device), arms, samples=10, compilation=compilation
         )
         assert compilation is not None
         assert compilation.seconds > 0
@@ -306,9 +300,9 @@ def test_a_candidate_that_does_not_fit_is_infeasible_with_the_reason(device: tor
     x = torch.randn(32, 16, device=device)
     call = Call(args=(x,), kwargs={}, gradients=[torch.randn(32, 16, device=device)])
     meter = LayerMeter(device, make_clock(device), 2.0)
-    assert meter._try_option(FP32, [call], lambda: Greedy(16, 16, device=device)).candidate
+    assert meter.try_option(FP32, [call], lambda: Greedy(16, 16, device=device)).candidate
     before = torch.cuda.memory_allocated(device)
-    run = meter._try_option(BF16_O2, [call], lambda: Greedy(16, 16, device=device))
+    run = meter.try_option(BF16_O2, [call], lambda: Greedy(16, 16, device=device))
     assert "out of memory" in run.infeasible
     assert torch.cuda.memory_allocated(device) == before
 

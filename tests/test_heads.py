@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.context import Context
 from autoprec.model.heads import HeadCounts, head_counts
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import load_workload, workload_from
@@ -53,7 +54,7 @@ def captured(model: nn.Module) -> ModelSpec:
         "loss_fn": lambda m, x: m(x).square().mean(),
     }
     return capture_model(
-        workload_from(SimpleNamespace(**functions), name="toy"), device=torch.device("cpu")
+        Context(workload_from(SimpleNamespace(**functions), name="toy"), torch.device("cpu"))
     )
 
 

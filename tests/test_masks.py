@@ -8,7 +8,9 @@ from autoprec.device.timing import Function
 from autoprec.device.tracing import PLAIN_TENSORS
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile, predict_profile
-from autoprec.profiler.layers import Group, LayerMeter, promising_masks
+from autoprec.profiler.groups import Group
+from autoprec.profiler.layers import LayerMeter
+from autoprec.profiler.parts import promising_gemms_hp
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -91,15 +93,16 @@ def timed(option: Option, gemms: tuple[float, float, float], cast: float = 0.0) 
     )
 
 
-def test_the_parts_tell_which_masks_are_worth_timing() -> None:
+def test_the_parts_tell_which_gemms_in_bf16_are_worth_timing() -> None:
     plain = timed(BF16_O2, (2.0, 2.0, 2.0))
-    fast = timed(TENSORWISE, (1.0, 1.0, 1.0), cast=0.6)  # one mask 4.4 ms, two 5.2 ms, BF16 6 ms
-    assert set(promising_masks([plain, fast])) == set(with_gemms_hp((TENSORWISE,))) - {TENSORWISE}
+    fast = timed(TENSORWISE, (1.0, 1.0, 1.0), cast=0.6)  # one in BF16: 4.4 ms, two: 5.2, all: 6
+    every = set(with_gemms_hp((TENSORWISE,)))
+    assert set(promising_gemms_hp([plain, fast])) == every - {TENSORWISE}
     slow = timed(TENSORWISE, (1.0, 1.0, 5.5), cast=3.0)  # only without its own grad_weight
-    found = promising_masks([plain, slow])
+    found = promising_gemms_hp([plain, slow])
     assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in found
     assert all(Gemm.GRAD_WEIGHT in option.gemms_hp for option in found)
-    assert promising_masks([plain]) == []
+    assert promising_gemms_hp([plain]) == []
 
 
 class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so

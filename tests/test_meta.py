@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.context import Context
 from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
 from autoprec.tuning import stages as pipeline
 from autoprec.tuning.settings import Settings
@@ -61,7 +62,7 @@ def llama_workload(blocks: int = 2, *, tied: bool = False) -> Workload:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_has_the_same_spec_on_meta_as_for_real(tied: bool) -> None:
-    real = capture_model(llama_workload(tied=tied), device=CPU)
+    real = capture_model(Context(llama_workload(tied=tied), CPU))
     assert capture_on_meta(llama_workload(tied=tied)) == real.model_copy(update=NOT_SEEN)
 
 
@@ -71,7 +72,7 @@ def test_a_llama_has_the_same_spec_on_meta_as_for_real(tied: bool) -> None:
     ids=["mlp", "conv", "tokens"],
 )
 def test_toy_models_have_the_same_spec_on_meta_as_for_real(workload: Workload) -> None:
-    real = capture_model(workload, device=CPU)
+    real = capture_model(Context(workload, CPU))
     assert capture_on_meta(workload) == real.model_copy(update=NOT_SEEN)
 
 

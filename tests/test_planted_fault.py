@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import (
     BF16_O2,
     Basis,
@@ -100,7 +101,7 @@ class Run:
 
     def __init__(self) -> None:
         self.workload = faulty_workload()
-        self.spec: ModelSpec = capture_model(self.workload, device=CPU)
+        self.spec: ModelSpec = capture_model(Context(self.workload, CPU))
         reference = prepare_reference(self.workload, self.spec, device=CPU)
         self.sensitivity: Sensitivity = measure_sensitivity(
             self.workload, self.spec, device=CPU, reference=reference
@@ -141,7 +142,7 @@ def test_exactly_the_faulty_layer_stays_out_of_fp8_with_its_cause(run: Run) -> N
 
 def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
     workload = faulty_workload()
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     reference = prepare_reference(workload, spec, device=CPU)
     options = [fp8_option(Recipe.TENSORWISE)]
     exact, probed = (

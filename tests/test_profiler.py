@@ -11,17 +11,15 @@ from torch import Tensor, nn
 
 from autoprec.device.timing import Observation
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call
 from autoprec.profiler import profile_model, time_steps
-from autoprec.profiler.candidates import copy_layer, make_candidate
-from autoprec.profiler.layers import LayerMeter, sum_parts
-from autoprec.profiler.measure import (
-    group_layers,
-    record_step,
-    sum_totals,
-    uniform_options,
-)
+from autoprec.profiler.candidates import make_candidate
+from autoprec.profiler.groups import copy_layer, group_layers, record_step, uniform_options
+from autoprec.profiler.layers import LayerMeter
+from autoprec.profiler.measure import sum_totals
+from autoprec.profiler.parts import sum_parts
 from autoprec.profiler.tracing import Operation, traced
 from autoprec.records import (
     BF16_O2,
@@ -92,8 +90,8 @@ WORKLOADS = {
 
 
 def profile_of(workload: Workload, options: tuple[Option, ...] = (TENSORWISE,)) -> Profile:
-    spec = capture_model(workload, device=CPU)
-    return profile_model(workload, spec, device=CPU, options=options, clock=ConstantClock())
+    context = Context(workload, CPU, clock=ConstantClock())
+    return profile_model(context, capture_model(context), options=options)
 
 
 def row_of(profile: Profile, name: str, option: Option) -> LayerTiming:
@@ -196,7 +194,7 @@ def test_inputs_and_gradients_are_the_real_ones() -> None:
     calls = record_step(workload, model, batch, layers, seed=0)
     assert torch.equal(calls["embed"][0].args[0], batch)
     assert [call.count for call in calls["shared"]] == [1, 2]  # an LSTM gives another stride
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     for name in ("lstm", "shared", "left"):
         tensor = calls[name][0].args[0]
         seen = spec.layer(name).calls[0].inputs[0]
@@ -249,7 +247,7 @@ def test_an_option_that_cannot_run_is_infeasible_with_the_reason() -> None:
         "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
     }
     workload = workload_from(SimpleNamespace(**functions))
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     groups = group_layers(spec, ())
     model = workload.build_model()
     layer = model.get_submodule("0")
@@ -274,9 +272,8 @@ def test_a_hopelessly_slow_option_is_predicted_and_not_run() -> None:
             self.calls += 1
             return 1.0 + (1e3 * self.calls if gemms else 0.0)
 
-    workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
-    profile = profile_model(workload, spec, device=CPU, options=(TENSORWISE,), clock=SlowFp8Clock())
+    context = Context(mlp_workload(), CPU, clock=SlowFp8Clock())
+    profile = profile_model(context, capture_model(context), options=(TENSORWISE,))
     row = row_of(profile, "second", TENSORWISE)
     assert row.total is not None
     assert (row.total.basis, row.total.samples) == (Basis.PREDICTED, 0)
@@ -305,7 +302,7 @@ def test_fp8_operations_are_given_to_their_gemms() -> None:
 
 
 def test_uniform_plans_take_the_first_fp8_option_where_there_is_one() -> None:
-    spec = capture_model(mlp_workload(), device=CPU)
+    spec = capture_model(Context(mlp_workload(), CPU))
     groups = group_layers(spec, (TENSORWISE,))
     fp8 = uniform_options(groups, fp8=True)
     assert fp8["norm"] == fp8["head"] == BF16_O2
@@ -330,12 +327,9 @@ def test_arms_step_in_turns_on_the_same_batches() -> None:
     }
     layers = list(find_layers(base.build_model()))
     found = time_steps(
-        workload_from(SimpleNamespace(**functions)),
+        Context(workload_from(SimpleNamespace(**functions)), CPU, clock=ConstantClock()),
         {"fp32": {}, "bf16_o2": dict.fromkeys(layers, BF16_O2), "autocast_bf16": "autocast_bf16"},
-        device=CPU,
-        clock=ConstantClock(),
         samples=4,
-        seed=0,
         monitor=CleanMonitor(),
     )
     assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]
@@ -362,14 +356,14 @@ def test_memory_that_runs_out_is_a_reason_and_no_crash(caplog: pytest.LogCapture
 
     call = Call(args=(torch.randn(2, 4),), kwargs={}, gradients=[torch.randn(2, 4)])
     meter = LayerMeter(CPU, ConstantClock(), 2.0)
-    run = meter._try_option(BF16_O2, [call], Greedy)
+    run = meter.try_option(BF16_O2, [call], Greedy)
     assert run.infeasible == "CUDA out of memory. Tried to allocate 2 GiB"
-    plain = meter._try_option(FP32, [call], Greedy)
+    plain = meter.try_option(FP32, [call], Greedy)
     assert plain.candidate is not None
 
     def full(*_: object) -> list[Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     plain.candidate.forward = full  # type: ignore[assignment,method-assign]  # from now on
-    assert meter._time_parts([plain]) == {}
+    assert meter.time_parts([plain.candidate]) == {}
     assert "only its total" in caplog.text

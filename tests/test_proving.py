@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from autoprec.common.progress import report_nothing
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.profiler import profile_model
-from autoprec.profiler.layers import Group, LayerMeter
-from autoprec.profiler.measure import Given, group_layers, name_kernels_of
+from autoprec.profiler.groups import Group, group_layers
+from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.proving import (
     SLEEP_KERNEL,
     is_fp8_kernel,
     kernel_names,
+    layer_kernels,
     name_kernels,
 )
 from autoprec.records import BF16_O2, FP32
@@ -74,15 +75,14 @@ def test_kernel_names_of_a_gpu_are_recorded_and_others_than_fp8_said(
 ) -> None:
     monkeypatch.setattr("autoprec.profiler.proving.cuda_kernels", lambda _: (name,))
     call = Call(args=(torch.randn(32, 16),), kwargs={}, gradients=[torch.randn(32, 16)])
-    spec = capture_model(mlp_workload(), device=CPU)
+    spec = capture_model(Context(mlp_workload(), CPU))
     group = Group((spec.layer("first"),), (FP32, BF16_O2, TENSORWISE))
     rows = LayerMeter(CPU, ConstantClock(), 2.0).time_group(
         group, [call], lambda: nn.Linear(16, 16)
     )
-    named = name_kernels(rows, [call], lambda: nn.Linear(16, 16))
-    assert [row.option for row in named] == [row.option for row in rows]
-    assert [row.kernels[-1] == name for row in named] == [False, False, True]
-    assert "_scaled_mm float8_e4m3fn" in named[-1].kernels
+    assert "_scaled_mm float8_e4m3fn" in rows[-1].kernels
+    found = layer_kernels("first", TENSORWISE, [call], lambda: nn.Linear(16, 16))
+    assert found == (name,)
     assert ("names FP8" in caplog.text) is ("_qq" not in name)
 
 
@@ -91,12 +91,12 @@ def test_naming_kernels_times_nothing_and_keeps_the_rows(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         "autoprec.profiler.proving.cuda_kernels", lambda fn: (fn(), ("nvjet_qq",))[1]
     )
-    workload, clock = mlp_workload(), ConstantClock()
-    spec = capture_model(workload, device=CPU)
-    profile = profile_model(workload, spec, device=CPU, clock=clock)
+    clock = ConstantClock()
+    context = Context(mlp_workload(), CPU, clock=clock)
+    spec = capture_model(context)
+    profile = profile_model(context, spec)
     before = clock.calls
-    given = Given(workload, CPU, clock, 0, report_nothing)
-    named = name_kernels_of(given, group_layers(spec, None), profile.layers)
+    named = name_kernels(context, group_layers(spec, None), profile.layers)
     assert clock.calls == before
     assert [row.model_copy(update={"kernels": ()}) for row in named] == [
         row.model_copy(update={"kernels": ()}) for row in profile.layers

@@ -11,6 +11,7 @@ from torch import nn
 
 from autoprec.errors import AutoprecError, PlanMismatchError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -32,7 +33,7 @@ TENSORWISE = fp8_option(Recipe.TENSORWISE)
 
 
 def captured(workload: Workload) -> ModelSpec:
-    return capture_model(workload, device=CPU)
+    return capture_model(Context(workload, CPU))
 
 
 def uniform(spec: ModelSpec, option: Option) -> tuple[Option, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoprec.common.progress import report_nothing
 from autoprec.errors import AutoprecError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import (
     BF16_O2,
     Estimate,
@@ -108,7 +109,7 @@ def frozen_first() -> Workload:
 
 
 def prepared(workload: Workload, *, batches: int = 2) -> tuple[ModelSpec, Reference]:
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     return spec, prepare_reference(workload, spec, device=CPU, batches=batches, warmup_steps=6)
 
 

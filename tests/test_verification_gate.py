@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -113,7 +114,7 @@ def opened(
 def verified(workload: Workload, option: Option, *, tolerance: float = 0.05) -> Verification:
     return verify_plan(
         workload,
-        plan_of(capture_model(workload, device=CPU), option),
+        plan_of(capture_model(Context(workload, CPU)), option),
         device=CPU,
         tolerance=tolerance,
         seeds_min=2,
@@ -164,7 +165,7 @@ def test_a_branch_that_diverges_refutes_at_once_with_its_step() -> None:
 
 def test_a_refuted_plan_gives_way_to_the_next() -> None:
     workload = overflowing(mlp_workload())
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     index, found = verify_front(
         workload,
         [plan_of(spec, TENSORWISE), plan_of(spec, FP32)],
@@ -187,7 +188,7 @@ def test_evaluation_is_fp32_of_the_master_weights() -> None:
         return torch.optim.SGD(model.parameters(), lr=1e-5)
 
     workload = changed(mlp_workload(), build_optimizer=build_optimizer)
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     session = opened(workload, spec)
     reference, _, plan = session.train_seed(session.arms(plan_of(spec, BF16_O2)), 1)
     start = sum(session.checkpoint.eval_losses)
@@ -203,7 +204,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kill_at", [1, STEPS + 3, 2 * STEPS + 1, 3 * STEPS + 5, 5 * STEPS])
 def test_a_kill_costs_at_most_the_branch_in_flight(tmp_path: Path, kill_at: int) -> None:
     plain = mlp_workload()
-    spec = capture_model(plain, device=CPU)
+    spec = capture_model(Context(plain, CPU))
     plan = plan_of(spec, TENSORWISE)
     whole = gather_evidence(opened(plain, spec), plan)
     steps = 0
@@ -227,7 +228,7 @@ def test_a_kill_costs_at_most_the_branch_in_flight(tmp_path: Path, kill_at: int)
 
 def test_saved_branches_of_another_setup_are_not_picked_up(tmp_path: Path) -> None:
     workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     plan = plan_of(spec, TENSORWISE)
     one = gather_evidence(opened(workload, spec, folder=tmp_path), plan)
     asked = replace(terms(), branch_steps=STEPS + 1)
@@ -238,7 +239,7 @@ def test_saved_branches_of_another_setup_are_not_picked_up(tmp_path: Path) -> No
 
 def test_a_changed_workload_is_told_from_the_saved_one(tmp_path: Path) -> None:
     plain = mlp_workload()
-    spec = capture_model(plain, device=CPU)
+    spec = capture_model(Context(plain, CPU))
     opened(changed(plain), spec, folder=tmp_path)
     shifted = changed(plain, loss_fn=lambda model, batch: plain.loss_fn(model, batch) * 2)
     with pytest.raises(RecordError, match="evaluates to another loss now"):
@@ -247,7 +248,7 @@ def test_a_changed_workload_is_told_from_the_saved_one(tmp_path: Path) -> None:
 
 def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
     workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     model = workload.build_model(seed=9)
     optimizer = workload.build_optimizer(model)
     workload.loss_fn(model, next(workload.train_batches(3))).backward()  # type: ignore[no-untyped-call]  # torch's own
@@ -267,7 +268,7 @@ def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
 
 def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     workload = mlp_workload()
-    spec = capture_model(workload, device=CPU)
+    spec = capture_model(Context(workload, CPU))
     sensitivity = measure_sensitivity(workload, spec, device=CPU, warmup_steps=4)
     plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
     session = opened(workload, spec)
@@ -376,7 +377,7 @@ def test_a_constant_loss_is_refused() -> None:
 )
 def test_bad_arguments_are_one_clear_line(arguments: dict[str, float], rule: str) -> None:
     workload = mlp_workload()
-    plan = plan_of(capture_model(workload, device=CPU), BF16_O2)
+    plan = plan_of(capture_model(Context(workload, CPU)), BF16_O2)
     with pytest.raises(AutoprecError, match=rule):
         verify_plan(workload, plan, device=CPU, **{"tolerance": 0.1, **arguments})  # type: ignore[arg-type]  # wrong on purpose
 
@@ -390,7 +391,7 @@ def test_a_time_budget_ends_the_test_before_a_seed_begins() -> None:
     workload = mlp_workload()
     found = verify_plan(
         workload,
-        plan_of(capture_model(workload, device=CPU), BF16_O2),
+        plan_of(capture_model(Context(workload, CPU)), BF16_O2),
         device=CPU,
         tolerance=0.1,
         warmup_steps=2,

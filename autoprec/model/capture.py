@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support, fp8_support
+from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError
+from autoprec.model.context import Context
 from autoprec.model.heads import head_counts
 from autoprec.model.layers import (
-    find_layers,
+    ModelLayers,
     layer_kind,
     linear_refusal,
     model_layers,
@@ -50,16 +51,15 @@ from autoprec.workload.functions import (
 )
 
 SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
+NEEDS_NO_GRADIENT = (
+    "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
+    "compute it from model(batch) without no_grad or detach"
+)
 
 
-def capture_model(
-    workload: Workload,
-    *,
-    device: torch.device,
-    seed: int = 0,
-    progress: Progress = report_nothing,
-) -> ModelSpec:
-    """Run one real step of `workload` on `device` and return what it showed.
+@random_state_kept()
+def capture_model(context: Context) -> ModelSpec:
+    """Run one real step of the workload on the device and return what it showed.
 
     Costs three training steps (two more than one, to see whether the step is deterministic).
 
@@ -67,31 +67,32 @@ def capture_model(
         CaptureError: no layer ran.
         WorkloadError: the user's functions break their contract, or the loss is not finite.
     """
+    workload, seed, device = context.workload, context.seed, context.device
     check_batches(workload, seed=seed)
     model = workload.build_model(seed=seed).to(device).train()
     batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
-    progress("capture", 0, 3)
+    context.progress("capture", 0, 3)
     first = run_step(workload, model, batches[0], seed=seed)
-    layers = find_layers(model)  # after a step: lazy modules have their parameters now
+    # Only after a step: lazy modules have no parameters before it. The second step repeats the
+    # first, seed and all: other gradients are the device's own doing.
+    layers = model_layers(model)
     with recorded_shapes(layers) as calls:
         second = run_step(workload, model, batches[0], seed=seed)
-        progress("capture", 2, 3)
+        context.progress("capture", 2, 3)
         scan_shapes(workload, model, batches)
     optimizer = workload.build_optimizer(model)
-    optimizer.step()
-    progress("capture", 3, 3)
-    return make_spec(
+    optimizer.step()  # makes its state, whose size is asked for
+    context.progress("capture", 3, 3)
+    seen = ObservedStep(
         model,
-        layers=layers,
-        calls=calls,
-        support=fp8_support(device),
-        optimizer=type(optimizer).__name__,
-        state_ratio=optimizer_state_ratio(optimizer),
+        layers,
+        calls,
+        optimizer,
         has_randomness=first.used_randomness,
         is_deterministic=first.fingerprint == second.fingerprint,
         loss=first.loss,
-        device=str(device),
     )
+    return make_spec(seen, support=fp8_support(device), device=str(device))
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,7 @@ def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -
     )
     value = check_loss(loss, where="in the first step")
     if not loss.requires_grad:
-        raise CaptureError(
-            "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
-            "compute it from model(batch) without no_grad or detach"
-        )
+        raise CaptureError(NEEDS_NO_GRADIENT)
     loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     digest = hashlib.sha256(str(value).encode())
     for parameter in model.parameters():
@@ -126,59 +124,9 @@ def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -
     return StepResult(value, digest.hexdigest(), used_randomness)
 
 
-def recorded_shapes(
-    layers: Mapping[str, nn.Module],
-) -> AbstractContextManager[dict[str, list[Call]]]:
+def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, list[Call]]]:
     """Record the shapes of every layer's calls while the context is open; no tensor is kept."""
-    return recorded_calls(layers, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
-
-
-def make_spec(
-    model: nn.Module,
-    *,
-    layers: Mapping[str, nn.Module],
-    calls: Mapping[str, Sequence[Call]],
-    support: Fp8Support,
-    optimizer: str,
-    state_ratio: float,
-    has_randomness: bool,
-    is_deterministic: bool,
-    loss: float | None,
-    device: str,
-) -> ModelSpec:
-    """Assemble the spec from a model and what was recorded of its calls."""
-    ties = model_layers(model).ties
-    names: dict[int, str] = {}
-    specs = tuple(
-        _with_heads(
-            _layer_spec(
-                name, layer, calls=calls[name], tied_to=ties.get(name), support=support, names=names
-            ),
-            model,
-        )
-        for name, layer in layers.items()
-    )
-    if not any(spec.calls for spec in specs):
-        raise CaptureError(
-            "at least one layer must run in the training step, but none did; "
-            "loss_fn(model, batch) must call the model it is given"
-        )
-    return ModelSpec(
-        layers=specs,
-        uncovered=tuple(
-            _parameter_spec(name, parameter, names=names)
-            for name, parameter in model_layers(model).uncovered.items()
-        ),
-        uncalled=tuple(spec.name for spec in specs if not spec.calls),
-        structure=model_layers(model).structure,
-        tokens_per_step=max((spec.gemm.M for spec in specs if spec.gemm), default=0),
-        optimizer=optimizer,
-        optimizer_state_numel_ratio=state_ratio,
-        has_randomness=has_randomness,
-        is_deterministic=is_deterministic,
-        loss=loss,
-        device=device,
-    )
+    return recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
 
 
 def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -192,39 +140,70 @@ def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) 
             workload.loss_fn(model, batch)
 
 
-def _signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in batch_tensors(batch))
+@dataclass(frozen=True)
+class ObservedStep:
+    """One training step as it was seen.
+
+    Attributes:
+        model: the model that made it.
+        layers: its layers.
+        calls: what every layer was called with, by name; calls without a gradient are of batches
+            that were only looked at for their shapes.
+        optimizer: one that has made its state.
+        has_randomness: whether the forward pass drew random numbers.
+        is_deterministic: whether the same step again gave the same bits.
+        loss: its loss; None where nothing was computed.
+    """
+
+    model: nn.Module
+    layers: ModelLayers
+    calls: Mapping[str, Sequence[Call]]
+    optimizer: torch.optim.Optimizer
+    has_randomness: bool
+    is_deterministic: bool = False
+    loss: float | None = None
 
 
-def _tensor_spec(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(
-        shape=tuple(tensor.shape),
-        stride=tuple(tensor.stride()),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        requires_grad=tensor.requires_grad,
-    )
+def make_spec(seen: ObservedStep, *, support: Fp8Support, device: str) -> ModelSpec:
+    """Return the spec of the model of a step.
 
+    Args:
+        seen: the step.
+        support: the FP8 recipes that run where the model shall run.
+        device: where the step ran, by name.
 
-def _parameter_spec(name: str, parameter: nn.Parameter, *, names: dict[int, str]) -> ParameterSpec:
-    first = names.setdefault(id(parameter), name)
-    return ParameterSpec(
-        name=name,
-        shape=tuple(parameter.shape),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        is_trainable=parameter.requires_grad,
-        shared_with=None if first == name else first,
+    Raises:
+        CaptureError: no layer ran.
+    """
+    names: dict[int, str] = {}  # of parameters, where each came first
+    layers = tuple(_layer_spec(name, seen, support=support, names=names) for name in seen.calls)
+    if not any(layer.calls for layer in layers):
+        raise CaptureError(
+            "at least one layer must run in the training step, but none did; "
+            "loss_fn(model, batch) must call the model it is given"
+        )
+    return ModelSpec(
+        layers=layers,
+        uncovered=tuple(
+            _parameter_spec(name, parameter, names=names)
+            for name, parameter in seen.layers.uncovered.items()
+        ),
+        uncalled=tuple(layer.name for layer in layers if not layer.calls),
+        structure=seen.layers.structure,
+        tokens_per_step=max((layer.gemm.M for layer in layers if layer.gemm), default=0),
+        optimizer=type(seen.optimizer).__name__,
+        optimizer_state_numel_ratio=_state_ratio(seen.optimizer),
+        has_randomness=seen.has_randomness,
+        is_deterministic=seen.is_deterministic,
+        loss=seen.loss,
+        device=device,
     )
 
 
 def _layer_spec(
-    name: str,
-    layer: nn.Module,
-    *,
-    calls: Sequence[Call],
-    tied_to: str | None,
-    support: Fp8Support,
-    names: dict[int, str],
+    name: str, seen: ObservedStep, *, support: Fp8Support, names: dict[int, str]
 ) -> LayerSpec:
+    layer, calls = seen.layers.modules[name], seen.calls[name]
     kind = layer_kind(layer)
     in_step = [call for call in calls if call.with_grad]  # the others are of the shape scan
     tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
@@ -240,7 +219,7 @@ def _layer_spec(
         unavailable=support.reason,
     )
     prefix = f"{name}." if name else ""
-    return LayerSpec(
+    spec = LayerSpec(
         name=name,
         kind=kind,
         type_name=type_name(layer),
@@ -252,9 +231,41 @@ def _layer_spec(
         tokens=tuple(tokens),
         calls=tuple(CallSpec(inputs=_inputs(call), count=call.count) for call in in_step),
         is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
-        tied_to=tied_to,
+        tied_to=seen.layers.ties.get(name),
         options=options,
         refusals=refusals,
+    )
+    return _with_heads(spec, seen.model)
+
+
+def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
+    """Return the layer with its attention heads, if it is a projection whose model tells them."""
+    role = role_of(spec)
+    counts = head_counts(model, spec.name) if role in HEAD_ROLES and spec.gemm else None
+    if counts is None or spec.gemm is None:
+        return spec
+    heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
+    size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
+    return spec if size % heads else spec.model_copy(update={"heads": heads})
+
+
+def _parameter_spec(name: str, parameter: nn.Parameter, *, names: dict[int, str]) -> ParameterSpec:
+    first = names.setdefault(id(parameter), name)
+    return ParameterSpec(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        is_trainable=parameter.requires_grad,
+        shared_with=None if first == name else first,
+    )
+
+
+def _tensor_spec(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        requires_grad=tensor.requires_grad,
     )
 
 
@@ -269,18 +280,11 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
     return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
 
 
-def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
-    """Return the layer with its attention heads, if it is a projection whose model tells them."""
-    role = role_of(spec)
-    counts = head_counts(model, spec.name) if role in HEAD_ROLES and spec.gemm else None
-    if counts is None or spec.gemm is None:
-        return spec
-    heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
-    size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
-    return spec if size % heads else spec.model_copy(update={"heads": heads})
+def _signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in batch_tensors(batch))
 
 
-def optimizer_state_ratio(optimizer: torch.optim.Optimizer) -> float:
+def _state_ratio(optimizer: torch.optim.Optimizer) -> float:
     """Return state elements per parameter element, scalars (step counters) left out."""
     state = sum(
         value.numel()

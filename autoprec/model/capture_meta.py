@@ -10,7 +10,7 @@ packed?), which fails, and does not at those of fake ones.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +27,18 @@ from torch._subclasses.fake_tensor import (
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.device.fp8 import Fp8Support
+from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import (
+    NEEDS_NO_GRADIENT,
     SCANNED_BATCHES,
+    ObservedStep,
     make_spec,
-    optimizer_state_ratio,
     recorded_shapes,
     scan_shapes,
 )
-from autoprec.model.layers import find_layers
-from autoprec.model.recording import Call
+from autoprec.model.layers import model_layers
 from autoprec.records import APPLICABLE_RECIPES, ModelSpec
 from autoprec.workload.functions import (
     Batch,
@@ -60,6 +61,7 @@ LOOKED_AT_VALUES = (
 )
 
 
+@random_state_kept()
 def capture_on_meta(
     workload: Workload, *, seed: int = 0, progress: Progress = report_nothing
 ) -> ModelSpec:
@@ -82,7 +84,7 @@ def capture_on_meta(
         with OperationTracer(seeded.run, plain=(*PLAIN_TENSORS, FakeTensor)):
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
-        layers = find_layers(model)  # after a forward: lazy modules have their parameters now
+        layers = model_layers(model)  # after a forward: lazy modules have their parameters now
         with recorded_shapes(layers) as calls:
             loss = workload.loss_fn(model, batches[0])
             _fill_gradients(model, loss)
@@ -90,29 +92,8 @@ def capture_on_meta(
             scan_shapes(workload, model, batches)
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
-        return _spec(model, layers, calls, optimizer, has_randomness=seeded.seen)
-
-
-def _spec(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calls: Mapping[str, Sequence[Call]],
-    optimizer: torch.optim.Optimizer,
-    *,
-    has_randomness: bool,
-) -> ModelSpec:
-    return make_spec(
-        model,
-        layers=layers,
-        calls=calls,
-        support=BY_SHAPE,
-        optimizer=type(optimizer).__name__,
-        state_ratio=optimizer_state_ratio(optimizer),
-        has_randomness=has_randomness,
-        is_deterministic=False,  # nobody compared two steps
-        loss=None,
-        device=str(META),
-    )
+        seen = ObservedStep(model, layers, calls, optimizer, has_randomness=seeded.seen)
+        return make_spec(seen, support=BY_SHAPE, device=str(META))
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:
@@ -153,10 +134,7 @@ def _batch_on_meta(batch: Batch) -> Batch:
 def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
     """Run the backward; where an operation has none on meta, every parameter gets a gradient."""
     if not loss.requires_grad:
-        raise CaptureError(
-            "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
-            "compute it from model(batch) without no_grad or detach"
-        )
+        raise CaptureError(NEEDS_NO_GRADIENT)
     try:
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     except (RuntimeError, *LOOKED_AT_VALUES) as error:

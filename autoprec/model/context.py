@@ -1,6 +1,7 @@
 """What every stage that runs the user's model is given: the model's source, and where to run it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,7 +28,7 @@ class Context:
     progress: Progress = report_nothing
     clock: Clock | None = None
 
-    @property
+    @cached_property
     def timer(self) -> Clock:
         """The clock that was given, or the one that fits the device."""
         return self.clock or make_clock(self.device)

@@ -1,8 +1,8 @@
-"""FP8 with some of its three GEMMs in BF16: which of these masks a device makes worth considering.
+"""FP8 with some of its three GEMMs in BF16: where a device makes that worth considering.
 
-A mask trades time for accuracy: the GEMM that hurts runs in BF16, the others stay in FP8. It is
-worth a place among a layer's options only where it still beats plain BF16; whether a cheaper and
-gentler option makes it superfluous, the search decides when it knows e.
+It trades time for accuracy: the GEMM that hurts runs in BF16, the others stay in FP8. It is worth a
+place among a layer's options only where it still beats plain BF16; whether a cheaper and more
+precise option makes it superfluous, the search decides when it knows the gradient errors.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,10 @@ from autoprec.records.cost import LayerTiming
 from autoprec.records.model import BF16_O2, ModelSpec, Option
 
 
-def without_slow_masks(
+def without_slow_gemms_hp(
     spec: ModelSpec, rows: Iterable[LayerTiming]
 ) -> tuple[ModelSpec, tuple[LayerTiming, ...]]:
-    """Drop the masked options that are no faster than BF16, from the rows and from the layers.
+    """Drop options with GEMMs kept in BF16 that are no faster than BF16, from rows and layers.
 
     They stay where a layer has no other FP8 option: then they are the answer to "why not FP8?".
     """
@@ -33,10 +33,10 @@ def without_slow_masks(
     return spec.model_copy(update={"layers": layers}), kept
 
 
-def _worthwhile(group: Sequence[LayerTiming]) -> list[LayerTiming]:
+def _worthwhile(group: Sequence[LayerTiming]) -> Sequence[LayerTiming]:
     plain = next((row.total for row in group if row.option == BF16_O2), None)
     if plain is None or not any(row.option.is_fp8 and not row.option.gemms_hp for row in group):
-        return list(group)
+        return group
     return [
         row
         for row in group

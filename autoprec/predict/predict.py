@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from autoprec.model.gemms_hp import without_slow_masks
+from autoprec.model.gemms_hp import without_slow_gemms_hp
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
 from autoprec.predict.machine import Machine, machine_of
@@ -69,7 +69,7 @@ def predict_profile(
     layers = time_layers(target.layers, setting, gathers)
     in_layers = sum(gathers.values())
     if gemms_hp:
-        target, layers = without_slow_masks(target, layers)
+        target, layers = without_slow_gemms_hp(target, layers)
     fp32 = step_times(target, lambda _: FP32, setting)
     bf16 = step_times(target, lambda _: BF16_O2, setting)
     fp8 = step_times(target, first_fp8, setting)

@@ -1,8 +1,10 @@
 """What a model costs on the device at hand: each layer in each option, and whole steps.
 
-measure     workload -> profile
-layers      layers of equal shape -> rows
+measure     context + spec -> profile
+groups      layers of equal shape, and the inputs and gradients of a real step
 candidates  one layer in one option, on its own
+layers      a group -> rows of times and bytes, whole and in parts
+slow_fp8    FP8 that is too slow to be timed
 compiling   torch.compile of what is timed
 tracing     the operations that really ran
 steps       whole steps, interleaved

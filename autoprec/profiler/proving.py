@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import MakeLayer, make_candidate
-from autoprec.records import LayerTiming
+from autoprec.profiler.groups import Group, record_groups
+from autoprec.records import LayerTiming, Option
 
 log = logging.getLogger(__name__)
 LOST_KERNELS = 1000  # a process's k-th profile can lack its first k kernels (PyTorch issue 192021)
@@ -29,24 +31,33 @@ FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, h
 
 
 def name_kernels(
-    rows: Sequence[LayerTiming], calls: Sequence[Call], make_layer: MakeLayer
-) -> list[LayerTiming]:
-    """Return the rows of one group of layers, the timed FP8 ones with their kernels' names."""
-    return [_named(row, calls, make_layer) if _is_timed_fp8(row) else row for row in rows]
+    context: Context, groups: Sequence[Group], rows: Sequence[LayerTiming]
+) -> tuple[LayerTiming, ...]:
+    """Return all rows, the timed FP8 ones with the names of their CUDA kernels."""
+    recorded = record_groups(context, groups)
+    named: list[LayerTiming] = []
+    for group in groups:
+        calls, make_layer = recorded.first_of(group)
+        for row in (row for row in rows if group.first.name in row.names):
+            is_timed = row.total is not None and row.total.samples > 0
+            if is_timed and row.option.is_fp8:
+                names = layer_kernels(row.names[0], row.option, calls, make_layer)
+                row = row.model_copy(update={"kernels": (*row.kernels, *names)})
+            named.append(row)
+    return tuple(named)
 
 
-def _is_timed_fp8(row: LayerTiming) -> bool:
-    return row.option.is_fp8 and row.total is not None and row.total.samples > 0
-
-
-def _named(row: LayerTiming, calls: Sequence[Call], make_layer: MakeLayer) -> LayerTiming:
-    candidate = make_candidate(make_layer, calls, row.option)
+def layer_kernels(
+    name: str, option: Option, calls: Sequence[Call], make_layer: MakeLayer
+) -> tuple[str, ...]:
+    """Return the CUDA kernels of a layer in an FP8 option; it is logged if none names FP8."""
+    candidate = make_candidate(make_layer, calls, option)
     candidate.step()
     names = cuda_kernels(candidate.step)
     if not any(map(is_fp8_kernel, names)):
         seen = ", ".join(names) or "the profiler reports none, so CUPTI does not work here"
-        log.warning("no CUDA kernel of %s in %s names FP8: %s", row.names[0], row.option.key, seen)
-    return row.model_copy(update={"kernels": (*row.kernels, *names)})
+        log.warning("no CUDA kernel of %s in %s names FP8: %s", name, option.key, seen)
+    return names
 
 
 def cuda_kernels(fn: Callable[[], object]) -> tuple[str, ...]:

@@ -1,238 +1,100 @@
-"""Whole training steps, interleaved: each arm has a model and an optimizer of its own.
+"""Whole training steps, interleaved: each variant has a model and an optimizer of its own.
 
 A step is zero_grad, forward, backward and optimizer.step on a batch that is already on the device;
-all arms see the same batches in the same order. Under torch.compile the model is compiled, for
+all variants see the same batches in the same order. Under torch.compile the model is compiled, for
 every shape of these batches, before the first sample.
 
-Arms that do not fit into a device's memory side by side are timed one after another: a drift of the
-machine in between is then in their ratio, which the log says.
+Variants that do not fit into a device's memory side by side are timed one after another: a drift of
+the machine in between is then in their ratio, which the log says.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from autoprec.common.progress import Progress, report_nothing
+from autoprec.common.text import error_line
 from autoprec.device.local import find_monitor, find_sensor, release_memory
 from autoprec.device.nvml import Sensor
+from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import (
     Clock,
     Function,
     Monitor,
-    Samples,
     Stopping,
     merge_conditions,
     sample_interleaved,
 )
 from autoprec.errors import DeviceError, WorkloadError
+from autoprec.model.context import Context
 from autoprec.model.layers import model_layers
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.records import FP32, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
-from autoprec.workload.functions import Batch, Workload, take_batches
+from autoprec.workload.functions import Batch, take_batches
 
-Arm = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
+Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
 AUTOCAST = "autocast_bf16"
 BATCHES = 4  # different ones, taken in turn
-ENERGY_MS = 1000.0  # NVML's counter moves every 20 to 100 ms
+ENERGY_MS = 1000.0  # measured at least: NVML's counter moves every 20 to 100 ms
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Shared:
-    """What the arms of one comparison share: the batches, and which one is next."""
-
-    workload: Workload
-    device: torch.device
-    batches: Sequence[Batch]
-    seed: int
-    compilation: Compilation | None = None  # None: eager
-    position: int = 0
-
-    @property
-    def batch(self) -> Batch:
-        """The batch of this round."""
-        return self.batches[self.position % len(self.batches)]
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    clock: Clock
-    stopping: Stopping
-    warmup: int
-    monitor: Monitor | None
-    progress: Progress
-
-
+@random_state_kept()
 def time_steps(
-    workload: Workload,
-    arms: Mapping[str, Arm],
+    context: Context,
+    variants: Mapping[str, Variant],
     *,
-    device: torch.device,
-    clock: Clock,
     samples: int,
-    seed: int,
-    progress: Progress = report_nothing,
     stopping: Stopping | None = None,
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
     warmup: int = 2,
 ) -> tuple[StepTiming, ...]:
-    """Time a whole training step of every arm, in turns.
+    """Time a whole training step of every variant, in turns.
 
     Args:
-        workload: builds the model, the batches and the optimizer of every arm.
-        arms: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
-        device: where to train.
-        clock: how to time.
-        samples: timed steps per arm; `stopping`, when given, decides instead.
-        seed: of models, batches and turns.
-        progress: told of every round.
-        stopping: when an arm is done.
+        context: builds the model, the batches and the optimizer of every variant.
+        variants: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
+        samples: timed steps per variant; `stopping`, when given, decides instead.
+        stopping: when a variant is done.
         monitor: rejects dirty samples; default: the device's own.
         compilation: compiles the models, see `open_compilation`; None: eager.
-        warmup: untimed steps per arm.
+        warmup: untimed steps per variant.
 
     Raises:
-        DeviceError: an arm alone does not fit into the device's memory.
+        DeviceError: a variant alone does not fit into the device's memory.
     """
-    batches = take_batches(workload, seed=seed, count=BATCHES, device=device)
-    shared = Shared(workload, device, batches, seed, compilation)
-    monitor = monitor or find_monitor(device)
-    if compilation is not None:
-        monitor = GraphMonitor(compilation, monitor)
-    sampling = _Sampling(clock, stopping or Stopping(samples), warmup, monitor, progress)
+    monitor = monitor or find_monitor(context.device)
+    comparison = _Comparison(
+        context,
+        take_batches(context.workload, seed=context.seed, count=BATCHES, device=context.device),
+        stopping or Stopping(samples),
+        warmup,
+        monitor if compilation is None else GraphMonitor(compilation, monitor),
+        compilation,
+    )
     try:
-        return _time_arms(shared, arms, sampling)
+        return comparison.time_in_turns(variants)
     except (torch.OutOfMemoryError, WorkloadError) as error:
         if not is_out_of_memory(error):
             raise
         log.warning(
-            "%d arms do not fit into the memory of %s side by side and are timed one after "
+            "%d models do not fit into the memory of %s side by side and are timed one after "
             "another, so their ratios are less exact (%s)",
-            len(arms),
-            device,
-            " ".join(str(error).split()),
+            len(variants),
+            context.device,
+            error_line(error),
         )
-    return tuple(_time_alone(shared, label, arm, sampling) for label, arm in arms.items())
+    return tuple(comparison.time_alone(label, variant) for label, variant in variants.items())
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, in our code or in a function of the user's file."""
     return isinstance(error, torch.OutOfMemoryError) or isinstance(
         error.__cause__, torch.OutOfMemoryError
-    )
-
-
-def _time_alone(shared: Shared, label: str, arm: Arm, sampling: _Sampling) -> StepTiming:
-    release_memory(shared.device)  # what the arm before held
-    try:
-        return _time_arms(shared, {label: arm}, sampling)[0]
-    except (torch.OutOfMemoryError, WorkloadError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DeviceError(
-            f"a step of every arm must fit into the memory of {shared.device}, but {label!r} does "
-            "not; tune with a smaller batch or model, or on a larger device"
-        ) from error
-
-
-def _time_arms(
-    shared: Shared, arms: Mapping[str, Arm], sampling: _Sampling
-) -> tuple[StepTiming, ...]:
-    built = {label: _build_arm(shared, arm) for label, arm in arms.items()}
-    found = sample_interleaved(
-        {label: one.step for label, one in built.items()},
-        clock=sampling.clock,
-        stopping=sampling.stopping,
-        warmup=sampling.warmup - 1,  # building an arm runs its first step
-        prepare=_turn_batches(shared, sampling.progress, sampling.stopping.samples),
-        monitor=sampling.monitor,
-        seed=shared.seed,
-    )
-    sensor = find_sensor(shared.device)
-    return tuple(
-        _step_timing(label, built[label], samples, clock=sampling.clock, sensor=sensor)
-        for label, samples in found.items()
-    )
-
-
-def _turn_batches(shared: Shared, progress: Progress, rounds: int) -> Callable[[int], None]:
-    def prepare(number: int) -> None:
-        shared.position = number
-        progress("steps", min(number, rounds), rounds)
-
-    return prepare
-
-
-@dataclass(frozen=True)
-class _Built:
-    step: Function
-    peak_bytes: int | None
-
-
-def _build_arm(shared: Shared, arm: Arm) -> _Built:
-    """Build an arm and run its first step, which makes the optimizer's state and compiles."""
-    on_cuda = shared.device.type == "cuda"
-    before = torch.cuda.memory_allocated(shared.device) if on_cuda else 0
-    step = _make_step(shared, arm)
-    if shared.compilation is None:
-        step()
-    else:
-        for number in range(len(shared.batches)):
-            shared.position = number
-            shared.compilation.run_first(step)
-    if not on_cuda:
-        return _Built(step, None)
-    torch.cuda.reset_peak_memory_stats(shared.device)
-    step()
-    return _Built(step, torch.cuda.max_memory_allocated(shared.device) - before)
-
-
-def _make_step(shared: Shared, arm: Arm) -> Function:
-    workload = shared.workload
-    model = workload.build_model(seed=shared.seed).to(shared.device).train()
-    optimizer = workload.build_optimizer(model)
-    if not isinstance(arm, str) and any(option != FP32 for option in arm.values()):
-        install_options(model, arm, uncovered=model_layers(model).uncovered)
-        attach_optimizer(model, optimizer)
-    if shared.compilation is not None:
-        shared.compilation.compile_model(model)
-    loss_of = _loss_function(shared, model, is_autocast=isinstance(arm, str))
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss_of().backward()  # type: ignore[no-untyped-call]  # torch's own stub
-        optimizer.step()
-
-    return step
-
-
-def _loss_function(
-    shared: Shared, model: nn.Module, *, is_autocast: bool
-) -> Callable[[], torch.Tensor]:
-    def loss() -> torch.Tensor:
-        return shared.workload.loss_fn(model, shared.batch)
-
-    def autocast_loss() -> torch.Tensor:
-        with torch.autocast(shared.device.type, dtype=torch.bfloat16):
-            return loss()
-
-    return autocast_loss if is_autocast else loss
-
-
-def _step_timing(
-    label: str, built: _Built, samples: Samples, *, clock: Clock, sensor: Sensor | None
-) -> StepTiming:
-    return StepTiming(
-        label=label,
-        timing=samples.timing(),
-        peak_bytes=built.peak_bytes,
-        energy_j=None if sensor is None else measure_energy(built.step, sensor, clock=clock),
-        conditions=merge_conditions(samples.conditions, pauses=samples.pauses),
     )
 
 
@@ -247,3 +109,109 @@ def measure_energy(step: Function, sensor: Sensor, *, clock: Clock) -> float | N
         steps += 1
     after = sensor.energy_j()
     return None if after is None else max(after - before, 0.0) / steps
+
+
+@dataclass
+class _Comparison:
+    """What the variants of one comparison share; `round` says which batch is next."""
+
+    context: Context
+    batches: Sequence[Batch]
+    stopping: Stopping
+    warmup: int
+    monitor: Monitor | None
+    compilation: Compilation | None
+    round: int = 0
+
+    def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
+        """Time variants side by side: all of their models are in memory at once."""
+        clock, device = self.context.timer, self.context.device
+        built = {label: self._build(variant) for label, variant in variants.items()}
+        found = sample_interleaved(
+            {label: step for label, (step, _) in built.items()},
+            clock=clock,
+            stopping=self.stopping,
+            warmup=self.warmup - 1,  # building a variant runs its first step
+            prepare=self._turn_batches,
+            monitor=self.monitor,
+            seed=self.context.seed,
+        )
+        # Energy is read over a second of steps afterwards, since the counter is too coarse for
+        # one step; without a sensor there is none.
+        sensor = find_sensor(device)
+        energy = {
+            label: measure_energy(step, sensor, clock=clock) if sensor is not None else None
+            for label, (step, _) in built.items()
+        }
+        return tuple(
+            StepTiming(
+                label=label,
+                timing=samples.timing(),
+                peak_bytes=built[label][1],
+                energy_j=energy[label],
+                conditions=merge_conditions(samples.conditions, pauses=samples.pauses),
+            )
+            for label, samples in found.items()
+        )
+
+    def time_alone(self, label: str, variant: Variant) -> StepTiming:
+        """Time one variant with the memory to itself."""
+        release_memory(self.context.device)  # what the variant before held
+        try:
+            return self.time_in_turns({label: variant})[0]
+        except (torch.OutOfMemoryError, WorkloadError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceError(
+                f"a step must fit into the memory of {self.context.device}, but that of {label!r} "
+                "does not; tune with a smaller batch or model, or on a larger device"
+            ) from error
+
+    def _turn_batches(self, number: int) -> None:
+        self.round = number
+        rounds = self.stopping.samples
+        self.context.progress("steps", min(number, rounds), rounds)
+
+    def _build(self, variant: Variant) -> tuple[Function, int | None]:
+        """Return a variant's step, run once and compiled, and the peak bytes of a step."""
+        device = self.context.device
+        on_cuda = device.type == "cuda"
+        before = torch.cuda.memory_allocated(device) if on_cuda else 0
+        step = self._make_step(variant)
+        # The first step makes the optimizer's state, which the peak of a later one includes; what
+        # other variants hold meanwhile does not count.
+        if self.compilation is None:
+            step()
+        else:
+            for number in range(len(self.batches)):
+                self.round = number
+                self.compilation.run_first(step)
+        if not on_cuda:
+            return step, None
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return step, torch.cuda.max_memory_allocated(device) - before
+
+    def _make_step(self, variant: Variant) -> Function:
+        workload, device = self.context.workload, self.context.device
+        model = workload.build_model(seed=self.context.seed).to(device).train()
+        optimizer = workload.build_optimizer(model)
+        if not isinstance(variant, str) and any(option != FP32 for option in variant.values()):
+            install_options(model, variant, uncovered=model_layers(model).uncovered)
+            attach_optimizer(model, optimizer)
+        if self.compilation is not None:
+            self.compilation.compile_model(model)
+        casts = (
+            torch.autocast(device.type, dtype=torch.bfloat16)
+            if isinstance(variant, str)
+            else nullcontext()
+        )
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with casts:  # as torch advises: backward outside, in the dtypes of forward
+                loss = workload.loss_fn(model, self.batches[self.round % len(self.batches)])
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+            optimizer.step()
+
+        return step

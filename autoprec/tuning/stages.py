@@ -33,6 +33,7 @@ from autoprec.tuning.settings import Settings, constraint_of, fp8_options, measu
 if TYPE_CHECKING:
     import torch
 
+    from autoprec.model.context import Context
     from autoprec.sensitivity.reference import Reference
     from autoprec.workload.functions import Workload
 
@@ -173,14 +174,11 @@ def make_profile(settings: Settings) -> Profile:
     from autoprec.profiler import profile_model
 
     return profile_model(
-        open_workload(settings),
+        open_context(settings),
         captured_model(settings),
-        device=numerics_device(settings),
         options=fp8_options(settings),
         gemms_hp=settings.gemms_hp,
         compiled=settings.is_compiled,
-        seed=settings.seed,
-        progress=settings.progress,
     )
 
 
@@ -279,6 +277,15 @@ def open_workload(settings: Settings) -> "Workload":
     return record_workload(script, steps=settings.script_steps)
 
 
+def open_context(settings: Settings) -> "Context":
+    """Return the context of the stages that run the user's model."""
+    from autoprec.model.context import Context
+
+    return Context(
+        open_workload(settings), numerics_device(settings), settings.seed, settings.progress
+    )
+
+
 def numerics_device(settings: Settings) -> "torch.device":
     """Return where numerics are measured: the target, or the machine at hand for a profile."""
     from autoprec.device.local import resolve_device
@@ -292,12 +299,7 @@ def captured_model(settings: Settings) -> ModelSpec:
         return captured_on_meta(settings)
     from autoprec.model.capture import capture_model
 
-    return capture_model(
-        open_workload(settings),
-        device=numerics_device(settings),
-        seed=settings.seed,
-        progress=settings.progress,
-    )
+    return capture_model(open_context(settings))
 
 
 def captured_on_meta(settings: Settings) -> ModelSpec:

@@ -1,6 +1,6 @@
 """The measured step time of the plan, interleaved with what the user would run otherwise."""
 
-from autoprec.device.timing import make_clock
+from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps
 from autoprec.records import Basis, Plan, Profile, StepTiming
 from autoprec.verification.evidence import Evidence
@@ -23,21 +23,18 @@ def time_plan(
     if basis is not Basis.MEASURED:
         return ()
     mode = plan.fingerprint.compile_mode if profile is None else profile.device.compile_mode
-    device = session.bench.device
+    bench = session.bench
+    context = Context(bench.workload, bench.device, session.terms.seed, bench.progress)
     _, control, chosen = evidence.arms
-    with open_compilation(device, mode) as compilation:
+    with open_compilation(context.device, mode) as compilation:
         return time_steps(
-            session.bench.workload,
+            context,
             {
                 "fp32": {},
                 "bf16_o2": control.options,
                 "autocast_bf16": "autocast_bf16",
                 "plan": chosen.options,
             },
-            device=device,
-            clock=make_clock(device),
             samples=TIMING_SAMPLES,
-            seed=session.terms.seed,
-            progress=session.bench.progress,
             compilation=compilation,
         )
