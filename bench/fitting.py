@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from published import Observation
 from scipy.optimize import least_squares
 
-from autoprec.predict.machine import Machine
-from autoprec.records.devices import CONSTANTS
+from autoprec.records.devices import CONSTANTS, Machine
 
 SOFT = 2.0  # sigmas up to which a residual counts as a square
 MAX_EVALUATIONS = 60

@@ -3,7 +3,7 @@
     python bench/gpu.py [--out runs/gpu] [--device cuda] [--quick]
 
 Under ten minutes on one H100, with nothing but torch 2.11+ and this project's dependencies. It
-writes results.json, results.md, device_profile.json and linears.csv (for `devices score`), after
+writes results.json, results.md, device_profile.json and linears.csv (for `predict --csv`), after
 every piece of work, so that what was measured is there whatever happens later. Every section has a
 budget in seconds, and so has the whole; what does not fit, what does not run and what fails is
 listed at the end.
@@ -54,7 +54,6 @@ from autoprec.model.context import Context  # noqa: E402
 from autoprec.predict import load_device_profile, predict_profile  # noqa: E402
 from autoprec.predict.calibrate import calibrate_profile  # noqa: E402
 from autoprec.predict.gemm import Kernel, gemm_us  # noqa: E402
-from autoprec.predict.machine import machine_of  # noqa: E402
 from autoprec.predict.measure import (  # noqa: E402
     CAST,
     LARGE,
@@ -164,7 +163,7 @@ def sweep_gemms(run: Run, found: dict[str, Any], deadline: Deadline) -> None:
         for kernel, samples in run.sample(functions, budget_ms=200.0).items():
             us = samples.timing().median_ms * 1e3
             predicted = {
-                f"{name} us": gemm_us(machine_of(profile), M, K, N, Kernel(kernel))
+                f"{name} us": gemm_us(profile.machine, M, K, N, Kernel(kernel))
                 for name, profile in run.profiles.items()
             }
             rows.append(

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from scoring import Pair, score_pairs
+
 from autoprec.predict import predict_linear
-from autoprec.predict.scoring import Pair, score_pairs
 from autoprec.records.devices import ArmPrediction, DeviceProfile, Prediction
 
 Row = Mapping[str, Any]  # Any: whatever a section wrote, numbers, texts and None
@@ -54,13 +55,13 @@ def compare_linears(
             pairs = [Pair(predicted, actual) for predicted, actual in made if predicted]
             bf16 = [abs(predicted_ms(profile, row) / row["bf16_ms"] - 1) for row in own]
             if pairs:
-                score = score_pairs(pairs, left_out=len(own) - len(pairs)).model_dump()
+                score = score_pairs(pairs, left_out=len(own) - len(pairs))
                 scores.append({"profile": name, "mode": mode, **score, "bf16_time": fmean(bf16)})
     return {"rows": table, "scores": scores}
 
 
 def speedup_csv(rows: Sequence[Row], device: str) -> str:
-    """Return the measured speedups as `autoprec devices score` reads them."""
+    """Return the measured speedups as `autoprec devices predict --csv` reads them."""
     lines = ["device,M,K,N,recipe,compiled,speedup"]
     for row in (row for row in rows if row.get("speedup")):
         compiled = "no" if row["mode"] == "eager" else "yes"

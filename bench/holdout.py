@@ -18,7 +18,7 @@ from modelfit import (
 from published import Kind, Observation
 from trainings import Training
 
-from autoprec.predict.machine import Machine
+from autoprec.records.devices import Machine
 
 START_ERRORS = {
     "gemm_error_low": -0.15,

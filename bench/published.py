@@ -30,12 +30,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from autoprec.predict.casts import cast_cost, fp8_gemms
+from autoprec.predict.casts import RECIPE_COSTS, cast_us
 from autoprec.predict.gemm import Kernel, gemm_us
-from autoprec.predict.linear import bf16_linear, fp8_linear, gemm_shapes, neighbours_us
-from autoprec.predict.machine import Machine
+from autoprec.predict.linear import gemm_shapes, linear_times, neighbours_us
 from autoprec.predict.spelling import parse_recipe
-from autoprec.records.model import Gemm, Recipe
+from autoprec.records.devices import Machine
+from autoprec.records.model import BF16_O2, Gemm, Recipe, fp8_option
 
 DATA = Path(__file__).parent / "data"
 Shape = tuple[int, int, int]
@@ -109,18 +109,15 @@ class Observation:
         return math.log(self.predict(machine) / self.value) / self.sigma
 
     def _kernel(self) -> Kernel:
-        if self.recipe in (Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP):
-            return Kernel.FP8_ROWWISE
-        if self.recipe in (Recipe.BLOCKWISE, Recipe.MXFP8):
-            return Kernel.FP8_BLOCK
-        return Kernel.FP8_FAST if self.is_fast else Kernel.FP8_SLOW
+        cost = RECIPE_COSTS[self.recipe]
+        return cost.output if self.is_fast else cost.backward
 
     def _linear_ratio(self, machine: Machine) -> float:
         around = neighbours_us(machine, compiled=True) if self.has_neighbours else 0.0
         above = below = 0.0
         for M, K, N in self.shapes:
-            bf16 = bf16_linear(machine, M, K, N, compiled=self.compiled)
-            fp8 = fp8_linear(machine, M, K, N, recipe=self.recipe, compiled=self.compiled)
+            bf16 = linear_times(machine, M, K, N, BF16_O2, compiled=self.compiled)
+            fp8 = linear_times(machine, M, K, N, fp8_option(self.recipe), compiled=self.compiled)
             if self.kind is Kind.GEMMS:
                 above, below = above + bf16.gemms, below + fp8.gemms
             elif self.kind is Kind.PART:
@@ -131,11 +128,10 @@ class Observation:
         return above / below
 
     def _part_cast(self, machine: Machine, shape: Shape) -> float:
-        gemms = fp8_gemms(self.recipe)
+        gemms = fp8_option(self.recipe).fp8_gemms
         kept = tuple(gemm for gemm in gemms if gemm is not self.part)
-        whole = cast_cost(machine, *shape, recipe=self.recipe, gemms=gemms, compiled=True)
-        rest = cast_cost(machine, *shape, recipe=self.recipe, gemms=kept, compiled=True)
-        return whole.us - rest.us
+        whole = cast_us(machine, *shape, recipe=self.recipe, gemms=gemms, compiled=True)
+        return whole - cast_us(machine, *shape, recipe=self.recipe, gemms=kept, compiled=True)
 
 
 def observations() -> list[Observation]:

@@ -30,8 +30,9 @@ def linear_layer(
     is_frozen: bool = False,
     options: tuple[Option, ...] = (FP32, BF16_O2),
     refusals: tuple[Refusal, ...] = (),
+    tokens: tuple[int, ...] = (),
 ) -> LayerSpec:
-    """Return a linear that was called once on an input of `shape` x K."""
+    """Return a linear that was called once on an input of `shape` x K; `tokens`: all its M."""
     return LayerSpec(
         name=name,
         kind=LayerKind.LINEAR,
@@ -44,6 +45,7 @@ def linear_layer(
         tied_to=None,
         options=options,
         refusals=refusals,
+        tokens=tokens,
     )
 
 

@@ -19,9 +19,8 @@ from autoprec.predict.calibrate import (
     cast_constants,
     solve_fraction,
 )
-from autoprec.predict.casts import cast_cost, fp8_gemms
+from autoprec.predict.casts import cast_us
 from autoprec.predict.gemm import Kernel, gemm_us
-from autoprec.predict.machine import machine_of
 from autoprec.predict.measure import (
     Meter,
     Operands,
@@ -32,7 +31,7 @@ from autoprec.predict.measure import (
     time_compiled_casts,
 )
 from autoprec.records.devices import ConstantKind
-from autoprec.records.model import Basis, Recipe, fp8_option
+from autoprec.records.model import Basis, Gemm, Recipe, fp8_option
 
 H100 = load_device_profile("h100-sxm")
 SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192))
@@ -56,7 +55,7 @@ class StepClock:
 
 
 def measured(copied_tbs: float = 3.0) -> Measured:
-    machine = machine_of(H100)
+    machine = H100.machine
     large = {
         k: {s: gemm_us(machine, *s, k) for s in SHAPES} for k in (Kernel.BF16, Kernel.FP8_FAST)
     }
@@ -70,7 +69,7 @@ def measured(copied_tbs: float = 3.0) -> Measured:
 
 
 def test_the_solved_fraction_gives_the_measured_time() -> None:
-    machine = machine_of(H100)
+    machine = H100.machine
     us = gemm_us(machine, 8192, 4096, 4096, Kernel.BF16)
     fraction = solve_fraction(machine, Kernel.BF16, (8192, 4096, 4096), us)
     assert fraction == pytest.approx(machine.bf16_fraction, rel=1e-6)
@@ -129,19 +128,17 @@ def test_the_model_takes_as_long_for_casts_as_was_measured(
     recipe: Recipe, elements: int, us: float
 ) -> None:
     times = CastTimes(us, 9.0, large_elements=elements, small_elements=2**16)
-    found = cast_constants(machine_of(H100), replace(measured(), casts={recipe: times}))
+    found = cast_constants(H100.machine, replace(measured(), casts={recipe: times}))
     # a layer whose operands are all of this size, and cost what a weight's casts cost
-    machine = replace(machine_of(H100), cast_share_input=1.0, cast_share_grad=1.0, **found)
+    machine = replace(H100.machine, cast_share_input=1.0, cast_share_grad=1.0, **found)
     for size, wanted in ((elements, us), (2**16, 9.0)):
         side = round(size**0.5)
-        cost = cast_cost(
-            machine, side, side, side, recipe=recipe, gemms=fp8_gemms(recipe), compiled=True
-        )
-        assert cost.us == pytest.approx(3 * wanted, rel=0.01)
+        cost = cast_us(machine, side, side, side, recipe=recipe, gemms=tuple(Gemm), compiled=True)
+        assert cost == pytest.approx(3 * wanted, rel=0.01)
 
 
 def test_eager_casts_give_what_a_kernel_costs_the_host() -> None:
-    machine = machine_of(H100)
+    machine = H100.machine
     eager = EagerCasts(large_us=500.0, host_us=120.0, elements=2**25, kernels=15)
     found = cast_constants(machine, replace(measured(), eager=eager))
     assert found["eager_host_us"] == 8.0

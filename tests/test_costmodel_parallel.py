@@ -11,7 +11,6 @@ from autoprec.predict import (
     predict_linear,
     predict_profile,
 )
-from autoprec.predict.machine import machine_of
 from autoprec.predict.parallel import collective_us, shard_gemm
 from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import Constraint, Plan
@@ -267,7 +266,7 @@ def test_recomputation_repeats_the_forward() -> None:
 
 
 def test_a_node_has_faster_links_than_the_network() -> None:
-    machine = machine_of(H100)
+    machine = H100.machine
     inside = collective_us(machine, 1e9, members=8, per_node=8)
     outside = collective_us(machine, 1e9, members=64, per_node=8)
     thin = collective_us(machine, 1e9, members=64, per_node=1)

@@ -9,7 +9,6 @@ from autoprec.predict import (
     load_device_profile,
     predict_table,
     read_table,
-    score_table,
 )
 from autoprec.predict.tables import ADDED, added_names
 
@@ -62,12 +61,6 @@ def test_added_names_are_new_whatever_the_header_has() -> None:
     assert "predicted_refusal" in added
     assert "gemm_speedup" in added
     assert not {name.strip().lower() for name in header} & set(added)
-
-
-def test_a_score_of_nothing_says_why() -> None:
-    table = read_table("device,M,K,N,speedup\nZ80,16,16,16,1.4\n", source="rows.csv")
-    with pytest.raises(DeviceError, match="the first refusal: a device must be"):
-        score_table(table)
 
 
 @pytest.mark.parametrize("wrong", ["x" * 5000, "a\x00b", "\u00e9" * 90])

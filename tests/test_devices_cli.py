@@ -103,7 +103,7 @@ def test_a_csv_keeps_its_columns_order_and_rows(tmp_path: Path) -> None:
     )
     done = run("predict", "--csv", str(table))
     found = rows(done.stdout)
-    assert [row["tag"] for row in found] == ["a, b", "c", "d", "grad_error", "f", "g", "h"]
+    assert [row["tag"] for row in found] == ["a, b", "c", "d", "e", "f", "g", "h"]
     assert done.stdout.startswith("tag,device,M,K,N,recipe,compiled,profile,bf16_output_ms")
     assert found[0]["profile"] == found[1]["profile"] == "h100-sxm"
     assert float(found[0]["speedup_low"]) < float(found[0]["speedup"])
@@ -187,17 +187,3 @@ def test_an_empty_table_is_its_header_alone(tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N,recipe,compiled\n")
     assert rows(run("predict", "--csv", str(table)).stdout) == []
-
-
-def test_score_compares_with_real_speedups(tmp_path: Path) -> None:
-    table = tmp_path / "real.csv"
-    header, cells = "device,M,K,N,recipe,compiled,speedup", "h100,8192,8192,8192,tensorwise,yes"
-    table.write_text(f"{header}\n{cells},1.4\n{cells},\na100,16,16,16,rowwise,yes,1.0\n")
-    score = json.loads(run("score", str(table), "--json").stdout)
-    assert score["rows"] == 1
-    assert score["left_out"] == 2
-    assert 0 <= score["mean_absolute_error"] < 0.3
-    assert score["right_side"] == 1
-    assert "right side of 1.0" in run("score", str(table)).stdout
-    table.write_text(f"{header}\n{cells},\n")
-    assert "positive `speedup`" in run("score", str(table), status=2).stderr

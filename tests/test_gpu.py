@@ -32,7 +32,6 @@ from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile
 from autoprec.predict.gemm import Kernel, gemm_us
-from autoprec.predict.machine import machine_of
 from autoprec.predict.measure import gemm_candidates, measure_device_profile, replay_of
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.layers import LayerMeter
@@ -330,7 +329,7 @@ def test_a_measured_device_profile_predicts_what_it_measured(
     x, w = (torch.randn(LARGE[1], LARGE[1], device=device).bfloat16() for _ in "xw")
     x = x.repeat(2, 1)  # M = 8192 rows
     found = time_interleaved({"bf16": lambda: x @ w}, clock=CudaClock(device))["bf16"]
-    predicted = gemm_us(machine_of(profile), *LARGE, Kernel.BF16)
+    predicted = gemm_us(profile.machine, *LARGE, Kernel.BF16)
     assert predicted == pytest.approx(found.median_ms * 1e3, rel=0.25)
 
 

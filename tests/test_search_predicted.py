@@ -9,7 +9,6 @@ import pytest
 
 from autoprec.predict import load_device_profile, parse_parallel, predict_profile
 from autoprec.predict.layers import Setting
-from autoprec.predict.machine import machine_of
 from autoprec.predict.memory import memory_note
 from autoprec.predict.step import step_times
 from autoprec.predict.transfer import unknown_sensitivity
@@ -71,7 +70,7 @@ def interval(profile: Profile, label: str) -> tuple[float, float]:
 def whole_step_ms(profile: Profile, options: Sequence[Option]) -> float:
     """Return the cost model's step of a plan, in one go."""
     parallel = parse_parallel(profile.parallel)
-    setting = Setting(machine_of(H100), parallel, True, profile.model.optimizer_state_numel_ratio)
+    setting = Setting(H100.machine, parallel, True, profile.model.optimizer_state_numel_ratio)
     chosen = dict(zip(profile.model.names, options, strict=True))
     return step_times(profile.model, lambda layer: chosen[layer.name], setting).total / 1e3
 

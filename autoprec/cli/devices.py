@@ -13,16 +13,10 @@ import typer
 
 from autoprec.common.files import read_text, write_atomically
 from autoprec.errors import DeviceError
-from autoprec.records.devices import (
-    ArmPrediction,
-    DeviceProfile,
-    LinearPrediction,
-    Prediction,
-    SpeedupScore,
-)
+from autoprec.records.devices import ArmPrediction, DeviceProfile, LinearPrediction, Prediction
 
 devices_app = typer.Typer(
-    help="Device profiles: list, show, predict, score, measure.", no_args_is_help=True
+    help="Device profiles: list, show, predict, measure.", no_args_is_help=True
 )
 log = logging.getLogger(__name__)
 
@@ -100,23 +94,6 @@ def devices_predict(
     )
     lines = prediction.model_dump_json() if as_json else "\n".join(_prediction_lines(prediction))
     typer.echo(lines)
-
-
-@devices_app.command("score")
-def devices_score(
-    csv: Annotated[
-        Path,
-        typer.Argument(help="Rows of device, M, K, N, recipe, compiled and the real speedup."),
-    ],
-    as_json: Json = False,
-) -> None:
-    """Compare predicted speedups of linears with the real ones in a CSV file."""
-    from autoprec.predict import read_table, score_table
-    from autoprec.predict.scoring import SCORED_COLUMNS
-
-    text = read_text(csv, what="CSV")
-    score = score_table(read_table(text, source=str(csv), needed=SCORED_COLUMNS))
-    typer.echo(score.model_dump_json() if as_json else "\n".join(_score_lines(score)))
 
 
 @devices_app.command("measure")
@@ -233,13 +210,3 @@ def _arm_line(label: str, arm: ArmPrediction) -> str:
 
 def _interval(prediction: Prediction) -> str:
     return f"{prediction.value:.2f}x  ({prediction.low:.2f} to {prediction.high:.2f})"
-
-
-def _score_lines(score: SpeedupScore) -> list[str]:
-    return [
-        f"rows                 {score.rows} ({score.left_out} left out)",
-        f"mean absolute error  {score.mean_absolute_error:.1%}",
-        f"bias                 {score.bias:+.1%}",
-        f"right side of 1.0    {score.right_side:.0%}",
-        f"inside the interval  {score.coverage:.0%} (80 % asked)",
-    ]

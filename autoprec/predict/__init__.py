@@ -5,14 +5,13 @@ linear            a linear layer, forward and backward, in BF16 and FP8
 parallel          sharded shapes and communication under FSDP and tensor parallelism
 layers + step     every layer x option of a model, and its whole training step
 registry          device profiles by name or path
-tables, scoring   many linears from a CSV file; predictions against real speedups
+tables            many linears from a CSV file
 """
 
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.parallel import Parallel, parse_parallel
 from autoprec.predict.predict import predict_profile
 from autoprec.predict.registry import list_device_profiles, load_device_profile
-from autoprec.predict.scoring import score_table
 from autoprec.predict.spelling import parse_recipe
 from autoprec.predict.tables import format_table, predict_table, read_table
 
@@ -27,5 +26,4 @@ __all__ = [
     "predict_profile",
     "predict_table",
     "read_table",
-    "score_table",
 ]

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from autoprec.errors import DeviceError
 from autoprec.predict.gemm import Kernel, gemm_us
-from autoprec.predict.machine import Machine, machine_of
-from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile
+from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile, Machine
 from autoprec.records.model import Basis, Recipe
 
 Shape = tuple[int, int, int]
@@ -91,8 +90,7 @@ def calibrate_profile(
     found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
     found["kernel_floor_us"] = measured.empty_us
     found |= {FLOOR_OF[kernel]: us for kernel, us in measured.small.items() if kernel in FLOOR_OF}
-    known = {name: value for name, value in found.items() if name in Machine.__annotations__}
-    machine = replace(machine_of(base), **known)
+    machine = replace(base.machine, **found)
     for kernel, times in measured.large.items():
         fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
         found[FRACTION_OF[kernel]] = statistics.median(fractions)

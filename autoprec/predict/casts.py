@@ -1,4 +1,4 @@
-"""What FP8 casts and scales cost beside the GEMMs, per recipe, compiled or eager.
+"""What each FP8 recipe costs: its GEMM kernels, and its casts and scales, compiled or eager.
 
 Each operand of a linear is cast for two GEMMs, once as it lies and once transposed (FP8 GEMMs want
 both operands contiguous along the summed dimension):
@@ -15,28 +15,91 @@ casts into the kernels that make them. `rowwise_with_gw_hp` has no transposed ac
 the weight for grad_input with one scale for the tensor (torchao's float8/config.py). Then comes a
 floor per kernel. In eager mode every step of a cast is a kernel of its own in FP32, and the host
 can be slower than the device.
+
+All that the cost model knows of a recipe is its row of `RECIPE_COSTS`.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from autoprec.predict.machine import Machine
-from autoprec.records.model import RECIPE_GEMMS_HP, Gemm, Recipe
+from autoprec.model.options import FP8_MULTIPLE
+from autoprec.predict.gemm import Kernel
+from autoprec.records.devices import Machine
+from autoprec.records.model import Gemm, Recipe
 
 GW_HP_KERNELS = 5.0  # torchao's roofline: one for input and grad_output, three for the weight
 BLOCK_KERNELS = 6.0  # torchao's blockwise linear: input, weight twice, grad_output twice, input
-TENSORWISE_USES_SHARED = 0.25  # the amax pass serves both uses of an operand
+USES_SHARED = 0.25  # of a cast: the amax pass over a whole tensor serves both of its uses
 
 
 @dataclass(frozen=True)
-class CastCost:
-    """Time of a layer's casts in microseconds, and how many kernels they are."""
+class RecipeCost:
+    """The kernels and casts of a recipe; casts are compiled ones of a layer with three FP8 GEMMs.
 
-    us: float
-    kernels: float
+    `output` is the kernel of the output GEMM, `backward` that of the other two: torchao turns fast
+    accumulation on for the output only with tensorwise scales, rowwise kernels have it everywhere.
+    `multiple` is what K and N must be multiples of, and M where grad_weight runs in FP8.
+    `fixed_kernels` replaces the kernel count whichever GEMMs run; 0: it follows the operands.
+    `weight_transposed_bytes` is what the weight's transposed cast costs where it is another.
+    """
+
+    output: Kernel
+    backward: Kernel
+    cast_bytes: Callable[[Machine], float]
+    cast_kernels: Callable[[Machine], float]
+    shares_amax: bool = False
+    multiple: int = FP8_MULTIPLE
+    fixed_kernels: float = 0.0
+    weight_transposed_bytes: Callable[[Machine], float] | None = None
 
 
-def cast_cost(
+RECIPE_COSTS: dict[Recipe, RecipeCost] = {
+    Recipe.TENSORWISE: RecipeCost(
+        output=Kernel.FP8_FAST,
+        backward=Kernel.FP8_SLOW,
+        cast_bytes=lambda machine: machine.tensorwise_cast_bytes,
+        cast_kernels=lambda machine: machine.tensorwise_cast_kernels,
+        shares_amax=True,
+    ),
+    Recipe.ROWWISE: RecipeCost(
+        output=Kernel.FP8_ROWWISE,
+        backward=Kernel.FP8_ROWWISE,
+        cast_bytes=lambda machine: machine.rowwise_cast_bytes,
+        cast_kernels=lambda machine: machine.rowwise_cast_kernels,
+    ),
+    Recipe.ROWWISE_WITH_GW_HP: RecipeCost(
+        output=Kernel.FP8_ROWWISE,
+        backward=Kernel.FP8_ROWWISE,
+        cast_bytes=lambda machine: machine.rowwise_cast_bytes,
+        cast_kernels=lambda machine: machine.rowwise_cast_kernels,
+        fixed_kernels=GW_HP_KERNELS,
+        weight_transposed_bytes=lambda machine: machine.tensorwise_cast_bytes,
+    ),
+    Recipe.DELAYED: RecipeCost(  # tensorwise without the amax pass before the cast
+        output=Kernel.FP8_FAST,
+        backward=Kernel.FP8_SLOW,
+        cast_bytes=lambda machine: max(machine.tensorwise_cast_bytes - machine.amax_bytes, 1.0),
+        cast_kernels=lambda machine: max(machine.tensorwise_cast_kernels - 1, 1.0),
+        shares_amax=True,
+    ),
+    Recipe.BLOCKWISE: RecipeCost(
+        output=Kernel.FP8_BLOCK,
+        backward=Kernel.FP8_BLOCK,
+        cast_bytes=lambda machine: machine.block_cast_bytes,
+        cast_kernels=lambda _: BLOCK_KERNELS,
+        multiple=128,  # torchao's kernels take whole blocks
+    ),
+    Recipe.MXFP8: RecipeCost(
+        output=Kernel.FP8_BLOCK,
+        backward=Kernel.FP8_BLOCK,
+        cast_bytes=lambda machine: machine.mx_cast_bytes,
+        cast_kernels=lambda _: BLOCK_KERNELS,
+        multiple=32,
+    ),
+}
+
+
+def cast_us(
     machine: Machine,
     M: int,
     K: int,
@@ -45,58 +108,40 @@ def cast_cost(
     recipe: Recipe,
     gemms: Collection[Gemm],
     compiled: bool,
-) -> CastCost:
-    """Return what the casts for the FP8 GEMMs in `gemms` cost (none: nothing)."""
+) -> float:
+    """Return the microseconds of the casts for the FP8 GEMMs in `gemms` (none: 0)."""
     if not gemms:
-        return CastCost(0.0, 0.0)
-    per_element, kernels = _full_cost(machine, recipe)
+        return 0.0
+    cost = RECIPE_COSTS[recipe]
+    per_element, kernels = cost.cast_bytes(machine), cost.cast_kernels(machine)
     if not compiled:
         per_element, kernels = machine.eager_cast_bytes, machine.eager_cast_kernels
-    shares = _operand_shares(machine, recipe, gemms)
-    used = kernels * sum(shares) / 3
-    per_weight = shares[1] * per_element
-    if compiled and recipe is Recipe.ROWWISE_WITH_GW_HP:
-        used = GW_HP_KERNELS
+    of_input, of_weight, of_grad = _operand_shares(machine, cost, gemms)
+    kernels = kernels * (of_input + of_weight + of_grad) / 3
+    per_weight = of_weight * per_element
+    if compiled and cost.weight_transposed_bytes is not None:
         direct = machine.direct_cast_share
-        per_weight = direct * per_element + (1 - direct) * machine.tensorwise_cast_bytes
+        per_weight = direct * per_element + (1 - direct) * cost.weight_transposed_bytes(machine)
+    if compiled and cost.fixed_kernels:
+        kernels = cost.fixed_kernels
     moved = (
-        shares[0] * per_element * machine.cast_share_input * M * K
+        of_input * per_element * machine.cast_share_input * M * K
         + per_weight * K * N
-        + shares[2] * per_element * machine.cast_share_grad * M * N
+        + of_grad * per_element * machine.cast_share_grad * M * N
     )
-    return CastCost(moved / machine.bytes_per_us + used * machine.kernel_floor_us, used)
-
-
-def fp8_gemms(recipe: Recipe, gemms_hp: Collection[Gemm] = ()) -> tuple[Gemm, ...]:
-    """Return the GEMMs that run on FP8 operands."""
-    kept = (*gemms_hp, *RECIPE_GEMMS_HP.get(recipe, ()))
-    return tuple(gemm for gemm in Gemm if gemm not in kept)
-
-
-def _full_cost(machine: Machine, recipe: Recipe) -> tuple[float, float]:
-    """Return bytes per element and kernels of a layer whose three GEMMs are all FP8."""
-    if recipe is Recipe.TENSORWISE:
-        return machine.tensorwise_cast_bytes, machine.tensorwise_cast_kernels
-    if recipe is Recipe.DELAYED:
-        saved = machine.tensorwise_cast_bytes - machine.amax_bytes
-        return max(saved, 1.0), max(machine.tensorwise_cast_kernels - 1, 1.0)
-    if recipe is Recipe.BLOCKWISE:
-        return machine.block_cast_bytes, BLOCK_KERNELS
-    if recipe is Recipe.MXFP8:
-        return machine.mx_cast_bytes, BLOCK_KERNELS
-    return machine.rowwise_cast_bytes, machine.rowwise_cast_kernels
+    us = moved / machine.bytes_per_us + kernels * machine.kernel_floor_us
+    return us if compiled else max(us, kernels * machine.eager_host_us)
 
 
 def _operand_shares(
-    machine: Machine, recipe: Recipe, gemms: Collection[Gemm]
+    machine: Machine, cost: RecipeCost, gemms: Collection[Gemm]
 ) -> tuple[float, float, float]:
     """Return which part of the casts of input, weight and grad_output is needed."""
     direct = machine.direct_cast_share
 
     def share(as_it_lies: Gemm, transposed: Gemm) -> float:
         part = direct * (as_it_lies in gemms) + (1 - direct) * (transposed in gemms)
-        shared = recipe in (Recipe.TENSORWISE, Recipe.DELAYED) and 0 < part < 1
-        return part + TENSORWISE_USES_SHARED * (1 - part) if shared else part
+        return part + USES_SHARED * (1 - part) if cost.shares_amax and 0 < part < 1 else part
 
     return (
         share(Gemm.OUTPUT, Gemm.GRAD_WEIGHT),

@@ -21,7 +21,7 @@ import math
 from enum import StrEnum
 from itertools import product
 
-from autoprec.predict.machine import Machine
+from autoprec.records.devices import Machine
 
 TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
 

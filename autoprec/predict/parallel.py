@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from autoprec.errors import DeviceError
 from autoprec.model.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
-from autoprec.predict.machine import Machine
+from autoprec.records.devices import Machine
 from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option, Recipe
 
 LARGEST_DEGREE = 1 << 20

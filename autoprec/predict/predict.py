@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from autoprec.model.gemms_hp import without_slow_gemms_hp
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
-from autoprec.predict.machine import Machine, machine_of
 from autoprec.predict.parallel import Parallel, unsplit_note
 from autoprec.predict.registry import profile_digest
 from autoprec.predict.step import (
-    autocast_us,
+    StepTimes,
+    autocast_extra_us,
     first_fp8,
     fsdp_communication,
     gather_savings_us,
     step_times,
 )
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
-from autoprec.records.devices import DeviceProfile
+from autoprec.records.devices import DeviceProfile, Machine
 from autoprec.records.model import (
     BF16_O2,
     FP32,
@@ -61,42 +61,57 @@ def predict_profile(
     parallel = parallel or Parallel()
     if note := unsplit_note(spec.layers, parallel):
         logger.warning("%s", note)
-    machine = machine_of(device_profile)
+    machine = device_profile.machine
     considered = with_gemms_hp(options) if gemms_hp else options
-    target = retarget_model(spec, device_profile, considered, parallel)
+    model = retarget_model(spec, device_profile, considered, parallel)
     setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
-    gathers = gather_savings_us(target, fp8_option(Recipe.TENSORWISE), setting)
-    layers = time_layers(target.layers, setting, gathers)
-    in_layers = sum(gathers.values())
+    # What FP8 gathers save of a step is a cost of the layers' other options, not of the rest.
+    savings = gather_savings_us(model, fp8_option(Recipe.TENSORWISE), setting)
+    in_layers = sum(savings.values())
+    layers = time_layers(model.layers, setting, savings)
     if gemms_hp:
-        target, layers = without_slow_gemms_hp(target, layers)
-    fp32 = step_times(target, lambda _: FP32, setting)
-    bf16 = step_times(target, lambda _: BF16_O2, setting)
-    fp8 = step_times(target, first_fp8, setting)
-    autocast = bf16.total + autocast_us(target, setting)
-    steps = [("fp32", fp32.total), ("bf16_o2", bf16.total), ("autocast_bf16", autocast)]
-    if any(option.is_fp8 for layer in target.layers for option in layer.options):
-        steps.append(("fp8_o1", fp8.total))
-    chosen = {"fp32": FP32, "bf16_o2": BF16_O2, "autocast_bf16": FP32, "fp8_o1": BF16_O2}
+        model, layers = without_slow_gemms_hp(model, layers)
+    fp32 = step_times(model, lambda _: FP32, setting)
+    bf16 = step_times(model, lambda _: BF16_O2, setting)
     return Profile(
-        model=target,
+        model=model,
         device=device_facts(device_profile, compiled=compiled),
         basis=Basis.PREDICTED,
         layers=layers,
-        steps=tuple(
-            StepTiming(
-                label=label,
-                timing=predicted(us, machine),
-                peak_bytes=peak_bytes(target, layers, chosen[label], fsdp=parallel.fsdp),
-            )
-            for label, us in steps
-        ),
+        steps=_steps(model, layers, setting, fp32=fp32, bf16=bf16),
         boundary_cast_ms_per_melement=boundary_cast_us(machine) / 1e3,
         fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
-        communication=fsdp_communication(target, bf16, setting),
+        communication=fsdp_communication(model, bf16, setting),
+    )
+
+
+def _steps(
+    model: ModelSpec,
+    layers: Sequence[LayerTiming],
+    setting: Setting,
+    *,
+    fp32: StepTimes,
+    bf16: StepTimes,
+) -> tuple[StepTiming, ...]:
+    """Return the uniform steps: each with its time, and the memory of its parameters' option."""
+    autocast_us = bf16.total + autocast_extra_us(model, setting)
+    steps = [
+        ("fp32", fp32.total, FP32),
+        ("bf16_o2", bf16.total, BF16_O2),
+        ("autocast_bf16", autocast_us, FP32),
+    ]
+    if any(option.is_fp8 for layer in model.layers for option in layer.options):
+        steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
+    return tuple(
+        StepTiming(
+            label=label,
+            timing=predicted(us, setting.machine),
+            peak_bytes=peak_bytes(model, layers, option, fsdp=setting.parallel.fsdp),
+        )
+        for label, us, option in steps
     )
 
 

@@ -6,13 +6,12 @@ Attention is flops (causal, forward 4 b s^2 w / 2, backward 2.5 times that), the
 per element. FSDP hides behind a share of the compute; tensor parallelism does not hide.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.model.roles import AttentionBlock, Role, attention_blocks, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
-from autoprec.predict.machine import Machine
 from autoprec.predict.parallel import (
     fsdp_us,
     gathers_fp8,
@@ -67,15 +66,12 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
         if key not in cost:
             cost[key] = layer_times(layer, chosen[layer.name], setting).total
         layers += cost[key]
-    flow = (
-        BF16_O2
-        if any(option.precision is not Precision.FP32 for option in chosen.values())
-        else FP32
-    )
-    between = between_us(called, flow, setting) * setting.machine.step_overhead
+    is_fp32 = all(option.precision is Precision.FP32 for option in chosen.values())
+    activation = FP32 if is_fp32 else BF16_O2  # whose dtype flows between the layers
+    between = between_us(called, activation, setting) * setting.machine.step_overhead
     optimizer = optimizer_us(spec, setting) * setting.machine.step_overhead
-    exposed = exposed_us(called, chosen, flow, setting, compute=layers + between)
-    return StepTimes(layers, between, optimizer, exposed)
+    exposed = _exposed(called, chosen, activation, setting, compute=layers + between)
+    return StepTimes(layers, between, optimizer, exposed.sharded + exposed.split)
 
 
 def first_fp8(layer: LayerSpec) -> Option:
@@ -83,7 +79,7 @@ def first_fp8(layer: LayerSpec) -> Option:
     return next((option for option in layer.options if option.is_fp8), BF16_O2)
 
 
-def autocast_us(spec: ModelSpec, setting: Setting) -> float:
+def autocast_extra_us(spec: ModelSpec, setting: Setting) -> float:
     """Return what torch.autocast adds to a BF16 step: weights cast anew, norms in FP32."""
     moved = extra = 0.0
     for layer in spec.layers:
@@ -96,10 +92,10 @@ def autocast_us(spec: ModelSpec, setting: Setting) -> float:
     return moved / setting.machine.bytes_per_us + extra
 
 
-def between_us(layers: Iterable[LayerSpec], flow: Option, setting: Setting) -> float:
+def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting) -> float:
     """Return attention, residuals, activations and loss, forward and backward."""
-    machine, layers = setting.machine, tuple(layers)
-    attention = sum(_attention_us(block, flow, setting) for block in attention_blocks(layers))
+    machine = setting.machine
+    attention = sum(_attention_us(block, activation, setting) for block in attention_blocks(layers))
     glue = loss = 0.0
     for layer in layers:
         if layer.kind is not LayerKind.LINEAR or layer.gemm is None:
@@ -109,7 +105,7 @@ def between_us(layers: Iterable[LayerSpec], flow: Option, setting: Setting) -> f
         if role_of(layer) is Role.HEAD:
             loss += machine.loss_bytes * elements
         else:
-            glue += machine.glue_bytes * elements * element_bytes(flow) / 2
+            glue += machine.glue_bytes * elements * element_bytes(activation) / 2
     glue *= 1.0 if setting.compiled else EAGER_GLUE
     passes = 1 + setting.parallel.recomputed / 3
     return (attention + glue / machine.bytes_per_us) * passes + loss / machine.bytes_per_us
@@ -129,20 +125,6 @@ def optimizer_us(spec: ModelSpec, setting: Setting) -> float:
     return moved / setting.machine.bytes_per_us
 
 
-def exposed_us(
-    layers: Iterable[LayerSpec],
-    chosen: dict[str, Option],
-    flow: Option,
-    setting: Setting,
-    *,
-    compute: float,
-) -> float:
-    """Return the communication that compute does not hide."""
-    layers = tuple(layers)
-    sharded = _exposed_fsdp_us(layers, chosen, setting, compute=compute)
-    return sharded + _split_us(layers, chosen, flow, setting)
-
-
 def unhidden(moved: float, compute: float, *, share: float) -> float:
     """Return the time of communication that a share of the compute does not hide."""
     return max(0.0, moved - share * compute)
@@ -153,9 +135,7 @@ def fsdp_communication(spec: ModelSpec, bf16: StepTimes, setting: Setting) -> Co
     if setting.parallel.fsdp == 1:
         return None
     called = [layer for layer in spec.layers if layer.calls]
-    moved = _fsdp_moved_us(
-        called, dict.fromkeys((layer.name for layer in called), BF16_O2), setting
-    )
+    moved = _fsdp_moved_us(called, {layer.name: BF16_O2 for layer in called}, setting)
     share = setting.machine.communication_overlap
     exposed = unhidden(moved, bf16.layers + bf16.between, share=share)
     return Communication(
@@ -180,29 +160,49 @@ def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict
     plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
     times = step_times(spec, lambda layer: chosen[layer.name], plain)
     compute = times.layers + times.between
-    sharded, split = (
-        _exposed_fsdp_us(called, chosen, plain, compute=compute)
-        - _exposed_fsdp_us(called, chosen, setting, compute=compute),
-        _split_us(called, chosen, option, plain) - _split_us(called, chosen, option, setting),
+    before, after = (
+        _exposed(called, chosen, option, each, compute=compute) for each in (plain, setting)
     )
+    # Weights are gathered by FSDP, inputs by tensor parallelism: each saving by its own bytes.
     weights = {layer.name: _numel(layer, setting) for layer in takes}
     inputs = {layer.name: float(layer.gemm.M * layer.gemm.K) for layer in takes if layer.gemm}
     return {
-        name: sharded * weights[name] / max(sum(weights.values()), 1.0)
-        + split * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
+        name: (before.sharded - after.sharded) * weights[name] / max(sum(weights.values()), 1.0)
+        + (before.split - after.split) * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
         for name in weights
     }
 
 
-def _exposed_fsdp_us(
-    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting, *, compute: float
-) -> float:
+@dataclass(frozen=True)
+class _Exposed:
+    """Microseconds of FSDP's and tensor parallelism's communication that compute does not hide."""
+
+    sharded: float
+    split: float
+
+
+def _exposed(
+    layers: Sequence[LayerSpec],
+    chosen: Mapping[str, Option],
+    activation: Option,
+    setting: Setting,
+    *,
+    compute: float,
+) -> _Exposed:
+    machine, parallel = setting.machine, setting.parallel
     moved = _fsdp_moved_us(layers, chosen, setting)
-    return unhidden(moved, compute, share=setting.machine.communication_overlap)
+    size = element_bytes(activation)
+    is_cast = any(gathers_fp8(option, parallel) for option in chosen.values())
+    return _Exposed(
+        sharded=unhidden(moved, compute, share=machine.communication_overlap),
+        split=tensor_parallel_us(
+            machine, parallel, layers, size=size, gathered_size=1 if is_cast else size
+        ),
+    )
 
 
 def _fsdp_moved_us(
-    layers: Iterable[LayerSpec], chosen: dict[str, Option], setting: Setting
+    layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting: Setting
 ) -> float:
     gathered = reduced = 0.0
     for layer in layers:
@@ -212,28 +212,14 @@ def _fsdp_moved_us(
     return fsdp_us(setting.machine, setting.parallel, gathered, reduced)
 
 
-def _split_us(
-    layers: Iterable[LayerSpec], chosen: dict[str, Option], flow: Option, setting: Setting
-) -> float:
-    size = element_bytes(flow)
-    is_cast = any(gathers_fp8(option, setting.parallel) for option in chosen.values())
-    return tensor_parallel_us(
-        setting.machine, setting.parallel, layers, size=size, gathered_size=1 if is_cast else size
-    )
-
-
 def _numel(layer: LayerSpec, setting: Setting) -> float:
     return parameter_share(layer, setting.parallel) * sum(p.numel for p in layer.parameters)
 
 
-def _attention_us(block: AttentionBlock, flow: Option, setting: Setting) -> float:
+def _attention_us(block: AttentionBlock, activation: Option, setting: Setting) -> float:
     machine = setting.machine
     flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / setting.parallel.tp
-    rate = _attention_rate(machine, flow)
+    rate = machine.bf16_peak_tflops * machine.attention_fraction * 1e6
+    if activation.precision is Precision.FP32:
+        rate = kernel_flops_per_us(machine, Kernel.FP32)
     return block.calls * flops * (1 + BACKWARD) / rate
-
-
-def _attention_rate(machine: Machine, flow: Option) -> float:
-    if flow.precision is Precision.FP32:
-        return kernel_flops_per_us(machine, Kernel.FP32)
-    return machine.bf16_peak_tflops * machine.attention_fraction * 1e6

@@ -1,24 +1,16 @@
 """Devices that are not here: their constants with sources, and what is predicted from them.
 
 A device profile is a JSON file of numbers. Each number says where it comes from (`ConstantKind`),
-and each must lie within the bounds of `CONSTANTS`, so that a slip of a thousand (torchao's roofline
+and each must lie within its bounds in `Machine`, so that a slip of a thousand (torchao's roofline
 has one, in the RTX 5090's bandwidth) is an error when the file is read and not a wrong plan.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Strict,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, Strict, model_validator
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Recipe
@@ -27,7 +19,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a name is shown in one line and may n
 # FP8 operands are half as wide as BF16 ones, so units that are fed at one rate gain 2. What kernels
 # reach of the two peaks differs, under a power limit above all: 2.4 at most in shipped profiles.
 FP8_GAIN = (1.0, 4.0)  # of the peak over BF16's
-FP8_FRACTIONS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
+FP8_BOOSTS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
 _BEFORE_BF16 = re.compile(r"[1-7]\.\d")  # NVIDIA has BF16 units from compute capability 8.0 on
 WHOLE = ("sm_count", "devices_per_node")
 
@@ -57,75 +49,79 @@ class Bounds:
         return f"between {self.low:g} and {self.high:g}{unit}"
 
 
-_FRACTION = 1.2  # boost clocks take consumer cards over the data sheet's peak
-CONSTANTS: dict[str, Bounds] = {
-    "fp32_peak_tflops": Bounds("TFLOPS", 0.1, 1e3, "dense FP32 peak without tensor cores"),
-    "tf32_peak_tflops": Bounds("TFLOPS", 0.0, 1e4, "dense TF32 peak, 0 without"),
-    "bf16_peak_tflops": Bounds("TFLOPS", 1.0, 2e4, "dense BF16 peak"),
-    "fp8_peak_tflops": Bounds(
-        "TFLOPS", 0.0, 5e4, "dense FP8 peak with FP32 accumulation, 0 without"
-    ),
-    "memory_bandwidth_tbs": Bounds("TB/s", 0.02, 50.0, "device memory bandwidth"),
-    "memory_capacity_gb": Bounds("GB", 1.0, 5e3, "device memory"),
-    "power_limit_w": Bounds("W", 10.0, 5e3, "board power limit"),
-    "sm_count": Bounds("1", 1.0, 2e3, "multiprocessors or compute units"),
-    "l2_cache_mb": Bounds("MB", 0.25, 4e3, "last-level cache"),
-    "interconnect_gbs": Bounds("GB/s", 1.0, 1e4, "link to the node's other devices, one way"),
-    "network_gbs": Bounds("GB/s", 0.1, 1e4, "link to other nodes, one way, per device"),
-    "devices_per_node": Bounds("1", 1.0, 1e3, "devices that share the fast interconnect"),
-    "fp32_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP32 peak that large GEMMs reach"),
-    "bf16_fraction": Bounds("1", 0.05, _FRACTION, "share of the BF16 peak that large GEMMs reach"),
-    "fp8_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, fast accumulation"),
-    "fp8_slow_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, full accumulation"),
-    "fp8_rowwise_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, rowwise scales"),
-    "fp8_block_fraction": Bounds("1", 0.05, _FRACTION, "share of the FP8 peak, block scales"),
-    "memory_fraction": Bounds("1", 0.1, 1.0, "share of the bandwidth that streaming kernels reach"),
-    "attention_fraction": Bounds(
-        "1", 0.02, 1.0, "share of the BF16 peak that fused attention reaches"
-    ),
-    "link_fraction": Bounds("1", 0.1, 1.0, "share of a link that collectives reach"),
-    "wave_share": Bounds("1", 0.0, 1.0, "how much of a partial wave of tiles is paid in full"),
-    "small_tile_factor": Bounds("1", 1.0, 4.0, "slowdown of a tile of half the area"),
-    "overlap_share": Bounds(
-        "1", 0.0, 1.0, "share of the shorter of compute and traffic that shows"
-    ),
-    "rowwise_swizzle_from": Bounds(
-        "1", 1.0, 1e9, "rows and columns from which rowwise kernels walk the tiles in blocks"
-    ),
-    "bf16_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a BF16 GEMM kernel"),
-    "tensorwise_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a tensorwise FP8 GEMM"),
-    "rowwise_gemm_floor_us": Bounds("us", 0.1, 200.0, "fixed time of a rowwise FP8 GEMM"),
-    "kernel_floor_us": Bounds("us", 0.1, 200.0, "fixed time of an elementwise kernel"),
-    "eager_host_us": Bounds("us", 0.1, 500.0, "host time per kernel in eager mode"),
-    "tensorwise_cast_bytes": Bounds(
-        "B/element", 1.0, 200.0, "compiled casts of an operand, both uses"
-    ),
-    "amax_bytes": Bounds("B/element", 0.0, 20.0, "what delayed scaling saves of it"),
-    "rowwise_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, rowwise"),
-    "block_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, blocks of 128"),
-    "mx_cast_bytes": Bounds("B/element", 1.0, 200.0, "the same, MX blocks of 32"),
-    "cast_share_input": Bounds("1", 0.05, 5.0, "cost of the input's casts against the weight's"),
-    "cast_share_grad": Bounds("1", 0.05, 5.0, "cost of grad_output's casts against the weight's"),
-    "direct_cast_share": Bounds("1", 0.05, 0.95, "share of the cast that is not transposed"),
-    "tensorwise_cast_kernels": Bounds("1", 1.0, 200.0, "compiled cast kernels per layer and step"),
-    "rowwise_cast_kernels": Bounds("1", 1.0, 200.0, "the same, rowwise"),
-    "eager_cast_bytes": Bounds("B/element", 1.0, 400.0, "eager casts of an operand, both uses"),
-    "eager_cast_kernels": Bounds("1", 1.0, 500.0, "eager cast kernels per layer and step"),
-    "neighbour_kernels": Bounds("1", 0.0, 50.0, "kernels of the norm before and activation behind"),
-    "glue_bytes": Bounds("B/element", 0.0, 400.0, "BF16 traffic between layers per output element"),
-    "loss_bytes": Bounds("B/element", 0.0, 400.0, "traffic of the loss per logit"),
-    "optimizer_bytes": Bounds("B/parameter", 0.0, 200.0, "traffic of an AdamW step per parameter"),
-    "step_overhead": Bounds("1", 1.0, 5.0, "measured over modelled time outside the linears"),
-    "communication_overlap": Bounds("1", 0.0, 1.0, "share of compute that can hide communication"),
-    "gemm_error_low": Bounds(
-        "1", -1.0, 0.0, "10 % quantile of log(published/predicted), GEMM speedup"
-    ),
-    "gemm_error_high": Bounds("1", 0.0, 1.0, "90 % quantile of it"),
-    "speedup_error_low": Bounds("1", -0.7, 0.0, "10 % quantile of it, linear forward + backward"),
-    "speedup_error_high": Bounds("1", 0.0, 0.7, "90 % quantile of it"),
-    "time_error": Bounds("1", 0.0, 1.0, "80 % half-width of a predicted time, log units"),
-    "step_error": Bounds("1", 0.0, 1.0, "80 % half-width of a whole-training speedup, absolute"),
-}
+def _in(unit: str, low: float, high: float, meaning: str) -> Any:  # Any: as dataclasses.field
+    return field(metadata={"bounds": Bounds(unit, low, high, meaning)})
+
+
+_BOOST = 1.2  # boost clocks take consumer cards over the data sheet's peak
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of a device, one list: unit, believable range and meaning of each."""
+
+    fp32_peak_tflops: float = _in("TFLOPS", 0.1, 1e3, "dense FP32 peak without tensor cores")
+    tf32_peak_tflops: float = _in("TFLOPS", 0.0, 1e4, "dense TF32 peak, 0 without")
+    bf16_peak_tflops: float = _in("TFLOPS", 1.0, 2e4, "dense BF16 peak")
+    fp8_peak_tflops: float = _in("TFLOPS", 0.0, 5e4, "dense FP8 peak, FP32 accumulation, 0 without")
+    memory_bandwidth_tbs: float = _in("TB/s", 0.02, 50.0, "device memory bandwidth")
+    memory_capacity_gb: float = _in("GB", 1.0, 5e3, "device memory")
+    power_limit_w: float = _in("W", 10.0, 5e3, "board power limit")
+    sm_count: float = _in("1", 1.0, 2e3, "multiprocessors or compute units")
+    l2_cache_mb: float = _in("MB", 0.25, 4e3, "last-level cache")
+    interconnect_gbs: float = _in("GB/s", 1.0, 1e4, "link to the node's other devices, one way")
+    network_gbs: float = _in("GB/s", 0.1, 1e4, "link to other nodes, one way, per device")
+    devices_per_node: float = _in("1", 1.0, 1e3, "devices that share the fast interconnect")
+    fp32_fraction: float = _in("1", 0.05, _BOOST, "share of the FP32 peak that large GEMMs reach")
+    bf16_fraction: float = _in("1", 0.05, _BOOST, "share of the BF16 peak that large GEMMs reach")
+    fp8_fraction: float = _in("1", 0.05, _BOOST, "share of the FP8 peak, fast accumulation")
+    fp8_slow_fraction: float = _in("1", 0.05, _BOOST, "share of the FP8 peak, full accumulation")
+    fp8_rowwise_fraction: float = _in("1", 0.05, _BOOST, "share of the FP8 peak, rowwise scales")
+    fp8_block_fraction: float = _in("1", 0.05, _BOOST, "share of the FP8 peak, block scales")
+    memory_fraction: float = _in("1", 0.1, 1.0, "share of the bandwidth that streaming reaches")
+    attention_fraction: float = _in("1", 0.02, 1.0, "share of the BF16 peak, fused attention")
+    link_fraction: float = _in("1", 0.1, 1.0, "share of a link that collectives reach")
+    wave_share: float = _in("1", 0.0, 1.0, "how much of a partial wave of tiles is paid in full")
+    small_tile_factor: float = _in("1", 1.0, 4.0, "slowdown of a tile of half the area")
+    overlap_share: float = _in("1", 0.0, 1.0, "share of the shorter of compute and traffic shown")
+    rowwise_swizzle_from: float = _in("1", 1.0, 1e9, "size from which rowwise GEMMs walk in blocks")
+    bf16_gemm_floor_us: float = _in("us", 0.1, 200.0, "fixed time of a BF16 GEMM kernel")
+    tensorwise_gemm_floor_us: float = _in("us", 0.1, 200.0, "fixed time of a tensorwise FP8 GEMM")
+    rowwise_gemm_floor_us: float = _in("us", 0.1, 200.0, "fixed time of a rowwise FP8 GEMM")
+    kernel_floor_us: float = _in("us", 0.1, 200.0, "fixed time of an elementwise kernel")
+    eager_host_us: float = _in("us", 0.1, 500.0, "host time per kernel in eager mode")
+    tensorwise_cast_bytes: float = _in("B/element", 1.0, 200.0, "compiled casts of an operand")
+    amax_bytes: float = _in("B/element", 0.0, 20.0, "what delayed scaling saves of it")
+    rowwise_cast_bytes: float = _in("B/element", 1.0, 200.0, "the same, rowwise")
+    block_cast_bytes: float = _in("B/element", 1.0, 200.0, "the same, blocks of 128")
+    mx_cast_bytes: float = _in("B/element", 1.0, 200.0, "the same, MX blocks of 32")
+    cast_share_input: float = _in("1", 0.05, 5.0, "cost of the input's casts against the weight's")
+    cast_share_grad: float = _in("1", 0.05, 5.0, "cost of grad_output's casts against the weight's")
+    direct_cast_share: float = _in("1", 0.05, 0.95, "share of the cast that is not transposed")
+    tensorwise_cast_kernels: float = _in("1", 1.0, 200.0, "compiled cast kernels, layer and step")
+    rowwise_cast_kernels: float = _in("1", 1.0, 200.0, "the same, rowwise")
+    eager_cast_bytes: float = _in("B/element", 1.0, 400.0, "eager casts of an operand, both uses")
+    eager_cast_kernels: float = _in("1", 1.0, 500.0, "eager cast kernels per layer and step")
+    neighbour_kernels: float = _in("1", 0.0, 50.0, "kernels of norm before and activation behind")
+    glue_bytes: float = _in("B/element", 0.0, 400.0, "BF16 traffic between layers per output")
+    loss_bytes: float = _in("B/element", 0.0, 400.0, "traffic of the loss per logit")
+    optimizer_bytes: float = _in("B/parameter", 0.0, 200.0, "traffic of an AdamW step")
+    step_overhead: float = _in("1", 1.0, 5.0, "measured over modelled time outside the linears")
+    communication_overlap: float = _in("1", 0.0, 1.0, "share of compute that hides communication")
+    gemm_error_low: float = _in("1", -1.0, 0.0, "10 % quantile of log(published/predicted), GEMMs")
+    gemm_error_high: float = _in("1", 0.0, 1.0, "90 % quantile of it")
+    speedup_error_low: float = _in("1", -0.7, 0.0, "10 % quantile of it, linear forward + backward")
+    speedup_error_high: float = _in("1", 0.0, 0.7, "90 % quantile of it")
+    time_error: float = _in("1", 0.0, 1.0, "80 % half-width of a predicted time, log units")
+    step_error: float = _in("1", 0.0, 1.0, "80 % half-width of a whole-training speedup, absolute")
+
+    @property
+    def bytes_per_us(self) -> float:
+        """What a streaming kernel moves."""
+        return self.memory_bandwidth_tbs * 1e6 * self.memory_fraction
+
+
+CONSTANTS: dict[str, Bounds] = {item.name: item.metadata["bounds"] for item in fields(Machine)}
 
 
 def one_printed_line(text: str) -> str:
@@ -182,12 +178,12 @@ class DeviceProfile(FileRecord):
 
     @model_validator(mode="after")
     def _check_constants(self) -> Self:
-        missing = [name for name in CONSTANTS if name not in self.constants]
-        unknown = [name for name in self.constants if name not in CONSTANTS]
-        if missing:
-            raise ValueError(f"constant {missing[0]!r} is missing")
-        if unknown:
-            raise ValueError(f"constant {unknown[0]!r} is unknown")
+        for name in CONSTANTS:
+            if name not in self.constants:
+                raise ValueError(f"constant {name!r} is missing")
+        for name in self.constants:
+            if name not in CONSTANTS:
+                raise ValueError(f"constant {name!r} is unknown")
         for name, bounds in CONSTANTS.items():
             _check_constant(name, self.constants[name], bounds)
         if bool(self.fp8_recipes) != (self.value("fp8_peak_tflops") > 0):
@@ -200,6 +196,11 @@ class DeviceProfile(FileRecord):
     def value(self, name: str) -> float:
         """Return a constant's number."""
         return self.constants[name].value
+
+    @property
+    def machine(self) -> Machine:
+        """The constants as plain floats: what the cost model's formulas read."""
+        return Machine(**{name: self.value(name) for name in CONSTANTS})
 
     @property
     def has_fp8(self) -> bool:
@@ -224,7 +225,7 @@ def _check_peaks(profile: DeviceProfile) -> None:
             f"but they are {fp8:g} and {bf16:g}"
         )
     reached = bf16 * profile.value("bf16_fraction")
-    for name in FP8_FRACTIONS:
+    for name in FP8_BOOSTS:
         gain = fp8 * profile.value(name) / reached
         if gain > FP8_GAIN[1]:
             raise ValueError(
@@ -294,18 +295,3 @@ class LinearPrediction(Record):
     speedup: Prediction | None
     refusal: str
     basis: Basis
-
-
-class SpeedupScore(Record):
-    """How good predicted speedups are: relative errors over `rows`, `left_out` rows not counted.
-
-    `right_side` is the share that agree on whether FP8 is faster, `coverage` the share whose
-    80 % interval holds the real speedup.
-    """
-
-    rows: PositiveInt
-    left_out: NonNegativeInt
-    mean_absolute_error: NonNegativeFloat
-    bias: float
-    right_side: NonNegativeFloat
-    coverage: NonNegativeFloat
