@@ -1,19 +1,22 @@
 """A plan in a running model: installed in place, trained with FP32 masters, proven, undone.
 
 apply      a plan in and out of a model and its optimizer
+fit        whether plan and model fit, and a plan without a search
 install    options per layer -> a model that runs them
-flow       what happens between layers
+activations what happens between layers
 classes    the classes that modules get
 casting    casts of whatever flows
 gathers    FP8 weights through FSDP2's all-gather, and whole_weights what arrives
 masters    the FP32 masters of BF16 parameters
-ranks      the same plan on every rank, or one error on all
 attach     an optimizer that trains them
+ranks      the same plan on every rank, or one error on all
 proof      what really ran, against the plan
+checkpoint model, optimizer and guard in one file, and back
 """
 
-from autoprec.runtime.apply import apply, check_fit, master_view, undo
+from autoprec.runtime.apply import apply, master_view, undo
 from autoprec.runtime.attach import attach_optimizer
+from autoprec.runtime.fit import check_fit, uniform_plan
 from autoprec.runtime.install import Installed, install_options
 from autoprec.runtime.proof import LayerTrace, check_applied, trace_step, verify_applied
 
@@ -28,5 +31,6 @@ __all__ = [
     "master_view",
     "trace_step",
     "undo",
+    "uniform_plan",
     "verify_applied",
 ]

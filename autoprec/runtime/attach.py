@@ -63,7 +63,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     masters.refresh(model)
     keep_exact_loads(model, masters)
     check_gathers(model)
-    _attach(masters, optimizer)
+    attach(masters, optimizer)
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
@@ -93,7 +93,8 @@ def detach_optimizer(optimizer: Optimizer) -> None:
             handle.remove()
 
 
-def _attach(masters: Masters, optimizer: Optimizer) -> None:
+def attach(masters: Masters, optimizer: Optimizer) -> None:
+    """Make an optimizer that was checked train these masters."""
     _check_moments(masters, optimizer)
     attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
     if attachment is None:
@@ -140,7 +141,7 @@ def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: to
         return
     for masters in list(LIVE):
         if any(parameter in masters.values for parameter in _parameters(optimizer)):
-            _attach(masters, optimizer)
+            attach(masters, optimizer)
 
 
 class Attachment:

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map_only
 
+from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers
 from autoprec.records import Option, Recipe
 
 if TYPE_CHECKING:
@@ -67,23 +67,24 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
         model: a model with these options installed.
         options: by layer name.
     """
-    layers = find_layers(model)
     owners = Counter(p for module in model.modules() for p in module._parameters.values())
-    kept: dict[str, str] = {}
+    kept: list[str] = []
     marked = 0
     for name, option in options.items():
-        reason = _refusal(option, layers[name], owners) if option.is_fp8 else "not FP8"
-        if not reason:
-            vars(layers[name])[ON_LAYER] = True
-            weight: Any = layers[name].weight  # Any: mypy knows no change of class
-            weight.__class__ = GatheredInFp8
+        if not option.is_fp8:
+            continue
+        layer: Any = model.get_submodule(name)  # Any: a linear
+        reason = _refusal(option, layer, owners)
+        if reason:
+            kept.append(f"{name!r} ({reason})")
+        else:
+            vars(layer)[ON_LAYER] = True
+            layer.weight.__class__ = GatheredInFp8
             marked += 1
-        elif option.is_fp8:
-            kept[name] = reason
     logger.info(
         "fully_shard will gather the weights of %d layers in FP8; without it nothing is gathered%s",
         marked,
-        f"; FP8 layers with BF16 gathers: {_listed(kept)}" if kept else "",
+        f"; FP8 layers with BF16 gathers: {first_and_more(kept, most=MOST_LISTED)}" if kept else "",
     )
 
 
@@ -99,14 +100,17 @@ def remove_gathers(model: nn.Module) -> None:
 
 def check_gathers(model: nn.Module) -> None:
     """Log one warning if weights that should be gathered in FP8 were sharded as BF16 ones."""
-    layers = {name: layer for name, layer in find_layers(model).items() if ON_LAYER in vars(layer)}
-    lost = {name: "" for name, layer in layers.items() if gathered_dtype(layer) == "bfloat16"}
+    lost = [
+        name
+        for name, layer in model.named_modules()
+        if ON_LAYER in vars(layer) and gathered_dtype(layer) == "bfloat16"
+    ]
     if lost:
         logger.warning(
             "the plan counts on FP8 gathers, but the weights of %s are sharded as BF16: something "
             "replaced them after apply (parallelize_module, to_empty, unpickling); their GEMMs "
             "are as planned",
-            _listed(lost),
+            first_and_more(map(repr, lost), most=MOST_LISTED),
         )
 
 
@@ -129,12 +133,6 @@ def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # A
     if type(layer.weight) is not nn.Parameter:
         return f"its weight is a {type(layer.weight).__name__}"
     return ""
-
-
-def _listed(names: Mapping[str, str]) -> str:
-    shown = [f"{n!r} ({why})" if why else repr(n) for n, why in list(names.items())[:MOST_LISTED]]
-    more = [f"and {len(names) - MOST_LISTED} more"] if len(names) > MOST_LISTED else []
-    return ", ".join(shown + more)
 
 
 @dataclass(frozen=True)

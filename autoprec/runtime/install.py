@@ -38,7 +38,8 @@ from autoprec.runtime.classes import (
     own_class,
     root_class,
 )
-from autoprec.runtime.masters import ON_MODEL, Masters
+from autoprec.runtime.gathers import remove_gathers
+from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
 
@@ -68,13 +69,16 @@ class Installed:
                 )
         for module, cls in reversed(self.classes):
             module.__class__ = cls
-            vars(module).pop("fp8_active", None)
+        if self.masters is None:  # nested in another installation, which keeps its own marks
+            for module, cls in self.classes:
+                if not is_made_here(cls):
+                    vars(module).pop("fp8_active", None)
+        else:
+            self.masters.values.clear()
+            remove_plan(self.model)
         for parameter, original in self.originals.items():
             unchanged = torch.equal(parameter.data, original.to(parameter.dtype))
             set_storage(parameter, original if unchanged else parameter.data.to(original.dtype))
-        if self.masters is not None:
-            vars(self.model).pop(ON_MODEL, None)
-            self.masters.values.clear()
         self.classes, self.originals = [], {}
 
     def __enter__(self) -> Self:
@@ -91,6 +95,7 @@ def install_options(
     activation_dtype: torch.dtype | None = None,
     root: bool = True,
     uncovered: Iterable[str] = (),
+    layers: Mapping[str, nn.Module] | None = None,
 ) -> Installed:
     """Make the named layers of `model` run as their options say, in place.
 
@@ -101,13 +106,14 @@ def install_options(
         options: by exact layer name.
         activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
         root: whether `model` is what the training step calls: its floating outputs become FP32.
-        uncovered: names of parameters outside of layers, to be stored in the flow dtype.
+        uncovered: names of parameters outside of layers, to be stored in the activation dtype.
+        layers: what `find_layers(model)` returns, where it is known.
 
     Raises:
         PlanMismatchError: a name is no layer, tied layers disagree about their storage, or a layer
             or its device cannot run FP8. The model is then as it was.
     """
-    layers = find_layers(model)
+    layers = find_layers(model) if layers is None else layers
     _check_names(options, layers)
     has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
@@ -131,6 +137,16 @@ def install_options(
         raise
     _keep_masters(storage, installed)
     return installed
+
+
+def remove_plan(model: nn.Module) -> None:
+    """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
+    forget_loads(model)
+    remove_gathers(model)
+    vars(model).pop(ON_MODEL, None)
+    for module in model.modules():
+        module.__class__ = own_class(module)
+        vars(module).pop("fp8_active", None)
 
 
 def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
@@ -228,7 +244,7 @@ def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) ->
     if option_dtype(option) is torch.float32 is installed.activation_dtype and not is_made_here(
         type(layer)
     ):
-        return  # nothing to cast: an FP32 layer in an FP32 flow is left alone
+        return  # nothing to cast: an FP32 layer among FP32 activations is left alone
     _change_class(
         layer, layer_class(own_class(layer), option, installed.activation_dtype), installed
     )

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Plan
-from autoprec.runtime.apply import check_fit
+from autoprec.runtime.fit import check_fit
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""Whether a plan fits a model as it is, and whether a model can take a plan, or give it back, now.
+
+Nothing is changed here: everything that can be known is checked before `apply` changes anything.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from autoprec.common.text import first_and_more, one_line
+from autoprec.errors import PlanMismatchError
+from autoprec.model.layers import (
+    ModelLayers,
+    layer_kind,
+    linear_refusal,
+    model_layers,
+    plain_name,
+)
+from autoprec.model.options import shape_refusal
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    Assignment,
+    Basis,
+    Constraint,
+    Fingerprint,
+    Option,
+    Plan,
+)
+from autoprec.runtime.classes import is_made_here
+from autoprec.runtime.masters import ON_MODEL
+
+MOST_LISTED = 8  # differences that an error spells out
+
+
+def check_fit(plan: Plan, model: nn.Module) -> None:
+    """Check that a plan names every layer of a model, as it is.
+
+    Raises:
+        PlanMismatchError: it does not; the message names what differs.
+    """
+    check_layers(plan, model_layers(model))
+
+
+def check_layers(plan: Plan, found: ModelLayers) -> None:
+    """Do what `check_fit` does, for layers that were found already."""
+    differences = list(_differences(plan, found))
+    if differences:
+        raise PlanMismatchError(
+            "a plan must name every layer of the model as it is, but "
+            f"{first_and_more(differences, most=MOST_LISTED, separator='; ')}; "
+            "tune this model again, or correct the plan's names"
+        )
+
+
+def check_recipes(plan: Plan) -> None:
+    """Refuse FP8 recipes that torchao does not apply.
+
+    Raises:
+        PlanMismatchError: a layer has one.
+    """
+    for layer in plan.layers:
+        if layer.recipe is not None and layer.recipe not in APPLICABLE_RECIPES:
+            raise PlanMismatchError(
+                f"{layer.name!r} cannot run {layer.option.key}: torchao applies "
+                f"{', '.join(APPLICABLE_RECIPES)}; choose one of these, or export the plan to a "
+                "runtime that has it"
+            )
+
+
+def check_untouched(model: nn.Module, found: ModelLayers) -> None:
+    """Check that nothing else has changed, wrapped or split the model.
+
+    Raises:
+        PlanMismatchError: something has.
+    """
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes())
+    for module in model.modules():
+        if ON_MODEL in vars(module) or is_made_here(type(module)):
+            raise PlanMismatchError(
+                "a model takes one plan at a time, but one is applied to this model already; call "
+                "autoprec.undo(model, optimizer) first"
+            )
+        if isinstance(module, parallel) or _is_split(module):
+            by = type(module).__name__ if isinstance(module, parallel) else "parallelize_module"
+            raise PlanMismatchError(
+                "a plan must be applied before the model is wrapped or split, but it already is by "
+                f"{by}; call autoprec.apply first"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PlanMismatchError(
+                "a scripted module cannot be changed, and the model has one; "
+                "call autoprec.apply before torch.jit.script"
+            )
+    # A forward set on the root or on a layer itself hides what its class computes.
+    for name, module in {"": model, **found.modules}.items():
+        if "forward" in vars(module) and not isinstance(module, OptimizedModule):
+            raise PlanMismatchError(
+                "a plan changes what a module's class computes, but "
+                f"{name or 'the model'!r} has a forward of its own on the object (Accelerate's "
+                "prepare and its hooks set one); call autoprec.apply before what sets it"
+            )
+
+
+def check_removable(model: nn.Module) -> None:
+    """Check that a plan can be taken out of a model: it is whole, and its classes are the plan's.
+
+    Raises:
+        PlanMismatchError: it is sharded, or something changed the modules' classes since.
+    """
+    for name, module in model.named_modules():
+        cls = type(module)
+        if issubclass(cls, _fsdp_classes()) or _is_split(module):
+            raise PlanMismatchError(
+                f"a plan can be taken out of a whole model only, but {name or 'this model'!r} is "
+                "sharded over ranks; save its state (the optimizer's has the FP32 masters) and "
+                "load that into a model without a plan"
+            )
+        if not is_made_here(cls) and any(is_made_here(base) for base in cls.__mro__[1:]):
+            raise PlanMismatchError(
+                f"a module must keep the class that the plan gave it, but {name!r} is now a "
+                f"{cls.__name__}; undo first what was applied after the plan"
+            )
+
+
+def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
+    """Yield every difference between a plan's layers and a model's; the plan's text is foreign."""
+    layers = {plain_name(name): module for name, module in found.modules.items()}
+    planned = {layer.name: layer for layer in plan.layers}
+    yield from _one_sided("layer", tuple(planned), tuple(layers))
+    for name, module in layers.items():
+        if name in planned:
+            yield from _layer_differences(planned[name], module)
+    yield from _one_sided("parameter", plan.uncovered, tuple(map(plain_name, found.uncovered)))
+
+
+def _one_sided(what: str, planned: tuple[str, ...], own: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names that only the plan has, then those that only the model has."""
+    in_plan, in_model = set(planned), set(own)
+    absent = (one_line(repr(name)) for name in planned if name not in in_model)
+    yield from (f"{what} {name} is in the plan only" for name in absent)
+    yield from (f"{what} {name!r} is in the model only" for name in own if name not in in_plan)
+
+
+def _layer_differences(planned: Assignment, module: nn.Module) -> Iterator[str]:
+    kind = layer_kind(module)
+    if kind is not planned.kind:
+        yield f"layer {planned.name!r} is {kind} in the model, {planned.kind} in the plan"
+    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    if shapes != planned.shapes:
+        yield (
+            f"layer {planned.name!r} has shapes {_listed(shapes)} in the model, "
+            f"{_listed(planned.shapes)} in the plan"
+        )
+
+
+def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
+    sizes = ("x".join(map(str, shape[:MOST_LISTED])) or "scalar" for shape in shapes[:MOST_LISTED])
+    return one_line(", ".join(sizes)) or "none"
+
+
+def _fsdp_classes() -> tuple[type, ...]:
+    if "torch.distributed.fsdp" not in sys.modules:  # then nothing can be an instance
+        return ()
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return FullyShardedDataParallel, FSDPModule
+
+
+def _is_split(module: nn.Module) -> bool:
+    """Whether tensor parallelism gave the module parts of its parameters."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+
+
+def uniform_plan(
+    model: nn.Module, option: Option | str, others: Mapping[str, Option] | None = None
+) -> Plan:
+    """Return a plan without a search: `option` in every layer that can take it, else `bf16_o2`.
+
+    Args:
+        model: as it is trained.
+        option: an option or its key, e.g. `fp8_o1:rowwise`.
+        others: layers that get another option, by name.
+    """
+    wanted = Option.parse(option) if isinstance(option, str) else option
+    found = model_layers(model)
+    layers = []
+    for name, layer in found.modules.items():
+        refusal = linear_refusal(layer) if wanted.is_fp8 else ""
+        if isinstance(layer, nn.Linear) and wanted.is_fp8 and not refusal:
+            refusal = shape_refusal(layer.in_features, layer.out_features)
+        chosen = (others or {}).get(name, BF16_O2 if refusal else wanted)
+        layers.append(
+            Assignment(
+                name=plain_name(name),
+                kind=layer_kind(layer),
+                shapes=tuple(tuple(parameter.shape) for parameter in layer.parameters()),
+                precision=chosen.precision,
+                recipe=chosen.recipe,
+                gemms_hp=chosen.gemms_hp,
+            )
+        )
+    return Plan(
+        layers=tuple(layers),
+        uncovered=tuple(found.uncovered),
+        constraint=Constraint(loss_tolerance=0.001, grad_error_budget=None),
+        fingerprint=Fingerprint(
+            structure=found.structure,
+            device="",
+            capability="",
+            software={},
+            compile_mode="eager",
+            tokens_per_step=0,
+        ),
+        grad_error=None,
+        grad_error_basis=Basis.UNKNOWN,
+        predicted=None,
+    )
