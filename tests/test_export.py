@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.integrations.export import ExportTarget, export_plan
-from autoprec.integrations.export.megatron import exact_glob
-from autoprec.integrations.export.text import yaml_string
+from autoprec.integrations.export.text import exact_glob, yaml_string
 from autoprec.records import (
     BF16_O2,
     FP32,

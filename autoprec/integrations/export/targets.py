@@ -5,16 +5,14 @@ that is nearly right trains the wrong layers in FP8 and tells nobody (torchtitan
 target leaves to the trainer (how BF16 and FP32 parameters are stored) is said in its first lines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from autoprec.errors import PlanMismatchError, RecordError
-from autoprec.integrations.export.megatron import megatron_yaml
-from autoprec.integrations.export.snippets import accelerate_snippet, torchao_snippet
-from autoprec.integrations.export.text import fp8_choices, named
-from autoprec.integrations.export.torchtitan import torchtitan_snippet
-from autoprec.integrations.export.transformer_engine import TE_RECIPES, transformer_engine_yaml
+from autoprec.integrations.export.text import fp8_choices, named, render
+from autoprec.integrations.export.torchtitan import titan_filters
+from autoprec.integrations.export.transformer_engine import TE_RECIPES, engine_sections
 from autoprec.records import APPLICABLE_RECIPES, LayerKind, Plan, Precision, Recipe
 
 GEMM_KINDS = (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION, LayerKind.RECURRENT)
@@ -35,40 +33,48 @@ class Format:
     """How a target's text is written, and which parts of a plan the target has words for.
 
     Attributes:
-        write: makes the text of a plan that was checked against the rest of this record.
+        template: its file in templates/.
+        words: makes what the template needs beside the plan.
         recipes: the FP8 recipes that it knows.
         one_recipe: whether all FP8 layers must have the same one.
         gemms_hp: whether single GEMMs of an FP8 layer can stay in BF16.
         all_gather: whether FSDP can be told to gather FP8 weights.
         other_gemms: what it does with all other GEMMs, where that rules out FP32 layers.
+        has_root: whether it converts a model that is itself one linear layer.
     """
 
-    write: Callable[[Plan], str]
+    template: str
+    words: Callable[[Plan], Mapping[str, object]] = lambda _: {}
     recipes: tuple[Recipe, ...] = APPLICABLE_RECIPES
     one_recipe: bool = False
     gemms_hp: bool = False
     all_gather: bool = False
     other_gemms: str = ""
+    has_root: bool = True
 
 
 FORMATS = {
-    ExportTarget.TORCHAO: Format(torchao_snippet, gemms_hp=True, all_gather=True),
+    ExportTarget.TORCHAO: Format("torchao.py.j2", gemms_hp=True, all_gather=True),
     ExportTarget.TORCHTITAN: Format(
-        torchtitan_snippet, other_gemms="runs every other GEMM in one dtype"
+        "torchtitan.py.j2",
+        words=lambda plan: {"filters": titan_filters(plan)},
+        other_gemms="runs every other GEMM in one dtype",
     ),
     ExportTarget.ACCELERATE: Format(
-        accelerate_snippet,
+        "accelerate.py.j2",
         one_recipe=True,
         all_gather=True,
         other_gemms="runs every other GEMM under BF16 autocast",
+        has_root=False,
     ),
     ExportTarget.MEGATRON: Format(
-        megatron_yaml,
+        "megatron.yaml.j2",
         recipes=(Recipe.TENSORWISE,),
         other_gemms="chooses between FP8 and BF16",
     ),
     ExportTarget.TRANSFORMER_ENGINE: Format(
-        transformer_engine_yaml,
+        "transformer_engine.yaml.j2",
+        words=engine_sections,
         recipes=tuple(TE_RECIPES),
         one_recipe=True,
         gemms_hp=True,
@@ -92,7 +98,7 @@ def export_plan(plan: Plan, to: str) -> str:
     _check_layers(plan, to)
     _check_options(plan, to, target)
     _check_rest(plan, to, target)
-    return target.write(plan)
+    return render(target.template, plan, **target.words(plan))
 
 
 def _check_layers(plan: Plan, to: str) -> None:
@@ -140,7 +146,7 @@ def _check_options(plan: Plan, to: str, target: Format) -> None:
 
 
 def _check_rest(plan: Plan, to: str, target: Format) -> None:
-    """Refuse FP8 all-gathers and FP32 layers with a GEMM where the target has neither."""
+    """Refuse FP8 all-gathers, FP32 layers with a GEMM and a root where the target has them not."""
     if plan.fp8_all_gather and not target.all_gather:
         raise PlanMismatchError(
             f"{to} cannot be told to gather FP8 weights, but this plan says fp8_all_gather; "
@@ -151,4 +157,9 @@ def _check_rest(plan: Plan, to: str, target: Format) -> None:
         raise PlanMismatchError(
             f"{to} {target.other_gemms}, but the plan has {named(fp32)} in fp32; set "
             "these to bf16_o2 in the plan, or use autoprec.apply"
+        )
+    if plan.layers[0].name == "" and not target.has_root:
+        raise PlanMismatchError(
+            f"{to} converts layers inside a model, but this plan's model is itself a linear "
+            "layer; put it into a module, or export to torchao"
         )

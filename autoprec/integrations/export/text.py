@@ -1,9 +1,40 @@
-"""The parts that exports have in common: layers by option, comment lines, safe names."""
+"""A plan -> the text of an export, from its template in templates/.
+
+Text of a plan goes into a template through a filter only, so that no name ends a comment or string.
+"""
 
 from collections.abc import Iterable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoprec.common.text import first_and_more
 from autoprec.records import Assignment, LayerKind, Option, Plan, Precision
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, plan: Plan, **words: object) -> str:
+    """Return the text that a template makes of a plan, and of what else it needs."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=False,  # Python and YAML are no HTML; names go through filters
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(literal=ascii, yaml=yaml_string, glob=exact_glob)
+    counts = ", ".join(f"{plan.count(p)} {p.value}" for p in Precision if plan.count(p))
+    origin = f"autoprec plan {plan.digest} ({counts}), made for {plan.fingerprint.device}"
+    return environment.get_template(template).render(
+        plan=plan,
+        choices=fp8_choices(plan),
+        linears=linears(plan),
+        origin=ascii_line(origin),
+        left_to_trainer=_left_to_trainer(plan),
+        **words,
+    )
 
 
 def fp8_choices(plan: Plan) -> dict[Option, list[str]]:
@@ -20,22 +51,6 @@ def linears(plan: Plan) -> list[Assignment]:
     return [layer for layer in plan.layers if layer.kind is LayerKind.LINEAR]
 
 
-def header(plan: Plan, *lines: str) -> str:
-    """Return comment lines: the plan's origin, how to use the text, and what is not in it."""
-    counts = ", ".join(f"{plan.count(p)} {p.value}" for p in Precision if plan.count(p))
-    origin = f"autoprec plan {plan.digest} ({counts}), made for {plan.fingerprint.device}"
-    return "".join(f"# {ascii_line(line)}\n" for line in (origin, *lines))
-
-
-def left_to_trainer(plan: Plan) -> str:
-    """Return the line that says what an FP8 export does not set."""
-    fp32 = [layer.name for layer in plan.layers if layer.precision is Precision.FP32]
-    return (
-        f"Not in here, set it in your trainer: {plan.count(Precision.BF16_O2)} x bf16_o2 (BF16 "
-        f"parameters, FP32 masters), {len(fp32)} x fp32{f' ({named(fp32)})' if fp32 else ''}."
-    )
-
-
 def named(names: Iterable[str]) -> str:
     """Return the first names and how many more there are, on one line."""
     return first_and_more(map(ascii_line, names))
@@ -46,13 +61,21 @@ def ascii_line(text: str) -> str:
     return ascii(text)[1:-1].replace("\\'", "'")
 
 
-def quoted(names: Iterable[str], *, indent: int) -> str:
-    """Return names as Python string literals, one a line."""
-    space = " " * indent
-    return "".join(f"{space}{name!a},\n" for name in names)
-
-
 def yaml_string(text: str) -> str:
     """Return `text` as a double-quoted YAML scalar in ASCII: YAML has all of Python's escapes."""
     escaped = text.encode("unicode_escape").decode("ascii")
     return '"' + escaped.replace('"', '\\"') + '"'
+
+
+def exact_glob(name: str) -> str:
+    """Return the glob that fits this name and no other."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _left_to_trainer(plan: Plan) -> str:
+    """Return the line that says what an FP8 export does not set."""
+    fp32 = [layer.name for layer in plan.layers if layer.precision is Precision.FP32]
+    return (
+        f"Not in here, set it in your trainer: {plan.count(Precision.BF16_O2)} x bf16_o2 (BF16 "
+        f"parameters, FP32 masters), {len(fp32)} x fp32{f' ({named(fp32)})' if fp32 else ''}."
+    )

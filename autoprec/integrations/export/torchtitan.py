@@ -9,80 +9,35 @@ the others' layers, because a converted layer would be converted again.
 """
 
 from autoprec.errors import PlanMismatchError
-from autoprec.integrations.export.text import (
-    ascii_line,
-    fp8_choices,
-    header,
-    left_to_trainer,
-    linears,
-    quoted,
-)
+from autoprec.integrations.export.text import ascii_line, fp8_choices, linears
 from autoprec.model.options import shape_refusal
-from autoprec.records import Assignment, Option, Plan, Recipe
+from autoprec.records import Assignment, Option, Plan
 
 RESERVED = "auto_filter_small_kn"  # a word with a meaning of its own in filter_fqns
 
 
-def torchtitan_snippet(plan: Plan) -> str:
-    """Return the converter configs that convert exactly the plan's FP8 layers.
-
-    Raises:
-        PlanMismatchError: substring filters cannot tell the plan's layers apart.
-    """
-    blocks = []
-    for option, names in fp8_choices(plan).items():
-        filters = titan_filters(plan, option)
-        blocks.append(
-            "    Float8LinearConverter.Config(\n"
-            f"        recipe_name={option.recipe.value if option.recipe else ''!r},\n"
-            f"        # {len(names)} x {option}: all linears whose name has none of these in it\n"
-            f"        filter_fqns=[\n{quoted(filters, indent=12)}        ],\n"
-            "    ),\n"
-        )
-    return (
-        header(
-            plan,
-            "In your torchtitan config: model_spec=model_registry(FLAVOR, converters=CONVERTERS).",
-            "The names must be all the linears of the model: torchtitan passes over a filter that",
-            "matches nothing, and converts a linear that no filter names.",
-            *_recipe_notes(plan),
-            left_to_trainer(plan),
-        )
-        + "from torchtitan.components.quantization import Float8LinearConverter\n"
-        + f"\nCONVERTERS = [\n{''.join(blocks)}]\n"
-    )
-
-
-def titan_filters(plan: Plan, option: Option) -> list[str]:
-    """Return `filter_fqns` with which exactly the layers of `option` are converted.
+def titan_filters(plan: Plan) -> dict[Option, list[str]]:
+    """Return for each FP8 option the `filter_fqns` with which exactly its layers are converted.
 
     Raises:
         PlanMismatchError: a name that must be filtered is part of one that must not.
     """
-    wanted = fp8_choices(plan)[option]
-    others = [
-        layer.name for layer in linears(plan) if layer.option != option and _is_converted(layer)
-    ]
-    for name in others:
-        hit = RESERVED if name == RESERVED else next((w for w in wanted if name in w), None)
-        if hit is not None:
-            raise PlanMismatchError(
-                f"torchtitan filters by substring, but {ascii_line(name)!r} (not {option}) is part "
-                f"of {ascii_line(hit)!r} (which is); rename a layer, export to torchao, or give "
-                "both the same precision"
-            )
-    return others
+    converted = [layer for layer in linears(plan) if _is_converted(layer)]
+    filters: dict[Option, list[str]] = {}
+    for option, wanted in fp8_choices(plan).items():
+        filters[option] = [layer.name for layer in converted if layer.option != option]
+        for name in filters[option]:
+            hit = RESERVED if name == RESERVED else next((w for w in wanted if name in w), None)
+            if hit is not None:
+                raise PlanMismatchError(
+                    f"torchtitan filters by substring, but {ascii_line(name)!r} (not {option}) is "
+                    f"part of {ascii_line(hit)!r} (which is); rename a layer, export to torchao, "
+                    "or give both the same precision"
+                )
+    return filters
 
 
 def _is_converted(layer: Assignment) -> bool:
     """Whether torchtitan would convert the layer if nothing filtered it: its sizes fit FP8."""
     weight = layer.shapes[0] if layer.shapes else ()
     return len(weight) != 2 or not shape_refusal(K=weight[1], N=weight[0])
-
-
-def _recipe_notes(plan: Plan) -> list[str]:
-    if all(option.recipe is not Recipe.TENSORWISE for option in fp8_choices(plan)):
-        return []
-    return [
-        "torchtitan 0.3.0 documents no tensorwise recipe (torchtitan#3127): check your version."
-    ]
