@@ -81,7 +81,7 @@ class Run:
 
     @property
     def backend(self) -> str:
-        return "aot_eager" if self.is_quick else "inductor"
+        return "eager" if self.is_quick else "inductor"
 
     @property
     def shapes(self) -> tuple[Shape, ...]:

@@ -1,11 +1,11 @@
 """The command line end to end, as a user types it."""
 
+import contextlib
+import io
 import json
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +35,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of one whole `tune` of the tiny workload; its JSON is in tune.json."""
     out = tmp_path_factory.mktemp("tuned") / "run"
-    command = [sys.executable, "-m", "autoprec", "tune", TINY, "--out", str(out), "--json"]
-    done = subprocess.run([*command, "--trials", "3"], capture_output=True, text=True, timeout=240)
-    assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr
-    (out / "tune.json").write_text(done.stdout)
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as leaving:
+        main(["tune", TINY, "--out", str(out), "--trials", "3", "--json"])
+    assert leaving.value.code in (0, 1)
+    (out / "tune.json").write_text(said.getvalue())
     return out
 
 
@@ -121,7 +120,7 @@ def test_search_and_report_of_saved_records_need_no_torch(tuned: Path) -> None:
         assert "torch" not in sys.modules
         """
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None:
@@ -130,12 +129,15 @@ def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None
     status, out, _ = run("plan", "check", plan, "--model", TINY, "--json")
     assert (status, json.loads(out)["plan"] != "") == (0, True)
     fields = json.loads(plan.read_text())
-    fields["layers"][0]["precision"] = "fp32"
+    first = fields["layers"][0]
+    other = "bf16_o2" if first["precision"] == "fp32" else "fp32"
+    first |= {"precision": other, "recipe": None, "gemms_hp": []}
     edited = tmp_path / "edited.json"
     edited.write_text(json.dumps(fields))
     assert run("plan", "diff", plan, plan)[0] == 0
     status, out, _ = run("plan", "diff", plan, edited, "--json")
-    assert status == (1 if Plan.load(plan).layers[0].precision != "fp32" else 0)
+    assert status == 1
+    assert [row["name"] for row in json.loads(out)["rows"]] == [first["name"]]
 
 
 def test_keep_decides_a_layer(tuned: Path, run: Run) -> None:
@@ -247,36 +249,50 @@ def test_a_plan_for_another_model_fails_the_check(tuned: Path, run: Run, tmp_pat
     assert "Traceback" not in out + err
 
 
-def test_an_interrupt_ends_with_130_and_resume_goes_on(tmp_path: Path) -> None:
+INTERRUPTED_ONCE = """
+def loss_fn(model, batch):
+    from pathlib import Path
+    folder = Path(__file__).parent
+    if (folder / "run" / "profile.json").exists() and not (folder / "interrupted").exists():
+        (folder / "interrupted").touch()
+        exec("raise KeyboardInterrupt")  # CPython notes one that passed through such an exec
+    return F.mse_loss(model(batch[0]), batch[1])
+"""
+
+
+def test_an_interrupt_ends_with_130_and_resume_goes_on(run: Run, tmp_path: Path) -> None:
+    """The interrupt comes from the workload, in the stage after the profile, and not by a clock."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "autoprec", "tune", TINY, "--out", str(out), "--json"]
-    command += ["--trials", "2"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "profile.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=60)
-    assert started.returncode == 130, err
-    assert err.splitlines()[-1].startswith("autoprec: interrupted")
-    assert "Traceback" not in err
+    arguments = ["tune", str(_workload(tmp_path, loss_fn=INTERRUPTED_ONCE)), "--out", str(out)]
+    arguments += ["--trials", "0", "--no-verify", "--json"]
+    command = [sys.executable, "-m", "autoprec", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("autoprec: interrupted")
+    assert "Traceback" not in ended.stderr
+    assert (out / "profile.json").exists()
+    assert not (out / "sensitivity.json").exists()
     assert not list(out.glob(".*"))
     profile = (out / "profile.json").read_bytes()
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
-    assert again.returncode in (0, 1), again.stderr
+    assert run(*arguments, "--resume")[0] == 0
     assert (out / "profile.json").read_bytes() == profile
 
 
-def test_help_answers_in_half_a_second() -> None:
-    command = [sys.executable, "-m", "autoprec", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_help_imports_nothing_that_is_slow() -> None:
+    code = textwrap.dedent(
+        """
+        import sys
+        from autoprec.cli.main import main
+        try:
+            main(["--help"])
+        except SystemExit:
+            print(sorted({"torch", "pandas", "optuna", "scipy"} & set(sys.modules)))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name in ("tune", "profile", "sensitivity", "search", "verify", "report", "plan", "doctor"):
         assert name in done.stdout
-    code = (
-        "import sys, autoprec.cli.main as _; "
-        "sys.exit(bool({'torch', 'pandas', 'optuna'} & set(sys.modules)))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_every_command_has_help_and_is_in_the_readme() -> None:

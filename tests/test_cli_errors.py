@@ -12,7 +12,7 @@ SMALL = f'{sys.executable} -c "{SMALL_CODE}"'
 
 
 def errors_of(script: str) -> str:
-    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True)
     return done.stderr.strip()
 
 

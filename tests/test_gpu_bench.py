@@ -1,21 +1,29 @@
 """bench/gpu.py on a CPU with tiny shapes: every section, and what it writes when one fails."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+Called = tuple[Path, dict[str, tuple[int, str]]]  # its folder, status and stderr by case
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu.py"
-FAILING = """
-import sys
+SCRIPT_CALLS = """
+import contextlib, io, json, sys
 sys.path[:0] = [{bench!r}]
 import gpu, torch
 from pathlib import Path
+
+out = Path({out!r})
+refused = {{}}
+for name, arguments in (("cuda", []), ("cpu", ["--device", "cpu"])):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = gpu.main([*arguments, "--out", str(out / name)])
+    refused[name] = (status, said.getvalue())
 
 def good(run, found, deadline):
     found["rows"] = [{{"a": 1, "b": 2.5}}]
@@ -27,29 +35,44 @@ def bad(run, found, deadline):
 def late(run, found, deadline):
     found["taken"] = list(run.within([1, 2], gpu.Deadline(-1.0), "late"))
 
-run = gpu.Run(torch.device("cpu"), Path({out!r}), True)
+run = gpu.Run(torch.device("cpu"), out / "failing", True)
 gpu.run_sections(run, {{"good": (9, good), "bad": (9, bad), "late": (9, late)}})
+print(json.dumps(refused))
 """
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments], capture_output=True, text=True, timeout=280
-    )
+    command = [sys.executable, "-W", "ignore", *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_machine_without_cuda_is_one_line_and_status_2(tmp_path: Path) -> None:
-    done = start(str(SCRIPT), "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "no CUDA device is here" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture(scope="module")
+def called(tmp_path_factory: pytest.TempPathFactory) -> Called:
+    """Call the script's functions in one process; return its folder and what it refused."""
+    out = tmp_path_factory.mktemp("called")
+    done = start("-c", SCRIPT_CALLS.format(bench=str(SCRIPT.parent), out=str(out)))
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
 
 
-def test_the_cpu_is_for_a_quick_test_alone(tmp_path: Path) -> None:
-    done = start(str(SCRIPT), "--device", "cpu", "--out", str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
+def test_a_machine_without_cuda_is_one_line_and_status_2(
+    called: Called,
+) -> None:
+    out, refused = called
+    status, stderr = refused["cuda"]
+    assert status == 2
+    assert len(stderr.strip().splitlines()) == 1
+    assert "no CUDA device is here" in stderr
+    assert not (out / "cuda").exists()
+
+
+def test_the_cpu_is_for_a_quick_test_alone(
+    called: Called,
+) -> None:
+    out, refused = called
+    assert refused["cpu"][0] == 2
+    assert not (out / "cpu").exists()
 
 
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
@@ -75,10 +98,11 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(f"## {name}" in text for name in sections)
 
 
-def test_what_was_measured_is_written_though_a_section_fails(tmp_path: Path) -> None:
-    done = start("-c", FAILING.format(bench=str(SCRIPT.parent), out=str(tmp_path)))
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+def test_what_was_measured_is_written_though_a_section_fails(
+    called: Called,
+) -> None:
+    folder = called[0] / "failing"
+    results = json.loads((folder / "results.json").read_text())
     assert results["sections"]["good"]["rows"] == [{"a": 1, "b": 2.5}]
     assert results["sections"]["bad"]["half"] == "kept"
     assert results["sections"]["late"]["taken"] == []
@@ -86,6 +110,6 @@ def test_what_was_measured_is_written_though_a_section_fails(tmp_path: Path) -> 
         "bad failed: RuntimeError: the second half",
         "late: -1 s were over before 1, 2",
     ]
-    text = (tmp_path / "results.md").read_text()
+    text = (folder / "results.md").read_text()
     assert "| a | b |" in text
     assert "the second half" in text

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import autoprec
@@ -20,14 +21,12 @@ from autoprec.errors import AutoprecError, RecordError
 from autoprec.records import FP32, Phase, Plan, PredictedStep, Recipe, fp8_option
 from autoprec.records.base import MAX_VALUES
 from autoprec.runtime.classes import is_made_here
+from tests.examples import examples
 from tests.models import Mlp
 from tests.runtime_plans import plan_for
 
 Json = Any  # Any: JSON values, objects as `Pairs`
 Mutation = tuple[str, int, Json]
-FUZZ = settings(
-    deadline=10_000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
 MODEL = Mlp()
 OTHERS = {"second": fp8_option(Recipe.ROWWISE), "norm": FP32}
 PLAN = plan_for(MODEL, fp8_option(Recipe.TENSORWISE), OTHERS).model_copy(
@@ -57,6 +56,7 @@ values = st.one_of(
 mutations = st.lists(
     st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 10**6), values), min_size=1, max_size=3
 )
+cuts = st.tuples(st.integers(0, 10**6), st.integers(0, 6), st.binary(max_size=4))
 
 
 class Pairs(list[tuple[str, Json]]):
@@ -152,45 +152,44 @@ def check_applying(plan: Plan) -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], count: int) -> None:
-    settings(FUZZ, max_examples=count)(given(strategy)(check))()
+# --- fuzzing: 1,000 plans, and 20,000 others in `make test-random` ------------------------------
 
 
-# --- fuzzing: 10,000 plans ---------------------------------------------------------------------
+@examples(600)
+@given(mutations)
+def test_a_mutated_plan_is_a_plan_or_one_line(changes: list[Mutation]) -> None:
+    check_reading(lambda: Plan.from_json(mutated(changes)))
 
 
-def test_a_mutated_plan_is_a_plan_or_one_line() -> None:
-    def check(changes: list[Mutation]) -> None:
-        check_reading(lambda: Plan.from_json(mutated(changes)))
-
-    fuzz(check, mutations, 7_000)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mutated")
 
 
-def test_mutated_bytes_are_a_plan_or_one_line(tmp_path: Path) -> None:
-    def check(cuts: list[tuple[int, int, bytes]]) -> None:
-        content = TEXT.encode()
-        for place, length, new in cuts:
-            start = place % (len(content) + 1)
-            content = content[:start] + new + content[start + length :]
-        path = tmp_path / "plan.json"
-        path.write_bytes(content)
-        check_reading(lambda: Plan.load(path))
+@examples(250)
+@given(st.lists(cuts, min_size=1, max_size=4))
+def test_mutated_bytes_are_a_plan_or_one_line(
+    folder: Path, changes: list[tuple[int, int, bytes]]
+) -> None:
+    content = TEXT.encode()
+    for place, length, new in changes:
+        start = place % (len(content) + 1)
+        content = content[:start] + new + content[start + length :]
+    path = folder / "plan.json"
+    path.write_bytes(content)
+    check_reading(lambda: Plan.load(path))
 
-    cut = st.tuples(st.integers(0, 10**6), st.integers(0, 6), st.binary(max_size=4))
-    fuzz(check, st.lists(cut, min_size=1, max_size=4), 2_000)
 
-
-def test_a_mutated_plan_applies_or_leaves_all_as_it_was() -> None:
-    def check(case: tuple[str, list[Mutation]]) -> None:
-        inside, changes = case
-        try:
-            plan = Plan.from_json(mutated(changes, inside=inside))
-        except RecordError as error:
-            return check_one_line(error)
-        return check_applying(plan)
-
-    parts = st.sampled_from(["layers", "uncovered", "schedule", "fingerprint"])
-    fuzz(check, st.tuples(parts, mutations), 1_000)
+@examples(150)
+@given(st.sampled_from(["layers", "uncovered", "schedule", "fingerprint"]), mutations)
+def test_a_mutated_plan_applies_or_leaves_all_as_it_was(
+    inside: str, changes: list[Mutation]
+) -> None:
+    try:
+        plan = Plan.from_json(mutated(changes, inside=inside))
+    except RecordError as error:
+        return check_one_line(error)
+    return check_applying(plan)
 
 
 @given(
@@ -259,14 +258,14 @@ def test_nothing_in_a_plan_is_imported_or_run(tmp_path: Path) -> None:
     texts = {"good": TEXT, "bad": json.dumps({**good, "layers": 3}), "unfit": json.dumps(unfit)}
     places = range(sum(1 for _ in slots(json.loads(TEXT, object_pairs_hook=Pairs))))
     for place in places:
-        for number, code in enumerate((CODE, {"__class__": "os", "py/object": CODE}, [CODE])):
-            texts[f"{place}-{number}"] = mutated([("replace", place, code)])
+        code = (CODE, {"__class__": "os", "py/object": CODE}, [CODE])[place % 3]
+        texts[str(place)] = mutated([("replace", place, code)])
         texts[f"{place}-name"] = mutated([("rename", place, CODE)])
     for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
     root = str(Path(__file__).parent.parent)
     command = [sys.executable, "-c", WATCHED, str(tmp_path), root]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"{len(texts)} read\n", done.stderr
     assert not (tmp_path / "owned").exists()
 
@@ -278,31 +277,32 @@ def write_big(path: Path, start: bytes, unit: bytes, size: int) -> None:
     path.write_bytes(start + unit * (size // len(unit)))
 
 
-def memory_and_error(path: Path, *, most_seconds: float) -> tuple[int, str]:
-    """Load a file in a process of its own; return the MB that it took and the error."""
+def memory_and_error(path: Path) -> tuple[int, str]:
+    """Load a file in a process of its own with 30 s of CPU time; return its MB and the error."""
     code = (
         "import resource, sys; from autoprec.records import Plan\n"
         "from autoprec.errors import RecordError\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (30, 30))\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "before = peak()\n"
         "try: Plan.load(sys.argv[1])\n"
         "except RecordError as error: print(peak() - before, error)\n"
     )
     command = [sys.executable, "-c", code, str(path)]
-    started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert time.perf_counter() - started < most_seconds
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     megabytes, _, message = done.stdout.partition(" ")
     return int(megabytes), message.strip()
 
 
-def test_a_100_mb_file_is_refused_without_being_read(tmp_path: Path) -> None:
+def test_a_file_of_a_terabyte_is_refused_without_being_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    write_big(path, b"", b" ", 100_000_000)
-    started = time.perf_counter()
-    with pytest.raises(RecordError, match="has 100,000,000; it is not one that autoprec wrote"):
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    tracemalloc.start()
+    with pytest.raises(RecordError, match="has 1,000,000,000,000; it is not"):
         Plan.load(path)
-    assert time.perf_counter() - started < 0.5
+    assert tracemalloc.get_traced_memory()[1] < MAX_RECORD_BYTES
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -318,10 +318,10 @@ def test_a_100_000_deep_file_is_refused_at_once(
 ) -> None:
     path = tmp_path / "plan.json"
     write_big(path, start, unit, 100_000 * len(unit))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(RecordError, match=message):
         Plan.load(path)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_the_worst_files_of_the_largest_size_take_bounded_time_and_memory(
 ) -> None:
     path = tmp_path / "plan.json"
     write_big(path, start, unit, MAX_RECORD_BYTES - 8)
-    megabytes, error = memory_and_error(path, most_seconds=30)
+    megabytes, error = memory_and_error(path)
     assert message in error
     assert megabytes < 600
 
@@ -345,7 +345,7 @@ def test_the_worst_files_of_the_largest_size_take_bounded_time_and_memory(
 def test_a_million_wrong_values_take_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(TEXT.replace('"notes": [', '"notes": [' + "[]," * 1_000_000))
-    megabytes, error = memory_and_error(path, most_seconds=30)
+    megabytes, error = memory_and_error(path)
     assert "notes.0: Input should be a valid string, but it is []" in error
     assert megabytes < 300
 

@@ -1,6 +1,5 @@
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -123,14 +122,12 @@ def test_brackets_in_names_are_no_nesting() -> None:
     assert Verification.from_json(odd.to_json()) == odd
 
 
-def test_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
+def test_a_file_of_one_byte_too_many_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with path.open("wb") as file:
         file.truncate(MAX_RECORD_BYTES + 1)
-    started = time.perf_counter()
     with pytest.raises(RecordError, match="has at most"):
         Verification.load(path)
-    assert time.perf_counter() - started < 1
 
 
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
