@@ -5,20 +5,16 @@ from pathlib import Path
 import pytest
 
 from autoprec.errors import DeviceError
-from autoprec.predict import (
-    load_device_profile,
-    predict_table,
-    read_table,
-)
-from autoprec.predict.tables import ADDED, added_names
+from autoprec.predict import load_device_profile
+from autoprec.predict.tables import ADDED, added_names, predict_table
 
 HEADER = "device,M,K,N\n"
 GOOD = "h200,8192,4096,4096\n"
 
 
 def refusals(text: str, *, device: str = "") -> list[str]:
-    answers = predict_table(read_table(HEADER + text, source="rows.csv"), device=device)
-    return [answer.refusal if answer.prediction is None else "" for answer in answers]
+    table = predict_table(HEADER + text, source="rows.csv", device=device)
+    return [str(row.refusal) if row.profile == "" else "" for row in table.itertuples()]
 
 
 def test_a_row_that_fails_in_any_way_keeps_the_others(tmp_path: Path) -> None:
@@ -50,7 +46,7 @@ def test_a_row_that_fails_in_any_way_keeps_the_others(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_told_into_rows_is_one_line(text: str, words: str) -> None:
     with pytest.raises(DeviceError, match=words):
-        read_table(text, source="rows.csv")
+        predict_table(text, source="rows.csv")
 
 
 def test_added_names_are_new_whatever_the_header_has() -> None:

@@ -111,29 +111,28 @@ def devices_measure(
 
 
 def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> None:
-    from autoprec.predict import (
-        format_table,
-        load_device_profile,
-        parse_recipe,
-        predict_table,
-        read_table,
-    )
-    from autoprec.predict.tables import NEEDED, SIZES
+    from autoprec.predict import load_device_profile, parse_recipe
+    from autoprec.predict.tables import ADDED, predict_table
 
     if device:
         load_device_profile(device)  # a wrong argument is no matter of single rows
-    needed = SIZES if device else NEEDED
-    table = read_table(read_text(path, what="CSV"), source=str(path), needed=needed)
-    answers = predict_table(table, device=device, recipe=parse_recipe(recipe), compiled=compiled)
-    typer.echo(format_table(table, answers), nl=False)
-    failed = sum(answer.prediction is None for answer in answers)
-    if answers and failed == len(answers):
+    table = predict_table(
+        read_text(path, what="CSV"),
+        source=str(path),
+        device=device,
+        recipe=parse_recipe(recipe),
+        compiled=compiled,
+    )
+    typer.echo(table.to_csv(index=False, lineterminator="\n"), nl=False)
+    answers = table.iloc[:, -len(ADDED) :].set_axis(ADDED, axis="columns")
+    failed = answers[answers["profile"] == ""]
+    if len(failed) and len(failed) == len(table):
         raise DeviceError(
-            f"some row of {path} must be one that can be predicted, but none of {len(answers)} is; "
-            f"the first says: {answers[0].refusal}"
+            f"some row of {path} must be one that can be predicted, but none of {len(table)} is; "
+            f"the first says: {failed['refusal'].iloc[0]}"
         )
-    if failed:
-        log.warning("%d of %d rows not predicted; see `refusal`", failed, len(answers))
+    if len(failed):
+        log.warning("%d of %d rows not predicted; see `refusal`", len(failed), len(table))
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:

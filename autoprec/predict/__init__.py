@@ -5,7 +5,7 @@ linear            a linear layer, forward and backward, in BF16 and FP8
 parallel          sharded shapes and communication under FSDP and tensor parallelism
 layers + step     every layer x option of a model, and its whole training step
 registry          device profiles by name or path
-tables            many linears from a CSV file
+tables            many linears from a CSV file (not imported here: it needs pandas)
 """
 
 from autoprec.predict.linear import predict_linear
@@ -13,17 +13,13 @@ from autoprec.predict.parallel import Parallel, parse_parallel
 from autoprec.predict.predict import predict_profile
 from autoprec.predict.registry import list_device_profiles, load_device_profile
 from autoprec.predict.spelling import parse_recipe
-from autoprec.predict.tables import format_table, predict_table, read_table
 
 __all__ = [
     "Parallel",
-    "format_table",
     "list_device_profiles",
     "load_device_profile",
     "parse_parallel",
     "parse_recipe",
     "predict_linear",
     "predict_profile",
-    "predict_table",
-    "read_table",
 ]
