@@ -1,6 +1,7 @@
 """Every error a user can cause, and what the command line does with it.
 
 AutoprecError                 exit status 2, one line: the rule, what came, the way out
+├── SettingsError             an option or argument is not one that autoprec takes
 ├── WorkloadError             the user's model.py breaks the five-function contract
 ├── CaptureError              one real step did not give a usable model spec
 ├── RecordError               a record file is missing, truncated, edited wrongly or from elsewhere
@@ -13,6 +14,10 @@ AutoprecError                 exit status 2, one line: the rule, what came, the 
 
 class AutoprecError(Exception):
     """Root of the errors that autoprec raises on purpose; `str(error)` is one line."""
+
+
+class SettingsError(AutoprecError):
+    """An option of the command line, or an argument in Python, has a wrong value."""
 
 
 class WorkloadError(AutoprecError):

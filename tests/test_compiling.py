@@ -27,7 +27,7 @@ from autoprec.profiler.compiling import (
 from autoprec.profiler.groups import group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
 from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
-from autoprec.tuning import stages as pipeline
+from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
@@ -236,11 +236,11 @@ def test_profile_with_compile_is_of_the_inductor(tmp_path: Path, tiny_file: Path
         workload=str(tiny_file),
         target="cpu",
         out=tmp_path,
-        compiled=True,
+        compile=True,
         recipes=(Recipe.TENSORWISE,),
         gemms_hp=False,
     )
-    profile = pipeline.profile_stage(settings)
+    profile = Run(settings, stages=("profile",)).profile
     assert profile.device.compile_mode == "default"
     assert profile.compile_s > 0
     assert profile.recompiles == 0

@@ -412,7 +412,7 @@ def test_fsdp2_trains_on_one_gpu_as_without_it(
 
 
 def test_a_plan_is_tuned_from_end_to_end(device: torch.device, tmp_path: Path) -> None:
-    from autoprec.tuning import stages as pipeline
+    from autoprec.tuning.run import Run
     from autoprec.tuning.settings import Settings
 
     file = tmp_path / "tiny.py"
@@ -426,6 +426,6 @@ def test_a_plan_is_tuned_from_end_to_end(device: torch.device, tmp_path: Path) -
         "def loss_fn(model, x):\n    return F.mse_loss(model(x), x.flip(-1)) + 1.0\n"
     )
     settings = Settings(workload=str(file), target="cuda", out=tmp_path / "out", verify=False)
-    outcome = pipeline.tune_workload(settings)
+    outcome = Run(settings).make()
     assert outcome.plan.fingerprint.device == torch.cuda.get_device_name()
     assert outcome.plan.fingerprint.time_basis is Basis.MEASURED

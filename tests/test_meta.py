@@ -1,6 +1,7 @@
 """Planning for models that do not fit here: capture without storage, then a predicted plan."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
-from autoprec.records import Basis, Plan, Precision, Profile, Sensitivity
-from autoprec.tuning import stages as pipeline
+from autoprec.records import Basis, Plan, Precision
+from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import Workload, load_workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
@@ -179,9 +180,9 @@ def llama_settings(out: Path, *, resume: bool = False) -> Settings:
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("meta") / "run"
     settings = llama_settings(out)
-    outcome = pipeline.tune_workload(settings)
-    assert outcome.verification is None
-    assert outcome.exit_code == 0
+    run = Run(settings).make()
+    assert run.verification is None
+    assert run.exit_code == 0
     return out
 
 
@@ -225,31 +226,29 @@ def test_the_report_of_such_a_plan_claims_no_error_and_no_proof(planned: Path) -
 def test_resuming_repeats_nothing(planned: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in planned.glob("*.json")}
     settings = llama_settings(planned, resume=True)
-    pipeline.tune_workload(settings)
+    Run(settings).make()
     for name in ("profile.json", "sensitivity.json", "search.json"):
         assert (planned / name).stat().st_mtime_ns == before[name]
 
 
 def test_a_kept_head_is_let_out_of_the_lock(tmp_path: Path, planned: Path) -> None:
-    profile = Profile.load(planned / "profile.json")
-    sensitivity = Sensitivity.load(planned / "sensitivity.json")
+    for name in ("profile.json", "sensitivity.json"):
+        shutil.copy(planned / name, tmp_path)
     settings = Settings(out=tmp_path, trials=0, keep=("lm_head=fp8_o1",))
-    search = pipeline.make_search(settings, profile, sensitivity, evaluate=None)
-    plan = pipeline.make_plan(settings, profile, sensitivity, search)
+    plan = Run(settings, stages=("search",)).plan
     assert plan.layers[-1].name == "lm_head"
     assert plan.layers[-1].precision is Precision.FP8_O1
 
 
 def test_meta_without_a_device_profile_is_refused(tmp_path: Path) -> None:
-    settings = Settings(workload=TINY, out=tmp_path, meta=True)
     with pytest.raises(DeviceError, match="--meta needs a device profile"):
-        pipeline.profile_stage(settings)
+        Settings(workload=TINY, out=tmp_path, meta=True)
 
 
 def test_compile_is_the_default_of_device_profiles_alone(tmp_path: Path) -> None:
     settings = Settings(workload=TINY, target="h100-sxm", out=tmp_path, meta=True)
-    assert pipeline.profile_stage(settings).device.compile_mode == "default"
-    eager = pipeline.profile_stage(replace(settings, compiled=False))
+    assert Run(settings, stages=("profile",)).profile.device.compile_mode == "default"
+    eager = Run(replace(settings, compile=False), stages=("profile",)).profile
     assert eager.device.compile_mode == "eager"
     assert not Settings(workload=TINY).is_compiled  # here, what runs is timed, eager unless asked
 

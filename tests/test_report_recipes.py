@@ -2,12 +2,13 @@
 
 import pytest
 
-from autoprec.errors import RecordError
+from autoprec.errors import SettingsError
 from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe, fp8_option
 from autoprec.report.formats import shown_share
 from autoprec.report.recipes import recipe_rows
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
-from autoprec.tuning.settings import Settings, fp8_options, measured_options, parse_recipes
+from autoprec.tuning.parsing import parse_recipes
+from autoprec.tuning.settings import Settings
 from tests.search_tables import sensitivity_of, spec_of
 
 TENSORWISE, DELAYED = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.DELAYED)
@@ -44,13 +45,13 @@ def test_a_recipe_is_summed_over_its_linears_and_bf16_elsewhere() -> None:
 
 
 def test_delayed_scaling_is_measured_when_asked_for_and_never_timed() -> None:
-    assert DELAYED not in measured_options(Settings(workload="model.py"))
+    assert DELAYED not in Settings(workload="model.py").measured_options
     asked = Settings(workload="model.py", recipes=parse_recipes("tensorwise, delayed"))
-    assert measured_options(asked) == (TENSORWISE, DELAYED)
-    assert fp8_options(asked) == (TENSORWISE,)
+    assert asked.measured_options == (TENSORWISE, DELAYED)
+    assert asked.fp8_options == (TENSORWISE,)
 
 
 @pytest.mark.parametrize("text", ["delayed", "", "tensorwise,nonsense"])
 def test_recipes_need_one_that_a_plan_can_apply(text: str) -> None:
-    with pytest.raises(RecordError, match="--recipes must be among tensorwise, rowwise"):
+    with pytest.raises(SettingsError, match="--recipes must be among tensorwise, rowwise"):
         parse_recipes(text)

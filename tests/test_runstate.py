@@ -1,15 +1,17 @@
 """`--resume` repeats a stage when something that it was made of has changed."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autoprec.errors import RecordError
-from autoprec.predict import load_device_profile, predict_profile
-from autoprec.records import Profile
-from autoprec.tuning.folder import staged
-from autoprec.tuning.settings import Settings
+from autoprec.predict import load_device_profile
+from autoprec.records import ModelSpec, Recipe
+from autoprec.tuning.run import INPUTS, Run
+from autoprec.tuning.settings import STAGES, Settings, all_settings
 from tests.decoder_specs import linear_layer, model_of
 
 Resumed = Callable[[], bool]
@@ -21,22 +23,23 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def resumed(tmp_path: Path, target: Path) -> Resumed:
+def resumed(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> Resumed:
     """Return a function that runs the profile stage and says whether it was loaded."""
+    spec = model_of(linear_layer("fc", 64, 64, shape=(32,)))
+    captured: list[int] = []
 
     def run() -> bool:
+        captured.clear()
         settings = Settings(workload="none.py", target=str(target), out=tmp_path, resume=True)
-        made: list[Profile] = []
+        made = Run(settings, stages=("profile",))
+        assert made.profile.model.layers[0].name == "fc"
+        return not captured
 
-        def make() -> Profile:
-            spec = model_of(linear_layer("fc", 64, 64, shape=(32,)))
-            made.append(predict_profile(spec, load_device_profile(target)))
-            return made[-1]
+    def capture(_: Run) -> ModelSpec:
+        captured.append(1)
+        return spec
 
-        profile = staged(settings, "profile", Profile, make)
-        assert profile == (made[0] if made else Profile.load(tmp_path / "profile.json"))
-        return not made
-
+    monkeypatch.setattr(Run, "spec", property(capture))
     return run
 
 
@@ -56,3 +59,59 @@ def test_a_device_profile_that_is_gone_is_an_error(target: Path, resumed: Resume
     target.unlink()
     with pytest.raises(RecordError, match="check the path"):
         resumed()
+
+
+# Another value of every setting that decides a stage, beside those that the test itself needs.
+OTHERS: dict[str, Any] = {  # Any: of the settings' own types
+    "script_args": ("--width", "8"),
+    "script_steps": 64,
+    "target": "h200",
+    "loss_tolerance": 0.01,
+    "memory": 2**30,
+    "keep": ("fc=bf16_o2",),
+    "recipes": (Recipe.ROWWISE,),
+    "gemms_hp": False,
+    "trials": 3,
+    "time_budget": 60.0,
+    "seed": 1,
+    "storage": "sqlite:///other.db",
+    "study": "other",
+    "checkpoint": Path("weights.pt"),
+    "sensitivity": Path("other.json"),
+    "parallel": "tp=2",
+    "compile": False,
+    "meta": True,
+}
+BASE = Settings(workload="none.py", target="h100-sxm")
+
+
+def digest_of(settings: Settings, stage: str, folder: Path) -> str | None:
+    run = Run.__new__(Run)  # a given sensitivity or checkpoint need not be there
+    Run.__init__(run, replace(settings, out=folder, sensitivity=None))
+    run.settings = replace(settings, out=folder)
+    return run._stage_digest(stage)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_path: Path) -> None:
+    changed = replace(BASE, **{name: OTHERS[name]})
+    decided = all_settings()[name].stages
+    assert decided
+    for stage in STAGES:
+        is_same = digest_of(BASE, stage, tmp_path) == digest_of(changed, stage, tmp_path)
+        assert is_same == (stage not in decided), stage
+
+
+def test_every_setting_decides_a_stage_or_is_known_to_decide_none() -> None:
+    needs_a_file = {"workload", "script", "batch", "sequence"}
+    decides_none = {"out", "verify", "resume"}
+    names = {each.name for each in fields(Settings)}
+    assert names == {*OTHERS, *needs_a_file, *decides_none}
+    assert {name for name, known in all_settings().items() if not known.stages} == decides_none
+    assert all(all_settings()[name].stages for name in needs_a_file)
+
+
+def test_a_stage_is_made_of_earlier_ones_only() -> None:
+    assert tuple(INPUTS) == STAGES
+    for stage, inputs in INPUTS.items():
+        assert all(STAGES.index(name) < STAGES.index(stage) for name in inputs)

@@ -2,27 +2,33 @@
 
 Results go to stdout, progress and logs to stderr; `--json` prints one JSON object. Exit status: 0
 good, 1 the constraint was not met or a check failed, 2 bad input, 130 interrupted. Heavy imports
-happen inside the commands, so that `--help` answers at once.
+happen inside the commands, so that `--help` answers at once. The options of a stage are its
+settings, see `options.py`.
 """
 
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
 from autoprec.cli.errors import drop_output, one_line_of
+from autoprec.cli.options import with_settings
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.records import APPLICABLE_RECIPES, Plan, Record
-from autoprec.tuning import stages as pipeline
-from autoprec.tuning.settings import Settings, parse_duration, parse_fraction, parse_recipes
+from autoprec.records import Plan, Record
+from autoprec.tuning.settings import STAGES, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from autoprec.tuning.run import Run
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Which layers should train in FP8, BF16 or FP32? Measured, searched, proven.",
@@ -38,121 +44,30 @@ app.add_typer(devices_app, name="devices", rich_help_panel=None)
 Workload = Annotated[
     str, typer.Argument(metavar="MODEL.py", help="The workload: FILE or FILE:NAME.")
 ]
-Target = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, or a device profile (name or path) that is predicted.")
-]
-Out = Annotated[Path, typer.Option(help="Folder for what the run writes.")]
-Tolerance = Annotated[str, typer.Option(help="Allowed relative loss gap, e.g. 0.1% or 0.001.")]
-Keep = Annotated[
+Words = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
-    typer.Option(help="GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat."),
-]
-Recipes = Annotated[
-    str,
-    typer.Option(
-        help="FP8 recipes to consider, separated by commas; `delayed` is measured for comparison."
+    typer.Argument(
+        metavar="[MODEL.py] [-- ARGS]",
+        help="The workload: FILE or FILE:NAME. With --script: the script's own arguments.",
     ),
-]
-Trials = Annotated[int, typer.Option(min=0, help="Optuna trials after the exact seeds.")]
-Budget = Annotated[str, typer.Option(help="Time limit of the search, e.g. 20m, 90s or 1h.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Storage = Annotated[str, typer.Option(help="Optuna storage URL; default OUT/study.db.")]
-Study = Annotated[str, typer.Option(help="Name of the Optuna study.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Skip stages that are finished in OUT.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Checkpoint = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads it at run time
-    typer.Option(help="Start from this checkpoint (state dict) instead of from scratch."),
-]
-Parallel = Annotated[
-    str,
-    typer.Option(
-        metavar="PARTS",
-        help="With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 "
-        "gathers), ac=full or ac=selective (recomputation), e.g. fsdp=32,tp=8.",
-    ),
-]
-Meta = Annotated[
-    bool,
-    typer.Option(
-        "--meta",
-        help="Capture without weights: for a model too large for here. MODEL.py may then be a "
-        "transformers config (the JSON file or its folder).",
-    ),
-]
-Batch = Annotated[
-    Optional[int],  # noqa: UP045 - typer reads it at run time
-    typer.Option(min=1, help="Of a config: sequences a step on a device; default 1."),
-]
-Sequence = Annotated[
-    Optional[int],  # noqa: UP045 - typer reads it at run time
-    typer.Option(min=2, help="Of a config: tokens a sequence; default 4096 or what it can."),
-]
-Compiled = Annotated[
-    Optional[bool],  # noqa: UP045 - typer reads it at run time
-    typer.Option(
-        "--compile/--eager",
-        help="Times under torch.compile or eager; default: eager here, compiled on a profile.",
-    ),
-]
-Rest = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
-    typer.Argument(metavar="[-- ARGS]", help="With --script: the script's own arguments."),
-]
-NoGemmsHp = Annotated[
-    bool, typer.Option("--no-gemms-hp", help="Keep the three GEMMs of an FP8 layer together.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
+Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Given = Any  # texts and values of the settings that a command has
 
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
-DEFAULT_RECIPES = ",".join(APPLICABLE_RECIPES)
 
 
 @app.command()
-def tune(
-    workload: Annotated[
-        str, typer.Argument(metavar="[MODEL.py]", help="The workload: FILE or FILE:NAME.")
-    ] = "",
-    rest: Rest = None,
-    script: Annotated[
-        str, typer.Option(metavar="TRAIN.py", help="Tune what a training script trains instead.")
-    ] = "",
-    script_steps: Annotated[
-        int, typer.Option(min=8, help="Training steps of the script to record, then it is stopped.")
-    ] = 32,
-    target: Target = "auto",
-    out: Out = Path("autoprec-out"),
-    loss_tolerance: Tolerance = "0.1%",
-    keep: Keep = None,
-    recipes: Recipes = DEFAULT_RECIPES,
-    no_gemms_hp: NoGemmsHp = False,
-    trials: Trials = 12,
-    time_budget: Budget = "",
-    seed: Seed = 0,
-    storage: Storage = "",
-    study: Study = "autoprec",
-    checkpoint: Checkpoint = None,
-    sensitivity: Annotated[
-        Optional[Path],  # noqa: UP045 - typer reads it at run time
-        typer.Option(help="Use this sensitivity.json instead of measuring."),
-    ] = None,
-    parallel: Parallel = "",
-    compiled: Compiled = None,
-    meta: Meta = False,
-    batch: Batch = None,
-    sequence: Sequence = None,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the training proof.")
-    ] = False,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
+@with_settings()
+def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
     """Find, prove and save the precision plan of a model: every stage, then the report."""
-    settings = _of_script(_settings(locals()), rest or [])
-    outcome = _with_progress(settings, pipeline.tune_workload)
-    _print_run(out, as_json=as_json)
-    raise typer.Exit(outcome.exit_code)
+    settings = _tune_settings(words or [], given)
+    made = _run(settings, lambda run: run.make())
+    _print_run(settings.out, as_json=as_json)
+    raise typer.Exit(made.exit_code)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -186,85 +101,59 @@ def run(
 
 
 @app.command()
-def profile(
-    workload: Workload,
-    target: Target = "auto",
-    out: Out = Path("autoprec-out"),
-    recipes: Recipes = DEFAULT_RECIPES,
-    no_gemms_hp: NoGemmsHp = False,
-    seed: Seed = 0,
-    parallel: Parallel = "",
-    compiled: Compiled = None,
-    meta: Meta = False,
-    batch: Batch = None,
-    sequence: Sequence = None,
-    as_json: Json = False,
-) -> None:
+@with_settings("profile")
+def profile(workload: Workload, as_json: Json = False, **given: Given) -> None:
     """Measure (or predict) time and memory of every layer and option: profile.json."""
-    settings = _settings(locals())
-    record = _with_progress(settings, pipeline.profile_stage)
-    _print_record(record, as_json=as_json)
+    settings = Settings.of(workload=workload, **given)
+    made = _run(settings, lambda run: run.profile, stages=("profile",))
+    _print_record(made, as_json=as_json)
 
 
 @app.command()
-def sensitivity(
-    workload: Workload,
-    target: Target = "auto",
-    out: Out = Path("autoprec-out"),
-    recipes: Recipes = DEFAULT_RECIPES,
-    seed: Seed = 0,
-    checkpoint: Checkpoint = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what each precision does to loss and gradient: sensitivity.json."""
-    settings = _settings(locals())
-    record = _with_progress(settings, pipeline.sensitivity_stage)
-    _print_record(record, as_json=as_json)
+@with_settings("sensitivity")
+def sensitivity(workload: Workload, as_json: Json = False, **given: Given) -> None:
+    """Measure what each precision does to the gradient: sensitivity.json."""
+    settings = Settings.of(workload=workload, **given)
+    made = _run(settings, lambda run: run.sensitivity, stages=("sensitivity",))
+    _print_record(made, as_json=as_json)
 
 
 @app.command()
+@with_settings("search")
 def search(
     out: RunFolder,
     workload: Annotated[
         str, typer.Option(help="MODEL.py: measure whole plans; without it, use the saved tables.")
     ] = "",
-    loss_tolerance: Tolerance = "0.1%",
-    keep: Keep = None,
-    trials: Trials = 12,
-    time_budget: Budget = "",
-    seed: Seed = 0,
-    storage: Storage = "",
-    study: Study = "autoprec",
     as_json: Json = False,
+    **given: Given,
 ) -> None:
     """Search the plan again from profile.json and sensitivity.json: search.json, plan.json."""
-    settings = _settings(locals())
-    record = _with_progress(settings, pipeline.search_stage)
-    _print_record(record, as_json=as_json)
+    settings = Settings.of(out=out, workload=workload, **given)
+    made = _run(settings, lambda run: run.plan, stages=("search",))
+    _print_record(made, as_json=as_json)
 
 
 @app.command()
-def verify(
-    workload: Workload,
-    plan: PlanFile,
-    target: Target = "auto",
-    out: Out = Path("autoprec-out"),
-    loss_tolerance: Tolerance = "0.1%",
-    seed: Seed = 0,
-    checkpoint: Checkpoint = None,
-    as_json: Json = False,
-) -> None:
-    """Train with a plan beside the reference and prove or refute it: verification.json."""
-    settings = _settings(locals())
-    record = _with_progress(settings, lambda drawn: pipeline.verify_stage(drawn, plan))
-    _print_record(record, as_json=as_json)
-    raise typer.Exit(0 if record.verdict == "verified" else 1)
+@with_settings("verification", loss_tolerance="")
+def verify(workload: Workload, plan: PlanFile, as_json: Json = False, **given: Given) -> None:
+    """Train with a plan beside the reference and prove or refute it: verification.json.
+
+    Without --loss-tolerance it is the one that the plan was made for.
+    """
+    given["loss_tolerance"] = given["loss_tolerance"] or Plan.load(plan).constraint.loss_tolerance
+    settings = Settings.of(workload=workload, **given)
+    made = _run(settings, lambda run: run.verify(plan), stages=("verification",))
+    _print_record(made, as_json=as_json)
+    raise typer.Exit(0 if made.verdict == "verified" else 1)
 
 
 @app.command()
 def report(out: RunFolder, as_json: Json = False) -> None:
     """Write report.html and layers.csv again from a run folder's records."""
-    pipeline.write_report(out)
+    from autoprec.tuning.run import write_report
+
+    write_report(out, out / "report.html")
     _print_run(out, as_json=as_json)
 
 
@@ -363,54 +252,31 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status or 0)  # a command that returns nothing went well
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:  # Any: a command's own arguments
-    """Make settings of a command's arguments; those that are no setting are left out."""
-    convert: dict[str, tuple[str, Callable[[Any], Any]]] = {  # Any: as above
-        "loss_tolerance": ("loss_tolerance", parse_fraction),
-        "keep": ("keep", lambda globs: tuple(globs or ())),
-        "recipes": ("recipes", parse_recipes),
-        "time_budget": ("time_budget_s", parse_duration),
-        "storage": ("storage", lambda url: url or None),
-        "no_verify": ("verify", lambda skipped: not skipped),
-        "no_gemms_hp": ("gemms_hp", lambda kept: not kept),
-    }
-    fields = {}
-    for name, value in given.items():
-        field, function = convert.get(name, (name, lambda same: same))
-        if field in Settings.__dataclass_fields__:
-            fields[field] = function(value)
-    return Settings(**fields)
-
-
-def _of_script(settings: Settings, rest: list[str]) -> Settings:
-    """Give the words after the options to the script, where there is one.
+def _tune_settings(words: list[str], given: dict[str, Any]) -> Settings:  # Any: as `Given`
+    """Return the settings of `tune`, whose words are a MODEL.py, or a script's own arguments.
 
     Raises:
         WorkloadError: there is no workload, or something is left over.
     """
-    words = [*filter(None, [settings.workload]), *rest]
-    if settings.script and settings.meta:
-        raise WorkloadError("--meta needs a MODEL.py, since a script is run; leave --script out")
-    if settings.script:
-        out = settings.out.absolute()  # the script may change the folder
-        return replace(settings, workload="", script_args=tuple(words), out=out)
+    if given["script"]:
+        return Settings.of(script_args=tuple(words), **given)
     if len(words) != 1:
         raise WorkloadError(
             f"tune needs one MODEL.py, or --script TRAIN.py, but got {len(words)} files; "
             "only a script takes further arguments, after --"
         )
-    return settings
+    return Settings.of(workload=words[0], **given)
 
 
-T = TypeVar("T")
-
-
-def _with_progress(settings: Settings, stage: Callable[[Settings], T]) -> T:
-    """Run a stage with its progress drawn on stderr."""
+def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...] = STAGES) -> T:
+    """Return what `make` makes of a run, whose progress is drawn on stderr."""
     from autoprec.cli.console import drawn_progress
+    from autoprec.tuning.run import Run
 
     with drawn_progress() as progress:
-        return stage(replace(settings, progress=progress))
+        run = Run(settings, stages=stages, progress=progress)
+        with run.folder.locked():
+            return make(run)
 
 
 def _print_run(out: Path, *, as_json: bool) -> None:

@@ -1,74 +1,283 @@
-"""What the user asked for, and how its texts are read."""
+"""What the user asked for: each setting once, with its help, how its text is read, and its stages.
 
-from dataclasses import dataclass, field
+The command line makes its options of these fields, Python its keyword arguments, and `--resume`
+repeats the stages that a changed setting decides. So a new setting is a field here, and the place
+that reads it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
 
-from autoprec.common.progress import Progress, report_nothing
-from autoprec.errors import DeviceError, RecordError, WorkloadError
-from autoprec.predict.parallel import parse_parallel
+from autoprec.common.text import shown_value
+from autoprec.errors import DeviceError, SettingsError, WorkloadError
 from autoprec.records import APPLICABLE_RECIPES, Constraint, Option, Recipe, fp8_option
+from autoprec.tuning.parsing import (
+    parse_duration,
+    parse_fraction,
+    parse_keeps,
+    parse_memory,
+    parse_path,
+    parse_recipes,
+)
 from autoprec.workload.hf_config import config_file
 
-LOCAL_TARGETS = ("auto", "cpu", "cuda")
+if TYPE_CHECKING:
+    from autoprec.records.devices import DeviceProfile
+
+STAGES = ("profile", "sensitivity", "search", "verification")
+LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one setting beside its type and default.
+
+    Attributes:
+        about: one line of help.
+        stages: whose records it decides: `--resume` makes these again when it has changed.
+        commands: the stages that have it as an option; default: those it decides. `tune` has all.
+        parse: from a text (or a value from Python) to the value; without it the type's own.
+        text: the command line's default, where it is not the value's.
+        option: names, least value and looks of the option, as `typer.Option` takes them.
+    """
+
+    about: str
+    stages: tuple[str, ...] = ()
+    commands: tuple[str, ...] | None = None
+    parse: Callable[[Any], Any] | None = None  # Any: as above
+    text: str | None = None
+    option: Mapping[str, Any] = field(default_factory=dict)  # Any: typer's own
+
+    def is_option_of(self, stage: str) -> bool:
+        """Whether the command of a stage has it as an option."""
+        return stage in (self.stages if self.commands is None else self.commands)
+
+
+PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. Times in seconds, `loss_tolerance` relative (0.001 = 0.1 %).
+    """What the user asked for, checked as far as it can be without running anything.
 
-    `script`, if given, is a training script to record for `script_steps` steps in the place of a
-    workload file. `meta`: the model is captured without storage, so nothing of it can be measured.
-    `parallel` holds the degrees of a device profile's run, checked before anything is captured.
-    `batch` sequences of `sequence` tokens are a step of a workload that is a transformers config.
+    Make one with `Settings.of`, which reads texts as the command line takes them.
+
+    >>> Settings.of(workload="model.py", loss_tolerance="0.5%", recipes="rowwise").loss_tolerance
+    0.005
 
     Raises:
-        DeviceError: `parallel` cannot be read, or the target is the machine at hand.
+        SettingsError: a value is not one that its setting takes.
+        DeviceError: the target does not go with `parallel` or `meta`.
         WorkloadError: `batch` or `sequence` is given for what is no config.
     """
 
-    workload: str = ""
-    script: str = ""
-    script_args: tuple[str, ...] = ()
-    script_steps: int = 32
-    target: str = "auto"
-    out: Path = Path("autoprec-out")
-    loss_tolerance: float = 1e-3
-    keep: tuple[str, ...] = ()
-    recipes: tuple[Recipe, ...] = APPLICABLE_RECIPES
-    trials: int = 12
-    time_budget_s: float | None = None
-    seed: int = 0
-    storage: str | None = None
-    study: str = "autoprec"
-    checkpoint: Path | None = None
-    sensitivity: Path | None = None
-    parallel: str = ""
-    compiled: bool | None = None
-    meta: bool = False
-    batch: int | None = None
-    sequence: int | None = None
-    gemms_hp: bool = True
-    verify: bool = True
-    resume: bool = False
-    progress: Progress = field(default=report_nothing, compare=False)
+    workload: Annotated[
+        str, Setting("The workload: FILE or FILE:NAME.", stages=STAGES, commands=())
+    ] = ""
+    script: Annotated[
+        str,
+        Setting(
+            "Tune what a training script trains instead.",
+            stages=STAGES,
+            commands=(),
+            option={"metavar": "TRAIN.py"},
+        ),
+    ] = ""
+    script_args: Annotated[
+        tuple[str, ...], Setting("The script's own arguments.", stages=STAGES, commands=())
+    ] = ()
+    script_steps: Annotated[
+        int,
+        Setting(
+            "Training steps of the script to record, then it is stopped.",
+            stages=STAGES,
+            commands=(),
+            option={"min": 8},
+        ),
+    ] = 32
+    target: Annotated[
+        str,
+        Setting(
+            "auto, cpu, cuda, cuda:N, or a device profile (name or path) that is predicted.",
+            stages=(PROFILE, SENSITIVITY, VERIFICATION),
+        ),
+    ] = "auto"
+    out: Annotated[
+        Path,
+        Setting(
+            "Folder for what the run writes.",
+            commands=(PROFILE, SENSITIVITY, VERIFICATION),
+            parse=Path,
+            text="autoprec-out",
+        ),
+    ] = Path("autoprec-out")
+    loss_tolerance: Annotated[
+        float,
+        Setting(
+            "Allowed relative loss gap, e.g. 0.1% or 0.001.",
+            stages=(SEARCH, VERIFICATION),
+            parse=parse_fraction,
+            text="0.1%",
+        ),
+    ] = 1e-3
+    memory: Annotated[
+        int | None,
+        Setting(
+            "Largest peak memory of the plan on one device, e.g. 40GiB.",
+            stages=(SEARCH,),
+            parse=parse_memory,
+            text="",
+        ),
+    ] = None
+    keep: Annotated[
+        tuple[str, ...],
+        Setting(
+            "GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat.",
+            stages=(SEARCH,),
+            parse=parse_keeps,
+        ),
+    ] = ()
+    recipes: Annotated[
+        tuple[Recipe, ...],
+        Setting(
+            "FP8 recipes to consider, separated by commas; delayed is measured for comparison.",
+            stages=(PROFILE, SENSITIVITY),
+            parse=parse_recipes,
+            text=",".join(APPLICABLE_RECIPES),
+        ),
+    ] = APPLICABLE_RECIPES
+    gemms_hp: Annotated[
+        bool, Setting("Consider FP8 layers with some GEMMs kept in BF16.", stages=(PROFILE,))
+    ] = True
+    trials: Annotated[
+        int, Setting("Optuna trials after the exact seeds.", stages=(SEARCH,), option={"min": 0})
+    ] = 12
+    time_budget: Annotated[
+        float | None,
+        Setting(
+            "Time limit of the search, e.g. 20m, 90s or 1h.",
+            stages=(SEARCH,),
+            parse=parse_duration,
+            text="",
+        ),
+    ] = None
+    seed: Annotated[int, Setting("Seed of everything random.", stages=STAGES)] = 0
+    storage: Annotated[
+        str, Setting("Optuna storage URL; default OUT/study.db.", stages=(SEARCH,))
+    ] = ""
+    study: Annotated[str, Setting("Name of the Optuna study.", stages=(SEARCH,))] = "autoprec"
+    checkpoint: Annotated[
+        Path | None,
+        Setting(
+            "Start from this checkpoint (state dict) instead of from scratch.",
+            stages=(SENSITIVITY, VERIFICATION),
+            parse=parse_path,
+            text="",
+        ),
+    ] = None
+    sensitivity: Annotated[
+        Path | None,
+        Setting(
+            "Use this sensitivity.json instead of measuring.",
+            stages=(SENSITIVITY,),
+            commands=(),
+            parse=parse_path,
+            text="",
+        ),
+    ] = None
+    parallel: Annotated[
+        str,
+        Setting(
+            "With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 "
+            "gathers), ac=full or ac=selective (recomputation), e.g. fsdp=32,tp=8.",
+            stages=(PROFILE,),
+            option={"metavar": "PARTS"},
+        ),
+    ] = ""
+    compile: Annotated[
+        bool | None,
+        Setting(
+            "Times under torch.compile or eager; default: eager here, compiled on a profile.",
+            stages=(PROFILE,),
+            option={"names": ("--compile/--eager",)},
+        ),
+    ] = None
+    meta: Annotated[
+        bool,
+        Setting(
+            "Capture without weights: for a model too large for here. MODEL.py may then be a "
+            "transformers config (the JSON file or its folder).",
+            stages=(PROFILE,),
+            option={"names": ("--meta",)},
+        ),
+    ] = False
+    batch: Annotated[
+        int | None,
+        Setting(
+            "Of a config: sequences a step on a device; default 1.",
+            stages=(PROFILE,),
+            option={"min": 1},
+        ),
+    ] = None
+    sequence: Annotated[
+        int | None,
+        Setting(
+            "Of a config: tokens a sequence; default 4096 or what it can.",
+            stages=(PROFILE,),
+            option={"min": 2},
+        ),
+    ] = None
+    verify: Annotated[bool, Setting("Prove the plan by training.")] = True
+    resume: Annotated[
+        bool, Setting("Skip stages that are finished in OUT.", option={"names": ("--resume",)})
+    ] = False
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:  # Any: texts, or values of the settings' types
+        """Return the settings of texts or values by name.
+
+        Raises:
+            SettingsError: a name is no setting, or a value is not one that it takes.
+        """
+        known = all_settings()
+        if unknown := [name for name in given if name not in known]:
+            raise SettingsError(
+                f"a setting must be one of {', '.join(known)}, but {unknown[0]!r} is none; "
+                "correct the name"
+            )
+        return cls(**{name: _read(name, known[name], value) for name, value in given.items()})
 
     def __post_init__(self) -> None:
-        """Refuse a `parallel`, `batch` or `sequence` that would come to nothing."""
+        """Refuse what contradicts itself, or would come to nothing."""
         if (self.batch or self.sequence) and not self.config:
             raise WorkloadError(
                 "--batch and --sequence are for a workload that is a transformers config, but it "
                 f"is {self.script or self.workload!r}, which makes its own batches; "
                 "leave them out"
             )
-        if not self.parallel:
-            return
-        if self.is_local:
+        if self.script and self.meta:
+            raise WorkloadError(
+                "--meta needs a MODEL.py, since a script is run; leave --script out"
+            )
+        if self.parallel and self.is_local:
             raise DeviceError(
                 "--parallel needs a device profile as its target, since what is measured here is "
                 f"one device, but the target is {self.target!r} and --parallel {self.parallel!r}; "
                 "add e.g. --target h100-sxm, or leave --parallel out"
             )
-        parse_parallel(self.parallel)
+        if self.parallel:
+            from autoprec.predict.parallel import parse_parallel
+
+            parse_parallel(self.parallel)
+        if self.meta and self.is_local:
+            raise DeviceError(
+                "--meta needs a device profile as its target, since nothing is run that could be "
+                f"timed, but the target is {self.target!r}; add e.g. --target h100-sxm"
+            )
 
     @property
     def config(self) -> Path | None:
@@ -78,81 +287,57 @@ class Settings:
     @property
     def is_local(self) -> bool:
         """Whether the target is the machine at hand rather than a device profile."""
-        return self.target in LOCAL_TARGETS
+        return LOCAL_TARGET.fullmatch(self.target) is not None
 
     @property
     def is_compiled(self) -> bool:
         """Whether times are those of torch.compile: by default only for a device profile."""
-        return not self.is_local if self.compiled is None else self.compiled
+        return not self.is_local if self.compile is None else self.compile
 
-
-def constraint_of(settings: Settings) -> Constraint:
-    """Return the constraint that the settings ask for."""
-    return Constraint(
-        loss_tolerance=settings.loss_tolerance, grad_error_budget=None, keep=settings.keep
-    )
-
-
-def fp8_options(settings: Settings) -> tuple[Option, ...]:
-    """Return the FP8 options of the chosen recipes that a plan can apply: timed and searched."""
-    return tuple(fp8_option(recipe) for recipe in settings.recipes if recipe in APPLICABLE_RECIPES)
-
-
-def measured_options(settings: Settings) -> tuple[Option, ...]:
-    """Return the FP8 options whose effect is measured: delayed scaling too, where asked for."""
-    return tuple(fp8_option(recipe) for recipe in settings.recipes)
-
-
-def parse_recipes(text: str) -> tuple[Recipe, ...]:
-    """Return the recipes of a comma-separated list.
-
-    Raises:
-        RecordError: a name is no recipe, or none of them can be applied.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    wrong = [name for name in names if name not in tuple(Recipe)]
-    if wrong or not set(names) & set(APPLICABLE_RECIPES):
-        raise RecordError(
-            f"--recipes must be among {', '.join(APPLICABLE_RECIPES)} (and {Recipe.DELAYED} beside "
-            f"these, for comparison: no plan applies it), but it is {text!r}; "
-            "separate several with commas"
+    @property
+    def constraint(self) -> Constraint:
+        """What the plan must satisfy."""
+        return Constraint(
+            loss_tolerance=self.loss_tolerance,
+            grad_error_budget=None,
+            memory_bytes=self.memory,
+            keep=self.keep,
         )
-    return tuple(Recipe(name) for name in dict.fromkeys(names))
+
+    @property
+    def fp8_options(self) -> tuple[Option, ...]:
+        """The FP8 options that a plan may take: those of the recipes that can be applied."""
+        return tuple(fp8_option(r) for r in self.recipes if r in APPLICABLE_RECIPES)
+
+    @property
+    def measured_options(self) -> tuple[Option, ...]:
+        """The FP8 options whose effect is measured: `delayed` too where it was asked for."""
+        return tuple(fp8_option(recipe) for recipe in self.recipes)
+
+    def device_profile(self) -> "DeviceProfile | None":
+        """Return the device profile that the target names; None for the machine at hand.
+
+        Raises:
+            DeviceError: it is neither a device here nor a profile.
+        """
+        from autoprec.predict.registry import load_device_profile
+
+        return None if self.is_local else load_device_profile(self.target)
 
 
-def parse_fraction(text: str) -> float:
-    """Return 0.001 for `0.1%` or `0.001`.
+@cache
+def all_settings() -> dict[str, Setting]:
+    """Return what is known of every setting, by name."""
+    hints = get_type_hints(Settings, include_extras=True)
+    return {each.name: hints[each.name].__metadata__[0] for each in fields(Settings)}
 
-    Raises:
-        RecordError: it is not a number between 0 and 1.
-    """
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise RecordError(
-            f"--loss-tolerance must be a share above 0 and below 1, but it is {text!r}; "
-            "write e.g. 0.1% or 0.001"
+
+def _read(name: str, known: Setting, given: Any) -> Any:  # Any: texts and values of any type
+    """Return the value of a setting, from a text or a value of its type."""
+    value = known.parse(given) if known.parse else given
+    least = known.option.get("min")
+    if least is not None and value is not None and value < least:
+        raise SettingsError(
+            f"--{name.replace('_', '-')} must be at least {least}, but it is {shown_value(given)}"
         )
     return value
-
-
-def parse_duration(text: str) -> float | None:
-    """Return seconds for `20m`, `90s` or `1h`; None for an empty text.
-
-    Raises:
-        RecordError: it is not a positive number with s, m or h.
-    """
-    if not text:
-        return None
-    factors = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    try:
-        seconds = float(text[:-1]) * factors[text[-1]]
-    except (ValueError, KeyError):
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise RecordError(
-            f"--time-budget must be a number with s, m or h, but it is {text!r}; write e.g. 20m"
-        )
-    return seconds

@@ -1,0 +1,67 @@
+"""`autoprec.tune`: the whole tuning run from Python."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.errors import SettingsError
+from autoprec.tuning.run import Run
+from autoprec.tuning.settings import Settings
+
+FUNCTIONS = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
+Functions = Mapping[str, Callable[..., Any]]  # Any: the user's own functions
+
+
+def tune(
+    source: str | Path | Functions | object = None,
+    /,
+    *,
+    progress: Progress = report_nothing,
+    **given: Any,  # Any: functions of a workload, and values of settings
+) -> Run:
+    """Find, prove and save the precision plan of a model, as `autoprec tune` does.
+
+    >>> run = autoprec.tune(
+    ...     build_model=lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
+    ...     train_batches=batches,  # seed -> iterator of batches
+    ...     loss_fn=lambda model, batch: (model(batch) - batch).square().mean(),
+    ...     out=folder,
+    ...     trials=0,
+    ...     verify=False,
+    ... )
+    >>> len(run.plan.layers)
+    2
+    >>> run.report(folder / "report.html").name
+    'report.html'
+
+    Args:
+        source: the path of a `model.py` (or `model.py:name`), or the functions of one: a mapping
+            of them by name, or any object that has them. They may be keyword arguments too.
+        progress: told how far each stage is.
+        given: settings by the names of the command line's options, as values or as its texts:
+            `target`, `out`, `loss_tolerance`, `keep`, `recipes`, `trials`, `verify`, `resume`, ...
+
+    Returns:
+        The run, with `plan`, `profile`, `sensitivity`, `search`, `verification` and `report()`.
+
+    Raises:
+        SettingsError: there is no workload or more than one, or a setting is wrong.
+        AutoprecError: a stage cannot do what was asked, see `autoprec.errors`.
+    """
+    functions = {name: given.pop(name) for name in FUNCTIONS if name in given}
+    if (source is None) == (not functions and not given.get("script")):
+        raise SettingsError(
+            "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
+            f"arguments, but it got {'two' if source is not None else 'none'}"
+        )
+    workload = None
+    if isinstance(source, str | Path):
+        given["workload"] = str(source)
+    elif source is not None or functions:
+        from autoprec.workload.functions import workload_from
+
+        workload = workload_from(functions or source, name="the functions given")
+    run = Run(Settings.of(**given), workload=workload, progress=progress)
+    with run.folder.locked():
+        return run.make()

@@ -1,0 +1,120 @@
+"""Texts and values of settings -> what they stand for, or one line that says what is wrong."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from autoprec.common.text import shown_value
+from autoprec.errors import SettingsError
+from autoprec.records import APPLICABLE_RECIPES, Recipe
+
+MEASURED_RECIPES = (*APPLICABLE_RECIPES, Recipe.DELAYED)  # emulated, for comparison
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
+    """Return the recipes of a comma-separated list or of a sequence of names.
+
+    >>> parse_recipes("tensorwise, rowwise")
+    (<Recipe.TENSORWISE: 'tensorwise'>, <Recipe.ROWWISE: 'rowwise'>)
+
+    Raises:
+        SettingsError: a name is no recipe, or none of them can be applied.
+    """
+    words = given.split(",") if isinstance(given, str) else given
+    names = [str(name).strip() for name in words if str(name).strip()]
+    wrong = [name for name in names if name not in tuple(MEASURED_RECIPES)]
+    if wrong or not set(names) & set(APPLICABLE_RECIPES):
+        raise SettingsError(
+            f"--recipes must be among {', '.join(APPLICABLE_RECIPES)} (and {Recipe.DELAYED} beside "
+            f"these, for comparison: no plan applies it), but it is {shown_value(given)}; "
+            "separate several with commas"
+        )
+    return tuple(Recipe(name) for name in dict.fromkeys(names))
+
+
+def parse_fraction(given: str | float) -> float:
+    """Return the share that a text or number stands for.
+
+    >>> parse_fraction("0.1%"), parse_fraction(0.002)
+    (0.001, 0.002)
+
+    Raises:
+        SettingsError: it is not a number between 0 and 1.
+    """
+    text = str(given)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise SettingsError(
+            f"--loss-tolerance must be a share above 0 and below 1, but it is "
+            f"{shown_value(given)}; write e.g. 0.1% or 0.001"
+        )
+    return value
+
+
+def parse_duration(given: str | float | None) -> float | None:
+    """Return the seconds of a text such as `20m`, `90s` or `1h`; None where none was given.
+
+    >>> parse_duration("20m")
+    1200.0
+
+    Raises:
+        SettingsError: it is not a positive number with s, m or h.
+    """
+    if given is None or given == "":
+        return None
+    factors = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    try:
+        seconds = float(given[:-1]) * factors[given[-1]] if isinstance(given, str) else float(given)
+    except (ValueError, KeyError):
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise SettingsError(
+            f"--time-budget must be a number with s, m or h, but it is {shown_value(given)}; "
+            "write e.g. 20m"
+        )
+    return seconds
+
+
+def parse_memory(given: str | float | None) -> int | None:
+    """Return the bytes of a text such as `40GiB` or `80GB`; None where none was given.
+
+    >>> parse_memory("1.5GiB")
+    1610612736
+
+    Raises:
+        SettingsError: it is not a positive number with a unit of bytes.
+    """
+    if given is None or given == "":
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)\s*", str(given).upper())
+    size = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
+    if size < 1.0:
+        raise SettingsError(
+            f"--memory must be a number of bytes with a unit, but it is {shown_value(given)}; "
+            "write e.g. 40GiB or 80GB"
+        )
+    return int(size)
+
+
+def parse_keeps(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the texts of `--keep`, each of which says GLOB=PRECISION[:RECIPE].
+
+    Raises:
+        RecordError: one of them cannot be read.
+    """
+    from autoprec.search.keep import parse_keep
+
+    texts = (given,) if isinstance(given, str) else tuple(given or ())
+    for text in texts:
+        parse_keep(text)
+    return texts
+
+
+def parse_path(given: str | Path | None) -> Path | None:
+    """Return the path of a text, or None."""
+    return Path(given) if given else None

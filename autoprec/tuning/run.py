@@ -1,0 +1,480 @@
+"""One tuning run: settings in; workload, model, profile, sensitivity, search, plan, proof out.
+
+    capture + profile -> profile.json -> sensitivity.json -> search.json + plan.json
+    -> verification.json (+ plan.json with its certificate) -> layers.csv + report.html
+
+Every stage is a property of `Run` that makes its record when it is first asked for, writes it to
+the run's folder and keeps it; what a run does not make itself it reads from there. Torch is
+imported only by the stages that need it, so that searching and reporting saved records starts at
+once.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from autoprec import __version__
+from autoprec.common.files import write_atomically
+from autoprec.common.progress import Progress, report_nothing
+from autoprec.common.text import short_digest
+from autoprec.errors import RecordError
+from autoprec.predict.registry import profile_digest
+from autoprec.records import (
+    Certificate,
+    Estimate,
+    ModelSpec,
+    Option,
+    Profile,
+    Search,
+    Sensitivity,
+    Verdict,
+    Verification,
+)
+from autoprec.tuning.folder import Folder
+from autoprec.tuning.plan import Plan
+from autoprec.tuning.settings import STAGES, Settings, all_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoprec.model.context import Context
+    from autoprec.sensitivity.reference import Reference
+    from autoprec.workload.functions import Workload
+
+logger = logging.getLogger(__name__)
+
+INPUTS = {  # the stages whose records each stage's record is made of
+    "profile": (),
+    "sensitivity": ("profile",),
+    "search": ("profile", "sensitivity"),
+    "verification": ("search",),
+}
+R = TypeVar("R", Profile, Sensitivity, Search, Verification)
+Table = TypeVar("Table", Profile, Sensitivity)
+Evaluate = Callable[[tuple[Option, ...]], Estimate]
+
+
+class Run:
+    """A tuning run and its folder.
+
+    Args:
+        settings: what was asked for.
+        workload: live functions in the place of a file, see `workload_from`.
+        stages: those that this run makes; the records of others are read from its folder.
+        progress: told how far each stage is.
+
+    Raises:
+        AutoprecError: of its settings, what can be checked before any work is wrong.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        workload: "Workload | None" = None,
+        stages: tuple[str, ...] = STAGES,
+        progress: Progress = report_nothing,
+    ) -> None:
+        # A script may change the working folder.
+        self.settings = replace(settings, out=settings.out.absolute())
+        self.stages = stages
+        self.progress = progress
+        self.target = settings.device_profile()  # an unknown target ends the run here
+        if settings.sensitivity is not None:
+            Sensitivity.load(settings.sensitivity)
+        if workload is not None:
+            self.workload = workload
+        self.folder = Folder(settings.out)
+
+    # --- what the stages are made of -----------------------------------------------------------
+
+    @cached_property
+    def workload(self) -> "Workload":
+        """The user's functions: the file is executed (or the script recorded) once."""
+        settings = self.settings
+        if settings.config and settings.meta:
+            from autoprec.workload.functions import workload_from
+            from autoprec.workload.hf_config import config_model
+
+            model = config_model(settings.config, batch=settings.batch, sequence=settings.sequence)
+            return workload_from(model, name=settings.workload)
+        if settings.script:
+            from autoprec.integrations.launch import Script, record_workload
+
+            script = Script(settings.script, settings.script_args)
+            return record_workload(script, steps=settings.script_steps)
+        from autoprec.workload.functions import load_workload
+
+        return load_workload(settings.workload)
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """Where numerics are measured: the target, or the machine at hand for a device profile."""
+        from autoprec.device.local import resolve_device
+
+        if self.target is None:
+            return resolve_device(self.settings.target)
+        device = resolve_device("auto")
+        logger.warning("%s is predicted; what is measured runs on %s", self.target.name, device)
+        return device
+
+    @cached_property
+    def context(self) -> "Context":
+        """What every stage that runs the model is given."""
+        from autoprec.model.context import Context
+
+        return Context(self.workload, self.device, self.settings.seed, self.progress)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model as one training step shows it: run here, or without storage with `meta`."""
+        if "profile" not in self.stages and self._path("profile").exists():
+            return self.profile.model
+        settings = self.settings
+        if settings.meta:
+            from autoprec.model.capture_meta import capture_on_meta
+
+            return capture_on_meta(self.workload, seed=settings.seed, progress=self.progress)
+        from autoprec.model.capture import capture_model
+
+        return capture_model(self.context)
+
+    @cached_property
+    def reference(self) -> "Reference":
+        """The FP32 model after its warm-up: sensitivity and search measure against it."""
+        from autoprec.sensitivity.reference import prepare_reference
+
+        return prepare_reference(
+            self.workload,
+            self.spec,
+            device=self.device,
+            checkpoint=self.settings.checkpoint,
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
+
+    # --- the stages ----------------------------------------------------------------------------
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What each layer costs in each option: measured here, or predicted for the target."""
+        return self._staged("profile", Profile, self._make_profile)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What each option does to the gradient: measured, or taken from where it is known."""
+        return self._staged("sensitivity", Sensitivity, self._make_sensitivity)
+
+    @cached_property
+    def search(self) -> Search:
+        """The plans that were looked at, and the one that was chosen."""
+        return self._staged("search", Search, self._make_search)
+
+    @cached_property
+    def verification(self) -> Verification | None:
+        """The proof by training; None where nobody asked, or nothing can be run."""
+        if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
+            return None
+        return self._staged("verification", Verification, self._make_verification)
+
+    @cached_property
+    def candidates(self) -> list[Plan]:
+        """The plans to verify, best first: the chosen one, then the next on the front."""
+        from autoprec.search import build_plan
+
+        points = dict.fromkeys((self.search.chosen, *self.search.ranked))
+        return [
+            Plan.of(
+                build_plan(
+                    self.profile,
+                    self.sensitivity,
+                    self.search,
+                    point,
+                    constraint=self.settings.constraint,
+                )
+            )
+            for point in points
+        ]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the search, or the one that was verified, with its certificate."""
+        chosen = self.candidates[0]
+        chosen.save(self._path("plan"))  # training may take long, and be interrupted
+        if self.verification is None:
+            return chosen
+        proven = next((p for p in self.candidates if p.digest == self.verification.plan), None)
+        if proven is None:
+            raise RecordError(
+                "the verification must be of a plan of this search, but it is of "
+                f"{self.verification.plan}; run the search again, then verify"
+            )
+        return self._certify(proven, self.verification)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the constraint was shown to hold (or nobody asked), 1 when it was not."""
+        proof = self.verification
+        return 0 if proof is None or proof.verdict is Verdict.VERIFIED else 1
+
+    def make(self) -> "Run":
+        """Make every stage in order, and the report."""
+        _ = self.plan
+        self.report()
+        return self
+
+    def verify(self, plan_path: Path) -> Verification:
+        """Prove or refute one plan; write verification.json, and plan.json with its certificate.
+
+        The profile and sensitivity beside the plan give it a step time and a predicted gap.
+        """
+        plan = Plan.load(plan_path)
+        found = self._verified(
+            [plan],
+            _saved_beside(plan_path, plan, Profile),
+            _saved_beside(plan_path, plan, Sensitivity),
+        )
+        found.save(self._path("verification"))
+        self._certify(plan, found)
+        return found
+
+    def report(self, path: Path | str | None = None) -> Path:
+        """Write the run's HTML report and return its path; default: report.html in its folder.
+
+        The layers' table goes beside it as layers.csv.
+        """
+        target = self.settings.out / "report.html" if path is None else Path(path)
+        return write_report(self.settings.out, target)
+
+    def __str__(self) -> str:
+        """Return what `autoprec tune` prints at its end."""
+        from io import StringIO
+
+        from rich.console import Console
+
+        from autoprec.report import load_run, print_summary
+
+        text = StringIO()
+        print_summary(
+            load_run(self.settings.out), Console(file=text, width=100), out=self.folder.path
+        )
+        return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        from autoprec.report import load_run, run_html
+
+        return run_html(load_run(self.settings.out))
+
+    # --- how each record is made ---------------------------------------------------------------
+
+    def _make_profile(self) -> Profile:
+        settings = self.settings
+        if self.target is not None:
+            from autoprec.predict import parse_parallel, predict_profile
+
+            return predict_profile(
+                self.spec,
+                self.target,
+                parallel=parse_parallel(settings.parallel) if settings.parallel else None,
+                compiled=settings.is_compiled,
+                options=settings.fp8_options,
+                gemms_hp=settings.gemms_hp,
+            )
+        from autoprec.profiler import profile_model
+
+        return profile_model(
+            self.context,
+            self.spec,
+            options=settings.fp8_options,
+            gemms_hp=settings.gemms_hp,
+            compiled=settings.is_compiled,
+        )
+
+    def _make_sensitivity(self) -> Sensitivity:
+        from autoprec.predict.transfer import transfer_sensitivity, unknown_sensitivity
+
+        if self.settings.sensitivity is not None:
+            given = Sensitivity.load(self.settings.sensitivity)
+            is_own = given.structure == self.spec.structure
+            return given if is_own else transfer_sensitivity(given, self.spec)
+        if self.settings.meta:
+            return unknown_sensitivity(self.spec)
+        from autoprec.sensitivity.measure import measure_sensitivity
+
+        return measure_sensitivity(
+            self.workload,
+            self.spec,
+            device=self.device,
+            options=self.settings.measured_options,
+            progress=self.progress,
+            reference=self.reference,
+        )
+
+    def _make_search(self) -> Search:
+        from autoprec.search import search_plan
+
+        profile, sensitivity, settings = self.profile, self.sensitivity, self.settings
+        if sensitivity.structure != profile.model.structure:
+            raise RecordError(
+                "profile and sensitivity must be of one model, but their structures are "
+                f"{profile.model.structure} and {sensitivity.structure}; make both from the same "
+                "file"
+            )
+        return search_plan(
+            profile,
+            sensitivity,
+            constraint=settings.constraint,
+            evaluate=self._evaluate if self._can_evaluate else None,
+            trials=settings.trials,
+            time_budget_s=settings.time_budget,
+            seed=settings.seed,
+            storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
+            study_name=settings.study,
+            progress=self.progress,
+        )
+
+    @property
+    def _can_evaluate(self) -> bool:
+        """Whether whole plans can be measured: there is a workload, and a device that runs it."""
+        has_workload = "workload" in vars(self) or self.settings.workload or self.settings.script
+        return bool(has_workload) and self.profile.model.device != "meta"
+
+    @cached_property
+    def _evaluate(self) -> Evaluate:
+        """The measurement of a whole plan's gradient error."""
+        from autoprec.sensitivity.joint import JointMeter
+
+        def evaluate(options: tuple[Option, ...]) -> Estimate:
+            if not meters:  # opened on first use: a resumed study may need none
+                reference = self.reference
+                meters.append(
+                    JointMeter(
+                        reference.workload, self.spec, device=reference.device, reference=reference
+                    )
+                )
+            return meters[0].measure(options)
+
+        meters: list[JointMeter] = []
+        return evaluate
+
+    def _make_verification(self) -> Verification:
+        return self._verified(self.candidates, self.profile, self.sensitivity)
+
+    def _verified(
+        self, plans: list[Plan], profile: Profile | None, sensitivity: Sensitivity | None
+    ) -> Verification:
+        """Train with the first plan; a refuted one gives way to the next."""
+        from autoprec.verification import verify_front
+
+        _, verification = verify_front(
+            self.workload,
+            plans,
+            profile=profile,
+            sensitivity=sensitivity,
+            device=self.device,
+            tolerance=self.settings.loss_tolerance,
+            state_dir=self.settings.out / "branches",
+            checkpoint=self.settings.checkpoint,
+            seed=self.settings.seed,
+            progress=self.progress,
+        )
+        return verification
+
+    def _certify(self, plan: Plan, verification: Verification) -> Plan:
+        """Save and return the plan with the verification's certificate in it."""
+        certificate = Certificate(
+            verdict=verification.verdict,
+            loss_tolerance=verification.loss_tolerance,
+            gap=verification.gap,
+            step_ms={step.label: step.timing.median_ms for step in verification.steps},
+            seeds=verification.gap.seeds if verification.gap else 0,
+            branch_steps=verification.branch_steps,
+        )
+        certified = plan.model_copy(update={"certificate": certificate})
+        certified.save(self._path("plan"))
+        return certified
+
+    # --- files and resuming --------------------------------------------------------------------
+
+    def _path(self, stage: str) -> Path:
+        return self.settings.out / f"{stage}.json"
+
+    def _staged(self, stage: str, record: type[R], make: Callable[[], R]) -> R:
+        """Return a stage's record: read where this run does not make it, or nothing has changed."""
+        path = self._path(stage)
+        if stage not in self.stages:
+            return record.load(path)
+        for earlier in INPUTS[stage]:
+            if earlier in self.stages:
+                getattr(self, earlier)  # its digest is part of this stage's
+        digest = self._stage_digest(stage)
+        is_same = digest is not None and self.folder.finished().get(stage) == digest
+        if self.settings.resume and is_same and path.exists():
+            return record.load(path)
+        made = _random_state_kept(make)
+        made.save(path)
+        self.folder.finish(stage, digest or "")
+        return made
+
+    def _stage_digest(self, stage: str) -> str | None:
+        """Return a hash of all that decides a stage's record; None for live objects: who knows."""
+        if "workload" in vars(self) and not (self.settings.workload or self.settings.script):
+            return None
+        settings, done = self.settings, self.folder.finished()
+        chosen = {
+            name: str(getattr(settings, name))
+            for name, known in all_settings().items()
+            if stage in known.stages
+        }
+        files = [
+            Path(settings.script) if settings.script else settings.config or _file_of(settings)
+        ]
+        if stage == "sensitivity" and settings.sensitivity is not None:
+            files.append(settings.sensitivity)
+        contents = [
+            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+            for file in files
+        ]
+        device = profile_digest(self.target) if self.target and stage == "profile" else ""
+        inputs = [done.get(name, "") for name in INPUTS[stage]]
+        return short_digest(stage, chosen, contents, device, __version__, inputs)
+
+
+def write_report(folder: Path, target: Path) -> Path:
+    """Write layers.csv and an HTML report from the records in a run folder."""
+    from autoprec.report import layers_frame, load_run, render_html
+
+    run = load_run(folder)
+    if run.plan is not None or run.profile is not None:
+        write_atomically(target.parent / "layers.csv", layers_frame(run).to_csv(index=False))
+    return write_atomically(target, render_html(run))
+
+
+def _random_state_kept(make: Callable[[], R]) -> R:
+    """Return what `make` makes; the caller's random numbers go on as if it had not run."""
+    if "torch" not in sys.modules:  # a saved run is searched again without it
+        return make()
+    from autoprec.device.random_state import random_state_kept
+
+    with random_state_kept():
+        return make()
+
+
+def _file_of(settings: Settings) -> Path:
+    """Return the Python file of `model.py` or `model.py:name`."""
+    return Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
+
+
+def _saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:
+    """Return the profile or sensitivity in the plan's folder, if it is there and of its model."""
+    path = plan_path.parent / f"{record.KIND}.json"
+    if not path.exists():
+        return None
+    found = record.load(path)
+    structure = found.model.structure if isinstance(found, Profile) else found.structure
+    return found if structure == plan.fingerprint.structure else None
