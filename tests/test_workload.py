@@ -34,6 +34,37 @@ def test_missing_function_is_named_with_its_signature() -> None:
         workload_from(holder, name="w.py")
 
 
+def test_live_functions_and_objects_need_no_file() -> None:
+    class Mine:
+        def build_model(self) -> nn.Module:
+            return nn.Linear(2, 2)
+
+        def train_batches(self, seed: int) -> Iterator[Tensor]:
+            return iter([torch.full((2, 2), float(seed))])
+
+        def loss_fn(self, model: nn.Module, batch: Tensor) -> Tensor:
+            loss: Tensor = model(batch).sum()
+            return loss
+
+    mine = Mine()
+    given = {"build_model": mine.build_model, "train_batches": mine.train_batches}
+    for holder in (mine, {**given, "loss_fn": mine.loss_fn, "eval_batches": None}):
+        workload = workload_from(holder)
+        assert workload.digest == ""
+        batch = next(workload.train_batches(3))
+        assert workload.loss_fn(workload.build_model(), batch).requires_grad
+
+
+def test_a_mapping_takes_only_the_five_functions_and_says_which_is_missing() -> None:
+    given: dict[str, object] = {"build_model": lambda: 1, "train_batches": lambda seed: []}
+    with pytest.raises(WorkloadError, match=r"the workload must define loss_fn\(model, batch\)"):
+        workload_from(given)
+    with pytest.raises(WorkloadError, match="but it defines 'loss'; see"):
+        workload_from({**given, "loss": lambda m, b: 1})
+    with pytest.raises(WorkloadError, match="loss_fn must be a function, but it is 3; fix it"):
+        workload_from({**given, "loss_fn": 3})
+
+
 @pytest.mark.parametrize(
     ("functions", "call", "message"),
     [

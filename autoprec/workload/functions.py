@@ -1,4 +1,4 @@
-"""The user's file: five plain functions, found by name, checked on every call.
+"""The user's side: five plain functions of a file, an object or a mapping, checked on every call.
 
     def build_model() -> nn.Module
     def train_batches(seed: int) -> Iterator[Any]        # same seed, same batches
@@ -7,33 +7,35 @@
     def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
 
 `train_batches` may be endless or finite. `model.py:name` is an object of that file with the same
-functions as methods. Whatever goes wrong in the user's code becomes one `WorkloadError` line that
-names the function, what it must return and what it returned; the original exception is its cause.
+functions as methods; objects and functions that are there already, as in a notebook, need no file.
+Whatever goes wrong in the user's code becomes one `WorkloadError` line that names the function,
+what it must return and what it returned; the original exception is its cause.
 """
 
-import hashlib
 import importlib.util
 import itertools
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.text import error_line, short_digest, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.workload.hf_config import META_ALONE, config_file
 
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
 MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
 DEFAULT_EVAL_BATCHES = 8
+LONGEST_ERROR = 300  # characters of the user's own exception
 
+T = TypeVar("T")
 Batch = Any  # Any: whatever the user's loss_fn takes
 
 
@@ -41,7 +43,10 @@ Batch = Any  # Any: whatever the user's loss_fn takes
 class Workload:
     """The five functions, defaults filled in, every result checked.
 
-    `name` is how the user called it, `digest` a hash of the file's text (for resuming safely).
+    Attributes:
+        name: how the user called it.
+        digest: a hash of the file's text, so that only an unchanged one is resumed; empty for live
+            objects, of which nobody can say whether they are the same.
     """
 
     name: str
@@ -51,10 +56,7 @@ class Workload:
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model with torch's generator seeded: same seed, same initial weights."""
         torch.manual_seed(seed)
-        with _user_code("build_model()", "an nn.Module"):
-            model = self._functions["build_model"]()
-        if not isinstance(model, nn.Module):
-            raise WorkloadError(_returned("build_model()", "an nn.Module", model))
+        model = self._call("build_model()", nn.Module, "an nn.Module")
         if next(model.parameters(), None) is None:
             raise WorkloadError(
                 "build_model() must return a model with parameters, but "
@@ -64,31 +66,27 @@ class Workload:
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         """Yield training batches without end: a finite iterator starts over."""
+        user_code = _UserCode(f"train_batches(seed={seed})", "an iterator of batches")
         while True:
-            count = 0
-            with _user_code(f"train_batches(seed={seed})", "an iterator of batches"):
+            with user_code:
                 iterator = iter(self._functions["train_batches"](seed))
-            while True:
-                with _user_code(f"train_batches(seed={seed})", "an iterator of batches"):
-                    batch = next(iterator, _END)
-                if batch is _END:
-                    break
-                count += 1
-                yield batch
-            if count == 0:
+                batch = next(iterator, _END)
+            if batch is _END:
                 raise WorkloadError(
                     f"train_batches(seed={seed}) must yield at least one batch, but it yielded "
                     "none; return a fresh iterator on every call"
                 )
+            while batch is not _END:
+                yield batch
+                with user_code:
+                    batch = next(iterator, _END)
 
     def eval_batches(self) -> Sequence[Batch]:
         """Return the held-out batches (at most MAX_EVAL_BATCHES)."""
         if "eval_batches" not in self._functions:
             return list(itertools.islice(self.train_batches(EVAL_SEED), DEFAULT_EVAL_BATCHES))
-        with _user_code("eval_batches()", "an iterable of batches"):
-            batches = list(
-                itertools.islice(iter(self._functions["eval_batches"]()), MAX_EVAL_BATCHES)
-            )
+        with _UserCode("eval_batches()", "an iterable of batches"):
+            batches = list(itertools.islice(self._functions["eval_batches"](), MAX_EVAL_BATCHES))
         if not batches:
             raise WorkloadError(
                 "eval_batches() must return at least one batch, but it returned none; "
@@ -98,10 +96,7 @@ class Workload:
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scalar, floating loss of one batch; its value is not looked at here."""
-        with _user_code("loss_fn(model, batch)", "a scalar tensor"):
-            loss = self._functions["loss_fn"](model, batch)
-        if not isinstance(loss, Tensor):
-            raise WorkloadError(_returned("loss_fn(model, batch)", "a scalar tensor", loss))
+        loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
         if loss.numel() != 1 or not loss.is_floating_point():
             raise WorkloadError(
                 "loss_fn(model, batch) must return a scalar floating tensor, but it returned shape "
@@ -113,12 +108,9 @@ class Workload:
         """Build the user's optimizer over `model` (AdamW with its defaults when there is none)."""
         if "build_optimizer" not in self._functions:
             return torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        with _user_code("build_optimizer(model)", "a torch.optim.Optimizer"):
-            optimizer = self._functions["build_optimizer"](model)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise WorkloadError(
-                _returned("build_optimizer(model)", "a torch.optim.Optimizer", optimizer)
-            )
+        optimizer = self._call(
+            "build_optimizer(model)", torch.optim.Optimizer, "a torch.optim.Optimizer", model
+        )
         own = {id(parameter) for parameter in model.parameters()}
         listed = [p for group in optimizer.param_groups for p in group["params"]]
         if any(id(parameter) not in own for parameter in listed):
@@ -127,6 +119,14 @@ class Workload:
                 "lists others; pass model.parameters()"
             )
         return optimizer
+
+    def _call(self, call: str, kind: type[T], wanted: str, *args: object) -> T:
+        """Call a function, written as `name(arguments)`, and return its result of this kind."""
+        with _UserCode(call, wanted):
+            result = self._functions[call.partition("(")[0]](*args)
+        if not isinstance(result, kind):
+            raise WorkloadError(_returned(call, wanted, result))
+        return result
 
 
 def load_workload(reference: str) -> Workload:
@@ -150,25 +150,39 @@ def load_workload(reference: str) -> Workload:
         if not hasattr(holder, name):
             raise WorkloadError(f"{path} must define {name!r}, but it does not; check the name")
         holder = getattr(holder, name)
-    digest = hashlib.sha256(path.read_bytes() + name.encode()).hexdigest()[:16]
+    digest = short_digest(path.read_bytes().hex(), name)
     return workload_from(holder, name=reference, digest=digest)
 
 
 def workload_from(holder: object, *, name: str = "", digest: str = "") -> Workload:
-    """Make a workload of any object (module, class instance, namespace) with the five functions."""
-    functions = {}
-    for function in REQUIRED + OPTIONAL:
-        found = getattr(holder, function, None)
-        if found is None and function in REQUIRED:
+    """Make a workload of an object (module, class instance) or a mapping with the five functions.
+
+    Raises:
+        WorkloadError: a required function is missing, one is none, or a mapping has others.
+    """
+    every = REQUIRED + OPTIONAL
+    if not isinstance(holder, Mapping):
+        name = name or type(holder).__name__
+        holder = {each: getattr(holder, each, None) for each in every}
+    name = name or "the workload"
+    functions = {each: found for each, found in holder.items() if found is not None}
+    for each in functions:
+        if each not in every:
             raise WorkloadError(
-                f"{name or type(holder).__name__} must define {SIGNATURES[function]}, but it does "
-                "not; see the README for the five functions"
+                f"{name} may define {', '.join(every)}, but it defines {shown_value(each)}; "
+                "see the README for the five functions"
             )
-        if found is not None:
-            if not callable(found):
-                raise WorkloadError(_returned(function, "a function", found))
-            functions[function] = found
-    return Workload(name=name or type(holder).__name__, digest=digest, _functions=functions)
+        if not callable(functions[each]):
+            raise WorkloadError(
+                f"{each} must be a function, but it is {shown_value(functions[each])}; fix it"
+            )
+    for each in REQUIRED:
+        if each not in functions:
+            raise WorkloadError(
+                f"{name} must define {SIGNATURES[each]}, but it does not; "
+                "see the README for the five functions"
+            )
+    return Workload(name=name, digest=digest, _functions=functions)
 
 
 REQUIRED = ("build_model", "train_batches", "loss_fn")
@@ -195,10 +209,10 @@ def check_batches(workload: Workload, *, seed: int, count: int = 2) -> None:
     Raises:
         WorkloadError: two fresh iterators of one seed differ.
     """
-    first = take_batches(workload, seed=seed, count=count)
-    again = take_batches(workload, seed=seed, count=count)
-    for index, (one, other) in enumerate(zip(first, again, strict=True)):
-        if not _same(one, other):
+    first, again = (take_batches(workload, seed=seed, count=count) for _ in range(2))
+    for index, pair in enumerate(zip(first, again, strict=True)):
+        one, other = map(batch_tensors, pair)
+        if len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise WorkloadError(
                 "train_batches(seed) must give the same batches for the same seed, but batch "
                 f"{index} of seed {seed} differs between two calls; draw from a generator seeded "
@@ -245,13 +259,6 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
     return []
 
 
-def _same(one: Batch, other: Batch) -> bool:
-    pairs = list(zip(batch_tensors(one), batch_tensors(other), strict=False))
-    return len(batch_tensors(one)) == len(batch_tensors(other)) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in pairs
-    )
-
-
 def _import_file(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
@@ -261,21 +268,21 @@ def _import_file(path: Path) -> ModuleType:
         raise WorkloadError(f"the workload must be a Python file, but {path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look classes up there
-    with _user_code(f"{path}", "a file that imports"):
+    with _UserCode(f"{path}", "a file that imports"):
         spec.loader.exec_module(module)
     return module
 
 
 def _returned(function: str, wanted: str, got: object) -> str:
-    return f"{function} must return {wanted}, but it returned {type(got).__name__}; mend it"
+    return f"{function} must return {wanted}, but it returned {type(got).__name__}; fix it"
 
 
-class _user_code(ContextDecorator):  # noqa: N801 - reads as a statement
-    """Turn any exception of the user's code into one WorkloadError line."""
+class _UserCode:
+    """Turns any exception of the user's code inside into one WorkloadError line."""
 
     def __init__(self, function: str, wanted: str) -> None:
-        self.function = function
-        self.wanted = wanted
+        self._function = function
+        self._wanted = wanted
 
     def __enter__(self) -> None:
         return None
@@ -288,11 +295,11 @@ class _user_code(ContextDecorator):  # noqa: N801 - reads as a statement
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, AutoprecError):
             return
-        frames: Iterable[traceback.FrameSummary] = traceback.extract_tb(trace)[1:]
+        # The innermost frame of the user's own code; the first is ours, libraries' are no help.
+        frames = traceback.extract_tb(trace)[1:]
         inside = [frame for frame in frames if "site-packages" not in frame.filename]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
-        what = " ".join(str(error).split())[:300]
         raise WorkloadError(
-            f"{self.function} must give {self.wanted}, but it raised {type(error).__name__}"
-            f"{where}: {what}"
+            f"{self._function} must give {self._wanted}, but it raised {type(error).__name__}"
+            f"{where}: {error_line(error, most=LONGEST_ERROR)}"
         ) from error

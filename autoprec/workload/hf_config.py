@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprec.common.text import error_line
 from autoprec.errors import WorkloadError
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ def _read_config(file: Path) -> Any:  # Any: transformers ships no usable types
             str(file), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise WorkloadError(
-            f"{file} must be a config that transformers takes, but it says: {reason}; mend the file"
+            f"{file} must be a config that transformers takes, but it says: "
+            f"{error_line(error, most=300)}; fix the file"
         ) from error
     _check_architecture(config, file)
     config.use_cache = False  # a training step keeps no keys and values
@@ -100,7 +101,7 @@ def _check_kind(file: Path) -> None:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WorkloadError(f"{file} must be JSON, but {error}; mend the file") from error
+        raise WorkloadError(f"{file} must be JSON, but {error}; fix the file") from error
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(kind, str):
         raise WorkloadError(
