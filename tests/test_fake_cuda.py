@@ -1,6 +1,7 @@
 """On a machine without a GPU: nothing of a step lands on another device, or asks it for a value."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ from autoprec.records import (
 from autoprec.runtime import install_options
 from autoprec.runtime.masters import CLOSE_LOOKS, masters_of
 from autoprec.tuning import doctor
-from autoprec.tuning import stages as pipeline
+from autoprec.tuning.run import Run
 from tests.fake_gpu import GPU, FakeGpu
 from tests.models import Mlp
 from tests.runtime_plans import plan_for
@@ -223,26 +224,28 @@ def test_torchaos_workaround_for_triton_is_in_place_where_triton_compiles(
 
 
 def test_memory_that_runs_out_in_any_stage_is_one_line_and_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def full(_: object) -> None:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
         )
 
-    monkeypatch.setattr(pipeline, "profile_stage", full)
+    monkeypatch.setattr(Run, "_make_profile", full)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["profile", "model.py"])
+        cli.main(["profile", "model.py", "--out", str(tmp_path)])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "must fit into the device's memory, but CUDA out of memory" in error
 
 
-def test_other_errors_of_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_ours_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(pipeline, "profile_stage", broken)
+    monkeypatch.setattr(Run, "_make_profile", broken)
     with pytest.raises(RuntimeError, match="a fault"):
-        cli.main(["profile", "model.py"])
+        cli.main(["profile", "model.py", "--out", str(tmp_path)])
