@@ -29,53 +29,23 @@ from torch import nn
 
 from autoprec.guard import Guard, Limits
 from autoprec.guard.ranges import range_shares
-from autoprec.model.layers import find_layers, layer_kind
+from autoprec.model.layers import find_layers
 from autoprec.records import (
     BF16_O2,
-    Assignment,
-    Basis,
-    Constraint,
-    Fingerprint,
     Plan,
     Recipe,
     fp8_option,
 )
-from autoprec.runtime.apply import apply
+from autoprec.runtime import apply, uniform_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 
 def block_plan(model: nn.Module) -> Plan:
     """Return a plan with every linear inside a block in FP8."""
-    layers = []
-    for name, layer in find_layers(model).items():
-        is_fp8 = isinstance(layer, nn.Linear) and name.startswith("blocks.")
-        option = fp8_option(Recipe.ROWWISE) if is_fp8 else BF16_O2
-        layers.append(
-            Assignment(
-                name=name,
-                kind=layer_kind(layer),
-                shapes=tuple(tuple(p.shape) for p in layer.parameters()),
-                precision=option.precision,
-                recipe=option.recipe,
-            )
-        )
-    return Plan(
-        layers=tuple(layers),
-        uncovered=(),
-        constraint=Constraint(loss_tolerance=0.001, grad_error_budget=None),
-        fingerprint=Fingerprint(
-            structure="",
-            device="",
-            capability="",
-            software={},
-            compile_mode="",
-            tokens_per_step=2048,
-        ),
-        grad_error=None,
-        grad_error_basis=Basis.UNKNOWN,
-        predicted=None,
-    )
+    linears = [n for n, layer in find_layers(model).items() if isinstance(layer, nn.Linear)]
+    blocks = [name for name in linears if name.startswith("blocks.")]
+    return uniform_plan(model, BF16_O2, dict.fromkeys(blocks, fp8_option(Recipe.ROWWISE)))
 
 
 def elapsed_ms(call: Callable[[], object]) -> float:

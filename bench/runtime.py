@@ -46,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import char_gpt  # noqa: E402  # examples are no package
 
-from tests.runtime_plans import plan_for  # noqa: E402  # as above
+from tests.plans import plan_for  # noqa: E402  # as above
 
 Step = Callable[[], object]
 Batch = tuple[Tensor, Tensor]

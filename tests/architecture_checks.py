@@ -24,7 +24,7 @@ from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Plan
 from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload.functions import Batch, Workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 STEPS = 3
 CLOSE = 0.1  # of the FP32 loss: 16- and 8-bit rounding of tiny random models stays far below it

@@ -35,8 +35,8 @@ from autoprec.records import BF16_O2, Gemm, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer, check_applied
 from autoprec.runtime.gathers import Fp8Shard
 from tests.models import WIDTH, Mlp, mlp_workload
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 
 RANKS, STEPS, BATCH = 2, 3, 32  # 16 rows per rank, as FP8's grad_weight needs
 TENSORWISE = fp8_option(Recipe.TENSORWISE)

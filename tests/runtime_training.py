@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import autoprec
 from tests.models import Mlp, mlp_workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {

@@ -37,7 +37,7 @@ from autoprec.tuning import doctor
 from autoprec.tuning.run import Run
 from tests.fake_gpu import GPU, FakeGpu
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 MASKED = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
 FP8 = [*map(fp8_option, APPLICABLE_RECIPES), MASKED]

@@ -22,7 +22,7 @@ from autoprec.guard import Limits
 from autoprec.records import BF16_O2, Gemm, Option, Plan, Recipe, fp8_option
 from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 from tests.runtime_training import exact, same, train
 
 WIDTH, LENGTH, BATCH, HEADS, STEPS, WHEN = 32, 32, 8, 4, 120, 40

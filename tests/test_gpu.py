@@ -50,8 +50,8 @@ from autoprec.records.devices import ConstantKind
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp, mlp_workload
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 
 pytestmark = [
     pytest.mark.gpu,

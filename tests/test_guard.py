@@ -20,21 +20,16 @@ from autoprec.guard import Guard, Limits
 from autoprec.guard.bands import FEWEST_VALUES, RunningBand
 from autoprec.guard.ranges import range_shares
 from autoprec.guard.signals import read_signals
-from autoprec.model.layers import find_layers, layer_kind
 from autoprec.records import (
     BF16_O2,
     FP32,
-    Assignment,
-    Basis,
-    Constraint,
-    Fingerprint,
     Option,
     Phase,
     Plan,
     Recipe,
     fp8_option,
 )
-from autoprec.runtime.apply import apply
+from autoprec.runtime import apply, uniform_plan
 
 TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
 QUIET = Limits(sample_every=10_000, patience=3)
@@ -59,33 +54,8 @@ class Chain(nn.Module):
 
 
 def plan_for(model: nn.Module, option: Option = ROWWISE, **fields: Any) -> Plan:  # Any: fields
-    options = {n: option if n in FP8_LAYERS else BF16_O2 for n in find_layers(model)}
-    options["norm"] = FP32
-    layers = [
-        Assignment(
-            name=name,
-            kind=layer_kind(layer),
-            shapes=tuple(tuple(p.shape) for p in layer.parameters()),
-            precision=options[name].precision,
-            recipe=options[name].recipe,
-        )
-        for name, layer in find_layers(model).items()
-    ]
-    fingerprint = Fingerprint(
-        structure="", device="", capability="", software={}, compile_mode="", tokens_per_step=16
-    )
-    return Plan.model_validate(
-        {
-            "layers": layers,
-            "uncovered": (),
-            "constraint": Constraint(loss_tolerance=0.001, grad_error_budget=None),
-            "fingerprint": fingerprint,
-            "grad_error": None,
-            "grad_error_basis": Basis.UNKNOWN,
-            "predicted": None,
-            **fields,
-        }
-    )
+    options = {"norm": FP32, "head": BF16_O2}
+    return uniform_plan(model, option, options).model_copy(update=fields)
 
 
 class Run:
@@ -407,7 +377,7 @@ def test_a_compiled_model_has_two_graphs_for_each_set_of_layers(sees_compiled: b
     run.model = torch.compile(inner, backend=backend, fullgraph=True)
     if sees_compiled:
         run.guard.close()
-        run.guard = Guard(run.model, run.optimizer, plan_for(inner), limits=limits)
+        run.guard = Guard(run.model, run.optimizer, plan_for(Chain()), limits=limits)
     for each in (run, eager):
         each.train(24, each.spoil("third", 14))
     assert graphs == [0, 1, 15, 16]  # moved at 14, given back at 18

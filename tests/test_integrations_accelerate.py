@@ -23,8 +23,8 @@ from autoprec.integrations.accelerate import check_state, prepare
 from autoprec.records import FP32, Plan, Recipe, fp8_option
 from autoprec.runtime.masters import masters_of
 from tests.models import BATCH, Mlp, TiedTokens
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 from tests.runtime_training import batches, exact, same, weights
 
 RANKS = 2

@@ -21,7 +21,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.integrations.lightning import GuardCallback, PlanPrecision, setup
 from autoprec.records import FP32, Plan, Recipe, fp8_option
 from tests.models import Mlp, TiedTokens
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 from tests.runtime_training import batches, exact, same, weights
 
 MIXED = {"second": fp8_option(Recipe.ROWWISE), "head": FP32}

@@ -22,8 +22,8 @@ from autoprec.errors import PlanMismatchError
 from autoprec.integrations.transformers import PrecisionPlanCallback, apply
 from autoprec.records import FP32, Plan, Recipe, fp8_option
 from tests.models import Mlp
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 from tests.runtime_training import exact, same, weights
 
 STEPS, BATCH, TOKENS, VOCABULARY = 6, 4, 16, 64

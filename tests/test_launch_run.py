@@ -17,7 +17,7 @@ from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 __all__ = ["own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")

@@ -23,7 +23,7 @@ from autoprec.records.base import MAX_VALUES
 from autoprec.runtime.classes import is_made_here
 from tests.examples import examples
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 Json = Any  # Any: JSON values, objects as `Pairs`
 Mutation = tuple[str, int, Json]

@@ -18,7 +18,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.records import Plan, Recipe, fp8_option
 from autoprec.runtime import classes
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 from tests.runtime_training import same
 
 ROWWISE = fp8_option(Recipe.ROWWISE)

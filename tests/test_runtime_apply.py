@@ -13,7 +13,7 @@ from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.records import BF16_O2, FP32, Plan, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer, install_options
 from tests.models import ConvNet, Mlp, TiedTokens, mlp_workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 import autoprec
 from autoprec.runtime.masters import LIVE
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train
 
 

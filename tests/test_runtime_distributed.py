@@ -27,8 +27,8 @@ from autoprec.runtime import attach_optimizer
 from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.ranks import Answer, check_answers
 from tests.models import BATCH, WIDTH, Mlp, mlp_workload
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 
 RANKS, STEPS = 2, 6
 OPTIONS = (BF16_O2, fp8_option(Recipe.TENSORWISE))

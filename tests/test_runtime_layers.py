@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 import autoprec
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
 from autoprec.runtime import trace_step
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 

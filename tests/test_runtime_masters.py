@@ -17,7 +17,7 @@ from autoprec.records import BF16_O2, FP32
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.runtime.masters import masters_of
 from tests.models import Mlp, TiedTokens, token_workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 from tests.runtime_training import (
     OPTIMIZERS,
     MakeOptimizer,

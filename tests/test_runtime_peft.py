@@ -12,7 +12,7 @@ from autoprec.records import BF16_O2, Option, Recipe, fp8_option
 from autoprec.runtime import check_applied
 from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.masters import masters_of
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

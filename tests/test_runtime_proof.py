@@ -32,7 +32,7 @@ from autoprec.runtime import check_applied, trace_step
 from autoprec.sensitivity.gemm import scaled_mm
 from autoprec.tuning.plan_check import check_plan
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 CPU = torch.device("cpu")

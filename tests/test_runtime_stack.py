@@ -15,7 +15,7 @@ import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.records import BF16_O2, FP32, Option, Plan, Recipe, fp8_option
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 QUIET = pytest.mark.filterwarnings(  # torch's compiler uses what torch deprecates

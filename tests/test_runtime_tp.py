@@ -26,8 +26,8 @@ from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.records import BF16_O2, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
 from tests.models import WIDTH
+from tests.plans import plan_for
 from tests.ranks import leave_group
-from tests.runtime_plans import plan_for
 
 Style = Callable[[], ParallelStyle]
 RANKS, STEPS, HEADS = 2, 6, 2

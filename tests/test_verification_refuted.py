@@ -13,7 +13,7 @@ from autoprec.verification.refuted import Refuted, is_hopeless, repair_notes
 from autoprec.verification.sequential import Looks
 from autoprec.verification.session import REFERENCE, Terms
 from tests.models import Mlp
-from tests.runtime_plans import plan_for
+from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 TERMS = Terms(
