@@ -50,7 +50,7 @@ from autoprec.records import (
 from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
-from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.reference import DEFAULT_BATCHES, prepare_reference
 from autoprec.verification.branches import Arm
 from autoprec.verification.sequential import Looks
 from autoprec.verification.session import REFERENCE, Session, Terms, open_session
@@ -77,7 +77,7 @@ class PlanRow:
     label: str
     has_fault: bool
     table_grad_error: float
-    joint_e: float
+    joint_grad_error: float
     table_gap: float
     joint_gap: float
     scores: dict[str, float]
@@ -134,23 +134,22 @@ def run_family(name: str, folder: Path) -> FamilyRun:
     spec = with_masked_options(capture_model(Context(workload, CPU)), faults)
     session = open_bench(workload, family, spec, folder / "graded")
     checkpoint = next((folder / "graded").glob(f"warmup-{session.store.setup}.pt"))
-    reference = prepare_reference(
-        workload, spec, device=CPU, warmup_steps=SETTLING_STEPS, checkpoint=checkpoint
+    reference, longer = (
+        prepare_reference(
+            Context(workload, CPU),
+            spec,
+            batches=batches,
+            warmup_steps=SETTLING_STEPS,
+            checkpoint=checkpoint,
+        )
+        for batches in (DEFAULT_BATCHES, JOINT_BATCHES)
     )
-    longer = prepare_reference(
-        workload,
-        spec,
-        device=CPU,
-        batches=JOINT_BATCHES,
-        warmup_steps=SETTLING_STEPS,
-        checkpoint=checkpoint,
-    )
-    measured = measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    measured = measure_sensitivity(reference)
     sensitivity = measured.model_copy(
         update={"loss_curve": tuple(enumerate(session.checkpoint.curve, start=1))}
     )
     sensitivity.save(folder / "sensitivity.json")
-    meter = JointMeter(workload, spec, device=CPU, reference=longer, batches=JOINT_BATCHES)
+    meter = JointMeter(longer, batches=JOINT_BATCHES)
     plans = make_plans(spec, faults)
     others = other_scores(longer.model, longer.batches, family, plans, spec)
     spent_s = others.pop("seconds")
@@ -290,16 +289,17 @@ def measure_plan(
     """Predict a plan's gap and measure it over the paired seeds."""
     rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
     table_grad_error = sensitivity.activation_error.mean + sum(row.grad_error.mean for row in rows)
-    joint = meter.measure_joint(tuple(plan[name] for name in meter.spec.names))
-    arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in meter.spec.uncovered))
+    spec = meter.reference.spec
+    joint_grad_error = meter.measure(tuple(plan[name] for name in spec.names)).mean
+    arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in spec.uncovered))
     pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, family.seeds + 1)]
     found = PlanRow(
         label=label,
         has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),
         table_grad_error=table_grad_error,
-        joint_e=joint.grad_error.mean,
+        joint_grad_error=joint_grad_error,
         table_gap=predicted(session, sensitivity, table_grad_error),
-        joint_gap=predicted(session, sensitivity, joint.grad_error.mean),
+        joint_gap=predicted(session, sensitivity, joint_grad_error),
         scores=scores,
         gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
         diverged=any(branch.diverged_at is not None for _, branch in pairs),
@@ -307,7 +307,7 @@ def measure_plan(
     gaps = " ".join(f"{gap:+.3%}" for gap in found.gaps)
     print(
         f"  {label:32s} e {table_grad_error:.2e} "
-        f"joint {joint.grad_error.mean:.2e}  predicted {found.joint_gap:.3%}  "
+        f"joint {joint_grad_error:.2e}  predicted {found.joint_gap:.3%}  "
         f"measured {gaps}{'  diverged' if found.diverged else ''}",
         flush=True,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from autoprec.model.context import Context
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import (
     BF16_O2,
@@ -67,10 +68,10 @@ def run_product(
     workload: Workload, spec: ModelSpec, session: Session, *, tolerance: float
 ) -> ProductRun:
     """Search plans from a sensitivity measured from scratch, and verify them and all-FP8."""
-    reference = prepare_reference(workload, spec, device=CPU)
+    reference = prepare_reference(Context(workload, CPU), spec)
     profile = wide_profile(spec)
-    sensitivity = measure_sensitivity(workload, profile.model, device=CPU, reference=reference)
-    meter = JointMeter(workload, spec, device=CPU, reference=reference)
+    sensitivity = measure_sensitivity(reference)
+    meter = JointMeter(reference)
     constraint = Constraint(loss_tolerance=tolerance, grad_error_budget=None)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=meter.measure)
     plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)

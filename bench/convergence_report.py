@@ -132,7 +132,7 @@ def _plan_table(run: Run) -> str:
         [
             row["label"],
             f"{row['table_grad_error']:.1e}",
-            f"{row['joint_e']:.1e}",
+            f"{row['joint_grad_error']:.1e}",
             f"{row['joint_gap']:.3%}",
             " ".join(f"{gap:+.3%}" for gap in row["gaps"])
             + (" diverged" if row["diverged"] else ""),

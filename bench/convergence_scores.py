@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from autoprec.records import Gemm, Option, Recipe
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
 from autoprec.sensitivity.reference import Reference
-from autoprec.sensitivity.replay import recorded_calls
+from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
 E4M3_MAX = 448.0
 
@@ -78,13 +78,13 @@ def loss_probe_scores(reference: Reference, names: Sequence[str], option: Option
     (_, input_cast), (_, weight_cast) = gemm_casts(option)[Gemm.OUTPUT]
     found = dict.fromkeys(names, 0.0)
     for index in range(len(reference.batches)):
-        with recorded_calls(layers) as calls:
+        with differentiated_calls(layers) as calls:
             reference.run(index)
         for name, layer in layers.items():
             weight_NK = layer.get_parameter("weight").detach()
             error_NK = cast_operand(weight_NK, weight_cast) - weight_NK
             for call in calls[name]:
-                x_MK, g_MN = call.inputs[0].flatten(0, -2), call.gradients[0]
+                x_MK, g_MN = floating_inputs(call)[0].flatten(0, -2), call.gradients[0]
                 if g_MN is not None:
                     cast_MK = cast_operand(x_MK, input_cast)
                     error_MN = cast_MK @ error_NK.t() + (cast_MK - x_MK) @ weight_NK.t()

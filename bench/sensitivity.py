@@ -1,4 +1,4 @@
-"""The depth-free table of e beside the exact one, layer by layer, in one run.
+"""The depth-free table of gradient errors beside the exact one, layer by layer, in one run.
 
     python bench/sensitivity.py            the demo: examples/char_gpt.py, 17 linears
     python bench/sensitivity.py --deep     25 blocks of the same at a smaller width, 101 linears
@@ -27,6 +27,7 @@ from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, load_workload, workload_from
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -110,18 +111,12 @@ def check_additivity(
 
 
 def timed(
-    workload: Workload,
-    spec: ModelSpec,
-    reference: Reference,
-    method: str,
-    recipes: Sequence[Recipe],
+    reference: Reference, method: Method, recipes: Sequence[Recipe]
 ) -> tuple[Sensitivity, float]:
     """Measure by one method; return the record and its seconds (warm-up left out)."""
     started = time.perf_counter()
     options = [fp8_option(recipe) for recipe in recipes]
-    found = measure_sensitivity(
-        workload, spec, device=CPU, options=options, method=method, reference=reference
-    )
+    found = measure_sensitivity(reference, options=options, method=method)
     return found, time.perf_counter() - started
 
 
@@ -133,13 +128,15 @@ def main() -> None:
     workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
     spec = capture_model(Context(workload, CPU))
     recipes = tuple(arguments.recipes)
-    reference = prepare_reference(workload, spec, device=CPU)
-    depth_free, spent_s = timed(workload, spec, reference, "sign_coded", recipes)
+    reference = prepare_reference(
+        Context(workload, CPU), spec, with_history=Recipe.DELAYED in recipes
+    )
+    depth_free, spent_s = timed(reference, Method.SIGN_CODED, recipes)
     print(
         f"depth-free: {depth_free.passes} passes, {depth_free.step_equivalents:.1f} step "
-        f"equivalents with the warm-up of {reference.warmup_steps} (step {reference.step_s:.3f} s)"
+        f"equivalents with the warm-up of {depth_free.warmup_steps} (step {reference.step_s:.3f} s)"
     )
-    exact, exact_s = timed(workload, spec, reference, "layerwise", recipes)
+    exact, exact_s = timed(reference, Method.LAYERWISE, recipes)
     print(
         f"exact:      {exact.passes} passes, {exact_s:.1f} s against {spent_s:.1f} s "
         f"({exact_s / spent_s:.1f}x)"
@@ -147,7 +144,7 @@ def main() -> None:
     print(*depth_free.notes, sep="\n")
     for option in (BF16_O2, *(fp8_option(recipe) for recipe in recipes)):
         compare_rows(exact, depth_free, option)
-    meter = JointMeter(workload, spec, device=CPU, reference=reference, batches=10**6)
+    meter = JointMeter(reference, batches=10**6)
     check_additivity(meter, spec, depth_free, exact, recipes)
 
 

@@ -31,6 +31,7 @@ from autoprec.search import build_plan, search_plan
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.tables import Method
 from autoprec.verification import verify_plan
 from autoprec.workload.functions import Workload, workload_from
 from tests.search_tables import profile_of
@@ -102,14 +103,12 @@ class Run:
     def __init__(self) -> None:
         self.workload = faulty_workload()
         self.spec: ModelSpec = capture_model(Context(self.workload, CPU))
-        reference = prepare_reference(self.workload, self.spec, device=CPU)
-        self.sensitivity: Sensitivity = measure_sensitivity(
-            self.workload, self.spec, device=CPU, reference=reference
-        )
+        reference = prepare_reference(Context(self.workload, CPU), self.spec)
+        self.sensitivity: Sensitivity = measure_sensitivity(reference)
         rows = {layer.name: _row(layer) for layer in self.spec.layers}
         self.profile = profile_of(self.spec, rows, basis=Basis.PREDICTED)
         self.constraint = Constraint(loss_tolerance=TOLERANCE, grad_error_budget=None)
-        meter = JointMeter(self.workload, self.spec, device=CPU, reference=reference)
+        meter = JointMeter(reference)
         self.search: Search = search_plan(
             self.profile, self.sensitivity, constraint=self.constraint, evaluate=meter.measure
         )
@@ -143,13 +142,11 @@ def test_exactly_the_faulty_layer_stays_out_of_fp8_with_its_cause(run: Run) -> N
 def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
     workload = faulty_workload()
     spec = capture_model(Context(workload, CPU))
-    reference = prepare_reference(workload, spec, device=CPU)
+    reference = prepare_reference(Context(workload, CPU), spec)
     options = [fp8_option(Recipe.TENSORWISE)]
     exact, probed = (
-        measure_sensitivity(
-            workload, spec, device=CPU, options=options, method=method, reference=reference
-        ).row(FAULT, options[0])
-        for method in ("layerwise", "sign_coded")
+        measure_sensitivity(reference, options=options, method=method).row(FAULT, options[0])
+        for method in (Method.LAYERWISE, Method.SIGN_CODED)
     )
     assert exact is not None
     assert probed is not None

@@ -1,7 +1,6 @@
 """The emulated casts and GEMMs against torchao's own and torch's own."""
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,21 +11,17 @@ from autoprec.records import Operand, Option, Recipe, fp8_option, with_gemms_hp
 from autoprec.sensitivity.casts import (
     Cast,
     cast_operand,
-    emulated_linear,
     fp8_to_float,
     gemm_casts,
     scale_of,
 )
+from autoprec.sensitivity.delayed import Amax, emulated_linear, no_history
 from autoprec.sensitivity.gemm import fast_fp8_gemms, scaled_mm
 
 M, K, N = 48, 64, 32
 RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
 CPU = torch.device("cpu")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def no_history(_operand: Operand) -> float | None:
-    return None
 
 
 def operands() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,9 +50,7 @@ def run_torchao(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
 
 
-def run_emulated(
-    option: Option, amax: Callable[[Operand], float | None] = no_history
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_emulated(option: Option, amax: Amax = no_history) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, grad = (t.float() for t in operands())
     for leaf in (x, weight, bias):
         leaf.requires_grad_()

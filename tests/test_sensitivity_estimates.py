@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from autoprec.sensitivity.estimates import DIVERGED_E, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 
 REPEATS = 2000
 BATCHES = 8
@@ -32,4 +32,4 @@ def test_standard_errors_cover_the_truth() -> None:
 
 
 def test_what_is_not_finite_stands_as_diverged() -> None:
-    assert ratio_estimate([1.0, math.nan], [1.0, 1.0]).mean == DIVERGED_E
+    assert ratio_estimate([1.0, math.nan], [1.0, 1.0]).mean == DIVERGED

@@ -3,6 +3,7 @@
 import gc
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from autoprec.search.explain import explain_statistics
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import mlp_workload, token_workload
 
@@ -34,6 +36,13 @@ TENSORWISE = fp8_option(Recipe.TENSORWISE)
 
 def captured(workload: Workload) -> ModelSpec:
     return capture_model(Context(workload, CPU))
+
+
+def warmed_up(
+    workload: Workload, spec: ModelSpec, *, seed: int = 0, warmup_steps: int = 3, **terms: Any
+) -> Reference:
+    context = Context(workload, CPU, seed)
+    return prepare_reference(context, spec, warmup_steps=warmup_steps, **terms)
 
 
 def uniform(spec: ModelSpec, option: Option) -> tuple[Option, ...]:
@@ -50,7 +59,7 @@ def changed(workload: Workload, **functions: object) -> Workload:
 def test_a_measurement_is_whole_and_survives_its_file(tmp_path: Path) -> None:
     workload = mlp_workload()
     spec = captured(workload)
-    found = measure_sensitivity(workload, spec, device=CPU, warmup_steps=6)
+    found = measure_sensitivity(warmed_up(workload, spec, warmup_steps=6))
     cells = {(layer.name, option) for layer in spec.layers for option in layer.options}
     assert {(row.name, row.option) for row in found.rows} == {c for c in cells if c[1] != FP32}
     assert all(row.grad_error.stderr is not None for row in found.rows)
@@ -58,7 +67,7 @@ def test_a_measurement_is_whole_and_survives_its_file(tmp_path: Path) -> None:
     assert found.floor.mean == 0.0
     assert 0.0 < found.activation_error.mean < 1e-3
     assert len(found.loss_curve) == found.warmup_steps == 6
-    assert found.joint[0].label == "fp8_gentlest"
+    assert found.joint[0].label == "fp8_most_precise"
     assert found.joint[0].grad_error.mean == pytest.approx(
         found.joint[0].predicted_grad_error, rel=0.5
     )
@@ -69,9 +78,7 @@ def test_a_measurement_is_whole_and_survives_its_file(tmp_path: Path) -> None:
 def test_same_seed_same_table() -> None:
     workload = mlp_workload()
     spec = captured(workload)
-    one, other = (
-        measure_sensitivity(workload, spec, device=CPU, warmup_steps=3, seed=5) for _ in range(2)
-    )
+    one, other = (measure_sensitivity(warmed_up(workload, spec, seed=5)) for _ in range(2))
     assert one.rows == other.rows
     assert one.loss_curve == other.loss_curve
 
@@ -79,11 +86,11 @@ def test_same_seed_same_table() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     workload = mlp_workload()
     spec = captured(workload)
-    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
+    reference = warmed_up(workload, spec)
     before = {k: v.clone() for k, v in reference.model.state_dict().items()}
     classes = [type(module) for module in reference.model.modules()]
-    for method in ("layerwise", "sign_coded"):
-        measure_sensitivity(workload, spec, device=CPU, method=method, reference=reference)
+    for method in Method:
+        measure_sensitivity(reference, method=method)
     assert classes == [type(module) for module in reference.model.modules()]
     assert all(torch.equal(v, before[k]) for k, v in reference.model.state_dict().items())
 
@@ -92,22 +99,22 @@ def test_one_reference_serves_sensitivity_and_search() -> None:
     workload = mlp_workload()
     spec = captured(workload)
     options = uniform(spec, TENSORWISE)
-    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
-    shared = measure_sensitivity(workload, spec, device=CPU, reference=reference)
-    alone = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    reference = warmed_up(workload, spec)
+    shared = measure_sensitivity(reference)
+    alone = measure_sensitivity(warmed_up(workload, spec))
     assert shared.rows == alone.rows
     assert shared.passes == alone.passes
     before = reference.passes
-    meter = JointMeter(workload, spec, device=CPU, reference=reference)
+    meter = JointMeter(reference)
     found = meter.measure(options)
     assert reference.passes - before == 2  # nothing is warmed up or run for the reference again
-    assert found == JointMeter(workload, spec, device=CPU, warmup_steps=3).measure(options)
+    assert found == JointMeter(warmed_up(workload, spec)).measure(options)
 
 
 def test_a_plan_is_measured_once_and_all_fp32_costs_nothing() -> None:
     workload = mlp_workload()
     spec = captured(workload)
-    meter = JointMeter(workload, spec, device=CPU, warmup_steps=3)
+    meter = JointMeter(warmed_up(workload, spec))
     first = meter.measure(uniform(spec, TENSORWISE))
     passes = meter.reference.passes
     assert meter.measure(uniform(spec, TENSORWISE)) == first
@@ -122,10 +129,9 @@ def test_dropout_is_paired_so_that_its_floor_is_zero() -> None:
     workload = token_workload(dropout=0.5)
     spec = captured(workload)
     assert spec.has_randomness
-    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
-    baseline = reference.baseline(0)
-    assert reference.squared_error(0, baseline) == 0.0
-    quiet = measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    reference = warmed_up(workload, spec)
+    assert reference.squared_error(0, reference.gradient(0)) == 0.0
+    quiet = measure_sensitivity(reference)
     assert max(row.grad_error.mean for row in quiet.rows if row.option == BF16_O2) < 1e-2
 
 
@@ -139,7 +145,7 @@ def test_a_reference_that_differs_from_run_to_run_is_reported() -> None:
 
     workload = changed(plain, loss_fn=loss_fn)
     spec = captured(workload)
-    found = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    found = measure_sensitivity(warmed_up(workload, spec))
     assert not spec.is_deterministic
     assert found.floor.mean > 0.0
     assert any("two runs of the reference differ" in note for note in found.notes)
@@ -149,7 +155,7 @@ def test_a_fallback_preconditioner_is_said_in_the_notes() -> None:
     workload = changed(
         mlp_workload(), build_optimizer=lambda model: torch.optim.Rprop(model.parameters())
     )
-    found = measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=3)
+    found = measure_sensitivity(warmed_up(workload, captured(workload)))
     assert found.preconditioner == "identity"
     assert any("Rprop" in note for note in found.notes)
 
@@ -158,20 +164,20 @@ def test_memory_stays_within_a_few_gradients() -> None:
     """Nothing of the model's size is kept per layer or option."""
     workload = mlp_workload()
     spec = captured(workload)
-    reference = prepare_reference(workload, spec, device=CPU, warmup_steps=3)
-    measure_sensitivity(workload, spec, device=CPU, reference=reference)
+    reference = warmed_up(workload, spec)
+    measure_sensitivity(reference)
     gc.collect()
     own = sum(p.numel() * 4 for p in reference.model.parameters())
-    kept = sum(g.numel() * 4 for b in reference.kept.values() for g in b.gradients.values())
+    kept = sum(g.numel() * 4 for one in reference.gradients.values() for g in one.by_place.values())
     assert kept <= own * len(reference.batches)
 
 
 def test_gradients_too_large_to_keep_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = mlp_workload()
     spec = captured(workload)
-    kept = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    kept = measure_sensitivity(warmed_up(workload, spec))
     monkeypatch.setattr("autoprec.sensitivity.reference.KEPT_BYTES", 0)
-    again = measure_sensitivity(workload, spec, device=CPU, warmup_steps=3)
+    again = measure_sensitivity(warmed_up(workload, spec))
     assert again.rows == kept.rows
     assert again.passes > kept.passes
 
@@ -185,26 +191,25 @@ def constant(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torc
     [
         ({"batches": 1}, "at least 2 batches and 1 warm-up step"),
         ({"warmup_steps": 0}, "at least 2 batches and 1 warm-up step"),
-        ({"method": "guess"}, "must be one of auto"),
         ({"checkpoint": Path("nowhere.pt")}, "must be readable"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(arguments: dict[str, object], rule: str) -> None:
+def test_bad_arguments_are_one_clear_line(arguments: dict[str, Any], rule: str) -> None:
     workload = mlp_workload()
     with pytest.raises(AutoprecError, match=rule) as caught:
-        measure_sensitivity(workload, captured(workload), device=CPU, **arguments)  # type: ignore[arg-type]  # wrong on purpose
+        prepare_reference(Context(workload, CPU), captured(workload), **arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_a_constant_loss_is_refused() -> None:
     workload = changed(mlp_workload(), loss_fn=constant)
     with pytest.raises(WorkloadError, match="its gradient is zero"):
-        measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=2)
+        measure_sensitivity(warmed_up(workload, captured(workload)))
 
 
 def test_another_models_spec_is_refused() -> None:
     with pytest.raises(AutoprecError, match="must be the captured one"):
-        measure_sensitivity(mlp_workload(), captured(token_workload()), device=CPU, warmup_steps=2)
+        warmed_up(mlp_workload(), captured(token_workload()))
 
 
 def test_checkpoints_start_where_they_were_saved(tmp_path: Path) -> None:
@@ -221,9 +226,7 @@ def test_checkpoints_start_where_they_were_saved(tmp_path: Path) -> None:
     torch.save(whole, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "bare.pt")
     for name in ("whole.pt", "bare.pt"):
-        reference = prepare_reference(
-            workload, spec, device=CPU, warmup_steps=1, checkpoint=tmp_path / name
-        )
+        reference = warmed_up(workload, spec, warmup_steps=1, checkpoint=tmp_path / name)
         moved = reference.model.get_parameter("first.weight") - model.get_parameter("first.weight")
         assert float(moved.detach().abs().max()) < 0.02
         assert reference.checkpoint.endswith(name)
@@ -245,12 +248,32 @@ def test_broken_checkpoints_are_one_clear_line(tmp_path: Path, content: object, 
         torch.save(content, path)
     workload = mlp_workload()
     with pytest.raises(RecordError, match=rule) as caught:
-        prepare_reference(workload, captured(workload), device=CPU, checkpoint=path)
+        warmed_up(workload, captured(workload), checkpoint=path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_prepared_reference_is_a_public_name() -> None:
-    assert Reference.__name__ == "Reference"
+def test_delayed_scaling_needs_the_warm_ups_history() -> None:
+    workload = mlp_workload()
+    options = [TENSORWISE, fp8_option(Recipe.DELAYED)]
+    with pytest.raises(AutoprecError, match="prepare it with `with_history`"):
+        measure_sensitivity(warmed_up(workload, captured(workload)), options=options)
+    reference = warmed_up(workload, captured(workload), with_history=True)
+    found = measure_sensitivity(reference, options=options)
+    row = found.row("first", fp8_option(Recipe.DELAYED))
+    assert row is not None
+    assert row.grad_error.mean > 0.0
+    assert any("no plan applies it" in note for note in found.notes)
+    assert all(option.recipe is not Recipe.DELAYED for option in found.joint[0].options)
+
+
+def test_the_random_state_of_the_process_is_not_moved() -> None:
+    workload = token_workload(dropout=0.5)
+    spec = captured(workload)
+    before = torch.get_rng_state()
+    reference = warmed_up(workload, spec)
+    measure_sensitivity(reference)
+    JointMeter(reference).measure(uniform(spec, TENSORWISE))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_underflow_is_put_into_words() -> None:
@@ -261,7 +284,7 @@ def test_underflow_is_put_into_words() -> None:
         return F.mse_loss(model(batch[0]) * scale, batch[1] * scale)
 
     workload = changed(plain, loss_fn=loss_fn)
-    found = measure_sensitivity(workload, captured(workload), device=CPU, warmup_steps=3)
+    found = measure_sensitivity(warmed_up(workload, captured(workload)))
     rows = [row for row in found.statistics if row.name == "first"]
     text = explain_statistics(rows)
     assert "grad_output" in text

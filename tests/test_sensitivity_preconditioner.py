@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec.sensitivity.preconditioner import FLOOR, read_preconditioner
+from autoprec.sensitivity.preconditioner import FLOOR, Preconditioner, read_preconditioner
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -23,6 +23,11 @@ def trained(make: MakeOptimizer) -> tuple[nn.Parameter, torch.optim.Optimizer, T
     return parameter, optimizer, scale * torch.randn(40, generator=generator)
 
 
+def weights(found: Preconditioner, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return P^(1/2) at a gradient."""
+    return found.apply(parameter, torch.ones_like(gradient), at=gradient)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -36,8 +41,7 @@ def test_p_times_the_gradient_is_the_next_step(name: str, make: MakeOptimizer) -
     """Without momentum, a step is -lr P g: the elements' ratios must agree."""
     parameter, optimizer, gradient = trained(make)
     found = read_preconditioner(optimizer)
-    weight = found.weight(parameter, gradient)
-    assert weight is not None
+    weight = weights(found, parameter, gradient)
     before = parameter.detach().clone()
     parameter.grad = gradient.clone()
     optimizer.step()
@@ -51,11 +55,9 @@ def test_p_times_the_gradient_is_the_next_step(name: str, make: MakeOptimizer) -
 def test_amsgrad_is_read_from_its_maximum() -> None:
     parameter, optimizer, gradient = trained(lambda p: torch.optim.Adam(p, amsgrad=True))
     optimizer.state[parameter]["max_exp_avg_sq"].mul_(100.0)
-    weight = read_preconditioner(optimizer).weight(parameter, torch.zeros_like(gradient))
+    weight = weights(read_preconditioner(optimizer), parameter, torch.zeros_like(gradient))
     optimizer.state[parameter]["max_exp_avg_sq"].div_(100.0)
-    plain = read_preconditioner(optimizer).weight(parameter, torch.zeros_like(gradient))
-    assert weight is not None
-    assert plain is not None
+    plain = weights(read_preconditioner(optimizer), parameter, torch.zeros_like(gradient))
     assert torch.allclose((plain / weight).square(), torch.full((40,), 10.0), rtol=0.01)
 
 
@@ -66,7 +68,7 @@ def test_sgd_weighs_all_alike_and_needs_no_note(momentum: float) -> None:
     )
     found = read_preconditioner(optimizer)
     assert (found.name, found.note) == ("identity", "")
-    assert found.weight(parameter, gradient) is None
+    assert torch.equal(weights(found, parameter, gradient), torch.ones(40))
     assert found.covers(parameter)
 
 
@@ -75,7 +77,7 @@ def test_an_unknown_optimizer_falls_back_and_says_so() -> None:
     found = read_preconditioner(optimizer)
     assert found.name == "identity"
     assert "Rprop keeps no second moment" in found.note
-    assert found.weight(parameter, gradient) is None
+    assert torch.equal(weights(found, parameter, gradient), torch.ones(40))
 
 
 def test_frozen_and_unlisted_parameters_are_not_covered() -> None:
@@ -89,8 +91,7 @@ def test_an_element_without_gradients_is_held_down_by_the_floor() -> None:
     parameter, optimizer, gradient = trained(lambda p: torch.optim.Adam(p))
     optimizer.state[parameter]["exp_avg_sq"][0] = 0.0
     gradient[0] = 0.0
-    weight = read_preconditioner(optimizer).weight(parameter, gradient)
-    assert weight is not None
+    weight = weights(read_preconditioner(optimizer), parameter, gradient)
     moment = optimizer.state[parameter]["exp_avg_sq"]
     typical = float((moment / (1 - 0.999**6)).sqrt().mean())
     assert float(weight[0]) ** -2 == pytest.approx(FLOOR * typical, rel=0.01)

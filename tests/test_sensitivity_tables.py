@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.common.progress import report_nothing
-from autoprec.errors import AutoprecError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import (
@@ -26,13 +24,12 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
-from autoprec.sensitivity.layerwise import measure_layerwise
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
-    choose_method,
+    cheaper_method,
     large_cells,
     layerwise_table,
     list_cells,
@@ -110,7 +107,10 @@ def frozen_first() -> Workload:
 
 def prepared(workload: Workload, *, batches: int = 2) -> tuple[ModelSpec, Reference]:
     spec = capture_model(Context(workload, CPU))
-    return spec, prepare_reference(workload, spec, device=CPU, batches=batches, warmup_steps=6)
+    reference = prepare_reference(
+        Context(workload, CPU), spec, batches=batches, warmup_steps=6, with_history=True
+    )
+    return spec, reference
 
 
 def by_cell(rows: tuple[LayerSensitivity, ...]) -> Rows:
@@ -121,13 +121,12 @@ def both(workload: Workload, *, batches: int = 4, probes: int = 4) -> tuple[Rows
     """Return the exact rows and the probed ones, none of them refined."""
     spec, reference = prepared(workload, batches=batches)
     cells = list_cells(spec, None)
-    exact = by_cell(measure_layerwise(reference, cells, progress=report_nothing))
+    exact = by_cell(layerwise_table(reference, cells).rows)
     fp8: dict[str, list[Option]] = {}
     for name, option in cells:
         if option.is_fp8:
             fp8.setdefault(name, []).append(option)
-    shows = probe_batches(reference, spec.layers, fp8, probes=probes, progress=report_nothing)
-    return exact, by_cell(make_rows(shows, cells))
+    return exact, by_cell(make_rows(probe_batches(reference, fp8, probes=probes), cells))
 
 
 def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) -> Tensor:
@@ -157,7 +156,7 @@ def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) 
 def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
     spec, reference = prepared(one_linear())
     name = spec.names[0]
-    rows = measure_layerwise(reference, [(name, option)], progress=report_nothing)
+    rows = layerwise_table(reference, [(name, option)]).rows
     weight = next(reference.model.parameters()).detach()
     changed, squared = [], []
     for x, target in reference.batches:
@@ -230,8 +229,8 @@ def test_both_tables_carry_statistics_and_delayed_scaling() -> None:
     cells = list_cells(spec, [TENSORWISE, fp8_option(Recipe.DELAYED)])
     assert {option.recipe for _, option in cells} == {None, Recipe.TENSORWISE, Recipe.DELAYED}
     for table in (
-        layerwise_table(reference, cells, progress=report_nothing),
-        sign_coded_table(reference, spec, cells, progress=report_nothing),
+        layerwise_table(reference, cells),
+        sign_coded_table(reference, cells),
     ):
         assert [(row.name, row.option) for row in table.rows] == cells
         assert {(s.name, s.operand) for s in table.statistics} == {
@@ -256,9 +255,6 @@ def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
     assert large_cells([row("healthy", 0.003, 0.001)]) == ()
 
 
-def test_the_cheaper_method_is_chosen_and_an_unknown_one_refused() -> None:
-    assert choose_method("auto", cells=3) is Method.LAYERWISE
-    assert choose_method("auto", cells=60) is Method.SIGN_CODED
-    assert choose_method("layerwise", cells=60) is Method.LAYERWISE
-    with pytest.raises(AutoprecError, match="must be one of auto, layerwise, sign_coded"):
-        choose_method("fast", cells=1)
+def test_few_cells_are_measured_one_by_one_and_many_by_probes() -> None:
+    assert cheaper_method([("a", TENSORWISE)] * 3) is Method.LAYERWISE
+    assert cheaper_method([("a", TENSORWISE)] * 60) is Method.SIGN_CODED

@@ -32,6 +32,7 @@ from autoprec.records import (
 from autoprec.runtime.checkpoint import Checkpoint
 from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import verify_front, verify_plan
 from autoprec.verification.branches import Bench, evaluate, train_branch, warm_up
 from autoprec.verification.evidence import predicted_gap
@@ -269,7 +270,8 @@ def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
 def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     workload = mlp_workload()
     spec = capture_model(Context(workload, CPU))
-    sensitivity = measure_sensitivity(workload, spec, device=CPU, warmup_steps=4)
+    reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=4)
+    sensitivity = measure_sensitivity(reference)
     plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
     session = opened(workload, spec)
     curve = tuple(enumerate(session.checkpoint.curve, start=1))

@@ -1,17 +1,17 @@
-"""What each option does to the gradient, per layer: the gradient perturbation e.
+"""What each option does to the gradient, per layer: the gradient error.
 
-measure         the stage: workload -> Sensitivity
-tables          the two ways to the table of e, and the choice between them
+measure         the stage: warmed-up reference -> Sensitivity
+reference       warmed-up weights, batches and reference gradients
+preconditioner  how the optimizer weighs a gradient
+tables          the two ways to the table, and the choice between them
 layerwise       the exact way: one layer x option at a time
 probes, rows    the depth-free way: all layers and options from a few sign-coded probes
 local           the error an option makes inside one layer
-replay          what went through a layer, and the layer run again on it
+replay          a layer run again alone, on what went through it
 operands        a linear's operands, their FP8 casts and their ranges
 casts           what the recipes do to an operand, in plain arithmetic
-history         the amax history of delayed scaling
-joint           the measured e of a whole assignment
-reference       warmed-up weights, batches and reference gradients
-preconditioner  how the optimizer weighs a gradient
+delayed         delayed scaling, emulated where it is asked for
+joint           the measured gradient error of a whole assignment
 gemm            FP8 GEMMs on a CPU, fast
 estimates       per-batch numbers -> estimates with standard errors
 gap             from a gradient error to a loss gap, and back

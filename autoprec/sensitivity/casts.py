@@ -6,10 +6,9 @@
 The operands come in as BF16, as in the real layer. Which cast each operand gets is read from
 torchao's own config, so that another torchao cannot mean something else by a recipe's name.
 `delayed` is Transformer Engine's: e4m3 forward and e5m2 backward, tensorwise, the amax the largest
-of the last steps instead of the current one, scaled down by 2^margin.
+of the last steps instead of the current one (its `margin`, 0 by default, is left out).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,8 +20,6 @@ from autoprec.device.torchao import float8_config
 from autoprec.records import Gemm, Operand, Option, Recipe
 
 EPS = 1e-12  # the smallest amax, torchao.float8.float8_utils.EPS
-AMAX_HISTORY = 1024  # steps; Transformer Engine's DelayedScaling.amax_history_len
-MARGIN = 0  # Transformer Engine's DelayedScaling.margin
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,11 @@ _ROLES: dict[Gemm, tuple[tuple[Operand, str, int], tuple[Operand, str, int]]] = 
 def gemm_casts(option: Option) -> dict[Gemm, Sides]:
     """Return the two casts of each GEMM that an FP8 option runs in FP8."""
     if option.recipe is Recipe.DELAYED:
-        return {gemm: _delayed(gemm) for gemm in Gemm if gemm not in option.gemms_hp}
+        return {
+            gemm: (_delayed_side(left[0]), _delayed_side(right[0]))
+            for gemm, (left, right) in _ROLES.items()
+            if gemm not in option.gemms_hp
+        }
     config = float8_config(option)
     return {
         gemm: (_side(config, *left), _side(config, *right))
@@ -70,7 +71,7 @@ def gemm_casts(option: Option) -> dict[Gemm, Sides]:
 def scale_of(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
     """Return the scale of a tensor; `amax` is the history's, for a delayed cast."""
     if cast.is_delayed and amax is not None:
-        largest = torch.tensor(amax, dtype=torch.float64, device=x.device) * 2.0**MARGIN
+        largest = torch.tensor(amax, dtype=torch.float64, device=x.device)
     elif cast.dim is None:
         largest = x.abs().amax().double()
     else:
@@ -106,68 +107,9 @@ def round_bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
-def emulated_linear(
-    option: Option, amax: Callable[[Operand], float | None]
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Return a function (x, weight, bias) -> y that runs an FP8 option with FP32 matmuls."""
-    casts = gemm_casts(option)
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = _EmulatedMatmul.apply(x, weight, casts, amax)  # type: ignore[no-untyped-call]
-        return y if bias is None else round_bf16(y + round_bf16(bias))
-
-    return run
-
-
-class _EmulatedMatmul(torch.autograd.Function):
-    """x_MK @ weight_NK.t() with each of the three GEMMs on its own casts; results are BF16."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # Any: autograd's context is untyped
-        x: Tensor,
-        weight: Tensor,
-        casts: dict[Gemm, Sides],
-        amax: Callable[[Operand], float | None],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.casts, ctx.amax = casts, amax
-        x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
-        left, right = _cast_sides(Gemm.OUTPUT, casts, amax, x_MK, weight_NK)
-        y_MN = round_bf16(left @ right.t())  # [M, K] @ [K, N] -> [M, N]
-        return y_MN.reshape(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        grad_MN = round_bf16(grad_outputs[0].reshape(-1, weight.shape[0]))
-        x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
-        left, right = _cast_sides(Gemm.GRAD_INPUT, ctx.casts, ctx.amax, grad_MN, weight_NK)
-        grad_input_MK = round_bf16(left @ right)  # [M, N] @ [N, K] -> [M, K]
-        left, right = _cast_sides(Gemm.GRAD_WEIGHT, ctx.casts, ctx.amax, grad_MN, x_MK)
-        grad_weight_NK = round_bf16(left.t() @ right)  # [N, M] @ [M, K] -> [N, K]
-        return grad_input_MK.reshape(x.shape), grad_weight_NK, None, None
-
-
 @cache
 def _all_values(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
-
-
-def _cast_sides(
-    gemm: Gemm,
-    casts: dict[Gemm, Sides],
-    amax: Callable[[Operand], float | None],
-    left: Tensor,
-    right: Tensor,
-) -> tuple[Tensor, Tensor]:
-    if gemm not in casts:
-        return left, right
-    (left_operand, left_cast), (right_operand, right_cast) = casts[gemm]
-    return (
-        cast_operand(left, left_cast, amax=amax(left_operand)),
-        cast_operand(right, right_cast, amax=amax(right_operand)),
-    )
 
 
 def _side(config: Any, operand: Operand, name: str, dim: int) -> tuple[Operand, Cast]:
@@ -180,12 +122,7 @@ def _side(config: Any, operand: Operand, name: str, dim: int) -> tuple[Operand, 
     )
 
 
-def _delayed(gemm: Gemm) -> Sides:
-    left, right = _ROLES[gemm]
-    return (left[0], _delayed_cast(left[0])), (right[0], _delayed_cast(right[0]))
-
-
-def _delayed_cast(operand: Operand) -> Cast:
+def _delayed_side(operand: Operand) -> tuple[Operand, Cast]:
     is_gradient = operand is Operand.GRAD_OUTPUT
     dtype = torch.float8_e5m2 if is_gradient else torch.float8_e4m3fn
-    return Cast(dtype=dtype, dim=None, is_delayed=True)
+    return operand, Cast(dtype=dtype, dim=None, is_delayed=True)

@@ -1,8 +1,8 @@
 """From what each batch showed to an estimate with its standard error.
 
-With |x|^2 = x'Px (see preconditioner), e is a ratio of means over batches, mean(n_b) / mean(d_b)
-with n_b = |g_p - g_ref|^2 and d_b = |g_ref|^2. Its standard error comes from the residuals
-n_b - e d_b (the ratio estimator's usual linearisation).
+With |x|^2 = x'Px (see preconditioner), the gradient error is a ratio of means over batches,
+mean(n_b) / mean(d_b) with n_b = |g_p - g_ref|^2 and d_b = |g_ref|^2. Its standard error comes from
+the residuals n_b - mean * d_b (the ratio estimator's usual linearisation).
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from autoprec.records import Estimate
 
-DIVERGED_E = 1e6  # stands for a perturbation that is not finite; records hold finite numbers only
+DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
@@ -18,7 +18,7 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
     count = len(numerators)
     scale = math.fsum(denominators) / count
     if not all(math.isfinite(value) for value in numerators):
-        return Estimate(mean=DIVERGED_E)
+        return Estimate(mean=DIVERGED)
     mean = math.fsum(numerators) / count / scale
     if count < 2:
         return Estimate(mean=mean)

@@ -1,4 +1,4 @@
-"""From a gradient perturbation e to a predicted loss gap, and back. No torch in here.
+"""From a gradient error e to a predicted loss gap, and back. No torch in here.
 
 Precision error is noise on top of minibatch noise: noise of relative variance e costs a fraction
 e of extra steps (McCandlish et al., "An Empirical Model of Large-Batch Training"). Loss falls about
@@ -21,8 +21,8 @@ Kaplan et al., "Scaling Laws for Neural Language Models"):
 
 From ten steps this is a guess of the right size and no bound: at step 75 it was 2 times too high
 for a GPT, 2 and 5 times too low for a classifier from scratch and a fine-tuned one (a line in log t
-through the same steps: 13 times too high, 3 and 10 too low). The budget of e keeps a factor in hand
-(see `search.stage.grad_error_budget`); what it lets through that does harm, verification refutes.
+through the same steps: 13 times too high, 3 and 10 too low). The budget keeps a factor in hand (see
+`search.stage.grad_error_budget`); what it lets through that does harm, verification refutes.
 """
 
 import math
@@ -43,7 +43,7 @@ class LossLine:
     """loss(t) = level - slope * log t, fitted to the later part of a loss curve.
 
     `slope` is in the loss's unit per e-fold of steps; it is never below its own standard error, so
-    that a flat or noisy curve does not promise that perturbations cost nothing.
+    that a flat or noisy curve does not promise that gradient errors cost nothing.
     """
 
     level: float
@@ -65,11 +65,11 @@ def predicted_loss_gap(
     *,
     start: int = 0,
 ) -> float | None:
-    """Return the relative loss gap that a perturbation `e` predicts after `steps` steps.
+    """Return the relative loss gap that a gradient error predicts after `steps` steps.
 
     Args:
         sensitivity: gives the loss curve.
-        grad_error: the perturbation of the whole assignment, or the part of it that is asked about.
+        grad_error: of the whole assignment, or the part of it that is asked about.
         steps: how many steps run with it.
         start: how many steps ran before, in the reference's precision.
 
@@ -84,7 +84,7 @@ def predicted_loss_gap(
 
 
 def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:
-    """Return the largest e whose predicted relative loss gap after `steps` is `tolerance`.
+    """Return the largest gradient error whose predicted relative loss gap is the tolerance.
 
     Raises:
         InfeasibleError: the loss curve is too short or flat to say what a step is worth.

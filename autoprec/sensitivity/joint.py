@@ -1,36 +1,19 @@
-"""The measured e of a whole assignment, as it would run: all layers at once, in the plan's flow."""
+"""The measured gradient error of a whole assignment, as it would run: all layers at once."""
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Estimate,
-    JointMeasurement,
-    LayerSensitivity,
-    ModelSpec,
-    Option,
-    Precision,
-)
+from autoprec.records import BF16_O2, FP32, Estimate, LayerSensitivity, Option, Precision
 from autoprec.runtime import install_options
 from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.sensitivity.reference import (
-    DEFAULT_WARMUP_STEPS,
-    Reference,
-    prepare_reference,
-)
-from autoprec.workload.functions import Workload
+from autoprec.sensitivity.reference import Reference
 
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
-FLOW_BATCHES = 1  # e of the flow is far smaller than that of any FP8 plan
+ACTIVATION_BATCHES = 1  # the activations' own error is far smaller than that of any FP8 plan
 
 
 class JointMeter:
@@ -39,34 +22,11 @@ class JointMeter:
     Costs one pass per batch for each new assignment and nothing for one seen before.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        spec: ModelSpec,
-        *,
-        device: torch.device,
-        batches: int = JOINT_BATCHES,
-        warmup_steps: int = DEFAULT_WARMUP_STEPS,
-        checkpoint: Path | None = None,
-        seed: int = 0,
-        progress: Progress = report_nothing,
-        reference: Reference | None = None,
-    ) -> None:
-        """Warm the reference up, or take one that is warm already."""
-        self.spec = spec
+    def __init__(self, reference: Reference, *, batches: int = JOINT_BATCHES) -> None:
+        """Take a reference that is warmed up, and how many of its batches to measure on."""
+        self.reference = reference
         self.batches = batches
-        self.reference = reference or prepare_reference(
-            workload,
-            spec,
-            device=device,
-            batches=batches,
-            warmup_steps=warmup_steps,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-        )
-        self._measured: dict[tuple[Option, ...], JointMeasurement] = {}
-        self._scale: dict[int, float] = {}
+        self._measured: dict[tuple[Option, ...], Estimate] = {}
         self._spent_s = 0.0
 
     @property
@@ -75,64 +35,50 @@ class JointMeter:
         return self._spent_s / self.reference.step_s
 
     def measure(self, options: tuple[Option, ...]) -> Estimate:
-        """Return the joint e of `options`, given in the order of the spec's layers."""
-        return self.measure_joint(options).grad_error
-
-    def measure_joint(
-        self, options: tuple[Option, ...], *, label: str = "", predicted_grad_error: float = 0.0
-    ) -> JointMeasurement:
-        """Return the joint e beside a prediction to compare with.
+        """Return the joint gradient error of `options`, in the order of the spec's layers.
 
         Raises:
             PlanMismatchError: not one option per layer, or a layer cannot run its option.
         """
-        if len(options) != len(self.spec.layers):
+        names = self.reference.spec.names
+        if len(options) != len(names):
             raise PlanMismatchError(
-                f"an assignment has one option per layer, {len(self.spec.layers)}, but "
-                f"{len(options)} came; give them in the order of the model spec"
+                f"an assignment has one option per layer, {len(names)}, but {len(options)} came; "
+                "give them in the order of the model spec"
             )
         if options not in self._measured:
             started = time.perf_counter()
-            self._measured[options] = self._measure(options)
+            by_name = dict(zip(names, options, strict=True))
+            self._measured[options] = self._measure(by_name, batches=self.batches)
             self._spent_s += time.perf_counter() - started
-        found = self._measured[options]
-        return found.model_copy(
-            update={"label": label, "predicted_grad_error": predicted_grad_error}
-        )
+        return self._measured[options]
 
-    def measure_flow(self, rows: Sequence[LayerSensitivity]) -> Estimate:
-        """Return what uniform BF16 costs beyond its layers: the e of the flow between them.
+    def measure_activations(self, rows: Sequence[LayerSensitivity]) -> Estimate:
+        """Return what uniform BF16 costs beyond its layers: the error of BF16 activations.
 
-        `rows` are measured in an FP32 flow. Taken from the joint e of uniform BF16, the flow's
-        part makes the table add up where most plans are, in deep models too: there, errors of
-        layers and flow are not independent (25 blocks: 40 % of the joint e of small subsets).
+        `rows` are measured with FP32 activations. Taken from the joint error of uniform BF16, the
+        activations' part makes the table add up where most plans are, in deep models too: there,
+        the errors of layers and activations are not independent (25 blocks: 40 % of the joint
+        error of small subsets).
         """
         options = {
-            layer.name: BF16_O2 if BF16_O2 in layer.options else FP32 for layer in self.spec.layers
+            layer.name: BF16_O2 if BF16_O2 in layer.options else FP32
+            for layer in self.reference.spec.layers
         }
-        used = range(min(FLOW_BATCHES, len(self.reference.batches)))
-        samples = [self._sample(index, options) for index in used]
-        joint = ratio_estimate(samples, [self._scale[i] for i in used])
+        joint = self._measure(options, batches=ACTIVATION_BATCHES)
         layers = math.fsum(row.grad_error.mean for row in rows if row.option == BF16_O2)
         return joint.model_copy(update={"mean": max(joint.mean - layers, 0.0)})
 
-    def _measure(self, options: Sequence[Option]) -> JointMeasurement:
-        by_name = dict(zip(self.spec.names, options, strict=True))
-        used = range(min(self.batches, len(self.reference.batches)))
-        samples = [self._sample(index, by_name) for index in used]
-        scale = [self._scale[index] for index in used]
-        return JointMeasurement(
-            label="",
-            options=tuple(options),
-            grad_error=ratio_estimate(samples, scale),
-            predicted_grad_error=0.0,
-        )
-
-    def _sample(self, index: int, options: dict[str, Option]) -> float:
-        baseline = self.reference.baseline(index)
-        self._scale[index] = baseline.squared
+    @random_state_kept()
+    def _measure(self, options: Mapping[str, Option], *, batches: int) -> Estimate:
+        reference = self.reference
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
-        uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
-        installed = install_options(self.reference.model, options, uncovered=uncovered)
-        with installed, fast_fp8_gemms(self.reference.device):
-            return self.reference.squared_error(index, baseline)
+        uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
+        squared, scale = [], []
+        for index in range(min(batches, len(reference.batches))):
+            gradient = reference.gradient(index)
+            installed = install_options(reference.model, options, uncovered=uncovered)
+            with installed, fast_fp8_gemms(reference.context.device):
+                squared.append(reference.squared_error(index, gradient))
+            scale.append(gradient.squared_norm)
+        return ratio_estimate(squared, scale)

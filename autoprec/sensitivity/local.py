@@ -12,8 +12,8 @@ them where their recipes cast alike. Errors of any other layer in BF16 are taken
 input gradients and parameters instead, from a replay in BF16 against a replay in FP32.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ BF16_OUTPUT = Component(Gemm.OUTPUT)
 BF16_GRAD_INPUT = Component(Gemm.GRAD_INPUT)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LocalErrors:
     """One layer's errors on one batch.
 
@@ -46,56 +46,53 @@ class LocalErrors:
     of the layer's trainable parameters' gradients.
     """
 
-    errors: dict[Component, list[Tensor]] = field(default_factory=dict)
-    parameter_errors: dict[GradWeightKey, list[Tensor]] = field(default_factory=dict)
+    errors: dict[Component, list[Tensor]]
+    parameter_errors: dict[GradWeightKey, list[Tensor]]
 
 
 def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
     """Return the sources of error of the two GEMMs whose error spreads; BF16 where kept so."""
-    found: dict[Gemm, tuple[Component, ...]] = {
-        Gemm.OUTPUT: (BF16_OUTPUT,),
-        Gemm.GRAD_INPUT: (BF16_GRAD_INPUT,),
+    casts = gemm_casts(option) if option.is_fp8 else {}
+    return {
+        bf16.gemm: tuple(
+            Component(bf16.gemm, operand, cast) for operand, cast in casts.get(bf16.gemm, ())
+        )
+        or (bf16,)
+        for bf16 in (BF16_OUTPUT, BF16_GRAD_INPUT)
     }
-    if option.is_fp8:
-        for gemm, sides in gemm_casts(option).items():
-            if gemm in found:
-                found[gemm] = tuple(Component(gemm, operand, cast) for operand, cast in sides)
-    return found
 
 
 def grad_weight_key(option: Option) -> GradWeightKey:
-    """Return which cast of grad_weight an option has."""
+    """Return the casts of an option's grad_weight GEMM."""
     return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()) if option.is_fp8 else ()
 
 
 def parameter_only_errors(layer: nn.Module, gradients: Sequence[Tensor]) -> LocalErrors:
     """Return the errors in BF16 of a layer that is never called, only its parameters are used."""
-    trainable = [p for p in layer.parameters() if p.requires_grad]
+    trainable = [p.detach() for p in layer.parameters() if p.requires_grad]
     return LocalErrors(
-        errors={
-            BF16_OUTPUT: [round_bf16(p.detach()) - p.detach() for p in trainable],
-            BF16_GRAD_INPUT: [],
-        },
+        errors={BF16_OUTPUT: [round_bf16(p) - p for p in trainable], BF16_GRAD_INPUT: []},
         parameter_errors={(): [round_bf16(g) - g for g in gradients]},
     )
 
 
 def bf16_errors(exact: Replayed, rounded: Replayed) -> LocalErrors:
     """Return a layer's errors in BF16 from its replays in FP32 and in BF16."""
-    found = LocalErrors()
-    found.errors[BF16_OUTPUT] = [
+    outputs = [
         (b - a).to(KEEP)
-        for outputs, others in zip(exact.outputs, rounded.outputs, strict=True)
-        for a, b in zip(outputs, others, strict=True)
+        for one, other in zip(exact.outputs, rounded.outputs, strict=True)
+        for a, b in zip(one, other, strict=True)
     ]
-    found.errors[BF16_GRAD_INPUT] = [
+    input_gradients = [
         torch.zeros(()) if a is None or b is None else (b - a).to(KEEP)
-        for gradients, others in zip(exact.input_gradients, rounded.input_gradients, strict=True)
-        for a, b in zip(gradients, others, strict=True)
+        for one, other in zip(exact.input_gradients, rounded.input_gradients, strict=True)
+        for a, b in zip(one, other, strict=True)
     ]
     pairs = zip(exact.parameter_gradients, rounded.parameter_gradients, strict=True)
-    found.parameter_errors[()] = [b - a for a, b in pairs]
-    return found
+    return LocalErrors(
+        errors={BF16_OUTPUT: outputs, BF16_GRAD_INPUT: input_gradients},
+        parameter_errors={(): [b - a for a, b in pairs]},
+    )
 
 
 def add_fp8_errors(
@@ -106,31 +103,27 @@ def add_fp8_errors(
     options: Sequence[Option],
 ) -> None:
     """Add the errors of a linear's FP8 options; casts that options share are made once."""
-    trainable = [p for p in layer.parameters() if p.requires_grad]
-    gradients = {id(p): g for p, g in zip(trainable, exact.parameter_gradients, strict=True)}
     for option in options:
         casts = gemm_casts(option)
+        # output and grad_input: the operand errors alone, the probes do the rest
         for gemm in (Gemm.OUTPUT, Gemm.GRAD_INPUT):
             for operand, cast in casts.get(gemm, ()):
-                component = Component(gemm, operand, cast)
-                if component not in found.errors:
-                    found.errors[component] = operands.errors(operand, cast)
-        if Gemm.GRAD_WEIGHT in casts and layer.weight.requires_grad:
-            sides = casts[Gemm.GRAD_WEIGHT]
-            if sides not in found.parameter_errors:
-                found.parameter_errors[sides] = _grad_weight_errors(
-                    operands, sides, gradients, layer.weight
-                )
+                found.errors[Component(gemm, operand, cast)] = operands.errors(operand, cast)
+        # grad_weight: its error is where it ends, so it is multiplied out
+        sides = casts.get(Gemm.GRAD_WEIGHT, ())
+        if sides and layer.weight.requires_grad and sides not in found.parameter_errors:
+            found.parameter_errors[sides] = _grad_weight_errors(operands, sides, layer, exact)
 
 
 def _grad_weight_errors(
-    operands: Operands, sides: Sides, gradients: Mapping[int, Tensor], weight: Tensor
+    operands: Operands, sides: Sides, layer: nn.Linear, exact: Replayed
 ) -> list[Tensor]:
     """Return the errors of weight and bias gradients (the latter is not a GEMM: none)."""
     left, right = (operands.cast(operand, cast) for operand, cast in sides)
     # grad_weight: [N, M] @ [M, K] -> [N, K], per call
     made = torch.stack([g.t() @ x for g, x in zip(left, right, strict=True)]).sum(0)
+    trainable = [p for p in layer.parameters() if p.requires_grad]
     return [
-        made - gradient if key == id(weight) else torch.zeros_like(gradient)
-        for key, gradient in gradients.items()
+        made - gradient if p is layer.weight else torch.zeros_like(gradient)
+        for p, gradient in zip(trainable, exact.parameter_gradients, strict=True)
     ]

@@ -1,23 +1,22 @@
 """The three operands of a linear on one batch: as they are, as FP8 makes them, and their ranges."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from autoprec.model.layers import find_layers
+from autoprec.model.recording import Call
 from autoprec.records import Operand, OperandStatistics, Option
 from autoprec.sensitivity.casts import Cast, cast_operand, gemm_casts, round_bf16, scale_of
+from autoprec.sensitivity.delayed import Amax
 from autoprec.sensitivity.reference import Reference
-from autoprec.sensitivity.replay import Call, recorded_calls
+from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
 KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
 COUNTED_ROWS = 4  # one row in so many is counted for underflow and saturation
 OUTLIER_RATIO = 10.0  # a channel's amax over the median channel's
-
-Amax = Callable[[Operand], float | None]  # the amax history of a delayed recipe, if there is one
 
 
 class Operands:
@@ -28,7 +27,7 @@ class Operands:
         gradients = [g for call in calls for g in call.gradients if g is not None]
         self.amax = amax
         self.exact: dict[Operand, list[Tensor]] = {
-            Operand.INPUT: [c.inputs[0].reshape(-1, layer.in_features) for c in calls],
+            Operand.INPUT: [floating_inputs(c)[0].reshape(-1, layer.in_features) for c in calls],
             Operand.WEIGHT: [layer.weight.detach()],
             Operand.GRAD_OUTPUT: [g.reshape(-1, layer.out_features) for g in gradients],
         }
@@ -115,12 +114,12 @@ def operand_statistics(
     """Run the first batch and return the statistics of every linear named in `options`."""
     modules = find_layers(reference.model)
     linears = {name: modules[name] for name in options}
-    with recorded_calls(linears) as calls:
-        reference.run_baseline(0)
+    with differentiated_calls(linears) as calls:
+        reference.run_gradient(0)
     found: list[OperandStatistics] = []
     for name, layer in linears.items():
         if isinstance(layer, nn.Linear) and calls[name]:
-            operands = Operands(layer, calls[name], partial(reference.history.amax, name))
+            operands = Operands(layer, calls[name], reference.amax_history(name))
             found.extend(operands.statistics(name, options[name]))
     return found
 

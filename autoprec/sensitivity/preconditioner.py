@@ -63,10 +63,14 @@ class Preconditioner:
         """Whether the optimizer updates this parameter at all."""
         return id(parameter) in self.updated
 
-    def weight(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
-        """Return P^(1/2) at the reference gradient of a parameter; None is the identity."""
+    def apply(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> Tensor:
+        """Return P^(1/2) times values of a parameter's shape, P at the reference gradient `at`."""
         rule = self.rules.get(id(parameter))
-        return None if rule is None else rule.weight(gradient)
+        return values if rule is None else values * rule.weight(at.to(values.device))
+
+    def squared_norm(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> float:
+        """Return x'Px of such values x."""
+        return float(self.apply(parameter, values, at=at).square().sum(dtype=torch.float64))
 
 
 def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:

@@ -1,4 +1,4 @@
-"""The depth-free mode: e of every layer x option from a few sign-coded probes of the weights.
+"""The depth-free mode: all layers x options from a few sign-coded probes of the weights.
 
 A layer's error Dy at its output changes the gradient g by d = J Dy, with J the derivative of g by
 y. Its length is what we want, and for a random sign vector u over all weights E<u, P^(1/2) d>^2 is
@@ -17,23 +17,23 @@ where they are and need no probe. Linears are taken apart further, down to the c
 
 One probe alone gives each number a chi-square error of 140 %. But each product is a sum over
 thousands of rounding errors, so it is split into groups whose errors have nothing to do with each
-other, and the groups' squares are added: E sum_k z_k^2 = d'Pd still, with thousands of degrees of
-freedom instead of one. Groups must keep together what is coherent: all tokens of one input or
-gradient channel (underflow hits them alike), all of one row of the weight. Cross terms between
-groups, operands and GEMMs are left out; measured, they scatter around zero.
+other, and the groups' squares are added: with z_k the product of group k, E sum_k z_k^2 = d'Pd
+still, with thousands of degrees of freedom instead of one. Groups must keep together what is
+coherent: all tokens of one input or gradient channel (underflow hits them alike), all of one row of
+the weight. Cross terms between groups, operands and GEMMs are left out; measured, they scatter
+around zero.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.progress import Progress
 from autoprec.model.layers import find_layers
-from autoprec.records import BF16_O2, Gemm, LayerSpec, Operand, OperandStatistics, Option
+from autoprec.model.recording import Call
+from autoprec.records import BF16_O2, Gemm, Operand, OperandStatistics, Option
 from autoprec.runtime import install_options
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
@@ -46,111 +46,115 @@ from autoprec.sensitivity.local import (
     parameter_only_errors,
 )
 from autoprec.sensitivity.operands import Operands
-from autoprec.sensitivity.reference import Baseline, Reference, seeded
-from autoprec.sensitivity.replay import Call, Replayed, recorded_calls, replay
+from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
+from autoprec.sensitivity.replay import differentiated_calls, floating_inputs, replay
 
 STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by about 0.2 %
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
-@dataclass
-class BatchShow:
-    """What one batch showed: probe products per layer and component, and local sums.
+@dataclass(frozen=True)
+class BatchProbe:
+    """What one batch showed of every layer.
 
-    `products` has one list entry per probe, each the vector of the groups' z.
-    `parameter_errors` are d'Pd of each layer's own parameters.
+    Attributes:
+        squared_norm: g'Pg of the reference gradient.
+        products: per layer and component one vector of the groups' products z for each probe.
+        parameter_errors: d'Pd of what stays in each layer's own parameters.
+        statistics: the operands' ranges; of the first batch only.
     """
 
-    products: dict[tuple[str, Component], list[Tensor]] = field(default_factory=dict)
-    parameter_errors: dict[tuple[str, GradWeightKey], float] = field(default_factory=dict)
-    statistics: list[OperandStatistics] = field(default_factory=list)
-    squared: float = 0.0
+    squared_norm: float
+    products: dict[tuple[str, Component], list[Tensor]]
+    parameter_errors: dict[tuple[str, GradWeightKey], float]
+    statistics: tuple[OperandStatistics, ...]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The reference pass of one batch: what went through the layers, and the gradient."""
+
+    reference: Reference
+    index: int
+    layers: dict[str, nn.Module]
+    calls: dict[str, list[Call]]
+    gradient: ReferenceGradient
 
 
 def probe_batches(
-    reference: Reference,
-    layers: Sequence[LayerSpec],
-    options: Mapping[str, Sequence[Option]],
-    *,
-    probes: int,
-    progress: Progress,
-) -> list[BatchShow]:
+    reference: Reference, options: Mapping[str, Sequence[Option]], *, probes: int
+) -> list[BatchProbe]:
     """Probe every batch; costs per batch one pass, two replays and `probes` more passes.
 
     Args:
-        reference: the warmed-up model and its batches.
-        layers: those to measure; each must have run.
+        reference: the warmed-up model and its batches; all layers of its spec are measured.
         options: the FP8 options of each linear that has any, by name.
         probes: passes per batch.
-        progress: told after each pass.
     """
     modules = find_layers(reference.model)
-    chosen = {layer.name: modules[layer.name] for layer in layers}
+    layers = {name: modules[name] for name in reference.spec.names}
+    progress = reference.context.progress
     total = len(reference.batches) * (1 + probes)
-    shows = []
+    found = []
     for index in range(len(reference.batches)):
         progress("sensitivity: probes", index * (1 + probes), total)
-        show = BatchShow()
-        reference.kept.pop(index, None)  # run it now, so that the calls are seen
-        with recorded_calls(chosen) as calls:
-            baseline = reference.baseline(index)
-        show.squared = baseline.squared
-        errors = _local_errors(reference, chosen, calls, baseline, options, show, index=index)
-        _keep_parameter_errors(reference, chosen, baseline, errors, show)
+        # run it now, kept or not, so that the calls are seen
+        with differentiated_calls(layers) as calls:
+            gradient = reference.run_gradient(index)
+        step = _Pass(reference, index, layers, calls, gradient)
+        errors, statistics = _local_errors(step, options)
+        parameter_errors = _parameter_errors(step, errors)
+        products: dict[tuple[str, Component], list[Tensor]] = {}
         for probe in range(probes):
             progress("sensitivity: probes", index * (1 + probes) + 1 + probe, total)
-            code = (index // 2) * probes + probe
-            _run_probe(reference, chosen, calls, baseline, errors, show, index=index, code=code)
-        shows.append(show)
+            # the same signs serve two batches in turn
+            for key, z in _run_probe(step, errors, code=(index // 2) * probes + probe):
+                products.setdefault(key, []).append(z)
+        found.append(
+            BatchProbe(gradient.squared_norm, products, parameter_errors, tuple(statistics))
+        )
     progress("sensitivity: probes", total, total)
-    return shows
-
-
-def _local_errors(
-    reference: Reference,
-    layers: Mapping[str, nn.Module],
-    calls: Mapping[str, list[Call]],
-    baseline: Baseline,
-    options: Mapping[str, Sequence[Option]],
-    show: BatchShow,
-    *,
-    index: int,
-) -> dict[str, LocalErrors]:
-    """Replay every layer in FP32 and in BF16, and work out its FP8 errors."""
-    reference.passes += 2  # a replay is about a pass
-    seed = reference.seed * 104_729 + index
-    exact: dict[str, Replayed] = {}
-    found: dict[str, LocalErrors] = {}
-    called = {name: layer for name, layer in layers.items() if calls[name]}
-    for name, layer in layers.items():
-        if name not in called:
-            gradients = own_gradients(reference, layer, baseline)
-            found[name] = parameter_only_errors(layer, gradients)
-    with seeded(seed, reference.device):
-        for name, layer in called.items():
-            exact[name] = replay(layer, calls[name], seed=seed)
-        rounded_options = dict.fromkeys(called, BF16_O2)
-        with install_options(
-            reference.model, rounded_options, activation_dtype=torch.float32, root=False
-        ):
-            for name, layer in called.items():
-                rounded = replay(layer, calls[name], seed=seed)
-                found[name] = bf16_errors(exact[name], rounded)
-    for name, fp8 in options.items():
-        layer = layers[name]
-        if fp8 and name in called and isinstance(layer, nn.Linear):
-            operands = Operands(layer, calls[name], partial(reference.history.amax, name))
-            add_fp8_errors(found[name], layer, operands, exact[name], fp8)
-            if index == 0:
-                show.statistics.extend(operands.statistics(name, fp8))
     return found
 
 
-def own_gradients(reference: Reference, layer: nn.Module, baseline: Baseline) -> list[Tensor]:
-    """Return a baseline's gradients of a layer's trainable parameters; zeros where not updated."""
-    places = {id(parameter): place for place, parameter in reference.measured()}
+def _local_errors(
+    step: _Pass, options: Mapping[str, Sequence[Option]]
+) -> tuple[dict[str, LocalErrors], list[OperandStatistics]]:
+    """Replay every layer in FP32 and in BF16, and work out its FP8 errors."""
+    reference, calls = step.reference, step.calls
+    reference.passes += 2  # a replay is about a pass
+    seed = reference.context.seed * 104_729 + step.index
+    # a layer whose parameters are used without a call (an attention's out_proj) has no replay
+    found = {
+        name: parameter_only_errors(layer, _own_gradients(step, layer))
+        for name, layer in step.layers.items()
+        if not calls[name]
+    }
+    called = {name: layer for name, layer in step.layers.items() if calls[name]}
+    # BF16: what a layer makes of the reference's inputs and output gradients in either precision
+    with seeded(seed, reference.context.device):
+        exact = {name: replay(layer, calls[name], seed=seed) for name, layer in called.items()}
+        rounded = dict.fromkeys(called, BF16_O2)
+        with install_options(reference.model, rounded, activation_dtype=torch.float32, root=False):
+            for name, layer in called.items():
+                found[name] = bf16_errors(exact[name], replay(layer, calls[name], seed=seed))
+    # FP8: the casts' errors, by plain arithmetic on the same inputs and gradients
+    statistics: list[OperandStatistics] = []
+    for name, fp8 in options.items():
+        layer = step.layers[name]
+        if fp8 and name in called and isinstance(layer, nn.Linear):
+            operands = Operands(layer, calls[name], reference.amax_history(name))
+            add_fp8_errors(found[name], layer, operands, exact[name], fp8)
+            if step.index == 0:
+                statistics += operands.statistics(name, fp8)
+    return found, statistics
+
+
+def _own_gradients(step: _Pass, layer: nn.Module) -> list[Tensor]:
+    """Return the reference gradients of a layer's trainable parameters; zeros where not updated."""
+    places = {id(parameter): place for place, parameter in step.reference.updated_parameters()}
     return [
-        baseline.gradients[places[id(p)]].to(p.device)
+        step.gradient.by_place[places[id(p)]].to(p.device)
         if id(p) in places
         else torch.zeros_like(p, dtype=torch.float32)
         for p in layer.parameters()
@@ -158,83 +162,72 @@ def own_gradients(reference: Reference, layer: nn.Module, baseline: Baseline) ->
     ]
 
 
-def _keep_parameter_errors(
-    reference: Reference,
-    layers: Mapping[str, nn.Module],
-    baseline: Baseline,
-    errors: Mapping[str, LocalErrors],
-    show: BatchShow,
-) -> None:
-    """Weigh and sum up what stays in the layers' own parameters; the tensors are then let go."""
-    places = {id(parameter): place for place, parameter in reference.measured()}
-    for name, layer in layers.items():
+def _parameter_errors(
+    step: _Pass, errors: Mapping[str, LocalErrors]
+) -> dict[tuple[str, GradWeightKey], float]:
+    """Return d'Pd of what stays in the layers' own parameters; the tensors are then let go."""
+    preconditioner = step.reference.preconditioner
+    places = {id(parameter): place for place, parameter in step.reference.updated_parameters()}
+    found: dict[tuple[str, GradWeightKey], float] = {}
+    for name, layer in step.layers.items():
         trainable = [p for p in layer.parameters() if p.requires_grad]
         for key, parts in errors[name].parameter_errors.items():
-            squared = 0.0
-            for parameter, part in zip(trainable, parts, strict=True):
-                if id(parameter) in places:
-                    place = places[id(parameter)]
-                    weighted = reference.weigh(parameter, part, baseline.gradients[place])
-                    squared += float(weighted.square().sum(dtype=torch.float64))
-            show.parameter_errors[name, key] = squared
+            found[name, key] = sum(
+                preconditioner.squared_norm(p, part, at=step.gradient.by_place[places[id(p)]])
+                for p, part in zip(trainable, parts, strict=True)
+                if id(p) in places
+            )
         errors[name].parameter_errors.clear()
+    return found
 
 
 def _run_probe(
-    reference: Reference,
-    layers: Mapping[str, nn.Module],
-    calls: Mapping[str, list[Call]],
-    baseline: Baseline,
-    errors: Mapping[str, LocalErrors],
-    show: BatchShow,
-    *,
-    index: int,
-    code: int,
-) -> None:
-    """Move the weights along sign code number `code`, run, and take every layer's products."""
-    step = _step_size(reference, baseline)
-    with recorded_calls(layers) as moved, _moved_weights(reference, baseline, step, code=code):
-        reference.run(index)
-    for name, layer in layers.items():
-        pairs = list(zip(calls[name], moved.pop(name), strict=True))
+    step: _Pass, errors: Mapping[str, LocalErrors], *, code: int
+) -> Iterator[tuple[tuple[str, Component], Tensor]]:
+    """Move the weights along sign code number `code`, run, and yield every layer's products z."""
+    size = _step_size(step)
+    with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):
+        step.reference.run(step.index)
+    for name, layer in step.layers.items():
+        pairs = list(zip(step.calls[name], moved.pop(name), strict=True))
         if pairs:
-            products = _products(layer, pairs, errors[name])
+            products = _products(layer, pairs, errors[name].errors)
         else:
-            changes = _parameter_changes(reference, layer, baseline)
-            products = _parameter_products(changes, errors[name].errors[BF16_OUTPUT])
+            products = _parameter_products(step, layer, errors[name].errors[BF16_OUTPUT])
         for component, z in products.items():
-            show.products.setdefault((name, component), []).append(z.cpu() / step)
+            yield (name, component), z.cpu() / size  # changes over t are derivatives
 
 
-def _step_size(reference: Reference, baseline: Baseline) -> float:
+def _step_size(step: _Pass) -> float:
     """Return t such that t P^(1/2) u changes weights by STEP of their usual size.
 
     The usual size is a tensor's median: a few outlier rows must not make the step of all the others
     so large that nothing is linear any more.
     """
     weight = scale = 0.0
-    for place, parameter in reference.measured():
+    for place, parameter in step.reference.updated_parameters():
+        g = step.gradient.by_place[place]
         weight += float(parameter.detach().abs().median()) * parameter.numel()
-        ones = torch.ones_like(baseline.gradients[place])
-        weighted = reference.weigh(parameter, ones, baseline.gradients[place])
-        scale += float(weighted.sum(dtype=torch.float64))
+        moved = step.reference.preconditioner.apply(parameter, torch.ones_like(g), at=g)
+        scale += float(moved.sum(dtype=torch.float64))
     return STEP * weight / scale
 
 
 @contextmanager
-def _moved_weights(
-    reference: Reference, baseline: Baseline, step: float, *, code: int
-) -> Iterator[None]:
+def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
+    """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for place, parameter in reference.measured():
+        for place, parameter in step.reference.updated_parameters():
             saved.append((parameter, parameter.data))
-            seed = (reference.seed * 7907 + code) * 1_000_003 + place
+            seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = reference.weigh(parameter, signs.float(), baseline.gradients[place])
-            parameter.data = parameter.data + step * move
+            move = step.reference.preconditioner.apply(
+                parameter, signs.float(), at=step.gradient.by_place[place]
+            )
+            parameter.data = parameter.data + size * move
         yield
     finally:
         for parameter, data in saved:
@@ -242,96 +235,84 @@ def _moved_weights(
 
 
 def _products(
-    layer: nn.Module, pairs: Sequence[tuple[Call, Call]], errors: LocalErrors
+    layer: nn.Module,
+    pairs: Sequence[tuple[Call, Call]],
+    errors: Mapping[Component, Sequence[Tensor]],
 ) -> dict[Component, Tensor]:
-    """Return z per group for every component of a layer's errors."""
+    """Return z per group for every component of a layer's errors, from calls before and after."""
     gradients = [g for call, _ in pairs for g in call.gradients]
-    moved_gradients = [g for _, moved in pairs for g in moved.gradients]
-    inputs = [x for call, _ in pairs for x in call.inputs]
-    moved_inputs = [x for _, moved in pairs for x in moved.inputs]
-    v = [_change(g, m) for g, m in zip(gradients, moved_gradients, strict=True)]
-    c = [_change(x, m) for x, m in zip(inputs, moved_inputs, strict=True)]
+    inputs = [x for call, _ in pairs for x in floating_inputs(call)]
+    # v: the change of the output gradient; c: the change of the input
+    v = _changes(gradients, [g for _, moved in pairs for g in moved.gradients])
+    c = _changes(inputs, [x for _, moved in pairs for x in floating_inputs(moved)])
+    # any layer in BF16: <v, Dy> and <c, Dgx>
     found = {
-        BF16_OUTPUT: _by_channel(layer, v, errors.errors[BF16_OUTPUT]),
-        BF16_GRAD_INPUT: _by_channel(layer, c, errors.errors[BF16_GRAD_INPUT]),
+        BF16_OUTPUT: _by_channel(layer, v, errors[BF16_OUTPUT]),
+        BF16_GRAD_INPUT: _by_channel(layer, c, errors[BF16_GRAD_INPUT]),
     }
-    casts = [component for component in errors.errors if component.cast is not None]
+    # a linear in FP8: the four products of operand errors, each summed over tokens or a row
+    casts = [component for component in errors if component.cast is not None]
     if casts and isinstance(layer, nn.Linear):
-        known = _linear_sides(layer, inputs, gradients, v=v, c=c)
+        factors = _operand_factors(layer, inputs, gradients, v=v, c=c)
         for component in casts:
-            found[component] = _linear_product(component, known, errors.errors[component])
+            key = (component.gemm, component.operand)
+            dim = 1 if key == (Gemm.OUTPUT, Operand.WEIGHT) else 0
+            found[component] = _summed(
+                [(a * b).sum(dim) for a, b in zip(factors[key], errors[component], strict=True)]
+            )
     return found
 
 
-def _parameter_changes(reference: Reference, layer: nn.Module, baseline: Baseline) -> list[Tensor]:
-    moved = [
-        torch.zeros_like(p) if p.grad is None else p.grad
-        for p in layer.parameters()
-        if p.requires_grad
-    ]
-    own = own_gradients(reference, layer, baseline)
-    return [m.float() - g for m, g in zip(moved, own, strict=True)]
-
-
-def _parameter_products(
-    changes: Sequence[Tensor], errors: Sequence[Tensor]
-) -> dict[Component, Tensor]:
-    """Return z per row of each parameter, for a layer whose parameters are used without a call."""
-    rows = [
-        (c * grad_error).reshape(len(c), -1).sum(1) if c.dim() else (c * grad_error).reshape(1)
-        for c, grad_error in zip(changes, errors, strict=True)
-    ]
-    return {
-        BF16_OUTPUT: torch.cat(rows) if rows else torch.zeros(1),
-        BF16_GRAD_INPUT: torch.zeros(1),
-    }
-
-
-@dataclass(frozen=True)
-class _LinearSides:
-    """What the four kinds of a linear's operand errors are multiplied with, per call or summed."""
-
-    by_input: list[Tensor]  # v w      [M, K]
-    by_gradient: list[Tensor]  # c w'  [M, N]
-    by_weight: Tensor  # v' x          [N, K]
-    by_weight_backward: Tensor  # g' c [N, K]
-
-
-def _linear_sides(
+def _operand_factors(
     layer: nn.Linear,
     inputs: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     *,
     v: Sequence[Tensor | None],
     c: Sequence[Tensor | None],
-) -> _LinearSides:
+) -> dict[tuple[Gemm, Operand | None], list[Tensor]]:
+    """Return what each operand's error is multiplied with: per call, for the weight over all."""
     weight_NK = layer.weight.detach()
     x_MK, c_MK = (_rows(tensors, layer.in_features) for tensors in (inputs, c))
     g_MN, v_MN = (_rows(tensors, layer.out_features) for tensors in (gradients, v))
-    return _LinearSides(
-        by_input=[v @ weight_NK for v in v_MN],  # [M, N] @ [N, K] -> [M, K]
-        by_gradient=[c @ weight_NK.t() for c in c_MK],  # [M, K] @ [K, N] -> [M, N]
-        by_weight=_summed([v.t() @ x for v, x in zip(v_MN, x_MK, strict=True)]),
-        by_weight_backward=_summed([g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)]),
-    )
+    return {
+        (Gemm.OUTPUT, Operand.INPUT): [v @ weight_NK for v in v_MN],  # [M, N] @ [N, K] -> [M, K]
+        (Gemm.GRAD_INPUT, Operand.GRAD_OUTPUT): [c @ weight_NK.t() for c in c_MK],  # -> [M, N]
+        (Gemm.OUTPUT, Operand.WEIGHT): [  # v' x: [N, M] @ [M, K] -> [N, K]
+            _summed([v.t() @ x for v, x in zip(v_MN, x_MK, strict=True)])
+        ],
+        (Gemm.GRAD_INPUT, Operand.WEIGHT): [  # g' c: [N, M] @ [M, K] -> [N, K]
+            _summed([g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)])
+        ],
+    }
+
+
+def _parameter_products(
+    step: _Pass, layer: nn.Module, errors: Sequence[Tensor]
+) -> dict[Component, Tensor]:
+    """Return z per row of each parameter, for a layer whose parameters are used without a call."""
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    rows = []
+    for parameter, g, error in zip(trainable, _own_gradients(step, layer), errors, strict=True):
+        product = (gradient_of(parameter) - g) * error
+        rows.append(product.reshape(len(g), -1).sum(1) if g.dim() else product.reshape(1))
+    return {
+        BF16_OUTPUT: torch.cat(rows) if rows else torch.zeros(1),
+        BF16_GRAD_INPUT: torch.zeros(1),
+    }
 
 
 def _rows(tensors: Sequence[Tensor | None], features: int) -> list[Tensor]:
     return [t.reshape(-1, features) for t in tensors if t is not None]
 
 
-def _change(before: Tensor | None, after: Tensor | None) -> Tensor | None:
-    return None if before is None or after is None else (after - before).float()
-
-
-def _linear_product(component: Component, sides: _LinearSides, errors: list[Tensor]) -> Tensor:
-    is_output = component.gemm is Gemm.OUTPUT
-    if component.operand is Operand.WEIGHT:
-        if is_output:
-            return (sides.by_weight * errors[0]).sum(1)  # per output channel
-        return (sides.by_weight_backward * errors[0]).sum(0)  # per input channel
-    others = sides.by_input if is_output else sides.by_gradient
-    return _summed([(a * grad_error).sum(0) for a, grad_error in zip(others, errors, strict=True)])
+def _changes(
+    before: Sequence[Tensor | None], after: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    return [
+        None if a is None or b is None else (b - a).float()
+        for a, b in zip(before, after, strict=True)
+    ]
 
 
 def _by_channel(

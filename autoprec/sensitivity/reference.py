@@ -9,7 +9,7 @@ passes share their dropout masks and differ in precision only.
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError, WorkloadError
+from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_structure
 from autoprec.records import ModelSpec
 from autoprec.runtime.checkpoint import load_state, read_checkpoint
-from autoprec.sensitivity.history import AmaxHistory
+from autoprec.sensitivity.delayed import Amax, AmaxHistory, no_history
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
-from autoprec.workload.functions import Batch, Workload, check_loss, move_batch
+from autoprec.workload.functions import Batch, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
 DEFAULT_BATCHES = 2  # a pair has a standard error
@@ -33,35 +34,46 @@ FEWEST_BATCHES = 2  # one batch gives no standard error
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """The reference gradient g of one batch: FP32 by parameter place, and its squared norm g'Pg."""
+class ReferenceGradient:
+    """The reference gradient g of one batch: FP32 by parameter place, and its norm g'Pg."""
 
-    gradients: dict[int, Tensor]
-    squared: float
+    by_place: dict[int, Tensor]
+    squared_norm: float
 
 
 @dataclass
 class Reference:
     """The warmed-up model and all that measuring against it needs.
 
-    `step_s` is the median time of a warm-up step, `spent_s` what preparing took.
+    Attributes:
+        context: whose workload it is, and where it runs.
+        spec: the captured model; its layers' options are what can be measured.
+        model: warmed up, FP32.
+        batches: those that gradients are compared on.
+        preconditioner: how the optimizer weighs a gradient.
+        history: the operands' largest magnitudes in the warm-up; None unless asked for.
+        loss_curve: (step, loss) of the warm-up.
+        checkpoint: where the warm-up started; "" for fresh weights.
+        step_s: the median time of a warm-up step.
+        spent_s: what preparing took.
+        buffers: the model's buffers after the warm-up; every pass starts from them.
+        passes: forward and backward passes so far, the warm-up left out.
+        gradients: of the batches that were run, where they are not too large to keep.
     """
 
-    workload: Workload
+    context: Context
+    spec: ModelSpec
     model: nn.Module
-    device: torch.device
-    seed: int
     batches: list[Batch]
     preconditioner: Preconditioner
-    history: AmaxHistory
+    history: AmaxHistory | None
     loss_curve: tuple[tuple[int, float], ...]
-    warmup_steps: int
     checkpoint: str
     step_s: float
     spent_s: float
     buffers: dict[str, Tensor]
     passes: int = 0
-    kept: dict[int, Baseline] = field(default_factory=dict)
+    gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
 
     def run(self, index: int) -> float:
         """Run forward and backward of a batch in the model as it stands; return its loss.
@@ -73,83 +85,85 @@ class Reference:
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
-        with seeded(self.seed * 7919 + index, self.device):
-            loss = self.workload.loss_fn(self.model, self.batches[index])
+        with seeded(self.context.seed * 7919 + index, self.context.device):
+            loss = self.context.workload.loss_fn(self.model, self.batches[index])
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
         return float(loss.detach())
 
-    def baseline(self, index: int) -> Baseline:
-        """Return the reference gradient of a batch, run once and then kept if that is not too big.
+    def gradient(self, index: int) -> ReferenceGradient:
+        """Return the reference gradient of a batch, from an earlier run where it was kept."""
+        return self.gradients.get(index) or self.run_gradient(index)
+
+    def run_gradient(self, index: int) -> ReferenceGradient:
+        """Run the reference on a batch, and keep its gradient if that is not too big.
 
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
-        if index in self.kept:
-            return self.kept[index]
-        found = self.run_baseline(index)
-        size = sum(g.numel() * g.element_size() for g in found.gradients.values())
-        if size * len(self.batches) <= KEPT_BYTES:
-            cpu = {place: g.to("cpu") for place, g in found.gradients.items()}
-            self.kept[index] = Baseline(cpu, found.squared)
-        return found
-
-    def run_baseline(self, index: int) -> Baseline:
-        """Run the reference on a batch, whether it is kept or not."""
         loss = self.run(index)
         if loss != loss or abs(loss) == float("inf"):
             raise WorkloadError(
                 f"the FP32 loss must be finite, but it is {loss} on measured batch {index}; "
                 "lower the learning rate or look at the data"
             )
-        gradients: dict[int, Tensor] = {}
-        squared = 0.0
-        for place, parameter in self.measured():
-            gradient = _gradient(parameter)
-            gradients[place] = gradient
-            weighted = self.weigh(parameter, gradient, gradient)
-            squared += float(weighted.square().sum(dtype=torch.float64))
+        by_place = {place: gradient_of(p) for place, p in self.updated_parameters()}
+        squared = sum(
+            self.preconditioner.squared_norm(p, by_place[place], at=by_place[place])
+            for place, p in self.updated_parameters()
+        )
         if not squared > 0.0:
             raise WorkloadError(
                 f"the loss must depend on the weights, but on measured batch {index} its gradient "
                 "is zero (or not finite) in every parameter that the optimizer updates; check "
                 "loss_fn and build_optimizer"
             )
-        return Baseline(gradients, squared)
+        size = sum(g.numel() * g.element_size() for g in by_place.values())
+        if size * len(self.batches) <= KEPT_BYTES:
+            on_cpu = {place: g.to("cpu") for place, g in by_place.items()}
+            self.gradients[index] = ReferenceGradient(on_cpu, squared)
+        return ReferenceGradient(by_place, squared)
 
-    def squared_error(self, index: int, baseline: Baseline) -> float:
+    def squared_error(self, index: int, reference: ReferenceGradient) -> float:
         """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's."""
         self.run(index)
         squared = 0.0
-        for place, parameter in self.measured():
-            reference = baseline.gradients[place].to(parameter.device)
-            weighted = self.weigh(parameter, _gradient(parameter) - reference, reference)
-            squared += float(weighted.square().sum(dtype=torch.float64))
+        for place, parameter in self.updated_parameters():
+            g = reference.by_place[place].to(parameter.device)
+            error = gradient_of(parameter) - g
+            squared += self.preconditioner.squared_norm(parameter, error, at=g)
         return squared
 
-    def measured(self) -> Iterator[tuple[int, nn.Parameter]]:
+    def amax_history(self, name: str) -> Amax:
+        """Return the largest magnitudes of a layer's operands in the warm-up."""
+        return no_history if self.history is None else self.history.of_layer(name)
+
+    def updated_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         """Yield the parameters that the optimizer updates, each with its place in the model."""
         for place, parameter in enumerate(self.model.parameters()):
             if self.preconditioner.covers(parameter):
                 yield place, parameter
 
-    def weigh(self, parameter: Tensor, gradient: Tensor, reference: Tensor) -> Tensor:
-        """Return P^(1/2) times `gradient`, with P at the reference gradient."""
-        weight = self.preconditioner.weight(parameter, reference.to(gradient.device))
-        return gradient if weight is None else gradient * weight
 
-
+@random_state_kept()
 def prepare_reference(
-    workload: Workload,
+    context: Context,
     spec: ModelSpec,
     *,
-    device: torch.device,
+    checkpoint: Path | None = None,
     batches: int = DEFAULT_BATCHES,
     warmup_steps: int = DEFAULT_WARMUP_STEPS,
-    checkpoint: Path | None = None,
-    seed: int = 0,
-    progress: Progress = report_nothing,
+    with_history: bool = False,
 ) -> Reference:
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
+
+    Args:
+        context: whose model, batches, loss and optimizer are measured, and where. FP8's numerics
+            are the same on a CPU.
+        spec: the captured model.
+        checkpoint: start from this state dict instead of fresh weights.
+        batches: to measure on; they follow the warm-up's in the stream.
+        warmup_steps: FP32 steps before measuring.
+        with_history: note the operands' magnitudes in the warm-up, as delayed scaling needs them.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.
@@ -162,34 +176,26 @@ def prepare_reference(
             f"{batches} and {warmup_steps}; ask for more"
         )
     started = time.perf_counter()
-    model = workload.build_model(seed=seed).to(device)
-    start = None if checkpoint is None else read_checkpoint(checkpoint)
-    if start is not None:
-        load_state(model, start.model, what="model")
-    model.train()
-    optimizer = workload.build_optimizer(model)
-    if start is not None and start.optimizer is not None:
-        load_state(optimizer, start.optimizer, what="optimizer")
-    stream = workload.train_batches(seed)
-    warmup = [move_batch(batch, device) for batch in islice(stream, warmup_steps)]
-    history = AmaxHistory()
-    with seeded(seed, device), history.watching(find_layers(model)):
-        curve, step_s = _warm_up(workload, model, optimizer, warmup, progress)
+    model, optimizer = _build(context, checkpoint)
+    stream = context.workload.train_batches(context.seed)
+    warmup = [move_batch(batch, context.device) for batch in islice(stream, warmup_steps)]
+    history = AmaxHistory() if with_history else None
+    watching = history.watching(find_layers(model)) if history else nullcontext()
+    with seeded(context.seed, context.device), watching:
+        curve, step_s = _warm_up(context, model, optimizer, warmup)
     if model_structure(model) != spec.structure:
         raise CaptureError(
             f"the workload's model must be the captured one ({spec.structure}), but it is "
             f"{model_structure(model)}; capture or profile it again"
         )
     return Reference(
-        workload=workload,
+        context=context,
+        spec=spec,
         model=model,
-        device=device,
-        seed=seed,
-        batches=[move_batch(batch, device) for batch in islice(stream, batches)],
+        batches=[move_batch(batch, context.device) for batch in islice(stream, batches)],
         preconditioner=read_preconditioner(optimizer),
         history=history,
         loss_curve=curve,
-        warmup_steps=warmup_steps,
         checkpoint="" if checkpoint is None else str(checkpoint),
         step_s=step_s,
         spent_s=time.perf_counter() - started,
@@ -205,31 +211,39 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return the gradient in FP32; zeros where none arrived."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    return parameter.grad.detach().float()
+
+
+def _build(context: Context, checkpoint: Path | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = context.workload.build_model(seed=context.seed).to(context.device)
+    start = None if checkpoint is None else read_checkpoint(checkpoint)
+    if start is not None:
+        load_state(model, start.model, what="model")
+    model.train()
+    optimizer = context.workload.build_optimizer(model)
+    if start is not None and start.optimizer is not None:
+        load_state(optimizer, start.optimizer, what="optimizer")
+    return model, optimizer
+
+
 def _warm_up(
-    workload: Workload,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    progress: Progress,
+    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch]
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
     curve: list[tuple[int, float]] = []
     times: list[float] = []
     for step, batch in enumerate(batches, start=1):
-        progress("sensitivity: warm-up", step - 1, len(batches))
+        context.progress("sensitivity: warm-up", step - 1, len(batches))
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss = workload.loss_fn(model, batch)
+        loss = context.workload.loss_fn(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
         optimizer.step()
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
-    progress("sensitivity: warm-up", len(batches), len(batches))
+    context.progress("sensitivity: warm-up", len(batches), len(batches))
     return tuple(curve), statistics.median(times[1:] or times)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient in FP32; zeros where none arrived."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=torch.float32)
-    return parameter.grad.detach().float()

@@ -1,4 +1,4 @@
-"""What went through each layer in a pass, and the same layer run again alone on it.
+"""A layer run again alone, on what went through it in a pass.
 
 A layer replayed in another precision on the very inputs and output gradients of the reference shows
 its own error, nothing carried over from other layers.
@@ -6,28 +6,13 @@ its own error, nothing carried over from other layers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
-from autoprec.workload.functions import batch_tensors
-
-
-@dataclass
-class Call:
-    """One call of a layer: its arguments (detached) and what came back to its outputs.
-
-    `inputs` are the floating tensors among the arguments, `gradients` belong to the floating
-    outputs in order; None where the loss does not depend on one.
-    """
-
-    args: tuple[Any, ...]  # Any: whatever the layer takes
-    kwargs: dict[str, Any]
-    inputs: list[Tensor]
-    gradients: list[Tensor | None] = field(default_factory=list)
+from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 
 
 @dataclass(frozen=True)
@@ -40,23 +25,21 @@ class Replayed:
 
 
 @contextmanager
-def recorded_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
     """Record every layer's calls inside; on leaving, only those that a gradient came back to.
 
-    Activation checkpointing calls a layer twice; the call that has no gradient is dropped.
+    Activation checkpointing calls a layer twice; the call that has no gradient is dropped. Frozen
+    layers are watched as well: their errors change the gradients of others.
     """
-    calls: dict[str, list[Call]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_hook(_recorder(calls[name]), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
+    with recorded_calls(layers, keep=Tensor.detach, gradients=Gradients.ALL) as calls:
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, found in calls.items():
-            calls[name] = [c for c in found if any(g is not None for g in c.gradients)]
+    for name, found in calls.items():
+        calls[name] = [c for c in found if any(g is not None for g in c.gradients)]
+
+
+def floating_inputs(call: Call) -> list[Tensor]:
+    """Return the floating tensors among a call's arguments, in order."""
+    return output_tensors((call.args, call.kwargs))
 
 
 def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
@@ -70,27 +53,23 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
     input_gradients: list[list[Tensor | None]] = []
     for number, call in enumerate(calls):
         torch.manual_seed(seed + number)
-        args, kwargs = tree_map(_leaf, (call.args, call.kwargs))
-        inputs = [t for t in batch_tensors([*args, *kwargs.values()]) if t.is_floating_point()]
-        produced = floating(layer(*args, **kwargs))
-        wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
+        args, kwargs = tree_map_only(Tensor, _leaf, (call.args, call.kwargs))
+        inputs = output_tensors((args, kwargs))
+        produced = output_tensors(layer(*args, **kwargs))
+        # the loss's own gradient goes in at every output that it came back to in the pass
         pairs = [
             (y, g.to(y.dtype))
             for y, g in zip(produced, call.gradients, strict=True)
             if g is not None and y.requires_grad
         ]
-        found = _gradients(pairs, wanted)
+        found = _gradients(pairs, [t for t in (*inputs, *parameters) if t.requires_grad])
         outputs.append([y.detach().float() for y in produced])
         input_gradients.append([found.get(id(t)) for t in inputs])
         for total, parameter in zip(totals, parameters, strict=True):
-            if found.get(id(parameter)) is not None:
-                total += found[id(parameter)]  # type: ignore[arg-type]  # just checked
+            gradient = found.get(id(parameter))
+            if gradient is not None:
+                total += gradient
     return Replayed(outputs, input_gradients, totals)
-
-
-def floating(output: Any) -> list[Tensor]:  # Any: whatever a layer returns
-    """Return the floating tensors in a layer's output, in order."""
-    return [t for t in batch_tensors([output]) if t.is_floating_point()]
 
 
 def _gradients(
@@ -106,43 +85,6 @@ def _gradients(
     }
 
 
-def _leaf(value: Any) -> Any:  # Any: leaves of an argument tree
+def _leaf(tensor: Tensor) -> Tensor:
     """Return a tensor as a leaf of its own graph; floating ones always get a gradient."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().requires_grad_(value.is_floating_point())
-
-
-def _recorder(calls: list[Call]):  # type: ignore[no-untyped-def]  # a forward hook
-    def record(
-        _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if not torch.is_grad_enabled():
-            return
-        detached_args, detached_kwargs = tree_map(_detached, (args, kwargs))
-        inputs = [
-            t
-            for t in batch_tensors([*detached_args, *detached_kwargs.values()])
-            if t.is_floating_point()
-        ]
-        call = Call(detached_args, detached_kwargs, inputs)
-        for place, tensor in enumerate(floating(output)):
-            call.gradients.append(None)
-            if not tensor.requires_grad:
-                tensor.requires_grad_()  # frozen so far: its error matters all the same
-            tensor.register_hook(_catcher(call, place))  # type: ignore[no-untyped-call]
-        calls.append(call)
-
-    return record
-
-
-def _catcher(call: Call, place: int):  # type: ignore[no-untyped-def]  # a tensor hook
-    def catch(gradient: Tensor) -> None:
-        before = call.gradients[place]
-        call.gradients[place] = gradient.detach() if before is None else before + gradient.detach()
-
-    return catch
-
-
-def _detached(value: Any) -> Any:  # Any: leaves of an argument tree
-    return value.detach() if isinstance(value, Tensor) else value
+    return tensor.detach().requires_grad_(tensor.is_floating_point())

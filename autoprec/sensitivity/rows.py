@@ -6,70 +6,61 @@ batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that
 """
 
 import math
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Option
-from autoprec.sensitivity.estimates import DIVERGED_E, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 from autoprec.sensitivity.local import Component, components_of, grad_weight_key
-from autoprec.sensitivity.probes import BatchShow
+from autoprec.sensitivity.probes import BatchProbe
 
 Key = tuple[str, Component]
 
 
 def make_rows(
-    shows: Sequence[BatchShow], cells: Sequence[tuple[str, Option]]
+    probes: Sequence[BatchProbe], cells: Sequence[tuple[str, Option]]
 ) -> tuple[LayerSensitivity, ...]:
     """Return one row per cell."""
-    return tuple(_row(shows, name, option) for name, option in cells)
+    return tuple(_row(probes, name, option) for name, option in cells)
 
 
-def _row(shows: Sequence[BatchShow], name: str, option: Option) -> LayerSensitivity:
-    components = components_of(option)
+def _row(probes: Sequence[BatchProbe], name: str, option: Option) -> LayerSensitivity:
     spreading = {
-        gemm: [(name, component) for component in components[gemm]]
-        for gemm in (Gemm.OUTPUT, Gemm.GRAD_INPUT)
+        gemm: [(name, component) for component in components]
+        for gemm, components in components_of(option).items()
     }
     key = (name, grad_weight_key(option))
-    by_gemm = {gemm: _spreading(shows, keys) for gemm, keys in spreading.items()}
-    scale = [show.squared for show in shows]
-    staying = [show.parameter_errors.get(key, 0.0) for show in shows]
-    by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
-    keys = [k for keys in spreading.values() for k in keys]
-    return LayerSensitivity(
-        name=name,
-        option=option,
-        grad_error=_spreading(shows, keys, plus=staying),
-        by_gemm=by_gemm,
-    )
+    staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
+    by_gemm = {gemm: _estimate(probes, keys) for gemm, keys in spreading.items()}
+    by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, [probe.squared_norm for probe in probes])
+    every = [key for keys in spreading.values() for key in keys]
+    grad_error = _estimate(probes, every, plus=staying)
+    return LayerSensitivity(name=name, option=option, grad_error=grad_error, by_gemm=by_gemm)
 
 
-def _spreading(
-    shows: Sequence[BatchShow], keys: Sequence[Key], *, plus: Sequence[float] | None = None
+def _estimate(
+    probes: Sequence[BatchProbe], keys: Sequence[Key], *, plus: Sequence[float] | None = None
 ) -> Estimate:
-    """Return the e of components, with both parts of its standard error."""
-    scale = [show.squared for show in shows]
-    sums = [_mean_power(show.products, keys, power=2) for show in shows]
+    """Return the gradient error of components, with both parts of its standard error."""
+    scale = [probe.squared_norm for probe in probes]
+    sums = [_mean_power(probe, keys, power=2) for probe in probes]
     values = [s + p for s, p in zip(sums, plus or [0.0] * len(sums), strict=True)]
-    found = ratio_estimate(values, scale)
-    if found.stderr is None or found.mean >= DIVERGED_E:
+    found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
+    if found.stderr is None or found.mean >= DIVERGED:
         return found
-    probes = max(len(show.products[key]) for show in shows for key in keys)
-    codes = probes * math.ceil(len(shows) / 2)
-    fourth = [_mean_power(show.products, keys, power=4) for show in shows]
+    # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
+    codes = max(len(probe.products[key]) for probe in probes for key in keys)
+    codes *= math.ceil(len(probes) / 2)
+    fourth = [_mean_power(probe, keys, power=4) for probe in probes]
     variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
     noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
 
 
-def _mean_power(
-    products: Mapping[Key, Sequence[Tensor]], keys: Sequence[Key], *, power: int
-) -> float:
-    return math.fsum(
-        _mean([float(z.double().pow(power).sum()) for z in products[key]]) for key in keys
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _mean_power(probe: BatchProbe, keys: Sequence[Key], *, power: int) -> float:
+    """Return the sum over components and groups of z^power, each the mean over the passes."""
+    sums = []
+    for key in keys:
+        products = probe.products[key]
+        powers = math.fsum(float(z.double().pow(power).sum()) for z in products)
+        sums.append(powers / len(products))
+    return math.fsum(sums)

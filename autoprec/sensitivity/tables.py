@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from autoprec.common.progress import Progress
-from autoprec.errors import AutoprecError
 from autoprec.records import (
     FP32,
     Estimate,
@@ -16,7 +14,7 @@ from autoprec.records import (
     Option,
     Recipe,
 )
-from autoprec.sensitivity.layerwise import Cell, make_row, measure_cell, measure_layerwise
+from autoprec.sensitivity.layerwise import Cell, measure_cells
 from autoprec.sensitivity.operands import operand_statistics
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference
@@ -28,16 +26,16 @@ MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe,
 REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
 REFINED_CELLS = 3  # of these the LM head takes one per recipe
 REFINED_BATCHES = 2
-# Probes are linear in a layer's error. A healthy layer has e < 0.3 %; in layers where e was 1 % and
-# more in some option (planted outliers, on a GPT), the exact e was 1 to 25 times as large.
-LARGE_E = 0.01
+# Probes are linear in a layer's error. A healthy layer has a gradient error below 0.3 %; in layers
+# with 1 % and more in some option (planted outliers, on a GPT), the exact one was 1 to 25 times as
+# large.
+LARGE_ERROR = 0.01
 LARGE_CELLS = 24
 
 
 class Method(StrEnum):
-    """How the table is measured; `auto` takes the cheaper one."""
+    """How the table is measured."""
 
-    AUTO = "auto"
     LAYERWISE = "layerwise"
     SIGN_CODED = "sign_coded"
 
@@ -65,51 +63,39 @@ def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
     ]
 
 
-def choose_method(method: str, *, cells: int) -> Method:
-    """Return the method asked for, or the cheaper one.
-
-    Raises:
-        AutoprecError: there is no such method.
-    """
-    if method not in tuple(Method):
-        raise AutoprecError(
-            f"the sensitivity method must be one of {', '.join(Method)}, but it is {method!r}"
-        )
-    if method == Method.AUTO:
-        return Method.LAYERWISE if cells < PROBED_PASSES else Method.SIGN_CODED
-    return Method(method)
+def cheaper_method(cells: Sequence[Cell]) -> Method:
+    """Return the method that takes fewer passes."""
+    return Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
 
 
-def layerwise_table(reference: Reference, cells: Sequence[Cell], *, progress: Progress) -> Table:
+def layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure every cell on its own."""
+    found = measure_cells(
+        reference, cells, batches=len(reference.batches), what="sensitivity: layer by layer"
+    )
     return Table(
         method=Method.LAYERWISE,
-        rows=measure_layerwise(reference, cells, progress=progress),
+        rows=tuple(LayerSensitivity(name=n, option=o, grad_error=found[n, o]) for n, o in cells),
         statistics=tuple(operand_statistics(reference, _fp8_by_layer(cells))),
     )
 
 
-def sign_coded_table(
-    reference: Reference,
-    spec: ModelSpec,
-    cells: Sequence[Cell],
-    *,
-    progress: Progress,
-) -> Table:
+def sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
-    probes = min(max(len(spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
-    fp8 = _fp8_by_layer(cells)
-    shows = probe_batches(reference, spec.layers, fp8, probes=probes, progress=progress)
-    rows = {(row.name, row.option): row for row in make_rows(shows, cells)}
+    count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
+    probes = probe_batches(reference, _fp8_by_layer(cells), probes=count)
+    rows = {(row.name, row.option): row for row in make_rows(probes, cells)}
     large = large_cells(tuple(rows.values()))
     refined = (*large, *(c for c in uncertain_cells(tuple(rows.values())) if c not in large))
-    for number, cell in enumerate(refined):
-        progress("sensitivity: largest rows", number, len(refined))
-        rows[cell] = _refined(reference, cell, rows[cell])
+    batches = min(REFINED_BATCHES, len(reference.batches))
+    exact: dict[Cell, Estimate] = {}
+    if refined:
+        exact = measure_cells(reference, refined, batches=batches, what="sensitivity: largest rows")
+    rows |= {cell: _refined(rows[cell], exact[cell]) for cell in refined}
     return Table(
         method=Method.SIGN_CODED,
         rows=tuple(rows.values()),
-        statistics=tuple(shows[0].statistics),
+        statistics=probes[0].statistics,
         refined=refined,
     )
 
@@ -117,13 +103,12 @@ def sign_coded_table(
 def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
     """Return the FP8 cells of layers whose error is too large for probes to be linear in it.
 
-    The gentlest come first: a plan may still choose them.
+    The most precise come first: a plan may still choose them.
     """
-    broken = {row.name for row in rows if row.option.is_fp8 and row.grad_error.mean > LARGE_E}
-    cells = {
-        (r.name, r.option): r.grad_error.mean for r in rows if r.option.is_fp8 and r.name in broken
-    }
-    return tuple(sorted(cells, key=lambda cell: cells[cell])[:LARGE_CELLS])
+    fp8 = [row for row in rows if row.option.is_fp8]
+    broken = {row.name for row in fp8 if row.grad_error.mean > LARGE_ERROR}
+    large = sorted((r for r in fp8 if r.name in broken), key=lambda row: row.grad_error.mean)
+    return tuple((row.name, row.option) for row in large[:LARGE_CELLS])
 
 
 def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
@@ -140,23 +125,16 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
     return tuple(cell for cell in worst if doubts[cell] > REFINED_SHARE)
 
 
-def _refined(reference: Reference, cell: Cell, row: LayerSensitivity) -> LayerSensitivity:
-    """Measure a cell by itself; the GEMMs keep their proportions."""
-    used = range(min(REFINED_BATCHES, len(reference.batches)))
-    baselines = [reference.baseline(index) for index in used]
-    samples = [
-        measure_cell(reference, cell, index=index, baseline=baseline)
-        for index, baseline in zip(used, baselines, strict=True)
-    ]
-    exact = make_row(cell, samples, [baseline.squared for baseline in baselines])
-    ratio = exact.grad_error.mean / row.grad_error.mean
+def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
+    """Return a row with its exact gradient error; its GEMMs keep their proportions."""
+    ratio = exact.mean / probed.grad_error.mean
     by_gemm = {
         gemm: Estimate(
             mean=part.mean * ratio, stderr=None if part.stderr is None else part.stderr * ratio
         )
-        for gemm, part in row.by_gemm.items()
+        for gemm, part in probed.by_gemm.items()
     }
-    return exact.model_copy(update={"by_gemm": by_gemm})
+    return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})
 
 
 def _layer_options(layer: LayerSpec, options: Sequence[Option] | None) -> list[Option]:

@@ -30,6 +30,7 @@ from autoprec.records import (
     ModelSpec,
     Option,
     Profile,
+    Recipe,
     Search,
     Sensitivity,
     Verdict,
@@ -150,12 +151,10 @@ class Run:
         from autoprec.sensitivity.reference import prepare_reference
 
         return prepare_reference(
-            self.workload,
+            self.context,
             self.spec,
-            device=self.device,
             checkpoint=self.settings.checkpoint,
-            seed=self.settings.seed,
-            progress=self.progress,
+            with_history=Recipe.DELAYED in self.settings.recipes,
         )
 
     # --- the stages ----------------------------------------------------------------------------
@@ -306,14 +305,7 @@ class Run:
             return unknown_sensitivity(self.spec)
         from autoprec.sensitivity.measure import measure_sensitivity
 
-        return measure_sensitivity(
-            self.workload,
-            self.spec,
-            device=self.device,
-            options=self.settings.measured_options,
-            progress=self.progress,
-            reference=self.reference,
-        )
+        return measure_sensitivity(self.reference, options=self.settings.measured_options)
 
     def _make_search(self) -> Search:
         from autoprec.search import search_plan
@@ -351,12 +343,7 @@ class Run:
 
         def evaluate(options: tuple[Option, ...]) -> Estimate:
             if not meters:  # opened on first use: a resumed study may need none
-                reference = self.reference
-                meters.append(
-                    JointMeter(
-                        reference.workload, self.spec, device=reference.device, reference=reference
-                    )
-                )
+                meters.append(JointMeter(self.reference))
             return meters[0].measure(options)
 
         meters: list[JointMeter] = []
