@@ -17,7 +17,7 @@ from autoprec.records import Verdict
 from autoprec.report import RunRecords, render_html
 from autoprec.report.formats import shown_bytes
 from autoprec.report.runs import FILES
-from autoprec.report.sections import condition_rows, summary_cards
+from autoprec.report.sections import condition_table, summary_cards
 from autoprec.report.summary import summarise_run
 from autoprec.report.svg import Scale, fitted, padded
 from tests.golden_text import check_golden
@@ -184,10 +184,10 @@ def test_intervals_of_predictions_are_not_called_percentiles() -> None:
 
 
 def test_predicted_steps_have_no_spread_of_samples() -> None:
-    rows = condition_rows(predicted_run())
+    rows = condition_table(predicted_run()).rows
     assert rows
     assert {row[4] for row in rows} == {"-"}
-    assert "-" not in {row[4] for row in condition_rows(make_run())}
+    assert "-" not in {row[4] for row in condition_table(make_run()).rows}
 
 
 def test_a_plan_that_does_not_fit_is_an_answer_and_its_peak_a_card() -> None:

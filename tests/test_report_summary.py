@@ -5,16 +5,18 @@ from dataclasses import replace
 import pytest
 
 from autoprec.records import (
+    BF16_O2,
     Basis,
     PredictedStep,
     Timing,
     Verdict,
 )
-from autoprec.report import RunRecords, layer_rows, summary_object
+from autoprec.report import RunRecords, layers_frame, summary_object
 from autoprec.report.answers import fp8_answer, fp8_ceiling, unmeasured, verdict_sentence
-from autoprec.report.steps import plan_speedups, plan_steps, predicted_and_measured
+from autoprec.report.layer_frame import options_frame
+from autoprec.report.step_times import plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
-from tests.report_runs import CPU, H100, make_run, predicted_run, uncertified
+from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
 
 
 def test_json_has_the_promised_keys() -> None:
@@ -170,12 +172,10 @@ def test_the_plans_note_on_fp8_is_the_answer_and_no_note_beside_it() -> None:
 def test_the_ceiling_is_amdahl_s_law() -> None:
     run = make_run(machine=H100)
     assert run.profile
-    ceiling = fp8_ceiling(run, layer_rows(run))
+    ceiling = fp8_ceiling(run, layers_frame(run), options_frame(run))
     assert ceiling
     eligible = [x.name for x in run.profile.model.layers if len(x.options) > 2]
-    part = sum(
-        row.bf16_o2.total_ms or 0 for row in layer_rows(run) if row.name in eligible and row.bf16_o2
-    )
+    part = sum(total_ms(run.profile, name, BF16_O2) for name in eligible)
     share = part / ceiling.baseline.ms
     assert ceiling.layers == len(eligible)
     assert ceiling.share == pytest.approx(share)
@@ -185,7 +185,7 @@ def test_the_ceiling_is_amdahl_s_law() -> None:
 
 def test_a_cpu_has_no_fp8_peak_rate() -> None:
     run = make_run(machine=CPU, M=2048, width=256)
-    ceiling = fp8_ceiling(run, layer_rows(run))
+    ceiling = fp8_ceiling(run, layers_frame(run), options_frame(run))
     assert ceiling
     assert ceiling.at_peak is None
     assert ceiling.limit == ceiling.at_zero

@@ -1,23 +1,33 @@
-"""What a run says in sentences: whether FP8 pays here and why, the ceiling, the verdict."""
+"""What a run says in sentences: whether FP8 pays here, the ceiling, the verdict, what is missing.
+
+Whether FP8 pays is the search's sentence, among the plan's notes: shown as the answer, it is in no
+other list, so that a report cannot say two things.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from autoprec.common.text import first_and_more
 from autoprec.records import FP32, Basis, Profile, Verdict
-from autoprec.report.formats import (
-    clean_text,
-    count_of,
-    shown_gap,
-    shown_ratio,
-    shown_share,
-)
+from autoprec.report.formats import clean_text, count_of, shown_gap, shown_ratio, shown_share
+from autoprec.report.layer_frame import takes_fp8
 from autoprec.report.runs import RunRecords
-from autoprec.report.steps import Step, plan_steps
-from autoprec.report.table import LayerRow
+from autoprec.report.step_times import Step, plan_steps
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_NAMED = 8  # parameters or layers in one sentence
 FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
+MISSING = {
+    "profile": "no profile.json: times per layer were not measured",
+    "sensitivity": "no sensitivity.json: the effect on loss and gradient was not measured",
+    "search": "no search.json: alternatives to the plan are not known",
+    "plan": "no plan.json: nothing was chosen yet",
+    "verification": "no verification.json: no training was compared",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,6 @@ class Ceiling:
 
     baseline: Step
     layers: int
-    part_ms: float
     share: float
     at_peak: float | None
     at_zero: float
@@ -55,19 +64,19 @@ class Ceiling:
         )
 
 
-def fp8_ceiling(run: RunRecords, rows: Sequence[LayerRow]) -> Ceiling | None:
+def fp8_ceiling(run: RunRecords, layers: "pd.DataFrame", options: "pd.DataFrame") -> Ceiling | None:
     """Return what FP8 can gain over BF16 O2 at most, or None when no layer or step was timed."""
-    eligible = [row for row in rows if any(option.option.is_fp8 for option in row.options)]
-    part_ms = sum(_ms(row.bf16_o2) for row in eligible)
+    eligible = layers[layers["name"].isin(options.loc[takes_fp8(options), "name"])]
+    part_ms = float(eligible["bf16_o2_total_ms"].sum())
     baseline = plan_steps(run).get("bf16_o2")
     if run.profile is None or baseline is None or min(part_ms, baseline.ms) <= 0.0:
         return None
+    # Amdahl's law: of a step of 1, `share` gets shorter
     share = min(part_ms / baseline.ms, 1.0)
     has_fp8_units = run.profile.device.kind != "cpu"
     return Ceiling(
         baseline=baseline,
         layers=len(eligible),
-        part_ms=part_ms,
         share=share,
         at_peak=1.0 / (1.0 - share * (1.0 - 1.0 / FP8_PEAK_RATIO)) if has_fp8_units else None,
         at_zero=1.0 / (1.0 - share) if share < 1.0 else float("inf"),
@@ -84,11 +93,6 @@ def memory_answer(run: RunRecords) -> str:
     return _plan_note(run, "does not fit in memory")
 
 
-def _plan_note(run: RunRecords, start: str) -> str:
-    notes = run.plan.notes if run.plan else ()
-    return next((clean_text(note) for note in notes if note.startswith(start)), "")
-
-
 def verdict_sentence(run: RunRecords) -> str:
     """Return what is proven of the plan's loss."""
     proof = run.verification or (run.plan.certificate if run.plan else None)
@@ -102,7 +106,7 @@ def verdict_sentence(run: RunRecords) -> str:
 
 def unmeasured(run: RunRecords) -> list[str]:
     """Return, sentence by sentence, what the run's numbers do not cover."""
-    said = [*run.notes, *_missing_stages(run)]
+    said = [*run.notes, *(text for name, text in MISSING.items() if getattr(run, name) is None)]
     if run.profile:
         said += profile_notes(run.profile)
     if run.sensitivity:
@@ -121,10 +125,11 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     """Yield what a profile does not cover."""
     model = profile.model
     if model.uncovered:
-        names = _some(parameter.name for parameter in model.uncovered)
+        names = first_and_more((p.name for p in model.uncovered), most=MOST_NAMED)
         yield f"outside any layer, in the plan's activation dtype: {names}"
     if model.uncalled:
-        yield f"not called in the captured step, so not timed: {_some(model.uncalled)}"
+        names = first_and_more(model.uncalled, most=MOST_NAMED)
+        yield f"not called in the captured step, so not timed: {names}"
     infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)
     for reason, count in infeasible.most_common():
         yield f"{count_of(count, 'option')} could not run: {reason}"
@@ -134,29 +139,11 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         yield f"all times are {profile.basis}: {profile.device.name} is not the machine at hand"
 
 
-def _some(names: Iterable[str]) -> str:
-    """Return the first names, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
-    return ", ".join(every[:MOST_NAMED]) + more
-
-
-def _missing_stages(run: RunRecords) -> Iterable[str]:
-    stages = {
-        "profile": "no profile.json: times per layer were not measured",
-        "sensitivity": "no sensitivity.json: the effect on loss and gradient was not measured",
-        "search": "no search.json: alternatives to the plan are not known",
-        "plan": "no plan.json: nothing was chosen yet",
-        "verification": "no verification.json: no training was compared",
-    }
-    return [text for name, text in stages.items() if getattr(run, name) is None]
-
-
 def is_all_fp32(run: RunRecords) -> bool:
     """Whether the plan leaves everything in FP32."""
     return run.plan is not None and all(option == FP32 for option in run.plan.options)
 
 
-def _ms(times: object) -> float:
-    total = getattr(times, "total_ms", None)
-    return float(total) if total is not None else 0.0
+def _plan_note(run: RunRecords, start: str) -> str:
+    notes = run.plan.notes if run.plan else ()
+    return next((clean_text(note) for note in notes if note.startswith(start)), "")

@@ -1,13 +1,13 @@
 """The four figures of the page: whole steps, the Pareto front, sensitivity, paired loss gaps."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from autoprec.records import (
-    BF16_O2,
-    FP32,
     Basis,
+    Estimate,
     FrontPoint,
     LossGap,
     Option,
@@ -23,7 +23,8 @@ from autoprec.report.formats import (
     shown_share,
     step_title,
 )
-from autoprec.report.steps import Speedup, Step, spread_title
+from autoprec.report.layer_frame import Row, frame_rows
+from autoprec.report.step_times import Speedup, Step, spread_title
 from autoprec.report.svg import (
     Scale,
     bar,
@@ -41,7 +42,9 @@ from autoprec.report.svg import (
     x_axis,
     y_axis,
 )
-from autoprec.report.table import LayerRow, OptionRow
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WIDTH = 1080.0
 LABEL_PX = 190.0
@@ -130,34 +133,29 @@ def pareto_figure(search: Search) -> Markup:
     )
 
 
-def sensitivity_figure(rows: Sequence[LayerRow]) -> Markup:
+def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Markup:
     """Return every option's gradient error by layer, with standard errors, largest first."""
-    ranked = sorted(
-        (row for row in rows if _largest_grad_error(row) > 0.0),
-        key=_largest_grad_error,
-        reverse=True,
-    )
-    top = ranked[:MOST_DOTS]
-    if not top:
+    seen = options[options["grad_error"] > 0.0]
+    largest = seen.groupby("name", sort=False)["grad_error"].max()
+    top = largest.sort_values(ascending=False, kind="stable").index[:MOST_DOTS]
+    seen = seen[seen["name"].isin(top)]
+    if seen.empty:
         return Markup("")
-    values = [
-        grad_error for row in top for o in row.options if (grad_error := _grad_error(o)) > 0.0
-    ]
-    x = Scale(min(values) / 1.5, max(values) * 1.6, 270.0, WIDTH - 30.0, is_log=True)
+    low, high = seen["grad_error"].min() / 1.5, seen["grad_error"].max() * 1.6
+    x = Scale(low, high, 270.0, WIDTH - 30.0, is_log=True)
     bottom = 16.0 + 20.0 * len(top)
-    parts = [
-        x_axis(
-            x,
-            8.0,
-            bottom,
-            label="gradient error (log scale), with its standard error",
-            show=shown_share,
-        )
-    ]
-    for index, row in enumerate(top):
-        parts += _sensitivity_marks(row, x, y=20.0 + 20.0 * index)
-    options = dict.fromkeys(o.option for row in top for o in row.options if _grad_error(o) > 0.0)
-    keys = legend([(option_kind(option), shown_option(option)) for option in options])
+    label = "gradient error (log scale), with its standard error"
+    parts = [x_axis(x, 8.0, bottom, label=label, show=shown_share)]
+    chosen = dict(zip(layers["name"], layers["option"], strict=True))
+    heights = {name: 20.0 + 20.0 * index for index, name in enumerate(top)}
+    for name, y in heights.items():
+        parts.append(line(x.start, y, x.end, y, kind="rule"))
+        words = fitted(name, 245.0)
+        parts.append(text(x.start - 12.0, y + 4.0, words, kind="label", anchor="end"))
+    for row in frame_rows(seen):
+        is_chosen = row["option"] == chosen.get(row["name"])
+        parts += _sensitivity_marks(row, x, y=heights[row["name"]], is_chosen=is_chosen)
+    keys = legend([(option_kind(key), shown_option(key)) for key in seen["option"].unique()])
     return keys + picture(WIDTH, bottom + 44.0, parts, title="Gradient error by layer")
 
 
@@ -202,11 +200,10 @@ def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
     }
 
 
-def option_kind(option: Option) -> str:
+def option_kind(key: str) -> str:
     """Return the CSS class of an option's mark."""
-    if option == FP32:
-        return "e-fp32"
-    return "e-bf16_o2" if option == BF16_O2 else f"e-{option.recipe}"
+    option = Option.parse(key)
+    return f"e-{option.recipe or option.precision}"
 
 
 def _ceiling_line(ceiling: Ceiling | None, *, scale: Scale, bottom: float) -> list[Markup]:
@@ -305,30 +302,16 @@ def _option_counts(options: Sequence[Option]) -> str:
     return ", ".join(f"{count} {shown_option(option)}" for option, count in counts.items())
 
 
-def _sensitivity_marks(row: LayerRow, x: Scale, *, y: float) -> list[Markup]:
-    parts = [
-        line(x.start, y, x.end, y, kind="rule"),
-        text(x.start - 12.0, y + 4.0, fitted(row.name, 245.0), kind="label", anchor="end"),
-    ]
-    for option in row.options:
-        effect = option.sensitivity
-        if effect is None or effect.grad_error.mean <= 0.0:
-            continue
-        mean, stderr, kind = (
-            effect.grad_error.mean,
-            effect.grad_error.stderr,
-            option_kind(option.option),
-        )
-        tip = (
-            f"{row.name}, {shown_option(option.option)}: gradient error "
-            f"{shown_grad_error(mean, stderr)} ({effect.basis})"
-        )
-        if stderr:
-            low, high = x(max(mean - stderr, x.low)), x(mean + stderr)
-            parts.append(line(low, y, high, y, kind=f"error {kind}"))
-        ring = " ring" if option.option == row.option else ""
-        parts.append(dot(x(mean), y, 5.0, kind=f"{kind}{ring}", tip=tip))
-    return parts
+def _sensitivity_marks(row: Row, x: Scale, *, y: float, is_chosen: bool) -> list[Markup]:
+    mean, stderr, kind = row["grad_error"], row["grad_error_stderr"], option_kind(row["option"])
+    error = shown_grad_error(Estimate(mean=mean, stderr=stderr))
+    option = shown_option(row["option"])
+    tip = f"{row['name']}, {option}: gradient error {error} ({row['grad_error_basis']})"
+    whisker = []
+    if stderr:
+        low, high = x(max(mean - stderr, x.low)), x(mean + stderr)
+        whisker.append(line(low, y, high, y, kind=f"error {kind}"))
+    return [*whisker, dot(x(mean), y, 5.0, kind=kind + " ring" * is_chosen, tip=tip)]
 
 
 def _gap_marks(
@@ -352,11 +335,3 @@ def _gap_marks(
 
 def _signed(value: float) -> str:
     return shown_share(value, sign=True)
-
-
-def _largest_grad_error(row: LayerRow) -> float:
-    return max((_grad_error(option) for option in row.options), default=0.0)
-
-
-def _grad_error(option: OptionRow) -> float:
-    return option.sensitivity.grad_error.mean if option.sensitivity else 0.0

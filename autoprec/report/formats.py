@@ -6,8 +6,9 @@ visible, so that no name can move a cursor, reverse a line or end one.
 
 import math
 import unicodedata
+from collections.abc import Callable
 
-from autoprec.records import Basis, LossGap, Option
+from autoprec.records import Estimate, LossGap, Option
 
 UNKNOWN = "-"
 STEP_TITLES = {
@@ -43,20 +44,22 @@ def shown_share(value: float | None, *, sign: bool = False) -> str:
     return f"+{text} %" if sign and value > 0 else f"{text} %"
 
 
-def shown_grad_error(mean: float | None, stderr: float | None) -> str:
+def shown_grad_error(error: Estimate) -> str:
     """Return a gradient error with its standard error, e.g. `0.43 % +- 0.05 %`."""
-    if mean is None or stderr is None:
-        return shown_share(mean)
-    return f"{shown_share(mean)} +- {shown_share(stderr)}"
+    stderr = "" if error.stderr is None else f" +- {shown_share(error.stderr)}"
+    return f"{shown_share(error.mean)}{stderr}"
+
+
+def shown_interval(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
+    """Return `1.2x to 1.4x`; "" where an end is not known."""
+    return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
 def shown_gap(gap: LossGap) -> str:
     """Return a loss gap with its interval and seeds."""
-    return (
-        f"{shown_share(gap.mean, sign=True)} ({100 * gap.confidence:.0f} % interval "
-        f"{shown_share(gap.low, sign=True)} to {shown_share(gap.high, sign=True)}, "
-        f"{count_of(gap.seeds, 'seed')})"
-    )
+    mean, low, high = (shown_share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
+    seeds = count_of(gap.seeds, "seed")
+    return f"{mean} ({100 * gap.confidence:.0f} % interval {low} to {high}, {seeds})"
 
 
 def shown_ratio(value: float | None) -> str:
@@ -80,27 +83,25 @@ def shown_bytes(value: float | None) -> str:
     return f"{_significant(size, 3)} TiB"
 
 
-def shown_option(option: Option | None) -> str:
-    """Return an option for people: `bf16_o2`, `fp8_o1 rowwise`, `... (grad_weight in BF16)`."""
-    if option is None:
-        return UNKNOWN
+def shown_text(value: object) -> str:
+    """Return a text as it is, `-` for None."""
+    return UNKNOWN if value is None else str(value)
+
+
+def shown_option(option: Option | str | None) -> str:
+    """Return an option, or its key, for people: `fp8_o1 rowwise (grad_weight in BF16)`."""
+    if not option:
+        return UNKNOWN if option is None else ""
+    option = Option.parse(option) if isinstance(option, str) else option
     if option.recipe is None:
         return option.precision.value
-    kept = f" ({', '.join(option.gemms_hp)} in BF16)" if option.gemms_hp else ""
-    return f"{option.precision.value} {option.recipe.value}{kept}"
+    gemms_hp = f" ({', '.join(option.gemms_hp)} in BF16)" if option.gemms_hp else ""
+    return f"{option.precision.value} {option.recipe.value}{gemms_hp}"
 
 
 def step_title(label: str) -> str:
     """Return the heading of a whole-step timing."""
     return STEP_TITLES.get(label, clean_text(label))
-
-
-def joint_basis(*bases: Basis) -> Basis:
-    """Return the basis of a number made of others: measured only if all of them are."""
-    for basis in (Basis.UNKNOWN, Basis.PREDICTED, Basis.TRANSFERRED):
-        if basis in bases:
-            return basis
-    return Basis.MEASURED
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:

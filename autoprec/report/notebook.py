@@ -4,38 +4,29 @@ The HTML is a fragment of its own: no script, no class of a page's style sheet, 
 """
 
 from collections import Counter
-from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from autoprec.records import Plan
-from autoprec.report.folding import FoldedRow, fold_rows
-from autoprec.report.formats import (
-    clean_text,
-    count_of,
-    shown_grad_error,
-    shown_ms,
-    shown_option,
-    shown_ratio,
-)
+from autoprec.report.formats import clean_text, count_of, shown_option
+from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
+from autoprec.report.layer_table import fold_layers, known_columns
 from autoprec.report.runs import RunRecords
-from autoprec.report.sections import headline
 from autoprec.report.summary import Summary, summarise_run
 
 MOST_LINES = 8  # layers in `str(plan)`, alike ones folded
 MOST_ROWS = 40  # in a notebook
-TITLES = ("precision", "layer", "shape", "ms", "vs FP32", "vs BF16", "gradient error")
 
 
 def plan_text(plan: Plan) -> str:
     """Return a plan in at most 15 lines: what it gains, layers per option, the first layers."""
     found = summarise_run(RunRecords(plan=plan))
     rows = _by_option(found)
-    width = max((len(shown_option(row.first.option)) for row in rows[:MOST_LINES]), default=0)
-    layers = [f"  {shown_option(row.first.option):{width}}  {row.name}" for row in rows]
-    rest = sum(len(row.rows) for row in rows[MOST_LINES:])
-    more = [f"  ... and {count_of(rest, 'more layer')}"] if rest else []
-    return "\n".join([*_sentences(RunRecords(plan=plan), found), *layers[:MOST_LINES], *more])
+    options = [shown_option(row["option"]) for row in rows[:MOST_LINES]]
+    width = max(map(len, options), default=0)
+    layers = [f"  {o:{width}}  {row['name']}" for o, row in zip(options, rows, strict=False)]
+    more = [f"  {rest}"] if (rest := _rest(rows[MOST_LINES:])) else []
+    return "\n".join(map(clean_text, [*_sentences(found), *layers, *more]))
 
 
 def plan_html(plan: Plan) -> str:
@@ -46,52 +37,42 @@ def plan_html(plan: Plan) -> str:
 def run_html(records: RunRecords) -> str:
     """Return what a run found as a fragment of HTML, for a notebook."""
     found = summarise_run(records)
-    first, *others = _sentences(records, found)
     rows = _by_option(found)
-    rest = sum(len(row.rows) for row in rows[MOST_ROWS:])
-    more = [f"... and {count_of(rest, 'more layer')}"] if rest else []
-    said = Markup("").join(Markup("<div>{}</div>").format(line) for line in (*others, *more))
-    table = _html_table([_texts(row) for row in rows[:MOST_ROWS]]) if rows else Markup("")
-    return str(Markup("<div><b>{}</b>{}{}</div>").format(first, said, table))
+    columns = known_columns(columns_of(View.NOTEBOOK), rows)
+    first, *others = _sentences(found)
+    shown = [[column.show(row[column.name]) for column in columns] for row in rows[:MOST_ROWS]]
+    parts = [
+        _tag("b", first),
+        *(_tag("div", line) for line in (*others, _rest(rows[MOST_ROWS:])) if line),
+    ]
+    if shown:
+        head = _tag("tr", *(_tag("th", column.title) for column in columns))
+        lines = (_tag("tr", *(_tag("td", text) for text in texts)) for texts in shown)
+        parts.append(_tag("table", _tag("thead", head), _tag("tbody", *lines)))
+    return str(_tag("div", *parts))
 
 
-def _sentences(run: RunRecords, found: Summary) -> list[str]:
-    """Return the headline, the layers per option, and whether FP8 and memory are as they must."""
-    options = Counter(shown_option(row.option) for row in found.rows if row.option)
+def _sentences(found: Summary) -> list[str]:
+    """Return the headline, the layers per option, whether FP8 pays, memory and the verdict."""
+    options = Counter(found.layers["option"].dropna().map(shown_option))
     counts = ", ".join(f"{count} in {option}" for option, count in options.most_common())
-    said = [headline(run, found)]
-    if counts:
-        said.append(f"{count_of(len(found.rows), 'layer')}: {counts}")
-    said += [found.fp8_answer, found.memory_answer, found.verdict_sentence]
-    return [clean_text(line) for line in said if line]
+    counted = f"{count_of(len(found.layers), 'layer')}: {counts}" if counts else ""
+    said = (counted, found.fp8_answer, found.memory_answer, found.verdict_sentence)
+    return [found.headline, *(line for line in said if line)]
 
 
-def _by_option(found: Summary) -> list[FoldedRow]:
-    """Return the folded rows, those of one option together, the most precise option last."""
-    rows = fold_rows(found.rows)
-    return sorted(
-        rows, key=lambda row: row.first.option.key if row.first.option else "", reverse=True
-    )
+def _by_option(found: Summary) -> list[Row]:
+    """Return the folded rows, those of one option together, FP8 first."""
+    rows = frame_rows(fold_layers(found.layers))
+    return sorted(rows, key=lambda row: row["option"] or "", reverse=True)
 
 
-def _texts(row: FoldedRow) -> tuple[str, ...]:
-    error = row.grad_error
-    return (
-        shown_option(row.first.option),
-        row.name,
-        row.first.shape,
-        shown_ms(row.chosen_ms),
-        shown_ratio(row.speedup_vs_fp32),
-        shown_ratio(row.speedup_vs_bf16_o2),
-        shown_grad_error(error.mean if error else None, error.stderr if error else None),
-    )
+def _rest(rows: list[Row]) -> str:
+    rest = sum(row["layers"] for row in rows)
+    return f"... and {count_of(rest, 'more layer')}" if rest else ""
 
 
-def _html_table(rows: Sequence[tuple[str, ...]]) -> Markup:
-    head = Markup("").join(Markup("<th>{}</th>").format(title) for title in TITLES)
-    cells = (
-        Markup("").join(Markup("<td>{}</td>").format(clean_text(text)) for text in row)
-        for row in rows
-    )
-    body = Markup("").join(Markup("<tr>{}</tr>").format(line) for line in cells)
-    return Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(head, body)
+def _tag(name: str, *content: str) -> Markup:
+    """Return an element; what is not markup yet is cleaned and escaped."""
+    cleaned = (each if isinstance(each, Markup) else clean_text(each) for each in content)
+    return Markup(f"<{name}>{{}}</{name}>").format(Markup("").join(cleaned))

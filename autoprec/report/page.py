@@ -10,52 +10,47 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.report import figures, formats
-from autoprec.report.answers import Ceiling, fp8_ceiling, unmeasured
-from autoprec.report.recipes import recipe_rows
+from autoprec.records import Estimate
+from autoprec.report import figures, formats, sections
+from autoprec.report.answers import fp8_ceiling, unmeasured
+from autoprec.report.layer_frame import PARTS, Row, View, columns_of, frame_rows, options_frame
+from autoprec.report.layer_table import total_row
 from autoprec.report.runs import RunRecords
-from autoprec.report.sections import (
-    condition_rows,
-    environment_rows,
-    headline,
-    how_measured,
-    joint_rows,
-    predicted_rows,
-    summary_cards,
-    trial_rows,
-)
-from autoprec.report.summary import Summary, apply_line, summarise_run
-from autoprec.report.table import table_totals
-from autoprec.sensitivity.gap import HORIZON_STEPS
+from autoprec.report.summary import apply_line, summarise_run
+from autoprec.report.text_table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS: dict[str, Callable[..., object]] = {
     "ms": formats.shown_ms,
     "share": formats.shown_share,
     "signed": functools.partial(formats.shown_share, sign=True),
-    "ratio": formats.shown_ratio,
-    "size": formats.shown_bytes,
     "option": formats.shown_option,
-    "title_of_step": formats.step_title,
 }
+DETAILS = "option|output|grad_input|grad_weight|cast|total, ms|p20..p80|samples|gradient error"
+DETAILS += "|memory|ran"
+PREDICTED_SPREAD = "80 % interval, predicted"
 
 
 def render_html(run: RunRecords) -> str:
     """Return the report of a run as one HTML page; sections say what was not run."""
-    found = summarise_run(run)
-    ceiling = fp8_ceiling(run, found.rows)
+    found, options, proof = summarise_run(run), options_frame(run), run.verification
+    ceiling = fp8_ceiling(run, found.layers, options)
     script = _asset("script.js")
+    sensitivity = run.sensitivity
     page = _environment().get_template("report.html")
+    empty = Markup("")
     return page.render(
         run=run,
         found=found,
-        totals=table_totals(found.rows),
         version=__version__,
         style=_asset("style.css"),
         script=script,
@@ -64,37 +59,53 @@ def render_html(run: RunRecords) -> str:
         notes=unmeasured(run),
         ceiling=ceiling,
         count_of=formats.count_of,
-        grad_error_text=formats.shown_grad_error,
-        **_figures(run, found, ceiling),
-        **_tables(run, found),
+        cards=sections.summary_cards(run, found),
+        predicted=sections.predicted_table(run),
+        recipes=sections.recipe_table(sensitivity) if sensitivity else None,
+        joint=sections.joint_table(sensitivity) if sensitivity else None,
+        trials=sections.trial_table(run),
+        environment=sections.environment_table(run),
+        conditions=sections.condition_table(run),
+        how_measured=list(sections.how_measured(run)),
+        step_note=figures.step_note(found.steps),
+        step_figure=figures.step_figure(found.steps, found.speedups, ceiling),
+        pareto_figure=figures.pareto_figure(run.search) if run.search else empty,
+        sensitivity_figure=figures.sensitivity_figure(found.layers, options),
+        gap_figure=figures.gap_figure(proof) if proof else empty,
+        columns=columns_of(View.PAGE),
+        rows=frame_rows(found.layers),
+        total=total_row(found.layers),
+        details=_details(options),
+        refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
     )
 
 
-def _figures(run: RunRecords, found: Summary, ceiling: Ceiling | None) -> dict[str, str]:
-    """Draw every figure that the records allow; the others are empty."""
-    empty, proof = Markup(""), run.verification
-    return {
-        "step_note": figures.step_note(found.steps),
-        "step_figure": figures.step_figure(found.steps, found.speedups, ceiling),
-        "pareto_figure": figures.pareto_figure(run.search) if run.search else empty,
-        "sensitivity_figure": figures.sensitivity_figure(found.rows),
-        "gap_figure": figures.gap_figure(proof) if proof else empty,
-    }
+def _details(options: "pd.DataFrame") -> dict[str, Table]:
+    """Return what is known of every option, by layer."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for row in frame_rows(options):
+        rows.setdefault(row["name"], []).append(_detail_texts(row))
+    is_sampled = bool((options["samples"] > 0).any())
+    heads = [
+        head if is_sampled or head != "p20..p80" else PREDICTED_SPREAD
+        for head in DETAILS.split("|")
+    ]
+    return {name: Table(heads, texts, numbers=range(1, 10)) for name, texts in rows.items()}
 
 
-def _tables(run: RunRecords, found: Summary) -> dict[str, Any]:  # Any: template values
-    return {
-        "headline": headline(run, found),
-        "cards": summary_cards(run, found),
-        "predicted_rows": predicted_rows(run),
-        "recipe_rows": recipe_rows(run.sensitivity) if run.sensitivity else [],
-        "horizon": HORIZON_STEPS,
-        "joint_rows": joint_rows(run),
-        "trial_rows": trial_rows(run),
-        "environment_rows": environment_rows(run),
-        "condition_rows": condition_rows(run),
-        "how_measured": how_measured(run),
-    }
+def _detail_texts(row: Row) -> tuple[str, ...]:
+    times = (formats.shown_ms(row[f"{part}_ms"]) for part in (*PARTS, "total"))
+    spread = formats.shown_interval(row["p20_ms"], row["p80_ms"], formats.shown_ms)
+    samples = formats.shown_text(row["samples"])
+    samples += f" (-{row['rejected']})" if row["rejected"] else ""
+    error = formats.UNKNOWN
+    if row["grad_error"] is not None:
+        estimate = Estimate(mean=row["grad_error"], stderr=row["grad_error_stderr"])
+        error = formats.shown_grad_error(estimate)
+    memory, ran = formats.shown_bytes(row["memory_bytes"]), row["infeasible"] or row["kernels"]
+    option, spread = formats.shown_option(row["option"]), spread.replace(" to ", "..")
+    ran = ran if row["total_ms"] is not None else row["infeasible"] or "not timed"
+    return (option, *times, spread or formats.UNKNOWN, samples, error, memory, ran or "")
 
 
 @functools.cache

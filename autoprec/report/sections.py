@@ -1,14 +1,26 @@
-"""What the sections of the page say, as rows of words and numbers."""
+"""The rows of words and numbers that the page and the terminal show, but for the layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from autoprec.records import Conditions, DeviceFacts, Precision, StepTiming, Timing, Verdict
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    Conditions,
+    DeviceFacts,
+    Option,
+    Precision,
+    Sensitivity,
+    StepTiming,
+    Timing,
+)
 from autoprec.report.formats import (
     UNKNOWN,
     count_of,
     shown_bytes,
+    shown_gap,
     shown_grad_error,
+    shown_interval,
     shown_ms,
     shown_option,
     shown_ratio,
@@ -16,15 +28,10 @@ from autoprec.report.formats import (
     step_title,
 )
 from autoprec.report.runs import RunRecords
-from autoprec.report.steps import Speedup, Step, predicted_and_measured
+from autoprec.report.step_times import Speedup, predicted_and_measured
 from autoprec.report.summary import Summary
-
-VERDICT_WORDS = {
-    Verdict.VERIFIED: "its loss gap is verified",
-    Verdict.REFUTED: "but its loss gap is refuted",
-    Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
-    Verdict.NOT_RUN: "its loss gap is not verified",
-}
+from autoprec.report.text_table import Table
+from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 
 
 @dataclass(frozen=True)
@@ -38,102 +45,90 @@ class Card:
     kind: str = ""
 
 
-def headline(run: RunRecords, found: Summary) -> str:
-    """Return the result in one sentence."""
-    if run.plan is None:
-        return "No plan yet: this page shows what was measured so far"
-    speedups = [
-        f"{shown_ratio(found.speedups[label].value)} over {step_title(label)}"
-        for label in ("fp32", "bf16_o2")
-        if label in found.speedups
-    ]
-    words = VERDICT_WORDS[found.verdict]
-    if not speedups:
-        return f"A plan for {count_of(len(run.plan.layers), 'layer')}; {words}"
-    return f"Step speedup {', '.join(speedups)}; {words}"
-
-
 def summary_cards(run: RunRecords, found: Summary) -> list[Card]:
     """Return the figures that the page opens with, as far as they are known."""
-    cards = [
-        _speedup_card(f"Step speedup over {step_title(label)}", speedup)
-        for label, speedup in found.speedups.items()
-    ]
+    cards = []
+    for label, speedup in found.speedups.items():
+        title, basis = f"Step speedup over {step_title(label)}", speedup.basis.value
+        name = "95 % interval" if basis == "measured" else "interval"
+        beside = f"{name} {interval}" if (interval := _interval(speedup)) else ""
+        cards.append(Card(title, shown_ratio(speedup.value), beside, basis, _speedup_kind(speedup)))
     if found.time_to_loss is not None:
         interval = _interval(found.time_to_loss)
-        cards.append(
-            Card(
-                "Time-to-loss speedup over FP32",
-                shown_ratio(found.time_to_loss.value),
-                f"{interval}; step speedup / (1 + gradient error)".lstrip("; "),
-                "predicted",
-            )
-        )
-    return [*cards, *_loss_cards(run, found), *_memory_cards(run, found)]
+        beside = f"interval {interval}; " if interval else ""
+        beside += "step speedup / (1 + gradient error)"
+        value = shown_ratio(found.time_to_loss.value)
+        cards.append(Card("Time-to-loss speedup over FP32", value, beside, "predicted"))
+    return [*cards, *_loss_cards(found), *_memory_cards(run, found)]
 
 
-def predicted_rows(run: RunRecords) -> list[tuple[str, str, str, str, str]]:
-    """Return (step, predicted ms, measured ms, error, samples) where there are both."""
-    return [
+def predicted_table(run: RunRecords) -> Table:
+    """Return predicted against measured step times, where there are both."""
+    heads = ("step", "predicted, ms", "measured, ms", "error of the prediction", "samples")
+    rows = [
         (
             step_title(label),
             shown_ms(predicted),
             shown_ms(step.ms),
             shown_share((predicted - step.ms) / step.ms, sign=True) if step.ms else UNKNOWN,
-            str(step.samples) if step.samples else UNKNOWN,
+            str(step.samples or UNKNOWN),
         )
         for label, (predicted, step) in predicted_and_measured(run).items()
     ]
+    return Table(heads, rows, numbers=(1, 2, 3, 4))
 
 
-def joint_rows(run: RunRecords) -> list[tuple[str, str, str, str]]:
-    """Return (plan, sum of parts, measured at once, ratio) of the joint measurements."""
+def recipe_table(sensitivity: Sensitivity) -> Table:
+    """Return what each FP8 recipe costs in convergence: FP8 wherever it goes, BF16 elsewhere."""
+    gap_title = f"predicted loss gap, {HORIZON_STEPS} steps"
+    options = dict.fromkeys(row.option for row in sensitivity.rows)
+    whole = [option for option in options if option.is_fp8 and not option.gemms_hp]
+    rows = [_recipe_row(sensitivity, option) for option in whole]
+    heads = ("recipe", "linears", "gradient error, sum of parts", gap_title)
+    return Table(heads, rows, numbers=(1, 2, 3))
+
+
+def joint_table(sensitivity: Sensitivity) -> Table:
+    """Return whole plans: the sum of their parts against the measurement of all at once."""
     rows = []
-    for joint in run.sensitivity.joint if run.sensitivity else ():
-        ratio = (
-            joint.grad_error.mean / joint.predicted_grad_error
-            if joint.predicted_grad_error
-            else None
-        )
-        measured = shown_grad_error(joint.grad_error.mean, joint.grad_error.stderr)
-        rows.append(
-            (joint.label, shown_share(joint.predicted_grad_error), measured, shown_ratio(ratio))
-        )
-    return rows
+    for joint in sensitivity.joint:
+        sum_of_parts, measured = joint.predicted_grad_error, joint.grad_error
+        ratio = shown_ratio(measured.mean / sum_of_parts if sum_of_parts else None)
+        rows.append((joint.label, shown_share(sum_of_parts), shown_grad_error(measured), ratio))
+    heads = ("plan", "sum of parts (predicted)", "at once (measured)", "ratio")
+    return Table(heads, rows, numbers=(1, 2, 3))
 
 
-def trial_rows(run: RunRecords) -> list[tuple[str, ...]]:
+def trial_table(run: RunRecords) -> Table:
     """Return the trials of the study, fastest to the loss first."""
-    trials = sorted(run.search.trials if run.search else (), key=lambda t: t.time_to_loss_ms)
-    return [
-        (
-            str(trial.number),
-            trial.source,
-            shown_ms(trial.step_ms),
-            f"{shown_share(trial.grad_error)} ({trial.grad_error_basis})",
-            shown_ms(trial.time_to_loss_ms),
-            ", ".join(
-                f"{count} {precision}"
-                for precision in Precision
-                if (count := sum(o.precision is precision for o in trial.options))
-            ),
-            "yes" if trial.feasible else "no",
-        )
-        for trial in trials
-    ]
+    heads = "trial|source|step, ms (predicted)|gradient error|time to loss, ms|layers|feasible"
+    rows = []
+    for trial in sorted(run.search.trials if run.search else (), key=lambda t: t.time_to_loss_ms):
+        counts = {p: sum(o.precision is p for o in trial.options) for p in Precision}
+        layers = ", ".join(f"{count} {precision}" for precision, count in counts.items() if count)
+        error = f"{shown_share(trial.grad_error)} ({trial.grad_error_basis})"
+        times = (shown_ms(trial.step_ms), error, shown_ms(trial.time_to_loss_ms))
+        rows.append((str(trial.number), trial.source, *times, layers, _yes(trial.feasible)))
+    return Table(heads.split("|"), rows, numbers=(0, 2, 3, 4))
 
 
-def environment_rows(run: RunRecords) -> list[tuple[str, str]]:
+def environment_table(run: RunRecords) -> Table:
     """Return the device, the software and the fingerprint, fact by fact."""
     rows: list[tuple[str, str]] = []
     if run.profile:
-        rows += _device_rows(run.profile.device)
-        model = run.profile.model
+        model, device = run.profile.model, run.profile.device
+        first, *others = device_rows(device)
         rows += [
+            first,
+            *others[:2],
+            ("threads", str(device.threads)),
+            ("TF32", "allowed" if device.allow_tf32 else "off"),
+            ("compile mode", device.compile_mode),
+            *others[2:],
             ("tokens per step", f"{model.tokens_per_step:,}"),
             ("optimizer", model.optimizer),
-            ("deterministic step", "yes" if model.is_deterministic else "no"),
-            ("random forward (dropout)", "yes" if model.has_randomness else "no"),
+            ("deterministic step", _yes(model.is_deterministic)),
+            ("random forward (dropout)", _yes(model.has_randomness)),
         ]
     elif run.plan:
         made = run.plan.fingerprint
@@ -144,37 +139,60 @@ def environment_rows(run: RunRecords) -> list[tuple[str, str]]:
         rows += [("model structure", made.structure), ("plan", run.plan.digest)]
         rows += [("parallel", made.parallel)] if made.parallel else []
         rows += [("kept by the user", ", ".join(run.plan.constraint.keep) or "nothing")]
-    return rows
+    return Table(("fact", "value"), rows)
 
 
-def condition_rows(run: RunRecords) -> list[tuple[str, ...]]:
+def device_rows(device: DeviceFacts) -> list[tuple[str, str]]:
+    """Return what a device is, fact by fact."""
+    return [
+        ("device", f"{device.name} ({device.kind} {device.capability})"),
+        ("memory", shown_bytes(device.memory_bytes)),
+        ("driver", device.driver or UNKNOWN),
+        ("FP8 recipes", ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}"),
+        *device.software.items(),
+    ]
+
+
+def condition_table(run: RunRecords) -> Table:
     """Return clocks, power and temperature around each whole-step timing."""
+    heads = "stage|step|samples|rejected|spread p80-p20|SM clock|power|temperature|throttled"
     rows = []
     for where, steps in _timed_steps(run):
         for step in steps:
-            timing, seen = step.timing, step.conditions
-            counts = (f"{timing.samples}", f"{timing.rejected}")
-            rows.append((where, step_title(step.label), *counts, _spread(timing), *_seen(seen)))
-    return rows
+            timing = step.timing
+            counts = (f"{timing.samples}", f"{timing.rejected}", _spread(timing))
+            rows.append((where, step_title(step.label), *counts, *_seen(step.conditions)))
+    return Table(heads.split("|"), rows, numbers=(2, 3, 4, 5, 6, 7))
 
 
-def how_measured(run: RunRecords) -> list[str]:
-    """Return sentences on how the numbers came about and what they cost."""
-    said = []
+def how_measured(run: RunRecords) -> Iterator[str]:
+    """Yield sentences on how the numbers came about and what they cost."""
     if run.profile:
-        layers = [row.total for row in run.profile.layers if row.total]
-        rejected = sum(timing.rejected for timing in layers)
-        samples = sum(timing.samples for timing in layers)
-        said.append(
+        timings = [row.total for row in run.profile.layers if row.total]
+        rejected = sum(timing.rejected for timing in timings)
+        samples = sum(timing.samples for timing in timings)
+        yield (
             f"Layer times are {run.profile.basis}: {samples:,} samples kept and {rejected:,} "
-            f"rejected over {count_of(len(layers), 'shape and option', 'shapes and options')}, "
+            f"rejected over {count_of(len(timings), 'shape and option', 'shapes and options')}, "
             f"at a cost of {run.profile.step_equivalents:.1f} FP32 training steps"
         )
         if run.profile.compile_s:
-            said.append(f"Compiling took {run.profile.compile_s:.1f} s, in no sample")
-    said += _how_sensed(run)
+            yield f"Compiling took {run.profile.compile_s:.1f} s, in no sample"
+    if run.sensitivity:
+        record = run.sensitivity
+        yield (
+            f"Sensitivity ({record.method.replace('_', ' ')}, P = {record.preconditioner}, against "
+            f"{shown_option(record.reference)}) used {count_of(record.batches, 'batch', 'batches')}"
+            f" after {record.warmup_steps} warm-up steps: {record.passes} passes, "
+            f"{record.step_equivalents:.1f} FP32 training steps"
+        )
+        yield (
+            "BF16 activations with all layers in FP32 have a gradient error of "
+            f"{shown_share(record.activation_error.mean)}; two runs of the reference differ by "
+            f"{shown_share(record.floor.mean)}"
+        )
     if run.search:
-        said.append(
+        yield (
             f"The search measured {count_of(len(run.search.trials), 'whole plan')}, skipped "
             f"{run.search.duplicates_skipped} duplicates, seed {run.search.seed}, at a cost of "
             f"{run.search.step_equivalents:.1f} FP32 training steps"
@@ -182,22 +200,11 @@ def how_measured(run: RunRecords) -> list[str]:
     if run.verification:
         proof = run.verification
         start = f"the checkpoint {proof.checkpoint}" if proof.checkpoint else "scratch"
-        said.append(
+        yield (
             f"Verification branched from {start} after {proof.warmup_steps} warm-up steps, "
             f"{proof.branch_steps} annealed steps a branch, every branch evaluated in FP32 on the "
             "same held-out batches"
         )
-    return said
-
-
-def _speedup_card(title: str, speedup: Speedup) -> Card:
-    return Card(
-        title,
-        shown_ratio(speedup.value),
-        _interval(speedup),
-        speedup.basis.value,
-        _speedup_kind(speedup),
-    )
 
 
 def _speedup_kind(speedup: Speedup) -> str:
@@ -208,42 +215,24 @@ def _speedup_kind(speedup: Speedup) -> str:
 
 
 def _interval(speedup: Speedup) -> str:
-    if speedup.low is None or speedup.high is None:
-        return ""
-    name = "95 % interval" if speedup.basis.value == "measured" else "interval"
-    return f"{name} {shown_ratio(speedup.low)} to {shown_ratio(speedup.high)}"
+    return shown_interval(speedup.low, speedup.high, shown_ratio)
 
 
-def _loss_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
+def _loss_cards(found: Summary) -> Iterator[Card]:
     if found.grad_error is not None:
-        error = (
-            f" +- {shown_share(found.grad_error.stderr)}"
-            if found.grad_error.stderr is not None
-            else ""
-        )
-        yield Card(
-            "Extra steps to the same loss",
-            shown_share(found.extra_steps, sign=True),
-            f"gradient error {shown_share(found.grad_error.mean)}{error}",
-            found.grad_error_basis.value,
-        )
+        steps = shown_share(found.extra_steps, sign=True)
+        beside = f"gradient error {shown_grad_error(found.grad_error)}"
+        yield Card("Extra steps to the same loss", steps, beside, found.grad_error_basis.value)
     if found.gap is not None:
-        gap = found.gap
-        yield Card(
-            "Loss gap to FP32",
-            shown_share(gap.mean, sign=True),
-            f"{100 * gap.confidence:.0f} % interval {shown_share(gap.low, sign=True)} to "
-            f"{shown_share(gap.high, sign=True)}, {count_of(gap.seeds, 'seed')}; tolerance "
-            f"{shown_share(found.loss_tolerance)}",
-            "measured",
-            found.verdict.value,
-        )
+        mean, _, interval = shown_gap(found.gap).partition(" (")
+        beside = f"{interval.rstrip(')')}; tolerance {shown_share(found.loss_tolerance)}"
+        yield Card("Loss gap to FP32", mean, beside, "measured", found.verdict.value)
 
 
-def _memory_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
-    steps = found.steps
-    plan, base = steps.get("plan"), steps.get("bf16_o2")
-    peak, baseline, basis = _peak(plan), _peak(base), "measured"
+def _memory_cards(run: RunRecords, found: Summary) -> Iterator[Card]:
+    plan, base = found.steps.get("plan"), found.steps.get("bf16_o2")
+    peak, basis = plan.peak_bytes if plan else None, "measured"
+    baseline = base.peak_bytes if base else None
     if peak is None and baseline is not None and run.plan and run.plan.predicted:
         peak, basis = run.plan.predicted.memory_bytes, "predicted"
     if peak is not None:
@@ -251,21 +240,16 @@ def _memory_cards(run: RunRecords, found: Summary) -> Iterable[Card]:
         yield Card("Peak memory of a step", shown_bytes(peak), beside, basis)
 
 
-def _peak(step: Step | None) -> int | None:
-    return step.record.peak_bytes if step and step.record else None
-
-
-def _device_rows(device: DeviceFacts) -> list[tuple[str, str]]:
-    return [
-        ("device", f"{device.name} ({device.kind} {device.capability})"),
-        ("memory", shown_bytes(device.memory_bytes)),
-        ("driver", device.driver or UNKNOWN),
-        ("threads", str(device.threads)),
-        ("TF32", "allowed" if device.allow_tf32 else "off"),
-        ("compile mode", device.compile_mode),
-        ("FP8 recipes", ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}"),
-        *device.software.items(),
-    ]
+def _recipe_row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str]:
+    own = {row.name: row for row in sensitivity.rows if row.option == option}
+    others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
+    parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
+    grad_error = sensitivity.activation_error.mean + parts
+    gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
+    numbers = (str(len(own)), shown_share(grad_error), shown_share(gap, sign=True))
+    is_applied = option.recipe in APPLICABLE_RECIPES
+    remark = "" if is_applied else " (for comparison; no plan applies it)"
+    return (f"{shown_option(option)}{remark}", *numbers)
 
 
 def _timed_steps(run: RunRecords) -> Iterable[tuple[str, tuple[StepTiming, ...]]]:
@@ -284,29 +268,14 @@ def _spread(timing: Timing) -> str:
 def _seen(seen: Conditions | None) -> tuple[str, ...]:
     if seen is None:
         return (UNKNOWN,) * 4
-    throttled = ", ".join(seen.throttle_reasons) or "none"
     limit = "" if seen.power_limit_w is None else f" of {seen.power_limit_w:.0f} W"
     return (
         UNKNOWN if seen.sm_clock_mhz is None else f"{seen.sm_clock_mhz} MHz",
         UNKNOWN if seen.power_w is None else f"{seen.power_w:.0f}{limit}",
         UNKNOWN if seen.temperature_c is None else f"{seen.temperature_c} C",
-        throttled,
+        ", ".join(seen.throttle_reasons) or "none",
     )
 
 
-def _how_sensed(run: RunRecords) -> Iterable[str]:
-    if run.sensitivity is None:
-        return
-    record = run.sensitivity
-    method = record.method.replace("_", " ")
-    yield (
-        f"Sensitivity ({method}, P = {record.preconditioner}, against "
-        f"{shown_option(record.reference)}) used {count_of(record.batches, 'batch', 'batches')} "
-        f"after {record.warmup_steps} warm-up steps: {record.passes} passes, "
-        f"{record.step_equivalents:.1f} FP32 training steps"
-    )
-    yield (
-        "BF16 activations with all layers in FP32 have a gradient error of "
-        f"{shown_share(record.activation_error.mean)}; two runs of the reference differ by "
-        f"{shown_share(record.floor.mean)}"
-    )
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"

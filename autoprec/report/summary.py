@@ -4,22 +4,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoprec.records import Basis, Estimate, LossGap, Precision, Verdict
 from autoprec.report.answers import fp8_answer, memory_answer, verdict_sentence
+from autoprec.report.formats import count_of, shown_ratio, step_title
+from autoprec.report.layer_frame import layers_frame
 from autoprec.report.runs import RunRecords
-from autoprec.report.steps import BASELINES, Speedup, Step, plan_speedups, plan_steps
-from autoprec.report.table import LayerRow, layer_rows
+from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STEP_LABELS = ("plan", "fp32", "bf16_o2", "autocast_bf16")
+VERDICT_WORDS = {
+    Verdict.VERIFIED: "its loss gap is verified",
+    Verdict.REFUTED: "but its loss gap is refuted",
+    Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
+    Verdict.NOT_RUN: "its loss gap is not verified",
+}
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run found. `extra_steps` are per step; `time_to_loss` is against FP32."""
 
-    rows: tuple[LayerRow, ...]
+    layers: "pd.DataFrame"
     counts: Mapping[Precision, int]
     steps: Mapping[str, Step]
     speedups: Mapping[str, Speedup]
@@ -35,30 +45,48 @@ class Summary:
     fp8_answer: str
     memory_answer: str
 
+    @property
+    def counted(self) -> str:
+        """The layers in each precision, in words; "" without a plan."""
+        counts = [f"{count} in {precision}" for precision, count in self.counts.items() if count]
+        return f"{count_of(len(self.layers), 'layer')}: {', '.join(counts)}" if counts else ""
+
+    @property
+    def headline(self) -> str:
+        """The result in one sentence."""
+        if not any(self.counts.values()):
+            return "No plan yet: this page shows what was measured so far"
+        speedups = [
+            f"{shown_ratio(self.speedups[label].value)} over {step_title(label)}"
+            for label in ("fp32", "bf16_o2")
+            if label in self.speedups
+        ]
+        plan = f"A plan for {count_of(len(self.layers), 'layer')}"
+        found = f"Step speedup {', '.join(speedups)}" if speedups else plan
+        return f"{found}; {VERDICT_WORDS[self.verdict]}"
+
 
 def summarise_run(run: RunRecords) -> Summary:
     """Return the summary of a run; parts that no stage made are None."""
-    rows, speedups = layer_rows(run), plan_speedups(run)
-    grad_error = plan_grad_error(run)
+    plan, speedups, grad_error = run.plan, plan_speedups(run), plan_grad_error(run)
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     vs_fp32 = speedups.get("fp32")
-    known = vs_fp32 is not None and extra_steps is not None
-    verified, certificate = run.verification, run.plan.certificate if run.plan else None
-    proof = verified or certificate
-    constraint = run.plan.constraint.loss_tolerance if run.plan else None
+    is_known = vs_fp32 is not None and extra_steps is not None
+    proof = run.verification or (plan.certificate if plan else None)
+    constraint = plan.constraint.loss_tolerance if plan else None
     return Summary(
-        rows=rows,
-        counts={precision: _count(rows, precision) for precision in Precision},
+        layers=layers_frame(run),
+        counts={precision: plan.count(precision) if plan else 0 for precision in Precision},
         steps=plan_steps(run),
         speedups=speedups,
         grad_error=grad_error,
-        grad_error_basis=run.plan.grad_error_basis if run.plan else Basis.UNKNOWN,
+        grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
-        time_to_loss=vs_fp32.discounted(extra_steps or 0.0) if known and vs_fp32 else None,
+        time_to_loss=vs_fp32.discounted(extra_steps or 0.0) if is_known and vs_fp32 else None,
         verdict=proof.verdict if proof else Verdict.NOT_RUN,
         verdict_sentence=verdict_sentence(run),
         gap=proof.gap if proof else None,
-        control_gap=verified.control_gap if verified else None,
+        control_gap=run.verification.control_gap if run.verification else None,
         loss_tolerance=proof.loss_tolerance if proof else constraint,
         fp8_answer=fp8_answer(run),
         memory_answer=memory_answer(run),
@@ -66,7 +94,7 @@ def summarise_run(run: RunRecords) -> Summary:
 
 
 def plan_grad_error(run: RunRecords) -> Estimate | None:
-    """Return the plan's e, with its standard error where the joint measurement is on record."""
+    """Return the plan's gradient error, with its standard error where it was measured jointly."""
     if run.plan is None or run.plan.grad_error is None:
         return None
     for joint in run.sensitivity.joint if run.sensitivity else ():
@@ -78,16 +106,20 @@ def plan_grad_error(run: RunRecords) -> Estimate | None:
 def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: JSON values
     """Return the one object that `tune --json` prints; what is not known is null."""
     found = summarise_run(run)
+    steps, speedups, gap = found.steps, found.speedups, found.gap
+    unknown_gap = {"mean": None, "low": None, "high": None, "confidence": None, "seeds": 0}
     return {
-        "step_ms": {label: _step_ms(found, label) for label in STEP_LABELS},
-        "step_basis": {label: _step_basis(found, label) for label in STEP_LABELS},
-        "step_speedup": {f"vs_{label}": _speedup(found, label) for label in BASELINES},
-        "step_speedup_interval": {f"vs_{label}": _interval(found, label) for label in BASELINES},
+        "step_ms": {x: steps[x].ms if x in steps else None for x in STEP_LABELS},
+        "step_basis": {x: steps[x].basis.value if x in steps else None for x in STEP_LABELS},
+        "step_speedup": {
+            f"vs_{x}": speedups[x].value if x in speedups else None for x in BASELINES
+        },
+        "step_speedup_interval": {f"vs_{x}": _interval(speedups.get(x)) for x in BASELINES},
         "grad_error": found.grad_error.mean if found.grad_error else None,
         "grad_error_basis": found.grad_error_basis.value,
         "extra_steps": found.extra_steps,
         "time_to_loss_speedup": found.time_to_loss.value if found.time_to_loss else None,
-        "loss_gap": _gap_object(found.gap),
+        "loss_gap": gap.model_dump() if gap else unknown_gap,
         "loss_tolerance": found.loss_tolerance,
         "verdict": found.verdict.value,
         "layers": {precision.value: count for precision, count in found.counts.items()},
@@ -104,34 +136,7 @@ def apply_line(out: Path | str | None) -> str:
     return f"model, optimizer = autoprec.apply({path}, model, optimizer)"
 
 
-def _count(rows: tuple[LayerRow, ...], precision: Precision) -> int:
-    return sum(row.option is not None and row.option.precision is precision for row in rows)
-
-
-def _step_ms(found: Summary, label: str) -> float | None:
-    return found.steps[label].ms if label in found.steps else None
-
-
-def _step_basis(found: Summary, label: str) -> str | None:
-    return found.steps[label].basis.value if label in found.steps else None
-
-
-def _speedup(found: Summary, label: str) -> float | None:
-    return found.speedups[label].value if label in found.speedups else None
-
-
-def _interval(found: Summary, label: str) -> list[float] | None:
-    speedup = found.speedups.get(label)
+def _interval(speedup: Speedup | None) -> list[float] | None:
     if speedup is None or speedup.low is None or speedup.high is None:
         return None
     return [speedup.low, speedup.high]
-
-
-def _gap_object(gap: LossGap | None) -> dict[str, float | int | None]:
-    return {
-        "mean": gap.mean if gap else None,
-        "low": gap.low if gap else None,
-        "high": gap.high if gap else None,
-        "confidence": gap.confidence if gap else None,
-        "seeds": gap.seeds if gap else 0,
-    }

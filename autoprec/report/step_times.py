@@ -16,11 +16,10 @@ factor in both. A plan that is the baseline has no interval.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, Basis, StepTiming
-from autoprec.report.formats import joint_basis
 from autoprec.report.runs import RunRecords
 
 LABELS = ("plan", "bf16_o2", "autocast_bf16", "fp32", "fp8_o1")
@@ -29,6 +28,7 @@ P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard
 MEDIAN_ERROR = 1.2533  # standard error of a normal sample's median, in sigma / sqrt(n)
 TWO_SIDED_95 = 1.96
 STUDENT_95 = 2.37  # (z**3 + z) / 4 at z = 1.96: the first term of Student's t in 1 / (n - 1)
+MODEL = "plan.json (model)"
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class Step:
 
     label: str
     ms: float
-    low_ms: float | None
-    high_ms: float | None
-    samples: int
-    rejected: int
     basis: Basis
     source: str  # the file it comes from
-    record: StepTiming | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    samples: int = 0
+    peak_bytes: int | None = None
 
     @property
     def relative_error(self) -> float:
@@ -66,11 +65,11 @@ class Speedup:
     def discounted(self, extra_steps: float) -> "Speedup":
         """Return the time-to-loss speedup: the same steps take longer, or more are needed.
 
-        It is predicted even from measured parts: that e costs steps is theory.
+        It is predicted even from measured parts: that a gradient error costs steps is theory.
         """
         factor = 1.0 + extra_steps
         low, high = (None if side is None else side / factor for side in (self.low, self.high))
-        return Speedup(self.value / factor, low, high, joint_basis(self.basis, Basis.PREDICTED))
+        return Speedup(self.value / factor, low, high, _joint_basis(self.basis, Basis.PREDICTED))
 
 
 def spread_title(steps: Iterable[Step]) -> str:
@@ -83,10 +82,17 @@ def spread_title(steps: Iterable[Step]) -> str:
 
 def plan_steps(run: RunRecords) -> dict[str, Step]:
     """Return the steps by label, the plan's among them if anything is known of it."""
-    measured = {step.label: _measured(step, "verification.json") for step in _verified(run)}
-    if "plan" in measured:
-        return _ordered({**_profiled(run, only=("fp8_o1",)), **measured})
-    return _ordered({**_profiled(run), **_certified(run), **_predicted_plan(run)})
+    timed = _measured(run.verification.steps if run.verification else (), "verification.json")
+    profiled = _measured(run.profile.steps if run.profile else (), "profile.json")
+    if "plan" in timed:
+        # its set is interleaved; of the profile only FP8 everywhere, which that set has not
+        steps = {label: step for label, step in profiled.items() if label == "fp8_o1"} | timed
+    else:
+        model = _model_steps(run)
+        predicted = {"plan": model["plan"]} if "plan" in model else {}
+        steps = profiled | (_certified(run) or predicted)
+    labels = (*(label for label in LABELS if label in steps), *steps)
+    return {label: steps[label] for label in dict.fromkeys(labels)}
 
 
 def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
@@ -95,13 +101,21 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     plan = steps.get("plan")
     if plan is None or plan.ms <= 0.0:
         return {}
-    bases = {**steps, **_model_steps(run)} if plan.source == "plan.json (model)" else steps
-    shared = _shared_ms(run) if plan.source == "plan.json (model)" else {}
+    shared: dict[str, float] = {}
+    if plan.source == MODEL:
+        steps, shared = steps | _model_steps(run), _shared_ms(run)
     return {
-        label: _speedup(bases[label], plan, shared.get(label, 0.0))
+        label: _speedup(steps[label], plan, shared.get(label, 0.0))
         for label in BASELINES
-        if label in bases
+        if label in steps
     }
+
+
+def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
+    """Return, per label, the model's step time and the measured step, where there are both."""
+    model, steps = _model_steps(run), plan_steps(run)
+    measured = {label: s for label, s in steps.items() if s.basis is Basis.MEASURED}
+    return {label: (model[label].ms, s) for label, s in measured.items() if label in model}
 
 
 def _shared_ms(run: RunRecords) -> dict[str, float]:
@@ -114,53 +128,44 @@ def _shared_ms(run: RunRecords) -> dict[str, float]:
     return {"bf16_o2": shared, "autocast_bf16": shared}
 
 
-def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
-    """Return, per label, the model's step time and the measured step, where there are both."""
-    model = {label: step.ms for label, step in _model_steps(run).items()}
-    if run.plan and run.plan.predicted:
-        model["plan"] = run.plan.predicted.plan_ms
-    steps = {label: step for label, step in plan_steps(run).items() if step.basis is Basis.MEASURED}
-    return {label: (ms, steps[label]) for label, ms in model.items() if label in steps}
-
-
 def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
-    basis = joint_basis(base.basis, plan.basis)
+    basis = _joint_basis(base.basis, plan.basis)
     if plan.samples and base.samples:
+        # of two medians: their relative errors add in squares, with Student's factor for few
         factor = TWO_SIDED_95 + STUDENT_95 / max(min(plan.samples, base.samples) - 1, 1)
         spread = math.exp(factor * math.hypot(base.relative_error, plan.relative_error))
         return Speedup(value, value / spread, value * spread, basis)
-    if plan.samples or not plan.low_ms or not plan.high_ms:
-        return Speedup(value, None, None, basis)
     differs = max(plan.ms - shared_ms, 0.0) / plan.ms
-    if differs == 0.0:
+    if plan.samples or not plan.low_ms or not plan.high_ms or differs == 0.0:
         return Speedup(value, None, None, basis)
+    # of a prediction: the plan's interval, narrowed to the part that the baseline does not share
     low, high = (plan.ms + differs * (end - plan.ms) for end in (plan.low_ms, plan.high_ms))
     return Speedup(value, base.ms / high, base.ms / low, basis)
 
 
-def _verified(run: RunRecords) -> tuple[StepTiming, ...]:
-    return run.verification.steps if run.verification else ()
+def _joint_basis(*bases: Basis) -> Basis:
+    """Return the basis of a number made of others: measured only if all of them are."""
+    for basis in (Basis.UNKNOWN, Basis.PREDICTED, Basis.TRANSFERRED):
+        if basis in bases:
+            return basis
+    return Basis.MEASURED
 
 
-def _profiled(run: RunRecords, only: tuple[str, ...] = LABELS) -> dict[str, Step]:
-    steps = run.profile.steps if run.profile else ()
-    return {s.label: _measured(s, "profile.json") for s in steps if s.label in only}
-
-
-def _measured(step: StepTiming, source: str) -> Step:
-    timing = step.timing
-    return Step(
-        label=step.label,
-        ms=timing.median_ms,
-        low_ms=timing.p20_ms,
-        high_ms=timing.p80_ms,
-        samples=timing.samples,
-        rejected=timing.rejected,
-        basis=timing.basis,
-        source=source,
-        record=step,
-    )
+def _measured(steps: Sequence[StepTiming], source: str) -> dict[str, Step]:
+    return {
+        step.label: Step(
+            label=step.label,
+            ms=step.timing.median_ms,
+            basis=step.timing.basis,
+            source=source,
+            low_ms=step.timing.p20_ms,
+            high_ms=step.timing.p80_ms,
+            samples=step.timing.samples,
+            peak_bytes=step.peak_bytes,
+        )
+        for step in steps
+    }
 
 
 def _certified(run: RunRecords) -> dict[str, Step]:
@@ -168,36 +173,18 @@ def _certified(run: RunRecords) -> dict[str, Step]:
     certificate = run.plan.certificate if run.plan else None
     if certificate is None or "plan" not in certificate.step_ms:
         return {}
-    return {
-        label: Step(label, ms, None, None, 0, 0, Basis.MEASURED, "plan.json (certificate)")
-        for label, ms in certificate.step_ms.items()
-    }
-
-
-def _predicted_plan(run: RunRecords) -> dict[str, Step]:
-    if run.plan is None or run.plan.predicted is None or _certified(run):
-        return {}
-    model = run.plan.predicted
-    return {"plan": _model_step("plan", model.plan_ms, model.low_ms, model.high_ms)}
+    source = "plan.json (certificate)"
+    steps = certificate.step_ms.items()
+    return {label: Step(label, ms, Basis.MEASURED, source) for label, ms in steps}
 
 
 def _model_steps(run: RunRecords) -> dict[str, Step]:
-    """Return what the search's model says of the uniform plans."""
-    if run.plan is None or run.plan.predicted is None:
+    """Return the steps that the search's model gives: of the plan and of the uniform plans."""
+    model = run.plan.predicted if run.plan else None
+    if model is None:
         return {}
-    model = run.plan.predicted
-    return {
-        "fp32": _model_step("fp32", model.fp32_ms),
-        "bf16_o2": _model_step("bf16_o2", model.bf16_o2_ms),
+    plan = Step("plan", model.plan_ms, Basis.PREDICTED, MODEL, model.low_ms, model.high_ms)
+    uniform = {"fp32": model.fp32_ms, "bf16_o2": model.bf16_o2_ms}
+    return {label: Step(label, ms, Basis.PREDICTED, MODEL) for label, ms in uniform.items()} | {
+        "plan": plan
     }
-
-
-def _model_step(
-    label: str, ms: float, low_ms: float | None = None, high_ms: float | None = None
-) -> Step:
-    return Step(label, ms, low_ms, high_ms, 0, 0, Basis.PREDICTED, "plan.json (model)")
-
-
-def _ordered(steps: Mapping[str, Step]) -> dict[str, Step]:
-    labels = (*(label for label in LABELS if label in steps), *steps)
-    return {label: steps[label] for label in dict.fromkeys(labels)}

@@ -1,0 +1,284 @@
+"""The frame of layers: one row per layer, typed columns, one list of how each of them is shown.
+
+layers.csv, the terminal, the page and notebooks all read it. Times are ms per step (all calls of
+the layer, forward and backward), memory is bytes, gradient errors and shares are fractions (0.001 =
+0.1 %). Names are written exactly, so that the file can be joined with a model's `named_modules()`.
+A layer's `total_ms` is measured as a whole, its GEMMs and casts apart from it; `other_ms` is what
+is left (bias, autograd, launches; negative where the parts cost more alone), so that a row adds up.
+Savings are against BF16 O2, the baseline, and against FP32, the reference.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Assignment,
+    Basis,
+    LayerKind,
+    LayerSensitivity,
+    LayerSpec,
+    LayerTiming,
+    Option,
+)
+from autoprec.report.formats import (
+    shown_bytes,
+    shown_ms,
+    shown_option,
+    shown_ratio,
+    shown_share,
+    shown_text,
+)
+from autoprec.report.runs import RunRecords
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]  # Any: the values of one row by column, None where nothing is known
+
+PARTS = ("output", "grad_input", "grad_weight", "cast")
+TIMES = tuple(f"{part}_ms" for part in (*PARTS, "other", "total"))
+BYTES = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+BASELINES = {"bf16_o2": BF16_O2, "fp32": FP32}
+LAYER_COLUMNS = (
+    "name kind type shape calls is_frozen tied_to option precision recipe gemms_hp reason"
+)
+OPTION_COLUMNS = (
+    *("name", "option", *TIMES, "p20_ms", "p80_ms", "samples", "rejected", "time_basis"),
+    *("grad_error", "grad_error_stderr", "grad_error_basis"),
+    *(*BYTES, "memory_bytes", "kernels", "infeasible"),
+)
+COUNTS = ("calls", "samples", "rejected")
+
+
+class View(StrEnum):
+    """Where layers are shown beside layers.csv, which has every column."""
+
+    NARROW = "narrow"  # a terminal
+    WIDE = "wide"
+    PAGE = "page"
+    NOTEBOOK = "notebook"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the frame: its title for people, how it writes a value, where it is shown."""
+
+    name: str
+    title: str = ""
+    show: Callable[[Any], str] = shown_text  # Any: a value of the column
+    views: tuple[View, ...] = ()
+    basis: str = ""  # the column that says whether the value was measured
+    is_sum: bool = False  # rows of a group add up
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its texts are aligned as numbers."""
+        return self.show not in (shown_text, shown_option)
+
+
+def _times_of(prefix: str) -> Iterator[Column]:
+    return (Column(f"{prefix}{name}", is_sum=True) for name in TIMES[:-1])
+
+
+EVERYWHERE = tuple(View)
+ROOMY = (View.WIDE, View.PAGE, View.NOTEBOOK)
+COLUMNS = (
+    Column("name", "layer", views=EVERYWHERE),
+    Column("kind"),
+    Column("type"),
+    Column("shape", "shape", views=(View.WIDE, View.NOTEBOOK)),
+    Column("calls"),
+    Column("is_frozen"),
+    Column("tied_to"),
+    Column("option", "precision", shown_option, EVERYWHERE),
+    Column("precision"),
+    Column("recipe"),
+    Column("gemms_hp"),
+    *_times_of(""),
+    Column("total_ms", "ms", shown_ms, ROOMY, basis="time_basis", is_sum=True),
+    *_times_of("bf16_o2_"),
+    Column("bf16_o2_total_ms", is_sum=True),
+    *_times_of("fp32_"),
+    Column("fp32_total_ms", is_sum=True),
+    Column("best_fp8"),
+    Column("best_fp8_total_ms", is_sum=True),
+    Column("speedup_vs_bf16_o2", "vs BF16", shown_ratio, EVERYWHERE),
+    Column("speedup_vs_fp32", "vs FP32", shown_ratio, EVERYWHERE),
+    Column("saved_vs_bf16_o2_ms", "saved vs BF16, ms", shown_ms, (View.PAGE,), is_sum=True),
+    Column("saved_vs_fp32_ms", is_sum=True),
+    Column(
+        "grad_error", "gradient error", shown_share, EVERYWHERE, "grad_error_basis", is_sum=True
+    ),
+    Column("grad_error_stderr"),
+    Column("grad_error_share", "share of it", shown_share, (View.PAGE,), is_sum=True),
+    *(Column(name, is_sum=True) for name in BYTES),
+    Column("memory_bytes", "memory", shown_bytes, (View.PAGE,), is_sum=True),
+    Column("samples"),
+    Column("rejected"),
+    Column("time_basis"),
+    Column("grad_error_basis"),
+    Column("reason", "why", views=(View.WIDE, View.PAGE)),
+)
+
+
+def columns_of(view: View) -> list[Column]:
+    """Return the columns that a view shows, in order."""
+    return [column for column in COLUMNS if view in column.views]
+
+
+def layers_frame(run: RunRecords) -> "pd.DataFrame":
+    """Return one row per layer, in model order, with the columns of COLUMNS."""
+    import pandas as pd
+
+    options = options_frame(run)
+    layers = pd.DataFrame(list(_layer_facts(run)), columns=LAYER_COLUMNS.split(), dtype=object)
+    frame = _typed(layers).merge(options, on=["name", "option"], how="left")
+    # beside the times of the chosen option stand those of the baselines and of the fastest FP8
+    for label, option in BASELINES.items():
+        own = options.loc[options["option"] == option.key, ["name", *TIMES]]
+        named = own.rename(columns={name: f"{label}_{name}" for name in TIMES})
+        frame = frame.merge(named, on="name", how="left")
+    fp8 = options[takes_fp8(options) & options["total_ms"].notna()]
+    best = fp8.sort_values("total_ms", kind="stable").drop_duplicates("name")
+    best = best[["name", "option", "total_ms"]].set_axis(
+        ["name", "best_fp8", "best_fp8_total_ms"], axis="columns"
+    )
+    frame = frame.merge(best, on="name", how="left")
+    for label in BASELINES:
+        base, own_ms = frame[f"{label}_total_ms"], frame["total_ms"]
+        frame[f"speedup_vs_{label}"] = base / own_ms.where(own_ms > 0.0)
+        frame[f"saved_vs_{label}_ms"] = base - own_ms
+    whole = frame["grad_error"].sum()
+    frame["grad_error_share"] = frame["grad_error"] / (whole if whole > 0.0 else float("nan"))
+    return frame[[column.name for column in COLUMNS]]
+
+
+def options_frame(run: RunRecords) -> "pd.DataFrame":
+    """Return one row per layer and option that the records know of, with OPTION_COLUMNS."""
+    import pandas as pd
+
+    facts: dict[tuple[str, Option], Row] = {}
+    for spec in run.profile.model.layers if run.profile else ():
+        for option in spec.options:
+            facts.setdefault((spec.name, option), {})
+    for timing in run.profile.layers if run.profile else ():
+        for name in timing.names:
+            facts.setdefault((name, timing.option), {}).update(_timing_facts(timing))
+    for effect in _effects(run):
+        facts.setdefault((effect.name, effect.option), {}).update(
+            grad_error=effect.grad_error.mean,
+            grad_error_stderr=effect.grad_error.stderr,
+            grad_error_basis=effect.basis.value,
+        )
+    _add_plan(facts, run)
+    rows = [{"name": name, "option": option.key, **fact} for (name, option), fact in facts.items()]
+    return _typed(pd.DataFrame(rows, columns=list(OPTION_COLUMNS), dtype=object))
+
+
+def takes_fp8(frame: "pd.DataFrame") -> "pd.Series[bool]":
+    """Return of each row whether its option is an FP8 one."""
+    return frame["option"].map(lambda key: isinstance(key, str) and Option.parse(key).is_fp8)
+
+
+def frame_rows(frame: "pd.DataFrame") -> list[Row]:
+    """Return the rows as dicts of plain values, None where nothing is known."""
+    plain = frame.astype(object)
+    rows: list[Row] = plain.where(frame.notna(), None).to_dict("records")  # type: ignore[assignment]  # the stubs say Hashable keys
+    return rows
+
+
+def _layer_facts(run: RunRecords) -> Iterator[Row]:
+    """Yield what each layer is and what the plan chose for it."""
+    specs = {layer.name: layer for layer in run.profile.model.layers} if run.profile else {}
+    plan = {layer.name: layer for layer in run.plan.layers} if run.plan else {}
+    for name in dict.fromkeys((*specs, *plan, *(effect.name for effect in _effects(run)))):
+        spec, chosen = specs.get(name), plan.get(name)
+        known = spec or chosen
+        yield {
+            "name": name,
+            "kind": (known.kind if known else LayerKind.OTHER).value,
+            "type": spec.type_name.rpartition(".")[2] if spec else "",
+            "shape": _shape(spec, chosen),
+            "calls": spec.calls_per_step if spec else None,
+            "is_frozen": spec.is_frozen if spec else None,
+            "tied_to": spec.tied_to if spec else None,
+            "option": chosen.option.key if chosen else None,
+            "precision": chosen.precision.value if chosen else None,
+            "recipe": chosen.recipe.value if chosen and chosen.recipe else None,
+            "gemms_hp": " ".join(chosen.gemms_hp) if chosen else None,
+            "reason": chosen.reason if chosen else "",
+        }
+
+
+def _timing_facts(timing: LayerTiming) -> Row:
+    """Return the times and bytes of one option; no times where it cannot run."""
+    known: Row = {name: getattr(timing, name) for name in BYTES}
+    known["memory_bytes"] = sum(known.values())
+    known |= {"kernels": " ".join(timing.kernels), "infeasible": timing.infeasible}
+    total = timing.total
+    if total is None:
+        return known
+    parts = {f"{p}_ms": part.median_ms for p in PARTS if (part := getattr(timing, p)) is not None}
+    if "output_ms" in parts:
+        known["other_ms"] = total.median_ms - sum(parts.values())
+    return known | {
+        **parts,
+        "total_ms": total.median_ms,
+        "p20_ms": total.p20_ms,
+        "p80_ms": total.p80_ms,
+        "samples": total.samples,
+        "rejected": total.rejected,
+        "time_basis": total.basis.value,
+    }
+
+
+def _add_plan(facts: dict[tuple[str, Option], Row], run: RunRecords) -> None:
+    """Add what the plan itself says, where the profile or the sensitivity say nothing."""
+    reference = run.sensitivity.reference if run.sensitivity else None
+    measured = {effect.name for effect in _effects(run)}
+    for layer in run.plan.layers if run.plan else ():
+        for option, ms in ((layer.option, layer.layer_ms), (BF16_O2, layer.baseline_ms)):
+            known = facts.setdefault((layer.name, option), {})
+            if ms is not None and not {"infeasible", "total_ms"} & set(known):
+                known.update(total_ms=ms, time_basis=layer.basis.value)
+        own = facts[layer.name, layer.option]
+        if "grad_error" in own:
+            continue
+        if layer.name in measured and layer.option == reference:
+            own.update(grad_error=0.0, grad_error_stderr=0.0)  # by definition
+        elif layer.grad_error is not None:
+            own.update(grad_error=layer.grad_error)
+        own["grad_error_basis"] = layer.grad_error_basis.value if "grad_error" in own else None
+
+
+def _effects(run: RunRecords) -> list[LayerSensitivity]:
+    rows = run.sensitivity.rows if run.sensitivity else ()
+    return [row for row in rows if row.basis is not Basis.UNKNOWN]
+
+
+def _shape(spec: LayerSpec | None, chosen: Assignment | None) -> str:
+    """Return MxKxN for a called linear, else the shapes of the parameters."""
+    if spec is not None and spec.gemm is not None:
+        return str(spec.gemm)
+    if spec is not None:
+        shapes = tuple(parameter.shape for parameter in spec.parameters)
+    else:
+        shapes = chosen.shapes if chosen else ()
+    return " ".join("x".join(str(size) for size in shape) or "1" for shape in shapes)
+
+
+def _typed(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the frame with each column in the type that its unit asks for; texts stay objects."""
+    types = {}
+    for name in frame.columns:
+        if name.endswith("_ms") or name in ("grad_error", "grad_error_stderr"):
+            types[name] = "float64"
+        elif name.endswith("_bytes") or name in COUNTS:
+            types[name] = "Int64"
+        elif name.startswith("is_"):
+            types[name] = "boolean"
+    return frame.astype(types)

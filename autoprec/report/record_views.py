@@ -1,0 +1,262 @@
+"""What each command other than `tune` prints: a record -> its headline, its table, its remarks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Check,
+    Diagnosis,
+    Difference,
+    Estimate,
+    LayerTiming,
+    Option,
+    Plan,
+    PlanCheck,
+    Precision,
+    Profile,
+    Record,
+    Search,
+    Sensitivity,
+    Timing,
+    Verification,
+)
+from autoprec.report.answers import profile_notes
+from autoprec.report.formats import (
+    UNKNOWN,
+    count_of,
+    shown_gap,
+    shown_grad_error,
+    shown_ms,
+    shown_option,
+    shown_ratio,
+    shown_share,
+)
+from autoprec.report.layer_table import layers_parts
+from autoprec.report.runs import RunRecords
+from autoprec.report.sections import device_rows, recipe_table
+from autoprec.report.summary import summarise_run
+from autoprec.report.terminal import steps_parts
+from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
+from autoprec.sensitivity.gap import HORIZON_STEPS
+
+MOST_OPTIONS = 5  # columns of the table of sensitivities
+MOST_SHOWN = 30  # rows of a stage's own table; the record has them all
+GOOD, BAD = "bold green", "bold red"
+
+
+def print_record(record: Record, console: Console) -> None:
+    """Print a record as its type is shown; one of another type as indented JSON."""
+    views: dict[type, Callable[[Any], Sequence[Part]]] = {  # Any: each takes its own record
+        Profile: _profile_parts,
+        Sensitivity: _sensitivity_parts,
+        Search: _search_parts,
+        Plan: lambda plan: _plan_parts(plan, console.width),
+        Verification: _verification_parts,
+        Difference: _difference_parts,
+        Diagnosis: _diagnosis_parts,
+        PlanCheck: _plan_check_parts,
+    }
+    if view := views.get(type(record)):
+        print_parts(view(record), console)
+    else:
+        console.print_json(record.model_dump_json())
+
+
+def _profile_parts(profile: Profile) -> list[Part]:
+    """Return what the options cost: the slowest shapes first, then the whole steps."""
+    heads = "layer (first of its shape)|best FP8 recipe|layers|FP32 ms|BF16 ms|FP8 ms|FP8 vs BF16"
+    shapes: dict[tuple[str, ...], list[LayerTiming]] = {}
+    for row in profile.layers:
+        shapes.setdefault(row.names, []).append(row)
+    ranked = sorted(shapes.values(), key=_bf16_ms, reverse=True)
+    rows = [_shape_row(shape) for shape in ranked[:MOST_SHOWN]]
+    return [
+        Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
+        Table(heads.split("|"), rows, numbers=range(2, 7), widest=0),
+        *_rest(len(ranked) - MOST_SHOWN, "shape", "profile.json"),
+        *steps_parts(summarise_run(RunRecords(profile=profile))),
+        *notes(profile_notes(profile)),
+        _cost(profile.step_equivalents),
+    ]
+
+
+def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
+    """Return the gradient error per layer and option, the layers with the largest first."""
+    found: dict[str, dict[Option, Estimate]] = {}
+    for row in sensitivity.rows:
+        found.setdefault(row.name, {})[row.option] = row.grad_error
+    ranked = sorted(found.items(), key=lambda item: -max(each.mean for each in item[1].values()))
+    options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
+    names = (shown_option(option).replace(" ", "\n") for option in options)
+    rows = [
+        (name, *(shown_share(errors[o].mean) if o in errors else UNKNOWN for o in options))
+        for name, errors in ranked[:MOST_SHOWN]
+    ]
+    heads = ("layer", *(name.replace("_with_", "_\nwith_") for name in names))
+    method = sensitivity.method.replace("_", " ")
+    return [
+        Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
+        Table(heads, rows, numbers=range(1, len(heads)), widest=0),
+        *_rest(len(ranked) - MOST_SHOWN, "layer", "sensitivity.json"),
+        *map(Line, _sensitivity_sentences(sensitivity)),
+        _cost(sensitivity.step_equivalents),
+        *notes(sensitivity.notes),
+    ]
+
+
+def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
+    for recipe, linears, grad_error, gap in recipe_table(sensitivity).rows:
+        yield (
+            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
+            f"after {HORIZON_STEPS} steps {gap}"
+        )
+    for joint in sensitivity.joint:
+        yield (
+            f"{joint.label}, all layers at once: {shown_grad_error(joint.grad_error)}, "
+            f"sum of parts {shown_share(joint.predicted_grad_error)}"
+        )
+    yield (
+        f"BF16 activations alone: {shown_grad_error(sensitivity.activation_error)}; two runs of "
+        f"the reference: {shown_grad_error(sensitivity.floor)}; "
+        f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
+        "preconditioner"
+    )
+
+
+def _search_parts(search: Search) -> list[Part]:
+    """Return the Pareto front and what was chosen."""
+    chosen = {"chosen": search.chosen.options, "exact": search.exact.options}
+    rows = []
+    for point in search.front:
+        marks = ", ".join(name for name, options in chosen.items() if options == point.options)
+        counts = (str(sum(o.precision is p for o in point.options)) for p in Precision)
+        errors = (shown_share(point.grad_error), shown_share(point.grad_error_measured))
+        rows.append((shown_ms(point.step_ms), *errors, *counts, marks))
+    heads = ("step ms", "gradient error", "measured", *(p.value for p in Precision), "")
+    title = "Pareto front (additive model; gradient error measured where a trial ran it)"
+    return [
+        Line(title, "bold"),
+        Table(heads, rows, numbers=range(6)),
+        Line(
+            f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates "
+            f"skipped, gradient error budget {shown_share(search.grad_error_budget)}; no plan "
+            f"within it can be faster than {shown_ms(search.bound_ms)} ms (proven on the additive "
+            "model)"
+        ),
+    ]
+
+
+def _plan_parts(plan: Plan, width: int) -> list[Part]:
+    """Return every layer of a plan with its reason, and what is known of the whole."""
+    found = summarise_run(RunRecords(plan=plan))
+    made, error = plan.fingerprint, f"{shown_share(plan.grad_error)} ({plan.grad_error_basis})"
+    lines = [
+        found.counted or "0 layers: none",
+        f"gradient error {error}" if plan.grad_error is not None else "",
+        f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}",
+        f"outside any layer: {', '.join(plan.uncovered)}" if plan.uncovered else "",
+    ]
+    return [
+        *layers_parts(found.layers, width),
+        *steps_parts(found),
+        Line(""),
+        *(Line(line) for line in lines if line),
+        Line(found.verdict_sentence, STYLES[found.verdict]),
+        *notes(plan.notes),
+    ]
+
+
+def _verification_parts(verification: Verification) -> list[Part]:
+    """Return the seeds, the gaps and the verdict."""
+    references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
+    rows = []
+    for branch in verification.branches:
+        loss, reference = branch.eval_loss, references.get(branch.seed)
+        gap = (loss - reference) / abs(reference) if loss is not None and reference else None
+        shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
+        rows.append((str(branch.seed), branch.label, shown, shown_share(gap, sign=True)))
+    found, control = summarise_run(RunRecords(verification=verification)), verification.control_gap
+    scale = f"for scale: BF16 O2's own gap is {shown_gap(control)}" if control else ""
+    return [
+        Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
+        *steps_parts(found),
+        Line(""),
+        Line(found.verdict_sentence, STYLES[verification.verdict]),
+        *([Line(scale)] if scale else []),
+        *notes(verification.notes),
+    ]
+
+
+def _difference_parts(difference: Difference) -> list[Part]:
+    """Return what differs between two records, or that nothing does."""
+    before, after = difference.before, difference.after
+    if not difference.rows:
+        return [Line(f"no difference between {before} and {after}")]
+    rows = [(row.name, row.before, row.after) for row in difference.rows]
+    return [
+        Table(("name", "before", "after"), rows, widest=0, title=f"{before} -> {after}"),
+        Line(count_of(len(difference.rows), "difference")),
+    ]
+
+
+def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
+    """Return what this machine can do."""
+    device = diagnosis.device
+    missing = [(fact, f"not known: {reason}") for fact, reason in device.missing]
+    is_healthy = diagnosis.is_healthy
+    return [
+        Table(("fact", "value"), [*device_rows(device), *missing], widest=1),
+        _checks_table(diagnosis.checks),
+        *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
+        *map(Line, _gemm_sentences(diagnosis.gemm_ms)),
+        Line(f"this machine is {'healthy' if is_healthy else 'unwell'}", (BAD, GOOD)[is_healthy]),
+    ]
+
+
+def _plan_check_parts(check: PlanCheck) -> list[Part]:
+    """Return the checks of a plan, and whether all are good."""
+    words = "is good" if check.is_good else "FAILS"
+    return [_checks_table(check.checks), Line(f"{check.plan} {words}", (BAD, GOOD)[check.is_good])]
+
+
+def _checks_table(checks: Sequence[Check]) -> Table:
+    words = {True: Line("ok", "green"), False: Line("FAIL", BAD)}
+    rows = [(check.name, words[check.is_good], check.detail) for check in checks]
+    return Table(("check", "", "seen"), rows, widest=2)
+
+
+def _gemm_sentences(times: dict[str, Timing]) -> Iterator[str]:
+    base = times.get("bf16")
+    for label, timing in times.items():
+        ratio = base.median_ms / timing.median_ms if base and timing.median_ms else None
+        beside = "" if label == "bf16" else f", {shown_ratio(ratio)} as fast as BF16"
+        samples = count_of(timing.samples, "sample")
+        yield f"{label}: {shown_ms(timing.median_ms)} ms ({samples}, {timing.basis}){beside}"
+
+
+def _bf16_ms(rows: Sequence[LayerTiming]) -> float:
+    row = next((row for row in rows if row.option == BF16_O2), None)
+    return row.total.median_ms * len(row.names) if row and row.total else 0.0
+
+
+def _shape_row(rows: Sequence[LayerTiming]) -> tuple[str, ...]:
+    times = {row.option: row.total.median_ms for row in rows if row.total}
+    fp8 = {option: ms for option, ms in times.items() if option.is_fp8}
+    best = min(fp8, key=lambda option: fp8[option], default=None)
+    bf16_ms, fp8_ms = times.get(BF16_O2), fp8[best] if best else None
+    ratio = bf16_ms / fp8_ms if bf16_ms is not None and fp8_ms else None
+    recipe = shown_option(best).removeprefix("fp8_o1 ")
+    shown = (shown_ms(times.get(FP32)), shown_ms(bf16_ms), shown_ms(fp8_ms), shown_ratio(ratio))
+    return (rows[0].names[0], recipe, f"{len(rows[0].names)}", *shown)
+
+
+def _rest(rest: int, noun: str, where: str) -> list[Part]:
+    return [Line(f"... and {count_of(rest, noun)} more in {where}")] if rest > 0 else []
+
+
+def _cost(step_equivalents: float) -> Line:
+    return Line(f"cost: {step_equivalents:.1f} FP32 training steps")

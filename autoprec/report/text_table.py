@@ -1,0 +1,113 @@
+"""Lines and tables of text, and how a terminal draws them; the page draws the same tables in HTML.
+
+Every cell becomes a rich `Text`: nothing in a name is markup. Output is ASCII apart from what users
+named and from rich's box, which turns ASCII by itself where the terminal cannot show lines.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from autoprec.records import Precision, Verdict
+from autoprec.report.formats import clean_text
+
+STYLES = {
+    Precision.FP8_O1: "bold green",
+    Precision.BF16_O2: "cyan",
+    Precision.FP32: "yellow",
+    Verdict.VERIFIED: "bold green",
+    Verdict.REFUTED: "bold red",
+    Verdict.INCONCLUSIVE: "bold yellow",
+    Verdict.NOT_RUN: "dim",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A paragraph, wrapped at words unless it `is_whole`, to be pasted."""
+
+    text: str
+    style: str = ""
+    is_whole: bool = False
+
+
+Cell = str | Line | tuple[Line, ...]  # several lines stand below each other
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts under headings. Columns of `numbers` are right-aligned and never wrapped.
+
+    The `widest` column takes up the width that is left; `has_total`: the last row sums the others.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    numbers: Collection[int] = ()
+    widest: int | None = None
+    title: str = ""
+    has_total: bool = False
+
+
+Part = Line | Table
+
+
+def section(title: str) -> list[Part]:
+    """Return an empty line and a heading."""
+    return [Line(""), Line(title, "bold")]
+
+
+def notes(texts: Iterable[str]) -> list[Part]:
+    """Return what to know beside the numbers, line by line."""
+    return [Line(f"note: {text}", "dim") for text in texts]
+
+
+def print_parts(parts: Iterable[Part], console: Console) -> None:
+    """Print lines and tables one below the other."""
+    for part in parts:
+        if isinstance(part, Line):
+            text = Text(plain(console, part.text), style=part.style)
+            console.print(text, highlight=False, soft_wrap=part.is_whole)
+        else:
+            console.print(_rich_table(part, console), highlight=False)
+
+
+def plain(console: Console, text: str) -> str:
+    """Return `text` as the console's encoding can show it, hidden characters made visible."""
+    encoding = console.encoding
+    return clean_text(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _rich_table(table: Table, console: Console) -> RichTable:
+    drawn = RichTable(
+        title=Text(plain(console, table.title), style="bold") if table.title else None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        expand=table.widest is not None,
+    )
+    for index, head in enumerate(table.heads):
+        is_number = index in table.numbers
+        drawn.add_column(
+            Text(head),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            overflow="fold",
+            ratio=1 if index == table.widest else None,
+        )
+    for index, row in enumerate(table.rows):
+        if table.has_total and index == len(table.rows) - 1:
+            drawn.add_section()
+        drawn.add_row(*(_rich_cell(cell, console) for cell in row))
+    return drawn
+
+
+def _rich_cell(cell: Cell, console: Console) -> Text:
+    lines = cell if isinstance(cell, tuple) else (cell if isinstance(cell, Line) else Line(cell),)
+    return Text("\n").join(Text(plain(console, line.text), style=line.style) for line in lines)
