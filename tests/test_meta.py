@@ -196,7 +196,7 @@ def test_a_plan_for_a_model_that_is_not_here_says_what_is_not_known(planned: Pat
     assert (made.compile_mode, made.parallel) == ("default", "tp=8")
     head = next(layer for layer in plan.layers if layer.name == "lm_head")
     assert head.precision is Precision.BF16_O2
-    assert "stays out of FP8 while its e is unknown" in head.reason
+    assert "stays out of FP8 while its gradient error is unknown" in head.reason
     assert "arXiv 2412.19437" in head.reason
     assert any("no sensitivity was measured" in note for note in plan.notes)
     assert any("not verified" in note for note in plan.notes)

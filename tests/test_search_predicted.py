@@ -261,7 +261,7 @@ def test_a_device_without_fp8_is_not_told_what_stays_out_of_it() -> None:
         )
         notes = unknown_sensitivity(profile.model).notes
         assert any("out of FP8" in note for note in notes) is is_told
-        assert any("e is unknown" in note for note in notes)
+        assert any("gradient error is unknown" in note for note in notes)
 
 
 def test_two_profiles_of_one_name_are_told_apart() -> None:

@@ -13,19 +13,17 @@ import typer
 
 from autoprec.common.files import read_text, write_atomically
 from autoprec.errors import DeviceError
-from autoprec.records.devices import ArmPrediction, DeviceProfile, LinearPrediction, Prediction
+from autoprec.records.devices import DeviceProfile, LinearPrediction
+from autoprec.records.model import Recipe
 
-devices_app = typer.Typer(
-    help="Device profiles: list, show, predict, measure.", no_args_is_help=True
-)
+devices_app = typer.Typer(help="Device profiles, and what they predict.", no_args_is_help=True)
 log = logging.getLogger(__name__)
 
 SHAPE = re.compile(r"\s*(\d+)\s*[x,*]\s*(\d+)\s*[x,*]\s*(\d+)\s*", re.IGNORECASE)
+SUMMARY = {"name", "title", "architecture", "capability", "fp8_recipes", "fp8_reason", "basis"}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Name = Annotated[str, typer.Argument(help="A profile's name, a usual spelling, or a path.")]
-RecipeName = Annotated[
-    str, typer.Option(help="tensorwise, rowwise, rowwise_with_gw_hp, delayed, blockwise or mxfp8.")
-]
+RecipeName = Annotated[str, typer.Option(help=f"One of {', '.join(Recipe)}.")]
 Compiled = Annotated[
     bool, typer.Option("--compile/--eager", help="Casts fused by torch.compile, or eager.")
 ]
@@ -38,7 +36,9 @@ def devices_list(as_json: Json = False) -> None:
 
     profiles = list_device_profiles()
     if as_json:
-        typer.echo(json.dumps({"devices": [_summary(profile) for profile in profiles]}))
+        typer.echo(
+            json.dumps({"devices": [p.model_dump(mode="json", include=SUMMARY) for p in profiles]})
+        )
         return
     width = max(len(profile.name) for profile in profiles)
     for profile in profiles:
@@ -92,8 +92,8 @@ def devices_predict(
     prediction = predict_linear(
         load_device_profile(name), *_parse_shape(shape), recipe=recipe, compiled=compiled
     )
-    lines = prediction.model_dump_json() if as_json else "\n".join(_prediction_lines(prediction))
-    typer.echo(lines)
+    text = "\n".join(_prediction_lines(prediction))
+    typer.echo(prediction.model_dump_json() if as_json else text)
 
 
 @devices_app.command("measure")
@@ -145,23 +145,12 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-def _summary(profile: DeviceProfile) -> dict[str, object]:
-    return {
-        "name": profile.name,
-        "title": profile.title,
-        "architecture": profile.architecture,
-        "capability": profile.capability,
-        "fp8_recipes": [recipe.value for recipe in profile.fp8_recipes],
-        "fp8_reason": profile.fp8_reason,
-        "basis": profile.basis.value,
-    }
-
-
 def _ability(profile: DeviceProfile) -> str:
     return ", ".join(profile.fp8_recipes) if profile.has_fp8 else f"no FP8: {profile.fp8_reason}"
 
 
 def _profile_lines(profile: DeviceProfile) -> list[str]:
+    width = max(len(name) for name in profile.constants)
     lines = [
         f"{profile.name}: {profile.title} ({profile.architecture}, {profile.capability})",
         f"FP8: {_ability(profile)}",
@@ -169,7 +158,6 @@ def _profile_lines(profile: DeviceProfile) -> list[str]:
         *(f"note: {note}" for note in profile.notes),
         "",
     ]
-    width = max(len(name) for name in profile.constants)
     for name, constant in profile.constants.items():
         amount = f"{constant.value:.6g} {'' if constant.unit == '1' else constant.unit}".rstrip()
         lines.append(f"{name:<{width}}  {amount:<18} {constant.kind:<10} {constant.source}")
@@ -183,29 +171,20 @@ def _prediction_lines(prediction: LinearPrediction) -> list[str]:
         f"{prediction.recipe}, {mode}, {prediction.basis}",
         f"{'ms':<6}{'output':>10}{'grad_input':>12}{'grad_weight':>13}{'cast':>9}"
         f"{'neighbours':>12}{'total':>10}  (80 % interval)",
-        _arm_line("BF16", prediction.bf16),
     ]
-    if prediction.fp8 is None:
-        return [*lines, f"FP8    {prediction.refusal}"]
-    lines.append(_arm_line("FP8", prediction.fp8))
-    lines += [
-        f"{label:<13} {_interval(value)}"
-        for label, value in (
-            ("gemm_speedup", prediction.gemm_speedup),
-            ("speedup", prediction.speedup),
+    for label, arm in (("BF16", prediction.bf16), ("FP8", prediction.fp8)):
+        if arm is None:
+            lines.append(f"FP8    {prediction.refusal}")
+            continue
+        lines.append(
+            f"{label:<6}{arm.output_ms:>10.4f}{arm.grad_input_ms:>12.4f}{arm.grad_weight_ms:>13.4f}"
+            f"{arm.cast_ms:>9.4f}{arm.neighbours_ms:>12.4f}{arm.total_ms:>10.4f}"
+            f"  ({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
         )
-        if value is not None
+    gains = (("gemm_speedup", prediction.gemm_speedup), ("speedup", prediction.speedup))
+    lines += [
+        f"{label:<13} {found.value:.2f}x  ({found.low:.2f} to {found.high:.2f})"
+        for label, found in gains
+        if found is not None
     ]
     return lines
-
-
-def _arm_line(label: str, arm: ArmPrediction) -> str:
-    return (
-        f"{label:<6}{arm.output_ms:>10.4f}{arm.grad_input_ms:>12.4f}{arm.grad_weight_ms:>13.4f}"
-        f"{arm.cast_ms:>9.4f}{arm.neighbours_ms:>12.4f}{arm.total_ms:>10.4f}"
-        f"  ({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
-    )
-
-
-def _interval(prediction: Prediction) -> str:
-    return f"{prediction.value:.2f}x  ({prediction.low:.2f} to {prediction.high:.2f})"

@@ -1,23 +1,23 @@
 """A small model's sensitivity -> a large model's, or what to do where there is none. No torch.
 
-Transferred: a layer takes its e from the layers of the small model that do the same thing (the same
-name but for numbers, else the same last two parts, else the last) at the same relative depth, first
-to first and last to last, interpolated between. A role's total is kept and spread over more layers:
-the residual stream is longer, and each layer's share of it smaller. Loss curve and flow are the
-small model's. Seen on Llamas of width 64: the table of 2 blocks against one measured on 8 has
-Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 % below; that of 4 blocks 0.97 to 0.98, and
-17 to 20 % below. Other widths are not covered by this.
+Transferred: a layer takes its gradient error from the layers of the small model that do the same
+thing (the same name but for numbers, else the same last two parts, else the last) at the same
+relative depth, first to first and last to last, interpolated between. A role's total is kept and
+spread over more layers: the residual stream is longer, and each layer's share of it smaller. The
+loss curve and the activations' error are the small model's. Seen on Llamas of width 64: the table
+of 2 blocks against one measured on 8 has Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 %
+below; that of 4 blocks 0.97 to 0.98, and 17 to 20 % below. Other widths are not covered by this.
 
-Unknown: every e is 0 and labelled `unknown`, and what DeepSeek-V3 keeps out of FP8 (embedding,
-output head, norms, MoE gates: arXiv 2412.19437, section 3.3.1) stays out of it; of these only
-linears, so head and gates, could run in FP8 at all.
+Unknown: every gradient error is 0 and labelled `unknown`, and what DeepSeek-V3 keeps out of FP8
+(embedding, output head, norms, MoE gates: arXiv 2412.19437, section 3.3.1) stays out of it; of
+these only linears, so head and gates, could run in FP8 at all.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
 from autoprec.records import (
@@ -39,7 +39,8 @@ SOURCE = "DeepSeek-V3's list, arXiv 2412.19437, section 3.3.1"
 ZERO = Estimate(mean=0.0)
 MOST_NAMED = 5
 
-Key = Callable[[str], str]
+SHARED_PARTS = (None, 2, 1)  # trailing parts of a name that two layers share: all, or fewer
+Groups = Mapping[str, Sequence[str]]
 
 
 def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
@@ -48,11 +49,13 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     Raises:
         RecordError: no layer that could run in FP8 has a counterpart.
     """
-    finder = _Finder(small, spec)
+    table = {(row.name, row.option): row for row in small.rows}
+    sources = [_by_role([name for name, _ in table], parts) for parts in SHARED_PARTS]
+    groups = [_by_role(spec.names, parts) for parts in SHARED_PARTS]
     rows: list[LayerSensitivity] = []
     unmatched: list[str] = []
     for layer in spec.layers:
-        found = finder.rows(layer)
+        found = _transferred(layer, table, sources, groups)
         rows += found
         if not found:
             unmatched.append(layer.name)
@@ -123,7 +126,9 @@ def default_locks(layers: Sequence[LayerSpec]) -> dict[str, str]:
         is_head = role_of(layer) is Role.HEAD or layer.tied_to in embeddings or layer.name == last
         if is_head or _is_router(layer):
             what = "the output head" if is_head else "a router"
-            locks[layer.name] = f"{what} stays out of FP8 while its e is unknown ({SOURCE})"
+            locks[layer.name] = (
+                f"{what} stays out of FP8 while its gradient error is unknown ({SOURCE})"
+            )
     return locks
 
 
@@ -140,57 +145,43 @@ def _unknown_row(name: str, option: Option) -> LayerSensitivity:
     return LayerSensitivity(name=name, option=option, grad_error=ZERO, basis=Basis.UNKNOWN)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a layer is among the layers of its role: the index-th of count."""
-
-    index: int
-    count: int
-
-
-class _Finder:
-    """Finds what a small model's table says of a large model's layers."""
-
-    def __init__(self, small: Sensitivity, spec: ModelSpec) -> None:
-        names = list(dict.fromkeys(row.name for row in small.rows))
-        self._table: dict[str, dict[Option, LayerSensitivity]] = {}
-        for row in small.rows:
-            self._table.setdefault(row.name, {})[row.option] = row
-        self._small = [_by_key(names, key) for key in _KEYS]
-        self._large = [_by_key([layer.name for layer in spec.layers], key) for key in _KEYS]
-
-    def rows(self, layer: LayerSpec) -> list[LayerSensitivity]:
-        """Return the transferred rows of a layer; none where no layer does the same."""
-        for small, large, key in zip(self._small, self._large, _KEYS, strict=True):
-            sources, group = small.get(key(layer.name)), large[key(layer.name)]
-            if sources:
-                place = _Place(group.index(layer.name), len(group))
-                return list(self._transferred(layer, sources, place))
-        return []
-
-    def _transferred(
-        self, layer: LayerSpec, sources: Sequence[str], place: _Place
-    ) -> Iterator[LayerSensitivity]:
-        for option in layer.options:
-            rows = [self._table[name][option] for name in sources if option in self._table[name]]
-            if rows:
-                yield _spread(layer.name, rows, place)
+def _transferred(
+    layer: LayerSpec,
+    table: Mapping[tuple[str, Option], LayerSensitivity],
+    sources: Sequence[Groups],
+    groups: Sequence[Groups],
+) -> list[LayerSensitivity]:
+    """Return the rows of a layer by its nearest namesakes; none where no layer does the same."""
+    for parts, small, large in zip(SHARED_PARTS, sources, groups, strict=True):
+        role = _role(layer.name, parts)
+        if role in small:
+            same = [[table[n, o] for n in small[role] if (n, o) in table] for o in layer.options]
+            index, count = large[role].index(layer.name), len(large[role])
+            return [_spread(layer.name, rows, index, count) for rows in same if rows]
+    return []
 
 
-def _spread(name: str, rows: Sequence[LayerSensitivity], place: _Place) -> LayerSensitivity:
-    """Return a role's row at a place; over all places it adds up to the role's total."""
-    weights = _weights(place.index, place.count, len(rows))
+def _spread(
+    name: str, rows: Sequence[LayerSensitivity], index: int, count: int
+) -> LayerSensitivity:
+    """Return a role's row at the index-th of count places; over all it adds up to the total."""
     total = math.fsum(max(row.grad_error.mean, 0.0) for row in rows)
     reached = math.fsum(
         weight * max(rows[at].grad_error.mean, 0.0)
-        for index in range(place.count)
-        for at, weight in _weights(index, place.count, len(rows)).items()
+        for place in range(count)
+        for at, weight in _weights(place, count, len(rows)).items()
     )
     scale = total / reached if reached > 0.0 else 1.0
+    weights = _weights(index, count, len(rows))
+    mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
+    errors = [rows[at].grad_error.stderr for at in weights]
+    known = [error for error in errors if error is not None]
     return LayerSensitivity(
         name=name,
         option=rows[0].option,
-        grad_error=_mixed([(weight, rows[at].grad_error) for at, weight in weights.items()], scale),
+        grad_error=Estimate(
+            mean=mean, stderr=scale * max(known) if len(known) == len(errors) else None
+        ),
         basis=Basis.TRANSFERRED,
     )
 
@@ -210,55 +201,41 @@ def _weights(index: int, count: int, sources: int) -> dict[int, float]:
     return {below: above - depth, above: depth - below}
 
 
-def _mixed(parts: Sequence[tuple[float, Estimate]], scale: float) -> Estimate:
-    mean = scale * math.fsum(weight * estimate.mean for weight, estimate in parts)
-    errors = [estimate.stderr for _, estimate in parts if estimate.stderr is not None]
-    is_known = len(errors) == len(parts)
-    return Estimate(mean=mean, stderr=scale * max(errors) if is_known else None)
+def _role(name: str, parts: int | None) -> str:
+    """Return the last parts of a name, numbers apart: what the layer does in its block."""
+    every = DIGITS.sub("*", name).split(".")
+    return ".".join(every if parts is None else every[-parts:])
 
 
-def _pattern(name: str) -> str:
-    return DIGITS.sub("*", name)
-
-
-def _last_two(name: str) -> str:
-    return ".".join(_pattern(name).split(".")[-2:])
-
-
-def _last(name: str) -> str:
-    return _pattern(name).rpartition(".")[2]
-
-
-_KEYS = (_pattern, _last_two, _last)
-
-
-def _by_key(names: Sequence[str], key: Key) -> dict[str, list[str]]:
+def _by_role(names: Iterable[str], parts: int | None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(key(name), []).append(name)
+    for name in dict.fromkeys(names):
+        found.setdefault(_role(name, parts), []).append(name)
     return found
 
 
 def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
     yield (
-        f"e is transferred by role and relative depth from a smaller model ({small.structure}), "
-        "not measured on this one; so is the loss curve behind the budget"
+        "the gradient error is transferred by role and relative depth from a smaller model "
+        f"({small.structure}), not measured on this one; so is the loss curve behind the budget"
     )
     if unmatched:
+        names = first_and_more(unmatched, most=MOST_NAMED)
         yield (
-            f"no counterpart in the smaller model, so out of FP8: {_some(unmatched)}; their e in "
+            f"no counterpart in the smaller model, so out of FP8: {names}; their gradient error in "
             "BF16 is unknown and counts as 0"
         )
 
 
 def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
-    locks = default_locks(spec.layers)
-    held = f", here {_some(list(locks))}" if locks else ""
-    takes_fp8 = any(option.is_fp8 for layer in spec.layers for option in layer.options)
-    kept = f"; embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
+    kept = ""
+    if any(option.is_fp8 for layer in spec.layers for option in layer.options):
+        locks = first_and_more(default_locks(spec.layers), most=MOST_NAMED)
+        held = f", here {locks}" if locks else ""
+        kept = f"; embedding, output head, norms and routers stay out of FP8{held} ({SOURCE})"
     yield (
-        "no sensitivity was measured: e is unknown and the plan is chosen by time alone"
-        f"{kept if takes_fp8 else ''}"
+        "no sensitivity was measured: the gradient error is unknown and the plan is chosen by time "
+        f"alone{kept}"
     )
     yield (
         "the loss tolerance is not verified: train a small model of the family with autoprec and "
@@ -267,15 +244,14 @@ def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
 
 
 def _no_family(small: Sensitivity, spec: ModelSpec) -> str:
-    theirs = list(dict.fromkeys(_last(row.name) for row in small.rows if row.option.is_fp8))
-    own = [_last(layer.name) for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    theirs = [row.name for row in small.rows if row.option.is_fp8]
+    own = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
+    said = [
+        first_and_more(dict.fromkeys(_role(name, 1) for name in names), most=MOST_NAMED) or "none"
+        for names in (own, theirs)
+    ]
     return (
         "a sensitivity of another model must be of the same family, but no layer that can run in "
-        f"FP8 has a name of it: the model has {_some(list(dict.fromkeys(own))) or 'none'}, the "
-        f"sensitivity {_some(theirs) or 'none'}; measure a small model built by the same code"
+        f"FP8 has a name of it: the model has {said[0]}, the sensitivity {said[1]}; measure a "
+        "small model built by the same code"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
