@@ -1,7 +1,9 @@
 """What `import autoprec` gives."""
 
 import ast
+import doctest
 import re
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,20 @@ def test_one_list_of_names_in_all_the_docstring_and_for_the_type_checker() -> No
     names = set(", ".join(described).split(", ")) - {"errors"}
     assert sorted(names | _errors()) == sorted(autoprec.__all__)
     assert _type_checker_sees() | _errors() == set(autoprec.__all__)
+
+
+HAVE_EXAMPLES = ("Plan", "apply", "master_view", "tune", "undo")
+
+
+@pytest.mark.parametrize("name", HAVE_EXAMPLES)
+def test_the_example_of_a_public_name_runs(name: str, tmp_path: Path) -> None:
+    public = getattr(autoprec, name)
+    (found,) = doctest.DocTestFinder(recurse=False).find(public, name)
+    assert found.examples
+    said: list[str] = []
+    with chdir(tmp_path):
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found, out=said.append)
+    assert said == []
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from autoprec.common.progress import Progress, report_nothing
@@ -22,19 +23,6 @@ def tune(
 ) -> Run:
     """Find, prove and save the precision plan of a model, as `autoprec tune` does.
 
-    >>> run = autoprec.tune(
-    ...     build_model=lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
-    ...     train_batches=batches,  # seed -> iterator of batches
-    ...     loss_fn=lambda model, batch: (model(batch) - batch).square().mean(),
-    ...     out=folder,
-    ...     trials=0,
-    ...     verify=False,
-    ... )
-    >>> len(run.plan.layers)
-    2
-    >>> run.report(folder / "report.html").name
-    'report.html'
-
     Args:
         source: the path of a `model.py` (or `model.py:name`), or the functions of one: a mapping
             of them by name, or any object that has them. They may be keyword arguments too.
@@ -48,6 +36,24 @@ def tune(
     Raises:
         SettingsError: there is no workload or more than one, or a setting is wrong.
         AutoprecError: a stage cannot do what was asked, see `autoprec.errors`.
+
+    Example:
+        >>> import tempfile, torch, autoprec
+        >>> def batches(seed):
+        ...     generator = torch.Generator().manual_seed(seed)
+        ...     while True:
+        ...         yield torch.randn(32, 16, generator=generator)
+        >>> run = autoprec.tune(
+        ...     build_model=lambda: torch.nn.Linear(16, 16),
+        ...     train_batches=batches,
+        ...     loss_fn=lambda model, batch: (model(batch) - batch.flip(-1)).square().mean(),
+        ...     out=tempfile.mkdtemp(),
+        ...     recipes="tensorwise",
+        ...     trials=0,
+        ...     verify=False,
+        ... )
+        >>> [layer.name for layer in run.plan.layers], run.report().name
+        ([''], 'report.html')
     """
     functions = {name: given.pop(name) for name in FUNCTIONS if name in given}
     if (source is None) == (not functions and not given.get("script")):
@@ -61,7 +67,9 @@ def tune(
     elif source is not None or functions:
         from autoprec.workload.functions import workload_from
 
-        workload = workload_from(functions or source, name="the functions given")
+        found = functions or source
+        holder = SimpleNamespace(**found) if isinstance(found, Mapping) else found
+        workload = workload_from(holder, name="the functions given")
     run = Run(Settings.of(**given), workload=workload, progress=progress)
     with run.folder.locked():
         return run.make()

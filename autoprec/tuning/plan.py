@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 class Plan(records.Plan):
     """The precision of every layer of one model.
 
-    >>> plan = autoprec.Plan.load("plan.json")
-    >>> plan["head"].precision.value
-    'fp8_o1'
-    >>> changed = plan.with_layer("head", "bf16_o2")
-    >>> [(row.name, row.before, row.after) for row in plan.diff(changed).rows]
-    [('head', 'fp8_o1:tensorwise', 'bf16_o2')]
-    >>> with changed.applied(model):
-    ...     model.head.weight.dtype
-    torch.bfloat16
-    >>> model.head.weight.dtype
-    torch.float32
+    Example:
+        >>> import torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+        >>> plan = autoprec.Plan.of(uniform_plan(model, "fp8_o1:tensorwise"))
+        >>> changed = plan.with_layer("1", "bf16_o2")  # and changed.save("plan.json")
+        >>> plan["1"].precision.value, changed["1"].precision.value
+        ('fp8_o1', 'bf16_o2')
+        >>> [(row.name, row.before, row.after) for row in plan.diff(changed).rows]
+        [('1', 'fp8_o1:tensorwise', 'bf16_o2')]
+        >>> with changed.applied(model):
+        ...     model[1].weight.dtype
+        torch.bfloat16
+        >>> model[1].weight.dtype
+        torch.float32
     """
 
     @classmethod

@@ -61,7 +61,7 @@ Evaluate = Callable[[tuple[Option, ...]], Estimate]
 
 
 class Run:
-    """A tuning run and its folder.
+    """A tuning run and its folder; `autoprec.tune` makes one and runs every stage of it.
 
     Args:
         settings: what was asked for.
@@ -140,10 +140,18 @@ class Run:
         if settings.meta:
             from autoprec.model.capture_meta import capture_on_meta
 
-            return capture_on_meta(self.workload, seed=settings.seed, progress=self.progress)
-        from autoprec.model.capture import capture_model
+            spec = capture_on_meta(self.workload, seed=settings.seed, progress=self.progress)
+        else:
+            from autoprec.model.capture import capture_model
 
-        return capture_model(self.context)
+            spec = capture_model(self.context)
+        if settings.keep:  # a wrong --keep ends the run before minutes of profiling
+            from autoprec.search.keep import resolve_keep
+
+            options, gemms_hp = settings.fp8_options, settings.gemms_hp
+            for note in resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp).notes:
+                logger.warning("%s", note)
+        return spec
 
     @cached_property
     def reference(self) -> "Reference":
