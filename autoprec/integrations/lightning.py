@@ -26,13 +26,8 @@ from torch.optim import Optimizer
 import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.integrations.plans import (
-    MakeGuard,
-    foreign_precision,
-    load_plan,
-    replaced_parameters,
-    runs_plan,
-)
+from autoprec.integrations import plans
+from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import check_optimizer
@@ -57,7 +52,7 @@ def setup(
     _check_strategy(fabric.strategy)
     precision = fabric.strategy.precision
     if type(precision) is not FabricPrecision:  # even bf16-mixed casts the model's inputs
-        raise foreign_precision(
+        raise plans.foreign_precision(
             f"Fabric has precision={precision.precision!r}", fix="leave it at '32-true'"
         )
     for optimizer in optimizers:
@@ -70,7 +65,7 @@ def setup(
 
 def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, OWN_WRAPPERS):
-        raise replaced_parameters(f"the {type(strategy).__name__}")
+        raise plans.replaced_parameters(f"the {type(strategy).__name__}")
 
 
 class PlanPrecision(Precision):

@@ -1,5 +1,5 @@
 """A plan in the words of the frameworks that people train with. Data only; needs no torch."""
 
-from autoprec.integrations.export.targets import ExportTarget, export_plan
+from autoprec.integrations.export.targets import TARGETS, export_plan
 
-__all__ = ["ExportTarget", "export_plan"]
+__all__ = ["TARGETS", "export_plan"]

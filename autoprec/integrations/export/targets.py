@@ -7,7 +7,6 @@ target leaves to the trainer (how BF16 and FP32 parameters are stored) is said i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.integrations.export.text import fp8_choices, named, render
@@ -18,19 +17,9 @@ from autoprec.records import APPLICABLE_RECIPES, LayerKind, Plan, Precision, Rec
 GEMM_KINDS = (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION, LayerKind.RECURRENT)
 
 
-class ExportTarget(StrEnum):
-    """What a plan can be exported to."""
-
-    TORCHAO = "torchao"
-    TORCHTITAN = "torchtitan"
-    ACCELERATE = "accelerate"
-    MEGATRON = "megatron"
-    TRANSFORMER_ENGINE = "transformer-engine"
-
-
 @dataclass(frozen=True)
-class Format:
-    """How a target's text is written, and which parts of a plan the target has words for.
+class Target:
+    """How the text for a framework is written, and which parts of a plan it has words for.
 
     Attributes:
         template: its file in templates/.
@@ -53,26 +42,26 @@ class Format:
     has_root: bool = True
 
 
-FORMATS = {
-    ExportTarget.TORCHAO: Format("torchao.py.j2", gemms_hp=True, all_gather=True),
-    ExportTarget.TORCHTITAN: Format(
+TARGETS = {
+    "torchao": Target("torchao.py.j2", gemms_hp=True, all_gather=True),
+    "torchtitan": Target(
         "torchtitan.py.j2",
         words=lambda plan: {"filters": titan_filters(plan)},
         other_gemms="runs every other GEMM in one dtype",
     ),
-    ExportTarget.ACCELERATE: Format(
+    "accelerate": Target(
         "accelerate.py.j2",
         one_recipe=True,
         all_gather=True,
         other_gemms="runs every other GEMM under BF16 autocast",
         has_root=False,
     ),
-    ExportTarget.MEGATRON: Format(
+    "megatron": Target(
         "megatron.yaml.j2",
         recipes=(Recipe.TENSORWISE,),
         other_gemms="chooses between FP8 and BF16",
     ),
-    ExportTarget.TRANSFORMER_ENGINE: Format(
+    "transformer-engine": Target(
         "transformer_engine.yaml.j2",
         words=engine_sections,
         recipes=tuple(TE_RECIPES),
@@ -90,11 +79,11 @@ def export_plan(plan: Plan, to: str) -> str:
         RecordError: there is no such target.
         PlanMismatchError: the target cannot say what the plan says.
     """
-    if to not in list(ExportTarget):
+    if to not in TARGETS:
         raise RecordError(
-            f"--to must be one of {', '.join(ExportTarget)}, but it is {to!r}; choose one of these"
+            f"--to must be one of {', '.join(TARGETS)}, but it is {to!r}; choose one of these"
         )
-    target = FORMATS[ExportTarget(to)]
+    target = TARGETS[to]
     _check_layers(plan, to)
     _check_options(plan, to, target)
     _check_rest(plan, to, target)
@@ -121,7 +110,7 @@ def _check_layers(plan: Plan, to: str) -> None:
         )
 
 
-def _check_options(plan: Plan, to: str, target: Format) -> None:
+def _check_options(plan: Plan, to: str, target: Target) -> None:
     """Refuse recipes and GEMMs in BF16 that the target has no word for."""
     choices = fp8_choices(plan)
     for option, names in choices.items():
@@ -145,7 +134,7 @@ def _check_options(plan: Plan, to: str, target: Format) -> None:
         )
 
 
-def _check_rest(plan: Plan, to: str, target: Format) -> None:
+def _check_rest(plan: Plan, to: str, target: Target) -> None:
     """Refuse FP8 all-gathers, FP32 layers with a GEMM and a root where the target has them not."""
     if plan.fp8_all_gather and not target.all_gather:
         raise PlanMismatchError(

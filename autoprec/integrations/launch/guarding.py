@@ -57,17 +57,20 @@ class ScriptGuard:
             self._guard.close()
 
     def _around_backward(
-        self, original: Function, /, tensors: Any, *args: Any, **kwargs: Any
+        self, original: Function, /, *args: Any, **kwargs: Any
     ) -> None:  # Any: torch's
         if self._is_on and self._depth == 0:  # checkpointing calls backward inside of backward
-            roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-            added = torch.stack([root.detach().float().sum() for root in roots]).sum()
-            self._loss = added if self._loss is None else self._loss + added
+            self._add_loss(*args, **kwargs)
         self._depth += 1
         try:
-            original(tensors, *args, **kwargs)
+            original(*args, **kwargs)
         finally:
             self._depth -= 1
+
+    def _add_loss(self, tensors: Any, *_args: Any, **_kwargs: Any) -> None:  # Any: torch's
+        roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        added = torch.stack([root.detach().float().sum() for root in roots]).sum()
+        self._loss = added if self._loss is None else self._loss + added
 
     def _around_clip(self, original: Function, /, *args: Any, **kwargs: Any) -> Any:  # Any: torch's
         self._look()

@@ -1,7 +1,7 @@
 """A plan and a module that a script calls -> the module inside it that the plan is for."""
 
 import gc
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,14 +24,10 @@ class Misfit:
 
 
 def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
-    """Return `module`, or the module within it, whose layers are those of the plan."""
-    counts: Counter[str] = Counter()
-    for name in find_layers(module):
-        counts.update(_prefixes(name))
-    for prefix in sorted(counts, key=len):
-        found = module.get_submodule(prefix)
-        if counts[prefix] == len(plan.layers) and _mismatch(plan, found) is None:
-            return found
+    """Return `module`, or the first module within it, whose layers are those of the plan."""
+    for part in module.modules():
+        if len(find_layers(part)) == len(plan.layers) and _mismatch(plan, part) is None:
+            return part
     return None
 
 
@@ -67,13 +63,6 @@ def find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:
         waiting += above
         if isinstance(part, nn.Module) and not parents[id(part)]:
             yield part
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    yield ""
-    parts = name.split(".") if name else []
-    for end in range(1, len(parts) + 1):
-        yield ".".join(parts[:end])
 
 
 def _mismatch(plan: Plan, module: nn.Module) -> str | None:

@@ -21,11 +21,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
@@ -97,7 +96,7 @@ def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
     """Return the loss of a recorded batch for the model as it is now."""
     args, kwargs = batch.args, batch.kwargs
     if batch.writes_inputs:
-        args, kwargs = _cloned(args), _cloned(kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     return replay(batch.graph, model, model(*args, **kwargs), batch.constants)
 
 
@@ -120,21 +119,11 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> Non
             loss = recorded_loss(model, batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    inputs = "the model or its loss depends on something else than the model's inputs"
+    hooks = "the gradient does not only come from the loss (hooks, or a forward that was replaced)"
     for what, found, wanted, tolerance, cause in (
-        (
-            "loss",
-            float(loss.detach()),
-            recorder.losses[0],
-            LOSS_RTOL,
-            "the model or its loss depends on something else than the model's inputs",
-        ),
-        (
-            "gradient norm",
-            gradient_norm(model),
-            recorder.first_norm,
-            NORM_RTOL,
-            "the gradient does not only come from the loss (hooks, or a forward that was replaced)",
-        ),
+        ("loss", float(loss.detach()), recorder.losses[0], LOSS_RTOL, inputs),
+        ("gradient norm", gradient_norm(model), recorder.first_norm, NORM_RTOL, hooks),
     ):
         if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=1e-12):
             raise _refused(
@@ -161,10 +150,6 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
-
-
-def _cloned(value: Any) -> Any:  # Any: whatever the script gives its model
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _remove_accelerate(model: nn.Module) -> None:

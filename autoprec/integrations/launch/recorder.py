@@ -56,15 +56,6 @@ class FirstCall:
     autocast: tuple[bool, torch.dtype]
 
 
-class OpenCall(NamedTuple):
-    """A call of the model whose backward has not come yet."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tape: Tape
-    writes_inputs: bool
-
-
 class Recorder:
     """Follows one script. Open it as a context while the script runs."""
 
@@ -78,7 +69,7 @@ class Recorder:
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
         self.refusal: str | None = None
-        self._call: OpenCall | None = None
+        self._call: RecordedBatch | None = None  # its backward is still to come
         self._batches_before = 0  # the last step
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
@@ -134,8 +125,8 @@ class Recorder:
             self._depth -= 1
         writes_inputs = versions != [tensor._version for tensor in inputs]
         # from here on, what happens to the output is on the tape
-        self._mode.tape = Tape(output, model)
-        self._call = OpenCall(*before, self._mode.tape, writes_inputs)
+        tape = self._mode.tape = Tape(output, model)
+        self._call = RecordedBatch(*before, tape.constants, tape.graph, writes_inputs)
         return output
 
     def _is_training(self, module: nn.Module) -> bool:
@@ -171,19 +162,16 @@ class Recorder:
     def _first_call(self, model: nn.Module) -> FirstCall:
         if ON_MODEL in vars(model):
             self.refuse("the script must train plainly, but it applies a plan itself")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                self.refuse(f"one process must train, but there are {ranks}")
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_distributed and (ranks := torch.distributed.get_world_size()) > 1:
+            self.refuse(f"one process must train, but there are {ranks}")
         device = next(model.parameters()).device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         try:
             template = copy.deepcopy(model).to("cpu")
         except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
-            self.refuse(
-                "the model must be one that can be copied, but copying it fails: "
-                f"{error_line(error)}"
-            )
+            reason = error_line(error)
+            self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return FirstCall(template, device, torch.get_rng_state(), gpus, autocast)
@@ -191,45 +179,40 @@ class Recorder:
     # --- backward --------------------------------------------------------------------------------
 
     def _around_backward(
-        self,
-        original: Function,
-        /,
-        tensors: Any,  # Any: torch's
-        grad_tensors: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+        self, original: Function, /, *args: Any, **kwargs: Any
+    ) -> None:  # Any: torch's
         if self._depth == 0 and self._is_open:
-            self._end_batch(tensors, grad_tensors)
+            self._end_batch(*args, **kwargs)
         self._depth += 1  # checkpointing runs layers again, and backward inside of backward
         try:
-            original(tensors, grad_tensors, *args, **kwargs)
+            original(*args, **kwargs)
         finally:
             self._depth -= 1
         if self._depth == 0 and self._is_open and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
 
-    def _end_batch(self, tensors: Any, gradients: Any) -> None:  # Any: torch's
-        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if self._call is None:
+    def _end_batch(
+        self, tensors: Any, grad_tensors: Any = None, *_args: Any, **_kwargs: Any
+    ) -> None:  # Any: torch's
+        batch, tape = self._call, self._mode.tape
+        if batch is None or tape is None:
             self.refuse(
                 "each backward must follow a call of the model in training mode, but the script "
                 "calls backward without one, or twice"
             )
-        given = [gradients] if isinstance(gradients, Tensor) else gradients or ()
+        roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        given = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors or ()
         if len(roots) != 1 or roots[0].numel() != 1 or any(g is not None for g in given):
             self.refuse("the loss must be one scalar, but backward starts from something else")
-        call, self._call, self._mode.tape = self._call, None, None
+        self._call = self._mode.tape = None
         try:
-            graph = call.tape.finish(roots[0])
+            tape.finish(roots[0])
         except Untaped as missing:
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {missing}, which was not seen"
             )
-        self.batches.append(
-            RecordedBatch(call.args, call.kwargs, call.tape.constants, graph, call.writes_inputs)
-        )
+        self.batches.append(batch)
         self.losses.append(float(roots[0].detach()))
 
     # --- the optimizer's step --------------------------------------------------------------------
@@ -245,14 +228,14 @@ class Recorder:
         if self.optimizer is not None and optimizer is not self.optimizer:
             names = f"{type(self.optimizer).__name__} and {type(optimizer).__name__}"
             self.refuse(f"one optimizer must train the model, but the script steps two ({names})")
-        if self.model is None or len(self.batches) == self._batches_before:
+        if self.model is None or self.first is None or len(self.batches) == self._batches_before:
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
                 "neither was seen before it"
             )
         if self._call is not None:
             self.refuse("each call of the model must have its backward, but one had none")
-        if self.optimizer is None and self.first is not None:
+        if self.optimizer is None:
             self._take_optimizer(optimizer, self.model, self.first.model)
 
     def _take_optimizer(self, optimizer: Optimizer, model: nn.Module, template: nn.Module) -> None:

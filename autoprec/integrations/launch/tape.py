@@ -80,7 +80,7 @@ class Tape:
 
     def __init__(self, output: Value, model: nn.Module) -> None:
         self.constants: list[Tensor] = []
-        self._graph = fx.Graph()
+        self.graph = fx.Graph()
         self._known: dict[int, Known] = {}  # by id
         self._kept: list[Tensor] = []  # alive, so that no other tensor gets an id of these
         self._device = next(model.parameters()).device
@@ -121,7 +121,7 @@ class Tape:
         written: list[Tensor],
     ) -> None:
         """Append a call to the graph, and name the tensors that it made or changed."""
-        call = self._graph.call_function(function, *nodes)
+        call = self.graph.call_function(function, *nodes)
         call.meta.update(meta, writes=bool(written))
         # a tensor that was changed in place keeps its node, of which the replay changes the value;
         # so do those that are views of the same storage
@@ -133,22 +133,21 @@ class Tape:
             self._name(result, call)
             return
         for index, tensor in enumerate(tensors_in(result)):
-            node = self._graph.call_function(_nth_tensor, (call, index))
+            node = self.graph.call_function(_nth_tensor, (call, index))
             node.meta.update(meta)
             self._name(tensor, node)
 
-    def finish(self, root: Tensor) -> fx.Graph:
-        """Return the graph that leads to `root`, without the nodes that do not matter to it.
+    def finish(self, root: Tensor) -> None:
+        """Let the graph lead to `root`, without the nodes that do not matter to it.
 
         Raises:
             Untaped: a node that matters has an operand of which the origin was not seen.
         """
-        self._graph.output(self._node(root))
-        _drop_unused(self._graph)
-        for node in self._graph.nodes:
+        self.graph.output(self._node(root))
+        _drop_unused(self.graph)
+        for node in self.graph.nodes:
             if node.meta.get("source") is Source.UNKNOWN:
                 raise Untaped(node.meta["index"])
-        return self._graph
 
     def _sharing(self, written: list[Tensor]) -> list[Tensor]:
         """Return all known tensors that a write in place changed: also those it was a view of."""
@@ -161,7 +160,7 @@ class Tape:
         self._kept.append(tensor)
 
     def _input(self, source: Source, index: int | str = 0) -> fx.Node:
-        node = self._graph.placeholder(source.value)
+        node = self.graph.placeholder(source.value)
         node.meta.update(source=source, index=index)
         return node
 
