@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]  # ships no types
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
+from tests.accelerate_state import fresh_accelerate
 
+__all__ = ["fresh_accelerate"]
 TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
 GRAD_WEIGHT_HP = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
 TWO_HP = fp8_option(Recipe.ROWWISE, Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
@@ -173,12 +176,12 @@ def test_torchao_code_gathers_fp8_where_it_can_and_says_where_not() -> None:
 # --- Accelerate --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate_code_converts_exactly_the_fp8_layers() -> None:
-    accelerate = pytest.importorskip("accelerate")
     text = export_plan(plan(TRAPS, fp8_all_gather=True), "accelerate")
     model = Named(list(TRAPS))
     recipe = run_snippet(text)["fp8_recipe"](model)
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe])
+    accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe])
     optimizer = torch.optim.SGD(model.parameters())
     prepared, _ = accelerator.prepare(model, optimizer)
     configs = fp8_configs(accelerator.unwrap_model(prepared))

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedType
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -22,29 +21,21 @@ from autoprec.errors import PlanMismatchError
 from autoprec.integrations.accelerate import check_state, prepare
 from autoprec.records import FP32, Plan, Recipe, fp8_option
 from autoprec.runtime.masters import masters_of
+from tests.accelerate_state import fresh_accelerate
 from tests.models import BATCH, Mlp, TiedTokens
 from tests.plans import plan_for
 from tests.ranks import leave_group
 from tests.runtime_training import batches, exact, same, weights
 
+__all__ = ["fresh_accelerate"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RANKS = 2
 MIXED = {"second": fp8_option(Recipe.ROWWISE), "head": FP32}
 
 
-def _forget_accelerators() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
-
-
 @pytest.fixture(autouse=True)
-def _one_run() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_run() -> None:
     torch.manual_seed(0)
-    _forget_accelerators()  # other tests make some too
-    yield
-    torch.set_num_threads(threads)
-    _forget_accelerators()
 
 
 def _mixed_plan() -> Plan:

@@ -4,14 +4,13 @@ import functools
 import math
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -21,24 +20,17 @@ import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.transformers import PrecisionPlanCallback, apply
 from autoprec.records import FP32, Plan, Recipe, fp8_option
+from tests.accelerate_state import fresh_accelerate
 from tests.models import Mlp
 from tests.plans import plan_for
 from tests.ranks import leave_group
 from tests.runtime_training import exact, same, weights
 
+__all__ = ["fresh_accelerate"]
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS, BATCH, TOKENS, VOCABULARY = 6, 4, 16, 64
 PATH = "model.layers.{}.mlp.{}_proj"
 MIXED = {PATH.format(0, "up"): fp8_option(Recipe.TENSORWISE), PATH.format(1, "up"): FP32}
-
-
-@pytest.fixture(autouse=True)
-def _one_run() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
 
 
 def _model(seed: int = 0, *, dropout: float = 0.0) -> LlamaForCausalLM:

@@ -15,9 +15,10 @@ from autoprec.integrations.launch import Script, record_workload
 from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
 from autoprec.workload.functions import Workload, check_batches
+from tests.accelerate_state import fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 
-__all__ = ["own_main"]
+__all__ = ["fresh_accelerate", "own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")
 STEPS = 8
 HF_STYLE = HEAD.replace(
@@ -32,7 +33,6 @@ HF_STYLE = HEAD.replace(
 
 def record(folder: Path, body: str, *args: str, steps: int = STEPS) -> Workload:
     """Record a script of this text."""
-    record_workload.cache_clear()
     return record_workload(Script(write_script(folder, body), args or ("99",)), steps=steps)
 
 
@@ -159,6 +159,7 @@ schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, st
     optimizer.step()
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_autocast_of_accelerate_is_not_the_models(tmp_path: Path) -> None:
     body = HEAD + "from accelerate import Accelerator\n"
     body += "accelerator = Accelerator(cpu=True, mixed_precision='bf16')\n"

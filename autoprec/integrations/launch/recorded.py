@@ -18,7 +18,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +45,6 @@ HELD_OUT = 4  # one batch in four is for evaluation
 LOSS_RTOL, NORM_RTOL = 1e-4, 1e-2  # kernels that are not deterministic stay within these
 
 
-@cache
 def record_workload(script: Script, *, steps: int) -> Workload:
     """Run a script for `steps` training steps, and make a workload of what it did.
 
