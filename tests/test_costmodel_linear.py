@@ -2,8 +2,6 @@
 
 import csv
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,8 +223,3 @@ def test_the_fit_reproduces_the_grid_that_it_was_fitted_to(name: str, error: flo
     assert len(rows) > 100
     assert math.fsum(errors) / len(errors) < error
     assert sum(sides) / len(sides) > 0.95
-
-
-def test_the_cost_model_starts_at_once_and_without_torch() -> None:
-    code = "import autoprec.predict, sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=10)

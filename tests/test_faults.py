@@ -268,7 +268,7 @@ def test_kill_9_at_any_moment_of_a_save_leaves_a_pair_that_resumes_bit_for_bit(
     root = str(Path(__file__).parent.parent)
     code = KILLING.replace("applied()", "(torch.manual_seed(0), applied())[1]")
     command = [sys.executable, "-c", code, str(tmp_path), root, ",".join(POINTS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "done\n", done.stderr[-2000:]
     whole, whole_optimizer = _applied(seed=0)
     losses = train(whole, whole_optimizer, ALL_STEPS)
