@@ -66,7 +66,7 @@ MASKED = (
 )
 TOLERANCE = 1e-3
 SETTLING_STEPS = 3  # of the reference from the checkpoint on; gives the time of a step
-JOINT_BATCHES = 8  # a plan's e on one batch of these small models is off by half
+JOINT_BATCHES = 8  # a plan's gradient error on one batch of these small models is off by half
 Plan = Mapping[str, Option]
 
 
@@ -306,7 +306,7 @@ def measure_plan(
     )
     gaps = " ".join(f"{gap:+.3%}" for gap in found.gaps)
     print(
-        f"  {label:32s} e {table_grad_error:.2e} "
+        f"  {label:32s} gradient error {table_grad_error:.2e} "
         f"joint {joint_grad_error:.2e}  predicted {found.joint_gap:.3%}  "
         f"measured {gaps}{'  diverged' if found.diverged else ''}",
         flush=True,

@@ -319,8 +319,8 @@ FAULTS = {
 }
 
 # Four faults, mild to strong: their subsets spread the gaps of plans from the noise to several
-# percent. The exponents were chosen by e alone, which under tensorwise is 0.01 to 0.2 (gpt), 0.03
-# to 0.2 (vit) and 0.02 to 0.9 (encoder) for one layer.
+# percent. The exponents were chosen by the gradient error alone, which under tensorwise is 0.01 to
+# 0.2 (gpt), 0.03 to 0.2 (vit) and 0.02 to 0.9 (encoder) for one layer.
 GRADED = {
     "gpt": {"blocks.1.qkv": 20, "blocks.1.fc2": 19, "blocks.0.fc1": 20, "blocks.0.qkv": 18},
     "vit": {"blocks.0.fc2": 18, "blocks.1.fc1": 18, "blocks.2.fc1": 19, "blocks.0.qkv": 18},

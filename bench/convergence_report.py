@@ -38,12 +38,12 @@ def write_report(folder: Path) -> None:
 
 
 def _repredict(run: Run, sensitivity: Sensitivity) -> None:
-    """Predict anew from the saved e: the page belongs to the present autoprec.sensitivity.gap."""
+    """Predict anew from the saved gradient errors: the page belongs to the present gap.py."""
     steps, start = run["branch_steps"], run["warmup_steps"]
     for row in run["plans"]:
         for kind in ("table", "joint"):
             row[f"{kind}_gap"] = predicted_loss_gap(
-                sensitivity, row[f"{kind}_e"], steps, start=start
+                sensitivity, row[f"{kind}_grad_error"], steps, start=start
             )
 
 
@@ -85,14 +85,14 @@ def calibration(rows: Sequence[Row], kind: str) -> tuple[float, float]:
 
 
 SCORES: dict[str, Callable[[Row], float]] = {
-    "autoprec, joint e": lambda row: float(row["joint_gap"]),
+    "autoprec, joint": lambda row: float(row["joint_gap"]),
     "autoprec, table": lambda row: float(row["table_gap"]),
     "ModelOpt": lambda row: float(row["scores"]["ModelOpt"]),
     "weight error": lambda row: float(row["scores"]["weight error"]),
     "layer order": lambda row: float(row["scores"]["layer order"]),
 }
 
-KINDS = {"joint": "joint e", "table": "table"}
+KINDS = ("joint", "table")
 
 
 # --- page ----------------------------------------------------------------------------------------
@@ -110,14 +110,13 @@ def _agreement(runs: Sequence[Run]) -> str:
         )
     for kind in KINDS:
         pairs = [calibration(clear_rows(run), kind) for run in runs]
-        name = KINDS[kind]
-        rows.append([f"measured / predicted, {name}", *(f"{ratio:.2f}" for ratio, _ in pairs)])
-        rows.append([f"slope of log on log, {name}", *(f"{slope:.2f}" for _, slope in pairs)])
+        rows.append([f"measured / predicted, {kind}", *(f"{ratio:.2f}" for ratio, _ in pairs)])
+        rows.append([f"slope of log on log, {kind}", *(f"{slope:.2f}" for _, slope in pairs)])
     rows += [
         ["plans above the noise", *(f"{len(clear_rows(r))} of {len(r['plans'])}" for r in runs)],
         ["noise of a mean gap", *(f"{noise_of(run):.3%}" for run in runs)],
         ["sensitivity, step equivalents", *(f"{run['sensitivity_steps']:.0f}" for run in runs)],
-        ["a joint e, step equivalents", *(f"{run['joint_steps']:.1f}" for run in runs)],
+        ["joint measurement, step equivalents", *(f"{run['joint_steps']:.1f}" for run in runs)],
         ["ModelOpt, step equivalents", *(f"{run['modelopt_steps']:.0f}" for run in runs)],
         ["the loss probe alone, step equivalents", *(f"{r['loss_probe_steps']:.0f}" for r in runs)],
         ["FP32 step here, ms", *(f"{1e3 * run['step_s']:.0f}" for run in runs)],
@@ -127,7 +126,8 @@ def _agreement(runs: Sequence[Run]) -> str:
 
 
 def _plan_table(run: Run) -> str:
-    heads = ["plan", "e, table", "e, joint", "predicted", "measured, per seed", "ModelOpt"]
+    heads = ["plan", "gradient error, table", "gradient error, joint"]
+    heads += ["predicted", "measured, per seed", "ModelOpt"]
     rows = [
         [
             row["label"],
@@ -158,8 +158,8 @@ def _products(runs: Sequence[Run]) -> str:
     for run in runs:
         product = run["product"]
         text += (
-            f"\n**{run['family']}** (fault in `{run['fault']}`): e budget "
-            f"{product['grad_error_budget']:.2%}, chosen plan's e {product['chosen_e']:.2%}, "
+            f"\n**{run['family']}** (fault in `{run['fault']}`): gradient error budget "
+            f"{product['grad_error_budget']:.2%}, the chosen plan's {product['chosen_e']:.2%}, "
             f"{product['fp8_layers']} layers in FP8; {product['step_equivalents']:.0f} step "
             "equivalents. Linears out of FP8, and why:\n"
         )
