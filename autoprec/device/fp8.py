@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.torchao import float8_config, import_torchao
+from autoprec.device.tracing import OperationTracer
 from autoprec.records import APPLICABLE_RECIPES, Gemm, Recipe, fp8_option
 
 RECIPE_TOLERANCE = 0.15  # relative error; FP8's own rounding gives 0.03-0.06 (torch 2.13.0, CPU)
@@ -120,8 +120,8 @@ def recipe_errors(
     layer = float8_linear.Float8Linear.from_float(linear, float8_config(fp8_option(recipe)))
     run = layer if compiler is None else compiler(layer)
     x = x_MK.to(device, torch.bfloat16).requires_grad_()
-    watch = _KernelWatch({64: Gemm.OUTPUT, 48: Gemm.GRAD_INPUT, 32: Gemm.GRAD_WEIGHT})
-    watched = watch if compiler is None else contextlib.nullcontext()
+    kernels = _KernelErrors({64: Gemm.OUTPUT, 48: Gemm.GRAD_INPUT, 32: Gemm.GRAD_WEIGHT})
+    watched = OperationTracer(kernels.run) if compiler is None else contextlib.nullcontext()
     with torch.autocast(device.type, enabled=False), torch.enable_grad(), watched:
         y = run(x)
         y.backward(grad_MN.to(device, torch.bfloat16))
@@ -131,32 +131,27 @@ def recipe_errors(
         Gemm.GRAD_INPUT: _relative_error(x.grad, g_64 @ w_64),  # [M, N] @ [N, K]
         Gemm.GRAD_WEIGHT: _relative_error(layer.weight.grad, g_64.t() @ x_64),  # [N, M] @ [M, K]
     }
-    return RecipeErrors(results, watch.errors)
+    return RecipeErrors(results, kernels.found)
 
 
 def _octaves(count: int) -> torch.Tensor:
     return 2.0 ** (torch.arange(count) % 5 - 2)
 
 
-class _KernelWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
+class _KernelErrors:
     """Compares every `_scaled_mm` with FP64; the inner dimension tells which GEMM it is."""
 
     def __init__(self, gemms: Mapping[int, Gemm]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.gemms = gemms
-        self.errors: dict[Gemm, float] = {}
+        self.found: dict[Gemm, float] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:  # Any: torch's own protocol
-        """Call `func`; subclasses are asked to take theirs apart first."""
-        if any(kind not in (torch.Tensor, nn.Parameter) for kind in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
+        """Run an operation, and measure it if it is an FP8 GEMM."""
+        result = func(*args, **kwargs)
         if func.overloadpacket is torch.ops.aten._scaled_mm:
             names = (argument.name for argument in func._schema.arguments)
-            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            self.errors[self.gemms[args[0].shape[-1]]] = _kernel_error(result, given)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.found[self.gemms[args[0].shape[-1]]] = _kernel_error(result, given)
             result = result.to(given["out_dtype"])  # noted as wrong; the rest shall run
         return result
 

@@ -1,7 +1,7 @@
 """A training run -> one checkpoint file, and back; and the user's own checkpoint files.
 
     autoprec.save_checkpoint("run.pt", model, optimizer, guard=guard, step=step)
-    resumed = autoprec.load_checkpoint("run.pt", model, optimizer, guard=guard)
+    saved = autoprec.load_checkpoint("run.pt", model, optimizer, guard=guard)
 
 Model, optimizer (with its FP32 masters) and guard are one file that takes the last one's place in
 one step when it is complete. So a kill at any moment leaves a pair that belongs together, the last
@@ -11,21 +11,24 @@ or the one before. Files are loaded with `weights_only=True`: nothing in them ca
 import glob
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.common.files import PARTIAL, replace_file
+from autoprec.common.text import error_line
 from autoprec.errors import RecordError
 from autoprec.model.layers import unwrapped
 
-# what torch.load raises on truncated, foreign or unsafe bytes
-BROKEN_FILE = (
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
+BROKEN_FILE = (  # what torch.load raises on truncated, foreign or unsafe bytes
     RuntimeError,
     ValueError,
     EOFError,
@@ -37,24 +40,6 @@ BROKEN_FILE = (
 )
 PARTS = ("model", "optimizer", "guard", "step", "extra")  # of a file of save_checkpoint
 BROKEN_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
-
-
-class Stateful(Protocol):
-    """What a guard is here."""
-
-    def state_dict(self) -> dict[str, Any]:  # Any: JSON values
-        """Return what it remembers."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # Any: JSON values
-        """Go on from there."""
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a loaded checkpoint was written: after `step` steps, with the user's own `extra`."""
-
-    step: int
-    extra: dict[str, Any] = field(default_factory=dict)  # Any: what was given to save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    guard: Stateful | None = None,
+    guard: "Stateful | None" = None,
     step: int = 0,
     extra: Mapping[str, Any] | None = None,  # Any: tensors and plain data
 ) -> Path:
@@ -92,6 +77,17 @@ def save_checkpoint(
 
     Raises:
         RecordError: the file cannot be written, or the model is sharded.
+
+    Example:
+        >>> import tempfile, torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Linear(16, 16)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> _ = autoprec.apply(uniform_plan(model, "bf16_o2"), model, optimizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = autoprec.save_checkpoint(f"{folder}/run.pt", model, optimizer, step=100)
+        ...     path.name
+        'run.pt'
     """
     path = Path(path)
     content = {
@@ -101,7 +97,11 @@ def save_checkpoint(
         "step": step,
         "extra": dict(extra or {}),
     }
-    _check_whole(content)
+    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
+        raise RecordError(
+            "one file holds whole tensors, but this model is sharded over ranks; save it with "
+            "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
+        )
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return path
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
@@ -114,14 +114,28 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    guard: Stateful | None = None,
-) -> Resumed:
+    guard: "Stateful | None" = None,
+) -> dict[str, Any]:  # Any: what was given to save_checkpoint
     """Load what `save_checkpoint` wrote, into a model and optimizer to which the plan was applied.
 
     The run then goes on bit for bit as if it had never stopped, given the same batches.
 
+    Returns:
+        `step`, how many steps were done, and the user's own `extra`.
+
     Raises:
         RecordError: the file is missing, is no such checkpoint, or is of another model.
+
+    Example:
+        >>> import tempfile, torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Linear(16, 16)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> _ = autoprec.apply(uniform_plan(model, "bf16_o2"), model, optimizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = autoprec.save_checkpoint(f"{folder}/run.pt", model, optimizer, step=100)
+        ...     autoprec.load_checkpoint(path, model, optimizer)
+        {'step': 100, 'extra': {}}
     """
     content = _read(Path(path))
     missing = [name for name in PARTS if name not in content]
@@ -139,7 +153,7 @@ def load_checkpoint(
     load_state(optimizer, content["optimizer"], what="optimizer")
     if guard is not None:
         guard.load_state_dict(content["guard"])
-    return Resumed(step=content["step"], extra=content["extra"])
+    return {"step": content["step"], "extra": content["extra"]}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -157,6 +171,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
         curve=tuple(content.get("curve", ())),
         eval_losses=tuple(content.get("eval_losses", ())),
     )
+
+
+def load_state(
+    target: nn.Module | torch.optim.Optimizer, state: dict[str, Any], *, what: str
+) -> None:
+    """Load a copy of a state dict into a model or an optimizer; `what` names it in errors.
+
+    Raises:
+        RecordError: the state is of another model or optimizer.
+    """
+    try:
+        target.load_state_dict(on_cpu(state))
+    except BROKEN_STATE as error:
+        raise RecordError(
+            f"the checkpoint must fit the {what} that the workload builds, but it does not "
+            f"({error_line(error)}); give a checkpoint of this workload"
+        ) from error
+
+
+def on_cpu(state: dict[str, Any]) -> dict[str, Any]:  # Any: a state dict is a tree of anything
+    """Return a copy of a state dict with its tensors on the CPU."""
+    copied: dict[str, Any] = tree_map_only(
+        Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state
+    )
+    return copied
 
 
 def _read(path: Path) -> dict[str, Any]:  # Any: whatever was saved
@@ -177,40 +216,3 @@ def _read(path: Path) -> dict[str, Any]:  # Any: whatever was saved
             f"{type(content).__name__}; save model.state_dict()"
         )
     return content
-
-
-def _check_whole(content: Mapping[str, Any]) -> None:  # Any: state dicts
-    if any(hasattr(tensor, "to_local") for tensor in tree_leaves(content)):
-        raise RecordError(
-            "one file holds whole tensors, but this model is sharded over ranks; save it with "
-            "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
-        )
-
-
-def load_state(
-    target: nn.Module | torch.optim.Optimizer, state: dict[str, Any], *, what: str
-) -> None:
-    """Load a copy of a state dict into a model or an optimizer; `what` names it in errors.
-
-    Raises:
-        RecordError: the state is of another model or optimizer.
-    """
-    try:
-        target.load_state_dict(on_cpu(state))
-    except BROKEN_STATE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecordError(
-            f"the checkpoint must fit the {what} that the workload builds, but it does not "
-            f"({reason}); give a checkpoint of this workload"
-        ) from error
-
-
-def on_cpu(value: Any) -> Any:  # Any: a state dict is a tree of anything
-    """Return a copy of a state dict with its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(on_cpu(item) for item in value)
-    return value

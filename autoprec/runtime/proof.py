@@ -19,6 +19,7 @@ A layer is looked for under the plan's name, or where what wrapped it later put 
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -27,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
@@ -41,45 +42,30 @@ from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 
 aten = torch.ops.aten
-GEMMS = {
+GEMMS = {  # positions of the two operands
     aten.mm: (0, 1),
     aten.addmm: (1, 2),
     aten.bmm: (0, 1),
     aten.baddbmm: (1, 2),
     aten._scaled_mm: (0, 1),
-}  # positions of the two operands
-KERNELS = {  # the operand whose dtype is the kernel's
-    aten.convolution: 0,
-    aten.convolution_backward: 0,
-    aten.embedding: 0,
-    aten.embedding_dense_backward: 0,
-    aten._embedding_bag: 0,
-    aten.native_layer_norm: 0,
-    aten.native_layer_norm_backward: 0,
-    aten.native_group_norm: 0,
-    aten.native_group_norm_backward: 0,
-    aten.native_batch_norm: 0,
-    aten.native_batch_norm_backward: 0,
-    aten.cudnn_batch_norm: 0,
-    aten.cudnn_batch_norm_backward: 0,
-    aten._fused_rms_norm: 0,
-    aten._fused_rms_norm_backward: 0,
-    aten._scaled_dot_product_flash_attention: 0,
-    aten._scaled_dot_product_flash_attention_backward: 0,
-    aten._scaled_dot_product_efficient_attention: 1,
-    aten._scaled_dot_product_efficient_attention_backward: 0,
-    aten._scaled_dot_product_cudnn_attention: 0,
-    aten._scaled_dot_product_cudnn_attention_backward: 0,
-    aten._scaled_dot_product_flash_attention_for_cpu: 0,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: 0,
-    aten._native_multi_head_attention: 0,
-    aten._transformer_encoder_layer_fwd: 0,
-    aten.mkldnn_rnn_layer: 0,
-    aten.mkldnn_rnn_layer_backward: 0,
-    aten._cudnn_rnn: 0,
-    aten._cudnn_rnn_backward: 0,
-    aten._thnn_fused_lstm_cell: 0,
-    aten._thnn_fused_gru_cell: 0,
+}
+_FIRST = (  # kernels whose precision is the dtype of their first operand
+    "convolution convolution_backward embedding embedding_dense_backward _embedding_bag "
+    "native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward "
+    "native_batch_norm native_batch_norm_backward cudnn_batch_norm cudnn_batch_norm_backward "
+    "_fused_rms_norm _fused_rms_norm_backward _native_multi_head_attention "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward "
+    "_scaled_dot_product_efficient_attention_backward "
+    "_scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward "
+    "_scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_for_cpu_backward _transformer_encoder_layer_fwd "
+    "mkldnn_rnn_layer mkldnn_rnn_layer_backward _cudnn_rnn _cudnn_rnn_backward "
+    "_thnn_fused_lstm_cell _thnn_fused_gru_cell"
+)
+OPERANDS = {  # of every operation with a precision of its own, those whose dtype it is
+    **{getattr(aten, name): (0,) for name in _FIRST.split()},
+    aten._scaled_dot_product_efficient_attention: (1,),
+    **GEMMS,
 }
 Step = Callable[[], Any]  # Any: a loss tensor, or whatever a model returns
 NO_NODE = 2**62  # sequence numbers of nodes that forward did not make are above it
@@ -126,6 +112,14 @@ def verify_applied(
 
     Raises:
         PlanMismatchError: something else ran; the message names every layer concerned.
+
+    Example:
+        >>> import torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> model, _ = autoprec.apply(uniform_plan(model, "bf16_o2"), model)
+        >>> [check.detail for check in autoprec.verify_applied(model, torch.ones(4, 16))]
+        ['bf16_o2: forward addmm bfloat16; backward grad_weight mm bfloat16']
     """
     checks = check_applied(model, batch, loss_fn=loss_fn)
     wrong = [check for check in checks if not check.is_good]
@@ -156,14 +150,15 @@ def check_applied(
 
     traces = trace_step(inner, step)
     called = {name for name, trace in traces.items() if trace.calls}
-    checks = []
+    checks = []  # for each layer of the plan the first way in which it differs, if any
     for name, option in options.items():
         found = _present_name(name, layers, called)
         problem = f"should run {option.key}, but is not in the model any more"
         detail = ""
         if found is not None:
             layer, trace = layers[found], traces[found]
-            problem = _storage_problem(layer, option) or _problem(layer, option, trace)
+            answers = (question(layer, option, trace) for question in QUESTIONS)
+            problem = next(itertools.chain.from_iterable(answers), "")
             detail = _detail(option, trace) + (_gather_detail(layer, option) if gathers else "")
         checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)
@@ -174,16 +169,15 @@ def trace_step(model: nn.Module, step: Step) -> dict[str, LayerTrace]:
 
     Compiled code hides its operations, so `torch.compile` is off inside.
     """
-    tracer = _Tracer(find_layers(model))
-    with _left_as_it_was(model), torch.enable_grad(), tracer.hooked():
+    recorder = _LayerRecorder(find_layers(model))
+    with _left_as_it_was(model), torch.enable_grad(), recorder.hooked():
         torch.compiler.set_stance("force_eager")
         try:
-            with tracer:
-                loss = _loss(step())
-                torch.autograd.backward(loss)
+            with OperationTracer(recorder.run):
+                torch.autograd.backward(_loss(step()))
         finally:
             torch.compiler.set_stance("default")
-    return tracer.traces
+    return recorder.traces
 
 
 def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str]) -> str | None:
@@ -236,11 +230,10 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Sees operations and gives them to layers, as the module's docstring says."""
+class _LayerRecorder:
+    """Gives the operations that run to layers, as the module's docstring says."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.layers = layers
         self.traces = {name: LayerTrace() for name in layers}
         self.running: list[tuple[str | None, int]] = []  # in forward, and the first node of each
@@ -283,36 +276,35 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         name, first = self.running.pop()
         self.nodes.append((first, torch._C._autograd._get_sequence_nr(), name))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:  # Any: torch's own protocol
-        """Note the operation; subclasses are asked to take theirs apart first."""
-        if any(kind not in (Tensor, nn.Parameter) for kind in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
+        """Run an operation, and note it if it has a precision of its own."""
+        result = func(*args, **kwargs)
         seen = _describe(func.overloadpacket, args)
         if seen:
             self._note(seen, func.overloadpacket, args)
         return result
 
     def _note(self, seen: str, packet: Any, args: tuple[Any, ...]) -> None:
+        # In a layer's forward: that layer's. A parametrization (None) belongs to none.
         if self.running:
             running = self.running[-1][0]
             if running is not None:
                 self.traces[running].forward[seen] += 1
             return
+        # In backward: the layer in whose forward autograd made the node.
         node = torch._C._current_autograd_node()
-        if node is None:
-            operands = (value for value in args if isinstance(value, Tensor))
-            owners = (self.owners.get(value.untyped_storage().data_ptr()) for value in operands)
-            owner = next((name for name in owners if name is not None), None)
+        if node is not None:
+            owner = self._owner(node._sequence_nr())
             if owner is not None:
-                self.traces[owner].functional[seen] += 1
+                name = _backward_name(seen, packet, args, self.layers[owner])
+                self.traces[owner].backward[name] += 1
             return
-        owner = self._owner(node._sequence_nr())
+        # Between layers: the layer whose parameter is among the operands.
+        operands = (value for value in args if isinstance(value, Tensor))
+        owners = (self.owners.get(value.untyped_storage().data_ptr()) for value in operands)
+        owner = next((name for name in owners if name is not None), None)
         if owner is not None:
-            trace = self.traces[owner]
-            trace.backward[_backward_name(seen, packet, args, self.layers[owner])] += 1
+            self.traces[owner].functional[seen] += 1
 
     def _owner(self, number: int) -> str | None:
         if number > NO_NODE:
@@ -322,8 +314,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
 
 def _describe(packet: Any, args: tuple[Any, ...]) -> str:  # Any: torch's operation
     """Return `operation dtype`, or an empty string for what has no precision of its own."""
-    positions = GEMMS.get(packet) or ((KERNELS[packet],) if packet in KERNELS else ())
-    dtypes = dict.fromkeys(args[position].dtype for position in positions)
+    dtypes = dict.fromkeys(args[position].dtype for position in OPERANDS.get(packet, ()))
     name = packet._qualified_op_name.removeprefix("aten::")
     return f"{name} {'x'.join(map(_dtype_name, dtypes))}" if dtypes else ""
 
@@ -343,40 +334,56 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
     return seen  # M, N and K are too alike to tell
 
 
-def _storage_problem(layer: nn.Module, option: Option) -> str:
+def _stores_other(layer: nn.Module, option: Option, _: LayerTrace) -> Iterator[str]:
+    """Say that parameters have another dtype than the option stores."""
     keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
     wanted = torch.float32 if keeps_fp32 else option_dtype(option)
     found = {p.dtype for p in layer.parameters() if p.dtype in CASTABLE} - {wanted}
-    if not found:
-        return ""
-    names = ", ".join(sorted(map(_dtype_name, found)))
-    return f"should store {_dtype_name(wanted)} ({option.key}), but has {names}"
+    if found:
+        names = ", ".join(sorted(map(_dtype_name, found)))
+        yield f"should store {_dtype_name(wanted)} ({option.key}), but has {names}"
 
 
-def _problem(layer: nn.Module, option: Option, trace: LayerTrace) -> str:
-    """Return how a trace differs from an option, or an empty string."""
+def _is_used_outside(_: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
+    """Say that an FP8 layer's weight is used where no FP8 can be."""
     if trace.functional and option.is_fp8:
-        return (
-            f"should run {option.key}, but its weight is used outside of its forward "
-            f"({', '.join(trace.functional)})"
-        )
-    lifts = _has_own_forward(layer) and not option.is_fp8
-    forward, backward = (
-        [seen for seen in direction if not (lifts and _is_dtype(seen, torch.float32))]
-        for direction in (trace.forward, trace.backward)
-    )
-    wrong = [seen for seen in trace.functional if not _is_dtype(seen, option_dtype(option))]
-    wrong += [seen for seen in forward if not _fits(seen, Gemm.OUTPUT, option)]
-    for seen in backward:
-        gemms = [gemm for gemm in Gemm if seen.startswith(gemm)]
-        either = gemms or [Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT]
-        if not any(_fits(seen, gemm, option) for gemm in either):
+        used = ", ".join(trace.functional)
+        yield f"should run {option.key}, but its weight is used outside of its forward ({used})"
+
+
+def _ran_other(layer: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
+    """Say which operations ran in another dtype than the option's."""
+    dtype = option_dtype(option)
+    wrong = [seen for seen in trace.functional if not _is_dtype(seen, dtype)]
+    own: list[tuple[str, tuple[Gemm, ...]]] = [(seen, (Gemm.OUTPUT,)) for seen in trace.forward]
+    own += [(seen, _backward_gemms(seen)) for seen in trace.backward]
+    may_be_fp32 = _has_own_forward(layer) and not option.is_fp8  # what its author wrote stays
+    for seen, gemms in own:
+        is_right = any(_fits(seen, gemm, option) for gemm in gemms)
+        if not is_right and not (may_be_fp32 and _is_dtype(seen, torch.float32)):
             wrong.append(seen)
     if wrong:
-        return f"should run {option.key}, but ran {', '.join(dict.fromkeys(wrong))}"
+        yield f"should run {option.key}, but ran {', '.join(dict.fromkeys(wrong))}"
+
+
+def _ran_nothing(_: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
+    """Say that an FP8 layer was called and no GEMM of it was seen."""
     if option.is_fp8 and trace.calls and not trace.forward:
-        return f"should run {option.key}, but no GEMM of it was seen"
-    return ""
+        yield f"should run {option.key}, but no GEMM of it was seen"
+
+
+QUESTIONS: tuple[Callable[[nn.Module, Option, LayerTrace], Iterator[str]], ...] = (
+    _stores_other,
+    _is_used_outside,
+    _ran_other,
+    _ran_nothing,
+)
+
+
+def _backward_gemms(seen: str) -> tuple[Gemm, ...]:
+    """Return which GEMMs an operation of backward may be, see `_backward_name`."""
+    known = tuple(gemm for gemm in Gemm if seen.startswith(gemm))
+    return known or (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
