@@ -47,7 +47,23 @@ REASONS = {
 
 
 class Guard:
-    """Watches a model to which a plan was applied. Call `step` once an optimizer step."""
+    """Watches a model to which a plan was applied. Call `step` once an optimizer step.
+
+    Example:
+        >>> import torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Linear(16, 16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> plan = uniform_plan(model, "fp8_o1:rowwise")
+        >>> model, optimizer = autoprec.apply(plan, model, optimizer)
+        >>> with autoprec.Guard(model, optimizer, plan) as guard:
+        ...     loss = model(torch.ones(16, 16)).square().mean()
+        ...     loss.backward()
+        ...     is_good = guard.step(loss)
+        ...     optimizer.step()
+        >>> is_good, guard.in_bf16
+        (True, ())
+    """
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
 """What happens between layers: functions that cannot mix dtypes get arguments of one dtype.
 
-Layers give and take the flow dtype, but user code also computes between them: FP32 rotary tables
-meet BF16 queries, an FP32 mask meets BF16 attention, a loss inside `forward` meets BF16 logits.
-Under FP32 or autocast that code works, so it must work under a plan. A torch function mode, on
-while the root's forward runs, looks at a fixed set of functions and leaves all others alone:
+Layers give and take the activation dtype, but user code also computes between them: FP32 rotary
+tables meet BF16 queries, an FP32 mask meets BF16 attention, a loss inside `forward` meets BF16
+logits. Under FP32 or autocast that code works, so it must work under a plan. A torch function
+mode, on while the root's forward runs, looks at a fixed set of functions and leaves others alone:
 
-    GEMMs, convolutions, attention, norms   operands of different floating dtypes -> the flow dtype
+    GEMMs, convolutions, attention, norms   operands of different dtypes -> the activation dtype
     index and scatter writes                the written values -> the target's dtype
     losses, and what has no BF16 kernel     16-bit among the floating arguments -> all FP32
 
@@ -96,7 +96,7 @@ IN_FP32 = frozenset(
 LOW = frozenset({torch.bfloat16, torch.float16})
 
 
-class FlowMode(TorchFunctionMode):
+class ActivationMode(TorchFunctionMode):
     """Casts the floating arguments of the functions above, where they need it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -112,34 +112,35 @@ class FlowMode(TorchFunctionMode):
     ) -> Any:
         """Call `func`, with its arguments cast when it is one of the functions above."""
         if func in UNIFORM:
-            args, kwargs = _make_uniform(args, kwargs or {}, self.dtype)
+            args, kwargs = _cast(args, kwargs or {}, self.dtype, _differ)
         elif func in INTO_FIRST:
-            args, kwargs = _make_uniform(args, kwargs or {}, args[0].dtype)
+            args, kwargs = _cast(args, kwargs or {}, args[0].dtype, _differ)
         elif func in IN_FP32:
-            args, kwargs = _lift(args, kwargs or {})
+            args, kwargs = _cast(args, kwargs or {}, torch.float32, _has_16_bit)
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def _make_uniform(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+def _cast(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    is_needed: Callable[[set[torch.dtype]], bool],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cast floating arguments to `dtype` if they are not all of one dtype already."""
+    """Cast floating arguments to `dtype` if their dtypes make that necessary."""
     found: set[torch.dtype] = set()
     _collect_dtypes(args, found)
     _collect_dtypes(tuple(kwargs.values()), found)
-    if len(found) <= 1:
+    if not is_needed(found):
         return args, kwargs
     return cast_floating(args, dtype), cast_floating(kwargs, dtype)
 
 
-def _lift(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cast floating arguments to FP32 if one of them is 16-bit."""
-    found: set[torch.dtype] = set()
-    _collect_dtypes(args, found)
-    _collect_dtypes(tuple(kwargs.values()), found)
-    if found.isdisjoint(LOW):
-        return args, kwargs
-    return cast_floating(args, torch.float32), cast_floating(kwargs, torch.float32)
+def _differ(found: set[torch.dtype]) -> bool:
+    return len(found) > 1
+
+
+def _has_16_bit(found: set[torch.dtype]) -> bool:
+    return not found.isdisjoint(LOW)
 
 
 def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]) -> None:
@@ -151,19 +152,19 @@ def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]
             _collect_dtypes(value, found)
 
 
-def is_flow_active() -> bool:
-    """Whether a flow mode is on in this thread (written for torch.compile to follow)."""
+def is_mode_active() -> bool:
+    """Whether an activation mode is on in this thread (written for torch.compile to follow)."""
     return any(
-        isinstance(torch._C._get_function_stack_at(position), FlowMode)
+        isinstance(torch._C._get_function_stack_at(position), ActivationMode)
         for position in range(torch._C._len_torch_function_stack())
     )
 
 
 def join_recomputation(dtype: torch.dtype) -> None:
-    """Switch the flow mode on for the rest of this node of backward, if forward runs again in it.
+    """Switch the mode on for the rest of this node of backward, if forward runs again in it.
 
     Nothing switches it off but the end of the node: torch sets the thread's state, with the stack
     of function modes in it, around every node (`ThreadLocalStateGuard` in its engine.cpp).
     """
-    if torch._C._current_graph_task_id() >= 0 and not is_flow_active():
-        _push_mode(FlowMode(dtype))  # type: ignore[no-untyped-call]  # torch's own
+    if torch._C._current_graph_task_id() >= 0 and not is_mode_active():
+        _push_mode(ActivationMode(dtype))  # type: ignore[no-untyped-call]  # torch's own

@@ -2,13 +2,13 @@
 
 Hooks around `step` do it, so the optimizer stays the same object with the same groups and the same
 Parameter objects, whatever patched `step` (LR schedulers do) or wraps it (GradScaler). The hook
-before a step returns a *twin* in the optimizer's place: an object of the same class with the same
+before a step returns a *shadow optimizer* in its place: an object of the same class with the same
 attributes and state whose groups hold the masters, with FP32 gradients. The optimizer and the model
 are not touched until the step has succeeded, so one that raises leaves no trace:
 
-    before   twin.param_groups = groups with m for p,   m.grad = float(p.grad)
-    step     twin.step()                                moments are made for m, so they are FP32
-    after    state[p] = twin.state[m],   p = bf16(m)
+    before   shadow.param_groups = groups with m for p,   m.grad = float(p.grad)
+    step     shadow.step()                                moments are made for m, so they are FP32
+    after    state[p] = shadow.state[m],   p = bf16(m)
 
 `state_dict()` is the plain one, and beside the moments of each parameter its `master_weight`.
 """
@@ -57,6 +57,18 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         PlanMismatchError: no plan is applied to the model, the optimizer trains none of its
             parameters, or it is of a kind that masters cannot be given to.
+
+    Example:
+        >>> import torch, autoprec
+        >>> from autoprec.runtime import uniform_plan
+        >>> model = torch.nn.Linear(16, 16)
+        >>> model, _ = autoprec.apply(uniform_plan(model, "bf16_o2"), model)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> autoprec.attach_optimizer(model, optimizer)
+        >>> model(torch.ones(4, 16)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state_dict()["master_weights"][0].dtype  # what SGD trained
+        torch.float32
     """
     masters = masters_of(model)
     check_optimizer(model, optimizer)
@@ -102,7 +114,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
         vars(optimizer)[ON_OPTIMIZER] = attachment
     others = [store for store in attachment.stores if store is not masters and store.values]
     attachment.stores = [*others, masters]
-    for parameter in attachment.mine(optimizer):
+    for parameter in attachment.owned(optimizer):
         saved = optimizer.state.get(parameter, {}).pop(MASTER, None)
         if saved is not None:  # the state was loaded before the optimizer was attached
             masters.loaded[parameter] = saved, None
@@ -150,7 +162,7 @@ class Attachment:
     def __init__(self, optimizer: Optimizer) -> None:
         self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
         self.loading: StateDict = {}
-        self.twin: Optimizer = object.__new__(type(optimizer))
+        self.shadow: Optimizer = object.__new__(type(optimizer))
         self.before = optimizer.register_step_pre_hook(self.before_step)
         self.after = optimizer.register_step_post_hook(self.after_step)
         _hooks(optimizer, HOOKS[1]).move_to_end(self.after.id, last=False)
@@ -162,7 +174,7 @@ class Attachment:
             optimizer.register_load_state_dict_post_hook(self.after_load),
         )
 
-    def mine(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    def owned(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
         """Yield the optimizer's parameters that have a master."""
         for parameter in _parameters(optimizer):
             if any(parameter in store.values for store in self.stores):
@@ -175,15 +187,17 @@ class Attachment:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
-        """Put the twin, with FP32 masters and gradients, in the optimizer's place."""
+        """Put the shadow, with FP32 masters and gradients, in the optimizer's place."""
         pairs: Pairs = {}
         for store in self.stores:
             pairs |= store.for_step(_parameters(optimizer))
         if not pairs:
             return None
-        give_gradients(pairs)
-        twin = set_twin(self.twin, optimizer, pairs, hooks=self.handles)
+        give_gradients(pairs)  # m.grad = float(p.grad)
+        shadow = set_shadow(self.shadow, optimizer, pairs, hooks=self.handles)
 
+        # A closure runs the model in the middle of the step: what the shadow made of the masters
+        # must be in the model before it, and the new gradients at the masters after it.
         def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:  # Any: the loss
             def evaluate() -> Any:
                 copy_down(pairs, self.stores)
@@ -196,16 +210,16 @@ class Attachment:
         rest = tuple(wrapped(value) if callable(value) else value for value in args[1:])
         if callable(kwargs.get("closure")):
             kwargs = {**kwargs, "closure": wrapped(kwargs["closure"])}
-        return (twin, *rest), kwargs
+        return (shadow, *rest), kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook
-        """Take over what the twin made, and round the masters into the model."""
-        twin = args[0]
-        if twin is optimizer:
+        """Take over what the shadow made, and round the masters into the model."""
+        shadow = args[0]
+        if shadow is optimizer:
             return
-        pairs = dict(_changed(optimizer, twin))
-        _take_over(optimizer, twin, pairs)
+        pairs = dict(_changed(optimizer, shadow))
+        _adopt_state(optimizer, shadow, pairs)
         copy_down(pairs, self.stores)
         for master in pairs.values():
             if master.device.type != "cpu":
@@ -213,13 +227,13 @@ class Attachment:
 
     def add_masters(self, optimizer: Optimizer, state_dict: StateDict) -> None:
         """Save the masters beside the moments; apart where a plain load would trip over them."""
-        mine = set(self.mine(optimizer))
+        owned = set(self.owned(optimizer))
         states = state_dict["state"] = dict(state_dict["state"])
         apart: dict[int, Tensor] = {}
         for index, parameter in _indexed(optimizer, state_dict["param_groups"]):
-            if parameter in mine and states.get(index):
+            if parameter in owned and states.get(index):
                 states[index] = {**states[index], MASTER: self.current(parameter)}
-            elif parameter in mine:
+            elif parameter in owned:
                 apart[index] = self.current(parameter)
         if apart:
             state_dict[STATELESS] = apart
@@ -230,7 +244,8 @@ class Attachment:
         return {**state_dict, "state": {}}
 
     def after_load(self, optimizer: Optimizer) -> None:
-        """Load the state as torch does, into a twin that has FP32 parameters."""
+        """Load the state as torch does, into a shadow that has FP32 parameters."""
+        # Masters are taken out first: a plain optimizer knows no such state.
         states = {
             key: dict(value) if isinstance(value, dict) else value
             for key, value in self.loading["state"].items()
@@ -241,11 +256,12 @@ class Attachment:
         for index, _ in _indexed(optimizer, groups):
             if MASTER in states.get(index, {}):
                 saved[index] = states[index].pop(MASTER)
-        pairs = {parameter: self.current(parameter) for parameter in self.mine(optimizer)}
+        # torch casts loaded moments to the dtype of the parameters that it finds: here to FP32.
+        pairs = {parameter: self.current(parameter) for parameter in self.owned(optimizer)}
         blank: Optimizer = object.__new__(type(optimizer))
-        twin = set_twin(blank, optimizer, pairs, hooks=self.handles)
-        Optimizer.load_state_dict(twin, {"state": states, "param_groups": groups})
-        _take_over(optimizer, twin, pairs, groups=False)
+        shadow = set_shadow(blank, optimizer, pairs, hooks=self.handles)
+        Optimizer.load_state_dict(shadow, {"state": states, "param_groups": groups})
+        _adopt_state(optimizer, shadow, pairs, groups=False)
         for index, parameter in _indexed(optimizer, groups):
             is_own = saved.get(index) is pairs.get(parameter)  # Accelerate loads what it just read
             if index in saved and parameter in pairs and not is_own:
@@ -278,55 +294,65 @@ def give_gradients(pairs: Pairs) -> None:
     copy_all(targets, sources)
 
 
-def set_twin(
-    twin: Optimizer, optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()
+def set_shadow(
+    shadow: Optimizer, optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()
 ) -> Optimizer:
-    """Give `twin` the optimizer's attributes and state, but masters for parameters; return it.
+    """Give `shadow` the optimizer's attributes and state, but masters for parameters; return it.
 
-    The twin, its groups and lists stay the same objects, since a compiled `step` guards on them.
-    `hooks` are the handles of hooks that the twin does not get (Any: torch's handles).
+    The shadow, its groups and lists stay the same objects, since a compiled `step` guards on them.
+    `hooks` are the handles of hooks that the shadow does not get (Any: torch's handles).
     """
-    groups: list[dict[str, Any]] = vars(twin).get("param_groups", [])  # Any: torch's own
+    # Groups that the user added since the last step; the others are filled again below.
+    groups: list[dict[str, Any]] = vars(shadow).get("param_groups", [])  # Any: torch's own
     groups += [{"params": []} for _ in optimizer.param_groups[len(groups) :]]
-    state: defaultdict[Tensor, Any] = vars(twin).get("state", defaultdict(dict))
+    # Moments are keyed by what the optimizer steps: here by the master, state[m] = state[p].
+    state: defaultdict[Tensor, Any] = vars(shadow).get("state", defaultdict(dict))
     state.clear()
     state.update((_get(pairs, key), value) for key, value in optimizer.state.items())
-    vars(twin).update(vars(optimizer), param_groups=groups, state=state)
-    vars(twin).pop(ON_OPTIMIZER, None)  # would be a reference cycle
+    # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
+    vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
+    vars(shadow).pop(ON_OPTIMIZER, None)  # would be a reference cycle
     lists: dict[int, list[Tensor]] = {}
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         params = lists[id(own["params"])] = group["params"]
         params[:] = [pairs.get(parameter, parameter) for parameter in own["params"]]
         group.update({**own, "params": params})
+    # LBFGS keeps its first group's list as an attribute: it must see masters there as well.
     for name, value in vars(optimizer).items():
         if id(value) in lists:
-            setattr(twin, name, lists[id(value)])  # LBFGS keeps its parameter list as an attribute
+            setattr(shadow, name, lists[id(value)])
+    # Without our own hooks, which would put a shadow in the shadow's place.
     left_out = {handle.id for handle in hooks}
     for name in HOOKS:
         own_hooks = _hooks(optimizer, name).items()
-        vars(twin)[name] = OrderedDict((k, hook) for k, hook in own_hooks if k not in left_out)
-    return twin
+        vars(shadow)[name] = OrderedDict((k, hook) for k, hook in own_hooks if k not in left_out)
+    return shadow
 
 
-def _take_over(optimizer: Optimizer, twin: Optimizer, pairs: Pairs, *, groups: bool = True) -> None:
-    """Give the optimizer what the twin's step, or its loading, made."""
+def _adopt_state(
+    optimizer: Optimizer, shadow: Optimizer, pairs: Pairs, *, groups: bool = True
+) -> None:
+    """Give the optimizer what the shadow's step, or its loading, made."""
+    # The way back: state[p] = state[m]; what is keyed by no master keeps its key.
     back = {id(master): parameter for parameter, master in pairs.items()}
-    made = {back.get(id(key), key): value for key, value in twin.state.items()}
+    made = {back.get(id(key), key): value for key, value in shadow.state.items()}
     optimizer.state.clear()
     optimizer.state.update(made)
     if not groups:
         return
-    for group, changed in zip(optimizer.param_groups, twin.param_groups, strict=True):
+    # A step may write into its groups (a schedule inside of the optimizer) ...
+    for group, changed in zip(optimizer.param_groups, shadow.param_groups, strict=True):
         group.update({key: value for key, value in changed.items() if key != "params"})
-    lists = {id(group["params"]) for group in twin.param_groups}
+    # ... and into attributes, but never are lists of masters the optimizer's.
+    lists = {id(group["params"]) for group in shadow.param_groups}
     kept = {"param_groups", "state", *HOOKS}
-    for name, value in vars(twin).items():
+    for name, value in vars(shadow).items():
         if name not in kept and id(value) not in lists:
             vars(optimizer)[name] = value
 
 
-def _changed(optimizer: Optimizer, twin: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for group, other in zip(optimizer.param_groups, twin.param_groups, strict=True):
+def _changed(optimizer: Optimizer, shadow: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    for group, other in zip(optimizer.param_groups, shadow.param_groups, strict=True):
         for parameter, master in zip(group["params"], other["params"], strict=True):
             if parameter is not master:
                 yield parameter, master

@@ -1,4 +1,4 @@
-"""Casting whatever flows between layers: tensors, and the containers that hold them."""
+"""Casting whatever goes from layer to layer: tensors, and the containers that hold them."""
 
 import copy
 import dataclasses

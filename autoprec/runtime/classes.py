@@ -6,8 +6,8 @@ parametrizations and `fully_shard`. The object, its parameters, hooks, name, `is
 the class, so copies, pickles and replicas work, and `torch.compile` guards on the type: a compiled
 model compiles again after an installation without being told.
 
-    layer      inputs -> the option's dtype, forward, outputs -> the flow dtype; FP8 through torchao
-    container  the flow mode on while forward runs (see flow.py)
+    layer      inputs -> the option's dtype, forward, outputs -> the activation dtype
+    container  the activation mode on while forward runs (see activations.py)
     root       as container, and floating outputs -> FP32
 
 Autocast around any of these is off inside, because the plan decides.
@@ -26,7 +26,7 @@ from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.model.options import FP8_MULTIPLE
 from autoprec.records import Option, Precision
-from autoprec.runtime.activations import FlowMode, is_flow_active, join_recomputation
+from autoprec.runtime.activations import ActivationMode, is_mode_active, join_recomputation
 from autoprec.runtime.casting import CASTABLE, cast_floating
 
 Forward = Callable[..., Any]
@@ -39,17 +39,17 @@ _MADE: dict[tuple[Maker, type[nn.Module], Settings], type[nn.Module]] = {}
 def layer_class(
     base: type[nn.Module], option: Option, activation_dtype: torch.dtype
 ) -> type[nn.Module]:
-    """Return `base` as a layer with `option`, in a flow of dtype `flow`."""
+    """Return `base` as a layer with `option`, among activations of a dtype."""
     return _made(_make_layer_class, base, (option, activation_dtype))
 
 
 def container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
-    """Return `base` with the flow mode on while its forward runs."""
+    """Return `base` with the activation mode on while its forward runs."""
     return _made(_make_container_class, base, (dtype,))
 
 
 def root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
-    """Return `base` as a root: flow mode on, outputs in FP32; `dtype` None: autocast off only."""
+    """Return `base` as a root: mode on, outputs in FP32; `dtype` None: autocast off only."""
     return _made(_make_root_class, base, (dtype,))
 
 
@@ -139,7 +139,7 @@ def _fp8_forward() -> Forward:
     gradient, because grad_weight's inner dimension is M. An input that is not contiguous (a
     transposed image) is made a matrix first: torchao cannot reshape an FP8 one that has row scales.
     """
-    torchao_forward = _without_flow(import_torchao().float8_linear.Float8Linear.forward)
+    torchao_forward = _without_mode(import_torchao().float8_linear.Float8Linear.forward)
 
     def forward(module: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
         if not module.fp8_active or input.numel() == 0:
@@ -160,8 +160,8 @@ def _fp8_forward() -> Forward:
     return forward
 
 
-def _without_flow(forward: Forward) -> Forward:
-    """Return `forward` with the flow mode off: its operands agree, and it calls torch often."""
+def _without_mode(forward: Forward) -> Forward:
+    """Return `forward` with the mode off: its operands agree, and it calls torch often."""
 
     def run(module: Any, input: Tensor) -> Any:  # noqa: A002  # nn.Linear's own name
         if torch.compiler.is_compiling():  # dynamo follows the mode at no cost
@@ -183,13 +183,13 @@ def _refuse_fp8_styles(_module: nn.Module) -> NoReturn:
 
 def _make_container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
     @functools.wraps(base.forward)
-    def flow_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_flow_active():
+    def container_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_mode_active():
             return base.forward(self, *args, **kwargs)
-        with autocast_off(), FlowMode(dtype):
+        with autocast_off(), ActivationMode(dtype):
             return base.forward(self, *args, **kwargs)
 
-    return _subclass(_make_container_class, base, (dtype,), body={"forward": flow_forward})
+    return _subclass(_make_container_class, base, (dtype,), body={"forward": container_forward})
 
 
 def _make_root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
@@ -198,7 +198,7 @@ def _make_root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[n
 
     @functools.wraps(base.forward)
     def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with autocast_off(), FlowMode(dtype):
+        with autocast_off(), ActivationMode(dtype):
             output = base.forward(self, *args, **kwargs)
         return cast_floating(output, torch.float32)
 

@@ -16,6 +16,8 @@ checkpoints see shards of BF16; nothing of this is in a `state_dict` or in a fil
 
 FSDP's buffers keep the size of the first gather. A layer that a guard has moved to BF16 therefore
 gathers its BF16 weight beside the FP8 one, in a buffer that FSDP frees with its own.
+
+Tested with gloo on CPUs; not yet run on CUDA.
 """
 
 import logging

@@ -91,9 +91,9 @@ class Masters:
         self.steps += 1
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
         looks_closer = is_due or self.is_watching
-        mine = [parameter for parameter in parameters if parameter in self.values]
-        found = {p: self.current(p, looks_closer=looks_closer) for p in mine}
-        self.stepped |= dict.fromkeys(mine, True)
+        owned = [parameter for parameter in parameters if parameter in self.values]
+        found = {p: self.current(p, looks_closer=looks_closer) for p in owned}
+        self.stepped |= dict.fromkeys(owned, True)
         return found
 
     def refresh(self, model: nn.Module) -> None:
@@ -108,13 +108,16 @@ class Masters:
             self.names[name] = parameter
 
     def _adopted(self, parameter: nn.Parameter, master: Tensor) -> Tensor:
+        """Return the master after what was written into the parameter, or loaded for it."""
         written = parameter.detach()
         master = master.to(written.device)
+        # Before the first step a write sets all bits; later, only the elements that it changed.
         is_fresh = parameter not in self.stepped
         if is_fresh and parameter._version != self.agreed.get(parameter, _stamp(parameter))[0]:
             master.copy_(written)
         else:
             master.copy_(torch.where(master.to(written.dtype) == written, master, written.float()))
+        # A checkpoint's master counts where the model's weight is what it rounds to.
         loaded, version = self.loaded.pop(parameter, (None, None))
         if loaded is None or (is_fresh and version not in (None, parameter._version)):
             return master

@@ -9,8 +9,8 @@ given to a layer:
                number lies within a layer's forward call belongs to that layer
 
 Only operations with a precision of their own are looked at (GEMMs, convolutions, fused attention
-and recurrent kernels, norms, embeddings); what is elementwise follows from the dtypes that flow.
-A class with a forward of its own may compute in FP32 from BF16 storage, as routers of experts do:
+and recurrent kernels, norms, embeddings); the rest follows from the dtypes of activations. A
+class with a forward of its own may compute in FP32 from BF16 storage, as routers of experts do:
 what its author wrote stays, and the check says so. What a parametrization does to make a weight
 (an orthogonal one factorizes in FP32) is not the layer's operation and is left out.
 

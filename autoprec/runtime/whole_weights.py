@@ -4,7 +4,7 @@ torchao's own knows the operations of its FP8 linears and refuses all others. Th
 where a layer's weight is used in BF16: in the layer itself while a guard has switched FP8 off, and
 in user code that reads the weight. Such an operation gets the gathered BF16 weight where there is
 one, else the FP8 elements divided by their scale; autograd saves this tensor, never the BF16 one,
-so that FSDP can free both after forward and fill them again before backward.
+so that FSDP can free both after forward and fill them again before backward. Not yet run on CUDA.
 
 Imported when the first such weight arrives, because torchao's import takes two seconds.
 """
