@@ -4,9 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from autoprec.cli.main import main
-from autoprec.errors import DeviceError
+from autoprec.errors import DeviceError, RecordError
+from autoprec.records import Constraint, Plan
+from autoprec.runtime import uniform_plan
+from autoprec.tuning.parsing import parse_memory
+from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 
 
@@ -46,3 +51,87 @@ def test_the_help_names_every_part_of_parallel(
         main([command, "--help"])
     shown = capsys.readouterr().out
     assert [part for part in ("fsdp=", "tp=", "gather=fp8", "ac=full") if part not in shown] == []
+
+
+TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
+
+
+@pytest.mark.parametrize("command", ["tune", "profile", "sensitivity", "verify"])
+@pytest.mark.parametrize("target", ["cuda:99", "h1oo-sxm", "cudda", "cpu:1"])
+def test_a_target_that_is_not_here_ends_every_command_at_once(
+    command: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [TINY, str(_plan_file(tmp_path))] if command == "verify" else [TINY]
+    with pytest.raises(SystemExit) as leaving:
+        main([command, *words, "--target", target, "--out", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert len(err.splitlines()) == 1
+    assert target in err
+    assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_a_gpu_by_number_is_a_device_and_no_profile() -> None:
+    for target in ("auto", "cpu", "cuda", "cuda:0", "cuda:1"):
+        assert Settings(target=target).is_local
+    assert not Settings(target="h100-sxm").is_local
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--checkpoint", "nowhere.pt", "nowhere.pt"),
+        ("--sensitivity", "nowhere.json", "nowhere.json"),
+        ("--storage", "nonsense", "--storage"),
+        ("--storage", "sqlite:////no/such/folder/study.db", "--storage"),
+        ("--memory", "much", "--memory"),
+        ("--keep", "0=fp9", "--keep"),
+        ("--keep", "bf16_o2", "--keep"),
+        ("--keep", "nothing*=bf16_o2", "nothing*"),
+        ("--keep", "2=fp8_o1", "cannot"),
+        ("--keep", "0=fp8_o1:delayed", "cannot"),
+    ],
+)
+def test_a_wrong_argument_ends_a_tune_before_it_profiles(
+    option: str, value: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as leaving:
+        main(["tune", TINY, option, value, "--out", str(out)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("...")]
+    assert leaving.value.code == 2
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not (out / "profile.json").exists()
+
+
+def test_verify_takes_the_tolerance_that_the_plan_was_made_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def verify(run: Run, _: Path) -> None:
+        asked.append(run.settings.loss_tolerance)
+        raise RecordError("enough")
+
+    monkeypatch.setattr(Run, "verify", verify)
+    plan, out = str(_plan_file(tmp_path, loss_tolerance=0.01)), str(tmp_path / "out")
+    for options in ([], ["--loss-tolerance", "0.5%"]):
+        with pytest.raises(SystemExit):
+            main(["verify", TINY, plan, "--out", out, *options])
+    assert asked == [0.01, 0.005]
+
+
+def _plan_file(folder: Path, *, loss_tolerance: float = 1e-3) -> Path:
+    plan = uniform_plan(nn.Linear(16, 16), "bf16_o2")
+    asked = Constraint(loss_tolerance=loss_tolerance, grad_error_budget=None)
+    changed: Plan = plan.model_copy(update={"constraint": asked})
+    return changed.save(folder / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("40GiB", 40 * 2**30), ("80GB", 80 * 10**9), ("1.5 MiB", 1572864), (7, 7)]
+)
+def test_memory_is_read_with_its_unit(text: str | int, size: int) -> None:
+    assert parse_memory(text) == size
+    assert Settings.of(memory=text).constraint.memory_bytes == size

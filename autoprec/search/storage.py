@@ -10,6 +10,7 @@ import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import RecordError
@@ -60,6 +61,24 @@ def open_study(storage: str | None, name: str, *, tables: str) -> "Iterator[optu
             database.remove_session()
             database.engine.dispose()
         optuna.logging.set_verbosity(verbosity)
+
+
+def check_storage(storage: str) -> None:
+    """Check a database URL without opening it: its form, its driver, and a file's folder.
+
+    Raises:
+        RecordError: nothing can be opened there.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = create_engine(storage).url
+    except (SQLAlchemyError, ImportError) as error:
+        raise RecordError(_storage_problem(storage, error)) from error
+    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    if is_file and not Path(str(url.database)).parent.is_dir():
+        raise RecordError(_storage_problem(storage, FileNotFoundError("its folder is not there")))
 
 
 def _open_database(storage: str | None) -> "optuna.storages.RDBStorage | None":

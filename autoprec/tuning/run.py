@@ -85,9 +85,8 @@ class Run:
         self.settings = replace(settings, out=settings.out.absolute())
         self.stages = stages
         self.progress = progress
-        self.target = settings.device_profile()  # an unknown target ends the run here
-        if settings.sensitivity is not None:
-            Sensitivity.load(settings.sensitivity)
+        self.target = settings.device_profile()
+        _check_files(settings, stages)
         if workload is not None:
             self.workload = workload
         self.folder = Folder(settings.out)
@@ -458,6 +457,24 @@ def _random_state_kept(make: Callable[[], R]) -> R:
 
     with random_state_kept():
         return make()
+
+
+def _check_files(settings: Settings, stages: tuple[str, ...]) -> None:
+    """Check what the settings name before any work: files that are read later, and a database.
+
+    Raises:
+        RecordError: one of them cannot be read or opened.
+    """
+    if settings.sensitivity is not None:
+        Sensitivity.load(settings.sensitivity)
+    if settings.checkpoint is not None and {"sensitivity", "verification"} & set(stages):
+        from autoprec.runtime.checkpoint import read_checkpoint
+
+        read_checkpoint(settings.checkpoint)
+    if settings.storage and "search" in stages:
+        from autoprec.search.storage import check_storage
+
+        check_storage(settings.storage)
 
 
 def _file_of(settings: Settings) -> Path:
