@@ -22,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import autoprec
 from autoprec.errors import PlanMismatchError
@@ -93,12 +93,10 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
     def on_init_end(
         self,
         args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
+        *_: Any,  # Any: what else a Trainer gives its callbacks
         model: nn.Module,
         optimizer: Optimizer | None = None,
-        **_: Any,  # Any: what else a Trainer gives its callbacks
+        **__: Any,
     ) -> None:
         """Apply the plan to the model, and to the optimizer if the Trainer was given one."""
         _check_arguments(args)
@@ -108,11 +106,10 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        *,
+        *_: Any,  # Any: see on_init_end
         model: nn.Module,
         optimizer: Optimizer,
-        **_: Any,  # Any: see on_init_end
+        **__: Any,
     ) -> None:
         """Attach the optimizer that the Trainer has made since, and go on with the guard's run."""
         if not runs_plan(model, self.plan):
@@ -134,16 +131,12 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
             if GUARD_STATE in state.stateful_callbacks:
                 self.guard.load_state_dict(state.stateful_callbacks[GUARD_STATE])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Keep the guard's state where the next checkpoint takes it from."""
         if self.guard is not None:
             state.stateful_callbacks[GUARD_STATE] = self.guard.state_dict()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Take the guard's hooks out."""
         self._close()
 
@@ -186,7 +179,6 @@ def _check_arguments(args: TrainingArguments) -> None:
 
 def _inner(optimizer: Any) -> Optimizer:
     """Return the optimizer inside Accelerate's wrapper."""
-    inner: Optimizer = (
-        optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    )
+    is_wrapped = isinstance(optimizer, AcceleratedOptimizer)
+    inner: Optimizer = optimizer.optimizer if is_wrapped else optimizer
     return inner

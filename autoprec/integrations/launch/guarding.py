@@ -56,14 +56,12 @@ class ScriptGuard:
         if self._guard is not None:
             self._guard.close()
 
-    def _around_backward(
-        self, original: Function, /, *args: Any, **kwargs: Any
-    ) -> None:  # Any: torch's
+    def _around_backward(self, call: Function, /, *args: Any, **kwargs: Any) -> None:
         if self._is_on and self._depth == 0:  # checkpointing calls backward inside of backward
             self._add_loss(*args, **kwargs)
         self._depth += 1
         try:
-            original(*args, **kwargs)
+            call(*args, **kwargs)
         finally:
             self._depth -= 1
 
@@ -72,29 +70,23 @@ class ScriptGuard:
         added = torch.stack([root.detach().float().sum() for root in roots]).sum()
         self._loss = added if self._loss is None else self._loss + added
 
-    def _around_clip(self, original: Function, /, *args: Any, **kwargs: Any) -> Any:  # Any: torch's
+    def _around_clip(self, call: Function, /, *args: Any, **kwargs: Any) -> Any:  # Any: torch's
         self._look()
-        return original(*args, **kwargs)
+        return call(*args, **kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
         model = self._model()
-        if model is None or not self._is_watched(optimizer, model):
-            return
-        if self._guard is None:
+        if self._guard is None and model is not None and trains(optimizer, model):
+            # of several optimizers the steps of the first one count
             self._guard = Guard(model, optimizer, self._plan)
             if has_closure(args, kwargs):
                 logger.warning(
                     "the guard cannot see steps that an optimizer takes with a closure; call "
                     "autoprec.Guard in the script"
                 )
-        self._look()
-        self._has_looked, self._loss = False, None
-
-    def _is_watched(self, optimizer: Optimizer, model: nn.Module) -> bool:
-        """Whether this optimizer's steps are those that count: the first one's of the model."""
-        if self._guard is None:
-            return trains(optimizer, model)
-        return optimizer is self._guard.optimizer
+        if self._guard is not None and optimizer is self._guard.optimizer:
+            self._look()
+            self._has_looked, self._loss = False, None
 
     def _look(self) -> None:
         """Step the guard once for each step of the optimizer."""

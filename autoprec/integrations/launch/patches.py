@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-Function = Callable[..., Any]  # Any: whatever torch's functions take and return
+Function = Callable[..., Any]  # Any, here and in what wraps one: as torch's functions take it
 
 
 @contextmanager

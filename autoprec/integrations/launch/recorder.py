@@ -108,11 +108,9 @@ class Recorder:
 
     # --- the model's call ------------------------------------------------------------------------
 
-    def _around_call(
-        self, original: Function, module: nn.Module, /, *args: Any, **kwargs: Any
-    ) -> Any:  # Any: the user's
+    def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if self._depth or not self._is_training(module):
-            return original(module, *args, **kwargs)
+            return call(module, *args, **kwargs)
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
         inputs = list(tensors_in((args, kwargs)))
@@ -120,7 +118,7 @@ class Recorder:
         before = copied(args), copied(kwargs)
         self._depth += 1
         try:
-            output = original(module, *args, **kwargs)
+            output = call(module, *args, **kwargs)
         finally:
             self._depth -= 1
         writes_inputs = versions != [tensor._version for tensor in inputs]
@@ -178,14 +176,12 @@ class Recorder:
 
     # --- backward --------------------------------------------------------------------------------
 
-    def _around_backward(
-        self, original: Function, /, *args: Any, **kwargs: Any
-    ) -> None:  # Any: torch's
+    def _around_backward(self, call: Function, /, *args: Any, **kwargs: Any) -> None:
         if self._depth == 0 and self._is_open:
             self._end_batch(*args, **kwargs)
         self._depth += 1  # checkpointing runs layers again, and backward inside of backward
         try:
-            original(*args, **kwargs)
+            call(*args, **kwargs)
         finally:
             self._depth -= 1
         if self._depth == 0 and self._is_open and len(self.batches) == 1 and self.model is not None:

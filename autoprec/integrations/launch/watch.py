@@ -147,39 +147,29 @@ class Watch:
 
     # --- what the script does --------------------------------------------------------------------
 
-    def _around_call(
-        self, original: Function, module: nn.Module, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self._is_new(module) and self._is_training(module):
             self._offer(module, "at its first training call")
-        return original(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
 
     def _around_parallel(
-        self,
-        original: Function,
-        wrapper: nn.Module,
-        /,
-        module: nn.Module,
-        *args: Any,
-        **kwargs: Any,
+        self, call: Function, wrapper: nn.Module, /, module: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         self._offer(module, f"before {type(wrapper).__name__} wrapped it")
-        original(wrapper, module, *args, **kwargs)
+        call(wrapper, module, *args, **kwargs)
 
-    def _around_shard(
-        self, original: Function, /, module: Any, *args: Any, **kwargs: Any
-    ) -> Any:  # Any: one module or more
+    def _around_shard(self, call: Function, /, module: Any, *args: Any, **kwargs: Any) -> Any:
         # blocks are sharded before the model that has them, and the plan is for the model
         first = module[0] if isinstance(module, list | tuple) else module
         if self._is_new(first):
             for root in find_roots(first):
                 self._offer(root, "before fully_shard")
-        return original(module, *args, **kwargs)
+        return call(module, *args, **kwargs)
 
     def _around_optimizer(
-        self, original: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
+        self, call: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
     ) -> None:
-        original(optimizer, *args, **kwargs)
+        call(optimizer, *args, **kwargs)
         if not self._is_on or optimizer in self._waits:
             return
         # one of a model that has the plan is attached by the runtime at its first step; any other
@@ -192,13 +182,13 @@ class Watch:
             planned[0].optimizers.append(type(optimizer).__name__)
 
     def _around_load(
-        self, original: Function, optimizer: Optimizer, /, state_dict: dict[str, Any]
+        self, call: Function, optimizer: Optimizer, /, state_dict: dict[str, Any]
     ) -> None:
         # an attached optimizer loads its masters; from any other a plain load would drop them
         planned = self._planned(optimizer) if self._is_on else None
         if planned is not None and ON_OPTIMIZER not in vars(optimizer):
             attach_optimizer(planned[1], optimizer)
-        original(optimizer, state_dict)
+        call(optimizer, state_dict)
         if self._is_on and planned is None and STATELESS in state_dict:
             _keep_masters(optimizer, state_dict[STATELESS])
 
