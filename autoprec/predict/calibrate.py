@@ -15,23 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from autoprec.errors import DeviceError
-from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.gemm import KERNELS, Kernel, gemm_us
 from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile, Machine
 from autoprec.records.model import Basis, Recipe
 
 Shape = tuple[int, int, int]
-FRACTION_OF = {
-    Kernel.FP32: "fp32_fraction",
-    Kernel.BF16: "bf16_fraction",
-    Kernel.FP8_FAST: "fp8_fraction",
-    Kernel.FP8_SLOW: "fp8_slow_fraction",
-    Kernel.FP8_ROWWISE: "fp8_rowwise_fraction",
-}
-FLOOR_OF = {
-    Kernel.BF16: "bf16_gemm_floor_us",
-    Kernel.FP8_FAST: "tensorwise_gemm_floor_us",
-    Kernel.FP8_ROWWISE: "rowwise_gemm_floor_us",
-}
+FLOORS = (Kernel.BF16, Kernel.FP8_FAST, Kernel.FP8_ROWWISE)  # whose smallest GEMM is the floor
 HALVINGS = 60
 OPERANDS = 3  # of a linear: input, weight, gradient of the output
 
@@ -89,11 +78,11 @@ def calibrate_profile(
     found["memory_bandwidth_tbs"] = max(bandwidth, measured.copied_tbs)
     found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
     found["kernel_floor_us"] = measured.empty_us
-    found |= {FLOOR_OF[kernel]: us for kernel, us in measured.small.items() if kernel in FLOOR_OF}
+    found |= {KERNELS[k].floor: us for k, us in measured.small.items() if k in FLOORS}
     machine = replace(base.machine, **found)
     for kernel, times in measured.large.items():
         fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
-        found[FRACTION_OF[kernel]] = statistics.median(fractions)
+        found[KERNELS[kernel].fraction] = statistics.median(fractions)
     found |= cast_constants(machine, measured)
     return base.model_copy(
         update={
@@ -109,11 +98,11 @@ def calibrate_profile(
 
 def solve_fraction(machine: Machine, kernel: Kernel, shape: Shape, us: float) -> float:
     """Return the achieved fraction at which the model takes `us` for a GEMM."""
-    bounds = CONSTANTS[FRACTION_OF[kernel]]
+    bounds = CONSTANTS[KERNELS[kernel].fraction]
     low, high = bounds.low, bounds.high
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)
-        time = gemm_us(replace(machine, **{FRACTION_OF[kernel]: middle}), *shape, kernel)
+        time = gemm_us(replace(machine, **{KERNELS[kernel].fraction: middle}), *shape, kernel)
         low, high = (middle, high) if time > us else (low, middle)
     return math.sqrt(low * high)
 

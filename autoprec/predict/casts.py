@@ -20,7 +20,7 @@ All that the cost model knows of a recipe is its row of `RECIPE_COSTS`.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprec.model.options import FP8_MULTIPLE
 from autoprec.predict.gemm import Kernel
@@ -53,48 +53,42 @@ class RecipeCost:
     weight_transposed_bytes: Callable[[Machine], float] | None = None
 
 
+_TENSORWISE = RecipeCost(
+    output=Kernel.FP8_FAST,
+    backward=Kernel.FP8_SLOW,
+    cast_bytes=lambda machine: machine.tensorwise_cast_bytes,
+    cast_kernels=lambda machine: machine.tensorwise_cast_kernels,
+    shares_amax=True,
+)
+_ROWWISE = RecipeCost(
+    output=Kernel.FP8_ROWWISE,
+    backward=Kernel.FP8_ROWWISE,
+    cast_bytes=lambda machine: machine.rowwise_cast_bytes,
+    cast_kernels=lambda machine: machine.rowwise_cast_kernels,
+)
+_BLOCKWISE = RecipeCost(
+    output=Kernel.FP8_BLOCK,
+    backward=Kernel.FP8_BLOCK,
+    cast_bytes=lambda machine: machine.block_cast_bytes,
+    cast_kernels=lambda _: BLOCK_KERNELS,
+    multiple=128,  # torchao's kernels take whole blocks
+)
 RECIPE_COSTS: dict[Recipe, RecipeCost] = {
-    Recipe.TENSORWISE: RecipeCost(
-        output=Kernel.FP8_FAST,
-        backward=Kernel.FP8_SLOW,
-        cast_bytes=lambda machine: machine.tensorwise_cast_bytes,
-        cast_kernels=lambda machine: machine.tensorwise_cast_kernels,
-        shares_amax=True,
-    ),
-    Recipe.ROWWISE: RecipeCost(
-        output=Kernel.FP8_ROWWISE,
-        backward=Kernel.FP8_ROWWISE,
-        cast_bytes=lambda machine: machine.rowwise_cast_bytes,
-        cast_kernels=lambda machine: machine.rowwise_cast_kernels,
-    ),
-    Recipe.ROWWISE_WITH_GW_HP: RecipeCost(
-        output=Kernel.FP8_ROWWISE,
-        backward=Kernel.FP8_ROWWISE,
-        cast_bytes=lambda machine: machine.rowwise_cast_bytes,
-        cast_kernels=lambda machine: machine.rowwise_cast_kernels,
+    Recipe.TENSORWISE: _TENSORWISE,
+    Recipe.ROWWISE: _ROWWISE,
+    Recipe.ROWWISE_WITH_GW_HP: replace(
+        _ROWWISE,
         fixed_kernels=GW_HP_KERNELS,
         weight_transposed_bytes=lambda machine: machine.tensorwise_cast_bytes,
     ),
-    Recipe.DELAYED: RecipeCost(  # tensorwise without the amax pass before the cast
-        output=Kernel.FP8_FAST,
-        backward=Kernel.FP8_SLOW,
+    Recipe.DELAYED: replace(  # no pass over the operand for its amax before the cast
+        _TENSORWISE,
         cast_bytes=lambda machine: max(machine.tensorwise_cast_bytes - machine.amax_bytes, 1.0),
         cast_kernels=lambda machine: max(machine.tensorwise_cast_kernels - 1, 1.0),
-        shares_amax=True,
     ),
-    Recipe.BLOCKWISE: RecipeCost(
-        output=Kernel.FP8_BLOCK,
-        backward=Kernel.FP8_BLOCK,
-        cast_bytes=lambda machine: machine.block_cast_bytes,
-        cast_kernels=lambda _: BLOCK_KERNELS,
-        multiple=128,  # torchao's kernels take whole blocks
-    ),
-    Recipe.MXFP8: RecipeCost(
-        output=Kernel.FP8_BLOCK,
-        backward=Kernel.FP8_BLOCK,
-        cast_bytes=lambda machine: machine.mx_cast_bytes,
-        cast_kernels=lambda _: BLOCK_KERNELS,
-        multiple=32,
+    Recipe.BLOCKWISE: _BLOCKWISE,
+    Recipe.MXFP8: replace(
+        _BLOCKWISE, cast_bytes=lambda machine: machine.mx_cast_bytes, multiple=32
     ),
 }
 

@@ -18,14 +18,13 @@ once the operand of that side no longer fits the L2 cache, each wave reads it ag
 """
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
 
 from autoprec.records.devices import Machine
 
 TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
-
-
 SPLITS = (1, 2, 4, 8)
 SHORTEST_SPLIT = 1024  # of K: a shorter sum does not fill a tile's pipeline
 PARTIAL_BYTES = 8  # an FP32 partial sum is written and read
@@ -42,21 +41,47 @@ class Kernel(StrEnum):
     FP8_BLOCK = "fp8_block"  # blocks of 128, and MX blocks of 32
 
 
-SPLIT = (Kernel.BF16, Kernel.FP8_FAST, Kernel.FP8_SLOW)  # cuBLAS's; CUTLASS's rowwise do not
-_OPERAND_BYTES = {Kernel.FP32: 4, Kernel.BF16: 2}  # the rest: 1
-_OUTPUT_BYTES = {Kernel.FP32: 4}  # the rest: 2, FP8 GEMMs write BF16
+@dataclass(frozen=True)
+class Traits:
+    """What tells kernels apart: constants by name, bytes per element, whether cuBLAS splits K."""
+
+    peak: str
+    fraction: str
+    floor: str
+    operand_bytes: int
+    output_bytes: int = 2  # FP8 GEMMs write BF16
+    splits_k: bool = False  # CUTLASS's rowwise kernels do not
+
+
+KERNELS = {
+    Kernel.FP32: Traits("fp32_peak_tflops", "fp32_fraction", "bf16_gemm_floor_us", 4, 4),
+    Kernel.BF16: Traits(
+        "bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", 2, splits_k=True
+    ),
+    Kernel.FP8_FAST: Traits(
+        "fp8_peak_tflops", "fp8_fraction", "tensorwise_gemm_floor_us", 1, splits_k=True
+    ),
+    Kernel.FP8_SLOW: Traits(
+        "fp8_peak_tflops", "fp8_slow_fraction", "tensorwise_gemm_floor_us", 1, splits_k=True
+    ),
+    Kernel.FP8_ROWWISE: Traits(
+        "fp8_peak_tflops", "fp8_rowwise_fraction", "rowwise_gemm_floor_us", 1
+    ),
+    Kernel.FP8_BLOCK: Traits("fp8_peak_tflops", "fp8_block_fraction", "rowwise_gemm_floor_us", 1),
+}
 
 
 def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     """Return the time of [M, K] @ [K, N] in microseconds."""
-    size = _OPERAND_BYTES.get(kernel, 1)
-    compulsory: float = size * (M * K + K * N) + _OUTPUT_BYTES.get(kernel, 2) * M * N
+    traits = KERNELS[kernel]
+    compulsory: float = traits.operand_bytes * (M * K + K * N) + traits.output_bytes * M * N
     flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
     best = math.inf
-    for (rows, columns, halvings), splits in product(TILES, SPLITS if kernel in SPLIT else (1,)):
+    for (rows, columns, halvings), splits in product(TILES, SPLITS if traits.splits_k else (1,)):
         down, across = math.ceil(M / rows), math.ceil(N / columns)
         if splits > 1 and (down * across >= machine.sm_count or splits * SHORTEST_SPLIT > K):
             continue
+        # A wave is one tile on each processor; the last one is partly empty, and partly paid for.
         waves = max(down * across * splits / machine.sm_count, 1.0)
         paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
         tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
@@ -70,7 +95,8 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         moved = traffic / machine.bytes_per_us
         time = max(compute, moved) + machine.overlap_share * min(compute, moved)
         best = min(best, time)
-    return _floor_us(machine, kernel) + best
+    floor: float = getattr(machine, traits.floor)
+    return floor + best
 
 
 def _rereads(machine: Machine, M: int, K: int, N: int) -> bool:
@@ -81,20 +107,6 @@ def _rereads(machine: Machine, M: int, K: int, N: int) -> bool:
 
 def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:
     """Return what the whole device computes in a microsecond with that kind of kernel."""
-    peak, fraction = {
-        Kernel.FP32: (machine.fp32_peak_tflops, machine.fp32_fraction),
-        Kernel.BF16: (machine.bf16_peak_tflops, machine.bf16_fraction),
-        Kernel.FP8_FAST: (machine.fp8_peak_tflops, machine.fp8_fraction),
-        Kernel.FP8_SLOW: (machine.fp8_peak_tflops, machine.fp8_slow_fraction),
-        Kernel.FP8_ROWWISE: (machine.fp8_peak_tflops, machine.fp8_rowwise_fraction),
-        Kernel.FP8_BLOCK: (machine.fp8_peak_tflops, machine.fp8_block_fraction),
-    }[kernel]
+    peak: float = getattr(machine, KERNELS[kernel].peak)
+    fraction: float = getattr(machine, KERNELS[kernel].fraction)
     return peak * fraction * 1e6
-
-
-def _floor_us(machine: Machine, kernel: Kernel) -> float:
-    if kernel in (Kernel.FP32, Kernel.BF16):
-        return machine.bf16_gemm_floor_us
-    if kernel in (Kernel.FP8_FAST, Kernel.FP8_SLOW):
-        return machine.tensorwise_gemm_floor_us
-    return machine.rowwise_gemm_floor_us

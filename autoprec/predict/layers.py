@@ -45,28 +45,21 @@ class Setting:
 
 
 def time_layers(
-    layers: Iterable[LayerSpec], setting: Setting, gathers: Mapping[str, float] | None = None
+    layers: Iterable[LayerSpec], setting: Setting, savings: Mapping[str, float]
 ) -> tuple[LayerTiming, ...]:
     """Return one timing per option for each group of layers that cost the same.
 
-    `gathers` are the microseconds that FP8 gathers save a layer (`step.gather_savings_us`): the
+    `savings` are the microseconds that FP8 gathers save a layer (`step.gather_savings_us`): the
     totals of its options that are not gathered in FP8 have them on top.
     """
-    gathers = gathers or {}
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in layers:
         if layer.calls:
             shard = shard_gemm(layer, setting.parallel) if layer.gemm else None
-            key = (
-                layer.shape_key,
-                shard,
-                layer.options,
-                layer.tied_to is None,
-                gathers.get(layer.name),
-            )
-            groups.setdefault(key, []).append(layer)
+            own = (layer.options, layer.tied_to is None, savings.get(layer.name))
+            groups.setdefault((layer.shape_key, shard, *own), []).append(layer)
     return tuple(
-        _layer_timing(group, option, setting, gather=gathers.get(group[0].name, 0.0))
+        _layer_timing(group, option, setting, saving=savings.get(group[0].name, 0.0))
         for group in groups.values()
         for option in group[0].options
     )
@@ -104,11 +97,11 @@ def predicted(us: float, machine: Machine) -> Timing:
 
 
 def _layer_timing(
-    group: Sequence[LayerSpec], option: Option, setting: Setting, *, gather: float
+    group: Sequence[LayerSpec], option: Option, setting: Setting, *, saving: float
 ) -> LayerTiming:
     layer, machine = group[0], setting.machine
     times = layer_times(layer, option, setting)
-    total = times.total + (0.0 if gathers_fp8(option, setting.parallel) else gather)
+    total = times.total + (0.0 if gathers_fp8(option, setting.parallel) else saving)
     own = [p for p in layer.parameters if p.shared_with is None]
     share = parameter_share(layer, setting.parallel) / setting.parallel.fsdp
     size, trained = element_bytes(option), _numel(p for p in own if p.is_trainable)

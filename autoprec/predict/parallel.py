@@ -9,7 +9,7 @@
                Whole attention heads stay together, so N divides the heads, and the key/value heads
                where they are fewer: checked where the model says how many it has.
     gather=fp8 tensorwise FP8 layers gather weights (torchao's enable_fsdp_float8_all_gather) and
-               activations (its float8 tensor parallelism) in FP8; masked GEMMs need BF16
+               activations (its float8 tensor parallelism) in FP8, where all three GEMMs are
     ac=full    activation checkpointing: the forward runs again in the backward; `selective` half
 
 A collective over n devices moves (n - 1) / n of its bytes through each device's link: the fast one
@@ -19,6 +19,7 @@ inside a node, the network between nodes.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from autoprec.common.text import first_and_more
 from autoprec.errors import DeviceError
 from autoprec.model.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
 from autoprec.records.devices import Machine
@@ -106,8 +107,7 @@ def unsplit_note(layers: Iterable[LayerSpec], parallel: Parallel) -> str:
     whole = [layer.name for layer in called if role_of(layer) not in COLUMN_ROLES | ROW_ROLES]
     if not whole:
         return ""
-    first, more = ", ".join(whole[:MOST_NAMED]), len(whole) - MOST_NAMED
-    named = f"{first} and {more} more" if more > 0 else first
+    named = first_and_more(whole, most=MOST_NAMED)
     if len(whole) == len(called):
         return f"tp={parallel.tp} splits no layer: none has a known role ({named}); {_ROLE_NAMES}"
     return (

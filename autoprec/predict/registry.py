@@ -4,13 +4,12 @@ They are package data in a wheel (`autoprec/profiles`) and the folder `profiles`
 """
 
 import difflib
-import hashlib
 import logging
 import re
 from functools import cache
 from pathlib import Path
 
-from autoprec.common.text import shown_value
+from autoprec.common.text import short_digest, shown_value
 from autoprec.errors import DeviceError
 from autoprec.predict.spelling import device_readings, device_words, words_weight
 from autoprec.records.devices import NAME, DeviceProfile
@@ -64,7 +63,7 @@ def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
 
 def profile_digest(profile: DeviceProfile) -> str:
     """Return a hash of all that a profile holds: its name alone does not tell it from a copy."""
-    return hashlib.sha256(profile.to_json().encode()).hexdigest()[:16]
+    return short_digest(profile.to_json())
 
 
 def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfile:
@@ -83,8 +82,7 @@ def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfil
                 return profile
     raise DeviceError(
         f"a device must be a profile's name or a path that ends in .json, but it is "
-        f"{shown_value(text)}; "
-        f"{_suggestion(text, profiles)}"
+        f"{shown_value(text)}; {_suggestion(text, profiles)}"
     )
 
 

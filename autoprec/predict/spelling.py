@@ -13,64 +13,23 @@ from autoprec.records.model import Recipe
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|w|tb/s)\b")
 _WORD = re.compile(r"\d+\.\d+tb/s|[a-z0-9]+(?:\.\d+)?")
 _PARENTHESES = re.compile(r"\([^)]*\)")
-_EMPTY_WORDS = frozenset(
-    [
-        "nvidia",
-        "geforce",
-        "amd",
-        "instinct",
-        "tesla",
-        "gpu",
-        "accelerator",
-        "tensor",
-        "core",
-        "the",
-        "of",
-        "x",
-        "device",
-        "devices",
-        "card",
-        "hbm2",
-        "hbm2e",
-        "hbm3",
-        "hbm3e",
-        "gddr6",
-        "gddr7",
-        "blackwell",
-        "hopper",
-        "ada",
-        "lovelace",
-        "generation",
-        "server",
-        "workstation",
-        "edition",
-        "presumed",
-        "class",
-        "not",
-        "stated",
-        "power",
-        "limited",
-        "variant",
-        "derived",
-    ]
+_EMPTY_WORD = re.compile(
+    "nvidia|geforce|amd|instinct|tesla|gpu|accelerator|tensor|core|the|of|x|devices?|card|hbm2|hbm2e"
+    "|hbm3|hbm3e|gddr6|gddr7|blackwell|hopper|ada|lovelace|generation|server|workstation|edition"
+    "|presumed|class|not|stated|power|limited|variant|derived"
 )
 _FORMS = {"sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm", "pcie4": "pcie", "pcie5": "pcie"}
-_DETAIL = re.compile(
-    r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam"
-)  # many different devices share these
+# Many different devices share these.
+_DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")
 _DETAIL_WEIGHT = 0.2
-_HIGH_PRECISION_GRAD = re.compile(r"gw[ _-]?hp|grad[ _-]?weight[ _-]?hp")
-_RECIPES: tuple[tuple[re.Pattern[str], Recipe], ...] = (  # the first that is found
-    (_HIGH_PRECISION_GRAD, Recipe.ROWWISE_WITH_GW_HP),
-    (re.compile(r"mx[ _-]?fp?8|mx8"), Recipe.MXFP8),
-    (re.compile(r"block|1x128|128x128|deepgemm|deepseek"), Recipe.BLOCKWISE),
-    (re.compile(r"row|axis|channel|token"), Recipe.ROWWISE),
-    (re.compile(r"delay"), Recipe.DELAYED),
-    (
-        re.compile(r"tensor|current|dynamic|\b(e4m3|float8|fp8|f8)"),
-        Recipe.TENSORWISE,
-    ),
-)
+_RECIPES = {  # the first that is found
+    r"gw[ _-]?hp|grad[ _-]?weight[ _-]?hp": Recipe.ROWWISE_WITH_GW_HP,
+    r"mx[ _-]?fp?8|mx8": Recipe.MXFP8,
+    r"block|1x128|128x128|deepgemm|deepseek": Recipe.BLOCKWISE,
+    r"row|axis|channel|token": Recipe.ROWWISE,
+    r"delay": Recipe.DELAYED,
+    r"tensor|current|dynamic|\b(e4m3|float8|fp8|f8)": Recipe.TENSORWISE,
+}
 _NOT_FP8 = re.compile(r"fp4|int8|nf4|^(te )?(bf16|fp16|fp32)\b")
 _YES = frozenset(["yes", "y", "true", "t", "1", "compile", "compiled", "kernel"])
 _NO = frozenset(["no", "n", "false", "f", "0", "eager", "none"])
@@ -80,7 +39,7 @@ def device_words(text: str) -> frozenset[str]:
     """Return the words of a device's name that tell it from other devices."""
     joined = _UNIT.sub(r"\1\2 ", text.lower().replace("_", " ").replace("-", " "))
     words = (_FORMS.get(word, word) for word in _WORD.findall(joined))
-    return frozenset(word for word in words if word not in _EMPTY_WORDS)
+    return frozenset(word for word in words if not _EMPTY_WORD.fullmatch(word))
 
 
 def words_weight(words: frozenset[str]) -> float:
@@ -103,8 +62,8 @@ def parse_recipe(recipe: Recipe | str) -> Recipe:
     if text in tuple(Recipe):
         return Recipe(text)
     if not _NOT_FP8.search(text):
-        for pattern, priced in _RECIPES:
-            if pattern.search(text):
+        for pattern, priced in _RECIPES.items():
+            if re.search(pattern, text):
                 return priced
     raise DeviceError(
         f"a recipe must be one of {', '.join(Recipe)}, but it is {str(recipe)!r}; "
