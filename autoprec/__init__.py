@@ -29,8 +29,10 @@ from autoprec.errors import (
 
 if TYPE_CHECKING:
     from autoprec.guard import Guard, Limits
-    from autoprec.runtime import apply, attach_optimizer, master_view, undo, verify_applied
+    from autoprec.runtime.apply import apply, master_view, undo
+    from autoprec.runtime.attach import attach_optimizer
     from autoprec.runtime.checkpoint import load_checkpoint, save_checkpoint
+    from autoprec.runtime.proof import verify_applied
     from autoprec.tuning.api import tune
     from autoprec.tuning.plan import Plan
     from autoprec.tuning.run import Run

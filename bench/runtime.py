@@ -28,16 +28,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import autoprec
 from autoprec.device.fp8 import fp8_support
-from autoprec.device.timing import CudaClock, Stopping, sample_interleaved, speedup_interval
+from autoprec.device.timing import CudaClock, Stopping, sample_interleaved
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import BF16_O2, Recipe, fp8_option
 
@@ -178,6 +180,27 @@ def difference_ms(seen: Rounds) -> float:
     """Return the median over rounds of what the applied plan takes more."""
     pairs = zip(seen["applied"], seen["by hand"], strict=True)
     return statistics.median(a - b for a, b in pairs if a is not None and b is not None)
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+    pairs: int
+
+
+def speedup_interval(
+    baseline: Sequence[float | None], candidate: Sequence[float | None]
+) -> Interval:
+    """Return the median of baseline / candidate over paired rounds, with its 95 % interval.
+
+    Rounds are drawn anew: a drift that both saw in a round cancels in its ratio.
+    """
+    pairs = zip(baseline, candidate, strict=False)
+    ratios = np.array([a / b for a, b in pairs if a is not None and b])
+    found = bootstrap((ratios,), np.median, method="percentile", n_resamples=2000, rng=0)
+    low, high = found.confidence_interval
+    return Interval(float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
 def show_steps(plan: str, seen: Rounds, rounds: int) -> None:

@@ -2,10 +2,11 @@
 
 import gc
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from autoprec.device.timing import (
     DEFAULT_CACHE_BYTES,
     GRAPH_WARMUPS,
     SHORTEST_SAMPLE_MS,
+    Clock,
     CpuClock,
     CudaClock,
     Observation,
@@ -29,12 +31,22 @@ from autoprec.device.timing import (
     merge_conditions,
     relative_error,
     sample_interleaved,
-    speedup_interval,
-    time_interleaved,
     timing_from,
 )
 from autoprec.errors import DeviceError
-from autoprec.records import Conditions
+from autoprec.records import Conditions, Timing
+
+
+def timed(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    clock: Clock,
+    samples: int = 20,
+    **given: Any,  # Any: what sample_interleaved takes
+) -> dict[str, Timing]:
+    stopping = Stopping(samples=samples)
+    found = sample_interleaved(candidates, clock=clock, stopping=stopping, **given)
+    return {name: taken.timing() for name, taken in found.items()}
 
 
 class VirtualClock:
@@ -89,7 +101,7 @@ class ScriptedMonitor:
 def test_every_candidate_has_one_turn_per_round() -> None:
     clock = VirtualClock()
     functions = {name: clock.takes(name, 1.0) for name in "abc"}
-    time_interleaved(functions, clock=clock, samples=5, warmup=2)
+    timed(functions, clock=clock, samples=5, warmup=2)
     warm, rounds = clock.order[:6], np.array(clock.order[6:]).reshape(5, 3)
     assert warm == ["a", "a", "b", "b", "c", "c"]
     assert all(sorted(turns) == ["a", "b", "c"] for turns in rounds)
@@ -101,7 +113,7 @@ def test_the_order_of_turns_follows_the_seed() -> None:
     for seed in (0, 0, 1):
         clock = VirtualClock()
         functions = {name: clock.takes(name, 1.0) for name in "abcd"}
-        time_interleaved(functions, clock=clock, samples=6, seed=seed)
+        timed(functions, clock=clock, samples=6, seed=seed)
         orders.append(clock.order)
     assert orders[0] == orders[1] != orders[2]
 
@@ -109,7 +121,7 @@ def test_the_order_of_turns_follows_the_seed() -> None:
 def test_median_and_spread_are_those_of_the_samples() -> None:
     clock = VirtualClock()
     fn = clock.takes("a", 9.0, 1.0, 2.0, 3.0, 4.0, 5.0)  # the first call is the warm-up
-    timing = time_interleaved({"a": fn}, clock=clock, samples=5, warmup=1)["a"]
+    timing = timed({"a": fn}, clock=clock, samples=5, warmup=1)["a"]
     assert (timing.median_ms, timing.samples, timing.rejected) == (3.0, 5, 0)
     assert (timing.p20_ms, timing.p80_ms) == pytest.approx((1.8, 4.2))
 
@@ -167,7 +179,7 @@ def test_slow_candidates_stop_at_their_budget() -> None:
 
 def test_a_very_short_function_is_repeated_within_a_sample() -> None:
     clock = VirtualClock()
-    timing = time_interleaved(
+    timing = timed(
         {"a": clock.takes("a", SHORTEST_SAMPLE_MS / 8)}, clock=clock, samples=3, warmup=1
     )["a"]
     assert len(clock.order) == 1 + 3 * 8
@@ -182,32 +194,18 @@ def test_prepare_runs_outside_of_the_timing() -> None:
         rounds.append(number)
         clock.now += 1000.0
 
-    timing = time_interleaved(
-        {"a": clock.takes("a", 1.0)}, clock=clock, samples=3, warmup=1, prepare=prepare
-    )["a"]
+    timing = timed({"a": clock.takes("a", 1.0)}, clock=clock, samples=3, warmup=1, prepare=prepare)[
+        "a"
+    ]
     assert timing.p80_ms == 1.0
     assert rounds == [0, 0, 1, 2]
 
 
 def test_the_collector_sleeps_during_samples_and_wakes_after() -> None:
     was_on: list[bool] = []
-    time_interleaved(
-        {"a": lambda: was_on.append(gc.isenabled())}, clock=CpuClock(cache_bytes=4), samples=3
-    )
+    timed({"a": lambda: was_on.append(gc.isenabled())}, clock=CpuClock(cache_bytes=4), samples=3)
     assert not was_on[-1]
     assert gc.isenabled()
-
-
-def test_a_speedup_pairs_the_samples_of_a_round() -> None:
-    drift = [1.0, 2.0, 4.0, 8.0]
-    found = speedup_interval([3 * ms for ms in drift], drift)
-    assert (found.value, found.low, found.high, found.pairs) == (3.0, 3.0, 3.0, 4)
-
-
-def test_a_speedup_leaves_out_rounds_without_both_samples() -> None:
-    assert speedup_interval([2.0, None, 9.0], [1.0, 1.0, None]).pairs == 1
-    with pytest.raises(ValueError, match="round with both"):
-        speedup_interval([None], [1.0])
 
 
 def test_conditions_of_many_samples_become_one() -> None:

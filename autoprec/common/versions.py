@@ -5,13 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from autoprec import __version__
 
+NOT_INSTALLED = "missing"
+
 
 def software_versions(packages: Iterable[str] = ("torch", "torchao")) -> dict[str, str]:
-    """Return autoprec's version and that of each package, `missing` where it is not installed."""
+    """Return autoprec's version and that of each package, or NOT_INSTALLED."""
     found = {"autoprec": __version__}
     for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
+            found[package] = NOT_INSTALLED
     return found

@@ -6,18 +6,18 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
 from autoprec.device.timing import Monitor, Observation
 from autoprec.errors import DeviceError
 from autoprec.records import DeviceFacts
 
-PACKAGES = ("autoprec", "torch", "torchao", "numpy", "nvidia-ml-py")
+PACKAGES = ("torch", "torchao", "numpy", "nvidia-ml-py")
 INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's names, x86 then Arm
     *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_bf16", "amx_fp16", "amx_int8"),
@@ -28,7 +28,9 @@ PAUSE_S = 2.0  # a hot GPU cools below its slowdown threshold within a few secon
 MOST_PAUSES = 15  # per round; after half a minute the GPU is measured as it is
 MXFP8_CAPABILITY = (10, 0)  # Blackwell: MX blocks are scaled by the tensor cores
 FNUZ_ARCHITECTURES = ("gfx940", "gfx941", "gfx942")  # MI300; MI350 and Navi 4 are OCP, as NVIDIA's
-MS_PER_SWITCH = 20.0  # Linux takes a CPU away every 3 to 6 ms when it is wanted elsewhere
+# Linux takes a CPU away every 3 to 6 ms while another process wants it, so that is 3 to 7 times in
+# this span; a quiet machine's own services cause at most one switch in it.
+MS_PER_SWITCH = 20.0
 
 
 def resolve_device(target: str) -> torch.device:
@@ -69,10 +71,9 @@ def available_devices() -> tuple[str, ...]:
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Return what the device and the software are; takes seconds when FP8 is first tried."""
-    missing: dict[str, str] = {}
     hardware = _cuda_facts if device.type == "cuda" else _cpu_facts
     support = fp8_support(device)
-    missing |= fp8_format_gaps(device)
+    missing = fp8_format_gaps(device)
     facts = {
         **hardware(device, missing),
         "threads": torch.get_num_threads(),
@@ -212,11 +213,11 @@ def _allows_tf32() -> bool:
 
 def _software(missing: dict[str, str]) -> dict[str, str]:
     found = {"python": platform.python_version(), "system": f"{sys.platform} {platform.release()}"}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
+    for package, version in software_versions(PACKAGES).items():
+        if version == NOT_INSTALLED:
             missing[package] = "not installed"
+        else:
+            found[package] = version
     runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     return found | {name: value for name, value in runtimes.items() if value}
 

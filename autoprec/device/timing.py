@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from autoprec.common.text import error_line
 from autoprec.errors import DeviceError
 from autoprec.records import Conditions, Timing
 
@@ -38,6 +39,14 @@ CACHE_FACTOR = 2  # flush twice the cache: replacement is not strictly least-rec
 MOST_CPU_CACHE_BYTES = 16 * 2**20  # a step's data stays in a larger one, so that is left warm
 GRAPH_WARMUPS = 3  # as torch's own CUDA graph recipe
 SPREAD_Z = 0.8416  # normal quantile of 80 %: p80 - p20 = 2 * 0.8416 sigma
+MERGED_BY: Mapping[str, Callable[[Sequence[float]], Any]] = {  # Any: integers stay some
+    "sm_clock_mhz": lambda clocks: round(statistics.median(clocks)),
+    "memory_clock_mhz": lambda clocks: round(statistics.median(clocks)),
+    "power_w": statistics.fmean,
+    "power_limit_w": statistics.fmean,
+    "temperature_c": max,
+    "energy_j": statistics.fmean,
+}
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 
 
@@ -91,7 +100,7 @@ class CpuClock:
 
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return its wall-clock ms."""
-        self._buffer.sum()
+        self._buffer.sum()  # reads all of it: what the caches held before is evicted
         started = time.perf_counter()
         fn()
         return (time.perf_counter() - started) * 1e3
@@ -119,6 +128,8 @@ class CudaClock:
         """Run `fn` once and return the device ms between the events around it."""
         with torch.cuda.device(self._device):
             start, end = (_timing_event() for _ in range(2))
+            # The device evicts its L2 by overwriting the buffer; meanwhile the host runs ahead and
+            # queues the call, so that the events see the device's time alone.
             self._buffer.zero_()
             start.record()
             fn()
@@ -150,6 +161,7 @@ def graph_replay(fn: Function) -> Function:
     Raises:
         DeviceError: `fn` does something that a graph cannot hold.
     """
+    # Warm up on another stream, as capture will use one: lazy initialisation must not be captured.
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
     side.wait_stream(current)
@@ -167,7 +179,7 @@ def graph_replay(fn: Function) -> Function:
         torch.cuda.set_stream(current)  # a capture that fails does not leave its own stream
         raise DeviceError(
             "what is timed in a CUDA graph must not wait for the device or the host, but "
-            f"{' '.join(str(error).split())[:200]}; time it with plain launches"
+            f"{error_line(error)}; time it with plain launches"
         ) from error
     return graph.replay
 
@@ -219,8 +231,10 @@ class Samples:
         """Keep a sample of round `number`, or reject it: a dirty one, up to the limit."""
         if seen.conditions is not None:
             self.conditions.append(seen.conditions)
+        # Beyond the limit a dirty sample counts: a machine that is always busy is what there is.
         reject = seen.is_spoiled or (seen.is_dirty and self.rejected < limit)
         self.rejected += reject
+        # Rounds that it sat out are None, so that samples of one round stay pairs.
         self.rounds.extend([None] * (number - len(self.rounds)))
         self.rounds.append(None if reject else elapsed)
 
@@ -234,21 +248,11 @@ def time_interleaved(
     *,
     clock: Clock,
     samples: int = 20,
-    warmup: int = 3,
-    prepare: Callable[[int], None] | None = None,
     monitor: Monitor | None = None,
-    seed: int = 0,
 ) -> dict[str, Timing]:
     """Time every candidate `samples` times, in turns; see `sample_interleaved`."""
-    found = sample_interleaved(
-        candidates,
-        clock=clock,
-        stopping=Stopping(samples=samples),
-        warmup=warmup,
-        prepare=prepare,
-        monitor=monitor,
-        seed=seed,
-    )
+    stopping = Stopping(samples=samples)
+    found = sample_interleaved(candidates, clock=clock, stopping=stopping, monitor=monitor)
     return {name: taken.timing() for name, taken in found.items()}
 
 
@@ -275,6 +279,7 @@ def sample_interleaved(
         monitor: looks at the machine; None accepts every sample.
         seed: of the order of turns.
     """
+    # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
     repeated = {
         name: _repeat(fn, _warm_up(fn, clock=clock, calls=warmup, prepare=prepare))
         for name, fn in candidates.items()
@@ -282,6 +287,8 @@ def sample_interleaved(
     taken = {name: Samples() for name in candidates}
     turns = random.Random(seed)
     with _collector_off():
+        # A round takes a sample of everybody who has not enough yet, in an order of its own: in a
+        # fixed one a candidate would always run behind, and in the heat of, the same other.
         for number in range(stopping.samples + stopping.most_rejections):
             active = [n for n in candidates if not stopping.is_enough(taken[n].clean)]
             if not active:
@@ -289,10 +296,14 @@ def sample_interleaved(
             turns.shuffle(active)
             if prepare is not None:
                 prepare(number)
+            # The machine cools before a round, never within: its samples are of one state.
             pauses = monitor.settle() if monitor is not None else 0
             for name in active:
                 fn, calls = repeated[name]
-                elapsed, seen = _observe(fn, clock=clock, monitor=monitor)
+                if monitor is not None:
+                    monitor.begin()
+                elapsed = clock.measure(fn)
+                seen = monitor.end() if monitor is not None else Observation()
                 taken[name].pauses += pauses
                 taken[name].add(number, elapsed / calls, seen, limit=stopping.most_rejections)
     return taken
@@ -315,68 +326,22 @@ def relative_error(samples: Sequence[float]) -> float:
     p20, median, p80 = np.percentile(np.asarray(samples, dtype=np.float64), [20, 50, 80])
     if median <= 0:
         return 0.0
+    # For normal samples p80 - p20 = 2 z sigma; the median's error is sqrt(pi / 2) sigma / sqrt(n).
     sigma = (p80 - p20) / (2 * SPREAD_Z)
     return float(MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / median)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A speedup with its two-sided confidence interval."""
-
-    value: float
-    low: float
-    high: float
-    pairs: int
-
-
-def speedup_interval(
-    baseline: Sequence[float | None],
-    candidate: Sequence[float | None],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Return baseline / candidate (above 1 is faster), the median over paired rounds.
-
-    The interval is bootstrapped over rounds: a drift that both saw in a round cancels in its ratio.
-    Rounds without either sample are left out.
-
-    Raises:
-        ValueError: no round has both samples.
-    """
-    pairs = [
-        (one, other)
-        for one, other in zip(baseline, candidate, strict=False)
-        if one is not None and other is not None and other > 0
-    ]
-    if not pairs:
-        raise ValueError("a speedup needs a round with both samples, but there is none")
-    ratios = np.asarray([one / other for one, other in pairs])
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(ratios), size=(resamples, len(ratios)))
-    medians = np.median(ratios[drawn], axis=1)
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(medians, [tail, 100 - tail])
-    return Interval(float(np.median(ratios)), float(low), float(high), len(pairs))
 
 
 def merge_conditions(seen: Sequence[Conditions], *, pauses: int = 0) -> Conditions | None:
     """Return what was seen around many samples as one: medians, hottest, all throttle reasons."""
     if not seen:
         return None
+    known = {
+        name: [value for one in seen if (value := getattr(one, name)) is not None]
+        for name in MERGED_BY
+    }
+    merged = {name: MERGED_BY[name](values) for name, values in known.items() if values}
     reasons = {reason for one in seen for reason in one.throttle_reasons}
-    temperatures = [one.temperature_c for one in seen if one.temperature_c is not None]
-    return Conditions(
-        sm_clock_mhz=_median([one.sm_clock_mhz for one in seen]),
-        memory_clock_mhz=_median([one.memory_clock_mhz for one in seen]),
-        power_w=_mean([one.power_w for one in seen]),
-        power_limit_w=_mean([one.power_limit_w for one in seen]),
-        temperature_c=max(temperatures, default=None),
-        throttle_reasons=tuple(sorted(reasons)),
-        energy_j=_mean([one.energy_j for one in seen]),
-        pauses=pauses,
-    )
+    return Conditions(**merged, throttle_reasons=tuple(sorted(reasons)), pauses=pauses)
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
@@ -416,14 +381,6 @@ def _repeat(fn: Function, elapsed_ms: float) -> tuple[Function, int]:
     return run, calls
 
 
-def _observe(fn: Function, *, clock: Clock, monitor: Monitor | None) -> tuple[float, Observation]:
-    if monitor is None:
-        return clock.measure(fn), Observation()
-    monitor.begin()
-    elapsed = clock.measure(fn)
-    return elapsed, monitor.end()
-
-
 @contextmanager
 def _collector_off() -> Iterator[None]:
     """Keep Python's garbage collector from running inside a sample."""
@@ -434,13 +391,3 @@ def _collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _median(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return round(statistics.median(known)) if known else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
