@@ -176,6 +176,7 @@ def test_the_autocast_of_accelerate_is_not_the_models(tmp_path: Path) -> None:
 
 
 def test_checkpointing_and_a_compiled_model_are_recorded(tmp_path: Path) -> None:
+    """`record` itself runs the first step again and raises where it is not the script's."""
     body = HEAD.replace(
         "F.gelu(self.first(x))",
         "torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=True)",

@@ -137,7 +137,9 @@ def test_cells_carry_their_state_in_fp32_or_bf16() -> None:
                 hidden = self.gru(x[:, step], hidden)
             return hidden
 
-    trained(Cells(), torch.randn(4, 8, 32))
+    cells = Cells()
+    trained(cells, torch.randn(4, 8, 32))
+    assert {parameter.dtype for parameter in cells.parameters()} == {torch.bfloat16}
 
 
 # --- dtypes and layouts ----------------------------------------------------------------------
