@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]  # ships no types
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ from autoprec.records import (
     fp8_option,
 )
 from tests.accelerate_state import fresh_accelerate
+from tests.examples import examples
 
 __all__ = ["fresh_accelerate"]
 TENSORWISE, ROWWISE = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE)
@@ -50,7 +51,6 @@ FINGERPRINT = Fingerprint(
     compile_mode="",
     tokens_per_step=2048,
 )
-SLOW_MACHINE = settings(deadline=None, max_examples=50)  # PyYAML is slow where cores are shared
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="."), min_size=1, max_size=12)
 
 
@@ -224,7 +224,7 @@ def titan_converters(text: str) -> list[TitanConverter.Config]:
     return converters
 
 
-@SLOW_MACHINE
+@examples(50)
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, ROWWISE, BF16_O2]), min_size=1))
 def test_torchtitan_filters_are_exact_or_refused(options: dict[str, Option]) -> None:
     options = {name: option for name, option in options.items() if not name.endswith("norm")}
@@ -278,7 +278,7 @@ def megatron_config(file: dict[str, Any], name: str) -> str:  # Any: YAML values
     raise AssertionError("nothing fits")
 
 
-@SLOW_MACHINE
+@examples(50)
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, BF16_O2]), min_size=1), NAMES)
 def test_megatron_matchers_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"every other module": TENSORWISE, **options}
@@ -313,7 +313,7 @@ def test_megatron_refuses_what_its_file_has_no_word_for() -> None:
         export_plan(plan({"a": TENSORWISE}, fp8_all_gather=True), "megatron")
 
 
-@SLOW_MACHINE
+@examples(50)
 @given(NAMES, NAMES)
 def test_an_exact_glob_fits_its_name_only(name: str, other: str) -> None:
     assert fnmatch.fnmatch(name, exact_glob(name))
@@ -346,7 +346,7 @@ def engine_feature(option: Option) -> list[Any]:  # Any: YAML values
     }.get(option, [OFF])
 
 
-@SLOW_MACHINE
+@examples(50)
 @given(st.dictionaries(NAMES, FP8_OR_NOT, min_size=1), NAMES)
 def test_transformer_engine_patterns_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"layers.1": TENSORWISE, **options}
@@ -417,7 +417,7 @@ def test_an_unknown_target_is_named_with_the_known_ones() -> None:
         export_plan(plan(TRAPS), "deepspeed")
 
 
-@SLOW_MACHINE
+@examples(50)
 @given(st.text(st.characters(codec="utf-8")))
 def test_yaml_strings_read_back_to_the_character(text: str) -> None:
     assert yaml.safe_load(yaml_string(text)) == text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -426,7 +426,6 @@ def test_a_model_is_copied_and_pickled_while_it_is_sampled() -> None:
 # --- numbers -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(1, 2), min_size=FEWEST_VALUES, max_size=60),
     st.floats(1, 10),

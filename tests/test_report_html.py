@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.records import Verdict
@@ -20,6 +20,7 @@ from autoprec.report.runs import FILES
 from autoprec.report.sections import condition_table, summary_cards
 from autoprec.report.summary import summarise_run
 from autoprec.report.svg import Scale, fitted, padded
+from tests.examples import examples
 from tests.golden_text import check_golden
 from tests.report_runs import CPU, H100, make_run, predicted_run, renamed, uncertified
 
@@ -131,7 +132,7 @@ def test_hostile_names_add_no_tag_and_no_attribute() -> None:
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in text
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.lists(st.text(min_size=1, max_size=40), min_size=2, max_size=2, unique=True))
 def test_no_name_breaks_the_page(names: list[str]) -> None:
     run = make_run(blocks=1, machine=CPU, M=64, width=32)
@@ -218,7 +219,7 @@ def test_a_diverged_branch_is_said() -> None:
     assert "diverged at step 3" in render_html(replace(run, verification=proof))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.floats(-1e6, 1e6, allow_nan=False),
     st.floats(1e-9, 1e6, allow_nan=False),

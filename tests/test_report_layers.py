@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.records import BF16_O2, Precision
 from autoprec.report import RunRecords, layers_frame
 from autoprec.report.layer_frame import PARTS, TIMES, Row, frame_rows, options_frame
 from autoprec.report.layer_table import fold_layers, total_row
+from tests.examples import examples
 from tests.golden_text import check_golden
 from tests.report_runs import CPU, H100, ROWWISE, TENSORWISE, make_run, renamed, total_ms
 
@@ -189,7 +190,7 @@ def test_a_folded_name_that_covers_too_much_says_so() -> None:
     assert "e.{0-1}.{0-1}.fc (2 of 4)" in fold_layers(layers_frame(run))["name"].tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True))
 def test_ranges_name_exactly_the_numbers(numbers: list[int]) -> None:
     row = row_of(make_run(blocks=1, machine=CPU, M=64, width=32), "blocks.0.fc1")

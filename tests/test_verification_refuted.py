@@ -3,7 +3,7 @@
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.records import BF16_O2, FP32, Branch, Option, Plan, Recipe, fp8_option
@@ -53,7 +53,6 @@ def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = N
     return Refuted(plan(TENSORWISE, grad_error), evidence)
 
 
-@settings(deadline=None)  # the first example builds the plan
 @given(grad_error=st.floats(1e-4, 1.0), gap=st.floats(1.1e-3, 0.5))
 def test_the_bearable_e_is_where_a_proportional_gap_meets_the_tolerance(
     grad_error: float, gap: float

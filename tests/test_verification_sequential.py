@@ -2,13 +2,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import LossGap, Verdict
 from autoprec.verification.sequential import Looks, gap_interval, judge, seeds_needed
+from tests.examples import examples
 
 REPEATS = 4000  # the standard error of a rate of 5 % is then 0.34 %
 TOLERANCE = 1e-3
@@ -98,7 +99,7 @@ def test_equal_gaps_have_a_point_for_an_interval() -> None:
     st.floats(0.0, 0.05),
     st.floats(0.1, 10.0),
 )
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_verdict_does_not_depend_on_the_unit(
     gaps: list[float], tolerance: float, scale: float
 ) -> None:
