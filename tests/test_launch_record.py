@@ -52,7 +52,9 @@ def recorded(workload: Workload) -> list[RecordedBatch]:
 def test_a_plain_script_becomes_a_workload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = torch.get_rng_state()
     workload = record(tmp_path, HEAD + LOOP)
+    assert torch.equal(torch.get_rng_state(), before)  # the script seeds and draws for itself
     captured = capsys.readouterr()
     assert captured.out == ""
     losses = [float(line) for line in captured.err.splitlines()]

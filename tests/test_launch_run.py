@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from autoprec.cli.main import main
-from autoprec.errors import PlanMismatchError
+from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.integrations.launch import Script, run_with_plan
 from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, Option, Phase, Plan, Recipe, fp8_option
@@ -296,6 +297,26 @@ def test_a_script_ends_as_python_ends_it(
     assert trace.startswith("Traceback (most recent call last):\n  File ")
     assert "integrations/launch" not in trace
     assert "ZeroDivisionError" in trace
+
+
+def test_a_module_runs_as_python_m_runs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "launched_package"
+    package.mkdir()
+    write_script(package, "", name="__init__.py")
+    write_script(package, "rate = 3\n", name="settings.py")
+    names = "__name__, __package__, __spec__.name, __file__, __cached__"
+    body = f"import sys\nfrom .settings import rate\nprint({names}, sys.argv, rate)\n"
+    write_script(package, body, name="__main__.py")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "launched_package", "--lr"]
+    expected = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    script = Script("launched_package", ("--lr",), is_module=True)
+    assert run_with_plan(script, plan_for(Net())).status == 0
+    assert capsys.readouterr().out == expected
+    with pytest.raises(WorkloadError, match=r"'launched_package\.no' is none that Python finds"):
+        run_with_plan(Script("launched_package.no", is_module=True), plan_for(Net()))
 
 
 def test_a_guard_runs_the_schedule_of_a_plan(

@@ -83,7 +83,7 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
     main = _main_module(ModuleSpec("__main__", SourceFileLoader("__main__", full), origin=full))
-    vars(main).update(__file__=full, __spec__=None, __package__=None)
+    vars(main).update(__file__=full, __cached__=None, __spec__=None, __package__=None)
     return compile(path.read_bytes(), full, "exec", dont_inherit=True), main
 
 
@@ -115,7 +115,7 @@ def _find_module(name: str) -> ModuleSpec | None:
 
 def _main_module(spec: ModuleSpec) -> ModuleType:
     main = importlib.util.module_from_spec(spec)
-    vars(main).update(__name__="__main__", __cached__=None)
+    main.__name__ = "__main__"
     return main
 
 
