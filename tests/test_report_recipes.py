@@ -4,7 +4,7 @@ import pytest
 
 from autoprec.errors import SettingsError
 from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe, fp8_option
-from autoprec.report.formats import shown_share
+from autoprec.report import formats
 from autoprec.report.sections import recipe_table
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 from autoprec.tuning.parsing import parse_recipes
@@ -37,8 +37,8 @@ def test_a_recipe_is_summed_over_its_linears_and_bf16_elsewhere() -> None:
     assert tensorwise == (
         "fp8_o1 tensorwise",
         "2",
-        shown_share(grad_error),
-        shown_share(gap, sign=True),
+        formats.share(grad_error),
+        formats.share(gap, sign=True),
     )
     assert delayed[:2] == ("fp8_o1 delayed (for comparison; no plan applies it)", "1")
     assert float(str(delayed[2]).split()[0]) == pytest.approx(0.502, abs=0.01)

@@ -18,15 +18,8 @@ from autoprec.records import (
     Refusal,
     Verdict,
 )
-from autoprec.report import RunRecords, print_record, print_summary
-from autoprec.report.formats import (
-    clean_text,
-    shown_bytes,
-    shown_ms,
-    shown_option,
-    shown_ratio,
-    shown_share,
-)
+from autoprec.report import RunRecords, formats, print_record, print_summary
+from autoprec.report.formats import clean_text
 from tests.golden_text import check_golden
 from tests.report_runs import (
     CPU,
@@ -269,7 +262,7 @@ def test_a_record_without_a_picture_of_its_own_is_json() -> None:
     ],
 )
 def test_times_have_three_significant_digits(value: float | None, expected: str) -> None:
-    assert shown_ms(value) == expected
+    assert formats.ms(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -277,18 +270,18 @@ def test_times_have_three_significant_digits(value: float | None, expected: str)
     [(None, "-"), (0.0, "0 %"), (0.0043, "0.43 %"), (0.00996, "1.0 %"), (-0.00013, "-0.013 %")],
 )
 def test_shares_have_two_significant_digits(value: float | None, expected: str) -> None:
-    assert shown_share(value) == expected
+    assert formats.share(value) == expected
 
 
 def test_other_numbers_and_options() -> None:
-    assert shown_share(0.0001, sign=True) == "+0.010 %"
-    assert shown_ratio(1.644) == "1.64x"
-    assert shown_ratio(float("inf")) == "-"
-    assert shown_bytes(0) == "0 B"
-    assert shown_bytes(1536) == "1.50 KiB"
-    assert shown_bytes(5 * 1024**4) == "5.00 TiB"
-    assert shown_option(GW_HP) == "fp8_o1 rowwise_with_gw_hp"
-    assert shown_option(None) == "-"
+    assert formats.share(0.0001, sign=True) == "+0.010 %"
+    assert formats.ratio(1.644) == "1.64x"
+    assert formats.ratio(float("inf")) == "-"
+    assert formats.size(0) == "0 B"
+    assert formats.size(1536) == "1.50 KiB"
+    assert formats.size(5 * 1024**4) == "5.00 TiB"
+    assert formats.option(GW_HP) == "fp8_o1 rowwise_with_gw_hp"
+    assert formats.option(None) == "-"
 
 
 def test_clean_text_leaves_plain_words_alone() -> None:

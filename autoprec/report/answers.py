@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from autoprec.common.text import first_and_more
 from autoprec.records import FP32, Basis, Profile, Verdict
-from autoprec.report.formats import clean_text, count_of, shown_gap, shown_ratio, shown_share
+from autoprec.report import formats
+from autoprec.report.formats import clean_text, count_of
 from autoprec.report.layer_frame import takes_fp8
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Step, plan_steps
@@ -60,7 +61,7 @@ class Ceiling:
         )
         return (
             f"ceiling: {count_of(self.layers, 'FP8-eligible linear')}, {100 * self.share:.0f} % of "
-            f"the BF16 O2 step => FP8 can gain at most {shown_ratio(self.limit)} ({how})"
+            f"the BF16 O2 step => FP8 can gain at most {formats.ratio(self.limit)} ({how})"
         )
 
 
@@ -98,10 +99,14 @@ def verdict_sentence(run: RunRecords) -> str:
     proof = run.verification or (run.plan.certificate if run.plan else None)
     if proof is None or proof.verdict is Verdict.NOT_RUN:
         return "not verified: no training was compared; run `autoprec verify`"
-    gap = f"the loss gap to FP32 is {shown_gap(proof.gap)}" if proof.gap else "no loss gap is known"
-    advice = clean_text(run.verification.advice) if run.verification else ""
-    more = f"; {advice}" if advice else ""
-    return f"{proof.verdict}: {gap}; the tolerance is {shown_share(proof.loss_tolerance)}{more}"
+    gap = f"the loss gap to FP32 is {formats.gap(proof.gap)}" if proof.gap else ""
+    said = [
+        gap or "no loss gap is known",
+        f"the tolerance is {formats.share(proof.loss_tolerance)}",
+    ]
+    if run.verification and run.verification.advice:
+        said.append(clean_text(run.verification.advice))
+    return f"{proof.verdict}: {'; '.join(said)}"
 
 
 def unmeasured(run: RunRecords) -> list[str]:

@@ -29,14 +29,14 @@ def clean_text(text: str) -> str:
     return "".join(_visible(character) for character in text)
 
 
-def shown_ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
     """Return a time in ms with three significant digits, `-` for None; huge ones as 1.6e+06."""
     if value is None:
         return UNKNOWN
     return f"{value:.2g}" if value >= HUGE_MS else _significant(value, 3)
 
 
-def shown_share(value: float | None, *, sign: bool = False) -> str:
+def share(value: float | None, *, sign: bool = False) -> str:
     """Return a fraction as percent with two significant digits, e.g. `0.43 %`."""
     if value is None:
         return UNKNOWN
@@ -44,25 +44,25 @@ def shown_share(value: float | None, *, sign: bool = False) -> str:
     return f"+{text} %" if sign and value > 0 else f"{text} %"
 
 
-def shown_grad_error(error: Estimate) -> str:
+def grad_error(error: Estimate) -> str:
     """Return a gradient error with its standard error, e.g. `0.43 % +- 0.05 %`."""
-    stderr = "" if error.stderr is None else f" +- {shown_share(error.stderr)}"
-    return f"{shown_share(error.mean)}{stderr}"
+    stderr = "" if error.stderr is None else f" +- {share(error.stderr)}"
+    return f"{share(error.mean)}{stderr}"
 
 
-def shown_interval(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
+def interval(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
     """Return `1.2x to 1.4x`; "" where an end is not known."""
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
-def shown_gap(gap: LossGap) -> str:
+def gap(gap: LossGap) -> str:
     """Return a loss gap with its interval and seeds."""
-    mean, low, high = (shown_share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
+    mean, low, high = (share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
     seeds = count_of(gap.seeds, "seed")
     return f"{mean} ({100 * gap.confidence:.0f} % interval {low} to {high}, {seeds})"
 
 
-def shown_ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     """Return a speedup, e.g. `1.64x`."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
@@ -71,7 +71,7 @@ def shown_ratio(value: float | None) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
-def shown_bytes(value: float | None) -> str:
+def size(value: float | None) -> str:
     """Return bytes in the largest unit that leaves a number of at least 1."""
     if value is None:
         return UNKNOWN
@@ -83,12 +83,12 @@ def shown_bytes(value: float | None) -> str:
     return f"{_significant(size, 3)} TiB"
 
 
-def shown_text(value: object) -> str:
+def text(value: object) -> str:
     """Return a text as it is, `-` for None."""
     return UNKNOWN if value is None else str(value)
 
 
-def shown_option(option: Option | str | None) -> str:
+def option(option: Option | str | None) -> str:
     """Return an option, or its key, for people: `fp8_o1 rowwise (grad_weight in BF16)`."""
     if not option:
         return UNKNOWN if option is None else ""

@@ -24,14 +24,7 @@ from autoprec.records import (
     LayerTiming,
     Option,
 )
-from autoprec.report.formats import (
-    shown_bytes,
-    shown_ms,
-    shown_option,
-    shown_ratio,
-    shown_share,
-    shown_text,
-)
+from autoprec.report import formats
 from autoprec.report.runs import RunRecords
 
 if TYPE_CHECKING:
@@ -69,7 +62,7 @@ class Column:
 
     name: str
     title: str = ""
-    show: Callable[[Any], str] = shown_text  # Any: a value of the column
+    show: Callable[[Any], str] = formats.text  # Any: a value of the column
     views: tuple[View, ...] = ()
     basis: str = ""  # the column that says whether the value was measured
     is_sum: bool = False  # rows of a group add up
@@ -77,7 +70,7 @@ class Column:
     @property
     def is_number(self) -> bool:
         """Whether its texts are aligned as numbers."""
-        return self.show not in (shown_text, shown_option)
+        return self.show not in (formats.text, formats.option)
 
 
 def _times_of(prefix: str) -> Iterator[Column]:
@@ -94,29 +87,29 @@ COLUMNS = (
     Column("calls"),
     Column("is_frozen"),
     Column("tied_to"),
-    Column("option", "precision", shown_option, EVERYWHERE),
+    Column("option", "precision", formats.option, EVERYWHERE),
     Column("precision"),
     Column("recipe"),
     Column("gemms_hp"),
     *_times_of(""),
-    Column("total_ms", "ms", shown_ms, ROOMY, basis="time_basis", is_sum=True),
+    Column("total_ms", "ms", formats.ms, ROOMY, basis="time_basis", is_sum=True),
     *_times_of("bf16_o2_"),
     Column("bf16_o2_total_ms", is_sum=True),
     *_times_of("fp32_"),
     Column("fp32_total_ms", is_sum=True),
     Column("best_fp8"),
     Column("best_fp8_total_ms", is_sum=True),
-    Column("speedup_vs_bf16_o2", "vs BF16", shown_ratio, EVERYWHERE),
-    Column("speedup_vs_fp32", "vs FP32", shown_ratio, EVERYWHERE),
-    Column("saved_vs_bf16_o2_ms", "saved vs BF16, ms", shown_ms, (View.PAGE,), is_sum=True),
+    Column("speedup_vs_bf16_o2", "vs BF16", formats.ratio, EVERYWHERE),
+    Column("speedup_vs_fp32", "vs FP32", formats.ratio, EVERYWHERE),
+    Column("saved_vs_bf16_o2_ms", "saved vs BF16, ms", formats.ms, (View.PAGE,), is_sum=True),
     Column("saved_vs_fp32_ms", is_sum=True),
     Column(
-        "grad_error", "gradient error", shown_share, EVERYWHERE, "grad_error_basis", is_sum=True
+        "grad_error", "gradient error", formats.share, EVERYWHERE, "grad_error_basis", is_sum=True
     ),
     Column("grad_error_stderr"),
-    Column("grad_error_share", "share of it", shown_share, (View.PAGE,), is_sum=True),
+    Column("grad_error_share", "share of it", formats.share, (View.PAGE,), is_sum=True),
     *(Column(name, is_sum=True) for name in BYTES),
-    Column("memory_bytes", "memory", shown_bytes, (View.PAGE,), is_sum=True),
+    Column("memory_bytes", "memory", formats.size, (View.PAGE,), is_sum=True),
     Column("samples"),
     Column("rejected"),
     Column("time_basis"),

@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from autoprec.records import Option
-from autoprec.report.formats import UNKNOWN, count_of, shown_option
+from autoprec.report import formats
+from autoprec.report.formats import UNKNOWN, count_of
 from autoprec.report.layer_frame import (
     BASELINES,
     COLUMNS,
@@ -125,7 +126,7 @@ def _cells(row: Row, columns: Sequence[Column], view: View) -> list[Cell]:
 def _option_cell(key: str | None, view: View) -> Cell:
     if not key:
         return UNKNOWN if key is None else ""
-    style, text = STYLES[Option.parse(key).precision], shown_option(key)
+    style, text = STYLES[Option.parse(key).precision], formats.option(key)
     lines = text.split(" ", 1) if view is View.NARROW else [text]
     return tuple(Line(line, style) for line in lines)
 

@@ -8,7 +8,8 @@ from collections import Counter
 from markupsafe import Markup
 
 from autoprec.records import Plan
-from autoprec.report.formats import clean_text, count_of, shown_option
+from autoprec.report import formats
+from autoprec.report.formats import clean_text, count_of
 from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
 from autoprec.report.layer_table import fold_layers, known_columns
 from autoprec.report.runs import RunRecords
@@ -22,7 +23,7 @@ def plan_text(plan: Plan) -> str:
     """Return a plan in at most 15 lines: what it gains, layers per option, the first layers."""
     found = summarise_run(RunRecords(plan=plan))
     rows = _by_option(found)
-    options = [shown_option(row["option"]) for row in rows[:MOST_LINES]]
+    options = [formats.option(row["option"]) for row in rows[:MOST_LINES]]
     width = max(map(len, options), default=0)
     layers = [f"  {o:{width}}  {row['name']}" for o, row in zip(options, rows, strict=False)]
     more = [f"  {rest}"] if (rest := _rest(rows[MOST_LINES:])) else []
@@ -54,7 +55,7 @@ def run_html(records: RunRecords) -> str:
 
 def _sentences(found: Summary) -> list[str]:
     """Return the headline, the layers per option, whether FP8 pays, memory and the verdict."""
-    options = Counter(found.layers["option"].dropna().map(shown_option))
+    options = Counter(found.layers["option"].dropna().map(formats.option))
     counts = ", ".join(f"{count} in {option}" for option, count in options.most_common())
     counted = f"{count_of(len(found.layers), 'layer')}: {counts}" if counts else ""
     said = (counted, found.fp8_answer, found.memory_answer, found.verdict_sentence)

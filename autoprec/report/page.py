@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERS: dict[str, Callable[..., object]] = {
-    "ms": formats.shown_ms,
-    "share": formats.shown_share,
-    "signed": functools.partial(formats.shown_share, sign=True),
-    "option": formats.shown_option,
+    "ms": formats.ms,
+    "share": formats.share,
+    "signed": functools.partial(formats.share, sign=True),
+    "option": formats.option,
 }
 DETAILS = "option|output|grad_input|grad_weight|cast|total, ms|p20..p80|samples|gradient error"
 DETAILS += "|memory|ran"
@@ -43,7 +43,7 @@ PREDICTED_SPREAD = "80 % interval, predicted"
 def render_html(run: RunRecords) -> str:
     """Return the report of a run as one HTML page; sections say what was not run."""
     found, options, proof = summarise_run(run), options_frame(run), run.verification
-    ceiling = fp8_ceiling(run, found.layers, options)
+    ceiling, rows = fp8_ceiling(run, found.layers, options), frame_rows(found.layers)
     script = _asset("script.js")
     sensitivity = run.sensitivity
     page = _environment().get_template("report.html")
@@ -73,18 +73,21 @@ def render_html(run: RunRecords) -> str:
         sensitivity_figure=figures.sensitivity_figure(found.layers, options),
         gap_figure=figures.gap_figure(proof) if proof else empty,
         columns=columns_of(View.PAGE),
-        rows=frame_rows(found.layers),
+        rows=rows,
         total=total_row(found.layers),
-        details=_details(options),
+        details=_details(rows, options),
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
     )
 
 
-def _details(options: "pd.DataFrame") -> dict[str, Table]:
+def _details(layers: list[Row], options: "pd.DataFrame") -> dict[str, Table]:
     """Return what is known of every option, by layer."""
     rows: dict[str, list[tuple[str, ...]]] = {}
+    chosen = {(row["name"], row["option"]) for row in layers}
     for row in frame_rows(options):
-        rows.setdefault(row["name"], []).append(_detail_texts(row))
+        mark = " (chosen)" if (row["name"], row["option"]) in chosen else ""
+        first, *others = _detail_texts(row)
+        rows.setdefault(row["name"], []).append((first + mark, *others))
     is_sampled = bool((options["samples"] > 0).any())
     heads = [
         head if is_sampled or head != "p20..p80" else PREDICTED_SPREAD
@@ -94,16 +97,16 @@ def _details(options: "pd.DataFrame") -> dict[str, Table]:
 
 
 def _detail_texts(row: Row) -> tuple[str, ...]:
-    times = (formats.shown_ms(row[f"{part}_ms"]) for part in (*PARTS, "total"))
-    spread = formats.shown_interval(row["p20_ms"], row["p80_ms"], formats.shown_ms)
-    samples = formats.shown_text(row["samples"])
+    times = (formats.ms(row[f"{part}_ms"]) for part in (*PARTS, "total"))
+    spread = formats.interval(row["p20_ms"], row["p80_ms"], formats.ms)
+    samples = formats.text(row["samples"])
     samples += f" (-{row['rejected']})" if row["rejected"] else ""
     error = formats.UNKNOWN
     if row["grad_error"] is not None:
         estimate = Estimate(mean=row["grad_error"], stderr=row["grad_error_stderr"])
-        error = formats.shown_grad_error(estimate)
-    memory, ran = formats.shown_bytes(row["memory_bytes"]), row["infeasible"] or row["kernels"]
-    option, spread = formats.shown_option(row["option"]), spread.replace(" to ", "..")
+        error = formats.grad_error(estimate)
+    memory, ran = formats.size(row["memory_bytes"]), row["infeasible"] or row["kernels"]
+    option, spread = formats.option(row["option"]), spread.replace(" to ", "..")
     ran = ran if row["total_ms"] is not None else row["infeasible"] or "not timed"
     return (option, *times, spread or formats.UNKNOWN, samples, error, memory, ran or "")
 

@@ -6,13 +6,9 @@ from typing import Any
 from rich.console import Console
 
 from autoprec.records import (
-    BF16_O2,
-    FP32,
     Check,
     Diagnosis,
     Difference,
-    Estimate,
-    LayerTiming,
     Option,
     Plan,
     PlanCheck,
@@ -24,20 +20,13 @@ from autoprec.records import (
     Timing,
     Verification,
 )
+from autoprec.report import formats
 from autoprec.report.answers import profile_notes
-from autoprec.report.formats import (
-    UNKNOWN,
-    count_of,
-    shown_gap,
-    shown_grad_error,
-    shown_ms,
-    shown_option,
-    shown_ratio,
-    shown_share,
-)
-from autoprec.report.layer_table import layers_parts
+from autoprec.report.formats import count_of
+from autoprec.report.layer_frame import frame_rows
+from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
-from autoprec.report.sections import device_rows, recipe_table
+from autoprec.report.sections import device_rows, recipe_table, seed_gaps
 from autoprec.report.summary import summarise_run
 from autoprec.report.terminal import steps_parts
 from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
@@ -67,18 +56,31 @@ def print_record(record: Record, console: Console) -> None:
 
 
 def _profile_parts(profile: Profile) -> list[Part]:
-    """Return what the options cost: the slowest shapes first, then the whole steps."""
-    heads = "layer (first of its shape)|best FP8 recipe|layers|FP32 ms|BF16 ms|FP8 ms|FP8 vs BF16"
-    shapes: dict[tuple[str, ...], list[LayerTiming]] = {}
-    for row in profile.layers:
-        shapes.setdefault(row.names, []).append(row)
-    ranked = sorted(shapes.values(), key=_bf16_ms, reverse=True)
-    rows = [_shape_row(shape) for shape in ranked[:MOST_SHOWN]]
+    """Return what the options cost: the slowest layers first, alike ones together; whole steps."""
+    found = summarise_run(RunRecords(profile=profile))
+    folded = fold_layers(found.layers).sort_values(
+        "bf16_o2_total_ms", ascending=False, kind="stable"
+    )
+    rows = []
+    for row in frame_rows(folded.head(MOST_SHOWN)):
+        columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
+        fp32_ms, bf16_ms, fp8_ms = (row[column] for column in columns)
+        ratio = bf16_ms / fp8_ms if bf16_ms is not None and fp8_ms else None
+        recipe = formats.option(row["best_fp8"]).removeprefix("fp8_o1 ")
+        rows.append(
+            (
+                row["name"],
+                recipe,
+                *map(formats.ms, (fp32_ms, bf16_ms, fp8_ms)),
+                formats.ratio(ratio),
+            )
+        )
+    heads = ("layer", "best FP8 recipe", "FP32 ms", "BF16 ms", "FP8 ms", "FP8 vs BF16")
     return [
         Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
-        Table(heads.split("|"), rows, numbers=range(2, 7), widest=0),
-        *_rest(len(ranked) - MOST_SHOWN, "shape", "profile.json"),
-        *steps_parts(summarise_run(RunRecords(profile=profile))),
+        Table(heads, rows, numbers=range(2, 6), widest=0),
+        *_rest(len(folded) - MOST_SHOWN, "row", "profile.json"),
+        *steps_parts(found),
         *notes(profile_notes(profile)),
         _cost(profile.step_equivalents),
     ]
@@ -86,14 +88,14 @@ def _profile_parts(profile: Profile) -> list[Part]:
 
 def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     """Return the gradient error per layer and option, the layers with the largest first."""
-    found: dict[str, dict[Option, Estimate]] = {}
+    found: dict[str, dict[Option, float]] = {}
     for row in sensitivity.rows:
-        found.setdefault(row.name, {})[row.option] = row.grad_error
-    ranked = sorted(found.items(), key=lambda item: -max(each.mean for each in item[1].values()))
+        found.setdefault(row.name, {})[row.option] = row.grad_error.mean
+    ranked = sorted(found.items(), key=lambda item: max(item[1].values()), reverse=True)
     options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
-    names = (shown_option(option).replace(" ", "\n") for option in options)
+    names = (formats.option(option).replace(" ", "\n") for option in options)
     rows = [
-        (name, *(shown_share(errors[o].mean) if o in errors else UNKNOWN for o in options))
+        (name, *(formats.share(errors.get(option)) for option in options))
         for name, errors in ranked[:MOST_SHOWN]
     ]
     heads = ("layer", *(name.replace("_with_", "_\nwith_") for name in names))
@@ -116,12 +118,12 @@ def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
         )
     for joint in sensitivity.joint:
         yield (
-            f"{joint.label}, all layers at once: {shown_grad_error(joint.grad_error)}, "
-            f"sum of parts {shown_share(joint.predicted_grad_error)}"
+            f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
+            f"sum of parts {formats.share(joint.predicted_grad_error)}"
         )
     yield (
-        f"BF16 activations alone: {shown_grad_error(sensitivity.activation_error)}; two runs of "
-        f"the reference: {shown_grad_error(sensitivity.floor)}; "
+        f"BF16 activations alone: {formats.grad_error(sensitivity.activation_error)}; two runs of "
+        f"the reference: {formats.grad_error(sensitivity.floor)}; "
         f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
         "preconditioner"
     )
@@ -134,8 +136,8 @@ def _search_parts(search: Search) -> list[Part]:
     for point in search.front:
         marks = ", ".join(name for name, options in chosen.items() if options == point.options)
         counts = (str(sum(o.precision is p for o in point.options)) for p in Precision)
-        errors = (shown_share(point.grad_error), shown_share(point.grad_error_measured))
-        rows.append((shown_ms(point.step_ms), *errors, *counts, marks))
+        errors = (formats.share(point.grad_error), formats.share(point.grad_error_measured))
+        rows.append((formats.ms(point.step_ms), *errors, *counts, marks))
     heads = ("step ms", "gradient error", "measured", *(p.value for p in Precision), "")
     title = "Pareto front (additive model; gradient error measured where a trial ran it)"
     return [
@@ -143,9 +145,9 @@ def _search_parts(search: Search) -> list[Part]:
         Table(heads, rows, numbers=range(6)),
         Line(
             f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates "
-            f"skipped, gradient error budget {shown_share(search.grad_error_budget)}; no plan "
-            f"within it can be faster than {shown_ms(search.bound_ms)} ms (proven on the additive "
-            "model)"
+            f"skipped, gradient error budget {formats.share(search.grad_error_budget)}; no plan "
+            f"within it can be faster than {formats.ms(search.bound_ms)} ms (proven on the "
+            "additive model)"
         ),
     ]
 
@@ -153,7 +155,7 @@ def _search_parts(search: Search) -> list[Part]:
 def _plan_parts(plan: Plan, width: int) -> list[Part]:
     """Return every layer of a plan with its reason, and what is known of the whole."""
     found = summarise_run(RunRecords(plan=plan))
-    made, error = plan.fingerprint, f"{shown_share(plan.grad_error)} ({plan.grad_error_basis})"
+    made, error = plan.fingerprint, f"{formats.share(plan.grad_error)} ({plan.grad_error_basis})"
     lines = [
         found.counted or "0 layers: none",
         f"gradient error {error}" if plan.grad_error is not None else "",
@@ -172,15 +174,14 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
 
 def _verification_parts(verification: Verification) -> list[Part]:
     """Return the seeds, the gaps and the verdict."""
-    references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
+    gaps = {b.label: seed_gaps(verification, b.label) for b in verification.branches}
     rows = []
     for branch in verification.branches:
-        loss, reference = branch.eval_loss, references.get(branch.seed)
-        gap = (loss - reference) / abs(reference) if loss is not None and reference else None
+        loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
         shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
-        rows.append((str(branch.seed), branch.label, shown, shown_share(gap, sign=True)))
+        rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
     found, control = summarise_run(RunRecords(verification=verification)), verification.control_gap
-    scale = f"for scale: BF16 O2's own gap is {shown_gap(control)}" if control else ""
+    scale = f"for scale: BF16 O2's own gap is {formats.gap(control)}" if control else ""
     return [
         Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
         *steps_parts(found),
@@ -233,25 +234,9 @@ def _gemm_sentences(times: dict[str, Timing]) -> Iterator[str]:
     base = times.get("bf16")
     for label, timing in times.items():
         ratio = base.median_ms / timing.median_ms if base and timing.median_ms else None
-        beside = "" if label == "bf16" else f", {shown_ratio(ratio)} as fast as BF16"
+        beside = "" if label == "bf16" else f", {formats.ratio(ratio)} as fast as BF16"
         samples = count_of(timing.samples, "sample")
-        yield f"{label}: {shown_ms(timing.median_ms)} ms ({samples}, {timing.basis}){beside}"
-
-
-def _bf16_ms(rows: Sequence[LayerTiming]) -> float:
-    row = next((row for row in rows if row.option == BF16_O2), None)
-    return row.total.median_ms * len(row.names) if row and row.total else 0.0
-
-
-def _shape_row(rows: Sequence[LayerTiming]) -> tuple[str, ...]:
-    times = {row.option: row.total.median_ms for row in rows if row.total}
-    fp8 = {option: ms for option, ms in times.items() if option.is_fp8}
-    best = min(fp8, key=lambda option: fp8[option], default=None)
-    bf16_ms, fp8_ms = times.get(BF16_O2), fp8[best] if best else None
-    ratio = bf16_ms / fp8_ms if bf16_ms is not None and fp8_ms else None
-    recipe = shown_option(best).removeprefix("fp8_o1 ")
-    shown = (shown_ms(times.get(FP32)), shown_ms(bf16_ms), shown_ms(fp8_ms), shown_ratio(ratio))
-    return (rows[0].names[0], recipe, f"{len(rows[0].names)}", *shown)
+        yield f"{label}: {formats.ms(timing.median_ms)} ms ({samples}, {timing.basis}){beside}"
 
 
 def _rest(rest: int, noun: str, where: str) -> list[Part]:

@@ -13,20 +13,10 @@ from autoprec.records import (
     Sensitivity,
     StepTiming,
     Timing,
+    Verification,
 )
-from autoprec.report.formats import (
-    UNKNOWN,
-    count_of,
-    shown_bytes,
-    shown_gap,
-    shown_grad_error,
-    shown_interval,
-    shown_ms,
-    shown_option,
-    shown_ratio,
-    shown_share,
-    step_title,
-)
+from autoprec.report import formats
+from autoprec.report.formats import UNKNOWN, count_of, step_title
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, predicted_and_measured
 from autoprec.report.summary import Summary
@@ -52,12 +42,14 @@ def summary_cards(run: RunRecords, found: Summary) -> list[Card]:
         title, basis = f"Step speedup over {step_title(label)}", speedup.basis.value
         name = "95 % interval" if basis == "measured" else "interval"
         beside = f"{name} {interval}" if (interval := _interval(speedup)) else ""
-        cards.append(Card(title, shown_ratio(speedup.value), beside, basis, _speedup_kind(speedup)))
+        cards.append(
+            Card(title, formats.ratio(speedup.value), beside, basis, _speedup_kind(speedup))
+        )
     if found.time_to_loss is not None:
         interval = _interval(found.time_to_loss)
         beside = f"interval {interval}; " if interval else ""
         beside += "step speedup / (1 + gradient error)"
-        value = shown_ratio(found.time_to_loss.value)
+        value = formats.ratio(found.time_to_loss.value)
         cards.append(Card("Time-to-loss speedup over FP32", value, beside, "predicted"))
     return [*cards, *_loss_cards(found), *_memory_cards(run, found)]
 
@@ -68,9 +60,9 @@ def predicted_table(run: RunRecords) -> Table:
     rows = [
         (
             step_title(label),
-            shown_ms(predicted),
-            shown_ms(step.ms),
-            shown_share((predicted - step.ms) / step.ms, sign=True) if step.ms else UNKNOWN,
+            formats.ms(predicted),
+            formats.ms(step.ms),
+            formats.share((predicted - step.ms) / step.ms, sign=True) if step.ms else UNKNOWN,
             str(step.samples or UNKNOWN),
         )
         for label, (predicted, step) in predicted_and_measured(run).items()
@@ -93,8 +85,8 @@ def joint_table(sensitivity: Sensitivity) -> Table:
     rows = []
     for joint in sensitivity.joint:
         sum_of_parts, measured = joint.predicted_grad_error, joint.grad_error
-        ratio = shown_ratio(measured.mean / sum_of_parts if sum_of_parts else None)
-        rows.append((joint.label, shown_share(sum_of_parts), shown_grad_error(measured), ratio))
+        ratio = formats.ratio(measured.mean / sum_of_parts if sum_of_parts else None)
+        rows.append((joint.label, formats.share(sum_of_parts), formats.grad_error(measured), ratio))
     heads = ("plan", "sum of parts (predicted)", "at once (measured)", "ratio")
     return Table(heads, rows, numbers=(1, 2, 3))
 
@@ -106,8 +98,8 @@ def trial_table(run: RunRecords) -> Table:
     for trial in sorted(run.search.trials if run.search else (), key=lambda t: t.time_to_loss_ms):
         counts = {p: sum(o.precision is p for o in trial.options) for p in Precision}
         layers = ", ".join(f"{count} {precision}" for precision, count in counts.items() if count)
-        error = f"{shown_share(trial.grad_error)} ({trial.grad_error_basis})"
-        times = (shown_ms(trial.step_ms), error, shown_ms(trial.time_to_loss_ms))
+        error = f"{formats.share(trial.grad_error)} ({trial.grad_error_basis})"
+        times = (formats.ms(trial.step_ms), error, formats.ms(trial.time_to_loss_ms))
         rows.append((str(trial.number), trial.source, *times, layers, _yes(trial.feasible)))
     return Table(heads.split("|"), rows, numbers=(0, 2, 3, 4))
 
@@ -146,7 +138,7 @@ def device_rows(device: DeviceFacts) -> list[tuple[str, str]]:
     """Return what a device is, fact by fact."""
     return [
         ("device", f"{device.name} ({device.kind} {device.capability})"),
-        ("memory", shown_bytes(device.memory_bytes)),
+        ("memory", formats.size(device.memory_bytes)),
         ("driver", device.driver or UNKNOWN),
         ("FP8 recipes", ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}"),
         *device.software.items(),
@@ -163,6 +155,18 @@ def condition_table(run: RunRecords) -> Table:
             counts = (f"{timing.samples}", f"{timing.rejected}", _spread(timing))
             rows.append((where, step_title(step.label), *counts, *_seen(step.conditions)))
     return Table(heads.split("|"), rows, numbers=(2, 3, 4, 5, 6, 7))
+
+
+def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
+    """Return the relative gap of each seed whose branch and reference were evaluated."""
+    references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
+    return {
+        branch.seed: (branch.eval_loss - reference) / abs(reference)
+        for branch in verification.branches
+        if branch.label == label
+        and branch.eval_loss is not None
+        and (reference := references.get(branch.seed))
+    }
 
 
 def how_measured(run: RunRecords) -> Iterator[str]:
@@ -182,14 +186,14 @@ def how_measured(run: RunRecords) -> Iterator[str]:
         record = run.sensitivity
         yield (
             f"Sensitivity ({record.method.replace('_', ' ')}, P = {record.preconditioner}, against "
-            f"{shown_option(record.reference)}) used {count_of(record.batches, 'batch', 'batches')}"
-            f" after {record.warmup_steps} warm-up steps: {record.passes} passes, "
+            f"{record.reference}) used {count_of(record.batches, 'batch', 'batches')} "
+            f"after {record.warmup_steps} warm-up steps: {record.passes} passes, "
             f"{record.step_equivalents:.1f} FP32 training steps"
         )
         yield (
             "BF16 activations with all layers in FP32 have a gradient error of "
-            f"{shown_share(record.activation_error.mean)}; two runs of the reference differ by "
-            f"{shown_share(record.floor.mean)}"
+            f"{formats.share(record.activation_error.mean)}; two runs of the reference differ by "
+            f"{formats.share(record.floor.mean)}"
         )
     if run.search:
         yield (
@@ -215,17 +219,17 @@ def _speedup_kind(speedup: Speedup) -> str:
 
 
 def _interval(speedup: Speedup) -> str:
-    return shown_interval(speedup.low, speedup.high, shown_ratio)
+    return formats.interval(speedup.low, speedup.high, formats.ratio)
 
 
 def _loss_cards(found: Summary) -> Iterator[Card]:
     if found.grad_error is not None:
-        steps = shown_share(found.extra_steps, sign=True)
-        beside = f"gradient error {shown_grad_error(found.grad_error)}"
+        steps = formats.share(found.extra_steps, sign=True)
+        beside = f"gradient error {formats.grad_error(found.grad_error)}"
         yield Card("Extra steps to the same loss", steps, beside, found.grad_error_basis.value)
     if found.gap is not None:
-        mean, _, interval = shown_gap(found.gap).partition(" (")
-        beside = f"{interval.rstrip(')')}; tolerance {shown_share(found.loss_tolerance)}"
+        mean, _, interval = formats.gap(found.gap).partition(" (")
+        beside = f"{interval.rstrip(')')}; tolerance {formats.share(found.loss_tolerance)}"
         yield Card("Loss gap to FP32", mean, beside, "measured", found.verdict.value)
 
 
@@ -236,8 +240,8 @@ def _memory_cards(run: RunRecords, found: Summary) -> Iterator[Card]:
     if peak is None and baseline is not None and run.plan and run.plan.predicted:
         peak, basis = run.plan.predicted.memory_bytes, "predicted"
     if peak is not None:
-        beside = f"BF16 O2 {shown_bytes(baseline)}" if baseline is not None else ""
-        yield Card("Peak memory of a step", shown_bytes(peak), beside, basis)
+        beside = f"BF16 O2 {formats.size(baseline)}" if baseline is not None else ""
+        yield Card("Peak memory of a step", formats.size(peak), beside, basis)
 
 
 def _recipe_row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str]:
@@ -246,10 +250,10 @@ def _recipe_row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str
     parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
     grad_error = sensitivity.activation_error.mean + parts
     gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
-    numbers = (str(len(own)), shown_share(grad_error), shown_share(gap, sign=True))
+    numbers = (str(len(own)), formats.share(grad_error), formats.share(gap, sign=True))
     is_applied = option.recipe in APPLICABLE_RECIPES
     remark = "" if is_applied else " (for comparison; no plan applies it)"
-    return (f"{shown_option(option)}{remark}", *numbers)
+    return (f"{formats.option(option)}{remark}", *numbers)
 
 
 def _timed_steps(run: RunRecords) -> Iterable[tuple[str, tuple[StepTiming, ...]]]:
@@ -262,7 +266,7 @@ def _timed_steps(run: RunRecords) -> Iterable[tuple[str, tuple[StepTiming, ...]]
 def _spread(timing: Timing) -> str:
     if not timing.samples:
         return UNKNOWN
-    return shown_share((timing.p80_ms - timing.p20_ms) / (timing.median_ms or 1.0))
+    return formats.share((timing.p80_ms - timing.p20_ms) / (timing.median_ms or 1.0))
 
 
 def _seen(seen: Conditions | None) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.records import Basis, Estimate, LossGap, Precision, Verdict
+from autoprec.report import formats
 from autoprec.report.answers import fp8_answer, memory_answer, verdict_sentence
-from autoprec.report.formats import count_of, shown_ratio, step_title
+from autoprec.report.formats import count_of, step_title
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
@@ -57,7 +58,7 @@ class Summary:
         if not any(self.counts.values()):
             return "No plan yet: this page shows what was measured so far"
         speedups = [
-            f"{shown_ratio(self.speedups[label].value)} over {step_title(label)}"
+            f"{formats.ratio(self.speedups[label].value)} over {step_title(label)}"
             for label in ("fp32", "bf16_o2")
             if label in self.speedups
         ]

@@ -14,7 +14,6 @@ from autoprec.report.formats import clean_text
 
 CHARACTER_PX = 6.7  # of the 12 px system font, on average
 NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-Content = Iterable[Markup]
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,9 @@ def text(x: float, y: float, words: object, *, kind: str = "", anchor: str = "st
     return mark("text", shown, x=x, y=y, kind=kind, text_anchor=anchor)
 
 
-def bar(
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    *,
-    kind: str,
-    tip: str = "",
-    round_px: float = 2,
-) -> Markup:
-    """Return a filled rectangle; nothing where it would be narrower than a hair."""
-    if width < 0.05:
-        return Markup("")
-    return mark("rect", x=x, y=y, width=width, height=height, rx=round_px, kind=kind, tip=tip)
+def bar(x: float, y: float, width: float, height: float, *, kind: str, tip: str = "") -> Markup:
+    """Return a filled rectangle."""
+    return mark("rect", x=x, y=y, width=width, height=height, rx=2, kind=kind, tip=tip)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, *, kind: str, tip: str = "") -> Markup:
@@ -128,20 +116,11 @@ def y_axis(
     return Markup("").join(parts)
 
 
-def picture(
-    width: float, height: float, content: Content, *, title: str, kind: str = "chart"
-) -> Markup:
+def picture(width: float, height: float, content: Iterable[Markup], *, title: str) -> Markup:
     """Return the whole SVG; `title` is what a screen reader says."""
-    return mark(
-        "svg",
-        *content,
-        kind=kind,
-        viewBox=f"0 0 {width:g} {height:g}",
-        width=width,
-        height=height,
-        role="img",
-        aria_label=clean_text(title),
-    )
+    size = {"viewBox": f"0 0 {width:g} {height:g}", "width": width, "height": height}
+    label = clean_text(title)
+    return mark("svg", *content, kind="chart", role="img", aria_label=label, tip="", **size)
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> Markup:

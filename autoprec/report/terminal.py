@@ -6,17 +6,9 @@ from pathlib import Path
 from rich.console import Console
 
 from autoprec.records import Basis, Verdict
+from autoprec.report import formats
 from autoprec.report.answers import fp8_ceiling, is_all_fp32, unmeasured
-from autoprec.report.formats import (
-    UNKNOWN,
-    shown_gap,
-    shown_grad_error,
-    shown_interval,
-    shown_ms,
-    shown_ratio,
-    shown_share,
-    step_title,
-)
+from autoprec.report.formats import UNKNOWN, step_title
 from autoprec.report.layer_frame import options_frame
 from autoprec.report.layer_table import layers_parts
 from autoprec.report.runs import RunRecords
@@ -45,36 +37,36 @@ def steps_parts(found: Summary) -> list[Part]:
     for label, step in found.steps.items():
         low, high = step.low_ms, step.high_ms
         has_spread = low is not None and high is not None and low < high
-        spread = f"{shown_ms(low)}..{shown_ms(high)}" if has_spread else ""
+        spread = f"{formats.ms(low)}..{formats.ms(high)}" if has_spread else ""
         counts = (str(step.samples or UNKNOWN), step.basis.value)
         speedup = found.speedups.get(label)
-        texts = (step_title(label), shown_ms(step.ms), spread, *counts)
+        texts = (step_title(label), formats.ms(step.ms), spread, *counts)
         rows.append((*texts, _speedup(speedup) if speedup else "")[: len(heads)])
     return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5))]
 
 
 def _speedup(speedup: Speedup) -> str:
-    interval = shown_interval(speedup.low, speedup.high, shown_ratio)
-    return shown_ratio(speedup.value) + (f" ({interval})" if interval else "")
+    interval = formats.interval(speedup.low, speedup.high, formats.ratio)
+    return formats.ratio(speedup.value) + (f" ({interval})" if interval else "")
 
 
 def _loss_lines(run: RunRecords, found: Summary) -> Iterator[Line]:
     if found.grad_error is not None:
         yield Line(
-            f"gradient error {shown_grad_error(found.grad_error)} ({found.grad_error_basis}) => "
-            f"{shown_share(found.extra_steps, sign=True)} training steps"
+            f"gradient error {formats.grad_error(found.grad_error)} ({found.grad_error_basis}) => "
+            f"{formats.share(found.extra_steps, sign=True)} training steps"
         )
     if found.time_to_loss is not None and found.extra_steps is not None:
         yield Line(
             "time-to-loss speedup over FP32 = "
-            f"{shown_ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
+            f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
             f"{_speedup(found.time_to_loss)} (predicted)"
         )
     yield Line(found.verdict_sentence, STYLES[found.verdict])
     if found.control_gap is not None:
         spread = run.verification.seed_spread if run.verification else None
-        beside = f"; seeds differ by {shown_share(spread)}" if spread is not None else ""
-        yield Line(f"for scale: BF16 O2's own gap is {shown_gap(found.control_gap)}{beside}")
+        beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
+        yield Line(f"for scale: BF16 O2's own gap is {formats.gap(found.control_gap)}{beside}")
 
 
 def _answer_lines(run: RunRecords, found: Summary) -> list[Part]:
