@@ -48,6 +48,7 @@ from profiler import predict_step  # noqa: E402
 from autoprec.device.fp8 import fp8_support  # noqa: E402
 from autoprec.device.fp8_self_test import fp8_self_test  # noqa: E402
 from autoprec.device.local import device_facts, find_sensor, resolve_device  # noqa: E402
+from autoprec.device.timing import Stopping  # noqa: E402
 from autoprec.errors import AutoprecError  # noqa: E402
 from autoprec.model.capture import capture_model  # noqa: E402
 from autoprec.model.context import Context  # noqa: E402
@@ -217,7 +218,7 @@ def compare_steps(run: Run, name: str, workload: Workload, mode: str) -> list[di
             context,
             arms,
             monitor=run.monitor,
-            samples=3 if run.is_quick else 12,
+            stopping=Stopping(3 if run.is_quick else 12),
             compilation=compilation,
         )
         compile_s = compilation.seconds if compilation else 0.0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from autoprec.device.timing import MOST_CPU_CACHE_BYTES, Clock, make_clock
+from autoprec.device.timing import MOST_CPU_CACHE_BYTES, Clock, Stopping, make_clock
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.profiler import profile_model, time_steps
@@ -56,7 +56,7 @@ def compare_plans(path: str, *, plans: int, seed: int, clock: Clock) -> None:
     drawn = draw_plans(profile, count=plans, seed=seed)
     uniform = {"fp32": dict.fromkeys(spec.names, FP32), "bf16_o2": bf16_plan(spec)}
     arms: dict[str, dict[str, Option]] = {**uniform, **drawn}
-    measured = time_steps(context, arms, samples=SAMPLES)
+    measured = time_steps(context, arms, stopping=Stopping(SAMPLES))
     errors = []
     for step in measured:
         predicted = predict_step(profile, arms[step.label])

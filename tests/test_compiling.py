@@ -105,7 +105,7 @@ def test_steps_are_compiled_for_every_batch_before_the_first_sample() -> None:
         found = time_steps(
             Context(base, CPU, clock=ConstantClock()),
             {"fp32": {}, "bf16_o2": dict.fromkeys(names, BF16_O2), "autocast": "autocast_bf16"},
-            samples=3,
+            stopping=Stopping(3),
             monitor=CleanMonitor(),
             compilation=compilation,
         )
@@ -207,14 +207,16 @@ def test_arms_that_do_not_fit_together_are_timed_one_after_another(
     workload = workload_from(SimpleNamespace(**functions, loss_fn=loss_fn))
     context = Context(workload, CPU, clock=ConstantClock())
     with caplog.at_level(logging.WARNING):
-        found = time_steps(context, {"a": {}, "b": {}}, samples=3, monitor=CleanMonitor())
+        found = time_steps(
+            context, {"a": {}, "b": {}}, stopping=Stopping(3), monitor=CleanMonitor()
+        )
     assert [step.label for step in found] == ["a", "b"]
     assert all(step.timing.samples == 3 for step in found)
     assert "one after another" in caplog.text
     assert max(alive) == 2
     kept = Memory()
     with pytest.raises(DeviceError, match="'a' does not"):
-        time_steps(context, {"a": {}}, samples=3, monitor=CleanMonitor())
+        time_steps(context, {"a": {}}, stopping=Stopping(3), monitor=CleanMonitor())
     del kept
 
 

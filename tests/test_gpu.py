@@ -20,6 +20,7 @@ from autoprec.device.fp8_self_test import fp8_self_test
 from autoprec.device.local import device_facts, find_sensor, fp8_format_gaps, resolve_device
 from autoprec.device.timing import (
     CudaClock,
+    Stopping,
     graph_replay,
     make_clock,
     relative_error,
@@ -282,7 +283,7 @@ def test_compiled_whole_steps_are_timed(device: torch.device) -> None:
     arms: dict[str, dict[str, Option] | str] = {"fp32": {}, "autocast_bf16": "autocast_bf16"}
     with open_compilation(device, "default") as compilation:
         found = time_steps(
-            Context(mlp_workload(), device), arms, samples=10, compilation=compilation
+            Context(mlp_workload(), device), arms, stopping=Stopping(10), compilation=compilation
         )
         assert compilation is not None
         assert compilation.seconds > 0

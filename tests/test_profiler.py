@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.device.timing import Observation
+from autoprec.device.timing import Observation, Stopping
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
@@ -329,7 +329,7 @@ def test_arms_step_in_turns_on_the_same_batches() -> None:
     found = time_steps(
         Context(workload_from(SimpleNamespace(**functions)), CPU, clock=ConstantClock()),
         {"fp32": {}, "bf16_o2": dict.fromkeys(layers, BF16_O2), "autocast_bf16": "autocast_bf16"},
-        samples=4,
+        stopping=Stopping(4),
         monitor=CleanMonitor(),
     )
     assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]

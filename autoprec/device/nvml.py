@@ -44,11 +44,6 @@ class Sensor:
         """Return the driver's version; empty when it cannot be read."""
         return self._read("driver", pynvml.nvmlSystemGetDriverVersion) or ""
 
-    def memory_bytes(self) -> int:
-        """Return the GPU's memory; 0 when it cannot be read."""
-        read = self._read("memory", lambda: int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).total))
-        return read or 0
-
     def is_mig(self) -> bool:
         """Whether the GPU is split into slices, which have no clocks or power of their own."""
         mode = self._read("mig_mode", lambda: pynvml.nvmlDeviceGetMigMode(self._handle)[0])

@@ -28,80 +28,19 @@ class Role(StrEnum):
 
 
 _NAMES: Mapping[Role, frozenset[str]] = {
-    Role.QUERY: frozenset(["q_proj", "wq", "query", "q", "to_q", "q_lin", "linear_q"]),
-    Role.KEY_VALUE: frozenset(
-        [
-            "k_proj",
-            "v_proj",
-            "wk",
-            "wv",
-            "key",
-            "value",
-            "k",
-            "v",
-            "kv_proj",
-            "wkv",
-            "kv",
-            "to_k",
-            "to_v",
-            "k_lin",
-            "v_lin",
-        ]
-    ),
-    Role.QKV: frozenset(
-        [
-            "qkv",
-            "wqkv",
-            "qkv_proj",
-            "c_attn",
-            "query_key_value",
-            "in_proj",
-            "attn_qkv",
-            "to_qkv",
-            "linear_qkv",
-        ]
-    ),
-    Role.ATTENTION_OUT: frozenset(
-        ["o_proj", "wo", "out_proj", "attn_out", "to_out", "o", "out_lin"]
-    ),
-    Role.UP: frozenset(
-        [
-            "gate_proj",
-            "up_proj",
-            "gate_up_proj",
-            "w1",
-            "w3",
-            "w13",
-            "c_fc",
-            "fc1",
-            "up",
-            "gate",
-            "fc_in",
-            "lin1",
-            "dense_h_to_4h",
-            "linear_fc1",
-            "wi",
-            "wi_0",
-            "wi_1",
-            "up_project",
-        ]
-    ),
-    Role.DOWN: frozenset(
-        [
-            "down_proj",
-            "w2",
-            "fc2",
-            "down",
-            "fc_out",
-            "lin2",
-            "dense_4h_to_h",
-            "linear_fc2",
-            "down_project",
-        ]
-    ),
-    Role.HEAD: frozenset(
-        ["lm_head", "output", "head", "embed_out", "unembed", "logits", "classifier"]
-    ),
+    role: frozenset(names.split())
+    for role, names in {
+        Role.QUERY: "q_proj wq query q to_q q_lin linear_q",
+        Role.KEY_VALUE: ("k_proj v_proj wk wv key value k v kv_proj wkv kv to_k to_v k_lin v_lin"),
+        Role.QKV: ("qkv wqkv qkv_proj c_attn query_key_value in_proj attn_qkv to_qkv linear_qkv"),
+        Role.ATTENTION_OUT: "o_proj wo out_proj attn_out to_out o out_lin",
+        Role.UP: (
+            "gate_proj up_proj gate_up_proj w1 w3 w13 c_fc fc1 up gate fc_in lin1 "
+            "dense_h_to_4h linear_fc1 wi wi_0 wi_1 up_project"
+        ),
+        Role.DOWN: ("down_proj w2 fc2 down fc_out lin2 dense_4h_to_h linear_fc2 down_project"),
+        Role.HEAD: "lm_head output head embed_out unembed logits classifier",
+    }.items()
 }
 _PROJECTIONS = frozenset(("c_proj", "proj", "dense"))  # attention's or the MLP's, by the parent
 _MLP_PARENTS = ("mlp", "ffn", "feed", "fc")

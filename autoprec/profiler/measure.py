@@ -40,7 +40,6 @@ from autoprec.records import (
 )
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
-STEP_WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
 STEP_BUDGET = 4.0  # FP32 steps that the samples of one variant may take
 SLOW_STEP = 3.0  # times the FP32 step; a slower FP8 step is predicted, not timed
 CAST_SAMPLES = 7
@@ -198,16 +197,10 @@ def _time_uniform_steps(
     is_slow = surplus_ms > (SLOW_STEP - 1) * step_ms
     if has_fp8 and not is_slow:
         variants["fp8_o1"] = fp8
-    steps = time_steps(
-        context,
-        variants,
-        samples=STEP_SAMPLES,
-        compilation=compilation,
-        warmup=STEP_WARMUP,
-        stopping=Stopping(
-            STEP_SAMPLES, STEP_LEAST, budget_ms=STEP_BUDGET * step_ms, rejections=STEP_LEAST
-        ),
+    stopping = Stopping(
+        STEP_SAMPLES, STEP_LEAST, budget_ms=STEP_BUDGET * step_ms, rejections=STEP_LEAST
     )
+    steps = time_steps(context, variants, stopping=stopping, compilation=compilation)
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")
         timing = predicted_timing(base.timing.median_ms + surplus_ms)

@@ -38,6 +38,7 @@ from autoprec.workload.functions import Batch, take_batches
 Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
 AUTOCAST = "autocast_bf16"
 BATCHES = 4  # different ones, taken in turn
+WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
 ENERGY_MS = 1000.0  # measured at least: NVML's counter moves every 20 to 100 ms
 log = logging.getLogger(__name__)
 
@@ -47,22 +48,18 @@ def time_steps(
     context: Context,
     variants: Mapping[str, Variant],
     *,
-    samples: int,
-    stopping: Stopping | None = None,
+    stopping: Stopping,
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
-    warmup: int = 2,
 ) -> tuple[StepTiming, ...]:
     """Time a whole training step of every variant, in turns.
 
     Args:
         context: builds the model, the batches and the optimizer of every variant.
         variants: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
-        samples: timed steps per variant; `stopping`, when given, decides instead.
-        stopping: when a variant is done.
+        stopping: when a variant has been timed often enough.
         monitor: rejects dirty samples; default: the device's own.
         compilation: compiles the models, see `open_compilation`; None: eager.
-        warmup: untimed steps per variant.
 
     Raises:
         DeviceError: a variant alone does not fit into the device's memory.
@@ -71,8 +68,7 @@ def time_steps(
     comparison = _Comparison(
         context,
         take_batches(context.workload, seed=context.seed, count=BATCHES, device=context.device),
-        stopping or Stopping(samples),
-        warmup,
+        stopping,
         monitor if compilation is None else GraphMonitor(compilation, monitor),
         compilation,
     )
@@ -118,7 +114,6 @@ class _Comparison:
     context: Context
     batches: Sequence[Batch]
     stopping: Stopping
-    warmup: int
     monitor: Monitor | None
     compilation: Compilation | None
     round: int = 0
@@ -131,7 +126,7 @@ class _Comparison:
             {label: step for label, (step, _) in built.items()},
             clock=clock,
             stopping=self.stopping,
-            warmup=self.warmup - 1,  # building a variant runs its first step
+            warmup=WARMUP - 1,  # building a variant runs its first step
             prepare=self._turn_batches,
             monitor=self.monitor,
             seed=self.context.seed,

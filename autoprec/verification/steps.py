@@ -1,5 +1,6 @@
 """The measured step time of the plan, interleaved with what the user would run otherwise."""
 
+from autoprec.device.timing import Stopping
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps
 from autoprec.records import Basis, Plan, Profile, StepTiming
@@ -35,6 +36,6 @@ def time_plan(
                 "autocast_bf16": "autocast_bf16",
                 "plan": chosen.options,
             },
-            samples=TIMING_SAMPLES,
+            stopping=Stopping(TIMING_SAMPLES),
             compilation=compilation,
         )
