@@ -28,7 +28,7 @@ from autoprec.errors import WorkloadError
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
 _READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
-NO_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+GRADIENT_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 FACTORS = ("mul", "__mul__", "__rmul__", "div", "__truediv__")
 
 
@@ -104,9 +104,8 @@ class Tape:
         meta = {"has_grad": torch.is_grad_enabled()}
         result = function(*args, **kwargs)
         written = [t for t, v in zip(tensors, versions, strict=True) if t._version != v]
-        if function in NO_HOOKS:  # it changes gradients, in a way that no replay repeats
-            meta["writes"] = True
-            self._input(Source.UNKNOWN, "a gradient hook").meta.update(meta)
+        if function in GRADIENT_HOOKS:  # it changes gradients, in a way that no replay repeats
+            self._input(Source.UNKNOWN, "a gradient hook").meta["writes"] = True
         elif written or any(True for _ in tensors_in(result)):  # not .item(), or a shape
             self._record(function, nodes, meta, result=result, written=written)
         return result
