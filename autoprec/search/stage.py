@@ -28,7 +28,6 @@ from autoprec.search.storage import open_study
 from autoprec.search.study import StudyLog
 from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 
-BUDGET_FACTORS = (0.5, 0.65, 0.8, 1.25)  # exact plans at these shares of the budget are bases too
 NEXT_E = 0.7  # a plan that was refuted is followed by one with at most this share of its e
 MOST_RANKED = 3  # beside the uniform plans
 PASSES_PER_PLAN = 2  # of a joint measurement, where the step time here is not known
@@ -73,12 +72,12 @@ def search_plan(
     problem = make_problem(make_costs(profile, sensitivity), constraint)
     budget = grad_error_budget(sensitivity, constraint)
     exact_plan, bound_ms = _exact_plan(problem, budget)
-    plans = front(problem)
+    plans = front(problem, budget)
     judge = Judge(problem, budget=budget, evaluate=evaluate)
     tables = _digest(problem, judge, seed)
     is_over = partial(_is_over, clock, clock(), time_budget_s)
     with open_study(storage, study_name, tables=tables) as study:
-        space = make_space(problem, (*plans, exact_plan, *_near(problem, budget)))
+        space = make_space(problem, (*plans, exact_plan))
         log = StudyLog(study, space, judge, seed=seed)
         interacting, notes = _explore(
             log, exact_plan, trials=trials, is_over=is_over, progress=progress
@@ -122,7 +121,7 @@ def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float
 
 
 def _exact_plan(problem: Problem, budget: float) -> tuple[Options, float]:
-    """Return the fastest additive plan within the budget, and the bound of its time."""
+    """Return the soonest additive plan within the budget, and the bound of the step time."""
     found = exact(problem, budget)
     if found is None:
         raise InfeasibleError(_infeasible(problem, budget))
@@ -155,12 +154,6 @@ def _explore(
         notes.append(_repair_note(judged, interacting, repaired))
     log.sample(trials, is_over=is_over, told=told)
     return interacting, notes
-
-
-def _near(problem: Problem, budget: float) -> list[Options]:
-    """Return the exact plans of budgets around the one asked for."""
-    found = [exact(problem, factor * budget) for factor in BUDGET_FACTORS]
-    return [plan[0] for plan in found if plan is not None]
 
 
 def _ranked(judge: Judge, best: Judgement, bases: Sequence[Options]) -> list[Options]:
