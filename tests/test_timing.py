@@ -243,7 +243,8 @@ def test_the_largest_cache_is_found_and_a_common_one_assumed(tmp_path: Path) -> 
 def test_the_cpu_clock_measures_what_passes() -> None:
     clock = make_clock(torch.device("cpu"))
     x = torch.randn(256, 256)
-    assert clock.measure(lambda: [x @ x for _ in range(20)]) > clock.measure(lambda: None)
+    work = min(clock.measure(lambda: [x @ x for _ in range(20)]) for _ in range(5))
+    assert work > min(clock.measure(lambda: None) for _ in range(5))  # others may need the core too
 
 
 class FakeCuda:
