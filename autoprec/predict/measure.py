@@ -26,13 +26,7 @@ from autoprec.predict import list_device_profiles
 from autoprec.predict.calibrate import CastTimes, EagerCasts, Measured, Shape, calibrate_profile
 from autoprec.predict.gemm import Kernel
 from autoprec.predict.registry import find_profile
-from autoprec.profiler.compiling import (
-    COMPILED,
-    INDUCTOR,
-    Backend,
-    open_compilation,
-    reason_of,
-)
+from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation, reason_of
 from autoprec.profiler.tracing import traced
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import Recipe, fp8_option

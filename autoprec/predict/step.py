@@ -20,15 +20,7 @@ from autoprec.predict.parallel import (
     tensor_parallel_us,
 )
 from autoprec.records.cost import Communication
-from autoprec.records.model import (
-    BF16_O2,
-    FP32,
-    LayerKind,
-    LayerSpec,
-    ModelSpec,
-    Option,
-    Precision,
-)
+from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option, Precision
 
 CAUSAL = 0.5  # half of the scores are masked away and not computed
 BACKWARD = 2.5  # fused attention recomputes the scores: five GEMMs against two
@@ -58,6 +50,7 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     """Return a step in which each layer has the option that `choice` gives it."""
     called = [layer for layer in spec.layers if layer.calls]
     chosen = {layer.name: choice(layer) for layer in called}
+    # Layers that are alike are priced once: a model of 80 blocks has a dozen kinds.
     cost: dict[tuple[str, Option, object], float] = {}
     layers = 0.0
     for layer in called:
@@ -70,8 +63,8 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     activation = FP32 if is_fp32 else BF16_O2  # whose dtype flows between the layers
     between = between_us(called, activation, setting) * setting.machine.step_overhead
     optimizer = optimizer_us(spec, setting) * setting.machine.step_overhead
-    exposed = _exposed(called, chosen, activation, setting, compute=layers + between)
-    return StepTimes(layers, between, optimizer, exposed.sharded + exposed.split)
+    sharded, split = _exposed_us(called, chosen, activation, setting, compute=layers + between)
+    return StepTimes(layers, between, optimizer, sharded + split)
 
 
 def first_fp8(layer: LayerSpec) -> Option:
@@ -160,44 +153,36 @@ def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict
     plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
     times = step_times(spec, lambda layer: chosen[layer.name], plain)
     compute = times.layers + times.between
-    before, after = (
-        _exposed(called, chosen, option, each, compute=compute) for each in (plain, setting)
-    )
+    before = _exposed_us(called, chosen, option, plain, compute=compute)
+    after = _exposed_us(called, chosen, option, setting, compute=compute)
+    sharded, split = before[0] - after[0], before[1] - after[1]
     # Weights are gathered by FSDP, inputs by tensor parallelism: each saving by its own bytes.
     weights = {layer.name: _numel(layer, setting) for layer in takes}
     inputs = {layer.name: float(layer.gemm.M * layer.gemm.K) for layer in takes if layer.gemm}
     return {
-        name: (before.sharded - after.sharded) * weights[name] / max(sum(weights.values()), 1.0)
-        + (before.split - after.split) * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
+        name: sharded * weights[name] / max(sum(weights.values()), 1.0)
+        + split * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
         for name in weights
     }
 
 
-@dataclass(frozen=True)
-class _Exposed:
-    """Microseconds of FSDP's and tensor parallelism's communication that compute does not hide."""
-
-    sharded: float
-    split: float
-
-
-def _exposed(
+def _exposed_us(
     layers: Sequence[LayerSpec],
     chosen: Mapping[str, Option],
     activation: Option,
     setting: Setting,
     *,
     compute: float,
-) -> _Exposed:
+) -> tuple[float, float]:
+    """Return what compute does not hide of FSDP's communication, and of tensor parallelism's."""
     machine, parallel = setting.machine, setting.parallel
     moved = _fsdp_moved_us(layers, chosen, setting)
     size = element_bytes(activation)
     is_cast = any(gathers_fp8(option, parallel) for option in chosen.values())
-    return _Exposed(
-        sharded=unhidden(moved, compute, share=machine.communication_overlap),
-        split=tensor_parallel_us(
-            machine, parallel, layers, size=size, gathered_size=1 if is_cast else size
-        ),
+    gathered_size = 1 if is_cast else size
+    return (
+        unhidden(moved, compute, share=machine.communication_overlap),
+        tensor_parallel_us(machine, parallel, layers, size=size, gathered_size=gathered_size),
     )
 
 

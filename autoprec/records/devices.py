@@ -19,8 +19,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a name is shown in one line and may n
 # FP8 operands are half as wide as BF16 ones, so units that are fed at one rate gain 2. What kernels
 # reach of the two peaks differs, under a power limit above all: 2.4 at most in shipped profiles.
 FP8_GAIN = (1.0, 4.0)  # of the peak over BF16's
-FP8_BOOSTS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
+FP8_FRACTIONS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
 _BEFORE_BF16 = re.compile(r"[1-7]\.\d")  # NVIDIA has BF16 units from compute capability 8.0 on
+_BOOST = 1.2  # boost clocks take consumer cards over the data sheet's peak
 WHOLE = ("sm_count", "devices_per_node")
 
 
@@ -51,9 +52,6 @@ class Bounds:
 
 def _in(unit: str, low: float, high: float, meaning: str) -> Any:  # Any: as dataclasses.field
     return field(metadata={"bounds": Bounds(unit, low, high, meaning)})
-
-
-_BOOST = 1.2  # boost clocks take consumer cards over the data sheet's peak
 
 
 @dataclass(frozen=True)
@@ -178,12 +176,10 @@ class DeviceProfile(FileRecord):
 
     @model_validator(mode="after")
     def _check_constants(self) -> Self:
-        for name in CONSTANTS:
-            if name not in self.constants:
-                raise ValueError(f"constant {name!r} is missing")
-        for name in self.constants:
-            if name not in CONSTANTS:
-                raise ValueError(f"constant {name!r} is unknown")
+        if missing := CONSTANTS.keys() - self.constants.keys():
+            raise ValueError(f"constant {min(missing)!r} is missing")
+        if unknown := self.constants.keys() - CONSTANTS.keys():
+            raise ValueError(f"constant {min(unknown)!r} is unknown")
         for name, bounds in CONSTANTS.items():
             _check_constant(name, self.constants[name], bounds)
         if bool(self.fp8_recipes) != (self.value("fp8_peak_tflops") > 0):
@@ -219,19 +215,20 @@ def _check_peaks(profile: DeviceProfile) -> None:
         )
     if not profile.has_fp8:
         return
-    if not FP8_GAIN[0] <= fp8 / bf16 <= FP8_GAIN[1]:
+    low, high = FP8_GAIN
+    if not low <= fp8 / bf16 <= high:
         raise ValueError(
-            f"fp8_peak_tflops must be {FP8_GAIN[0]:g} to {FP8_GAIN[1]:g} times bf16_peak_tflops, "
-            f"but they are {fp8:g} and {bf16:g}"
+            f"fp8_peak_tflops must be {low:g} to {high:g} times bf16_peak_tflops, but they are "
+            f"{fp8:g} and {bf16:g}"
         )
-    reached = bf16 * profile.value("bf16_fraction")
-    for name in FP8_BOOSTS:
-        gain = fp8 * profile.value(name) / reached
-        if gain > FP8_GAIN[1]:
+    bf16_fraction = profile.value("bf16_fraction")
+    for name in FP8_FRACTIONS:
+        gain = fp8 * profile.value(name) / (bf16 * bf16_fraction)
+        if gain > high:
             raise ValueError(
-                f"{name} must make FP8 GEMMs at most {FP8_GAIN[1]:g} times as fast as BF16 ones, "
-                f"but with {profile.value(name):g} beside a bf16_fraction of "
-                f"{profile.value('bf16_fraction'):g} they are {gain:.1f} times as fast"
+                f"{name} must make FP8 GEMMs at most {high:g} times as fast as BF16 ones, but with "
+                f"{profile.value(name):g} beside a bf16_fraction of {bf16_fraction:g} they are "
+                f"{gain:.1f} times as fast"
             )
 
 
@@ -270,11 +267,6 @@ class ArmPrediction(Record):
     total_ms: NonNegativeFloat
     total_low_ms: NonNegativeFloat
     total_high_ms: NonNegativeFloat
-
-    @property
-    def gemm_ms(self) -> float:
-        """The three GEMMs."""
-        return self.output_ms + self.grad_input_ms + self.grad_weight_ms
 
 
 class LinearPrediction(Record):
