@@ -63,31 +63,12 @@ class Look:
         return self.out_of_range(STANDS_OUT) or self.layers
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """Something that is wrong; `lasts` unless it may have been the data's fault."""
-
-    kind: EventKind
-    suspects: Names
-
-    @property
-    def is_bad_step(self) -> bool:
-        """Whether the step should not happen."""
-        return self.kind is not EventKind.RANGE
-
-    @property
-    def lasts(self) -> bool:
-        """Whether it counts as more than one spike."""
-        return bool(self.suspects) or self.kind is EventKind.NOT_FINITE
-
-
-def alarms(look: Look) -> Iterator[Alarm]:
-    """Yield what is wrong with a step, up to what makes it a bad one."""
+def alarms(look: Look) -> Iterator[tuple[EventKind, Names]]:
+    """Yield what is wrong with a step and the layers suspected, up to what makes it a bad one."""
     for kind, is_wrong, suspects in CHECKS:
         if is_wrong(look):
-            alarm = Alarm(kind, suspects(look))
-            yield alarm
-            if alarm.is_bad_step:
+            yield kind, suspects(look)
+            if kind is not EventKind.RANGE:
                 return
 
 

@@ -43,25 +43,25 @@ class Sampler:
     def arm(self) -> None:
         """Look at the step that comes."""
         self.is_armed = bool(self.layers)
-        for seen in self._seen.values():
-            seen.zero_()
-        if not self._handles:
-            for name, layer in self.layers.items():
+        for name, layer in self.layers.items():
+            self._seen[name].zero_()
+            if len(self._handles) < len(self.layers):
                 hook = functools.partial(_look, self, self._seen[name])
                 self._handles.append(layer.register_forward_hook(hook))
         self._set_looking(on=True)
 
-    def disarm(self) -> None:
+    def disarm(self, *, hooks_stay: bool | None = None) -> None:
         """Look no more."""
         self.is_armed = False
         self._set_looking(on=False)
-        if not self.hooks_stay:
-            self._remove_hooks()
+        if not (self.hooks_stay if hooks_stay is None else hooks_stay):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
     def close(self) -> None:
         """Leave no trace on the layers."""
-        self.is_armed = False
-        self._remove_hooks()
+        self.disarm(hooks_stay=False)
         for layer in self.layers.values():
             vars(layer).pop("fp8_sampled", None)
 
@@ -76,11 +76,6 @@ class Sampler:
     def _set_looking(self, *, on: bool) -> None:
         for layer in self.layers.values():
             vars(layer)["fp8_sampled"] = on  # on the instance: torch.compile guards on it there
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 class GradTap(torch.autograd.Function):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
 from autoprec.guard.bands import RunningBand
-from autoprec.guard.checks import Alarm, Look, Row, alarms
+from autoprec.guard.checks import Look, Names, Row, alarms
 from autoprec.guard.events import EventKind, EventLog, GuardEvent
 from autoprec.guard.limits import Action, Demotion, GuardState, Limits
 from autoprec.guard.sampling import OPERANDS, Sampler
@@ -118,9 +118,9 @@ class Guard:
         shares = self._sampler.shares(device) if self._sampler.is_armed else None
         signals = read_signals(loss, self._parameters, shares=shares)
         is_good = True
-        for alarm in alarms(self._look(signals)):
-            self._act(alarm, signals)
-            is_good = not alarm.is_bad_step
+        for kind, suspects in alarms(self._look(signals)):
+            is_good = kind is EventKind.RANGE
+            self._act(kind, suspects, signals, is_good=is_good)
         self._bad_run = 0 if is_good else self._bad_run + 1
         if is_good:
             self._promote()
@@ -222,30 +222,29 @@ class Guard:
         rows = {name: dict(zip(OPERANDS, pairs, strict=False)) for name in self.layers}
         return {name: row for name, row in rows.items() if self.layers[name].fp8_active}
 
-    def _act(self, alarm: Alarm, signals: Signals) -> None:
+    def _act(self, kind: EventKind, suspects: Names, signals: Signals, *, is_good: bool) -> None:
         """Deal with the step as `on_alarm` says, demote the suspects, and say so."""
-        reason = REASONS[alarm.kind].format(signals)
-        if alarm.lasts and self.on_alarm is Action.STOP:
+        reason = REASONS[kind].format(signals)
+        lasts = bool(suspects) or kind is EventKind.NOT_FINITE  # or else it is one spike
+        if lasts and self.on_alarm is Action.STOP:
             raise TrainingStoppedError(
                 f"the guard stops a run when something is wrong, and at step {self.steps} "
                 f"{reason}; look at it, then resume from the last checkpoint, or "
                 "use on_alarm='skip'"
             )
-        is_skipped = alarm.is_bad_step and self.on_alarm is Action.SKIP
+        is_skipped = not is_good and self.on_alarm is Action.SKIP
         if is_skipped:  # without gradients, optimizer.step() changes nothing
             for parameter in self._parameters:
                 parameter.grad = None
             self.optimizer.zero_grad(set_to_none=True)
-        demoted = self._demote([n for n in alarm.suspects if self.layers[n].fp8_active])
-        if alarm.lasts:
+        demoted = self._demote([n for n in suspects if self.layers[n].fp8_active])
+        if lasts:
             self._last_alarm = self.steps
             self._loss.run = self._norm.run = 0
-        parts = [reason]
-        parts += [f"{first_and_more(demoted)} moved to BF16"] if demoted else []
-        parts += ["step skipped"] if is_skipped else []
+        moved = f"; {first_and_more(demoted)} moved to BF16" if demoted else ""
         self._note(
-            alarm.kind,
-            "; ".join(parts),
+            kind,
+            f"{reason}{moved}{'; step skipped' if is_skipped else ''}",
             demoted,
             is_skipped=is_skipped,
             loss=_finite(signals.loss),

@@ -31,67 +31,55 @@ from autoprec.runtime.casting import CASTABLE, cast_floating
 Function = Callable[..., Any]
 
 
-def _functions(namespace: object, names: str) -> tuple[Function, ...]:
-    found = (getattr(namespace, name, None) for name in names.split())
-    return tuple(function for function in found if function is not None)
+def _functions(names: str, *namespaces: object) -> frozenset[Function]:
+    """Return the functions of these names, wherever a namespace has one."""
+    found = (getattr(space, name, None) for space in namespaces for name in names.split())
+    return frozenset(function for function in found if function is not None)
 
 
-FACTORIZATIONS = (
-    "logdet det slogdet inverse pinverse svd qr cholesky geqrf ormqr triangular_solve "
-    "cholesky_inverse cholesky_solve lu_solve"
+UNIFORM = _functions(
+    "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "scaled_dot_product_attention multi_head_attention_forward layer_norm group_norm rms_norm "
+    "prelu embedding_bag grid_sample",
+    F,
+) | _functions(
+    "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr einsum chain_matmul "
+    "tensordot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "layer_norm group_norm rms_norm lerp cross __matmul__ __rmatmul__",
+    torch,
+    Tensor,
 )
-UNIFORM = frozenset(
+INTO_FIRST = _functions(
+    "index_add index_copy index_put scatter scatter_add scatter_reduce masked_scatter "
+    "index_add_ index_copy_ index_put_ scatter_ scatter_add_ scatter_reduce_ masked_scatter_ "
+    "addmm_ addmv_ addbmm_ baddbmm_ addr_ lerp_ __setitem__",
+    torch,
+    Tensor,
+)
+IN_FP32 = (
     _functions(
-        F,
-        "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-        "scaled_dot_product_attention multi_head_attention_forward layer_norm group_norm rms_norm "
-        "prelu embedding_bag grid_sample",
-    )
-    + _functions(
-        torch,
-        "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr einsum chain_matmul "
-        "tensordot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
-        "layer_norm group_norm rms_norm prelu lerp cross",
-    )
-    + _functions(
-        Tensor,
-        "matmul mm bmm mv dot vdot inner addmm addmv addbmm baddbmm addr lerp cross "
-        "__matmul__ __rmatmul__",
-    )
-)
-INTO_FIRST = frozenset(
-    _functions(torch, "index_add index_copy index_put scatter scatter_add scatter_reduce")
-    + _functions(torch, "masked_scatter")
-    + _functions(
-        Tensor,
-        "index_add index_add_ index_copy index_copy_ index_put index_put_ scatter scatter_ "
-        "scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ "
-        "addmm_ addmv_ addbmm_ baddbmm_ addr_ lerp_ __setitem__",
-    )
-)
-IN_FP32 = frozenset(
-    _functions(
-        F,
         "cross_entropy nll_loss gaussian_nll_loss poisson_nll_loss kl_div mse_loss l1_loss "
         "smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits "
         "cosine_embedding_loss hinge_embedding_loss margin_ranking_loss multi_margin_loss "
         "multilabel_margin_loss multilabel_soft_margin_loss soft_margin_loss triplet_margin_loss "
         "triplet_margin_with_distance_loss ctc_loss avg_pool3d local_response_norm",
+        F,
     )
-    + _functions(
+    | _functions("cdist pdist complex polar view_as_complex ctc_loss", torch)
+    | _functions(
+        "quantile nanquantile stft istft matrix_exp logdet det slogdet inverse pinverse svd qr "
+        "cholesky geqrf ormqr triangular_solve cholesky_inverse cholesky_solve lu_solve",
         torch,
-        "cdist pdist quantile nanquantile complex polar view_as_complex stft istft ctc_loss "
-        f"matrix_exp {FACTORIZATIONS}",
+        Tensor,
     )
-    + _functions(Tensor, f"quantile nanquantile stft istft matrix_exp {FACTORIZATIONS}")
-    + _functions(
-        torch.linalg,
+    | _functions(
         "cholesky cholesky_ex cond det eig eigh eigvals eigvalsh householder_product inv inv_ex "
         "ldl_factor ldl_factor_ex ldl_solve lstsq lu lu_factor lu_factor_ex lu_solve matrix_exp "
         "matrix_rank pinv qr slogdet solve solve_ex solve_triangular svd svdvals tensorinv "
         "tensorsolve vander",
+        torch.linalg,
     )
-    + _functions(torch.fft, " ".join(torch.fft.__all__))
+    | _functions(" ".join(torch.fft.__all__), torch.fft)
 )
 LOW = frozenset({torch.bfloat16, torch.float16})
 

@@ -45,12 +45,12 @@ def layer_class(
 
 def container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
     """Return `base` with the activation mode on while its forward runs."""
-    return _made(_make_container_class, base, (dtype,))
+    return _made(_make_container_class, base, (dtype, False))
 
 
 def root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
     """Return `base` as a root: mode on, outputs in FP32; `dtype` None: autocast off only."""
-    return _made(_make_root_class, base, (dtype,))
+    return _made(_make_container_class, base, (dtype, True))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -181,37 +181,22 @@ def _refuse_fp8_styles(_module: nn.Module) -> NoReturn:
     )
 
 
-def _make_container_class(base: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
+def _make_container_class(
+    base: type[nn.Module], dtype: torch.dtype | None, is_root: bool
+) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def container_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_mode_active():
+        if dtype is None:  # an FP32 model: nothing to make uniform
+            with autocast_off():
+                return base.forward(self, *args, **kwargs)
+        if not is_root and is_mode_active():
             return base.forward(self, *args, **kwargs)
-        with autocast_off(), ActivationMode(dtype):
-            return base.forward(self, *args, **kwargs)
-
-    return _subclass(_make_container_class, base, (dtype,), body={"forward": container_forward})
-
-
-def _make_root_class(base: type[nn.Module], dtype: torch.dtype | None) -> type[nn.Module]:
-    if dtype is None:
-        return _make_plain_root_class(base)
-
-    @functools.wraps(base.forward)
-    def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with autocast_off(), ActivationMode(dtype):
             output = base.forward(self, *args, **kwargs)
-        return cast_floating(output, torch.float32)
+        return cast_floating(output, torch.float32) if is_root else output
 
-    return _subclass(_make_root_class, base, (dtype,), body={"forward": root_forward})
-
-
-def _make_plain_root_class(base: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(base.forward)
-    def root_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with autocast_off():
-            return base.forward(self, *args, **kwargs)
-
-    return _subclass(_make_root_class, base, (None,), body={"forward": root_forward})
+    body = {"forward": container_forward}
+    return _subclass(_make_container_class, base, (dtype, is_root), body=body)
 
 
 def _subclass(
@@ -232,8 +217,8 @@ def _subclass(
 
 def _new_module(maker: str, base: type[nn.Module], settings: Settings) -> nn.Module:
     """Unpickle: an empty module of the class made by `maker`, its state to be set by pickle."""
-    makers = (_make_layer_class, _make_container_class, _make_root_class)
-    cls = _made({known.__name__: known for known in makers}[maker], base, settings)
+    makers = {known.__name__: known for known in (_make_layer_class, _make_container_class)}
+    cls = _made(makers[maker], base, settings)
     module: nn.Module = cls.__new__(cls)
     return module
 
