@@ -9,6 +9,7 @@ the optimizer's hooks, nowhere else: copies and pickles of the model carry it al
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -234,7 +235,7 @@ def _warn_of_differences(plan: Plan, device: torch.device) -> None:
         return
     made, name = plan.fingerprint, device_name(device)
     found = [] if made.device in ("", name) else [f"device {name} (the plan: {made.device})"]
-    here = {package: version(package) for package in ("torch", "torchao")}
+    here = _software()
     found += [
         f"{package} {here[package]} (the plan: {made.software[package]})"
         for package in here
@@ -246,6 +247,12 @@ def _warn_of_differences(plan: Plan, device: torch.device) -> None:
             "of the other; tune again here to be sure",
             ", ".join(map(one_line, found)),
         )
+
+
+@functools.cache
+def _software() -> dict[str, str]:
+    """Return the versions of the packages that can change what a plan is worth."""
+    return {package: version(package) for package in ("torch", "torchao")}
 
 
 def _kept_results(model: nn.Module) -> Iterator[Tensor]:
