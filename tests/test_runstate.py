@@ -10,7 +10,8 @@ import pytest
 from autoprec.errors import RecordError
 from autoprec.predict import load_device_profile
 from autoprec.records import ModelSpec, Recipe
-from autoprec.tuning.run import INPUTS, Run
+from autoprec.tuning.folder import INPUTS, Folder
+from autoprec.tuning.run import Run
 from autoprec.tuning.settings import STAGES, Settings, all_settings
 from tests.decoder_specs import linear_layer, model_of
 
@@ -85,11 +86,8 @@ OTHERS: dict[str, Any] = {  # Any: of the settings' own types
 BASE = Settings(workload="none.py", target="h100-sxm")
 
 
-def digest_of(settings: Settings, stage: str, folder: Path) -> str | None:
-    run = Run.__new__(Run)  # a given sensitivity or checkpoint need not be there
-    Run.__init__(run, replace(settings, out=folder, sensitivity=None))
-    run.settings = replace(settings, out=folder)
-    return run._stage_digest(stage)
+def digest_of(settings: Settings, stage: str, folder: Path) -> str:
+    return Folder(folder).digest(stage, settings, settings.device_profile())
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -4,6 +4,7 @@
 has not changed instead of making it again.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,21 @@ from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
+from autoprec import __version__
+from autoprec.common.text import short_digest
 from autoprec.errors import RecordError
+from autoprec.predict.registry import profile_digest
 from autoprec.records import FileRecord
-from autoprec.tuning.settings import STAGES
+from autoprec.records.devices import DeviceProfile
+from autoprec.tuning.settings import STAGES, Settings, all_settings
 
 LOCK = ".autoprec.lock"
+INPUTS = {  # the stages whose records each stage's record is made of
+    "profile": (),
+    "sensitivity": ("profile",),
+    "search": ("profile", "sensitivity"),
+    "verification": ("search",),
+}
 
 
 class RunState(FileRecord):
@@ -80,3 +91,27 @@ class Folder:
         earlier = STAGES[: STAGES.index(stage)]
         done = {name: value for name, value in self.finished().items() if name in earlier}
         RunState(stages={**done, stage: digest}).save(self.path / "run.json")
+
+    def digest(self, stage: str, settings: Settings, target: DeviceProfile | None) -> str:
+        """Return a hash of all that decides a stage's record.
+
+        That is the settings that say so, the files they name, the device profile where times are
+        predicted, autoprec's version, and the stages before.
+        """
+        chosen = {
+            name: str(getattr(settings, name))
+            for name, known in all_settings().items()
+            if stage in known.stages
+        }
+        module = settings.workload.partition(".py:")[0].removesuffix(".py") + ".py"
+        files = [Path(settings.script) if settings.script else settings.config or Path(module)]
+        if stage == "sensitivity" and settings.sensitivity is not None:
+            files.append(settings.sensitivity)
+        contents = [
+            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+            for file in files
+        ]
+        device = profile_digest(target) if target and stage == "profile" else ""
+        done = self.finished()
+        inputs = [done.get(name, "") for name in INPUTS[stage]]
+        return short_digest(stage, chosen, contents, device, __version__, inputs)

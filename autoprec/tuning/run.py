@@ -9,7 +9,6 @@ imported only by the stages that need it, so that searching and reporting saved 
 once.
 """
 
-import hashlib
 import logging
 import sys
 from collections.abc import Callable
@@ -18,27 +17,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from autoprec import __version__
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
-from autoprec.common.text import short_digest
 from autoprec.errors import RecordError
-from autoprec.predict.registry import profile_digest
 from autoprec.records import (
     Certificate,
-    Estimate,
     ModelSpec,
-    Option,
     Profile,
-    Recipe,
     Search,
     Sensitivity,
     Verdict,
     Verification,
 )
-from autoprec.tuning.folder import Folder
+from autoprec.tuning.folder import INPUTS, Folder
 from autoprec.tuning.plan import Plan
-from autoprec.tuning.settings import STAGES, Settings, all_settings
+from autoprec.tuning.settings import STAGES, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INPUTS = {  # the stages whose records each stage's record is made of
-    "profile": (),
-    "sensitivity": ("profile",),
-    "search": ("profile", "sensitivity"),
-    "verification": ("search",),
-}
 R = TypeVar("R", Profile, Sensitivity, Search, Verification)
 Table = TypeVar("Table", Profile, Sensitivity)
-Evaluate = Callable[[tuple[Option, ...]], Estimate]
 
 
 class Run:
@@ -85,8 +71,19 @@ class Run:
         self.settings = replace(settings, out=settings.out.absolute())
         self.stages = stages
         self.progress = progress
+        # What the settings name is looked at before any work: it may be read much later.
         self.target = settings.device_profile()
-        _check_files(settings, stages)
+        if settings.sensitivity is not None:
+            Sensitivity.load(settings.sensitivity)
+        if settings.checkpoint is not None and {"sensitivity", "verification"} & set(stages):
+            from autoprec.runtime.checkpoint import read_checkpoint
+
+            read_checkpoint(settings.checkpoint)
+        if settings.storage and "search" in stages:
+            from autoprec.search.storage import check_storage
+
+            check_storage(settings.storage)
+        self._is_live = workload is not None
         if workload is not None:
             self.workload = workload
         self.folder = Folder(settings.out)
@@ -96,32 +93,16 @@ class Run:
     @cached_property
     def workload(self) -> "Workload":
         """The user's functions: the file is executed (or the script recorded) once."""
-        settings = self.settings
-        if settings.config and settings.meta:
-            from autoprec.workload.functions import workload_from
-            from autoprec.workload.hf_config import config_model
+        from autoprec.tuning import measuring
 
-            model = config_model(settings.config, batch=settings.batch, sequence=settings.sequence)
-            return workload_from(model, name=settings.workload)
-        if settings.script:
-            from autoprec.integrations.launch import Script, record_workload
-
-            script = Script(settings.script, settings.script_args)
-            return record_workload(script, steps=settings.script_steps)
-        from autoprec.workload.functions import load_workload
-
-        return load_workload(settings.workload)
+        return measuring.open_workload(self.settings)
 
     @cached_property
     def device(self) -> "torch.device":
         """Where numerics are measured: the target, or the machine at hand for a device profile."""
-        from autoprec.device.local import resolve_device
+        from autoprec.tuning import measuring
 
-        if self.target is None:
-            return resolve_device(self.settings.target)
-        device = resolve_device("auto")
-        logger.warning("%s is predicted; what is measured runs on %s", self.target.name, device)
-        return device
+        return measuring.open_device(self.settings, self.target)
 
     @cached_property
     def context(self) -> "Context":
@@ -132,19 +113,14 @@ class Run:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The model as one training step shows it: run here, or without storage with `meta`."""
+        """The captured model, which every `--keep` must fit."""
+        from autoprec.tuning import measuring
+
         if "profile" not in self.stages and self._path("profile").exists():
             return self.profile.model
+        spec = measuring.capture(self)
         settings = self.settings
-        if settings.meta:
-            from autoprec.model.capture_meta import capture_on_meta
-
-            spec = capture_on_meta(self.workload, seed=settings.seed, progress=self.progress)
-        else:
-            from autoprec.model.capture import capture_model
-
-            spec = capture_model(self.context)
-        if settings.keep:  # a wrong --keep ends the run before minutes of profiling
+        if settings.keep:  # a wrong one ends the run before minutes of profiling
             from autoprec.search.keep import resolve_keep
 
             options, gemms_hp = settings.fp8_options, settings.gemms_hp
@@ -155,14 +131,9 @@ class Run:
     @cached_property
     def reference(self) -> "Reference":
         """The FP32 model after its warm-up: sensitivity and search measure against it."""
-        from autoprec.sensitivity.reference import prepare_reference
+        from autoprec.tuning import measuring
 
-        return prepare_reference(
-            self.context,
-            self.spec,
-            checkpoint=self.settings.checkpoint,
-            with_history=Recipe.DELAYED in self.settings.recipes,
-        )
+        return measuring.warmed_up(self)
 
     # --- the stages ----------------------------------------------------------------------------
 
@@ -182,30 +153,28 @@ class Run:
         return self._staged("search", Search, self._make_search)
 
     @cached_property
-    def verification(self) -> Verification | None:
-        """The proof by training; None where nobody asked, or nothing can be run."""
-        if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
-            return None
-        return self._staged("verification", Verification, self._make_verification)
-
-    @cached_property
     def candidates(self) -> list[Plan]:
         """The plans to verify, best first: the chosen one, then the next on the front."""
         from autoprec.search import build_plan
 
+        tables, constraint = (self.profile, self.sensitivity), self.settings.constraint
         points = dict.fromkeys((self.search.chosen, *self.search.ranked))
-        return [
-            Plan.of(
-                build_plan(
-                    self.profile,
-                    self.sensitivity,
-                    self.search,
-                    point,
-                    constraint=self.settings.constraint,
-                )
-            )
-            for point in points
-        ]
+        plans = (build_plan(*tables, self.search, p, constraint=constraint) for p in points)
+        return [Plan.of(plan) for plan in plans]
+
+    @cached_property
+    def verification(self) -> Verification | None:
+        """The proof by training; None where nobody asked, or nothing can be run."""
+        if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
+            return None
+        from autoprec.tuning import measuring
+
+        tables = (self.profile, self.sensitivity)
+        return self._staged(
+            "verification",
+            Verification,
+            lambda: measuring.verified(self, self.candidates, *tables),
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -239,12 +208,12 @@ class Run:
 
         The profile and sensitivity beside the plan give it a step time and a predicted gap.
         """
+        from autoprec.tuning import measuring
+
         plan = Plan.load(plan_path)
-        found = self._verified(
-            [plan],
-            _saved_beside(plan_path, plan, Profile),
-            _saved_beside(plan_path, plan, Sensitivity),
-        )
+        profile = _saved_beside(plan_path, plan, Profile)
+        sensitivity = _saved_beside(plan_path, plan, Sensitivity)
+        found = measuring.verified(self, [plan], profile, sensitivity)
         found.save(self._path("verification"))
         self._certify(plan, found)
         return found
@@ -279,26 +248,20 @@ class Run:
     # --- how each record is made ---------------------------------------------------------------
 
     def _make_profile(self) -> Profile:
+        from autoprec.tuning import measuring
+
         settings = self.settings
-        if self.target is not None:
-            from autoprec.predict import parse_parallel, predict_profile
+        if self.target is None:
+            return measuring.measured_profile(self)
+        from autoprec.predict import parse_parallel, predict_profile
 
-            return predict_profile(
-                self.spec,
-                self.target,
-                parallel=parse_parallel(settings.parallel) if settings.parallel else None,
-                compiled=settings.is_compiled,
-                options=settings.fp8_options,
-                gemms_hp=settings.gemms_hp,
-            )
-        from autoprec.profiler import profile_model
-
-        return profile_model(
-            self.context,
+        return predict_profile(
             self.spec,
+            self.target,
+            parallel=parse_parallel(settings.parallel) if settings.parallel else None,
+            compiled=settings.is_compiled,
             options=settings.fp8_options,
             gemms_hp=settings.gemms_hp,
-            compiled=settings.is_compiled,
         )
 
     def _make_sensitivity(self) -> Sensitivity:
@@ -310,9 +273,9 @@ class Run:
             return given if is_own else transfer_sensitivity(given, self.spec)
         if self.settings.meta:
             return unknown_sensitivity(self.spec)
-        from autoprec.sensitivity.measure import measure_sensitivity
+        from autoprec.tuning import measuring
 
-        return measure_sensitivity(self.reference, options=self.settings.measured_options)
+        return measuring.measured_sensitivity(self)
 
     def _make_search(self) -> Search:
         from autoprec.search import search_plan
@@ -324,11 +287,17 @@ class Run:
                 f"{profile.model.structure} and {sensitivity.structure}; make both from the same "
                 "file"
             )
+        has_workload = self._is_live or settings.workload or settings.script
+        evaluate = None
+        if has_workload and profile.model.device != "meta":
+            from autoprec.tuning import measuring
+
+            evaluate = measuring.evaluator(self)
         return search_plan(
             profile,
             sensitivity,
             constraint=settings.constraint,
-            evaluate=self._evaluate if self._can_evaluate else None,
+            evaluate=evaluate,
             trials=settings.trials,
             time_budget_s=settings.time_budget,
             seed=settings.seed,
@@ -336,48 +305,6 @@ class Run:
             study_name=settings.study,
             progress=self.progress,
         )
-
-    @property
-    def _can_evaluate(self) -> bool:
-        """Whether whole plans can be measured: there is a workload, and a device that runs it."""
-        has_workload = "workload" in vars(self) or self.settings.workload or self.settings.script
-        return bool(has_workload) and self.profile.model.device != "meta"
-
-    @cached_property
-    def _evaluate(self) -> Evaluate:
-        """The measurement of a whole plan's gradient error."""
-        from autoprec.sensitivity.joint import JointMeter
-
-        def evaluate(options: tuple[Option, ...]) -> Estimate:
-            if not meters:  # opened on first use: a resumed study may need none
-                meters.append(JointMeter(self.reference))
-            return meters[0].measure(options)
-
-        meters: list[JointMeter] = []
-        return evaluate
-
-    def _make_verification(self) -> Verification:
-        return self._verified(self.candidates, self.profile, self.sensitivity)
-
-    def _verified(
-        self, plans: list[Plan], profile: Profile | None, sensitivity: Sensitivity | None
-    ) -> Verification:
-        """Train with the first plan; a refuted one gives way to the next."""
-        from autoprec.verification import verify_front
-
-        _, verification = verify_front(
-            self.workload,
-            plans,
-            profile=profile,
-            sensitivity=sensitivity,
-            device=self.device,
-            tolerance=self.settings.loss_tolerance,
-            state_dir=self.settings.out / "branches",
-            checkpoint=self.settings.checkpoint,
-            seed=self.settings.seed,
-            progress=self.progress,
-        )
-        return verification
 
     def _certify(self, plan: Plan, verification: Verification) -> Plan:
         """Save and return the plan with the verification's certificate in it."""
@@ -406,37 +333,24 @@ class Run:
         for earlier in INPUTS[stage]:
             if earlier in self.stages:
                 getattr(self, earlier)  # its digest is part of this stage's
-        digest = self._stage_digest(stage)
-        is_same = digest is not None and self.folder.finished().get(stage) == digest
+        digest = "" if self._is_live else self.folder.digest(stage, self.settings, self.target)
+        is_same = bool(digest) and self.folder.finished().get(stage) == digest
         if self.settings.resume and is_same and path.exists():
             return record.load(path)
-        made = _random_state_kept(make)
+        made = _keep_random_state(make)
         made.save(path)
-        self.folder.finish(stage, digest or "")
+        self.folder.finish(stage, digest)
         return made
 
-    def _stage_digest(self, stage: str) -> str | None:
-        """Return a hash of all that decides a stage's record; None for live objects: who knows."""
-        if "workload" in vars(self) and not (self.settings.workload or self.settings.script):
-            return None
-        settings, done = self.settings, self.folder.finished()
-        chosen = {
-            name: str(getattr(settings, name))
-            for name, known in all_settings().items()
-            if stage in known.stages
-        }
-        files = [
-            Path(settings.script) if settings.script else settings.config or _file_of(settings)
-        ]
-        if stage == "sensitivity" and settings.sensitivity is not None:
-            files.append(settings.sensitivity)
-        contents = [
-            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-            for file in files
-        ]
-        device = profile_digest(self.target) if self.target and stage == "profile" else ""
-        inputs = [done.get(name, "") for name in INPUTS[stage]]
-        return short_digest(stage, chosen, contents, device, __version__, inputs)
+
+def _keep_random_state(make: Callable[[], R]) -> R:
+    """Return what `make` makes; the caller's random numbers go on as if it had not run."""
+    if "torch" not in sys.modules:  # a saved run is searched again without it
+        return make()
+    from autoprec.device.random_state import random_state_kept
+
+    with random_state_kept():
+        return make()
 
 
 def write_report(folder: Path, target: Path) -> Path:
@@ -447,39 +361,6 @@ def write_report(folder: Path, target: Path) -> Path:
     if run.plan is not None or run.profile is not None:
         write_atomically(target.parent / "layers.csv", layers_frame(run).to_csv(index=False))
     return write_atomically(target, render_html(run))
-
-
-def _random_state_kept(make: Callable[[], R]) -> R:
-    """Return what `make` makes; the caller's random numbers go on as if it had not run."""
-    if "torch" not in sys.modules:  # a saved run is searched again without it
-        return make()
-    from autoprec.device.random_state import random_state_kept
-
-    with random_state_kept():
-        return make()
-
-
-def _check_files(settings: Settings, stages: tuple[str, ...]) -> None:
-    """Check what the settings name before any work: files that are read later, and a database.
-
-    Raises:
-        RecordError: one of them cannot be read or opened.
-    """
-    if settings.sensitivity is not None:
-        Sensitivity.load(settings.sensitivity)
-    if settings.checkpoint is not None and {"sensitivity", "verification"} & set(stages):
-        from autoprec.runtime.checkpoint import read_checkpoint
-
-        read_checkpoint(settings.checkpoint)
-    if settings.storage and "search" in stages:
-        from autoprec.search.storage import check_storage
-
-        check_storage(settings.storage)
-
-
-def _file_of(settings: Settings) -> Path:
-    """Return the Python file of `model.py` or `model.py:name`."""
-    return Path(settings.workload.partition(".py:")[0].removesuffix(".py") + ".py")
 
 
 def _saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:
