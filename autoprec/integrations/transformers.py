@@ -61,9 +61,10 @@ def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None 
             "with model_init when training starts; give it model=, or call "
             "autoprec.apply(plan, model) in model_init"
         )
+    # all that can be refused is refused before the Trainer is changed
     _check_arguments(trainer.args)
     check_fit(callback.plan, unwrapped(trainer.model))
-    trainer.create_optimizer()
+    trainer.create_optimizer()  # `train` takes this one, and loads a checkpoint's masters into it
     autoprec.apply(callback.plan, trainer.model, _inner(trainer.optimizer))
     trainer.add_callback(callback)
     if guard is not None:

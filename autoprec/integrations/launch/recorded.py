@@ -74,6 +74,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         recorder.steps,
     )
     _free(recorder)
+    # the check wants the script's autocast and scale; what is tuned is the model without them
     check_recording(script, recorder, first)
     _remove_accelerate(first.model)
     batches = recorder.batches

@@ -199,7 +199,7 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
         Source.DEVICE: [parameters[0].device],
     }
     values: dict[fx.Node, Value] = {}
-    for node in graph.nodes:
+    for node in graph.nodes:  # in the order of the script, which writes in place depend on
         if node.op == "placeholder":
             given, index = inputs[node.meta["source"]], node.meta["index"]
             if index >= len(given):
@@ -208,6 +208,7 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
                     f"{len(given)} tensors and the loss needs number {index + 1}; write a "
                     "model.py (see the README)"
                 )
+            # a constant that calls write into starts afresh each time
             is_changed = node.meta["source"] is Source.CONSTANT and "is_written" in node.meta
             values[node] = given[index].clone() if is_changed else given[index]
         elif node.op == "call_function":
