@@ -1,9 +1,11 @@
 """Profiles of toy models: complete, timed once per shape, proven, and exact under a fake clock."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprec.device.timing import Observation, Stopping
 from autoprec.model.capture import capture_model
+from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call
@@ -98,6 +101,20 @@ def row_of(profile: Profile, name: str, option: Option) -> LayerTiming:
     row = profile.timing(name, option)
     assert row is not None
     return row
+
+
+def test_the_stages_leave_the_random_state_as_it_was() -> None:
+    def states() -> list[object]:
+        return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
+
+    context = Context(token_workload(dropout=0.1), CPU, clock=ConstantClock())
+    before = states()
+    spec = capture_model(context)
+    assert states() == before
+    capture_on_meta(context.workload)
+    assert states() == before
+    profile_model(context, spec, options=())
+    assert states() == before
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -11,14 +11,12 @@ cap is none of them: a GPU at full load runs there for as long as the training d
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import pynvml
 
 from autoprec.errors import DeviceError
 from autoprec.records import Conditions
-
-T = TypeVar("T")
 
 REASONS = {  # bits of nvmlDeviceGetCurrentClocksEventReasons, by NVML's own names
     0x0002: "applications_clocks",
@@ -42,61 +40,61 @@ class Sensor:
 
     def driver(self) -> str:
         """Return the driver's version; empty when it cannot be read."""
-        return self._read("driver", pynvml.nvmlSystemGetDriverVersion) or ""
+        return self._read("driver", lambda _: pynvml.nvmlSystemGetDriverVersion()) or ""
 
     def is_mig(self) -> bool:
         """Whether the GPU is split into slices, which have no clocks or power of their own."""
-        mode = self._read("mig_mode", lambda: pynvml.nvmlDeviceGetMigMode(self._handle)[0])
-        return bool(mode == pynvml.NVML_DEVICE_MIG_ENABLE)
+        mode = self._read("mig_mode", pynvml.nvmlDeviceGetMigMode)
+        return mode is not None and bool(mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
 
     def energy_j(self) -> float | None:
         """Return the joules since the driver was loaded; the counter moves every 20 to 100 ms."""
-        return self._read(
-            "energy_j", lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-        )
+        return self._thousandth("energy_j", pynvml.nvmlDeviceGetTotalEnergyConsumption)
 
     def throttle_reasons(self) -> tuple[str, ...]:
         """Return why the clocks are below what they could be."""
-        bits = self._read("throttle_reasons", self._reason_bits) or 0
+        bits = self._read("throttle_reasons", _reason_bits) or 0
         return tuple(name for bit, name in REASONS.items() if bits & bit)
 
     def read(self) -> Conditions:
         """Return all readings of this moment; energy is a difference and stays None."""
-        handle = self._handle
+        ask = pynvml
         return Conditions(
-            sm_clock_mhz=self._clock("sm_clock_mhz", pynvml.NVML_CLOCK_SM),
-            memory_clock_mhz=self._clock("memory_clock_mhz", pynvml.NVML_CLOCK_MEM),
-            power_w=self._read("power_w", lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-            power_limit_w=self._read(
-                "power_limit_w", lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
+            sm_clock_mhz=self._read("sm_clock_mhz", ask.nvmlDeviceGetClockInfo, ask.NVML_CLOCK_SM),
+            memory_clock_mhz=self._read(
+                "memory_clock_mhz", ask.nvmlDeviceGetClockInfo, ask.NVML_CLOCK_MEM
             ),
+            power_w=self._thousandth("power_w", ask.nvmlDeviceGetPowerUsage),
+            power_limit_w=self._thousandth("power_limit_w", ask.nvmlDeviceGetEnforcedPowerLimit),
             temperature_c=self._read(
-                "temperature_c",
-                lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+                "temperature_c", ask.nvmlDeviceGetTemperature, ask.NVML_TEMPERATURE_GPU
             ),
             throttle_reasons=self.throttle_reasons(),
         )
 
-    def _clock(self, fact: str, domain: int) -> int | None:
-        return self._read(fact, lambda: int(pynvml.nvmlDeviceGetClockInfo(self._handle, domain)))
+    def _thousandth(self, fact: str, ask: Callable[[object], Any]) -> float | None:
+        value = self._read(fact, ask)
+        return None if value is None else float(value) / 1e3
 
-    def _reason_bits(self) -> int:
-        try:
-            return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))
-        except pynvml.NVMLError as error:
-            if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
-                raise
-            # its name before driver 535
-            return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle))
-
-    def _read(self, fact: str, ask: Callable[[], T]) -> T | None:
+    def _read(self, fact: str, ask: Callable[..., Any], *args: object) -> Any:  # Any: NVML's own
+        """Return what NVML answers; None, and the reason kept, where it does not."""
         if fact in self.missing:
             return None
         try:
-            return ask()
+            return ask(self._handle, *args)
         except pynvml.NVMLError as error:
             self.missing[fact] = f"NVML: {error}"
             return None
+
+
+def _reason_bits(handle: object) -> int:
+    try:
+        return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+    except pynvml.NVMLError as error:
+        if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+            raise
+        # its name before driver 535
+        return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
 
 
 def open_sensor(uuid: str) -> Sensor:

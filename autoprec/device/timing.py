@@ -281,7 +281,7 @@ def sample_interleaved(
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
     repeated = {
-        name: _repeat(fn, _warm_up(fn, clock=clock, calls=warmup, prepare=prepare))
+        name: _warm_up(fn, clock=clock, calls=warmup, prepare=prepare)
         for name, fn in candidates.items()
     }
     taken = {name: Samples() for name in candidates}
@@ -300,10 +300,7 @@ def sample_interleaved(
             pauses = monitor.settle() if monitor is not None else 0
             for name in active:
                 fn, calls = repeated[name]
-                if monitor is not None:
-                    monitor.begin()
-                elapsed = clock.measure(fn)
-                seen = monitor.end() if monitor is not None else Observation()
+                elapsed, seen = _observe(fn, clock=clock, monitor=monitor)
                 taken[name].pauses += pauses
                 taken[name].add(number, elapsed / calls, seen, limit=stopping.most_rejections)
     return taken
@@ -358,27 +355,30 @@ def _cache_size(text: str) -> int:
 
 def _warm_up(
     fn: Function, *, clock: Clock, calls: int, prepare: Callable[[int], None] | None
-) -> float:
-    """Return the ms of the last of these calls of `fn`."""
+) -> tuple[Function, int]:
+    """Call `fn`; return it often enough for a sample of SHORTEST_SAMPLE_MS, and how often."""
     elapsed = SHORTEST_SAMPLE_MS
     for _ in range(calls):
         if prepare is not None:
             prepare(0)
         elapsed = clock.measure(fn)
-    return elapsed
-
-
-def _repeat(fn: Function, elapsed_ms: float) -> tuple[Function, int]:
-    """Return `fn` often enough for a sample of SHORTEST_SAMPLE_MS, and how often that is."""
-    if elapsed_ms >= SHORTEST_SAMPLE_MS:
+    if elapsed >= SHORTEST_SAMPLE_MS:
         return fn, 1
-    calls = min(math.ceil(SHORTEST_SAMPLE_MS / max(elapsed_ms, 1e-6)), MOST_CALLS)
+    times = min(math.ceil(SHORTEST_SAMPLE_MS / max(elapsed, 1e-6)), MOST_CALLS)
 
     def run() -> None:
-        for _ in range(calls):
+        for _ in range(times):
             fn()
 
-    return run, calls
+    return run, times
+
+
+def _observe(fn: Function, *, clock: Clock, monitor: Monitor | None) -> tuple[float, Observation]:
+    if monitor is None:
+        return clock.measure(fn), Observation()
+    monitor.begin()
+    elapsed = clock.measure(fn)
+    return elapsed, monitor.end()
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Parameters, batches and gradients are meta tensors: they have shapes and nothing else, so a model of
 any size is captured in the memory of its module tree. Nothing is computed, hence no loss, and
-whether two steps agree bit for bit is not known. What FP8 can run is told by shape alone; the
-target's profile has the last word (`costmodel`).
+whether two steps agree bit for bit is not known. Shapes alone decide what can run in FP8; the
+target's profile has the last word (`predict`).
 
 The meta tensors are `FakeTensor`s: transformers looks at values of plain meta tensors (is a batch
 packed?), which fails, and does not at those of fake ones.
@@ -162,9 +162,9 @@ def _stepped_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Opti
 @contextmanager
 def _without_storage() -> Iterator[None]:
     """Make every tensor a fake one on meta, and say what to do where code wants values."""
-    told = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback as well
-    level = told.level
-    told.setLevel(logging.CRITICAL)
+    its_log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback as well
+    level = its_log.level
+    its_log.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), META:
             yield
@@ -177,7 +177,7 @@ def _without_storage() -> Iterator[None]:
             f"{error}; take values from the batch's shapes, or capture without --meta"
         ) from error
     finally:
-        told.setLevel(level)
+        its_log.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -31,7 +31,6 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
-    DeviceFacts,
     LayerTiming,
     ModelSpec,
     Option,
@@ -70,70 +69,62 @@ def profile_model(
     Raises:
         DeviceError: torch.compile does not work here, or a step compiles again and again.
     """
-    mode = COMPILED if compiled else EAGER
-    facts = device_facts(context.device)  # imports torchao, which is no part of the measurement
-    facts = facts.model_copy(update={"compile_mode": mode})
+    device, mode = context.device, COMPILED if compiled else EAGER
+    facts = device_facts(device)  # imports torchao, which is no part of the measurement
     groups = group_layers(spec, options)
-    with open_compilation(context.device, mode) as compilation:
-        profile = _measure(context, spec, facts, groups, gemms_hp, compilation)
-    if context.device.type != "cuda" or not names_kernels:
-        return profile
-    return profile.model_copy(update={"layers": name_kernels(context, groups, profile.layers)})
-
-
-def _measure(
-    context: Context,
-    spec: ModelSpec,
-    facts: DeviceFacts,
-    groups: Sequence[Group],
-    gemms_hp: bool,
-    compilation: Compilation | None,
-) -> Profile:
-    started = time.perf_counter()
-    device, clock = context.device, context.timer
-    # Layers first, alone, on the tensors of one recorded step.
-    recorded = record_groups(context, groups)
-    meter = LayerMeter(
-        device,
-        clock,
-        spec.optimizer_state_numel_ratio,
-        gemms_hp=gemms_hp,
-        monitor=find_monitor(device),
-        seed=context.seed,
-        compilation=compilation,
-    )
-    timed: list[LayerTiming] = []
-    for number, group in enumerate(groups):
-        context.progress("layers", number, len(groups))
-        timed += meter.time_group(group, *recorded.first_of(group))
-    context.progress("layers", len(groups), len(groups))
-    rows = tuple(timed)
-    if gemms_hp:
-        spec, rows = without_slow_gemms_hp(spec, rows)
-    cast_ms = time_boundary_cast(recorded.calls.values(), clock=clock, device=device)
-    step_ms = recorded.step_ms
-    # Then whole steps, which would have to fit beside the model and all its activations.
-    del recorded
-    release_memory(device)
-    steps = _time_uniform_steps(context, rows, groups, step_ms, compilation)
-    compile_s, recompiles = 0.0, 0
-    if compilation is not None:
-        compile_s, recompiles = compilation.seconds, compilation.recompiles
-    elapsed_ms = (time.perf_counter() - started - compile_s) * 1e3
-    fp32_ms = next(step.timing.median_ms for step in steps if step.label == "fp32")
+    with open_compilation(device, mode) as compilation:
+        started = time.perf_counter()
+        rows, cast_ms, step_ms = _time_layers(context, spec, groups, gemms_hp, compilation)
+        if gemms_hp:
+            spec, rows = without_slow_gemms_hp(spec, rows)
+        release_memory(device)  # the recorded activations: whole steps need the room
+        steps = _time_uniform_steps(context, rows, groups, step_ms, compilation)
+        elapsed_s = time.perf_counter() - started
+    compiling = compilation or Compilation(device)
+    fp32_s = next(step.timing.median_ms for step in steps if step.label == "fp32") / 1e3
+    if device.type == "cuda" and names_kernels:
+        rows = name_kernels(context, groups, rows)
     return Profile(
         model=spec,
-        device=facts,
+        device=facts.model_copy(update={"compile_mode": mode}),
         basis=Basis.MEASURED,
         layers=rows,
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
         fixed_ms=fixed_time("fp32", steps, rows, groups),
         fixed_bf16_ms=fixed_time("bf16_o2", steps, rows, groups),
-        step_equivalents=max(elapsed_ms, 0.0) / max(fp32_ms, 1e-6),
-        compile_s=compile_s,
-        recompiles=recompiles,
+        step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(fp32_s, 1e-9),
+        compile_s=compiling.seconds,
+        recompiles=compiling.recompiles,
     )
+
+
+def _time_layers(
+    context: Context,
+    spec: ModelSpec,
+    groups: Sequence[Group],
+    gemms_hp: bool,
+    compilation: Compilation | None,
+) -> tuple[tuple[LayerTiming, ...], float, float]:
+    """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
+    recorded = record_groups(context, groups)
+    meter = LayerMeter(
+        context.device,
+        context.timer,
+        spec.optimizer_state_numel_ratio,
+        gemms_hp=gemms_hp,
+        monitor=find_monitor(context.device),
+        seed=context.seed,
+        compilation=compilation,
+    )
+    rows: list[LayerTiming] = []
+    for number, group in enumerate(groups):
+        context.progress("layers", number, len(groups))
+        rows += meter.time_group(group, *recorded.first_of(group))
+    context.progress("layers", len(groups), len(groups))
+    calls = recorded.calls.values()
+    cast_ms = time_boundary_cast(calls, clock=context.timer, device=context.device)
+    return tuple(rows), cast_ms, recorded.step_ms
 
 
 def sum_totals(rows: Iterable[LayerTiming], options: Mapping[str, Option]) -> float:

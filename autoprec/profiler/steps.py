@@ -72,7 +72,7 @@ def time_steps(
         monitor if compilation is None else GraphMonitor(compilation, monitor),
         compilation,
     )
-    try:
+    try:  # side by side first, since only samples of one round have the same clocks and heat
         return comparison.time_in_turns(variants)
     except (torch.OutOfMemoryError, WorkloadError) as error:
         if not is_out_of_memory(error):
