@@ -5,8 +5,9 @@
 Each model is captured on meta tensors, its step priced per device and `--parallel`, and the plan
 compared with the best recipe of two rules that people use: FP8 in every linear that can run it, and
 torchao's `_auto_filter_for_recipe` (a shape rule for H100, on the whole weights, as torchtitan asks
-it before it shards). Once with the output head out of FP8 in all arms (the default while e is
-unknown; torchtitan filters it too), once with it free. Exit status 1 where a plan is slower.
+it before it shards). Once with the output head out of FP8 in all arms (the default while the
+gradient error is unknown; torchtitan filters it too), once with it free. Exit status 1 where a plan
+is slower.
 
 The plan is exact for this cost model: the table shows that nothing between model and plan loses
 that, and how much the rules do lose by the same model.
@@ -26,6 +27,7 @@ from autoprec.model.capture_meta import capture_on_meta
 from autoprec.predict import list_device_profiles, parse_parallel, predict_profile
 from autoprec.predict.transfer import default_locks, unknown_sensitivity
 from autoprec.records import (
+    APPLICABLE_RECIPES,
     BF16_O2,
     Basis,
     Constraint,
@@ -43,7 +45,6 @@ from autoprec.workload.functions import load_workload
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama_meta.py"
 PARALLELS = ("", "fsdp=8", "tp=8")
-RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
 TORCHAO_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE)  # its filter has no third
 ROUNDING = 1e-9
 COLUMNS = ("BF16", "all FP8", "torchao", "plan")
@@ -107,7 +108,7 @@ def _compared(spec: ModelSpec, device: DeviceProfile, parallel: str, head: str) 
         device,
         parallel=parse_parallel(parallel) if parallel else None,
         compiled=True,
-        options=[fp8_option(recipe) for recipe in RECIPES],
+        options=[fp8_option(recipe) for recipe in APPLICABLE_RECIPES],
     )
     unknown = unknown_sensitivity(profile.model)
     sensitivity = unknown if head == "locked" else _without_locks(unknown)
@@ -117,7 +118,7 @@ def _compared(spec: ModelSpec, device: DeviceProfile, parallel: str, head: str) 
     locked = set(default_locks(spec.layers)) if head == "locked" else set()
 
     def best(rule_of: Callable[[Recipe], Rule]) -> float:
-        recipes = TORCHAO_RECIPES if rule_of is torchao_rule else RECIPES
+        recipes = TORCHAO_RECIPES if rule_of is torchao_rule else APPLICABLE_RECIPES
         return min(_step_ms(costs, recipe, rule_of(recipe), locked) for recipe in recipes)
 
     return Row(

@@ -203,6 +203,11 @@ def test_a_size_that_is_none_is_an_error(shape: tuple[int, int, int]) -> None:
         predict_linear(H100, *shape)
 
 
+def test_every_recipe_has_its_row_and_some_device_that_runs_it() -> None:
+    assert set(RECIPE_COSTS) == set(Recipe)
+    assert {recipe for profile in FP8_DEVICES for recipe in profile.fp8_recipes} == set(Recipe)
+
+
 def test_every_profile_predicts_every_recipe_it_has() -> None:
     for profile in list_device_profiles():
         for recipe in profile.fp8_recipes:

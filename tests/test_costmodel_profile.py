@@ -84,16 +84,16 @@ def test_a_shape_that_fp8_cannot_take_has_the_reason() -> None:
 def test_odd_tokens_leave_the_options_with_grad_weight_in_bf16() -> None:
     spec = model_of(linear_layer("up", 4096, 4096, shape=(1, 100)))
     options = predicted(spec).model.layers[0].options
-    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
-    assert set(options) >= {GW_HP, masked}
+    partly = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
+    assert set(options) >= {GW_HP, partly}
     assert not {TENSORWISE, ROWWISE} & set(options)
 
 
 def test_odd_tokens_of_another_batch_count_though_the_step_was_even() -> None:
-    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
+    partly = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)
     spec = model_of(linear_layer("up", 4096, 4096, tokens=(100, 4096)))
     options = predicted(spec).model.layers[0].options
-    assert masked in options
+    assert partly in options
     assert TENSORWISE not in options
 
 

@@ -40,7 +40,7 @@ def model(blocks: int, *, structure: str = "1" * 16, head: str = "lm_head") -> M
 
 
 def measured(spec: ModelSpec, grad_error: dict[str, float]) -> Sensitivity:
-    """Return a sensitivity with these e in FP8; BF16 has a hundredth."""
+    """Return a sensitivity with these gradient errors in FP8; BF16 has a hundredth."""
     empty = sensitivity_of(spec, {})
     rows = tuple(
         LayerSensitivity(
@@ -56,7 +56,7 @@ def measured(spec: ModelSpec, grad_error: dict[str, float]) -> Sensitivity:
     return empty.model_copy(update={"rows": rows})
 
 
-def e_of(sensitivity: Sensitivity, name: str, option: Option = TENSORWISE) -> float:
+def error_of(sensitivity: Sensitivity, name: str, option: Option = TENSORWISE) -> float:
     row = sensitivity.row(name, option)
     assert row is not None
     return row.grad_error.mean
@@ -75,12 +75,12 @@ E = {
 # --- transferred ---------------------------------------------------------------------------------
 
 
-def test_a_layer_takes_the_e_of_its_role_at_its_depth() -> None:
+def test_a_layer_takes_the_error_of_its_role_at_its_depth() -> None:
     large = transfer_sensitivity(measured(SMALL, E), model(3))
-    by_depth = [e_of(large, f"layers.{block}.attn.q_proj") for block in range(3)]
+    by_depth = [error_of(large, f"layers.{block}.attn.q_proj") for block in range(3)]
     assert by_depth == pytest.approx([8e-3 * 2 / 3, 5e-3 * 2 / 3, 2e-3 * 2 / 3])
-    assert e_of(large, "lm_head") == pytest.approx(3e-3)
-    assert e_of(large, "lm_head", BF16_O2) == pytest.approx(3e-5)
+    assert error_of(large, "lm_head") == pytest.approx(3e-3)
+    assert error_of(large, "lm_head", BF16_O2) == pytest.approx(3e-5)
     assert {row.basis for row in large.rows} == {Basis.TRANSFERRED}
     assert large.structure == model(3).structure
     assert sensitivity_basis(large) is Basis.TRANSFERRED
@@ -90,10 +90,10 @@ def test_a_layer_takes_the_e_of_its_role_at_its_depth() -> None:
 def test_a_role_keeps_its_total(small: int, large: int, data: st.DataObject) -> None:
     spec = model(small, structure="2" * 16)
     shares = st.floats(1e-8, 1.0)
-    given_e = {name: data.draw(shares) for name in spec.names}
-    found = transfer_sensitivity(measured(spec, given_e), model(large))
+    given = {name: data.draw(shares) for name in spec.names}
+    found = transfer_sensitivity(measured(spec, given), model(large))
     for role in ("q_proj", "down_proj", "lm_head"):
-        total = math.fsum(grad_error for name, grad_error in given_e.items() if name.endswith(role))
+        total = math.fsum(grad_error for name, grad_error in given.items() if name.endswith(role))
         rows = [
             r.grad_error.mean
             for r in found.rows
@@ -114,7 +114,7 @@ def test_names_may_differ_outside_the_role() -> None:
         for layer in model(4).layers
     ]
     found = transfer_sensitivity(measured(SMALL, E), model_of(*layers))
-    assert e_of(found, "model.decoder.layers.0.attn.q_proj") == pytest.approx(8e-3 / 2)
+    assert error_of(found, "model.decoder.layers.0.attn.q_proj") == pytest.approx(8e-3 / 2)
 
 
 def test_a_layer_without_counterpart_stays_out_of_fp8_and_is_named() -> None:

@@ -78,6 +78,7 @@ def calibrate_profile(
     found["memory_bandwidth_tbs"] = max(bandwidth, measured.copied_tbs)
     found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
     found["kernel_floor_us"] = measured.empty_us
+    # Floors and bandwidth come first: the fractions are what they leave unexplained.
     found |= {KERNELS[k].floor: us for k, us in measured.small.items() if k in FLOORS}
     machine = replace(base.machine, **found)
     for kernel, times in measured.large.items():

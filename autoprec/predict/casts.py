@@ -110,6 +110,7 @@ def cast_us(
     per_element, kernels = cost.cast_bytes(machine), cost.cast_kernels(machine)
     if not compiled:
         per_element, kernels = machine.eager_cast_bytes, machine.eager_cast_kernels
+    # GEMMs that stay in BF16 need no casts: of each operand, the part that the others need.
     of_input, of_weight, of_grad = _operand_shares(machine, cost, gemms)
     kernels = kernels * (of_input + of_weight + of_grad) / 3
     per_weight = of_weight * per_element
@@ -118,6 +119,7 @@ def cast_us(
         per_weight = direct * per_element + (1 - direct) * cost.weight_transposed_bytes(machine)
     if compiled and cost.fixed_kernels:
         kernels = cost.fixed_kernels
+    # Traffic at streaming speed, and a floor for each kernel; eager launches can take longer.
     moved = (
         of_input * per_element * machine.cast_share_input * M * K
         + per_weight * K * N

@@ -70,13 +70,9 @@ def predict_linear(
     """
     priced = parse_recipe(recipe)
     option = fp8_option(priced)
-    for axis, size in (("M", M), ("K", K), ("N", N)):
-        if not 1 <= size < LARGEST_DIMENSION:
-            raise DeviceError(
-                f"M, K and N must be between 1 and {LARGEST_DIMENSION - 1}, but {axis} is {size}; "
-                "write a shape as MxKxN, e.g. 8192x4096x14336"
-            )
+    _check_dimensions(M, K, N)
     machine = profile.machine
+    # The kernels around the layer cost the same in both arms, so they pull the speedup to 1.
     around = neighbours_us(machine, compiled=compiled)
     bf16 = linear_times(machine, M, K, N, BF16_O2, compiled=compiled)
     refusal = fp8_refusal(profile, M, K, N, priced)
@@ -165,6 +161,15 @@ def neighbours_us(machine: Machine, *, compiled: bool) -> float:
 def gemm_shapes(M: int, K: int, N: int) -> tuple[tuple[int, int, int], ...]:
     """Return output, grad_input and grad_weight as (rows, summed, columns)."""
     return ((M, K, N), (M, N, K), (K, M, N))
+
+
+def _check_dimensions(M: int, K: int, N: int) -> None:
+    for axis, size in (("M", M), ("K", K), ("N", N)):
+        if not 1 <= size < LARGEST_DIMENSION:
+            raise DeviceError(
+                f"M, K and N must be between 1 and {LARGEST_DIMENSION - 1}, but {axis} is {size}; "
+                "write a shape as MxKxN, e.g. 8192x4096x14336"
+            )
 
 
 def _kernel(option: Option, gemm: Gemm) -> Kernel:

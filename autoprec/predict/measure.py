@@ -104,10 +104,12 @@ def take_measurements(
         for kernel, us in meter.microseconds(gemm_candidates(device, shape, recipes)).items():
             large.setdefault(Kernel(kernel), {})[shape] = us
     smallest = meter.microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
+    # What bounds all other kernels: streaming, and launching nothing.
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     target, one = torch.empty_like(source), torch.ones((), device=device)
     copied = meter.microseconds({"copy": lambda: target.copy_(source)})
     empty = meter.microseconds({"empty": lambda: one.add_(0)}, SHORT_CALLS)
+    # An operand like a weight: large, where its bytes count, and tiny, where its kernels do.
     operands = Operands(*(torch.randn(size, device=device).bfloat16() for size in (cast, TINY)))
     known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(

@@ -1,6 +1,6 @@
 """What a plan needs of one device's memory -> a sentence where it does not fit.
 
-A predicted need is a lower bound (`costmodel.predict.peak_bytes`): a plan that exceeds the memory
+A predicted need is a lower bound (`predict.predict.peak_bytes`): a plan that exceeds the memory
 by it does not fit, while one that just keeps within it still may not.
 """
 

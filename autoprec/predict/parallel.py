@@ -168,6 +168,7 @@ def tensor_parallel_us(
         return 0.0
     again = parallel.recomputed
     moved = 0.0
+    # Column: gather the input, scatter its gradient. Row: scatter the output, gather its gradient.
     for layer in _once_per_group(layers):
         if layer.gemm is None:
             continue

@@ -32,7 +32,7 @@ from autoprec.records.model import (
 logger = logging.getLogger(__name__)
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
 MEGA = 1e6
-OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in a BF16 flow, 4 + 4 in FP32
+OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in BF16, 4 + 4 in FP32
 STATE_BYTES = 4  # an optimizer state is FP32
 
 

@@ -56,6 +56,7 @@ def predict_table(
     _check_names(names, needed=SIZES if device else ("device", *SIZES), source=source)
     width = len(header)
     answers = []
+    # Whatever is wrong with a row is that row's answer; the others keep theirs.
     for row in rows:
         cells = dict(zip(names, map(str.strip, row), strict=False))
         try:
@@ -67,6 +68,7 @@ def predict_table(
             answers.append(_cells(_predicted(cells, device, recipe, compiled=compiled)))
         except AutoprecError as error:
             answers.append({"refusal": str(error)})
+    # The file's own columns stay as they are: filled up where a row is short, names kept apart.
     own = pd.DataFrame([[*row, *[""] * width][:width] for row in rows], columns=header)
     added = pd.DataFrame(answers, columns=list(ADDED)).fillna("")
     added.columns = pd.Index(added_names(header))

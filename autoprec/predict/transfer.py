@@ -52,6 +52,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     table = {(row.name, row.option): row for row in small.rows}
     sources = [_by_role([name for name, _ in table], parts) for parts in SHARED_PARTS]
     groups = [_by_role(spec.names, parts) for parts in SHARED_PARTS]
+    # A layer without a counterpart is unknown, and so out of FP8.
     rows: list[LayerSensitivity] = []
     unmatched: list[str] = []
     for layer in spec.layers:
@@ -92,6 +93,7 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
         warmup_steps=0,
         checkpoint="",
         seed=0,
+        # Every cost is 0: the plan is chosen by time, and `default_locks` keeps the delicate out.
         rows=tuple(
             _unknown_row(layer.name, option)
             for layer in spec.layers

@@ -215,7 +215,7 @@ def _check_peaks(profile: DeviceProfile) -> None:
         )
     if not profile.has_fp8:
         return
-    low, high = FP8_GAIN
+    low, high = FP8_GAIN  # the peaks against each other, then what kernels reach of them
     if not low <= fp8 / bf16 <= high:
         raise ValueError(
             f"fp8_peak_tflops must be {low:g} to {high:g} times bf16_peak_tflops, but they are "

@@ -41,33 +41,33 @@ def predicted(
     )
 
 
-def masked_of(profile: Profile) -> list[Option]:
+def partly_of(profile: Profile) -> list[Option]:
     return [option for option in profile.model.layers[0].options if option.gemms_hp]
 
 
-def test_every_mask_that_is_legal_is_considered_once() -> None:
+def test_every_legal_set_of_bf16_gemms_is_considered_once() -> None:
     options = with_gemms_hp((FP32, BF16_O2, TENSORWISE, GW_HP))
     assert len(options) == len(set(options)) == 4 + 6
     assert all(option.recipe is Recipe.TENSORWISE for option in options if option.gemms_hp)
     assert with_gemms_hp(options) == options
 
 
-def test_a_wide_layer_gets_masks_that_beat_bf16_and_not_the_whole_of_fp8() -> None:
+def test_a_wide_layer_gets_bf16_gemms_that_beat_bf16_and_not_therror_whole_of_fp8() -> None:
     profile = predicted("h100-sxm", 16384, 8192, 8192)
     ms = {row.option: row.total.median_ms for row in profile.layers if row.total}
-    masked = masked_of(profile)
-    assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT) in masked
-    for option in masked:
+    partly = partly_of(profile)
+    assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT) in partly
+    for option in partly:
         assert ms[option] < ms[BF16_O2]
         assert ms[option] > ms[TENSORWISE]
 
 
-def test_no_mask_where_fp8_does_not_pay() -> None:
-    assert masked_of(predicted("h100-sxm", 512, 256, 256)) == []
-    assert masked_of(predicted("a100", 16384, 8192, 8192)) == []
+def test_no_gemm_stays_in_bf16_where_fp8_does_not_pay() -> None:
+    assert partly_of(predicted("h100-sxm", 512, 256, 256)) == []
+    assert partly_of(predicted("a100", 16384, 8192, 8192)) == []
 
 
-def test_masks_that_the_shape_needs_stay_though_they_are_slow() -> None:
+def test_bf16_gemms_that_the_shape_needs_stay_though_they_are_slow() -> None:
     options = predicted("h100-sxm", 257, 256, 256, (TENSORWISE,)).model.layers[0].options
     assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in options
 
@@ -131,7 +131,7 @@ class KindToFp8:
         return None
 
 
-def test_a_measured_profile_times_the_masks_that_promise_a_gain() -> None:
+def test_a_measured_profile_times_the_sets_of_bf16_gemms_that_promise_a_gain() -> None:
     layer = linear_layer("a", 16, 16, shape=(2, 16), options=(FP32, BF16_O2, TENSORWISE))
     call = Call(
         args=(torch.randn(32, 16).requires_grad_(),), kwargs={}, gradients=[torch.randn(32, 16)]
@@ -145,11 +145,11 @@ def test_a_measured_profile_times_the_masks_that_promise_a_gain() -> None:
     assert ms[fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT)] > ms[TENSORWISE]
 
 
-def search_of(e_whole: float, e_masked: float, *, budget: float) -> Option:
+def search_of(error_whole: float, error_partly: float, *, budget: float) -> Option:
     """Return what the search gives the one layer whose whole FP8 is over the budget."""
-    masked = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT)
-    rows = {"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.0, e_whole)}}
-    rows["a"][masked] = (1.3, e_masked)
+    partly = fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT)
+    rows = {"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.0, error_whole)}}
+    rows["a"][partly] = (1.3, error_partly)
     profile, sensitivity = tables_of(rows)
     search = search_plan(
         profile,
@@ -160,10 +160,10 @@ def search_of(e_whole: float, e_masked: float, *, budget: float) -> Option:
     return search.chosen.options[0]
 
 
-def test_a_mask_is_chosen_where_the_whole_of_fp8_is_over_the_budget() -> None:
+def test_a_gemm_stays_in_bf16_where_therror_whole_of_fp8_is_over_the_budget() -> None:
     chosen = search_of(0.008, 0.001, budget=0.005)
     assert chosen == fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT)
 
 
-def test_a_layer_that_fp8_breaks_gets_no_mask() -> None:
+def test_a_layer_that_fp8_breaks_keeps_no_gemm_in_it() -> None:
     assert search_of(0.2, 0.001, budget=0.005) == BF16_O2
