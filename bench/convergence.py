@@ -51,9 +51,9 @@ from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import DEFAULT_BATCHES, prepare_reference
-from autoprec.verification.branches import Arm
-from autoprec.verification.sequential import Looks
-from autoprec.verification.session import REFERENCE, Session, Terms, open_session
+from autoprec.verification import Terms
+from autoprec.verification.branches import Session, Variant
+from autoprec.verification.session import open_session, train_seed
 from autoprec.workload.functions import Workload, workload_from
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def run_family(name: str, folder: Path) -> FamilyRun:
         warmup_steps=family.warmup_steps,
         branch_steps=family.branch_steps,
         seeds=family.seeds,
-        eval_loss=session.train_seed((REFERENCE,), 1)[0].eval_loss or 0.0,
+        eval_loss=train_seed(session, (), 1)[0].eval_loss or 0.0,
         step_s=reference.step_s,
         sensitivity_steps=measured.step_equivalents,
         joint_steps=meter.step_equivalents / len(plans),
@@ -193,22 +193,9 @@ def run_fault(name: str, folder: Path) -> ProductRun:
 
 def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path) -> Session:
     """Warm the reference up and return the common ground of all branches."""
-    terms = Terms(
-        tolerance=TOLERANCE,
-        looks=Looks(seeds_min=3, seeds_max=5),
-        warmup_steps=family.warmup_steps,
-        branch_steps=family.branch_steps,
-        seed=0,
-        time_budget_s=None,
-    )
+    terms = Terms(warmup_steps=family.warmup_steps, branch_steps=family.branch_steps)
     return open_session(
-        workload,
-        terms,
-        device=CPU,
-        spec=spec,
-        state_dir=folder,
-        checkpoint=None,
-        progress=lambda *_: None,
+        Context(workload, CPU), terms, loss_tolerance=TOLERANCE, spec=spec, state_dir=folder
     )
 
 
@@ -291,8 +278,8 @@ def measure_plan(
     table_grad_error = sensitivity.activation_error.mean + sum(row.grad_error.mean for row in rows)
     spec = meter.reference.spec
     joint_grad_error = meter.measure(tuple(plan[name] for name in spec.names)).mean
-    arm = Arm(label=label, options=plan, uncovered=tuple(p.name for p in spec.uncovered))
-    pairs = [session.train_seed((REFERENCE, arm), seed) for seed in range(1, family.seeds + 1)]
+    variant = Variant(label=label, options=plan, uncovered=tuple(p.name for p in spec.uncovered))
+    pairs = [train_seed(session, (variant,), seed) for seed in range(1, family.seeds + 1)]
     found = PlanRow(
         label=label,
         has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),

@@ -32,7 +32,7 @@ from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.tables import Method
-from autoprec.verification import verify_plan
+from autoprec.verification import verify_plans
 from autoprec.workload.functions import Workload, workload_from
 from tests.search_tables import profile_of
 
@@ -119,7 +119,7 @@ class Run:
         )
 
     def verify(self, plan: Plan) -> Verification:
-        return verify_plan(self.workload, plan, device=CPU, tolerance=TOLERANCE)
+        return verify_plans(Context(self.workload, CPU), [plan], loss_tolerance=TOLERANCE)
 
 
 def _row(layer: LayerSpec) -> dict[Option, tuple[float, float]]:

@@ -1,4 +1,3 @@
-import ast
 import itertools
 import logging
 import math
@@ -11,7 +10,6 @@ from pathlib import Path
 import optuna
 import pytest
 
-import autoprec
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.records import (
     BF16_O2,
@@ -28,6 +26,7 @@ from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.repair import find_interacting
 from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
+from autoprec.verification import Terms
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
 
 Options = tuple[Option, ...]
@@ -212,18 +211,7 @@ def test_the_budget_follows_from_the_tolerance_unless_given(
 
 
 def test_the_horizon_is_what_verification_trains() -> None:
-    source = (
-        Path(autoprec.__file__).parent / "verification" / "gate.py"
-    ).read_text()  # to import it takes torch
-    verify_plan = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "verify_plan"
-    )
-    names = [argument.arg for argument in verify_plan.args.kwonlyargs]
-    defaults = dict(zip(names, verify_plan.args.kw_defaults, strict=True))
-    steps = [defaults[name] for name in ("warmup_steps", "branch_steps")]
-    assert sum(ast.literal_eval(step) for step in steps if step) == HORIZON_STEPS
+    assert Terms().warmup_steps + Terms().branch_steps == HORIZON_STEPS
 
 
 # --- measurements are not repeated --------------------------------------------------------------

@@ -1,17 +1,19 @@
 """Branch and anneal on toy models: verdicts, resuming, checkpoints, bad input, the error rate."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.errors import AutoprecError, InfeasibleError, RecordError, WorkloadError
+from autoprec.errors import InfeasibleError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import (
@@ -19,6 +21,7 @@ from autoprec.records import (
     FP32,
     Assignment,
     Basis,
+    Branch,
     Constraint,
     Fingerprint,
     ModelSpec,
@@ -29,18 +32,17 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
-from autoprec.runtime.checkpoint import Checkpoint
-from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
-from autoprec.verification import verify_front, verify_plan
-from autoprec.verification.branches import Bench, evaluate, train_branch, warm_up
-from autoprec.verification.evidence import predicted_gap
+from autoprec.verification import Terms, verify_plans
+from autoprec.verification.branches import REFERENCE, Session, evaluate, train_branch
+from autoprec.verification.evidence import Evidence, advice, predicted_gap
 from autoprec.verification.gate import gather_evidence
-from autoprec.verification.sequential import Looks, gap_interval, judge
-from autoprec.verification.session import REFERENCE, Session, Terms, open_session
+from autoprec.verification.sequential import gap_interval, verdict_of
+from autoprec.verification.session import open_session, train_seed, variants_of
 from autoprec.workload.functions import Workload, workload_from
-from tests.models import mlp_workload, token_workload
+from tests.models import Mlp, mlp_workload, token_workload
+from tests.plans import plan_for
 
 CPU = torch.device("cpu")
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -49,7 +51,7 @@ STEPS = 8
 
 @pytest.fixture(autouse=True)
 def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoprec.verification.steps.TIMING_SAMPLES", 1)
+    monkeypatch.setattr("autoprec.verification.gate.TIMING_SAMPLES", 1)
 
 
 def changed(workload: Workload, **functions: object) -> Workload:
@@ -88,9 +90,7 @@ def plan_of(spec: ModelSpec, option: Option) -> Plan:
     )
 
 
-def terms(*, tolerance: float = 0.05, seeds_max: int = 3) -> Terms:
-    looks = Looks(seeds_min=2, seeds_max=seeds_max)
-    return Terms(tolerance, looks, STEPS, STEPS, seed=0, time_budget_s=None)
+TERMS = Terms(seeds_min=2, seeds_max=3, warmup_steps=STEPS, branch_steps=STEPS)
 
 
 def opened(
@@ -99,33 +99,28 @@ def opened(
     *,
     folder: Path | None = None,
     checkpoint: Path | None = None,
-    asked: Terms | None = None,
+    terms: Terms = TERMS,
 ) -> Session:
     return open_session(
-        workload,
-        asked or terms(),
-        device=CPU,
+        Context(workload, CPU),
+        terms,
+        loss_tolerance=0.05,
         spec=spec,
         state_dir=folder,
         checkpoint=checkpoint,
-        progress=lambda *_: None,
     )
 
 
-def verified(workload: Workload, option: Option, *, tolerance: float = 0.05) -> Verification:
-    return verify_plan(
-        workload,
-        plan_of(capture_model(Context(workload, CPU)), option),
-        device=CPU,
-        tolerance=tolerance,
-        seeds_min=2,
-        seeds_max=3,
-        warmup_steps=STEPS,
-        branch_steps=STEPS,
-    )
+def verified(
+    workload: Workload, *options: Option, tolerance: float = 0.05, terms: Terms = TERMS
+) -> Verification:
+    context = Context(workload, CPU)
+    spec = capture_model(context)
+    plans = [plan_of(spec, option) for option in options]
+    return verify_plans(context, plans, loss_tolerance=tolerance, terms=terms)
 
 
-def test_a_gentle_plan_is_verified_with_its_control_and_its_times() -> None:
+def test_a_precise_plan_is_verified_with_its_control_and_its_times() -> None:
     found = verified(mlp_workload(), TENSORWISE, tolerance=0.5)
     assert found.verdict is Verdict.VERIFIED
     assert found.gap is not None
@@ -167,17 +162,8 @@ def test_a_branch_that_diverges_refutes_at_once_with_its_step() -> None:
 def test_a_refuted_plan_gives_way_to_the_next() -> None:
     workload = overflowing(mlp_workload())
     spec = capture_model(Context(workload, CPU))
-    index, found = verify_front(
-        workload,
-        [plan_of(spec, TENSORWISE), plan_of(spec, FP32)],
-        device=CPU,
-        tolerance=0.05,
-        seeds_min=2,
-        seeds_max=2,
-        warmup_steps=STEPS,
-        branch_steps=STEPS,
-    )
-    assert index == 1
+    found = verified(workload, TENSORWISE, FP32)
+    assert found.plan == plan_of(spec, FP32).digest
     assert found.verdict is Verdict.VERIFIED
     assert len(found.refuted_plans) == 1
 
@@ -191,7 +177,8 @@ def test_evaluation_is_fp32_of_the_master_weights() -> None:
     workload = changed(mlp_workload(), build_optimizer=build_optimizer)
     spec = capture_model(Context(workload, CPU))
     session = opened(workload, spec)
-    reference, _, plan = session.train_seed(session.arms(plan_of(spec, BF16_O2)), 1)
+    _, _, variant = variants_of(session, plan_of(spec, BF16_O2))
+    reference, plan = train_seed(session, [variant], 1)
     start = sum(session.checkpoint.eval_losses)
     moved = sum(reference.eval_losses) - start
     assert moved < 0.0
@@ -232,8 +219,8 @@ def test_saved_branches_of_another_setup_are_not_picked_up(tmp_path: Path) -> No
     spec = capture_model(Context(workload, CPU))
     plan = plan_of(spec, TENSORWISE)
     one = gather_evidence(opened(workload, spec, folder=tmp_path), plan)
-    asked = replace(terms(), branch_steps=STEPS + 1)
-    other = gather_evidence(opened(workload, spec, folder=tmp_path, asked=asked), plan)
+    asked = replace(TERMS, branch_steps=STEPS + 1)
+    other = gather_evidence(opened(workload, spec, folder=tmp_path, terms=asked), plan)
     assert len(other.branches[0].curve) == STEPS + 1
     assert one.branches != other.branches
 
@@ -257,11 +244,11 @@ def test_branches_start_from_the_users_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "whole.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     session = opened(workload, spec, checkpoint=path)
-    assert session.warmup_steps == 0
-    own = evaluate(session.bench, model)
+    assert session.checkpoint.curve == ()
+    own = evaluate(session.context, model, session.evaluation)
     assert session.checkpoint.eval_losses == own
     torch.save(model.state_dict(), path)
-    assert opened(workload, spec, checkpoint=path).warmup_steps == STEPS
+    assert len(opened(workload, spec, checkpoint=path).checkpoint.curve) == STEPS
     path.write_bytes(b"broken")
     with pytest.raises(RecordError, match="weights_only=True"):
         opened(workload, spec, checkpoint=path)
@@ -272,13 +259,15 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     spec = capture_model(Context(workload, CPU))
     reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=4)
     sensitivity = measure_sensitivity(reference)
-    plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
     session = opened(workload, spec)
-    curve = tuple(enumerate(session.checkpoint.curve, start=1))
-    longer = sensitivity.model_copy(update={"loss_curve": curve})
-    expected = predicted_loss_gap(longer, 0.01, STEPS, start=STEPS)
-    assert expected is not None
-    assert predicted_gap(session, plan, sensitivity) == expected
+    # eight steps that fall by 0.4 per e-fold of steps from 5.0: r = 0.4 / (5 - 0.4 log 8) at step
+    # 8, and at step 16 half of that beside half of the usual exponent
+    curve = tuple(5.0 - 0.4 * math.log(step) for step in range(1, STEPS + 1))
+    session.checkpoint = replace(session.checkpoint, curve=curve)
+    plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
+    r = 0.5 * 0.4 / (5.0 - 0.4 * math.log(8)) + 0.5 * 0.1
+    expected = r * math.log1p(0.01 * 8 / 16)  # the branch is half of the steps
+    assert predicted_gap(session, plan, sensitivity) == pytest.approx(expected)
     assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None
 
 
@@ -314,34 +303,49 @@ def test_training_that_is_not_deterministic_has_a_floor() -> None:
 def test_the_reference_against_itself_is_refuted_in_at_most_one_of_twenty() -> None:
     """40 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
     workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
-    bench = Bench(workload, CPU, 0, 4, list(workload.eval_batches())[:2])
-    start: Checkpoint = warm_up(bench, steps=4)
-    looks = Looks()
+    terms = Terms(warmup_steps=4, branch_steps=4)
+    session = opened(workload, capture_model(Context(workload, CPU)), terms=terms)
+    session.evaluation = session.evaluation[:2]
     refuted = 0
     for repeat in range(40):
         gaps: list[float] = []
-        for seed in range(looks.seeds_max):
+        for seed in range(terms.seeds_max):
             losses = [
-                train_branch(bench, start, REFERENCE, seed=1000 * repeat + seed).eval_loss
+                train_branch(session, REFERENCE, seed=1000 * repeat + seed).eval_loss
                 for _ in range(2)
             ]
             assert losses[0] is not None
             assert losses[1] is not None
             gaps.append((losses[1] - losses[0]) / losses[0])
-            if len(gaps) >= looks.seeds_min:
-                verdict = judge(gap_interval(gaps, looks), 0.0)
+            if len(gaps) >= terms.seeds_min:
+                verdict = verdict_of(gap_interval(gaps, terms), 0.0)
                 if verdict is not Verdict.INCONCLUSIVE:
                     refuted += verdict is Verdict.REFUTED
                     break
     assert refuted <= 2
 
 
+def evidence_of(*gaps: float) -> Evidence:
+    """Return the evidence of a plan whose seeds have these gaps to a reference loss of 1."""
+    plan = plan_for(Mlp(), BF16_O2)
+    branches = [
+        Branch(
+            label=label, seed=seed, eval_loss=loss, diverged_at=None, curve=(1.0,), eval_losses=()
+        )
+        for seed, gap in enumerate(gaps, start=1)
+        for label, loss in (("reference", 1.0), ("plan", 1.0 + gap))
+    ]
+    return Evidence(plan, (REFERENCE,) * 3, Terms(), 0.01, tuple(branches))
+
+
 def test_a_spread_too_large_to_decide_says_what_it_would_take() -> None:
-    workload = noisy(mlp_workload(), torch.Generator().manual_seed(2), scale=0.5)
-    found = verified(workload, BF16_O2, tolerance=1e-7)
-    assert found.verdict in (Verdict.INCONCLUSIVE, Verdict.REFUTED)
-    if found.verdict is Verdict.INCONCLUSIVE:
-        assert "seeds" in found.advice
+    unsure = evidence_of(0.0, 0.01, -0.01)
+    assert unsure.verdict is Verdict.INCONCLUSIVE
+    assert re.search(r"the seeds ended after 3 seeds; about \d+ seeds would decide", advice(unsure))
+    on_the_tolerance = evidence_of(0.009, 0.01, 0.011)
+    assert on_the_tolerance.verdict is Verdict.INCONCLUSIVE
+    assert "sits on the tolerance" in advice(on_the_tolerance)
+    assert advice(evidence_of(0.0, 0.0001, -0.0001)) == ""
 
 
 def nan_from(step: int) -> Workload:
@@ -368,37 +372,26 @@ def test_a_constant_loss_is_refused() -> None:
         verified(workload, BF16_O2)
 
 
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan])
+def test_a_tolerance_below_zero_is_one_clear_line(tolerance: float) -> None:
+    with pytest.raises(InfeasibleError, match="zero or more"):
+        verified(mlp_workload(), BF16_O2, tolerance=tolerance)
+
+
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        ({"tolerance": -1.0}, "zero or more"),
-        ({"tolerance": math.nan}, "zero or more"),
         ({"branch_steps": 1}, "branch_steps >= 2"),
+        ({"warmup_steps": -1}, "warmup_steps >= 0"),
         ({"seeds_min": 1}, "seeds_min <= seeds_max"),
+        ({"confidence": 1.0}, "confidence must lie in"),
     ],
 )
-def test_bad_arguments_are_one_clear_line(arguments: dict[str, float], rule: str) -> None:
-    workload = mlp_workload()
-    plan = plan_of(capture_model(Context(workload, CPU)), BF16_O2)
-    with pytest.raises(AutoprecError, match=rule):
-        verify_plan(workload, plan, device=CPU, **{"tolerance": 0.1, **arguments})  # type: ignore[arg-type]  # wrong on purpose
+def test_terms_that_decide_nothing_are_refused(arguments: dict[str, Any], rule: str) -> None:
+    with pytest.raises(InfeasibleError, match=rule):
+        Terms(**arguments)
 
 
 def test_no_plan_is_an_error() -> None:
     with pytest.raises(InfeasibleError, match="at least one plan"):
-        verify_front(mlp_workload(), [], device=CPU, tolerance=0.1)
-
-
-def test_a_time_budget_ends_the_test_before_a_seed_begins() -> None:
-    workload = mlp_workload()
-    found = verify_plan(
-        workload,
-        plan_of(capture_model(Context(workload, CPU)), BF16_O2),
-        device=CPU,
-        tolerance=0.1,
-        warmup_steps=2,
-        branch_steps=2,
-        time_budget_s=0.0,
-    )
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert "the time budget ended after 0 of 3 seeds" in found.advice
+        verified(mlp_workload())

@@ -7,23 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.records import BF16_O2, FP32, Branch, Option, Plan, Recipe, fp8_option
-from autoprec.verification.branches import Arm
-from autoprec.verification.evidence import Evidence
-from autoprec.verification.refuted import Refuted, is_hopeless, repair_notes
-from autoprec.verification.sequential import Looks
-from autoprec.verification.session import REFERENCE, Terms
+from autoprec.verification import Terms
+from autoprec.verification.branches import REFERENCE, Variant
+from autoprec.verification.evidence import Evidence, exceeds_limit, repair_notes
 from tests.models import Mlp
 from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
-TERMS = Terms(
-    tolerance=1e-3,
-    looks=Looks(seeds_min=2, seeds_max=5),
-    warmup_steps=1,
-    branch_steps=2,
-    seed=0,
-    time_budget_s=None,
-)
+TOLERANCE = 1e-3
 
 
 @cache
@@ -35,7 +26,7 @@ def plan(option: Option, grad_error: float | None) -> Plan:
     return uniform(option).model_copy(update={"grad_error": grad_error})
 
 
-def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = None) -> Refuted:
+def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = None) -> Evidence:
     branches = [
         Branch(
             label=label,
@@ -48,26 +39,31 @@ def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = N
         for seed in (1, 2)
         for label, shift in (("reference", 0.0), ("plan", gap))
     ]
-    arm = Arm(label="plan", options={})
-    evidence = Evidence(arms=(REFERENCE, arm, arm), terms=TERMS, branches=tuple(branches))
-    return Refuted(plan(TENSORWISE, grad_error), evidence)
+    variant = Variant(label="plan", options={})
+    return Evidence(
+        plan=plan(TENSORWISE, grad_error),
+        variants=(REFERENCE, variant, variant),
+        terms=Terms(seeds_min=2),
+        loss_tolerance=TOLERANCE,
+        branches=tuple(branches),
+    )
 
 
 @given(grad_error=st.floats(1e-4, 1.0), gap=st.floats(1.1e-3, 0.5))
-def test_the_bearable_e_is_where_a_proportional_gap_meets_the_tolerance(
+def test_the_implied_limit_is_where_a_proportional_gap_meets_the_tolerance(
     grad_error: float, gap: float
 ) -> None:
-    bearable = refuted(grad_error, gap).bearable_e
-    assert bearable == pytest.approx(grad_error * TERMS.tolerance / gap, rel=1e-6)
+    limit = refuted(grad_error, gap).implied_limit
+    assert limit == pytest.approx(grad_error * TOLERANCE / gap, rel=1e-6)
 
 
-def test_plans_above_the_bearable_e_are_passed_over() -> None:
+def test_plans_above_the_implied_limit_are_passed_over() -> None:
     seen = [refuted(0.04, 0.004)]
-    assert is_hopeless(plan(BF16_O2, 0.02), seen)
-    assert not is_hopeless(plan(BF16_O2, 0.009), seen)
-    assert not is_hopeless(plan(BF16_O2, None), seen)
-    assert not is_hopeless(plan(BF16_O2, 0.02), [])
-    assert not is_hopeless(plan(BF16_O2, 0.02), [refuted(0.04, 0.1, diverged_at=1)])
+    assert exceeds_limit(plan(BF16_O2, 0.02), seen)
+    assert not exceeds_limit(plan(BF16_O2, 0.009), seen)
+    assert not exceeds_limit(plan(BF16_O2, None), seen)
+    assert not exceeds_limit(plan(BF16_O2, 0.02), [])
+    assert not exceeds_limit(plan(BF16_O2, 0.02), [refuted(0.04, 0.1, diverged_at=1)])
 
 
 def test_the_notes_name_the_layers_that_left_fp8() -> None:
@@ -77,4 +73,4 @@ def test_the_notes_name_the_layers_that_left_fp8() -> None:
     assert notes[1].startswith("2 more plans were passed over")
     same = repair_notes(plan(TENSORWISE, 0.01), [refuted(0.04, 0.1, diverged_at=1)], skipped=0)
     assert "diverged at step 1" in same[0]
-    assert "no layer, but recipes are gentler" in same[0]
+    assert "no layer, but recipes are more precise" in same[0]

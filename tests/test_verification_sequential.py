@@ -8,32 +8,32 @@ from scipy import stats
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import LossGap, Verdict
-from autoprec.verification.sequential import Looks, gap_interval, judge, seeds_needed
+from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 from tests.examples import examples
 
 REPEATS = 4000  # the standard error of a rate of 5 % is then 0.34 %
 TOLERANCE = 1e-3
 
 
-def run_test(gaps: np.ndarray, looks: Looks, tolerance: float) -> tuple[Verdict, int]:
+def run_test(gaps: np.ndarray, terms: Terms, tolerance: float) -> tuple[Verdict, int]:
     """Feed the gaps one by one, as the gate does."""
-    for count in range(looks.seeds_min, looks.seeds_max + 1):
-        verdict = judge(gap_interval(gaps[:count].tolist(), looks), tolerance)
+    for count in range(terms.seeds_min, terms.seeds_max + 1):
+        verdict = verdict_of(gap_interval(gaps[:count].tolist(), terms), tolerance)
         if verdict is not Verdict.INCONCLUSIVE:
             return verdict, count
-    return Verdict.INCONCLUSIVE, looks.seeds_max
+    return Verdict.INCONCLUSIVE, terms.seeds_max
 
 
-def rates(mean: float, sd: float, looks: Looks, *, seed: int = 0) -> dict[Verdict, float]:
-    draws = np.random.default_rng(seed).normal(mean, sd, size=(REPEATS, looks.seeds_max))
-    verdicts = [run_test(row, looks, TOLERANCE)[0] for row in draws]
+def rates(mean: float, sd: float, terms: Terms, *, seed: int = 0) -> dict[Verdict, float]:
+    draws = np.random.default_rng(seed).normal(mean, sd, size=(REPEATS, terms.seeds_max))
+    verdicts = [run_test(row, terms, TOLERANCE)[0] for row in draws]
     return {verdict: verdicts.count(verdict) / REPEATS for verdict in Verdict}
 
 
 def test_one_planned_look_is_the_usual_t_interval() -> None:
     gaps = [0.001, 0.003, 0.002, 0.0015]
 
-    found = gap_interval(gaps, Looks(seeds_min=4, seeds_max=4))
+    found = gap_interval(gaps, Terms(seeds_min=4, seeds_max=4))
 
     usual = stats.t.interval(0.95, 3, loc=np.mean(gaps), scale=stats.sem(gaps))
     assert found.low == pytest.approx(usual[0], rel=0.01)
@@ -43,55 +43,55 @@ def test_one_planned_look_is_the_usual_t_interval() -> None:
 
 @pytest.mark.parametrize(("first", "last"), [(2, 5), (3, 5), (3, 12)])
 def test_a_look_gets_more_than_bonferroni_and_less_than_the_whole(first: int, last: int) -> None:
-    looks = Looks(seeds_min=first, seeds_max=last)
+    terms = Terms(seeds_min=first, seeds_max=last)
 
-    assert 0.05 / (last - first + 1) < looks.p_value < 0.05
+    assert 0.05 / (last - first + 1) < terms.p_value < 0.05
 
 
 def test_the_intervals_of_all_looks_cover_the_true_gap_together() -> None:
-    looks = Looks(seeds_min=3, seeds_max=6)
+    terms = Terms(seeds_min=3, seeds_max=6)
     draws = np.random.default_rng(1).normal(0.0, 1.0, size=(REPEATS, 6))
     missed = 0
     for row in draws:
-        intervals = [gap_interval(row[:count].tolist(), looks) for count in range(3, 7)]
+        intervals = [gap_interval(row[:count].tolist(), terms) for count in range(3, 7)]
         missed += any(not gap.low <= 0.0 <= gap.high for gap in intervals)
 
     assert 0.035 < missed / REPEATS < 0.065  # 0.05 +- 4 standard errors
 
 
 def test_looking_without_paying_for_it_would_miss_too_often() -> None:
-    """The reason for the module: the usual 95 % interval at each of four looks."""
+    """The reason for the module: the usual 95 % interval at each of four terms."""
     draws = np.random.default_rng(1).normal(0.0, 1.0, size=(REPEATS, 6))
-    looks = [
+    terms = [
         np.asarray(stats.ttest_1samp(draws[:, :count], 0.0, axis=1).pvalue) for count in range(3, 7)
     ]
-    missed = int((np.min(looks, axis=0) < 0.05).sum())
+    missed = int((np.min(terms, axis=0) < 0.05).sum())
 
     assert missed / REPEATS > 0.09
 
 
 @pytest.mark.parametrize("sd", [1e-5, 3e-4, 3e-3])
 def test_a_null_comparison_is_almost_never_refuted(sd: float) -> None:
-    assert rates(0.0, sd, Looks())[Verdict.REFUTED] <= 0.01
+    assert rates(0.0, sd, Terms())[Verdict.REFUTED] <= 0.01
 
 
 def test_a_gap_on_the_tolerance_is_decided_wrongly_in_at_most_one_of_twenty() -> None:
-    found = rates(TOLERANCE, 3e-4, Looks())
+    found = rates(TOLERANCE, 3e-4, Terms())
 
     assert found[Verdict.REFUTED] + found[Verdict.VERIFIED] <= 0.05 + 0.014  # 4 standard errors
 
 
 def test_gaps_like_those_of_short_branches_are_resolved_in_five_seeds() -> None:
     """A spread of 0.015 % (the largest seen in 80-step branches of a char GPT) against 0.1 %."""
-    assert rates(0.0002, 0.00015, Looks())[Verdict.VERIFIED] > 0.99
-    assert rates(0.0018, 0.00015, Looks())[Verdict.REFUTED] > 0.99
+    assert rates(0.0002, 0.00015, Terms())[Verdict.VERIFIED] > 0.99
+    assert rates(0.0018, 0.00015, Terms())[Verdict.REFUTED] > 0.99
 
 
 def test_equal_gaps_have_a_point_for_an_interval() -> None:
-    found = gap_interval([0.0, 0.0, 0.0], Looks())
+    found = gap_interval([0.0, 0.0, 0.0], Terms())
 
     assert (found.low, found.mean, found.high) == (0.0, 0.0, 0.0)
-    assert judge(found, 0.0) is Verdict.VERIFIED
+    assert verdict_of(found, 0.0) is Verdict.VERIFIED
 
 
 @given(
@@ -103,13 +103,13 @@ def test_equal_gaps_have_a_point_for_an_interval() -> None:
 def test_the_verdict_does_not_depend_on_the_unit(
     gaps: list[float], tolerance: float, scale: float
 ) -> None:
-    scaled = gap_interval([gap * scale for gap in gaps], Looks())
-    plain = gap_interval(gaps, Looks())
+    scaled = gap_interval([gap * scale for gap in gaps], Terms())
+    plain = gap_interval(gaps, Terms())
 
     assert scaled.low == pytest.approx(plain.low * scale, abs=1e-12)
     edge = min(abs(plain.high - tolerance), abs(plain.low - tolerance))
     if edge > 1e-9:
-        assert judge(scaled, tolerance * scale) is judge(plain, tolerance)
+        assert verdict_of(scaled, tolerance * scale) is verdict_of(plain, tolerance)
 
 
 def gap(low: float, high: float) -> LossGap:
@@ -117,34 +117,34 @@ def gap(low: float, high: float) -> LossGap:
 
 
 def test_the_whole_interval_decides() -> None:
-    assert judge(gap(-0.002, 0.001), 0.001) is Verdict.VERIFIED
-    assert judge(gap(0.0011, 0.002), 0.001) is Verdict.REFUTED
-    assert judge(gap(0.0005, 0.002), 0.001) is Verdict.INCONCLUSIVE
+    assert verdict_of(gap(-0.002, 0.001), 0.001) is Verdict.VERIFIED
+    assert verdict_of(gap(0.0011, 0.002), 0.001) is Verdict.REFUTED
+    assert verdict_of(gap(0.0005, 0.002), 0.001) is Verdict.INCONCLUSIVE
 
 
 def test_advised_seeds_would_indeed_decide() -> None:
     gaps = [0.0, 0.0008, 0.0004, -0.0002, 0.0012]
 
-    needed = seeds_needed(gaps, TOLERANCE, Looks())
+    needed = seeds_needed(gaps, TOLERANCE, Terms())
 
     assert needed is not None
     assert needed > 5
     sd, distance = np.std(gaps, ddof=1), TOLERANCE - np.mean(gaps)
-    looks = Looks(seeds_min=3, seeds_max=needed)
-    half = stats.t.ppf(1 - looks.p_value / 2, needed - 1) * sd / math.sqrt(needed)
+    terms = Terms(seeds_min=3, seeds_max=needed)
+    half = stats.t.ppf(1 - terms.p_value / 2, needed - 1) * sd / math.sqrt(needed)
     assert half <= distance * 1.1
 
 
 def test_a_gap_on_the_tolerance_has_no_number_of_seeds() -> None:
-    assert seeds_needed([0.0, 0.002, 0.001], TOLERANCE, Looks()) is None
+    assert seeds_needed([0.0, 0.002, 0.001], TOLERANCE, Terms()) is None
 
 
 @pytest.mark.parametrize(("first", "last"), [(1, 5), (4, 3), (3, 65)])
 def test_impossible_looks_are_refused(first: int, last: int) -> None:
     with pytest.raises(InfeasibleError, match="seeds_min <= seeds_max"):
-        Looks(seeds_min=first, seeds_max=last)
+        Terms(seeds_min=first, seeds_max=last)
 
 
 def test_one_gap_has_no_interval() -> None:
     with pytest.raises(InfeasibleError, match="two seeds"):
-        gap_interval([0.1], Looks())
+        gap_interval([0.1], Terms())

@@ -50,8 +50,8 @@ class Branch(Record):
 class BranchFile(FileRecord):
     """A finished branch on disk, so that a killed verification goes on where it stopped.
 
-    `setup` is the digest of everything that the branches of one verification share, `arm` that of
-    the options the branch trained with: plans that share an arm share its file.
+    `setup` is the digest of everything that the branches of one verification share, `variant` that
+    of the options the branch trained with: plans that share a variant share its file.
     """
 
     KIND: ClassVar[str] = "branch"
@@ -59,7 +59,7 @@ class BranchFile(FileRecord):
     REMAKE: ClassVar[str] = "`autoprec verify`, without the old file"
 
     setup: str
-    arm: str
+    variant: str
     branch: Branch
 
 

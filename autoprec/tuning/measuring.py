@@ -27,7 +27,7 @@ from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.tuning.settings import Settings
-from autoprec.verification import verify_front
+from autoprec.verification import verify_plans
 from autoprec.workload.functions import Workload, load_workload, workload_from
 from autoprec.workload.hf_config import config_model
 
@@ -99,16 +99,12 @@ def verified(
     run: "Run", plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
 ) -> Verification:
     """Train with the first plan; a refuted one gives way to the next."""
-    _, verification = verify_front(
-        run.workload,
+    return verify_plans(
+        run.context,
         plans,
+        loss_tolerance=run.settings.loss_tolerance,
         profile=profile,
         sensitivity=sensitivity,
-        device=run.device,
-        tolerance=run.settings.loss_tolerance,
         state_dir=run.settings.out / "branches",
         checkpoint=run.settings.checkpoint,
-        seed=run.settings.seed,
-        progress=run.progress,
     )
-    return verification

@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.progress import Progress, report_nothing
+from autoprec.common.text import short_digest
 from autoprec.errors import WorkloadError
+from autoprec.model.context import Context
 from autoprec.records import Branch, Option, Precision
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, load_state, on_cpu
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.workload.functions import Batch, Workload, check_loss, move_batch
+from autoprec.sensitivity.reference import seeded
+from autoprec.verification.sequential import Terms
+from autoprec.verification.state import BranchStore
+from autoprec.workload.functions import Batch, check_loss, move_batch
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents, and the reference saw the same batches
@@ -38,74 +42,101 @@ EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """What a branch trains with: an option per layer; without any 16-bit layer, plain FP32."""
 
     label: str
     options: Mapping[str, Option]
-    uncovered: tuple[str, ...] = ()  # parameters outside of layers: they follow the flow
+    uncovered: tuple[str, ...] = ()  # parameters outside of layers: BF16 where any layer is 16-bit
 
     @property
     def is_reference(self) -> bool:
         """Whether nothing is installed: every layer is FP32."""
         return all(option.precision is Precision.FP32 for option in self.options.values())
 
+    @property
+    def digest(self) -> str:
+        """A digest of the options; all-FP32 variants are the reference, whatever their label."""
+        if self.is_reference:
+            return "reference"
+        return short_digest(sorted((name, option.key) for name, option in self.options.items()))
 
-@dataclass(frozen=True)
-class Bench:
-    """What all branches of one verification share."""
 
-    workload: Workload
-    device: torch.device
-    seed: int
-    branch_steps: int
+REFERENCE = Variant(label="reference", options={})
+
+
+@dataclass
+class Session:
+    """What all branches of one verification share.
+
+    Attributes:
+        context: whose workload is trained, and where.
+        terms: how far the test may go.
+        loss_tolerance: the relative loss gap that is tested.
+        evaluation: the held-out batches.
+        checkpoint: where the branches start, with the curve of the steps that ran to it.
+        store: the branches that are finished.
+        control: the options of uniform BF16 O2; None: every layer of the plan in BF16 O2.
+        checkpoint_path: the user's own checkpoint, or "".
+        floor: the gap between two runs of a reference; known once the first one has run.
+    """
+
+    context: Context
+    terms: Terms
+    loss_tolerance: float
     evaluation: Sequence[Batch]
-    progress: Progress = report_nothing
+    checkpoint: Checkpoint
+    store: BranchStore
+    control: dict[str, Option] | None
+    checkpoint_path: str
+    floor: float | None = None
 
 
-def warm_up(bench: Bench, *, steps: int, start: Checkpoint | None = None) -> Checkpoint:
+def warm_up(
+    context: Context, evaluation: Sequence[Batch], *, steps: int, start: Checkpoint | None
+) -> Checkpoint:
     """Train the FP32 reference for `steps` (from `start`, or from scratch) and return its state.
 
     Raises:
         WorkloadError: the loss becomes NaN or infinite.
     """
-    with seeded(bench.device):
-        model, optimizer = restore(bench, start)
+    with seeded(context.seed, context.device):
+        model, optimizer = restore(context, start)
         curve = []
-        for step, batch in enumerate(_batches(bench, bench.seed, steps)):
-            loss = _train_step(bench, model, optimizer, batch, seed=bench.seed, step=step)
+        for step, batch in enumerate(_batches(context, context.seed, steps)):
+            loss = _train_step(context, model, optimizer, batch, seed=context.seed, step=step)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
-            bench.progress("verify: warm-up", step + 1, steps)
+            context.progress("verify: warm-up", step + 1, steps)
         return Checkpoint(
             model=on_cpu(model.state_dict()),
             optimizer=on_cpu(optimizer.state_dict()),
             curve=tuple(curve),
-            eval_losses=evaluate(bench, model),
+            eval_losses=evaluate(context, model, evaluation),
         )
 
 
 def train_branch(
-    bench: Bench,
-    checkpoint: Checkpoint,
-    arm: Arm,
-    *,
-    seed: int,
-    reference: Sequence[float] = (),
+    session: Session, variant: Variant, *, seed: int, reference: Sequence[float] = ()
 ) -> Branch:
     """Train and evaluate one branch.
 
     `reference` is the training curve of the seed's reference branch, the yardstick of divergence.
     """
-    with seeded(bench.device):
-        model, optimizer = restore(bench, checkpoint)
-        with installed(model, optimizer, arm), fast_fp8_gemms(bench.device):
+    context, steps = session.context, session.terms.branch_steps
+    with seeded(context.seed, context.device):
+        model, optimizer = restore(context, session.checkpoint)
+        with _installed(model, optimizer, variant), fast_fp8_gemms(context.device):
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
-            curve, diverged_at = _train(bench, model, optimizer, arm.label, seed, limit)
-        losses = () if diverged_at is not None else evaluate(bench, model)
-    if losses and not all(math.isfinite(loss) for loss in losses):
-        diverged_at, losses = bench.branch_steps, ()
+            training = _train(session, model, optimizer, variant.label, seed=seed)
+            curve, diverged_at = _until_diverged(training, limit=limit)
+        # the plan is taken out again: what is evaluated are the FP32 master weights
+        losses: tuple[float, ...] = ()
+        if diverged_at is None:
+            losses = evaluate(context, model, session.evaluation)
+    if not all(math.isfinite(loss) for loss in losses):
+        diverged_at, losses = steps, ()
     return Branch(
-        label=arm.label,
+        label=variant.label,
         seed=seed,
         eval_loss=math.fsum(losses) / len(losses) if losses else None,
         diverged_at=diverged_at,
@@ -114,52 +145,55 @@ def train_branch(
     )
 
 
-def replay_reference(
-    bench: Bench, checkpoint: Checkpoint, *, seed: int, steps: int
-) -> tuple[float, ...]:
+def replay_reference(session: Session, *, seed: int, steps: int) -> tuple[float, ...]:
     """Return the first training losses of the seed's FP32 branch, trained anew."""
-    with seeded(bench.device):
-        model, optimizer = restore(bench, checkpoint)
-        return _train(bench, model, optimizer, "replay", seed, math.inf, steps=steps)[0]
+    context = session.context
+    with seeded(context.seed, context.device):
+        model, optimizer = restore(context, session.checkpoint)
+        return tuple(islice(_train(session, model, optimizer, "replay", seed=seed), steps))
 
 
-def evaluate(bench: Bench, model: nn.Module) -> tuple[float, ...]:
+def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
     """Return the loss of every held-out batch in eval mode, with the same random draws."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     losses = []
     with torch.no_grad():
-        for index, batch in enumerate(bench.evaluation):
-            _seed_step(bench.seed, EVAL_STEP + index)
-            losses.append(float(bench.workload.loss_fn(model, batch)))
+        for index, batch in enumerate(evaluation):
+            _seed_step(context.seed, EVAL_STEP + index)
+            losses.append(float(context.workload.loss_fn(model, batch)))
     for module in was_training:
         module.training = True
     return tuple(losses)
 
 
-def restore(bench: Bench, checkpoint: Checkpoint | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def restore(
+    context: Context, checkpoint: Checkpoint | None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build the user's model and optimizer and load the checkpoint into them.
 
     Raises:
         RecordError: the checkpoint is of another model or optimizer.
     """
-    model = bench.workload.build_model(seed=bench.seed).to(bench.device)
+    model = context.workload.build_model(seed=context.seed).to(context.device)
     if checkpoint is not None:
         load_state(model, checkpoint.model, what="model")
     model.train()
-    optimizer = bench.workload.build_optimizer(model)
+    optimizer = context.workload.build_optimizer(model)
     if checkpoint is not None and checkpoint.optimizer is not None:
         load_state(optimizer, checkpoint.optimizer, what="optimizer")
     return model, optimizer
 
 
 @contextmanager
-def installed(model: nn.Module, optimizer: torch.optim.Optimizer, arm: Arm) -> Iterator[None]:
-    """Train in the arm's precisions inside; leave plain FP32 with the master weights behind."""
-    if arm.is_reference:
+def _installed(
+    model: nn.Module, optimizer: torch.optim.Optimizer, variant: Variant
+) -> Iterator[None]:
+    """Train in the variant's precisions inside; leave plain FP32 with the master weights behind."""
+    if variant.is_reference:
         yield
         return
-    install_options(model, arm.options, uncovered=arm.uncovered)
+    install_options(model, variant.options, uncovered=variant.uncovered)
     attach_optimizer(model, optimizer)
     try:
         yield
@@ -167,40 +201,34 @@ def installed(model: nn.Module, optimizer: torch.optim.Optimizer, arm: Arm) -> I
         undo(model, optimizer)
 
 
-@contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators as they were found."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
 def _train(
-    bench: Bench,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    label: str,
-    seed: int,
-    limit: float,
-    *,
-    steps: int | None = None,
+    session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, label: str, *, seed: int
+) -> Iterator[float]:
+    """Train on the seed's batches and yield every step's loss."""
+    context, steps = session.context, session.terms.branch_steps
+    rates = [_rate(group) for group in optimizer.param_groups]
+    for step, batch in enumerate(_batches(context, seed, steps)):
+        # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            _set_rate(group, rate * (steps - step) / steps)
+        yield float(_train_step(context, model, optimizer, batch, seed=seed, step=step))
+        context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
+
+
+def _until_diverged(
+    losses: Iterator[float], *, limit: float
 ) -> tuple[tuple[float, ...], int | None]:
     """Return the losses, and the step at which one was not finite or above `limit`."""
-    rates = [_rate(group) for group in optimizer.param_groups]
     curve: list[float] = []
-    for step, batch in enumerate(_batches(bench, seed, steps or bench.branch_steps)):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            _set_rate(group, rate * (bench.branch_steps - step) / bench.branch_steps)
-        loss = float(_train_step(bench, model, optimizer, batch, seed=seed, step=step))
+    for step, loss in enumerate(losses):
         if not math.isfinite(loss) or loss > limit:
             return tuple(curve), step
         curve.append(loss)
-        bench.progress(f"verify: {label}, seed {seed}", step + 1, bench.branch_steps)
     return tuple(curve), None
 
 
 def _train_step(
-    bench: Bench,
+    context: Context,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
@@ -210,7 +238,7 @@ def _train_step(
 ) -> Tensor:
     _seed_step(seed, step)
     optimizer.zero_grad()
-    loss = bench.workload.loss_fn(model, batch)
+    loss = context.workload.loss_fn(model, batch)
     torch.autograd.backward(loss)
     try:
         optimizer.step()
@@ -222,9 +250,9 @@ def _train_step(
     return loss.detach()
 
 
-def _batches(bench: Bench, seed: int, count: int) -> Iterator[Batch]:
-    for batch in islice(bench.workload.train_batches(seed), count):
-        yield move_batch(batch, bench.device)
+def _batches(context: Context, seed: int, count: int) -> Iterator[Batch]:
+    for batch in islice(context.workload.train_batches(seed), count):
+        yield move_batch(batch, context.device)
 
 
 def _seed_step(seed: int, step: int) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoprec.common.text import first_and_more
+from autoprec.common.versions import software_versions
 from autoprec.records import (
     Branch,
     LossGap,
@@ -16,10 +18,8 @@ from autoprec.records import (
     Verification,
 )
 from autoprec.sensitivity.gap import predicted_loss_gap
-from autoprec.verification.branches import Arm
-from autoprec.verification.sequential import Looks, gap_interval, judge, seeds_needed
-from autoprec.verification.session import Session, Terms
-from autoprec.verification.state import arm_digest
+from autoprec.verification.branches import Session, Variant
+from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 
 FEWEST_EVAL_BATCHES = 2  # below it nothing is known about the batches that were not drawn
 
@@ -28,15 +28,11 @@ FEWEST_EVAL_BATCHES = 2  # below it nothing is known about the batches that were
 class Evidence:
     """The branches of reference, control and plan, seed by seed, and what follows from them."""
 
-    arms: tuple[Arm, Arm, Arm]
+    plan: Plan
+    variants: tuple[Variant, Variant, Variant]
     terms: Terms
+    loss_tolerance: float
     branches: tuple[Branch, ...] = ()
-    is_out_of_time: bool = False
-
-    @property
-    def looks(self) -> Looks:
-        """When the gaps are looked at."""
-        return self.terms.looks
 
     @property
     def verdict(self) -> Verdict:
@@ -44,9 +40,9 @@ class Evidence:
         if self.diverged("plan"):
             return Verdict.REFUTED
         gap = self.gap("plan")
-        if gap is None or gap.seeds < self.looks.seeds_min:
+        if gap is None or gap.seeds < self.terms.seeds_min:
             return Verdict.INCONCLUSIVE
-        return judge(gap, self.terms.tolerance)
+        return verdict_of(gap, self.loss_tolerance)
 
     def with_seed(self, branches: Sequence[Branch]) -> "Evidence":
         """Return the evidence with another seed's branches."""
@@ -74,39 +70,89 @@ class Evidence:
         gaps = self.gaps(label)
         if len(gaps) < 2 or self.diverged(label):
             return None
-        return gap_interval(gaps, self.looks)
+        return gap_interval(gaps, self.terms)
+
+    @property
+    def implied_limit(self) -> float | None:
+        """The gradient error whose gap would be the tolerance, by this plan's own; else None.
+
+        A loss gap grows about in proportion to the gradient error e (`sensitivity.gap`). So a plan
+        with e and a measured gap above the tolerance implies a limit of e * tolerance / gap,
+        whatever was predicted before training.
+        """
+        gap, grad_error = self.gap("plan"), self.plan.grad_error
+        if gap is None or grad_error is None or gap.mean <= 0.0:
+            return None
+        return grad_error * min(self.loss_tolerance / gap.mean, 1.0)
 
 
 def make_verification(
     session: Session,
-    plan: Plan,
     evidence: Evidence,
     steps: Sequence[StepTiming],
-    refuted: Sequence[Plan],
     sensitivity: Sensitivity | None,
+    *,
+    refuted: Sequence[Evidence],
+    skipped: int,
 ) -> Verification:
-    """Make the record of a plan's verification."""
+    """Make the record of a plan's verification, after `refuted` plans and `skipped` ones."""
     return Verification(
-        plan=plan.digest,
+        plan=evidence.plan.digest,
         verdict=evidence.verdict,
-        loss_tolerance=evidence.terms.tolerance,
+        loss_tolerance=evidence.loss_tolerance,
         gap=evidence.gap("plan"),
         control_gap=evidence.gap("bf16_o2"),
         seed_spread=seed_spread(evidence),
-        predicted_gap=predicted_gap(session, plan, sensitivity),
-        warmup_steps=session.warmup_steps,
+        predicted_gap=predicted_gap(session, evidence.plan, sensitivity),
+        warmup_steps=len(session.checkpoint.curve),
         branch_steps=session.terms.branch_steps,
         branches=evidence.branches,
         steps=tuple(steps),
-        refuted_plans=tuple(other.options for other in refuted),
+        refuted_plans=tuple(other.plan.options for other in refuted),
         checkpoint=session.checkpoint_path,
         advice=advice(evidence),
-        software=session.software,
-        seeds_planned=(evidence.looks.seeds_min, evidence.looks.seeds_max),
+        software=software_versions(),
+        seeds_planned=(evidence.terms.seeds_min, evidence.terms.seeds_max),
         eval_stderr=eval_stderr(evidence),
         floor=session.floor,
-        notes=tuple(notes(session, evidence, steps)),
+        notes=(
+            *repair_notes(evidence.plan, refuted, skipped=skipped),
+            *notes(session, evidence, steps),
+        ),
     )
+
+
+def exceeds_limit(plan: Plan, refuted: Sequence[Evidence]) -> bool:
+    """Whether a plan's gradient error is above a limit that the refuted plans imply."""
+    limits = [limit for each in refuted if (limit := each.implied_limit) is not None]
+    return plan.grad_error is not None and any(plan.grad_error > limit for limit in limits)
+
+
+def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> list[str]:
+    """Return the refuted plans before this one, and the layers that are more precise now."""
+    notes = []
+    for each in refuted:
+        gap, diverged = each.gap("plan"), each.diverged("plan")
+        found = "no gap" if gap is None else f"mean loss gap {gap.mean:+.2%}"
+        if diverged:
+            found = f"diverged at step {diverged[0].diverged_at}"
+        left = [
+            old.name
+            for old, new in zip(each.plan.layers, plan.layers, strict=True)
+            if old.option.is_fp8 and not new.option.is_fp8
+        ]
+        count = sum(layer.option.is_fp8 for layer in each.plan.layers)
+        since = first_and_more(left) or "no layer, but recipes are more precise"
+        notes.append(
+            f"a plan with {count} layers in FP8 was refuted before ({found}); "
+            f"out of FP8 since: {since}"
+        )
+    if skipped:
+        notes.append(
+            f"{skipped} more plans were passed over: by the refuted plan's gap, their gradient "
+            "error is too large"
+        )
+    return notes
 
 
 def seed_spread(evidence: Evidence) -> float | None:
@@ -130,6 +176,7 @@ def eval_stderr(evidence: Evidence) -> float | None:
     if not pairs or len(pairs[0][0]) < FEWEST_EVAL_BATCHES:
         return None
     reference, plan = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+    # over the seeds first, which share the batches: what is left is the scatter of batches
     difference = (plan - reference).mean(axis=0)
     stderr = difference.std(ddof=1) / math.sqrt(len(difference))
     return float(stderr) / abs(float(reference.mean()))
@@ -150,31 +197,29 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
 
 
 def advice(evidence: Evidence) -> str:
-    """Return what it would take to decide; "" when it is decided."""
+    """Return the seeds that it would take to decide; "" when it is decided."""
     if evidence.verdict is Verdict.REFUTED and evidence.diverged("plan"):
         branch = evidence.diverged("plan")[0]
         return f"the plan diverged at step {branch.diverged_at} of the branch of seed {branch.seed}"
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""
     gaps = evidence.gaps("plan")
-    reason = "the time budget ended" if evidence.is_out_of_time else "the seeds ended"
-    if len(gaps) < 2:
-        return f"{reason} after {len(gaps)} of {evidence.looks.seeds_min} seeds; allow more time"
-    needed = seeds_needed(gaps, evidence.terms.tolerance, evidence.looks)
+    needed = seeds_needed(gaps, evidence.loss_tolerance, evidence.terms)
     if needed is None:
         return (
-            f"{reason} after {len(gaps)} seeds and the mean gap sits on the tolerance: more seeds "
-            "will not decide it; use longer branches, more evaluation batches or another tolerance"
+            f"the seeds ended after {len(gaps)} seeds and the mean gap sits on the tolerance: more "
+            "seeds will not decide it; use longer branches, more evaluation batches or another "
+            "tolerance"
         )
     return (
-        f"{reason} after {len(gaps)} seeds; about {needed} seeds would decide it at this spread, "
-        "or fewer with longer branches and more evaluation batches"
+        f"the seeds ended after {len(gaps)} seeds; about {needed} seeds would decide it at this "
+        "spread, or fewer with longer branches and more evaluation batches"
     )
 
 
 def notes(session: Session, evidence: Evidence, steps: Sequence[StepTiming]) -> list[str]:
-    """Return what a reader must know to read the record rightly."""
-    reference, control, plan = (arm_digest(arm) for arm in evidence.arms)
+    """Return the sentences that a reader must know to read the record rightly."""
+    reference, control, plan = (variant.digest for variant in evidence.variants)
     found = []
     if plan == reference:
         found.append("the plan is the FP32 reference: one branch serves both, so its gap is zero")

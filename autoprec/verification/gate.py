@@ -10,171 +10,124 @@ train nothing twice.
 """
 
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.random_state import random_state_kept
+from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError
-from autoprec.records import Plan, Profile, Sensitivity, Verdict, Verification
-from autoprec.verification.evidence import Evidence, make_verification
-from autoprec.verification.refuted import Refuted, is_hopeless, repair_notes
-from autoprec.verification.sequential import Looks
-from autoprec.verification.session import Session, Terms, open_session
-from autoprec.verification.steps import time_plan
-from autoprec.workload.functions import Workload
+from autoprec.model.context import Context
+from autoprec.profiler import open_compilation, time_steps
+from autoprec.records import Basis, Plan, Profile, Sensitivity, StepTiming, Verdict, Verification
+from autoprec.verification.branches import Session
+from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
+from autoprec.verification.sequential import Terms
+from autoprec.verification.session import open_session, train_seed, variants_of
+
+TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
 
 logger = logging.getLogger(__name__)
 
 
-def verify_plan(
-    workload: Workload,
-    plan: Plan,
+@random_state_kept()
+def verify_plans(
+    context: Context,
+    plans: Sequence[Plan],
     *,
-    device: torch.device,
-    tolerance: float,
+    loss_tolerance: float,
     profile: Profile | None = None,
     sensitivity: Sensitivity | None = None,
-    seeds_max: int = 5,
-    seeds_min: int = 3,
-    warmup_steps: int = 50,
-    branch_steps: int = 25,
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
-    seed: int = 0,
-    time_budget_s: float | None = None,
-    progress: Progress = report_nothing,
+    terms: Terms | None = None,
 ) -> Verification:
-    """Train with the plan beside the reference and say whether its loss gap is within `tolerance`.
+    """Train with plans beside the reference, in order of rank, until one is not refuted.
 
-    Costs `warmup_steps` FP32 steps, `branch_steps` steps for each of three arms per seed (a plan
-    that equals the control is trained once), and about 60 steps of timing.
+    Says whether its loss gap is within the tolerance. Plans whose gradient error is too much by
+    what a refuted one showed are passed over; when all are refuted, the last one's record is
+    returned. Costs the warm-up in FP32 steps, the steps of three branches per seed (a plan that
+    equals the control is trained once), and about 60 steps of timing.
 
     Args:
-        workload: The user's five functions.
-        plan: The plan to prove; every option in it must run on `device`.
-        device: Where to train.
-        tolerance: The largest relative loss gap that is acceptable; 0.001 is 0.1 %.
-        profile: Tells which layers the BF16 O2 control covers (else: every layer of the plan), and
+        context: whose workload is trained, and where: every option of the plans must run there.
+            Branches use the seeds after the context's.
+        plans: to prove, best first.
+        loss_tolerance: the largest relative loss gap that is acceptable; 0.001 is 0.1 %.
+        profile: tells which layers the BF16 O2 control covers (else: every layer of the plan), and
             whether the target is the device at hand, so that timing steps makes sense.
-        sensitivity: Gives the predicted gap beside the measured one.
-        seeds_max: The seeds after which the test gives up.
-        seeds_min: The seeds before the first look; two at least.
-        warmup_steps: FP32 steps before the branches; none when `checkpoint` holds optimizer state.
-        branch_steps: Steps of each branch, over which the learning rates fall to nearly zero.
-        state_dir: Where finished branches are kept, to go on after a kill.
-        checkpoint: Start here, not from scratch: a state dict, or `model` and `optimizer` ones.
-        seed: Of the warm-up; branches use seed + 1, seed + 2, ...
-        time_budget_s: No seed is begun that would end after it.
-        progress: Told of every step.
+        sensitivity: gives the predicted gap beside the measured one.
+        state_dir: where finished branches are kept, to go on after a kill.
+        checkpoint: start here, not from scratch: a state dict, or `model` and `optimizer` ones.
+        terms: how far the test may go; None: as far as the product goes.
 
     Raises:
+        InfeasibleError: no plan, or a tolerance below zero.
         WorkloadError: the reference does not train, or its loss does not move.
         RecordError: the checkpoint or a saved state does not fit.
     """
-    _, verification = verify_front(
-        workload,
-        [plan],
-        device=device,
-        tolerance=tolerance,
-        profile=profile,
-        sensitivity=sensitivity,
-        seeds_max=seeds_max,
-        seeds_min=seeds_min,
-        warmup_steps=warmup_steps,
-        branch_steps=branch_steps,
-        state_dir=state_dir,
-        checkpoint=checkpoint,
-        seed=seed,
-        time_budget_s=time_budget_s,
-        progress=progress,
-    )
-    return verification
-
-
-def verify_front(
-    workload: Workload,
-    plans: Sequence[Plan],
-    *,
-    device: torch.device,
-    tolerance: float,
-    profile: Profile | None = None,
-    sensitivity: Sensitivity | None = None,
-    seeds_max: int = 5,
-    seeds_min: int = 3,
-    warmup_steps: int = 50,
-    branch_steps: int = 25,
-    state_dir: Path | None = None,
-    checkpoint: Path | None = None,
-    seed: int = 0,
-    time_budget_s: float | None = None,
-    progress: Progress = report_nothing,
-) -> tuple[int, Verification]:
-    """Verify plans in order of rank until one is not refuted; return its index and record.
-
-    Plans whose e is too much by what a refuted one showed are passed over. When all are refuted,
-    the last one's record is returned. Arguments as in `verify_plan`.
-    """
     if not plans:
         raise InfeasibleError("verification needs at least one plan, but got none; search first")
-    terms = Terms(
-        tolerance=tolerance,
-        looks=Looks(seeds_min=seeds_min, seeds_max=seeds_max),
-        warmup_steps=warmup_steps,
-        branch_steps=branch_steps,
-        seed=seed,
-        time_budget_s=time_budget_s,
-    )
     session = open_session(
-        workload,
-        terms,
-        device=device,
+        context,
+        terms or Terms(),
+        loss_tolerance=loss_tolerance,
         spec=profile.model if profile else None,
         state_dir=state_dir,
         checkpoint=checkpoint,
-        progress=progress,
     )
-    return _first_not_refuted(session, plans, profile, sensitivity)
-
-
-def _first_not_refuted(
-    session: Session,
-    plans: Sequence[Plan],
-    profile: Profile | None,
-    sensitivity: Sensitivity | None,
-) -> tuple[int, Verification]:
-    refuted: list[Refuted] = []
-    for index, plan in enumerate(plans):
-        is_last = index == len(plans) - 1
-        if not is_last and is_hopeless(plan, refuted):
+    refuted: list[Evidence] = []
+    skipped = 0
+    for number, plan in enumerate(plans, start=1):
+        is_last = number == len(plans)
+        if not is_last and exceeds_limit(plan, refuted):
+            skipped += 1
             continue
         evidence = gather_evidence(session, plan)
-        if evidence.verdict is Verdict.REFUTED and not is_last:
-            logger.info("plan %d of %d is refuted; trying the next", index + 1, len(plans))
-            refuted.append(Refuted(plan, evidence))
-            continue
-        steps = time_plan(session, evidence, plan, profile)
-        before = [each.plan for each in refuted]
-        found = make_verification(session, plan, evidence, steps, before, sensitivity)
-        said = repair_notes(plan, refuted, skipped=index - len(refuted))
-        return index, found.model_copy(update={"notes": (*said, *found.notes)})
-    raise InfeasibleError("verification needs at least one plan, but got none; search first")
+        if is_last or evidence.verdict is not Verdict.REFUTED:
+            break
+        logger.info("plan %d of %d is refuted; trying the next", number, len(plans))
+        refuted.append(evidence)
+    steps = time_plan(session, evidence, profile)
+    return make_verification(
+        session, evidence, steps, sensitivity, refuted=refuted, skipped=skipped
+    )
 
 
 def gather_evidence(session: Session, plan: Plan) -> Evidence:
-    """Train seed after seed until the plan is decided, or the seeds or the time end."""
-    evidence = Evidence(arms=session.arms(plan), terms=session.terms)
-    slowest_s = 0.0
-    for index in range(session.terms.looks.seeds_max):
-        if session.is_out_of_time(slowest_s):
-            return replace(evidence, is_out_of_time=True)
-        began = time.monotonic()
-        seed = session.terms.seed + 1 + index
-        evidence = evidence.with_seed(session.train_seed(evidence.arms, seed))
-        slowest_s = max(slowest_s, time.monotonic() - began)
+    """Train seed after seed until the plan is decided, or the seeds end."""
+    variants = variants_of(session, plan)
+    evidence = Evidence(plan, variants, session.terms, session.loss_tolerance)
+    for index in range(session.terms.seeds_max):
+        seed = session.context.seed + 1 + index
+        evidence = evidence.with_seed(train_seed(session, evidence.variants[1:], seed))
         if evidence.verdict is not Verdict.INCONCLUSIVE:
             break
     return evidence
+
+
+def time_plan(
+    session: Session, evidence: Evidence, profile: Profile | None
+) -> tuple[StepTiming, ...]:
+    """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
+
+    They are compiled if the profile is. A plan that equals uniform BF16 O2 is timed as a variant of
+    its own all the same: the two intervals then show how well equal ones agree.
+    """
+    fingerprint = evidence.plan.fingerprint
+    basis = fingerprint.time_basis if profile is None else profile.basis
+    if basis is not Basis.MEASURED:
+        return ()
+    mode = fingerprint.compile_mode if profile is None else profile.device.compile_mode
+    _, control, chosen = evidence.variants
+    with open_compilation(session.context.device, mode) as compilation:
+        return time_steps(
+            session.context,
+            {
+                "fp32": {},
+                "bf16_o2": control.options,
+                "autocast_bf16": "autocast_bf16",
+                "plan": chosen.options,
+            },
+            stopping=Stopping(TIMING_SAMPLES),
+            compilation=compilation,
+        )

@@ -38,14 +38,25 @@ MOST_ADVISED_SEEDS = 1000
 
 
 @dataclass(frozen=True)
-class Looks:
-    """When the gaps are looked at: after every seed from `seeds_min` to `seeds_max`."""
+class Terms:
+    """How far the test may go; no command sets these, a test may.
+
+    Attributes:
+        seeds_min: the seeds before the first look at the gaps; two at least.
+        seeds_max: the seeds after which the test gives up.
+        confidence: of the interval, over all looks together.
+        warmup_steps: FP32 steps before the branches; none where a checkpoint has optimizer state.
+        branch_steps: of each branch; the learning rates fall to nearly zero over them.
+    """
 
     seeds_min: int = 3
     seeds_max: int = 5
     confidence: float = 0.95
+    warmup_steps: int = 50
+    branch_steps: int = 25
 
     def __post_init__(self) -> None:
+        """Refuse terms under which nothing could be decided."""
         if not 2 <= self.seeds_min <= self.seeds_max <= MAX_SEEDS:
             raise InfeasibleError(
                 f"2 <= seeds_min <= seeds_max <= {MAX_SEEDS} must hold, but got "
@@ -55,6 +66,11 @@ class Looks:
             raise InfeasibleError(
                 f"the confidence must lie in [0.5, 1), but it is {self.confidence}; 0.95 is usual"
             )
+        if self.warmup_steps < 0 or self.branch_steps < 2:
+            raise InfeasibleError(
+                "warmup_steps >= 0 and branch_steps >= 2 must hold, but got "
+                f"{self.warmup_steps} and {self.branch_steps}"
+            )
 
     @property
     def p_value(self) -> float:
@@ -62,7 +78,7 @@ class Looks:
         return _common_p_value(self.seeds_min, self.seeds_max, self.confidence)
 
 
-def gap_interval(gaps: Sequence[float], looks: Looks) -> LossGap:
+def gap_interval(gaps: Sequence[float], terms: Terms) -> LossGap:
     """Return the mean gap and its interval after these seeds (at least two)."""
     if len(gaps) < 2:
         raise InfeasibleError(
@@ -70,18 +86,18 @@ def gap_interval(gaps: Sequence[float], looks: Looks) -> LossGap:
         )
     values = np.asarray(gaps, dtype=np.float64)
     mean = float(values.mean())
-    half = _half_width(float(values.std(ddof=1)), len(gaps), looks.p_value)
+    half = _half_width(float(values.std(ddof=1)), len(gaps), terms.p_value)
     return LossGap(
         mean=mean,
         low=mean - half,
         high=mean + half,
-        confidence=looks.confidence,
+        confidence=terms.confidence,
         seeds=len(gaps),
     )
 
 
-def judge(gap: LossGap, tolerance: float) -> Verdict:
-    """Return what the interval says about the tolerance."""
+def verdict_of(gap: LossGap, tolerance: float) -> Verdict:
+    """Return the verdict of the whole interval on the tolerance."""
     if gap.high <= tolerance:
         return Verdict.VERIFIED
     if gap.low > tolerance:
@@ -89,15 +105,15 @@ def judge(gap: LossGap, tolerance: float) -> Verdict:
     return Verdict.INCONCLUSIVE
 
 
-def seeds_needed(gaps: Sequence[float], tolerance: float, looks: Looks) -> int | None:
-    """Return how many seeds would decide, were mean and spread to stay as they are.
+def seeds_needed(gaps: Sequence[float], tolerance: float, terms: Terms) -> int | None:
+    """Return the number of seeds that would decide, were mean and spread to stay as they are.
 
     None when more than MOST_ADVISED_SEEDS would be needed: the gap then sits on the tolerance.
     """
     values = np.asarray(gaps, dtype=np.float64)
     distance, sd = abs(float(values.mean()) - tolerance), float(values.std(ddof=1))
     for count in range(len(gaps) + 1, MOST_ADVISED_SEEDS + 1):
-        p_value = looks.p_value * min(1.0, looks.seeds_max / count)  # more looks, smaller shares
+        p_value = terms.p_value * min(1.0, terms.seeds_max / count)  # more looks, smaller shares
         if _half_width(sd, count, p_value) <= distance:
             return count
     return None
@@ -112,6 +128,7 @@ def _half_width(sd: float, count: int, p_value: float) -> float:
 def _common_p_value(first: int, last: int, confidence: float) -> float:
     """Simulate the smallest p-value over the looks under mu = 0 and return its quantile."""
     generator = np.random.default_rng(0)
+    # many sequences of gaps at once: their sums and sums of squares, and each one's smallest p
     smallest = np.ones(SIMULATED_PATHS)
     total, squares = np.zeros(SIMULATED_PATHS), np.zeros(SIMULATED_PATHS)
     for count in range(1, last + 1):
@@ -120,6 +137,7 @@ def _common_p_value(first: int, last: int, confidence: float) -> float:
         squares += draw * draw
         if count < first:
             continue
+        # Student's t of mu = 0 after `count` gaps, and the p-value of this look
         variance = (squares - total * total / count) / (count - 1)
         t_value = np.abs(total) / np.sqrt(count * variance)
         np.minimum(smallest, 2.0 * stats.t.sf(t_value, count - 1), out=smallest)
