@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, linear_refusal
@@ -159,13 +160,12 @@ def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
 
 
 def _check_names(options: Mapping[str, Option], layers: Mapping[str, nn.Module]) -> None:
-    for name in options:
-        if name not in layers:
-            known = ", ".join(list(layers)[:5])
-            raise PlanMismatchError(
-                f"every layer given an option must exist in the model, but {name!r} does not "
-                f"(its layers: {known}{', ...' if len(layers) > 5 else ''}); correct the name"
-            )
+    unknown = next((name for name in options if name not in layers), None)
+    if unknown is not None:
+        raise PlanMismatchError(
+            f"every layer given an option must exist in the model, but {unknown!r} does not "
+            f"(its layers: {first_and_more(layers)}); correct the name"
+        )
 
 
 def _check_layer(name: str, layer: nn.Module, option: Option) -> None:

@@ -7,8 +7,6 @@ Tested with gloo on CPUs; NCCL on several GPUs was not yet run.
 """
 
 import contextlib
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from autoprec.common.text import first_and_more, short_digest
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Plan
 
@@ -35,8 +34,7 @@ def decided_digest(plan: Plan) -> str:
     """Return a hash of everything in a plan that ranks must agree about, evidence left out."""
     layers = [[layer.name, layer.shapes, layer.option.key] for layer in plan.layers]
     schedule = [[phase.start_step, phase.fp8] for phase in plan.schedule]
-    decided = [layers, plan.uncovered, schedule, plan.fp8_all_gather]
-    return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+    return short_digest(layers, plan.uncovered, schedule, plan.fp8_all_gather)
 
 
 def agree(
@@ -96,6 +94,4 @@ def check_answers(answers: Sequence[Answer]) -> None:
 
 
 def _listed(ranks: Mapping[int, str]) -> str:
-    names = [str(rank) for rank in list(ranks)[:MOST_RANKS]]
-    more = f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(names)}{more}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_and_more(ranks, most=MOST_RANKS)}"
