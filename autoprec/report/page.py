@@ -8,7 +8,6 @@ one, by hash; so a name that smuggled markup past the escaping could still not r
 import base64
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TEMPLATES = Path(__file__).parent / "templates"
-FILTERS: dict[str, Callable[..., object]] = {
-    "ms": formats.ms,
-    "share": formats.share,
-    "signed": functools.partial(formats.share, sign=True),
-    "option": formats.option,
-}
 DETAILS = "option|output|grad_input|grad_weight|cast|total, ms|p20..p80|samples|gradient error"
 DETAILS += "|memory|ran"
 PREDICTED_SPREAD = "80 % interval, predicted"
@@ -42,41 +35,34 @@ PREDICTED_SPREAD = "80 % interval, predicted"
 
 def render_html(run: RunRecords) -> str:
     """Return the report of a run as one HTML page; sections say what was not run."""
-    found, options, proof = summarise_run(run), options_frame(run), run.verification
-    ceiling, rows = fp8_ceiling(run, found.layers, options), frame_rows(found.layers)
-    script = _asset("script.js")
-    sensitivity = run.sensitivity
-    page = _environment().get_template("report.html")
-    empty = Markup("")
-    return page.render(
-        run=run,
-        found=found,
-        version=__version__,
-        style=_asset("style.css"),
-        script=script,
-        policy=_policy(script),
-        apply_line=apply_line("."),
-        notes=unmeasured(run),
-        ceiling=ceiling,
-        count_of=formats.count_of,
-        cards=sections.summary_cards(run, found),
-        predicted=sections.predicted_table(run),
-        recipes=sections.recipe_table(sensitivity) if sensitivity else None,
-        joint=sections.joint_table(sensitivity) if sensitivity else None,
-        trials=sections.trial_table(run),
-        environment=sections.environment_table(run),
-        conditions=sections.condition_table(run),
-        how_measured=list(sections.how_measured(run)),
-        step_note=figures.step_note(found.steps),
-        step_figure=figures.step_figure(found.steps, found.speedups, ceiling),
-        pareto_figure=figures.pareto_figure(run.search) if run.search else empty,
-        sensitivity_figure=figures.sensitivity_figure(found.layers, options),
-        gap_figure=figures.gap_figure(proof) if proof else empty,
-        columns=columns_of(View.PAGE),
-        rows=rows,
-        total=total_row(found.layers),
-        details=_details(rows, options),
-        refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
+    found, options, script = summarise_run(run), options_frame(run), _asset("script.js")
+    rows = frame_rows(found.layers)
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            # what was found, and the modules that draw it: templates call their functions
+            run=run,
+            found=found,
+            options=options,
+            ceiling=fp8_ceiling(run, found.layers, options),
+            figures=figures,
+            formats=formats,
+            sections=sections,
+            # the table of layers
+            columns=columns_of(View.PAGE),
+            rows=rows,
+            total=total_row(found.layers),
+            details=_details(rows, options),
+            refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
+            # the page itself
+            notes=unmeasured(run),
+            apply_line=apply_line("."),
+            version=__version__,
+            style=_asset("style.css"),
+            script=script,
+            policy=_policy(script),
+        )
     )
 
 
@@ -114,7 +100,7 @@ def _detail_texts(row: Row) -> tuple[str, ...]:
 @functools.cache
 def _environment() -> Environment:
     """Return the templates' environment: everything is escaped, hidden characters made visible."""
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -122,8 +108,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(FILTERS)
-    return environment
 
 
 def _shown(value: object) -> object:

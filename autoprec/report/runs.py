@@ -32,11 +32,6 @@ class RunRecords:
     notes: tuple[str, ...] = ()
 
     @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to report on."""
-        return all(getattr(self, name) is None for name in FILES)
-
-    @property
     def structure(self) -> str | None:
         """The hash of the model that the run is about: the plan's, else the earliest stage's."""
         return next((structure for _, structure in _structures(self)), None)

@@ -1,6 +1,6 @@
 """The rows of words and numbers that the page and the terminal show, but for the layers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autoprec.records import (
@@ -11,7 +11,6 @@ from autoprec.records import (
     Option,
     Precision,
     Sensitivity,
-    StepTiming,
     Timing,
     Verification,
 )
@@ -149,8 +148,8 @@ def condition_table(run: RunRecords) -> Table:
     """Return clocks, power and temperature around each whole-step timing."""
     heads = "stage|step|samples|rejected|spread p80-p20|SM clock|power|temperature|throttled"
     rows = []
-    for where, steps in _timed_steps(run):
-        for step in steps:
+    for where, record in (("profile", run.profile), ("verification", run.verification)):
+        for step in record.steps if record else ():
             timing = step.timing
             counts = (f"{timing.samples}", f"{timing.rejected}", _spread(timing))
             rows.append((where, step_title(step.label), *counts, *_seen(step.conditions)))
@@ -254,13 +253,6 @@ def _recipe_row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str
     is_applied = option.recipe in APPLICABLE_RECIPES
     remark = "" if is_applied else " (for comparison; no plan applies it)"
     return (f"{formats.option(option)}{remark}", *numbers)
-
-
-def _timed_steps(run: RunRecords) -> Iterable[tuple[str, tuple[StepTiming, ...]]]:
-    if run.profile:
-        yield "profile", run.profile.steps
-    if run.verification:
-        yield "verification", run.verification.steps
 
 
 def _spread(timing: Timing) -> str:
