@@ -81,13 +81,13 @@ def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None
 
 def test_fp8_tells_its_speed_and_its_error() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}))
-    assert reason(plan, "a") == "FP8 tensorwise 2x faster than BF16 at M=32 K=32 N=32, e=0.1 %"
+    assert reason(plan, "a") == "FP8 tensorwise 2x faster than BF16 at M=32 K=32 N=32, e=0.10 %"
 
 
 def test_a_gentler_recipe_names_the_faster_one() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=8e-4)
     assert plan.options == (ROWWISE,)
-    assert reason(plan, "a").endswith("FP8 tensorwise is faster still, but has e=0.1 %")
+    assert reason(plan, "a").endswith("FP8 tensorwise is faster still, but has e=0.10 %")
 
 
 def test_masked_recipes_read_well() -> None:
@@ -151,8 +151,8 @@ def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
     tables = (profile, sensitivity.model_copy(update={"statistics": (cause,)}))
     _, plan = planned(tables)
     assert reason(plan, "a").startswith(
-        "FP8 tensorwise 1.05x faster, but dominates the gradient error (e=0.28 %, budget 0.4 %); "
-        "grad_output: 31 % underflow under tensorwise; rowwise 0.4 %"
+        "FP8 tensorwise 1.05x faster, but dominates the gradient error (e=0.28 %, budget 0.40 %); "
+        "grad_output: 31 % underflow under tensorwise; rowwise 0.40 %"
     )
     _, plan = planned(tables, budget=2.5e-3)
     assert "but alone is over the budget (e=0.28 %, budget 0.25 %)" in reason(plan, "a")
@@ -239,7 +239,7 @@ def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=5e-4)
     assert plan.notes[0] == (
         "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all), but not by "
-        "enough for the gradient error it adds (budget 0.05 %)"
+        "enough for the gradient error it adds (budget 0.050 %)"
     )
 
 

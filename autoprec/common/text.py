@@ -45,15 +45,20 @@ def first_and_more(
 
 
 def percent(share: float) -> str:
-    """Return e.g. `0.28 %`, `12 %` or `< 0.001 %`."""
+    """Return a fraction as percent with two significant digits, e.g. `0.28 %`, `12 %`."""
     value = 100.0 * share
-    if value >= 1e6:
-        return "any amount"
-    if value >= 10.0:
-        return f"{value:.0f} %"
-    if 0.0 < value < 0.001:
-        return "< 0.001 %"
-    return f"{value:.2g} %"
+    return "any amount" if value >= 1e6 else f"{significant(value, 2)} %"
+
+
+def significant(value: float, digits: int) -> str:
+    """Return `value` with that many significant digits and no exponent while that is short."""
+    if value == 0.0:
+        return "0"
+    scientific = f"{value:.{digits - 1}e}"
+    magnitude = int(scientific.partition("e")[2])  # of the rounded value: 9.99 is 10
+    if magnitude < -6:
+        return scientific
+    return f"{float(scientific):,.{max(digits - 1 - magnitude, 0)}f}"
 
 
 def compared(ms: float, other_ms: float) -> str:

@@ -8,6 +8,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 
+from autoprec.common.text import percent, significant
 from autoprec.records import Estimate, LossGap, Option
 
 UNKNOWN = "-"
@@ -33,15 +34,14 @@ def ms(value: float | None) -> str:
     """Return a time in ms with three significant digits, `-` for None; huge ones as 1.6e+06."""
     if value is None:
         return UNKNOWN
-    return f"{value:.2g}" if value >= HUGE_MS else _significant(value, 3)
+    return f"{value:.2g}" if value >= HUGE_MS else significant(value, 3)
 
 
 def share(value: float | None, *, sign: bool = False) -> str:
-    """Return a fraction as percent with two significant digits, e.g. `0.43 %`."""
+    """Return a fraction as percent with two significant digits, e.g. `0.43 %`, `-` for None."""
     if value is None:
         return UNKNOWN
-    text = _significant(100.0 * value, 2)
-    return f"+{text} %" if sign and value > 0 else f"{text} %"
+    return f"+{percent(value)}" if sign and value > 0 else percent(value)
 
 
 def grad_error(error: Estimate) -> str:
@@ -78,9 +78,9 @@ def size(value: float | None) -> str:
     size = float(value)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024.0:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{_significant(size, 3)} {unit}"
+            return f"{size:.0f} {unit}" if unit == "B" else f"{significant(size, 3)} {unit}"
         size /= 1024.0
-    return f"{_significant(size, 3)} TiB"
+    return f"{significant(size, 3)} TiB"
 
 
 def text(value: object) -> str:
@@ -107,17 +107,6 @@ def step_title(label: str) -> str:
 def count_of(number: int, noun: str, plural: str = "") -> str:
     """Return `1 layer`, `2 layers`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def _significant(value: float, digits: int) -> str:
-    """Return `value` with that many significant digits and no exponent while that is short."""
-    if value == 0.0:
-        return "0"
-    scientific = f"{value:.{digits - 1}e}"
-    magnitude = int(scientific.partition("e")[2])  # of the rounded value: 9.99 is 10
-    if magnitude < -6:
-        return scientific
-    return f"{float(scientific):,.{max(digits - 1 - magnitude, 0)}f}"
 
 
 def _visible(character: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from autoprec.common.text import percent
 from autoprec.records import OperandStatistics
 
 NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
@@ -30,10 +31,10 @@ def _losses(row: OperandStatistics) -> str:
         return ""
     table = row.underflow if kind == "underflow" else row.saturation
     others = {name: value for name, value in table.items() if value <= GENTLE * worst}
-    text = f"{row.operand.value}: {_percent(worst)} {kind} under {recipe}"
+    text = f"{row.operand.value}: {percent(worst)} {kind} under {recipe}"
     if others:
         best = min(others, key=lambda name: others[name])
-        text += f"; {best} {_percent(others[best])}"
+        text += f"; {best} {percent(others[best])}"
     return text
 
 
@@ -54,8 +55,3 @@ def _outliers(row: OperandStatistics) -> str:
     more = ", ..." if count > 3 else ""
     channels = "channel" if count == 1 else "channels"
     return f"{row.operand.value}: outlier {channels} {shown}{more}"
-
-
-def _percent(fraction: float) -> str:
-    value = 100.0 * fraction
-    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 0.1 else "< 0.1 %"
