@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.examples import MORE
 
+for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS"):
+    os.environ.pop(name, None)  # a terminal has none of them, a runner of CI has some
+
 # What a newcomer and CI run is the same every time; `make test-random` looks for more, for long.
 # Nothing depends on how busy the machine is: no deadline, no check for slow examples.
 settings.register_profile(
