@@ -48,6 +48,8 @@ class Compilation:
 
     def run_first(self, step: Function) -> None:
         """Run a step twice: the first compiles, the second tells how much of it that was."""
+        # Lazy compilation makes the backward graph only when backward runs, so a whole step is run.
+        # What the second run still compiles would have been in a sample: it is counted.
         first = self._run(step)
         known = made_graphs()
         self.seconds += max(first - self._run(step), 0.0)
@@ -86,6 +88,8 @@ class GraphMonitor:
         Raises:
             DeviceError: it happens again and again.
         """
+        # A sample with a graph in it holds seconds of compiling, so it is left out even where no
+        # more rejections are allowed; a step that goes on compiling has no time of its own.
         seen = Observation() if self._inner is None else self._inner.end()
         made = made_graphs() - self._known
         if not made:

@@ -18,7 +18,7 @@ from autoprec.profiler.tracing import Operation
 from autoprec.records import BF16_O2, Gemm, LayerTiming, Option, Timing, with_gemms_hp
 
 CAST = "cast"
-SUM_ERROR = 1.1  # a guess from parts may be that much too long: parts do not quite add up
+SUM_ERROR = 1.1  # generous on purpose: parts share work and add up to too much, and timing decides
 
 
 def part_functions(candidate: Candidate) -> dict[str, Function]:

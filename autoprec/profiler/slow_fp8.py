@@ -17,7 +17,9 @@ from autoprec.model.recording import Call
 from autoprec.profiler.candidates import Attempt, try_option
 from autoprec.records import Option
 
-WORTH_TIMING = 6.0  # times the FP32 layer: three turns of a slower option cost a whole FP32 step
+# Times the FP32 layer; far from both that were seen: 1.2 where FP8 GEMMs have a kernel of their own
+# (AVX512-BF16 CPU, torch 2.13.0), 900 with a reference kernel.
+WORTH_TIMING = 6.0
 WIDTH, ROWS, REPEATS = 64, (16, 144), 3  # of the small layer; few and more rows
 
 
@@ -45,7 +47,7 @@ class SlowFp8:
     def _run_small(self, option: Option) -> tuple[float, Attempt]:
         """Time a small layer with few and with more rows; the difference has no overhead."""
         generator = torch.Generator().manual_seed(self.seed)
-        elapsed: list[float] = []
+        elapsed: list[float] = []  # a reference kernel's grows with the rows, overhead does not
         small = Attempt(option)
         for rows in ROWS:
             x, gradient = (torch.randn(rows, WIDTH, generator=generator) for _ in "xg")

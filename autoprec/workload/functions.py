@@ -237,7 +237,7 @@ def check_loss(loss: Tensor, *, where: str) -> float:
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with every tensor in it (dicts, lists, tuples, `.to`) on `device`."""
-    if isinstance(batch, Mapping) and type(batch) is dict:
+    if type(batch) is dict:
         return {key: move_batch(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move_batch(value, device) for value in batch))
