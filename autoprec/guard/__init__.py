@@ -14,5 +14,3 @@ events     what happened, for people and for programs
 from autoprec.guard.events import GuardEvent
 from autoprec.guard.limits import Action, Limits
 from autoprec.guard.watch import Guard
-
-__all__ = ["Action", "Guard", "GuardEvent", "Limits"]

@@ -13,13 +13,3 @@ from autoprec.predict.parallel import Parallel, parse_parallel
 from autoprec.predict.predict import predict_profile
 from autoprec.predict.registry import list_device_profiles, load_device_profile
 from autoprec.predict.spelling import parse_recipe
-
-__all__ = [
-    "Parallel",
-    "list_device_profiles",
-    "load_device_profile",
-    "parse_parallel",
-    "parse_recipe",
-    "predict_linear",
-    "predict_profile",
-]

@@ -14,5 +14,3 @@ proving     the CUDA kernels that really ran
 from autoprec.profiler.compiling import open_compilation
 from autoprec.profiler.measure import profile_model
 from autoprec.profiler.steps import time_steps
-
-__all__ = ["open_compilation", "profile_model", "time_steps"]

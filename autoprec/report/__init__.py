@@ -7,16 +7,3 @@ from autoprec.report.record_views import print_record
 from autoprec.report.runs import RunRecords, load_run
 from autoprec.report.summary import summary_object
 from autoprec.report.terminal import print_summary
-
-__all__ = [
-    "RunRecords",
-    "layers_frame",
-    "load_run",
-    "plan_html",
-    "plan_text",
-    "print_record",
-    "print_summary",
-    "render_html",
-    "run_html",
-    "summary_object",
-]

@@ -19,18 +19,3 @@ from autoprec.runtime.attach import attach_optimizer
 from autoprec.runtime.fit import check_fit, uniform_plan
 from autoprec.runtime.install import Installed, install_options
 from autoprec.runtime.proof import LayerTrace, check_applied, trace_step, verify_applied
-
-__all__ = [
-    "Installed",
-    "LayerTrace",
-    "apply",
-    "attach_optimizer",
-    "check_applied",
-    "check_fit",
-    "install_options",
-    "master_view",
-    "trace_step",
-    "undo",
-    "uniform_plan",
-    "verify_applied",
-]

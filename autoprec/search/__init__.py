@@ -18,5 +18,3 @@ Imports no torch; Optuna is imported when a search begins.
 
 from autoprec.search.planning import build_plan
 from autoprec.search.stage import grad_error_budget, search_plan
-
-__all__ = ["build_plan", "grad_error_budget", "search_plan"]

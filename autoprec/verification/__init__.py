@@ -10,5 +10,3 @@ gate        the loop: verify_plans
 
 from autoprec.verification.gate import verify_plans
 from autoprec.verification.sequential import Terms
-
-__all__ = ["Terms", "verify_plans"]

@@ -14,5 +14,3 @@ recorded    what was recorded -> a Workload: `record_workload`
 from autoprec.integrations.launch.recorded import record_workload
 from autoprec.integrations.launch.script import Script
 from autoprec.integrations.launch.watch import run_with_plan
-
-__all__ = ["Script", "record_workload", "run_with_plan"]
