@@ -2,7 +2,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import InfeasibleError, RecordError
@@ -20,6 +20,7 @@ from autoprec.search.costs import Costs, boundary_melements, make_costs
 from autoprec.search.keep import parse_keep, resolve_keep
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
+from tests.examples import examples
 from tests.report_runs import linear, make_spec
 from tests.search_tables import (
     ROWWISE,
@@ -338,7 +339,7 @@ def model_rows(draw: st.DrawFn) -> dict[str, Row]:
     cast_ms=st.sampled_from([0.0, 300.0]),
     share=st.floats(0.0, 1.2),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     rows: dict[str, Row], is_tied: bool, flow: float, cast_ms: float, share: float
 ) -> None:

@@ -3,12 +3,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from autoprec.search.solver import COMPLETE_PLANS, TIE, Item, Knapsack, Outside
+from tests.examples import examples
 
 CLOSE = 1e-8  # relative; two sums of the same numbers in another order
 
@@ -47,7 +48,7 @@ def within(plans: list[Plan], budget: float) -> list[Plan]:
     share=st.floats(0.0, 1.0),
     memory_share=st.one_of(st.just(math.inf), st.floats(0.2, 1.0)),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
+@examples(120)
 def test_the_soonest_plan_equals_brute_force(
     groups: Groups, outside: Outside, share: float, memory_share: float
 ) -> None:
@@ -88,7 +89,7 @@ WHOLE_ERRORS: Groups = [  # HiGHS rounds such a row: 3 within a budget just belo
 @given(groups=groups_of, outside=outsides)
 @example(groups=ONE_ROUNDING_APART, outside=Outside())
 @example(groups=WHOLE_ERRORS, outside=Outside())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 def test_the_front_equals_brute_force(groups: Groups, outside: Outside) -> None:
     plans = every_plan(groups, outside)
     front = Knapsack(groups, outside).front()
