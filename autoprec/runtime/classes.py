@@ -87,7 +87,7 @@ def _make_layer_class(
 
     @functools.wraps(base.forward)
     def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # activation checkpointing runs forward in backward
             join_recomputation(activation_dtype)
         if is_autocast_on():
             with autocast_off():
@@ -98,9 +98,12 @@ def _make_layer_class(
         own = base.extra_repr(self)
         return f"{own}{', ' if own else ''}{option.key}"
 
+    # All that the class needs is in it: `type(...)` below gets the settings as attributes.
     body: dict[str, Any] = {"forward": cast_forward, "extra_repr": extra_repr}
     bases: tuple[type, ...] = (base,)
     if option.is_fp8:
+        # torchao makes instances, not classes: what its constructor sets is read off a template,
+        # on meta so that nothing is drawn.
         torchao_linear = import_torchao().float8_linear.Float8Linear
         template = torchao_linear.from_float(
             nn.Linear(1, 1, bias=False, device="meta"), float8_config(option)

@@ -193,6 +193,7 @@ def uniform_plan(
     found = model_layers(model)
     layers = []
     for name, layer in found.modules.items():
+        # By the rule of what a layer can take; whether the device runs it, `apply` finds out.
         refusal = linear_refusal(layer) if wanted.is_fp8 else ""
         if isinstance(layer, nn.Linear) and wanted.is_fp8 and not refusal:
             refusal = shape_refusal(layer.in_features, layer.out_features)
@@ -207,6 +208,7 @@ def uniform_plan(
                 gemms_hp=chosen.gemms_hp,
             )
         )
+    # Nothing was measured, so nothing is claimed: no evidence, no device.
     return Plan(
         layers=tuple(layers),
         uncovered=tuple(found.uncovered),
