@@ -107,16 +107,15 @@ def take_measurements(
     # What bounds all other kernels: streaming, and launching nothing.
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     target, one = torch.empty_like(source), torch.ones((), device=device)
-    copied = meter.microseconds({"copy": lambda: target.copy_(source)})
-    empty = meter.microseconds({"empty": lambda: one.add_(0)}, SHORT_CALLS)
+    copied_us = meter.time_one(lambda: target.copy_(source))
     # An operand like a weight: large, where its bytes count, and tiny, where its kernels do.
     operands = Operands(*(torch.randn(size, device=device).bfloat16() for size in (cast, TINY)))
     known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(
         large=large,
         small={Kernel(kernel): us for kernel, us in smallest.items()},
-        copied_tbs=2 * copied_bytes / copied["copy"] / 1e6,
-        empty_us=empty["empty"],
+        copied_tbs=2 * copied_bytes / copied_us / 1e6,
+        empty_us=meter.time_one(lambda: one.add_(0), SHORT_CALLS),
         facts=device_constants(device),
         casts=time_compiled_casts(meter, operands, known, backend=backend),
         eager=time_eager_casts(meter, operands, known[0]) if known else None,
@@ -147,6 +146,10 @@ class Meter:
         replays = {name: replay_of(fn, calls) for name, fn in candidates.items()}
         return {name: us / calls for name, us in self.launched(replays).items()}
 
+    def time_one(self, fn: Function, calls: int = 1) -> float:
+        """Return the microseconds of one function on the device alone."""
+        return self.microseconds({"it": fn}, calls)["it"]
+
     def launched(self, candidates: Mapping[str, Function]) -> dict[str, float]:
         """Return the time of each as Python launches it."""
         timings = time_interleaved(
@@ -164,11 +167,9 @@ def time_compiled_casts(
         with open_compilation(meter.device, COMPILED, backend=backend):
             for recipe in recipes:
                 cast = torch.compile(casts_of(recipe), backend=backend, dynamic=False)
-                large = meter.microseconds({"cast": partial(cast, operands.large)})
-                small = meter.microseconds({"cast": partial(cast, operands.small)}, SHORT_CALLS)
                 found[recipe] = CastTimes(
-                    large_us=large["cast"],
-                    small_us=small["cast"],
+                    large_us=meter.time_one(partial(cast, operands.large)),
+                    small_us=meter.time_one(partial(cast, operands.small), SHORT_CALLS),
                     large_elements=operands.large.numel(),
                     small_elements=operands.small.numel(),
                 )
@@ -190,7 +191,7 @@ def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> EagerC
             cast(operands.small)
 
     return EagerCasts(
-        large_us=meter.microseconds({"cast": partial(cast, operands.large)})["cast"],
+        large_us=meter.time_one(partial(cast, operands.large)),
         host_us=meter.launched({"cast": launch})["cast"] / SHORT_CALLS,
         elements=operands.large.numel(),
         kernels=len(trace.operations),

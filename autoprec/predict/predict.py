@@ -17,7 +17,7 @@ from autoprec.predict.step import (
     step_times,
 )
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
-from autoprec.records.devices import DeviceProfile, Machine
+from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     BF16_O2,
     FP32,
@@ -79,7 +79,7 @@ def predict_profile(
         basis=Basis.PREDICTED,
         layers=layers,
         steps=_steps(model, layers, setting, fp32=fp32, bf16=bf16),
-        boundary_cast_ms_per_melement=boundary_cast_us(machine) / 1e3,
+        boundary_cast_ms_per_melement=BOUNDARY_BYTES * MEGA / machine.bytes_per_us / 1e3,
         fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
@@ -132,11 +132,6 @@ def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
         missing=(("driver", "the device is not here"),),
         digest=profile_digest(profile),
     )
-
-
-def boundary_cast_us(machine: Machine) -> float:
-    """Return the time to cast a million elements between FP32 and BF16, there and back."""
-    return BOUNDARY_BYTES * MEGA / machine.bytes_per_us
 
 
 def peak_bytes(

@@ -36,13 +36,14 @@ def profiles_folder() -> Path:
     )
 
 
+@cache
 def list_device_profiles() -> tuple[DeviceProfile, ...]:
     """Return the shipped profiles, by name.
 
     Raises:
         RecordError: one of the files is damaged.
     """
-    return _load_all(profiles_folder())
+    return tuple(DeviceProfile.load(path) for path in sorted(profiles_folder().glob("*.json")))
 
 
 def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
@@ -90,12 +91,8 @@ def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfil
 def _tell_variants(text: str, chosen: str, others: tuple[str, ...]) -> None:
     """Log which other profiles a bare name like `H100` could have meant."""
     if others:
-        logger.warning(
-            "%r is read as %s; its variants have profiles of their own: %s",
-            text,
-            chosen,
-            ", ".join(others),
-        )
+        said = "%r is read as %s; its variants have profiles of their own: %s"
+        logger.warning(said, text, chosen, ", ".join(others))
 
 
 def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
@@ -123,8 +120,3 @@ def _likeness(text: str, profile: DeviceProfile) -> tuple[float, float]:
     lowered = text.lower()[:LONGEST_NAME]
     alike = max(difflib.SequenceMatcher(None, lowered, form).ratio() for form in written)
     return shared, alike
-
-
-@cache
-def _load_all(folder: Path) -> tuple[DeviceProfile, ...]:
-    return tuple(DeviceProfile.load(path) for path in sorted(folder.glob("*.json")))

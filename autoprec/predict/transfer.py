@@ -135,12 +135,9 @@ def default_locks(layers: Sequence[LayerSpec]) -> dict[str, str]:
 
 
 def _is_router(layer: LayerSpec) -> bool:
-    last = layer.name.lower().rpartition(".")[2]
-    if last in ROUTER_NAMES:
-        return True
-    return (
-        last == "gate" and layer.gemm is not None and layer.gemm.N * ROUTER_NARROWING < layer.gemm.K
-    )
+    last, gemm = layer.name.lower().rpartition(".")[2], layer.gemm
+    is_narrow = gemm is not None and gemm.N * ROUTER_NARROWING < gemm.K
+    return last in ROUTER_NAMES or (last == "gate" and is_narrow)
 
 
 def _unknown_row(name: str, option: Option) -> LayerSensitivity:
@@ -176,14 +173,12 @@ def _spread(
     scale = total / reached if reached > 0.0 else 1.0
     weights = _weights(index, count, len(rows))
     mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
-    errors = [rows[at].grad_error.stderr for at in weights]
-    known = [error for error in errors if error is not None]
+    known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
+    stderr = scale * max(known) if len(known) == len(weights) else None
     return LayerSensitivity(
         name=name,
         option=rows[0].option,
-        grad_error=Estimate(
-            mean=mean, stderr=scale * max(known) if len(known) == len(errors) else None
-        ),
+        grad_error=Estimate(mean=mean, stderr=stderr),
         basis=Basis.TRANSFERRED,
     )
 
