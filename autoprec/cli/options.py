@@ -25,7 +25,7 @@ def with_settings(stage: str = "", **defaults: object) -> Callable[[F], F]:
         options = [
             _option(name, setting, defaults.get(name))
             for name, setting in all_settings().items()
-            if name not in taken and (not stage or setting.is_option_of(stage))
+            if name not in taken and (not stage or stage in setting.commands)
         ]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options)]
         signature = inspect.Signature(parameters)

@@ -8,9 +8,8 @@ that reads it.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Self
 
 from autoprec.common.text import shown_value
 from autoprec.errors import DeviceError, SettingsError, WorkloadError
@@ -34,27 +33,39 @@ LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting beside its type and default.
+    """What is known of one setting beside its type and default, see `setting`."""
 
-    Attributes:
+    about: str
+    stages: tuple[str, ...]
+    commands: tuple[str, ...]
+    parse: Callable[[Any], Any] | None  # Any: a text, or a value from Python
+    text: str
+    option: Mapping[str, Any]  # Any: typer's own
+
+
+def setting(
+    default: Any,  # Any: of the field's own type
+    about: str,
+    stages: tuple[str, ...] = (),
+    commands: tuple[str, ...] | None = None,
+    *,
+    parse: Callable[[Any], Any] | None = None,  # Any: as above
+    text: str = "",
+    **option: Any,  # Any: typer's own
+) -> Any:  # Any: a field of any type
+    """Declare a setting.
+
+    Args:
+        default: its value when nobody gives one.
         about: one line of help.
         stages: whose records it decides: `--resume` makes these again when it has changed.
         commands: the stages that have it as an option; default: those it decides. `tune` has all.
         parse: from a text (or a value from Python) to the value; without it the type's own.
-        text: the command line's default, where it is not the value's.
+        text: the command line's default, where `parse` reads it.
         option: names, least value and looks of the option, as `typer.Option` takes them.
     """
-
-    about: str
-    stages: tuple[str, ...] = ()
-    commands: tuple[str, ...] | None = None
-    parse: Callable[[Any], Any] | None = None  # Any: as above
-    text: str | None = None
-    option: Mapping[str, Any] = field(default_factory=dict)  # Any: typer's own
-
-    def is_option_of(self, stage: str) -> bool:
-        """Whether the command of a stage has it as an option."""
-        return stage in (self.stages if self.commands is None else self.commands)
+    known = Setting(about, stages, stages if commands is None else commands, parse, text, option)
+    return field(default=default, metadata={"setting": known})
 
 
 PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
@@ -75,166 +86,101 @@ class Settings:
         WorkloadError: `batch` or `sequence` is given for what is no config.
     """
 
-    workload: Annotated[
-        str, Setting("The workload: FILE or FILE:NAME.", stages=STAGES, commands=())
-    ] = ""
-    script: Annotated[
-        str,
-        Setting(
-            "Tune what a training script trains instead.",
-            stages=STAGES,
-            commands=(),
-            option={"metavar": "TRAIN.py"},
-        ),
-    ] = ""
-    script_args: Annotated[
-        tuple[str, ...], Setting("The script's own arguments.", stages=STAGES, commands=())
-    ] = ()
-    script_steps: Annotated[
-        int,
-        Setting(
-            "Training steps of the script to record, then it is stopped.",
-            stages=STAGES,
-            commands=(),
-            option={"min": 8},
-        ),
-    ] = 32
-    target: Annotated[
-        str,
-        Setting(
-            "auto, cpu, cuda, cuda:N, or a device profile (name or path) that is predicted.",
-            stages=(PROFILE, SENSITIVITY, VERIFICATION),
-        ),
-    ] = "auto"
-    out: Annotated[
-        Path,
-        Setting(
-            "Folder for what the run writes.",
-            commands=(PROFILE, SENSITIVITY, VERIFICATION),
-            parse=Path,
-            text="autoprec-out",
-        ),
-    ] = Path("autoprec-out")
-    loss_tolerance: Annotated[
-        float,
-        Setting(
-            "Allowed relative loss gap, e.g. 0.1% or 0.001.",
-            stages=(SEARCH, VERIFICATION),
-            parse=parse_fraction,
-            text="0.1%",
-        ),
-    ] = 1e-3
-    memory: Annotated[
-        int | None,
-        Setting(
-            "Largest peak memory of the plan on one device, e.g. 40GiB.",
-            stages=(SEARCH,),
-            parse=parse_memory,
-            text="",
-        ),
-    ] = None
-    keep: Annotated[
-        tuple[str, ...],
-        Setting(
-            "GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat.",
-            stages=(SEARCH,),
-            parse=parse_keeps,
-        ),
-    ] = ()
-    recipes: Annotated[
-        tuple[Recipe, ...],
-        Setting(
-            "FP8 recipes to consider, separated by commas; delayed is measured for comparison.",
-            stages=(PROFILE, SENSITIVITY),
-            parse=parse_recipes,
-            text=",".join(APPLICABLE_RECIPES),
-        ),
-    ] = APPLICABLE_RECIPES
-    gemms_hp: Annotated[
-        bool, Setting("Consider FP8 layers with some GEMMs kept in BF16.", stages=(PROFILE,))
-    ] = True
-    trials: Annotated[
-        int, Setting("Optuna trials after the exact seeds.", stages=(SEARCH,), option={"min": 0})
-    ] = 12
-    time_budget: Annotated[
-        float | None,
-        Setting(
-            "Time limit of the search, e.g. 20m, 90s or 1h.",
-            stages=(SEARCH,),
-            parse=parse_duration,
-            text="",
-        ),
-    ] = None
-    seed: Annotated[int, Setting("Seed of everything random.", stages=STAGES)] = 0
-    storage: Annotated[
-        str, Setting("Optuna storage URL; default OUT/study.db.", stages=(SEARCH,))
-    ] = ""
-    study: Annotated[str, Setting("Name of the Optuna study.", stages=(SEARCH,))] = "autoprec"
-    checkpoint: Annotated[
-        Path | None,
-        Setting(
-            "Start from this checkpoint (state dict) instead of from scratch.",
-            stages=(SENSITIVITY, VERIFICATION),
-            parse=parse_path,
-            text="",
-        ),
-    ] = None
-    sensitivity: Annotated[
-        Path | None,
-        Setting(
-            "Use this sensitivity.json instead of measuring.",
-            stages=(SENSITIVITY,),
-            commands=(),
-            parse=parse_path,
-            text="",
-        ),
-    ] = None
-    parallel: Annotated[
-        str,
-        Setting(
-            "With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 "
-            "gathers), ac=full or ac=selective (recomputation), e.g. fsdp=32,tp=8.",
-            stages=(PROFILE,),
-            option={"metavar": "PARTS"},
-        ),
-    ] = ""
-    compile: Annotated[
-        bool | None,
-        Setting(
-            "Times under torch.compile or eager; default: eager here, compiled on a profile.",
-            stages=(PROFILE,),
-            option={"names": ("--compile/--eager",)},
-        ),
-    ] = None
-    meta: Annotated[
-        bool,
-        Setting(
-            "Capture without weights: for a model too large for here. MODEL.py may then be a "
-            "transformers config (the JSON file or its folder).",
-            stages=(PROFILE,),
-            option={"names": ("--meta",)},
-        ),
-    ] = False
-    batch: Annotated[
-        int | None,
-        Setting(
-            "Of a config: sequences a step on a device; default 1.",
-            stages=(PROFILE,),
-            option={"min": 1},
-        ),
-    ] = None
-    sequence: Annotated[
-        int | None,
-        Setting(
-            "Of a config: tokens a sequence; default 4096 or what it can.",
-            stages=(PROFILE,),
-            option={"min": 2},
-        ),
-    ] = None
-    verify: Annotated[bool, Setting("Prove the plan by training.")] = True
-    resume: Annotated[
-        bool, Setting("Skip stages that are finished in OUT.", option={"names": ("--resume",)})
-    ] = False
+    workload: str = setting("", "The workload: FILE or FILE:NAME.", STAGES, commands=())
+    script: str = setting(
+        "", "Tune what a training script trains instead.", STAGES, commands=(), metavar="TRAIN.py"
+    )
+    script_args: tuple[str, ...] = setting((), "The script's arguments.", STAGES, commands=())
+    script_steps: int = setting(
+        32, "Training steps of the script to record, then it is stopped.", STAGES, (), min=8
+    )
+    target: str = setting(
+        "auto",
+        "auto, cpu, cuda, cuda:N, or a device profile (name or path) that is predicted.",
+        (PROFILE, SENSITIVITY, VERIFICATION),
+    )
+    out: Path = setting(
+        Path("autoprec-out"),
+        "Folder for what the run writes.",
+        commands=(PROFILE, SENSITIVITY, VERIFICATION),
+        parse=Path,
+        text="autoprec-out",
+    )
+    loss_tolerance: float = setting(
+        1e-3,
+        "Allowed relative loss gap, e.g. 0.1% or 0.001.",
+        (SEARCH, VERIFICATION),
+        parse=parse_fraction,
+        text="0.1%",
+    )
+    memory: int | None = setting(
+        None,
+        "Largest peak memory of the plan on one device, e.g. 40GiB.",
+        (SEARCH,),
+        parse=parse_memory,
+    )
+    keep: tuple[str, ...] = setting(
+        (),
+        "GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat.",
+        (SEARCH,),
+        parse=parse_keeps,
+    )
+    recipes: tuple[Recipe, ...] = setting(
+        APPLICABLE_RECIPES,
+        "FP8 recipes to consider, separated by commas; delayed is measured for comparison.",
+        (PROFILE, SENSITIVITY),
+        parse=parse_recipes,
+        text=",".join(APPLICABLE_RECIPES),
+    )
+    gemms_hp: bool = setting(True, "Consider FP8 layers with some GEMMs in BF16.", (PROFILE,))
+    trials: int = setting(12, "Optuna trials after the exact seeds.", (SEARCH,), min=0)
+    time_budget: float | None = setting(
+        None, "Time limit of the search, e.g. 20m, 90s or 1h.", (SEARCH,), parse=parse_duration
+    )
+    seed: int = setting(0, "Seed of everything random.", STAGES)
+    storage: str = setting("", "Optuna storage URL; default OUT/study.db.", (SEARCH,))
+    study: str = setting("autoprec", "Name of the Optuna study.", (SEARCH,))
+    checkpoint: Path | None = setting(
+        None,
+        "Start from this checkpoint (state dict) instead of from scratch.",
+        (SENSITIVITY, VERIFICATION),
+        parse=parse_path,
+    )
+    sensitivity: Path | None = setting(
+        None,
+        "Use this sensitivity.json instead of measuring.",
+        (SENSITIVITY,),
+        commands=(),
+        parse=parse_path,
+    )
+    parallel: str = setting(
+        "",
+        "With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 gathers), "
+        "ac=full or ac=selective (recomputation), e.g. fsdp=32,tp=8.",
+        (PROFILE,),
+        metavar="PARTS",
+    )
+    compile: bool | None = setting(
+        None,
+        "Times under torch.compile or eager; default: eager here, compiled on a profile.",
+        (PROFILE,),
+        names=("--compile/--eager",),
+    )
+    meta: bool = setting(
+        False,
+        "Capture without weights: for a model too large for here. MODEL.py may then be a "
+        "transformers config (the JSON file or its folder).",
+        (PROFILE,),
+        names=("--meta",),
+    )
+    batch: int | None = setting(
+        None, "Of a config: sequences a step on a device; default 1.", (PROFILE,), min=1
+    )
+    sequence: int | None = setting(
+        None, "Of a config: tokens a sequence; default 4096 or what it can.", (PROFILE,), min=2
+    )
+    verify: bool = setting(True, "Prove the plan by training.")
+    resume: bool = setting(False, "Skip stages finished in OUT.", names=("--resume",))
 
     @classmethod
     def of(cls, **given: Any) -> Self:  # Any: texts, or values of the settings' types
@@ -325,11 +271,9 @@ class Settings:
         return None if self.is_local else load_device_profile(self.target)
 
 
-@cache
 def all_settings() -> dict[str, Setting]:
     """Return what is known of every setting, by name."""
-    hints = get_type_hints(Settings, include_extras=True)
-    return {each.name: hints[each.name].__metadata__[0] for each in fields(Settings)}
+    return {each.name: each.metadata["setting"] for each in fields(Settings)}
 
 
 def _read(name: str, known: Setting, given: Any) -> Any:  # Any: texts and values of any type
