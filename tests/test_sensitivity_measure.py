@@ -168,7 +168,7 @@ def test_memory_stays_within_a_few_gradients() -> None:
     measure_sensitivity(reference)
     gc.collect()
     own = sum(p.numel() * 4 for p in reference.model.parameters())
-    kept = sum(g.numel() * 4 for one in reference.gradients.values() for g in one.by_place.values())
+    kept = sum(g.numel() * 4 for one in reference.gradients.values() for g in one.of.values())
     assert kept <= own * len(reference.batches)
 
 

@@ -29,11 +29,9 @@ from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
-    cheaper_method,
     large_cells,
-    layerwise_table,
     list_cells,
-    sign_coded_table,
+    make_table,
     uncertain_cells,
 )
 from autoprec.workload.functions import Workload, workload_from
@@ -121,7 +119,7 @@ def both(workload: Workload, *, batches: int = 4, probes: int = 4) -> tuple[Rows
     """Return the exact rows and the probed ones, none of them refined."""
     spec, reference = prepared(workload, batches=batches)
     cells = list_cells(spec, None)
-    exact = by_cell(layerwise_table(reference, cells).rows)
+    exact = by_cell(make_table(reference, cells, Method.LAYERWISE).rows)
     fp8: dict[str, list[Option]] = {}
     for name, option in cells:
         if option.is_fp8:
@@ -156,7 +154,7 @@ def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) 
 def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
     spec, reference = prepared(one_linear())
     name = spec.names[0]
-    rows = layerwise_table(reference, [(name, option)]).rows
+    rows = make_table(reference, [(name, option)], Method.LAYERWISE).rows
     weight = next(reference.model.parameters()).detach()
     changed, squared = [], []
     for x, target in reference.batches:
@@ -228,10 +226,7 @@ def test_both_tables_carry_statistics_and_delayed_scaling() -> None:
     spec, reference = prepared(mlp_workload())
     cells = list_cells(spec, [TENSORWISE, fp8_option(Recipe.DELAYED)])
     assert {option.recipe for _, option in cells} == {None, Recipe.TENSORWISE, Recipe.DELAYED}
-    for table in (
-        layerwise_table(reference, cells),
-        sign_coded_table(reference, cells),
-    ):
+    for table in (make_table(reference, cells, method) for method in Method):
         assert [(row.name, row.option) for row in table.rows] == cells
         assert {(s.name, s.operand) for s in table.statistics} == {
             (name, operand) for name in ("first", "second") for operand in Operand
@@ -256,5 +251,7 @@ def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
 
 
 def test_few_cells_are_measured_one_by_one_and_many_by_probes() -> None:
-    assert cheaper_method([("a", TENSORWISE)] * 3) is Method.LAYERWISE
-    assert cheaper_method([("a", TENSORWISE)] * 60) is Method.SIGN_CODED
+    spec, reference = prepared(mlp_workload())
+    cells = list_cells(spec, None)
+    assert make_table(reference, cells[:3]).method is Method.LAYERWISE
+    assert make_table(reference, cells).method is Method.SIGN_CODED

@@ -21,12 +21,11 @@ from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.tables import (
+    Cell,
     Method,
     Table,
-    cheaper_method,
-    layerwise_table,
     list_cells,
-    sign_coded_table,
+    make_table,
 )
 
 
@@ -50,17 +49,8 @@ def measure_sensitivity(
     started = time.perf_counter()
     passes = reference.passes
     cells = list_cells(reference.spec, options)
-    if reference.history is None and any(o.recipe is Recipe.DELAYED for _, o in cells):
-        raise AutoprecError(
-            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
-            "prepared without them; prepare it with `with_history`"
-        )
-    make_table = (
-        layerwise_table
-        if (method or cheaper_method(cells)) is Method.LAYERWISE
-        else sign_coded_table
-    )
-    table = make_table(reference, cells)
+    _check_history(reference, cells)
+    table = make_table(reference, cells, method)
     meter = JointMeter(reference)
     activation_error = meter.measure_activations(table.rows)
     joint = measure_most_precise(meter, table.rows, activation_error=activation_error)
@@ -123,6 +113,14 @@ def measure_most_precise(
         predicted_grad_error=activation_error.mean + parts,
     )
     return (measured,)
+
+
+def _check_history(reference: Reference, cells: Sequence[Cell]) -> None:
+    if reference.history is None and any(o.recipe is Recipe.DELAYED for _, o in cells):
+        raise AutoprecError(
+            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
+            "prepared without them; prepare it with `with_history`"
+        )
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:

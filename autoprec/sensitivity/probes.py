@@ -152,10 +152,9 @@ def _local_errors(
 
 def _own_gradients(step: _Pass, layer: nn.Module) -> list[Tensor]:
     """Return the reference gradients of a layer's trainable parameters; zeros where not updated."""
-    places = {id(parameter): place for place, parameter in step.reference.updated_parameters()}
     return [
-        step.gradient.by_place[places[id(p)]].to(p.device)
-        if id(p) in places
+        step.gradient.of[p].to(p.device)
+        if p in step.gradient.of
         else torch.zeros_like(p, dtype=torch.float32)
         for p in layer.parameters()
         if p.requires_grad
@@ -166,16 +165,15 @@ def _parameter_errors(
     step: _Pass, errors: Mapping[str, LocalErrors]
 ) -> dict[tuple[str, GradWeightKey], float]:
     """Return d'Pd of what stays in the layers' own parameters; the tensors are then let go."""
-    preconditioner = step.reference.preconditioner
-    places = {id(parameter): place for place, parameter in step.reference.updated_parameters()}
+    preconditioner, gradients = step.reference.preconditioner, step.gradient.of
     found: dict[tuple[str, GradWeightKey], float] = {}
     for name, layer in step.layers.items():
         trainable = [p for p in layer.parameters() if p.requires_grad]
         for key, parts in errors[name].parameter_errors.items():
             found[name, key] = sum(
-                preconditioner.squared_norm(p, part, at=step.gradient.by_place[places[id(p)]])
+                preconditioner.squared_norm(p, part, at=gradients[p])
                 for p, part in zip(trainable, parts, strict=True)
-                if id(p) in places
+                if p in gradients
             )
         errors[name].parameter_errors.clear()
     return found
@@ -205,8 +203,7 @@ def _step_size(step: _Pass) -> float:
     so large that nothing is linear any more.
     """
     weight = scale = 0.0
-    for place, parameter in step.reference.updated_parameters():
-        g = step.gradient.by_place[place]
+    for parameter, g in step.gradient.of.items():
         weight += float(parameter.detach().abs().median()) * parameter.numel()
         moved = step.reference.preconditioner.apply(parameter, torch.ones_like(g), at=g)
         scale += float(moved.sum(dtype=torch.float64))
@@ -218,14 +215,16 @@ def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for place, parameter in step.reference.updated_parameters():
+        for place, parameter in enumerate(step.reference.model.parameters()):
+            if parameter not in step.gradient.of:
+                continue
             saved.append((parameter, parameter.data))
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
             move = step.reference.preconditioner.apply(
-                parameter, signs.float(), at=step.gradient.by_place[place]
+                parameter, signs.float(), at=step.gradient.of[parameter]
             )
             parameter.data = parameter.data + size * move
         yield

@@ -8,7 +8,7 @@ passes share their dropout masks and differ in precision only.
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,9 +35,9 @@ FEWEST_BATCHES = 2  # one batch gives no standard error
 
 @dataclass(frozen=True)
 class ReferenceGradient:
-    """The reference gradient g of one batch: FP32 by parameter place, and its norm g'Pg."""
+    """The reference gradient g of one batch: FP32 by parameter, and its norm g'Pg."""
 
-    by_place: dict[int, Tensor]
+    of: dict[nn.Parameter, Tensor]
     squared_norm: float
 
 
@@ -106,29 +106,26 @@ class Reference:
                 f"the FP32 loss must be finite, but it is {loss} on measured batch {index}; "
                 "lower the learning rate or look at the data"
             )
-        by_place = {place: gradient_of(p) for place, p in self.updated_parameters()}
-        squared = sum(
-            self.preconditioner.squared_norm(p, by_place[place], at=by_place[place])
-            for place, p in self.updated_parameters()
-        )
+        found = {p: gradient_of(p) for p in self.updated_parameters()}
+        squared = sum(self.preconditioner.squared_norm(p, g, at=g) for p, g in found.items())
         if not squared > 0.0:
             raise WorkloadError(
                 f"the loss must depend on the weights, but on measured batch {index} its gradient "
                 "is zero (or not finite) in every parameter that the optimizer updates; check "
                 "loss_fn and build_optimizer"
             )
-        size = sum(g.numel() * g.element_size() for g in by_place.values())
+        size = sum(g.numel() * g.element_size() for g in found.values())
         if size * len(self.batches) <= KEPT_BYTES:
-            on_cpu = {place: g.to("cpu") for place, g in by_place.items()}
+            on_cpu = {p: g.to("cpu") for p, g in found.items()}
             self.gradients[index] = ReferenceGradient(on_cpu, squared)
-        return ReferenceGradient(by_place, squared)
+        return ReferenceGradient(found, squared)
 
     def squared_error(self, index: int, reference: ReferenceGradient) -> float:
         """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's."""
         self.run(index)
         squared = 0.0
-        for place, parameter in self.updated_parameters():
-            g = reference.by_place[place].to(parameter.device)
+        for parameter, gradient in reference.of.items():
+            g = gradient.to(parameter.device)
             error = gradient_of(parameter) - g
             squared += self.preconditioner.squared_norm(parameter, error, at=g)
         return squared
@@ -137,11 +134,9 @@ class Reference:
         """Return the largest magnitudes of a layer's operands in the warm-up."""
         return no_history if self.history is None else self.history.of_layer(name)
 
-    def updated_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """Yield the parameters that the optimizer updates, each with its place in the model."""
-        for place, parameter in enumerate(self.model.parameters()):
-            if self.preconditioner.covers(parameter):
-                yield place, parameter
+    def updated_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer updates, in the order of the model."""
+        return [p for p in self.model.parameters() if self.preconditioner.covers(p)]
 
 
 @random_state_kept()
@@ -157,8 +152,7 @@ def prepare_reference(
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
 
     Args:
-        context: whose model, batches, loss and optimizer are measured, and where. FP8's numerics
-            are the same on a CPU.
+        context: whose model, batches, loss and optimizer are measured, and where.
         spec: the captured model.
         checkpoint: start from this state dict instead of fresh weights.
         batches: to measure on; they follow the warm-up's in the stream.
@@ -178,16 +172,11 @@ def prepare_reference(
     started = time.perf_counter()
     model, optimizer = _build(context, checkpoint)
     stream = context.workload.train_batches(context.seed)
-    warmup = [move_batch(batch, context.device) for batch in islice(stream, warmup_steps)]
     history = AmaxHistory() if with_history else None
     watching = history.watching(find_layers(model)) if history else nullcontext()
     with seeded(context.seed, context.device), watching:
-        curve, step_s = _warm_up(context, model, optimizer, warmup)
-    if model_structure(model) != spec.structure:
-        raise CaptureError(
-            f"the workload's model must be the captured one ({spec.structure}), but it is "
-            f"{model_structure(model)}; capture or profile it again"
-        )
+        curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
+    _check_structure(model, spec)
     return Reference(
         context=context,
         spec=spec,
@@ -218,6 +207,14 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return parameter.grad.detach().float()
 
 
+def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
+    if model_structure(model) != spec.structure:
+        raise CaptureError(
+            f"the workload's model must be the captured one ({spec.structure}), but it is "
+            f"{model_structure(model)}; capture or profile it again"
+        )
+
+
 def _build(context: Context, checkpoint: Path | None) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = context.workload.build_model(seed=context.seed).to(context.device)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
@@ -231,9 +228,10 @@ def _build(context: Context, checkpoint: Path | None) -> tuple[nn.Module, torch.
 
 
 def _warm_up(
-    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch]
+    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterable[Batch]
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
+    batches = [move_batch(batch, context.device) for batch in stream]
     curve: list[tuple[int, float]] = []
     times: list[float] = []
     for step, batch in enumerate(batches, start=1):

@@ -62,27 +62,25 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             for y, g in zip(produced, call.gradients, strict=True)
             if g is not None and y.requires_grad
         ]
-        found = _gradients(pairs, [t for t in (*inputs, *parameters) if t.requires_grad])
+        found = _gradients(pairs, [*inputs, *parameters])
         outputs.append([y.detach().float() for y in produced])
         input_gradients.append([found.get(id(t)) for t in inputs])
         for total, parameter in zip(totals, parameters, strict=True):
-            gradient = found.get(id(parameter))
-            if gradient is not None:
-                total += gradient
+            if id(parameter) in found:
+                total += found[id(parameter)]
     return Replayed(outputs, input_gradients, totals)
 
 
 def _gradients(
-    pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]
-) -> dict[int, Tensor | None]:
+    pairs: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    """Return the gradients, FP32, of those tensors that get one, by id."""
+    wanted = [t for t in tensors if t.requires_grad]
     if not pairs or not wanted:
         return {}
-    found = torch.autograd.grad(
-        [y for y, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True
-    )
-    return {
-        id(t): None if g is None else g.detach().float() for t, g in zip(wanted, found, strict=True)
-    }
+    outputs, gradients = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+    return {id(t): g.float() for t, g in zip(wanted, found, strict=True) if g is not None}
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -1,9 +1,18 @@
-"""The two ways to the same table, and the choice between them."""
+"""The two ways to the same table, and the choice between them.
 
-from collections.abc import Mapping, Sequence
+layerwise     exact: one layer x option at a time, everything else FP32
+sign_coded    all of them from a few probes; the few that these leave in doubt, exactly
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+from torch import nn
+
+from autoprec.errors import PlanMismatchError
 from autoprec.records import (
     FP32,
     Estimate,
@@ -14,7 +23,10 @@ from autoprec.records import (
     Option,
     Recipe,
 )
-from autoprec.sensitivity.layerwise import Cell, measure_cells
+from autoprec.runtime import install_options
+from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.estimates import ratio_estimate
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.operands import operand_statistics
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference
@@ -31,6 +43,8 @@ REFINED_BATCHES = 2
 # large.
 LARGE_ERROR = 0.01
 LARGE_CELLS = 24
+
+Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
 
 
 class Method(StrEnum):
@@ -63,14 +77,18 @@ def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
     ]
 
 
-def cheaper_method(cells: Sequence[Cell]) -> Method:
-    """Return the method that takes fewer passes."""
-    return Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
+def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
+    """Measure all cells, by the method that takes fewer passes unless one is given."""
+    if method is None:
+        method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
+    if method is Method.LAYERWISE:
+        return _layerwise_table(reference, cells)
+    return _sign_coded_table(reference, cells)
 
 
-def layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
+def _layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure every cell on its own."""
-    found = measure_cells(
+    found = _exact_errors(
         reference, cells, batches=len(reference.batches), what="sensitivity: layer by layer"
     )
     return Table(
@@ -80,7 +98,7 @@ def layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     )
 
 
-def sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
+def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
     count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
     probes = probe_batches(reference, _fp8_by_layer(cells), probes=count)
@@ -90,7 +108,7 @@ def sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     batches = min(REFINED_BATCHES, len(reference.batches))
     exact: dict[Cell, Estimate] = {}
     if refined:
-        exact = measure_cells(reference, refined, batches=batches, what="sensitivity: largest rows")
+        exact = _exact_errors(reference, refined, batches=batches, what="sensitivity: largest rows")
     rows |= {cell: _refined(rows[cell], exact[cell]) for cell in refined}
     return Table(
         method=Method.SIGN_CODED,
@@ -123,6 +141,48 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
     }
     worst = sorted(doubts, key=lambda cell: -doubts[cell])[:REFINED_CELLS]
     return tuple(cell for cell in worst if doubts[cell] > REFINED_SHARE)
+
+
+def _exact_errors(
+    reference: Reference, cells: Sequence[Cell], *, batches: int, what: str
+) -> dict[Cell, Estimate]:
+    """Return the gradient error of every cell on the first `batches`; `what` is told as progress.
+
+    Costs one pass per batch for the reference and one per batch and cell. Batches are the outer
+    loop, so that one reference gradient is held at a time.
+    """
+    squared: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    scale: list[float] = []
+    for index in range(batches):
+        gradient = reference.gradient(index)
+        scale.append(gradient.squared_norm)
+        for count, cell in enumerate(cells):
+            reference.context.progress(what, index * len(cells) + count, batches * len(cells))
+            with _installed(reference, cell):
+                squared[cell].append(reference.squared_error(index, gradient))
+    reference.context.progress(what, batches * len(cells), batches * len(cells))
+    return {cell: ratio_estimate(squared[cell], scale) for cell in cells}
+
+
+@contextmanager
+def _installed(reference: Reference, cell: Cell) -> Iterator[None]:
+    """Run one layer in one option inside, the others and all activations in FP32."""
+    name, option = cell
+    if option.recipe is not Recipe.DELAYED:
+        options = {name: option}
+        with (
+            install_options(reference.model, options, activation_dtype=torch.float32),
+            fast_fp8_gemms(reference.context.device),
+        ):
+            yield
+        return
+    layer = reference.model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise PlanMismatchError(
+            f"{option.key} is for nn.Linear, but {name!r} is {type(layer).__name__}; leave it out"
+        )
+    with emulated_layer(layer, option, reference.amax_history(name)):
+        yield
 
 
 def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
