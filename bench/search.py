@@ -61,7 +61,7 @@ def search_folder(folder: Path) -> None:
     print(
         json.dumps(
             {
-                "plans": f"10^{sum(np.log10(len(u.choices)) for u in problem.units):.0f}",
+                "plans": f"10^{sum(np.log10(len(u.choices)) for u in problem.groups):.0f}",
                 "exact_ms": 1e3 * (time.perf_counter() - started),
                 "search_s": search_s,
                 "torch": "torch" in sys.modules,

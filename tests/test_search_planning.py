@@ -81,13 +81,16 @@ def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None
 
 def test_fp8_tells_its_speed_and_its_error() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}))
-    assert reason(plan, "a") == "FP8 tensorwise 2x faster than BF16 at M=32 K=32 N=32, e=0.10 %"
+    assert (
+        reason(plan, "a")
+        == "FP8 tensorwise 2x faster than BF16 at M=32 K=32 N=32, gradient error 0.10 %"
+    )
 
 
 def test_a_gentler_recipe_names_the_faster_one() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=8e-4)
     assert plan.options == (ROWWISE,)
-    assert reason(plan, "a").endswith("FP8 tensorwise is faster still, but has e=0.10 %")
+    assert reason(plan, "a").endswith("tensorwise is faster still, but has gradient error 0.10 %")
 
 
 def test_masked_recipes_read_well() -> None:
@@ -151,11 +154,11 @@ def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
     tables = (profile, sensitivity.model_copy(update={"statistics": (cause,)}))
     _, plan = planned(tables)
     assert reason(plan, "a").startswith(
-        "FP8 tensorwise 1.05x faster, but dominates the gradient error (e=0.28 %, budget 0.40 %); "
-        "grad_output: 31 % underflow under tensorwise; rowwise 0.40 %"
+        "FP8 tensorwise 1.05x faster, but dominates the gradient error (error 0.28 %, budget "
+        "0.40 %); grad_output: 31 % underflow under tensorwise; rowwise 0.40 %"
     )
     _, plan = planned(tables, budget=2.5e-3)
-    assert "but alone is over the budget (e=0.28 %, budget 0.25 %)" in reason(plan, "a")
+    assert "but alone is over the budget (error 0.28 %, budget 0.25 %)" in reason(plan, "a")
 
 
 def test_an_ineligible_layer_gives_its_refusal() -> None:
@@ -183,7 +186,7 @@ def test_kept_tied_and_uncalled_layers_say_so() -> None:
     tables = tables_of(rows, tied={"head": "token"}, uncalled=("unused",))
     _, plan = planned(tables, keep=("fc=bf16_o2",))
     assert reason(plan, "fc") == "kept by --keep 'fc=bf16_o2'"
-    assert reason(plan, "unused") == "not called in the captured step; follows the BF16 flow"
+    assert reason(plan, "unused") == "not called in the captured step; follows the BF16 layers"
     assert reason(plan, "head").endswith("; tied to token")
     assert reason(plan, "token").endswith("; shares its parameter with head")
 

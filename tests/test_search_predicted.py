@@ -171,7 +171,7 @@ def own_memory(profile: Profile, label: str = "bf16_o2") -> int:
     return step.peak_bytes
 
 
-def test_adamw_in_a_bf16_flow_keeps_sixteen_bytes_a_parameter() -> None:
+def test_adamw_in_a_outside_bf16_keeps_sixteen_bytes_a_parameter() -> None:
     numel = sum(p.numel for layer in WIDE.layers for p in layer.parameters)
     for label in ("fp32", "bf16_o2", "fp8_o1"):
         assert own_memory(predicted("ac=full"), label) == 16 * numel

@@ -237,7 +237,7 @@ def test_keep_reads_masked_recipes() -> None:
 
 def test_an_option_that_is_no_faster_than_a_gentler_one_is_locked() -> None:
     problem = problem_of({"a": SLOW_FP8, "b": TYPICAL})
-    assert problem.units[0].choices == ((FP32,), (BF16_O2,))  # even though its e is smaller
+    assert problem.groups[0].choices == ((FP32,), (BF16_O2,))  # even though its e is smaller
 
 
 def test_slow_bf16_is_taken_where_the_flow_is_worth_it() -> None:
@@ -283,7 +283,7 @@ def test_uniform_plans_yield_to_keeps_and_ties() -> None:
     problem = problem_of(rows, "b=fp8_o1:rowwise", tied={"head": "token"})
     assert problem.uniform(BF16_O2) == (BF16_O2, FP32, FP32, ROWWISE)
     assert problem.uniform(FP32) == (FP32, FP32, FP32, ROWWISE)
-    assert not problem.can_be_fp32
+    assert problem.fp32_plan is None
 
 
 def test_a_memory_limit_buys_bytes_with_time() -> None:

@@ -24,7 +24,7 @@ from autoprec.records import (
 )
 from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
-from autoprec.search.repair import find_interacting
+from autoprec.search.explore import find_interacting
 from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
@@ -178,10 +178,10 @@ def test_kept_layers_stay_as_they_were_asked_for(tables: tuple[Profile, Sensitiv
 
 
 def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensitivity]) -> None:
-    with pytest.raises(InfeasibleError, match=r"at most 0.0010 %.* gentlest plan has 0.1.*--keep"):
+    with pytest.raises(InfeasibleError, match=r"at most 0.0010 %.* precise plan has 0.1.*--keep"):
         run(tables, budget=1e-5, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
     meter = Meter(make_costs(*tables), lambda _: 1e3)
-    with pytest.raises(InfeasibleError, match=r"the gentlest of the \d+ plans measured has"):
+    with pytest.raises(InfeasibleError, match=r"the least of the \d+ plans measured is"):
         run(tables, evaluate=meter, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
 
 

@@ -137,7 +137,7 @@ def test_constant_curve_gives_no_budget() -> None:
 
 def test_gap_and_explanations_import_no_torch() -> None:
     code = (
-        "import sys, autoprec.sensitivity.gap, autoprec.search.explain; "
+        "import sys, autoprec.sensitivity.gap, autoprec.search.reasons; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,7 +22,7 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
-from autoprec.search.explain import explain_statistics
+from autoprec.search.reasons import explain_statistics
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference

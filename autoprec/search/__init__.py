@@ -1,17 +1,16 @@
-"""The choice: tables of time and e -> the plan of least time to loss within the constraint.
+"""The choice: tables of time and gradient error -> the plan of least time to loss.
 
-costs          what a plan costs by the tables: step time, e, bytes
-keeps          --keep: what the user has fixed
-problem        what there is to choose, with ties and locks; the exact front
-solver         the exact answer, by HiGHS
-space          the decisions of the study
-judge          a whole plan -> its measured e and time to loss
-storage        the Optuna study in its database
-study          the study's trials
-explore        which whole plans to measure, in which order
-repair         which layers make a plan worse than the sum of its parts
-stage          search_plan: all of this
-planning       build_plan: a point -> the plan; reasons and wording put it in words
+costs       what a plan costs by the tables: step time, gradient error, bytes
+keep        --keep: what the user has fixed
+problem     what there is to choose, with ties and locks; the exact plan and front
+solver      the exact answer, by HiGHS
+space       the decisions of the study
+evaluator   a whole plan -> its measured gradient error and time to loss
+storage     the Optuna study in its database
+study       the study's trials
+explore     which whole plans to evaluate, in which order; which layers interact
+stage       search_plan: all of this
+planning    build_plan: a point -> the plan; reasons (of layers) and notes put it in words
 
 Imports no torch; Optuna is imported when a search begins.
 """

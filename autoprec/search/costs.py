@@ -1,17 +1,15 @@
-"""What a plan costs by the tables: step time, gradient perturbation e and bytes, layer by layer.
+"""What a plan costs by the tables: step time, gradient error and bytes, layer by layer.
 
-    step_ms  = fixed time of the flow + sum over layers of the measured total
-               + casts at the boundary of every FP32 layer, where the flow is BF16
-             + FSDP communication that the plan's shorter compute no longer hides (predicted only)
-    e        = e of the BF16 flow + sum over layers of the layer's e
+    step_ms    = time outside the layers + sum over layers of the measured total
+                 + casts at the boundary of every FP32 layer, where activations are BF16
+                 + FSDP communication that the plan's shorter compute no longer hides (predicted)
+    grad_error = that of BF16 activations + sum over layers of the layer's
 
-A plan with any 16-bit or FP8 layer has a BF16 flow; an all-FP32 plan has an FP32 flow, pays no
-cast and has e = 0. Within the BF16 flow every term but the last belongs to one layer, so the sums
-are exact for this model and the choice is a knapsack. The last does not change it: compute hides at
-most its own time, so that a step is never shorter with more compute. (Only where gathers are in FP8
-do the layers' times hold more than compute, and the order of near plans can differ.) A plan's step
-is then the cost model's whole step of that plan, but for an FP32 layer's gathers, priced as BF16.
-Estimates of e that noise made negative count as 0.
+A plan with any 16-bit or FP8 layer has BF16 activations; an all-FP32 plan has FP32 ones, pays no
+cast and has no error. Every term but the last belongs to one layer, so that the choice is a
+knapsack; the last needs one more variable. A plan's step is the cost model's whole step of that
+plan, but for an FP32 layer's gathers, priced as BF16. Estimates of an error that noise made
+negative count as 0.
 """
 
 import math
@@ -40,36 +38,36 @@ from autoprec.records import (
     TensorSpec,
 )
 
-# A layer with this e in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
+# A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
-BROKEN_E = 0.05
+BROKEN_ERROR = 0.05
 CONV_CHANNELS = re.compile(r"^(\d+), (\d+), kernel_size")  # torch's extra_repr of a convolution
 CONV_STRIDE = re.compile(r"stride=\(([\d, ]+)\)")
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a layer costs in one option: ms per step (median, low, high), e and bytes."""
+    """What a layer costs in one option: ms per step (median, low, high), gradient error, bytes."""
 
     ms: float
     low_ms: float
     high_ms: float
     compute_ms: float  # `ms` without communication
-    boundary_ms: float  # paid in a BF16 flow; 0 but for FP32
+    boundary_ms: float  # casts beside BF16 activations; 0 but for FP32
     grad_error: float
     memory_bytes: int
     time_basis: Basis
     grad_error_basis: Basis
 
     @property
-    def flow_ms(self) -> float:
-        """The time in a BF16 flow."""
+    def with_casts_ms(self) -> float:
+        """The time where activations are BF16."""
         return self.ms + self.boundary_ms
 
 
 @dataclass(frozen=True)
-class Flow:
-    """What a plan pays once: the time and bytes outside the layers, and the e of the flow.
+class OutsideLayers:
+    """What a plan pays once: time, bytes and the gradient error of its activations' dtype.
 
     `low` and `high` are the ends of a predicted time's interval, relative to it; a measured one
     counts as exact.
@@ -84,7 +82,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Costs:
-    """The prices of every layer, in model order, and of the two flows.
+    """The prices of every layer, in model order, and what is outside them by activation dtype.
 
     `missing` says of each layer why an option has no price, `locks` which layers stay out of FP8
     unless they are kept in it, and why.
@@ -93,21 +91,21 @@ class Costs:
     layers: tuple[LayerSpec, ...]
     prices: tuple[Mapping[Option, Price], ...]
     missing: tuple[Mapping[Option, str], ...]
-    fp32_flow: Flow
-    bf16_flow: Flow
+    outside_fp32: OutsideLayers
+    outside_bf16: OutsideLayers
     locks: Mapping[str, str] = field(default_factory=dict)
     communication: Communication | None = None
 
-    def flow(self, options: Sequence[Option]) -> Flow:
-        """Return the flow of a plan."""
-        return self.fp32_flow if is_all_fp32(options) else self.bf16_flow
+    def outside(self, options: Sequence[Option]) -> OutsideLayers:
+        """Return what a plan has outside its layers."""
+        return self.outside_fp32 if is_all_fp32(options) else self.outside_bf16
 
     def step_ms(self, options: Sequence[Option]) -> float:
         """Return the predicted step time of a plan."""
         is_bf16 = not is_all_fp32(options)
-        layers = [price.flow_ms if is_bf16 else price.ms for price in self._chosen(options)]
-        outside = [self.flow(options).ms, self.unhidden_ms(options)]
-        return max(math.fsum([*outside, *layers]), 0.0)
+        layers = [price.with_casts_ms if is_bf16 else price.ms for price in self._chosen(options)]
+        outside = (self.outside(options).ms, self.unhidden_ms(options))
+        return max(math.fsum((*outside, *layers)), 0.0)
 
     def unhidden_ms(self, options: Sequence[Option]) -> float:
         """Return the communication that a plan hides less than BF16 O2 does."""
@@ -120,22 +118,25 @@ class Costs:
 
     def step_interval(self, options: Sequence[Option]) -> tuple[float, float]:
         """Return the step time with every layer, and what is predicted outside, at either end."""
-        chosen, flow = list(self._chosen(options)), self.flow(options)
-        outside = self.step_ms(options) - math.fsum(price.ms for price in chosen)
-        low = math.fsum(price.low_ms for price in chosen) + flow.low * outside
-        high = math.fsum(price.high_ms for price in chosen) + flow.high * outside
+        chosen, outside = list(self._chosen(options)), self.outside(options)
+        rest_ms = self.step_ms(options) - math.fsum(price.ms for price in chosen)
+        low = math.fsum(price.low_ms for price in chosen) + outside.low * rest_ms
+        high = math.fsum(price.high_ms for price in chosen) + outside.high * rest_ms
         return max(low, 0.0), max(high, 0.0)
 
     def grad_error(self, options: Sequence[Option]) -> float:
-        """Return the sum of the parts' e."""
+        """Return the sum of the parts."""
         return math.fsum(
-            [self.flow(options).grad_error, *(price.grad_error for price in self._chosen(options))]
+            [
+                self.outside(options).grad_error,
+                *(price.grad_error for price in self._chosen(options)),
+            ]
         )
 
     def memory_bytes(self, options: Sequence[Option]) -> int:
         """Return the bytes of a step."""
         layers = sum(price.memory_bytes for price in self._chosen(options))
-        return self.flow(options).memory_bytes + layers
+        return self.outside(options).memory_bytes + layers
 
     def _chosen(self, options: Sequence[Option]) -> Iterator[Price]:
         for prices, option in zip(self.prices, options, strict=True):
@@ -143,7 +144,7 @@ class Costs:
 
 
 def is_all_fp32(options: Sequence[Option]) -> bool:
-    """Whether no layer is 16-bit, so that the flow is FP32."""
+    """Whether no layer is 16-bit, so that activations are FP32."""
     return all(option.precision is Precision.FP32 for option in options)
 
 
@@ -153,19 +154,16 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     Raises:
         RecordError: a layer that runs has no option with a price.
     """
-    one = {FP32: FP32, BF16_O2: BF16_O2}  # one object per option: look-ups compare by identity
     timings: dict[str, dict[Option, LayerTiming]] = {}
     for timing in profile.layers:
-        option = one.setdefault(timing.option, timing.option)
         for name in timing.names:
-            timings.setdefault(name, {})[option] = timing
+            timings.setdefault(name, {})[timing.option] = timing
     effects: dict[str, dict[Option, LayerSensitivity]] = {}
     for row in sensitivity.rows:
-        effects.setdefault(row.name, {})[one.setdefault(row.option, row.option)] = row
+        effects.setdefault(row.name, {})[row.option] = row
     by_layer = [
         _price_layer(
             layer,
-            [one.setdefault(option, option) for option in layer.options],
             timings.get(layer.name, {}),
             effects.get(layer.name, {}),
             cast_ms=profile.boundary_cast_ms_per_melement,
@@ -178,8 +176,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         layers=profile.model.layers,
         prices=prices,
         missing=tuple(missing for _, missing in by_layer),
-        fp32_flow=_flow(profile, prices, FP32, grad_error=0.0),
-        bf16_flow=_flow(
+        outside_fp32=_outside(profile, prices, FP32, grad_error=0.0),
+        outside_bf16=_outside(
             profile, prices, BF16_O2, grad_error=max(sensitivity.activation_error.mean, 0.0)
         ),
         locks=default_locks(profile.model.layers) if is_unknown else {},
@@ -194,7 +192,6 @@ def boundary_melements(layer: LayerSpec) -> float:
 
 def _price_layer(
     layer: LayerSpec,
-    options: Sequence[Option],
     timings: Mapping[Option, LayerTiming],
     effects: Mapping[Option, LayerSensitivity],
     *,
@@ -203,7 +200,7 @@ def _price_layer(
     prices: dict[Option, Price] = {}
     missing: dict[Option, str] = {}
     boundary_ms = boundary_melements(layer) * cast_ms
-    for option in dict.fromkeys((*options, *timings)):
+    for option in dict.fromkeys((*layer.options, *timings)):
         timing, effect = timings.get(option), effects.get(option)
         why = _why_missing(layer, option, timing, effect)
         if why:
@@ -217,9 +214,10 @@ def _price_layer(
             del prices[option]
             missing[option] = "FP8 breaks the layer in some recipe, so that it is all or nothing"
     if not prices:
+        reasons = "; ".join(f"{option}: {why}" for option, why in missing.items())
         raise RecordError(
-            f"every layer needs a time and an e in some precision, but {layer.name!r} has none "
-            f"({'; '.join(f'{o}: {why}' for o, why in missing.items()) or 'it takes no option'}); "
+            f"every layer needs a time and a gradient error in some precision, but {layer.name!r} "
+            f"has none ({reasons or 'it takes no option'}); "
             "make the profile and the sensitivity again"
         )
     return prices, missing
@@ -231,7 +229,7 @@ def _is_broken(prices: Mapping[Option, Price]) -> bool:
         for option, price in prices.items()
         if option.is_fp8 and not option.gemms_hp
     ]
-    return max(whole, default=0.0) > BROKEN_E
+    return max(whole, default=0.0) > BROKEN_ERROR
 
 
 def _why_missing(
@@ -284,14 +282,14 @@ def _compute_ms(timing: LayerTiming) -> float:
     return math.fsum(part.median_ms for part in parts if part)
 
 
-def _flow(
+def _outside(
     profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option, *, grad_error: float
-) -> Flow:
+) -> OutsideLayers:
     step = profile.step(option.precision.value)
     low = high = 1.0
     if profile.basis is Basis.PREDICTED and step is not None and step.timing.median_ms > 0.0:
         low, high = (ms / step.timing.median_ms for ms in (step.timing.p20_ms, step.timing.p80_ms))
-    return Flow(
+    return OutsideLayers(
         ms=profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms,
         grad_error=grad_error,
         memory_bytes=_fixed_bytes(profile, prices, option),

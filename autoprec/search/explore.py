@@ -1,135 +1,151 @@
-"""Which whole plans to measure, in which order.
+"""Which whole plans to evaluate, in which order.
 
 1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2
 2. along the front: the sum of the parts is corrected by the ratio that the last measurement
-showed, and the base that then promises the least time to loss is measured, until it is one
-that was measured before
-3. repair, where the exact plan's joint e breaks the budget that the sum of its parts kept
+showed, and the base that then promises the least time to loss is evaluated, until it is one
+that was before
+3. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
 4. the sampler
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from autoprec.records import BF16_O2, FP32, Option
-from autoprec.search.judge import Judge, Judgement
-from autoprec.search.problem import GENTLENESS, Options, Problem, Unit, exact
-from autoprec.search.repair import find_interacting
-from autoprec.search.space import Space
+from autoprec.search.evaluator import EvaluatedPlan
+from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
 from autoprec.search.study import StudyLog
 
 WALK_STEPS = 4
-EXCESS = 1.25  # joint e over the sum of its parts from which layers are looked for
+EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
+SHARE = 0.5  # of the excess, that the layers found must take away at each halving
 REPAIR_TRIES = 3
 
 IsOver = Callable[[], bool]
+Suspect = TypeVar("Suspect")
 
 
-def measure_seeds(log: StudyLog, exact_plan: Options, *, is_over: IsOver) -> Judgement:
-    """Measure the plans that every search looks at; return the exact plan's judgement."""
+def evaluate_seeds(log: StudyLog, exact_plan: Options, *, is_over: IsOver) -> EvaluatedPlan:
+    """Evaluate the plans that every search looks at; return the exact one."""
     space = log.space
     fp32, bf16 = space.problem.uniform(FP32), space.problem.uniform(BF16_O2)
     if fp32 in space.bases:
         log.try_base(space.bases.index(fp32), source="uniform")
-    judged = log.try_base(space.bases.index(exact_plan), source="exact")
+    evaluated = log.try_base(space.bases.index(exact_plan), source="exact")
     if bf16 in space.bases and not is_over():
         log.try_base(space.bases.index(bf16), source="uniform")
-    return judged
+    return evaluated
 
 
-def walk_front(log: StudyLog, start: Judgement, *, is_over: IsOver) -> None:
-    """Measure the most promising base again and again, as the measurements correct the table."""
-    judged = start
+def walk_front(log: StudyLog, start: EvaluatedPlan, *, is_over: IsOver) -> None:
+    """Evaluate the most promising base again and again, as measurements correct the table."""
+    plan, costs = start, log.space.problem.costs
     for _ in range(WALK_STEPS):
-        ratio = (
-            judged.grad_error / judged.table_grad_error if judged.table_grad_error > 0.0 else 1.0
-        )
-        base = promising_base(log.space, log.judge, ratio)
-        if base is None or log.space.bases[base] in log.judge.known or is_over():
+        ratio = plan.grad_error / plan.table_grad_error if plan.table_grad_error > 0.0 else 1.0
+        promised: dict[int, float] = {}  # base -> time to loss
+        for base, options in enumerate(log.space.bases):
+            grad_error = ratio * costs.grad_error(options)
+            if grad_error <= log.evaluator.budget:
+                promised[base] = costs.step_ms(options) * (1.0 + grad_error)
+        best = min(promised, key=lambda base: promised[base], default=None)
+        if best is None or log.space.bases[best] in log.evaluator.known or is_over():
             return
-        judged = log.try_base(base, source="exact")
+        plan = log.try_base(best, source="exact")
 
 
-def promising_base(space: Space, judge: Judge, ratio: float) -> int | None:
-    """Return the base of least time to loss if joint e is `ratio` times the sum of parts."""
-    costs = space.problem.costs
-    best: tuple[float, int] | None = None
-    for base, options in enumerate(space.bases):
-        grad_error = ratio * costs.grad_error(options)
-        if grad_error > judge.budget:
-            continue
-        ms = costs.step_ms(options) * (1.0 + grad_error)
-        if best is None or ms < best[0]:
-            best = (ms, base)
-    return None if best is None else best[1]
+def needs_repair(plan: EvaluatedPlan) -> bool:
+    """Whether a plan breaks the budget because its parts do more together than apart."""
+    return not plan.is_feasible and plan.grad_error > EXCESS * plan.table_grad_error
 
 
-def repair(log: StudyLog, broken: Judgement) -> tuple[tuple[str, ...], Judgement | None]:
-    """Find the layers that make a plan's joint e exceed the sum, and a feasible plan without them.
+def repair(log: StudyLog, broken: EvaluatedPlan) -> tuple[tuple[str, ...], EvaluatedPlan | None]:
+    """Find the layers that make a plan's joint error exceed the sum, and a plan without them.
 
     Returns:
-        The names of the interacting layers, and the judgement of the nearest plan that is feasible;
-        nothing when the excess is spread over many layers.
+        The names of the interacting layers, and the nearest plan that is feasible; nothing when the
+        excess is spread over many layers.
     """
     problem = log.space.problem
-    suspects = [unit for unit in problem.units if gentler(problem, unit, broken.options)]
+    suspects = [g for g in problem.groups if more_precise_choices(g, broken.options)]
 
-    def excess_without(units: Sequence[Unit]) -> float:
-        judged = log.try_plan(relax(problem, broken.options, units), source="repair")
-        return judged.grad_error - judged.table_grad_error
+    def excess_without(groups: Sequence[Group]) -> float:
+        plan = log.try_plan(_made_precise(problem, broken.options, groups), source="repair")
+        return plan.grad_error - plan.table_grad_error
 
-    interacting = find_interacting(
-        suspects, broken.grad_error - broken.table_grad_error, excess_without
-    )
+    excess = broken.grad_error - broken.table_grad_error
+    interacting = find_interacting(suspects, excess, excess_without)
     if not interacting:
         return (), None
-    names = tuple(problem.costs.layers[i].name for unit in interacting for i in unit.layers)
-    return names, _without(log, broken, interacting)
+    names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
+    return names, _solved_without(log, broken, interacting)
 
 
-def needs_repair(judged: Judgement) -> bool:
-    """Whether a plan breaks the budget because its parts do more together than apart."""
-    return not judged.is_feasible and judged.grad_error > EXCESS * judged.table_grad_error
+def find_interacting(
+    suspects: Sequence[Suspect], excess: float, excess_without: Callable[[Sequence[Suspect]], float]
+) -> tuple[Suspect, ...]:
+    """Return the few suspects that account for an excess, by bisection; () when it is spread.
+
+    Half of the suspects are made more precise and the whole plan is evaluated again; the half that
+    takes more of the excess away is searched on. Costs two evaluations per halving.
+
+    Args:
+        suspects: what may be made more precise, in an order that keeps neighbours together.
+        excess: joint error minus the sum of the parts, of the plan as it is.
+        excess_without: the same with these suspects made more precise.
+    """
+    interacting = tuple(suspects)
+    while len(interacting) > 1:
+        middle = len(interacting) // 2
+        halves = (interacting[:middle], interacting[middle:])
+        removed = [excess - excess_without(half) for half in halves]
+        worst = max(range(2), key=lambda side: removed[side])
+        if removed[worst] < SHARE * excess:
+            break
+        interacting = halves[worst]
+    is_few = len(interacting) == 1 or len(interacting) <= len(suspects) // 4
+    return interacting if is_few else ()
 
 
-def gentler(problem: Problem, unit: Unit, options: Options) -> list[Options]:
-    """Return what a unit may be instead: without FP8 if the plan has FP8 at all, else FP32."""
-    current = tuple(options[index] for index in unit.layers)
-    worst = max(GENTLENESS[option.precision] for option in options)
-    if max(GENTLENESS[option.precision] for option in current) < worst:
+def more_precise_choices(group: Group, options: Options) -> list[Options]:
+    """Return what a group may be instead: without FP8 if the plan has FP8 at all, else FP32."""
+    worst = max(map(precision_rank, options))
+    if max(precision_rank(options[index]) for index in group.layers) < worst:
         return []
-    return [c for c in unit.choices if all(GENTLENESS[o.precision] < worst for o in c)]
+    return [c for c in group.choices if all(precision_rank(option) < worst for option in c)]
 
 
-def relax(problem: Problem, options: Options, units: Sequence[Unit]) -> Options:
-    """Return the plan with these units in the fastest of their gentler choices."""
+def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -> Options:
+    """Return the plan with these groups in the fastest of their more precise choices."""
     chosen: list[Option] = list(options)
-    for unit in units:
-        prices = [problem.costs.prices[index] for index in unit.layers]
+    for group in groups:
+        prices = [problem.costs.prices[index] for index in group.layers]
         choice = min(
-            gentler(problem, unit, options),
-            key=lambda c: sum(p[o].flow_ms for p, o in zip(prices, c, strict=True)),
+            more_precise_choices(group, options),
+            key=lambda c: sum(p[o].with_casts_ms for p, o in zip(prices, c, strict=True)),
         )
-        for index, option in zip(unit.layers, choice, strict=True):
+        for index, option in zip(group.layers, choice, strict=True):
             chosen[index] = option
-    return problem.settle(tuple(chosen))
+    return problem.follow_uncalled(tuple(chosen))
 
 
-def _without(log: StudyLog, broken: Judgement, interacting: Sequence[Unit]) -> Judgement | None:
-    """Solve again with the interacting units gentler, at smaller budgets while over."""
+def _solved_without(
+    log: StudyLog, broken: EvaluatedPlan, interacting: Sequence[Group]
+) -> EvaluatedPlan | None:
+    """Solve again with the interacting groups more precise, at smaller budgets while over."""
     problem = log.space.problem
     limited = {
-        unit.layers: Unit(unit.layers, tuple(gentler(problem, unit, broken.options)))
-        for unit in interacting
+        group.layers: replace(group, choices=tuple(more_precise_choices(group, broken.options)))
+        for group in interacting
     }
-    units = tuple(limited.get(unit.layers, unit) for unit in problem.units)
-    budget = log.judge.budget
+    groups = tuple(limited.get(group.layers, group) for group in problem.groups)
+    budget = log.evaluator.budget
     for _ in range(REPAIR_TRIES):
-        found = exact(replace(problem, units=units), budget)
+        found = exact(replace(problem, groups=groups), budget)
         if found is None:
             return None
-        judged = log.try_plan(found[0], source="repair")
-        if judged.is_feasible:
-            return judged
-        budget = log.judge.budget * judged.table_grad_error / judged.grad_error
+        plan = log.try_plan(found[0], source="repair")
+        if plan.is_feasible:
+            return plan
+        budget = log.evaluator.budget * plan.table_grad_error / plan.grad_error
     return None

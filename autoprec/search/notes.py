@@ -67,7 +67,7 @@ def baseline_plan(costs: Costs) -> Options:
 def _gain_ms(costs: Costs, index: int, options: Options) -> float:
     """Return the time that a layer's FP8 option saves against its BF16 (else FP32)."""
     prices = costs.prices[index]
-    return prices[baseline_plan(costs)[index]].flow_ms - prices[options[index]].ms
+    return prices[baseline_plan(costs)[index]].with_casts_ms - prices[options[index]].ms
 
 
 def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
@@ -78,7 +78,7 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     if not eligible:
         return _why_ineligible(costs)
     best = {i: min(p.ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
-    own = {i: costs.prices[i][options[i]].flow_ms for i in eligible}
+    own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
     faster = [i for i in eligible if best[i] < own[i]]
     if not faster:
         return (

@@ -41,7 +41,7 @@ def build_plan(
         statistics.setdefault(row.name, []).append(row)
     why = reasons(Why(problem, search, point.options, statistics, profile.parallel))
     baseline = baseline_plan(costs)
-    grad_error, grad_error_basis = _joint_e(point, sensitivity_basis(sensitivity))
+    grad_error, grad_error_basis = _joint_error(point, sensitivity_basis(sensitivity))
     return Plan(
         layers=tuple(
             _assignment(costs, index, point.options, why[index])
@@ -68,7 +68,7 @@ def _gathers_fp8(profile: Profile, options: Options) -> bool:
     return parallel.fsdp > 1 and any(gathers_fp8(option, parallel) for option in options)
 
 
-def _joint_e(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:
+def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:
     if is_all_fp32(point.options):
         return 0.0, Basis.MEASURED  # it is the reference
     if point.grad_error_measured is not None:

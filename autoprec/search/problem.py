@@ -1,40 +1,35 @@
 """Prices, keeps and ties -> what there is to choose, and the exact answer to it.
 
-A unit is one layer, or the layers that share a parameter and hence one storage: each combination of
-their options that is FP32 throughout or 16-bit throughout is one item. Options that cannot win in
-time are locked: an FP8 option that takes no less time than BF16, or than another of less e, is left
-out, whatever noise says about its e. BF16 that is slower than FP32 stays: one such layer may be
-what lets all others have a BF16 flow. Layers that the step did not call follow the flow.
+A group is one layer, or the layers that share a parameter and hence one storage: each combination
+of their options that is FP32 throughout or 16-bit throughout is one choice. Options that cannot win
+in time are locked: an FP8 option that takes no less time than BF16, or than another of less error,
+is left out, whatever noise says about its error. BF16 that is slower than FP32 stays: one such
+layer may be what lets all others pass BF16 activations. Layers that the step did not call follow.
 
-The all-FP32 plan has a flow of its own and stands beside the knapsack of the BF16 flow.
+The all-FP32 plan has FP32 activations and stands beside the knapsack of all others.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from autoprec.errors import InfeasibleError
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Constraint,
-    FrontPoint,
-    LayerSpec,
-    Option,
-    Precision,
-)
-from autoprec.search.costs import Costs, Price
+from autoprec.records import BF16_O2, FP32, Constraint, FrontPoint, LayerSpec, Option, Precision
+from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.keep import Keep, Keeps, match_keeps
 from autoprec.search.solver import Item, Knapsack, Outside, Solution
-
-GENTLENESS = {Precision.FP32: 0, Precision.BF16_O2: 1, Precision.FP8_O1: 2}
 
 Options = tuple[Option, ...]
 
 
+def precision_rank(option: Option) -> int:
+    """Return 0 for FP32, the most precise, 1 for BF16 and 2 for FP8."""
+    return (Precision.FP32, Precision.BF16_O2, Precision.FP8_O1).index(option.precision)
+
+
 @dataclass(frozen=True)
-class Unit:
+class Group:
     """Layers chosen together (by index), and the combinations of options they may take."""
 
     layers: tuple[int, ...]
@@ -48,13 +43,8 @@ class Problem:
     costs: Costs
     keeps: Keeps
     allowed: tuple[Options, ...]
-    units: tuple[Unit, ...]
     memory_bytes: int | None
-
-    @property
-    def can_be_fp32(self) -> bool:
-        """Whether every layer may be FP32."""
-        return all(FP32 in options for options in self.allowed)
+    groups: tuple[Group, ...] = field(default=())
 
     def point(self, options: Options, *, grad_error_measured: float | None = None) -> FrontPoint:
         """Return a plan with what the tables say of it."""
@@ -66,42 +56,53 @@ class Problem:
             memory_bytes=self.costs.memory_bytes(options),
         )
 
+    def rank(self, options: Options) -> tuple[float, float]:
+        """Return the sort key of a plan by the table: its time to loss, then its error."""
+        grad_error = self.costs.grad_error(options)
+        return self.costs.step_ms(options) * (1.0 + grad_error), grad_error
+
     def fits_memory(self, options: Options) -> bool:
         """Whether a plan needs no more bytes than are allowed."""
         return self.memory_bytes is None or self.costs.memory_bytes(options) <= self.memory_bytes
 
     def uniform(self, option: Option) -> Options:
         """Return the plan with this option wherever the keeps and ties let it, else the nearest."""
-        chosen = list(map(self._first_allowed, range(len(self.allowed))))
+        chosen = [min(options, key=precision_rank) for options in self.allowed]
         for group in tied_groups(self.costs.layers):
-            wanted = option if all(option in self.allowed[i] for i in group) else None
+            allowed = [self.allowed[index] for index in group]
+            has_16_bit = all(any(o != FP32 for o in options) for options in allowed)
             for index in group:
-                if wanted is not None:
-                    chosen[index] = wanted
-                elif option.precision is not Precision.FP32:
-                    chosen[index] = self._gentlest_16_bit(index, group) or chosen[index]
-        return self.settle(tuple(chosen))
+                if all(option in options for options in allowed):
+                    chosen[index] = option
+                elif option != FP32 and has_16_bit:
+                    others = (o for o in self.allowed[index] if o != FP32)
+                    chosen[index] = min(others, key=precision_rank)
+        return self.follow_uncalled(tuple(chosen))
 
-    def settle(self, options: Options) -> Options:
-        """Return the plan with the layers that the step did not call in the plan's flow."""
+    def follow_uncalled(self, options: Options) -> Options:
+        """Return the plan with the layers that the step did not call as the others' activations."""
         called = [o for layer, o in zip(self.costs.layers, options, strict=True) if layer.calls]
-        flow = FP32 if all(option == FP32 for option in called) else BF16_O2
+        followed = FP32 if is_all_fp32(called) else BF16_O2
         return tuple(
-            flow if index in self.followers and flow in self.allowed[index] else option
+            followed if index in self._followers and followed in self.allowed[index] else option
             for index, option in enumerate(options)
         )
 
-    def rank(self, options: Options) -> tuple[float, float]:
-        """Return the sort key of a plan by the table: its time to loss, then its error."""
-        grad_error = self.costs.grad_error(options)
-        return self.costs.step_ms(options) * (1.0 + grad_error), grad_error
+    @cached_property
+    def _followers(self) -> frozenset[int]:
+        """The layers that are not called, not kept and not tied."""
+        layers = self.costs.layers
+        alone = (group[0] for group in tied_groups(layers) if len(group) == 1)
+        return frozenset(
+            i for i in alone if not layers[i].calls and layers[i].name not in self.keeps.of_layer
+        )
 
     @cached_property
     def knapsack(self) -> Knapsack:
         """The choice among the plans that have a 16-bit layer."""
-        outside, fsdp = self.costs.bf16_flow, self.costs.communication
+        outside, fsdp = self.costs.outside_bf16, self.costs.communication
         return Knapsack(
-            [[_item(self.costs, unit, choice) for choice in unit.choices] for unit in self.units],
+            [[_item(self.costs, group.layers, c) for c in group.choices] for group in self.groups],
             Outside(
                 ms=outside.ms - (fsdp.exposed_ms if fsdp else 0.0),
                 grad_error=outside.grad_error,
@@ -111,26 +112,12 @@ class Problem:
             memory=math.inf if self.memory_bytes is None else self.memory_bytes,
         )
 
-    @cached_property
-    def followers(self) -> frozenset[int]:
-        """The layers that just take the flow's precision: not called, not kept, not tied."""
-        return frozenset(
-            unit.layers[0]
-            for unit in self.units
-            if len(unit.layers) == 1
-            and not self.costs.layers[unit.layers[0]].calls
-            and self.costs.layers[unit.layers[0]].name not in self.keeps.of_layer
-        )
-
-    def _first_allowed(self, index: int) -> Option:
-        return min(self.allowed[index], key=lambda option: GENTLENESS[option.precision])
-
-    def _gentlest_16_bit(self, index: int, group: Sequence[int]) -> Option | None:
-        """Return a layer's gentlest 16-bit option, if all layers of its group have one."""
-        if any(all(option == FP32 for option in self.allowed[i]) for i in group):
-            return None
-        halves = [option for option in self.allowed[index] if option != FP32]
-        return min(halves, key=lambda option: GENTLENESS[option.precision])
+    @property
+    def fp32_plan(self) -> Options | None:
+        """The all-FP32 plan, where the keeps and the memory limit leave it."""
+        plan = (FP32,) * len(self.allowed)
+        is_allowed = all(FP32 in options for options in self.allowed)
+        return plan if is_allowed and self.fits_memory(plan) else None
 
 
 def make_problem(costs: Costs, constraint: Constraint) -> Problem:
@@ -140,18 +127,21 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
         RecordError: a keep matches no layer.
         InfeasibleError: keeps contradict each other or a tie, or no matched layer can take one.
     """
-    found = match_keeps(constraint.keep, costs.layers, partial(_price_refusal, costs))
-    keeps = found.of_layer
-    allowed = tuple(
-        tuple(o for o in prices if _is_allowed(o, layer, keeps.get(layer.name), costs))
-        for layer, prices in zip(costs.layers, costs.prices, strict=True)
+    keeps = match_keeps(constraint.keep, costs.layers, partial(_price_refusal, costs))
+    allowed = []
+    for layer, prices in zip(costs.layers, costs.prices, strict=True):
+        keep, is_locked = keeps.of_layer.get(layer.name), layer.name in costs.locks
+        allowed.append(
+            tuple(o for o in prices if (keep.allows(o) if keep else not (o.is_fp8 and is_locked)))
+        )
+    groups = _Groups(costs, keeps.of_layer, allowed, constraint.memory_bytes is not None)
+    return Problem(
+        costs=costs,
+        keeps=keeps,
+        allowed=tuple(allowed),
+        memory_bytes=constraint.memory_bytes,
+        groups=tuple(map(groups.make, tied_groups(costs.layers))),
     )
-    has_limit = constraint.memory_bytes is not None
-    units = tuple(
-        _make_unit(group, costs, allowed, keeps, has_limit=has_limit)
-        for group in tied_groups(costs.layers)
-    )
-    return Problem(costs, found, allowed, units, constraint.memory_bytes)
 
 
 def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
@@ -164,13 +154,6 @@ def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
         or costs.layers[index].refusal(keep.precision)
         or "it was neither timed nor measured in it"
     )
-
-
-def _is_allowed(option: Option, layer: LayerSpec, keep: Keep | None, costs: Costs) -> bool:
-    """Whether a layer may take an option: as it is kept, else as it is locked."""
-    if keep is not None:
-        return keep.allows(option)
-    return not (option.is_fp8 and layer.name in costs.locks)
 
 
 def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
@@ -189,12 +172,11 @@ def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
 
     With it comes the proven bound of the step time of any plan within the budget.
     """
-    costs = problem.costs
     found = problem.knapsack.soonest(budget)
     plans = [] if found is None else [(_options(problem, found[0]), found[1])]
-    fp32 = _fp32_plan(problem)
+    fp32 = problem.fp32_plan
     if fp32 is not None:
-        plans.append((fp32, costs.step_ms(fp32)))
+        plans.append((fp32, problem.costs.step_ms(fp32)))
     if not plans:
         return None
     options = min((plan for plan, _ in plans), key=problem.rank)
@@ -210,7 +192,7 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
         InfeasibleError: no plan at all satisfies the keeps and the memory limit.
     """
     plans = [_options(problem, point) for point in problem.knapsack.front(near=budget)]
-    fp32 = _fp32_plan(problem)
+    fp32 = problem.fp32_plan
     if fp32 is not None:
         plans.append(fp32)
     if not plans:
@@ -223,112 +205,90 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     return tuple(kept)
 
 
-def _fp32_plan(problem: Problem) -> Options | None:
-    if not problem.can_be_fp32:
-        return None
-    plan = (FP32,) * len(problem.allowed)
-    return plan if problem.fits_memory(plan) else None
+def _options(problem: Problem, solution: Solution) -> Options:
+    chosen: dict[int, Option] = {}
+    for group, pick in zip(problem.groups, solution.picks, strict=True):
+        chosen.update(zip(group.layers, group.choices[pick], strict=True))
+    return tuple(chosen[index] for index in range(len(problem.allowed)))
 
 
-def _item(costs: Costs, unit: Unit, choice: Options) -> Item:
-    prices = [costs.prices[index][o] for index, o in zip(unit.layers, choice, strict=True)]
+def _item(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
+    prices = [costs.prices[index][o] for index, o in zip(layers, choice, strict=True)]
     share = costs.communication.share if costs.communication else 0.0
-    is_called = any(costs.layers[index].calls for index in unit.layers)
     return Item(
-        ms=math.fsum(price.flow_ms for price in prices),
+        ms=math.fsum(price.with_casts_ms for price in prices),
         grad_error=math.fsum(price.grad_error for price in prices),
         memory=float(sum(price.memory_bytes for price in prices)),
-        is_16_bit=is_called and any(option != FP32 for option in choice),
+        is_16_bit=not is_all_fp32(choice) and any(costs.layers[index].calls for index in layers),
         hiding_ms=share * math.fsum(price.compute_ms + price.boundary_ms for price in prices),
     )
 
 
-def _options(problem: Problem, solution: Solution) -> Options:
-    chosen: dict[int, Option] = {}
-    for unit, pick in zip(problem.units, solution.picks, strict=True):
-        chosen.update(zip(unit.layers, unit.choices[pick], strict=True))
-    return tuple(chosen[index] for index in range(len(problem.allowed)))
+@dataclass(frozen=True)
+class _Groups:
+    """Makes groups; `has_limit` says that bytes count too."""
 
+    costs: Costs
+    keeps: Mapping[str, Keep]
+    allowed: Sequence[Options]
+    has_limit: bool
 
-def _make_unit(
-    group: tuple[int, ...],
-    costs: Costs,
-    allowed: Sequence[Options],
-    keeps: Mapping[str, Keep],
-    *,
-    has_limit: bool,
-) -> Unit:
-    if len(group) == 1:
-        return _single_unit(group[0], costs, allowed[group[0]], keeps, has_limit=has_limit)
-    choices: list[Options] = []
-    for is_half in (False, True):
-        combined: list[Options] = [()]
-        for index in group:
-            same = [option for option in allowed[index] if (option != FP32) == is_half]
-            options = unlocked(same, costs.prices[index], has_limit=has_limit)
-            combined = [(*before, option) for before in combined for option in options]
-            combined = _best_combinations(combined, group, costs, has_limit=has_limit)
-        choices += combined
-    if not choices:
-        names = ", ".join(repr(costs.layers[index].name) for index in group)
-        raise InfeasibleError(
-            f"layers that share a parameter are all FP32 or all 16-bit, but {names} have no such "
-            "choice in common; change their --keep"
-        )
-    return Unit(group, tuple(choices))
+    def make(self, layers: tuple[int, ...]) -> Group:
+        """Return the group of these layers, its choices without those that cannot win."""
+        first = self.costs.layers[layers[0]]
+        is_uncalled = not first.calls and first.name not in self.keeps
+        if len(layers) == 1 and is_uncalled and BF16_O2 in self.allowed[layers[0]]:
+            return Group(layers, ((BF16_O2,),))
+        choices: list[Options] = []
+        for is_16_bit in (False, True):
+            combined: list[Options] = [()]
+            for index in layers:
+                same = [option for option in self.allowed[index] if (option != FP32) == is_16_bit]
+                options = self._worthwhile(same, self.costs.prices[index])
+                combined = [(*before, option) for before in combined for option in options]
+                if len(layers) > 1:
+                    combined = self._undominated(combined, layers)
+            choices += combined
+        if not choices:
+            names = ", ".join(repr(self.costs.layers[index].name) for index in layers)
+            raise InfeasibleError(
+                f"layers that share a parameter are all FP32 or all 16-bit, but {names} have no "
+                "such choice in common; change their --keep"
+            )
+        return Group(layers, tuple(choices))
 
+    def _worthwhile(
+        self, options: Sequence[Option], prices: Mapping[Option, Price]
+    ) -> list[Option]:
+        """Return the options that beat every more precise one in time, or in bytes if limited."""
+        kept: list[Option] = []
+        for option in sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)):
+            price, better = prices[option], [prices[o] for o in kept]
+            if not any(
+                other.with_casts_ms <= price.with_casts_ms
+                and not (self.has_limit and price.memory_bytes < other.memory_bytes)
+                for other in better
+            ):
+                kept.append(option)
+        return kept
 
-def _single_unit(
-    index: int,
-    costs: Costs,
-    allowed: Options,
-    keeps: Mapping[str, Keep],
-    *,
-    has_limit: bool,
-) -> Unit:
-    layer = costs.layers[index]
-    if not layer.calls and layer.name not in keeps and BF16_O2 in allowed:
-        return Unit((index,), ((BF16_O2,),))
-    options = unlocked(allowed, costs.prices[index], has_limit=has_limit)
-    return Unit((index,), tuple((option,) for option in options))
-
-
-def unlocked(
-    options: Sequence[Option], prices: Mapping[Option, Price], *, has_limit: bool
-) -> list[Option]:
-    """Return the options; of the 16-bit ones those that beat every gentler one in time or bytes."""
-    kept = [option for option in options if option == FP32]
-    halves: list[Option] = []
-    for option in sorted(options, key=lambda o: (GENTLENESS[o.precision], prices[o].grad_error)):
-        beaten = any(_as_good(prices[k], prices[option], has_limit=has_limit) for k in halves)
-        if option != FP32 and not beaten:
-            halves.append(option)
-    return kept + halves
-
-
-def _as_good(gentler: Price, price: Price, *, has_limit: bool) -> bool:
-    saves_bytes = has_limit and price.memory_bytes < gentler.memory_bytes
-    return gentler.flow_ms <= price.flow_ms and not saves_bytes
-
-
-def _best_combinations(
-    combined: Sequence[Options], group: tuple[int, ...], costs: Costs, *, has_limit: bool
-) -> list[Options]:
-    """Drop combinations of tied layers that another beats in time, e and (under a limit) bytes."""
-    items = [(_item(costs, Unit(group[: len(choice)], ()), choice), choice) for choice in combined]
-    kept: list[tuple[Item, Options]] = []
-    for item, choice in sorted(items, key=lambda pair: pair[0][:3]):
-        if not any(
-            other.grad_error <= item.grad_error and (not has_limit or other.memory <= item.memory)
-            for other, _ in kept
-        ):
-            kept.append((item, choice))
-    return [choice for _, choice in kept]
+    def _undominated(self, choices: Sequence[Options], layers: tuple[int, ...]) -> list[Options]:
+        """Drop choices of tied layers that another beats in time, error and bytes if limited."""
+        items = [(_item(self.costs, layers[: len(choice)], choice), choice) for choice in choices]
+        kept: list[tuple[Item, Options]] = []
+        for item, choice in sorted(items, key=lambda pair: pair[0][:3]):
+            if not any(
+                other.grad_error <= item.grad_error
+                and not (self.has_limit and item.memory < other.memory)
+                for other, _ in kept
+            ):
+                kept.append((item, choice))
+        return [choice for _, choice in kept]
 
 
 def _nothing_fits(problem: Problem) -> str:
     least = sum(min(p.memory_bytes for p in prices.values()) for prices in problem.costs.prices)
-    need = least + problem.costs.bf16_flow.memory_bytes
+    need = least + problem.costs.outside_bf16.memory_bytes
     return (
         f"a plan must fit in {problem.memory_bytes} bytes, but the smallest needs about {need}; "
         "allow more memory or keep fewer layers in FP32"

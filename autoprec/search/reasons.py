@@ -18,11 +18,12 @@ from autoprec.records import (
     Search,
 )
 from autoprec.search.costs import Price, is_all_fp32
-from autoprec.search.explain import explain_statistics
 from autoprec.search.problem import Options, Problem, tied_groups
-from autoprec.search.wording import shape
 
-DOMINATES = 0.25  # of the e budget: a layer with more dominates the gradient error
+DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
+NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
+OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
+MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Why:
         return self.problem.costs.prices[index]
 
     def ms(self, index: int, option: Option) -> float:
-        """Return the time of an option in the plan's flow."""
+        """Return the time of an option beside the plan's activations."""
         price = self.prices(index)[option]
-        return price.ms if is_all_fp32(self.options) else price.flow_ms
+        return price.ms if is_all_fp32(self.options) else price.with_casts_ms
 
 
 def reasons(why: Why) -> list[str]:
@@ -72,8 +73,8 @@ def _reason(why: Why, index: int) -> str:
         recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
         return f"kept by --keep {keep.text!r}{recipe}"
     if not layer.calls:
-        flow = "FP32" if is_all_fp32(why.options) else "BF16"
-        return f"not called in the captured step; follows the {flow} flow"
+        others = "FP32" if is_all_fp32(why.options) else "BF16"
+        return f"not called in the captured step; follows the {others} layers"
     if option.is_fp8:
         return _why_fp8(why, index)
     if option == BF16_O2:
@@ -88,25 +89,25 @@ def _why_fp8(why: Why, index: int) -> str:
     option, prices = why.options[index], why.prices(index)
     base = BF16_O2 if BF16_O2 in prices else FP32
     if base not in prices:
-        return f"{short(option)}, {_e_of(prices[option])}"
+        return f"{short(option)}, gradient {_error_of(prices[option])}"
     speed = compared(why.ms(index, option), why.ms(index, base))
     text = (
-        f"{short(option)} {speed} than {short(base)}{shape(why.gemm(index))}, "
-        f"{_e_of(prices[option])}"
+        f"{short(option)} {speed} than {short(base)}{_shape(why.gemm(index))}, "
+        f"gradient {_error_of(prices[option])}"
     )
     faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
     if faster:
         best = min(faster, key=lambda o: prices[o].ms)
-        text += f"; {short(best)} is faster still, but has {_e_of(prices[best])}"
+        text += f"; {short(best)} is faster still, but has gradient {_error_of(prices[best])}"
     return text
 
 
-def _e_of(price: Price) -> str:
-    """Return `e=0.1%`, with its basis where it was not measured on this model."""
+def _error_of(price: Price) -> str:
+    """Return `error 0.1 %`, with its basis where it was not measured on this model."""
     if price.grad_error_basis is Basis.UNKNOWN:
-        return "e unknown"
+        return "error unknown"
     basis = " (transferred)" if price.grad_error_basis is Basis.TRANSFERRED else ""
-    return f"e={percent(price.grad_error)}{basis}"
+    return f"error {percent(price.grad_error)}{basis}"
 
 
 def _why_not_fp8(why: Why, index: int) -> str:
@@ -121,7 +122,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
     own = why.ms(index, why.options[index])
     if prices[best].ms >= own:
         speed = compared(prices[best].ms, own)
-        return f"{short(best)} {_than(speed, why.options[index])}{shape(why.gemm(index))}"
+        return f"{short(best)} {_than(speed, why.options[index])}{_shape(why.gemm(index))}"
     if layer.name in why.search.interacting:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
@@ -133,17 +134,17 @@ def _why_not_fp8(why: Why, index: int) -> str:
 def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     """Say that an option is faster and yet not worth its error, and where the error is from."""
     price, budget = why.prices(index)[best], why.search.grad_error_budget
-    gain = f"{short(best)} {compared(price.flow_ms, own_ms)}"
+    gain = f"{short(best)} {compared(price.with_casts_ms, own_ms)}"
     if best == BF16_O2:
         gain = _bf16_to_fp32(why, index)
-    cost = f"{_e_of(price)}, budget {percent(budget)}"
+    cost = f"{_error_of(price)}, budget {percent(budget)}"
     if price.grad_error < DOMINATES * budget:
         return f"{gain}, but what it saves is not worth its error ({cost})"
     verb = (
         "dominates the gradient error" if price.grad_error <= budget else "alone is over the budget"
     )
-    told = explain_statistics(why.statistics.get(why.layer(index).name, ()))
-    source = f"; {told}" if told and best.is_fp8 else ""
+    cause = explain_statistics(why.statistics.get(why.layer(index).name, ()))
+    source = f"; {cause}" if cause and best.is_fp8 else ""
     return f"{gain}, but {verb} ({cost}){source}"
 
 
@@ -152,7 +153,7 @@ def _why_not_fp32(why: Why, index: int) -> str:
 
 
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
-    """Compare the layer in BF16 to FP32: alone, and with the casts that FP32 needs in a BF16 flow.
+    """Compare the layer in BF16 to FP32: alone, and with the casts that FP32 needs beside BF16.
 
     The first is what the tables of the report say, the second what the choice was made by.
     """
@@ -169,7 +170,7 @@ def _why_not_16_bit(why: Why, index: int) -> str:
         return _missing(why, index, Precision.BF16_O2)
     own = why.ms(index, FP32)
     if prices[BF16_O2].ms >= own:
-        return _bf16_to_fp32(why, index, shape(why.gemm(index)))
+        return _bf16_to_fp32(why, index, _shape(why.gemm(index)))
     if is_all_fp32(why.options):
         speed = compared(prices[BF16_O2].ms, own)
         return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
@@ -213,3 +214,55 @@ def short(option: Option) -> str:
 
 def _than(speed: str, other: Option) -> str:
     return f"{speed} as {short(other)}" if speed == "as fast" else f"{speed} than {short(other)}"
+
+
+def _shape(gemm: GemmShape | None) -> str:
+    """Return ` at M=2048 K=256 N=768`, or nothing where there is no GEMM."""
+    return "" if gemm is None else f" at M={gemm.M} K={gemm.K} N={gemm.N}"
+
+
+def explain_statistics(rows: Sequence[OperandStatistics]) -> str:
+    """Return what FP8 casts do to one layer's operands, worst first; "" when nothing stands out.
+
+    For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`.
+    """
+    notable = [(_worst(row)[1], row) for row in rows]
+    lines = [
+        line
+        for _, row in sorted(notable, key=lambda pair: -pair[0])
+        for line in (_losses(row), _outliers(row))
+        if line
+    ]
+    return "; ".join(lines)
+
+
+def _losses(row: OperandStatistics) -> str:
+    (kind, recipe), worst = _worst(row)
+    if worst < NOTABLE:
+        return ""
+    table = row.underflow if kind == "underflow" else row.saturation
+    others = {name: value for name, value in table.items() if value <= OTHER_SHARE * worst}
+    text = f"{row.operand.value}: {percent(worst)} {kind} under {recipe}"
+    if others:
+        best = min(others, key=lambda name: others[name])
+        text += f"; {best} {percent(others[best])}"
+    return text
+
+
+def _worst(row: OperandStatistics) -> tuple[tuple[str, str], float]:
+    found = {("underflow", name): value for name, value in row.underflow.items()}
+    found.update({("saturation", name): value for name, value in row.saturation.items()})
+    if not found:
+        return ("", ""), 0.0
+    key = max(found, key=lambda k: found[k])
+    return key, found[key]
+
+
+def _outliers(row: OperandStatistics) -> str:
+    count = len(row.outlier_channels)
+    if not 0 < count <= MOST_OUTLIERS * row.channels:
+        return ""
+    shown = ", ".join(str(channel) for channel in row.outlier_channels[:3])
+    more = ", ..." if count > 3 else ""
+    channels = "channel" if count == 1 else "channels"
+    return f"{row.operand.value}: outlier {channels} {shown}{more}"

@@ -1,16 +1,16 @@
-"""The Optuna study: seeds from the exact front, then sampled plans, each judged as a whole.
+"""The Optuna study: seeds from the exact front, then sampled plans, each evaluated as a whole.
 
-Every finished trial keeps its plan, e and basis with it, so that a study that goes on (after a
-kill, or beside other workers) measures no plan twice. `trials` counts the sampled plans that were
-worth a measurement; those that the table shows cannot win are many, cost nothing, and are in the
-study only.
+Every finished trial keeps its plan, gradient error and basis with it, so that a study that goes on
+(after a kill, or beside other workers) measures no plan twice. `trials` counts the sampled plans
+that were worth a measurement; those that the table shows cannot win are many, cost nothing, and are
+in the study only.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from autoprec.records import Basis, SearchTrial
-from autoprec.search.judge import Judge, Judgement
+from autoprec.search.evaluator import EvaluatedPlan, PlanEvaluator
 from autoprec.search.problem import Options
 from autoprec.search.space import Space
 
@@ -36,13 +36,15 @@ class _Note(TypedDict):
 
 
 class StudyLog:
-    """One study in progress: proposes plans to the judge, and writes down what came out."""
+    """One study in progress: has plans evaluated, and writes down what came out."""
 
-    def __init__(self, study: "optuna.Study", space: Space, judge: Judge, *, seed: int = 0) -> None:
+    def __init__(
+        self, study: "optuna.Study", space: Space, evaluator: PlanEvaluator, *, seed: int = 0
+    ) -> None:
         self.study = study
         self.seed = seed
         self.space = space
-        self.judge = judge
+        self.evaluator = evaluator
         self.duplicates = 0
         self.trials: list[SearchTrial] = []
         self._seen: set[Options] = set()
@@ -54,44 +56,46 @@ class StudyLog:
         self._distributions = _distributions(space)
         self._take_up()
 
-    def try_base(self, base: int, *, source: str) -> Judgement:
-        """Measure a base plan as a trial, unless its e is known already."""
+    def try_base(self, base: int, *, source: str) -> EvaluatedPlan:
+        """Evaluate a base plan as a trial, unless it is known already."""
         options = self.space.bases[base]
-        if options in self.judge.known:
-            return self.judge.known[options]
+        if options in self.evaluator.known:
+            return self.evaluator.known[options]
         self.study.enqueue_trial(self.space.params(base), user_attrs={SOURCE: source})
-        self._ask(self.judge.measure)
-        return self.judge.measure(options)  # known by now, unless a killed run left another first
+        self._ask(self.evaluator.evaluate)
+        return self.evaluator.evaluate(
+            options
+        )  # known by now, unless a killed run left another first
 
-    def try_plan(self, options: Options, *, source: str) -> Judgement:
+    def try_plan(self, options: Options, *, source: str) -> EvaluatedPlan:
         """Measure a plan that the decisions cannot express, and add it to the study."""
         import optuna
 
-        if options in self.judge.known:
-            return self.judge.known[options]
-        judged = self.judge.measure(options)
+        if options in self.evaluator.known:
+            return self.evaluator.known[options]
+        evaluated = self.evaluator.evaluate(options)
         self.study.add_trial(
             optuna.trial.create_trial(
-                value=judged.time_to_loss_ms,
-                user_attrs={NOTE: self._note(judged, source, is_duplicate=False)},
-                constraints={"grad_error": self._excess(judged)},
+                value=evaluated.time_to_loss_ms,
+                user_attrs={NOTE: self._note(evaluated, source, is_duplicate=False)},
+                constraints={"grad_error": self._excess(evaluated)},
             )
         )
         self._take_up()
-        return judged
+        return evaluated
 
     def sample(
-        self, trials: int, *, is_over: Callable[[], bool], told: Callable[[int], None]
+        self, trials: int, *, is_over: Callable[[], bool], report: Callable[[int], None]
     ) -> None:
         """Let the sampler propose plans until `trials` of them were measured."""
-        asks = trials if self.judge.evaluate is None else ASKS_PER_TRIAL * trials
+        asks = trials if self.evaluator.measure is None else ASKS_PER_TRIAL * trials
         while not is_over():
             done = self._sampled
-            told(done)
+            report(done)
             if done >= trials or self._asked >= asks:
                 break
             self.study.sampler = self._sampler()
-            self._ask(self.judge.judge)
+            self._ask(self.evaluator.evaluate_promising)
 
     @property
     def _sampled(self) -> int:
@@ -112,62 +116,62 @@ class StudyLog:
             n_startup_trials=STARTUP_TRIALS,
         )
 
-    def _ask(self, judge: Callable[[Options], Judgement]) -> None:
-        """Judge one proposal and write it down; a trial that is broken off is marked as failed."""
+    def _ask(self, evaluate: Callable[[Options], EvaluatedPlan]) -> None:
+        """Evaluate one proposal and write it down; one that is broken off is marked as failed."""
         from optuna.trial import TrialState
 
         trial = self.study.ask(self._distributions)
         try:
             options = self.space.decode(trial.params)
             source = str(trial.user_attrs.get(SOURCE, SAMPLER))
-            before = len(self.judge.known)
-            judged = judge(options)
-            is_duplicate = options in self._seen and len(self.judge.known) == before
-            trial.set_constraint("grad_error", self._excess(judged))
-            trial.set_user_attr(NOTE, self._note(judged, source, is_duplicate=is_duplicate))
+            before = len(self.evaluator.known)
+            evaluated = evaluate(options)
+            is_duplicate = options in self._seen and len(self.evaluator.known) == before
+            trial.set_constraint("grad_error", self._excess(evaluated))
+            trial.set_user_attr(NOTE, self._note(evaluated, source, is_duplicate=is_duplicate))
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
-        self.study.tell(trial, judged.time_to_loss_ms)
+        self.study.tell(trial, evaluated.time_to_loss_ms)
         self._take_up()
 
     def _write_down(
-        self, number: int, judged: Judgement, source: str, *, is_duplicate: bool
+        self, number: int, evaluated: EvaluatedPlan, source: str, *, is_duplicate: bool
     ) -> None:
         self._asked += source == SAMPLER
         self.duplicates += is_duplicate
-        self._seen.add(judged.options)
-        if is_duplicate or not judged.is_final:
+        self._seen.add(evaluated.options)
+        if is_duplicate or not evaluated.is_final:
             return
         self.trials.append(
             SearchTrial(
                 number=number,
                 source=source,
-                options=judged.options,
-                step_ms=judged.step_ms,
-                grad_error=judged.grad_error,
-                grad_error_basis=judged.basis,
-                time_to_loss_ms=judged.time_to_loss_ms,
-                feasible=judged.is_feasible,
+                options=evaluated.options,
+                step_ms=evaluated.step_ms,
+                grad_error=evaluated.grad_error,
+                grad_error_basis=evaluated.basis,
+                time_to_loss_ms=evaluated.time_to_loss_ms,
+                feasible=evaluated.is_feasible,
             )
         )
 
-    def _excess(self, judged: Judgement) -> float:
-        """Return the constraint's value: e over the budget, relative; at most 0 is feasible."""
+    def _excess(self, evaluated: EvaluatedPlan) -> float:
+        """Return the constraint's value, feasible when <= 0: gradient error / budget - 1."""
         return (
-            judged.grad_error / self.judge.budget - 1.0
-            if self.judge.budget > 0.0
-            else judged.grad_error
+            evaluated.grad_error / self.evaluator.budget - 1.0
+            if self.evaluator.budget > 0.0
+            else evaluated.grad_error
         )
 
-    def _note(self, judged: Judgement, source: str, *, is_duplicate: bool) -> _Note:
+    def _note(self, evaluated: EvaluatedPlan, source: str, *, is_duplicate: bool) -> _Note:
         codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
         return _Note(
-            plan="".join(codes[option] for option in judged.options),
-            grad_error=judged.grad_error,
-            basis=judged.basis.value,
+            plan="".join(codes[option] for option in evaluated.options),
+            grad_error=evaluated.grad_error,
+            basis=evaluated.basis.value,
             source=source,
-            is_final=judged.is_final,
+            is_final=evaluated.is_final,
             is_duplicate=is_duplicate,
         )
 
@@ -185,13 +189,13 @@ class StudyLog:
             self._taken_up.add(trial.number)
             options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
             basis = Basis(note["basis"])
-            judged = (
-                self.judge.remember(options, note["grad_error"], basis)
+            evaluated = (
+                self.evaluator.add(options, note["grad_error"], basis)
                 if note["is_final"]
-                else self.judge.told(options)
+                else self.evaluator.estimate(options)
             )
             self._write_down(
-                trial.number, judged, note["source"], is_duplicate=note["is_duplicate"]
+                trial.number, evaluated, note["source"], is_duplicate=note["is_duplicate"]
             )
 
 
