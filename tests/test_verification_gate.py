@@ -132,12 +132,14 @@ def test_a_precise_plan_is_verified_with_its_control_and_its_times() -> None:
     assert {step.label for step in found.steps} == {"fp32", "bf16_o2", "autocast_bf16", "plan"}
 
 
-def test_a_plan_of_fp32_is_the_reference_itself() -> None:
+def test_a_plan_of_fp32_is_the_reference_itself_and_moves_no_random_state() -> None:
+    before = torch.get_rng_state()
     found = verified(mlp_workload(), FP32, tolerance=1e-9)
     assert found.verdict is Verdict.VERIFIED
     assert found.gap is not None
     assert (found.gap.low, found.gap.high) == (0.0, 0.0)
     assert any("FP32 reference" in note for note in found.notes)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def overflowing(workload: Workload) -> Workload:

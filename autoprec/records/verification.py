@@ -75,7 +75,7 @@ class Verification(FileRecord):
     of seeds the test was planned for. `eval_stderr` is the standard error that the finite number of
     evaluation batches leaves on the mean gap, `floor` the relative gap between two runs of the
     reference with one seed (0.0 when training is deterministic). `notes` say what the reader must
-    know, e.g. that two arms are one and the same.
+    know, e.g. that two variants are one and the same.
     """
 
     KIND: ClassVar[str] = "verification"

@@ -2,7 +2,7 @@
 
 A step along -P g lowers the loss by g'Pg to first order, and noise d in the gradient costs half of
 d'PHPd. Where P is the diagonal that evens out the curvature H (what Adam's is for), PHP is P up to
-a factor, so perturbation and gradient are compared in the norm x'Px = |P^(1/2) x|^2. The norm
+a factor, so gradient error and gradient are compared in the norm x'Px = |P^(1/2) x|^2. The norm
 |P x|^2 would take H for even already, and parameters that do not matter would outvote the rest:
 the gradient of a key bias is nothing but rounding noise, its v is about 0 and its P is 1/eps.
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias made 99 % of a small CNN's e in BF16
+FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias was 99 % of a small CNN's BF16 error
 PLAIN = ("SGD", "ASGD")  # their update is proportional to the (averaged) gradient
 
 
@@ -94,12 +94,13 @@ def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     note = (
         ""
         if cls in PLAIN
-        else f"{cls} keeps no second moment that autoprec knows; e is in plain gradient norm"
+        else f"{cls} keeps no second moment that autoprec knows; errors are in plain norm"
     )
     return Preconditioner("identity", note, frozenset(updated))
 
 
 def _with_floor(rules: dict[int, ElementRule]) -> dict[int, ElementRule]:
+    # the mean of sqrt(v) over all elements of all parameters
     total = sum(float((r.moment.float() * r.keep).sqrt().sum()) for r in rules.values())
     floor = FLOOR * total / max(sum(r.moment.numel() for r in rules.values()), 1)
     return {key: replace(rule, eps=max(rule.eps, floor)) for key, rule in rules.items()}
@@ -114,6 +115,7 @@ def _element_rule(
         if _fits(state.get(key), parameter):
             steps = _number(state.get("step"), 1.0)
             beta2 = _number(group.get("betas", (0.9, 0.999))[1], 0.999)
+            # v' after this gradient, with the bias correction of step t + 1 folded in
             correction = 1.0 - beta2 ** (steps + 1.0)
             rule = ElementRule(state[key], beta2 / correction, (1.0 - beta2) / correction, eps)
             return "adam", rule

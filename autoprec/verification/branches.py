@@ -35,7 +35,7 @@ from autoprec.verification.state import BranchStore
 from autoprec.workload.functions import Batch, check_loss, move_batch
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
-# a training loss by percents, and the reference saw the same batches
+# a training loss by percents
 DIVERGED_RATIO = 3.0
 SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
@@ -126,6 +126,7 @@ def train_branch(
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
         with _installed(model, optimizer, variant), fast_fp8_gemms(context.device):
+            # the reference saw the same batches: what is far above its worst has diverged
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
             training = _train(session, model, optimizer, variant.label, seed=seed)
             curve, diverged_at = _until_diverged(training, limit=limit)
@@ -160,6 +161,7 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     losses = []
     with torch.no_grad():
         for index, batch in enumerate(evaluation):
+            # every branch evaluates with the same draws, whatever its training drew
             _seed_step(context.seed, EVAL_STEP + index)
             losses.append(float(context.workload.loss_fn(model, batch)))
     for module in was_training:
