@@ -30,12 +30,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
+from autoprec.common.recipes import Gemm, Recipe
 from autoprec.predict.casts import RECIPE_COSTS, cast_us
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.linear import gemm_shapes, linear_times, neighbours_us
 from autoprec.predict.spelling import parse_recipe
 from autoprec.records.devices import Machine
-from autoprec.records.model import BF16_O2, Gemm, Recipe, fp8_option
+from autoprec.records.model import BF16_O2, fp8_option
 
 DATA = Path(__file__).parent / "data"
 Shape = tuple[int, int, int]

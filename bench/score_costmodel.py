@@ -24,8 +24,9 @@ from holdout import (
 from published import Kind, observations
 from trainings import Training, stated, trainings
 
+from autoprec.common.recipes import Recipe
 from autoprec.predict import load_device_profile, parse_parallel, predict_linear, predict_profile
-from autoprec.records.model import Recipe, fp8_option
+from autoprec.records.model import fp8_option
 
 GRID = "pytorch/ao docs/static/fp8-rowwise-perf.png"
 H100S = ("h100-sxm-500w", "h100-sxm", "h100-pcie", "h800")

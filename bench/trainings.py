@@ -14,13 +14,14 @@ from functools import cached_property
 from decoders import DECODERS, decoder_spec
 from published import read_rows, source_of
 
+from autoprec.common.recipes import Recipe
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting
 from autoprec.predict.parallel import Parallel
 from autoprec.predict.spelling import parse_recipe
 from autoprec.predict.step import StepTimes, first_fp8, step_times
 from autoprec.records.devices import DeviceProfile, Machine
-from autoprec.records.model import BF16_O2, ModelSpec, Option, Recipe, fp8_option
+from autoprec.records.model import BF16_O2, ModelSpec, Option, fp8_option
 
 TORCHTITAN_SEQUENCE = 8192
 STATES = 2.0  # Adam

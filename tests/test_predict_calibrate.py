@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autoprec.common.recipes import Gemm, Recipe
 from autoprec.device.timing import Function
 from autoprec.device.torchao import float8_config
 from autoprec.errors import DeviceError
@@ -31,7 +32,7 @@ from autoprec.predict.measure import (
     time_compiled_casts,
 )
 from autoprec.records.devices import ConstantKind
-from autoprec.records.model import Basis, Gemm, Recipe, fp8_option
+from autoprec.records.model import Basis, fp8_option
 
 H100 = load_device_profile("h100-sxm")
 SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192))

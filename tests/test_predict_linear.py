@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoprec.common.recipes import Gemm, Recipe
 from autoprec.errors import DeviceError
 from autoprec.predict import (
     list_device_profiles,
@@ -19,7 +20,7 @@ from autoprec.predict.casts import RECIPE_COSTS, cast_us
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.linear import linear_times
 from autoprec.records.devices import DeviceProfile, LinearPrediction, Prediction
-from autoprec.records.model import BF16_O2, Basis, Gemm, Recipe, fp8_option
+from autoprec.records.model import BF16_O2, Basis, fp8_option
 
 SIZES = st.integers(min_value=1, max_value=4096).map(lambda n: 16 * n)
 BLOCKS = st.integers(min_value=1, max_value=512).map(lambda n: 128 * n)

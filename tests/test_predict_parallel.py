@@ -2,6 +2,7 @@
 
 import pytest
 
+from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.errors import DeviceError
 from autoprec.integrations.export import export_plan
 from autoprec.predict import (
@@ -15,15 +16,7 @@ from autoprec.predict.parallel import collective_us, shard_gemm
 from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import Constraint, Plan
 from autoprec.records.cost import Profile
-from autoprec.records.model import (
-    BF16_O2,
-    Gemm,
-    ModelSpec,
-    Option,
-    Precision,
-    Recipe,
-    fp8_option,
-)
+from autoprec.records.model import BF16_O2, ModelSpec, Option, fp8_option
 from autoprec.search import build_plan, search_plan
 from tests.decoder_specs import decoder, linear_layer, model_of
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.model.roles import Role, attention_blocks, role_of
 from autoprec.predict import Parallel, load_device_profile, predict_linear, predict_profile
 from autoprec.records.cost import LayerTiming, Profile
@@ -9,12 +10,9 @@ from autoprec.records.model import (
     BF16_O2,
     FP32,
     Basis,
-    Gemm,
     LayerKind,
     ModelSpec,
     Option,
-    Precision,
-    Recipe,
     Refusal,
     fp8_option,
 )

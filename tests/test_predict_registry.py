@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from autoprec.common.recipes import Recipe
 from autoprec.errors import DeviceError, RecordError
 from autoprec.predict import list_device_profiles, load_device_profile, parse_recipe, registry
 from autoprec.predict.registry import profiles_folder
 from autoprec.predict.spelling import has_own_casts, parse_compiled
 from autoprec.records.devices import CONSTANTS, DeviceProfile
-from autoprec.records.model import Recipe
 
 NAMES = (
     *("a100", "h100-sxm", "h100-sxm-500w", "h100-pcie", "h800", "h20", "h200", "b200", "b300"),

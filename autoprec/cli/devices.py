@@ -7,14 +7,16 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from autoprec.common.files import read_text, write_atomically
+from autoprec.common.recipes import Recipe
 from autoprec.errors import DeviceError
-from autoprec.records.devices import DeviceProfile, LinearPrediction
-from autoprec.records.model import Recipe
+
+if TYPE_CHECKING:
+    from autoprec.records.devices import DeviceProfile, LinearPrediction
 
 devices_app = typer.Typer(help="Device profiles, and what they predict.", no_args_is_help=True)
 log = logging.getLogger(__name__)
@@ -145,11 +147,11 @@ def _parse_shape(text: str) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3])
 
 
-def _ability(profile: DeviceProfile) -> str:
+def _ability(profile: "DeviceProfile") -> str:
     return ", ".join(profile.fp8_recipes) if profile.has_fp8 else f"no FP8: {profile.fp8_reason}"
 
 
-def _profile_lines(profile: DeviceProfile) -> list[str]:
+def _profile_lines(profile: "DeviceProfile") -> list[str]:
     width = max(len(name) for name in profile.constants)
     lines = [
         f"{profile.name}: {profile.title} ({profile.architecture}, {profile.capability})",
@@ -164,7 +166,7 @@ def _profile_lines(profile: DeviceProfile) -> list[str]:
     return lines
 
 
-def _prediction_lines(prediction: LinearPrediction) -> list[str]:
+def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
     mode = "compiled" if prediction.compiled else "eager"
     lines = [
         f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "

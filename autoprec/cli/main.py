@@ -20,12 +20,12 @@ from autoprec.cli.errors import drop_output, one_line_of
 from autoprec.cli.options import with_settings
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.records import Plan, Record
 from autoprec.tuning.settings import STAGES, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from autoprec.records import Record
     from autoprec.tuning.run import Run
 
 T = TypeVar("T")
@@ -91,7 +91,9 @@ def run(
     ] = None,
 ) -> None:
     """Run an unmodified training script with a plan; its exit status is the script's."""
-    loaded = Plan.load(plan)
+    from autoprec.records import Plan
+
+    loaded = Plan.load(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan
 
     outcome = run_with_plan(Script(script, tuple(rest or ()), is_module), loaded, guard=guard)
@@ -141,6 +143,8 @@ def verify(workload: Workload, plan: PlanFile, as_json: Json = False, **given: G
 
     Without --loss-tolerance it is the one that the plan was made for.
     """
+    from autoprec.records import Plan
+
     given["loss_tolerance"] = given["loss_tolerance"] or Plan.load(plan).constraint.loss_tolerance
     settings = Settings.of(workload=workload, **given)
     made = _run(settings, lambda run: run.verify(plan), stages=("verification",))
@@ -170,6 +174,8 @@ def doctor(target: Target = "auto", as_json: Json = False) -> None:
 @plan_app.command("show")
 def plan_show(plan: PlanFile, as_json: Json = False) -> None:
     """Print a plan: every layer, its precision and the reason."""
+    from autoprec.records import Plan
+
     _print_record(Plan.load(plan), as_json=as_json)
 
 
@@ -204,6 +210,8 @@ app.command("check", help="The same as `plan check`.")(plan_check)
 @plan_app.command("schema")
 def plan_schema() -> None:
     """Print the JSON Schema of plan files."""
+    from autoprec.records import Plan
+
     print(json.dumps(Plan.json_schema(), indent=1))
 
 
@@ -216,6 +224,7 @@ def plan_export(
 ) -> None:
     """Print the plan in another framework's own format."""
     from autoprec.integrations.export import export_plan
+    from autoprec.records import Plan
 
     print(export_plan(Plan.load(plan), to))
 
@@ -291,7 +300,7 @@ def _print_run(out: Path, *, as_json: bool) -> None:
         print_summary(run, Console(), out=out)
 
 
-def _print_record(record: Record, *, as_json: bool) -> None:
+def _print_record(record: "Record", *, as_json: bool) -> None:
     """Print a record as one JSON object, or as the report draws its type."""
     if as_json:
         print(record.model_dump_json())

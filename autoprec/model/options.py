@@ -16,17 +16,8 @@ What a module's class has to do with it is `layers.linear_refusal`.
 
 from collections.abc import Collection, Iterable, Sequence
 
-from autoprec.records.model import (
-    BF16_O2,
-    FP32,
-    Gemm,
-    GemmShape,
-    LayerKind,
-    Option,
-    Precision,
-    Refusal,
-    fp8_option,
-)
+from autoprec.common.recipes import Gemm, Precision
+from autoprec.records.model import BF16_O2, FP32, GemmShape, LayerKind, Option, Refusal, fp8_option
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
 _NOT_LINEAR = {

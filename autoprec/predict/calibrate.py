@@ -14,10 +14,11 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from autoprec.common.recipes import Recipe
 from autoprec.errors import DeviceError
 from autoprec.predict.gemm import KERNELS, Kernel, gemm_us
 from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile, Machine
-from autoprec.records.model import Basis, Recipe
+from autoprec.records.model import Basis
 
 Shape = tuple[int, int, int]
 FLOORS = (Kernel.BF16, Kernel.FP8_FAST, Kernel.FP8_ROWWISE)  # whose smallest GEMM is the floor

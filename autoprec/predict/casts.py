@@ -22,10 +22,10 @@ All that the cost model knows of a recipe is its row of `RECIPE_COSTS`.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from autoprec.common.recipes import Gemm, Recipe
 from autoprec.model.options import FP8_MULTIPLE
 from autoprec.predict.gemm import Kernel
 from autoprec.records.devices import Machine
-from autoprec.records.model import Gemm, Recipe
 
 GW_HP_KERNELS = 5.0  # torchao's roofline: one for input and grad_output, three for the weight
 BLOCK_KERNELS = 6.0  # torchao's blockwise linear: input, weight twice, grad_output twice, input

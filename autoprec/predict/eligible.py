@@ -6,11 +6,12 @@ refused for what it is (its own forward, a parametrized weight) stays refused.
 
 from collections.abc import Sequence
 
+from autoprec.common.recipes import Gemm, Precision
 from autoprec.model.options import FP8_MULTIPLE, layer_options
 from autoprec.predict.linear import recipe_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import Gemm, LayerKind, LayerSpec, ModelSpec, Option, Precision
+from autoprec.records.model import LayerKind, LayerSpec, ModelSpec, Option
 
 PLAIN_LINEAR = "torch.nn.modules.linear.Linear"
 

@@ -15,20 +15,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.common.recipes import Gemm, Precision
 from autoprec.predict.linear import LinearTimes, linear_times
 from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm
 from autoprec.records.cost import LayerTiming, Timing
 from autoprec.records.devices import Machine
-from autoprec.records.model import (
-    Basis,
-    CallSpec,
-    Gemm,
-    LayerKind,
-    LayerSpec,
-    Option,
-    ParameterSpec,
-    Precision,
-)
+from autoprec.records.model import Basis, CallSpec, LayerKind, LayerSpec, Option, ParameterSpec
 
 MASTER_BYTES = 4  # an FP32 copy per 16-bit parameter
 _STRIDE = re.compile(r"stride=\(?(\d+)")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.errors import DeviceError
 from autoprec.model.options import FP8_MULTIPLE, shape_refusal
 from autoprec.predict.casts import RECIPE_COSTS, cast_us
@@ -21,7 +22,7 @@ from autoprec.records.devices import (
     Machine,
     Prediction,
 )
-from autoprec.records.model import BF16_O2, Basis, Gemm, Option, Precision, Recipe, fp8_option
+from autoprec.records.model import BF16_O2, Basis, Option, fp8_option
 
 LARGEST_DIMENSION = 2**31
 

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from autoprec.common.recipes import Recipe
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
 from autoprec.device.timing import Clock, Monitor, graph_replay, make_clock, time_interleaved
@@ -29,7 +30,7 @@ from autoprec.predict.registry import find_profile
 from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation, reason_of
 from autoprec.profiler.tracing import traced
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import Recipe, fp8_option
+from autoprec.records.model import fp8_option
 
 LARGE: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
 SMALL: Shape = (256, 256, 256)

@@ -19,11 +19,12 @@ inside a node, the network between nodes.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_and_more
 from autoprec.errors import DeviceError
 from autoprec.model.roles import COLUMN_ROLES, KEY_VALUE_ROLES, ROW_ROLES, Role, role_of
 from autoprec.records.devices import Machine
-from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option, Recipe
+from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option
 
 LARGEST_DEGREE = 1 << 20
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+from autoprec.common.recipes import Recipe
 from autoprec.model.gemms_hp import without_slow_gemms_hp
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
@@ -24,7 +25,6 @@ from autoprec.records.model import (
     Basis,
     ModelSpec,
     Option,
-    Recipe,
     fp8_option,
     with_gemms_hp,
 )

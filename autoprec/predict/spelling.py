@@ -7,8 +7,8 @@ is no `h100`, since a wrong profile is worse than an error.
 
 import re
 
+from autoprec.common.recipes import Recipe
 from autoprec.errors import DeviceError
-from autoprec.records.model import Recipe
 
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|w|tb/s)\b")
 _WORD = re.compile(r"\d+\.\d+tb/s|[a-z0-9]+(?:\.\d+)?")

@@ -9,6 +9,7 @@ per element. FSDP hides behind a share of the compute; tensor parallelism does n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from autoprec.common.recipes import Precision
 from autoprec.model.roles import AttentionBlock, Role, attention_blocks, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
@@ -20,7 +21,7 @@ from autoprec.predict.parallel import (
     tensor_parallel_us,
 )
 from autoprec.records.cost import Communication
-from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option, Precision
+from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option
 
 CAUSAL = 0.5  # half of the scores are masked away and not computed
 BACKWARD = 2.5  # fused attention recomputes the scores: five GEMMs against two

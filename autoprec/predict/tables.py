@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from autoprec.common.recipes import Recipe
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, DeviceError
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.registry import load_device_profile
 from autoprec.predict.spelling import has_own_casts, parse_compiled, parse_recipe
 from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction
-from autoprec.records.model import Recipe
 
 SIZES = ("M", "K", "N")
 READ = ("device", *SIZES, "recipe", "compiled")

@@ -9,6 +9,7 @@ checks        what doctor, check and diff say
 """
 
 from autoprec.common.files import read_text, write_atomically
+from autoprec.common.recipes import APPLICABLE_RECIPES, RECIPE_GEMMS_HP, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
@@ -21,21 +22,16 @@ from autoprec.records.cost import (
     Timing,
 )
 from autoprec.records.model import (
-    APPLICABLE_RECIPES,
     BF16_O2,
     FP32,
-    RECIPE_GEMMS_HP,
     Basis,
     CallSpec,
-    Gemm,
     GemmShape,
     LayerKind,
     LayerSpec,
     ModelSpec,
     Option,
     ParameterSpec,
-    Precision,
-    Recipe,
     Refusal,
     TensorSpec,
     fp8_option,

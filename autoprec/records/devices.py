@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, Strict, model_validator
 
+from autoprec.common.recipes import Recipe
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.model import Basis, Recipe
+from autoprec.records.model import Basis
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a name is shown in one line and may name a file
 # FP8 operands are half as wide as BF16 ones, so units that are fed at one rate gain 2. What kernels

@@ -9,8 +9,9 @@ from typing import ClassVar, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Many, Record
-from autoprec.records.model import Basis, Gemm, LayerKind, Option, Precision, Recipe
+from autoprec.records.model import Basis, LayerKind, Option
 from autoprec.records.verification import LossGap, Verdict
 
 

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
+from autoprec.common.recipes import Gemm
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.model import Basis, Gemm, Option
+from autoprec.records.model import Basis, Option
 
 
 class Estimate(Record):

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
-from autoprec.records import APPLICABLE_RECIPES, Recipe
 
 MEASURED_RECIPES = (*APPLICABLE_RECIPES, Recipe.DELAYED)  # emulated, for comparison
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

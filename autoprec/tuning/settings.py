@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import DeviceError, SettingsError, WorkloadError
-from autoprec.records import APPLICABLE_RECIPES, Constraint, Option, Recipe, fp8_option
 from autoprec.tuning.parsing import (
     parse_duration,
     parse_fraction,
@@ -25,6 +25,7 @@ from autoprec.tuning.parsing import (
 from autoprec.workload.hf_config import config_file
 
 if TYPE_CHECKING:
+    from autoprec.records import Constraint, Option
     from autoprec.records.devices import DeviceProfile
 
 STAGES = ("profile", "sensitivity", "search", "verification")
@@ -241,8 +242,10 @@ class Settings:
         return not self.is_local if self.compile is None else self.compile
 
     @property
-    def constraint(self) -> Constraint:
+    def constraint(self) -> "Constraint":
         """What the plan must satisfy."""
+        from autoprec.records import Constraint
+
         return Constraint(
             loss_tolerance=self.loss_tolerance,
             grad_error_budget=None,
@@ -251,13 +254,17 @@ class Settings:
         )
 
     @property
-    def fp8_options(self) -> tuple[Option, ...]:
+    def fp8_options(self) -> "tuple[Option, ...]":
         """The FP8 options that a plan may take: those of the recipes that can be applied."""
+        from autoprec.records import fp8_option
+
         return tuple(fp8_option(r) for r in self.recipes if r in APPLICABLE_RECIPES)
 
     @property
-    def measured_options(self) -> tuple[Option, ...]:
+    def measured_options(self) -> "tuple[Option, ...]":
         """The FP8 options whose effect is measured: `delayed` too where it was asked for."""
+        from autoprec.records import fp8_option
+
         return tuple(fp8_option(recipe) for recipe in self.recipes)
 
     def device_profile(self) -> "DeviceProfile | None":
