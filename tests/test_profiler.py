@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoprec.device.timing import Observation, Stopping
 from autoprec.model.capture import capture_model
@@ -238,6 +239,35 @@ def test_an_isolated_step_gives_the_gradients_of_the_whole_one() -> None:
     expected = [parameter.grad for parameter in layers["second"].parameters()]
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_layer_runs_forward_twice_and_backward_once(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(
+                lambda z: self.last(F.relu(self.first(z))), x, use_reentrant=reentrant
+            )
+            return y
+
+    functions = {
+        "build_model": Checkpointed,
+        "train_batches": lambda seed: iter([torch.randn(8, WIDTH, requires_grad=True)]),
+        "loss_fn": lambda model, batch: model(batch).square().mean(),
+    }
+    workload = workload_from(functions)
+    model = workload.build_model().train()
+    batch = take_batches(workload, seed=0, count=1)[0]
+    layers = find_layers(model)
+    calls = record_step(workload, model, batch, layers, seed=0)["first"]
+    assert [call.count for call in calls] == [1, 1]
+    alone = make_candidate(lambda: copy.deepcopy(layers["first"]), calls, FP32)
+    gemms = [op.is_backward for op in alone.trace_step() if op.is_gemm]
+    assert gemms == [False, False, True, True]  # grad_input and grad_weight once
 
 
 def test_a_layer_that_cannot_be_copied_is_built_anew() -> None:

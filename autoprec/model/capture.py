@@ -8,6 +8,7 @@ uncovered.
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ def _layer_spec(
         ),
         gemm=gemm,
         tokens=tuple(tokens),
-        calls=tuple(CallSpec(inputs=_inputs(call), count=call.count) for call in in_step),
+        calls=tuple(CallSpec(inputs=inputs, count=n) for inputs, n in _counts(in_step).items()),
         is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
         tied_to=seen.layers.ties.get(name),
         options=options,
@@ -267,6 +268,14 @@ def _tensor_spec(tensor: Tensor) -> TensorSpec:
         dtype=str(tensor.dtype).removeprefix("torch."),
         requires_grad=tensor.requires_grad,
     )
+
+
+def _counts(calls: Sequence[Call]) -> Counter[tuple[TensorSpec, ...]]:
+    """Return how often a layer was called with which inputs, computed again or not."""
+    counts: Counter[tuple[TensorSpec, ...]] = Counter()
+    for call in calls:
+        counts[_inputs(call)] += call.count
+    return counts
 
 
 def _inputs(call: Call) -> tuple[TensorSpec, ...]:

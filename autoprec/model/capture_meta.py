@@ -87,9 +87,11 @@ def capture_on_meta(
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
         with recorded_shapes(layers) as calls:
             loss = workload.loss_fn(model, batches[0])
-            _fill_gradients(model, loss)
-            progress("capture on meta", 2, 3)
+        _fill_gradients(model, loss)
+        progress("capture on meta", 2, 3)
+        with recorded_shapes(layers) as scanned:
             scan_shapes(workload, model, batches)
+        calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
         seen = ObservedStep(model, layers, calls, optimizer, has_randomness=seeded.seen)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+NO_BACKWARD = -1  # the autograd engine's task where it runs none
 Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
 
 
@@ -98,9 +99,10 @@ class _Recorder:
     ) -> None:  # Any: the layer's own
         with_grad = torch.is_grad_enabled()
         if self._known is not None:
-            # Activation checkpointing may call a layer without autograd first; such a call has no
-            # backward pass, so it is not the same as one that has.
-            key = (with_grad, _shapes((args, kwargs)))
+            # Activation checkpointing calls a layer twice: in forward and, to compute it again,
+            # within backward. A gradient comes back to one of the two only, so they stay apart.
+            is_in_backward = torch._C._current_graph_task_id() != NO_BACKWARD
+            key = (with_grad, is_in_backward, _shapes((args, kwargs)))
             if key in self._known:
                 self._known[key].count += 1
                 return

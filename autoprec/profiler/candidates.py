@@ -46,8 +46,10 @@ class Candidate:
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
         run = self.layer if self.compiled is None else self.compiled
-        with torch.enable_grad():
-            for call in self.calls:
+        for call in self.calls:
+            # Without a gradient there is no backward pass to keep anything for: of a checkpointed
+            # layer's two forward passes only one keeps its activations.
+            with torch.set_grad_enabled(any(g is not None for g in call.gradients)):
                 for _ in range(call.count):
                     found = output_tensors(run(*call.args, **call.kwargs))
                     for tensor, gradient in zip(found, call.gradients, strict=False):
