@@ -4,6 +4,7 @@ import pytest
 
 from autoprec.records import Precision
 from autoprec.report import RunRecords, plan_html, plan_text, run_html
+from autoprec.tuning.plan import Plan
 from tests.report_runs import make_run, predicted_run, renamed
 
 
@@ -39,6 +40,15 @@ def test_a_plan_reads_in_at_most_15_lines() -> None:
     fp8 = plan.count(Precision.FP8_O1)
     assert lines[1] == f"201 layers: {fp8} in fp8_o1 tensorwise, {201 - fp8} in bf16_o2"
     assert any("blocks.{0-32}.fc1 (x33)" in line for line in lines)
+
+
+def test_an_edited_plan_says_nothing_of_the_old_one() -> None:
+    made = make_run(blocks=1).plan
+    assert made
+    assert "FP8 pays on 4 of 6 linear layers" in plan_text(made)
+    edited = plan_text(Plan.from_json(made.to_json()).with_layer("head", "bf16_o2"))
+    assert "9 layers: 6 in bf16_o2, 3 in fp8_o1 tensorwise" in edited
+    assert "FP8 pays" not in edited
 
 
 def test_every_layer_is_counted_in_a_plan_s_text() -> None:

@@ -56,7 +56,7 @@ class Plan(records.Plan):
     def with_layer(self, name: str, option: Option | str) -> Self:
         """Return a plan in which one layer has another option, e.g. `bf16_o2` or `fp8_o1:rowwise`.
 
-        Times, gradient error and certificate were those of the old plan, so the new one has none.
+        Times, gradient error, notes and certificate were those of the old plan: the new has none.
 
         Raises:
             PlanMismatchError: no layer has that name, the option cannot be read, or it is FP8 and
@@ -88,6 +88,7 @@ class Plan(records.Plan):
                 "grad_error_basis": Basis.UNKNOWN,
                 "predicted": None,
                 "certificate": None,
+                "notes": (),  # "FP8 pays on 8 of 10 layers" was true of the old plan
             }
         )
 
