@@ -1,6 +1,6 @@
 """How long the search takes on saved records, by the number of layers: `python bench/search.py`.
 
-The tables are made up: layers of a transformer in five kinds, e spread over three orders of
+The tables are made up: layers of a transformer in five kinds, errors spread over three orders of
 magnitude as measured ones are, five FP8 options each. No workload, 12 trials, a SQLite study. Each
 size runs in a process of its own, so that imports count; `exact` is the knapsack at one budget.
 """
@@ -96,7 +96,7 @@ def write_tables(folder: Path, layers: int) -> None:
         rows[f"blocks.{index // 5}.{('norm', 'qkv', 'proj', 'fc1', 'fc2')[index % 5]}"] = row
     spec = spec_of(rows)
     profile_of(spec, rows).save(folder / "profile.json")
-    sensitivity_of(spec, rows, flow=1e-6).save(folder / "sensitivity.json")
+    sensitivity_of(spec, rows, activation_error=1e-6).save(folder / "sensitivity.json")
 
 
 if __name__ == "__main__":

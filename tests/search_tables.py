@@ -110,7 +110,9 @@ def layer_timing(name: str, option: Option, ms: float) -> LayerTiming:
     )
 
 
-def sensitivity_of(spec: ModelSpec, rows: Mapping[str, Row], *, flow: float = 0.0) -> Sensitivity:
+def sensitivity_of(
+    spec: ModelSpec, rows: Mapping[str, Row], *, activation_error: float = 0.0
+) -> Sensitivity:
     """Return a sensitivity with one row per layer and option other than FP32."""
     return Sensitivity(
         structure=spec.structure,
@@ -133,7 +135,7 @@ def sensitivity_of(spec: ModelSpec, rows: Mapping[str, Row], *, flow: float = 0.
             for option, (_, grad_error) in row.items()
             if option != FP32
         ),
-        activation_error=Estimate(mean=flow),
+        activation_error=Estimate(mean=activation_error),
         floor=Estimate(mean=0.0),
         statistics=(),
         joint=(),
@@ -147,12 +149,14 @@ def tables_of(
     *,
     tied: Mapping[str, str] | None = None,
     uncalled: Sequence[str] = (),
-    flow: float = 0.0,
+    activation_error: float = 0.0,
     cast_ms: float = 0.0,
 ) -> tuple[Profile, Sensitivity]:
     """Return both tables of a model."""
     spec = spec_of(rows, tied=tied, uncalled=uncalled)
-    return profile_of(spec, rows, cast_ms=cast_ms), sensitivity_of(spec, rows, flow=flow)
+    return profile_of(spec, rows, cast_ms=cast_ms), sensitivity_of(
+        spec, rows, activation_error=activation_error
+    )
 
 
 def replaced_layer(profile: Profile, layer: LayerSpec) -> Profile:

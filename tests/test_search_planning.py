@@ -38,7 +38,7 @@ def reason(plan: Plan, name: str) -> str:
 
 
 def test_the_plan_says_what_the_search_chose() -> None:
-    tables = tables_of({"a": TYPICAL, "b": TYPICAL}, flow=1e-6)
+    tables = tables_of({"a": TYPICAL, "b": TYPICAL}, activation_error=1e-6)
     search, plan = planned(tables)
     assert plan.options == search.chosen.options
     assert plan.grad_error == search.chosen.grad_error

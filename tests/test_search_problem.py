@@ -51,10 +51,12 @@ def problem_of(
     memory_bytes: int | None = None,
     tied: dict[str, str] | None = None,
     uncalled: tuple[str, ...] = (),
-    flow: float = 0.0,
+    activation_error: float = 0.0,
     cast_ms: float = 0.0,
 ) -> Problem:
-    profile, sensitivity = tables_of(rows, tied=tied, uncalled=uncalled, flow=flow, cast_ms=cast_ms)
+    profile, sensitivity = tables_of(
+        rows, tied=tied, uncalled=uncalled, activation_error=activation_error, cast_ms=cast_ms
+    )
     costs = make_costs(profile, sensitivity)
     return make_problem(costs, constraint(*kept, memory_bytes=memory_bytes))
 
@@ -63,7 +65,7 @@ def problem_of(
 
 
 def test_a_plan_costs_its_flow_its_layers_and_the_casts_of_fp32_layers() -> None:
-    costs = problem_of({"a": TYPICAL, "b": TYPICAL}, flow=2e-5, cast_ms=500.0).costs
+    costs = problem_of({"a": TYPICAL, "b": TYPICAL}, activation_error=2e-5, cast_ms=500.0).costs
     casts = 500.0 * 2 * 32 * 32 / 1e6  # [32, 32] in, [32, 32] out
     assert costs.step_ms((FP32, FP32)) == pytest.approx(3.0 + 4.0 + 4.0)
     assert costs.step_ms((BF16_O2, TENSORWISE)) == pytest.approx(2.0 + 2.0 + 1.0)
@@ -335,16 +337,16 @@ def model_rows(draw: st.DrawFn) -> dict[str, Row]:
 @given(
     rows=model_rows(),
     is_tied=st.booleans(),
-    flow=st.sampled_from([0.0, 1e-4]),
+    activation_error=st.sampled_from([0.0, 1e-4]),
     cast_ms=st.sampled_from([0.0, 300.0]),
     share=st.floats(0.0, 1.2),
 )
 @examples(40)
 def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
-    rows: dict[str, Row], is_tied: bool, flow: float, cast_ms: float, share: float
+    rows: dict[str, Row], is_tied: bool, activation_error: float, cast_ms: float, share: float
 ) -> None:
     tied = {"b": "a"} if is_tied and len(rows) > 1 else {}
-    problem = problem_of(rows, tied=tied, flow=flow, cast_ms=cast_ms)
+    problem = problem_of(rows, tied=tied, activation_error=activation_error, cast_ms=cast_ms)
     costs, plans = problem.costs, every_plan(problem, tied)
     budget = share * max(costs.grad_error(plan) for plan in plans)
     found = exact(problem, budget)

@@ -59,7 +59,7 @@ def run(
     evaluate: Callable[[Options], Estimate] | None = None,
     budget: float | None = BUDGET,
     keep: tuple[str, ...] = (),
-    trials: int = 6,
+    trials: int = 4,
     time_budget_s: float | None = None,
     seed: int = 0,
     storage: str | None = None,
@@ -82,7 +82,7 @@ def run(
 
 @pytest.fixture
 def tables() -> tuple[Profile, Sensitivity]:
-    return tables_of(LAYERS, flow=1e-5)
+    return tables_of(LAYERS, activation_error=1e-5)
 
 
 def wobble(options: Options) -> float:
@@ -220,10 +220,10 @@ def test_the_horizon_is_what_verification_trains() -> None:
 def test_no_plan_is_measured_twice(tables: tuple[Profile, Sensitivity], tmp_path: Path) -> None:
     meter = Meter(make_costs(*tables), wobble)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    first = run(tables, evaluate=meter, storage=storage, trials=8)
+    first = run(tables, evaluate=meter, storage=storage, trials=5)
     assert len(set(meter.asked)) == len(meter.asked)
     assert (FP32,) * 8 not in meter.asked  # it is the reference
-    again = run(tables, evaluate=meter, storage=storage, trials=8)
+    again = run(tables, evaluate=meter, storage=storage, trials=5)
     assert len(set(meter.asked)) == len(meter.asked)
     assert again.chosen == first.chosen
     assert again.trials == first.trials
@@ -257,7 +257,7 @@ def test_a_study_of_other_tables_is_left_alone(
     meter = Meter(make_costs(*tables), wobble)
     run(tables, evaluate=meter, storage=storage)
     count = len(meter.asked)
-    other = tables_of(LAYERS, flow=2e-5)
+    other = tables_of(LAYERS, activation_error=2e-5)
     search = run(other, evaluate=meter, storage=storage)
     assert len(meter.asked) > count
     assert search == run(other, evaluate=Meter(meter.costs, wobble))

@@ -35,7 +35,7 @@ TIE = 1e-6  # of the time, for the largest gradient error: of plans as fast the 
 FIRST_GAP = 0.1  # of SCALE; most plans are this close to the linear program's value
 MOST_SOLVES = 20  # of `soonest`, which needs 2 to 5
 COMPLETE_PLANS = 1_000  # up to here the whole front is listed
-FRONT_POINTS = 12  # else, so many budgets from the fastest plan's gradient error downwards,
+FRONT_POINTS = 8  # else, so many budgets from the fastest plan's gradient error downwards,
 FRONT_RANGE = 1e-3  # the least at this share of it,
 NEAR_BUDGET = (0.5, 0.65, 0.8, 1.25)  # and these shares of the budget
 
