@@ -98,13 +98,16 @@ def evaluator(run: "Run") -> Callable[[tuple[Option, ...]], Estimate]:
 def verified(
     run: "Run", plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
 ) -> Verification:
-    """Train with the first plan; a refuted one gives way to the next."""
+    """Train with the first plan; a refuted one gives way to the next.
+
+    Finished branches are kept for a later run, but not of live functions, which have no name.
+    """
     return verify_plans(
         run.context,
         plans,
         loss_tolerance=run.settings.loss_tolerance,
         profile=profile,
         sensitivity=sensitivity,
-        state_dir=run.settings.out / "branches",
+        state_dir=None if run.is_live else run.settings.out / "branches",
         checkpoint=run.settings.checkpoint,
     )

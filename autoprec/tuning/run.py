@@ -83,7 +83,7 @@ class Run:
             from autoprec.search.storage import check_storage
 
             check_storage(settings.storage)
-        self._is_live = workload is not None
+        self.is_live = workload is not None
         if workload is not None:
             self.workload = workload
         self.folder = Folder(settings.out)
@@ -113,20 +113,12 @@ class Run:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The captured model, which every `--keep` must fit."""
+        """The model as one training step shows it."""
         from autoprec.tuning import measuring
 
         if "profile" not in self.stages and self._path("profile").exists():
             return self.profile.model
-        spec = measuring.capture(self)
-        settings = self.settings
-        if settings.keep:  # a wrong one ends the run before minutes of profiling
-            from autoprec.search.keep import resolve_keep
-
-            options, gemms_hp = settings.fp8_options, settings.gemms_hp
-            for note in resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp).notes:
-                logger.warning("%s", note)
-        return spec
+        return measuring.capture(self)
 
     @cached_property
     def reference(self) -> "Reference":
@@ -248,14 +240,15 @@ class Run:
     # --- how each record is made ---------------------------------------------------------------
 
     def _make_profile(self) -> Profile:
-        from autoprec.tuning import measuring
-
         settings = self.settings
         if self.target is None:
+            from autoprec.tuning import measuring
+
+            self._check_keep(self.spec)  # a wrong one ends the run before minutes of profiling
             return measuring.measured_profile(self)
         from autoprec.predict import parse_parallel, predict_profile
 
-        return predict_profile(
+        profile = predict_profile(
             self.spec,
             self.target,
             parallel=parse_parallel(settings.parallel) if settings.parallel else None,
@@ -263,6 +256,15 @@ class Run:
             options=settings.fp8_options,
             gemms_hp=settings.gemms_hp,
         )
+        self._check_keep(profile.model)
+        return profile
+
+    def _check_keep(self, spec: ModelSpec) -> None:
+        if self.settings.keep:
+            from autoprec.search.keep import resolve_keep
+
+            options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
+            resolve_keep(self.settings.keep, spec, options=options, gemms_hp=gemms_hp)
 
     def _make_sensitivity(self) -> Sensitivity:
         from autoprec.predict.transfer import transfer_sensitivity, unknown_sensitivity
@@ -287,7 +289,7 @@ class Run:
                 f"{profile.model.structure} and {sensitivity.structure}; make both from the same "
                 "file"
             )
-        has_workload = self._is_live or settings.workload or settings.script
+        has_workload = self.is_live or settings.workload or settings.script
         evaluate = None
         if has_workload and profile.model.device != "meta":
             from autoprec.tuning import measuring
@@ -333,7 +335,7 @@ class Run:
         for earlier in INPUTS[stage]:
             if earlier in self.stages:
                 getattr(self, earlier)  # its digest is part of this stage's
-        digest = "" if self._is_live else self.folder.digest(stage, self.settings, self.target)
+        digest = "" if self.is_live else self.folder.digest(stage, self.settings, self.target)
         is_same = bool(digest) and self.folder.finished().get(stage) == digest
         if self.settings.resume and is_same and path.exists():
             return record.load(path)
