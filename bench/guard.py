@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from autoprec.guard import Guard, Limits
-from autoprec.guard.ranges import range_shares
+from autoprec.guard.sampling import range_shares
 from autoprec.model.layers import find_layers
 from autoprec.records import (
     BF16_O2,

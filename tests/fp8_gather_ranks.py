@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard, Limits
-from autoprec.guard.ranges import local
+from autoprec.guard.signals import local
 from autoprec.records import BF16_O2, Gemm, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer, check_applied
 from autoprec.runtime.gathers import Fp8Shard

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from autoprec.device.torchao import float8_config
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
 from autoprec.guard import Guard, Limits
-from autoprec.guard.bands import FEWEST_VALUES, RunningBand
-from autoprec.guard.ranges import range_shares
-from autoprec.guard.signals import read_signals
+from autoprec.guard.sampling import range_shares
+from autoprec.guard.signals import FEWEST_VALUES, RunningBand, read_signals
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -202,7 +201,7 @@ def test_a_loss_that_stays_high_moves_all_layers_and_one_spike_none(
     assert run.guard.step(10 * run.losses[-1])
     assert run.guard.step(run.losses[-1])
     assert not run.guard.in_bf16
-    with caplog.at_level(logging.WARNING, "autoprec.guard.events"):
+    with caplog.at_level(logging.WARNING, "autoprec.guard.records"):
         good = [run.guard.step(10 * run.losses[-1]) for _ in range(3)]
     assert good == [True, True, False]
     assert run.guard.in_bf16 == FP8_LAYERS
@@ -436,16 +435,16 @@ def test_a_band_never_alarms_within_its_values_and_always_far_above(
 ) -> None:
     band = RunningBand(64, width, floor=floor)
     for value in values:
-        band.is_above(value)
-    assert not band.is_above(sorted(values)[len(values) // 2])
-    assert band.is_above(2 + width * max(1.5, floor) + 1)
+        band.add(value)
+    assert not band.add(sorted(values)[len(values) // 2])
+    assert band.add(2 + width * max(1.5, floor) + 1)
 
 
 def test_a_band_follows_a_lasting_change_of_level() -> None:
     band = RunningBand(32, 6, relative_floor=0.01)
-    alarms = [band.is_above(value) for value in [1.0] * 32 + [5.0] * 40]
-    assert alarms.index(True) == 32
-    assert not any(alarms[32 + 17 :])
+    runs = [band.add(value) for value in [1.0] * 32 + [5.0] * 40]
+    assert runs.index(1) == 32
+    assert not any(runs[32 + 17 :])
 
 
 @pytest.mark.parametrize("recipe", [Recipe.TENSORWISE, Recipe.ROWWISE])

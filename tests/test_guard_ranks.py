@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autoprec.guard import Guard, Limits
-from autoprec.guard.ranges import local
+from autoprec.guard.signals import local
 from autoprec.runtime import attach_optimizer, install_options
 from tests.ranks import leave_group
 from tests.test_guard import Chain, Run, lines, plan_for

@@ -1,16 +1,11 @@
 """Watch a run and take layers out of FP8, and back, while it trains.
 
 watch      the guard: all of the following, once a step
+signals    one step -> loss and gradient norms, the same on every rank; and what is usual for them
+sampling   how much of the operands of FP8 layers FP8's range loses, looked at in few steps
 checks     one step -> what is wrong with it, and which layers are suspected
-bands      what is usual for a number -> whether the next one is
-signals    one step -> loss and gradient norms, the same on every rank
-sampling   which layers' operands are looked at, and when
-ranges     one operand of a layer -> how much of it FP8 loses
-switches   FP8 layers on and off in place
-limits     when to act, how, and what a guard remembers
-events     what happened, for people and for programs
+records    when to act, what a guard remembers, what it says happened
 """
 
-from autoprec.guard.events import GuardEvent
-from autoprec.guard.limits import Action, Limits
+from autoprec.guard.records import Action, GuardEvent, Limits
 from autoprec.guard.watch import Guard

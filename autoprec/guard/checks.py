@@ -18,11 +18,10 @@ the data's more often than the precision's: its step is skipped, and no layer is
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from autoprec.guard.events import EventKind
-from autoprec.guard.limits import Limits
+from autoprec.guard.records import EventKind, Limits
 from autoprec.guard.signals import Signals
 
 STANDS_OUT = 0.5  # of the allowed underflow: from there a layer is suspected of a loss or norm
@@ -40,16 +39,11 @@ class Look:
     order: Names  # of all layers in the plan
     owners: Names  # of the parameters: the layer, empty where none has it
     rows: Mapping[str, Row]
-    loss_run: int = 0  # steps in a row above the band, this one included
-    norm_run: int = 0
-    was_alarm: bool = False  # a short while ago
+    loss_run: int  # steps in a row above the band, this one included
+    norm_run: int
+    was_alarm: bool  # a short while ago
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradients are numbers."""
-        return math.isfinite(self.signals.loss) and math.isfinite(self.signals.grad_norm)
-
-    def out_of_range(self, share: float = 1.0) -> Names:
+    def losing(self, share: float) -> Names:
         """Return the layers with an operand that loses more than this share of what is allowed."""
         allowed = share * self.limits.underflow
         return tuple(
@@ -58,18 +52,22 @@ class Look:
             if any(lost > allowed or over > 0 for lost, over in row.values())
         )
 
-    def standing_out(self) -> Names:
-        """Return the layers that lose most of their operands, or all."""
-        return self.out_of_range(STANDS_OUT) or self.layers
-
 
 def alarms(look: Look) -> Iterator[tuple[EventKind, Names]]:
     """Yield what is wrong with a step and the layers suspected, up to what makes it a bad one."""
-    for kind, is_wrong, suspects in CHECKS:
-        if is_wrong(look):
-            yield kind, suspects(look)
-            if kind is not EventKind.RANGE:
-                return
+    if not look.signals.is_finite:
+        yield EventKind.NOT_FINITE, not_finite_suspects(look)
+        return
+    out_of_range = look.losing(1.0)
+    if out_of_range:
+        yield EventKind.RANGE, out_of_range
+    # Layers out of range explain a loss or norm that stays high: they are demoted first.
+    patience = math.inf if out_of_range else look.limits.patience
+    standing_out = look.losing(STANDS_OUT) or look.layers
+    if look.loss_run >= patience:
+        yield EventKind.LOSS, standing_out
+    elif look.norm_run > 0:
+        yield EventKind.GRAD_NORM, standing_out if look.norm_run >= patience else ()
 
 
 def not_finite_suspects(look: Look) -> Names:
@@ -90,21 +88,3 @@ def not_finite_suspects(look: Look) -> Names:
     here = [name for name in look.order[max(last, 0) : last + 1] if name in look.layers]
     after = [name for name in look.order[last + 1 :] if name in look.layers]
     return (*here, *after[:1])
-
-
-def norm_suspects(look: Look) -> Names:
-    """Return the layers suspected of a gradient norm above its band: none if it is one spike."""
-    lasts = look.norm_run >= look.limits.patience and not look.out_of_range()
-    return look.standing_out() if lasts else ()
-
-
-CHECKS: tuple[tuple[EventKind, Callable[[Look], bool], Callable[[Look], Names]], ...] = (
-    (EventKind.NOT_FINITE, lambda look: not look.is_finite, not_finite_suspects),
-    (EventKind.RANGE, lambda look: bool(look.out_of_range()), Look.out_of_range),
-    (
-        EventKind.LOSS,
-        lambda look: look.loss_run >= look.limits.patience and not look.out_of_range(),
-        Look.standing_out,
-    ),
-    (EventKind.GRAD_NORM, lambda look: look.norm_run > 0, norm_suspects),
-)

@@ -6,6 +6,18 @@ without a graph break, and it asks an attribute of the layer whether to look, on
 guards: so a compiled model has two graphs, one for sampled steps. There the hooks must stay in,
 because dynamo does not notice hooks that come later. Elsewhere they are in only while they look,
 because a hook costs some microseconds a call.
+
+torchao casts x to FP8 as round(x * max / amax), with amax over the tensor (tensorwise) or over each
+row (rowwise) and max the largest FP8 number (448 for e4m3, 57344 for e5m2). So
+
+    underflow   non-zero elements with |x| * max / amax at most half the smallest FP8 number,
+                2^-10 for e4m3 and 2^-17 for e5m2, which the cast rounds to zero
+    saturated   elements that lie above max after scaling, or are not finite
+
+The largest element always fits, by construction. A layer that runs out of range therefore shows it
+as underflow of all the rest, and saturates only when its operand has an infinity or a NaN, which
+makes the scale 0 or NaN. A sample of the elements is enough for shares; amax must be exact, because
+outliers decide it.
 """
 
 import functools
@@ -17,10 +29,15 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
-from autoprec.guard.ranges import range_shares
+from autoprec.guard.signals import local
 
 OPERANDS = ("input", "weight", "grad_output")
 SHARES = 2  # of an operand: underflow, saturated
+MOST_ELEMENTS = 1 << 16  # of an operand; the standard error of a share is then below 0.2 %
+SMALLEST_AMAX = 1e-12  # torchao 0.18's EPS
+# Of the largest FP8 number. Up to 1 + 2^-5 the cast still rounds to it; inductor fuses a BF16 cast
+# away for the elements but not for their amax, so that these may lie 2^-8 above it.
+ABOVE = 1 + 2**-6
 
 
 class Sampler:
@@ -123,3 +140,22 @@ def _cast(layer: Any, operand: str) -> tuple[torch.dtype | None, bool]:
 def _keep_worst(seen: Tensor, value: Tensor, dtype: torch.dtype | None, is_rowwise: bool) -> None:
     if dtype is not None:
         seen.copy_(torch.maximum(seen, range_shares(value.detach(), dtype, is_rowwise=is_rowwise)))
+
+
+def range_shares(x: Tensor, dtype: torch.dtype, *, is_rowwise: bool) -> Tensor:
+    """Return [underflow, saturated] of an operand that is cast to an FP8 dtype, on its device."""
+    x = local(x)
+    if is_rowwise:
+        rows = x.reshape(-1, x.shape[-1])
+        sample = rows[:: 1 + rows.numel() // MOST_ELEMENTS].float().abs()
+        amax = sample.amax(dim=1, keepdim=True)
+    else:
+        flat = x.reshape(-1)
+        sample = flat[:: 1 + flat.numel() // MOST_ELEMENTS].float().abs()
+        amax = torch.stack(torch.aminmax(flat)).abs().amax().float()
+    limits = torch.finfo(dtype)
+    scaled = sample * (limits.max / amax.clamp(min=SMALLEST_AMAX))
+    half_smallest = limits.smallest_normal * limits.eps / 2
+    flushed = ((scaled <= half_smallest) & (sample > 0)).sum() / (sample > 0).sum().clamp(min=1)
+    saturated = (~(scaled <= limits.max * ABOVE)).float().mean()  # written so that NaN counts
+    return torch.stack([flushed, saturated])

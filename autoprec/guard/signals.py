@@ -1,12 +1,20 @@
-"""One step -> loss and gradient norms as numbers, read from the device once, alike on all ranks.
+"""One step -> loss and gradient norms, alike on all ranks; and whether these are unusually high.
 
 Ranks that decided differently would train different models or wait for each other for ever, so
 where torch.distributed runs, what is measured is averaged over ranks before anyone decides. Norms
 are then root mean squares of the ranks' own parts: the same everywhere, and proportional to the
 global norm however parameters are sharded.
+
+A loss or norm falls and jitters. Its band ends at median + width * s, over the last `window`
+values, with s = 1.4826 * MAD (which is the standard deviation of a normal distribution) and at
+least `floor`, absolute or relative to the median, so that a very quiet stretch does not turn
+ordinary noise into an alarm. Median and MAD bear a window that is half outliers, so values above
+the band count too: after a lasting change of level it follows.
 """
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from autoprec.guard.ranges import local
+FEWEST_VALUES = 20  # before which nothing is unusual
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,11 @@ class Signals:
         """The norm of all gradients."""
         return math.hypot(*self.norms)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def read_signals(
     loss: Tensor | float, parameters: Sequence[nn.Parameter], *, shares: Tensor | None
@@ -38,9 +52,8 @@ def read_signals(
     """Return a step's signals; one transfer from the device, and one all-reduce if distributed."""
     device = loss.device if isinstance(loss, Tensor) else parameters[0].device
     value = torch.as_tensor(loss, device=device).detach().float().reshape(1)
-    squares = _norms(parameters, device).square()
-    parts = [value, squares, *([] if shares is None else [shares.flatten()])]
-    vector = torch.cat(parts)
+    parts = [value, _norms(parameters, device).square()]
+    vector = torch.cat(parts if shares is None else [*parts, shares.flatten()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(vector)
         vector = vector / dist.get_world_size()
@@ -63,3 +76,45 @@ def _norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
         for index, norm in zip(indices, norms, strict=True):
             found[order[index]] = norm.to(device, torch.float32)
     return torch.stack(found)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be a DTensor or sparse."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    to_local = getattr(tensor, "to_local", None)
+    part: Tensor = to_local() if to_local is not None else tensor
+    return part
+
+
+class RunningBand:
+    """The upper end of what is usual, and how often in a row values lay above it."""
+
+    def __init__(
+        self, window: int, width: float, *, floor: float = 0.0, relative_floor: float = 0.0
+    ) -> None:
+        self.width, self.floor, self.relative_floor = width, floor, relative_floor
+        self.values: deque[float] = deque(maxlen=window)
+        self.run = 0  # values in a row above the band
+
+    def add(self, value: float) -> int:
+        """Take a finite value in; return how many in a row, it included, lay above the band."""
+        self.run = self.run + 1 if value > self.upper else 0
+        self.values.append(value)
+        return self.run
+
+    @property
+    def upper(self) -> float:
+        """The end of the band; infinity while there are too few values."""
+        if len(self.values) < min(FEWEST_VALUES, self.values.maxlen or FEWEST_VALUES):
+            return math.inf
+        middle = statistics.median(self.values)
+        spread = statistics.median([abs(value - middle) for value in self.values])
+        floor = max(self.floor, self.relative_floor * abs(middle))
+        return middle + self.width * max(MAD_TO_SIGMA * spread, floor)
+
+    def restore(self, values: Sequence[float], run: int) -> None:
+        """Go on from saved values."""
+        self.values.clear()
+        self.values.extend(values)
+        self.run = run

@@ -17,7 +17,6 @@ number of times.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,13 +26,18 @@ from torch import Tensor, nn
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
-from autoprec.guard.bands import RunningBand
 from autoprec.guard.checks import Look, Names, Row, alarms
-from autoprec.guard.events import EventKind, EventLog, GuardEvent
-from autoprec.guard.limits import Action, Demotion, GuardState, Limits
+from autoprec.guard.records import (
+    Action,
+    Demotion,
+    EventKind,
+    GuardEvent,
+    GuardState,
+    Limits,
+    write_event,
+)
 from autoprec.guard.sampling import OPERANDS, Sampler
-from autoprec.guard.signals import Signals, read_signals
-from autoprec.guard.switches import fp8_layers, is_fp8_phase, set_active
+from autoprec.guard.signals import RunningBand, Signals, read_signals
 from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
 
@@ -90,12 +94,12 @@ class Guard:
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.on_alarm, self.limits = Action(on_alarm), limits or Limits()
-        self.layers = fp8_layers(model, plan)
-        self.events = EventLog(None if events is None else Path(events))
+        self.layers = _fp8_layers(model, plan)
+        self.events = None if events is None else Path(events)
+        write_event(None, self.events)
         self.demoted: dict[str, Demotion] = {}
         self.steps = self.demotions = self._bad_run = 0
         self._last_alarm = -self.limits.window
-        self._is_fp8 = is_fp8_phase(plan.schedule, 0)
         own = self.limits
         self._loss = RunningBand(own.window, own.loss_width, relative_floor=own.loss_floor)
         self._norm = RunningBand(own.window, own.norm_width, floor=own.norm_floor)
@@ -124,6 +128,7 @@ class Guard:
         if is_good:
             self._promote()
         self.steps += 1
+        self._follow_schedule()
         self._prepare()
         if self._bad_run >= self.limits.most_bad:
             raise TrainingStoppedError(
@@ -179,7 +184,6 @@ class Guard:
         self._last_alarm = loaded.last_alarm
         self._loss.restore(loaded.losses, loaded.loss_run)
         self._norm.restore(loaded.norms, loaded.norm_run)
-        self._is_fp8 = is_fp8_phase(self.plan.schedule, self.steps)
         self._prepare()
 
     @property
@@ -192,21 +196,22 @@ class Guard:
 
     def _look(self, signals: Signals) -> Look:
         """Return the step as the checks see it, after taking finite numbers into the bands."""
-        look = Look(
+        loss_run = norm_run = 0
+        if signals.is_finite:
+            loss_run = self._loss.add(signals.loss)
+            norm = signals.grad_norm
+            norm_run = self._norm.add(math.log(norm)) if norm > 0 else 0
+        return Look(
             signals=signals,
             limits=self.limits,
             layers=tuple(self.layers),
             order=tuple(layer.name for layer in self.plan.layers),
             owners=self._owners,
             rows=self._rows(signals),
+            loss_run=loss_run,
+            norm_run=norm_run,
             was_alarm=self.steps - self._last_alarm < self.limits.window,
         )
-        if not look.is_finite:
-            return look
-        self._loss.is_above(signals.loss)
-        spikes = signals.grad_norm > 0 and self._norm.is_above(math.log(signals.grad_norm))
-        norm_run = self._norm.run if spikes else 0
-        return replace(look, loss_run=self._loss.run, norm_run=norm_run)
 
     def _rows(self, signals: Signals) -> dict[str, Row]:
         """Return (underflow, saturated) of the operands of the layers in FP8, {} if not sampled."""
@@ -241,16 +246,16 @@ class Guard:
             f"{reason}{moved}{'; step skipped' if is_skipped else ''}",
             demoted,
             is_skipped=is_skipped,
-            loss=_finite(signals.loss),
-            grad_norm=_finite(signals.grad_norm),
+            loss=signals.loss if math.isfinite(signals.loss) else None,  # JSON has no NaN
+            grad_norm=signals.grad_norm if math.isfinite(signals.grad_norm) else None,
         )
 
     # --- layers out and back ---------------------------------------------------------------------
 
-    def _demote(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _demote(self, names: Sequence[str]) -> Sequence[str]:
         """Take layers out of FP8, all of them at the last allowed time; return those that are."""
         if not names:
-            return ()
+            return names
         self.demotions += 1
         if self.demotions >= self.limits.most_demotions:
             names = [name for name in self.layers if name not in self.in_bf16]
@@ -258,44 +263,76 @@ class Guard:
             before = self.demoted.get(name)
             quiet = 2 * before.quiet_steps if before else self.limits.quiet_steps or 1
             self.demoted[name] = Demotion(since=self.steps, quiet_steps=quiet)
-        return tuple(names)
+        return names
 
     def _promote(self) -> None:
         """Run in FP8 again the layers that were quiet for long enough."""
         if self.limits.quiet_steps is None or self.demotions >= self.limits.most_demotions:
             return
-        out = {name: self.demoted[name] for name in self.in_bf16}
-        names = tuple(
-            name
-            for name, demotion in out.items()
-            if self.steps - max(demotion.since, self._last_alarm) >= demotion.quiet_steps
-        )
+        names = []
+        for name in self.in_bf16:
+            out = self.demoted[name]
+            if self.steps - max(out.since, self._last_alarm) >= out.quiet_steps:
+                self.demoted[name] = out.model_copy(update={"is_promoted": True})
+                names.append(name)
         if names:
-            promoted = {n: out[n].model_copy(update={"is_promoted": True}) for n in names}
-            self.demoted |= promoted
             message = f"{first_and_more(names)} had no alarm for long enough: FP8 again"
             self._note(EventKind.PROMOTED, message, names)
 
-    def _prepare(self) -> None:
-        """Make layers and hooks ready for the step that comes."""
-        is_fp8 = is_fp8_phase(self.plan.schedule, self.steps)
-        out = frozenset(self.in_bf16)
-        if is_fp8 is not self._is_fp8:
-            self._is_fp8 = is_fp8
+    def _follow_schedule(self) -> None:
+        """Say that the plan's schedule switches FP8 on or off at the step that comes."""
+        is_fp8 = self._is_fp8(self.steps)
+        if is_fp8 is not self._is_fp8(self.steps - 1):
             state = "FP8 on" if is_fp8 else "FP8 off, all layers in BF16"
-            names = tuple(name for name in self.layers if name not in out)
+            names = [name for name in self.layers if name not in self.in_bf16]
             self._note(EventKind.SCHEDULE, f"the plan's schedule: {state}", names)
-        set_active(self.layers, demoted=out, fp8=is_fp8)
+
+    def _is_fp8(self, step: int) -> bool:
+        """Whether the plan's schedule has FP8 on at a step; before its first phase it is on."""
+        phases = (phase for phase in reversed(self.plan.schedule) if phase.start_step <= step)
+        return next((phase.fp8 for phase in phases), True)
+
+    def _prepare(self) -> None:
+        """Make layers and hooks ready for the step that comes.
+
+        A layer in FP8 O1 stores what it stores in BF16 O2, so `fp8_active = False` is all that
+        makes its GEMMs BF16. torch.compile guards on the attribute: a switch compiles once, and
+        switching back finds what was compiled before.
+        """
+        is_fp8, out = self._is_fp8(self.steps), self.in_bf16
+        for name, layer in self.layers.items():
+            wanted = is_fp8 and name not in out
+            if layer.fp8_active is not wanted:
+                layer.fp8_active = wanted
         was_alarm = self._last_alarm == self.steps - 1  # look who it is, if it comes again
         if is_fp8 and (was_alarm or self.steps % self.limits.sample_every == 0):
             self._sampler.arm()
         else:
             self._sampler.disarm()
 
-    def _note(self, kind: EventKind, message: str, layers: tuple[str, ...], **more: Any) -> None:
+    def _note(self, kind: EventKind, message: str, layers: Sequence[str], **more: Any) -> None:
         """Write an event (Any: the fields that only alarms have)."""
-        event = GuardEvent(step=self.steps, kind=kind, message=message, layers=layers, **more)
-        self.events.write(event)
+        event = GuardEvent(
+            step=self.steps, kind=kind, message=message, layers=tuple(layers), **more
+        )
+        write_event(event, self.events)
+
+
+def _fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao ships no types
+    """Return the modules of the plan's FP8 layers by name, in plan order."""
+    found = {
+        plain_name(name): module
+        for name, module in unwrapped(model, parallel=True).named_modules()
+        if "fp8_active" in vars(module)
+    }
+    wanted = [layer.name for layer in plan.layers if layer.option.is_fp8]
+    differing = sorted(set(found) ^ set(wanted))
+    if differing:
+        raise PlanMismatchError(
+            f"a guard watches a model to which the plan was applied, but they differ in the FP8 "
+            f"layers {first_and_more(differing)}; call autoprec.apply with this plan first"
+        )
+    return {name: found[name] for name in wanted}
 
 
 def _trained(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], list[nn.Parameter]]:
@@ -315,8 +352,3 @@ def _trained(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], list[nn.Par
             "unfreeze parameters before making the guard"
         )
     return tuple(owners), parameters
-
-
-def _finite(value: float) -> float | None:
-    """Return a number that JSON can hold, or None."""
-    return value if math.isfinite(value) else None

@@ -27,12 +27,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.errors import AutoprecError
 from autoprec.model.layers import model_layers, plain_name, unwrapped
 from autoprec.records import Plan
-from autoprec.runtime.attach import (
-    attach,
-    check_optimizer,
-    detach_optimizer,
-    watch_optimizers,
-)
+from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
 from autoprec.runtime.fit import check_layers, check_recipes, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage

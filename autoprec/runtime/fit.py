@@ -12,13 +12,7 @@ from torch._dynamo import OptimizedModule
 
 from autoprec.common.text import first_and_more, one_line
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import (
-    ModelLayers,
-    layer_kind,
-    linear_refusal,
-    model_layers,
-    plain_name,
-)
+from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, plain_name
 from autoprec.model.options import shape_refusal
 from autoprec.records import (
     APPLICABLE_RECIPES,

@@ -74,11 +74,7 @@ def whole_weight(data: Tensor, scale: Tensor, *, dtype: torch.dtype, layer: Any)
 
 def _like(weight: WholeWeight, data: Tensor) -> WholeWeight:
     view = WholeWeight(
-        data,
-        weight._scale,
-        weight._orig_dtype,
-        weight._linear_mm_config,
-        weight._gemm_input_role,
+        data, weight._scale, weight._orig_dtype, weight._linear_mm_config, weight._gemm_input_role
     )
     view.bf16 = weight.bf16  # the same object: a later gather resizes it
     return view

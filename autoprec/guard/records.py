@@ -1,11 +1,17 @@
-"""When the guard acts, what it then does to the step, and what it remembers from step to step."""
+"""When the guard acts and how, what it remembers from step to step, and what it says happened."""
 
+import logging
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
+import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from autoprec.errors import RecordError
 from autoprec.records.base import Record
+
+logger = logging.getLogger(__name__)
 
 
 class Action(StrEnum):
@@ -59,3 +65,47 @@ class GuardState(Record):
     norms: tuple[float, ...] = Field(max_length=100_000)
     loss_run: NonNegativeInt
     norm_run: NonNegativeInt
+
+
+class EventKind(StrEnum):
+    """What happened."""
+
+    NOT_FINITE = "not_finite"  # loss or a gradient is an infinity or a NaN
+    LOSS = "loss"  # above its band, several steps in a row
+    GRAD_NORM = "grad_norm"  # above its band
+    RANGE = "range"  # layers lose too much to FP8's range
+    PROMOTED = "promoted"  # layers run in FP8 again
+    SCHEDULE = "schedule"  # the plan's schedule switched FP8 on or off
+
+
+class GuardEvent(Record):
+    """One event: `layers` changed precision at `step`; numbers that are not finite are None."""
+
+    step: NonNegativeInt
+    kind: EventKind
+    message: str
+    layers: tuple[str, ...] = ()
+    is_skipped: bool = False
+    loss: float | None = None
+    grad_norm: float | None = None
+
+
+def write_event(event: GuardEvent | None, path: Path | None) -> None:
+    """Warn of an event and append it to a file as a line of JSON, on rank 0 alone.
+
+    None tries the file, so that one that cannot be written is an error now, not in an alarm.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if event is not None:
+        logger.warning("step %d: %s", event.step, event.message)
+    if path is None:
+        return
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("" if event is None else event.model_dump_json() + "\n")
+    except OSError as error:
+        raise RecordError(
+            f"the guard's event file must be writable, but {path} is not "
+            f"({error.strerror}); give another path as events="
+        ) from error
