@@ -1,18 +1,20 @@
-"""Two record files -> what differs: plans by layer, sensitivities by drift of e."""
+"""Two record files -> what differs: plans by layer, sensitivities by drift."""
 
 import json
+import math
 from pathlib import Path
 
 from autoprec.errors import RecordError
 from autoprec.records import (
     Difference,
     DifferenceRow,
+    Estimate,
     Plan,
     Sensitivity,
     read_text,
 )
 
-DRIFT_FACTOR = 1.5  # e that moved by less than this factor and by less than two sigma is no drift
+DRIFT_FACTOR = 1.5  # what moved by less, or by less than two sigma, is no drift
 SIGMAS = 2.0
 
 
@@ -47,37 +49,23 @@ def diff_plans(before: Plan, after: Plan) -> tuple[DifferenceRow, ...]:
 
 
 def diff_sensitivities(before: Sensitivity, after: Sensitivity) -> tuple[DifferenceRow, ...]:
-    """Return the layers and options whose e moved beyond noise and by DRIFT_FACTOR or more."""
-    rows = []
+    """Return the layers and options whose gradient error drifted, or that were not measured again.
+
+    A drift is a move beyond noise, and by DRIFT_FACTOR or more.
+    """
+    found = []
     for row in before.rows:
         other = after.row(row.name, row.option)
-        if other is None:
-            rows.append(
-                DifferenceRow(
-                    name=f"{row.name} {row.option}",
-                    before=f"{row.grad_error.mean:.3%}",
-                    after="absent",
-                )
-            )
-        elif _has_drifted(
-            row.grad_error.mean,
-            other.grad_error.mean,
-            row.grad_error.stderr or 0.0,
-            other.grad_error.stderr or 0.0,
-        ):
-            rows.append(
-                DifferenceRow(
-                    name=f"{row.name} {row.option}",
-                    before=f"{row.grad_error.mean:.4%}",
-                    after=f"{other.grad_error.mean:.4%}",
-                )
-            )
-    return tuple(rows)
+        if other is None or _has_drifted(row.grad_error, other.grad_error):
+            now = "absent" if other is None else f"{other.grad_error.mean:.4%}"
+            old, name = f"{row.grad_error.mean:.4%}", f"{row.name} {row.option}"
+            found.append(DifferenceRow(name=name, before=old, after=now))
+    return tuple(found)
 
 
-def _has_drifted(before: float, after: float, stderr_before: float, stderr_after: float) -> bool:
-    noise = SIGMAS * (stderr_before**2 + stderr_after**2) ** 0.5
-    low, high = sorted((max(before, 0.0), max(after, 0.0)))
+def _has_drifted(before: Estimate, after: Estimate) -> bool:
+    noise = SIGMAS * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    low, high = sorted(max(estimate.mean, 0.0) for estimate in (before, after))
     return high - low > noise and high > DRIFT_FACTOR * low
 
 
