@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -107,12 +108,19 @@ def test_resume_repeats_no_finished_stage(tuned: Path, run: Run) -> None:
     assert {name: (tuned / f"{name}.json").stat().st_mtime_ns for name in names} == before
 
 
-def test_search_and_report_of_saved_records_need_no_torch(tuned: Path) -> None:
+@pytest.fixture
+def tuned_copy(tuned: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tuned folder, for a command that writes there."""
+    return Path(shutil.copytree(tuned, tmp_path / "copy"))
+
+
+def test_search_and_report_of_saved_records_need_no_torch(tuned_copy: Path) -> None:
+    folder = str(tuned_copy)
     code = textwrap.dedent(
         f"""
         import sys
         from autoprec.cli.main import main
-        for arguments in (["search", {str(tuned)!r}, "--json"], ["report", {str(tuned)!r}]):
+        for arguments in (["search", {folder!r}, "--json"], ["report", {folder!r}]):
             try:
                 main(arguments)
             except SystemExit as leaving:
@@ -140,12 +148,12 @@ def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None
     assert [row["name"] for row in json.loads(out)["rows"]] == [first["name"]]
 
 
-def test_keep_decides_a_layer(tuned: Path, run: Run) -> None:
-    status, _, _ = run("search", tuned, "--keep", "3=fp32", "--trials", "2", "--json")
-    plan = Plan.load(tuned / "plan.json")
+def test_keep_decides_a_layer(tuned_copy: Path, run: Run) -> None:
+    status, _, _ = run("search", tuned_copy, "--keep", "3=fp32", "--trials", "2", "--json")
+    plan = Plan.load(tuned_copy / "plan.json")
     assert status == 0
     assert next(layer for layer in plan.layers if layer.name == "3").precision == "fp32"
-    status, _, err = run("search", tuned, "--keep", "block*=fp32", "--trials", "2")
+    status, _, err = run("search", tuned_copy, "--keep", "block*=fp32", "--trials", "2")
     assert status == 2
     assert _is_one_line(err, "block*")
 
