@@ -234,7 +234,6 @@ def compare_steps(run: Run, name: str, workload: Workload, mode: str) -> list[di
             "over bf16": base / step.timing.median_ms,
             **{label: predict_step(p, arms[step.label]) for label, p in predictions.items()},
             "peak GB": step.peak_bytes and step.peak_bytes / 1e9,
-            "joules": step.energy_j,
             "compile s": compile_s,
         }
         for step in steps

@@ -72,7 +72,7 @@ class Run:
         return make_clock(self.device)
 
     @cached_property
-    def monitor(self) -> Monitor | None:
+    def monitor(self) -> Monitor:
         return find_monitor(self.device)  # one for all: it remembers a GPU that stays slow
 
     @property

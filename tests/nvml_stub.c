@@ -1,14 +1,13 @@
 /* A small libnvidia-ml.so.1 for the tests: one GPU whose state the environment sets.
 
    STUB_INIT    result of nvmlInit (9: driver not loaded)
-   STUB_ERROR   result of power and energy (4: no permission)
+   STUB_ERROR   result of power (4: no permission)
    STUB_HOT     how many times, from the start, the throttle reasons say hw_thermal
-   NO_SYMBOLS   (when compiled) a driver of before 535: older names, no energy counter */
+   NO_SYMBOLS   (when compiled) a driver of before 535: older names */
 #include <stdlib.h>
 #include <string.h>
 
 typedef void *Device;
-static unsigned long long energy_mj = 1000000;
 static int reason_calls = 0;
 
 static int number(const char *name, int otherwise) {
@@ -60,8 +59,4 @@ static int reasons(unsigned long long *bits) {
 int nvmlDeviceGetCurrentClocksThrottleReasons(Device d, unsigned long long *b) { return reasons(b); }
 #else
 int nvmlDeviceGetCurrentClocksEventReasons(Device d, unsigned long long *b) { return reasons(b); }
-int nvmlDeviceGetTotalEnergyConsumption(Device device, unsigned long long *millijoules) {
-  *millijoules = energy_mj += 5000;
-  return number("STUB_ERROR", 0);
-}
 #endif

@@ -319,7 +319,6 @@ def step(label: str, ms: float, machine: Machine, *, samples: int = 20) -> StepT
         label=label,
         timing=timing(ms, samples=samples, spread=0.012, rejected=1 if label == "fp32" else 0),
         peak_bytes=int(ms * 4e8) if on_gpu else None,
-        energy_j=ms * 0.61 if on_gpu else None,
         conditions=conditions(machine),
     )
 
@@ -334,7 +333,6 @@ def conditions(machine: Machine) -> Conditions | None:
         power_limit_w=700.0,
         temperature_c=61,
         throttle_reasons=("sw_power_cap",),
-        energy_j=None,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoprec.device.timing import Observation, Stopping, sample_interleaved
+from autoprec.device.timing import UNWATCHED, Observation, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -43,11 +43,8 @@ class CleanMonitor:
     def settle(self) -> int:
         return 2
 
-    def begin(self) -> None:
-        return None
-
-    def end(self) -> Observation:
-        return Observation()
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        return sample(), Observation()
 
 
 def opened(backend: Any = "aot_eager") -> Any:  # Any: dynamo's backends; a context of this module
@@ -138,7 +135,7 @@ def test_a_step_that_compiles_again_and_again_is_an_error() -> None:
                 {"a": lambda: fn(torch.ones(next(sizes)))},
                 clock=ConstantClock(),
                 stopping=Stopping(samples=9),
-                monitor=GraphMonitor(compilation, None),
+                monitor=GraphMonitor(compilation, UNWATCHED),
             )
     assert compilation.recompiles == MOST_SPOILED + 1
 

@@ -21,6 +21,7 @@ from autoprec.device.local import (
     fp8_format_gaps,
     resolve_device,
 )
+from autoprec.device.timing import UNWATCHED
 from autoprec.errors import DeviceError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -93,10 +94,8 @@ def test_a_sample_is_dirty_when_the_cpu_was_taken_away(monkeypatch: pytest.Monke
     switches = iter([100, 101, 200, 240])
     monkeypatch.setattr(module, "_involuntary_switches", lambda: next(switches))
     monitor = LoadMonitor()
-    monitor.begin()
-    assert not monitor.end().is_dirty
-    monitor.begin()
-    assert monitor.end().is_dirty
+    assert not monitor.observe(lambda: 1.0)[1].is_dirty
+    assert monitor.observe(lambda: 1.0)[1].is_dirty
 
 
 def test_the_cpu_has_a_monitor() -> None:
@@ -131,7 +130,7 @@ def test_facts_of_a_gpu_without_nvml_name_what_is_missing(gpu: SimpleNamespace) 
     assert "10.0 or more, and it has 9.0" in missing["mxfp8"]
     assert device_name(CUDA) == gpu.name
     assert find_sensor(CUDA) is None
-    assert find_monitor(CUDA) is None
+    assert find_monitor(CUDA) is UNWATCHED
 
 
 def test_a_gpu_with_nvml_has_a_thermal_monitor(

@@ -174,16 +174,13 @@ def test_nvml_reads_the_gpu_while_it_works(device: torch.device) -> None:
     if sensor is None:
         pytest.skip(str(dict(device_facts(device).missing)))
     x = torch.randn(8192, 8192, device=device).bfloat16()
-    before = sensor.energy_j()
     for _ in range(200):
         x @ x
     seen = sensor.read()
     torch.cuda.synchronize()
-    after = sensor.energy_j()
     assert seen.sm_clock_mhz or "sm_clock_mhz" in sensor.missing
     assert seen.power_w or "power_w" in sensor.missing
     assert seen.temperature_c or "temperature_c" in sensor.missing
-    assert before is None or after is None or after > before
 
 
 # --- FP8 ---------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from autoprec.device.local import MOST_PAUSES, ThermalMonitor, nvml_facts
 from autoprec.device.nvml import open_sensor
 from autoprec.device.timing import Stopping, sample_interleaved
 from autoprec.errors import DeviceError
-from autoprec.profiler.steps import measure_energy
 
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -68,11 +67,11 @@ def test_a_healthy_gpu_tells_everything(load_stub: LoadStub) -> None:
 def test_a_power_cap_is_recorded_and_no_reason_to_reject(load_stub: LoadStub) -> None:
     load_stub()
     monitor = ThermalMonitor(open_sensor("a"))
-    monitor.begin()
-    seen = monitor.end()
+    elapsed, seen = monitor.observe(lambda: 3.0)
+    assert elapsed == 3.0
     assert not seen.is_dirty
     assert seen.conditions is not None
-    assert seen.conditions.energy_j == pytest.approx(5.0)
+    assert seen.conditions.throttle_reasons == ("sw_power_cap",)
 
 
 def test_hot_samples_are_rejected_and_counted(load_stub: LoadStub) -> None:
@@ -109,11 +108,11 @@ def test_a_gpu_that_stays_hot_is_waited_for_once(load_stub: LoadStub) -> None:
     assert monitor.settle() == MOST_PAUSES
     for _ in range(4):  # the fourth sample is the last hot one
         assert monitor.settle() == 0
-        monitor.begin()
-        assert monitor.end().is_dirty
+        assert monitor.observe(lambda: 1.0)[1].is_dirty
     assert len(naps) == MOST_PAUSES
-    monitor.begin()
-    assert not monitor.end().is_dirty  # it has cooled: from now on heat is waited for again
+    assert not monitor.observe(lambda: 1.0)[
+        1
+    ].is_dirty  # it has cooled: from now on heat is waited for again
     assert not monitor._gave_up
 
 
@@ -121,25 +120,15 @@ def test_what_may_not_be_read_is_a_named_fact(load_stub: LoadStub) -> None:
     load_stub(STUB_ERROR=4)
     missing: dict[str, str] = {}
     assert nvml_facts("a", missing) == "570.86.15"
-    assert set(missing) == {"power_w", "energy_j"}
+    assert set(missing) == {"power_w"}
     assert "Insufficient Permissions" in missing["power_w"]
 
 
-def test_an_older_driver_lacks_a_counter_and_no_more(load_stub: LoadStub) -> None:
+def test_an_older_driver_tells_as_much_by_older_names(load_stub: LoadStub) -> None:
     load_stub("-DNO_SYMBOLS")
     sensor = open_sensor("a")
     assert sensor.read().throttle_reasons == ("sw_power_cap",)
-    assert sensor.energy_j() is None
-    assert "Function Not Found" in sensor.missing["energy_j"]
-    assert measure_energy(lambda: None, sensor, clock=EveryCallTakes(1.0)) is None
-
-
-def test_energy_per_step_covers_a_second_of_steps(load_stub: LoadStub) -> None:
-    load_stub()
-    steps: list[int] = []
-    joules = measure_energy(lambda: steps.append(0), open_sensor("a"), clock=EveryCallTakes(100.0))
-    assert joules == pytest.approx(5.0 / len(steps))
-    assert len(steps) == 10
+    assert sensor.missing == {}
 
 
 def test_a_mig_slice_is_found_and_named(load_stub: LoadStub) -> None:

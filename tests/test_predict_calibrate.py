@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoprec.common.recipes import Gemm, Recipe
-from autoprec.device.timing import Function
+from autoprec.device.timing import UNWATCHED, Function
 from autoprec.device.torchao import float8_config
 from autoprec.errors import DeviceError
 from autoprec.predict import load_device_profile
@@ -191,7 +191,7 @@ def test_on_a_gpu_many_calls_are_replayed_at_once_and_divided(
         return fn
 
     monkeypatch.setattr(device_measure, "replay_of", replay_of)
-    meter = Meter(torch.device("cuda"), Millisecond(), 3, None)
+    meter = Meter(torch.device("cuda"), Millisecond(), 3, UNWATCHED)
     assert meter.microseconds({"kernel": lambda: None}, 20) == {"kernel": 50.0}
     assert meter.launched({"kernel": lambda: None}) == {"kernel": 1000.0}
     assert asked == [20]
@@ -201,7 +201,7 @@ def test_a_compiler_that_fails_leaves_casts_unmeasured(caplog: pytest.LogCapture
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler\nat all")
 
-    meter = Meter(torch.device("cpu"), StepClock(), 3, None)
+    meter = Meter(torch.device("cpu"), StepClock(), 3, UNWATCHED)
     operands = Operands(torch.ones(64, 32), torch.ones(32, 32))
     assert time_compiled_casts(meter, operands, [Recipe.TENSORWISE], backend=broken) == {}
     assert "casts are not measured" in caplog.text

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoprec.device.timing import Observation, Stopping
+from autoprec.device.timing import UNWATCHED, Stopping
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
@@ -38,19 +38,6 @@ from autoprec.records import (
 from autoprec.workload.functions import Workload, take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
-
-
-class CleanMonitor:
-    """Finds no sample dirty, however busy the machine is."""
-
-    def settle(self) -> int:
-        return 0
-
-    def begin(self) -> None:
-        return None
-
-    def end(self) -> Observation:
-        return Observation()
 
 
 class SequenceNet(nn.Module):
@@ -377,7 +364,7 @@ def test_arms_step_in_turns_on_the_same_batches() -> None:
         Context(workload_from(SimpleNamespace(**functions)), CPU, clock=ConstantClock()),
         {"fp32": {}, "bf16_o2": dict.fromkeys(layers, BF16_O2), "autocast_bf16": "autocast_bf16"},
         stopping=Stopping(4),
-        monitor=CleanMonitor(),
+        monitor=UNWATCHED,
     )
     assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]
     assert all(step.timing.samples == 4 and step.peak_bytes is None for step in found)

@@ -90,12 +90,9 @@ class ScriptedMonitor:
         self.settled += 1
         return 2
 
-    def begin(self) -> None:
-        return None
-
-    def end(self) -> Observation:
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         is_dirty = self.dirty.pop(0) if self.dirty else False
-        return Observation(is_dirty, Conditions(temperature_c=80 if is_dirty else 60))
+        return sample(), Observation(is_dirty, Conditions(temperature_c=80 if is_dirty else 60))
 
 
 def test_every_candidate_has_one_turn_per_round() -> None:

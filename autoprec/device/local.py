@@ -13,7 +13,7 @@ import torch
 from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
-from autoprec.device.timing import Monitor, Observation
+from autoprec.device.timing import UNWATCHED, Monitor, Observation
 from autoprec.errors import DeviceError
 from autoprec.records import DeviceFacts
 
@@ -127,16 +127,16 @@ def find_sensor(device: torch.device) -> Sensor | None:
         return None
 
 
-def find_monitor(device: torch.device) -> Monitor | None:
-    """Return what rejects samples of a hot GPU or a busy CPU; None where nothing can be read."""
+def find_monitor(device: torch.device) -> Monitor:
+    """Return what rejects samples of a hot GPU or a busy CPU, as far as that can be read."""
     if device.type == "cpu":
-        return None if sys.platform == "win32" else LoadMonitor()
+        return UNWATCHED if sys.platform == "win32" else LoadMonitor()
     sensor = find_sensor(device)
-    return None if sensor is None else ThermalMonitor(sensor)
+    return UNWATCHED if sensor is None else ThermalMonitor(sensor)
 
 
 def _cpu_facts(_device: torch.device, missing: dict[str, str]) -> dict[str, object]:
-    missing["clocks, power, heat, energy"] = "NVML reads them of NVIDIA GPUs only"
+    missing["clocks, power, heat"] = "NVML reads them of NVIDIA GPUs only"
     try:
         text = CPU_INFO.read_text()
     except OSError as error:
@@ -180,9 +180,8 @@ def nvml_facts(uuid: str, missing: dict[str, str]) -> str:
         return ""
     driver = sensor.driver()
     sensor.read()
-    sensor.energy_j()
     if sensor.is_mig():
-        missing["mig"] = "the GPU is split into MIG slices: clocks, power and energy are the GPU's"
+        missing["mig"] = "the GPU is split into MIG slices: clocks and power are the GPU's"
     missing.update(sensor.missing)
     return driver
 
@@ -228,7 +227,6 @@ class ThermalMonitor:
     def __init__(self, sensor: Sensor, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sensor = sensor
         self._sleep = sleep
-        self._energy_j: float | None = None
         self._gave_up = False
 
     def settle(self) -> int:
@@ -244,41 +242,29 @@ class ThermalMonitor:
         self._gave_up = True
         return patience
 
-    def begin(self) -> None:
-        """Note the energy counter."""
-        self._energy_j = self._sensor.energy_j()
-
-    def end(self) -> Observation:
-        """Return what the GPU was like, and whether that spoiled the sample."""
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        """Take a sample; return what the GPU was like after it, and whether that spoiled it."""
+        elapsed = sample()
         seen = self._sensor.read()
-        after = self._sensor.energy_j()
-        if self._energy_j is not None and after is not None:
-            used = max(after - self._energy_j, 0.0)
-            seen = seen.model_copy(update={"energy_j": used})
         is_slow = bool(SLOWDOWNS & set(seen.throttle_reasons))
         self._gave_up = self._gave_up and is_slow
-        return Observation(is_slow, seen)
+        return elapsed, Observation(is_slow, seen)
 
 
 class LoadMonitor:
     """Calls a sample dirty when other processes took the CPU away from this one during it."""
 
-    def __init__(self) -> None:
-        self._switches, self._started = 0, 0.0
-
     def settle(self) -> int:
         """Return at once: how long others want the CPU is not known."""
         return 0
 
-    def begin(self) -> None:
-        """Note the count of involuntary context switches."""
-        self._switches, self._started = _involuntary_switches(), time.perf_counter()
-
-    def end(self) -> Observation:
-        """Return dirty when there were more switches than a quiet machine's own services cause."""
-        elapsed_ms = (time.perf_counter() - self._started) * 1e3
-        switches = _involuntary_switches() - self._switches
-        return Observation(is_dirty=switches > max(1.0, elapsed_ms / MS_PER_SWITCH))
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        """Take a sample; dirty if it was interrupted more often than a quiet machine does."""
+        switches, started = _involuntary_switches(), time.perf_counter()
+        elapsed = sample()
+        around_ms = (time.perf_counter() - started) * 1e3
+        switches = _involuntary_switches() - switches
+        return elapsed, Observation(is_dirty=switches > max(1.0, around_ms / MS_PER_SWITCH))
 
 
 def _involuntary_switches() -> int:

@@ -1,4 +1,4 @@
-"""NVML -> the clocks, power, heat, energy and throttle reasons of one GPU; what is absent says why.
+"""NVML -> the clocks, power, heat and throttle reasons of one GPU; what is absent says why.
 
 NVML is read through nvidia-ml-py. No library, no driver, no permission, a MIG slice or a symbol the
 driver lacks are facts, each with its reason in words, never a crash:
@@ -47,17 +47,13 @@ class Sensor:
         mode = self._read("mig_mode", pynvml.nvmlDeviceGetMigMode)
         return mode is not None and bool(mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
 
-    def energy_j(self) -> float | None:
-        """Return the joules since the driver was loaded; the counter moves every 20 to 100 ms."""
-        return self._thousandth("energy_j", pynvml.nvmlDeviceGetTotalEnergyConsumption)
-
     def throttle_reasons(self) -> tuple[str, ...]:
         """Return why the clocks are below what they could be."""
         bits = self._read("throttle_reasons", _reason_bits) or 0
         return tuple(name for bit, name in REASONS.items() if bits & bit)
 
     def read(self) -> Conditions:
-        """Return all readings of this moment; energy is a difference and stays None."""
+        """Return all readings of this moment."""
         ask = pynvml
         return Conditions(
             sm_clock_mhz=self._read("sm_clock_mhz", ask.nvmlDeviceGetClockInfo, ask.NVML_CLOCK_SM),

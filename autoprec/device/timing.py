@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +46,6 @@ MERGED_BY: Mapping[str, Callable[[Sequence[float]], Any]] = {  # Any: integers s
     "power_w": statistics.fmean,
     "power_limit_w": statistics.fmean,
     "temperature_c": max,
-    "energy_j": statistics.fmean,
 }
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 
@@ -77,11 +77,23 @@ class Monitor(Protocol):
     def settle(self) -> int:
         """Wait until the machine is fit to be timed; return how many pauses that took."""
 
-    def begin(self) -> None:
-        """Look before a sample."""
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        """Take a sample; return its ms and what was seen around it."""
 
-    def end(self) -> Observation:
-        """Look after it."""
+
+class Unwatched:
+    """Accepts every sample, for a machine of which nothing can be read."""
+
+    def settle(self) -> int:
+        """Return at once."""
+        return 0
+
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        """Take a sample."""
+        return sample(), Observation()
+
+
+UNWATCHED = Unwatched()
 
 
 class CpuClock:
@@ -248,7 +260,7 @@ def time_interleaved(
     *,
     clock: Clock,
     samples: int = 20,
-    monitor: Monitor | None = None,
+    monitor: Monitor = UNWATCHED,
 ) -> dict[str, Timing]:
     """Time every candidate `samples` times, in turns; see `sample_interleaved`."""
     stopping = Stopping(samples=samples)
@@ -263,7 +275,7 @@ def sample_interleaved(
     stopping: Stopping,
     warmup: int = 3,
     prepare: Callable[[int], None] | None = None,
-    monitor: Monitor | None = None,
+    monitor: Monitor = UNWATCHED,
     seed: int = 0,
 ) -> dict[str, Samples]:
     """Sample candidates in turns until each has enough.
@@ -276,7 +288,7 @@ def sample_interleaved(
         warmup: unmeasured calls of each before the first round; 0 for what is warm already and
             takes longer than SHORTEST_SAMPLE_MS.
         prepare: called before every round with its number, outside of the timing.
-        monitor: looks at the machine; None accepts every sample.
+        monitor: looks at the machine around every sample.
         seed: of the order of turns.
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
@@ -297,10 +309,10 @@ def sample_interleaved(
             if prepare is not None:
                 prepare(number)
             # The machine cools before a round, never within: its samples are of one state.
-            pauses = monitor.settle() if monitor is not None else 0
+            pauses = monitor.settle()
             for name in active:
                 fn, calls = repeated[name]
-                elapsed, seen = _observe(fn, clock=clock, monitor=monitor)
+                elapsed, seen = monitor.observe(partial(clock.measure, fn))
                 taken[name].pauses += pauses
                 taken[name].add(number, elapsed / calls, seen, limit=stopping.most_rejections)
     return taken
@@ -371,14 +383,6 @@ def _warm_up(
             fn()
 
     return run, times
-
-
-def _observe(fn: Function, *, clock: Clock, monitor: Monitor | None) -> tuple[float, Observation]:
-    if monitor is None:
-        return clock.measure(fn), Observation()
-    monitor.begin()
-    elapsed = clock.measure(fn)
-    return elapsed, monitor.end()
 
 
 @contextmanager

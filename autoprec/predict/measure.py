@@ -20,7 +20,14 @@ import torch
 from autoprec.common.recipes import Recipe
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
-from autoprec.device.timing import Clock, Monitor, graph_replay, make_clock, time_interleaved
+from autoprec.device.timing import (
+    UNWATCHED,
+    Clock,
+    Monitor,
+    graph_replay,
+    make_clock,
+    time_interleaved,
+)
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import DeviceError
 from autoprec.predict import list_device_profiles
@@ -94,7 +101,7 @@ def take_measurements(
     copied_bytes: int = COPIED_BYTES,
     cast: tuple[int, int] = CAST,
     samples: int = SAMPLES,
-    monitor: Monitor | None = None,
+    monitor: Monitor = UNWATCHED,
     backend: Backend = INDUCTOR,
 ) -> Measured:
     """Time GEMMs of `shapes`, one of the shape `small`, a copy, an empty kernel and casts."""
@@ -138,7 +145,7 @@ class Meter:
     device: torch.device
     clock: Clock
     samples: int
-    monitor: Monitor | None
+    monitor: Monitor
 
     def microseconds(self, candidates: Mapping[str, Function], calls: int = 1) -> dict[str, float]:
         """Return the time of each on the device alone: on CUDA as a replay of `calls` calls."""

@@ -12,7 +12,7 @@ an error, and caches are emptied before each group, lest one layer's sizes make 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,34 +66,28 @@ class Compilation:
 class GraphMonitor:
     """Another monitor, that also spoils every sample in which a graph was made."""
 
-    def __init__(self, compilation: Compilation, inner: Monitor | None) -> None:
+    def __init__(self, compilation: Compilation, inner: Monitor) -> None:
         self._compilation = compilation
         self._inner = inner
-        self._known = 0
         self._spoiled = 0
 
     def settle(self) -> int:
         """Wait as the other monitor does."""
-        return 0 if self._inner is None else self._inner.settle()
+        return self._inner.settle()
 
-    def begin(self) -> None:
-        """Note how many graphs there are."""
-        self._known = made_graphs()
-        if self._inner is not None:
-            self._inner.begin()
-
-    def end(self) -> Observation:
-        """Return what the other monitor saw; spoiled if there are more graphs now.
+    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
+        """Return what the other monitor saw; spoiled if there are more graphs after the sample.
 
         Raises:
             DeviceError: it happens again and again.
         """
         # A sample with a graph in it holds seconds of compiling, so it is left out even where no
         # more rejections are allowed; a step that goes on compiling has no time of its own.
-        seen = Observation() if self._inner is None else self._inner.end()
-        made = made_graphs() - self._known
+        known = made_graphs()
+        elapsed, seen = self._inner.observe(sample)
+        made = made_graphs() - known
         if not made:
-            return seen
+            return elapsed, seen
         self._compilation.recompiles += made
         self._spoiled += 1
         if self._spoiled > MOST_SPOILED:
@@ -101,7 +95,7 @@ class GraphMonitor:
                 "a compiled step must not compile again while it is timed, but "
                 f"{self._spoiled} samples did; give batches of one shape, or time it with --eager"
             )
-        return Observation(seen.is_dirty, seen.conditions, is_spoiled=True)
+        return elapsed, replace(seen, is_spoiled=True)
 
 
 @contextmanager

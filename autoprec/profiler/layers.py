@@ -18,6 +18,7 @@ import torch
 
 from autoprec.device.local import release_memory
 from autoprec.device.timing import (
+    UNWATCHED,
     Clock,
     Function,
     Monitor,
@@ -61,7 +62,7 @@ class LayerMeter:
     clock: Clock
     state_ratio: float  # optimizer state elements per parameter element
     gemms_hp: bool = False  # time FP8 with some GEMMs in BF16 too, where the parts promise a gain
-    monitor: Monitor | None = None
+    monitor: Monitor = UNWATCHED
     seed: int = 0
     compilation: Compilation | None = None  # None: eager
 

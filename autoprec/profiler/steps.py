@@ -12,15 +12,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from autoprec.common.text import error_line
-from autoprec.device.local import find_monitor, find_sensor, release_memory
-from autoprec.device.nvml import Sensor
+from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import (
-    Clock,
     Function,
     Monitor,
     Stopping,
@@ -39,7 +38,6 @@ Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32)
 AUTOCAST = "autocast_bf16"
 BATCHES = 4  # different ones, taken in turn
 WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
-ENERGY_MS = 1000.0  # measured at least: NVML's counter moves every 20 to 100 ms
 log = logging.getLogger(__name__)
 
 
@@ -64,47 +62,38 @@ def time_steps(
     Raises:
         DeviceError: a variant alone does not fit into the device's memory.
     """
-    monitor = monitor or find_monitor(context.device)
-    comparison = _Comparison(
-        context,
-        take_batches(context.workload, seed=context.seed, count=BATCHES, device=context.device),
-        stopping,
-        monitor if compilation is None else GraphMonitor(compilation, monitor),
-        compilation,
-    )
+    device = context.device
+    monitor = monitor or find_monitor(device)
+    release_memory(device)  # what was timed before
     try:  # side by side first, since only samples of one round have the same clocks and heat
-        return comparison.time_in_turns(variants)
+        return _Comparison(
+            context,
+            take_batches(context.workload, seed=context.seed, count=BATCHES, device=device),
+            stopping,
+            monitor if compilation is None else GraphMonitor(compilation, monitor),
+            compilation,
+        ).time_in_turns(variants)
     except (torch.OutOfMemoryError, WorkloadError) as error:
-        if not is_out_of_memory(error):
+        # Memory runs out in our code, or in a function of the user's file.
+        if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
             raise
+        if len(variants) == 1:
+            (label,) = variants
+            raise DeviceError(
+                f"a step must fit into the memory of {device}, but that of {label!r} does "
+                "not; tune with a smaller batch or model, or on a larger device"
+            ) from error
         log.warning(
             "%d models do not fit into the memory of %s side by side and are timed one after "
             "another, so their ratios are less exact (%s)",
             len(variants),
-            context.device,
+            device,
             error_line(error),
         )
-    return tuple(comparison.time_alone(label, variant) for label, variant in variants.items())
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in our code or in a function of the user's file."""
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(
-        error.__cause__, torch.OutOfMemoryError
+    time_alone = partial(
+        time_steps, context, stopping=stopping, monitor=monitor, compilation=compilation
     )
-
-
-def measure_energy(step: Function, sensor: Sensor, *, clock: Clock) -> float | None:
-    """Return joules per step, over as many steps as the counter needs; None without a counter."""
-    clock.synchronize()
-    before, elapsed, steps = sensor.energy_j(), 0.0, 0
-    if before is None:
-        return None
-    while elapsed < ENERGY_MS:
-        elapsed += max(clock.measure(step), 1e-3)
-        steps += 1
-    after = sensor.energy_j()
-    return None if after is None else max(after - before, 0.0) / steps
+    return tuple(time_alone({label: variant})[0] for label, variant in variants.items())
 
 
 @dataclass
@@ -114,53 +103,31 @@ class _Comparison:
     context: Context
     batches: Sequence[Batch]
     stopping: Stopping
-    monitor: Monitor | None
+    monitor: Monitor
     compilation: Compilation | None
     round: int = 0
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
         """Time variants side by side: all of their models are in memory at once."""
-        clock, device = self.context.timer, self.context.device
         built = {label: self._build(variant) for label, variant in variants.items()}
         found = sample_interleaved(
             {label: step for label, (step, _) in built.items()},
-            clock=clock,
+            clock=self.context.timer,
             stopping=self.stopping,
             warmup=WARMUP - 1,  # building a variant runs its first step
             prepare=self._turn_batches,
             monitor=self.monitor,
             seed=self.context.seed,
         )
-        # Energy is read over a second of steps afterwards, since the counter is too coarse for
-        # one step; without a sensor there is none.
-        sensor = find_sensor(device)
-        energy = {
-            label: measure_energy(step, sensor, clock=clock) if sensor is not None else None
-            for label, (step, _) in built.items()
-        }
         return tuple(
             StepTiming(
                 label=label,
                 timing=samples.timing(),
                 peak_bytes=built[label][1],
-                energy_j=energy[label],
                 conditions=merge_conditions(samples.conditions, pauses=samples.pauses),
             )
             for label, samples in found.items()
         )
-
-    def time_alone(self, label: str, variant: Variant) -> StepTiming:
-        """Time one variant with the memory to itself."""
-        release_memory(self.context.device)  # what the variant before held
-        try:
-            return self.time_in_turns({label: variant})[0]
-        except (torch.OutOfMemoryError, WorkloadError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DeviceError(
-                f"a step must fit into the memory of {self.context.device}, but that of {label!r} "
-                "does not; tune with a smaller batch or model, or on a larger device"
-            ) from error
 
     def _turn_batches(self, number: int) -> None:
         self.round = number

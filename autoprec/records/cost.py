@@ -53,7 +53,6 @@ class Conditions(Record):
     power_limit_w: NonNegativeFloat | None = None
     temperature_c: NonNegativeInt | None = None
     throttle_reasons: tuple[str, ...] = ()
-    energy_j: NonNegativeFloat | None = None
     pauses: NonNegativeInt = 0  # waits for the device to cool
 
 
@@ -95,7 +94,6 @@ class StepTiming(Record):
     label: str
     timing: Timing
     peak_bytes: NonNegativeInt | None
-    energy_j: NonNegativeFloat | None = None
     conditions: Conditions | None = None
 
 
