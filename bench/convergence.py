@@ -26,7 +26,7 @@ from typing import Any
 import convergence_families
 import torch
 from convergence_families import Family
-from convergence_product import ProductRun, run_product
+from convergence_product import ProductRun, TimedMeter, run_product
 from convergence_report import write_report
 from convergence_scores import (
     layer_order_scores,
@@ -149,7 +149,7 @@ def run_family(name: str, folder: Path) -> FamilyRun:
         update={"loss_curve": tuple(enumerate(session.checkpoint.curve, start=1))}
     )
     sensitivity.save(folder / "sensitivity.json")
-    meter = JointMeter(longer, batches=JOINT_BATCHES)
+    meter = TimedMeter(longer, batches=JOINT_BATCHES)
     plans = make_plans(spec, faults)
     others = other_scores(longer.model, longer.batches, family, plans, spec)
     spent_s = others.pop("seconds")

@@ -4,6 +4,7 @@ Times are an H100's for the same model WIDER times as wide on as many more token
 trains here in seconds FP8 pays nowhere.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from autoprec.records import (
     BF16_O2,
     CallSpec,
     Constraint,
+    Estimate,
     FrontPoint,
     LayerSpec,
     ModelSpec,
@@ -64,6 +66,23 @@ class ProductRun:
     verdicts: list[Verdict]
 
 
+class TimedMeter(JointMeter):
+    """A joint meter that adds up what its measurements took."""
+
+    spent_s = 0.0
+
+    @property
+    def step_equivalents(self) -> float:
+        """The time of all measurements so far, in FP32 training steps."""
+        return self.spent_s / self.reference.step_s
+
+    def measure(self, options: tuple[Option, ...]) -> Estimate:
+        started = time.perf_counter()
+        found = super().measure(options)
+        self.spent_s += time.perf_counter() - started
+        return found
+
+
 def run_product(
     workload: Workload, spec: ModelSpec, session: Session, *, tolerance: float
 ) -> ProductRun:
@@ -71,7 +90,7 @@ def run_product(
     reference = prepare_reference(Context(workload, CPU), spec)
     profile = wide_profile(spec)
     sensitivity = measure_sensitivity(reference)
-    meter = JointMeter(reference)
+    meter = TimedMeter(reference)
     constraint = Constraint(loss_tolerance=tolerance, grad_error_budget=None)
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=meter.measure)
     plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)

@@ -1,6 +1,7 @@
 """The emulated casts and GEMMs against torchao's own and torch's own."""
 
 import warnings
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from autoprec.sensitivity.casts import (
     gemm_casts,
     scale_of,
 )
-from autoprec.sensitivity.delayed import Amax, emulated_linear, no_history
+from autoprec.sensitivity.delayed import Amax, emulated_layer
 from autoprec.sensitivity.gemm import fast_fp8_gemms, scaled_mm
 
 M, K, N = 48, 64, 32
@@ -50,16 +51,19 @@ def run_torchao(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
 
 
-def run_emulated(option: Option, amax: Amax = no_history) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_emulated(
+    option: Option, amax: Amax = MappingProxyType({})
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, grad = (t.float() for t in operands())
-    for leaf in (x, weight, bias):
-        leaf.requires_grad_()
-    y = emulated_linear(option, amax)(x, weight, bias)
+    linear = nn.Linear(K, N)
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    with emulated_layer(linear, option, amax):
+        y = linear(x.requires_grad_())
     torch.autograd.backward(y, grad)
     assert x.grad is not None
-    assert weight.grad is not None
-    assert bias.grad is not None
-    return y.detach(), x.grad, weight.grad, bias.grad
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is not None
+    return y.detach(), x.grad, linear.weight.grad, linear.bias.grad
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_a_stale_history_makes_delayed_scaling_worse_than_a_current_one() -> Non
     amax = {Operand.INPUT: float(x.abs().max()), Operand.WEIGHT: float(weight.abs().max())}
     stale = {operand: value / 4 for operand, value in amax.items()}
     errors = [
-        float((run_emulated(fp8_option(Recipe.DELAYED), history.get)[0] - exact).norm())
+        float((run_emulated(fp8_option(Recipe.DELAYED), history)[0] - exact).norm())
         for history in (amax, stale)
     ]
     assert errors[1] > 3 * errors[0]

@@ -133,7 +133,7 @@ def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) 
     def rounded(t: Tensor) -> Tensor:
         return t.bfloat16().float()
 
-    casts = gemm_casts(option) if option.is_fp8 else {}
+    casts = gemm_casts(option)
     x_MK, weight_NK = rounded(x), rounded(weight)
     left, right = x_MK, weight_NK
     if Gemm.OUTPUT in casts:

@@ -268,6 +268,11 @@ class ModelSpec(FileRecord):
         raise KeyError(name)
 
     @property
+    def bf16_options(self) -> dict[str, Option]:
+        """Uniform BF16 O2, by name: every layer that can take it, the others FP32."""
+        return {layer.name: BF16_O2 if BF16_O2 in layer.options else FP32 for layer in self.layers}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the layers, in model order."""
         return tuple(layer.name for layer in self.layers)

@@ -32,39 +32,47 @@ class Cast:
     is_delayed: bool = False
 
 
-Sides = tuple[tuple[Operand, Cast], tuple[Operand, Cast]]
+Sides = tuple[tuple[Operand, Cast], ...]  # the two operands of a GEMM
 
-# The operands of each GEMM, with the dimension of x_MK, weight_NK, grad_output_MN it sums over:
+# The operands of each GEMM, what torchao's config calls their casts, and the dimension of x_MK,
+# weight_NK, grad_output_MN that the GEMM sums over:
 #   output      [M, K] @ [K, N]        grad_input  [M, N] @ [N, K]       grad_weight [N, M] @ [M, K]
-_ROLES: dict[Gemm, tuple[tuple[Operand, str, int], tuple[Operand, str, int]]] = {
-    Gemm.OUTPUT: (
-        (Operand.INPUT, "cast_config_input", 1),
-        (Operand.WEIGHT, "cast_config_weight", 1),
-    ),
+_SIDES: dict[Gemm, tuple[tuple[Operand, str, int], ...]] = {
+    Gemm.OUTPUT: ((Operand.INPUT, "input", 1), (Operand.WEIGHT, "weight", 1)),
     Gemm.GRAD_INPUT: (
-        (Operand.GRAD_OUTPUT, "cast_config_grad_output", 1),
-        (Operand.WEIGHT, "cast_config_weight_for_grad_input", 0),
+        (Operand.GRAD_OUTPUT, "grad_output", 1),
+        (Operand.WEIGHT, "weight_for_grad_input", 0),
     ),
     Gemm.GRAD_WEIGHT: (
-        (Operand.GRAD_OUTPUT, "cast_config_grad_output_for_grad_weight", 0),
-        (Operand.INPUT, "cast_config_input_for_grad_weight", 0),
+        (Operand.GRAD_OUTPUT, "grad_output_for_grad_weight", 0),
+        (Operand.INPUT, "input_for_grad_weight", 0),
     ),
+}
+_DELAYED = {
+    operand: Cast(
+        torch.float8_e5m2 if operand is Operand.GRAD_OUTPUT else torch.float8_e4m3fn,
+        dim=None,
+        is_delayed=True,
+    )
+    for operand in Operand
 }
 
 
 def gemm_casts(option: Option) -> dict[Gemm, Sides]:
-    """Return the two casts of each GEMM that an FP8 option runs in FP8."""
+    """Return the two casts of each GEMM that an option runs in FP8; none for other precisions."""
+    if not option.is_fp8:
+        return {}
     if option.recipe is Recipe.DELAYED:
         return {
-            gemm: (_delayed_side(left[0]), _delayed_side(right[0]))
-            for gemm, (left, right) in _ROLES.items()
+            gemm: tuple((operand, _DELAYED[operand]) for operand, _, _ in sides)
+            for gemm, sides in _SIDES.items()
             if gemm not in option.gemms_hp
         }
     config = float8_config(option)
     return {
-        gemm: (_side(config, *left), _side(config, *right))
-        for gemm, (left, right) in _ROLES.items()
-        if getattr(config, left[1]).scaling_type.name == "DYNAMIC"
+        gemm: tuple((operand, _current_cast(config, field, dim)) for operand, field, dim in sides)
+        for gemm, sides in _SIDES.items()
+        if getattr(config, f"cast_config_{sides[0][1]}").scaling_type.name == "DYNAMIC"
     }
 
 
@@ -112,17 +120,11 @@ def _all_values(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
-def _side(config: Any, operand: Operand, name: str, dim: int) -> tuple[Operand, Cast]:
-    cast = getattr(config, name)
+def _current_cast(config: Any, field: str, dim: int) -> Cast:  # Any: torchao is untyped
+    cast = getattr(config, f"cast_config_{field}")
     is_axiswise = cast.scaling_granularity.name == "AXISWISE"
-    return operand, Cast(
-        dtype=cast.target_dtype,
+    return Cast(
+        cast.target_dtype,
         dim=dim if is_axiswise else None,
         is_power_of_2=config.round_scales_to_power_of_2,
     )
-
-
-def _delayed_side(operand: Operand) -> tuple[Operand, Cast]:
-    is_gradient = operand is Operand.GRAD_OUTPUT
-    dtype = torch.float8_e5m2 if is_gradient else torch.float8_e4m3fn
-    return operand, Cast(dtype=dtype, dim=None, is_delayed=True)

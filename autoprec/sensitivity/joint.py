@@ -1,15 +1,13 @@
 """The measured gradient error of a whole assignment, as it would run: all layers at once."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
-from autoprec.records import BF16_O2, FP32, Estimate, LayerSensitivity, Option, Precision
+from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Precision
 from autoprec.runtime import install_options
-from autoprec.sensitivity.estimates import ratio_estimate
-from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import Reference
 
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
@@ -27,12 +25,6 @@ class JointMeter:
         self.reference = reference
         self.batches = batches
         self._measured: dict[tuple[Option, ...], Estimate] = {}
-        self._spent_s = 0.0
-
-    @property
-    def step_equivalents(self) -> float:
-        """What all measurements so far took, in FP32 training steps (warm-up left out)."""
-        return self._spent_s / self.reference.step_s
 
     def measure(self, options: tuple[Option, ...]) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.
@@ -47,10 +39,8 @@ class JointMeter:
                 "give them in the order of the model spec"
             )
         if options not in self._measured:
-            started = time.perf_counter()
             by_name = dict(zip(names, options, strict=True))
             self._measured[options] = self._measure(by_name, batches=self.batches)
-            self._spent_s += time.perf_counter() - started
         return self._measured[options]
 
     def measure_activations(self, rows: Sequence[LayerSensitivity]) -> Estimate:
@@ -61,11 +51,7 @@ class JointMeter:
         the errors of layers and activations are not independent (25 blocks: 40 % of the joint
         error of small subsets).
         """
-        options = {
-            layer.name: BF16_O2 if BF16_O2 in layer.options else FP32
-            for layer in self.reference.spec.layers
-        }
-        joint = self._measure(options, batches=ACTIVATION_BATCHES)
+        joint = self._measure(self.reference.spec.bf16_options, batches=ACTIVATION_BATCHES)
         layers = math.fsum(row.grad_error.mean for row in rows if row.option == BF16_O2)
         return joint.model_copy(update={"mean": max(joint.mean - layers, 0.0)})
 
@@ -74,11 +60,6 @@ class JointMeter:
         reference = self.reference
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
-        squared, scale = [], []
-        for index in range(min(batches, len(reference.batches))):
-            gradient = reference.gradient(index)
-            installed = install_options(reference.model, options, uncovered=uncovered)
-            with installed, fast_fp8_gemms(reference.context.device):
-                squared.append(reference.squared_error(index, gradient))
-            scale.append(gradient.squared_norm)
-        return ratio_estimate(squared, scale)
+        installed = partial(install_options, reference.model, options, uncovered=uncovered)
+        batches = min(batches, len(reference.batches))
+        return reference.measure_errors({"joint": installed}, batches=batches)["joint"]

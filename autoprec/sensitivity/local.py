@@ -52,7 +52,7 @@ class LocalErrors:
 
 def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
     """Return the sources of error of the two GEMMs whose error spreads; BF16 where kept so."""
-    casts = gemm_casts(option) if option.is_fp8 else {}
+    casts = gemm_casts(option)
     return {
         bf16.gemm: tuple(
             Component(bf16.gemm, operand, cast) for operand, cast in casts.get(bf16.gemm, ())
@@ -64,7 +64,7 @@ def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
 
 def grad_weight_key(option: Option) -> GradWeightKey:
     """Return the casts of an option's grad_weight GEMM."""
-    return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()) if option.is_fp8 else ()
+    return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
 
 
 def parameter_only_errors(layer: nn.Module, gradients: Sequence[Tensor]) -> LocalErrors:
@@ -108,7 +108,9 @@ def add_fp8_errors(
         # output and grad_input: the operand errors alone, the probes do the rest
         for gemm in (Gemm.OUTPUT, Gemm.GRAD_INPUT):
             for operand, cast in casts.get(gemm, ()):
-                found.errors[Component(gemm, operand, cast)] = operands.errors(operand, cast)
+                component = Component(gemm, operand, cast)
+                if component not in found.errors:
+                    found.errors[component] = operands.errors(operand, cast)
         # grad_weight: its error is where it ends, so it is multiplied out
         sides = casts.get(Gemm.GRAD_WEIGHT, ())
         if sides and layer.weight.requires_grad and sides not in found.parameter_errors:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
@@ -17,16 +18,10 @@ from autoprec.records import (
     Recipe,
     Sensitivity,
 )
-from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
+from autoprec.sensitivity.estimates import DIVERGED
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.reference import Reference
-from autoprec.sensitivity.tables import (
-    Cell,
-    Method,
-    Table,
-    list_cells,
-    make_table,
-)
+from autoprec.sensitivity.tables import Method, Table, list_cells, make_table
 
 
 @random_state_kept()
@@ -49,7 +44,11 @@ def measure_sensitivity(
     started = time.perf_counter()
     passes = reference.passes
     cells = list_cells(reference.spec, options)
-    _check_history(reference, cells)
+    if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
+        raise AutoprecError(
+            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
+            "prepared without them; prepare it with `with_history`"
+        )
     table = make_table(reference, cells, method)
     meter = JointMeter(reference)
     activation_error = meter.measure_activations(table.rows)
@@ -85,8 +84,7 @@ def measure_floor(reference: Reference) -> Estimate:
     """
     if reference.spec.is_deterministic and reference.spec.device == str(reference.context.device):
         return Estimate(mean=0.0)
-    gradient = reference.gradient(0)
-    return ratio_estimate([reference.squared_error(0, gradient)], [gradient.squared_norm])
+    return reference.measure_errors({"again": nullcontext}, batches=1)["again"]
 
 
 def measure_most_precise(
@@ -113,14 +111,6 @@ def measure_most_precise(
         predicted_grad_error=activation_error.mean + parts,
     )
     return (measured,)
-
-
-def _check_history(reference: Reference, cells: Sequence[Cell]) -> None:
-    if reference.history is None and any(o.recipe is Recipe.DELAYED for _, o in cells):
-        raise AutoprecError(
-            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
-            "prepared without them; prepare it with `with_history`"
-        )
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:

@@ -31,27 +31,22 @@ class Operands:
             Operand.WEIGHT: [layer.weight.detach()],
             Operand.GRAD_OUTPUT: [g.reshape(-1, layer.out_features) for g in gradients],
         }
-        self._rounded: dict[Operand, list[Tensor]] = {}
         self._made: dict[tuple[Operand, Cast], list[Tensor]] = {}
-        self._errors: dict[tuple[Operand, Cast], list[Tensor]] = {}
 
     def cast(self, operand: Operand, cast: Cast) -> list[Tensor]:
         """Return the operand as FP8 has it, per call."""
         key = (operand, cast)
         if key not in self._made:
-            if operand not in self._rounded:
-                self._rounded[operand] = [round_bf16(t) for t in self.exact[operand]]
-            amax = self.amax(operand)
-            self._made[key] = [cast_operand(t, cast, amax=amax) for t in self._rounded[operand]]
+            amax = self.amax.get(operand)
+            self._made[key] = [
+                cast_operand(round_bf16(t), cast, amax=amax) for t in self.exact[operand]
+            ]
         return self._made[key]
 
     def errors(self, operand: Operand, cast: Cast) -> list[Tensor]:
         """Return cast minus exact, per call."""
-        key = (operand, cast)
-        if key not in self._errors:
-            pairs = zip(self.cast(operand, cast), self.exact[operand], strict=True)
-            self._errors[key] = [(made - exact).to(KEEP) for made, exact in pairs]
-        return self._errors[key]
+        pairs = zip(self.cast(operand, cast), self.exact[operand], strict=True)
+        return [(made - exact).to(KEEP) for made, exact in pairs]
 
     def statistics(self, name: str, options: Sequence[Option]) -> list[OperandStatistics]:
         """Return the range of each operand, and what each option's recipe would do to it."""
@@ -60,39 +55,37 @@ class Operands:
     def _statistics(
         self, name: str, operand: Operand, options: Sequence[Option]
     ) -> OperandStatistics:
-        tensors = self.exact[operand]
-        channels = torch.stack([t.abs().amax(0 if _is_wide(operand) else 1) for t in tensors])
-        per_channel = channels.amax(0)
-        amax, amin = float(per_channel.max()), min(_smallest(t) for t in tensors)
-        median = float(per_channel.median())
-        outliers = (per_channel > OUTLIER_RATIO * median).nonzero().flatten().tolist()
+        # channels are columns; those of a weight are its rows (outputs)
+        dim = 1 if operand is Operand.WEIGHT else 0
+        magnitudes = [t.abs() for t in self.exact[operand]]
+        per_channel = torch.stack([t.amax(dim) for t in magnitudes]).amax(0)
+        amax = float(per_channel.max())
+        amin = min(_smallest(t) for t in magnitudes)
+        outliers = (per_channel > OUTLIER_RATIO * float(per_channel.median())).nonzero().flatten()
         casts: dict[str, set[Cast]] = {}
         for option in options:
-            if option.recipe is not None:
-                used = {
-                    c for sides in gemm_casts(option).values() for o, c in sides if o is operand
-                }
-                casts.setdefault(option.recipe.value, set()).update(used)
+            for sides in gemm_casts(option).values():
+                used = {cast for side, cast in sides if side is operand}
+                casts.setdefault(str(option.recipe), set()).update(used)
+        casts = {recipe: used for recipe, used in casts.items() if used}
         return OperandStatistics(
             name=name,
             operand=operand,
             amax=amax,
             amin_nonzero=amin,
             dynamic_range_bits=math.log2(amax / amin) if amin > 0.0 else 0.0,
-            underflow={
-                k: max(self._underflow(operand, c) for c in v) for k, v in casts.items() if v
-            },
-            saturation={
-                k: max(self._saturation(operand, c) for c in v) for k, v in casts.items() if v
-            },
-            outlier_channels=tuple(outliers),
+            underflow={k: max(self._underflow(operand, c) for c in v) for k, v in casts.items()},
+            saturation={k: max(self._saturation(operand, c) for c in v) for k, v in casts.items()},
+            outlier_channels=tuple(outliers.tolist()),
             channels=len(per_channel),
         )
 
     def _underflow(self, operand: Operand, cast: Cast) -> float:
         """Return the fraction of non-zero values that the cast makes zero."""
-        there = sum(int(t[::COUNTED_ROWS].count_nonzero()) for t in self.exact[operand])
-        left = sum(int(t[::COUNTED_ROWS].count_nonzero()) for t in self.cast(operand, cast))
+        there, left = (
+            sum(int(t[::COUNTED_ROWS].count_nonzero()) for t in tensors)
+            for tensors in (self.exact[operand], self.cast(operand, cast))
+        )
         return 1.0 - left / there if there else 0.0
 
     def _saturation(self, operand: Operand, cast: Cast) -> float:
@@ -101,10 +94,9 @@ class Operands:
             return 0.0
         beyond = count = 0
         for exact in self.exact[operand]:
-            scale = scale_of(exact, cast, amax=self.amax(operand))
-            counted = exact[::COUNTED_ROWS] * scale
-            beyond += int((counted.abs() > torch.finfo(cast.dtype).max).sum())
-            count += counted.numel()
+            scaled = exact[::COUNTED_ROWS] * scale_of(exact, cast, amax=self.amax.get(operand))
+            beyond += int((scaled.abs() > torch.finfo(cast.dtype).max).sum())
+            count += scaled.numel()
         return beyond / max(count, 1)
 
 
@@ -119,17 +111,12 @@ def operand_statistics(
     found: list[OperandStatistics] = []
     for name, layer in linears.items():
         if isinstance(layer, nn.Linear) and calls[name]:
-            operands = Operands(layer, calls[name], reference.amax_history(name))
+            operands = Operands(layer, calls[name], reference.history.get(name, {}))
             found.extend(operands.statistics(name, options[name]))
     return found
 
 
-def _is_wide(operand: Operand) -> bool:
-    """Whether the operand's channels are its columns; a weight's are its rows (outputs)."""
-    return operand is not Operand.WEIGHT
-
-
-def _smallest(tensor: Tensor) -> float:
-    magnitudes = tensor.abs()
-    nonzero = torch.where(magnitudes > 0, magnitudes, torch.inf).min()
-    return float(nonzero) if bool(torch.isfinite(nonzero)) else 0.0
+def _smallest(magnitudes: Tensor) -> float:
+    """Return the smallest non-zero magnitude; 0.0 where all are zero."""
+    smallest = float(torch.where(magnitudes > 0, magnitudes, torch.inf).min())
+    return smallest if math.isfinite(smallest) else 0.0

@@ -143,7 +143,7 @@ def _local_errors(
     for name, fp8 in options.items():
         layer = step.layers[name]
         if fp8 and name in called and isinstance(layer, nn.Linear):
-            operands = Operands(layer, calls[name], reference.amax_history(name))
+            operands = Operands(layer, calls[name], reference.history.get(name, {}))
             add_fp8_errors(found[name], layer, operands, exact[name], fp8)
             if step.index == 0:
                 statistics += operands.statistics(name, fp8)

@@ -8,22 +8,26 @@ passes share their dropout masks and differ in precision only.
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.progress import report_nothing
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_structure
-from autoprec.records import ModelSpec
-from autoprec.runtime.checkpoint import load_state, read_checkpoint
-from autoprec.sensitivity.delayed import Amax, AmaxHistory, no_history
+from autoprec.records import Estimate, ModelSpec
+from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
+from autoprec.sensitivity.delayed import Amax, recorded_amax
+from autoprec.sensitivity.estimates import ratio_estimate
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.workload.functions import Batch, check_loss, move_batch
 
@@ -31,6 +35,8 @@ KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CP
 DEFAULT_BATCHES = 2  # a pair has a standard error
 DEFAULT_WARMUP_STEPS = 10
 FEWEST_BATCHES = 2  # one batch gives no standard error
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Reference:
         model: warmed up, FP32.
         batches: those that gradients are compared on.
         preconditioner: how the optimizer weighs a gradient.
-        history: the operands' largest magnitudes in the warm-up; None unless asked for.
+        history: the linears' largest magnitudes in the warm-up, by name; empty unless asked for.
         loss_curve: (step, loss) of the warm-up.
         checkpoint: where the warm-up started; "" for fresh weights.
         step_s: the median time of a warm-up step.
@@ -66,7 +72,7 @@ class Reference:
     model: nn.Module
     batches: list[Batch]
     preconditioner: Preconditioner
-    history: AmaxHistory | None
+    history: Mapping[str, Amax]
     loss_curve: tuple[tuple[int, float], ...]
     checkpoint: str
     step_s: float
@@ -106,7 +112,8 @@ class Reference:
                 f"the FP32 loss must be finite, but it is {loss} on measured batch {index}; "
                 "lower the learning rate or look at the data"
             )
-        found = {p: gradient_of(p) for p in self.updated_parameters()}
+        updated = filter(self.preconditioner.covers, self.model.parameters())
+        found = {p: gradient_of(p) for p in updated}
         squared = sum(self.preconditioner.squared_norm(p, g, at=g) for p, g in found.items())
         if not squared > 0.0:
             raise WorkloadError(
@@ -130,13 +137,36 @@ class Reference:
             squared += self.preconditioner.squared_norm(parameter, error, at=g)
         return squared
 
-    def amax_history(self, name: str) -> Amax:
-        """Return the largest magnitudes of a layer's operands in the warm-up."""
-        return no_history if self.history is None else self.history.of_layer(name)
+    def measure_errors(
+        self,
+        settings: Mapping[Key, Callable[[], AbstractContextManager[object]]],
+        *,
+        batches: int,
+        stage: str = "",
+    ) -> dict[Key, Estimate]:
+        """Return the gradient error of the model as it stands inside each setting's context.
 
-    def updated_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimizer updates, in the order of the model."""
-        return [p for p in self.model.parameters() if self.preconditioner.covers(p)]
+        Costs a pass per batch for the reference, where its gradient was not kept, and one per batch
+        and setting. Batches are the outer loop: one reference gradient is held at a time.
+
+        Args:
+            settings: contexts that change what the model runs in.
+            batches: the first so many.
+            stage: reported as progress, if given.
+        """
+        progress = self.context.progress if stage else report_nothing
+        squared: dict[Key, list[float]] = {key: [] for key in settings}
+        scale: list[float] = []
+        total = batches * len(settings)
+        for index in range(batches):
+            gradient = self.gradient(index)
+            scale.append(gradient.squared_norm)
+            for count, (key, installed) in enumerate(settings.items()):
+                progress(stage, index * len(settings) + count, total)
+                with installed(), fast_fp8_gemms(self.context.device):
+                    squared[key].append(self.squared_error(index, gradient))
+        progress(stage, total, total)
+        return {key: ratio_estimate(squared[key], scale) for key in settings}
 
 
 @random_state_kept()
@@ -170,13 +200,17 @@ def prepare_reference(
             f"{batches} and {warmup_steps}; ask for more"
         )
     started = time.perf_counter()
-    model, optimizer = _build(context, checkpoint)
+    model, optimizer = restore(context, None if checkpoint is None else read_checkpoint(checkpoint))
     stream = context.workload.train_batches(context.seed)
-    history = AmaxHistory() if with_history else None
-    watching = history.watching(find_layers(model)) if history else nullcontext()
-    with seeded(context.seed, context.device), watching:
+    no_history = nullcontext(dict[str, Amax]())
+    watching = recorded_amax(find_layers(model)) if with_history else no_history
+    with seeded(context.seed, context.device), watching as history:
         curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
-    _check_structure(model, spec)
+    if model_structure(model) != spec.structure:
+        raise CaptureError(
+            f"the workload's model must be the captured one ({spec.structure}), but it is "
+            f"{model_structure(model)}; capture or profile it again"
+        )
     return Reference(
         context=context,
         spec=spec,
@@ -207,28 +241,26 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return parameter.grad.detach().float()
 
 
-def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
-    if model_structure(model) != spec.structure:
-        raise CaptureError(
-            f"the workload's model must be the captured one ({spec.structure}), but it is "
-            f"{model_structure(model)}; capture or profile it again"
-        )
+def restore(
+    context: Context, checkpoint: Checkpoint | None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Build the user's model and optimizer and load the checkpoint into them.
 
-
-def _build(context: Context, checkpoint: Path | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    Raises:
+        RecordError: the checkpoint is of another model or optimizer.
+    """
     model = context.workload.build_model(seed=context.seed).to(context.device)
-    start = None if checkpoint is None else read_checkpoint(checkpoint)
-    if start is not None:
-        load_state(model, start.model, what="model")
+    if checkpoint is not None:
+        load_state(model, checkpoint.model, what="model")
     model.train()
     optimizer = context.workload.build_optimizer(model)
-    if start is not None and start.optimizer is not None:
-        load_state(optimizer, start.optimizer, what="optimizer")
+    if checkpoint is not None and checkpoint.optimizer is not None:
+        load_state(optimizer, checkpoint.optimizer, what="optimizer")
     return model, optimizer
 
 
 def _warm_up(
-    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterable[Batch]
+    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch]
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
     batches = [move_batch(batch, context.device) for batch in stream]

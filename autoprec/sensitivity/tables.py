@@ -4,10 +4,11 @@ layerwise     exact: one layer x option at a time, everything else FP32
 sign_coded    all of them from a few probes; the few that these leave in doubt, exactly
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,8 +26,6 @@ from autoprec.records import (
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.delayed import emulated_layer
-from autoprec.sensitivity.estimates import ratio_estimate
-from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.operands import operand_statistics
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference
@@ -89,7 +88,7 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
 def _layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure every cell on its own."""
     found = _exact_errors(
-        reference, cells, batches=len(reference.batches), what="sensitivity: layer by layer"
+        reference, cells, batches=len(reference.batches), stage="sensitivity: layer by layer"
     )
     return Table(
         method=Method.LAYERWISE,
@@ -108,7 +107,9 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     batches = min(REFINED_BATCHES, len(reference.batches))
     exact: dict[Cell, Estimate] = {}
     if refined:
-        exact = _exact_errors(reference, refined, batches=batches, what="sensitivity: largest rows")
+        exact = _exact_errors(
+            reference, refined, batches=batches, stage="sensitivity: largest rows"
+        )
     rows |= {cell: _refined(rows[cell], exact[cell]) for cell in refined}
     return Table(
         method=Method.SIGN_CODED,
@@ -144,45 +145,23 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
 
 
 def _exact_errors(
-    reference: Reference, cells: Sequence[Cell], *, batches: int, what: str
+    reference: Reference, cells: Sequence[Cell], *, batches: int, stage: str
 ) -> dict[Cell, Estimate]:
-    """Return the gradient error of every cell on the first `batches`; `what` is told as progress.
-
-    Costs one pass per batch for the reference and one per batch and cell. Batches are the outer
-    loop, so that one reference gradient is held at a time.
-    """
-    squared: dict[Cell, list[float]] = {cell: [] for cell in cells}
-    scale: list[float] = []
-    for index in range(batches):
-        gradient = reference.gradient(index)
-        scale.append(gradient.squared_norm)
-        for count, cell in enumerate(cells):
-            reference.context.progress(what, index * len(cells) + count, batches * len(cells))
-            with _installed(reference, cell):
-                squared[cell].append(reference.squared_error(index, gradient))
-    reference.context.progress(what, batches * len(cells), batches * len(cells))
-    return {cell: ratio_estimate(squared[cell], scale) for cell in cells}
+    """Return the gradient error of every cell on the first `batches`."""
+    settings = {cell: partial(_installed, reference, *cell) for cell in cells}
+    return reference.measure_errors(settings, batches=batches, stage=stage)
 
 
-@contextmanager
-def _installed(reference: Reference, cell: Cell) -> Iterator[None]:
+def _installed(reference: Reference, name: str, option: Option) -> AbstractContextManager[object]:
     """Run one layer in one option inside, the others and all activations in FP32."""
-    name, option = cell
     if option.recipe is not Recipe.DELAYED:
-        options = {name: option}
-        with (
-            install_options(reference.model, options, activation_dtype=torch.float32),
-            fast_fp8_gemms(reference.context.device),
-        ):
-            yield
-        return
+        return install_options(reference.model, {name: option}, activation_dtype=torch.float32)
     layer = reference.model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise PlanMismatchError(
             f"{option.key} is for nn.Linear, but {name!r} is {type(layer).__name__}; leave it out"
         )
-    with emulated_layer(layer, option, reference.amax_history(name)):
-        yield
+    return emulated_layer(layer, option, reference.history.get(name, {}))
 
 
 def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:

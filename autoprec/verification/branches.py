@@ -27,9 +27,9 @@ from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
 from autoprec.records import Branch, Option, Precision
 from autoprec.runtime import attach_optimizer, install_options, undo
-from autoprec.runtime.checkpoint import Checkpoint, load_state, on_cpu
+from autoprec.runtime.checkpoint import Checkpoint, on_cpu
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.sensitivity.reference import seeded
+from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.sequential import Terms
 from autoprec.verification.state import BranchStore
 from autoprec.workload.functions import Batch, check_loss, move_batch
@@ -167,24 +167,6 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     for module in was_training:
         module.training = True
     return tuple(losses)
-
-
-def restore(
-    context: Context, checkpoint: Checkpoint | None
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Build the user's model and optimizer and load the checkpoint into them.
-
-    Raises:
-        RecordError: the checkpoint is of another model or optimizer.
-    """
-    model = context.workload.build_model(seed=context.seed).to(context.device)
-    if checkpoint is not None:
-        load_state(model, checkpoint.model, what="model")
-    model.train()
-    optimizer = context.workload.build_optimizer(model)
-    if checkpoint is not None and checkpoint.optimizer is not None:
-        load_state(optimizer, checkpoint.optimizer, what="optimizer")
-    return model, optimizer
 
 
 @contextmanager

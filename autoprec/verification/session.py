@@ -7,16 +7,15 @@ from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
 from autoprec.errors import InfeasibleError, RecordError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, FP32, Branch, ModelSpec, Option, Plan
+from autoprec.records import BF16_O2, Branch, ModelSpec, Plan
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.reference import seeded
+from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.branches import (
     REFERENCE,
     Session,
     Variant,
     evaluate,
     replay_reference,
-    restore,
     train_branch,
     warm_up,
 )
@@ -69,14 +68,9 @@ def open_session(
         evaluation=evaluation,
         checkpoint=common,
         store=store,
-        control=None if spec is None else control_options(spec),
+        control=None if spec is None else spec.bf16_options,
         checkpoint_path="" if checkpoint is None else str(checkpoint),
     )
-
-
-def control_options(spec: ModelSpec) -> dict[str, Option]:
-    """Return uniform BF16 O2: every layer that can take it, the others FP32."""
-    return {layer.name: BF16_O2 if BF16_O2 in layer.options else FP32 for layer in spec.layers}
 
 
 def variants_of(session: Session, plan: Plan) -> tuple[Variant, Variant, Variant]:
