@@ -148,8 +148,8 @@ def test_a_fit_from_a_checkpoint_goes_on_bit_for_bit_with_its_guard(tmp_path: Pa
     other_guard = fit(resumed, ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
     assert resumed.losses == whole.losses[3:]
     assert same(exact(resumed.model), exact(whole.model))
-    assert other_guard.guard is not None
-    assert other_guard.guard.steps == 6
+    assert other_guard.steps.guard is not None
+    assert other_guard.steps.guard.steps == 6
     assert other_guard.state_dict() == guard.state_dict()
 
 

@@ -14,27 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric import strategies as fabric_strategies
 from lightning.fabric.plugins.precision import Precision as FabricPrecision
-from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy as FabricDeepSpeed
-from lightning.fabric.strategies.fsdp import FSDPStrategy as FabricFSDP
-from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as FabricModelParallel
+from lightning.pytorch import strategies
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.integrations import plans
-from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.integrations.plans import (
+    GuardedSteps,
+    MakeGuard,
+    apply_plan,
+    foreign_precision,
+    load_plan,
+    replaced_parameters,
+    runs_plan,
+)
 from autoprec.records import Plan
-from autoprec.runtime import attach_optimizer
-from autoprec.runtime.attach import check_optimizer
+from autoprec.runtime import apply, attach_optimizer
 
-OWN_WRAPPERS = (
-    *(FabricDeepSpeed, FabricFSDP, FabricModelParallel),
-    *(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy),
+OWN_WRAPPERS = tuple(
+    cls
+    for room in (fabric_strategies, strategies)
+    for cls in (room.DeepSpeedStrategy, room.FSDPStrategy, room.ModelParallelStrategy)
 )
 
 
@@ -52,20 +56,16 @@ def setup(
     _check_strategy(fabric.strategy)
     precision = fabric.strategy.precision
     if type(precision) is not FabricPrecision:  # even bf16-mixed casts the model's inputs
-        raise plans.foreign_precision(
+        raise foreign_precision(
             f"Fabric has precision={precision.precision!r}", fix="leave it at '32-true'"
         )
-    for optimizer in optimizers:
-        check_optimizer(model, optimizer)
-    autoprec.apply(plan, model, optimizers[0] if optimizers else None)
-    for optimizer in optimizers[1:]:
-        attach_optimizer(model, optimizer)
+    apply_plan(plan, model, optimizers)
     return fabric.setup(model, *optimizers)
 
 
 def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, OWN_WRAPPERS):
-        raise plans.replaced_parameters(f"the {type(strategy).__name__}")
+        raise replaced_parameters(f"the {type(strategy).__name__}")
 
 
 class PlanPrecision(Precision):
@@ -101,7 +101,7 @@ class PlanPrecision(Precision):
         self.model = self._planned(module)
         # a second fit, or validate before a fit, converts the same module again
         if not runs_plan(self.model, self.plan):
-            autoprec.apply(self.plan, self.model)
+            apply(self.plan, self.model)
         return module
 
     def connect(
@@ -131,10 +131,8 @@ class GuardCallback(L.Callback):
 
     def __init__(self, make_guard: MakeGuard = Guard) -> None:
         """Remember how to make the guard: `autoprec.Guard`, or a `functools.partial` of it."""
-        self.make_guard = make_guard
-        self.guard: Guard | None = None
+        self.steps = GuardedSteps(make_guard)
         self.loaded: dict[str, Any] = {}  # Any: a guard's state
-        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the guard.
@@ -153,33 +151,27 @@ class GuardCallback(L.Callback):
                 "a guard watches one optimizer, but the module has "
                 f"{len(trainer.optimizers)}; call autoprec.Guard's step in the module instead"
             )
-        guard = self.make_guard(plugin.model, trainer.optimizers[0], plugin.plan)
-        if self.loaded:
-            guard.load_state_dict(self.loaded)
-        self.guard = guard
+        self.steps.start(plugin.model, trainer.optimizers[0], plugin.plan, self.loaded)
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         """Keep the loss, which Lightning has divided by the number of micro-batches."""
-        self.losses.append(loss.detach())
+        self.steps.add_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Let the guard look, before clipping."""
-        if self.guard is not None and self.losses:
-            self.guard.step(sum(self.losses, start=self.losses[0].new_zeros(())))
-        self.losses.clear()
+        self.steps.end_step()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the guard's hooks out."""
-        if self.guard is not None:
-            self.guard.close()
+        self.steps.close()
 
     def state_dict(self) -> dict[str, Any]:  # Any: a guard's state
         """Return the guard's state for Lightning's checkpoint."""
-        return self.loaded if self.guard is None else self.guard.state_dict()
+        return self.loaded if self.steps.guard is None else self.steps.guard.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: a guard's state
         """Keep a checkpoint's state until there is a guard."""

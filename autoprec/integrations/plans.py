@@ -1,15 +1,18 @@
-"""The parts that all integrations have in common: a plan and its model; where no plan can run."""
+"""The parts that all integrations have in common: a plan and its model, a guard and its steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
 from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
+from autoprec.runtime import apply, attach_optimizer
+from autoprec.runtime.attach import check_optimizer
 from autoprec.runtime.masters import ON_MODEL
 
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
@@ -18,6 +21,19 @@ MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or 
 def load_plan(plan: Plan | Path | str) -> Plan:
     """Return the plan, read from its file if it is a path."""
     return plan if isinstance(plan, Plan) else Plan.load(plan)
+
+
+def apply_plan(plan: Plan, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Apply a plan to a model and all its optimizers; on an error to none of them.
+
+    Raises:
+        PlanMismatchError: as `autoprec.apply` and `autoprec.attach_optimizer`.
+    """
+    for optimizer in optimizers:
+        check_optimizer(model, optimizer)
+    apply(plan, model, optimizers[0] if optimizers else None)
+    for optimizer in optimizers[1:]:
+        attach_optimizer(model, optimizer)
 
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:
@@ -41,3 +57,47 @@ def replaced_parameters(who: str) -> PlanMismatchError:
         f"a plan needs parameters that stay where it put them, but {who} replaces them; use DDP, "
         "or autoprec.apply and torch's fully_shard in a loop of your own"
     )
+
+
+class GuardedSteps:
+    """A guard in a loop that is not the user's: it looks once for each step of the optimizer."""
+
+    def __init__(self, make_guard: MakeGuard) -> None:
+        self.guard: Guard | None = None
+        self._make_guard = make_guard
+        self._loss: Tensor | None = None  # of the micro-batches since the last optimizer step
+        self._has_looked = False  # since the last optimizer step
+
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plan: Plan,
+        state: dict[str, Any] | None = None,
+    ) -> None:  # Any: a guard's state
+        """Make the guard, which goes on from a checkpoint's state if there is one."""
+        self.close()
+        self.guard = self._make_guard(model, optimizer, plan)
+        if state:
+            self.guard.load_state_dict(state)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add the loss of a micro-batch, divided by their number already."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
+    def look(self) -> None:
+        """Let the guard look at the gradients before somebody clips them."""
+        if self.guard is not None and self._loss is not None and not self._has_looked:
+            self.guard.step(self._loss)
+            self._has_looked = True
+
+    def end_step(self) -> None:
+        """Let the guard look if it has not; the optimizer steps next."""
+        self.look()
+        self._loss, self._has_looked = None, False
+
+    def close(self) -> None:
+        """Take the guard's hooks out; its state stays."""
+        if self.guard is not None:
+            self.guard.close()
+            self._loss, self._has_looked = None, False

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-import autoprec
 from autoprec.errors import PlanMismatchError
-from autoprec.guard import Guard
 from autoprec.integrations.accelerate import check_state
-from autoprec.integrations.plans import MakeGuard, load_plan, runs_plan
+from autoprec.integrations.plans import GuardedSteps, MakeGuard, load_plan, runs_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
+from autoprec.runtime import apply as apply_plan
 from autoprec.runtime import attach_optimizer, check_fit
 from autoprec.runtime.attach import ON_OPTIMIZER
 
@@ -65,11 +64,13 @@ def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None 
     _check_arguments(trainer.args)
     check_fit(callback.plan, unwrapped(trainer.model))
     trainer.create_optimizer()  # `train` takes this one, and loads a checkpoint's masters into it
-    autoprec.apply(callback.plan, trainer.model, _inner(trainer.optimizer))
+    apply_plan(callback.plan, trainer.model, _inner(trainer.optimizer))
     trainer.add_callback(callback)
     if guard is not None:
-        callback.make_guard = guard
-        trainer.training_step = functools.partial(_guarded_step, callback, trainer.training_step)
+        callback.steps = GuardedSteps(guard)
+        trainer.training_step = functools.partial(
+            _guarded_step, callback.steps, trainer.training_step
+        )
     return trainer
 
 
@@ -87,9 +88,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
             RecordError: the file is no plan.
         """
         self.plan = load_plan(plan)
-        self.make_guard: MakeGuard | None = None
-        self.guard: Guard | None = None
-        self.losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self.steps: GuardedSteps | None = None
 
     def on_init_end(
         self,
@@ -101,7 +100,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
     ) -> None:
         """Apply the plan to the model, and to the optimizer if the Trainer was given one."""
         _check_arguments(args)
-        autoprec.apply(self.plan, model, optimizer)
+        apply_plan(self.plan, model, optimizer)
 
     def on_train_begin(
         self,
@@ -126,40 +125,32 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
                 ".apply(plan, trainer) after making the Trainer, in place of the callback"
             )
         attach_optimizer(unwrapped(model), optimizer)
-        if self.make_guard is not None:
-            self._close()
-            self.guard = self.make_guard(model, optimizer, self.plan)
-            if GUARD_STATE in state.stateful_callbacks:
-                self.guard.load_state_dict(state.stateful_callbacks[GUARD_STATE])
+        if self.steps is not None:
+            saved = state.stateful_callbacks.get(GUARD_STATE)
+            self.steps.start(model, optimizer, self.plan, saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Keep the guard's state where the next checkpoint takes it from."""
-        if self.guard is not None:
-            state.stateful_callbacks[GUARD_STATE] = self.guard.state_dict()
+        if self.steps is not None and self.steps.guard is not None:
+            state.stateful_callbacks[GUARD_STATE] = self.steps.guard.state_dict()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Take the guard's hooks out."""
-        self._close()
-
-    def _close(self) -> None:
-        self.losses.clear()
-        if self.guard is not None:
-            self.guard.close()
-            self.guard = None
+        if self.steps is not None:
+            self.steps.close()
 
 
 def _guarded_step(
-    callback: PrecisionPlanCallback,
+    steps: GuardedSteps,
     training_step: Callable[..., Tensor],
     *args: Any,  # Any: what the Trainer calls its step with
     **kwargs: Any,
 ) -> Tensor:
     """Run the Trainer's step; let the guard look at the last one before an optimizer step."""
     loss = training_step(*args, **kwargs)
-    callback.losses.append(loss)
-    if callback.guard is not None and GradientState().sync_gradients:
-        callback.guard.step(sum(callback.losses, start=loss.new_zeros(())))  # scaled already
-        callback.losses.clear()
+    steps.add_loss(loss)
+    if GradientState().sync_gradients:
+        steps.end_step()
     return loss
 
 

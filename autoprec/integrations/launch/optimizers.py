@@ -1,9 +1,4 @@
-"""An optimizer over one copy of a model -> the same optimizer over another copy.
-
-Any subclass of `torch.optim.Optimizer` works, whatever its constructor wants: its attributes are
-copied, with the other model's parameter wherever one of the first stands. Hooks and patched methods
-are left out.
-"""
+"""The optimizers of a script: what they train, and one copied to another copy of its model."""
 
 import copy
 from typing import Any
@@ -17,10 +12,27 @@ from autoprec.runtime.attach import HOOKS
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
 
 
+def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def trains(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer has a parameter of a model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in own for parameter in trained_by(optimizer))
+
+
+def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of an optimizer's step hook say that it was given a closure."""
+    return any(callable(value) for value in (*args[1:], *kwargs.values()))
+
+
 def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> Optimizer:
     """Return an optimizer of `source`'s parameters and no others, over those of `target`.
 
-    Its state comes along, on the device of each parameter.
+    Any subclass of `Optimizer` works, whatever its constructor wants: its attributes are copied,
+    but no hooks and patched methods. State comes along, on the device of each parameter.
     """
     # deepcopy takes what its memo has under an object's id for that object's copy
     pairs = zip(source.parameters(), target.parameters(), strict=True)

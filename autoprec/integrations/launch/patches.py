@@ -1,32 +1,27 @@
-"""Functions of torch, wrapped for a while; and the parameters of an optimizer.
-
-A wrapper may outlive its removal where a script has imported it by name or patched on top of it, so
-what it calls has to do nothing of its own once its owner is done.
-"""
+"""Functions of torch, wrapped for a while."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 Function = Callable[..., Any]  # Any, here and in what wraps one: as torch's functions take it
 
 
 @contextmanager
 def patched(owner: object, name: str, around: Function) -> Iterator[None]:
-    """Let calls of a class's or module's function go to `around(function, *args, **kwargs)`.
-
-    Code that torch.compile traces calls the function itself, without a break in its graph.
-    """
+    """Let calls of a class's or module's function go to `around(function, *args, **kwargs)`."""
     original: Function = vars(owner)[name]
+    is_open, process = True, os.getpid()
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # Code that torch.compile traces calls the function itself, without a break in its graph;
+        # so do forked workers, and scripts that imported or patched the wrapper and outlive it.
+        if torch.compiler.is_compiling() or not is_open or os.getpid() != process:
             return original(*args, **kwargs)
         return around(original, *args, **kwargs)
 
@@ -34,21 +29,6 @@ def patched(owner: object, name: str, around: Function) -> Iterator[None]:
     try:
         yield
     finally:
+        is_open = False
         if vars(owner).get(name) is wrapper:  # else somebody has replaced the wrapper since
             setattr(owner, name, original)
-
-
-def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimizer has a parameter of a model."""
-    own = {id(parameter) for parameter in model.parameters()}
-    return any(id(parameter) in own for parameter in trained_by(optimizer))
-
-
-def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of an optimizer's step hook say that it was given a closure."""
-    return any(callable(value) for value in (*args[1:], *kwargs.values()))

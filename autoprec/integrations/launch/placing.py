@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
@@ -40,11 +39,6 @@ def measure_misfit(plan: Plan, module: nn.Module) -> Misfit:
         distance=len(names ^ {layer.name for layer in plan.layers}),
         reason=_mismatch(plan, module) or "it fits",
     )
-
-
-def is_initialised(module: nn.Module) -> bool:
-    """Whether no parameter is still waiting for its first input to get a shape."""
-    return not any(is_lazy(parameter) for parameter in module.parameters())
 
 
 def find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:

@@ -11,7 +11,6 @@ in this order ends the script with the reason:
 
 import copy
 import math
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -25,8 +24,13 @@ from torch.optim.optimizer import (
 )
 
 from autoprec.common.text import error_line
-from autoprec.integrations.launch.optimizers import copy_optimizer, set_peak_rates
-from autoprec.integrations.launch.patches import Function, has_closure, patched, trained_by
+from autoprec.integrations.launch.optimizers import (
+    copy_optimizer,
+    has_closure,
+    set_peak_rates,
+    trained_by,
+)
+from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.tape import Tape, Taping, Untaped, copied, tensors_in
 from autoprec.model.layers import unwrapped
@@ -74,8 +78,6 @@ class Recorder:
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
         self._stack = ExitStack()
-        self._is_open = False
-        self._process = os.getpid()
 
     def __enter__(self) -> "Recorder":
         for context in (
@@ -87,11 +89,9 @@ class Recorder:
             register_optimizer_step_post_hook(self._after_step),
         ):
             self._stack.enter_context(context)
-        self._is_open = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_open = False
         self._mode.tape = None
         self._stack.close()
 
@@ -129,9 +129,7 @@ class Recorder:
 
     def _is_training(self, module: nn.Module) -> bool:
         return (
-            self._is_open
-            and os.getpid() == self._process  # a forked worker has this wrapper too
-            and module.training
+            module.training
             and torch.is_grad_enabled()
             and any(parameter.requires_grad for parameter in module.parameters())
         )
@@ -177,14 +175,14 @@ class Recorder:
     # --- backward --------------------------------------------------------------------------------
 
     def _around_backward(self, call: Function, /, *args: Any, **kwargs: Any) -> None:
-        if self._depth == 0 and self._is_open:
+        if self._depth == 0:
             self._end_batch(*args, **kwargs)
         self._depth += 1  # checkpointing runs layers again, and backward inside of backward
         try:
             call(*args, **kwargs)
         finally:
             self._depth -= 1
-        if self._depth == 0 and self._is_open and len(self.batches) == 1 and self.model is not None:
+        if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
 
     def _end_batch(
@@ -214,8 +212,6 @@ class Recorder:
     # --- the optimizer's step --------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
-        if not self._is_open:
-            return
         if has_closure(args, kwargs):
             self.refuse(
                 "optimizer.step() must be called without a closure, but the script gives "
@@ -247,8 +243,6 @@ class Recorder:
         self.micro_steps = len(self.batches)
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
-        if not self._is_open:
-            return
         self.steps += 1
         self._batches_before = len(self.batches)
         if self.is_complete:

@@ -13,7 +13,6 @@ to a second model that the plan is for (an ensemble, cross-validation).
 """
 
 import logging
-import os
 import sys
 import weakref
 from collections import Counter
@@ -23,33 +22,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError
 from autoprec.integrations.launch.guarding import ScriptGuard
-from autoprec.integrations.launch.patches import Function, patched, trained_by, trains
-from autoprec.integrations.launch.placing import (
-    Misfit,
-    find_fitting,
-    find_roots,
-    is_initialised,
-    measure_misfit,
-)
+from autoprec.integrations.launch.optimizers import trained_by, trains
+from autoprec.integrations.launch.patches import Function, patched
+from autoprec.integrations.launch.placing import Misfit, find_fitting, find_roots, measure_misfit
 from autoprec.integrations.launch.script import Script, run_script, script_line
+from autoprec.integrations.plans import apply_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
-from autoprec.runtime import apply, attach_optimizer
+from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, watch_optimizers
-from autoprec.runtime.masters import ON_MODEL
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One model that the plan was applied to: where, and why just then."""
+    """One model that the plan was applied to; `moment` says where, and why just then."""
 
     model: "weakref.ref[nn.Module]"
     name: str
@@ -69,10 +64,7 @@ class RunOutcome:
 def run_with_plan(script: Script, plan: Plan, *, guard: bool | None = None) -> RunOutcome:
     """Run a script in this process with `plan` applied to the model that it trains.
 
-    Args:
-        script: what to run.
-        plan: for the model that the script trains.
-        guard: whether a Guard watches the run; None: only if the plan has a precision schedule.
+    A Guard watches the run if `guard` says so; with None, if the plan has a precision schedule.
 
     Raises:
         AutoprecError: there is no such script, or the plan could not be applied when it should.
@@ -100,34 +92,31 @@ class Watch:
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
-        self._is_on = False
         self._until_end, self._until_applied = ExitStack(), ExitStack()
-        self._is_searching = False  # for a model: while there are wrappers in `_until_applied`
-        self._process = os.getpid()  # a forked worker has our wrappers, but is not watched
+        self._is_searching = False  # for a model: while `_until_applied` has a wrapper
 
     def start(self) -> None:
         """Wrap what a script shows itself by."""
         watch_optimizers()  # not later from a hook: torch is iterating over its hooks then
         parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        functions: tuple[tuple[object, str, Function], ...] = (
+        functions: list[tuple[object, str, Function]] = [
             (Optimizer, "__init__", self._around_optimizer),
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             *((owner, "fully_shard", self._around_shard) for owner in _shard_owners()),
-        )
+            *(self._guard.patches if self._guard is not None else ()),
+        ]
         for owner, name, around in functions:
             self._until_end.enter_context(patched(owner, name, around))
         self._until_end.enter_context(register_optimizer_step_pre_hook(self._before_step))
-        self._is_on = True
         self._search()
 
     def stop(self) -> None:
         """Put everything back."""
-        self._is_on = self._is_searching = False
-        self._until_applied.close()
+        self._end_search()
         self._until_end.close()
         if self._guard is not None:
-            self._guard.stop()
+            self._guard.steps.close()
 
     def describe(self) -> str:
         """Say in one line where the plan was applied, or why it was not."""
@@ -170,7 +159,7 @@ class Watch:
         self, call: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
     ) -> None:
         call(optimizer, *args, **kwargs)
-        if not self._is_on or optimizer in self._waits:
+        if optimizer in self._waits:  # its class calls the constructor of another one
             return
         # one of a model that has the plan is attached by the runtime at its first step; any other
         # may belong to a model that is still to get it
@@ -185,27 +174,27 @@ class Watch:
         self, call: Function, optimizer: Optimizer, /, state_dict: dict[str, Any]
     ) -> None:
         # an attached optimizer loads its masters; from any other a plain load would drop them
-        planned = self._planned(optimizer) if self._is_on else None
+        planned = self._planned(optimizer)
         if planned is not None and ON_OPTIMIZER not in vars(optimizer):
             attach_optimizer(planned[1], optimizer)
         call(optimizer, state_dict)
-        if self._is_on and planned is None and STATELESS in state_dict:
+        if planned is None and STATELESS in state_dict:
             _keep_masters(optimizer, state_dict[STATELESS])
 
-    def _before_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
-        if not self._waits.get(optimizer):
-            return
-        if not self.applied:
-            self._search_for(optimizer)
-        if not self.applied and self.misfits:
-            logger.warning("%s trains, but %s", type(optimizer).__name__, self.describe())
-        self._waits[optimizer] = False
-        self._end_search_if_done()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
+        if self._waits.get(optimizer):
+            if not self.applied:
+                self._search_for(optimizer)
+            if not self.applied and self.misfits:
+                logger.warning("%s trains, but %s", type(optimizer).__name__, self.describe())
+            self._stop_waiting_for(optimizer)
+        if self._guard is not None:
+            self._guard.before_step(optimizer, args, kwargs)
 
     # --- what it means ---------------------------------------------------------------------------
 
     def _is_new(self, module: nn.Module) -> bool:
-        return self._is_searching and os.getpid() == self._process and module not in self._seen
+        return self._is_searching and module not in self._seen
 
     def _is_training(self, module: nn.Module) -> bool:
         """Whether a call trains: in training mode, or with an optimizer (as some fine-tune)."""
@@ -213,8 +202,8 @@ class Watch:
 
     def _offer(self, module: nn.Module, moment: str) -> None:
         """Apply the plan if this module is, or has in it, the model that it is for."""
-        if not self._is_new(module) or not is_initialised(module):
-            return
+        if not self._is_new(module) or any(map(is_lazy, module.parameters())):
+            return  # a lazy parameter waits for its first input to get a shape
         self._seen.update(module.modules())
         found = find_fitting(self.plan, module)
         if found is not None:
@@ -243,29 +232,28 @@ class Watch:
 
     def _apply(self, model: nn.Module, moment: str) -> None:
         inner = unwrapped(model)
-        if ON_MODEL in vars(inner) and any(each.model() is inner for each in self.applied):
+        if any(applied.model() is inner for applied in self.applied):  # and is wrapped since
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
         plan = self.plan
         if self._guard is not None:  # it runs the schedule; `apply` would ask for it
             plan = plan.model_copy(update={"schedule": ()})
         try:
-            apply(plan, inner, owned[0] if owned else None)
-            for optimizer in owned[1:]:
-                attach_optimizer(inner, optimizer)
+            apply_plan(plan, inner, owned)
         except AutoprecError as error:
             self.failure = error
             self.stop()
             raise
-        for optimizer in owned:
-            _drop_empty_states(optimizer)
-            self._waits[optimizer] = False
         moment = f"at {script_line()} ({moment})"
         names = [type(optimizer).__name__ for optimizer in owned]
         self.applied.append(Applied(weakref.ref(inner), type(inner).__name__, moment, names))
         if self._guard is not None:
             self._guard.watch(inner)
-        self._end_search_if_done()
+        for optimizer in owned:
+            # `apply` has taken kept masters out of states that hold nothing else
+            for parameter in [p for p, state in optimizer.state.items() if not state]:
+                del optimizer.state[parameter]
+        self._stop_waiting_for(*owned)
 
     def _planned(self, optimizer: Optimizer) -> tuple[Applied, nn.Module] | None:
         """Return the model with the plan that an optimizer trains, None if there is none."""
@@ -281,10 +269,14 @@ class Watch:
             self._until_applied.enter_context(patched(nn.Module, "__call__", self._around_call))
             self._is_searching = True
 
-    def _end_search_if_done(self) -> None:
+    def _stop_waiting_for(self, *optimizers: Optimizer) -> None:
+        self._waits.update(dict.fromkeys(optimizers, False))
         if self.applied and not any(self._waits.values()):
-            self._is_searching = False
-            self._until_applied.close()
+            self._end_search()
+
+    def _end_search(self) -> None:
+        self._is_searching = False
+        self._until_applied.close()
 
     def _describe_applied(self, applied: Applied) -> str:
         counts = Counter(str(layer.precision) for layer in self.plan.layers)
@@ -301,12 +293,6 @@ def _keep_masters(optimizer: Optimizer, saved: dict[int, torch.Tensor]) -> None:
     parameters = trained_by(optimizer)
     for index, master in saved.items():
         optimizer.state[parameters[index]][MASTER] = master.detach().clone()
-
-
-def _drop_empty_states(optimizer: Optimizer) -> None:
-    """Remove the states that are empty since `apply` took the kept masters out of them."""
-    for parameter in [p for p, state in optimizer.state.items() if not state]:
-        del optimizer.state[parameter]
 
 
 def _shard_owners() -> list[object]:
