@@ -308,7 +308,7 @@ def test_a_failure_in_the_middle_of_installing_leaves_no_trace(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("autoprec.runtime.install.root_class", out_of_memory)
+    monkeypatch.setattr("autoprec.runtime.install.container_class", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         autoprec.apply(plan_for(model), model, optimizer)
     assert equal(everything(model, optimizer), before)

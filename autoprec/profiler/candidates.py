@@ -22,7 +22,7 @@ from autoprec.profiler.compiling import reason_of
 from autoprec.profiler.tracing import Operation, traced
 from autoprec.records import Option
 from autoprec.runtime import install_options
-from autoprec.runtime.casting import cast_floating
+from autoprec.runtime.activations import cast_floating
 from autoprec.runtime.classes import option_dtype
 
 Outputs = tuple[list[Tensor], list[Tensor]]  # tensors to differentiate, and their gradients

@@ -3,9 +3,8 @@
 apply      a plan in and out of a model and its optimizer
 fit        whether plan and model fit, and a plan without a search
 install    options per layer -> a model that runs them
-activations what happens between layers
+activations what happens between layers: casts
 classes    the classes that modules get
-casting    casts of whatever goes from layer to layer
 gathers    FP8 weights through FSDP2's all-gather, and whole_weights what arrives
 masters    the FP32 masters of BF16 parameters
 attach     an optimizer that trains them

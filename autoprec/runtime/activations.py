@@ -1,4 +1,4 @@
-"""What happens between layers: functions that cannot mix dtypes get arguments of one dtype.
+"""What happens between layers: casts, and functions that cannot mix dtypes get one dtype.
 
 Layers give and take the activation dtype, but user code also computes between them: FP32 rotary
 tables meet BF16 queries, an FP32 mask meets BF16 attention, a loss inside `forward` meets BF16
@@ -18,15 +18,16 @@ in a node of backward switches it on until the node is done, when autograd resto
 state (`join_recomputation`).
 """
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
-
-from autoprec.runtime.casting import CASTABLE, cast_floating
 
 Function = Callable[..., Any]
 
@@ -81,7 +82,9 @@ IN_FP32 = (
     )
     | _functions(" ".join(torch.fft.__all__), torch.fft)
 )
+LISTED = UNIFORM | INTO_FIRST | IN_FP32
 LOW = frozenset({torch.bfloat16, torch.float16})
+CASTABLE = frozenset({torch.float32, torch.float64}) | LOW
 
 
 class ActivationMode(TorchFunctionMode):
@@ -99,45 +102,75 @@ class ActivationMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call `func`, with its arguments cast when it is one of the functions above."""
-        if func in UNIFORM:
-            args, kwargs = _cast(args, kwargs or {}, self.dtype, _differ)
-        elif func in INTO_FIRST:
-            args, kwargs = _cast(args, kwargs or {}, args[0].dtype, _differ)
-        elif func in IN_FP32:
-            args, kwargs = _cast(args, kwargs or {}, torch.float32, _has_16_bit)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if func in LISTED:
+            found: set[torch.dtype] = set()
+            _collect_dtypes(args, found)
+            _collect_dtypes(kwargs.values(), found)
+            if func in IN_FP32:
+                dtype, is_needed = torch.float32, not found.isdisjoint(LOW)
+            else:
+                dtype = self.dtype if func in UNIFORM else args[0].dtype
+                is_needed = len(found) > 1
+            if is_needed:
+                args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
+        return func(*args, **kwargs)
 
 
-def _cast(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
-    is_needed: Callable[[set[torch.dtype]], bool],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cast floating arguments to `dtype` if their dtypes make that necessary."""
-    found: set[torch.dtype] = set()
-    _collect_dtypes(args, found)
-    _collect_dtypes(tuple(kwargs.values()), found)
-    if not is_needed(found):
-        return args, kwargs
-    return cast_floating(args, dtype), cast_floating(kwargs, dtype)
-
-
-def _differ(found: set[torch.dtype]) -> bool:
-    return len(found) > 1
-
-
-def _has_16_bit(found: set[torch.dtype]) -> bool:
-    return not found.isdisjoint(LOW)
-
-
-def _collect_dtypes(values: tuple[Any, ...] | list[Any], found: set[torch.dtype]) -> None:
+def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
     for value in values:
         if isinstance(value, Tensor):
             if value.dtype in CASTABLE:
                 found.add(value.dtype)
         elif isinstance(value, tuple | list):
             _collect_dtypes(value, found)
+
+
+def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a module takes or gives
+    """Return `value` with its floating tensors as `dtype`; `value` itself when nothing differs.
+
+    Looks into tuples (named ones too), lists, mappings and dataclasses; other objects, such as a
+    key-value cache, pass through. Containers are rebuilt, never changed in place.
+    """
+    if isinstance(value, Tensor):
+        return value if value.dtype is dtype or value.dtype not in CASTABLE else value.to(dtype)
+    if isinstance(value, PackedSequence):
+        return value if value.data.dtype is dtype else value.to(dtype)
+    if isinstance(value, tuple | list):
+        items = [cast_floating(item, dtype) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return _cast_mapping(value, dtype)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _cast_dataclass(value, dtype)
+    return value
+
+
+def _cast_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
+    cast = {key: cast_floating(item, dtype) for key, item in value.items()}
+    if all(cast[key] is item for key, item in value.items()):
+        return value
+    result: Any = copy.copy(value)
+    for key, item in cast.items():  # all: dynamo's copy of a dict's subclass has no items
+        result[key] = item
+    return result
+
+
+def _cast_dataclass(value: Any, dtype: torch.dtype) -> Any:
+    changed = {}
+    for field in dataclasses.fields(value):
+        old = getattr(value, field.name, None)
+        new = cast_floating(old, dtype)
+        if new is not old:
+            changed[field.name] = new
+    if not changed:
+        return value
+    result = copy.copy(value)
+    for name, item in changed.items():
+        object.__setattr__(result, name, item)  # frozen ones too: the copy is ours
+    return result
 
 
 def is_mode_active() -> bool:

@@ -30,14 +30,13 @@ from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, linear_refusal
 from autoprec.model.options import shape_refusal
 from autoprec.records import Option
-from autoprec.runtime.casting import CASTABLE
+from autoprec.runtime.activations import CASTABLE
 from autoprec.runtime.classes import (
     container_class,
     is_made_here,
     layer_class,
     option_dtype,
     own_class,
-    root_class,
 )
 from autoprec.runtime.gathers import remove_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
@@ -129,9 +128,11 @@ def install_options(
             _install_layer(layers[name], option, installed=installed)
         if has_16_bit:
             for module in _containers(model, layers):
-                _change_class(module, container_class(type(module), activation_dtype), installed)
+                _change_class(
+                    module, container_class(type(module), activation_dtype, False), installed
+                )
         if root:
-            cls = root_class(type(model), activation_dtype if has_16_bit else None)
+            cls = container_class(type(model), activation_dtype if has_16_bit else None, True)
             _change_class(model, cls, installed)
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()

@@ -35,7 +35,7 @@ from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
-from autoprec.runtime.casting import CASTABLE
+from autoprec.runtime.activations import CASTABLE
 from autoprec.runtime.classes import is_made_here, option_dtype, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
