@@ -8,27 +8,26 @@ they were. What differs between plan and model is an error that says what; what 
 the optimizer's hooks, nowhere else: copies and pickles of the model carry it along.
 """
 
+import contextlib
 import copy
-import functools
 import logging
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import TypeVar  # with a default
 
 from autoprec.common.text import one_line
+from autoprec.common.versions import software_versions
 from autoprec.device.local import device_name
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import AutoprecError
 from autoprec.model.layers import model_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
-from autoprec.runtime.fit import check_layers, check_recipes, check_removable, check_untouched
+from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.masters import added_later, exact_value, keep_exact_loads, masters_of
@@ -37,33 +36,17 @@ from autoprec.runtime.ranks import agree
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer | None, default=None)
 
 
-@overload
-def apply(
-    plan: Plan | Path | str,
-    model: Model,
-    optimizer: None = None,
-    *,
-    group: "dist.ProcessGroup | None" = None,
-) -> tuple[Model, None]: ...
-@overload
-def apply(
-    plan: Plan | Path | str,
-    model: Model,
-    optimizer: AnyOptimizer,
-    *,
-    group: "dist.ProcessGroup | None" = None,
-) -> tuple[Model, AnyOptimizer]: ...
 @random_state_kept()
 def apply(
     plan: Plan | Path | str,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
+    model: Model,
+    optimizer: AnyOptimizer = None,  # type: ignore[assignment]  # the variable's default
     *,
     group: "dist.ProcessGroup | None" = None,
-) -> tuple[nn.Module, Optimizer | None]:
+) -> tuple[Model, AnyOptimizer]:
     """Make `model` run as the plan says, and `optimizer` train FP32 masters; both in place.
 
     Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
@@ -98,18 +81,20 @@ def apply(
     """
     inner = unwrapped(model)
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
-    try:
-        plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-        installed = _install(plan, inner, optimizer)
-    except AutoprecError as error:
-        agree(failure=str(error), device=device, group=group)  # raises if there are other ranks
-        raise
-    try:
+    with contextlib.ExitStack() as on_error:
+        try:
+            plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+            installed = _install(plan, inner, optimizer)
+            on_error.callback(installed.undo)
+            masters = masters_of(inner)
+            if optimizer is not None:
+                on_error.callback(detach_optimizer, optimizer)
+                attach(masters, optimizer)
+        except AutoprecError as error:
+            agree(failure=str(error), device=device, group=group)  # raises if there are other ranks
+            raise
         agree(plan=plan, device=device, group=group)
-    except BaseException:
-        _take_back(installed, optimizer)
-        raise
-    masters = masters_of(inner)
+        on_error.pop_all()  # every rank has the plan: it stays
     for parameter in masters.values:
         if not parameter.requires_grad:  # nobody trains it, so nobody needs an FP32 copy
             masters.values[parameter] = None
@@ -123,13 +108,10 @@ def apply(
     return model, optimizer
 
 
-@overload
-def undo(model: Model, optimizer: None = None) -> tuple[Model, None]: ...
-@overload
-def undo(model: Model, optimizer: AnyOptimizer) -> tuple[Model, AnyOptimizer]: ...
 def undo(
-    model: nn.Module, optimizer: Optimizer | None = None
-) -> tuple[nn.Module, Optimizer | None]:
+    model: Model,
+    optimizer: AnyOptimizer = None,  # type: ignore[assignment]  # the variable's default
+) -> tuple[Model, AnyOptimizer]:
     """Make the model plain FP32 with its master weights, and the optimizer plain; both in place.
 
     The optimizer keeps its state (moments are FP32 already).
@@ -183,7 +165,11 @@ def master_view(model: nn.Module) -> nn.Module:
     masters = masters_of(inner)
     # Whatever `deepcopy` finds in its memo it shares instead of copying.
     memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
-    memo |= {id(result): result.detach() for result in _kept_results(inner)}
+    for value in (value for module in inner.modules() for value in vars(module).values()):
+        if (
+            isinstance(value, Tensor) and not value.is_leaf
+        ):  # torch refuses to copy what was computed
+            memo[id(value)] = value.detach()
     low = {*masters.values, *added_later(inner, masters)}
     for parameter in inner.parameters():
         data = exact_value(parameter, masters) if parameter in low else parameter.detach()
@@ -194,46 +180,30 @@ def master_view(model: nn.Module) -> nn.Module:
 
 
 def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Installed:
-    """Check everything, then make model and optimizer run the plan; on an error undo that."""
+    """Check everything, then make the model run the plan."""
     found = model_layers(model)
     check_untouched(model, found)
-    check_layers(plan, found)
-    check_recipes(plan)
+    check_fit(plan, model, found=found)
     if optimizer is not None:
         check_optimizer(model, optimizer)
     names = {plain_name(name): name for name in found.modules}
-    installed = install_options(
+    return install_options(
         model,
         {names[layer.name]: layer.option for layer in plan.layers},
         uncovered=found.uncovered,
         layers=found.modules,
     )
-    try:
-        if optimizer is not None:
-            attach(masters_of(model), optimizer)
-    except BaseException:
-        _take_back(installed, optimizer)
-        raise
-    return installed
-
-
-def _take_back(installed: Installed, optimizer: Optimizer | None) -> None:
-    """Leave no trace of an installation that was not trained with."""
-    if optimizer is not None:
-        detach_optimizer(optimizer)
-    installed.undo()
 
 
 def _warn_of_differences(plan: Plan, device: torch.device) -> None:
     """Log one warning that names all differences of software and device to the plan's."""
     if device.type == "meta":
         return
-    made, name = plan.fingerprint, device_name(device)
+    made, name, here = plan.fingerprint, device_name(device), software_versions()
     found = [] if made.device in ("", name) else [f"device {name} (the plan: {made.device})"]
-    here = _software()
     found += [
         f"{package} {here[package]} (the plan: {made.software[package]})"
-        for package in here
+        for package in ("torch", "torchao")
         if made.software.get(package, here[package]) != here[package]
     ]
     if found:
@@ -242,17 +212,3 @@ def _warn_of_differences(plan: Plan, device: torch.device) -> None:
             "of the other; tune again here to be sure",
             ", ".join(map(one_line, found)),
         )
-
-
-@functools.cache
-def _software() -> dict[str, str]:
-    """Return the versions of the packages that can change what a plan is worth."""
-    return {package: version(package) for package in ("torch", "torchao")}
-
-
-def _kept_results(model: nn.Module) -> Iterator[Tensor]:
-    """Yield computed tensors that modules keep as attributes: torch refuses to copy these."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                yield value

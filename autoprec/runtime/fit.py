@@ -14,55 +14,27 @@ from autoprec.common.text import first_and_more, one_line
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, plain_name
 from autoprec.model.options import shape_refusal
-from autoprec.records import (
-    APPLICABLE_RECIPES,
-    BF16_O2,
-    Assignment,
-    Basis,
-    Constraint,
-    Fingerprint,
-    Option,
-    Plan,
-)
-from autoprec.runtime.classes import is_made_here
+from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
+from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.masters import ON_MODEL
+from autoprec.runtime.ranks import sharded_tensor
 
 MOST_LISTED = 8  # differences that an error spells out
 
 
-def check_fit(plan: Plan, model: nn.Module) -> None:
-    """Check that a plan names every layer of a model, as it is.
+def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None) -> None:
+    """Check that a plan names every layer of a model, as it is; `found` if they are known.
 
     Raises:
         PlanMismatchError: it does not; the message names what differs.
     """
-    check_layers(plan, model_layers(model))
-
-
-def check_layers(plan: Plan, found: ModelLayers) -> None:
-    """Do what `check_fit` does, for layers that were found already."""
-    differences = list(_differences(plan, found))
+    differences = list(_differences(plan, found or model_layers(model)))
     if differences:
         raise PlanMismatchError(
             "a plan must name every layer of the model as it is, but "
             f"{first_and_more(differences, most=MOST_LISTED, separator='; ')}; "
             "tune this model again, or correct the plan's names"
         )
-
-
-def check_recipes(plan: Plan) -> None:
-    """Refuse FP8 recipes that torchao does not apply.
-
-    Raises:
-        PlanMismatchError: a layer has one.
-    """
-    for layer in plan.layers:
-        if layer.recipe is not None and layer.recipe not in APPLICABLE_RECIPES:
-            raise PlanMismatchError(
-                f"{layer.name!r} cannot run {layer.option.key}: torchao applies "
-                f"{', '.join(APPLICABLE_RECIPES)}; choose one of these, or export the plan to a "
-                "runtime that has it"
-            )
 
 
 def check_untouched(model: nn.Module, found: ModelLayers) -> None:
@@ -125,9 +97,13 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
     layers = {plain_name(name): module for name, module in found.modules.items()}
     planned = {layer.name: layer for layer in plan.layers}
     yield from _one_sided("layer", tuple(planned), tuple(layers))
-    for name, module in layers.items():
-        if name in planned:
-            yield from _layer_differences(planned[name], module)
+    for name in (name for name in layers if name in planned):
+        kind, shapes = layer_kind(layers[name]), _shapes(layers[name])
+        if kind is not planned[name].kind:
+            yield f"layer {name!r} is {kind} in the model, {planned[name].kind} in the plan"
+        if shapes != planned[name].shapes:
+            there = f"{_listed(planned[name].shapes)} in the plan"
+            yield f"layer {name!r} has shapes {_listed(shapes)} in the model, {there}"
     yield from _one_sided("parameter", plan.uncovered, tuple(map(plain_name, found.uncovered)))
 
 
@@ -139,16 +115,8 @@ def _one_sided(what: str, planned: tuple[str, ...], own: tuple[str, ...]) -> Ite
     yield from (f"{what} {name!r} is in the model only" for name in own if name not in in_plan)
 
 
-def _layer_differences(planned: Assignment, module: nn.Module) -> Iterator[str]:
-    kind = layer_kind(module)
-    if kind is not planned.kind:
-        yield f"layer {planned.name!r} is {kind} in the model, {planned.kind} in the plan"
-    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
-    if shapes != planned.shapes:
-        yield (
-            f"layer {planned.name!r} has shapes {_listed(shapes)} in the model, "
-            f"{_listed(planned.shapes)} in the plan"
-        )
+def _shapes(layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(parameter.shape) for parameter in layer.parameters())
 
 
 def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
@@ -157,20 +125,22 @@ def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 
 def _fsdp_classes() -> tuple[type, ...]:
-    if "torch.distributed.fsdp" not in sys.modules:  # then nothing can be an instance
-        return ()
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return FullyShardedDataParallel, FSDPModule
+    module = sys.modules.get("torch.distributed.fsdp")  # if not, nothing can be an instance
+    return () if module is None else (module.FullyShardedDataParallel, module.FSDPModule)
 
 
 def _is_split(module: nn.Module) -> bool:
     """Whether tensor parallelism gave the module parts of its parameters."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
+    kind = sharded_tensor()
+    return any(isinstance(parameter, kind) for parameter in module._parameters.values())
 
-    return any(isinstance(parameter, DTensor) for parameter in module._parameters.values())
+
+def fp8_refusal(layer: nn.Module) -> str:
+    """Return why no device can run a layer in FP8, or an empty string."""
+    reason = linear_refusal(layer, own_class(layer))
+    if isinstance(layer, nn.Linear) and not reason:
+        reason = shape_refusal(layer.in_features, layer.out_features)
+    return reason
 
 
 def uniform_plan(
@@ -188,15 +158,13 @@ def uniform_plan(
     layers = []
     for name, layer in found.modules.items():
         # By the rule of what a layer can take; whether the device runs it, `apply` finds out.
-        refusal = linear_refusal(layer) if wanted.is_fp8 else ""
-        if isinstance(layer, nn.Linear) and wanted.is_fp8 and not refusal:
-            refusal = shape_refusal(layer.in_features, layer.out_features)
-        chosen = (others or {}).get(name, BF16_O2 if refusal else wanted)
+        can_take = not wanted.is_fp8 or not fp8_refusal(layer)
+        chosen = (others or {}).get(name, wanted if can_take else BF16_O2)
         layers.append(
             Assignment(
                 name=plain_name(name),
                 kind=layer_kind(layer),
-                shapes=tuple(tuple(parameter.shape) for parameter in layer.parameters()),
+                shapes=_shapes(layer),
                 precision=chosen.precision,
                 recipe=chosen.recipe,
                 gemms_hp=chosen.gemms_hp,

@@ -27,9 +27,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, linear_refusal
-from autoprec.model.options import shape_refusal
-from autoprec.records import Option
+from autoprec.model.layers import find_layers
+from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE
 from autoprec.runtime.classes import (
     container_class,
@@ -38,6 +37,7 @@ from autoprec.runtime.classes import (
     option_dtype,
     own_class,
 )
+from autoprec.runtime.fit import fp8_refusal
 from autoprec.runtime.gathers import remove_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 
@@ -114,13 +114,12 @@ def install_options(
             or its device cannot run FP8. The model is then as it was.
     """
     layers = find_layers(model) if layers is None else layers
-    _check_names(options, layers)
+    for name, option in options.items():
+        _check_layer(name, layers, option)
     has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
-    for name, option in options.items():
-        _check_layer(name, layers[name], option)
     installed = Installed(model, dict(options), activation_dtype)
     try:
         _convert_storage(storage, installed)
@@ -160,16 +159,13 @@ def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
         parameter.grad = gradient.to(data.dtype)
 
 
-def _check_names(options: Mapping[str, Option], layers: Mapping[str, nn.Module]) -> None:
-    unknown = next((name for name in options if name not in layers), None)
-    if unknown is not None:
+def _check_layer(name: str, layers: Mapping[str, nn.Module], option: Option) -> None:
+    if name not in layers:
         raise PlanMismatchError(
-            f"every layer given an option must exist in the model, but {unknown!r} does not "
+            f"every layer given an option must exist in the model, but {name!r} does not "
             f"(its layers: {first_and_more(layers)}); correct the name"
         )
-
-
-def _check_layer(name: str, layer: nn.Module, option: Option) -> None:
+    layer = layers[name]
     if isinstance(layer, torch.jit.ScriptModule):
         reason = "a scripted module cannot be changed; give autoprec the model before scripting it"
     elif "forward" in vars(layer):
@@ -177,21 +173,23 @@ def _check_layer(name: str, layer: nn.Module, option: Option) -> None:
     elif any(is_lazy(parameter) for parameter in layer.parameters()):
         reason = "its parameters have no shape yet; run one batch through the model first"
     else:
-        reason = _fp8_refusal(layer, option) if option.is_fp8 else ""
+        reason = _option_refusal(layer, option) if option.is_fp8 else ""
     if reason:
         raise PlanMismatchError(f"{name!r} cannot run {option.key}: {reason}")
 
 
-def _fp8_refusal(layer: nn.Module, option: Option) -> str:
-    way_out = "; set it to bf16_o2, or tune again here"
-    reason = linear_refusal(layer, own_class(layer))
-    if isinstance(layer, nn.Linear) and not reason:
-        reason = shape_refusal(layer.in_features, layer.out_features)
+def _option_refusal(layer: nn.Module, option: Option) -> str:
+    if option.recipe not in APPLICABLE_RECIPES:
+        return (
+            f"torchao applies {', '.join(APPLICABLE_RECIPES)}; choose one of these, or export the "
+            "plan to a runtime that has it"
+        )
+    reason = fp8_refusal(layer)
     device = next(layer.parameters()).device
     if not reason and device.type != "meta":
         support = fp8_support(device)
         reason = "" if option.recipe in support.recipes else support.reason
-    return reason and reason + way_out
+    return reason and f"{reason}; set it to bf16_o2, or tune again here"
 
 
 def _plan_storage(
@@ -242,13 +240,10 @@ def _keep_masters(
 
 
 def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:
-    if option_dtype(option) is torch.float32 is installed.activation_dtype and not is_made_here(
-        type(layer)
-    ):
+    dtype = installed.activation_dtype
+    if option_dtype(option) is torch.float32 is dtype and not is_made_here(type(layer)):
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
-    _change_class(
-        layer, layer_class(own_class(layer), option, installed.activation_dtype), installed
-    )
+    _change_class(layer, layer_class(own_class(layer), option, dtype), installed)
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):

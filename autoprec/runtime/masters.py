@@ -17,9 +17,8 @@ comparing values in the first steps and every hundredth, and in every step once 
 """
 
 import logging
-import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
+from autoprec.runtime.ranks import sharded_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -197,28 +197,18 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
     """Make `load_state_dict` on any module of the model hand FP32 values to the masters."""
     forget_loads(model)
-    for module in _owners(model, masters):
-        hook = ExactLoads(masters)
-        module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+    for module in model.modules():
+        if any(parameter in masters.values for parameter in module._parameters.values()):
+            hook = ExactLoads(masters)
+            module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch
 
 
 def forget_loads(model: nn.Module) -> None:
     """Take the hooks of `keep_exact_loads` out."""
     for module in model.modules():
-        hooks = module._load_state_dict_pre_hooks
-        ours = [k for k, hook in hooks.items() if isinstance(_function(hook), ExactLoads)]
-        for key in ours:
-            del hooks[key]
-
-
-def _function(hook: Any) -> object:  # Any: torch's wrapper around whatever was registered
-    return getattr(hook, "hook", None)
-
-
-def _owners(model: nn.Module, masters: Masters) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if any(parameter in masters.values for parameter in module._parameters.values()):
-            yield module
+        for key, wrapper in list(module._load_state_dict_pre_hooks.items()):
+            if isinstance(getattr(wrapper, "hook", None), ExactLoads):
+                del module._load_state_dict_pre_hooks[key]
 
 
 class ExactLoads:
@@ -269,23 +259,17 @@ def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
     """Return a master for the parameter that took another one's place, None if it does not fit."""
     if master is None or master.is_meta or master.shape != parameter.shape:
         return None
-    if "torch.distributed.tensor" not in sys.modules:  # then nothing can be a shard
+    if not isinstance(parameter, sharded_tensor()):
         return master
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    if not isinstance(parameter, DTensor):
-        return master
     whole = master.to(parameter.device)
-    shard: Tensor = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    return shard
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 def _local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if "torch.distributed.tensor" not in sys.modules:
-        return list(tensors)
-    from torch.distributed.tensor import DTensor
-
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    kind = sharded_tensor()
+    return [tensor.to_local() if isinstance(tensor, kind) else tensor for tensor in tensors]
 
 
 def _stamp(parameter: nn.Parameter) -> tuple[int, int]:

@@ -7,9 +7,11 @@ Tested with gloo on CPUs; NCCL on several GPUs was not yet run.
 """
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +32,6 @@ class Answer:
     failure: str = ""
 
 
-def decided_digest(plan: Plan) -> str:
-    """Return a hash of everything in a plan that ranks must agree about, evidence left out."""
-    layers = [[layer.name, layer.shapes, layer.option.key] for layer in plan.layers]
-    schedule = [[phase.start_step, phase.fp8] for phase in plan.schedule]
-    return short_digest(layers, plan.uncovered, schedule, plan.fp8_all_gather)
-
-
 def agree(
     *,
     device: torch.device,
@@ -55,22 +50,22 @@ def agree(
     Raises:
         PlanMismatchError: a rank installed nothing, or another plan; the same on every rank.
     """
-    if not is_shared(group):
+    if not dist.is_available() or not dist.is_initialized():
         return
-    digest = "" if plan is None else decided_digest(plan)
+    size = dist.get_world_size(group)
+    if size == 1 or dist.get_backend(group) == "fake":  # torch's fake ranks do not train together
+        return
+    digest = ""
+    if plan is not None:  # everything that ranks must agree about, evidence left out
+        layers = [[layer.name, layer.shapes, layer.option.key] for layer in plan.layers]
+        schedule = [[phase.start_step, phase.fp8] for phase in plan.schedule]
+        digest = short_digest(layers, plan.uncovered, schedule, plan.fp8_all_gather)
     own = Answer(dist.get_rank(), digest=digest, failure=failure)
-    answers = [own] * dist.get_world_size(group)
+    answers = [own] * size
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         dist.all_gather_object(answers, own, group=group)
     check_answers(answers)
-
-
-def is_shared(group: "dist.ProcessGroup | None" = None) -> bool:
-    """Whether several ranks train together; those of torch's fake backend do not."""
-    if not dist.is_available() or not dist.is_initialized():
-        return False
-    return dist.get_world_size(group) > 1 and dist.get_backend(group) != "fake"
 
 
 def check_answers(answers: Sequence[Answer]) -> None:
@@ -95,3 +90,9 @@ def check_answers(answers: Sequence[Answer]) -> None:
 
 def _listed(ranks: Mapping[int, str]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {first_and_more(ranks, most=MOST_RANKS)}"
+
+
+def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
+    """Return DTensor for `isinstance`; nothing while nobody imported it, so that none exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
