@@ -6,13 +6,13 @@ import torch
 from gpu_run import Deadline, Run, Shape, conditions_of, shape_of
 from torch import nn
 
+from autoprec.common.text import first_line
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import release_memory
 from autoprec.device.timing import Function
 from autoprec.model.recording import Call
 from autoprec.profiler import open_compilation
 from autoprec.profiler.candidates import Candidate, make_candidate
-from autoprec.profiler.compiling import reason_of
 from autoprec.profiler.proving import cuda_kernels, is_fp8_kernel
 from autoprec.records import BF16_O2, Option, fp8_option
 
@@ -24,7 +24,7 @@ def sweep_linears(run: Run, found: dict[str, Any], deadline: Deadline) -> None:
             try:
                 rows += time_linears(run, shape, mode=mode)
             except torch.OutOfMemoryError as error:
-                run.skipped.append(f"linears, {mode}, {shape}: {reason_of(error)}")
+                run.skipped.append(f"linears, {mode}, {shape}: {first_line(error)}")
             release_memory(run.device)
 
 
@@ -57,7 +57,7 @@ def time_linears(run: Run, shape: Shape, *, mode: str) -> list[dict[str, Any]]:
             except (RuntimeError, ValueError) as error:
                 if option == BF16_O2:
                     raise  # the others are measured against it
-                failed[option.key] = reason_of(error)
+                failed[option.key] = first_line(error)
         found = run.sample(steps, budget_ms=400.0)
         base = found[BF16_O2.key].timing().median_ms
     return [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from gpu_report import render
 
+from autoprec.common.text import first_line
 from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.timing import (
     Clock,
@@ -23,7 +24,6 @@ from autoprec.device.timing import (
     merge_conditions,
     sample_interleaved,
 )
-from autoprec.profiler.compiling import reason_of
 from autoprec.records.devices import DeviceProfile
 
 Shape = tuple[int, int, int]
@@ -121,7 +121,7 @@ def run_sections(run: Run, sections: Mapping[str, tuple[float, Section]]) -> Non
         try:
             section(run, found, deadline)
         except Exception as error:  # noqa: BLE001  # the sections before and after must not be lost
-            run.skipped.append(f"{name} failed: {type(error).__name__}: {reason_of(error)}")
+            run.skipped.append(f"{name} failed: {type(error).__name__}: {first_line(error)}")
         finally:
             found["seconds"] = round(deadline.elapsed, 1)
             write_results(run)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.text import first_line
 from autoprec.device.timing import UNWATCHED, Observation, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
@@ -22,7 +23,6 @@ from autoprec.profiler.compiling import (
     Compilation,
     GraphMonitor,
     made_graphs,
-    reason_of,
 )
 from autoprec.profiler.groups import group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
@@ -168,8 +168,8 @@ def test_a_missing_compiler_is_one_line() -> None:
 
 
 def test_a_reason_is_the_line_that_tells() -> None:
-    assert reason_of(RuntimeError("backend='inductor' raised:\nE: no\nmore")) == "E: no"
-    assert reason_of(ValueError("")) == "ValueError('')"
+    assert first_line(RuntimeError("backend='inductor' raised:\nE: no\nmore")) == "E: no"
+    assert first_line(ValueError("")) == "ValueError('')"
 
 
 def test_arms_that_do_not_fit_together_are_timed_one_after_another(

@@ -9,8 +9,7 @@ from autoprec.device.tracing import PLAIN_TENSORS
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.profiler.groups import Group
-from autoprec.profiler.layers import LayerMeter
-from autoprec.profiler.parts import promising_gemms_hp
+from autoprec.profiler.layers import LayerMeter, promising_gemms_hp
 from autoprec.records import (
     BF16_O2,
     FP32,

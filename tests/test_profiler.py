@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoprec.device.timing import UNWATCHED, Stopping
+from autoprec.device.tracing import Operation, traced
 from autoprec.model.capture import capture_model
 from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
@@ -21,10 +22,8 @@ from autoprec.model.recording import Call
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import make_candidate
 from autoprec.profiler.groups import copy_layer, group_layers, record_step, uniform_options
-from autoprec.profiler.layers import LayerMeter
+from autoprec.profiler.layers import LayerMeter, sum_parts
 from autoprec.profiler.measure import sum_totals
-from autoprec.profiler.parts import sum_parts
-from autoprec.profiler.tracing import Operation, traced
 from autoprec.records import (
     BF16_O2,
     FP32,

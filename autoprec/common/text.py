@@ -24,6 +24,13 @@ def error_line(error: BaseException, *, most: int = 4 * SHOWN) -> str:
     return one_line(" ".join(str(error).split()) or type(error).__name__, most=most)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the line of an error that says what went wrong; a compiler's wraps it in others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("backend=")]
+    return (telling or lines or [repr(error)])[0]
+
+
 def shown_value(value: object) -> str:
     """Return the `repr` of a foreign value for a message, cut where it is long."""
     short = reprlib.Repr()

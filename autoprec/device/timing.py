@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from autoprec.errors import DeviceError
 from autoprec.records import Conditions, Timing
 
 Function = Callable[[], object]
+Name = TypeVar("Name")  # of what is timed: any key
 
 SHORTEST_SAMPLE_MS = 0.1  # 100 times what an event or the interpreter adds (1 us, H100 and EPYC)
 MOST_CALLS = 1000
@@ -269,7 +270,7 @@ def time_interleaved(
 
 
 def sample_interleaved(
-    candidates: Mapping[str, Function],
+    candidates: Mapping[Name, Function],
     *,
     clock: Clock,
     stopping: Stopping,
@@ -277,7 +278,7 @@ def sample_interleaved(
     prepare: Callable[[int], None] | None = None,
     monitor: Monitor = UNWATCHED,
     seed: int = 0,
-) -> dict[str, Samples]:
+) -> dict[Name, Samples]:
     """Sample candidates in turns until each has enough.
 
     Args:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from autoprec.common.recipes import Recipe
+from autoprec.common.text import first_line
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
 from autoprec.device.timing import (
@@ -29,13 +30,13 @@ from autoprec.device.timing import (
     time_interleaved,
 )
 from autoprec.device.torchao import float8_config, import_torchao
+from autoprec.device.tracing import traced
 from autoprec.errors import DeviceError
 from autoprec.predict import list_device_profiles
 from autoprec.predict.calibrate import CastTimes, EagerCasts, Measured, Shape, calibrate_profile
 from autoprec.predict.gemm import Kernel
 from autoprec.predict.registry import find_profile
-from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation, reason_of
-from autoprec.profiler.tracing import traced
+from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import fp8_option
 
@@ -184,7 +185,7 @@ def time_compiled_casts(
     except torch.OutOfMemoryError:
         raise
     except (DeviceError, RuntimeError) as error:
-        log.warning("compiled FP8 casts are not measured: %s", reason_of(error))
+        log.warning("compiled FP8 casts are not measured: %s", first_line(error))
     return found
 
 

@@ -2,11 +2,9 @@
 
 measure     context + spec -> profile
 groups      layers of equal shape, and the inputs and gradients of a real step
-candidates  one layer in one option, on its own
+candidates  one layer in one option, on its own; FP8 that is too slow to be timed
 layers      a group -> rows of times and bytes, whole and in parts
-slow_fp8    FP8 that is too slow to be timed
 compiling   torch.compile of what is timed
-tracing     the operations that really ran
 steps       whole steps, interleaved
 proving     the CUDA kernels that really ran
 """

@@ -4,6 +4,12 @@
 `install_options`, inputs and output gradients are real, and gradients are asked for exactly where
 the real step needs them. A 16-bit option takes and gives BF16, as between 16-bit layers; FP32 takes
 and gives FP32; so casts at a layer's boundary are in neither.
+
+FP8 options that would take longer to time than training itself are predicted from a small layer.
+Where a CPU has only a reference kernel for FP8 GEMMs (oneDNN 3.12 with AVX512-FP16 but no FP8
+units: 900 times slower than FP32), the time of a small layer per multiply-add tells. On a GPU there
+is FP8 where its units multiply it, and a microsecond that launching the small layer took longer
+would be minutes at the size of a real one: there nothing is predicted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprec.common.text import first_line
 from autoprec.device.timing import Clock, Function
+from autoprec.device.tracing import Operation, traced
 from autoprec.errors import PlanMismatchError
 from autoprec.model.recording import Call, output_tensors
-from autoprec.profiler.compiling import reason_of
-from autoprec.profiler.tracing import Operation, traced
+from autoprec.profiler.compiling import Compilation
 from autoprec.records import Option
 from autoprec.runtime import install_options
 from autoprec.runtime.activations import cast_floating
@@ -28,6 +35,10 @@ from autoprec.runtime.classes import option_dtype
 Outputs = tuple[list[Tensor], list[Tensor]]  # tensors to differentiate, and their gradients
 MakeLayer = Callable[[], nn.Module]
 FEASIBILITY_ERRORS = (RuntimeError, ValueError, AssertionError, PlanMismatchError)
+# Times the FP32 layer; far from both that were seen: 1.2 where FP8 GEMMs have a kernel of their own
+# (AVX512-BF16 CPU, torch 2.13.0), 900 with a reference kernel.
+WORTH_TIMING = 6.0
+WIDTH, ROWS, REPEATS = 64, (16, 144), 3  # of the small layer; few and more rows
 
 
 @dataclass
@@ -37,15 +48,15 @@ class Candidate:
     option: Option
     layer: nn.Module
     calls: list[Call]
-    compiled: Callable[..., Any] | None = None  # runs in the layer's place; Any: a layer's own
+    compiled: Callable[..., Any] | None = None  # what `step` runs in its place; Any: a layer's own
     inputs: list[Tensor] = field(default_factory=list)  # those that need a gradient
     parameters: list[nn.Parameter] = field(default_factory=list)  # trainable ones
 
-    def forward(self) -> Outputs:
+    def forward(self, run: Callable[..., Any] | None = None) -> Outputs:  # Any: a layer's own
         """Run every call of a step; return the outputs that got a gradient, with it."""
         outputs: list[Tensor] = []
         gradients: list[Tensor] = []
-        run = self.layer if self.compiled is None else self.compiled
+        run = self.layer if run is None else run
         for call in self.calls:
             # Without a gradient there is no backward pass to keep anything for: of a checkpointed
             # layer's two forward passes only one keeps its activations.
@@ -59,8 +70,8 @@ class Candidate:
         return outputs, gradients
 
     def step(self) -> None:
-        """Run forward and backward."""
-        self.differentiate(self.forward(), [*self.inputs, *self.parameters])
+        """Run forward and backward, compiled if the layer is."""
+        self.differentiate(self.forward(self.compiled), [*self.inputs, *self.parameters])
 
     def differentiate(
         self, made: Outputs, wanted: Sequence[Tensor], *, retain: bool = False
@@ -107,27 +118,28 @@ class Attempt:
 
     option: Option
     candidate: Candidate | None = None  # None: it cannot run, or is not worth timing
-    compiled: Candidate | None = None  # the same, compiled; None: eager
     infeasible: str = ""
     predicted_ms: float | None = None
     kernels: tuple[str, ...] = ()
     activation_bytes: int = 0
 
-    @property
-    def step(self) -> Function | None:
-        """What is timed as a whole."""
-        timed = self.compiled or self.candidate
-        return None if timed is None else timed.step
 
-
-def try_option(option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Attempt:
-    """Run an option once under a trace, which proves what ran and warms it up."""
+def try_option(
+    option: Option,
+    calls: Sequence[Call],
+    make_layer: MakeLayer,
+    compilation: Compilation | None = None,
+) -> Attempt:
+    """Run an option as it will be timed, and once under a trace, which proves what ran."""
     try:
         candidate = make_candidate(make_layer, calls, option)
         with candidate.weighing() as saved:
             operations = candidate.trace_step()
+        if compilation is not None:
+            candidate.compiled = compilation.compile_layer(candidate.layer)
+            compilation.run_first(candidate.step)
     except FEASIBILITY_ERRORS as error:
-        return Attempt(option, infeasible=reason_of(error))
+        return Attempt(option, infeasible=first_line(error))
     kernels = tuple(dict.fromkeys(f"{op.name} {op.dtype}".strip() for op in operations))
     return Attempt(option, candidate, kernels=kernels, activation_bytes=sum(saved.values()))
 
@@ -158,3 +170,51 @@ def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option)
         inputs=[t for t in leaves if isinstance(t, Tensor) and t.requires_grad],
         parameters=[p for p in layer.parameters() if p.requires_grad],
     )
+
+
+@dataclass
+class SlowFp8:
+    """Finds the FP8 options of one device that are too slow to be timed."""
+
+    device: torch.device
+    clock: Clock
+    seed: int = 0
+    known: dict[Option, tuple[float, Attempt]] = field(default_factory=dict)  # ms per M * K * N
+
+    def predict(self, option: Option, calls: Sequence[Call], *, limit_ms: float) -> Attempt | None:
+        """Return the option with a predicted time if that is above the limit, else None."""
+        if not option.is_fp8 or self.device.type == "cuda":
+            return None
+        if option not in self.known:
+            self.known[option] = self._run_small(option)
+        ms_per_mac, small = self.known[option]
+        predicted = ms_per_mac * _linear_macs(calls)
+        if predicted <= limit_ms:
+            return None
+        return Attempt(option, predicted_ms=predicted, kernels=small.kernels)
+
+    def _run_small(self, option: Option) -> tuple[float, Attempt]:
+        """Time a small layer with few and with more rows; the difference has no overhead."""
+        generator = torch.Generator().manual_seed(self.seed)
+        elapsed: list[float] = []  # a reference kernel's grows with the rows, overhead does not
+        small = Attempt(option)
+        for rows in ROWS:
+            x, gradient = (torch.randn(rows, WIDTH, generator=generator) for _ in "xg")
+            call = Call((x.to(self.device).requires_grad_(),), {}, [gradient.to(self.device)])
+            small = try_option(option, [call], lambda: nn.Linear(WIDTH, WIDTH, device=self.device))
+            if small.candidate is None:
+                return 0.0, small  # the layer's own attempt will say why
+            elapsed.append(min(self.clock.measure(small.candidate.step) for _ in range(REPEATS)))
+        macs = (ROWS[1] - ROWS[0]) * WIDTH**2
+        return max(elapsed[1] - elapsed[0], 0.0) / macs, small
+
+
+def _linear_macs(calls: Sequence[Call]) -> float:
+    """Return M * K * N of a linear's calls in one step."""
+    total = 0.0
+    for call in calls:
+        gradient = next((g for g in call.gradients if g is not None), None)
+        first = call.args[0] if call.args else next(iter(call.kwargs.values()))
+        if isinstance(first, Tensor) and gradient is not None:
+            total += call.count * float(first.numel()) * gradient.shape[-1]
+    return total

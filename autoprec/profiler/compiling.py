@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from autoprec.common.text import first_line
 from autoprec.device.timing import Function, Monitor, Observation
 from autoprec.errors import DeviceError
 
@@ -128,13 +129,6 @@ def made_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def reason_of(error: Exception) -> str:
-    """Return the line of an error that says what went wrong; a compiler's wraps it in others."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("backend=")]
-    return (telling or lines or [repr(error)])[0]
-
-
 def _check_compiler(device: torch.device, backend: Backend) -> None:
     """Compile one small function, for the one line that says what is missing."""
     needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
@@ -143,7 +137,7 @@ def _check_compiler(device: torch.device, backend: Backend) -> None:
     except RuntimeError as error:
         raise DeviceError(
             f"--compile needs a torch.compile that works, with {needed}, but on {device} it says: "
-            f"{reason_of(error)}; install what is missing, or leave --compile out"
+            f"{first_line(error)}; install what is missing, or leave --compile out"
         ) from error
 
 

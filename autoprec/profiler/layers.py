@@ -1,55 +1,70 @@
 """Layers of equal shape and their options -> one row of times and bytes for each option.
 
 Every option of a layer is tried once (which proves what ran, warms it up, and finds the ones that
-cannot run), then all of them are timed in turns: first whole, then their parts (`parts`).
+cannot run), then all of them are timed in turns: first whole, then their parts:
 
-With torch.compile, `total` is of the compiled layer. Its parts cannot be run apart, so the GEMMs
-are those of the eager layer, the same library calls. Bytes and operations are the eager layer's
-too, since compiled code hides its operations.
+    output, grad_input, grad_weight   FP32 and BF16: forward, and backward to inputs or parameters
+                                      alone. Parts that share work make their sum exceed `total`.
+                                      FP8: the three GEMMs, operation by operation.
+    cast                              FP8: every other operation
+
+With torch.compile, `total` is of the compiled layer. Its parts cannot be run apart, since one
+compiled backward pass makes all gradients: the GEMMs are those of the eager layer, the same library
+calls, and an FP8 layer's `cast` is what they leave of the total. Bytes and operations are the eager
+layer's too, since compiled code hides its operations.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
 from autoprec.device.timing import (
     UNWATCHED,
     Clock,
     Function,
     Monitor,
+    Name,
     Samples,
     Stopping,
     merge_conditions,
     sample_interleaved,
     timing_from,
 )
+from autoprec.device.tracing import Operation
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import (
-    FEASIBILITY_ERRORS,
+    WORTH_TIMING,
     Attempt,
     Candidate,
     MakeLayer,
+    SlowFp8,
     try_option,
 )
-from autoprec.profiler.compiling import Compilation, GraphMonitor, reason_of
+from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.profiler.groups import Group
-from autoprec.profiler.parts import (
-    CAST,
-    part_functions,
-    promising_gemms_hp,
-    remainder,
-    sum_parts,
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Gemm,
+    LayerSpec,
+    LayerTiming,
+    Option,
+    Timing,
+    with_gemms_hp,
 )
-from autoprec.profiler.slow_fp8 import WORTH_TIMING, SlowFp8
-from autoprec.records import FP32, Basis, Gemm, LayerSpec, LayerTiming, Option, Timing
 from autoprec.runtime.classes import option_dtype
 
 log = logging.getLogger(__name__)
+CAST = "cast"
+PARTS = (*(gemm.value for gemm in Gemm), CAST)  # the fields of a row
+SUM_ERROR = 1.1  # generous on purpose: parts share work and add up to too much, and timing decides
 TOTAL = Stopping(samples=9, least=3, precision=0.02, budget_ms=30.0, rejections=3)
 PART = Stopping(samples=5, least=2, precision=0.1, budget_ms=15.0, rejections=1)
 
@@ -81,8 +96,8 @@ class LayerMeter:
             torch.compiler.reset()  # one layer's sizes must not make another's dynamic
         fp32 = self.try_option(FP32, calls, make_layer)
         limit_ms = math.inf
-        if fp32.step is not None and any(option.is_fp8 for option in group.options):
-            limit_ms = WORTH_TIMING * self.clock.measure(fp32.step)
+        if fp32.candidate is not None and any(option.is_fp8 for option in group.options):
+            limit_ms = WORTH_TIMING * self.clock.measure(fp32.candidate.step)
         attempts = [fp32]
         for option in (option for option in group.options if option != FP32):
             predicted = self.slow_fp8.predict(option, calls, limit_ms=limit_ms)
@@ -95,31 +110,26 @@ class LayerMeter:
 
     def try_option(self, option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Attempt:
         """Run an option as it will be timed, and once under a trace."""
-        attempt = try_option(option, calls, make_layer)
-        if attempt.candidate is not None and self.compilation is not None:
-            try:
-                run = self.compilation.compile_layer(attempt.candidate.layer)
-                attempt.compiled = replace(attempt.candidate, compiled=run)
-                self.compilation.run_first(attempt.compiled.step)
-            except FEASIBILITY_ERRORS as error:
-                attempt = Attempt(option, infeasible=reason_of(error))
+        attempt = try_option(option, calls, make_layer, self.compilation)
         if attempt.infeasible:
             release_memory(self.device)  # it may be what ran out
         return attempt
 
     def _time_attempts(self, group: Group, attempts: Sequence[Attempt]) -> list[LayerTiming]:
         """Time options in turns, whole and then in parts."""
-        totals = self._sample({a.option.key: a.step for a in attempts if a.step}, TOTAL)
-        parts = self.time_parts([a.candidate for a in attempts if a.candidate])
-        for attempt in attempts:
-            own = parts.get(attempt.option)
-            if own and attempt.compiled and attempt.option.is_fp8:
-                own[CAST] = remainder(totals[attempt.option.key].timing(), own)
+        candidates = [attempt.candidate for attempt in attempts if attempt.candidate]
+        totals = self._sample({own.option: own.step for own in candidates}, TOTAL)
+        parts = self.time_parts(candidates)
+        for option, own in parts.items():
+            if self.compilation is not None and option.is_fp8:
+                own[CAST] = remainder(totals[option].timing(), own)
         return [
-            self._row(group, a, totals.get(a.option.key), parts.get(a.option, {})) for a in attempts
+            self._row(group, a, totals.get(a.option), parts.get(a.option, {})) for a in attempts
         ]
 
-    def _sample(self, functions: Mapping[str, Function], stopping: Stopping) -> dict[str, Samples]:
+    def _sample(
+        self, functions: Mapping[Name, Function], stopping: Stopping
+    ) -> dict[Name, Samples]:
         monitor = self.monitor
         if self.compilation is not None:
             monitor = GraphMonitor(self.compilation, monitor)
@@ -134,28 +144,24 @@ class LayerMeter:
 
     def time_parts(self, candidates: Sequence[Candidate]) -> dict[Option, dict[str, Timing]]:
         """Time the parts of every option; none where their graphs do not fit side by side."""
+        parts: dict[Option, dict[str, Timing]] = {own.option: {} for own in candidates}
         try:
             # FP32 and BF16: what backward to one side runs, over a graph that is kept
             functions = {
-                f"{candidate.option.key} {part}": fn
+                (candidate.option, part): fn
                 for candidate in candidates
                 if not candidate.option.is_fp8
                 for part, fn in part_functions(candidate).items()
             }
-            found = self._sample(functions, PART)
-            return {
-                candidate.option: self._time_fp8_parts(candidate)
-                if candidate.option.is_fp8
-                else {
-                    part.value: found[key].timing()
-                    for part in Gemm
-                    if (key := f"{candidate.option.key} {part}") in found
-                }
-                for candidate in candidates
-            }
+            for (option, part), taken in self._sample(functions, PART).items():
+                parts[option][part] = taken.timing()
+            for candidate in candidates:
+                if candidate.option.is_fp8:
+                    parts[candidate.option] = self._time_fp8_parts(candidate)
         except torch.OutOfMemoryError as error:
-            log.warning("parts of a layer are not timed, only its total: %s", reason_of(error))
+            log.warning("parts of a layer are not timed, only its total: %s", first_line(error))
             return {}
+        return parts
 
     def _time_fp8_parts(self, candidate: Candidate) -> dict[str, Timing]:
         """Time every operation of one run: by now the layer is warm, and FP8 has a dozen casts."""
@@ -170,14 +176,14 @@ class LayerMeter:
         self, group: Group, attempt: Attempt, total: Samples | None, parts: Mapping[str, Timing]
     ) -> LayerTiming:
         sizes = self._bytes(group.first, attempt)
+        timing = None if total is None else total.timing()
+        if attempt.predicted_ms is not None:
+            timing = predicted_timing(attempt.predicted_ms)
         return LayerTiming(
             names=tuple(layer.name for layer in group.layers),
             option=attempt.option,
-            output=parts.get(Gemm.OUTPUT),
-            grad_input=parts.get(Gemm.GRAD_INPUT),
-            grad_weight=parts.get(Gemm.GRAD_WEIGHT),
-            cast=parts.get(CAST),
-            total=_total_timing(attempt, total),
+            **{part: parts.get(part) for part in PARTS},
+            total=timing,
             parameter_bytes=sizes[0],
             gradient_bytes=sizes[1],
             optimizer_bytes=sizes[2],
@@ -207,12 +213,74 @@ class LayerMeter:
         )
 
 
-def _total_timing(attempt: Attempt, samples: Samples | None) -> Timing | None:
-    if samples is not None:
-        return samples.timing()
-    return None if attempt.predicted_ms is None else predicted_timing(attempt.predicted_ms)
-
-
 def predicted_timing(ms: float) -> Timing:
     """Return the timing of what was not run."""
     return Timing(median_ms=ms, p20_ms=ms, p80_ms=ms, samples=0, basis=Basis.PREDICTED)
+
+
+def part_functions(candidate: Candidate) -> dict[str, Function]:
+    """Return what is timed for each part of an FP32 or BF16 layer."""
+    functions: dict[str, Function] = {Gemm.OUTPUT: candidate.forward}
+    if candidate.inputs:
+        functions[Gemm.GRAD_INPUT] = candidate.backward_to(candidate.inputs)
+    if candidate.parameters:
+        functions[Gemm.GRAD_WEIGHT] = candidate.backward_to(candidate.parameters)
+    return functions
+
+
+def sum_parts(operations: Sequence[Operation]) -> dict[str, float]:
+    """Return the ms of each part of an FP8 linear layer; a bias belongs to its GEMM.
+
+    torchao multiplies grad_input first and grad_weight second, whether or not both are needed.
+    """
+    parts = dict.fromkeys(PARTS, 0.0)
+    backward_gemms = 0
+    for operation in operations:
+        if operation.is_gemm and operation.is_backward:
+            order = (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
+            part = order[backward_gemms % 2].value
+            backward_gemms += 1
+        elif operation.is_gemm or (operation.name == "add" and not operation.is_backward):
+            part = Gemm.OUTPUT.value
+        elif operation.name == "sum" and operation.is_backward:
+            part = Gemm.GRAD_WEIGHT.value  # the bias's gradient
+        else:
+            part = CAST
+        parts[part] += operation.ms
+    return parts
+
+
+def remainder(total: Timing, parts: Mapping[str, Timing]) -> Timing:
+    """Return what a compiled FP8 layer takes beyond its GEMMs."""
+    gemms = sum(parts[gemm].median_ms for gemm in Gemm if gemm in parts)
+    return timing_from([max(total.median_ms - gemms, 0.0)])
+
+
+def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:
+    """Return the options with GEMMs kept in BF16 that should beat BF16, by the parts of the others.
+
+    A GEMM kept in BF16 takes BF16's time for it instead of FP8's, and saves its share of the casts.
+    What is timed then, decides.
+    """
+    bf16 = next((row for row in rows if row.option == BF16_O2), None)
+    if bf16 is None or bf16.total is None:
+        return []
+    known = [row.option for row in rows]
+    in_fp8 = {row.option.recipe: row for row in rows if row.option.is_fp8 and row.total}
+    return [
+        option
+        for option in with_gemms_hp(known)
+        if option not in known
+        and option.recipe in in_fp8
+        and _guessed_ms(in_fp8[option.recipe], bf16, option) < SUM_ERROR * bf16.total.median_ms
+    ]
+
+
+def _guessed_ms(in_fp8: LayerTiming, bf16: LayerTiming, option: Option) -> float:
+    ms = in_fp8.total.median_ms if in_fp8.total else math.inf
+    for gemm in option.gemms_hp:
+        own, other = getattr(in_fp8, gemm), getattr(bf16, gemm)  # the rows' fields are the GEMMs'
+        if own is not None and other is not None:
+            ms += other.median_ms - own.median_ms
+    casts = in_fp8.cast.median_ms if in_fp8.cast else 0.0
+    return ms - casts * len(option.gemms_hp) / len(Gemm)

@@ -81,7 +81,7 @@ def profile_model(
         steps = _time_uniform_steps(context, rows, groups, step_ms, compilation)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
-    fp32_s = next(step.timing.median_ms for step in steps if step.label == "fp32") / 1e3
+    ms = {step.label: step.timing.median_ms for step in steps}
     if device.type == "cuda" and names_kernels:
         rows = name_kernels(context, groups, rows)
     return Profile(
@@ -91,9 +91,9 @@ def profile_model(
         layers=rows,
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
-        fixed_ms=fixed_time("fp32", steps, rows, groups),
-        fixed_bf16_ms=fixed_time("bf16_o2", steps, rows, groups),
-        step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(fp32_s, 1e-9),
+        fixed_ms=ms["fp32"] - sum_totals(rows, dict.fromkeys(spec.names, FP32)),
+        fixed_bf16_ms=ms["bf16_o2"] - sum_totals(rows, uniform_options(groups)),
+        step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(ms["fp32"] / 1e3, 1e-9),
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,
     )
@@ -136,17 +136,6 @@ def sum_totals(rows: Iterable[LayerTiming], options: Mapping[str, Option]) -> fl
         for name in row.names
     }
     return sum(by_key.get(chosen, 0.0) for chosen in options.items())
-
-
-def fixed_time(
-    label: str, steps: Iterable[StepTiming], rows: Sequence[LayerTiming], groups: Sequence[Group]
-) -> float:
-    """Return the uniform step's time outside of its layers."""
-    step = next(step for step in steps if step.label == label)
-    options = uniform_options(groups)
-    if label == "fp32":
-        options = dict.fromkeys(options, FP32)
-    return step.timing.median_ms - sum_totals(rows, options)
 
 
 def time_boundary_cast(
