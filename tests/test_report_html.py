@@ -196,7 +196,7 @@ def test_a_plan_that_does_not_fit_is_an_answer_and_its_peak_a_card() -> None:
     run = predicted_run(memory_gb=2.0)
     words = Page(render_html(run)).words
     assert sum("does not fit in memory" in word for word in words) == 1
-    card = next(c for c in summary_cards(run, summarise_run(run)) if "memory" in c.title)
+    card = next(c for c in summary_cards(summarise_run(run)) if "memory" in c.title)
     assert run.plan
     assert run.plan.predicted
     assert (card.value, card.basis) == (formats.size(run.plan.predicted.memory_bytes), "predicted")

@@ -73,4 +73,4 @@ def test_the_run_is_about_the_plan_s_model() -> None:
 
 
 def test_an_empty_run_is_about_no_model() -> None:
-    assert RunRecords().structure is None
+    assert RunRecords().structures == {}

@@ -11,9 +11,7 @@ from autoprec.records import (
     Timing,
     Verdict,
 )
-from autoprec.report import RunRecords, layers_frame, summary_object
-from autoprec.report.answers import fp8_answer, fp8_ceiling, unmeasured, verdict_sentence
-from autoprec.report.layer_frame import options_frame
+from autoprec.report import RunRecords, summary_object
 from autoprec.report.step_times import plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
@@ -98,7 +96,7 @@ def test_json_says_whether_the_plan_fits_in_memory() -> None:
     assert tight.plan
     alone = RunRecords(plan=tight.plan)
     assert summary_object(alone, "out")["memory"].startswith("does not fit in memory")
-    assert not any(note.startswith("does not fit in memory") for note in unmeasured(alone))
+    assert not any(note.startswith("does not fit in memory") for note in summarise_run(alone).notes)
 
 
 def test_verification_s_steps_are_compared_among_themselves() -> None:
@@ -116,8 +114,10 @@ def test_a_certificate_alone_gives_measured_steps_without_interval() -> None:
     assert speedup.basis is Basis.MEASURED
     assert speedup.low is None
     assert summarise_run(run).verdict is Verdict.VERIFIED
-    assert "within" not in verdict_sentence(run)
-    assert verdict_sentence(run).startswith("verified: the loss gap to FP32 is +0.021 %")
+    assert "within" not in summarise_run(run).verdict_sentence
+    assert summarise_run(run).verdict_sentence.startswith(
+        "verified: the loss gap to FP32 is +0.021 %"
+    )
 
 
 def test_the_interval_of_a_speedup_follows_from_the_spread_of_the_samples() -> None:
@@ -161,39 +161,39 @@ def test_predicted_and_measured_steps_are_paired() -> None:
 def test_the_plans_note_on_fp8_is_the_answer_and_no_note_beside_it() -> None:
     run = make_run(machine=H100)
     answer = "FP8 pays on 8 of 10 linear layers: 14.2 ms a step less in them than in BF16"
-    assert fp8_answer(run) == answer
+    assert summarise_run(run).fp8_answer == answer
     assert run.plan
     assert answer in run.plan.notes
-    assert answer not in unmeasured(run)
+    assert answer not in summarise_run(run).notes
     plan = run.plan.model_copy(update={"notes": ("written by hand",)})
-    assert fp8_answer(replace(run, plan=plan)) == ""
+    assert summarise_run(replace(run, plan=plan)).fp8_answer == ""
 
 
 def test_the_ceiling_is_amdahl_s_law() -> None:
     run = make_run(machine=H100)
     assert run.profile
-    ceiling = fp8_ceiling(run, layers_frame(run), options_frame(run))
+    ceiling = summarise_run(run).ceiling
     assert ceiling
     eligible = [x.name for x in run.profile.model.layers if len(x.options) > 2]
     part = sum(total_ms(run.profile, name, BF16_O2) for name in eligible)
     share = part / ceiling.baseline.ms
     assert ceiling.layers == len(eligible)
     assert ceiling.share == pytest.approx(share)
-    assert ceiling.at_peak == pytest.approx(1 / (1 - share / 2))
-    assert ceiling.at_zero == pytest.approx(1 / (1 - share))
+    assert ceiling.at_peak
+    assert ceiling.limit == pytest.approx(1 / (1 - share / 2))
 
 
 def test_a_cpu_has_no_fp8_peak_rate() -> None:
     run = make_run(machine=CPU, M=2048, width=256)
-    ceiling = fp8_ceiling(run, layers_frame(run), options_frame(run))
+    ceiling = summarise_run(run).ceiling
     assert ceiling
-    assert ceiling.at_peak is None
-    assert ceiling.limit == ceiling.at_zero
+    assert not ceiling.at_peak
+    assert ceiling.limit == pytest.approx(1 / (1 - ceiling.share))
 
 
 def test_no_plan_no_answer() -> None:
     run = replace(make_run(), plan=None, verification=None)
-    assert fp8_answer(run) == ""
+    assert summarise_run(run).fp8_answer == ""
     found = summary_object(run, "out")
     assert found["plan"] is None
     assert found["step_ms"]["plan"] is None
@@ -202,7 +202,7 @@ def test_no_plan_no_answer() -> None:
 
 def test_what_was_not_measured_is_listed() -> None:
     run = make_run(machine=CPU, M=2048, width=256)
-    notes = unmeasured(replace(run, search=None))
+    notes = summarise_run(replace(run, search=None)).notes
     assert any("class_token" in note for note in notes)
     assert any("unused.adapter" in note for note in notes)
     assert any("power is not known: NVML needs an NVIDIA GPU" in note for note in notes)
@@ -215,7 +215,7 @@ def test_a_refuted_plan_is_called_refuted() -> None:
     assert run.verification
     fields = {"verdict": Verdict.REFUTED, "advice": "the plan diverged at step 3"}
     run = replace(run, verification=run.verification.model_copy(update=fields))
-    sentence = verdict_sentence(run)
+    sentence = summarise_run(run).verdict_sentence
     assert sentence.startswith("refuted: ")
     assert sentence.endswith("the plan diverged at step 3")
 

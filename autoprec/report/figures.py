@@ -1,17 +1,18 @@
 """The four figures of the page: whole steps, the Pareto front, sensitivity, paired loss gaps."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
-from autoprec.records import Basis, Estimate, LossGap, Option, Search, Verification
+from autoprec.records import Basis, LossGap, Option, Search, Verification
 from autoprec.report import formats, svg
-from autoprec.report.answers import Ceiling
 from autoprec.report.formats import step_title
 from autoprec.report.layer_frame import Row, frame_rows
 from autoprec.report.sections import seed_gaps
 from autoprec.report.step_times import Speedup, Step, spread_title
+from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
 
 if TYPE_CHECKING:
@@ -32,12 +33,9 @@ PARETO_KEYS = {
 }
 
 
-def step_figure(
-    steps: Mapping[str, Step], speedups: Mapping[str, Speedup], ceiling: Ceiling | None
-) -> Markup:
+def step_figure(found: Summary) -> Markup:
     """Return bars of the whole-step times with their spread; predicted ones are hatched."""
-    if not steps:
-        return Markup("")
+    steps, ceiling = found.steps, found.ceiling
     # one bar that is far longer may not make the others unreadable
     second, longest = sorted([0.0, *(step.high_ms or step.ms for step in steps.values())])[-2:]
     limit = second if longest > CLIP * second > 0.0 else longest
@@ -46,12 +44,12 @@ def step_figure(
     axis = svg.x_axis(scale, 18.0, bottom, label="ms per training step", show=svg.plain_number)
     parts = [axis]
     for index, (label, step) in enumerate(steps.items()):
-        parts += _step_bar(step, speedups.get(label), scale=scale, y=26.0 + 38.0 * index)
-    if ceiling is not None and ceiling.at_peak is not None:
-        ms = ceiling.baseline.ms / ceiling.at_peak
-        x, words = scale(ms), f"FP8's ceiling: {formats.ms(ms)} ms"
-        parts.append(svg.line(x, 16.0, x, bottom, kind="limit", tip=ceiling.sentence))
-        parts.append(svg.text(x, 11.0, words, kind="tick", anchor="middle"))
+        y = 26.0 + 38.0 * index
+        parts += _step_bar(label, step, found.speedups.get(label), scale=scale, y=y)
+    if ceiling is not None and ceiling.at_peak:
+        ms = ceiling.baseline.ms / ceiling.limit
+        words = f"FP8's ceiling: {formats.ms(ms)} ms"
+        parts.append(svg.marker(scale(ms), 18.0, bottom, words, kind="limit", tip=ceiling.sentence))
     return svg.picture(WIDTH, bottom + 42.0, parts, title="Time of one training step")
 
 
@@ -69,41 +67,37 @@ def step_note(steps: Mapping[str, Step]) -> str:
 
 def pareto_figure(search: Search) -> Markup:
     """Return step time against gradient error: front, trials, chosen plan, bound and budget."""
-    chosen, budget = search.chosen, search.grad_error_budget
-    ranked = sorted(search.front, key=lambda point: point.step_ms)
-    seen = [(p.step_ms, p.grad_error_measured or p.grad_error) for p in (*ranked, chosen)]
-    seen += [(trial.step_ms, trial.grad_error) for trial in search.trials]
-    times, errors = zip(*seen, strict=True)
+    dots = list(_pareto_dots(search))
+    times, errors = [dot.step_ms for dot in dots], [dot.grad_error for dot in dots]
     x = Scale(*svg.padded(min(times), max(times)), 84.0, WIDTH - 30.0)
+    budget, bound_ms = search.grad_error_budget, search.bound_ms
     highest = max(*errors, budget if budget < 3.0 * max(errors) else 0.0)
     y = Scale(0.0, max(highest * 1.12, 1e-12), 380.0, 34.0)
     parts = [
         svg.x_axis(x, 34.0, 380.0, label="predicted step time, ms", show=svg.plain_number),
         svg.y_axis(y, 84.0, WIDTH - 30.0, label="gradient error", show=formats.share),
-        *_pareto_lines(search, x, y),
     ]
-    for trial in search.trials:
-        kind = f"t-{trial.source}" if trial.feasible else "t-infeasible"
-        kind = kind if kind in PARETO_KEYS else "t-sampler"
-        name = f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'})"
-        tip = _tip(name, trial.step_ms, trial.grad_error, trial.grad_error_basis, trial.options)
-        parts.append(svg.dot(x(trial.step_ms), y(trial.grad_error), 5.0, kind=kind, tip=tip))
+    if budget <= y.high:
+        at, words = y(budget), f"gradient error budget {formats.share(budget)}"
+        parts.append(svg.line(x.start, at, x.end, at, kind="limit"))
+        parts.append(svg.text(x.end, at - 6.0, words, kind="tick", anchor="end"))
+    if x.low <= bound_ms <= x.high:
+        tip = f"no plan within the budget is faster than {formats.ms(bound_ms)} ms (additive)"
+        parts.append(svg.marker(x(bound_ms), 34.0, 380.0, "proven bound", kind="bound", tip=tip))
     # the front is a staircase: between two points the left one is the best there is
-    stairs: list[tuple[float, float]] = []
-    for point in ranked:
-        at = (x(point.step_ms), y(point.grad_error))
-        stairs += [(at[0], stairs[-1][1]), at] if stairs else [at]
-    parts.append(svg.path(stairs, kind="front"))
-    for point in ranked:
-        tip = _tip("front", point.step_ms, point.grad_error, Basis.PREDICTED, point.options)
-        at = (x(point.step_ms), y(point.grad_error))
-        parts.append(svg.dot(*at, 3.5, kind="t-front", tip=tip))
-    measured = chosen.grad_error_measured
-    basis = Basis.PREDICTED if measured is None else Basis.MEASURED
-    error = chosen.grad_error if measured is None else measured
-    tip = _tip("chosen", chosen.step_ms, error, basis, chosen.options)
-    star = f"M{x(chosen.step_ms):.1f},{y(error) - 9:.1f}l9,9l-9,9l-9,-9z"
-    parts.append(svg.mark("path", d=star, kind="t-chosen", tip=tip))
+    stairs = ""
+    for point in sorted(search.front, key=lambda point: point.step_ms):
+        left, top = f"{x(point.step_ms):.1f}", f"{y(point.grad_error):.1f}"
+        stairs += f"H{left}V{top}" if stairs else f"M{left},{top}"
+    parts.append(svg.mark("path", d=stairs, kind="front"))
+    for dot in dots:
+        across, up = x(dot.step_ms), y(dot.grad_error)
+        if dot.kind == "t-chosen":
+            star = f"M{across:.1f},{up - 9:.1f}l9,9l-9,9l-9,-9z"
+            parts.append(svg.mark("path", d=star, kind=dot.kind, tip=dot.tip))
+        else:
+            radius = 3.5 if dot.kind == "t-front" else 5.0
+            parts.append(svg.dot(across, up, radius, kind=dot.kind, tip=dot.tip))
     figure = svg.picture(WIDTH, 424.0, parts, title="Pareto front of step time and gradient error")
     return svg.legend(PARETO_KEYS.items()) + figure
 
@@ -142,18 +136,60 @@ def gap_figure(verification: Verification) -> Markup:
     ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]
     ends += [end for gap in gaps.values() if gap for end in (gap.low, gap.high)]
     x = Scale(*svg.padded(min(ends), max(ends)), 190.0, WIDTH - 40.0)
-    parts = [svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=_signed)]
-    limits = ((0.0, "zero", "FP32"), (tolerance, "limit", f"tolerance {formats.share(tolerance)}"))
-    for value, kind, words in limits:
-        parts.append(svg.line(x(value), 24.0, x(value), 130.0, kind=kind))
-        parts.append(svg.text(x(value), 16.0, words, kind="tick", anchor="middle"))
+    parts = [
+        svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=_signed),
+        svg.marker(x(0.0), 24.0, 130.0, "FP32", kind="zero"),
+        svg.marker(
+            x(tolerance), 24.0, 130.0, f"tolerance {formats.share(tolerance)}", kind="limit"
+        ),
+    ]
     for index, (label, gap) in enumerate(gaps.items()):
         parts += _gap_marks(label, gap, seeds[label], x=x, y=52.0 + 48.0 * index)
     return svg.picture(WIDTH, 174.0, parts, title="Paired loss gaps by seed")
 
 
-def _step_bar(step: Step, speedup: Speedup | None, *, scale: Scale, y: float) -> list[Markup]:
-    title, kind = step_title(step.label), f"o-{step.label}"
+class _Dot(NamedTuple):
+    """One plan of the search, as the Pareto figure shows it."""
+
+    kind: str  # its CSS class
+    name: str
+    step_ms: float
+    grad_error: float
+    basis: Basis
+    options: Sequence[Option]
+
+    @property
+    def tip(self) -> str:
+        """The plan in words."""
+        counts = Counter(map(formats.option, self.options))
+        layers = ", ".join(f"{count} {option}" for option, count in counts.items())
+        return (
+            f"{self.name}: {formats.ms(self.step_ms)} ms predicted, gradient error "
+            f"{formats.share(self.grad_error)} ({self.basis}), {layers}"
+        )
+
+
+def _pareto_dots(search: Search) -> Iterator[_Dot]:
+    """Yield the plans of a search, those to be drawn above others last."""
+    for trial in search.trials:
+        kind = f"t-{trial.source}" if trial.feasible else "t-infeasible"
+        kind = kind if kind in PARETO_KEYS else "t-sampler"
+        name = f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'})"
+        basis = trial.grad_error_basis
+        yield _Dot(kind, name, trial.step_ms, trial.grad_error, basis, trial.options)
+    for p in search.front:
+        yield _Dot("t-front", "front", p.step_ms, p.grad_error, Basis.PREDICTED, p.options)
+    chosen = search.chosen
+    error, basis = chosen.grad_error_measured, Basis.MEASURED
+    if error is None:
+        error, basis = chosen.grad_error, Basis.PREDICTED
+    yield _Dot("t-chosen", "chosen", chosen.step_ms, error, basis, chosen.options)
+
+
+def _step_bar(
+    label: str, step: Step, speedup: Speedup | None, *, scale: Scale, y: float
+) -> list[Markup]:
+    title, kind = step_title(label), f"o-{label}"
     kind += "" if step.basis is Basis.MEASURED else " predicted"
     tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
     words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > scale.high else ''}"
@@ -169,32 +205,6 @@ def _step_bar(step: Step, speedup: Speedup | None, *, scale: Scale, y: float) ->
     return parts
 
 
-def _pareto_lines(search: Search, x: Scale, y: Scale) -> list[Markup]:
-    """Return the budget and the proven bound, where they are on the chart."""
-    parts, budget, bound_ms = [], search.grad_error_budget, search.bound_ms
-    if budget <= y.high:
-        at, words = y(budget), f"gradient error budget {formats.share(budget)}"
-        parts.append(svg.line(x.start, at, x.end, at, kind="limit"))
-        parts.append(svg.text(x.end, at - 6.0, words, kind="tick", anchor="end"))
-    if x.low <= bound_ms <= x.high:
-        at = x(bound_ms)
-        tip = f"no plan within the budget is faster than {formats.ms(bound_ms)} ms (additive)"
-        parts.append(svg.line(at, y.end, at, y.start, kind="bound", tip=tip))
-        parts.append(svg.text(at + 6.0, y.end + 8.0, "proven bound", kind="tick"))
-    return parts
-
-
-def _tip(
-    name: str, step_ms: float, grad_error: float, basis: Basis, options: Sequence[Option]
-) -> str:
-    counts = {option: options.count(option) for option in dict.fromkeys(options)}
-    layers = ", ".join(f"{count} {formats.option(option)}" for option, count in counts.items())
-    return (
-        f"{name}: {formats.ms(step_ms)} ms predicted, gradient error {formats.share(grad_error)} "
-        f"({basis}), {layers}"
-    )
-
-
 def _kind(key: str) -> str:
     """Return the CSS class of an option's mark."""
     option = Option.parse(key)
@@ -203,7 +213,7 @@ def _kind(key: str) -> str:
 
 def _sensitivity_marks(row: Row, x: Scale, *, y: float, is_chosen: bool) -> list[Markup]:
     mean, stderr, kind = row["grad_error"], row["grad_error_stderr"], _kind(row["option"])
-    error = formats.grad_error(Estimate(mean=mean, stderr=stderr))
+    error = formats.with_stderr(mean, stderr)
     option = formats.option(row["option"])
     tip = f"{row['name']}, {option}: gradient error {error} ({row['grad_error_basis']})"
     whisker = []

@@ -6,17 +6,17 @@ visible, so that no name can move a cursor, reverse a line or end one.
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from autoprec.common.text import percent, significant
-from autoprec.records import Estimate, LossGap, Option
+from autoprec.records import Estimate, LossGap, Option, Precision
 
 UNKNOWN = "-"
-STEP_TITLES = {
+STEP_TITLES = {  # in the order in which steps are shown
     "plan": "this plan",
-    "fp32": "FP32",
     "bf16_o2": "BF16 O2",
     "autocast_bf16": "autocast BF16",
+    "fp32": "FP32",
     "fp8_o1": "FP8 where eligible",
 }
 HUGE_MS = 1e6  # a quarter of an hour: nothing that anybody would run
@@ -27,7 +27,12 @@ def clean_text(text: str) -> str:
     """Return `text` with every character that is not plainly visible written as an escape."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_visible(character) for character in text)
+    return "".join(
+        character
+        if unicodedata.category(character) not in _HIDDEN_CATEGORIES
+        else _escape(character)
+        for character in text
+    )
 
 
 def ms(value: float | None) -> str:
@@ -46,8 +51,12 @@ def share(value: float | None, *, sign: bool = False) -> str:
 
 def grad_error(error: Estimate) -> str:
     """Return a gradient error with its standard error, e.g. `0.43 % +- 0.05 %`."""
-    stderr = "" if error.stderr is None else f" +- {share(error.stderr)}"
-    return f"{share(error.mean)}{stderr}"
+    return with_stderr(error.mean, error.stderr)
+
+
+def with_stderr(mean: float | None, stderr: float | None) -> str:
+    """Return a fraction as percent with its standard error where it is known, `-` for None."""
+    return share(mean) if mean is None or stderr is None else f"{share(mean)} +- {share(stderr)}"
 
 
 def interval(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
@@ -75,12 +84,11 @@ def size(value: float | None) -> str:
     """Return bytes in the largest unit that leaves a number of at least 1."""
     if value is None:
         return UNKNOWN
-    size = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024.0:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{significant(size, 3)} {unit}"
-        size /= 1024.0
-    return f"{significant(size, 3)} TiB"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024.0 or unit == "TiB":
+            break
+        value /= 1024.0
+    return f"{value:.0f} B" if unit == "B" else f"{significant(value, 3)} {unit}"
 
 
 def text(value: object) -> str:
@@ -99,6 +107,11 @@ def option(option: Option | str | None) -> str:
     return f"{option.precision.value} {option.recipe.value}{gemms_hp}"
 
 
+def precision_counts(options: Sequence[Option]) -> dict[Precision, int]:
+    """Return how many of a plan's layers are in each precision."""
+    return {precision: sum(o.precision is precision for o in options) for precision in Precision}
+
+
 def step_title(label: str) -> str:
     """Return the heading of a whole-step timing."""
     return STEP_TITLES.get(label, clean_text(label))
@@ -109,8 +122,6 @@ def count_of(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def _visible(character: str) -> str:
-    if unicodedata.category(character) not in _HIDDEN_CATEGORIES:
-        return character
+def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

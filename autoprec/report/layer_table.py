@@ -46,7 +46,8 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
         heads[0] = "layer: why"
     numbers = [index for index, column in enumerate(columns) if column.is_number]
     widest = 0 if view is View.NARROW else len(columns) - 1
-    parts: list[Part] = [Table(heads, rows, numbers, widest, "Layers", has_total=True)]
+    table = Table(heads, rows, numbers, widest, has_total=True)
+    parts: list[Part] = [Line("Layers", "bold"), table]
     if len(shown) < len(folded):
         rest = len(frame) - sum(row.get("layers", 1) for row in shown)
         parts.append(Line(f"... and {count_of(rest, 'layer')} that take less time; see layers.csv"))

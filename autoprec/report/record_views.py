@@ -21,15 +21,14 @@ from autoprec.records import (
     Verification,
 )
 from autoprec.report import formats
-from autoprec.report.answers import profile_notes
 from autoprec.report.formats import count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
-from autoprec.report.sections import device_rows, recipe_table, seed_gaps
-from autoprec.report.summary import summarise_run
-from autoprec.report.terminal import steps_parts
-from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
+from autoprec.report.sections import device_facts, fact_table, recipe_table, seed_gaps
+from autoprec.report.summary import profile_notes, summarise_run
+from autoprec.report.terminal import proof_lines, steps_parts
+from autoprec.report.text_table import Line, Part, Table, notes, print_parts, section
 from autoprec.sensitivity.gap import HORIZON_STEPS
 
 MOST_OPTIONS = 5  # columns of the table of sensitivities
@@ -61,20 +60,17 @@ def _profile_parts(profile: Profile) -> list[Part]:
     folded = fold_layers(found.layers).sort_values(
         "bf16_o2_total_ms", ascending=False, kind="stable"
     )
-    rows = []
-    for row in frame_rows(folded.head(MOST_SHOWN)):
-        columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
-        fp32_ms, bf16_ms, fp8_ms = (row[column] for column in columns)
-        ratio = bf16_ms / fp8_ms if bf16_ms is not None and fp8_ms else None
-        recipe = formats.option(row["best_fp8"]).removeprefix("fp8_o1 ")
-        rows.append(
-            (
-                row["name"],
-                recipe,
-                *map(formats.ms, (fp32_ms, bf16_ms, fp8_ms)),
-                formats.ratio(ratio),
-            )
+    folded["ratio"] = folded["bf16_o2_total_ms"] / folded["best_fp8_total_ms"]
+    columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
+    rows = [
+        (
+            row["name"],
+            formats.option(row["best_fp8"]).removeprefix("fp8_o1 "),
+            *(formats.ms(row[column]) for column in columns),
+            formats.ratio(row["ratio"]),
         )
+        for row in frame_rows(folded.head(MOST_SHOWN))
+    ]
     heads = ("layer", "best FP8 recipe", "FP32 ms", "BF16 ms", "FP8 ms", "FP8 vs BF16")
     return [
         Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
@@ -93,11 +89,11 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
         found.setdefault(row.name, {})[row.option] = row.grad_error.mean
     ranked = sorted(found.items(), key=lambda item: max(item[1].values()), reverse=True)
     options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
-    names = (formats.option(option).replace(" ", "\n") for option in options)
     rows = [
         (name, *(formats.share(errors.get(option)) for option in options))
         for name, errors in ranked[:MOST_SHOWN]
     ]
+    names = (formats.option(option).replace(" ", "\n") for option in options)
     heads = ("layer", *(name.replace("_with_", "_\nwith_") for name in names))
     method = sensitivity.method.replace("_", " ")
     return [
@@ -135,7 +131,7 @@ def _search_parts(search: Search) -> list[Part]:
     rows = []
     for point in search.front:
         marks = ", ".join(name for name, options in chosen.items() if options == point.options)
-        counts = (str(sum(o.precision is p for o in point.options)) for p in Precision)
+        counts = map(str, formats.precision_counts(point.options).values())
         errors = (formats.share(point.grad_error), formats.share(point.grad_error_measured))
         rows.append((formats.ms(point.step_ms), *errors, *counts, marks))
     heads = ("step ms", "gradient error", "measured", *(p.value for p in Precision), "")
@@ -167,7 +163,7 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
         *steps_parts(found),
         Line(""),
         *(Line(line) for line in lines if line),
-        Line(found.verdict_sentence, STYLES[found.verdict]),
+        *proof_lines(found),
         *notes(plan.notes),
     ]
 
@@ -180,14 +176,12 @@ def _verification_parts(verification: Verification) -> list[Part]:
         loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
         shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
         rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
-    found, control = summarise_run(RunRecords(verification=verification)), verification.control_gap
-    scale = f"for scale: BF16 O2's own gap is {formats.gap(control)}" if control else ""
+    found = summarise_run(RunRecords(verification=verification))
     return [
         Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
         *steps_parts(found),
         Line(""),
-        Line(found.verdict_sentence, STYLES[verification.verdict]),
-        *([Line(scale)] if scale else []),
+        *proof_lines(found),
         *notes(verification.notes),
     ]
 
@@ -199,18 +193,18 @@ def _difference_parts(difference: Difference) -> list[Part]:
         return [Line(f"no difference between {before} and {after}")]
     rows = [(row.name, row.before, row.after) for row in difference.rows]
     return [
-        Table(("name", "before", "after"), rows, widest=0, title=f"{before} -> {after}"),
+        Line(f"{before} -> {after}", "bold"),
+        Table(("name", "before", "after"), rows, widest=0),
         Line(count_of(len(difference.rows), "difference")),
     ]
 
 
 def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
     """Return what this machine can do."""
-    device = diagnosis.device
-    missing = [(fact, f"not known: {reason}") for fact, reason in device.missing]
-    is_healthy = diagnosis.is_healthy
+    device, is_healthy = diagnosis.device, diagnosis.is_healthy
+    missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
     return [
-        Table(("fact", "value"), [*device_rows(device), *missing], widest=1),
+        fact_table(device_facts(device) | missing),
         _checks_table(diagnosis.checks),
         *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
         *map(Line, _gemm_sentences(diagnosis.gemm_ms)),

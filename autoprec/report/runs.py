@@ -1,6 +1,5 @@
 """The records of one run, from its folder; those of another model or plan are set aside."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,9 +31,18 @@ class RunRecords:
     notes: tuple[str, ...] = ()
 
     @property
-    def structure(self) -> str | None:
-        """The hash of the model that the run is about: the plan's, else the earliest stage's."""
-        return next((structure for _, structure in _structures(self)), None)
+    def structures(self) -> dict[str, str]:
+        """The hash of the model that each record is about, by file; the first is the run's."""
+        found = {}
+        if self.plan:
+            found["plan"] = self.plan.fingerprint.structure
+        if self.profile:
+            found["profile"] = self.profile.model.structure
+        if self.sensitivity:
+            found["sensitivity"] = self.sensitivity.structure
+        if self.search:
+            found["search"] = self.search.structure
+        return found
 
 
 def load_run(folder: Path | str) -> RunRecords:
@@ -62,30 +70,18 @@ def load_run(folder: Path | str) -> RunRecords:
 
 def consistent_run(run: RunRecords) -> RunRecords:
     """Return the run without the records that are of another model or of another plan."""
-    notes = list(run.notes)
-    kept = run
-    for name, structure in _structures(run):
-        if structure != run.structure:
-            kept = replace(kept, **{name: None})  # type: ignore[arg-type]  # a record field
-            notes.append(
-                f"{name}.json is of another model ({structure}) than this run ({run.structure}) "
-                "and is left out; run that stage again"
+    apart: dict[str, str] = {}  # file -> why
+    own = next(iter(run.structures.values()), "")
+    for name, structure in run.structures.items():
+        if structure != own:
+            apart[name] = (
+                f"model ({structure}) than this run ({own}) and is left out; run that stage"
             )
     if run.plan and run.verification and run.verification.plan != run.plan.digest:
-        kept = replace(kept, verification=None)
-        notes.append(
-            f"verification.json is of another plan ({run.verification.plan}) than plan.json "
-            f"({run.plan.digest}) and is left out; run `autoprec verify` again"
+        apart["verification"] = (
+            f"plan ({run.verification.plan}) than plan.json ({run.plan.digest}) and is left out; "
+            "run `autoprec verify`"
         )
-    return replace(kept, notes=tuple(notes))
-
-
-def _structures(run: RunRecords) -> Iterator[tuple[str, str]]:
-    if run.plan:
-        yield "plan", run.plan.fingerprint.structure
-    if run.profile:
-        yield "profile", run.profile.model.structure
-    if run.sensitivity:
-        yield "sensitivity", run.sensitivity.structure
-    if run.search:
-        yield "search", run.search.structure
+    notes = [f"{name}.json is of another {why} again" for name, why in apart.items()]
+    kept = replace(run, **dict.fromkeys(apart))  # type: ignore[arg-type]  # record fields
+    return replace(kept, notes=(*run.notes, *notes))

@@ -1,6 +1,6 @@
 """The rows of words and numbers that the page and the terminal show, but for the layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autoprec.records import (
@@ -8,16 +8,13 @@ from autoprec.records import (
     BF16_O2,
     Conditions,
     DeviceFacts,
-    Option,
-    Precision,
     Sensitivity,
-    Timing,
     Verification,
 )
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN, count_of, step_title
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import Speedup, predicted_and_measured
+from autoprec.report.step_times import Speedup
 from autoprec.report.summary import Summary
 from autoprec.report.text_table import Table
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
@@ -34,114 +31,84 @@ class Card:
     kind: str = ""
 
 
-def summary_cards(run: RunRecords, found: Summary) -> list[Card]:
+def summary_cards(found: Summary) -> list[Card]:
     """Return the figures that the page opens with, as far as they are known."""
     cards = []
     for label, speedup in found.speedups.items():
         title, basis = f"Step speedup over {step_title(label)}", speedup.basis.value
         name = "95 % interval" if basis == "measured" else "interval"
         beside = f"{name} {interval}" if (interval := _interval(speedup)) else ""
-        cards.append(
-            Card(title, formats.ratio(speedup.value), beside, basis, _speedup_kind(speedup))
-        )
+        value, kind = formats.ratio(speedup.value), _speedup_kind(speedup)
+        cards.append(Card(title, value, beside, basis, kind))
     if found.time_to_loss is not None:
         interval = _interval(found.time_to_loss)
         beside = f"interval {interval}; " if interval else ""
         beside += "step speedup / (1 + gradient error)"
         value = formats.ratio(found.time_to_loss.value)
         cards.append(Card("Time-to-loss speedup over FP32", value, beside, "predicted"))
-    return [*cards, *_loss_cards(found), *_memory_cards(run, found)]
-
-
-def predicted_table(run: RunRecords) -> Table:
-    """Return predicted against measured step times, where there are both."""
-    heads = ("step", "predicted, ms", "measured, ms", "error of the prediction", "samples")
-    rows = [
-        (
-            step_title(label),
-            formats.ms(predicted),
-            formats.ms(step.ms),
-            formats.share((predicted - step.ms) / step.ms, sign=True) if step.ms else UNKNOWN,
-            str(step.samples or UNKNOWN),
-        )
-        for label, (predicted, step) in predicted_and_measured(run).items()
-    ]
-    return Table(heads, rows, numbers=(1, 2, 3, 4))
+    return [*cards, *_loss_cards(found), *_memory_cards(found)]
 
 
 def recipe_table(sensitivity: Sensitivity) -> Table:
     """Return what each FP8 recipe costs in convergence: FP8 wherever it goes, BF16 elsewhere."""
+    rows = []
+    for option in dict.fromkeys(row.option for row in sensitivity.rows):
+        if not option.is_fp8 or option.gemms_hp:
+            continue
+        own = {row.name: row for row in sensitivity.rows if row.option == option}
+        others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
+        parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
+        grad_error = sensitivity.activation_error.mean + parts
+        gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
+        is_applied = option.recipe in APPLICABLE_RECIPES
+        title = formats.option(option)
+        title += "" if is_applied else " (for comparison; no plan applies it)"
+        shares = (formats.share(grad_error), formats.share(gap, sign=True))
+        rows.append((title, str(len(own)), *shares))
     gap_title = f"predicted loss gap, {HORIZON_STEPS} steps"
-    options = dict.fromkeys(row.option for row in sensitivity.rows)
-    whole = [option for option in options if option.is_fp8 and not option.gemms_hp]
-    rows = [_recipe_row(sensitivity, option) for option in whole]
     heads = ("recipe", "linears", "gradient error, sum of parts", gap_title)
     return Table(heads, rows, numbers=(1, 2, 3))
 
 
-def joint_table(sensitivity: Sensitivity) -> Table:
-    """Return whole plans: the sum of their parts against the measurement of all at once."""
-    rows = []
-    for joint in sensitivity.joint:
-        sum_of_parts, measured = joint.predicted_grad_error, joint.grad_error
-        ratio = formats.ratio(measured.mean / sum_of_parts if sum_of_parts else None)
-        rows.append((joint.label, formats.share(sum_of_parts), formats.grad_error(measured), ratio))
-    heads = ("plan", "sum of parts (predicted)", "at once (measured)", "ratio")
-    return Table(heads, rows, numbers=(1, 2, 3))
-
-
-def trial_table(run: RunRecords) -> Table:
-    """Return the trials of the study, fastest to the loss first."""
-    heads = "trial|source|step, ms (predicted)|gradient error|time to loss, ms|layers|feasible"
-    rows = []
-    for trial in sorted(run.search.trials if run.search else (), key=lambda t: t.time_to_loss_ms):
-        counts = {p: sum(o.precision is p for o in trial.options) for p in Precision}
-        layers = ", ".join(f"{count} {precision}" for precision, count in counts.items() if count)
-        error = f"{formats.share(trial.grad_error)} ({trial.grad_error_basis})"
-        times = (formats.ms(trial.step_ms), error, formats.ms(trial.time_to_loss_ms))
-        rows.append((str(trial.number), trial.source, *times, layers, _yes(trial.feasible)))
-    return Table(heads.split("|"), rows, numbers=(0, 2, 3, 4))
-
-
 def environment_table(run: RunRecords) -> Table:
     """Return the device, the software and the fingerprint, fact by fact."""
-    rows: list[tuple[str, str]] = []
+    facts: dict[str, str] = {}
+    made = run.plan.fingerprint if run.plan else None
     if run.profile:
         model, device = run.profile.model, run.profile.device
-        first, *others = device_rows(device)
-        rows += [
-            first,
-            *others[:2],
-            ("threads", str(device.threads)),
-            ("TF32", "allowed" if device.allow_tf32 else "off"),
-            ("compile mode", device.compile_mode),
-            *others[2:],
-            ("tokens per step", f"{model.tokens_per_step:,}"),
-            ("optimizer", model.optimizer),
-            ("deterministic step", _yes(model.is_deterministic)),
-            ("random forward (dropout)", _yes(model.has_randomness)),
-        ]
-    elif run.plan:
-        made = run.plan.fingerprint
-        rows += [("device", f"{made.device} {made.capability}".strip())]
-        rows += [("tokens per step", f"{made.tokens_per_step:,}"), *made.software.items()]
-    if run.plan:
-        made = run.plan.fingerprint
-        rows += [("model structure", made.structure), ("plan", run.plan.digest)]
-        rows += [("parallel", made.parallel)] if made.parallel else []
-        rows += [("kept by the user", ", ".join(run.plan.constraint.keep) or "nothing")]
-    return Table(("fact", "value"), rows)
+        facts = device_facts(device) | {
+            "compile mode": device.compile_mode,
+            "tokens per step": f"{model.tokens_per_step:,}",
+            "optimizer": model.optimizer,
+            "deterministic step": _yes(model.is_deterministic),
+            "random forward (dropout)": _yes(model.has_randomness),
+        }
+    elif made:
+        facts["device"] = f"{made.device} {made.capability}".strip()
+        facts |= {"tokens per step": f"{made.tokens_per_step:,}", **made.software}
+    if run.plan and made:
+        facts |= {"model structure": made.structure, "plan": run.plan.digest}
+        facts |= {"parallel": made.parallel} if made.parallel else {}
+        facts["kept by the user"] = ", ".join(run.plan.constraint.keep) or "nothing"
+    return fact_table(facts)
 
 
-def device_rows(device: DeviceFacts) -> list[tuple[str, str]]:
+def fact_table(facts: Mapping[str, str]) -> Table:
+    """Return facts one below the other."""
+    return Table(("fact", "value"), list(facts.items()), widest=1)
+
+
+def device_facts(device: DeviceFacts) -> dict[str, str]:
     """Return what a device is, fact by fact."""
-    return [
-        ("device", f"{device.name} ({device.kind} {device.capability})"),
-        ("memory", formats.size(device.memory_bytes)),
-        ("driver", device.driver or UNKNOWN),
-        ("FP8 recipes", ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}"),
-        *device.software.items(),
-    ]
+    return {
+        "device": f"{device.name} ({device.kind} {device.capability})",
+        "memory": formats.size(device.memory_bytes),
+        "driver": device.driver or UNKNOWN,
+        "threads": str(device.threads),
+        "TF32": "allowed" if device.allow_tf32 else "off",
+        "FP8 recipes": ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}",
+        **device.software,
+    }
 
 
 def condition_table(run: RunRecords) -> Table:
@@ -150,10 +117,12 @@ def condition_table(run: RunRecords) -> Table:
     rows = []
     for where, record in (("profile", run.profile), ("verification", run.verification)):
         for step in record.steps if record else ():
-            timing = step.timing
-            counts = (f"{timing.samples}", f"{timing.rejected}", _spread(timing))
-            rows.append((where, step_title(step.label), *counts, *_seen(step.conditions)))
-    return Table(heads.split("|"), rows, numbers=(2, 3, 4, 5, 6, 7))
+            timing, title = step.timing, step_title(step.label)
+            spread = (timing.p80_ms - timing.p20_ms) / (timing.median_ms or 1.0)
+            counts = (f"{timing.samples}", f"{timing.rejected}")
+            shown = formats.share(spread if timing.samples else None)
+            rows.append((where, title, *counts, shown, *_condition_cells(step.conditions)))
+    return Table(heads.split("|"), rows, numbers=range(2, 8))
 
 
 def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
@@ -181,8 +150,7 @@ def how_measured(run: RunRecords) -> Iterator[str]:
         )
         if run.profile.compile_s:
             yield f"Compiling took {run.profile.compile_s:.1f} s, in no sample"
-    if run.sensitivity:
-        record = run.sensitivity
+    if record := run.sensitivity:
         yield (
             f"Sensitivity ({record.method.replace('_', ' ')}, P = {record.preconditioner}, against "
             f"{record.reference}) used {count_of(record.batches, 'batch', 'batches')} "
@@ -194,14 +162,13 @@ def how_measured(run: RunRecords) -> Iterator[str]:
             f"{formats.share(record.activation_error.mean)}; two runs of the reference differ by "
             f"{formats.share(record.floor.mean)}"
         )
-    if run.search:
+    if search := run.search:
         yield (
-            f"The search measured {count_of(len(run.search.trials), 'whole plan')}, skipped "
-            f"{run.search.duplicates_skipped} duplicates, seed {run.search.seed}, at a cost of "
-            f"{run.search.step_equivalents:.1f} FP32 training steps"
+            f"The search measured {count_of(len(search.trials), 'whole plan')}, skipped "
+            f"{search.duplicates_skipped} duplicates, seed {search.seed}, at a cost of "
+            f"{search.step_equivalents:.1f} FP32 training steps"
         )
-    if run.verification:
-        proof = run.verification
+    if proof := run.verification:
         start = f"the checkpoint {proof.checkpoint}" if proof.checkpoint else "scratch"
         yield (
             f"Verification branched from {start} after {proof.warmup_steps} warm-up steps, "
@@ -232,36 +199,18 @@ def _loss_cards(found: Summary) -> Iterator[Card]:
         yield Card("Loss gap to FP32", mean, beside, "measured", found.verdict.value)
 
 
-def _memory_cards(run: RunRecords, found: Summary) -> Iterator[Card]:
+def _memory_cards(found: Summary) -> Iterator[Card]:
     plan, base = found.steps.get("plan"), found.steps.get("bf16_o2")
     peak, basis = plan.peak_bytes if plan else None, "measured"
-    baseline = base.peak_bytes if base else None
-    if peak is None and baseline is not None and run.plan and run.plan.predicted:
-        peak, basis = run.plan.predicted.memory_bytes, "predicted"
+    baseline, predicted = base.peak_bytes if base else None, found.run.plan
+    if peak is None and baseline is not None and predicted and predicted.predicted:
+        peak, basis = predicted.predicted.memory_bytes, "predicted"
     if peak is not None:
         beside = f"BF16 O2 {formats.size(baseline)}" if baseline is not None else ""
         yield Card("Peak memory of a step", formats.size(peak), beside, basis)
 
 
-def _recipe_row(sensitivity: Sensitivity, option: Option) -> tuple[str, str, str, str]:
-    own = {row.name: row for row in sensitivity.rows if row.option == option}
-    others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
-    parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
-    grad_error = sensitivity.activation_error.mean + parts
-    gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
-    numbers = (str(len(own)), formats.share(grad_error), formats.share(gap, sign=True))
-    is_applied = option.recipe in APPLICABLE_RECIPES
-    remark = "" if is_applied else " (for comparison; no plan applies it)"
-    return (f"{formats.option(option)}{remark}", *numbers)
-
-
-def _spread(timing: Timing) -> str:
-    if not timing.samples:
-        return UNKNOWN
-    return formats.share((timing.p80_ms - timing.p20_ms) / (timing.median_ms or 1.0))
-
-
-def _seen(seen: Conditions | None) -> tuple[str, ...]:
+def _condition_cells(seen: Conditions | None) -> tuple[str, ...]:
     if seen is None:
         return (UNKNOWN,) * 4
     limit = "" if seen.power_limit_w is None else f" of {seen.power_limit_w:.0f} W"

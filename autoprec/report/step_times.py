@@ -16,13 +16,13 @@ factor in both. A plan that is the baseline has no interval.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autoprec.records import BF16_O2, Basis, StepTiming
+from autoprec.records import BF16_O2, Basis, Profile, Verification
+from autoprec.report.formats import STEP_TITLES
 from autoprec.report.runs import RunRecords
 
-LABELS = ("plan", "bf16_o2", "autocast_bf16", "fp32", "fp8_o1")
 BASELINES = ("fp32", "bf16_o2", "autocast_bf16")
 P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
 MEDIAN_ERROR = 1.2533  # standard error of a normal sample's median, in sigma / sqrt(n)
@@ -35,7 +35,6 @@ MODEL = "plan.json (model)"
 class Step:
     """The time of one whole step, in ms, with its spread (p20, p80) or prediction interval."""
 
-    label: str
     ms: float
     basis: Basis
     source: str  # the file it comes from
@@ -82,17 +81,15 @@ def spread_title(steps: Iterable[Step]) -> str:
 
 def plan_steps(run: RunRecords) -> dict[str, Step]:
     """Return the steps by label, the plan's among them if anything is known of it."""
-    timed = _measured(run.verification.steps if run.verification else (), "verification.json")
-    profiled = _measured(run.profile.steps if run.profile else (), "profile.json")
+    timed = _measured(run.verification, "verification.json")
+    profiled = _measured(run.profile, "profile.json")
     if "plan" in timed:
         # its set is interleaved; of the profile only FP8 everywhere, which that set has not
         steps = {label: step for label, step in profiled.items() if label == "fp8_o1"} | timed
     else:
-        model = _model_steps(run)
-        predicted = {"plan": model["plan"]} if "plan" in model else {}
+        predicted = {label: step for label, step in _model_steps(run).items() if label == "plan"}
         steps = profiled | (_certified(run) or predicted)
-    labels = (*(label for label in LABELS if label in steps), *steps)
-    return {label: steps[label] for label in dict.fromkeys(labels)}
+    return {label: steps[label] for label in (*STEP_TITLES, *steps) if label in steps}
 
 
 def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
@@ -101,11 +98,12 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     plan = steps.get("plan")
     if plan is None or plan.ms <= 0.0:
         return {}
-    shared: dict[str, float] = {}
+    shared_ms: dict[str, float] = {}
     if plan.source == MODEL:
-        steps, shared = steps | _model_steps(run), _shared_ms(run)
+        steps |= _model_steps(run)
+        shared_ms = dict.fromkeys(("bf16_o2", "autocast_bf16"), _shared_ms(run))
     return {
-        label: _speedup(steps[label], plan, shared.get(label, 0.0))
+        label: _speedup(steps[label], plan, shared_ms.get(label, 0.0))
         for label in BASELINES
         if label in steps
     }
@@ -113,19 +111,21 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
 
 def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
     """Return, per label, the model's step time and the measured step, where there are both."""
-    model, steps = _model_steps(run), plan_steps(run)
-    measured = {label: s for label, s in steps.items() if s.basis is Basis.MEASURED}
-    return {label: (model[label].ms, s) for label, s in measured.items() if label in model}
+    model = _model_steps(run)
+    return {
+        label: (model[label].ms, step)
+        for label, step in plan_steps(run).items()
+        if label in model and step.basis is Basis.MEASURED
+    }
 
 
-def _shared_ms(run: RunRecords) -> dict[str, float]:
-    """Return, per baseline, how much of a predicted plan's step is the same in the baseline."""
+def _shared_ms(run: RunRecords) -> float:
+    """Return how much of a predicted plan's step is the same in a BF16 baseline."""
     plan = run.plan
     if plan is None or plan.predicted is None or plan.fingerprint.time_basis is Basis.MEASURED:
-        return {}
+        return 0.0
     others = math.fsum(layer.layer_ms or 0.0 for layer in plan.layers if layer.option != BF16_O2)
-    shared = max(plan.predicted.plan_ms - others, 0.0)
-    return {"bf16_o2": shared, "autocast_bf16": shared}
+    return max(plan.predicted.plan_ms - others, 0.0)
 
 
 def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
@@ -146,16 +146,14 @@ def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
 
 def _joint_basis(*bases: Basis) -> Basis:
     """Return the basis of a number made of others: measured only if all of them are."""
-    for basis in (Basis.UNKNOWN, Basis.PREDICTED, Basis.TRANSFERRED):
-        if basis in bases:
-            return basis
-    return Basis.MEASURED
+    weakest_first = (Basis.UNKNOWN, Basis.PREDICTED, Basis.TRANSFERRED)
+    return next((basis for basis in weakest_first if basis in bases), Basis.MEASURED)
 
 
-def _measured(steps: Sequence[StepTiming], source: str) -> dict[str, Step]:
+def _measured(record: Profile | Verification | None, source: str) -> dict[str, Step]:
+    """Return the steps that a record timed."""
     return {
         step.label: Step(
-            label=step.label,
             ms=step.timing.median_ms,
             basis=step.timing.basis,
             source=source,
@@ -164,18 +162,16 @@ def _measured(steps: Sequence[StepTiming], source: str) -> dict[str, Step]:
             samples=step.timing.samples,
             peak_bytes=step.peak_bytes,
         )
-        for step in steps
+        for step in (record.steps if record else ())
     }
 
 
 def _certified(run: RunRecords) -> dict[str, Step]:
     """Return the steps of a plan's own certificate: medians without their spread."""
-    certificate = run.plan.certificate if run.plan else None
-    if certificate is None or "plan" not in certificate.step_ms:
-        return {}
+    times = run.plan.certificate.step_ms if run.plan and run.plan.certificate else {}
     source = "plan.json (certificate)"
-    steps = certificate.step_ms.items()
-    return {label: Step(label, ms, Basis.MEASURED, source) for label, ms in steps}
+    steps = {label: Step(ms, Basis.MEASURED, source) for label, ms in times.items()}
+    return steps if "plan" in steps else {}
 
 
 def _model_steps(run: RunRecords) -> dict[str, Step]:
@@ -183,8 +179,8 @@ def _model_steps(run: RunRecords) -> dict[str, Step]:
     model = run.plan.predicted if run.plan else None
     if model is None:
         return {}
-    plan = Step("plan", model.plan_ms, Basis.PREDICTED, MODEL, model.low_ms, model.high_ms)
-    uniform = {"fp32": model.fp32_ms, "bf16_o2": model.bf16_o2_ms}
-    return {label: Step(label, ms, Basis.PREDICTED, MODEL) for label, ms in uniform.items()} | {
-        "plan": plan
+    return {
+        "plan": Step(model.plan_ms, Basis.PREDICTED, MODEL, model.low_ms, model.high_ms),
+        "fp32": Step(model.fp32_ms, Basis.PREDICTED, MODEL),
+        "bf16_o2": Step(model.bf16_o2_ms, Basis.PREDICTED, MODEL),
     }

@@ -1,15 +1,20 @@
-"""The result of a run in one value: what `tune --json` prints and the report opens with."""
+"""What a run found, in one value: numbers and sentences that `tune --json` and reports share.
+
+Whether FP8 pays is the search's sentence, among the plan's notes: shown as the answer, it is in no
+other list, so that a report cannot say two things.
+"""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.records import Basis, Estimate, LossGap, Precision, Verdict
+from autoprec.common.text import first_and_more
+from autoprec.records import Basis, Estimate, LossGap, Plan, Precision, Profile, Verdict
 from autoprec.report import formats
-from autoprec.report.answers import fp8_answer, memory_answer, verdict_sentence
-from autoprec.report.formats import count_of, step_title
+from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
@@ -17,23 +22,62 @@ from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, 
 if TYPE_CHECKING:
     import pandas as pd
 
-STEP_LABELS = ("plan", "fp32", "bf16_o2", "autocast_bf16")
+MOST_NAMED = 8  # parameters or layers in one sentence
+FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
 VERDICT_WORDS = {
     Verdict.VERIFIED: "its loss gap is verified",
     Verdict.REFUTED: "but its loss gap is refuted",
     Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
     Verdict.NOT_RUN: "its loss gap is not verified",
 }
+MISSING = {
+    "profile": "times per layer were not measured",
+    "sensitivity": "the effect on loss and gradient was not measured",
+    "search": "alternatives to the plan are not known",
+    "plan": "nothing was chosen yet",
+    "verification": "no training was compared",
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """How far FP8 can shorten a BF16 O2 step: `share` of it is in layers that can take FP8.
+
+    `limit` is the speedup that no plan can pass: were these layers to run at FP8's peak rate, or
+    to take no time at all where the device has no FP8 units (not `at_peak`), as a CPU. Everything
+    else in the step, from attention to the optimizer, is the same with FP8 as without.
+    """
+
+    baseline: Step
+    layers: int
+    share: float
+    limit: float
+    at_peak: bool
+
+    @property
+    def sentence(self) -> str:
+        """The ceiling in words."""
+        peak = f"all of them at FP8's peak rate, {FP8_PEAK_RATIO:g}x BF16's"
+        return (
+            f"ceiling: {count_of(self.layers, 'FP8-eligible linear')}, {100 * self.share:.0f} % of "
+            f"the BF16 O2 step => FP8 can gain at most {formats.ratio(self.limit)} "
+            f"({peak if self.at_peak else 'were they to take no time at all'})"
+        )
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run found. `extra_steps` are per step; `time_to_loss` is against FP32."""
+    """What a run found. `extra_steps` are per step; `time_to_loss` is against FP32.
 
+    `notes` say, sentence by sentence, what the numbers do not cover.
+    """
+
+    run: RunRecords
     layers: "pd.DataFrame"
     counts: Mapping[Precision, int]
     steps: Mapping[str, Step]
     speedups: Mapping[str, Speedup]
+    ceiling: Ceiling | None
     grad_error: Estimate | None
     grad_error_basis: Basis
     extra_steps: float | None
@@ -41,10 +85,10 @@ class Summary:
     verdict: Verdict
     verdict_sentence: str
     gap: LossGap | None
-    control_gap: LossGap | None
     loss_tolerance: float | None
     fp8_answer: str
     memory_answer: str
+    notes: tuple[str, ...]
 
     @property
     def counted(self) -> str:
@@ -69,49 +113,44 @@ class Summary:
 
 def summarise_run(run: RunRecords) -> Summary:
     """Return the summary of a run; parts that no stage made are None."""
-    plan, speedups, grad_error = run.plan, plan_speedups(run), plan_grad_error(run)
+    plan, layers, speedups = run.plan, layers_frame(run), plan_speedups(run)
+    grad_error, vs_fp32 = _plan_grad_error(run), speedups.get("fp32")
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
-    vs_fp32 = speedups.get("fp32")
     is_known = vs_fp32 is not None and extra_steps is not None
     proof = run.verification or (plan.certificate if plan else None)
     constraint = plan.constraint.loss_tolerance if plan else None
+    answers = [_plan_note(plan, start) for start in ("FP8 ", "does not fit in memory")]
+    said = map(clean_text, dict.fromkeys(_unmeasured(run)))
     return Summary(
-        layers=layers_frame(run),
-        counts={precision: plan.count(precision) if plan else 0 for precision in Precision},
+        run=run,
+        layers=layers,
+        counts=formats.precision_counts(plan.options if plan else ()),
         steps=plan_steps(run),
         speedups=speedups,
+        ceiling=_fp8_ceiling(run, layers),
         grad_error=grad_error,
         grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
         time_to_loss=vs_fp32.discounted(extra_steps or 0.0) if is_known and vs_fp32 else None,
         verdict=proof.verdict if proof else Verdict.NOT_RUN,
-        verdict_sentence=verdict_sentence(run),
+        verdict_sentence=_verdict_sentence(run),
         gap=proof.gap if proof else None,
-        control_gap=run.verification.control_gap if run.verification else None,
         loss_tolerance=proof.loss_tolerance if proof else constraint,
-        fp8_answer=fp8_answer(run),
-        memory_answer=memory_answer(run),
+        fp8_answer=answers[0],
+        memory_answer=answers[1],
+        notes=tuple(text for text in said if text not in answers),  # those are shown apart
     )
-
-
-def plan_grad_error(run: RunRecords) -> Estimate | None:
-    """Return the plan's gradient error, with its standard error where it was measured jointly."""
-    if run.plan is None or run.plan.grad_error is None:
-        return None
-    for joint in run.sensitivity.joint if run.sensitivity else ():
-        if joint.options == run.plan.options:
-            return Estimate(mean=run.plan.grad_error, stderr=joint.grad_error.stderr)
-    return Estimate(mean=run.plan.grad_error)
 
 
 def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: JSON values
     """Return the one object that `tune --json` prints; what is not known is null."""
     found = summarise_run(run)
     steps, speedups, gap = found.steps, found.speedups, found.gap
+    labels = ("plan", *BASELINES)
     unknown_gap = {"mean": None, "low": None, "high": None, "confidence": None, "seeds": 0}
     return {
-        "step_ms": {x: steps[x].ms if x in steps else None for x in STEP_LABELS},
-        "step_basis": {x: steps[x].basis.value if x in steps else None for x in STEP_LABELS},
+        "step_ms": {x: steps[x].ms if x in steps else None for x in labels},
+        "step_basis": {x: steps[x].basis.value if x in steps else None for x in labels},
         "step_speedup": {
             f"vs_{x}": speedups[x].value if x in speedups else None for x in BASELINES
         },
@@ -135,6 +174,86 @@ def apply_line(out: Path | str | None) -> str:
     """Return the one line to paste."""
     path = json.dumps((Path(out or ".") / "plan.json").as_posix(), ensure_ascii=False)
     return f"model, optimizer = autoprec.apply({path}, model, optimizer)"
+
+
+def profile_notes(profile: Profile) -> Iterator[str]:
+    """Yield what a profile does not cover."""
+    model = profile.model
+    if model.uncovered:
+        names = first_and_more((p.name for p in model.uncovered), most=MOST_NAMED)
+        yield f"outside any layer, in the plan's activation dtype: {names}"
+    if model.uncalled:
+        names = first_and_more(model.uncalled, most=MOST_NAMED)
+        yield f"not called in the captured step, so not timed: {names}"
+    infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)
+    for reason, count in infeasible.most_common():
+        yield f"{count_of(count, 'option')} could not run: {reason}"
+    for fact, reason in profile.device.missing:
+        yield f"{fact} is not known: {reason}"
+    if profile.basis is not Basis.MEASURED:
+        yield f"all times are {profile.basis}: {profile.device.name} is not the machine at hand"
+
+
+def _unmeasured(run: RunRecords) -> Iterator[str]:
+    """Yield, sentence by sentence, what the run's numbers do not cover."""
+    yield from run.notes
+    yield from (f"no {n}.json: {said}" for n, said in MISSING.items() if getattr(run, n) is None)
+    if run.profile:
+        yield from profile_notes(run.profile)
+    if run.sensitivity:
+        yield from run.sensitivity.notes
+        if run.sensitivity.batches == 1:
+            yield "sensitivity used a single batch: its standard errors are unknown"
+    for record in (run.verification, run.plan):
+        yield from record.notes if record else ()
+
+
+def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
+    """Return what FP8 can gain over BF16 O2 at most, or None when no layer or step was timed."""
+    baseline = plan_steps(run).get("bf16_o2")
+    if run.profile is None or baseline is None or baseline.ms <= 0.0:
+        return None
+    specs = run.profile.model.layers
+    names = [layer.name for layer in specs if any(option.is_fp8 for option in layer.options)]
+    part_ms = float(layers.loc[layers["name"].isin(names), "bf16_o2_total_ms"].sum())
+    if part_ms <= 0.0:
+        return None
+    # Amdahl's law: of a step of 1, `share` gets shorter
+    share = min(part_ms / baseline.ms, 1.0)
+    at_peak = run.profile.device.kind != "cpu"
+    left = 1.0 - share + (share / FP8_PEAK_RATIO if at_peak else 0.0)
+    return Ceiling(baseline, len(names), share, 1.0 / left if left else float("inf"), at_peak)
+
+
+def _verdict_sentence(run: RunRecords) -> str:
+    """Return what is proven of the plan's loss."""
+    proof = run.verification or (run.plan.certificate if run.plan else None)
+    if proof is None or proof.verdict is Verdict.NOT_RUN:
+        return "not verified: no training was compared; run `autoprec verify`"
+    gap = f"the loss gap to FP32 is {formats.gap(proof.gap)}" if proof.gap else ""
+    said = [
+        gap or "no loss gap is known",
+        f"the tolerance is {formats.share(proof.loss_tolerance)}",
+    ]
+    if run.verification and run.verification.advice:
+        said.append(clean_text(run.verification.advice))
+    return f"{proof.verdict}: {'; '.join(said)}"
+
+
+def _plan_grad_error(run: RunRecords) -> Estimate | None:
+    """Return the plan's gradient error, with its standard error where it was measured jointly."""
+    if run.plan is None or run.plan.grad_error is None:
+        return None
+    for joint in run.sensitivity.joint if run.sensitivity else ():
+        if joint.options == run.plan.options:
+            return Estimate(mean=run.plan.grad_error, stderr=joint.grad_error.stderr)
+    return Estimate(mean=run.plan.grad_error)
+
+
+def _plan_note(plan: Plan | None, start: str) -> str:
+    """Return the plan's note that starts so; "" where it has none."""
+    notes = plan.notes if plan else ()
+    return next((clean_text(note) for note in notes if note.startswith(start)), "")
 
 
 def _interval(speedup: Speedup | None) -> list[float] | None:

@@ -5,7 +5,7 @@ Every text and attribute is escaped here, so a chart can be put into a page as i
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -36,7 +36,9 @@ class Scale:
         """Return about `count` round values from low to high."""
         if self.is_log:
             return _log_ticks(self.low, self.high)
-        step = _nice_step((self.high - self.low) / max(count, 1))
+        raw = max((self.high - self.low) / count, 1e-300)
+        magnitude = 10.0 ** math.floor(math.log10(raw))
+        step = magnitude * next(nice for nice in NICE_STEPS if nice * magnitude >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
@@ -77,12 +79,10 @@ def dot(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> Marku
     return mark("circle", cx=x, cy=y, r=radius, kind=kind, tip=tip)
 
 
-def path(points: Sequence[tuple[float, float]], *, kind: str, tip: str = "") -> Markup:
-    """Return a line through the points."""
-    if len(points) < 2:
-        return Markup("")
-    way = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return mark("path", d=way, kind=kind, tip=tip)
+def marker(x: float, top: float, bottom: float, words: str, *, kind: str, tip: str = "") -> Markup:
+    """Return a vertical line through a chart, with words above it."""
+    shown = text(x, top - 7.0, words, kind="tick", anchor="middle")
+    return line(x, top, x, bottom, kind=kind, tip=tip) + shown
 
 
 def whisker(low: float, high: float, y: float, *, kind: str = "whisker", tip: str = "") -> Markup:
@@ -157,13 +157,6 @@ def padded(low: float, high: float, *, share: float = 0.08) -> tuple[float, floa
 
 def _attribute(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-
-
-def _nice_step(raw: float) -> float:
-    if raw <= 0.0:
-        return 1.0
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    return next(step * magnitude for step in NICE_STEPS if step * magnitude >= raw * 0.999)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

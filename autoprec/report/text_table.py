@@ -40,7 +40,7 @@ Cell = str | Line | tuple[Line, ...]  # several lines stand below each other
 
 @dataclass(frozen=True)
 class Table:
-    """Texts under headings. Columns of `numbers` are right-aligned and never wrapped.
+    """Cells under headings. Columns of `numbers` are right-aligned and never wrapped.
 
     The `widest` column takes up the width that is left; `has_total`: the last row sums the others.
     """
@@ -49,7 +49,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     numbers: Collection[int] = ()
     widest: int | None = None
-    title: str = ""
     has_total: bool = False
 
 
@@ -70,22 +69,13 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
     """Print lines and tables one below the other."""
     for part in parts:
         if isinstance(part, Line):
-            text = Text(plain(console, part.text), style=part.style)
-            console.print(text, highlight=False, soft_wrap=part.is_whole)
+            console.print(_rich_text(part, console), highlight=False, soft_wrap=part.is_whole)
         else:
             console.print(_rich_table(part, console), highlight=False)
 
 
-def plain(console: Console, text: str) -> str:
-    """Return `text` as the console's encoding can show it, hidden characters made visible."""
-    encoding = console.encoding
-    return clean_text(text).encode(encoding, "backslashreplace").decode(encoding)
-
-
 def _rich_table(table: Table, console: Console) -> RichTable:
     drawn = RichTable(
-        title=Text(plain(console, table.title), style="bold") if table.title else None,
-        title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -101,13 +91,17 @@ def _rich_table(table: Table, console: Console) -> RichTable:
             overflow="fold",
             ratio=1 if index == table.widest else None,
         )
-    for index, row in enumerate(table.rows):
-        if table.has_total and index == len(table.rows) - 1:
-            drawn.add_section()
-        drawn.add_row(*(_rich_cell(cell, console) for cell in row))
+    for left, row in zip(reversed(range(len(table.rows))), table.rows, strict=True):
+        cells = (_rich_text(cell, console) for cell in row)
+        drawn.add_row(*cells, end_section=table.has_total and left == 1)
     return drawn
 
 
-def _rich_cell(cell: Cell, console: Console) -> Text:
-    lines = cell if isinstance(cell, tuple) else (cell if isinstance(cell, Line) else Line(cell),)
-    return Text("\n").join(Text(plain(console, line.text), style=line.style) for line in lines)
+def _rich_text(cell: Cell, console: Console) -> Text:
+    """Return a cell as the console's encoding can show it, hidden characters made visible."""
+    if isinstance(cell, tuple):
+        return Text("\n").join(_rich_text(line, console) for line in cell)
+    line = cell if isinstance(cell, Line) else Line(cell)
+    encoding = console.encoding
+    shown = clean_text(line.text).encode(encoding, "backslashreplace").decode(encoding)
+    return Text(shown, style=line.style)
