@@ -150,6 +150,13 @@ def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> Non
             )
 
 
+def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: Path) -> None:
+    workload = record(tmp_path, HEAD + LOOP.replace("zero_grad()", "zero_grad(set_to_none=False)"))
+    net = workload.build_model()  # it has no gradients to zero
+    for batch in recorded(workload):
+        assert workload.loss_fn(net, batch).isfinite()
+
+
 def test_a_warm_up_does_not_decide_the_learning_rate(tmp_path: Path) -> None:
     schedule = """
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))

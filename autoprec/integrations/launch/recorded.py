@@ -58,7 +58,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     with (
         random_state_kept(),
         _kept_state(),
-        recorder,
+        recorder.following(),
         contextlib.redirect_stdout(sys.stderr),
         contextlib.suppress(StopScript),  # the recorder knows why
     ):

@@ -11,7 +11,8 @@ in this order ends the script with the reason:
 
 import copy
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,7 +33,7 @@ from autoprec.integrations.launch.optimizers import (
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
-from autoprec.integrations.launch.tape import Tape, Taping, Untaped, copied, tensors_in
+from autoprec.integrations.launch.tape import Tape, Taping, copied, tensors_in
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.masters import ON_MODEL
 
@@ -61,7 +62,7 @@ class FirstCall:
 
 
 class Recorder:
-    """Follows one script. Open it as a context while the script runs."""
+    """Follows one script."""
 
     def __init__(self, steps: int) -> None:
         self.wanted, self.steps, self.micro_steps = steps, 0, 1
@@ -77,10 +78,11 @@ class Recorder:
         self._batches_before = 0  # the last step
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
-        self._stack = ExitStack()
 
-    def __enter__(self) -> "Recorder":
-        for context in (
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow what runs in this context."""
+        with (
             torch.compiler.set_stance("force_eager"),  # a tape sees no call of a compiled graph
             self._mode,
             patched(nn.Module, "__call__", self._around_call),
@@ -88,12 +90,7 @@ class Recorder:
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ):
-            self._stack.enter_context(context)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._mode.tape = None
-        self._stack.close()
+            yield
 
     @property
     def is_complete(self) -> bool:
@@ -199,12 +196,11 @@ class Recorder:
         if len(roots) != 1 or roots[0].numel() != 1 or any(g is not None for g in given):
             self.refuse("the loss must be one scalar, but backward starts from something else")
         self._call = self._mode.tape = None
-        try:
-            tape.finish(roots[0])
-        except Untaped as missing:
+        unseen = tape.finish(roots[0])
+        if unseen is not None:
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
-                f"depends on {missing}, which was not seen"
+                f"depends on {unseen}, which was not seen"
             )
         self.batches.append(batch)
         self.losses.append(float(roots[0].detach()))

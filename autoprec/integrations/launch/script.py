@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from itertools import pairwise
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -82,8 +81,8 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
         )
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
-    main = _main_module(ModuleSpec("__main__", SourceFileLoader("__main__", full), origin=full))
-    vars(main).update(__file__=full, __cached__=None, __spec__=None, __package__=None)
+    main, loader = ModuleType("__main__"), SourceFileLoader("__main__", full)
+    vars(main).update(__file__=full, __cached__=None, __loader__=loader)
     return compile(path.read_bytes(), full, "exec", dont_inherit=True), main
 
 
@@ -100,7 +99,9 @@ def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
             "finds; check the name and the folder it is run from"
         )
     sys.argv[0] = spec.origin or script.name
-    return code, _main_module(spec)
+    main = importlib.util.module_from_spec(spec)
+    main.__name__ = "__main__"
+    return code, main
 
 
 def _find_module(name: str) -> ModuleSpec | None:
@@ -111,12 +112,6 @@ def _find_module(name: str) -> ModuleSpec | None:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             return None
         raise
-
-
-def _main_module(spec: ModuleSpec) -> ModuleType:
-    main = importlib.util.module_from_spec(spec)
-    main.__name__ = "__main__"
-    return main
 
 
 def _enter(name: str, args: tuple[str, ...], *, folder: str) -> None:
@@ -147,12 +142,11 @@ def _exit_status(leaving: SystemExit) -> int:
 
 def _script_frames(trace: TracebackType | None) -> TracebackType | None:
     """Return a traceback without the frames of this package and of Python's import."""
-    shown: list[TracebackType] = []
+    frames, shown = [], None
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith((HERE, "<frozen importlib")):
-            shown.append(trace)
+        frames.append(trace)
         trace = trace.tb_next
-    for above, below in pairwise([*shown, None]):
-        if above is not None:
-            above.tb_next = below
-    return shown[0] if shown else None
+    for frame in reversed(frames):
+        if not frame.tb_frame.f_code.co_filename.startswith((HERE, "<frozen importlib")):
+            frame.tb_next, shown = shown, frame
+    return shown
