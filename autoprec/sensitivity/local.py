@@ -12,11 +12,12 @@ them where their recipes cast alike. Errors of any other layer in BF16 are taken
 input gradients and parameters instead, from a replay in BF16 against a replay in FP32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoprec.records import Gemm, Operand, Option
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
@@ -33,99 +34,77 @@ class Component:
     cast: Cast | None = None
 
 
-GradWeightKey = tuple[tuple[Operand, Cast], ...]  # the casts of the grad_weight GEMM; () is BF16
 BF16_OUTPUT = Component(Gemm.OUTPUT)
 BF16_GRAD_INPUT = Component(Gemm.GRAD_INPUT)
+
+
+Norm = Callable[[Mapping[Tensor, Tensor]], float]  # of errors by parameter: d'Pd
 
 
 @dataclass(frozen=True)
 class LocalErrors:
     """One layer's errors on one batch.
 
-    `errors` holds a tensor per call, or the one of the weight. `parameter_errors` are the errors
-    of the layer's trainable parameters' gradients.
+    `errors` holds a tensor per call, or the one of the weight. `parameter_errors` is d'Pd of the
+    gradients of the layer's own parameters, by the casts of the grad_weight GEMM; () is BF16.
     """
 
     errors: dict[Component, list[Tensor]]
-    parameter_errors: dict[GradWeightKey, list[Tensor]]
+    parameter_errors: dict[Sides, float]
 
 
-def components_of(option: Option) -> dict[Gemm, tuple[Component, ...]]:
+def components_of(option: Option) -> dict[Gemm, list[Component]]:
     """Return the sources of error of the two GEMMs whose error spreads; BF16 where kept so."""
     casts = gemm_casts(option)
     return {
-        bf16.gemm: tuple(
-            Component(bf16.gemm, operand, cast) for operand, cast in casts.get(bf16.gemm, ())
-        )
-        or (bf16,)
+        bf16.gemm: [Component(bf16.gemm, *side) for side in casts.get(bf16.gemm, ())] or [bf16]
         for bf16 in (BF16_OUTPUT, BF16_GRAD_INPUT)
     }
 
 
-def grad_weight_key(option: Option) -> GradWeightKey:
-    """Return the casts of an option's grad_weight GEMM."""
-    return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
-
-
-def parameter_only_errors(layer: nn.Module, gradients: Sequence[Tensor]) -> LocalErrors:
-    """Return the errors in BF16 of a layer that is never called, only its parameters are used."""
-    trainable = [p.detach() for p in layer.parameters() if p.requires_grad]
+def parameter_only_errors(gradients: Mapping[Tensor, Tensor], norm: Norm) -> LocalErrors:
+    """Return the BF16 errors of a layer whose parameters are used without calling it."""
     return LocalErrors(
-        errors={BF16_OUTPUT: [round_bf16(p) - p for p in trainable], BF16_GRAD_INPUT: []},
-        parameter_errors={(): [round_bf16(g) - g for g in gradients]},
+        errors={BF16_OUTPUT: [round_bf16(p.detach()) - p.detach() for p in gradients]},
+        parameter_errors={(): norm({p: round_bf16(g) - g for p, g in gradients.items()})},
     )
 
 
-def bf16_errors(exact: Replayed, rounded: Replayed) -> LocalErrors:
+def bf16_errors(exact: Replayed, rounded: Replayed, norm: Norm) -> LocalErrors:
     """Return a layer's errors in BF16 from its replays in FP32 and in BF16."""
-    outputs = [
-        (b - a).to(KEEP)
-        for one, other in zip(exact.outputs, rounded.outputs, strict=True)
-        for a, b in zip(one, other, strict=True)
-    ]
-    input_gradients = [
-        torch.zeros(()) if a is None or b is None else (b - a).to(KEEP)
-        for one, other in zip(exact.input_gradients, rounded.input_gradients, strict=True)
-        for a, b in zip(one, other, strict=True)
-    ]
-    pairs = zip(exact.parameter_gradients, rounded.parameter_gradients, strict=True)
-    return LocalErrors(
-        errors={BF16_OUTPUT: outputs, BF16_GRAD_INPUT: input_gradients},
-        parameter_errors={(): [b - a for a, b in pairs]},
-    )
+    outputs = zip(exact.outputs, rounded.outputs, strict=True)
+    inputs = zip(exact.input_gradients, rounded.input_gradients, strict=True)
+    errors = {
+        BF16_OUTPUT: [(b - a).to(KEEP) for a, b in outputs],
+        BF16_GRAD_INPUT: [
+            torch.zeros(()) if a is None or b is None else (b - a).to(KEEP) for a, b in inputs
+        ],
+    }
+    gradients = exact.parameter_gradients.items()
+    own = {p: rounded.parameter_gradients[p] - g for p, g in gradients}
+    return LocalErrors(errors, {(): norm(own)})
 
 
 def add_fp8_errors(
     found: LocalErrors,
-    layer: nn.Linear,
     operands: Operands,
-    exact: Replayed,
     options: Sequence[Option],
+    *,
+    weight: Tensor,
+    exact: Replayed,
+    norm: Norm,
 ) -> None:
     """Add the errors of a linear's FP8 options; casts that options share are made once."""
     for option in options:
-        casts = gemm_casts(option)
         # output and grad_input: the operand errors alone, the probes do the rest
-        for gemm in (Gemm.OUTPUT, Gemm.GRAD_INPUT):
-            for operand, cast in casts.get(gemm, ()):
-                component = Component(gemm, operand, cast)
-                if component not in found.errors:
-                    found.errors[component] = operands.errors(operand, cast)
-        # grad_weight: its error is where it ends, so it is multiplied out
-        sides = casts.get(Gemm.GRAD_WEIGHT, ())
-        if sides and layer.weight.requires_grad and sides not in found.parameter_errors:
-            found.parameter_errors[sides] = _grad_weight_errors(operands, sides, layer, exact)
-
-
-def _grad_weight_errors(
-    operands: Operands, sides: Sides, layer: nn.Linear, exact: Replayed
-) -> list[Tensor]:
-    """Return the errors of weight and bias gradients (the latter is not a GEMM: none)."""
-    left, right = (operands.cast(operand, cast) for operand, cast in sides)
-    # grad_weight: [N, M] @ [M, K] -> [N, K], per call
-    made = torch.stack([g.t() @ x for g, x in zip(left, right, strict=True)]).sum(0)
-    trainable = [p for p in layer.parameters() if p.requires_grad]
-    return [
-        made - gradient if p is layer.weight else torch.zeros_like(gradient)
-        for p, gradient in zip(trainable, exact.parameter_gradients, strict=True)
-    ]
+        for component in chain.from_iterable(components_of(option).values()):
+            if component.operand and component.cast and component not in found.errors:
+                found.errors[component] = operands.errors(component.operand, component.cast)
+        # grad_weight: its error is where it ends, so it is multiplied out (the bias is no GEMM's)
+        sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
+        if weight.requires_grad and sides not in found.parameter_errors:
+            left, right = (operands.cast(operand, cast) for operand, cast in sides)
+            # [N, M] @ [M, K] -> [N, K], per call
+            made = torch.stack([g.t() @ x for g, x in zip(left, right, strict=True)]).sum(0)
+            error = made - exact.parameter_gradients[weight]
+            found.parameter_errors[sides] = norm({weight: error})

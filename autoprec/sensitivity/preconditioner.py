@@ -21,7 +21,7 @@ noise (biases before a softmax or a batch norm), and what they can add to g'Pg i
     any other        1, with a note that says so
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ PLAIN = ("SGD", "ASGD")  # their update is proportional to the (averaged) gradie
 class ElementRule:
     """The second moment v' = keep * v + take * g^2 of one parameter; P = 1 / (sqrt(v') + eps)."""
 
+    family: str
     moment: Tensor
     keep: float
     take: float
@@ -51,21 +52,20 @@ class ElementRule:
 class Preconditioner:
     """P by parameter. `name` goes into the record; `note` says when P is a stated fallback.
 
-    Parameters that the optimizer does not update weigh nothing: they are not in `updated`.
+    `rules` has the parameters that the optimizer updates; all others weigh nothing. None is P = 1.
     """
 
     name: str
     note: str
-    updated: frozenset[int]  # id of the parameter
-    rules: dict[int, ElementRule] = field(default_factory=dict)
+    rules: dict[Tensor, ElementRule | None]
 
     def covers(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter at all."""
-        return id(parameter) in self.updated
+        return parameter in self.rules
 
     def apply(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> Tensor:
         """Return P^(1/2) times values of a parameter's shape, P at the reference gradient `at`."""
-        rule = self.rules.get(id(parameter))
+        rule = self.rules[parameter]
         return values if rule is None else values * rule.weight(at.to(values.device))
 
     def squared_norm(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> float:
@@ -75,60 +75,47 @@ class Preconditioner:
 
 def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     """Read P from an optimizer that has taken a few steps."""
-    rules: dict[int, ElementRule] = {}
-    names: set[str] = set()
-    updated = set()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            updated.add(id(parameter))
-            found = _element_rule(optimizer.state.get(parameter, {}), group, parameter)
-            if found is not None:
-                names.add(found[0])
-                rules[id(parameter)] = found[1]
-    if rules:
-        name = "+".join(sorted(names))
-        return Preconditioner(name, "", frozenset(updated), _with_floor(rules))
+    rules = {
+        parameter: _element_rule(optimizer.state.get(parameter, {}), group, parameter.shape)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    found = [rule for rule in rules.values() if rule is not None]
+    if found:
+        # the floor under eps: a part of the mean of sqrt(v) over all elements of all parameters
+        total = sum(float((r.moment.float() * r.keep).sqrt().sum()) for r in found)
+        floor = FLOOR * total / max(sum(r.moment.numel() for r in found), 1)
+        floored = {
+            parameter: None if rule is None else replace(rule, eps=max(rule.eps, floor))
+            for parameter, rule in rules.items()
+        }
+        return Preconditioner("+".join(sorted({r.family for r in found})), "", floored)
     cls = type(optimizer).__name__
-    note = (
-        ""
-        if cls in PLAIN
-        else f"{cls} keeps no second moment that autoprec knows; errors are in plain norm"
-    )
-    return Preconditioner("identity", note, frozenset(updated))
-
-
-def _with_floor(rules: dict[int, ElementRule]) -> dict[int, ElementRule]:
-    # the mean of sqrt(v) over all elements of all parameters
-    total = sum(float((r.moment.float() * r.keep).sqrt().sum()) for r in rules.values())
-    floor = FLOOR * total / max(sum(r.moment.numel() for r in rules.values()), 1)
-    return {key: replace(rule, eps=max(rule.eps, floor)) for key, rule in rules.items()}
+    note = f"{cls} keeps no second moment that autoprec knows; errors are in plain norm"
+    return Preconditioner("identity", "" if cls in PLAIN else note, rules)
 
 
 def _element_rule(
-    state: dict[str, Any], group: dict[str, Any], parameter: Tensor
-) -> tuple[str, ElementRule] | None:
-    """Return the family's name and rule of one parameter, or None when it has no second moment."""
+    state: dict[str, Any], group: dict[str, Any], shape: torch.Size
+) -> ElementRule | None:
+    """Return the rule of one parameter, or None when it has no second moment of its shape."""
     eps = _number(group.get("eps"), 1e-8)
+    moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape}
     for key in ("max_exp_avg_sq", "exp_avg_sq"):
-        if _fits(state.get(key), parameter):
+        if key in moments:
             steps = _number(state.get("step"), 1.0)
             beta2 = _number(group.get("betas", (0.9, 0.999))[1], 0.999)
             # v' after this gradient, with the bias correction of step t + 1 folded in
             correction = 1.0 - beta2 ** (steps + 1.0)
-            rule = ElementRule(state[key], beta2 / correction, (1.0 - beta2) / correction, eps)
-            return "adam", rule
-    if _fits(state.get("square_avg"), parameter):
+            keep, take = beta2 / correction, (1.0 - beta2) / correction
+            return ElementRule("adam", moments[key], keep, take, eps)
+    if "square_avg" in moments:
         alpha = _number(group.get("alpha"), 0.99)
-        return "rmsprop", ElementRule(state["square_avg"], alpha, 1.0 - alpha, eps)
-    if _fits(state.get("sum"), parameter):
-        return "adagrad", ElementRule(state["sum"], 1.0, 1.0, eps)
+        return ElementRule("rmsprop", moments["square_avg"], alpha, 1.0 - alpha, eps)
+    if "sum" in moments:
+        return ElementRule("adagrad", moments["sum"], 1.0, 1.0, eps)
     return None
-
-
-def _fits(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _number(value: Any, default: float) -> float:  # Any: optimizer state is untyped

@@ -27,6 +27,7 @@ around zero.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,11 @@ from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, Gemm, Operand, OperandStatistics, Option
 from autoprec.runtime import install_options
+from autoprec.sensitivity.casts import Sides
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
     BF16_OUTPUT,
     Component,
-    GradWeightKey,
     LocalErrors,
     add_fp8_errors,
     bf16_errors,
@@ -66,7 +67,7 @@ class BatchProbe:
 
     squared_norm: float
     products: dict[tuple[str, Component], list[Tensor]]
-    parameter_errors: dict[tuple[str, GradWeightKey], float]
+    parameter_errors: dict[tuple[str, Sides], float]
     statistics: tuple[OperandStatistics, ...]
 
 
@@ -79,6 +80,21 @@ class _Pass:
     layers: dict[str, nn.Module]
     calls: dict[str, list[Call]]
     gradient: ReferenceGradient
+
+    def squared_norm(self, errors: Mapping[Tensor, Tensor]) -> float:
+        """Return d'Pd of errors by parameter; those that are not updated weigh nothing."""
+        norm, gradients = self.reference.preconditioner.squared_norm, self.gradient.of
+        return sum(norm(p, d, at=gradients[p]) for p, d in errors.items() if p in gradients)
+
+    def own_gradients(self, layer: nn.Module) -> dict[Tensor, Tensor]:
+        """Return the gradients of a layer's trainable parameters; zeros where not updated."""
+        return {
+            p: self.gradient.of[p].to(p.device)
+            if p in self.gradient.of
+            else torch.zeros_like(p, dtype=torch.float32)
+            for p in layer.parameters()
+            if p.requires_grad
+        }
 
 
 def probe_batches(
@@ -103,13 +119,17 @@ def probe_batches(
             gradient = reference.run_gradient(index)
         step = _Pass(reference, index, layers, calls, gradient)
         errors, statistics = _local_errors(step, options)
-        parameter_errors = _parameter_errors(step, errors)
         products: dict[tuple[str, Component], list[Tensor]] = {}
         for probe in range(probes):
             progress("sensitivity: probes", index * (1 + probes) + 1 + probe, total)
             # the same signs serve two batches in turn
             for key, z in _run_probe(step, errors, code=(index // 2) * probes + probe):
                 products.setdefault(key, []).append(z)
+        parameter_errors = {
+            (name, sides): squared
+            for name, local in errors.items()
+            for sides, squared in local.parameter_errors.items()
+        }
         found.append(
             BatchProbe(gradient.squared_norm, products, parameter_errors, tuple(statistics))
         )
@@ -126,7 +146,7 @@ def _local_errors(
     seed = reference.context.seed * 104_729 + step.index
     # a layer whose parameters are used without a call (an attention's out_proj) has no replay
     found = {
-        name: parameter_only_errors(layer, _own_gradients(step, layer))
+        name: parameter_only_errors(step.own_gradients(layer), step.squared_norm)
         for name, layer in step.layers.items()
         if not calls[name]
     }
@@ -134,49 +154,28 @@ def _local_errors(
     # BF16: what a layer makes of the reference's inputs and output gradients in either precision
     with seeded(seed, reference.context.device):
         exact = {name: replay(layer, calls[name], seed=seed) for name, layer in called.items()}
-        rounded = dict.fromkeys(called, BF16_O2)
-        with install_options(reference.model, rounded, activation_dtype=torch.float32, root=False):
+        bf16 = dict.fromkeys(called, BF16_O2)
+        with install_options(reference.model, bf16, activation_dtype=torch.float32, root=False):
             for name, layer in called.items():
-                found[name] = bf16_errors(exact[name], replay(layer, calls[name], seed=seed))
+                rounded = replay(layer, calls[name], seed=seed)
+                found[name] = bf16_errors(exact[name], rounded, step.squared_norm)
     # FP8: the casts' errors, by plain arithmetic on the same inputs and gradients
     statistics: list[OperandStatistics] = []
     for name, fp8 in options.items():
         layer = step.layers[name]
         if fp8 and name in called and isinstance(layer, nn.Linear):
             operands = Operands(layer, calls[name], reference.history.get(name, {}))
-            add_fp8_errors(found[name], layer, operands, exact[name], fp8)
+            add_fp8_errors(
+                found[name],
+                operands,
+                fp8,
+                weight=layer.weight,
+                exact=exact[name],
+                norm=step.squared_norm,
+            )
             if step.index == 0:
                 statistics += operands.statistics(name, fp8)
     return found, statistics
-
-
-def _own_gradients(step: _Pass, layer: nn.Module) -> list[Tensor]:
-    """Return the reference gradients of a layer's trainable parameters; zeros where not updated."""
-    return [
-        step.gradient.of[p].to(p.device)
-        if p in step.gradient.of
-        else torch.zeros_like(p, dtype=torch.float32)
-        for p in layer.parameters()
-        if p.requires_grad
-    ]
-
-
-def _parameter_errors(
-    step: _Pass, errors: Mapping[str, LocalErrors]
-) -> dict[tuple[str, GradWeightKey], float]:
-    """Return d'Pd of what stays in the layers' own parameters; the tensors are then let go."""
-    preconditioner, gradients = step.reference.preconditioner, step.gradient.of
-    found: dict[tuple[str, GradWeightKey], float] = {}
-    for name, layer in step.layers.items():
-        trainable = [p for p in layer.parameters() if p.requires_grad]
-        for key, parts in errors[name].parameter_errors.items():
-            found[name, key] = sum(
-                preconditioner.squared_norm(p, part, at=gradients[p])
-                for p, part in zip(trainable, parts, strict=True)
-                if p in gradients
-            )
-        errors[name].parameter_errors.clear()
-    return found
 
 
 def _run_probe(
@@ -191,7 +190,8 @@ def _run_probe(
         if pairs:
             products = _products(layer, pairs, errors[name].errors)
         else:
-            products = _parameter_products(step, layer, errors[name].errors[BF16_OUTPUT])
+            gradients = step.own_gradients(layer)
+            products = _parameter_products(gradients, errors[name].errors[BF16_OUTPUT])
         for component, z in products.items():
             yield (name, component), z.cpu() / size  # changes over t are derivatives
 
@@ -256,9 +256,8 @@ def _products(
         for component in casts:
             key = (component.gemm, component.operand)
             dim = 1 if key == (Gemm.OUTPUT, Operand.WEIGHT) else 0
-            found[component] = _summed(
-                [(a * b).sum(dim) for a, b in zip(factors[key], errors[component], strict=True)]
-            )
+            pairs_of_calls = zip(factors[key], errors[component], strict=True)
+            found[component] = reduce(torch.add, [(a * b).sum(dim) for a, b in pairs_of_calls])
     return found
 
 
@@ -278,27 +277,24 @@ def _operand_factors(
         (Gemm.OUTPUT, Operand.INPUT): [v @ weight_NK for v in v_MN],  # [M, N] @ [N, K] -> [M, K]
         (Gemm.GRAD_INPUT, Operand.GRAD_OUTPUT): [c @ weight_NK.t() for c in c_MK],  # -> [M, N]
         (Gemm.OUTPUT, Operand.WEIGHT): [  # v' x: [N, M] @ [M, K] -> [N, K]
-            _summed([v.t() @ x for v, x in zip(v_MN, x_MK, strict=True)])
+            reduce(torch.add, [v.t() @ x for v, x in zip(v_MN, x_MK, strict=True)])
         ],
         (Gemm.GRAD_INPUT, Operand.WEIGHT): [  # g' c: [N, M] @ [M, K] -> [N, K]
-            _summed([g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)])
+            reduce(torch.add, [g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)])
         ],
     }
 
 
 def _parameter_products(
-    step: _Pass, layer: nn.Module, errors: Sequence[Tensor]
+    gradients: Mapping[Tensor, Tensor], errors: Sequence[Tensor]
 ) -> dict[Component, Tensor]:
     """Return z per row of each parameter, for a layer whose parameters are used without a call."""
-    trainable = [p for p in layer.parameters() if p.requires_grad]
     rows = []
-    for parameter, g, error in zip(trainable, _own_gradients(step, layer), errors, strict=True):
+    for (parameter, g), error in zip(gradients.items(), errors, strict=True):
         product = (gradient_of(parameter) - g) * error
         rows.append(product.reshape(len(g), -1).sum(1) if g.dim() else product.reshape(1))
-    return {
-        BF16_OUTPUT: torch.cat(rows) if rows else torch.zeros(1),
-        BF16_GRAD_INPUT: torch.zeros(1),
-    }
+    z = torch.cat(rows) if rows else torch.zeros(1)
+    return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
 
 
 def _rows(tensors: Sequence[Tensor | None], features: int) -> list[Tensor]:
@@ -325,12 +321,5 @@ def _by_channel(
         is_second = isinstance(layer, CHANNELS_SECOND) and change.dim() > 2
         product = (change * error).movedim(1 if is_second else -1, 0)
         part = product.reshape(len(product), -1).sum(1)
-        totals[len(part)] = totals[len(part)] + part if len(part) in totals else part
+        totals[len(part)] = totals.get(len(part), 0.0) + part
     return torch.cat(list(totals.values())) if totals else torch.zeros(1)
-
-
-def _summed(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total

@@ -43,7 +43,7 @@ Key = TypeVar("Key", bound=Hashable)
 class ReferenceGradient:
     """The reference gradient g of one batch: FP32 by parameter, and its norm g'Pg."""
 
-    of: dict[nn.Parameter, Tensor]
+    of: dict[Tensor, Tensor]
     squared_norm: float
 
 
@@ -113,7 +113,7 @@ class Reference:
                 "lower the learning rate or look at the data"
             )
         updated = filter(self.preconditioner.covers, self.model.parameters())
-        found = {p: gradient_of(p) for p in updated}
+        found: dict[Tensor, Tensor] = {p: gradient_of(p) for p in updated}
         squared = sum(self.preconditioner.squared_norm(p, g, at=g) for p, g in found.items())
         if not squared > 0.0:
             raise WorkloadError(

@@ -17,11 +17,11 @@ from autoprec.model.recording import Call, Gradients, output_tensors, recorded_c
 
 @dataclass(frozen=True)
 class Replayed:
-    """A layer's outputs, input gradients (per call) and parameter gradients (summed over calls)."""
+    """What a layer's calls gave, one after the other: outputs, input and parameter gradients."""
 
-    outputs: list[list[Tensor]]
-    input_gradients: list[list[Tensor | None]]
-    parameter_gradients: list[Tensor]
+    outputs: list[Tensor]
+    input_gradients: list[Tensor | None]
+    parameter_gradients: dict[Tensor, Tensor]  # by parameter, summed over the calls
 
 
 @contextmanager
@@ -47,10 +47,11 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
 
     The same seed draws the same dropout masks, so two replays differ in precision only.
     """
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    totals = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    outputs: list[list[Tensor]] = []
-    input_gradients: list[list[Tensor | None]] = []
+    totals: dict[Tensor, Tensor] = {
+        p: torch.zeros_like(p, dtype=torch.float32) for p in layer.parameters() if p.requires_grad
+    }
+    outputs: list[Tensor] = []
+    input_gradients: list[Tensor | None] = []
     for number, call in enumerate(calls):
         torch.manual_seed(seed + number)
         args, kwargs = tree_map_only(Tensor, _leaf, (call.args, call.kwargs))
@@ -62,25 +63,25 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             for y, g in zip(produced, call.gradients, strict=True)
             if g is not None and y.requires_grad
         ]
-        found = _gradients(pairs, [*inputs, *parameters])
-        outputs.append([y.detach().float() for y in produced])
-        input_gradients.append([found.get(id(t)) for t in inputs])
-        for total, parameter in zip(totals, parameters, strict=True):
-            if id(parameter) in found:
-                total += found[id(parameter)]
+        found = _gradients(pairs, [*inputs, *totals])
+        outputs += [y.detach().float() for y in produced]
+        input_gradients += [found.get(x) for x in inputs]
+        for parameter, total in totals.items():
+            if parameter in found:
+                total += found[parameter]
     return Replayed(outputs, input_gradients, totals)
 
 
 def _gradients(
     pairs: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor]
-) -> dict[int, Tensor]:
-    """Return the gradients, FP32, of those tensors that get one, by id."""
+) -> dict[Tensor, Tensor]:
+    """Return the gradients, FP32, of those tensors that get one."""
     wanted = [t for t in tensors if t.requires_grad]
     if not pairs or not wanted:
         return {}
     outputs, gradients = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    return {id(t): g.float() for t, g in zip(wanted, found, strict=True) if g is not None}
+    return {t: g.float() for t, g in zip(wanted, found, strict=True) if g is not None}
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Option
+from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
-from autoprec.sensitivity.local import Component, components_of, grad_weight_key
+from autoprec.sensitivity.local import Component, components_of
 from autoprec.sensitivity.probes import BatchProbe
-
-Key = tuple[str, Component]
 
 
 def make_rows(
@@ -24,23 +24,25 @@ def make_rows(
 
 
 def _row(probes: Sequence[BatchProbe], name: str, option: Option) -> LayerSensitivity:
-    spreading = {
-        gemm: [(name, component) for component in components]
-        for gemm, components in components_of(option).items()
-    }
-    key = (name, grad_weight_key(option))
+    spreading = components_of(option)
+    key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
     staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
-    by_gemm = {gemm: _estimate(probes, keys) for gemm, keys in spreading.items()}
+    by_gemm = {gemm: _estimate(probes, name, some) for gemm, some in spreading.items()}
     by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, [probe.squared_norm for probe in probes])
-    every = [key for keys in spreading.values() for key in keys]
-    grad_error = _estimate(probes, every, plus=staying)
+    every = list(chain.from_iterable(spreading.values()))
+    grad_error = _estimate(probes, name, every, plus=staying)
     return LayerSensitivity(name=name, option=option, grad_error=grad_error, by_gemm=by_gemm)
 
 
 def _estimate(
-    probes: Sequence[BatchProbe], keys: Sequence[Key], *, plus: Sequence[float] | None = None
+    probes: Sequence[BatchProbe],
+    name: str,
+    components: Sequence[Component],
+    *,
+    plus: Sequence[float] | None = None,
 ) -> Estimate:
-    """Return the gradient error of components, with both parts of its standard error."""
+    """Return the gradient error of a layer's components, with both parts of its standard error."""
+    keys = [(name, component) for component in components]
     scale = [probe.squared_norm for probe in probes]
     sums = [_mean_power(probe, keys, power=2) for probe in probes]
     values = [s + p for s, p in zip(sums, plus or [0.0] * len(sums), strict=True)]
@@ -56,7 +58,7 @@ def _estimate(
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
 
 
-def _mean_power(probe: BatchProbe, keys: Sequence[Key], *, power: int) -> float:
+def _mean_power(probe: BatchProbe, keys: Sequence[tuple[str, Component]], *, power: int) -> float:
     """Return the sum over components and groups of z^power, each the mean over the passes."""
     sums = []
     for key in keys:
