@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import nn
 
 from autoprec.common.noise import import_noise_dropped
-from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.meta import capture_on_meta
 from autoprec.predict import list_device_profiles, parse_parallel, predict_profile
 from autoprec.predict.transfer import default_locks, unknown_sensitivity
 from autoprec.records import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autoprec.cli.main import main
-from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.meta import capture_on_meta
 from autoprec.records import Basis, ModelSpec, Plan, Profile
 from autoprec.workload.functions import workload_from
 from autoprec.workload.hf_config import config_file, config_model

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
-from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
-from autoprec.model.heads import HeadCounts, head_counts
+from autoprec.model.meta import capture_on_meta
+from autoprec.model.roles import head_counts
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import load_workload, workload_from
 from tests.test_meta import EXAMPLE
@@ -61,25 +61,25 @@ def captured(model: nn.Module) -> ModelSpec:
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [
-        ({"num_heads": 8}, HeadCounts(8, 8)),
-        ({"n_heads": 8, "n_kv_heads": 2}, HeadCounts(8, 2)),
-        ({"n_head": 4, "n_kv_head": 1}, HeadCounts(4, 1)),
+        ({"num_heads": 8}, (8, 8)),
+        ({"n_heads": 8, "n_kv_heads": 2}, (8, 2)),
+        ({"n_head": 4, "n_kv_head": 1}, (4, 1)),
         ({"config": SimpleNamespace(num_attention_heads=4, num_key_value_heads=None)}, (4, 4)),
         ({"num_heads": [4, 8]}, None),
         ({}, None),
     ],
 )
 def test_attributes_of_the_usual_libraries_are_read(
-    attributes: dict[str, object], expected: HeadCounts | tuple[int, int] | None
+    attributes: dict[str, object], expected: tuple[int, int] | None
 ) -> None:
     found = head_counts(Block(Attention(**attributes)), "attn.q_proj")  # type: ignore[arg-type]
-    assert found == (HeadCounts(*expected) if isinstance(expected, tuple) else expected)
+    assert found == expected
 
 
 def test_the_nearest_module_that_says_it_counts() -> None:
     config = SimpleNamespace(num_attention_heads=2)
-    assert head_counts(Block(Attention(num_heads=4), config), "attn.q_proj") == HeadCounts(4, 4)
-    assert head_counts(Block(Attention(), config), "attn.q_proj") == HeadCounts(2, 2)
+    assert head_counts(Block(Attention(num_heads=4), config), "attn.q_proj") == (4, 4)
+    assert head_counts(Block(Attention(), config), "attn.q_proj") == (2, 2)
 
 
 def test_projections_alone_have_heads() -> None:

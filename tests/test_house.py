@@ -17,7 +17,6 @@ TORCH_FREE = (  # whole rooms, and modules of the others
     "device.nvml",
     "errors",
     "integrations.export",
-    "model.gemms_hp",
     "model.options",
     "model.roles",
     "predict",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
-from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
+from autoprec.model.meta import capture_on_meta
 from autoprec.records import Basis, Plan, Precision
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from autoprec.device.timing import UNWATCHED, Stopping
 from autoprec.device.tracing import Operation, traced
 from autoprec.model.capture import capture_model
-from autoprec.model.capture_meta import capture_on_meta
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
+from autoprec.model.meta import capture_on_meta
 from autoprec.model.recording import Call
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.candidates import make_candidate

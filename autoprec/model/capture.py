@@ -21,7 +21,6 @@ from autoprec.device.fp8 import Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
-from autoprec.model.heads import head_counts
 from autoprec.model.layers import (
     ModelLayers,
     layer_kind,
@@ -31,7 +30,7 @@ from autoprec.model.layers import (
 )
 from autoprec.model.options import layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
-from autoprec.model.roles import HEAD_ROLES, KEY_VALUE_ROLES, ROW_ROLES, role_of
+from autoprec.model.roles import attention_heads
 from autoprec.records import (
     CallSpec,
     GemmShape,
@@ -89,11 +88,13 @@ def capture_model(context: Context) -> ModelSpec:
         layers,
         calls,
         optimizer,
+        fp8_support(device),
+        str(device),
         has_randomness=first.used_randomness,
         is_deterministic=first.fingerprint == second.fingerprint,
         loss=first.loss,
     )
-    return make_spec(seen, support=fp8_support(device), device=str(device))
+    return make_spec(seen)
 
 
 @dataclass(frozen=True)
@@ -132,52 +133,38 @@ def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, lis
 
 def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) -> None:
     """Run batches whose shapes differ from the first's, such as a short last one, forward only."""
-    seen = {_signature(batches[0])}
-    for batch in batches[1:]:
-        if _signature(batch) in seen:
-            continue
-        seen.add(_signature(batch))
-        with torch.no_grad():
-            workload.loss_fn(model, batch)
+    shapes = [tuple(tuple(tensor.shape) for tensor in batch_tensors(batch)) for batch in batches]
+    for number, batch in enumerate(batches[1:], start=1):
+        if shapes[number] not in shapes[:number]:
+            with torch.no_grad():
+                workload.loss_fn(model, batch)
 
 
 @dataclass(frozen=True)
 class ObservedStep:
-    """One training step as it was seen.
-
-    Attributes:
-        model: the model that made it.
-        layers: its layers.
-        calls: what every layer was called with, by name; calls without a gradient are of batches
-            that were only looked at for their shapes.
-        optimizer: one that has made its state.
-        has_randomness: whether the forward pass drew random numbers.
-        is_deterministic: whether the same step again gave the same bits.
-        loss: its loss; None where nothing was computed.
-    """
+    """One training step as it was seen."""
 
     model: nn.Module
     layers: ModelLayers
+    # What every layer was called with, by name; calls without a gradient are of batches that were
+    # only looked at for their shapes.
     calls: Mapping[str, Sequence[Call]]
-    optimizer: torch.optim.Optimizer
-    has_randomness: bool
-    is_deterministic: bool = False
-    loss: float | None = None
+    optimizer: torch.optim.Optimizer  # one that has made its state
+    support: Fp8Support  # the FP8 recipes that run where the model shall run
+    device: str  # where the step ran
+    has_randomness: bool  # whether the forward pass drew random numbers
+    is_deterministic: bool = False  # whether the same step again gave the same bits
+    loss: float | None = None  # None where nothing was computed
 
 
-def make_spec(seen: ObservedStep, *, support: Fp8Support, device: str) -> ModelSpec:
+def make_spec(seen: ObservedStep) -> ModelSpec:
     """Return the spec of the model of a step.
-
-    Args:
-        seen: the step.
-        support: the FP8 recipes that run where the model shall run.
-        device: where the step ran, by name.
 
     Raises:
         CaptureError: no layer ran.
     """
     names: dict[int, str] = {}  # of parameters, where each came first
-    layers = tuple(_layer_spec(name, seen, support=support, names=names) for name in seen.calls)
+    layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):
         raise CaptureError(
             "at least one layer must run in the training step, but none did; "
@@ -197,16 +184,17 @@ def make_spec(seen: ObservedStep, *, support: Fp8Support, device: str) -> ModelS
         has_randomness=seen.has_randomness,
         is_deterministic=seen.is_deterministic,
         loss=seen.loss,
-        device=device,
+        device=seen.device,
     )
 
 
-def _layer_spec(
-    name: str, seen: ObservedStep, *, support: Fp8Support, names: dict[int, str]
-) -> LayerSpec:
+def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> LayerSpec:
     layer, calls = seen.layers.modules[name], seen.calls[name]
     kind = layer_kind(layer)
     in_step = [call for call in calls if call.with_grad]  # the others are of the shape scan
+    counts: Counter[tuple[TensorSpec, ...]] = Counter()  # calls, computed again or not
+    for call in in_step:
+        counts[_inputs(call)] += call.count
     tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
@@ -215,9 +203,9 @@ def _layer_spec(
         kind=kind,
         gemm=gemm,
         tokens=tokens,
-        fp8_options=[fp8_option(recipe) for recipe in support.recipes],
+        fp8_options=[fp8_option(recipe) for recipe in seen.support.recipes],
         obstacle=linear_refusal(layer) if kind is LayerKind.LINEAR else "",
-        unavailable=support.reason,
+        unavailable=seen.support.reason,
     )
     prefix = f"{name}." if name else ""
     spec = LayerSpec(
@@ -230,24 +218,13 @@ def _layer_spec(
         ),
         gemm=gemm,
         tokens=tuple(tokens),
-        calls=tuple(CallSpec(inputs=inputs, count=n) for inputs, n in _counts(in_step).items()),
+        calls=tuple(CallSpec(inputs=inputs, count=n) for inputs, n in counts.items()),
         is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
         tied_to=seen.layers.ties.get(name),
         options=options,
         refusals=refusals,
     )
-    return _with_heads(spec, seen.model)
-
-
-def _with_heads(spec: LayerSpec, model: nn.Module) -> LayerSpec:
-    """Return the layer with its attention heads, if it is a projection whose model tells them."""
-    role = role_of(spec)
-    counts = head_counts(model, spec.name) if role in HEAD_ROLES and spec.gemm else None
-    if counts is None or spec.gemm is None:
-        return spec
-    heads = counts.key_value if role in KEY_VALUE_ROLES else counts.heads
-    size = spec.gemm.K if role in ROW_ROLES else spec.gemm.N
-    return spec if size % heads else spec.model_copy(update={"heads": heads})
+    return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
 
 
 def _parameter_spec(name: str, parameter: nn.Parameter, *, names: dict[int, str]) -> ParameterSpec:
@@ -270,14 +247,6 @@ def _tensor_spec(tensor: Tensor) -> TensorSpec:
     )
 
 
-def _counts(calls: Sequence[Call]) -> Counter[tuple[TensorSpec, ...]]:
-    """Return how often a layer was called with which inputs, computed again or not."""
-    counts: Counter[tuple[TensorSpec, ...]] = Counter()
-    for call in calls:
-        counts[_inputs(call)] += call.count
-    return counts
-
-
 def _inputs(call: Call) -> tuple[TensorSpec, ...]:
     leaves = tree_leaves((call.args, call.kwargs))
     return tuple(leaf for leaf in leaves if isinstance(leaf, TensorSpec))
@@ -287,10 +256,6 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
     """Return every token count M that a linear was called with: the rows of its input."""
     shapes = [inputs[0].shape for inputs in map(_inputs, calls) if inputs]
     return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
-
-
-def _signature(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in batch_tensors(batch))
 
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:

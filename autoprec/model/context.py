@@ -12,21 +12,13 @@ from autoprec.workload.functions import Workload
 
 @dataclass(frozen=True)
 class Context:
-    """One run's workload, device and seed, and how the run tells its progress and measures time.
+    """One run's workload, device and seed, and how the run tells its progress and measures time."""
 
-    Attributes:
-        workload: the user's functions.
-        device: where the model runs.
-        seed: of weights, batches and everything else that is random.
-        progress: told how far a stage is.
-        clock: measures the time of work on `device`; None: the device's own (`timer`).
-    """
-
-    workload: Workload
-    device: torch.device
-    seed: int = 0
-    progress: Progress = report_nothing
-    clock: Clock | None = None
+    workload: Workload  # the user's functions
+    device: torch.device  # where the model runs
+    seed: int = 0  # of weights, batches and everything else that is random
+    progress: Progress = report_nothing  # told how far a stage is
+    clock: Clock | None = None  # measures work on `device`; None: the device's own (`timer`)
 
     @cached_property
     def timer(self) -> Clock:

@@ -26,17 +26,11 @@ WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile 
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """The layers of a model, and which parameters they share or leave over.
+    """The layers of a model, and which parameters they share or leave over."""
 
-    Attributes:
-        modules: the layers by exact name, in module order; a shared module once.
-        uncovered: the parameters that no layer owns, by name.
-        ties: for each layer that shares a parameter with an earlier one, that one's name.
-    """
-
-    modules: Mapping[str, nn.Module]
-    uncovered: Mapping[str, nn.Parameter]
-    ties: Mapping[str, str]
+    modules: Mapping[str, nn.Module]  # by exact name, in module order; a shared module once
+    uncovered: Mapping[str, nn.Parameter]  # those that no layer owns, by name
+    ties: Mapping[str, str]  # layer -> the earlier one that it shares a parameter with
 
     @property
     def structure(self) -> str:
@@ -73,7 +67,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         if _is_opaque(module):
             inside_opaque.update(id(child) for child in module.modules())
             layers[name] = module
-        elif _owns_parameters(module) and not _children_own_parameters(module):
+        elif _is_leaf(module):
             layers[name] = module
     return layers
 
@@ -100,11 +94,6 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
     if cls.forward is not nn.Linear.forward:
         return f"{cls.__name__} has its own forward, which FP8 would replace"
     return ""
-
-
-def model_structure(model: nn.Module) -> str:
-    """Return a hash of the layers' names, classes and shapes; dtypes and values play no part."""
-    return model_layers(model).structure
 
 
 def type_name(module: nn.Module) -> str:
@@ -140,13 +129,10 @@ def _is_opaque(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
 
 
-def _owns_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
-
-
-def _children_own_parameters(module: nn.Module) -> bool:
-    return any(
-        next(child.parameters(), None) is not None
-        for child in module.children()
-        if not isinstance(child, nn.ParameterList | nn.ParameterDict)
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it owns parameters, and no child does but as a list of its own."""
+    children = (
+        c for c in module.children() if not isinstance(c, nn.ParameterList | nn.ParameterDict)
     )
+    own = any(parameter is not None for parameter in module._parameters.values())
+    return own and all(next(child.parameters(), None) is None for child in children)

@@ -12,12 +12,26 @@ grad_weight runs in FP8: a layer called with any other M can keep that GEMM in B
 The CPU kernel is not so strict, but a plan made on a CPU must mean the same on a GPU.
 
 What a module's class has to do with it is `layers.linear_refusal`.
+
+Some of the three GEMMs in BF16 trade time for accuracy: the one that hurts runs in BF16, the others
+stay in FP8. That is an option worth having only where it still beats plain BF16; whether a cheaper
+and more precise one makes it superfluous, the search decides when it knows the gradient errors.
 """
 
 from collections.abc import Collection, Iterable, Sequence
 
 from autoprec.common.recipes import Gemm, Precision
-from autoprec.records.model import BF16_O2, FP32, GemmShape, LayerKind, Option, Refusal, fp8_option
+from autoprec.records.cost import LayerTiming
+from autoprec.records.model import (
+    BF16_O2,
+    FP32,
+    GemmShape,
+    LayerKind,
+    ModelSpec,
+    Option,
+    Refusal,
+    fp8_option,
+)
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
 _NOT_LINEAR = {
@@ -103,3 +117,37 @@ def _kind_refusal(kind: LayerKind, gemm: GemmShape | None) -> str:
     if gemm is None:
         return "it was not called in the captured step, so its shapes are not known"
     return ""
+
+
+def without_slow_gemms_hp(
+    spec: ModelSpec, rows: Iterable[LayerTiming]
+) -> tuple[ModelSpec, tuple[LayerTiming, ...]]:
+    """Drop options with GEMMs kept in BF16 that are no faster than BF16, from rows and layers.
+
+    They stay where a layer has no other FP8 option: then they are the answer to "why not FP8?".
+    """
+    by_names: dict[tuple[str, ...], list[LayerTiming]] = {}
+    for row in rows:
+        by_names.setdefault(row.names, []).append(row)
+    kept = tuple(row for group in by_names.values() for row in _worthwhile(group))
+    options: dict[str, list[Option]] = {}
+    for row in kept:
+        for name in row.names:
+            options.setdefault(name, []).append(row.option)
+    layers = tuple(
+        layer.model_copy(update={"options": tuple(options.get(layer.name, layer.options))})
+        for layer in spec.layers
+    )
+    return spec.model_copy(update={"layers": layers}), kept
+
+
+def _worthwhile(group: Sequence[LayerTiming]) -> Sequence[LayerTiming]:
+    plain = next((row.total for row in group if row.option == BF16_O2), None)
+    if plain is None or not any(row.option.is_fp8 and not row.option.gemms_hp for row in group):
+        return group
+    return [
+        row
+        for row in group
+        if not row.option.gemms_hp
+        or (row.total is not None and row.total.median_ms < plain.median_ms)
+    ]

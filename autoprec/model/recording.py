@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +30,14 @@ class Gradients(Enum):
 
 @dataclass
 class Call:
-    """One call of a layer.
-
-    Attributes:
-        args: its positional arguments, each tensor as `keep` left it.
-        kwargs: its keyword arguments, likewise.
-        gradients: what came back to each floating output, in order; None where nothing did.
-        count: how many calls were like it, where equal ones are merged.
-        with_grad: whether autograd recorded it.
-    """
+    """One call of a layer; each tensor among its arguments is as `keep` left it."""
 
     args: tuple[Any, ...]  # Any: whatever the layer takes
     kwargs: dict[str, Any]
+    # What came back to each floating output, in order; None where nothing did.
     gradients: list[Tensor | None] = field(default_factory=list)
-    count: int = 1
-    with_grad: bool = True
+    count: int = 1  # how many calls were like it, where equal ones are merged
+    with_grad: bool = True  # whether autograd recorded it
 
 
 def detached(tensor: Tensor) -> Tensor:
@@ -121,15 +115,12 @@ class _Recorder:
             if self._gradients is Gradients.ALL and not tensor.requires_grad:
                 tensor.requires_grad_()
             if tensor.requires_grad:
-                tensor.register_hook(_catcher(call, place))  # type: ignore[no-untyped-call]  # torch
+                tensor.register_hook(partial(_catch, call, place))  # type: ignore[no-untyped-call]  # torch
 
 
-def _catcher(call: Call, place: int) -> Callable[[Tensor], None]:
-    def catch(gradient: Tensor) -> None:
-        before = call.gradients[place]
-        call.gradients[place] = gradient.detach() if before is None else before + gradient.detach()
-
-    return catch
+def _catch(call: Call, place: int, gradient: Tensor) -> None:
+    before = call.gradients[place]
+    call.gradients[place] = gradient.detach() if before is None else before + gradient.detach()
 
 
 def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes

@@ -4,14 +4,25 @@
     row     attention output, down    the weight's in-features are split; output summed
 
 Names are those of the usual libraries; a layer with none of them is left whole on every device.
+
+How many attention heads a projection is made of, the modules around it say, the nearest first:
+their own attributes, then those of their `config` (transformers). Shapes tell no head size.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from autoprec.records.model import LayerKind, LayerSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# transformers (its configs map their own names to the first), timm, torchtitan, nanoGPT, diffusers
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 
 
 class Role(StrEnum):
@@ -31,14 +42,14 @@ _NAMES: Mapping[Role, frozenset[str]] = {
     role: frozenset(names.split())
     for role, names in {
         Role.QUERY: "q_proj wq query q to_q q_lin linear_q",
-        Role.KEY_VALUE: ("k_proj v_proj wk wv key value k v kv_proj wkv kv to_k to_v k_lin v_lin"),
-        Role.QKV: ("qkv wqkv qkv_proj c_attn query_key_value in_proj attn_qkv to_qkv linear_qkv"),
+        Role.KEY_VALUE: "k_proj v_proj wk wv key value k v kv_proj wkv kv to_k to_v k_lin v_lin",
+        Role.QKV: "qkv wqkv qkv_proj c_attn query_key_value in_proj attn_qkv to_qkv linear_qkv",
         Role.ATTENTION_OUT: "o_proj wo out_proj attn_out to_out o out_lin",
         Role.UP: (
             "gate_proj up_proj gate_up_proj w1 w3 w13 c_fc fc1 up gate fc_in lin1 "
             "dense_h_to_4h linear_fc1 wi wi_0 wi_1 up_project"
         ),
-        Role.DOWN: ("down_proj w2 fc2 down fc_out lin2 dense_4h_to_h linear_fc2 down_project"),
+        Role.DOWN: "down_proj w2 fc2 down fc_out lin2 dense_4h_to_h linear_fc2 down_project",
         Role.HEAD: "lm_head output head embed_out unembed logits classifier",
     }.items()
 }
@@ -103,3 +114,38 @@ def _block(found: Mapping[Role, LayerSpec]) -> AttentionBlock | None:
         width=width,
         calls=source.calls_per_step,
     )
+
+
+def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:
+    """Return how many heads a projection is split by; None where its model does not tell."""
+    role = role_of(layer)
+    counts = head_counts(model, layer.name) if role in HEAD_ROLES else None
+    if counts is None or layer.gemm is None:
+        return None
+    heads, key_value_heads = counts
+    count = key_value_heads if role in KEY_VALUE_ROLES else heads
+    size = layer.gemm.K if role in ROW_ROLES else layer.gemm.N
+    return None if size % count else count
+
+
+def head_counts(model: "nn.Module", name: str) -> tuple[int, int] | None:
+    """Return the heads of queries, and of keys and values, that hold for the layer of that name."""
+    for source in _sources(model, name):
+        heads = _count(source, HEADS)
+        if heads:
+            return heads, _count(source, KEY_VALUE_HEADS) or heads
+    return None
+
+
+def _sources(model: "nn.Module", name: str) -> Iterator[object]:
+    parent = name
+    while parent:
+        parent = parent.rpartition(".")[0]
+        module = model.get_submodule(parent)
+        yield module
+        yield getattr(module, "config", None)
+
+
+def _count(source: object, names: tuple[str, ...]) -> int | None:
+    found = (getattr(source, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and n > 0), None)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from autoprec.common.recipes import Recipe
-from autoprec.model.gemms_hp import without_slow_gemms_hp
+from autoprec.model.options import without_slow_gemms_hp
 from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
 from autoprec.predict.parallel import Parallel, unsplit_note

@@ -20,7 +20,7 @@ from autoprec.device.local import device_facts, find_monitor, release_memory
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.model.context import Context
-from autoprec.model.gemms_hp import without_slow_gemms_hp
+from autoprec.model.options import without_slow_gemms_hp
 from autoprec.model.recording import Call
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.groups import Group, group_layers, record_groups, uniform_options

@@ -22,7 +22,7 @@ from autoprec.common.progress import report_nothing
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.layers import find_layers, model_structure
+from autoprec.model.layers import find_layers, model_layers
 from autoprec.records import Estimate, ModelSpec
 from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
 from autoprec.sensitivity.delayed import Amax, recorded_amax
@@ -206,10 +206,11 @@ def prepare_reference(
     watching = recorded_amax(find_layers(model)) if with_history else no_history
     with seeded(context.seed, context.device), watching as history:
         curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
-    if model_structure(model) != spec.structure:
+    structure = model_layers(model).structure
+    if structure != spec.structure:
         raise CaptureError(
             f"the workload's model must be the captured one ({spec.structure}), but it is "
-            f"{model_structure(model)}; capture or profile it again"
+            f"{structure}; capture or profile it again"
         )
     return Reference(
         context=context,

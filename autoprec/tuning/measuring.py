@@ -10,7 +10,7 @@ import torch
 from autoprec.device.local import resolve_device
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.model.capture import capture_model
-from autoprec.model.capture_meta import capture_on_meta
+from autoprec.model.meta import capture_on_meta
 from autoprec.profiler import profile_model
 from autoprec.records import (
     Estimate,

@@ -12,7 +12,6 @@ packed?), which fails, and does not at those of fake ones.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from autoprec.common.progress import Progress, report_nothing
+from autoprec.common.text import first_line
 from autoprec.device.fp8 import Fp8Support
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
@@ -77,11 +77,16 @@ def capture_on_meta(
     check_batches(workload, seed=seed)
     drawn = take_batches(workload, seed=seed, count=SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
-    seeded = _SeededOperators()
+    seeded: list[bool] = []  # of each operator in the step, whether it draws random numbers
+
+    def note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
+        seeded.append(torch.Tag.nondeterministic_seeded in func.tags)
+        return func(*args, **kwargs)
+
     with _without_storage():
         model = _moved_to_meta(workload.build_model(seed=seed)).train()
         batches = [_batch_on_meta(batch) for batch in drawn]
-        with OperationTracer(seeded.run, plain=(*PLAIN_TENSORS, FakeTensor)):
+        with OperationTracer(note, plain=(*PLAIN_TENSORS, FakeTensor)):
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
@@ -94,8 +99,10 @@ def capture_on_meta(
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
-        seen = ObservedStep(model, layers, calls, optimizer, has_randomness=seeded.seen)
-        return make_spec(seen, support=BY_SHAPE, device=str(META))
+        seen = ObservedStep(
+            model, layers, calls, optimizer, BY_SHAPE, str(META), has_randomness=any(seeded)
+        )
+        return make_spec(seen)
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:
@@ -143,7 +150,7 @@ def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
         logger.warning(
             "the backward does not run on meta tensors (%s): all trainable parameters are taken "
             "to have a gradient",
-            _first_line(error),
+            first_line(error),
         )
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -156,7 +163,7 @@ def _stepped_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Opti
     except (RuntimeError, *LOOKED_AT_VALUES) as error:
         raise CaptureError(
             f"with --meta the optimizer must step on meta tensors, but {type(optimizer).__name__} "
-            f"raised: {_first_line(error)}; leave build_optimizer out (AdamW is then assumed)"
+            f"raised: {first_line(error)}; leave build_optimizer out (AdamW is then assumed)"
         ) from error
     return optimizer
 
@@ -180,18 +187,3 @@ def _without_storage() -> Iterator[None]:
         ) from error
     finally:
         its_log.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@dataclass
-class _SeededOperators:
-    """Notes whether an operator that draws random numbers ran."""
-
-    seen: bool = False
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **kwargs)
