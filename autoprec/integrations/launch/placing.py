@@ -3,7 +3,6 @@
 import gc
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,15 +10,6 @@ from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.fit import check_fit
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A model that a plan does not fit: how many layers are in one of the two only, and why."""
-
-    model: str
-    distance: int
-    reason: str
 
 
 def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
@@ -30,15 +20,10 @@ def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
     return None
 
 
-def measure_misfit(plan: Plan, module: nn.Module) -> Misfit:
-    """Return how a module that the plan does not fit differs from the plan."""
-    module = unwrapped(module)
+def measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
+    """Return how many layers only one of plan and module has, and why the plan does not fit."""
     names = {plain_name(name) for name in find_layers(module)}
-    return Misfit(
-        model=type(module).__name__,
-        distance=len(names ^ {layer.name for layer in plan.layers}),
-        reason=_mismatch(plan, module) or "it fits",
-    )
+    return len(names ^ {layer.name for layer in plan.layers}), _mismatch(plan, module) or "it fits"
 
 
 def find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:

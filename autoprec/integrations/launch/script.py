@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from runpy import _get_module_details  # type: ignore[attr-defined]  # what `python -m` calls
 from types import CodeType, ModuleType, TracebackType
-from typing import Any
 
 from autoprec.errors import AutoprecError, WorkloadError
 
@@ -88,30 +88,21 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
 
 def _load_module(script: Script) -> tuple[CodeType, ModuleType]:
     _enter("-m", script.args, folder=os.getcwd())
-    spec = _find_module(script.name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = _find_module(f"{script.name}.__main__")
-    loader: Any = getattr(spec, "loader", None)  # Any: not every loader has code to give
-    code = loader.get_code(spec.name) if spec and hasattr(loader, "get_code") else None
-    if spec is None or code is None:
+    try:
+        _, spec, code = _get_module_details(script.name, _NoModuleError)
+    except _NoModuleError as error:
         raise WorkloadError(
             f"-m must be given a module that can be run, but {script.name!r} is none that Python "
             "finds; check the name and the folder it is run from"
-        )
+        ) from error
     sys.argv[0] = spec.origin or script.name
     main = importlib.util.module_from_spec(spec)
     main.__name__ = "__main__"
     return code, main
 
 
-def _find_module(name: str) -> ModuleSpec | None:
-    """Find a module; None if it or its package is not there. What its package raises, passes."""
-    try:
-        return importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            return None
-        raise
+class _NoModuleError(Exception):
+    """There is no such module; what it or its package raises is another error."""
 
 
 def _enter(name: str, args: tuple[str, ...], *, folder: str) -> None:

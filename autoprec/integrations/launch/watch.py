@@ -31,7 +31,7 @@ from autoprec.errors import AutoprecError
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.optimizers import trained_by, trains
 from autoprec.integrations.launch.patches import Function, patched
-from autoprec.integrations.launch.placing import Misfit, find_fitting, find_roots, measure_misfit
+from autoprec.integrations.launch.placing import find_fitting, find_roots, measure_misfit
 from autoprec.integrations.launch.script import Script, run_script, script_line
 from autoprec.integrations.plans import apply_plan
 from autoprec.model.layers import unwrapped
@@ -44,11 +44,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Applied:
-    """One model that the plan was applied to; `moment` says where, and why just then."""
+    """One model that the plan was applied to; `where` in the script, and why just there."""
 
     model: "weakref.ref[nn.Module]"
-    name: str
-    moment: str
+    where: str
     optimizers: list[str]
 
 
@@ -84,9 +83,10 @@ class Watch:
     """Waits in a running script for what the plan is for."""
 
     def __init__(self, plan: Plan, *, guard: bool = False) -> None:
-        self.plan = plan
+        # the guard runs the schedule, which `apply` would ask for
+        self.plan = plan.model_copy(update={"schedule": ()}) if guard else plan
         self.applied: list[Applied] = []
-        self.misfits: dict[str, Misfit] = {}
+        self.misfits: dict[str, tuple[int, str]] = {}  # by model: see `measure_misfit`
         self.failure: AutoprecError | None = None
         self._guard = ScriptGuard(plan) if guard else None
         # the optimizers in the order in which they were made; True: its first step is to come
@@ -128,16 +128,18 @@ class Watch:
                 "script that starts its processes itself has to call autoprec.apply, or to be "
                 "started by torchrun -m autoprec run"
             )
-        nearest = min(self.misfits.values(), key=lambda misfit: misfit.distance)
+        nearest = min(self.misfits, key=lambda name: self.misfits[name][0])
         return (
             "the plan was not applied: it fits no model that was called for training (seen: "
-            f"{first_and_more(self.misfits)}); nearest is {nearest.model}: {nearest.reason}"
+            f"{first_and_more(self.misfits)}); nearest is {nearest}: {self.misfits[nearest][1]}"
         )
 
     # --- what the script does --------------------------------------------------------------------
 
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self._is_new(module) and self._is_training(module):
+        # some fine-tune a model in evaluation mode: its optimizer says so
+        is_new = torch.is_grad_enabled() and self._is_new(module)
+        if is_new and (module.training or any(trains(one, module) for one in self._waits)):
             self._offer(module, "at its first training call")
         return call(module, *args, **kwargs)
 
@@ -159,8 +161,6 @@ class Watch:
         self, call: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
     ) -> None:
         call(optimizer, *args, **kwargs)
-        if optimizer in self._waits:  # its class calls the constructor of another one
-            return
         # one of a model that has the plan is attached by the runtime at its first step; any other
         # may belong to a model that is still to get it
         planned = self._planned(optimizer)
@@ -179,7 +179,10 @@ class Watch:
             attach_optimizer(planned[1], optimizer)
         call(optimizer, state_dict)
         if planned is None and STATELESS in state_dict:
-            _keep_masters(optimizer, state_dict[STATELESS])
+            # a plain load leaves them out; `apply` will look for them here
+            parameters = trained_by(optimizer)
+            for index, master in state_dict[STATELESS].items():
+                optimizer.state[parameters[index]][MASTER] = master.detach().clone()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
         if self._waits.get(optimizer):
@@ -196,10 +199,6 @@ class Watch:
     def _is_new(self, module: nn.Module) -> bool:
         return self._is_searching and module not in self._seen
 
-    def _is_training(self, module: nn.Module) -> bool:
-        """Whether a call trains: in training mode, or with an optimizer (as some fine-tune)."""
-        return module.training or any(trains(optimizer, module) for optimizer in self._waits)
-
     def _offer(self, module: nn.Module, moment: str) -> None:
         """Apply the plan if this module is, or has in it, the model that it is for."""
         if not self._is_new(module) or any(map(is_lazy, module.parameters())):
@@ -209,8 +208,8 @@ class Watch:
         if found is not None:
             self._apply(found, moment)
         elif any(parameter.requires_grad for parameter in module.parameters()):
-            misfit = measure_misfit(self.plan, module)
-            self.misfits.setdefault(misfit.model, misfit)
+            name = type(unwrapped(module)).__name__
+            self.misfits.setdefault(name, measure_misfit(self.plan, unwrapped(module)))
 
     def _search_for(self, optimizer: Optimizer) -> None:
         """Apply the plan to the model of an optimizer whose step comes before any call was seen.
@@ -235,18 +234,15 @@ class Watch:
         if any(applied.model() is inner for applied in self.applied):  # and is wrapped since
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
-        plan = self.plan
-        if self._guard is not None:  # it runs the schedule; `apply` would ask for it
-            plan = plan.model_copy(update={"schedule": ()})
         try:
-            apply_plan(plan, inner, owned)
+            apply_plan(self.plan, inner, owned)
         except AutoprecError as error:
             self.failure = error
             self.stop()
             raise
-        moment = f"at {script_line()} ({moment})"
+        where = f"{type(inner).__name__} at {script_line()} ({moment})"
         names = [type(optimizer).__name__ for optimizer in owned]
-        self.applied.append(Applied(weakref.ref(inner), type(inner).__name__, moment, names))
+        self.applied.append(Applied(weakref.ref(inner), where, names))
         if self._guard is not None:
             self._guard.watch(inner)
         for optimizer in owned:
@@ -282,17 +278,7 @@ class Watch:
         counts = Counter(str(layer.precision) for layer in self.plan.layers)
         layers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
         optimizers = ", ".join(applied.optimizers) or "none"
-        return (
-            f"plan applied to {applied.name} {applied.moment}: layers {layers}; "
-            f"optimizers {optimizers}"
-        )
-
-
-def _keep_masters(optimizer: Optimizer, saved: dict[int, torch.Tensor]) -> None:
-    """Keep masters that a plain load leaves out, where `apply` will look for them."""
-    parameters = trained_by(optimizer)
-    for index, master in saved.items():
-        optimizer.state[parameters[index]][MASTER] = master.detach().clone()
+        return f"plan applied to {applied.where}: layers {layers}; optimizers {optimizers}"
 
 
 def _shard_owners() -> list[object]:
