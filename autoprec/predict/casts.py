@@ -38,6 +38,7 @@ class RecipeCost:
 
     `output` is the kernel of the output GEMM, `backward` that of the other two: torchao turns fast
     accumulation on for the output only with tensorwise scales, rowwise kernels have it everywhere.
+    `cast` gives the bytes per element of an operand's casts, and the kernels of all.
     `multiple` is what K and N must be multiples of, and M where grad_weight runs in FP8.
     `fixed_kernels` replaces the kernel count whichever GEMMs run; 0: it follows the operands.
     `weight_transposed_bytes` is what the weight's transposed cast costs where it is another.
@@ -45,8 +46,7 @@ class RecipeCost:
 
     output: Kernel
     backward: Kernel
-    cast_bytes: Callable[[Machine], float]
-    cast_kernels: Callable[[Machine], float]
+    cast: Callable[[Machine], tuple[float, float]]
     shares_amax: bool = False
     multiple: int = FP8_MULTIPLE
     fixed_kernels: float = 0.0
@@ -56,21 +56,18 @@ class RecipeCost:
 _TENSORWISE = RecipeCost(
     output=Kernel.FP8_FAST,
     backward=Kernel.FP8_SLOW,
-    cast_bytes=lambda machine: machine.tensorwise_cast_bytes,
-    cast_kernels=lambda machine: machine.tensorwise_cast_kernels,
+    cast=lambda machine: (machine.tensorwise_cast_bytes, machine.tensorwise_cast_kernels),
     shares_amax=True,
 )
 _ROWWISE = RecipeCost(
     output=Kernel.FP8_ROWWISE,
     backward=Kernel.FP8_ROWWISE,
-    cast_bytes=lambda machine: machine.rowwise_cast_bytes,
-    cast_kernels=lambda machine: machine.rowwise_cast_kernels,
+    cast=lambda machine: (machine.rowwise_cast_bytes, machine.rowwise_cast_kernels),
 )
 _BLOCKWISE = RecipeCost(
     output=Kernel.FP8_BLOCK,
     backward=Kernel.FP8_BLOCK,
-    cast_bytes=lambda machine: machine.block_cast_bytes,
-    cast_kernels=lambda _: BLOCK_KERNELS,
+    cast=lambda machine: (machine.block_cast_bytes, BLOCK_KERNELS),
     multiple=128,  # torchao's kernels take whole blocks
 )
 RECIPE_COSTS: dict[Recipe, RecipeCost] = {
@@ -83,12 +80,14 @@ RECIPE_COSTS: dict[Recipe, RecipeCost] = {
     ),
     Recipe.DELAYED: replace(  # no pass over the operand for its amax before the cast
         _TENSORWISE,
-        cast_bytes=lambda machine: max(machine.tensorwise_cast_bytes - machine.amax_bytes, 1.0),
-        cast_kernels=lambda machine: max(machine.tensorwise_cast_kernels - 1, 1.0),
+        cast=lambda machine: (
+            max(machine.tensorwise_cast_bytes - machine.amax_bytes, 1.0),
+            max(machine.tensorwise_cast_kernels - 1, 1.0),
+        ),
     ),
     Recipe.BLOCKWISE: _BLOCKWISE,
     Recipe.MXFP8: replace(
-        _BLOCKWISE, cast_bytes=lambda machine: machine.mx_cast_bytes, multiple=32
+        _BLOCKWISE, cast=lambda machine: (machine.mx_cast_bytes, BLOCK_KERNELS), multiple=32
     ),
 }
 
@@ -107,7 +106,7 @@ def cast_us(
     if not gemms:
         return 0.0
     cost = RECIPE_COSTS[recipe]
-    per_element, kernels = cost.cast_bytes(machine), cost.cast_kernels(machine)
+    per_element, kernels = cost.cast(machine)
     if not compiled:
         per_element, kernels = machine.eager_cast_bytes, machine.eager_cast_kernels
     # GEMMs that stay in BF16 need no casts: of each operand, the part that the others need.

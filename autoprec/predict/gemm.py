@@ -20,6 +20,7 @@ once the operand of that side no longer fits the L2 cache, each wave reads it ag
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import product
 
 from autoprec.records.devices import Machine
@@ -53,21 +54,16 @@ class Traits:
     splits_k: bool = False  # CUTLASS's rowwise kernels do not
 
 
+_fp8 = partial(Traits, "fp8_peak_tflops", operand_bytes=1)
 KERNELS = {
     Kernel.FP32: Traits("fp32_peak_tflops", "fp32_fraction", "bf16_gemm_floor_us", 4, 4),
     Kernel.BF16: Traits(
         "bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", 2, splits_k=True
     ),
-    Kernel.FP8_FAST: Traits(
-        "fp8_peak_tflops", "fp8_fraction", "tensorwise_gemm_floor_us", 1, splits_k=True
-    ),
-    Kernel.FP8_SLOW: Traits(
-        "fp8_peak_tflops", "fp8_slow_fraction", "tensorwise_gemm_floor_us", 1, splits_k=True
-    ),
-    Kernel.FP8_ROWWISE: Traits(
-        "fp8_peak_tflops", "fp8_rowwise_fraction", "rowwise_gemm_floor_us", 1
-    ),
-    Kernel.FP8_BLOCK: Traits("fp8_peak_tflops", "fp8_block_fraction", "rowwise_gemm_floor_us", 1),
+    Kernel.FP8_FAST: _fp8("fp8_fraction", "tensorwise_gemm_floor_us", splits_k=True),
+    Kernel.FP8_SLOW: _fp8("fp8_slow_fraction", "tensorwise_gemm_floor_us", splits_k=True),
+    Kernel.FP8_ROWWISE: _fp8("fp8_rowwise_fraction", "rowwise_gemm_floor_us"),
+    Kernel.FP8_BLOCK: _fp8("fp8_block_fraction", "rowwise_gemm_floor_us"),
 }
 
 
@@ -76,6 +72,8 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     traits = KERNELS[kernel]
     compulsory: float = traits.operand_bytes * (M * K + K * N) + traits.output_bytes * M * N
     flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
+    in_order = kernel is Kernel.FP8_ROWWISE and min(M, N) < machine.rowwise_swizzle_from
+    rereads = in_order and min(M, N) * K > machine.l2_cache_mb * 1e6
     best = math.inf
     for (rows, columns, halvings), splits in product(TILES, SPLITS if traits.splits_k else (1,)):
         down, across = math.ceil(M / rows), math.ceil(N / columns)
@@ -87,22 +85,15 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
         compute = paid * tile_flops / flops_per_us
         traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
-        if kernel is Kernel.FP8_ROWWISE and _rereads(machine, M, K, N):
+        if rereads:  # the operand of the shorter side, with each wave
             along, beside = (rows, columns) if M <= N else (columns, rows)
             side = min(down if M <= N else across, machine.sm_count)
             read = waves * (side * along + machine.sm_count / side * beside) * K
             traffic = max(traffic, read)
         moved = traffic / machine.bytes_per_us
-        time = max(compute, moved) + machine.overlap_share * min(compute, moved)
-        best = min(best, time)
+        best = min(best, max(compute, moved) + machine.overlap_share * min(compute, moved))
     floor: float = getattr(machine, traits.floor)
     return floor + best
-
-
-def _rereads(machine: Machine, M: int, K: int, N: int) -> bool:
-    """Return whether a rowwise kernel reads its FP8 operands more than once."""
-    is_swizzled = min(M, N) >= machine.rowwise_swizzle_from
-    return not is_swizzled and min(M, N) * K > machine.l2_cache_mb * 1e6
 
 
 def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from autoprec.common.recipes import Gemm, Precision
 from autoprec.predict.linear import LinearTimes, linear_times
-from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm
+from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm, split_axis
 from autoprec.records.cost import LayerTiming, Timing
 from autoprec.records.devices import Machine
 from autoprec.records.model import Basis, CallSpec, LayerKind, LayerSpec, Option, ParameterSpec
@@ -47,9 +47,10 @@ def time_layers(
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in layers:
         if layer.calls:
-            shard = shard_gemm(layer, setting.parallel) if layer.gemm else None
             own = (layer.options, layer.tied_to is None, savings.get(layer.name))
-            groups.setdefault((layer.shape_key, shard, *own), []).append(layer)
+            groups.setdefault(
+                (layer.shape_key, split_axis(layer, setting.parallel), *own), []
+            ).append(layer)
     return tuple(
         _layer_timing(group, option, setting, saving=savings.get(group[0].name, 0.0))
         for group in groups.values()
@@ -59,15 +60,12 @@ def time_layers(
 
 def layer_times(layer: LayerSpec, option: Option, setting: Setting) -> LinearTimes:
     """Return a layer's times per step in microseconds, recomputed forwards included."""
-    output = grad_input = grad_weight = cast = 0.0
+    summed = vars(LinearTimes()).copy()
     for call in layer.calls:
-        times = _call_times(layer, call, option, setting)
-        output += call.count * times.output
-        grad_input += call.count * times.grad_input
-        grad_weight += call.count * times.grad_weight
-        cast += call.count * times.cast
-    forwards = 1 + setting.parallel.recomputed
-    return LinearTimes(output * forwards, grad_input, grad_weight, cast)
+        for part, us in vars(_call_times(layer, call, option, setting)).items():
+            summed[part] += call.count * us
+    summed["output"] *= 1 + setting.parallel.recomputed
+    return LinearTimes(**summed)
 
 
 def element_bytes(option: Option) -> int:
@@ -79,13 +77,8 @@ def predicted(us: float, machine: Machine) -> Timing:
     """Return microseconds as a predicted timing with its interval."""
     spread = math.exp(machine.time_error)
     ms = us / 1e3
-    return Timing(
-        median_ms=ms,
-        p20_ms=ms / spread,
-        p80_ms=ms * spread,
-        samples=0,
-        basis=Basis.PREDICTED,
-    )
+    ends = {"p20_ms": ms / spread, "p80_ms": ms * spread}
+    return Timing(median_ms=ms, **ends, samples=0, basis=Basis.PREDICTED)
 
 
 def _layer_timing(
@@ -115,7 +108,7 @@ def _layer_timing(
 
 def _call_times(layer: LayerSpec, call: CallSpec, option: Option, setting: Setting) -> LinearTimes:
     """Return the times of one call: of memory traffic, or of the GEMM that it amounts to."""
-    gemms = _gemms_run(layer, call)
+    has_grad_input = any(tensor.requires_grad for tensor in call.inputs)
     elements = math.prod(call.inputs[0].shape) if call.inputs else 0
     size = element_bytes(option)
     if layer.kind is LayerKind.EMBEDDING:
@@ -128,8 +121,10 @@ def _call_times(layer: LayerSpec, call: CallSpec, option: Option, setting: Setti
     has_matrix = any(len(p.shape) >= 2 for p in layer.parameters)
     if layer.kind is LayerKind.NORM or (is_other and not has_matrix):
         moved = size * elements / setting.parallel.tp
-        back = _traffic_us(3 * moved, setting) if Gemm.GRAD_INPUT in gemms else 0.0
+        back = _traffic_us(3 * moved, setting) if has_grad_input else 0.0
         return LinearTimes(output=_traffic_us(2 * moved, setting), grad_input=back)
+    runs = {Gemm.GRAD_INPUT: has_grad_input, Gemm.GRAD_WEIGHT: not layer.is_frozen}
+    gemms = [gemm for gemm in Gemm if runs.get(gemm, True)]
     shape = _gemm_shape(layer, call, setting.parallel)
     return linear_times(setting.machine, *shape, option, compiled=setting.compiled, gemms=gemms)
 
@@ -155,16 +150,6 @@ def _gemm_shape(layer: LayerSpec, call: CallSpec, parallel: Parallel) -> tuple[i
         return tokens, width, columns
     side = math.isqrt(_numel(layer.parameters))
     return tokens, side, side
-
-
-def _gemms_run(layer: LayerSpec, call: CallSpec) -> tuple[Gemm, ...]:
-    """Return which of its three GEMMs a call computes, or what stands for them."""
-    runs = {
-        Gemm.OUTPUT: True,
-        Gemm.GRAD_INPUT: any(tensor.requires_grad for tensor in call.inputs),
-        Gemm.GRAD_WEIGHT: not layer.is_frozen,
-    }
-    return tuple(gemm for gemm in Gemm if runs[gemm])
 
 
 def _traffic_us(moved: float, setting: Setting) -> float:

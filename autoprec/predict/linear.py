@@ -29,7 +29,7 @@ LARGEST_DIMENSION = 2**31
 
 @dataclass(frozen=True)
 class LinearTimes:
-    """Times of one layer in microseconds; `cast` is 0 without FP8."""
+    """Times of one layer in microseconds, the GEMMs named as in `Gemm`; 0 of what does not run."""
 
     output: float = 0.0
     grad_input: float = 0.0
@@ -71,7 +71,12 @@ def predict_linear(
     """
     priced = parse_recipe(recipe)
     option = fp8_option(priced)
-    _check_dimensions(M, K, N)
+    for axis, size in (("M", M), ("K", K), ("N", N)):
+        if not 1 <= size < LARGEST_DIMENSION:
+            raise DeviceError(
+                f"M, K and N must be between 1 and {LARGEST_DIMENSION - 1}, but {axis} is {size}; "
+                "write a shape as MxKxN, e.g. 8192x4096x14336"
+            )
     machine = profile.machine
     # The kernels around the layer cost the same in both arms, so they pull the speedup to 1.
     around = neighbours_us(machine, compiled=compiled)
@@ -138,20 +143,16 @@ def linear_times(
     # In eager mode no kernel is faster than the host launches it.
     floor = 0.0 if compiled else machine.eager_host_us
     times = {
-        gemm: max(gemm_us(machine, *shape, _kernel(option, gemm)), floor)
+        gemm.value: max(gemm_us(machine, *shape, _kernel(option, gemm)), floor)
         for gemm, shape in zip(Gemm, gemm_shapes(M, K, N), strict=True)
         if gemm in gemms
     }
-    cast = 0.0
     if option.recipe is not None:
         fp8 = [gemm for gemm in option.fp8_gemms if gemm in gemms]
-        cast = cast_us(machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled)
-    return LinearTimes(
-        output=times.get(Gemm.OUTPUT, 0.0),
-        grad_input=times.get(Gemm.GRAD_INPUT, 0.0),
-        grad_weight=times.get(Gemm.GRAD_WEIGHT, 0.0),
-        cast=cast,
-    )
+        times["cast"] = cast_us(
+            machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled
+        )
+    return LinearTimes(**times)
 
 
 def neighbours_us(machine: Machine, *, compiled: bool) -> float:
@@ -162,15 +163,6 @@ def neighbours_us(machine: Machine, *, compiled: bool) -> float:
 def gemm_shapes(M: int, K: int, N: int) -> tuple[tuple[int, int, int], ...]:
     """Return output, grad_input and grad_weight as (rows, summed, columns)."""
     return ((M, K, N), (M, N, K), (K, M, N))
-
-
-def _check_dimensions(M: int, K: int, N: int) -> None:
-    for axis, size in (("M", M), ("K", K), ("N", N)):
-        if not 1 <= size < LARGEST_DIMENSION:
-            raise DeviceError(
-                f"M, K and N must be between 1 and {LARGEST_DIMENSION - 1}, but {axis} is {size}; "
-                "write a shape as MxKxN, e.g. 8192x4096x14336"
-            )
 
 
 def _kernel(option: Option, gemm: Gemm) -> Kernel:

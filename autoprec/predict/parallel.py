@@ -16,8 +16,8 @@ A collective over n devices moves (n - 1) / n of its bytes through each device's
 inside a node, the network between nodes.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_and_more
@@ -61,20 +61,35 @@ def parse_parallel(text: str) -> Parallel:
     Raises:
         DeviceError: a part is no known degree, given twice, or without any effect.
     """
-    found = Parallel()
-    seen: set[str] = set()
-    for part in (part.strip().lower() for part in text.split(",")):
+    given: dict[str, str] = {}
+    for part in text.lower().split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        if name in seen:
+        if name in given:
             raise DeviceError(f"--parallel names each degree once, but {name} is twice; {_EXAMPLE}")
-        seen.add(name)
-        found = _with_part(found, name, value, text=text)
-    if found.fp8_gather and found.devices == 1:
+        if not _is_known(name, value):
+            raise DeviceError(
+                "--parallel must be fsdp=N, tp=N, gather=fp8|bf16 or ac=none|selective|full, "
+                f"separated by commas, but it is {text!r}; {_EXAMPLE}"
+            )
+        given[name] = value
+    parallel = Parallel(
+        fsdp=int(given.get("fsdp", 1)),
+        tp=int(given.get("tp", 1)),
+        fp8_gather=given.get("gather") == "fp8",
+        recomputed=RECOMPUTED[given.get("ac", "none")],
+    )
+    if parallel.fp8_gather and parallel.devices == 1:
         raise DeviceError(
             "gather=fp8 needs devices to gather from, fsdp=N or tp=N with N > 1, but --parallel is "
             f"{text!r}; add one, or leave gather=fp8 out"
         )
-    return found
+    return parallel
+
+
+def split_axis(layer: LayerSpec, parallel: Parallel) -> str:
+    """Return the axis along which tensor parallelism splits a GEMM, N or K; empty for neither."""
+    role = role_of(layer) if parallel.tp > 1 else Role.OTHER
+    return "N" if role in COLUMN_ROLES else "K" if role in ROW_ROLES else ""
 
 
 def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
@@ -86,17 +101,16 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
     gemm = layer.gemm
     if gemm is None:
         raise DeviceError(f"a layer must have been called to be sharded, but {layer.name} was not")
-    role = role_of(layer)
-    if parallel.tp == 1 or role not in COLUMN_ROLES | ROW_ROLES:
+    axis = split_axis(layer, parallel)
+    if not axis:
         return gemm
-    axis = "N" if role in COLUMN_ROLES else "K"
     size = getattr(gemm, axis)
     if size % parallel.tp:
         raise DeviceError(
             f"tp must divide the layers that it splits, but {layer.name} has {axis}={size} and "
             f"tp={parallel.tp}; choose a degree that divides it"
         )
-    _check_heads(layer, role, parallel)
+    _check_heads(layer, parallel)
     return gemm.model_copy(update={axis: size // parallel.tp})
 
 
@@ -105,7 +119,7 @@ def unsplit_note(layers: Iterable[LayerSpec], parallel: Parallel) -> str:
     if parallel.tp == 1:
         return ""
     called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
-    whole = [layer.name for layer in called if role_of(layer) not in COLUMN_ROLES | ROW_ROLES]
+    whole = [layer.name for layer in called if not split_axis(layer, parallel)]
     if not whole:
         return ""
     named = first_and_more(whole, most=MOST_NAMED)
@@ -124,7 +138,7 @@ def gathers_fp8(option: Option, parallel: Parallel) -> bool:
 
 def parameter_share(layer: LayerSpec, parallel: Parallel) -> float:
     """Return the share of a layer's parameters that tensor parallelism leaves on one device."""
-    return 1 / parallel.tp if role_of(layer) in COLUMN_ROLES | ROW_ROLES else 1.0
+    return 1 / parallel.tp if split_axis(layer, parallel) else 1.0
 
 
 def collective_us(machine: Machine, moved: float, *, members: int, per_node: int) -> float:
@@ -141,66 +155,11 @@ def collective_us(machine: Machine, moved: float, *, members: int, per_node: int
     return moved * (members - 1) / members / (link * 1e3 * machine.link_fraction)
 
 
-def fsdp_us(machine: Machine, parallel: Parallel, gathered: float, reduced: float) -> float:
-    """Return a step's FSDP time: two gathers of `gathered` bytes, one reduction of `reduced`."""
-    per_node = max(int(machine.devices_per_node) // parallel.tp, 1)
-    return sum(
-        collective_us(machine, moved, members=parallel.fsdp, per_node=per_node)
-        for moved in (gathered, gathered, reduced)
-    )
-
-
-def tensor_parallel_us(
-    machine: Machine,
-    parallel: Parallel,
-    layers: Iterable[LayerSpec],
-    *,
-    size: float,
-    gathered_size: float,
-) -> float:
-    """Return a step's tensor-parallel time: collectives before and behind each half block.
-
-    Column-parallel layers gather their input (once per group of siblings) and scatter its gradient;
-    row-parallel ones scatter their output and gather its gradient. Gathers move elements of
-    `gathered_size` bytes, since casts can go before them; scatters sum, in elements of `size`.
-    Recomputation repeats the forward.
-    """
-    if parallel.tp == 1:
-        return 0.0
-    again = parallel.recomputed
-    moved = 0.0
-    # Column: gather the input, scatter its gradient. Row: scatter the output, gather its gradient.
-    for layer in _once_per_group(layers):
-        if layer.gemm is None:
-            continue
-        if role_of(layer) in COLUMN_ROLES:
-            moved += layer.gemm.M * layer.gemm.K * (gathered_size * (1 + again) + size)
-        else:
-            moved += layer.gemm.M * layer.gemm.N * (size * (1 + again) + gathered_size)
-    return collective_us(
-        machine, moved, members=parallel.tp, per_node=int(machine.devices_per_node)
-    )
-
-
-def _once_per_group(layers: Iterable[LayerSpec]) -> Iterator[LayerSpec]:
-    """Yield one split layer of each block and kind: q, k and v share their gathered input."""
-    seen: set[tuple[str, bool]] = set()
-    for layer in layers:
-        role = role_of(layer)
-        if role not in COLUMN_ROLES | ROW_ROLES:
-            continue
-        parent = layer.name if role is Role.HEAD else layer.name.rpartition(".")[0]
-        key = (parent, role in COLUMN_ROLES)
-        if key not in seen:
-            seen.add(key)
-            yield layer
-
-
-def _check_heads(layer: LayerSpec, role: Role, parallel: Parallel) -> None:
+def _check_heads(layer: LayerSpec, parallel: Parallel) -> None:
     """Refuse a degree that would cut through an attention head."""
     if not layer.heads or layer.heads % parallel.tp == 0:
         return
-    is_shared = role in KEY_VALUE_ROLES
+    is_shared = role_of(layer) in KEY_VALUE_ROLES
     why = " (Megatron lets devices share one, torch's tensor parallelism does not)"
     raise DeviceError(
         f"tp must divide the attention heads{' and the key/value heads' if is_shared else ''}, but "
@@ -209,15 +168,7 @@ def _check_heads(layer: LayerSpec, role: Role, parallel: Parallel) -> None:
     )
 
 
-def _with_part(found: Parallel, name: str, value: str, *, text: str) -> Parallel:
-    if name in ("fsdp", "tp") and value.isdecimal() and 1 <= int(value) <= LARGEST_DEGREE:
-        degree = int(value)
-        return replace(found, fsdp=degree) if name == "fsdp" else replace(found, tp=degree)
-    if name == "gather" and value in ("fp8", "bf16"):
-        return replace(found, fp8_gather=value == "fp8")
-    if name == "ac" and value in RECOMPUTED:
-        return replace(found, recomputed=RECOMPUTED[value])
-    raise DeviceError(
-        "--parallel must be fsdp=N, tp=N, gather=fp8|bf16 or ac=none|selective|full, separated by "
-        f"commas, but it is {text!r}; {_EXAMPLE}"
-    )
+def _is_known(name: str, value: str) -> bool:
+    if name in ("fsdp", "tp"):
+        return value.isdecimal() and 1 <= int(value) <= LARGEST_DEGREE
+    return value in {"gather": ("fp8", "bf16"), "ac": RECOMPUTED}.get(name, ())

@@ -13,11 +13,10 @@ from autoprec.predict.step import (
     StepTimes,
     autocast_extra_us,
     first_fp8,
-    fsdp_communication,
     gather_savings_us,
     step_times,
 )
-from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
+from autoprec.records.cost import Communication, DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     BF16_O2,
@@ -84,7 +83,7 @@ def predict_profile(
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
-        communication=fsdp_communication(model, bf16, setting),
+        communication=_communication(bf16, setting),
     )
 
 
@@ -112,6 +111,18 @@ def _steps(
             peak_bytes=peak_bytes(model, layers, option, fsdp=setting.parallel.fsdp),
         )
         for label, us, option in steps
+    )
+
+
+def _communication(bf16: StepTimes, setting: Setting) -> Communication | None:
+    """Return FSDP's part of the BF16 O2 step; None where nothing is sharded."""
+    if setting.parallel.fsdp == 1:
+        return None
+    return Communication(
+        moved_ms=bf16.sharded / 1e3,
+        between_ms=bf16.between / 1e3,
+        share=setting.machine.communication_overlap,
+        exposed_ms=bf16.exposed / 1e3,
     )
 
 

@@ -14,13 +14,12 @@ from autoprec.model.roles import AttentionBlock, Role, attention_blocks, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
 from autoprec.predict.parallel import (
-    fsdp_us,
+    collective_us,
     gathers_fp8,
     parameter_share,
     shard_gemm,
-    tensor_parallel_us,
+    split_axis,
 )
-from autoprec.records.cost import Communication
 from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option
 
 CAUSAL = 0.5  # half of the scores are masked away and not computed
@@ -34,17 +33,23 @@ Choice = Callable[[LayerSpec], Option]
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Microseconds of one step; `exposed` is communication that does not hide behind compute."""
+    """Microseconds of one step.
+
+    `sharded` is all of FSDP's communication, `exposed` what compute does not hide of it, and
+    `split` that of tensor parallelism.
+    """
 
     layers: float
     between: float
     optimizer: float
+    sharded: float
     exposed: float
+    split: float
 
     @property
     def total(self) -> float:
         """The whole step."""
-        return self.layers + self.between + self.optimizer + self.exposed
+        return self.layers + self.between + self.optimizer + (self.exposed + self.split)
 
 
 def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
@@ -52,20 +57,26 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     called = [layer for layer in spec.layers if layer.calls]
     chosen = {layer.name: choice(layer) for layer in called}
     # Layers that are alike are priced once: a model of 80 blocks has a dozen kinds.
-    cost: dict[tuple[str, Option, object], float] = {}
+    cost: dict[tuple[object, ...], float] = {}
     layers = 0.0
     for layer in called:
-        shard = shard_gemm(layer, setting.parallel) if layer.gemm else None
-        key = (layer.shape_key, chosen[layer.name], shard)
+        key = (layer.shape_key, chosen[layer.name], split_axis(layer, setting.parallel))
         if key not in cost:
             cost[key] = layer_times(layer, chosen[layer.name], setting).total
         layers += cost[key]
     is_fp32 = all(option.precision is Precision.FP32 for option in chosen.values())
     activation = FP32 if is_fp32 else BF16_O2  # whose dtype flows between the layers
-    between = between_us(called, activation, setting) * setting.machine.step_overhead
-    optimizer = optimizer_us(spec, setting) * setting.machine.step_overhead
-    sharded, split = _exposed_us(called, chosen, activation, setting, compute=layers + between)
-    return StepTimes(layers, between, optimizer, sharded + split)
+    machine = setting.machine
+    between = between_us(called, activation, setting) * machine.step_overhead
+    sharded = _fsdp_us(called, chosen, setting)
+    return StepTimes(
+        layers=layers,
+        between=between,
+        optimizer=optimizer_us(spec, setting) * machine.step_overhead,
+        sharded=sharded,
+        exposed=unhidden(sharded, layers + between, share=machine.communication_overlap),
+        split=_tensor_parallel_us(called, chosen, activation, setting),
+    )
 
 
 def first_fp8(layer: LayerSpec) -> Option:
@@ -124,78 +135,77 @@ def unhidden(moved: float, compute: float, *, share: float) -> float:
     return max(0.0, moved - share * compute)
 
 
-def fsdp_communication(spec: ModelSpec, bf16: StepTimes, setting: Setting) -> Communication | None:
-    """Return FSDP's part of a BF16 O2 step of those times; None where nothing is sharded."""
-    if setting.parallel.fsdp == 1:
-        return None
-    called = [layer for layer in spec.layers if layer.calls]
-    moved = _fsdp_moved_us(called, {layer.name: BF16_O2 for layer in called}, setting)
-    share = setting.machine.communication_overlap
-    exposed = unhidden(moved, bf16.layers + bf16.between, share=share)
-    return Communication(
-        moved_ms=moved / 1e3,
-        between_ms=bf16.between / 1e3,
-        share=share,
-        exposed_ms=exposed / 1e3,
-    )
-
-
 def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict[str, float]:
     """Return what FP8 gathers save of a step's exposed communication, layer by layer.
 
     Whether FSDP's gathers hide behind compute is a question to the whole step. It is asked of the
     step with `option` wherever it can run; a layer has the share that its bytes have.
     """
-    called = [layer for layer in spec.layers if layer.calls]
-    takes = [layer for layer in called if option in layer.options]
+    takes = [layer for layer in spec.layers if layer.calls and option in layer.options]
     if not takes or not gathers_fp8(option, setting.parallel):
         return {}
-    chosen = {layer.name: option if option in layer.options else BF16_O2 for layer in called}
     plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
-    times = step_times(spec, lambda layer: chosen[layer.name], plain)
-    compute = times.layers + times.between
-    before = _exposed_us(called, chosen, option, plain, compute=compute)
-    after = _exposed_us(called, chosen, option, setting, compute=compute)
-    sharded, split = before[0] - after[0], before[1] - after[1]
+    before, after = (
+        step_times(spec, lambda layer: option if option in layer.options else BF16_O2, setting)
+        for setting in (plain, setting)
+    )
     # Weights are gathered by FSDP, inputs by tensor parallelism: each saving by its own bytes.
     weights = {layer.name: _numel(layer, setting) for layer in takes}
     inputs = {layer.name: float(layer.gemm.M * layer.gemm.K) for layer in takes if layer.gemm}
     return {
-        name: sharded * weights[name] / max(sum(weights.values()), 1.0)
-        + split * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
+        name: (before.exposed - after.exposed) * weights[name] / max(sum(weights.values()), 1.0)
+        + (before.split - after.split) * inputs.get(name, 0.0) / max(sum(inputs.values()), 1.0)
         for name in weights
     }
 
 
-def _exposed_us(
+def _fsdp_us(layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting: Setting) -> float:
+    """Return FSDP's communication: weights are gathered twice, gradients reduced once."""
+    machine, parallel = setting.machine, setting.parallel
+    gathered = reduced = 0.0
+    for layer in layers:
+        option, numel = chosen[layer.name], _numel(layer, setting)
+        gathered += numel * (1 if gathers_fp8(option, parallel) else element_bytes(option))
+        reduced += numel * REDUCED_BYTES * (not layer.is_frozen)
+    per_node = max(int(machine.devices_per_node) // parallel.tp, 1)
+    return sum(
+        collective_us(machine, moved, members=parallel.fsdp, per_node=per_node)
+        for moved in (gathered, gathered, reduced)
+    )
+
+
+def _tensor_parallel_us(
     layers: Sequence[LayerSpec],
     chosen: Mapping[str, Option],
     activation: Option,
     setting: Setting,
-    *,
-    compute: float,
-) -> tuple[float, float]:
-    """Return what compute does not hide of FSDP's communication, and of tensor parallelism's."""
-    machine, parallel = setting.machine, setting.parallel
-    moved = _fsdp_moved_us(layers, chosen, setting)
-    size = element_bytes(activation)
-    is_cast = any(gathers_fp8(option, parallel) for option in chosen.values())
-    gathered_size = 1 if is_cast else size
-    return (
-        unhidden(moved, compute, share=machine.communication_overlap),
-        tensor_parallel_us(machine, parallel, layers, size=size, gathered_size=gathered_size),
-    )
-
-
-def _fsdp_moved_us(
-    layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting: Setting
 ) -> float:
-    gathered = reduced = 0.0
+    """Return tensor parallelism's communication: collectives before and behind each half block.
+
+    Column-parallel layers gather their input and scatter its gradient; row-parallel ones scatter
+    their output and gather its gradient. Casts can go before gathers, while scatters sum in the
+    activations' dtype. Recomputation repeats the forward.
+    """
+    machine, parallel = setting.machine, setting.parallel
+    is_cast = any(gathers_fp8(option, parallel) for option in chosen.values())
+    scatter = element_bytes(activation)
+    gather = 1 if is_cast else scatter
+    forwards = 1 + parallel.recomputed
+    moved = 0.0
+    seen: set[tuple[str, str]] = set()
     for layer in layers:
-        option, numel = chosen[layer.name], _numel(layer, setting)
-        gathered += numel * (1 if gathers_fp8(option, setting.parallel) else element_bytes(option))
-        reduced += numel * REDUCED_BYTES * (not layer.is_frozen)
-    return fsdp_us(setting.machine, setting.parallel, gathered, reduced)
+        # One layer of each block and axis counts: q, k and v share their gathered input.
+        axis = split_axis(layer, parallel)
+        block = layer.name if role_of(layer) is Role.HEAD else layer.name.rpartition(".")[0]
+        if layer.gemm is None or not axis or (block, axis) in seen:
+            continue
+        seen.add((block, axis))
+        if axis == "N":
+            moved += layer.gemm.M * layer.gemm.K * (gather * forwards + scatter)
+        else:
+            moved += layer.gemm.M * layer.gemm.N * (scatter * forwards + gather)
+    per_node = int(machine.devices_per_node)
+    return collective_us(machine, moved, members=parallel.tp, per_node=per_node)
 
 
 def _numel(layer: LayerSpec, setting: Setting) -> float:
