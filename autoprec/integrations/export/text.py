@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from autoprec.common.text import first_and_more
-from autoprec.records import Assignment, LayerKind, Option, Plan, Precision
+from autoprec.records import Option, Plan, Precision
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,16 +24,10 @@ def render(template: str, plan: Plan, **words: object) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(literal=ascii, yaml=yaml_string, glob=exact_glob)
-    counts = ", ".join(f"{plan.count(p)} {p.value}" for p in Precision if plan.count(p))
-    origin = f"autoprec plan {plan.digest} ({counts}), made for {plan.fingerprint.device}"
+    environment.filters.update(literal=ascii, line=ascii_line, named=named)
+    environment.filters.update(yaml=yaml_string, glob=exact_glob)
     return environment.get_template(template).render(
-        plan=plan,
-        choices=fp8_choices(plan),
-        linears=linears(plan),
-        origin=ascii_line(origin),
-        left_to_trainer=_left_to_trainer(plan),
-        **words,
+        plan=plan, choices=fp8_choices(plan), precisions=Precision, **words
     )
 
 
@@ -44,11 +38,6 @@ def fp8_choices(plan: Plan) -> dict[Option, list[str]]:
         if layer.option.is_fp8:
             found.setdefault(layer.option, []).append(layer.name)
     return found
-
-
-def linears(plan: Plan) -> list[Assignment]:
-    """Return the linear layers, in plan order."""
-    return [layer for layer in plan.layers if layer.kind is LayerKind.LINEAR]
 
 
 def named(names: Iterable[str]) -> str:
@@ -70,12 +59,3 @@ def yaml_string(text: str) -> str:
 def exact_glob(name: str) -> str:
     """Return the glob that fits this name and no other."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def _left_to_trainer(plan: Plan) -> str:
-    """Return the line that says what an FP8 export does not set."""
-    fp32 = [layer.name for layer in plan.layers if layer.precision is Precision.FP32]
-    return (
-        f"Not in here, set it in your trainer: {plan.count(Precision.BF16_O2)} x bf16_o2 (BF16 "
-        f"parameters, FP32 masters), {len(fp32)} x fp32{f' ({named(fp32)})' if fp32 else ''}."
-    )

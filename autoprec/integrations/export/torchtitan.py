@@ -9,9 +9,9 @@ the others' layers, because a converted layer would be converted again.
 """
 
 from autoprec.errors import PlanMismatchError
-from autoprec.integrations.export.text import ascii_line, fp8_choices, linears
+from autoprec.integrations.export.text import ascii_line, fp8_choices
 from autoprec.model.options import shape_refusal
-from autoprec.records import Assignment, Option, Plan
+from autoprec.records import Assignment, LayerKind, Option, Plan
 
 RESERVED = "auto_filter_small_kn"  # a word with a meaning of its own in filter_fqns
 
@@ -22,7 +22,7 @@ def titan_filters(plan: Plan) -> dict[Option, list[str]]:
     Raises:
         PlanMismatchError: a name that must be filtered is part of one that must not.
     """
-    converted = [layer for layer in linears(plan) if _is_converted(layer)]
+    converted = [layer for layer in plan.layers if _is_converted(layer)]
     filters: dict[Option, list[str]] = {}
     for option, wanted in fp8_choices(plan).items():
         filters[option] = [layer.name for layer in converted if layer.option != option]
@@ -40,4 +40,5 @@ def titan_filters(plan: Plan) -> dict[Option, list[str]]:
 def _is_converted(layer: Assignment) -> bool:
     """Whether torchtitan would convert the layer if nothing filtered it: its sizes fit FP8."""
     weight = layer.shapes[0] if layer.shapes else ()
-    return len(weight) != 2 or not shape_refusal(K=weight[1], N=weight[0])
+    fits = len(weight) != 2 or not shape_refusal(K=weight[1], N=weight[0])
+    return layer.kind is LayerKind.LINEAR and fits
