@@ -26,11 +26,11 @@ from autoprec.records import (
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
     large_cells,
     list_cells,
+    make_rows,
     make_table,
     uncertain_cells,
 )
@@ -120,11 +120,7 @@ def both(workload: Workload, *, batches: int = 4, probes: int = 4) -> tuple[Rows
     spec, reference = prepared(workload, batches=batches)
     cells = list_cells(spec, None)
     exact = by_cell(make_table(reference, cells, Method.LAYERWISE).rows)
-    fp8: dict[str, list[Option]] = {}
-    for name, option in cells:
-        if option.is_fp8:
-            fp8.setdefault(name, []).append(option)
-    return exact, by_cell(make_rows(probe_batches(reference, fp8, probes=probes), cells))
+    return exact, by_cell(make_rows(probe_batches(reference, cells, probes=probes), cells))
 
 
 def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) -> Tensor:

@@ -4,7 +4,7 @@ measure         the stage: warmed-up reference -> Sensitivity
 reference       warmed-up weights, batches and reference gradients
 preconditioner  how the optimizer weighs a gradient
 tables          the two ways to the table, exact and by probes, and the choice between them
-probes, rows    the depth-free way: all layers and options from a few sign-coded probes
+probes          the depth-free way: all layers and options from a few sign-coded probes
 local           the error an option makes inside one layer
 replay          a layer run again alone, on what went through it
 operands        a linear's operands, their FP8 casts and their ranges

@@ -40,13 +40,12 @@ USUAL_EXPONENT = 0.1  # at step 75 of the three families of bench/convergence: 0
 
 @dataclass(frozen=True)
 class LossLine:
-    """loss(t) = level - slope * log t, fitted to the later part of a loss curve.
+    """loss(t) = last_loss - slope * log(t / last_step), fitted to the later part of a loss curve.
 
     `slope` is in the loss's unit per e-fold of steps; it is never below its own standard error, so
     that a flat or noisy curve does not promise that gradient errors cost nothing.
     """
 
-    level: float
     slope: float
     last_step: int
     last_loss: float
@@ -114,7 +113,5 @@ def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
     slope = -math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
     level = y_mean + slope * x_mean
     residual = math.fsum((y - (level - slope * x)) ** 2 for x, y in points)
-    stderr = math.sqrt(residual / (len(points) - 2) / spread)
-    believed = max(slope, stderr)
-    level = y_mean + believed * x_mean
-    return LossLine(level, believed, last, level - believed * math.log(last))
+    believed = max(slope, math.sqrt(residual / (len(points) - 2) / spread))  # or its standard error
+    return LossLine(believed, last, y_mean + believed * x_mean - believed * math.log(last))

@@ -61,5 +61,4 @@ class JointMeter:
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
         installed = partial(install_options, reference.model, options, uncovered=uncovered)
-        batches = min(batches, len(reference.batches))
         return reference.measure_errors({"joint": installed}, batches=batches)["joint"]

@@ -97,20 +97,21 @@ def measure_most_precise(
     fp8 = [row for row in rows if row.option.recipe in APPLICABLE_RECIPES]
     if not fp8:
         return ()
-    best: dict[str, LayerSensitivity] = {}
-    for row in fp8:
-        best[row.name] = min(best.get(row.name, row), row, key=lambda each: each.grad_error.mean)
+    best: dict[str, Option] = {}
+    for row in sorted(fp8, key=lambda row: row.grad_error.mean):
+        best.setdefault(row.name, row.option)
     table = {(row.name, row.option): row.grad_error.mean for row in rows}
     names = meter.reference.spec.names
-    plan = tuple(best[name].option if name in best else BF16_O2 for name in names)
+    plan = tuple(best.get(name, BF16_O2) for name in names)
     parts = sum(table.get(cell, 0.0) for cell in zip(names, plan, strict=True))
-    measured = JointMeasurement(
-        label="fp8_most_precise",
-        options=plan,
-        grad_error=meter.measure(plan),
-        predicted_grad_error=activation_error.mean + parts,
+    return (
+        JointMeasurement(
+            label="fp8_most_precise",
+            options=plan,
+            grad_error=meter.measure(plan),
+            predicted_grad_error=activation_error.mean + parts,
+        ),
     )
-    return (measured,)
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:

@@ -1,7 +1,7 @@
 """The three operands of a linear on one batch: as they are, as FP8 makes them, and their ranges."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,20 @@ class Operands:
         return beyond / max(count, 1)
 
 
+def fp8_options(cells: Iterable[tuple[str, Option]]) -> dict[str, list[Option]]:
+    """Return the FP8 options among cells by layer name; only names that have any."""
+    found: dict[str, list[Option]] = {}
+    for name, option in cells:
+        if option.is_fp8:
+            found.setdefault(name, []).append(option)
+    return found
+
+
 def operand_statistics(
-    reference: Reference, options: Mapping[str, Sequence[Option]]
+    reference: Reference, cells: Iterable[tuple[str, Option]]
 ) -> list[OperandStatistics]:
-    """Run the first batch and return the statistics of every linear named in `options`."""
-    modules = find_layers(reference.model)
+    """Run the first batch and return the statistics of every linear with an FP8 option."""
+    options, modules = fp8_options(cells), find_layers(reference.model)
     linears = {name: modules[name] for name in options}
     with differentiated_calls(linears) as calls:
         reference.run_gradient(0)

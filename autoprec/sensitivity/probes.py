@@ -46,7 +46,7 @@ from autoprec.sensitivity.local import (
     bf16_errors,
     parameter_only_errors,
 )
-from autoprec.sensitivity.operands import Operands
+from autoprec.sensitivity.operands import Operands, fp8_options
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import differentiated_calls, floating_inputs, replay
 
@@ -98,13 +98,13 @@ class _Pass:
 
 
 def probe_batches(
-    reference: Reference, options: Mapping[str, Sequence[Option]], *, probes: int
+    reference: Reference, cells: Sequence[tuple[str, Option]], *, probes: int
 ) -> list[BatchProbe]:
     """Probe every batch; costs per batch one pass, two replays and `probes` more passes.
 
     Args:
         reference: the warmed-up model and its batches; all layers of its spec are measured.
-        options: the FP8 options of each linear that has any, by name.
+        cells: layers' names with their options; of linears, those in FP8 are told apart by cast.
         probes: passes per batch.
     """
     modules = find_layers(reference.model)
@@ -118,7 +118,7 @@ def probe_batches(
         with differentiated_calls(layers) as calls:
             gradient = reference.run_gradient(index)
         step = _Pass(reference, index, layers, calls, gradient)
-        errors, statistics = _local_errors(step, options)
+        errors, statistics = _local_errors(step, fp8_options(cells))
         products: dict[tuple[str, Component], list[Tensor]] = {}
         for probe in range(probes):
             progress("sensitivity: probes", index * (1 + probes) + 1 + probe, total)
@@ -163,7 +163,7 @@ def _local_errors(
     statistics: list[OperandStatistics] = []
     for name, fp8 in options.items():
         layer = step.layers[name]
-        if fp8 and name in called and isinstance(layer, nn.Linear):
+        if name in called and isinstance(layer, nn.Linear):
             operands = Operands(layer, calls[name], reference.history.get(name, {}))
             add_fp8_errors(
                 found[name],

@@ -9,7 +9,7 @@ passes share their dropout masks and differ in precision only.
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -81,7 +81,7 @@ class Reference:
     passes: int = 0
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
 
-    def run(self, index: int) -> float:
+    def run(self, index: int) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; buffers and random generators are put back first.
@@ -92,9 +92,9 @@ class Reference:
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
         with seeded(self.context.seed * 7919 + index, self.context.device):
-            loss = self.context.workload.loss_fn(self.model, self.batches[index])
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
-        return float(loss.detach())
+            loss: Tensor = self.context.workload.loss_fn(self.model, self.batches[index])
+            torch.autograd.backward(loss)
+        return loss
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
@@ -106,12 +106,7 @@ class Reference:
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
-        loss = self.run(index)
-        if loss != loss or abs(loss) == float("inf"):
-            raise WorkloadError(
-                f"the FP32 loss must be finite, but it is {loss} on measured batch {index}; "
-                "lower the learning rate or look at the data"
-            )
+        check_loss(self.run(index), where=f"on measured batch {index}")
         updated = filter(self.preconditioner.covers, self.model.parameters())
         found: dict[Tensor, Tensor] = {p: gradient_of(p) for p in updated}
         squared = sum(self.preconditioner.squared_norm(p, g, at=g) for p, g in found.items())
@@ -151,10 +146,11 @@ class Reference:
 
         Args:
             settings: contexts that change what the model runs in.
-            batches: the first so many.
+            batches: the first so many, if there are as many.
             stage: reported as progress, if given.
         """
         progress = self.context.progress if stage else report_nothing
+        batches = min(batches, len(self.batches))
         squared: dict[Key, list[float]] = {key: [] for key in settings}
         scale: list[float] = []
         total = batches * len(settings)
@@ -202,9 +198,8 @@ def prepare_reference(
     started = time.perf_counter()
     model, optimizer = restore(context, None if checkpoint is None else read_checkpoint(checkpoint))
     stream = context.workload.train_batches(context.seed)
-    no_history = nullcontext(dict[str, Amax]())
-    watching = recorded_amax(find_layers(model)) if with_history else no_history
-    with seeded(context.seed, context.device), watching as history:
+    watched = find_layers(model) if with_history else {}
+    with seeded(context.seed, context.device), recorded_amax(watched) as history:
         curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
     structure = model_layers(model).structure
     if structure != spec.structure:
@@ -264,6 +259,7 @@ def _warm_up(
     context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch]
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
+    # all batches first: the user's data loading is no part of a step
     batches = [move_batch(batch, context.device) for batch in stream]
     curve: list[tuple[int, float]] = []
     times: list[float] = []
@@ -272,7 +268,7 @@ def _warm_up(
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         loss = context.workload.loss_fn(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        torch.autograd.backward(loss)
         optimizer.step()
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)

@@ -4,11 +4,13 @@ layerwise     exact: one layer x option at a time, everything else FP32
 sign_coded    all of them from a few probes; the few that these leave in doubt, exactly
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -17,19 +19,21 @@ from autoprec.errors import PlanMismatchError
 from autoprec.records import (
     FP32,
     Estimate,
+    Gemm,
     LayerSensitivity,
-    LayerSpec,
     ModelSpec,
     OperandStatistics,
     Option,
     Recipe,
 )
 from autoprec.runtime import install_options
+from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
+from autoprec.sensitivity.local import Component, components_of
 from autoprec.sensitivity.operands import operand_statistics
-from autoprec.sensitivity.probes import probe_batches
+from autoprec.sensitivity.probes import BatchProbe, probe_batches
 from autoprec.sensitivity.reference import Reference
-from autoprec.sensitivity.rows import make_rows
 
 PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
@@ -68,12 +72,16 @@ def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
 
     `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
     """
-    return [
-        (layer.name, option)
-        for layer in spec.layers
-        for option in _layer_options(layer, options)
-        if option != FP32
-    ]
+    cells: list[Cell] = []
+    for layer in spec.layers:
+        chosen = list(layer.options)
+        if options is not None:
+            recipes = {None, *(option.recipe for option in options)}
+            chosen = [option for option in layer.options if option.recipe in recipes]
+        if any(option.is_fp8 for option in layer.options):
+            chosen += [o for o in options or () if o.recipe is Recipe.DELAYED and o not in chosen]
+        cells += [(layer.name, option) for option in chosen if option != FP32]
+    return cells
 
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
@@ -81,42 +89,86 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     if method is None:
         method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
     if method is Method.LAYERWISE:
-        return _layerwise_table(reference, cells)
+        exact = _exact_errors(
+            reference, cells, batches=len(reference.batches), stage="sensitivity: layer by layer"
+        )
+        rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
+        return Table(method, tuple(rows), tuple(operand_statistics(reference, cells)))
     return _sign_coded_table(reference, cells)
-
-
-def _layerwise_table(reference: Reference, cells: Sequence[Cell]) -> Table:
-    """Measure every cell on its own."""
-    found = _exact_errors(
-        reference, cells, batches=len(reference.batches), stage="sensitivity: layer by layer"
-    )
-    return Table(
-        method=Method.LAYERWISE,
-        rows=tuple(LayerSensitivity(name=n, option=o, grad_error=found[n, o]) for n, o in cells),
-        statistics=tuple(operand_statistics(reference, _fp8_by_layer(cells))),
-    )
 
 
 def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
     count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
-    probes = probe_batches(reference, _fp8_by_layer(cells), probes=count)
-    rows = {(row.name, row.option): row for row in make_rows(probes, cells)}
-    large = large_cells(tuple(rows.values()))
-    refined = (*large, *(c for c in uncertain_cells(tuple(rows.values())) if c not in large))
-    batches = min(REFINED_BATCHES, len(reference.batches))
+    probes = probe_batches(reference, cells, probes=count)
+    rows = make_rows(probes, cells)
+    refined = tuple(dict.fromkeys((*large_cells(rows), *uncertain_cells(rows))))
     exact: dict[Cell, Estimate] = {}
     if refined:
         exact = _exact_errors(
-            reference, refined, batches=batches, stage="sensitivity: largest rows"
+            reference, refined, batches=REFINED_BATCHES, stage="sensitivity: largest rows"
         )
-    rows |= {cell: _refined(rows[cell], exact[cell]) for cell in refined}
-    return Table(
-        method=Method.SIGN_CODED,
-        rows=tuple(rows.values()),
-        statistics=probes[0].statistics,
-        refined=refined,
+    rows = tuple(
+        _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
+        for row in rows
     )
+    return Table(Method.SIGN_CODED, rows, probes[0].statistics, refined)
+
+
+def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[LayerSensitivity, ...]:
+    """Return one row per cell, from what the probes showed.
+
+    Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes)
+    plus what stays in the layer's own parameters. Its standard error has two parts: the scatter
+    over batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that share a
+    code share.
+    """
+    return tuple(_row(probes, name, option) for name, option in cells)
+
+
+def _row(probes: Sequence[BatchProbe], name: str, option: Option) -> LayerSensitivity:
+    spreading = components_of(option)
+    key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
+    staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
+    by_gemm = {gemm: _estimate(probes, name, some) for gemm, some in spreading.items()}
+    by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, [probe.squared_norm for probe in probes])
+    every = list(chain.from_iterable(spreading.values()))
+    grad_error = _estimate(probes, name, every, plus=staying)
+    return LayerSensitivity(name=name, option=option, grad_error=grad_error, by_gemm=by_gemm)
+
+
+def _estimate(
+    probes: Sequence[BatchProbe],
+    name: str,
+    components: Sequence[Component],
+    *,
+    plus: Sequence[float] | None = None,
+) -> Estimate:
+    """Return the gradient error of a layer's components, with both parts of its standard error."""
+    keys = [(name, component) for component in components]
+    scale = [probe.squared_norm for probe in probes]
+    sums = [_mean_power(probe, keys, power=2) for probe in probes]
+    values = [s + p for s, p in zip(sums, plus or [0.0] * len(sums), strict=True)]
+    found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
+    if found.stderr is None or found.mean >= DIVERGED:
+        return found
+    # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
+    codes = max(len(probe.products[key]) for probe in probes for key in keys)
+    codes *= math.ceil(len(probes) / 2)
+    fourth = [_mean_power(probe, keys, power=4) for probe in probes]
+    variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
+    noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
+    return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
+
+
+def _mean_power(probe: BatchProbe, keys: Sequence[tuple[str, Component]], *, power: int) -> float:
+    """Return the sum over components and groups of z^power, each the mean over the passes."""
+    sums = []
+    for key in keys:
+        products = probe.products[key]
+        powers = math.fsum(float(z.double().pow(power).sum()) for z in products)
+        sums.append(powers / len(products))
+    return math.fsum(sums)
 
 
 def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
@@ -174,21 +226,3 @@ def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
         for gemm, part in probed.by_gemm.items()
     }
     return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})
-
-
-def _layer_options(layer: LayerSpec, options: Sequence[Option] | None) -> list[Option]:
-    if options is None:
-        return list(layer.options)
-    recipes = {option.recipe for option in options}
-    chosen = [o for o in layer.options if not o.is_fp8 or o.recipe in recipes]
-    takes_fp8 = any(option.is_fp8 for option in layer.options)
-    extra = [o for o in options if o.recipe is Recipe.DELAYED and takes_fp8]
-    return chosen + [option for option in extra if option not in chosen]
-
-
-def _fp8_by_layer(cells: Sequence[Cell]) -> Mapping[str, list[Option]]:
-    found: dict[str, list[Option]] = {}
-    for name, option in cells:
-        if option.is_fp8:
-            found.setdefault(name, []).append(option)
-    return found
