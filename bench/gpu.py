@@ -45,8 +45,7 @@ from gpu_run import (  # noqa: E402
 )
 from profiler import predict_step  # noqa: E402
 
-from autoprec.device.fp8 import fp8_support  # noqa: E402
-from autoprec.device.fp8_self_test import fp8_self_test  # noqa: E402
+from autoprec.device.fp8 import fp8_self_test, fp8_support  # noqa: E402
 from autoprec.device.local import device_facts, find_sensor, resolve_device  # noqa: E402
 from autoprec.device.timing import Stopping  # noqa: E402
 from autoprec.errors import AutoprecError  # noqa: E402

@@ -38,7 +38,8 @@ def main() -> None:
     if given.cpu_time:
         torch.set_num_threads(1)
     clock = CpuTimeClock() if given.cpu_time else make_clock(torch.device("cpu"))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, clock: {clock.name}")
+    how = f"{torch.get_num_threads()} threads, clock: {type(clock).__name__}"
+    print(f"torch {torch.__version__}, {how}")
     for path in given.workloads:
         compare_plans(path, plans=given.plans, seed=given.seed, clock=clock)
 
@@ -132,8 +133,6 @@ def predict_step(profile: Profile, plan: Mapping[str, Option]) -> float:
 class CpuTimeClock:
     """CPU time of the calling thread in ms, from caches as cold as CpuClock leaves them."""
 
-    name = "cpu time of one thread"
-
     def __init__(self) -> None:
         self._buffer = torch.zeros(2 * MOST_CPU_CACHE_BYTES // 4)
 
@@ -142,9 +141,6 @@ class CpuTimeClock:
         started = time.thread_time()
         fn()
         return (time.thread_time() - started) * 1e3
-
-    def synchronize(self) -> None:
-        return None
 
 
 if __name__ == "__main__":

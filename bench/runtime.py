@@ -61,15 +61,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class ProcessClock:
     """CPU milliseconds of this process."""
 
-    name = "process"
-
     def measure(self, fn: Step) -> float:
         started = time.process_time()
         fn()
         return (time.process_time() - started) * 1e3
-
-    def synchronize(self) -> None:
-        """Return at once: the CPU is done when a call returns."""
 
 
 def applied_step(plan: str, batch: Batch) -> Step:

@@ -17,8 +17,6 @@ needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(
 class ConstantClock:
     """Every call takes 1 ms, so nothing depends on the machine."""
 
-    name = "constant"
-
     def __init__(self) -> None:
         self.calls = 0
 
@@ -26,6 +24,3 @@ class ConstantClock:
         fn()
         self.calls += 1
         return 1.0
-
-    def synchronize(self) -> None:
-        return None

@@ -119,15 +119,10 @@ class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
 class KindToFp8:
     """A clock by which a plain GEMM takes a millisecond and all else next to nothing."""
 
-    name = "kind to FP8"
-
     def measure(self, fn: Function) -> float:
         with PlainGemms() as seen:  # type: ignore[no-untyped-call]
             fn()
         return float(seen.count) + 1e-3
-
-    def synchronize(self) -> None:
-        return None
 
 
 def test_a_measured_profile_times_the_sets_of_bf16_gemms_that_promise_a_gain() -> None:

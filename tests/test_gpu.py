@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 import autoprec
-from autoprec.device.fp8 import fp8_support
-from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.device.local import device_facts, find_sensor, fp8_format_gaps, resolve_device
 from autoprec.device.timing import (
     CudaClock,

@@ -39,17 +39,12 @@ def load_stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadStub:
 
 
 class EveryCallTakes:
-    name = "fake"
-
     def __init__(self, ms: float) -> None:
         self.ms = ms
 
     def measure(self, fn: Callable[[], object]) -> float:
         fn()
         return self.ms
-
-    def synchronize(self) -> None:
-        return None
 
 
 def test_a_healthy_gpu_tells_everything(load_stub: LoadStub) -> None:

@@ -41,8 +41,6 @@ SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192))
 class StepClock:
     """Says that every call took a hundredth of a millisecond more than the one before."""
 
-    name = "steps"
-
     def __init__(self) -> None:
         self.ms = 0.0
 
@@ -50,9 +48,6 @@ class StepClock:
         fn()
         self.ms += 0.01
         return self.ms
-
-    def synchronize(self) -> None:
-        return
 
 
 def measured(copied_tbs: float = 3.0) -> Measured:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autoprec
 from autoprec.device import fp8
-from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.fp8 import fp8_self_test
 from autoprec.device.random_state import random_state_kept
 from autoprec.records import Plan, Recipe, fp8_option
 from autoprec.runtime import classes

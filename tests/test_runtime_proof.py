@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoprec
 from autoprec.device import fp8 as precision
-from autoprec.device.fp8 import fp8_support
-from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.records import (
     APPLICABLE_RECIPES,

@@ -52,8 +52,6 @@ def timed(
 class VirtualClock:
     """Time moves only when a function made by `takes` runs."""
 
-    name = "virtual"
-
     def __init__(self) -> None:
         self.now = 0.0
         self.order: list[str] = []
@@ -74,9 +72,6 @@ class VirtualClock:
         before = self.now
         fn()
         return self.now - before
-
-    def synchronize(self) -> None:
-        return None
 
 
 class ScriptedMonitor:
@@ -255,7 +250,6 @@ class FakeCuda:
         fakes = {
             "get_device_properties": lambda _: properties,
             "device": lambda _: nullcontext(),
-            "synchronize": lambda _: self.order.append("synchronize"),
             "Stream": lambda: stream,
             "current_stream": lambda: stream,
             "stream": lambda _: nullcontext(),
@@ -281,8 +275,6 @@ def test_the_cuda_clock_reads_events_around_one_call(monkeypatch: pytest.MonkeyP
     assert clock._buffer.nbytes == CACHE_FACTOR * 50 * 2**20
     assert clock.measure(lambda: fake.order.append("call")) == 2.5
     assert fake.order == ["record", "call", "record", "wait for the event"]
-    clock.synchronize()
-    assert fake.order[-1] == "synchronize"
 
 
 def test_the_cuda_clock_clears_a_common_cache_where_none_is_known(

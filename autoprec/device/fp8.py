@@ -1,22 +1,31 @@
-"""Which FP8 recipes a device runs, found by running each one against an FP64 reference."""
+"""Which FP8 recipes a device runs, found by running each one against an FP64 reference.
+
+Two comparisons, because FP8's own rounding is large (3-6 % in relative norm) and hides small
+faults: the results against unrounded operands find wrong casts, scales and layouts; every GEMM
+against the FP8 operands that it was given finds a kernel that is off by one percent. Of a compiled
+layer only the first is to be had, for what a compiler generates has no operations to look at.
+It costs milliseconds in eager mode: software is tested before a run, not by it.
+"""
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoprec.common.text import first_line
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.device.tracing import OperationTracer
-from autoprec.records import APPLICABLE_RECIPES, Gemm, Recipe, fp8_option
+from autoprec.records import APPLICABLE_RECIPES, Check, Gemm, Recipe, fp8_option
 
 RECIPE_TOLERANCE = 0.15  # relative error; FP8's own rounding gives 0.03-0.06 (torch 2.13.0, CPU)
 KERNEL_TOLERANCE = 0.01  # the same of a GEMM alone: BF16's rounding of its output gives 0.002
+GEMM_BY_INNER = {64: Gemm.OUTPUT, 48: Gemm.GRAD_INPUT, 32: Gemm.GRAD_WEIGHT}  # of the small layer
 Compiler = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -36,7 +45,7 @@ def fp8_support(device: torch.device) -> Fp8Support:
     return _try_recipes(str(torch.device(device)))
 
 
-@functools.cache
+@cache
 def _try_recipes(device: str) -> Fp8Support:
     refusal = _capability_refusal(torch.device(device))
     if refusal:
@@ -69,19 +78,49 @@ def _try_recipe(recipe: Recipe, device: torch.device) -> str:
     try:
         return recipe_errors(recipe, device).problem
     except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
-        return str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
+        return first_line(problem)
+
+
+def fp8_self_test(
+    device: torch.device,
+    *,
+    recipes: Sequence[Recipe] = APPLICABLE_RECIPES,
+    compiler: Compiler | None = None,
+) -> list[Check]:
+    """Return one check per FP8 recipe.
+
+    Args:
+        device: where to run.
+        recipes: of those that torchao applies.
+        compiler: what the run compiles its model with, e.g. `torch.compile`; None: eager.
+    """
+    return [_check(recipe, device, compiler) for recipe in recipes]
+
+
+def _check(recipe: Recipe, device: torch.device, compiler: Compiler | None) -> Check:
+    name = f"fp8 {recipe}" if compiler is None else f"compiled fp8 {recipe}"
+    support = fp8_support(device)
+    if recipe not in support.recipes:
+        return Check(name=name, is_good=False, detail=support.reason)
+    try:
+        errors = recipe_errors(recipe, device, compiler=compiler)
+    except RuntimeError as error:  # a compiler that is not there, or gives up
+        return Check(name=name, is_good=False, detail=f"did not run: {first_line(error)}")
+    results = ", ".join(f"{gemm} {error:.3f}" for gemm, error in errors.results.items())
+    kernels = ", ".join(f"{gemm} {error:.4f}" for gemm, error in errors.kernels.items())
+    detail = f"relative error against FP64: {results} (allowed: {RECIPE_TOLERANCE})"
+    if kernels:
+        detail += f"; of the kernels alone: {kernels} (allowed: {KERNEL_TOLERANCE})"
+    problem = f"{errors.problem}; " if errors.problem else ""
+    return Check(name=name, is_good=not problem, detail=f"{problem}{detail}")
 
 
 @dataclass(frozen=True)
 class RecipeErrors:
-    """Relative errors of one small layer's three GEMMs in FP8 against FP64.
+    """Relative errors of one small layer's three GEMMs in FP8 against FP64."""
 
-    `results` are against unrounded operands, so FP8's rounding is in them; `kernels` against the
-    FP8 operands and scales that `torch._scaled_mm` itself was given (none where it was not seen).
-    """
-
-    results: Mapping[Gemm, float]
-    kernels: Mapping[Gemm, float]
+    results: Mapping[Gemm, float]  # from unrounded operands, so FP8's rounding is in them
+    kernels: Mapping[Gemm, float]  # from what `torch._scaled_mm` was given; empty where not seen
 
     @property
     def problem(self) -> str:
@@ -120,8 +159,10 @@ def recipe_errors(
     layer = float8_linear.Float8Linear.from_float(linear, float8_config(fp8_option(recipe)))
     run = layer if compiler is None else compiler(layer)
     x = x_MK.to(device, torch.bfloat16).requires_grad_()
-    kernels = _KernelErrors({64: Gemm.OUTPUT, 48: Gemm.GRAD_INPUT, 32: Gemm.GRAD_WEIGHT})
-    watched = OperationTracer(kernels.run) if compiler is None else contextlib.nullcontext()
+    kernels: dict[Gemm, float] = {}
+    watched = (
+        contextlib.nullcontext() if compiler else OperationTracer(partial(_run_compared, kernels))
+    )
     with torch.autocast(device.type, enabled=False), torch.enable_grad(), watched:
         y = run(x)
         y.backward(grad_MN.to(device, torch.bfloat16))
@@ -131,29 +172,24 @@ def recipe_errors(
         Gemm.GRAD_INPUT: _relative_error(x.grad, g_64 @ w_64),  # [M, N] @ [N, K]
         Gemm.GRAD_WEIGHT: _relative_error(layer.weight.grad, g_64.t() @ x_64),  # [N, M] @ [M, K]
     }
-    return RecipeErrors(results, kernels.found)
+    return RecipeErrors(results, kernels)
 
 
 def _octaves(count: int) -> torch.Tensor:
     return 2.0 ** (torch.arange(count) % 5 - 2)
 
 
-class _KernelErrors:
-    """Compares every `_scaled_mm` with FP64; the inner dimension tells which GEMM it is."""
-
-    def __init__(self, gemms: Mapping[int, Gemm]) -> None:
-        self.gemms = gemms
-        self.found: dict[Gemm, float] = {}
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
-        """Run an operation, and measure it if it is an FP8 GEMM."""
-        result = func(*args, **kwargs)
-        if func.overloadpacket is torch.ops.aten._scaled_mm:
-            names = (argument.name for argument in func._schema.arguments)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            self.found[self.gemms[args[0].shape[-1]]] = _kernel_error(result, given)
-            result = result.to(given["out_dtype"])  # noted as wrong; the rest shall run
-        return result
+def _run_compared(
+    found: dict[Gemm, float], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:  # Any: torch's
+    """Run an operation; compare an FP8 GEMM with FP64: its inner dimension tells which it is."""
+    result = func(*args, **kwargs)
+    if func.overloadpacket is torch.ops.aten._scaled_mm:
+        names = (argument.name for argument in func._schema.arguments)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        found[GEMM_BY_INNER[args[0].shape[-1]]] = _kernel_error(result, given)
+        result = result.to(given["out_dtype"])  # noted as wrong; the rest shall run
+    return result
 
 
 def _kernel_error(result: torch.Tensor, given: Mapping[str, Any]) -> float:  # Any: torch's

@@ -54,13 +54,8 @@ MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(p
 class Clock(Protocol):
     """Measures one call in ms, from a cold last-level cache."""
 
-    name: str
-
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return the ms it took."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,6 @@ class CpuClock:
     MOST_CPU_CACHE_BYTES; a server's hundreds of MiB hold a step's data from layer to layer.
     """
 
-    name = "cpu"
-
     def __init__(self, *, cache_bytes: int | None = None) -> None:
         if cache_bytes is None:
             cache_bytes = min(last_level_cache_bytes(), MOST_CPU_CACHE_BYTES)
@@ -118,9 +111,6 @@ class CpuClock:
         fn()
         return (time.perf_counter() - started) * 1e3
 
-    def synchronize(self) -> None:
-        """Return at once: the CPU is done when a call returns."""
-
 
 class CudaClock:
     """Device ms between two events; the L2 cache is overwritten before each call.
@@ -128,8 +118,6 @@ class CudaClock:
     The device is still busy with the overwriting while the host queues the call, so host time is
     not in the figure as long as the call queues faster than that.
     """
-
-    name = "cuda"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -149,10 +137,6 @@ class CudaClock:
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end))
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self._device)
 
 
 def _timing_event() -> torch.cuda.Event:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from autoprec.device.fp8 import fp8_support
-from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.device.local import device_facts, e4m3_dtype, resolve_device
 from autoprec.device.timing import make_clock, time_interleaved
 from autoprec.device.torchao import import_torchao

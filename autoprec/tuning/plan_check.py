@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from autoprec.device.fp8 import fp8_support
-from autoprec.device.fp8_self_test import fp8_self_test
+from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.device.local import resolve_device
 from autoprec.errors import PlanMismatchError
 from autoprec.records import APPLICABLE_RECIPES, Check, Plan, PlanCheck, Precision
