@@ -18,6 +18,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -125,7 +126,8 @@ class Workload:
         with _UserCode(call, wanted):
             result = self._functions[call.partition("(")[0]](*args)
         if not isinstance(result, kind):
-            raise WorkloadError(_returned(call, wanted, result))
+            got = type(result).__name__
+            raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
         return result
 
 
@@ -160,38 +162,37 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
     Raises:
         WorkloadError: a required function is missing, one is none, or a mapping has others.
     """
-    every = REQUIRED + OPTIONAL
+    every = (*REQUIRED, *OPTIONAL)
     if not isinstance(holder, Mapping):
         name = name or type(holder).__name__
         holder = {each: getattr(holder, each, None) for each in every}
     name = name or "the workload"
     functions = {each: found for each, found in holder.items() if found is not None}
-    for each in functions:
+    for each, found in functions.items():
         if each not in every:
             raise WorkloadError(
                 f"{name} may define {', '.join(every)}, but it defines {shown_value(each)}; "
                 "see the README for the five functions"
             )
-        if not callable(functions[each]):
+        if not callable(found):
             raise WorkloadError(
-                f"{each} must be a function, but it is {shown_value(functions[each])}; fix it"
+                f"{each} must be a function, but it is {shown_value(found)}; fix it"
             )
-    for each in REQUIRED:
+    for each, signature in REQUIRED.items():
         if each not in functions:
             raise WorkloadError(
-                f"{name} must define {SIGNATURES[each]}, but it does not; "
+                f"{name} must define {signature}, but it does not; "
                 "see the README for the five functions"
             )
     return Workload(name=name, digest=digest, _functions=functions)
 
 
-REQUIRED = ("build_model", "train_batches", "loss_fn")
-OPTIONAL = ("build_optimizer", "eval_batches")
-SIGNATURES = {
+REQUIRED = {
     "build_model": "build_model() -> nn.Module",
     "train_batches": "train_batches(seed) -> iterator of batches",
     "loss_fn": "loss_fn(model, batch) -> scalar tensor",
 }
+OPTIONAL = ("build_optimizer", "eval_batches")
 _END = object()
 
 
@@ -273,25 +274,15 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _returned(function: str, wanted: str, got: object) -> str:
-    return f"{function} must return {wanted}, but it returned {type(got).__name__}; fix it"
-
-
-class _UserCode:
+@dataclass(frozen=True)
+class _UserCode(AbstractContextManager["_UserCode"]):
     """Turns any exception of the user's code inside into one WorkloadError line."""
 
-    def __init__(self, function: str, wanted: str) -> None:
-        self._function = function
-        self._wanted = wanted
-
-    def __enter__(self) -> None:
-        return None
+    function: str
+    wanted: str
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, AutoprecError):
             return
@@ -300,6 +291,6 @@ class _UserCode:
         inside = [frame for frame in frames if "site-packages" not in frame.filename]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
         raise WorkloadError(
-            f"{self._function} must give {self._wanted}, but it raised {type(error).__name__}"
+            f"{self.function} must give {self.wanted}, but it raised {type(error).__name__}"
             f"{where}: {error_line(error, most=LONGEST_ERROR)}"
         ) from error

@@ -79,7 +79,7 @@ def _read_config(file: Path) -> Any:  # Any: transformers ships no usable types
             f"{file} needs transformers to be built, but it cannot be imported ({error}); "
             "pip install transformers, or write a MODEL.py"
         ) from error
-    _check_kind(file)
+    decoder = _decoder_of(file)
     try:
         config = AutoConfig.from_pretrained(
             str(file), local_files_only=True, trust_remote_code=False
@@ -89,14 +89,21 @@ def _read_config(file: Path) -> Any:  # Any: transformers ships no usable types
             f"{file} must be a config that transformers takes, but it says: "
             f"{error_line(error, most=300)}; fix the file"
         ) from error
-    _check_architecture(config, file)
+    said = config.architectures or [decoder]  # the model that it was saved with
+    said = [said] if isinstance(said, str) else said
+    if decoder not in said:
+        raise WorkloadError(
+            f"{file} must be of the decoder that is built from it, {decoder}, but it is of "
+            f"{' '.join(said)}; write a MODEL.py with a build_model"
+        )
     config.use_cache = False  # a training step keeps no keys and values
     config._attn_implementation = None  # the default: a kernel asked for may not be installed here
     return config
 
 
-def _check_kind(file: Path) -> None:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+def _decoder_of(file: Path) -> object:
+    """Return the name of the decoder that transformers builds for the config's model_type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
@@ -108,25 +115,12 @@ def _check_kind(file: Path) -> None:
             f"{file} must be a transformers config with a model_type, but it has none; "
             "give the config.json of a saved model, or a MODEL.py"
         )
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind not in DECODERS:
         raise WorkloadError(
             f"{file} must be of a decoder that AutoModelForCausalLM knows, but its model_type is "
             f"{kind!r}; write a MODEL.py with a build_model (code beside a config is not run)"
         )
-
-
-def _check_architecture(config: Any, file: Path) -> None:  # Any: as above
-    """Refuse a config saved with another model than the decoder that would be built."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    built = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    said = config.architectures or []
-    said = [said] if isinstance(said, str) else said
-    if said and built not in said:
-        raise WorkloadError(
-            f"{file} must be of the decoder that is built from it, {built}, but it is of "
-            f"{' '.join(said)}; write a MODEL.py with a build_model"
-        )
+    return DECODERS[kind]
 
 
 @dataclass(frozen=True)
