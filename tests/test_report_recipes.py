@@ -5,7 +5,7 @@ import pytest
 from autoprec.errors import SettingsError
 from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Option, Recipe, fp8_option
 from autoprec.report import formats
-from autoprec.report.sections import recipe_table
+from autoprec.report.tables import recipe_table
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 from autoprec.tuning.parsing import parse_recipes
 from autoprec.tuning.settings import Settings

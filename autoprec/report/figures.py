@@ -10,10 +10,10 @@ from autoprec.records import Basis, LossGap, Option, Search, Verification
 from autoprec.report import formats, svg
 from autoprec.report.formats import step_title
 from autoprec.report.layer_frame import Row, frame_rows
-from autoprec.report.sections import seed_gaps
-from autoprec.report.step_times import Speedup, Step, spread_title
+from autoprec.report.step_times import Speedup, Step
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
+from autoprec.report.tables import seed_gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,18 +51,6 @@ def step_figure(found: Summary) -> Markup:
         words = f"FP8's ceiling: {formats.ms(ms)} ms"
         parts.append(svg.marker(scale(ms), 18.0, bottom, words, kind="limit", tip=ceiling.sentence))
     return svg.picture(WIDTH, bottom + 42.0, parts, title="Time of one training step")
-
-
-def step_note(steps: Mapping[str, Step]) -> str:
-    """Return what the bars and whiskers of the steps are."""
-    title = spread_title(steps.values())
-    if title == "80 % interval":
-        return "Bars and whiskers are predicted: the median and its 80 % interval"
-    more = ", with what the spread of the parts gives" if title == "spread" else ""
-    return (
-        "Bars are medians, whiskers the 20th to 80th percentile of the samples; hatched bars are "
-        f"predicted{more}"
-    )
 
 
 def pareto_figure(search: Search) -> Markup:

@@ -8,7 +8,7 @@ is left (bias, autograd, launches; negative where the parts cost more alone), so
 Savings are against BF16 O2, the baseline, and against FP32, the reference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 from autoprec.records import (
     BF16_O2,
     FP32,
-    Assignment,
     Basis,
     LayerKind,
     LayerSensitivity,
-    LayerSpec,
     LayerTiming,
     Option,
 )
@@ -132,19 +130,16 @@ def layers_frame(run: RunRecords) -> "pd.DataFrame":
     frame = _typed(layers).merge(options, on=["name", "option"], how="left")
     # beside the times of the chosen option stand those of the baselines and of the fastest FP8
     for label, option in BASELINES.items():
-        own = options.loc[options["option"] == option.key, ["name", *TIMES]]
-        named = own.rename(columns={name: f"{label}_{name}" for name in TIMES})
-        frame = frame.merge(named, on="name", how="left")
-    fp8 = options[takes_fp8(options) & options["total_ms"].notna()]
-    best = fp8.sort_values("total_ms", kind="stable").drop_duplicates("name")
-    best = best[["name", "option", "total_ms"]].set_axis(
-        ["name", "best_fp8", "best_fp8_total_ms"], axis="columns"
-    )
-    frame = frame.merge(best, on="name", how="left")
-    for label in BASELINES:
+        own = options[options["option"] == option.key].set_index("name")[list(TIMES)]
+        frame = frame.join(own.add_prefix(f"{label}_"), on="name")
         base, own_ms = frame[f"{label}_total_ms"], frame["total_ms"]
         frame[f"speedup_vs_{label}"] = base / own_ms.where(own_ms > 0.0)
         frame[f"saved_vs_{label}_ms"] = base - own_ms
+    is_fp8 = options["option"].map(lambda key: Option.parse(key).is_fp8).astype(bool)
+    fp8 = options[is_fp8 & options["total_ms"].notna()].sort_values("total_ms", kind="stable")
+    best = fp8.drop_duplicates("name").set_index("name")[["option", "total_ms"]]
+    frame = frame.join(best.add_prefix("best_"), on="name")
+    frame = frame.rename(columns={"best_option": "best_fp8", "best_total_ms": "best_fp8_total_ms"})
     whole = frame["grad_error"].sum()
     frame["grad_error_share"] = frame["grad_error"] / (whole if whole > 0.0 else float("nan"))
     return frame[[column.name for column in COLUMNS]]
@@ -156,8 +151,7 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
 
     facts: dict[tuple[str, Option], Row] = {}
     for spec in run.profile.model.layers if run.profile else ():
-        for option in spec.options:
-            facts.setdefault((spec.name, option), {})
+        facts.update({(spec.name, option): {} for option in spec.options})
     for timing in run.profile.layers if run.profile else ():
         for name in timing.names:
             facts.setdefault((name, timing.option), {}).update(_timing_facts(timing))
@@ -172,11 +166,6 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
     return _typed(pd.DataFrame(rows, columns=list(OPTION_COLUMNS), dtype=object))
 
 
-def takes_fp8(frame: "pd.DataFrame") -> "pd.Series[bool]":
-    """Return of each row whether its option is an FP8 one."""
-    return frame["option"].map(lambda key: isinstance(key, str) and Option.parse(key).is_fp8)
-
-
 def frame_rows(frame: "pd.DataFrame") -> list[Row]:
     """Return the rows as dicts of plain values, None where nothing is known."""
     plain = frame.astype(object)
@@ -189,22 +178,34 @@ def _layer_facts(run: RunRecords) -> Iterator[Row]:
     specs = {layer.name: layer for layer in run.profile.model.layers} if run.profile else {}
     plan = {layer.name: layer for layer in run.plan.layers} if run.plan else {}
     for name in dict.fromkeys((*specs, *plan, *(effect.name for effect in _effects(run)))):
-        spec, chosen = specs.get(name), plan.get(name)
-        known = spec or chosen
-        yield {
-            "name": name,
-            "kind": (known.kind if known else LayerKind.OTHER).value,
-            "type": spec.type_name.rpartition(".")[2] if spec else "",
-            "shape": _shape(spec, chosen),
-            "calls": spec.calls_per_step if spec else None,
-            "is_frozen": spec.is_frozen if spec else None,
-            "tied_to": spec.tied_to if spec else None,
-            "option": chosen.option.key if chosen else None,
-            "precision": chosen.precision.value if chosen else None,
-            "recipe": chosen.recipe.value if chosen and chosen.recipe else None,
-            "gemms_hp": " ".join(chosen.gemms_hp) if chosen else None,
-            "reason": chosen.reason if chosen else "",
-        }
+        row: Row = {"name": name, "kind": LayerKind.OTHER.value}
+        row |= {"type": "", "shape": "", "reason": ""}
+        if chosen := plan.get(name):
+            row |= {
+                "kind": chosen.kind.value,
+                "shape": _shape(chosen.shapes),
+                "option": chosen.option.key,
+                "precision": chosen.precision.value,
+                "recipe": chosen.recipe.value if chosen.recipe else None,
+                "gemms_hp": " ".join(chosen.gemms_hp),
+                "reason": chosen.reason,
+            }
+        if spec := specs.get(name):
+            shapes = (parameter.shape for parameter in spec.parameters)
+            row |= {
+                "kind": spec.kind.value,
+                "type": spec.type_name.rpartition(".")[2],
+                "shape": str(spec.gemm) if spec.gemm else _shape(shapes),
+                "calls": spec.calls_per_step,
+                "is_frozen": spec.is_frozen,
+                "tied_to": spec.tied_to,
+            }
+        yield row
+
+
+def _shape(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Return the shapes of parameters; a called linear has its GEMM's MxKxN instead."""
+    return " ".join("x".join(map(str, shape)) or "1" for shape in shapes)
 
 
 def _timing_facts(timing: LayerTiming) -> Row:
@@ -212,21 +213,13 @@ def _timing_facts(timing: LayerTiming) -> Row:
     known: Row = {name: getattr(timing, name) for name in BYTES}
     known["memory_bytes"] = sum(known.values())
     known |= {"kernels": " ".join(timing.kernels), "infeasible": timing.infeasible}
-    total = timing.total
-    if total is None:
+    if (total := timing.total) is None:
         return known
     parts = {f"{p}_ms": part.median_ms for p in PARTS if (part := getattr(timing, p)) is not None}
     if "output_ms" in parts:
         known["other_ms"] = total.median_ms - sum(parts.values())
-    return known | {
-        **parts,
-        "total_ms": total.median_ms,
-        "p20_ms": total.p20_ms,
-        "p80_ms": total.p80_ms,
-        "samples": total.samples,
-        "rejected": total.rejected,
-        "time_basis": total.basis.value,
-    }
+    same = {name: getattr(total, name) for name in ("p20_ms", "p80_ms", "samples", "rejected")}
+    return known | parts | same | {"total_ms": total.median_ms, "time_basis": total.basis.value}
 
 
 def _add_plan(facts: dict[tuple[str, Option], Row], run: RunRecords) -> None:
@@ -251,17 +244,6 @@ def _add_plan(facts: dict[tuple[str, Option], Row], run: RunRecords) -> None:
 def _effects(run: RunRecords) -> list[LayerSensitivity]:
     rows = run.sensitivity.rows if run.sensitivity else ()
     return [row for row in rows if row.basis is not Basis.UNKNOWN]
-
-
-def _shape(spec: LayerSpec | None, chosen: Assignment | None) -> str:
-    """Return MxKxN for a called linear, else the shapes of the parameters."""
-    if spec is not None and spec.gemm is not None:
-        return str(spec.gemm)
-    if spec is not None:
-        shapes = tuple(parameter.shape for parameter in spec.parameters)
-    else:
-        shapes = chosen.shapes if chosen else ()
-    return " ".join("x".join(str(size) for size in shape) or "1" for shape in shapes)
 
 
 def _typed(frame: "pd.DataFrame") -> "pd.DataFrame":

@@ -6,9 +6,11 @@ unfolded one. A narrow terminal has the reason below the name, a wide one in a c
 column that nothing is known for is left out.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from autoprec.records import Option
@@ -37,8 +39,9 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of the name: block
 def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     """Return the table of layers for a terminal of that width, with a line of totals."""
     view = View.WIDE if width >= WIDE_FROM else View.NARROW
-    folded = frame_rows(fold_layers(frame) if len(frame) > FOLD_ABOVE else frame)
-    shown, total = _longest(folded), total_row(frame)
+    folded = fold_layers(frame) if len(frame) > FOLD_ABOVE else frame.assign(layers=1)
+    longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
+    shown, total = frame_rows(longest.sort_index()), total_row(frame)
     columns = known_columns(columns_of(view), [*shown, total])
     rows = [_cells(row, columns, view) for row in (*shown, total)]
     heads = [column.title for column in columns]
@@ -48,8 +51,7 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     widest = 0 if view is View.NARROW else len(columns) - 1
     table = Table(heads, rows, numbers, widest, has_total=True)
     parts: list[Part] = [Line("Layers", "bold"), table]
-    if len(shown) < len(folded):
-        rest = len(frame) - sum(row.get("layers", 1) for row in shown)
+    if rest := len(frame) - sum(row["layers"] for row in shown):
         parts.append(Line(f"... and {count_of(rest, 'layer')} that take less time; see layers.csv"))
     return parts
 
@@ -68,50 +70,41 @@ def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
 
     The column `layers` says how many layers a row stands for.
     """
-    patterns = (_NUMBER.sub("{}", name) for name in frame["name"])
-    alike = zip(patterns, frame["kind"], frame["shape"], frame["option"].fillna(""), strict=True)
-    return _summed(frame, list(alike), _common_name)
+    alike = [frame["name"].str.replace(_NUMBER, "{}", regex=True), "kind", "shape", "option"]
+    groups = frame.groupby(alike, sort=False, dropna=False).ngroup()
+    folded = _summed(frame, groups)
+    for column, common in (("name", _common_name), ("reason", _common_reason)):
+        folded[column] = [common(list(texts)) for _, texts in frame[column].groupby(groups)]
+    return folded
 
 
 def total_row(frame: "pd.DataFrame") -> Row:
     """Return all rows as one: sums, and the speedups of the sums."""
-    summed = _summed(frame, [0] * len(frame), lambda names: f"all {len(names)} layers")
+    import pandas as pd
+
+    summed = _summed(frame, pd.Series(0, index=frame.index))
     (row,) = frame_rows(summed) or [dict.fromkeys(frame.columns)]
     untimed = int(frame["total_ms"].fillna(frame["bf16_o2_total_ms"]).isna().sum())
     about = dict.fromkeys(("shape", "option", "reason", "type"), "")
-    return row | about | {"untimed": untimed}
+    return row | about | {"name": f"all {len(frame)} layers", "untimed": untimed}
 
 
-def _summed(
-    frame: "pd.DataFrame", keys: Sequence[Hashable], named: Callable[[list[str]], str]
-) -> "pd.DataFrame":
-    """Return one row per key, in the order in which the keys come; `named` joins their names."""
-    import pandas as pd
-
-    codes = {key: code for code, key in enumerate(dict.fromkeys(keys))}
-    groups = pd.Series([codes[key] for key in keys], index=frame.index, dtype="int64")
+def _summed(frame: "pd.DataFrame", groups: "pd.Series[int]") -> "pd.DataFrame":
+    """Return one row per group: its sums, and of other columns the first value that is known."""
     grouped = frame.groupby(groups)
-    folded = grouped.first().reindex(columns=[column.name for column in COLUMNS])
+    folded = grouped.first()
     sums = [column.name for column in COLUMNS if column.is_sum]
     folded[sums] = grouped[sums].sum(min_count=1)
     # a ratio is that of the sums over the layers that both times are known of
     for label in BASELINES:
         pair = frame[[f"{label}_total_ms", "total_ms"]].dropna()
-        both = pair.groupby(groups.loc[pair.index]).sum()
+        both = pair.groupby(groups).sum()
         own_ms = both["total_ms"]
         folded[f"speedup_vs_{label}"] = both[f"{label}_total_ms"] / own_ms.where(own_ms > 0.0)
     squares = frame["grad_error_stderr"].pow(2).groupby(groups)
     folded["grad_error_stderr"] = squares.agg(lambda each: each.sum(skipna=False)).pow(0.5)
     folded["layers"] = grouped.size()
-    folded["name"] = grouped["name"].agg(lambda names: named(list(names)))
-    folded["reason"] = grouped["reason"].agg(lambda reasons: _common_reason(list(reasons)))
     return folded
-
-
-def _longest(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that take the most time, at most MOST_ROWS, in model order."""
-    by_time = sorted(range(len(rows)), key=lambda at: rows[at]["total_ms"] or 0.0, reverse=True)
-    return [rows[at] for at in sorted(by_time[:MOST_ROWS])]
 
 
 def _cells(row: Row, columns: Sequence[Column], view: View) -> list[Cell]:
@@ -136,13 +129,10 @@ def _common_name(names: Sequence[str]) -> str:
     """Return one name, with ranges for the numbers that differ, and the number of layers."""
     if len(names) == 1:
         return names[0]
-    numbers = list(zip(*(_NUMBER.findall(name) for name in names), strict=True))
+    numbers = zip(*(_NUMBER.findall(name) for name in names), strict=True)
     values = [sorted({int(number) for number in column}) for column in numbers]
-    covered = 1
-    for column in values:
-        covered *= len(column)
-    shown = iter(_ranges(column) for column in values)
-    name = _NUMBER.sub(lambda _: next(shown), names[0])
+    shown = iter(map(_ranges, values))
+    name, covered = _NUMBER.sub(lambda _: next(shown), names[0]), math.prod(map(len, values))
     count = f"x{len(names)}" if covered == len(names) else f"{len(names)} of {covered}"
     return f"{name} ({count})"
 
@@ -151,13 +141,12 @@ def _ranges(numbers: Sequence[int]) -> str:
     """Return `{0,2-5}` for 0, 2, 3, 4, 5; a single number as it is."""
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    # consecutive numbers are those that differ from their positions by the same
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    parts = []
+    for _, pairs in runs:
+        first, *others = (number for _, number in pairs)
+        parts.append(f"{first}-{others[-1]}" if others else f"{first}")
     return f"{{{','.join(parts)}}}"
 
 

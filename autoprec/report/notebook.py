@@ -5,13 +5,12 @@ The HTML is a fragment of its own: no script, no class of a page's style sheet, 
 
 from collections import Counter
 
-from markupsafe import Markup
-
 from autoprec.records import Plan
 from autoprec.report import formats
 from autoprec.report.formats import clean_text, count_of
 from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
 from autoprec.report.layer_table import fold_layers, known_columns
+from autoprec.report.page import render
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import Summary, summarise_run
 
@@ -39,18 +38,9 @@ def run_html(records: RunRecords) -> str:
     """Return what a run found as a fragment of HTML, for a notebook."""
     found = summarise_run(records)
     rows = _by_option(found)
+    shown, rest = rows[:MOST_ROWS], _rest(rows[MOST_ROWS:])
     columns = known_columns(columns_of(View.NOTEBOOK), rows)
-    first, *others = _sentences(found)
-    shown = [[column.show(row[column.name]) for column in columns] for row in rows[:MOST_ROWS]]
-    parts = [
-        _tag("b", first),
-        *(_tag("div", line) for line in (*others, _rest(rows[MOST_ROWS:])) if line),
-    ]
-    if shown:
-        head = _tag("tr", *(_tag("th", column.title) for column in columns))
-        lines = (_tag("tr", *(_tag("td", text) for text in texts)) for texts in shown)
-        parts.append(_tag("table", _tag("thead", head), _tag("tbody", *lines)))
-    return str(_tag("div", *parts))
+    return render("notebook.html", lines=[*_sentences(found), rest], columns=columns, rows=shown)
 
 
 def _sentences(found: Summary) -> list[str]:
@@ -71,9 +61,3 @@ def _by_option(found: Summary) -> list[Row]:
 def _rest(rows: list[Row]) -> str:
     rest = sum(row["layers"] for row in rows)
     return f"... and {count_of(rest, 'more layer')}" if rest else ""
-
-
-def _tag(name: str, *content: str) -> Markup:
-    """Return an element; what is not markup yet is cleaned and escaped."""
-    cleaned = (each if isinstance(each, Markup) else clean_text(each) for each in content)
-    return Markup(f"<{name}>{{}}</{name}>").format(Markup("").join(cleaned))

@@ -15,69 +15,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.report import figures, formats, sections
+from autoprec.report import figures, formats, tables
 from autoprec.report.layer_frame import Row, View, columns_of, frame_rows, options_frame
 from autoprec.report.layer_table import total_row
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import predicted_and_measured
+from autoprec.report.step_times import predicted_and_measured, spread_title
 from autoprec.report.summary import apply_line, summarise_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-def render_html(run: RunRecords) -> str:
-    """Return the report of a run as one HTML page; sections say what was not run."""
-    found, options, script = summarise_run(run), options_frame(run), _asset("script.js")
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            # what was found, and the modules that draw it: templates call their functions
-            run=run,
-            found=found,
-            options=options,
-            predicted=predicted_and_measured(run),
-            figures=figures,
-            formats=formats,
-            sections=sections,
-            # the table of layers
-            columns=columns_of(View.PAGE),
-            rows=frame_rows(found.layers),
-            total=total_row(found.layers),
-            details=_by_layer(options),
-            refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
-            # the page itself
-            apply_line=apply_line("."),
-            version=__version__,
-            style=_asset("style.css"),
-            script=script,
-            policy=_policy(script),
-        )
-    )
-
-
-def _by_layer(options: "pd.DataFrame") -> dict[str, list[Row]]:
-    """Return what is known of every option, by layer."""
-    found: dict[str, list[Row]] = {}
-    for row in frame_rows(options):
-        found.setdefault(row["name"], []).append(row)
-    return found
-
-
-@functools.cache
-def _environment() -> Environment:
-    """Return the templates' environment: everything is escaped, hidden characters made visible."""
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _shown(value: object) -> object:
@@ -87,6 +35,58 @@ def _shown(value: object) -> object:
     if isinstance(value, str) and not isinstance(value, Markup):
         return formats.clean_text(value)
     return value
+
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render_html(run: RunRecords) -> str:
+    """Return the report of a run as one HTML page; sections say what was not run."""
+    found, options, script = summarise_run(run), options_frame(run), _asset("script.js")
+    return render(
+        "report.html",
+        # what was found, and the modules that draw it: templates call their functions
+        run=run,
+        found=found,
+        options=options,
+        spread=spread_title(found.steps.values()),
+        predicted=predicted_and_measured(run),
+        figures=figures,
+        formats=formats,
+        tables=tables,
+        # the table of layers
+        columns=columns_of(View.PAGE),
+        rows=frame_rows(found.layers),
+        total=total_row(found.layers),
+        details=_by_layer(options),
+        refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
+        # the page itself
+        apply_line=apply_line("."),
+        version=__version__,
+        style=_asset("style.css"),
+        script=script,
+        policy=_policy(script),
+    )
+
+
+def render(template: str, **values: object) -> str:
+    """Return a template with its values: all escaped, hidden characters made visible."""
+    return ENVIRONMENT.get_template(template).render(values)
+
+
+def _by_layer(options: "pd.DataFrame") -> dict[str, list[Row]]:
+    """Return what is known of every option, by layer."""
+    found: dict[str, list[Row]] = {}
+    for row in frame_rows(options):
+        found.setdefault(row["name"], []).append(row)
+    return found
 
 
 @functools.cache

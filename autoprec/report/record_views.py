@@ -25,8 +25,8 @@ from autoprec.report.formats import count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
-from autoprec.report.sections import device_facts, fact_table, recipe_table, seed_gaps
 from autoprec.report.summary import profile_notes, summarise_run
+from autoprec.report.tables import device_facts, recipe_table, seed_gaps
 from autoprec.report.terminal import proof_lines, steps_parts
 from autoprec.report.text_table import Line, Part, Table, notes, print_parts, section
 from autoprec.sensitivity.gap import HORIZON_STEPS
@@ -204,7 +204,7 @@ def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
     device, is_healthy = diagnosis.device, diagnosis.is_healthy
     missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
     return [
-        fact_table(device_facts(device) | missing),
+        Table(("fact", "value"), list((device_facts(device) | missing).items()), widest=1),
         _checks_table(diagnosis.checks),
         *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
         *map(Line, _gemm_sentences(diagnosis.gemm_ms)),

@@ -97,6 +97,19 @@ class Summary:
         return f"{count_of(len(self.layers), 'layer')}: {', '.join(counts)}" if counts else ""
 
     @property
+    def peak_memory(self) -> tuple[int | None, int | None, Basis]:
+        """The peak bytes of the plan's step and of BF16 O2's, and the basis of the plan's.
+
+        It is the model's where it was not measured but BF16 O2's is known, to compare it with.
+        """
+        plan, base = self.steps.get("plan"), self.steps.get("bf16_o2")
+        peak, baseline = (step.peak_bytes if step else None for step in (plan, base))
+        model = self.run.plan.predicted if self.run.plan else None
+        if peak is None and baseline is not None and model:
+            return model.memory_bytes, baseline, Basis.PREDICTED
+        return peak, baseline, Basis.MEASURED
+
+    @property
     def headline(self) -> str:
         """The result in one sentence."""
         if not any(self.counts.values()):

@@ -1,0 +1,53 @@
+"""What the page and the terminal both show, but for layers and steps."""
+
+from autoprec.records import APPLICABLE_RECIPES, BF16_O2, DeviceFacts, Sensitivity, Verification
+from autoprec.report import formats
+from autoprec.report.formats import UNKNOWN
+from autoprec.report.text_table import Table
+from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
+
+
+def recipe_table(sensitivity: Sensitivity) -> Table:
+    """Return what each FP8 recipe costs in convergence: FP8 wherever it goes, BF16 elsewhere."""
+    rows = []
+    for option in dict.fromkeys(row.option for row in sensitivity.rows):
+        if not option.is_fp8 or option.gemms_hp:
+            continue
+        own = {row.name: row for row in sensitivity.rows if row.option == option}
+        others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
+        parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
+        grad_error = sensitivity.activation_error.mean + parts
+        gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
+        is_applied = option.recipe in APPLICABLE_RECIPES
+        title = formats.option(option)
+        title += "" if is_applied else " (for comparison; no plan applies it)"
+        shares = (formats.share(grad_error), formats.share(gap, sign=True))
+        rows.append((title, str(len(own)), *shares))
+    gap_title = f"predicted loss gap, {HORIZON_STEPS} steps"
+    heads = ("recipe", "linears", "gradient error, sum of parts", gap_title)
+    return Table(heads, rows, numbers=(1, 2, 3))
+
+
+def device_facts(device: DeviceFacts) -> dict[str, str]:
+    """Return what a device is, fact by fact."""
+    return {
+        "device": f"{device.name} ({device.kind} {device.capability})",
+        "memory": formats.size(device.memory_bytes),
+        "driver": device.driver or UNKNOWN,
+        "threads": str(device.threads),
+        "TF32": "allowed" if device.allow_tf32 else "off",
+        "FP8 recipes": ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}",
+        **device.software,
+    }
+
+
+def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
+    """Return the relative gap of each seed whose branch and reference were evaluated."""
+    references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
+    return {
+        branch.seed: (branch.eval_loss - reference) / abs(reference)
+        for branch in verification.branches
+        if branch.label == label
+        and branch.eval_loss is not None
+        and (reference := references.get(branch.seed))
+    }
