@@ -18,10 +18,10 @@ import ctypes
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ NEAR_BUDGET = (0.5, 0.65, 0.8, 1.25)  # and these shares of the budget
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
-Bools = NDArray[np.bool_]
+Plan = TypeVar("Plan")
 
 
 class Item(NamedTuple):
@@ -91,18 +91,18 @@ class Knapsack:
         *,
         memory: float = math.inf,
     ) -> None:
-        self.groups = groups
         self.outside = outside or Outside()
         self.memory = memory
         sizes = [len(group) for group in groups]
+        self._plans = math.prod(sizes)
         items = np.array([item for group in groups for item in group], dtype=np.float64)
         self._ms, self._error, self._bytes, self._is_16_bit, self._hiding = items.T
         self._starts = np.cumsum([0, *sizes[:-1]])
-        group_of = np.repeat(np.arange(len(groups)), sizes)
         # one variable per item, and the last: the wait for communication that no compute hides
+        group_of = np.repeat(np.arange(len(sizes)), sizes)
         self._one_each = csr_array(
-            (np.ones(len(group_of)), (group_of, np.arange(len(group_of)))),
-            shape=(len(groups), len(group_of) + 1),
+            (np.ones(len(items)), (group_of, np.arange(len(items)))),
+            shape=(len(sizes), len(items) + 1),
         )
         self._least_error = self.outside.grad_error + self._sum_of_least(self._error)
         self._most_error = self.outside.grad_error - self._sum_of_least(-self._error)
@@ -111,13 +111,15 @@ class Knapsack:
 
     def soonest(self, budget: float = math.inf) -> tuple[Solution, float] | None:
         """Return the plan of least time to loss, and a proven bound of the step time of any."""
-        best = fastest = self.minimise(self._tie_price, budget)
-        if best is None or fastest is None:
+        price = self._tie_price
+        found = best = self.minimise(price, budget)
+        if found is None or best is None:
             return None
-        most_error = min(budget, self._most_error)
-        bound_ms = _line(fastest, self._tie_price, at=max(most_error, fastest.grad_error))
-        lines = [(self._tie_price, fastest)]
-        for _ in range(MOST_SOLVES if fastest.ms > 0.0 else 0):
+        most_error = max(min(budget, self._most_error), found.grad_error)
+        bound_ms = found.ms - price * (most_error - found.grad_error)
+        lines: list[tuple[float, float]] = []  # (price, z): T >= z - price * g for every plan
+        for _ in range(MOST_SOLVES):
+            lines.append((price, found.ms + price * found.grad_error))
             ms, error = self._lowest_corner(lines)
             if ms * (1.0 + error) >= best.time_to_loss_ms * (1.0 - ROUNDING):
                 break
@@ -125,7 +127,6 @@ class Knapsack:
             found = self.minimise(price, budget)
             if found is None:
                 break
-            lines.append((price, found))
             best = min(best, found, key=lambda plan: (plan.time_to_loss_ms, plan.grad_error))
         return best, bound_ms
 
@@ -135,97 +136,86 @@ class Knapsack:
         All of them when there are at most COMPLETE_PLANS plans (but those that are faster than the
         next by less than TIE); else the exact answers to FRONT_POINTS budgets and NEAR_BUDGET.
         """
-        found = [fastest] if (fastest := self.minimise(self._tie_price, math.inf)) else []
-        if not found or math.prod(len(group) for group in self.groups) <= COMPLETE_PLANS:
-            while found and found[-1].grad_error > self._least_error:
-                below = found[-1].grad_error * (1.0 - 4.0 * ROUNDING)
-                point = self.minimise(self._tie_price, below)
-                if point is None or point.grad_error >= found[-1].grad_error:
-                    break
+        fastest = point = self.minimise(self._tie_price, math.inf)
+        found: list[Solution] = []
+        if self._plans <= COMPLETE_PLANS:
+            while point and (not found or point.grad_error < found[-1].grad_error):
                 found.append(point)
-            return undominated(found)
-        most = found[0].grad_error
-        budgets = [share * near for share in NEAR_BUDGET if share * near < most]
-        if most > 0.0:
-            least = max(self._least_error, FRONT_RANGE * most)
-            steps = np.geomspace(least, most, FRONT_POINTS, endpoint=False)
-            budgets += [self._least_error, *steps.tolist()]
-        for budget in budgets:
-            if (point := self.minimise(self._tie_price, budget)) is not None:
-                found.append(point)
-        return undominated(found)
+                point = self.minimise(self._tie_price, point.grad_error * (1.0 - 4.0 * ROUNDING))
+        elif fastest:
+            most = fastest.grad_error
+            budgets = [math.inf, *(share * near for share in NEAR_BUDGET if share * near < most)]
+            if most > 0.0:
+                least = max(self._least_error, FRONT_RANGE * most)
+                steps = np.geomspace(least, most, FRONT_POINTS, endpoint=False)
+                budgets += [self._least_error, *steps.tolist()]
+            points = (self.minimise(self._tie_price, budget) for budget in budgets)
+            found = [point for point in points if point]
+        return tuple(undominated(found, lambda plan: (plan.grad_error, plan.ms)))
 
     def minimise(self, price: float, budget: float) -> Solution | None:
         """Return the plan of least ms + price * grad_error within a budget, if there is any."""
+        above = 1.0 + ROUNDING
         for margin in (0.0, MARGIN):
             found = self._minimise(price, budget * (1.0 - margin), self.memory * (1.0 - margin))
-            if found is None or self._fits(found, budget):
+            if found is None:
+                break
+            if found.grad_error <= budget * above and found.memory <= self.memory * above:
                 return found
         return None
-
-    def _fits(self, plan: Solution, budget: float) -> bool:
-        above = 1.0 + ROUNDING
-        return plan.grad_error <= budget * above and plan.memory <= self.memory * above
 
     def _minimise(self, price: float, budget: float, memory: float) -> Solution | None:
         limits = self._limits(budget, memory)
         if limits is None:
             return None
-        rows, most, is_open = limits
+        rows, most, upper = limits
         cost = np.append(self._ms + price * self._error, 1.0)
         least = self._sum_of_least(cost[:-1]) + max(self.outside.hidable_ms, 0.0)
         cost *= SCALE / max(least, float(cost.max()) / SCALE)
-        upper = np.append(np.where(is_open, np.inf, 0.0), np.inf)
+
         relaxed = linprog(  # type: ignore[call-overload]  # takes sparse rows; its stubs do not
             cost,
             A_ub=rows,
             b_ub=most,
             A_eq=self._one_each,
-            b_eq=np.ones(len(self.groups)),
+            b_eq=np.ones(len(self._starts)),
             bounds=np.column_stack([np.zeros(len(cost)), upper]),
         )
         if relaxed.x is None:
             return None
         # reduced cost: by how much at least a plan with that item is above the relaxed value
         duals = self._one_each.T @ relaxed.eqlin.marginals + rows.T @ relaxed.ineqlin.marginals
-        reduced = np.where(upper > 0.0, cost - duals, np.inf)
+        reduced = np.where(upper > 0.0, cost - duals, math.inf)
         gap = FIRST_GAP
         while True:
             core = np.flatnonzero(reduced <= gap)
-            answer = self._solve_core(cost, rows, most, core)
-            above = math.inf if answer is None else answer[1] - relaxed.fun
-            is_all = len(core) == np.isfinite(reduced).sum()
+            constraints = [
+                LinearConstraint(self._one_each[:, core], 1.0, 1.0),
+                LinearConstraint(rows[:, core], -np.inf, most),
+            ]
+            with _silenced():
+                answer = milp(
+                    cost[core],
+                    integrality=(core < len(self._ms)).astype(np.int64),
+                    bounds=Bounds(0.0, upper[core]),
+                    constraints=constraints,
+                    options={"mip_rel_gap": 0.0},
+                )
+            above = math.inf if answer.x is None else answer.fun - relaxed.fun
+            is_all = len(core) == np.count_nonzero(upper)
             if above <= gap or is_all:  # what was left out could not lead to less
-                return None if answer is None else self._solution(answer[0])
+                return None if answer.x is None else self._solution(core[answer.x > 0.5])
             gap = min(above * (1.0 + ROUNDING), 10.0 * gap)
 
-    def _solve_core(
-        self, cost: Floats, rows: csr_array, most: Floats, core: Indices
-    ) -> tuple[Indices, float] | None:
-        """Return the items of the best plan that has items of the core only, and its cost."""
-        is_item = core < len(cost) - 1
-        with _silenced():
-            answer = milp(
-                cost[core],
-                integrality=is_item.astype(np.int64),
-                bounds=Bounds(0.0, np.where(is_item, 1.0, np.inf)),
-                constraints=[
-                    LinearConstraint(self._one_each[:, core], 1.0, 1.0),
-                    LinearConstraint(rows[:, core], -np.inf, most),
-                ],
-                options={"mip_rel_gap": 0.0},
-            )
-        if answer.x is None:
-            return None
-        return core[is_item & (answer.x > 0.5)], float(answer.fun)
+    def _limits(self, budget: float, memory: float) -> tuple[csr_array, Floats, Floats] | None:
+        """Return rows, their limits in parts of SCALE, and the most of each variable.
 
-    def _limits(self, budget: float, memory: float) -> tuple[csr_array, Floats, Bools] | None:
-        """Return rows, their upper limits in parts of SCALE, and the items that fit on their own.
-
-        None where what is outside does not fit.
+        That is 0 for the items that do not fit on their own. None where what is outside does not.
         """
         outside = self.outside
-        rows, most, is_open = [], [], np.ones(len(self._ms), dtype=np.bool_)
+        rows: list[Floats] = []
+        most: list[float] = []
+        upper = np.full(len(self._ms) + 1, math.inf)
         for values, beside, limit in (
             (self._error, outside.grad_error, budget),
             (self._bytes, outside.memory, memory),
@@ -235,21 +225,20 @@ class Knapsack:
                 return None
             if math.isfinite(limit):
                 unit = SCALE / limit if limit > 0.0 else 0.0
-                is_open &= values <= left
-                rows.append([*np.where(is_open, values * unit, 0.0), 0.0])
+                upper[:-1][values > left] = 0.0
+                rows.append(np.append(np.where(values <= left, values * unit, 0.0), 0.0))
                 most.append((limit - beside) * unit)
         if outside.hidable_ms > 0.0:  # wait >= hidable - sum of hiding
             unit = SCALE / outside.hidable_ms
-            rows.append([*(-unit * self._hiding), -unit])
+            rows.append(np.append(-unit * self._hiding, -unit))
             most.append(-SCALE)
-        rows.append([*-self._is_16_bit, 0.0])
+        rows.append(np.append(-self._is_16_bit, 0.0))
         most.append(-1.0)
-        return csr_array(np.array(rows)), np.array(most), is_open
+        return csr_array(np.array(rows)), np.array(most), upper
 
     def _solution(self, chosen: Indices) -> Solution:
-        outside = self.outside
-        hidden_ms = math.fsum(self._hiding[chosen])
-        wait_ms = max(outside.hidable_ms - hidden_ms, 0.0)
+        chosen, outside = chosen[chosen < len(self._ms)], self.outside
+        wait_ms = max(outside.hidable_ms - math.fsum(self._hiding[chosen]), 0.0)
         return Solution(
             picks=tuple(int(item) for item in chosen - self._starts),
             ms=max(math.fsum([outside.ms, wait_ms, *self._ms[chosen]]), 0.0),
@@ -257,33 +246,26 @@ class Knapsack:
             memory=math.fsum([outside.memory, *self._bytes[chosen]]),
         )
 
-    def _lowest_corner(self, lines: Sequence[tuple[float, Solution]]) -> tuple[float, float]:
+    def _lowest_corner(self, lines: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """Return (T, g) of the least product among the corners of what the lines leave open."""
-        steepest_first = sorted(lines, key=lambda line: -line[0])
         errors = [self._least_error]
-        for (price, plan), (other, beside) in itertools.pairwise(steepest_first):
-            if price > other:
-                meet = (_line(plan, price, at=0.0) - _line(beside, other, at=0.0)) / (price - other)
-                errors.append(max(meet, self._least_error))
-        corners = [(max(_line(p, price, at=g) for price, p in lines), g) for g in errors]
+        for (price, least), (other, beside) in itertools.pairwise(sorted(lines)):
+            if price < other:
+                errors.append(max((beside - least) / (other - price), self._least_error))
+        corners = [(max(least - price * g for price, least in lines), g) for g in errors]
         return min(corners, key=lambda corner: corner[0] * (1.0 + corner[1]))
 
     def _sum_of_least(self, values: Floats) -> float:
         return float(np.minimum.reduceat(values, self._starts).sum())
 
 
-def undominated(points: Sequence[Solution]) -> tuple[Solution, ...]:
-    """Return the points that none of the others beats in both time and error, by its increase."""
-    kept: list[Solution] = []
-    for point in sorted(points, key=lambda point: (point.grad_error, point.ms)):
-        if not kept or point.ms < kept[-1].ms * (1.0 - ROUNDING):
-            kept.append(point)
-    return tuple(kept)
-
-
-def _line(plan: Solution, price: float, *, at: float) -> float:
-    """Return the bound of T at some error that a plan of least T + price * error gives."""
-    return plan.ms + price * (plan.grad_error - at)
+def undominated(plans: Iterable[Plan], cost: Callable[[Plan], tuple[float, float]]) -> list[Plan]:
+    """Return the plans that no other beats in both costs, (gradient error, ms), by the first."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=cost):
+        if not kept or cost(plan)[1] < cost(kept[-1])[1] * (1.0 - ROUNDING):
+            kept.append(plan)
+    return kept
 
 
 @contextmanager
