@@ -5,9 +5,8 @@ keep        --keep: what the user has fixed
 problem     what there is to choose, with ties and locks; the exact plan and front
 solver      the exact answer, by HiGHS
 space       the decisions of the study
-evaluator   a whole plan -> its measured gradient error and time to loss
 storage     the Optuna study in its database
-study       the study's trials
+study       whole plans, each evaluated once as a trial
 explore     which whole plans to evaluate, in which order; which layers interact
 stage       search_plan: all of this
 planning    build_plan: a point -> the plan; reasons (of layers) and notes put it in words

@@ -12,65 +12,72 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from autoprec.common.text import percent
 from autoprec.records import BF16_O2, FP32, Option
-from autoprec.search.evaluator import EvaluatedPlan
 from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
-from autoprec.search.study import StudyLog
+from autoprec.search.study import EvaluatedPlan, PlanStudy
 
 WALK_STEPS = 4
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
 SHARE = 0.5  # of the excess, that the layers found must take away at each halving
 REPAIR_TRIES = 3
 
-IsOver = Callable[[], bool]
 Suspect = TypeVar("Suspect")
 
 
-def evaluate_seeds(log: StudyLog, exact_plan: Options, *, is_over: IsOver) -> EvaluatedPlan:
+def explore(study: PlanStudy, exact_plan: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Evaluate the seeds, walk and repair; return the interacting layers, and notes on them."""
+    plan = _evaluate_seeds(study, exact_plan)
+    _walk_front(study, plan)
+    # only where the parts do more together than apart is there something to find
+    is_apart = plan.grad_error <= EXCESS * plan.table_grad_error
+    if plan.is_feasible or is_apart or study.is_over():
+        return (), ()
+    interacting, repaired = _repair(study, plan)
+    return interacting, (_repair_note(plan, interacting, repaired),)
+
+
+def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> EvaluatedPlan:
     """Evaluate the plans that every search looks at; return the exact one."""
-    space = log.space
-    fp32, bf16 = space.problem.uniform(FP32), space.problem.uniform(BF16_O2)
-    if fp32 in space.bases:
-        log.try_base(space.bases.index(fp32), source="uniform")
-    evaluated = log.try_base(space.bases.index(exact_plan), source="exact")
-    if bf16 in space.bases and not is_over():
-        log.try_base(space.bases.index(bf16), source="uniform")
+    fp32, bf16 = (study.problem.uniform(option) for option in (FP32, BF16_O2))
+    if fp32 in study.space.bases:
+        study.evaluate(fp32, source="uniform")
+    evaluated = study.evaluate(exact_plan, source="exact")
+    if bf16 in study.space.bases and not study.is_over():
+        study.evaluate(bf16, source="uniform")
     return evaluated
 
 
-def walk_front(log: StudyLog, start: EvaluatedPlan, *, is_over: IsOver) -> None:
+def _walk_front(study: PlanStudy, plan: EvaluatedPlan) -> None:
     """Evaluate the most promising base again and again, as measurements correct the table."""
-    plan, costs = start, log.space.problem.costs
+    costs = study.problem.costs
     for _ in range(WALK_STEPS):
         ratio = plan.grad_error / plan.table_grad_error if plan.table_grad_error > 0.0 else 1.0
-        promised: dict[int, float] = {}  # base -> time to loss
-        for base, options in enumerate(log.space.bases):
+        promised: dict[Options, float] = {}  # time to loss
+        for options in study.space.bases:
             grad_error = ratio * costs.grad_error(options)
-            if grad_error <= log.evaluator.budget:
-                promised[base] = costs.step_ms(options) * (1.0 + grad_error)
-        best = min(promised, key=lambda base: promised[base], default=None)
-        if best is None or log.space.bases[best] in log.evaluator.known or is_over():
+            if grad_error <= study.budget:
+                promised[options] = costs.step_ms(options) * (1.0 + grad_error)
+        best = min(promised, key=lambda options: promised[options], default=None)
+        if best is None or best in study.known or study.is_over():
             return
-        plan = log.try_base(best, source="exact")
+        plan = study.evaluate(best, source="exact")
 
 
-def needs_repair(plan: EvaluatedPlan) -> bool:
-    """Whether a plan breaks the budget because its parts do more together than apart."""
-    return not plan.is_feasible and plan.grad_error > EXCESS * plan.table_grad_error
-
-
-def repair(log: StudyLog, broken: EvaluatedPlan) -> tuple[tuple[str, ...], EvaluatedPlan | None]:
+def _repair(
+    study: PlanStudy, broken: EvaluatedPlan
+) -> tuple[tuple[str, ...], EvaluatedPlan | None]:
     """Find the layers that make a plan's joint error exceed the sum, and a plan without them.
 
     Returns:
         The names of the interacting layers, and the nearest plan that is feasible; nothing when the
         excess is spread over many layers.
     """
-    problem = log.space.problem
+    problem = study.problem
     suspects = [g for g in problem.groups if more_precise_choices(g, broken.options)]
 
     def excess_without(groups: Sequence[Group]) -> float:
-        plan = log.try_plan(_made_precise(problem, broken.options, groups), source="repair")
+        plan = study.evaluate(_made_precise(problem, broken.options, groups), source="repair")
         return plan.grad_error - plan.table_grad_error
 
     excess = broken.grad_error - broken.table_grad_error
@@ -78,7 +85,7 @@ def repair(log: StudyLog, broken: EvaluatedPlan) -> tuple[tuple[str, ...], Evalu
     if not interacting:
         return (), None
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
-    return names, _solved_without(log, broken, interacting)
+    return names, _solved_without(study, broken, interacting)
 
 
 def find_interacting(
@@ -130,22 +137,41 @@ def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -
 
 
 def _solved_without(
-    log: StudyLog, broken: EvaluatedPlan, interacting: Sequence[Group]
+    study: PlanStudy, broken: EvaluatedPlan, interacting: Sequence[Group]
 ) -> EvaluatedPlan | None:
     """Solve again with the interacting groups more precise, at smaller budgets while over."""
-    problem = log.space.problem
+    problem = study.problem
     limited = {
         group.layers: replace(group, choices=tuple(more_precise_choices(group, broken.options)))
         for group in interacting
     }
     groups = tuple(limited.get(group.layers, group) for group in problem.groups)
-    budget = log.evaluator.budget
+    budget = study.budget
     for _ in range(REPAIR_TRIES):
         found = exact(replace(problem, groups=groups), budget)
         if found is None:
             return None
-        plan = log.try_plan(found[0], source="repair")
+        plan = study.evaluate(found[0], source="repair")
         if plan.is_feasible:
             return plan
-        budget = log.evaluator.budget * plan.table_grad_error / plan.grad_error
+        budget = study.budget * plan.table_grad_error / plan.grad_error
     return None
+
+
+def _repair_note(
+    broken: EvaluatedPlan, interacting: Sequence[str], repaired: EvaluatedPlan | None
+) -> str:
+    found = (
+        f"the joint gradient error of the exact plan is {percent(broken.grad_error)}, "
+        f"{broken.grad_error / max(broken.table_grad_error, 1e-300):.1f}x the sum of its parts"
+    )
+    if not interacting:
+        return f"{found}; bisection finds no few layers behind it, so a plan with less was tried"
+    blamed = f"{found}; bisection found {', '.join(interacting)} interacting"
+    if repaired is None:
+        return f"{blamed}, but no plan without it was feasible"
+    return (
+        f"{blamed}; the nearest feasible plan has it more precise: gradient error "
+        f"{percent(repaired.grad_error)}, {repaired.step_ms:.4g} ms instead of "
+        f"{broken.step_ms:.4g} ms"
+    )

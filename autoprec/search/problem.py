@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from autoprec.errors import InfeasibleError
-from autoprec.records import BF16_O2, FP32, Constraint, FrontPoint, LayerSpec, Option, Precision
+from autoprec.records import BF16_O2, FP32, Constraint, LayerSpec, Option, Precision
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.keep import Keep, Keeps, match_keeps
-from autoprec.search.solver import Item, Knapsack, Outside, Solution
+from autoprec.search.solver import Item, Knapsack, Outside, Solution, undominated
 
 Options = tuple[Option, ...]
 
@@ -45,16 +45,6 @@ class Problem:
     allowed: tuple[Options, ...]
     memory_bytes: int | None
     groups: tuple[Group, ...] = field(default=())
-
-    def point(self, options: Options, *, grad_error_measured: float | None = None) -> FrontPoint:
-        """Return a plan with what the tables say of it."""
-        return FrontPoint(
-            options=options,
-            step_ms=self.costs.step_ms(options),
-            grad_error=self.costs.grad_error(options),
-            grad_error_measured=grad_error_measured,
-            memory_bytes=self.costs.memory_bytes(options),
-        )
 
     def rank(self, options: Options) -> tuple[float, float]:
         """Return the sort key of a plan by the table: its time to loss, then its error."""
@@ -198,11 +188,7 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     if not plans:
         raise InfeasibleError(_nothing_fits(problem))
     costs = problem.costs
-    kept: list[Options] = []
-    for plan in sorted(plans, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan))):
-        if not kept or costs.step_ms(plan) < costs.step_ms(kept[-1]):
-            kept.append(plan)
-    return tuple(kept)
+    return tuple(undominated(plans, lambda plan: (costs.grad_error(plan), costs.step_ms(plan))))
 
 
 def _options(problem: Problem, solution: Solution) -> Options:

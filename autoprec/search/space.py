@@ -7,7 +7,7 @@ option for all of them. A few dozen decisions describe any depth, and each seed 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, FP32, Option
@@ -60,7 +60,7 @@ class Space:
         return self.problem.follow_uncalled(tuple(chosen))
 
 
-def make_space(problem: Problem, front: Sequence[Options]) -> Space:
+def make_space(problem: Problem, front: Iterable[Options]) -> Space:
     """Return the decisions over a front."""
     uniform = [problem.uniform(option) for option in (FP32, BF16_O2)]
     plans = dict.fromkeys((*front, *(plan for plan in uniform if problem.fits_memory(plan))))
