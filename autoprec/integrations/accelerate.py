@@ -55,11 +55,7 @@ def prepare(
 
 
 def check_state(state: AcceleratorState) -> None:
-    """Check that what Accelerate does of its own leaves a plan alone.
-
-    Raises:
-        PlanMismatchError: it does not.
-    """
+    """Raise a PlanMismatchError if what Accelerate does of its own does not leave a plan alone."""
     if state.mixed_precision not in HARMLESS:
         raise foreign_precision(
             f"mixed_precision is {state.mixed_precision!r}",

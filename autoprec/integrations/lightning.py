@@ -76,15 +76,7 @@ class PlanPrecision(Precision):
     """
 
     def __init__(self, plan: Plan | Path | str, *, inside: str = "") -> None:
-        """Read the plan.
-
-        Args:
-            plan: a plan, or the path of a plan.json.
-            inside: the name of the submodule that the plan is for; "" is the LightningModule.
-
-        Raises:
-            RecordError: the file is no plan.
-        """
+        """Read the plan; it is for the submodule `inside`, or for the whole LightningModule."""
         self.plan = load_plan(plan)
         self.inside = inside
         self.model: nn.Module | None = None
@@ -135,11 +127,7 @@ class GuardCallback(L.Callback):
         self.loaded: dict[str, Any] = {}  # Any: a guard's state
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the guard.
-
-        Raises:
-            PlanMismatchError: there is no plan, or not one optimizer.
-        """
+        """Make the guard of the plan and the optimizer, of which there must be one each."""
         plugin = trainer.precision_plugin
         if not isinstance(plugin, PlanPrecision) or plugin.model is None:
             raise PlanMismatchError(

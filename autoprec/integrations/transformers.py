@@ -42,11 +42,8 @@ def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None 
 
     Args:
         plan: a plan, or the path of a plan.json.
-        trainer: of any subclass; not one with `model_init`.
+        trainer: of any subclass; not one with `model_init`. It is returned.
         guard: makes the guard of the run: `autoprec.Guard`, or a `functools.partial` of it.
-
-    Returns:
-        The same Trainer.
 
     Raises:
         RecordError: the file is no plan.
@@ -82,34 +79,18 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
     """
 
     def __init__(self, plan: Plan | Path | str) -> None:
-        """Read the plan.
-
-        Raises:
-            RecordError: the file is no plan.
-        """
+        """Read the plan."""
         self.plan = load_plan(plan)
         self.steps: GuardedSteps | None = None
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        *_: Any,  # Any: what else a Trainer gives its callbacks
-        model: nn.Module,
-        optimizer: Optimizer | None = None,
-        **__: Any,
-    ) -> None:
+    # Any, here and below: what else a Trainer gives its callbacks
+    def on_init_end(self, args: TrainingArguments, *_: Any, model: nn.Module, **event: Any) -> None:
         """Apply the plan to the model, and to the optimizer if the Trainer was given one."""
         _check_arguments(args)
-        apply_plan(self.plan, model, optimizer)
+        apply_plan(self.plan, model, event.get("optimizer"))
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        *_: Any,  # Any: see on_init_end
-        model: nn.Module,
-        optimizer: Optimizer,
-        **__: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **event: Any
     ) -> None:
         """Attach the optimizer that the Trainer has made since, and go on with the guard's run."""
         if not runs_plan(model, self.plan):
@@ -117,7 +98,7 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
                 "the model that is trained must be the one that the plan was applied to, but the "
                 "Trainer has made another since; without model_init it makes none"
             )
-        optimizer = _inner(optimizer)
+        optimizer = _inner(event["optimizer"])
         if state.global_step > 0 and ON_OPTIMIZER not in vars(optimizer):
             raise PlanMismatchError(
                 "masters are loaded by an optimizer that knows the plan, but this one was made "
@@ -141,11 +122,8 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
 
 
 def _guarded_step(
-    steps: GuardedSteps,
-    training_step: Callable[..., Tensor],
-    *args: Any,  # Any: what the Trainer calls its step with
-    **kwargs: Any,
-) -> Tensor:
+    steps: GuardedSteps, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Tensor:  # Any: what the Trainer calls its step with
     """Run the Trainer's step; let the guard look at the last one before an optimizer step."""
     loss = training_step(*args, **kwargs)
     steps.add_loss(loss)

@@ -66,7 +66,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     first, optimizer = recorder.first, recorder.first_optimizer
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
-    if first is None or optimizer is None or not recorder.is_complete:
+    if first is None or optimizer is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
     logger.warning(
         "%s was stopped after %d training steps; what it wrote until then is its own",

@@ -92,11 +92,6 @@ class Recorder:
         ):
             yield
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether as many steps as were wanted have been recorded."""
-        return self.steps >= self.wanted
-
     def refuse(self, reason: str) -> NoReturn:
         """End the script: it cannot be recorded."""
         self.refusal = self.refusal or reason
@@ -106,7 +101,8 @@ class Recorder:
     # --- the model's call ------------------------------------------------------------------------
 
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if self._depth or not self._is_training(module):
+        is_training = self._depth == 0 and module.training and torch.is_grad_enabled()
+        if not is_training or not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
@@ -124,16 +120,9 @@ class Recorder:
         self._call = RecordedBatch(*before, tape.constants, tape.graph, writes_inputs)
         return output
 
-    def _is_training(self, module: nn.Module) -> bool:
-        return (
-            module.training
-            and torch.is_grad_enabled()
-            and any(parameter.requires_grad for parameter in module.parameters())
-        )
-
     def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
         """Return the model that a call is of, if the call can be recorded."""
-        if self.refusal or self.is_complete:
+        if self.refusal or self.steps >= self.wanted:
             raise StopScript  # again: the script caught the first one
         model = unwrapped(module, parallel=True)
         if self.model is None:
@@ -223,25 +212,24 @@ class Recorder:
             )
         if self._call is not None:
             self.refuse("each call of the model must have its backward, but one had none")
-        if self.optimizer is None:
-            self._take_optimizer(optimizer, self.model, self.first.model)
-
-    def _take_optimizer(self, optimizer: Optimizer, model: nn.Module, template: nn.Module) -> None:
-        own = {id(parameter) for parameter in model.parameters()}
+        if self.optimizer is not None:
+            return
+        # the first step: the optimizer is copied as it is before that
+        own = {id(parameter) for parameter in self.model.parameters()}
         if any(id(parameter) not in own for parameter in trained_by(optimizer)):
             self.refuse(
-                f"the optimizer must train the weights of {type(model).__name__} alone, but "
+                f"the optimizer must train the weights of {type(self.model).__name__} alone, but "
                 f"{type(optimizer).__name__} has others"
             )
         self.optimizer = optimizer
-        self.first_optimizer = copy_optimizer(optimizer, model, template)
+        self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
         set_peak_rates(self.first_optimizer)
         self.micro_steps = len(self.batches)
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
         self.steps += 1
         self._batches_before = len(self.batches)
-        if self.is_complete:
+        if self.steps >= self.wanted:
             raise StopScript
 
 
