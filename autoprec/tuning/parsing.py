@@ -1,7 +1,7 @@
 """Texts and values of settings -> what they stand for, or one line that says what is wrong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
@@ -9,8 +9,8 @@ from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
 
 MEASURED_RECIPES = (*APPLICABLE_RECIPES, Recipe.DELAYED)  # emulated, for comparison
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+BYTES = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+BYTES |= {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 
 
 def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
@@ -43,17 +43,8 @@ def parse_fraction(given: str | float) -> float:
     Raises:
         SettingsError: it is not a number between 0 and 1.
     """
-    text = str(given)
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise SettingsError(
-            f"--loss-tolerance must be a share above 0 and below 1, but it is "
-            f"{shown_value(given)}; write e.g. 0.1% or 0.001"
-        )
-    return value
+    rule = "--loss-tolerance must be a share above 0 and below 1"
+    return _quantity(given, {"": 1.0, "%": 0.01}, below=1.0, rule=rule, example="0.1% or 0.001")
 
 
 def parse_duration(given: str | float | None) -> float | None:
@@ -67,17 +58,9 @@ def parse_duration(given: str | float | None) -> float | None:
     """
     if given is None or given == "":
         return None
-    factors = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    try:
-        seconds = float(given[:-1]) * factors[given[-1]] if isinstance(given, str) else float(given)
-    except (ValueError, KeyError):
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise SettingsError(
-            f"--time-budget must be a number with s, m or h, but it is {shown_value(given)}; "
-            "write e.g. 20m"
-        )
-    return seconds
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0} | ({} if isinstance(given, str) else {"": 1.0})
+    rule = "--time-budget must be a number with s, m or h"
+    return _quantity(given, units, below=1e9, rule=rule, example="20m")
 
 
 def parse_memory(given: str | float | None) -> int | None:
@@ -91,14 +74,20 @@ def parse_memory(given: str | float | None) -> int | None:
     """
     if given is None or given == "":
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)\s*", str(given).upper())
-    size = float(found[1]) * UNITS.get(found[2], 0) if found else 0.0
-    if size < 1.0:
-        raise SettingsError(
-            f"--memory must be a number of bytes with a unit, but it is {shown_value(given)}; "
-            "write e.g. 40GiB or 80GB"
-        )
-    return int(size)
+    rule = "--memory must be a number of bytes with a unit"
+    return int(_quantity(given, BYTES, below=1e18, rule=rule, example="40GiB or 80GB"))
+
+
+def _quantity(
+    given: str | float, units: Mapping[str, float], *, below: float, rule: str, example: str
+) -> float:
+    """Return a number with a unit as one number above 0 and below `below`."""
+    found = re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*([a-z%]*)\s*", str(given), re.IGNORECASE)
+    known = {unit.lower(): factor for unit, factor in units.items()}
+    value = float(found[1]) * known.get(found[2].lower(), 0.0) if found else 0.0
+    if not 0.0 < value < below:
+        raise SettingsError(f"{rule}, but it is {shown_value(given)}; write e.g. {example}")
+    return value
 
 
 def parse_keeps(given: str | Sequence[str] | None) -> tuple[str, ...]:
