@@ -52,8 +52,9 @@ from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import DEFAULT_BATCHES, prepare_reference
 from autoprec.verification import Terms
-from autoprec.verification.branches import Session, Variant
-from autoprec.verification.session import open_session, train_seed
+from autoprec.verification.branches import train_seed
+from autoprec.verification.gate import open_session
+from autoprec.verification.session import Session, Variant
 from autoprec.workload.functions import Workload, workload_from
 
 CPU = torch.device("cpu")

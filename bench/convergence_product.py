@@ -32,8 +32,8 @@ from autoprec.sensitivity.gap import fit_loss_line
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
-from autoprec.verification.branches import Session
 from autoprec.verification.gate import gather_evidence
+from autoprec.verification.session import Session
 from autoprec.workload.functions import Workload
 
 CPU = torch.device("cpu")

@@ -35,11 +35,11 @@ from autoprec.records import (
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import Terms, verify_plans
-from autoprec.verification.branches import REFERENCE, Session, evaluate, train_branch
+from autoprec.verification.branches import evaluate, train_branch, train_seed
 from autoprec.verification.evidence import Evidence, advice, predicted_gap
-from autoprec.verification.gate import gather_evidence
+from autoprec.verification.gate import gather_evidence, open_session
 from autoprec.verification.sequential import gap_interval, verdict_of
-from autoprec.verification.session import open_session, train_seed, variants_of
+from autoprec.verification.session import REFERENCE, Session
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import Mlp, mlp_workload, token_workload
 from tests.plans import plan_for
@@ -179,7 +179,7 @@ def test_evaluation_is_fp32_of_the_master_weights() -> None:
     workload = changed(mlp_workload(), build_optimizer=build_optimizer)
     spec = capture_model(Context(workload, CPU))
     session = opened(workload, spec)
-    _, _, variant = variants_of(session, plan_of(spec, BF16_O2))
+    _, _, variant = session.variants(plan_of(spec, BF16_O2))
     reference, plan = train_seed(session, [variant], 1)
     start = sum(session.checkpoint.eval_losses)
     moved = sum(reference.eval_losses) - start
@@ -337,7 +337,7 @@ def evidence_of(*gaps: float) -> Evidence:
         for seed, gap in enumerate(gaps, start=1)
         for label, loss in (("reference", 1.0), ("plan", 1.0 + gap))
     ]
-    return Evidence(plan, (REFERENCE,) * 3, Terms(), 0.01, tuple(branches))
+    return Evidence(plan, Terms(), 0.01, tuple(branches))
 
 
 def test_a_spread_too_large_to_decide_says_what_it_would_take() -> None:

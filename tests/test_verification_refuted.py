@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from autoprec.records import BF16_O2, FP32, Branch, Option, Plan, Recipe, fp8_option
 from autoprec.verification import Terms
-from autoprec.verification.branches import REFERENCE, Variant
 from autoprec.verification.evidence import Evidence, exceeds_limit, repair_notes
 from tests.models import Mlp
 from tests.plans import plan_for
@@ -39,10 +38,8 @@ def refuted(grad_error: float | None, gap: float, *, diverged_at: int | None = N
         for seed in (1, 2)
         for label, shift in (("reference", 0.0), ("plan", gap))
     ]
-    variant = Variant(label="plan", options={})
     return Evidence(
         plan=plan(TENSORWISE, grad_error),
-        variants=(REFERENCE, variant, variant),
         terms=Terms(seeds_min=2),
         loss_tolerance=TOLERANCE,
         branches=tuple(branches),

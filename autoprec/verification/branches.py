@@ -1,4 +1,4 @@
-"""Train one branch: from the common checkpoint, on the seed's batches, the learning rate annealed.
+"""Train branches: from the common checkpoint, on the seed's batches, the learning rate annealed.
 
 Two runs that differ by rounding drift apart chaotically while the learning rate is high, and their
 losses with them. Annealing brings each branch down to the floor of the basin that both are in; the
@@ -13,83 +13,45 @@ in eval mode on fixed held-out batches, whatever the branch trained in.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.text import short_digest
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
-from autoprec.records import Branch, Option, Precision
+from autoprec.records import Branch
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import restore, seeded
-from autoprec.verification.sequential import Terms
-from autoprec.verification.state import BranchStore
+from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, check_loss, move_batch
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents
 DIVERGED_RATIO = 3.0
 SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
+REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
+SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What a branch trains with: an option per layer; without any 16-bit layer, plain FP32."""
+def train_seed(session: Session, variants: Sequence[Variant], seed: int) -> tuple[Branch, ...]:
+    """Return the seed's branch of the reference and of every variant, trained where it is new.
 
-    label: str
-    options: Mapping[str, Option]
-    uncovered: tuple[str, ...] = ()  # parameters outside of layers: BF16 where any layer is 16-bit
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether nothing is installed: every layer is FP32."""
-        return all(option.precision is Precision.FP32 for option in self.options.values())
-
-    @property
-    def digest(self) -> str:
-        """A digest of the options; all-FP32 variants are the reference, whatever their label."""
-        if self.is_reference:
-            return "reference"
-        return short_digest(sorted((name, option.key) for name, option in self.options.items()))
-
-
-REFERENCE = Variant(label="reference", options={})
-
-
-@dataclass
-class Session:
-    """What all branches of one verification share.
-
-    Attributes:
-        context: whose workload is trained, and where.
-        terms: how far the test may go.
-        loss_tolerance: the relative loss gap that is tested.
-        evaluation: the held-out batches.
-        checkpoint: where the branches start, with the curve of the steps that ran to it.
-        store: the branches that are finished.
-        control: the options of uniform BF16 O2; None: every layer of the plan in BF16 O2.
-        checkpoint_path: the user's own checkpoint, or "".
-        floor: the gap between two runs of a reference; known once the first one has run.
+    Raises:
+        WorkloadError: the reference does not train, or its loss does not move.
     """
-
-    context: Context
-    terms: Terms
-    loss_tolerance: float
-    evaluation: Sequence[Batch]
-    checkpoint: Checkpoint
-    store: BranchStore
-    control: dict[str, Option] | None
-    checkpoint_path: str
-    floor: float | None = None
+    reference = _branch(session, REFERENCE, seed, ())
+    _check_reference(session, reference)
+    if session.floor is None:
+        session.floor = _floor(session, reference)
+    return (reference, *(_branch(session, each, seed, reference.curve) for each in variants))
 
 
 def warm_up(
@@ -123,15 +85,21 @@ def train_branch(
     `reference` is the training curve of the seed's reference branch, the yardstick of divergence.
     """
     context, steps = session.context, session.terms.branch_steps
+    curve: list[float] = []
+    losses: tuple[float, ...] = ()
+    diverged_at = None
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
         with _installed(model, optimizer, variant), fast_fp8_gemms(context.device):
             # the reference saw the same batches: what is far above its worst has diverged
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
             training = _train(session, model, optimizer, variant.label, seed=seed)
-            curve, diverged_at = _until_diverged(training, limit=limit)
+            for step, loss in enumerate(training):
+                if not math.isfinite(loss) or loss > limit:
+                    diverged_at = step
+                    break
+                curve.append(loss)
         # the plan is taken out again: what is evaluated are the FP32 master weights
-        losses: tuple[float, ...] = ()
         if diverged_at is None:
             losses = evaluate(context, model, session.evaluation)
     if not all(math.isfinite(loss) for loss in losses):
@@ -141,17 +109,9 @@ def train_branch(
         seed=seed,
         eval_loss=math.fsum(losses) / len(losses) if losses else None,
         diverged_at=diverged_at,
-        curve=curve,
+        curve=tuple(curve),
         eval_losses=losses,
     )
-
-
-def replay_reference(session: Session, *, seed: int, steps: int) -> tuple[float, ...]:
-    """Return the first training losses of the seed's FP32 branch, trained anew."""
-    context = session.context
-    with seeded(context.seed, context.device):
-        model, optimizer = restore(context, session.checkpoint)
-        return tuple(islice(_train(session, model, optimizer, "replay", seed=seed), steps))
 
 
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
@@ -167,6 +127,49 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     for module in was_training:
         module.training = True
     return tuple(losses)
+
+
+def _branch(session: Session, variant: Variant, seed: int, reference: Sequence[float]) -> Branch:
+    train = partial(train_branch, session, variant, seed=seed, reference=reference)
+    found = session.store.branch(variant.digest, seed, train)
+    return found.model_copy(update={"label": variant.label})  # it may be another variant's
+
+
+def _check_reference(session: Session, branch: Branch) -> None:
+    """Refuse a reference that no gap can be taken against."""
+    if branch.diverged_at is not None or branch.eval_loss is None:
+        raise WorkloadError(
+            f"the FP32 reference must train, but its loss became NaN or infinite at step "
+            f"{branch.diverged_at} of the branch of seed {branch.seed}; lower the learning rate"
+        )
+    if abs(branch.eval_loss) < SMALLEST_LOSS:
+        raise WorkloadError(
+            "a relative loss gap needs an evaluation loss away from zero, but the "
+            f"reference's is {branch.eval_loss:.3g}; evaluate on harder held-out batches"
+        )
+    if branch.eval_losses == session.checkpoint.eval_losses:
+        raise WorkloadError(
+            f"training must move the evaluation loss, but it stays {branch.eval_loss:.6g} over "
+            f"{len(branch.curve)} steps; check that the loss depends on the parameters"
+        )
+
+
+def _floor(session: Session, first: Branch) -> float:
+    """Return the relative gap between two runs of one reference: 0.0 when bit for bit."""
+    context, seed = session.context, first.seed
+    with seeded(context.seed, context.device):
+        model, optimizer = restore(context, session.checkpoint)
+        training = _train(session, model, optimizer, "replay", seed=seed)
+        replay = tuple(islice(training, REPLAY_STEPS))
+    if replay == first.curve[: len(replay)]:
+        return 0.0
+    again = train_branch(session, REFERENCE, seed=seed)
+    if again.eval_loss is None or first.eval_loss is None:
+        raise WorkloadError(
+            "two runs of the FP32 reference must both train, but one became NaN or infinite; "
+            "lower the learning rate"
+        )
+    return abs(again.eval_loss - first.eval_loss) / abs(first.eval_loss)
 
 
 @contextmanager
@@ -197,18 +200,6 @@ def _train(
             _set_rate(group, rate * (steps - step) / steps)
         yield float(_train_step(context, model, optimizer, batch, seed=seed, step=step))
         context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
-
-
-def _until_diverged(
-    losses: Iterator[float], *, limit: float
-) -> tuple[tuple[float, ...], int | None]:
-    """Return the losses, and the step at which one was not finite or above `limit`."""
-    curve: list[float] = []
-    for step, loss in enumerate(losses):
-        if not math.isfinite(loss) or loss > limit:
-            return tuple(curve), step
-        curve.append(loss)
-    return tuple(curve), None
 
 
 def _train_step(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from autoprec.records import (
     Verification,
 )
 from autoprec.sensitivity.gap import predicted_loss_gap
-from autoprec.verification.branches import Session, Variant
 from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
+from autoprec.verification.session import Session
 
 FEWEST_EVAL_BATCHES = 2  # below it nothing is known about the batches that were not drawn
 
@@ -29,7 +29,6 @@ class Evidence:
     """The branches of reference, control and plan, seed by seed, and what follows from them."""
 
     plan: Plan
-    variants: tuple[Variant, Variant, Variant]
     terms: Terms
     loss_tolerance: float
     branches: tuple[Branch, ...] = ()
@@ -43,10 +42,6 @@ class Evidence:
         if gap is None or gap.seeds < self.terms.seeds_min:
             return Verdict.INCONCLUSIVE
         return verdict_of(gap, self.loss_tolerance)
-
-    def with_seed(self, branches: Sequence[Branch]) -> "Evidence":
-        """Return the evidence with another seed's branches."""
-        return replace(self, branches=(*self.branches, *branches))
 
     def of(self, label: str) -> list[Branch]:
         """Return the branches of that label, in the order of the seeds."""
@@ -219,7 +214,7 @@ def advice(evidence: Evidence) -> str:
 
 def notes(session: Session, evidence: Evidence, steps: Sequence[StepTiming]) -> list[str]:
     """Return the sentences that a reader must know to read the record rightly."""
-    reference, control, plan = (variant.digest for variant in evidence.variants)
+    reference, control, plan = (variant.digest for variant in session.variants(evidence.plan))
     found = []
     if plan == reference:
         found.append("the plan is the FP32 reference: one branch serves both, so its gap is zero")

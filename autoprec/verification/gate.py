@@ -5,26 +5,43 @@
     after a seed   gap = (plan - reference) / |reference|; interval over seeds; decided, or one more
 
 A NaN or a diverged branch of the plan refutes it at once. Branches are kept by what they trained
-with (state.py), so that a plan that equals the control, and the next plan after a refuted one,
+with (session.py), so that a plan that equals the control, and the next plan after a refuted one,
 train nothing twice.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from autoprec.common.text import short_digest
+from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import Stopping
-from autoprec.errors import InfeasibleError
+from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps
-from autoprec.records import Basis, Plan, Profile, Sensitivity, StepTiming, Verdict, Verification
-from autoprec.verification.branches import Session
+from autoprec.records import (
+    Basis,
+    ModelSpec,
+    Plan,
+    Profile,
+    Sensitivity,
+    StepTiming,
+    Verdict,
+    Verification,
+)
+from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
+from autoprec.sensitivity.reference import restore, seeded
+from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.sequential import Terms
-from autoprec.verification.session import open_session, train_seed, variants_of
+from autoprec.verification.session import BranchStore, Session
+from autoprec.workload.functions import Batch, check_batches, move_batch
 
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
+STATE_RTOL = 1e-3  # a saved warm-up must evaluate to what it did, up to another thread count
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +99,73 @@ def verify_plans(
     )
 
 
+def open_session(
+    context: Context,
+    terms: Terms,
+    *,
+    loss_tolerance: float,
+    spec: ModelSpec | None = None,
+    state_dir: Path | None = None,
+    checkpoint: Path | None = None,
+) -> Session:
+    """Read or make the checkpoint that all branches of a verification start from."""
+    if not loss_tolerance >= 0.0:
+        raise InfeasibleError(
+            f"the loss tolerance must be zero or more, but it is {loss_tolerance}; 0.001 is 0.1 %"
+        )
+    check_batches(context.workload, seed=context.seed)
+    evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
+    start = None if checkpoint is None else read_checkpoint(checkpoint)
+    steps = 0 if start is not None and start.optimizer is not None else terms.warmup_steps
+    digest = ""
+    if checkpoint is not None:
+        with checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    # everything that the branches share: another digest, other branches
+    setup = short_digest(
+        [context.workload.name, context.workload.digest],
+        [steps, terms.branch_steps, context.seed],
+        context.device.type,
+        digest,
+        software_versions(),
+    )
+    store = BranchStore(setup, state_dir)
+    common = store.find_warm_up()
+    if common is None:
+        common = warm_up(context, evaluation, steps=steps, start=start)
+        store.add_warm_up(common)
+    else:
+        _check_saved(context, evaluation, common, store)
+    return Session(
+        context=context,
+        terms=terms,
+        loss_tolerance=loss_tolerance,
+        evaluation=evaluation,
+        checkpoint=common,
+        store=store,
+        control=None if spec is None else spec.bf16_options,
+        checkpoint_path="" if checkpoint is None else str(checkpoint),
+    )
+
+
+def _check_saved(
+    context: Context, evaluation: Sequence[Batch], saved: Checkpoint, store: BranchStore
+) -> None:
+    """Refuse a saved warm-up that does not evaluate to what it did when it was saved."""
+    with seeded(context.seed, context.device):
+        model, _ = restore(context, saved)
+        losses = evaluate(context, model, evaluation)
+    same = len(losses) == len(saved.eval_losses) and all(
+        abs(now - then) <= STATE_RTOL * max(abs(then), SMALLEST_LOSS)
+        for now, then in zip(losses, saved.eval_losses, strict=True)
+    )
+    if not same:
+        raise RecordError(
+            f"the saved branches in {store.folder} must be of this workload, but their warm-up "
+            "evaluates to another loss now (its code or data changed); delete the folder"
+        )
+
+
 def _first_not_refuted(
     session: Session, plans: Sequence[Plan]
 ) -> tuple[Evidence, list[Evidence], int]:
@@ -105,11 +189,12 @@ def _first_not_refuted(
 
 def gather_evidence(session: Session, plan: Plan) -> Evidence:
     """Train seed after seed until the plan is decided, or the seeds end."""
-    variants = variants_of(session, plan)
-    evidence = Evidence(plan, variants, session.terms, session.loss_tolerance)
+    variants = session.variants(plan)[1:]
+    evidence = Evidence(plan, session.terms, session.loss_tolerance)
     for index in range(session.terms.seeds_max):
         seed = session.context.seed + 1 + index
-        evidence = evidence.with_seed(train_seed(session, evidence.variants[1:], seed))
+        branches = (*evidence.branches, *train_seed(session, variants, seed))
+        evidence = replace(evidence, branches=branches)
         if evidence.verdict is not Verdict.INCONCLUSIVE:
             break
     return evidence
@@ -128,7 +213,7 @@ def time_plan(
     if basis is not Basis.MEASURED:
         return ()
     mode = fingerprint.compile_mode if profile is None else profile.device.compile_mode
-    _, control, chosen = evidence.variants
+    _, control, chosen = session.variants(evidence.plan)
     with open_compilation(session.context.device, mode) as compilation:
         return time_steps(
             session.context,

@@ -1,156 +1,145 @@
-"""Open what the plans of one verification share, and train their branches seed by seed."""
+"""What the branches of one verification share, and the store of those that are finished.
 
-from collections.abc import Sequence
+A killed verification goes on from its files:
+
+    STATE_DIR/warmup-SETUP.pt           model and optimizer state where the branches start
+    STATE_DIR/branch-SETUP-VARIANT-SEED.json
+
+SETUP is a digest of everything the branches share (workload, settings, device, software), VARIANT
+one of the options a branch trained with. So nothing made under other conditions is ever picked up,
+and plans tried one after the other share the reference and the control. Files are written to the
+side and renamed: a kill leaves a whole file or none, and costs at most the branch in flight.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from autoprec.common.files import replace_file
 from autoprec.common.text import short_digest
-from autoprec.common.versions import software_versions
-from autoprec.errors import InfeasibleError, RecordError, WorkloadError
+from autoprec.errors import RecordError
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, Branch, ModelSpec, Plan
+from autoprec.records import BF16_O2, Branch, Option, Plan, Precision
+from autoprec.records.verification import BranchFile
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.reference import restore, seeded
-from autoprec.verification.branches import (
-    REFERENCE,
-    Session,
-    Variant,
-    evaluate,
-    replay_reference,
-    train_branch,
-    warm_up,
-)
 from autoprec.verification.sequential import Terms
-from autoprec.verification.state import BranchStore, file_digest
-from autoprec.workload.functions import Batch, check_batches, move_batch
-
-REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
-STATE_RTOL = 1e-3  # a saved warm-up must evaluate to what it did, up to another thread count
-SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
+from autoprec.workload.functions import Batch
 
 
-def open_session(
-    context: Context,
-    terms: Terms,
-    *,
-    loss_tolerance: float,
-    spec: ModelSpec | None = None,
-    state_dir: Path | None = None,
-    checkpoint: Path | None = None,
-) -> Session:
-    """Read or make the checkpoint that all branches start from."""
-    if not loss_tolerance >= 0.0:
-        raise InfeasibleError(
-            f"the loss tolerance must be zero or more, but it is {loss_tolerance}; 0.001 is 0.1 %"
-        )
-    check_batches(context.workload, seed=context.seed)
-    evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
-    start = None if checkpoint is None else read_checkpoint(checkpoint)
-    steps = 0 if start is not None and start.optimizer is not None else terms.warmup_steps
-    # everything that the branches share: another digest, other branches
-    setup = short_digest(
-        [context.workload.name, context.workload.digest],
-        [steps, terms.branch_steps, context.seed],
-        context.device.type,
-        file_digest(checkpoint),
-        software_versions(),
-    )
-    store = BranchStore(setup, state_dir)
-    common = store.find_warm_up()
-    if common is None:
-        common = warm_up(context, evaluation, steps=steps, start=start)
-        store.add_warm_up(common)
-    else:
-        _check_saved(context, evaluation, common, store)
-    return Session(
-        context=context,
-        terms=terms,
-        loss_tolerance=loss_tolerance,
-        evaluation=evaluation,
-        checkpoint=common,
-        store=store,
-        control=None if spec is None else spec.bf16_options,
-        checkpoint_path="" if checkpoint is None else str(checkpoint),
-    )
+class BranchStore:
+    """Finished branches by the digest of their variant and seed: in memory and, maybe, on disk."""
+
+    def __init__(self, setup: str, folder: Path | None) -> None:
+        """Take the digest of what the branches share, and make the folder where there is none.
+
+        Raises:
+            RecordError: it cannot be made.
+        """
+        self.setup = setup
+        self.folder = folder
+        self._branches: dict[tuple[str, int], Branch] = {}
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordError(
+                f"the verification's folder must be writable, but {folder} cannot be made "
+                f"({error.strerror}); choose another with --out"
+            ) from error
+
+    def branch(self, variant: str, seed: int, train: Callable[[], Branch]) -> Branch:
+        """Return the branch of a variant and seed; where it is not finished, train and keep it."""
+        key = (variant, seed)
+        path = self._path(f"branch-{self.setup}-{variant}-{seed}.json")
+        if key not in self._branches and path is not None and path.is_file():
+            file = BranchFile.load(path)
+            if file.setup != self.setup:
+                raise RecordError(
+                    f"a branch file must be of this verification ({self.setup}), but {path} is of "
+                    f"{file.setup}; delete it"
+                )
+            self._branches[key] = file.branch
+        if key not in self._branches:
+            self._branches[key] = train()
+            if path is not None:
+                file = BranchFile(setup=self.setup, variant=variant, branch=self._branches[key])
+                file.save(path)
+        return self._branches[key]
+
+    def find_warm_up(self) -> Checkpoint | None:
+        """Return the saved warm-up checkpoint, if there is one."""
+        path = self._path(f"warmup-{self.setup}.pt")
+        return read_checkpoint(path) if path is not None and path.is_file() else None
+
+    def add_warm_up(self, checkpoint: Checkpoint) -> None:
+        """Keep the warm-up checkpoint."""
+        path = self._path(f"warmup-{self.setup}.pt")
+        if path is not None:
+            replace_file(path, lambda file: torch.save(vars(checkpoint), file))
+
+    def _path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
 
 
-def variants_of(session: Session, plan: Plan) -> tuple[Variant, Variant, Variant]:
-    """Return reference, control and plan."""
-    options = {layer.name: layer.option for layer in plan.layers}
-    control = dict.fromkeys(options, BF16_O2) if session.control is None else session.control
-    return (
-        REFERENCE,
-        Variant(label="bf16_o2", options=control, uncovered=plan.uncovered),
-        Variant(label="plan", options=options, uncovered=plan.uncovered),
-    )
+@dataclass(frozen=True)
+class Variant:
+    """What a branch trains with: an option per layer; without any 16-bit layer, plain FP32."""
+
+    label: str
+    options: Mapping[str, Option]
+    uncovered: tuple[str, ...] = ()  # parameters outside of layers: BF16 where any layer is 16-bit
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether nothing is installed: every layer is FP32."""
+        return all(option.precision is Precision.FP32 for option in self.options.values())
+
+    @property
+    def digest(self) -> str:
+        """A digest of the options; all-FP32 variants are the reference, whatever their label."""
+        if self.is_reference:
+            return "reference"
+        return short_digest(sorted((name, option.key) for name, option in self.options.items()))
 
 
-def train_seed(session: Session, variants: Sequence[Variant], seed: int) -> tuple[Branch, ...]:
-    """Return the seed's branch of the reference and of every variant, trained where it is new.
+REFERENCE = Variant(label="reference", options={})
 
-    Raises:
-        WorkloadError: the reference does not train, or its loss does not move.
+
+@dataclass
+class Session:
+    """What all branches of one verification share.
+
+    Attributes:
+        context: whose workload is trained, and where.
+        terms: how far the test may go.
+        loss_tolerance: the relative loss gap that is tested.
+        evaluation: the held-out batches.
+        checkpoint: where the branches start, with the curve of the steps that ran to it.
+        store: the branches that are finished.
+        control: the options of uniform BF16 O2; None: every layer of the plan in BF16 O2.
+        checkpoint_path: the user's own checkpoint, or "".
+        floor: the gap between two runs of a reference; known once the first one has run.
     """
-    reference = _branch(session, REFERENCE, seed, ())
-    _check_reference(session, reference)
-    if session.floor is None:
-        session.floor = _floor(session, reference)
-    return (reference, *(_branch(session, each, seed, reference.curve) for each in variants))
 
+    context: Context
+    terms: Terms
+    loss_tolerance: float
+    evaluation: Sequence[Batch]
+    checkpoint: Checkpoint
+    store: BranchStore
+    control: dict[str, Option] | None
+    checkpoint_path: str
+    floor: float | None = None
 
-def _branch(session: Session, variant: Variant, seed: int, reference: Sequence[float]) -> Branch:
-    found = session.store.find(variant.digest, seed)
-    if found is None:
-        found = train_branch(session, variant, seed=seed, reference=reference)
-        session.store.add(variant.digest, found)
-    return found.model_copy(update={"label": variant.label})  # it may be another variant's
-
-
-def _check_reference(session: Session, branch: Branch) -> None:
-    """Refuse a reference that no gap can be taken against."""
-    if branch.diverged_at is not None or branch.eval_loss is None:
-        raise WorkloadError(
-            f"the FP32 reference must train, but its loss became NaN or infinite at step "
-            f"{branch.diverged_at} of the branch of seed {branch.seed}; lower the learning rate"
+    def variants(self, plan: Plan) -> tuple[Variant, Variant, Variant]:
+        """Return reference, control and plan."""
+        options = {layer.name: layer.option for layer in plan.layers}
+        control = dict.fromkeys(options, BF16_O2) if self.control is None else self.control
+        return (
+            REFERENCE,
+            Variant(label="bf16_o2", options=control, uncovered=plan.uncovered),
+            Variant(label="plan", options=options, uncovered=plan.uncovered),
         )
-    if abs(branch.eval_loss) < SMALLEST_LOSS:
-        raise WorkloadError(
-            "a relative loss gap needs an evaluation loss away from zero, but the "
-            f"reference's is {branch.eval_loss:.3g}; evaluate on harder held-out batches"
-        )
-    if branch.eval_losses == session.checkpoint.eval_losses:
-        raise WorkloadError(
-            f"training must move the evaluation loss, but it stays {branch.eval_loss:.6g} over "
-            f"{len(branch.curve)} steps; check that the loss depends on the parameters"
-        )
-
-
-def _check_saved(
-    context: Context, evaluation: Sequence[Batch], saved: Checkpoint, store: BranchStore
-) -> None:
-    """Refuse a saved warm-up that does not evaluate to what it did when it was saved."""
-    with seeded(context.seed, context.device):
-        model, _ = restore(context, saved)
-        losses = evaluate(context, model, evaluation)
-    same = len(losses) == len(saved.eval_losses) and all(
-        abs(now - then) <= STATE_RTOL * max(abs(then), SMALLEST_LOSS)
-        for now, then in zip(losses, saved.eval_losses, strict=True)
-    )
-    if not same:
-        raise RecordError(
-            f"the saved branches in {store.folder} must be of this workload, but their warm-up "
-            "evaluates to another loss now (its code or data changed); delete the folder"
-        )
-
-
-def _floor(session: Session, first: Branch) -> float:
-    """Return the relative gap between two runs of one reference: 0.0 when bit for bit."""
-    replay = replay_reference(session, seed=first.seed, steps=REPLAY_STEPS)
-    if replay == first.curve[: len(replay)]:
-        return 0.0
-    again = train_branch(session, REFERENCE, seed=first.seed)
-    if again.eval_loss is None or first.eval_loss is None:
-        raise WorkloadError(
-            "two runs of the FP32 reference must both train, but one became NaN or infinite; "
-            "lower the learning rate"
-        )
-    return abs(again.eval_loss - first.eval_loss) / abs(first.eval_loss)
