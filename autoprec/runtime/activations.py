@@ -173,6 +173,11 @@ def _cast_dataclass(value: Any, dtype: torch.dtype) -> Any:
     return result
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_mode_active() -> bool:
     """Whether an activation mode is on in this thread (written for torch.compile to follow)."""
     return any(

@@ -19,7 +19,7 @@ A layer is looked for under the plan's name, or where what wrapped it later put 
 """
 
 import contextlib
-import itertools
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -28,14 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils.hooks import RemovableHandle
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
-from autoprec.runtime.activations import CASTABLE
+from autoprec.runtime.activations import CASTABLE, dtype_name
 from autoprec.runtime.classes import is_made_here, option_dtype, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
@@ -82,11 +81,8 @@ class LayerTrace:
 
     def __str__(self) -> str:
         """Return e.g. `forward _scaled_mm float8_e4m3fn; backward mm bfloat16`."""
-        parts = []
-        for name in ("forward", "backward", "functional"):
-            seen = getattr(self, name)
-            if seen:
-                parts.append(f"{name} {', '.join(seen)}")
+        kinds = ("forward", "backward", "functional")
+        parts = [f"{kind} {', '.join(seen)}" for kind in kinds if (seen := getattr(self, kind))]
         return "; ".join(parts) or "nothing with a precision of its own"
 
 
@@ -157,9 +153,11 @@ def check_applied(
         detail = ""
         if found is not None:
             layer, trace = layers[found], traces[found]
-            answers = (question(layer, option, trace) for question in QUESTIONS)
-            problem = next(itertools.chain.from_iterable(answers), "")
-            detail = _detail(option, trace) + (_gather_detail(layer, option) if gathers else "")
+            problem = _problem(layer, option, trace)
+            was_used = trace.calls or trace.functional
+            detail = f"{option.key}: {trace if was_used else 'not called in this step'}"
+            dtype = gathered_dtype(layer) if gathers and option.is_fp8 else ""
+            detail += f"; weight gathered in {dtype}" if dtype else ""
         checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)
 
@@ -236,7 +234,8 @@ class _LayerRecorder:
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = layers
         self.traces = {name: LayerTrace() for name in layers}
-        self.running: list[tuple[str | None, int]] = []  # in forward, and the first node of each
+        # In forward, with the first node of each; a parametrization (None) belongs to no layer.
+        self.running: list[tuple[str | None, int]] = []
         self.nodes: list[tuple[int, int, str | None]] = []  # numbers from, to (excluded), layer
         self.owners = {
             parameter.untyped_storage().data_ptr(): name
@@ -248,29 +247,19 @@ class _LayerRecorder:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         """Note when layers start and end while the context is open."""
-        handles: list[RemovableHandle] = []
-        for name, layer in self.layers.items():
-            handles.append(layer.register_forward_pre_hook(self._starter(name)))
-            handles.append(layer.register_forward_hook(self._end, always_call=True))
-            for part in layer.modules():
-                if isinstance(part, ParametrizationList):
-                    handles.append(part.register_forward_pre_hook(self._starter(None)))
-                    handles.append(part.register_forward_hook(self._end, always_call=True))
-        try:
+        with contextlib.ExitStack() as handles:
+            for name, layer in self.layers.items():
+                inner = [part for part in layer.modules() if isinstance(part, ParametrizationList)]
+                for module, owner in ((layer, name), *((part, None) for part in inner)):
+                    start = functools.partial(self._start, owner)
+                    handles.enter_context(module.register_forward_pre_hook(start))
+                    handles.enter_context(module.register_forward_hook(self._end, always_call=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _starter(self, name: str | None) -> Callable[..., None]:
-        """Return a hook that starts a layer, or with None a parametrization, which is no layer."""
-
-        def start(*_: object) -> None:
-            self.running.append((name, torch._C._autograd._get_sequence_nr()))
-            if name is not None:
-                self.traces[name].calls += 1
-
-        return start
+    def _start(self, name: str | None, *_: object) -> None:
+        self.running.append((name, torch._C._autograd._get_sequence_nr()))
+        if name is not None:
+            self.traces[name].calls += 1
 
     def _end(self, *_: object) -> None:
         name, first = self.running.pop()
@@ -279,44 +268,32 @@ class _LayerRecorder:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
         """Run an operation, and note it if it has a precision of its own."""
         result = func(*args, **kwargs)
-        seen = _describe(func.overloadpacket, args)
-        if seen:
-            self._note(seen, func.overloadpacket, args)
+        packet = func.overloadpacket
+        if packet in OPERANDS:
+            dtypes = dict.fromkeys(args[position].dtype for position in OPERANDS[packet])
+            name = packet._qualified_op_name.removeprefix("aten::")
+            self._note(f"{name} {'x'.join(map(dtype_name, dtypes))}", packet, args)
         return result
 
     def _note(self, seen: str, packet: Any, args: tuple[Any, ...]) -> None:
-        # In a layer's forward: that layer's. A parametrization (None) belongs to none.
-        if self.running:
-            running = self.running[-1][0]
-            if running is not None:
-                self.traces[running].forward[seen] += 1
-            return
-        # In backward: the layer in whose forward autograd made the node.
         node = torch._C._current_autograd_node()
-        if node is not None:
-            owner = self._owner(node._sequence_nr())
-            if owner is not None:
-                name = _backward_name(seen, packet, args, self.layers[owner])
-                self.traces[owner].backward[name] += 1
-            return
-        # Between layers: the layer whose parameter is among the operands.
-        operands = (value for value in args if isinstance(value, Tensor))
-        owners = (self.owners.get(value.untyped_storage().data_ptr()) for value in operands)
-        owner = next((name for name in owners if name is not None), None)
+        if self.running:  # in a layer's forward: that layer's
+            owner, _ = self.running[-1]
+            counts = "forward"
+        elif node is not None:  # in backward: the layer in whose forward autograd made the node
+            number = node._sequence_nr()
+            made_in = (name for low, high, name in self.nodes if low <= number < high)
+            owner = next(made_in, None) if number <= NO_NODE else None
+            counts = "backward"
+        else:  # between layers: the layer whose parameter is among the operands
+            operands = (value for value in args if isinstance(value, Tensor))
+            owners = (self.owners.get(value.untyped_storage().data_ptr()) for value in operands)
+            owner = next((name for name in owners if name is not None), None)
+            counts = "functional"
         if owner is not None:
-            self.traces[owner].functional[seen] += 1
-
-    def _owner(self, number: int) -> str | None:
-        if number > NO_NODE:
-            return None
-        return next((name for low, high, name in self.nodes if low <= number < high), None)
-
-
-def _describe(packet: Any, args: tuple[Any, ...]) -> str:  # Any: torch's operation
-    """Return `operation dtype`, or an empty string for what has no precision of its own."""
-    dtypes = dict.fromkeys(args[position].dtype for position in OPERANDS.get(packet, ()))
-    name = packet._qualified_op_name.removeprefix("aten::")
-    return f"{name} {'x'.join(map(_dtype_name, dtypes))}" if dtypes else ""
+            is_backward = counts == "backward"
+            name = _backward_name(seen, packet, args, self.layers[owner]) if is_backward else seen
+            getattr(self.traces[owner], counts)[name] += 1
 
 
 def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Module) -> str:
@@ -334,86 +311,40 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
     return seen  # M, N and K are too alike to tell
 
 
-def _stores_other(layer: nn.Module, option: Option, _: LayerTrace) -> Iterator[str]:
-    """Say that parameters have another dtype than the option stores."""
+def _problem(layer: nn.Module, option: Option, trace: LayerTrace) -> str:
+    """Return the first way in which a layer is not as its option says, or an empty string."""
     keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
-    wanted = torch.float32 if keeps_fp32 else option_dtype(option)
-    found = {p.dtype for p in layer.parameters() if p.dtype in CASTABLE} - {wanted}
-    if found:
-        names = ", ".join(sorted(map(_dtype_name, found)))
-        yield f"should store {_dtype_name(wanted)} ({option.key}), but has {names}"
+    stored = torch.float32 if keeps_fp32 else option_dtype(option)
+    others = {p.dtype for p in layer.parameters() if p.dtype in CASTABLE} - {stored}
+    if others:
+        names = ", ".join(sorted(map(dtype_name, others)))
+        return f"should store {dtype_name(stored)} ({option.key}), but has {names}"
+    reason = ""
+    wrong = _wrong_operations(layer, option, trace)
+    if option.is_fp8 and trace.functional:  # where no FP8 can be
+        reason = f"its weight is used outside of its forward ({', '.join(trace.functional)})"
+    elif wrong:
+        reason = f"ran {', '.join(dict.fromkeys(wrong))}"
+    elif option.is_fp8 and trace.calls and not trace.forward:
+        reason = "no GEMM of it was seen"
+    return reason and f"should run {option.key}, but {reason}"
 
 
-def _is_used_outside(_: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
-    """Say that an FP8 layer's weight is used where no FP8 can be."""
-    if trace.functional and option.is_fp8:
-        used = ", ".join(trace.functional)
-        yield f"should run {option.key}, but its weight is used outside of its forward ({used})"
-
-
-def _ran_other(layer: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
-    """Say which operations ran in another dtype than the option's."""
-    dtype = option_dtype(option)
-    wrong = [seen for seen in trace.functional if not _is_dtype(seen, dtype)]
-    own: list[tuple[str, tuple[Gemm, ...]]] = [(seen, (Gemm.OUTPUT,)) for seen in trace.forward]
-    own += [(seen, _backward_gemms(seen)) for seen in trace.backward]
-    may_be_fp32 = _has_own_forward(layer) and not option.is_fp8  # what its author wrote stays
-    for seen, gemms in own:
-        is_right = any(_fits(seen, gemm, option) for gemm in gemms)
-        if not is_right and not (may_be_fp32 and _is_dtype(seen, torch.float32)):
-            wrong.append(seen)
-    if wrong:
-        yield f"should run {option.key}, but ran {', '.join(dict.fromkeys(wrong))}"
-
-
-def _ran_nothing(_: nn.Module, option: Option, trace: LayerTrace) -> Iterator[str]:
-    """Say that an FP8 layer was called and no GEMM of it was seen."""
-    if option.is_fp8 and trace.calls and not trace.forward:
-        yield f"should run {option.key}, but no GEMM of it was seen"
-
-
-QUESTIONS: tuple[Callable[[nn.Module, Option, LayerTrace], Iterator[str]], ...] = (
-    _stores_other,
-    _is_used_outside,
-    _ran_other,
-    _ran_nothing,
-)
-
-
-def _backward_gemms(seen: str) -> tuple[Gemm, ...]:
-    """Return which GEMMs an operation of backward may be, see `_backward_name`."""
-    known = tuple(gemm for gemm in Gemm if seen.startswith(gemm))
-    return known or (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
-
-
-def _has_own_forward(layer: nn.Module) -> bool:
-    """Whether the layer runs code of a class that is not torch's."""
+def _wrong_operations(layer: nn.Module, option: Option, trace: LayerTrace) -> list[str]:
+    """Return the operations that ran in another dtype than the option's."""
+    plain = f" {dtype_name(option_dtype(option))}"
+    wrong = [seen for seen in trace.functional if not seen.endswith(plain)]
+    # Which GEMM of the layer each may be: of backward's either where its name cannot tell.
+    ran: list[tuple[str, tuple[Gemm, ...]]] = [(seen, (Gemm.OUTPUT,)) for seen in trace.forward]
+    for seen in trace.backward:
+        known = tuple(gemm for gemm in Gemm if seen.startswith(gemm))
+        ran.append((seen, known or (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)))
+    # What the author of a class with a forward of its own computes in FP32 stays.
     own: str = own_class(layer).forward.__module__
-    return "forward" not in vars(layer) and own.partition(".")[0] != "torch"
-
-
-def _fits(seen: str, gemm: Gemm, option: Option) -> bool:
-    if not option.is_fp8:
-        return _is_dtype(seen, option_dtype(option))
-    if gemm not in option.fp8_gemms:
-        return _is_dtype(seen, torch.bfloat16)
-    return "_scaled_mm float8" in seen
-
-
-def _is_dtype(seen: str, dtype: torch.dtype) -> bool:
-    return seen.endswith(f" {_dtype_name(dtype)}")
-
-
-def _detail(option: Option, trace: LayerTrace) -> str:
-    if not trace.calls and not trace.functional:
-        return f"{option.key}: not called in this step"
-    return f"{option.key}: {trace}"
-
-
-def _gather_detail(layer: nn.Module, option: Option) -> str:
-    dtype = gathered_dtype(layer) if option.is_fp8 else ""
-    return f"; weight gathered in {dtype}" if dtype else ""
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    has_own_forward = "forward" not in vars(layer) and own.partition(".")[0] != "torch"
+    fp32 = " float32" if has_own_forward and not option.is_fp8 else plain
+    for seen, gemms in ran:
+        is_fp8, is_plain = "_scaled_mm float8" in seen, seen.endswith((plain, fp32))
+        if not any(is_fp8 if gemm in option.fp8_gemms else is_plain for gemm in gemms):
+            wrong.append(seen)
+    return wrong
