@@ -260,7 +260,8 @@ def gathered_weight() -> tuple[WholeWeight, Tensor]:
     weight = layer.weight.detach().clone()
     scale = import_torchao().float8_utils.tensor_to_scale(weight, E4M3)
     bits = (weight.float() * scale).to(E4M3)
-    made = whole_weight(bits, scale, dtype=torch.bfloat16, layer=layer)
+    empty = bits.new_empty(0, dtype=torch.bfloat16)
+    made = whole_weight(bits, scale, layer.linear_mm_config, bf16=empty)
     return made, (bits.float() / scale).bfloat16()
 
 

@@ -55,30 +55,32 @@ class Sampler:
             name: torch.zeros(len(OPERANDS), SHARES, device=layer.weight.device)
             for name, layer in layers.items()
         }
-        self._set_looking(on=False)
+        self.disarm()
 
     def arm(self) -> None:
         """Look at the step that comes."""
         self.is_armed = bool(self.layers)
         for name, layer in self.layers.items():
+            vars(layer)["fp8_sampled"] = True  # on the instance: torch.compile guards on it there
             self._seen[name].zero_()
             if len(self._handles) < len(self.layers):
                 hook = functools.partial(_look, self, self._seen[name])
                 self._handles.append(layer.register_forward_hook(hook))
-        self._set_looking(on=True)
 
-    def disarm(self, *, hooks_stay: bool | None = None) -> None:
+    def disarm(self) -> None:
         """Look no more."""
         self.is_armed = False
-        self._set_looking(on=False)
-        if not (self.hooks_stay if hooks_stay is None else hooks_stay):
+        for layer in self.layers.values():
+            vars(layer)["fp8_sampled"] = False
+        if not self.hooks_stay:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
 
     def close(self) -> None:
         """Leave no trace on the layers."""
-        self.disarm(hooks_stay=False)
+        self.hooks_stay = False
+        self.disarm()
         for layer in self.layers.values():
             vars(layer).pop("fp8_sampled", None)
 
@@ -89,10 +91,6 @@ class Sampler:
             if layer.fp8_active:
                 _keep_worst(self._seen[name][1], layer.weight, *_cast(layer, "weight"))
         return torch.stack([seen.to(device) for seen in self._seen.values()])
-
-    def _set_looking(self, *, on: bool) -> None:
-        for layer in self.layers.values():
-            vars(layer)["fp8_sampled"] = on  # on the instance: torch.compile guards on it there
 
 
 class GradTap(torch.autograd.Function):

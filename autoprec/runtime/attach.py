@@ -14,8 +14,8 @@ are not touched until the step has succeeded, so one that raises leaves no trace
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -114,10 +114,10 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
         vars(optimizer)[ON_OPTIMIZER] = attachment
     others = [store for store in attachment.stores if store is not masters and store.values]
     attachment.stores = [*others, masters]
-    for parameter in attachment.owned(optimizer):
-        saved = optimizer.state.get(parameter, {}).pop(MASTER, None)
-        if saved is not None:  # the state was loaded before the optimizer was attached
-            masters.loaded[parameter] = saved, None
+    for parameter in _parameters(optimizer):
+        if parameter in masters.values and MASTER in optimizer.state.get(parameter, {}):
+            # The state was loaded before the optimizer was attached.
+            masters.loaded[parameter] = optimizer.state[parameter].pop(MASTER), None
     watch_optimizers()
 
 
@@ -148,8 +148,8 @@ def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: to
     """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first."""
     attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
     if attachment is not None:
-        hooks = _hooks(optimizer, HOOKS[0])
-        hooks.move_to_end(attachment.before.id)
+        hooks: Any = optimizer._optimizer_step_pre_hooks  # Any: typed as a dict, but ordered
+        hooks.move_to_end(attachment.handles[0].id)
         return
     for masters in list(LIVE):
         if any(parameter in masters.values for parameter in _parameters(optimizer)):
@@ -162,28 +162,22 @@ class Attachment:
     def __init__(self, optimizer: Optimizer) -> None:
         self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
         self.loading: StateDict = {}
+        self.stepping: Pairs = {}
         self.shadow: Optimizer = object.__new__(type(optimizer))
-        self.before = optimizer.register_step_pre_hook(self.before_step)
-        self.after = optimizer.register_step_post_hook(self.after_step)
-        _hooks(optimizer, HOOKS[1]).move_to_end(self.after.id, last=False)
         self.handles = (
-            self.before,
-            self.after,
+            optimizer.register_step_pre_hook(self.before_step),
+            optimizer.register_step_post_hook(self.after_step),
             optimizer.register_state_dict_post_hook(self.add_masters),
             optimizer.register_load_state_dict_pre_hook(self.before_load),
             optimizer.register_load_state_dict_post_hook(self.after_load),
         )
+        hooks: Any = optimizer._optimizer_step_post_hooks  # Any: typed as a dict, but ordered
+        hooks.move_to_end(self.handles[1].id, last=False)
 
-    def owned(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
-        """Yield the optimizer's parameters that have a master."""
-        for parameter in _parameters(optimizer):
-            if any(parameter in store.values for store in self.stores):
-                yield parameter
-
-    def current(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter's master."""
-        store = next(store for store in self.stores if parameter in store.values)
-        return store.current(parameter)
+    def masters(self, optimizer: Optimizer) -> Pairs:
+        """Return the masters of the optimizer's parameters, of those that have one."""
+        every = list(_parameters(optimizer))
+        return {p: store.current(p) for store in self.stores for p in every if p in store.values}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
@@ -191,25 +185,23 @@ class Attachment:
         pairs: Pairs = {}
         for store in self.stores:
             pairs |= store.for_step(_parameters(optimizer))
+        self.stepping = pairs
         if not pairs:
             return None
         give_gradients(pairs)  # m.grad = float(p.grad)
-        shadow = set_shadow(self.shadow, optimizer, pairs, hooks=self.handles)
+        shadow = set_shadow(self.shadow, optimizer, pairs)
 
         # A closure runs the model in the middle of the step: what the shadow made of the masters
         # must be in the model before it, and the new gradients at the masters after it.
-        def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:  # Any: the loss
-            def evaluate() -> Any:
-                copy_down(pairs, self.stores)
-                loss = closure()
-                give_gradients(pairs)
-                return loss
+        def evaluate(closure: Callable[[], Any]) -> Any:  # Any: the loss
+            copy_down(pairs, self.stores)
+            loss = closure()
+            give_gradients(pairs)
+            return loss
 
-            return evaluate
-
-        rest = tuple(wrapped(value) if callable(value) else value for value in args[1:])
+        rest = tuple(partial(evaluate, value) if callable(value) else value for value in args[1:])
         if callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": wrapped(kwargs["closure"])}
+            kwargs = {**kwargs, "closure": partial(evaluate, kwargs["closure"])}
         return (shadow, *rest), kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
@@ -218,8 +210,9 @@ class Attachment:
         shadow = args[0]
         if shadow is optimizer:
             return
-        pairs = dict(_changed(optimizer, shadow))
+        pairs, self.stepping = self.stepping, {}
         _adopt_state(optimizer, shadow, pairs)
+        _adopt_settings(optimizer, shadow)
         copy_down(pairs, self.stores)
         for master in pairs.values():
             if master.device.type != "cpu":
@@ -227,14 +220,14 @@ class Attachment:
 
     def add_masters(self, optimizer: Optimizer, state_dict: StateDict) -> None:
         """Save the masters beside the moments; apart where a plain load would trip over them."""
-        owned = set(self.owned(optimizer))
+        masters = self.masters(optimizer)
         states = state_dict["state"] = dict(state_dict["state"])
         apart: dict[int, Tensor] = {}
         for index, parameter in _indexed(optimizer, state_dict["param_groups"]):
-            if parameter in owned and states.get(index):
-                states[index] = {**states[index], MASTER: self.current(parameter)}
-            elif parameter in owned:
-                apart[index] = self.current(parameter)
+            if parameter in masters and states.get(index):
+                states[index] = {**states[index], MASTER: masters[parameter]}
+            elif parameter in masters:
+                apart[index] = masters[parameter]
         if apart:
             state_dict[STATELESS] = apart
 
@@ -257,11 +250,10 @@ class Attachment:
             if MASTER in states.get(index, {}):
                 saved[index] = states[index].pop(MASTER)
         # torch casts loaded moments to the dtype of the parameters that it finds: here to FP32.
-        pairs = {parameter: self.current(parameter) for parameter in self.owned(optimizer)}
-        blank: Optimizer = object.__new__(type(optimizer))
-        shadow = set_shadow(blank, optimizer, pairs, hooks=self.handles)
+        pairs = self.masters(optimizer)
+        shadow = set_shadow(object.__new__(type(optimizer)), optimizer, pairs)
         Optimizer.load_state_dict(shadow, {"state": states, "param_groups": groups})
-        _adopt_state(optimizer, shadow, pairs, groups=False)
+        _adopt_state(optimizer, shadow, pairs)
         for index, parameter in _indexed(optimizer, groups):
             is_own = saved.get(index) is pairs.get(parameter)  # Accelerate loads what it just read
             if index in saved and parameter in pairs and not is_own:
@@ -295,12 +287,13 @@ def give_gradients(pairs: Pairs) -> None:
 
 
 def set_shadow(
-    shadow: Optimizer, optimizer: Optimizer, pairs: Pairs, *, hooks: Iterable[Any] = ()
+    shadow: Optimizer,
+    optimizer: Optimizer,
+    pairs: Mapping[Any, Tensor],  # Any: an optimizer may key its state by anything
 ) -> Optimizer:
     """Give `shadow` the optimizer's attributes and state, but masters for parameters; return it.
 
     The shadow, its groups and lists stay the same objects, since a compiled `step` guards on them.
-    `hooks` are the handles of hooks that the shadow does not get (Any: torch's handles).
     """
     # Groups that the user added since the last step; the others are filled again below.
     groups: list[dict[str, Any]] = vars(shadow).get("param_groups", [])  # Any: torch's own
@@ -308,10 +301,10 @@ def set_shadow(
     # Moments are keyed by what the optimizer steps: here by the master, state[m] = state[p].
     state: defaultdict[Tensor, Any] = vars(shadow).get("state", defaultdict(dict))
     state.clear()
-    state.update((_get(pairs, key), value) for key, value in optimizer.state.items())
+    state.update((pairs.get(key, key), value) for key, value in optimizer.state.items())
     # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
     vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
-    vars(shadow).pop(ON_OPTIMIZER, None)  # would be a reference cycle
+    attachment: Attachment = vars(shadow).pop(ON_OPTIMIZER)  # would be a reference cycle
     lists: dict[int, list[Tensor]] = {}
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         params = lists[id(own["params"])] = group["params"]
@@ -322,24 +315,23 @@ def set_shadow(
         if id(value) in lists:
             setattr(shadow, name, lists[id(value)])
     # Without our own hooks, which would put a shadow in the shadow's place.
-    left_out = {handle.id for handle in hooks}
+    left_out = {handle.id for handle in attachment.handles}
     for name in HOOKS:
-        own_hooks = _hooks(optimizer, name).items()
+        own_hooks = getattr(optimizer, name).items()
         vars(shadow)[name] = OrderedDict((k, hook) for k, hook in own_hooks if k not in left_out)
     return shadow
 
 
-def _adopt_state(
-    optimizer: Optimizer, shadow: Optimizer, pairs: Pairs, *, groups: bool = True
-) -> None:
-    """Give the optimizer what the shadow's step, or its loading, made."""
+def _adopt_state(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> None:
+    """Give the optimizer the state that the shadow's step, or its loading, made."""
     # The way back: state[p] = state[m]; what is keyed by no master keeps its key.
     back = {id(master): parameter for parameter, master in pairs.items()}
     made = {back.get(id(key), key): value for key, value in shadow.state.items()}
     optimizer.state.clear()
     optimizer.state.update(made)
-    if not groups:
-        return
+
+
+def _adopt_settings(optimizer: Optimizer, shadow: Optimizer) -> None:
     # A step may write into its groups (a schedule inside of the optimizer) ...
     for group, changed in zip(optimizer.param_groups, shadow.param_groups, strict=True):
         group.update({key: value for key, value in changed.items() if key != "params"})
@@ -349,13 +341,6 @@ def _adopt_state(
     for name, value in vars(shadow).items():
         if name not in kept and id(value) not in lists:
             vars(optimizer)[name] = value
-
-
-def _changed(optimizer: Optimizer, shadow: Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for group, other in zip(optimizer.param_groups, shadow.param_groups, strict=True):
-        for parameter, master in zip(group["params"], other["params"], strict=True):
-            if parameter is not master:
-                yield parameter, master
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -369,12 +354,3 @@ def _indexed(
     """Yield the index that a state dict's groups give to each parameter."""
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         yield from zip(group["params"], own["params"], strict=True)
-
-
-def _hooks(optimizer: Optimizer, name: str) -> OrderedDict[int, Any]:  # Any: hooks of any kind
-    hooks: OrderedDict[int, Any] = getattr(optimizer, name)
-    return hooks
-
-
-def _get(pairs: Pairs, key: Any) -> Any:  # Any: a parameter, or whatever an optimizer keys by
-    return pairs.get(key, key) if isinstance(key, nn.Parameter) else key

@@ -36,6 +36,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option, Recipe
+from autoprec.runtime.activations import dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -46,20 +47,9 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 ON_LAYER = "gathers_fp8"  # on layers that shall; an attribute of the object, as `fp8_active` is
 MOST_LISTED = 8  # layers that a message names
-STAYS_SHARD = frozenset(  # what FSDP, DTensor and copies do with a shard; all else gives plain ones
-    (
-        aten.detach.default,
-        aten.new_zeros.default,
-        aten.empty_like.default,
-        aten.clone.default,
-        aten.slice.Tensor,
-        aten.view.default,
-        aten.as_strided.default,
-        aten.copy_.default,
-        aten._to_copy.default,
-        aten._pin_memory.default,
-    )
-)
+# What FSDP, DTensor and copies do with a shard; all else gives plain tensors.
+_ON_SHARDS = "detach new_zeros empty_like clone slice view as_strided copy_ _to_copy _pin_memory"
+STAYS_SHARD = frozenset(getattr(aten, name) for name in _ON_SHARDS.split())
 
 
 def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
@@ -70,11 +60,9 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
         options: by layer name.
     """
     owners = Counter(p for module in model.modules() for p in module._parameters.values())
+    in_fp8 = {name: option for name, option in options.items() if option.is_fp8}
     kept: list[str] = []
-    marked = 0
-    for name, option in options.items():
-        if not option.is_fp8:
-            continue
+    for name, option in in_fp8.items():
         layer: Any = model.get_submodule(name)  # Any: a linear
         reason = _refusal(option, layer, owners)
         if reason:
@@ -82,22 +70,11 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
         else:
             vars(layer)[ON_LAYER] = True
             layer.weight.__class__ = GatheredInFp8
-            marked += 1
     logger.info(
         "fully_shard will gather the weights of %d layers in FP8; without it nothing is gathered%s",
-        marked,
+        len(in_fp8) - len(kept),
         f"; FP8 layers with BF16 gathers: {first_and_more(kept, most=MOST_LISTED)}" if kept else "",
     )
-
-
-def remove_gathers(model: nn.Module) -> None:
-    """Take out what `install_gathers` put in; the model must not be sharded."""
-    for module in model.modules():
-        vars(module).pop(ON_LAYER, None)
-        for parameter in module._parameters.values():
-            if type(parameter) is GatheredInFp8:
-                own: Any = parameter  # Any: mypy knows no change of class
-                own.__class__ = nn.Parameter
 
 
 def check_gathers(model: nn.Module) -> None:
@@ -121,8 +98,7 @@ def gathered_dtype(layer: nn.Module) -> str:
     shard = getattr(getattr(layer, "weight", None), "_local_tensor", None)  # a DTensor has one
     if shard is None:
         return ""
-    dtype = torch.float8_e4m3fn if isinstance(shard, Fp8Shard) else shard.dtype
-    return str(dtype).removeprefix("torch.")
+    return dtype_name(torch.float8_e4m3fn if isinstance(shard, Fp8Shard) else shard.dtype)
 
 
 def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # Any: a linear
@@ -141,7 +117,7 @@ def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # A
 class Sent:
     """What the hook before a gather tells the one after it; `mesh` of ranks that hold shards."""
 
-    layer: Any  # one of our FP8 layers
+    config: Any  # the layer's `linear_mm_config`
     scale: Tensor
     size: torch.Size
     mesh: "DeviceMesh"
@@ -190,9 +166,8 @@ class Fp8Shard(Tensor):
         result = func(*args, **kwargs)
         if func is aten.copy_.default:
             return first
-        if func not in STAYS_SHARD or result.dtype is not first.dtype:
-            return result
-        return cls(result)
+        stays = func.overloadpacket in STAYS_SHARD and result.dtype is first.dtype
+        return cls(result) if stays else result
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Name the inner tensor, for torch.compile."""
@@ -225,11 +200,15 @@ class Fp8Shard(Tensor):
                 "FP8 gathers start from the BF16 weights of the plan, but fully_shard's mp_policy "
                 f"has param_dtype={mp_policy.param_dtype}; leave param_dtype out"
             )
-        dtype = module.config.cast_config_weight.target_dtype
-        scale = _common_scale(self.plain, dtype, mesh, module.config.round_scales_to_power_of_2)
-        utils = import_torchao().float8_utils
-        bits = utils.to_fp8_saturated(self.plain.to(torch.float32) * scale, dtype)
-        sent = Sent(module, scale, outer_size, mesh, module.fp8_active)
+        # The scale of the whole weight, as torchao computes it.
+        utils, config = import_torchao().float8_utils, module.config
+        dtype = config.cast_config_weight.target_dtype
+        shard = self.plain
+        amax = shard.abs().max() if shard.numel() else shard.new_zeros(())
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
+        scale = utils.amax_to_scale(amax, dtype, config.round_scales_to_power_of_2)
+        bits = utils.to_fp8_saturated(shard.to(torch.float32) * scale, dtype)
+        sent = Sent(module.linear_mm_config, scale, outer_size, mesh, module.fp8_active)
         return (_padded(bits, outer_size, mesh),), sent
 
     @torch.no_grad()
@@ -249,18 +228,11 @@ class Fp8Shard(Tensor):
         if out is None:
             from autoprec.runtime.whole_weights import whole_weight
 
-            whole = whole_weight(bits, metadata.scale, dtype=param_dtype, layer=metadata.layer)
+            empty = bits.new_empty(0, dtype=param_dtype)
+            whole = whole_weight(bits, metadata.scale, metadata.config, bf16=empty)
         whole._scale = metadata.scale
         _fill(whole.bf16, None if metadata.in_fp8 else _gather_bf16(self.plain, metadata))
         return None if out is not None else (whole, (bits, whole.bf16))
-
-
-def _common_scale(shard: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", in_powers: bool) -> Tensor:
-    """Return the scale of the whole weight, as torchao computes it."""
-    amax = shard.abs().max() if shard.numel() else shard.new_zeros(())
-    dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
-    scale: Tensor = import_torchao().float8_utils.amax_to_scale(amax, dtype, in_powers)
-    return scale
 
 
 def _padded(shard: Tensor, size: torch.Size, mesh: "DeviceMesh") -> Tensor:

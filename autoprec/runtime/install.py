@@ -17,7 +17,7 @@ Module objects, Parameter objects, names and hooks stay as they are: only a para
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from autoprec.runtime.classes import (
     own_class,
 )
 from autoprec.runtime.fit import fp8_refusal
-from autoprec.runtime.gathers import remove_gathers
+from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
@@ -54,6 +54,11 @@ class Installed:
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
     masters: Masters | None = None  # made by the first installation in a model, None if nested
+
+    def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """Give a module another class, and note the one it had."""
+        self.classes.append((module, type(module)))
+        module.__class__ = cls
 
     def undo(self) -> None:
         """Take everything out again; parameters that nobody changed get their exact values back.
@@ -127,12 +132,11 @@ def install_options(
             _install_layer(layers[name], option, installed=installed)
         if has_16_bit:
             for module in _containers(model, layers):
-                _change_class(
-                    module, container_class(type(module), activation_dtype, False), installed
-                )
+                cls = container_class(type(module), activation_dtype, False)
+                installed.set_class(module, cls)
         if root:
-            cls = container_class(type(model), activation_dtype if has_16_bit else None, True)
-            _change_class(model, cls, installed)
+            dtype = activation_dtype if has_16_bit else None
+            installed.set_class(model, container_class(type(model), dtype, True))
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
         raise
@@ -143,11 +147,15 @@ def install_options(
 def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
-    remove_gathers(model)
     vars(model).pop(ON_MODEL, None)
     for module in model.modules():
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)
+        vars(module).pop(ON_LAYER, None)
+        for parameter in module._parameters.values():
+            if type(parameter) is GatheredInFp8:
+                own: Any = parameter  # Any: mypy knows no change of class
+                own.__class__ = nn.Parameter
 
 
 def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
@@ -243,7 +251,7 @@ def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) ->
     dtype = installed.activation_dtype
     if option_dtype(option) is torch.float32 is dtype and not is_made_here(type(layer)):
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
-    _change_class(layer, layer_class(own_class(layer), option, dtype), installed)
+    installed.set_class(layer, layer_class(own_class(layer), option, dtype))
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):
@@ -262,8 +270,3 @@ def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[n
         is_between = module not in inside or isinstance(module, ParametrizationList)
         if is_between and module is not model and runs_code and not is_plain:
             yield module
-
-
-def _change_class(module: nn.Module, cls: type[nn.Module], installed: Installed) -> None:
-    installed.classes.append((module, type(module)))
-    module.__class__ = cls

@@ -191,7 +191,12 @@ def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters])
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target, with few kernels; of shards the local parts."""
     if targets:
-        torch._foreach_copy_(_local_parts(targets), _local_parts(sources))
+        kind = sharded_tensor()
+        local_targets, local_sources = (
+            [t.to_local() if isinstance(t, kind) else t for t in tensors]
+            for tensors in (targets, sources)
+        )
+        torch._foreach_copy_(local_targets, local_sources)
 
 
 def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
@@ -265,11 +270,6 @@ def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
 
     whole = master.to(parameter.device)
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-
-
-def _local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    kind = sharded_tensor()
-    return [tensor.to_local() if isinstance(tensor, kind) else tensor for tensor in tensors]
 
 
 def _stamp(parameter: nn.Parameter) -> tuple[int, int]:

@@ -44,7 +44,10 @@ class WholeWeight(Float8TrainingTensor):  # type: ignore[misc]  # a class of tor
         """Keep views what they are, give torchao its GEMM of two FP8 operands, be BF16 else."""
         kwargs = kwargs or {}
         if func in VIEWS:
-            return _like(args[0], func(args[0]._data, *args[1:], **kwargs))
+            weight = args[0]
+            data = func(weight._data, *args[1:], **kwargs)
+            # `bf16` stays the same object: a later gather resizes it.
+            return whole_weight(data, weight._scale, weight._linear_mm_config, bf16=weight.bf16)
         if func is aten.mm.default and all(isinstance(x, Float8TrainingTensor) for x in args):
             return super().__torch_dispatch__(func, types, args, kwargs)
         args, kwargs = tree_map_only(cls, _in_bf16, (args, kwargs))
@@ -58,26 +61,15 @@ class WholeWeight(Float8TrainingTensor):  # type: ignore[misc]  # a class of tor
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], settings: Any, *_: object) -> "WholeWeight":
         """Make it of its inner tensors, for torch.compile."""
-        kept = ("_orig_dtype", "_linear_mm_config", "_gemm_input_role")
-        weight = WholeWeight(inner["_data"], inner["_scale"], *(settings[name] for name in kept))
-        weight.bf16 = inner["bf16"]
-        return weight
+        config = settings["_linear_mm_config"]
+        return whole_weight(inner["_data"], inner["_scale"], config, bf16=inner["bf16"])
 
 
-def whole_weight(data: Tensor, scale: Tensor, *, dtype: torch.dtype, layer: Any) -> WholeWeight:
-    """Return FP8 elements under a scale as a layer's weight of a dtype (Any: one of our layers)."""
-    role = _torchao.GemmInputRole.WEIGHT
-    weight = WholeWeight(data, scale, dtype, layer.linear_mm_config, role)
-    weight.bf16 = data.new_empty(0, dtype=dtype)
+def whole_weight(data: Tensor, scale: Tensor, config: Any, *, bf16: Tensor) -> WholeWeight:
+    """Return FP8 elements under a scale as a weight; `config` is a layer's `linear_mm_config`."""
+    weight = WholeWeight(data, scale, bf16.dtype, config, _torchao.GemmInputRole.WEIGHT)
+    weight.bf16 = bf16
     return weight
-
-
-def _like(weight: WholeWeight, data: Tensor) -> WholeWeight:
-    view = WholeWeight(
-        data, weight._scale, weight._orig_dtype, weight._linear_mm_config, weight._gemm_input_role
-    )
-    view.bf16 = weight.bf16  # the same object: a later gather resizes it
-    return view
 
 
 def _in_bf16(weight: WholeWeight) -> Tensor:
