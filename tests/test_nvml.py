@@ -108,7 +108,7 @@ def test_a_gpu_that_stays_hot_is_waited_for_once(load_stub: LoadStub) -> None:
     assert not monitor.observe(lambda: 1.0)[
         1
     ].is_dirty  # it has cooled: from now on heat is waited for again
-    assert not monitor._gave_up
+    assert not monitor.gave_up
 
 
 def test_what_may_not_be_read_is_a_named_fact(load_stub: LoadStub) -> None:

@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -221,33 +222,33 @@ def _software(missing: dict[str, str]) -> dict[str, str]:
     return found | {name: value for name, value in runtimes.items() if value}
 
 
+@dataclass
 class ThermalMonitor:
     """Pauses while the GPU is slowed by heat, and calls a sample that saw it slowed dirty."""
 
-    def __init__(self, sensor: Sensor, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._sensor = sensor
-        self._sleep = sleep
-        self._gave_up = False
+    sensor: Sensor
+    sleep: Callable[[float], None] = time.sleep
+    gave_up: bool = False
 
     def settle(self) -> int:
         """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often.
 
         A GPU that stayed slow is not waited for again until a sample has seen it fast.
         """
-        patience = 0 if self._gave_up else MOST_PAUSES
+        patience = 0 if self.gave_up else MOST_PAUSES
         for pauses in range(patience):
-            if not SLOWDOWNS & set(self._sensor.throttle_reasons()):
+            if not SLOWDOWNS & set(self.sensor.throttle_reasons()):
                 return pauses
-            self._sleep(PAUSE_S)
-        self._gave_up = True
+            self.sleep(PAUSE_S)
+        self.gave_up = True
         return patience
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         """Take a sample; return what the GPU was like after it, and whether that spoiled it."""
         elapsed = sample()
-        seen = self._sensor.read()
+        seen = self.sensor.read()
         is_slow = bool(SLOWDOWNS & set(seen.throttle_reasons))
-        self._gave_up = self._gave_up and is_slow
+        self.gave_up = self.gave_up and is_slow
         return elapsed, Observation(is_slow, seen)
 
 

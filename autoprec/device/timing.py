@@ -317,12 +317,12 @@ def timing_from(samples: Sequence[float], *, rejected: int = 0) -> Timing:
 
 def relative_error(samples: Sequence[float]) -> float:
     """Return the standard error of the median over the median, from the p20 to p80 spread."""
-    p20, median, p80 = np.percentile(np.asarray(samples, dtype=np.float64), [20, 50, 80])
-    if median <= 0:
+    timing = timing_from(samples)
+    if timing.median_ms <= 0:
         return 0.0
     # For normal samples p80 - p20 = 2 z sigma; the median's error is sqrt(pi / 2) sigma / sqrt(n).
-    sigma = (p80 - p20) / (2 * SPREAD_Z)
-    return float(MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / median)
+    sigma = (timing.p80_ms - timing.p20_ms) / (2 * SPREAD_Z)
+    return MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / timing.median_ms
 
 
 def merge_conditions(seen: Sequence[Conditions], *, pauses: int = 0) -> Conditions | None:
@@ -340,14 +340,9 @@ def merge_conditions(seen: Sequence[Conditions], *, pauses: int = 0) -> Conditio
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Return the size of the largest cache of CPU 0 as Linux says, or a common one."""
-    sizes = [_cache_size(path.read_text()) for path in folder.glob("index*/size")]
-    return max(sizes, default=DEFAULT_CACHE_BYTES)
-
-
-def _cache_size(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    number, unit = text.strip()[:-1], text.strip()[-1:]
-    return int(number) * units[unit] if unit in units else int(text)
+    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=DEFAULT_CACHE_BYTES)
 
 
 def _warm_up(

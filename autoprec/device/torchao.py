@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,17 +55,15 @@ def float8_config(option: Option) -> Any:  # Any: torchao ships no types
         )
     config = import_torchao().config
     base = config.Float8LinearConfig.from_recipe_name(option.recipe.value)
-    if not option.gemms_hp:
-        return base
     casts = {
-        name: _disabled(config, getattr(base, name)) if gemm in option.gemms_hp else own
-        for gemm, names in _OPERANDS.items()
-        for name in names
-        for own in (getattr(base, name),)
+        name: config.CastConfig(
+            scaling_type=config.ScalingType.DISABLED,
+            target_dtype=getattr(base, name).target_dtype,  # one per operand, used or not
+        )
+        for gemm in option.gemms_hp
+        for name in _OPERANDS[gemm]
     }
-    return config.Float8LinearConfig(
-        **casts, round_scales_to_power_of_2=base.round_scales_to_power_of_2
-    )
+    return replace(base, **casts)
 
 
 _OPERANDS: dict[Gemm, tuple[str, str]] = {  # the casts of torchao's config that feed each GEMM
@@ -75,10 +74,3 @@ _OPERANDS: dict[Gemm, tuple[str, str]] = {  # the casts of torchao's config that
         "cast_config_grad_output_for_grad_weight",
     ),
 }
-
-
-def _disabled(config: Any, cast: Any) -> Any:  # Any: torchao ships no types
-    return config.CastConfig(
-        scaling_type=config.ScalingType.DISABLED,
-        target_dtype=cast.target_dtype,  # torchao wants one dtype per operand, used or not
-    )

@@ -91,29 +91,22 @@ def attention_blocks(layers: Iterable[LayerSpec]) -> tuple[AttentionBlock, ...]:
     for layer in layers:
         if layer.gemm is not None and layer.calls:
             siblings[layer.name.rpartition(".")[0]].setdefault(role_of(layer), layer)
-    blocks = (_block(found) for found in siblings.values())
-    return tuple(block for block in blocks if block is not None)
+    return tuple(block for found in siblings.values() if (block := _block(found)) is not None)
 
 
 def _block(found: Mapping[Role, LayerSpec]) -> AttentionBlock | None:
-    source = found.get(Role.QUERY) or found.get(Role.QKV)
+    source, out = found.get(Role.QUERY) or found.get(Role.QKV), found.get(Role.ATTENTION_OUT)
     if source is None or source.gemm is None:
         return None
-    out = found.get(Role.ATTENTION_OUT)
     width = source.gemm.N
     if Role.QUERY not in found:
         width = out.gemm.K if out is not None and out.gemm is not None else source.gemm.N // 3
     shape = source.calls[0].inputs[0].shape
     if len(shape) < 3:
         return None  # tokens without a sequence: nothing says how long one is
-    tokens = source.gemm.M
     sequence = shape[-2]
-    return AttentionBlock(
-        batch=max(tokens // max(sequence, 1), 1),
-        sequence=sequence,
-        width=width,
-        calls=source.calls_per_step,
-    )
+    batch = max(source.gemm.M // max(sequence, 1), 1)
+    return AttentionBlock(batch, sequence, width, calls=source.calls_per_step)
 
 
 def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:

@@ -64,17 +64,17 @@ class Compilation:
         return time.perf_counter() - started
 
 
+@dataclass
 class GraphMonitor:
     """Another monitor, that also spoils every sample in which a graph was made."""
 
-    def __init__(self, compilation: Compilation, inner: Monitor) -> None:
-        self._compilation = compilation
-        self._inner = inner
-        self._spoiled = 0
+    compilation: Compilation
+    inner: Monitor
+    spoiled: int = 0
 
     def settle(self) -> int:
         """Wait as the other monitor does."""
-        return self._inner.settle()
+        return self.inner.settle()
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         """Return what the other monitor saw; spoiled if there are more graphs after the sample.
@@ -85,16 +85,16 @@ class GraphMonitor:
         # A sample with a graph in it holds seconds of compiling, so it is left out even where no
         # more rejections are allowed; a step that goes on compiling has no time of its own.
         known = made_graphs()
-        elapsed, seen = self._inner.observe(sample)
+        elapsed, seen = self.inner.observe(sample)
         made = made_graphs() - known
         if not made:
             return elapsed, seen
-        self._compilation.recompiles += made
-        self._spoiled += 1
-        if self._spoiled > MOST_SPOILED:
+        self.compilation.recompiles += made
+        self.spoiled += 1
+        if self.spoiled > MOST_SPOILED:
             raise DeviceError(
                 "a compiled step must not compile again while it is timed, but "
-                f"{self._spoiled} samples did; give batches of one shape, or time it with --eager"
+                f"{self.spoiled} samples did; give batches of one shape, or time it with --eager"
             )
         return elapsed, replace(seen, is_spoiled=True)
 
@@ -133,13 +133,9 @@ def _check_compiler(device: torch.device, backend: Backend) -> None:
     """Compile one small function, for the one line that says what is missing."""
     needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
     try:
-        torch.compile(_double, backend=backend)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.sin() * 2, backend=backend)(torch.ones(8, device=device))
     except RuntimeError as error:
         raise DeviceError(
             f"--compile needs a torch.compile that works, with {needed}, but on {device} it says: "
             f"{first_line(error)}; install what is missing, or leave --compile out"
         ) from error
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return x.sin() * 2

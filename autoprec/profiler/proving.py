@@ -39,8 +39,7 @@ def name_kernels(
     for group in groups:
         calls, make_layer = recorded.first_of(group)
         for row in (row for row in rows if group.first.name in row.names):
-            is_timed = row.total is not None and row.total.samples > 0
-            if is_timed and row.option.is_fp8:
+            if row.option.is_fp8 and row.total is not None and row.total.samples:
                 names = layer_kernels(row.names[0], row.option, calls, make_layer)
                 row = row.model_copy(update={"kernels": (*row.kernels, *names)})
             named.append(row)
