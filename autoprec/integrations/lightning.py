@@ -90,7 +90,13 @@ class PlanPrecision(Precision):
         """
         if isinstance(module, L.LightningModule):
             _check_strategy(module.trainer.strategy)
-        self.model = self._planned(module)
+        try:
+            self.model = module.get_submodule(self.inside)
+        except AttributeError as error:
+            raise PlanMismatchError(
+                f"inside= must name a submodule of the {type(module).__name__}, but it has no "
+                f"{self.inside!r}; give the name of the attribute that holds the plan's model"
+            ) from error
         # a second fit, or validate before a fit, converts the same module again
         if not runs_plan(self.model, self.plan):
             apply(self.plan, self.model)
@@ -104,15 +110,6 @@ class PlanPrecision(Precision):
             for optimizer in optimizers:
                 attach_optimizer(self.model, optimizer)
         return model, optimizers, lr_schedulers
-
-    def _planned(self, module: nn.Module) -> nn.Module:
-        try:
-            return module.get_submodule(self.inside)
-        except AttributeError as error:
-            raise PlanMismatchError(
-                f"inside= must name a submodule of the {type(module).__name__}, but it has no "
-                f"{self.inside!r}; give the name of the attribute that holds the plan's model"
-            ) from error
 
 
 class GuardCallback(L.Callback):

@@ -44,10 +44,10 @@ from autoprec.records import (
 from autoprec.workload.functions import (
     Batch,
     Workload,
-    batch_tensors,
     check_batches,
     check_loss,
     take_batches,
+    tensors_in,
 )
 
 SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
@@ -133,7 +133,7 @@ def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, lis
 
 def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) -> None:
     """Run batches whose shapes differ from the first's, such as a short last one, forward only."""
-    shapes = [tuple(tuple(tensor.shape) for tensor in batch_tensors(batch)) for batch in batches]
+    shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
     for number, batch in enumerate(batches[1:], start=1):
         if shapes[number] not in shapes[:number]:
             with torch.no_grad():

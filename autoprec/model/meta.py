@@ -43,10 +43,10 @@ from autoprec.records import APPLICABLE_RECIPES, ModelSpec
 from autoprec.workload.functions import (
     Batch,
     Workload,
-    batch_tensors,
     check_batches,
     move_batch,
     take_batches,
+    tensors_in,
 )
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def _moved_to_meta(model: nn.Module) -> nn.Module:
 def _batch_on_meta(batch: Batch) -> Batch:
     """Move a batch; a copy to another device is contiguous, so views get their strides back."""
     moved = move_batch(batch, META)
-    for own, copy in zip(batch_tensors(batch), batch_tensors(moved), strict=True):
+    for own, copy in zip(tensors_in(batch), tensors_in(moved), strict=True):
         if copy.stride() != own.stride():
             strided = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=META)
             copy.set_(strided)  # type: ignore[call-overload]  # torch's stub lacks tensors

@@ -12,6 +12,7 @@ Whatever goes wrong in the user's code becomes one `WorkloadError` line that nam
 what it must return and what it returned; the original exception is its cause.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -212,7 +213,7 @@ def check_batches(workload: Workload, *, seed: int, count: int = 2) -> None:
     """
     first, again = (take_batches(workload, seed=seed, count=count) for _ in range(2))
     for index, pair in enumerate(zip(first, again, strict=True)):
-        one, other = map(batch_tensors, pair)
+        one, other = map(tensors_in, pair)
         if len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise WorkloadError(
                 "train_batches(seed) must give the same batches for the same seed, but batch "
@@ -249,14 +250,18 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def batch_tensors(batch: Batch) -> list[Tensor]:
-    """Return the tensors in a batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        return [tensor for item in batch for tensor in batch_tensors(item)]
+def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model's output
+    """Return the tensors in nested values, in one order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []
 
 

@@ -55,13 +55,18 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         WorkloadError: the script failed, ended early, or trains in a way that cannot be recorded.
     """
     recorder, status = Recorder(steps), 0
-    with (
-        random_state_kept(),
-        _kept_state(),
-        recorder.following(),
-        contextlib.redirect_stdout(sys.stderr),
-        contextlib.suppress(StopScript),  # the recorder knows why
-    ):
+    with contextlib.ExitStack() as stack:
+        # what a script may change for the whole process, and the stages rely on, is put back
+        stack.callback(torch.set_default_device, None)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        for context in (
+            contextlib.chdir(os.getcwd()),
+            random_state_kept(),
+            recorder.following(),
+            contextlib.redirect_stdout(sys.stderr),
+            contextlib.suppress(StopScript),  # the recorder knows why
+        ):
+            stack.enter_context(context)
         status = run_script(script)
     first, optimizer = recorder.first, recorder.first_optimizer
     if recorder.refusal is not None:
@@ -107,14 +112,12 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> Non
     """
     model = copy.deepcopy(first.model).to(first.device).train()
     batch = move_batch(recorder.batches[0], first.device)
-    enabled, dtype = first.autocast
-    autocast = torch.autocast(first.device.type, dtype=dtype, enabled=enabled)
     with random_state_kept():
         # as in the script: the random numbers of its dropout, and its autocast
         torch.set_rng_state(first.random_state)
         if first.random_states_gpu:
             torch.cuda.set_rng_state_all(first.random_states_gpu)
-        with autocast:
+        with first.autocast:
             loss = recorded_loss(model, batch)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
@@ -130,18 +133,6 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> Non
                 f"a recording must repeat the script's first step, but the {what} is {found:.6g} "
                 f"again instead of {wanted:.6g}: {cause}",
             )
-
-
-@contextlib.contextmanager
-def _kept_state() -> Iterator[None]:
-    """Put back what a script may change for the whole process and the stages rely on."""
-    folder, dtype = os.getcwd(), torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        os.chdir(folder)
-        torch.set_default_device(None)
-        torch.set_default_dtype(dtype)
 
 
 def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch]:
@@ -166,8 +157,7 @@ def _free(recorder: Recorder) -> None:
         if recorder.optimizer is not None:
             recorder.optimizer.state.clear()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
     recorder.model = recorder.optimizer = None
 
 

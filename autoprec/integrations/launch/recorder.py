@@ -33,9 +33,10 @@ from autoprec.integrations.launch.optimizers import (
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
-from autoprec.integrations.launch.tape import Tape, Taping, copied, tensors_in
+from autoprec.integrations.launch.tape import Tape, Taping, copied
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.masters import ON_MODEL
+from autoprec.workload.functions import tensors_in
 
 MODEL_PY = "write a model.py instead (see the README)"
 
@@ -58,7 +59,7 @@ class FirstCall:
     device: torch.device
     random_state: Tensor
     random_states_gpu: list[Tensor]
-    autocast: tuple[bool, torch.dtype]
+    autocast: torch.autocast
 
 
 class Recorder:
@@ -106,7 +107,7 @@ class Recorder:
             return call(module, *args, **kwargs)
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
         before = copied(args), copied(kwargs)
         self._depth += 1
@@ -148,7 +149,8 @@ class Recorder:
         if is_distributed and (ranks := torch.distributed.get_world_size()) > 1:
             self.refuse(f"one process must train, but there are {ranks}")
         device = next(model.parameters()).device
-        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        dtype = torch.get_autocast_dtype(device.type)
+        autocast = torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type))
         try:
             template = copy.deepcopy(model).to("cpu")
         except (RuntimeError, TypeError, AttributeError, copy.Error) as error:

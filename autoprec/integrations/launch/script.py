@@ -53,7 +53,10 @@ def run_script(script: Script) -> int:
         except (AutoprecError, StopScript, GeneratorExit):
             raise
         except SystemExit as leaving:
-            return _exit_status(leaving)
+            if leaving.code is None or isinstance(leaving.code, int):
+                return leaving.code or 0
+            sys.stderr.write(f"{leaving.code}\n")  # as Python does with sys.exit("message")
+            return FAILED
         except BaseException as error:  # noqa: BLE001 - the script's last one, as Python ends with
             error.__traceback__ = _script_frames(error.__traceback__)
             sys.excepthook(type(error), error, error.__traceback__)
@@ -122,13 +125,6 @@ def _own_logging() -> Iterator[None]:
     finally:
         own.handlers[:] = [handler for handler in own.handlers if handler not in handlers]
         root.handlers[:], own.propagate = handlers, True
-
-
-def _exit_status(leaving: SystemExit) -> int:
-    if leaving.code is None or isinstance(leaving.code, int):
-        return leaving.code or 0
-    sys.stderr.write(f"{leaving.code}\n")  # as Python does with sys.exit("message")
-    return FAILED
 
 
 def _script_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -14,9 +14,8 @@ What is computed without the output is a constant. Numbers that a script takes o
 """
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from autoprec.errors import WorkloadError
+from autoprec.workload.functions import tensors_in
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
 Function = Callable[..., Value]
@@ -82,7 +82,7 @@ class Tape:
 
     def run(self, function: Function, args: Any, kwargs: Any) -> Value:
         """Run a function and record it if the output plays a part in it."""
-        tensors = list(tensors_in((args, kwargs)))
+        tensors = tensors_in((args, kwargs))
         is_live = any(id(tensor) in self._known for tensor in tensors)
         if not is_live or function == READ_GRADIENT:
             return function(*args, **kwargs)
@@ -93,7 +93,7 @@ class Tape:
         has_grad = torch.is_grad_enabled()
         result = function(*args, **kwargs)
         written = [t for t, v in zip(tensors, versions, strict=True) if t._version != v]
-        made = list(tensors_in(result))
+        made = tensors_in(result)
         if function in GRADIENT_HOOKS:  # it changes gradients, in a way that no replay repeats
             self._unseen("a gradient hook").meta["writes"] = True
             return result
@@ -158,7 +158,7 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
     Raises:
         WorkloadError: the model returns something else than when it was recorded.
     """
-    parameters, outputs = list(model.parameters()), list(tensors_in(output))
+    parameters, outputs = list(model.parameters()), tensors_in(output)
     inputs: dict[str, Value] = {"device": parameters[0].device}
     for name, tensors in (("parameter", parameters), ("output", outputs), ("constant", constants)):
         inputs |= {f"{name}_{index}": tensor for index, tensor in enumerate(tensors)}
@@ -195,22 +195,6 @@ def remove_scale(graph: fx.Graph, constants: Sequence[Tensor], *, micro_steps: i
     _drop_unused(graph)
 
 
-def tensors_in(value: Value) -> Iterator[Tensor]:
-    """Yield the tensors in a model's output or a function's arguments, always in one order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, slice):
-        yield from tensors_in((value.start, value.stop, value.step))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
-
-
 def copied(value: Value) -> Value:
     """Return a copy on the CPU of nested values that shares no storage, without its graph."""
     return tree_map(_copied, value)
@@ -224,7 +208,7 @@ def _copied(value: Value) -> Value:
 
 
 def _nth_tensor(result: Value, index: int) -> Tensor:
-    return list(tensors_in(result))[index]
+    return tensors_in(result)[index]
 
 
 def _root(graph: fx.Graph) -> Any:  # Any: always a node
