@@ -183,7 +183,7 @@ def prepare_reference(
         checkpoint: start from this state dict instead of fresh weights.
         batches: to measure on; they follow the warm-up's in the stream.
         warmup_steps: FP32 steps before measuring.
-        with_history: note the operands' magnitudes in the warm-up, as delayed scaling needs them.
+        with_history: record the operands' magnitudes, as delayed scaling needs them.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.

@@ -54,7 +54,12 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
     input_gradients: list[Tensor | None] = []
     for number, call in enumerate(calls):
         torch.manual_seed(seed + number)
-        args, kwargs = tree_map_only(Tensor, _leaf, (call.args, call.kwargs))
+        # leaves of their own graph; floating ones always get a gradient
+        args, kwargs = tree_map_only(
+            Tensor,
+            lambda t: t.detach().requires_grad_(t.is_floating_point()),
+            (call.args, call.kwargs),
+        )
         inputs = output_tensors((args, kwargs))
         produced = output_tensors(layer(*args, **kwargs))
         # the loss's own gradient goes in at every output that it came back to in the pass
@@ -82,8 +87,3 @@ def _gradients(
     outputs, gradients = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
     return {t: g.float() for t, g in zip(wanted, found, strict=True) if g is not None}
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """Return a tensor as a leaf of its own graph; floating ones always get a gradient."""
-    return tensor.detach().requires_grad_(tensor.is_floating_point())

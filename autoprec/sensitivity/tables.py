@@ -123,18 +123,18 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
     over batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that share a
     code share.
     """
-    return tuple(_row(probes, name, option) for name, option in cells)
-
-
-def _row(probes: Sequence[BatchProbe], name: str, option: Option) -> LayerSensitivity:
-    spreading = components_of(option)
-    key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
-    staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
-    by_gemm = {gemm: _estimate(probes, name, some) for gemm, some in spreading.items()}
-    by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, [probe.squared_norm for probe in probes])
-    every = list(chain.from_iterable(spreading.values()))
-    grad_error = _estimate(probes, name, every, plus=staying)
-    return LayerSensitivity(name=name, option=option, grad_error=grad_error, by_gemm=by_gemm)
+    scale = [probe.squared_norm for probe in probes]
+    rows = []
+    for name, option in cells:
+        spreading = components_of(option)
+        key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
+        staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
+        by_gemm = {gemm: _estimate(probes, name, some) for gemm, some in spreading.items()}
+        by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
+        every = list(chain.from_iterable(spreading.values()))
+        total = _estimate(probes, name, every, plus=staying)
+        rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
+    return tuple(rows)
 
 
 def _estimate(

@@ -14,7 +14,7 @@ in eval mode on fixed held-out batches, whatever the branch trained in.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -90,7 +90,11 @@ def train_branch(
     diverged_at = None
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
-        with _installed(model, optimizer, variant), fast_fp8_gemms(context.device):
+        with fast_fp8_gemms(context.device), ExitStack() as plan:
+            if not variant.is_reference:
+                install_options(model, variant.options, uncovered=variant.uncovered)
+                attach_optimizer(model, optimizer)
+                plan.callback(undo, model, optimizer)
             # the reference saw the same batches: what is far above its worst has diverged
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
             training = _train(session, model, optimizer, variant.label, seed=seed)
@@ -172,22 +176,6 @@ def _floor(session: Session, first: Branch) -> float:
     return abs(again.eval_loss - first.eval_loss) / abs(first.eval_loss)
 
 
-@contextmanager
-def _installed(
-    model: nn.Module, optimizer: torch.optim.Optimizer, variant: Variant
-) -> Iterator[None]:
-    """Train in the variant's precisions inside; leave plain FP32 with the master weights behind."""
-    if variant.is_reference:
-        yield
-        return
-    install_options(model, variant.options, uncovered=variant.uncovered)
-    attach_optimizer(model, optimizer)
-    try:
-        yield
-    finally:
-        undo(model, optimizer)
-
-
 def _train(
     session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, label: str, *, seed: int
 ) -> Iterator[float]:
@@ -197,7 +185,11 @@ def _train(
     for step, batch in enumerate(_batches(context, seed, steps)):
         # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            _set_rate(group, rate * (steps - step) / steps)
+            annealed = rate * (steps - step) / steps
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(annealed)
+            else:
+                group["lr"] = annealed
         yield float(_train_step(context, model, optimizer, batch, seed=seed, step=step))
         context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
 
@@ -241,10 +233,3 @@ def _rate(group: dict[str, Any]) -> float:  # Any: a param group
             f"anneal, but one has only {sorted(set(group) - {'params'})}; use one of torch.optim"
         )
     return float(group["lr"])
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:  # Any: a param group
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
