@@ -3,7 +3,6 @@
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.notebook import plan_html, plan_text, run_html
 from autoprec.report.page import render_html
-from autoprec.report.record_views import print_record
 from autoprec.report.runs import RunRecords, load_run
 from autoprec.report.summary import summary_object
-from autoprec.report.terminal import print_summary
+from autoprec.report.terminal import print_record, print_summary

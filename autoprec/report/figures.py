@@ -182,10 +182,10 @@ def _step_bar(
     tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
     words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > scale.high else ''}"
     words += f", plan {formats.ratio(speedup.value)}" if speedup else ""
-    end = scale(max(step.ms, step.high_ms or 0.0)) + 10.0
+    width, end = scale(step.ms) - scale.start, scale(max(step.ms, step.high_ms or 0.0)) + 10.0
     parts = [
         svg.text(LABEL_PX - 12.0, y + 18.0, title, kind="label", anchor="end"),
-        svg.bar(scale.start, y, scale(step.ms) - scale.start, 26.0, kind=kind, tip=tip),
+        svg.mark("rect", x=scale.start, y=y, width=width, height=26.0, rx=2, kind=kind, tip=tip),
         svg.text(end, y + 18.0, words, kind="value"),
     ]
     if step.low_ms is not None and step.high_ms is not None:

@@ -117,6 +117,11 @@ def step_title(label: str) -> str:
     return STEP_TITLES.get(label, clean_text(label))
 
 
+def and_more(number: int, noun: str, where: str = "") -> str:
+    """Return the line below a list that was cut: `... and 3 more layers`."""
+    return f"... and {count_of(number, f'more {noun}')}{where}"
+
+
 def count_of(number: int, noun: str, plural: str = "") -> str:
     """Return `1 layer`, `2 layers`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

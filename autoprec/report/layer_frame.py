@@ -71,30 +71,22 @@ class Column:
         return self.show not in (formats.text, formats.option)
 
 
-def _times_of(prefix: str) -> Iterator[Column]:
-    return (Column(f"{prefix}{name}", is_sum=True) for name in TIMES[:-1])
+def _sums(names: Iterable[str]) -> Iterator[Column]:
+    return (Column(name, is_sum=True) for name in names)
 
 
 EVERYWHERE = tuple(View)
 ROOMY = (View.WIDE, View.PAGE, View.NOTEBOOK)
 COLUMNS = (
     Column("name", "layer", views=EVERYWHERE),
-    Column("kind"),
-    Column("type"),
+    *map(Column, ("kind", "type")),
     Column("shape", "shape", views=(View.WIDE, View.NOTEBOOK)),
-    Column("calls"),
-    Column("is_frozen"),
-    Column("tied_to"),
+    *map(Column, ("calls", "is_frozen", "tied_to")),
     Column("option", "precision", formats.option, EVERYWHERE),
-    Column("precision"),
-    Column("recipe"),
-    Column("gemms_hp"),
-    *_times_of(""),
+    *map(Column, ("precision", "recipe", "gemms_hp")),
+    *_sums(TIMES[:-1]),
     Column("total_ms", "ms", formats.ms, ROOMY, basis="time_basis", is_sum=True),
-    *_times_of("bf16_o2_"),
-    Column("bf16_o2_total_ms", is_sum=True),
-    *_times_of("fp32_"),
-    Column("fp32_total_ms", is_sum=True),
+    *_sums(f"{label}_{name}" for label in BASELINES for name in TIMES),
     Column("best_fp8"),
     Column("best_fp8_total_ms", is_sum=True),
     Column("speedup_vs_bf16_o2", "vs BF16", formats.ratio, EVERYWHERE),
@@ -106,12 +98,9 @@ COLUMNS = (
     ),
     Column("grad_error_stderr"),
     Column("grad_error_share", "share of it", formats.share, (View.PAGE,), is_sum=True),
-    *(Column(name, is_sum=True) for name in BYTES),
+    *_sums(BYTES),
     Column("memory_bytes", "memory", formats.size, (View.PAGE,), is_sum=True),
-    Column("samples"),
-    Column("rejected"),
-    Column("time_basis"),
-    Column("grad_error_basis"),
+    *map(Column, ("samples", "rejected", "time_basis", "grad_error_basis")),
     Column("reason", "why", views=(View.WIDE, View.PAGE)),
 )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from autoprec.records import Option
 from autoprec.report import formats
-from autoprec.report.formats import UNKNOWN, count_of
+from autoprec.report.formats import UNKNOWN, and_more
 from autoprec.report.layer_frame import (
     BASELINES,
     COLUMNS,
@@ -52,7 +52,7 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     table = Table(heads, rows, numbers, widest, has_total=True)
     parts: list[Part] = [Line("Layers", "bold"), table]
     if rest := len(frame) - sum(row["layers"] for row in shown):
-        parts.append(Line(f"... and {count_of(rest, 'layer')} that take less time; see layers.csv"))
+        parts.append(Line(and_more(rest, "layer", " that take less time; see layers.csv")))
     return parts
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 from autoprec.records import Plan
 from autoprec.report import formats
-from autoprec.report.formats import clean_text, count_of
+from autoprec.report.formats import and_more, clean_text, count_of
 from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
 from autoprec.report.layer_table import fold_layers, known_columns
 from autoprec.report.page import render
@@ -25,7 +25,7 @@ def plan_text(plan: Plan) -> str:
     options = [formats.option(row["option"]) for row in rows[:MOST_LINES]]
     width = max(map(len, options), default=0)
     layers = [f"  {o:{width}}  {row['name']}" for o, row in zip(options, rows, strict=False)]
-    more = [f"  {rest}"] if (rest := _rest(rows[MOST_LINES:])) else []
+    more = [f"  {line}" for line in _rest(rows[MOST_LINES:])]
     return "\n".join(map(clean_text, [*_sentences(found), *layers, *more]))
 
 
@@ -38,9 +38,9 @@ def run_html(records: RunRecords) -> str:
     """Return what a run found as a fragment of HTML, for a notebook."""
     found = summarise_run(records)
     rows = _by_option(found)
-    shown, rest = rows[:MOST_ROWS], _rest(rows[MOST_ROWS:])
+    lines = [*_sentences(found), *_rest(rows[MOST_ROWS:])]
     columns = known_columns(columns_of(View.NOTEBOOK), rows)
-    return render("notebook.html", lines=[*_sentences(found), rest], columns=columns, rows=shown)
+    return render("notebook.html", lines=lines, columns=columns, rows=rows[:MOST_ROWS])
 
 
 def _sentences(found: Summary) -> list[str]:
@@ -58,6 +58,5 @@ def _by_option(found: Summary) -> list[Row]:
     return sorted(rows, key=lambda row: row["option"] or "", reverse=True)
 
 
-def _rest(rows: list[Row]) -> str:
-    rest = sum(row["layers"] for row in rows)
-    return f"... and {count_of(rest, 'more layer')}" if rest else ""
+def _rest(rows: list[Row]) -> list[str]:
+    return [and_more(sum(row["layers"] for row in rows), "layer")] if rows else []

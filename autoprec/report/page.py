@@ -9,21 +9,17 @@ import base64
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
 from autoprec.report import figures, formats, tables
-from autoprec.report.layer_frame import Row, View, columns_of, frame_rows, options_frame
+from autoprec.report.layer_frame import View, columns_of, frame_rows, options_frame
 from autoprec.report.layer_table import total_row
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import predicted_and_measured, spread_title
 from autoprec.report.summary import apply_line, summarise_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -65,7 +61,7 @@ def render_html(run: RunRecords) -> str:
         columns=columns_of(View.PAGE),
         rows=frame_rows(found.layers),
         total=total_row(found.layers),
-        details=_by_layer(options),
+        details={name: frame_rows(own) for name, own in options.groupby("name")},
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
         # the page itself
         apply_line=apply_line("."),
@@ -79,14 +75,6 @@ def render_html(run: RunRecords) -> str:
 def render(template: str, **values: object) -> str:
     """Return a template with its values: all escaped, hidden characters made visible."""
     return ENVIRONMENT.get_template(template).render(values)
-
-
-def _by_layer(options: "pd.DataFrame") -> dict[str, list[Row]]:
-    """Return what is known of every option, by layer."""
-    found: dict[str, list[Row]] = {}
-    for row in frame_rows(options):
-        found.setdefault(row["name"], []).append(row)
-    return found
 
 
 @functools.cache

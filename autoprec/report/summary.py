@@ -129,7 +129,7 @@ def summarise_run(run: RunRecords) -> Summary:
     plan, layers, speedups = run.plan, layers_frame(run), plan_speedups(run)
     grad_error, vs_fp32 = _plan_grad_error(run), speedups.get("fp32")
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
-    is_known = vs_fp32 is not None and extra_steps is not None
+    time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
     constraint = plan.constraint.loss_tolerance if plan else None
     answers = [_plan_note(plan, start) for start in ("FP8 ", "does not fit in memory")]
@@ -144,7 +144,7 @@ def summarise_run(run: RunRecords) -> Summary:
         grad_error=grad_error,
         grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
-        time_to_loss=vs_fp32.discounted(extra_steps or 0.0) if is_known and vs_fp32 else None,
+        time_to_loss=time_to_loss,
         verdict=proof.verdict if proof else Verdict.NOT_RUN,
         verdict_sentence=_verdict_sentence(run),
         gap=proof.gap if proof else None,
@@ -243,11 +243,9 @@ def _verdict_sentence(run: RunRecords) -> str:
     proof = run.verification or (run.plan.certificate if run.plan else None)
     if proof is None or proof.verdict is Verdict.NOT_RUN:
         return "not verified: no training was compared; run `autoprec verify`"
-    gap = f"the loss gap to FP32 is {formats.gap(proof.gap)}" if proof.gap else ""
-    said = [
-        gap or "no loss gap is known",
-        f"the tolerance is {formats.share(proof.loss_tolerance)}",
-    ]
+    known = f"the loss gap to FP32 is {formats.gap(proof.gap)}" if proof.gap else ""
+    tolerance = f"the tolerance is {formats.share(proof.loss_tolerance)}"
+    said = [known or "no loss gap is known", tolerance]
     if run.verification and run.verification.advice:
         said.append(clean_text(run.verification.advice))
     return f"{proof.verdict}: {'; '.join(said)}"

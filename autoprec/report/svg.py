@@ -64,11 +64,6 @@ def text(x: float, y: float, words: object, *, kind: str = "", anchor: str = "st
     return mark("text", shown, x=x, y=y, kind=kind, text_anchor=anchor)
 
 
-def bar(x: float, y: float, width: float, height: float, *, kind: str, tip: str = "") -> Markup:
-    """Return a filled rectangle."""
-    return mark("rect", x=x, y=y, width=width, height=height, rx=2, kind=kind, tip=tip)
-
-
 def line(x1: float, y1: float, x2: float, y2: float, *, kind: str, tip: str = "") -> Markup:
     """Return a straight line."""
     return mark("line", x1=x1, y1=y1, x2=x2, y2=y2, kind=kind, tip=tip)

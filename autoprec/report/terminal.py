@@ -1,31 +1,77 @@
-"""The end of `tune` in a terminal: layers, steps, loss, verdict, and the line to paste."""
+"""What the commands print: `tune` its layers, steps, loss and the line to paste, others a record.
 
-from collections.abc import Iterator
+Each record has a function that returns its headline, its table and its remarks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from autoprec.records import FP32, Basis, Verdict
+from autoprec.records import (
+    FP32,
+    Basis,
+    Check,
+    Diagnosis,
+    Difference,
+    Option,
+    Plan,
+    PlanCheck,
+    Precision,
+    Profile,
+    Record,
+    Search,
+    Sensitivity,
+    Timing,
+    Verdict,
+    Verification,
+)
 from autoprec.report import formats
-from autoprec.report.formats import UNKNOWN, step_title
-from autoprec.report.layer_table import layers_parts
+from autoprec.report.formats import UNKNOWN, and_more, count_of, step_title
+from autoprec.report.layer_frame import frame_rows
+from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, spread_title
-from autoprec.report.summary import Summary, apply_line, summarise_run
+from autoprec.report.summary import Summary, apply_line, profile_notes, summarise_run
+from autoprec.report.tables import device_facts, recipe_table, seed_gaps
 from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
+from autoprec.sensitivity.gap import HORIZON_STEPS
+
+MOST_OPTIONS = 5  # columns of the table of sensitivities
+MOST_SHOWN = 30  # rows of a stage's own table; the record has them all
+GOOD, BAD = "bold green", "bold red"
 
 
 def print_summary(run: RunRecords, console: Console, *, out: Path | str | None = None) -> None:
     """Print what a run found; `out` is its folder, as the user will write it."""
     found = summarise_run(run)
     parts = layers_parts(found.layers, console.width) if len(found.layers) else []
-    parts += [*steps_parts(found), *section("Loss"), *_loss_lines(found)]
+    parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     parts += [*section("Answer"), *_answer_lines(found), *notes(found.notes)]
     parts += [*section("Next"), *_next_lines(found, out)]
     print_parts(parts, console)
 
 
-def steps_parts(found: Summary) -> list[Part]:
+def print_record(record: Record, console: Console) -> None:
+    """Print a record as its type is shown; one of another type as indented JSON."""
+    views: dict[type, Callable[[Any], Sequence[Part]]] = {  # Any: each takes its own record
+        Profile: _profile_parts,
+        Sensitivity: _sensitivity_parts,
+        Search: _search_parts,
+        Plan: lambda plan: _plan_parts(plan, console.width),
+        Verification: _verification_parts,
+        Difference: _difference_parts,
+        Diagnosis: _diagnosis_parts,
+        PlanCheck: _plan_check_parts,
+    }
+    if view := views.get(type(record)):
+        print_parts(view(record), console)
+    else:
+        console.print_json(record.model_dump_json())
+
+
+def _steps_parts(found: Summary) -> list[Part]:
     """Return the whole-step times and the plan's speedup over each baseline."""
     if not found.steps:
         return []
@@ -33,9 +79,8 @@ def steps_parts(found: Summary) -> list[Part]:
     heads += ["plan's speedup"] if found.speedups else []
     rows = []
     for label, step in found.steps.items():
-        low, high = step.low_ms, step.high_ms
-        has_spread = low is not None and high is not None and low < high
-        spread = f"{formats.ms(low)}..{formats.ms(high)}" if has_spread else ""
+        spread = formats.interval(step.low_ms, step.high_ms, formats.ms).replace(" to ", "..")
+        spread = spread if step.low_ms != step.high_ms else ""
         counts = (str(step.samples or UNKNOWN), step.basis.value)
         speedup = found.speedups.get(label)
         texts = (step_title(label), formats.ms(step.ms), spread, *counts)
@@ -43,7 +88,7 @@ def steps_parts(found: Summary) -> list[Part]:
     return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5))]
 
 
-def proof_lines(found: Summary) -> Iterator[Line]:
+def _proof_lines(found: Summary) -> Iterator[Line]:
     """Yield what is proven of the plan's loss, and the gap of BF16 O2 beside it."""
     yield Line(found.verdict_sentence, STYLES[found.verdict])
     proof = found.run.verification
@@ -70,7 +115,7 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
             f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
             f"{_speedup(found.time_to_loss)} (predicted)"
         )
-    yield from proof_lines(found)
+    yield from _proof_lines(found)
 
 
 def _answer_lines(found: Summary) -> list[Line]:
@@ -113,3 +158,190 @@ def _before_pasting(found: Summary) -> Iterator[str]:
         names = " and ".join(map(step_title, faster))
         yield f"beware: {names} took less time than this plan when measured"
     yield "paste into the training script, after the optimizer is made:"
+
+
+def _profile_parts(profile: Profile) -> list[Part]:
+    """Return what the options cost: the slowest layers first, alike ones together; whole steps."""
+    found = summarise_run(RunRecords(profile=profile))
+    folded = fold_layers(found.layers).sort_values(
+        "bf16_o2_total_ms", ascending=False, kind="stable"
+    )
+    folded["ratio"] = folded["bf16_o2_total_ms"] / folded["best_fp8_total_ms"]
+    columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
+    rows = [
+        (
+            row["name"],
+            formats.option(row["best_fp8"]).removeprefix("fp8_o1 "),
+            *(formats.ms(row[column]) for column in columns),
+            formats.ratio(row["ratio"]),
+        )
+        for row in frame_rows(folded.head(MOST_SHOWN))
+    ]
+    heads = ("layer", "best FP8 recipe", "FP32 ms", "BF16 ms", "FP8 ms", "FP8 vs BF16")
+    return [
+        Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
+        Table(heads, rows, numbers=range(2, 6), widest=0),
+        *_rest(len(folded) - MOST_SHOWN, "row", "profile.json"),
+        *_steps_parts(found),
+        *notes(profile_notes(profile)),
+        _cost(profile.step_equivalents),
+    ]
+
+
+def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
+    """Return the gradient error per layer and option, the layers with the largest first."""
+    found: dict[str, dict[Option, float]] = {}
+    for row in sensitivity.rows:
+        found.setdefault(row.name, {})[row.option] = row.grad_error.mean
+    ranked = sorted(found.items(), key=lambda item: max(item[1].values()), reverse=True)
+    options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
+    rows = [
+        (name, *(formats.share(errors.get(option)) for option in options))
+        for name, errors in ranked[:MOST_SHOWN]
+    ]
+    names = (formats.option(option).replace(" ", "\n") for option in options)
+    heads = ("layer", *(name.replace("_with_", "_\nwith_") for name in names))
+    method = sensitivity.method.replace("_", " ")
+    return [
+        Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
+        Table(heads, rows, numbers=range(1, len(heads)), widest=0),
+        *_rest(len(ranked) - MOST_SHOWN, "layer", "sensitivity.json"),
+        *map(Line, _sensitivity_sentences(sensitivity)),
+        _cost(sensitivity.step_equivalents),
+        *notes(sensitivity.notes),
+    ]
+
+
+def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
+    for recipe, linears, grad_error, gap in recipe_table(sensitivity).rows:
+        yield (
+            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
+            f"after {HORIZON_STEPS} steps {gap}"
+        )
+    for joint in sensitivity.joint:
+        yield (
+            f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
+            f"sum of parts {formats.share(joint.predicted_grad_error)}"
+        )
+    yield (
+        f"BF16 activations alone: {formats.grad_error(sensitivity.activation_error)}; two runs of "
+        f"the reference: {formats.grad_error(sensitivity.floor)}; "
+        f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
+        "preconditioner"
+    )
+
+
+def _search_parts(search: Search) -> list[Part]:
+    """Return the Pareto front and what was chosen."""
+    chosen = {"chosen": search.chosen.options, "exact": search.exact.options}
+    rows = []
+    for point in search.front:
+        marks = ", ".join(name for name, options in chosen.items() if options == point.options)
+        counts = map(str, formats.precision_counts(point.options).values())
+        errors = (formats.share(point.grad_error), formats.share(point.grad_error_measured))
+        rows.append((formats.ms(point.step_ms), *errors, *counts, marks))
+    heads = ("step ms", "gradient error", "measured", *(p.value for p in Precision), "")
+    title = "Pareto front (additive model; gradient error measured where a trial ran it)"
+    return [
+        Line(title, "bold"),
+        Table(heads, rows, numbers=range(6)),
+        Line(
+            f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates "
+            f"skipped, gradient error budget {formats.share(search.grad_error_budget)}; no plan "
+            f"within it can be faster than {formats.ms(search.bound_ms)} ms (proven on the "
+            "additive model)"
+        ),
+    ]
+
+
+def _plan_parts(plan: Plan, width: int) -> list[Part]:
+    """Return every layer of a plan with its reason, and what is known of the whole."""
+    found = summarise_run(RunRecords(plan=plan))
+    made, error = plan.fingerprint, f"{formats.share(plan.grad_error)} ({plan.grad_error_basis})"
+    lines = [
+        found.counted or "0 layers: none",
+        f"gradient error {error}" if plan.grad_error is not None else "",
+        f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}",
+        f"outside any layer: {', '.join(plan.uncovered)}" if plan.uncovered else "",
+    ]
+    return [
+        *layers_parts(found.layers, width),
+        *_steps_parts(found),
+        Line(""),
+        *(Line(line) for line in lines if line),
+        *_proof_lines(found),
+        *notes(plan.notes),
+    ]
+
+
+def _verification_parts(verification: Verification) -> list[Part]:
+    """Return the seeds, the gaps and the verdict."""
+    gaps = {b.label: seed_gaps(verification, b.label) for b in verification.branches}
+    rows = []
+    for branch in verification.branches:
+        loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
+        shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
+        rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
+    found = summarise_run(RunRecords(verification=verification))
+    return [
+        Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
+        *_steps_parts(found),
+        Line(""),
+        *_proof_lines(found),
+        *notes(verification.notes),
+    ]
+
+
+def _difference_parts(difference: Difference) -> list[Part]:
+    """Return what differs between two records, or that nothing does."""
+    before, after = difference.before, difference.after
+    if not difference.rows:
+        return [Line(f"no difference between {before} and {after}")]
+    rows = [(row.name, row.before, row.after) for row in difference.rows]
+    return [
+        Line(f"{before} -> {after}", "bold"),
+        Table(("name", "before", "after"), rows, widest=0),
+        Line(count_of(len(difference.rows), "difference")),
+    ]
+
+
+def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
+    """Return what this machine can do."""
+    device, is_healthy = diagnosis.device, diagnosis.is_healthy
+    missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
+    return [
+        Table(("fact", "value"), list((device_facts(device) | missing).items()), widest=1),
+        _checks_table(diagnosis.checks),
+        *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
+        *map(Line, _gemm_sentences(diagnosis.gemm_ms)),
+        Line(f"this machine is {'healthy' if is_healthy else 'unwell'}", (BAD, GOOD)[is_healthy]),
+    ]
+
+
+def _plan_check_parts(check: PlanCheck) -> list[Part]:
+    """Return the checks of a plan, and whether all are good."""
+    words = "is good" if check.is_good else "FAILS"
+    return [_checks_table(check.checks), Line(f"{check.plan} {words}", (BAD, GOOD)[check.is_good])]
+
+
+def _checks_table(checks: Sequence[Check]) -> Table:
+    words = {True: Line("ok", "green"), False: Line("FAIL", BAD)}
+    rows = [(check.name, words[check.is_good], check.detail) for check in checks]
+    return Table(("check", "", "seen"), rows, widest=2)
+
+
+def _gemm_sentences(times: dict[str, Timing]) -> Iterator[str]:
+    base = times.get("bf16")
+    for label, timing in times.items():
+        ratio = base.median_ms / timing.median_ms if base and timing.median_ms else None
+        beside = "" if label == "bf16" else f", {formats.ratio(ratio)} as fast as BF16"
+        samples = count_of(timing.samples, "sample")
+        yield f"{label}: {formats.ms(timing.median_ms)} ms ({samples}, {timing.basis}){beside}"
+
+
+def _rest(number: int, noun: str, where: str) -> list[Part]:
+    return [Line(and_more(number, noun, f" in {where}"))] if number > 0 else []
+
+
+def _cost(step_equivalents: float) -> Line:
+    return Line(f"cost: {step_equivalents:.1f} FP32 training steps")
