@@ -14,6 +14,7 @@ negative count as 0.
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,7 +36,6 @@ from autoprec.records import (
     Profile,
     Recipe,
     Sensitivity,
-    TensorSpec,
 )
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
@@ -126,12 +126,8 @@ class Costs:
 
     def grad_error(self, options: Sequence[Option]) -> float:
         """Return the sum of the parts."""
-        return math.fsum(
-            [
-                self.outside(options).grad_error,
-                *(price.grad_error for price in self._chosen(options)),
-            ]
-        )
+        layers = (price.grad_error for price in self._chosen(options))
+        return math.fsum((self.outside(options).grad_error, *layers))
 
     def memory_bytes(self, options: Sequence[Option]) -> int:
         """Return the bytes of a step."""
@@ -154,40 +150,59 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     Raises:
         RecordError: a layer that runs has no option with a price.
     """
-    timings: dict[str, dict[Option, LayerTiming]] = {}
+    timings: dict[str, dict[Option, LayerTiming]] = defaultdict(dict)
     for timing in profile.layers:
         for name in timing.names:
-            timings.setdefault(name, {})[timing.option] = timing
-    effects: dict[str, dict[Option, LayerSensitivity]] = {}
+            timings[name][timing.option] = timing
+    effects: dict[str, dict[Option, LayerSensitivity]] = defaultdict(dict)
     for row in sensitivity.rows:
-        effects.setdefault(row.name, {})[row.option] = row
-    by_layer = [
-        _price_layer(
-            layer,
-            timings.get(layer.name, {}),
-            effects.get(layer.name, {}),
-            cast_ms=profile.boundary_cast_ms_per_melement,
-        )
-        for layer in profile.model.layers
+        effects[row.name][row.option] = row
+    cast_ms = profile.boundary_cast_ms_per_melement
+    layers = profile.model.layers
+    priced = [
+        _price_layer(layer, timings[layer.name], effects[layer.name], cast_ms=cast_ms)
+        for layer in layers
     ]
-    prices = tuple(prices for prices, _ in by_layer)
+    prices = tuple(prices for prices, _ in priced)
     is_unknown = sensitivity_basis(sensitivity) is Basis.UNKNOWN
+    activation_error = max(sensitivity.activation_error.mean, 0.0)
     return Costs(
-        layers=profile.model.layers,
+        layers=layers,
         prices=prices,
-        missing=tuple(missing for _, missing in by_layer),
+        missing=tuple(missing for _, missing in priced),
         outside_fp32=_outside(profile, prices, FP32, grad_error=0.0),
-        outside_bf16=_outside(
-            profile, prices, BF16_O2, grad_error=max(sensitivity.activation_error.mean, 0.0)
-        ),
-        locks=default_locks(profile.model.layers) if is_unknown else {},
+        outside_bf16=_outside(profile, prices, BF16_O2, grad_error=activation_error),
+        locks=default_locks(layers) if is_unknown else {},
         communication=profile.communication,
     )
 
 
 def boundary_melements(layer: LayerSpec) -> float:
     """Return how many million floating elements go in and out of a layer in one step."""
-    return sum(call.count * (_in(call) + _out(layer, call)) for call in layer.calls) / 1e6
+    return sum(call.count * _boundary_elements(layer, call) for call in layer.calls) / 1e6
+
+
+def _boundary_elements(layer: LayerSpec, call: CallSpec) -> float:
+    """Return the elements of one call's floating inputs and, as far as shapes tell, its output."""
+    floating = [math.prod(t.shape) for t in call.inputs if t.dtype.startswith(("float", "bfloat"))]
+    first = math.prod(call.inputs[0].shape) if call.inputs else 0
+    if layer.kind is LayerKind.LINEAR and layer.gemm is not None:
+        out = first / layer.gemm.K * layer.gemm.N
+    elif layer.kind is LayerKind.EMBEDDING:
+        out = first * layer.parameters[0].shape[-1]
+    elif layer.kind is LayerKind.CONV:
+        out = first * _conv_growth(layer)
+    else:
+        out = floating[0] if floating else first
+    return sum(floating) + out
+
+
+def _conv_growth(layer: LayerSpec) -> float:
+    """Return output elements per input element of a convolution that pads its borders."""
+    channels, stride = (p.search(layer.settings) for p in (CONV_CHANNELS, CONV_STRIDE))
+    ratio = int(channels[2]) / max(int(channels[1]), 1) if channels else 1.0
+    steps = math.prod(int(s) for s in stride[1].split(",") if s.strip()) if stride else 1
+    return ratio * steps if "ConvTranspose" in layer.type_name else ratio / max(steps, 1)
 
 
 def _price_layer(
@@ -202,14 +217,13 @@ def _price_layer(
     boundary_ms = boundary_melements(layer) * cast_ms
     for option in dict.fromkeys((*layer.options, *timings)):
         timing, effect = timings.get(option), effects.get(option)
-        why = _why_missing(layer, option, timing, effect)
-        if why:
+        if why := _why_missing(layer, option, timing, effect):
             missing[option] = why
         else:
-            prices[option] = _price(
-                timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0
-            )
-    if _is_broken(prices):
+            casts_ms = boundary_ms if option == FP32 else 0.0
+            prices[option] = _price(timing, effect, boundary_ms=casts_ms)
+    whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
+    if max(whole_fp8, default=0.0) > BROKEN_ERROR:
         for option in [option for option in prices if option.gemms_hp]:
             del prices[option]
             missing[option] = "FP8 breaks the layer in some recipe, so that it is all or nothing"
@@ -221,15 +235,6 @@ def _price_layer(
             "make the profile and the sensitivity again"
         )
     return prices, missing
-
-
-def _is_broken(prices: Mapping[Option, Price]) -> bool:
-    whole = [
-        price.grad_error
-        for option, price in prices.items()
-        if option.is_fp8 and not option.gemms_hp
-    ]
-    return max(whole, default=0.0) > BROKEN_ERROR
 
 
 def _why_missing(
@@ -254,32 +259,26 @@ def _why_missing(
 def _price(
     timing: LayerTiming | None, effect: LayerSensitivity | None, *, boundary_ms: float
 ) -> Price:
-    total = timing.total if timing else None
-    bytes_ = (
-        timing.parameter_bytes
-        + timing.gradient_bytes
-        + timing.optimizer_bytes
-        + timing.activation_bytes
-        if timing
-        else 0
-    )
+    total, ms, compute_ms, memory_bytes = None, 0.0, 0.0, 0  # of a layer that is not called
+    if timing is not None:
+        total = timing.total
+        ms = total.median_ms if total else 0.0
+        # the sum of the parts: the total of a predicted layer can hold communication too
+        parts = (timing.output, timing.grad_input, timing.grad_weight, timing.cast)
+        compute_ms = math.fsum(part.median_ms for part in parts if part)
+        memory_bytes = timing.parameter_bytes + timing.gradient_bytes
+        memory_bytes += timing.optimizer_bytes + timing.activation_bytes
     return Price(
-        ms=total.median_ms if total else 0.0,
-        low_ms=min(total.p20_ms, total.median_ms) if total else 0.0,
-        high_ms=max(total.p80_ms, total.median_ms) if total else 0.0,
-        compute_ms=_compute_ms(timing) if timing else 0.0,
+        ms=ms,
+        low_ms=min(total.p20_ms, ms) if total else 0.0,
+        high_ms=max(total.p80_ms, ms) if total else 0.0,
+        compute_ms=compute_ms,
         boundary_ms=boundary_ms,
         grad_error=max(effect.grad_error.mean, 0.0) if effect else 0.0,
-        memory_bytes=bytes_,
+        memory_bytes=memory_bytes,
         time_basis=total.basis if total else Basis.MEASURED,
         grad_error_basis=effect.basis if effect else Basis.MEASURED,
     )
-
-
-def _compute_ms(timing: LayerTiming) -> float:
-    """Return the sum of the parts; the total of a predicted layer can hold communication too."""
-    parts = (timing.output, timing.grad_input, timing.grad_weight, timing.cast)
-    return math.fsum(part.median_ms for part in parts if part)
 
 
 def _outside(
@@ -289,60 +288,25 @@ def _outside(
     low = high = 1.0
     if profile.basis is Basis.PREDICTED and step is not None and step.timing.median_ms > 0.0:
         low, high = (ms / step.timing.median_ms for ms in (step.timing.p20_ms, step.timing.p80_ms))
+    if step is not None and step.peak_bytes is not None:
+        # the peak of the uniform step, without its layers
+        uniform = nearest_plan(prices, option)
+        layers = sum(row[chosen].memory_bytes for row, chosen in zip(prices, uniform, strict=True))
+        memory_bytes = max(step.peak_bytes - layers, 0)
+    else:
+        # FP32 parameters, gradients and optimizer states
+        ratio = profile.model.optimizer_state_numel_ratio
+        numel = sum(parameter.numel for parameter in profile.model.uncovered)
+        memory_bytes = int(numel * 4 * (2 + ratio))
     return OutsideLayers(
         ms=profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms,
         grad_error=grad_error,
-        memory_bytes=_fixed_bytes(profile, prices, option),
+        memory_bytes=memory_bytes,
         low=low,
         high=high,
     )
 
 
-def _fixed_bytes(profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option) -> int:
-    """Return the bytes outside the layers: the measured peak of the uniform step minus theirs."""
-    step = profile.step(option.precision.value)
-    if step is None or step.peak_bytes is None:
-        ratio = profile.model.optimizer_state_numel_ratio
-        numel = sum(parameter.numel for parameter in profile.model.uncovered)
-        return int(numel * 4 * (2 + ratio))  # FP32 parameter, gradient and optimizer state
-    layers = sum(nearest(row, option).memory_bytes for row in prices)
-    return max(step.peak_bytes - layers, 0)
-
-
-def nearest(prices: Mapping[Option, Price], option: Option) -> Price:
-    """Return the price of an option, or of the first one there is."""
-    return prices.get(option) or next(iter(prices.values()))
-
-
-def _in(call: CallSpec) -> int:
-    return sum(_numel(tensor) for tensor in call.inputs if _is_floating(tensor))
-
-
-def _out(layer: LayerSpec, call: CallSpec) -> float:
-    """Return the elements that a call gives, as far as the shapes tell."""
-    first = call.inputs[0] if call.inputs else None
-    if first is None:
-        return 0
-    if layer.kind is LayerKind.LINEAR and layer.gemm is not None:
-        return _numel(first) / layer.gemm.K * layer.gemm.N
-    if layer.kind is LayerKind.EMBEDDING:
-        return _numel(first) * layer.parameters[0].shape[-1]
-    if layer.kind is LayerKind.CONV:
-        return _numel(first) * _conv_growth(layer)
-    return _numel(next((t for t in call.inputs if _is_floating(t)), first))
-
-
-def _conv_growth(layer: LayerSpec) -> float:
-    """Return output elements per input element of a convolution that pads its borders."""
-    channels, stride = (p.search(layer.settings) for p in (CONV_CHANNELS, CONV_STRIDE))
-    ratio = int(channels[2]) / max(int(channels[1]), 1) if channels else 1.0
-    steps = math.prod(int(s) for s in stride[1].split(",") if s.strip()) if stride else 1
-    return ratio * steps if "ConvTranspose" in layer.type_name else ratio / max(steps, 1)
-
-
-def _numel(tensor: TensorSpec) -> int:
-    return math.prod(tensor.shape)
-
-
-def _is_floating(tensor: TensorSpec) -> bool:
-    return tensor.dtype.startswith(("float", "bfloat"))
+def nearest_plan(prices: Sequence[Mapping[Option, Price]], option: Option) -> tuple[Option, ...]:
+    """Return the option wherever it has a price, else the layer's first; whatever is kept."""
+    return tuple(option if option in row else next(iter(row)) for row in prices)

@@ -11,7 +11,7 @@ from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
 from autoprec.records import BF16_O2, LayerKind, Precision, Profile, Search
-from autoprec.search.costs import Costs, is_all_fp32
+from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
 from autoprec.search.problem import Options, Problem
 
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
@@ -59,15 +59,11 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
     return f"{pays}; {forced}" if forced else pays
 
 
-def baseline_plan(costs: Costs) -> Options:
-    """Return BF16 O2 wherever it has a price, whatever is kept."""
-    return tuple(BF16_O2 if BF16_O2 in row else next(iter(row)) for row in costs.prices)
-
-
 def _gain_ms(costs: Costs, index: int, options: Options) -> float:
     """Return the time that a layer's FP8 option saves against its BF16 (else FP32)."""
     prices = costs.prices[index]
-    return prices[baseline_plan(costs)[index]].with_casts_ms - prices[options[index]].ms
+    baseline = BF16_O2 if BF16_O2 in prices else next(iter(prices))
+    return prices[baseline].with_casts_ms - prices[options[index]].ms
 
 
 def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
@@ -123,7 +119,7 @@ def _steps(profile: Profile) -> str:
 
 
 def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
-    uniform = baseline_plan(costs)
+    uniform = nearest_plan(costs.prices, BF16_O2)
     fp32_ms, bf16_ms = costs.step_ms(options), costs.step_ms(uniform)
     if is_all_fp32(uniform):
         return "BF16 is not worth it here: no layer can take it"
@@ -143,7 +139,7 @@ def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
 def _communication_note(costs: Costs, options: Options) -> str:
     """Return how much of what FP8 saves goes to communication that hides behind BF16 compute."""
     lost = costs.unhidden_ms(options)
-    saved = costs.step_ms(baseline_plan(costs)) - costs.step_ms(options) + lost
+    saved = costs.step_ms(nearest_plan(costs.prices, BF16_O2)) - costs.step_ms(options) + lost
     has_fp8 = any(option.is_fp8 for option in options)
     if not has_fp8 or min(lost, saved) <= 0.0 or lost < NOTABLE * saved:
         return ""

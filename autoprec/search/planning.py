@@ -18,8 +18,8 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
-from autoprec.search.costs import Costs, is_all_fp32, make_costs
-from autoprec.search.notes import baseline_plan, plan_notes
+from autoprec.search.costs import Costs, is_all_fp32, make_costs, nearest_plan
+from autoprec.search.notes import plan_notes
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
 
@@ -40,7 +40,6 @@ def build_plan(
     for row in sensitivity.statistics:
         statistics.setdefault(row.name, []).append(row)
     why = reasons(Why(problem, search, point.options, statistics, profile.parallel))
-    baseline = baseline_plan(costs)
     grad_error, grad_error_basis = _joint_error(point, sensitivity_basis(sensitivity))
     return Plan(
         layers=tuple(
@@ -52,7 +51,7 @@ def build_plan(
         fingerprint=_fingerprint(profile, sensitivity),
         grad_error=grad_error,
         grad_error_basis=grad_error_basis,
-        predicted=_predicted(costs, point.options, baseline),
+        predicted=_predicted(costs, point.options),
         fp8_all_gather=_gathers_fp8(profile, point.options),
         notes=(
             *plan_notes(profile, problem, search, point.options),
@@ -97,13 +96,12 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
     )
 
 
-def _predicted(costs: Costs, options: Options, baseline: Options) -> PredictedStep:
-    fp32 = tuple(FP32 if FP32 in row else next(iter(row)) for row in costs.prices)
+def _predicted(costs: Costs, options: Options) -> PredictedStep:
     low, high = costs.step_interval(options)
     return PredictedStep(
         plan_ms=costs.step_ms(options),
-        fp32_ms=costs.step_ms(fp32),
-        bf16_o2_ms=costs.step_ms(baseline),
+        fp32_ms=costs.step_ms(nearest_plan(costs.prices, FP32)),
+        bf16_o2_ms=costs.step_ms(nearest_plan(costs.prices, BF16_O2)),
         low_ms=low,
         high_ms=high,
         memory_bytes=costs.memory_bytes(options),

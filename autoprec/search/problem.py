@@ -10,9 +10,10 @@ The all-FP32 plan has FP32 activations and stands beside the knapsack of all oth
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import TypeVar
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import BF16_O2, FP32, Constraint, LayerSpec, Option, Precision
@@ -21,6 +22,7 @@ from autoprec.search.keep import Keep, Keeps, match_keeps
 from autoprec.search.solver import Item, Knapsack, Outside, Solution, undominated
 
 Options = tuple[Option, ...]
+Choice = TypeVar("Choice")
 
 
 def precision_rank(option: Option) -> int:
@@ -74,12 +76,12 @@ class Problem:
         called = [o for layer, o in zip(self.costs.layers, options, strict=True) if layer.calls]
         followed = FP32 if is_all_fp32(called) else BF16_O2
         return tuple(
-            followed if index in self._followers and followed in self.allowed[index] else option
+            followed if index in self.followers and followed in self.allowed[index] else option
             for index, option in enumerate(options)
         )
 
     @cached_property
-    def _followers(self) -> frozenset[int]:
+    def followers(self) -> frozenset[int]:
         """The layers that are not called, not kept and not tied."""
         layers = self.costs.layers
         alone = (group[0] for group in tied_groups(layers) if len(group) == 1)
@@ -124,14 +126,9 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
         allowed.append(
             tuple(o for o in prices if (keep.allows(o) if keep else not (o.is_fp8 and is_locked)))
         )
-    groups = _Groups(costs, keeps.of_layer, allowed, constraint.memory_bytes is not None)
-    return Problem(
-        costs=costs,
-        keeps=keeps,
-        allowed=tuple(allowed),
-        memory_bytes=constraint.memory_bytes,
-        groups=tuple(map(groups.make, tied_groups(costs.layers))),
-    )
+    problem = Problem(costs, keeps, tuple(allowed), constraint.memory_bytes)
+    groups = (_group(problem, layers) for layers in tied_groups(costs.layers))
+    return replace(problem, groups=tuple(groups))
 
 
 def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
@@ -210,66 +207,57 @@ def _item(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
     )
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Makes groups; `has_limit` says that bytes count too."""
+def _group(problem: Problem, layers: tuple[int, ...]) -> Group:
+    """Return the group of these layers, its choices without those that cannot win."""
+    costs, allowed = problem.costs, problem.allowed
+    if layers[0] in problem.followers and BF16_O2 in allowed[layers[0]]:
+        return Group(layers, ((BF16_O2,),))
 
-    costs: Costs
-    keeps: Mapping[str, Keep]
-    allowed: Sequence[Options]
-    has_limit: bool
+    def cost(choice: Options) -> tuple[float, ...]:
+        item = _item(costs, layers[: len(choice)], choice)
+        return item[:2] if problem.memory_bytes is None else item[:3]
 
-    def make(self, layers: tuple[int, ...]) -> Group:
-        """Return the group of these layers, its choices without those that cannot win."""
-        first = self.costs.layers[layers[0]]
-        is_uncalled = not first.calls and first.name not in self.keeps
-        if len(layers) == 1 and is_uncalled and BF16_O2 in self.allowed[layers[0]]:
-            return Group(layers, ((BF16_O2,),))
-        choices: list[Options] = []
-        for is_16_bit in (False, True):
-            combined: list[Options] = [()]
-            for index in layers:
-                same = [option for option in self.allowed[index] if (option != FP32) == is_16_bit]
-                options = self._worthwhile(same, self.costs.prices[index])
-                combined = [(*before, option) for before in combined for option in options]
-                if len(layers) > 1:
-                    combined = self._undominated(combined, layers)
-            choices += combined
-        if not choices:
-            names = ", ".join(repr(self.costs.layers[index].name) for index in layers)
-            raise InfeasibleError(
-                f"layers that share a parameter are all FP32 or all 16-bit, but {names} have no "
-                "such choice in common; change their --keep"
-            )
-        return Group(layers, tuple(choices))
+    choices: list[Options] = []
+    for is_16_bit in (False, True):
+        combined: list[Options] = [()]
+        for index in layers:
+            same = [option for option in allowed[index] if (option != FP32) == is_16_bit]
+            options = _worthwhile(same, costs.prices[index], problem.memory_bytes is not None)
+            combined = [(*before, option) for before in combined for option in options]
+            if len(layers) > 1:
+                combined = _unbeaten(sorted(combined, key=cost), cost)
+        choices += combined
+    if not choices:
+        names = ", ".join(repr(costs.layers[index].name) for index in layers)
+        raise InfeasibleError(
+            f"layers that share a parameter are all FP32 or all 16-bit, but {names} have no "
+            "such choice in common; change their --keep"
+        )
+    return Group(layers, tuple(choices))
 
-    def _worthwhile(
-        self, options: Sequence[Option], prices: Mapping[Option, Price]
-    ) -> list[Option]:
-        """Return the options that beat every more precise one in time, or in bytes if limited."""
-        kept: list[Option] = []
-        for option in sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)):
-            price, better = prices[option], [prices[o] for o in kept]
-            if not any(
-                other.with_casts_ms <= price.with_casts_ms
-                and not (self.has_limit and price.memory_bytes < other.memory_bytes)
-                for other in better
-            ):
-                kept.append(option)
-        return kept
 
-    def _undominated(self, choices: Sequence[Options], layers: tuple[int, ...]) -> list[Options]:
-        """Drop choices of tied layers that another beats in time, error and bytes if limited."""
-        items = [(_item(self.costs, layers[: len(choice)], choice), choice) for choice in choices]
-        kept: list[tuple[Item, Options]] = []
-        for item, choice in sorted(items, key=lambda pair: pair[0][:3]):
-            if not any(
-                other.grad_error <= item.grad_error
-                and not (self.has_limit and item.memory < other.memory)
-                for other, _ in kept
-            ):
-                kept.append((item, choice))
-        return [choice for _, choice in kept]
+def _worthwhile(
+    options: Sequence[Option], prices: Mapping[Option, Price], has_limit: bool
+) -> list[Option]:
+    """Return the options that beat every more precise one in time, or in bytes if limited."""
+
+    def cost(option: Option) -> tuple[float, ...]:
+        price = prices[option]
+        return (price.with_casts_ms, price.memory_bytes) if has_limit else (price.with_casts_ms,)
+
+    return _unbeaten(sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)), cost)
+
+
+def _unbeaten(
+    choices: Iterable[Choice], cost: Callable[[Choice], tuple[float, ...]]
+) -> list[Choice]:
+    """Return the choices of which no earlier one costs as little in every way."""
+    kept: list[Choice] = []
+    for choice in choices:
+        own = cost(choice)
+        if not any(all(a <= b for a, b in zip(cost(k), own, strict=True)) for k in kept):
+            kept.append(choice)
+    return kept
 
 
 def _nothing_fits(problem: Problem) -> str:

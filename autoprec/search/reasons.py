@@ -10,7 +10,6 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
-    GemmShape,
     LayerSpec,
     OperandStatistics,
     Option,
@@ -36,12 +35,13 @@ class Why:
     statistics: Mapping[str, Sequence[OperandStatistics]]
     parallel: str = ""
 
-    def gemm(self, index: int) -> GemmShape | None:
-        """Return the layer's GEMM on one device: its shard under tensor parallelism."""
+    def shape(self, index: int) -> str:
+        """Return ` at M=2048 K=256 N=768`, on one device; "" where there is no GEMM."""
         layer = self.layer(index)
-        if layer.gemm is None or not self.parallel:
-            return layer.gemm
-        return shard_gemm(layer, parse_parallel(self.parallel))
+        gemm = layer.gemm
+        if gemm is not None and self.parallel:
+            gemm = shard_gemm(layer, parse_parallel(self.parallel))
+        return "" if gemm is None else f" at M={gemm.M} K={gemm.K} N={gemm.N}"
 
     def layer(self, index: int) -> LayerSpec:
         """Return the layer."""
@@ -59,11 +59,17 @@ class Why:
 
 def reasons(why: Why) -> list[str]:
     """Return the reason of every layer, in model order."""
-    ties = _ties(why)
-    return [
-        "; ".join(part for part in (_reason(why, index), ties.get(index, "")) if part)
-        for index in range(len(why.options))
-    ]
+    found = [_reason(why, index) for index in range(len(why.options))]
+    for first, *others in tied_groups(why.problem.costs.layers):
+        owner = why.layer(first).name
+        for index in others:
+            parameters = why.layer(index).parameters
+            shared = next((p.shared_with for p in parameters if p.shared_with), owner)
+            found[index] += f"; tied to {shared}"
+        if others:
+            names = ", ".join(why.layer(index).name for index in others)
+            found[first] += f"; shares its parameter with {names}"
+    return found
 
 
 def _reason(why: Why, index: int) -> str:
@@ -78,10 +84,11 @@ def _reason(why: Why, index: int) -> str:
     if option.is_fp8:
         return _why_fp8(why, index)
     if option == BF16_O2:
-        parts = [_why_not_fp8(why, index), _why_not_fp32(why, index)]
-        if not any(other.is_fp8 for other in why.prices(index)):
-            parts.reverse()
-        return "; ".join(part for part in parts if part)
+        parts = [_why_not_fp8(why, index)]
+        if FP32 in why.prices(index):
+            has_fp8 = any(other.is_fp8 for other in why.prices(index))
+            parts.insert(1 if has_fp8 else 0, _bf16_to_fp32(why, index))
+        return "; ".join(parts)
     return _why_not_16_bit(why, index)
 
 
@@ -92,7 +99,7 @@ def _why_fp8(why: Why, index: int) -> str:
         return f"{short(option)}, gradient {_error_of(prices[option])}"
     speed = compared(why.ms(index, option), why.ms(index, base))
     text = (
-        f"{short(option)} {speed} than {short(base)}{_shape(why.gemm(index))}, "
+        f"{short(option)} {speed} than {short(base)}{why.shape(index)}, "
         f"gradient {_error_of(prices[option])}"
     )
     faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
@@ -122,7 +129,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
     own = why.ms(index, why.options[index])
     if prices[best].ms >= own:
         speed = compared(prices[best].ms, own)
-        return f"{short(best)} {_than(speed, why.options[index])}{_shape(why.gemm(index))}"
+        return f"{short(best)} {_than(speed, why.options[index])}{why.shape(index)}"
     if layer.name in why.search.interacting:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
@@ -148,10 +155,6 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     return f"{gain}, but {verb} ({cost}){source}"
 
 
-def _why_not_fp32(why: Why, index: int) -> str:
-    return _bf16_to_fp32(why, index) if FP32 in why.prices(index) else ""
-
-
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
     """Compare the layer in BF16 to FP32: alone, and with the casts that FP32 needs beside BF16.
 
@@ -170,7 +173,7 @@ def _why_not_16_bit(why: Why, index: int) -> str:
         return _missing(why, index, Precision.BF16_O2)
     own = why.ms(index, FP32)
     if prices[BF16_O2].ms >= own:
-        return _bf16_to_fp32(why, index, _shape(why.gemm(index)))
+        return _bf16_to_fp32(why, index, why.shape(index))
     if is_all_fp32(why.options):
         speed = compared(prices[BF16_O2].ms, own)
         return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
@@ -188,22 +191,6 @@ def _missing(why: Why, index: int, precision: Precision) -> str:
     return f"no {name}: {found}" if found else f"no {name} option was profiled"
 
 
-def _ties(why: Why) -> dict[int, str]:
-    """Return what to add for layers that share a parameter."""
-    found: dict[int, str] = {}
-    for group in tied_groups(why.problem.costs.layers):
-        for index in group[1:]:
-            found[index] = f"tied to {_shared(why.layer(index)) or why.layer(group[0]).name}"
-        if len(group) > 1:
-            others = ", ".join(why.layer(index).name for index in group[1:])
-            found[group[0]] = f"shares its parameter with {others}"
-    return found
-
-
-def _shared(layer: LayerSpec) -> str:
-    return next((p.shared_with for p in layer.parameters if p.shared_with), "")
-
-
 def short(option: Option) -> str:
     """Return `FP8 rowwise`, `FP8 tensorwise (grad_input in BF16)`, `BF16` or `FP32`."""
     if not option.is_fp8:
@@ -216,46 +203,33 @@ def _than(speed: str, other: Option) -> str:
     return f"{speed} as {short(other)}" if speed == "as fast" else f"{speed} than {short(other)}"
 
 
-def _shape(gemm: GemmShape | None) -> str:
-    """Return ` at M=2048 K=256 N=768`, or nothing where there is no GEMM."""
-    return "" if gemm is None else f" at M={gemm.M} K={gemm.K} N={gemm.N}"
-
-
 def explain_statistics(rows: Sequence[OperandStatistics]) -> str:
     """Return what FP8 casts do to one layer's operands, worst first; "" when nothing stands out.
 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`.
     """
-    notable = [(_worst(row)[1], row) for row in rows]
-    lines = [
-        line
-        for _, row in sorted(notable, key=lambda pair: -pair[0])
-        for line in (_losses(row), _outliers(row))
-        if line
-    ]
-    return "; ".join(lines)
+    by_worst = sorted(rows, key=lambda row: -max(_losses(row).values(), default=0.0))
+    lines = (line for row in by_worst for line in (_worst_loss(row), _outliers(row)))
+    return "; ".join(line for line in lines if line)
 
 
-def _losses(row: OperandStatistics) -> str:
-    (kind, recipe), worst = _worst(row)
-    if worst < NOTABLE:
+def _losses(row: OperandStatistics) -> dict[tuple[str, str], float]:
+    """Return the share of values lost, by kind and recipe."""
+    tables = (("underflow", row.underflow), ("saturation", row.saturation))
+    return {(kind, name): value for kind, table in tables for name, value in table.items()}
+
+
+def _worst_loss(row: OperandStatistics) -> str:
+    losses = _losses(row)
+    if max(losses.values(), default=0.0) < NOTABLE:
         return ""
-    table = row.underflow if kind == "underflow" else row.saturation
-    others = {name: value for name, value in table.items() if value <= OTHER_SHARE * worst}
+    kind, recipe = max(losses, key=lambda key: losses[key])
+    worst = losses[kind, recipe]
     text = f"{row.operand.value}: {percent(worst)} {kind} under {recipe}"
-    if others:
-        best = min(others, key=lambda name: others[name])
-        text += f"; {best} {percent(others[best])}"
-    return text
-
-
-def _worst(row: OperandStatistics) -> tuple[tuple[str, str], float]:
-    found = {("underflow", name): value for name, value in row.underflow.items()}
-    found.update({("saturation", name): value for name, value in row.saturation.items()})
-    if not found:
-        return ("", ""), 0.0
-    key = max(found, key=lambda k: found[k])
-    return key, found[key]
+    others = {name: value for (k, name), value in losses.items() if k == kind}
+    best = min(others, key=lambda name: others[name])
+    better = others[best] <= OTHER_SHARE * worst
+    return f"{text}; {best} {percent(others[best])}" if better else text
 
 
 def _outliers(row: OperandStatistics) -> str:
