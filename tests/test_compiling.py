@@ -56,9 +56,8 @@ def rows_of(compilation: Compilation, name: str = "second") -> dict[str, LayerTi
     spec = capture_model(Context(workload, CPU))
     model = workload.build_model().train()
     layers = find_layers(model)
-    calls = record_step(
-        workload, model, take_batches(workload, seed=0, count=1)[0], layers, seed=0
-    )[name]
+    batch = take_batches(workload, seed=0, count=1)[0]
+    calls = record_step(Context(workload, CPU), model, batch, layers)[name]
     group = next(g for g in group_layers(spec, (TENSORWISE,)) if g.first.name == name)
     meter = LayerMeter(CPU, ConstantClock(), 2.0, compilation=compilation)
     rows = meter.time_group(group, calls, lambda: copy.deepcopy(layers[name]))

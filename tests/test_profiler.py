@@ -195,7 +195,7 @@ def test_inputs_and_gradients_are_the_real_ones() -> None:
     model = workload.build_model().train()
     layers = find_layers(model)
     batch = take_batches(workload, seed=0, count=1)[0]
-    calls = record_step(workload, model, batch, layers, seed=0)
+    calls = record_step(Context(workload, CPU), model, batch, layers)
     assert torch.equal(calls["embed"][0].args[0], batch)
     assert [call.count for call in calls["shared"]] == [1, 2]  # an LSTM gives another stride
     spec = capture_model(Context(workload, CPU))
@@ -216,7 +216,7 @@ def test_an_isolated_step_gives_the_gradients_of_the_whole_one() -> None:
     model = workload.build_model().train()
     batch = take_batches(workload, seed=0, count=1)[0]
     layers = find_layers(model)
-    calls = record_step(workload, model, batch, layers, seed=0)["second"]
+    calls = record_step(Context(workload, CPU), model, batch, layers)["second"]
     workload.loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own
     second = copy.deepcopy(layers["second"])
     alone = make_candidate(lambda: second, calls, FP32)
@@ -249,7 +249,7 @@ def test_a_checkpointed_layer_runs_forward_twice_and_backward_once(reentrant: bo
     model = workload.build_model().train()
     batch = take_batches(workload, seed=0, count=1)[0]
     layers = find_layers(model)
-    calls = record_step(workload, model, batch, layers, seed=0)["first"]
+    calls = record_step(Context(workload, CPU), model, batch, layers)["first"]
     assert [call.count for call in calls] == [1, 1]
     alone = make_candidate(lambda: copy.deepcopy(layers["first"]), calls, FP32)
     gemms = [op.is_backward for op in alone.trace_step() if op.is_gemm]
@@ -285,7 +285,7 @@ def test_an_option_that_cannot_run_is_infeasible_with_the_reason() -> None:
     model = workload.build_model()
     layer = model.get_submodule("0")
     batch = take_batches(workload, seed=0, count=1)[0]
-    calls = record_step(workload, model, batch, find_layers(model), seed=0)
+    calls = record_step(Context(workload, CPU), model, batch, find_layers(model))
     meter = LayerMeter(CPU, ConstantClock(), 2.0)
     rows = meter.time_group(groups[0], calls["0"], lambda: copy.deepcopy(layer))
     assert [row.infeasible for row in rows] == ["", "out of memory"]

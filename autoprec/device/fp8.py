@@ -31,26 +31,19 @@ Compiler = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Fp8Support:
-    """The recipes whose three GEMMs really ran on a device, and why the others did not.
-
-    `reason` is empty when every recipe of torchao runs.
-    """
+    """The recipes whose three GEMMs really ran on a device, and why the others did not."""
 
     recipes: tuple[Recipe, ...]
-    reason: str
-
-
-def fp8_support(device: torch.device) -> Fp8Support:
-    """Return which FP8 recipes `device` runs, found by running each one; asked once per device."""
-    return _try_recipes(str(torch.device(device)))
+    reason: str  # empty when every recipe of torchao runs
 
 
 @cache
-def _try_recipes(device: str) -> Fp8Support:
-    refusal = _capability_refusal(torch.device(device))
+def fp8_support(device: torch.device) -> Fp8Support:
+    """Return which FP8 recipes `device` runs, found by running each one; asked once per device."""
+    refusal = _capability_refusal(device)
     if refusal:
         return Fp8Support((), refusal)
-    failures = {recipe: _try_recipe(recipe, torch.device(device)) for recipe in APPLICABLE_RECIPES}
+    failures = {recipe: _try_recipe(recipe, device) for recipe in APPLICABLE_RECIPES}
     works = tuple(recipe for recipe, problem in failures.items() if not problem)
     problems = [f"{recipe}: {problem}" for recipe, problem in failures.items() if problem]
     reason = f"FP8 on {device} does not run as {'; '.join(problems)}" if problems else ""
@@ -87,13 +80,7 @@ def fp8_self_test(
     recipes: Sequence[Recipe] = APPLICABLE_RECIPES,
     compiler: Compiler | None = None,
 ) -> list[Check]:
-    """Return one check per FP8 recipe.
-
-    Args:
-        device: where to run.
-        recipes: of those that torchao applies.
-        compiler: what the run compiles its model with, e.g. `torch.compile`; None: eager.
-    """
+    """Return one check per FP8 recipe; a run that compiles its model gives its compiler."""
     return [_check(recipe, device, compiler) for recipe in recipes]
 
 
@@ -141,11 +128,7 @@ def recipe_errors(
     """Run one small layer forward and backward in FP8 and return how far it is from FP64.
 
     Rows and columns differ in size by powers of two, so that a scale in a wrong place shows.
-
-    Args:
-        recipe: one that torchao applies.
-        device: where to run.
-        compiler: what compiles the layer first, e.g. `torch.compile`.
+    A compiler, such as `torch.compile`, compiles the layer first.
     """
     generator = torch.Generator().manual_seed(0)
     x_MK = torch.randn(32, 64, generator=generator) * _octaves(32)[:, None]

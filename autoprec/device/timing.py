@@ -263,18 +263,12 @@ def sample_interleaved(
     monitor: Monitor = UNWATCHED,
     seed: int = 0,
 ) -> dict[Name, Samples]:
-    """Sample candidates in turns until each has enough.
+    """Sample candidates in turns, in an order drawn from `seed`, until each has enough.
 
-    Args:
-        candidates: what to time, by name; tensors should be real ones, since constants draw less
-            power and run up to 15 % faster on a GPU.
-        clock: how to time.
-        stopping: when a candidate has enough samples.
-        warmup: unmeasured calls of each before the first round; 0 for what is warm already and
-            takes longer than SHORTEST_SAMPLE_MS.
-        prepare: called before every round with its number, outside of the timing.
-        monitor: looks at the machine around every sample.
-        seed: of the order of turns.
+    Their tensors should be real ones: constants draw less power and run up to 15 % faster on a GPU.
+    `warmup` is the unmeasured calls of each before the first round; 0 for what is warm already and
+    takes longer than SHORTEST_SAMPLE_MS. `prepare` is called before every round with its number,
+    outside of the timing.
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
     repeated = {

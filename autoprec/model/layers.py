@@ -107,9 +107,7 @@ def type_name(module: nn.Module) -> str:
 def unwrapped(model: nn.Module, *, parallel: bool = False) -> nn.Module:
     """Return the module inside `torch.compile`'s wrapper, or the model itself.
 
-    Args:
-        model: a model that may be wrapped.
-        parallel: take it out of `DistributedDataParallel` and `DataParallel` as well.
+    `parallel` takes it out of `DistributedDataParallel` and `DataParallel` as well.
     """
     while True:
         if isinstance(model, OptimizedModule):

@@ -85,13 +85,8 @@ def shape_refusal(
 ) -> str:
     """Return why FP8 cannot run a linear of these sizes, or an empty string.
 
-    Args:
-        K: in-features.
-        N: out-features.
-        tokens: every M that it is called with; none where that is not known yet.
-        gemms: those that run in FP8.
-        multiple: what sizes must be multiples of; blockwise scales want larger ones.
-        needed_by: whose rule that is.
+    `tokens` are every M that it is called with, as far as known, and `gemms` those that run in FP8.
+    Blockwise scales need a larger `multiple`; `needed_by` says whose rule that is.
     """
     for axis, size in (("K", K), ("N", N)):
         if size % multiple:

@@ -61,11 +61,7 @@ def recorded_calls(
 ) -> Iterator[dict[str, list[Call]]]:
     """Record the calls of layers while the context is open, by layer name.
 
-    Args:
-        layers: what to record, by name.
-        keep: what stays of an argument tensor.
-        gradients: the outputs whose gradients are recorded.
-        merged: keep the first of calls with equal shapes only, with their number.
+    `merged` keeps only the first of calls with equal shapes, with their number.
     """
     recorders = {name: _Recorder(keep, gradients, merged=merged) for name in layers}
     handles = [

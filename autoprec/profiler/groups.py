@@ -18,7 +18,7 @@ from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call, recorded_calls
 from autoprec.profiler.candidates import MakeLayer
 from autoprec.records import BF16_O2, FP32, LayerSpec, ModelSpec, Option
-from autoprec.workload.functions import Batch, Workload, take_batches
+from autoprec.workload.functions import Batch, take_batches
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class RecordedStep:
 
 def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
     """Run two steps of the FP32 model: one warms up, the other is recorded and timed."""
-    workload, device, seed = context.workload, context.device, context.seed
-    model = workload.build_model(seed=seed).to(device).train()
-    batch = take_batches(workload, seed=seed, count=1, device=device)[0]
-    record_step(workload, model, batch, {}, seed=seed)  # lazy modules have parameters after it
+    workload, device = context.workload, context.device
+    model = workload.build_model(seed=context.seed).to(device).train()
+    batch = take_batches(workload, seed=context.seed, count=1, device=device)[0]
+    record_step(context, model, batch, {})  # lazy modules have parameters after it
     layers = find_layers(model)
     chosen = {group.first.name: layers[group.first.name] for group in groups}
     started = time.perf_counter()
-    calls = record_step(workload, model, batch, chosen, seed=seed)
+    calls = record_step(context, model, batch, chosen)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     step_ms = (time.perf_counter() - started) * 1e3
@@ -96,16 +96,11 @@ def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
 
 
 def record_step(
-    workload: Workload,
-    model: nn.Module,
-    batch: Batch,
-    layers: Mapping[str, nn.Module],
-    *,
-    seed: int,
+    context: Context, model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]
 ) -> dict[str, list[Call]]:
     """Run forward and backward of one batch; return the calls of the given layers by name."""
     with recorded_calls(layers, merged=True) as calls:
-        run_step(workload, model, batch, seed=seed)
+        run_step(context.workload, model, batch, seed=context.seed)
     model.zero_grad(set_to_none=True)
     return calls
 

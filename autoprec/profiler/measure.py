@@ -58,13 +58,10 @@ def profile_model(
 ) -> Profile:
     """Measure what every layer costs in every option, and what whole steps cost.
 
-    Args:
-        context: the workload, and where and how to measure.
-        spec: the captured model.
-        options: the FP8 options to consider, by recipe; default: all that the spec's layers list.
-        gemms_hp: consider them also with one or two GEMMs in BF16, where that beats plain BF16.
-        compiled: time layers and steps under torch.compile; on a CPU it takes minutes to compile.
-        names_kernels: add the names of FP8 layers' CUDA kernels; slows later launches, see proving.
+    FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
+    `gemms_hp` also with one or two GEMMs in BF16, where that beats plain BF16. `compiled` times
+    under torch.compile, which takes minutes to compile on a CPU. `names_kernels` adds the names of
+    FP8 layers' CUDA kernels, and slows later launches, see proving.
 
     Raises:
         DeviceError: torch.compile does not work here, or a step compiles again and again.

@@ -52,12 +52,8 @@ def time_steps(
 ) -> tuple[StepTiming, ...]:
     """Time a whole training step of every variant, in turns.
 
-    Args:
-        context: builds the model, the batches and the optimizer of every variant.
-        variants: label -> options by layer name (none: plain FP32), or `autocast_bf16`.
-        stopping: when a variant has been timed often enough.
-        monitor: rejects dirty samples; default: the device's own.
-        compilation: compiles the models, see `open_compilation`; None: eager.
+    Without a monitor the device's own rejects dirty samples; without a compilation
+    (`open_compilation`) the models run eagerly.
 
     Raises:
         DeviceError: a variant alone does not fit into the device's memory.
