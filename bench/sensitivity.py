@@ -24,8 +24,7 @@ import torch
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp8_option
-from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, load_workload, workload_from

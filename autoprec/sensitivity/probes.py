@@ -42,11 +42,12 @@ from autoprec.sensitivity.local import (
     BF16_OUTPUT,
     Component,
     LocalErrors,
+    Operands,
     add_fp8_errors,
     bf16_errors,
+    fp8_options,
     parameter_only_errors,
 )
-from autoprec.sensitivity.operands import Operands, fp8_options
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import differentiated_calls, floating_inputs, replay
 
@@ -56,19 +57,12 @@ CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.G
 
 @dataclass(frozen=True)
 class BatchProbe:
-    """What one batch showed of every layer.
+    """What one batch showed of every layer."""
 
-    Attributes:
-        squared_norm: g'Pg of the reference gradient.
-        products: per layer and component one vector of the groups' products z for each probe.
-        parameter_errors: d'Pd of what stays in each layer's own parameters.
-        statistics: the operands' ranges; of the first batch only.
-    """
-
-    squared_norm: float
-    products: dict[tuple[str, Component], list[Tensor]]
-    parameter_errors: dict[tuple[str, Sides], float]
-    statistics: tuple[OperandStatistics, ...]
+    squared_norm: float  # g'Pg of the reference gradient
+    products: dict[tuple[str, Component], list[Tensor]]  # the groups' products z of each probe
+    parameter_errors: dict[tuple[str, Sides], float]  # d'Pd of what stays in a layer's parameters
+    statistics: tuple[OperandStatistics, ...]  # the operands' ranges; of the first batch only
 
 
 @dataclass(frozen=True)

@@ -49,36 +49,21 @@ class ReferenceGradient:
 
 @dataclass
 class Reference:
-    """The warmed-up model and all that measuring against it needs.
-
-    Attributes:
-        context: whose workload it is, and where it runs.
-        spec: the captured model; its layers' options are what can be measured.
-        model: warmed up, FP32.
-        batches: those that gradients are compared on.
-        preconditioner: how the optimizer weighs a gradient.
-        history: the linears' largest magnitudes in the warm-up, by name; empty unless asked for.
-        loss_curve: (step, loss) of the warm-up.
-        checkpoint: where the warm-up started; "" for fresh weights.
-        step_s: the median time of a warm-up step.
-        spent_s: what preparing took.
-        buffers: the model's buffers after the warm-up; every pass starts from them.
-        passes: forward and backward passes so far, the warm-up left out.
-        gradients: of the batches that were run, where they are not too large to keep.
-    """
+    """The warmed-up model and all that measuring against it needs."""
 
     context: Context
-    spec: ModelSpec
-    model: nn.Module
-    batches: list[Batch]
+    spec: ModelSpec  # as captured; its layers' options are what can be measured
+    model: nn.Module  # warmed up, FP32
+    batches: list[Batch]  # those that gradients are compared on
     preconditioner: Preconditioner
-    history: Mapping[str, Amax]
-    loss_curve: tuple[tuple[int, float], ...]
-    checkpoint: str
-    step_s: float
-    spent_s: float
-    buffers: dict[str, Tensor]
-    passes: int = 0
+    history: Mapping[str, Amax]  # of every linear in the warm-up, by name; empty unless asked for
+    loss_curve: tuple[tuple[int, float], ...]  # (step, loss) of the warm-up
+    checkpoint: str  # where the warm-up started; "" for fresh weights
+    step_s: float  # the median time of a warm-up step
+    spent_s: float  # what preparing took
+    buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
+    passes: int = 0  # forward and backward passes so far, the warm-up left out
+    # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
 
     def run(self, index: int) -> Tensor:

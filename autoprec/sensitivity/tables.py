@@ -30,8 +30,7 @@ from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
-from autoprec.sensitivity.local import Component, components_of
-from autoprec.sensitivity.operands import operand_statistics
+from autoprec.sensitivity.local import Component, components_of, operand_statistics
 from autoprec.sensitivity.probes import BatchProbe, probe_batches
 from autoprec.sensitivity.reference import Reference
 

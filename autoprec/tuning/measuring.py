@@ -23,8 +23,7 @@ from autoprec.records import (
     Verification,
 )
 from autoprec.records.devices import DeviceProfile
-from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.tuning.settings import Settings
 from autoprec.verification import verify_plans

@@ -110,29 +110,17 @@ REFERENCE = Variant(label="reference", options={})
 
 @dataclass
 class Session:
-    """What all branches of one verification share.
-
-    Attributes:
-        context: whose workload is trained, and where.
-        terms: how far the test may go.
-        loss_tolerance: the relative loss gap that is tested.
-        evaluation: the held-out batches.
-        checkpoint: where the branches start, with the curve of the steps that ran to it.
-        store: the branches that are finished.
-        control: the options of uniform BF16 O2; None: every layer of the plan in BF16 O2.
-        checkpoint_path: the user's own checkpoint, or "".
-        floor: the gap between two runs of a reference; known once the first one has run.
-    """
+    """What all branches of one verification share."""
 
     context: Context
     terms: Terms
-    loss_tolerance: float
-    evaluation: Sequence[Batch]
-    checkpoint: Checkpoint
+    loss_tolerance: float  # the relative loss gap that is tested
+    evaluation: Sequence[Batch]  # the held-out batches
+    checkpoint: Checkpoint  # where the branches start, with the curve of the steps that ran to it
     store: BranchStore
-    control: dict[str, Option] | None
-    checkpoint_path: str
-    floor: float | None = None
+    control: dict[str, Option] | None  # None: every layer of the plan in BF16 O2
+    checkpoint_path: str  # the user's own checkpoint, or ""
+    floor: float | None = None  # the gap between two runs of a reference, once the first has run
 
     def variants(self, plan: Plan) -> tuple[Variant, Variant, Variant]:
         """Return reference, control and plan."""
