@@ -95,12 +95,8 @@ class ActivationMode(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(
-        self,
-        func: Function,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        self, func: Function, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:  # Any: torch's own protocol
         """Call `func`, with its arguments cast when it is one of the functions above."""
         kwargs = kwargs or {}
         if func in LISTED:

@@ -30,7 +30,7 @@ from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, w
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
-from autoprec.runtime.masters import added_later, exact_value, keep_exact_loads, masters_of
+from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def undo(
     inner = unwrapped(model)
     masters = masters_of(inner)
     check_removable(inner)
-    for parameter in [*masters.values, *added_later(inner, masters)]:
-        set_storage(parameter, exact_value(parameter, masters))
+    for parameter, exact in exact_values(inner, masters).items():
+        set_storage(parameter, exact)
     masters.values.clear()
     remove_plan(inner)
     if optimizer is not None:
@@ -170,9 +170,9 @@ def master_view(model: nn.Module) -> nn.Module:
             isinstance(value, Tensor) and not value.is_leaf
         ):  # torch refuses to copy what was computed
             memo[id(value)] = value.detach()
-    low = {*masters.values, *added_later(inner, masters)}
+    exact = exact_values(inner, masters)
     for parameter in inner.parameters():
-        data = exact_value(parameter, masters) if parameter in low else parameter.detach()
+        data = exact.get(parameter, parameter.detach())
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     view = copy.deepcopy(inner, memo)
     remove_plan(view)

@@ -286,11 +286,7 @@ def give_gradients(pairs: Pairs) -> None:
     copy_all(targets, sources)
 
 
-def set_shadow(
-    shadow: Optimizer,
-    optimizer: Optimizer,
-    pairs: Mapping[Any, Tensor],  # Any: an optimizer may key its state by anything
-) -> Optimizer:
+def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tensor]) -> Optimizer:
     """Give `shadow` the optimizer's attributes and state, but masters for parameters; return it.
 
     The shadow, its groups and lists stay the same objects, since a compiled `step` guards on them.
@@ -298,7 +294,8 @@ def set_shadow(
     # Groups that the user added since the last step; the others are filled again below.
     groups: list[dict[str, Any]] = vars(shadow).get("param_groups", [])  # Any: torch's own
     groups += [{"params": []} for _ in optimizer.param_groups[len(groups) :]]
-    # Moments are keyed by what the optimizer steps: here by the master, state[m] = state[p].
+    # Moments are keyed by what the optimizer steps: here by the master, state[m] = state[p]. What
+    # is keyed by anything else (so Any) keeps its key.
     state: defaultdict[Tensor, Any] = vars(shadow).get("state", defaultdict(dict))
     state.clear()
     state.update((pairs.get(key, key), value) for key, value in optimizer.state.items())

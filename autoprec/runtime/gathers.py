@@ -40,7 +40,6 @@ from autoprec.runtime.activations import dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +186,8 @@ class Fp8Shard(Tensor):
 
     @torch.no_grad()
     def fsdp_pre_all_gather(
-        self,
-        mesh: "DeviceMesh",
-        outer_size: torch.Size,
-        outer_stride: tuple[int, ...],  # of FSDP's protocol, not needed
-        module: Any,  # one of our FP8 layers
-        mp_policy: "MixedPrecisionPolicy",
-    ) -> tuple[tuple[Tensor], Sent]:
+        self, mesh: "DeviceMesh", size: torch.Size, _stride: object, layer: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor], Sent]:  # Any: one of our FP8 layers; FSDP's policy
         """Return what FSDP sends of this shard: FP8, with as many rows as the other ranks' have."""
         if mp_policy.param_dtype not in (None, torch.bfloat16):
             raise PlanMismatchError(
@@ -201,25 +195,20 @@ class Fp8Shard(Tensor):
                 f"has param_dtype={mp_policy.param_dtype}; leave param_dtype out"
             )
         # The scale of the whole weight, as torchao computes it.
-        utils, config = import_torchao().float8_utils, module.config
+        utils, config = import_torchao().float8_utils, layer.config
         dtype = config.cast_config_weight.target_dtype
         shard = self.plain
         amax = shard.abs().max() if shard.numel() else shard.new_zeros(())
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
         scale = utils.amax_to_scale(amax, dtype, config.round_scales_to_power_of_2)
         bits = utils.to_fp8_saturated(shard.to(torch.float32) * scale, dtype)
-        sent = Sent(module.linear_mm_config, scale, outer_size, mesh, module.fp8_active)
-        return (_padded(bits, outer_size, mesh),), sent
+        sent = Sent(layer.linear_mm_config, scale, size, mesh, layer.fp8_active)
+        return (_padded(bits, size, mesh),), sent
 
     @torch.no_grad()
     def fsdp_post_all_gather(
-        self,
-        all_gather_outputs: tuple[Tensor, ...],
-        metadata: Sent,
-        param_dtype: torch.dtype,
-        *,
-        out: Any = None,  # the WholeWeight of before
-    ) -> Any:
+        self, all_gather_outputs: Any, metadata: Sent, param_dtype: torch.dtype, *, out: Any = None
+    ) -> Any:  # Any: tensors; the WholeWeight of before
         """Make the whole weight of what all ranks sent; later ones in place, in FSDP's buffers."""
         (bits,) = all_gather_outputs
         if metadata.scale.is_cuda:  # made on FSDP's stream for copies, read on this one

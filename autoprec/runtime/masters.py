@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
+from autoprec.runtime.activations import dtype_name
 from autoprec.runtime.ranks import sharded_tensor
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,8 @@ class Masters:
         name = next((name for name, own in self.names.items() if own is parameter), "one")
         raise PlanMismatchError(
             f"a parameter that the plan stores as bfloat16 must stay so, but {name} is now "
-            f"{str(parameter.dtype).removeprefix('torch.')}; where the model's own code converts "
-            "it, set its layer to fp32, else call autoprec.undo(model, optimizer) first"
+            f"{dtype_name(parameter.dtype)}; where the model's own code converts it, set its "
+            "layer to fp32, else call autoprec.undo(model, optimizer) first"
         )
 
     def _watch(self) -> None:
@@ -167,17 +168,17 @@ def masters_of(model: nn.Module) -> Masters:
     return masters
 
 
-def added_later(model: nn.Module, masters: Masters) -> list[nn.Parameter]:
-    """Return the model's BF16 parameters that came after the plan, e.g. PEFT's copies of layers."""
+def exact_values(model: nn.Module, masters: Masters) -> dict[nn.Parameter, Tensor]:
+    """Return the FP32 masters of all BF16 parameters, whichever model's masters have them.
+
+    Those that came after the plan (PEFT's copies of layers) and were not trained have none.
+    """
     low = (parameter for parameter in model.parameters() if parameter.dtype is torch.bfloat16)
-    return [parameter for parameter in low if parameter not in masters.values]
-
-
-def exact_value(parameter: nn.Parameter, masters: Masters) -> Tensor:
-    """Return a BF16 parameter's FP32 master, from whichever model's masters have one."""
-    stores = (store for store in (masters, *LIVE) if parameter in store.values)
-    store = next(stores, None)
-    return parameter.detach().float() if store is None else store.current(parameter)
+    found: dict[nn.Parameter, Tensor] = {}
+    for parameter in dict.fromkeys([*masters.values, *low]):
+        store = next((own for own in (masters, *LIVE) if parameter in own.values), None)
+        found[parameter] = store.current(parameter) if store else parameter.detach().float()
+    return found
 
 
 @torch.no_grad()
@@ -231,19 +232,14 @@ class ExactLoads:
         return ExactLoads(Masters(options={}, values=copies, names={}))
 
     def __call__(
-        self,
-        module: nn.Module,
-        state_dict: Mapping[str, Any],  # Any: a state dict may hold extra state
-        prefix: str,
-        local_metadata: Mapping[str, Any],  # Any: torch's own
-        *_: object,
-    ) -> None:
+        self, module: nn.Module, state: Any, prefix: str, metadata: Any, *_: object
+    ) -> None:  # Any: a state dict may hold anything
         """Take what is about to be loaded into the module's parameters."""
         for name, parameter in module._parameters.items():
-            value = state_dict.get(prefix + name)
+            value = state.get(prefix + name)
             if parameter not in self.masters.values or not isinstance(value, Tensor):
                 continue
-            if local_metadata.get("assign_to_params_buffers", False):
+            if metadata.get("assign_to_params_buffers", False):
                 raise PlanMismatchError(
                     "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
                     "replaces them; load with assign=False, or before autoprec.apply"

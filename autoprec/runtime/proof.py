@@ -142,7 +142,11 @@ def check_applied(
     gathers = any(ON_LAYER in vars(layer) for layer in layers.values())
 
     def step() -> Any:
-        return loss_fn(inner, batch) if loss_fn is not None else _call(inner, batch)
+        if loss_fn is not None:
+            return loss_fn(inner, batch)
+        if isinstance(batch, dict):
+            return inner(**batch)
+        return inner(*batch) if isinstance(batch, list | tuple) else inner(batch)
 
     traces = trace_step(inner, step)
     called = {name for name, trace in traces.items() if trace.calls}
@@ -168,13 +172,9 @@ def trace_step(model: nn.Module, step: Step) -> dict[str, LayerTrace]:
     Compiled code hides its operations, so `torch.compile` is off inside.
     """
     recorder = _LayerRecorder(find_layers(model))
-    with _left_as_it_was(model), torch.enable_grad(), recorder.hooked():
-        torch.compiler.set_stance("force_eager")
-        try:
-            with OperationTracer(recorder.run):
-                torch.autograd.backward(_loss(step()))
-        finally:
-            torch.compiler.set_stance("default")
+    eager, tracer = torch.compiler.set_stance("force_eager"), OperationTracer(recorder.run)
+    with eager, _left_as_it_was(model), torch.enable_grad(), recorder.hooked(), tracer:
+        torch.autograd.backward(_loss(step()))
     return recorder.traces
 
 
@@ -188,12 +188,6 @@ def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str
     ours = [name for name in inside if is_made_here(type(layers[name]))]
     running = [name for name in ours if name in called] or ours  # PEFT keeps copies of a layer
     return running[0] if len(running) == 1 else plain.get(own)
-
-
-def _call(model: nn.Module, batch: Any) -> Any:  # Any: the model's own arguments and result
-    if isinstance(batch, dict):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
 
 
 def _loss(result: Any) -> Tensor:  # Any: what a model returns

@@ -41,11 +41,8 @@ def agree(
 ) -> None:
     """Check that every rank of the group installed this plan; a collective on all of them.
 
-    Args:
-        device: of the model; NCCL sends from there, whatever the current device is.
-        group: None for all ranks.
-        plan: what this rank installed.
-        failure: why it installed nothing.
+    A rank gives its plan, or why it installed none. NCCL sends from `device`, the model's, whatever
+    the current device is; `group` None are all ranks.
 
     Raises:
         PlanMismatchError: a rank installed nothing, or another plan; the same on every rank.
