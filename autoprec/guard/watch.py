@@ -8,15 +8,30 @@
             optimizer.step()
             optimizer.zero_grad()
 
-What counts as wrong, and which layers are suspected of it, is said in checks.py. A demoted layer
-runs in BF16 with the same parameters, masters and optimizer state. It is promoted back to FP8 after
-`quiet_steps` without an alarm, and every time that it has to be demoted again it waits twice as
-long. After `most_demotions` alarms all layers stay in BF16, so torch.compile compiles a bounded
-number of times.
+A demoted layer runs in BF16 with the same parameters, masters and optimizer state. It is promoted
+back to FP8 after `quiet_steps` without an alarm, and every time that it has to be demoted again it
+waits twice as long. After `most_demotions` alarms all layers stay in BF16, so torch.compile
+compiles a bounded number of times.
+
+What is wrong with a step is checked in this order; the first that makes it a bad one ends it:
+
+    not finite    a loss or gradient that is an infinity or a NaN. Suspected: the first layer that
+                  saturates, if the step was sampled (the one after an alarm always is); else the
+                  last layer in plan order with such a gradient, and the FP8 layer after it, whose
+                  grad_input it got; no layer if the loss itself is not finite, which may be the
+                  data's fault; every FP8 layer if something was wrong a short while ago already
+    range         a sampled operand loses more than `Limits` allows to FP8's range: that layer; the
+                  step itself is not a bad one
+    loss          `patience` steps in a row above its band
+    gradient norm above the band of its logarithm
+
+A loss or norm above its band does not say which layer it was, so the suspects are those whose
+sampled operands lose most, and all FP8 layers when none stands out. A single spike of the norm is
+the data's more often than the precision's: its step is skipped, and no layer is suspected.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +41,6 @@ from torch import Tensor, nn
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
-from autoprec.guard.checks import Look, Names, Row, alarms
 from autoprec.guard.records import (
     Action,
     Demotion,
@@ -41,6 +55,9 @@ from autoprec.guard.signals import RunningBand, Signals, read_signals
 from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
 
+STANDS_OUT = 0.5  # of the allowed underflow: from there a layer is suspected of a loss or norm
+Names = Sequence[str]
+Rows = Mapping[str, Mapping[str, tuple[float, float]]]  # shares lost, by layer and operand
 REASONS = {
     EventKind.NOT_FINITE: "loss {0.loss:.4g} or gradient norm {0.grad_norm:.4g} is not finite",
     EventKind.LOSS: "the loss {0.loss:.4g} stays above its band",
@@ -121,7 +138,7 @@ class Guard:
         shares = self._sampler.shares(device) if self._sampler.is_armed else None
         signals = read_signals(loss, self._parameters, shares=shares)
         is_good = True
-        for kind, suspects in alarms(self._look(signals)):
+        for kind, suspects in list(self._alarms(signals)):  # all, before one changes layers
             is_good = kind is EventKind.RANGE
             self._act(kind, suspects, signals, is_good=is_good)
         self._bad_run = 0 if is_good else self._bad_run + 1
@@ -194,32 +211,62 @@ class Guard:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _look(self, signals: Signals) -> Look:
-        """Return the step as the checks see it, after taking finite numbers into the bands."""
-        loss_run = norm_run = 0
-        if signals.is_finite:
-            loss_run = self._loss.add(signals.loss)
-            norm = signals.grad_norm
-            norm_run = self._norm.add(math.log(norm)) if norm > 0 else 0
-        return Look(
-            signals=signals,
-            limits=self.limits,
-            layers=tuple(self.layers),
-            order=tuple(layer.name for layer in self.plan.layers),
-            owners=self._owners,
-            rows=self._rows(signals),
-            loss_run=loss_run,
-            norm_run=norm_run,
-            was_alarm=self.steps - self._last_alarm < self.limits.window,
-        )
+    def _alarms(self, signals: Signals) -> Iterator[tuple[EventKind, Names]]:
+        """Yield what is wrong with a step and the layers suspected, up to what makes it bad."""
+        rows = self._rows(signals)
+        if not signals.is_finite:
+            yield EventKind.NOT_FINITE, self._not_finite_suspects(signals, rows)
+            return
+        loss_run = self._loss.add(signals.loss)
+        norm = signals.grad_norm
+        norm_run = self._norm.add(math.log(norm)) if norm > 0 else 0
+        out_of_range = self._losing(rows, self.limits.underflow)
+        if out_of_range:
+            yield EventKind.RANGE, out_of_range
+        # Layers out of range explain a loss or norm that stays high: they are demoted first.
+        patience = math.inf if out_of_range else self.limits.patience
+        standing_out = self._losing(rows, STANDS_OUT * self.limits.underflow) or list(self.layers)
+        if loss_run >= patience:
+            yield EventKind.LOSS, standing_out
+        elif norm_run > 0:
+            yield EventKind.GRAD_NORM, standing_out if norm_run >= patience else ()
 
-    def _rows(self, signals: Signals) -> dict[str, Row]:
+    def _rows(self, signals: Signals) -> Rows:
         """Return (underflow, saturated) of the operands of the layers in FP8, {} if not sampled."""
         if not signals.shares:
             return {}
         pairs = iter(zip(signals.shares[::2], signals.shares[1::2], strict=True))
         rows = {name: dict(zip(OPERANDS, pairs, strict=False)) for name in self.layers}
         return {name: row for name, row in rows.items() if self.layers[name].fp8_active}
+
+    @staticmethod
+    def _losing(rows: Rows, allowed: float) -> Names:
+        """Return the layers with an operand that underflows more than allowed, or saturates."""
+        return [
+            name
+            for name, row in rows.items()
+            if any(lost > allowed or over > 0 for lost, over in row.values())
+        ]
+
+    def _not_finite_suspects(self, signals: Signals, rows: Rows) -> Names:
+        """Return the FP8 layers that a loss or gradient that is not finite may have come from."""
+        for name, row in rows.items():
+            if max(row["input"][1], row["weight"][1]) > 0:
+                return (name,)  # what follows it got its infinities and NaNs
+        if self.steps - self._last_alarm < self.limits.window:
+            return tuple(self.layers)
+        if not math.isfinite(signals.loss):
+            return ()
+        # Backward runs from the last layer to the first and every gradient is made of the one
+        # before: so the NaN began at the last layer that has one, or in grad_input of the FP8
+        # layer after it.
+        norms = zip(self._owners, signals.norms, strict=True)
+        bad = {owner for owner, norm in norms if not math.isfinite(norm)}
+        order = [layer.name for layer in self.plan.layers]
+        last = max((place for place, name in enumerate(order) if name in bad), default=-1)
+        here = [name for name in order[max(last, 0) : last + 1] if name in self.layers]
+        after = [name for name in order[last + 1 :] if name in self.layers]
+        return (*here, *after[:1])
 
     def _act(self, kind: EventKind, suspects: Names, signals: Signals, *, is_good: bool) -> None:
         """Deal with the step as `on_alarm` says, demote the suspects, and say so."""
@@ -252,7 +299,7 @@ class Guard:
 
     # --- layers out and back ---------------------------------------------------------------------
 
-    def _demote(self, names: Sequence[str]) -> Sequence[str]:
+    def _demote(self, names: Names) -> Names:
         """Take layers out of FP8, all of them at the last allowed time; return those that are."""
         if not names:
             return names
@@ -310,7 +357,7 @@ class Guard:
         else:
             self._sampler.disarm()
 
-    def _note(self, kind: EventKind, message: str, layers: Sequence[str], **more: Any) -> None:
+    def _note(self, kind: EventKind, message: str, layers: Names, **more: Any) -> None:
         """Write an event (Any: the fields that only alarms have)."""
         event = GuardEvent(
             step=self.steps, kind=kind, message=message, layers=tuple(layers), **more
