@@ -47,8 +47,7 @@ def runs_plan(model: nn.Module, plan: Plan) -> bool:
 
 def foreign_precision(setting: str, *, fix: str) -> PlanMismatchError:
     """Return the error for a library whose own mixed precision is on."""
-    rule = "a plan is the mixed precision of its model"
-    return PlanMismatchError(f"{rule}, but {setting}; {fix}")
+    return PlanMismatchError(f"a plan is the mixed precision of its model, but {setting}; {fix}")
 
 
 def replaced_parameters(who: str) -> PlanMismatchError:

@@ -7,7 +7,7 @@ watch       waits for that model in a running script, and applies the plan: `run
 guarding    a Guard in a script that does not know of it
 tape        the operations between a model's output and its loss, recorded and replayed
 recorder    follows a script's first steps: model calls, backward, optimizer steps
-optimizers  an optimizer, copied to another copy of its model
+optimizers  what an optimizer trains, and how it is copied to another copy of its model
 recorded    what was recorded -> a Workload: `record_workload`
 """
 

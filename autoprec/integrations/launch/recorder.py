@@ -173,9 +173,7 @@ class Recorder:
         if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
 
-    def _end_batch(
-        self, tensors: Any, grad_tensors: Any = None, *_args: Any, **_kwargs: Any
-    ) -> None:  # Any: torch's
+    def _end_batch(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
         batch, tape = self._call, self._mode.tape
         if batch is None or tape is None:
             self.refuse(

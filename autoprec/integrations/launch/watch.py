@@ -217,14 +217,11 @@ class Watch:
         So it is when the step makes the call, in a closure, or a compiled function hides it.
         """
         parameters = trained_by(optimizer)
-        roots = list(find_roots(parameters[0]))
-        if all(root in self._seen for root in roots):
-            return
         # gradients are there already, and a parameter cannot change its dtype under one
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        for root in roots:
+        for root in find_roots(parameters[0]):
             self._offer(root, f"before {type(optimizer).__name__}'s first step")
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
