@@ -15,9 +15,9 @@ from decoders import DECODERS, decoder_spec
 from published import read_rows, source_of
 
 from autoprec.common.recipes import Recipe
-from autoprec.predict.eligible import retarget_model
 from autoprec.predict.layers import Setting
 from autoprec.predict.parallel import Parallel
+from autoprec.predict.predict import retarget_model
 from autoprec.predict.spelling import parse_recipe
 from autoprec.predict.step import StepTimes, first_fp8, step_times
 from autoprec.records.devices import DeviceProfile, Machine

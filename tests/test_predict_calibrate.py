@@ -24,7 +24,6 @@ from autoprec.predict.casts import cast_us
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.measure import (
     Meter,
-    Operands,
     base_profile,
     casts_of,
     measure_device_profile,
@@ -197,6 +196,6 @@ def test_a_compiler_that_fails_leaves_casts_unmeasured(caplog: pytest.LogCapture
         raise RuntimeError("no compiler\nat all")
 
     meter = Meter(torch.device("cpu"), StepClock(), 3, UNWATCHED)
-    operands = Operands(torch.ones(64, 32), torch.ones(32, 32))
+    operands = (torch.ones(64, 32), torch.ones(32, 32))
     assert time_compiled_casts(meter, operands, [Recipe.TENSORWISE], backend=broken) == {}
     assert "casts are not measured" in caplog.text

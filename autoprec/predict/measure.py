@@ -48,6 +48,7 @@ SHORT_CALLS = 20  # of a kernel of a few microseconds, in one replay
 CAST, TINY = (16384, 8192), (256, 256)  # shapes of an operand: above and below any cache
 CAST_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE)  # those that the cost model has constants of
 Function = Callable[[], object]
+Operands = tuple[torch.Tensor, torch.Tensor]  # a large one, a small one
 Casts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,11 @@ def base_profile(name: str, capability: tuple[int, int]) -> DeviceProfile:
     Raises:
         DeviceError: there is neither.
     """
-    profiles = list_device_profiles()
     try:
-        return find_profile(name, profiles)
+        return find_profile(name)
     except DeviceError as error:
         wanted = f"{capability[0]}.{capability[1]}"
-        for profile in profiles:
+        for profile in list_device_profiles():
             if profile.capability == wanted:
                 return profile
         raise DeviceError(
@@ -118,7 +118,10 @@ def take_measurements(
     target, one = torch.empty_like(source), torch.ones((), device=device)
     copied_us = meter.time_one(lambda: target.copy_(source))
     # An operand like a weight: large, where its bytes count, and tiny, where its kernels do.
-    operands = Operands(*(torch.randn(size, device=device).bfloat16() for size in (cast, TINY)))
+    operands = (
+        torch.randn(cast, device=device).bfloat16(),
+        torch.randn(TINY, device=device).bfloat16(),
+    )
     known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(
         large=large,
@@ -129,14 +132,6 @@ def take_measurements(
         casts=time_compiled_casts(meter, operands, known, backend=backend),
         eager=time_eager_casts(meter, operands, known[0]) if known else None,
     )
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What is cast: a large matrix, whose bytes count, and one whose kernels count."""
-
-    large: torch.Tensor
-    small: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -171,16 +166,17 @@ def time_compiled_casts(
     meter: Meter, operands: Operands, recipes: Sequence[Recipe], *, backend: Backend
 ) -> dict[Recipe, CastTimes]:
     """Time each recipe's compiled casts; none where torch.compile does not work, which is said."""
+    large, small = operands
     found: dict[Recipe, CastTimes] = {}
     try:
         with open_compilation(meter.device, COMPILED, backend=backend):
             for recipe in recipes:
                 cast = torch.compile(casts_of(recipe), backend=backend, dynamic=False)
                 found[recipe] = CastTimes(
-                    large_us=meter.time_one(partial(cast, operands.large)),
-                    small_us=meter.time_one(partial(cast, operands.small), SHORT_CALLS),
-                    large_elements=operands.large.numel(),
-                    small_elements=operands.small.numel(),
+                    large_us=meter.time_one(partial(cast, large)),
+                    small_us=meter.time_one(partial(cast, small), SHORT_CALLS),
+                    large_elements=large.numel(),
+                    small_elements=small.numel(),
                 )
     except torch.OutOfMemoryError:
         raise
@@ -191,18 +187,15 @@ def time_compiled_casts(
 
 def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> EagerCasts:
     """Time a recipe's eager casts, and count their kernels."""
+    large, small = operands
     cast = casts_of(recipe)
     with traced() as trace:
-        cast(operands.small)
-
-    def launch() -> None:
-        for _ in range(SHORT_CALLS):
-            cast(operands.small)
-
+        cast(small)
+    launches = repeated(partial(cast, small), SHORT_CALLS)
     return EagerCasts(
-        large_us=meter.time_one(partial(cast, operands.large)),
-        host_us=meter.launched({"cast": launch})["cast"] / SHORT_CALLS,
-        elements=operands.large.numel(),
+        large_us=meter.time_one(partial(cast, large)),
+        host_us=meter.launched({"cast": launches})["cast"] / SHORT_CALLS,
+        elements=large.numel(),
         kernels=len(trace.operations),
     )
 
@@ -233,12 +226,17 @@ def casts_of(recipe: Recipe) -> Casts:
 
 def replay_of(fn: Function, calls: int) -> Function:
     """Return the replay of a CUDA graph that holds `calls` calls of `fn`."""
+    return graph_replay(repeated(fn, calls))
+
+
+def repeated(fn: Function, calls: int) -> Function:
+    """Return a function that calls `fn` so often."""
 
     def run() -> None:
         for _ in range(calls):
             fn()
 
-    return graph_replay(run)
+    return run
 
 
 def gemm_candidates(
@@ -252,35 +250,23 @@ def gemm_candidates(
         Kernel.FP32: lambda: a_MK @ b_NK.T,
         Kernel.BF16: lambda: a_bf16 @ b_bf16.T,
     }
+
+    def scaled(scale_a: torch.Tensor, scale_b: torch.Tensor, *, is_fast: bool) -> Function:
+        # output_MN = a_MK @ b_KN of operands that are cast once, before the timing
+        a_fp8, b_fp8 = (x.to(e4m3_dtype(device)) for x in (a_bf16, b_bf16))
+        scales = {"scale_a": scale_a, "scale_b": scale_b}
+        return lambda: torch._scaled_mm(
+            a_fp8, b_fp8.T, **scales, out_dtype=torch.bfloat16, use_fast_accum=is_fast
+        )
+
     one = torch.ones((), device=device)
     rows, columns = torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
     if Recipe.TENSORWISE in recipes:
-        found[Kernel.FP8_FAST] = scaled_gemm(a_bf16, b_bf16, one, one, is_fast=True)
-        found[Kernel.FP8_SLOW] = scaled_gemm(a_bf16, b_bf16, one, one, is_fast=False)
+        found[Kernel.FP8_FAST] = scaled(one, one, is_fast=True)
+        found[Kernel.FP8_SLOW] = scaled(one, one, is_fast=False)
     if Recipe.ROWWISE in recipes:
-        found[Kernel.FP8_ROWWISE] = scaled_gemm(a_bf16, b_bf16, rows, columns, is_fast=True)
+        found[Kernel.FP8_ROWWISE] = scaled(rows, columns, is_fast=True)
     return found
-
-
-def scaled_gemm(
-    a_MK: torch.Tensor,
-    b_NK: torch.Tensor,
-    scale_a: torch.Tensor,
-    scale_b: torch.Tensor,
-    *,
-    is_fast: bool,
-) -> Function:
-    """Return an FP8 GEMM of these operands, cast once: [M, K] @ [K, N]."""
-    dtype = e4m3_dtype(a_MK.device)
-    a_fp8, b_fp8 = a_MK.to(dtype), b_NK.to(dtype)
-    return lambda: torch._scaled_mm(
-        a_fp8,
-        b_fp8.T,
-        scale_a=scale_a,
-        scale_b=scale_b,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=is_fast,
-    )
 
 
 def device_constants(device: torch.device) -> dict[str, float]:

@@ -27,7 +27,10 @@ def memory_note(profile: Profile, options: Mapping[str, Option], need: int) -> s
     if not 0 < device.memory_bytes < need:
         return ""
     is_predicted = profile.basis is Basis.PREDICTED
-    saved = _activation_bytes(profile, options)
+    saved = sum(
+        row.activation_bytes * sum(options.get(name) == row.option for name in row.names)
+        for row in profile.layers
+    )
     advice = _sharding(profile, need - saved, saved) if is_predicted else HERE
     return (
         f"does not fit in memory: the plan needs {'at least' if is_predicted else 'about'} "
@@ -53,13 +56,6 @@ def _sharded(parallel: Parallel, factor: float) -> str:
     """Return the option that shards by at least so much more."""
     degree = 1 << max(math.ceil(math.log2(parallel.fsdp * factor)), 1)
     return f"--parallel {replace(parallel, fsdp=degree)} or more"
-
-
-def _activation_bytes(profile: Profile, options: Mapping[str, Option]) -> int:
-    return sum(
-        row.activation_bytes * sum(options.get(name) == row.option for name in row.names)
-        for row in profile.layers
-    )
 
 
 def _gb(size: int) -> str:

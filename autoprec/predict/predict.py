@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Sequence
 
-from autoprec.common.recipes import Recipe
-from autoprec.model.options import without_slow_gemms_hp
-from autoprec.predict.eligible import retarget_model
+from autoprec.common.recipes import Gemm, Precision, Recipe
+from autoprec.model.options import FP8_MULTIPLE, layer_options, without_slow_gemms_hp
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
-from autoprec.predict.parallel import Parallel, unsplit_note
+from autoprec.predict.linear import recipe_refusal
+from autoprec.predict.parallel import Parallel, shard_gemm, unsplit_note
 from autoprec.predict.registry import profile_digest
 from autoprec.predict.step import (
     StepTimes,
@@ -22,6 +22,8 @@ from autoprec.records.model import (
     BF16_O2,
     FP32,
     Basis,
+    LayerKind,
+    LayerSpec,
     ModelSpec,
     Option,
     fp8_option,
@@ -29,6 +31,7 @@ from autoprec.records.model import (
 )
 
 logger = logging.getLogger(__name__)
+PLAIN_LINEAR = "torch.nn.modules.linear.Linear"
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
 MEGA = 1e6
 OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in BF16, 4 + 4 in FP32
@@ -85,6 +88,50 @@ def predict_profile(
         parallel=str(parallel),
         communication=_communication(bf16, setting),
     )
+
+
+def retarget_model(
+    spec: ModelSpec, profile: DeviceProfile, options: Sequence[Option], parallel: Parallel
+) -> ModelSpec:
+    """Return the model with the options and refusals that its layers have on the target.
+
+    Shapes decide, by the rule of `model.options`, and the device's recipes. A layer that the
+    capture refused for what it is (its own forward, a parametrized weight) stays refused.
+    """
+    refusals = {o: recipe_refusal(profile, o.recipe) for o in options if o.recipe is not None}
+    fp8 = [option for option, refusal in refusals.items() if not refusal]
+    unavailable = next(filter(None, refusals.values()), "")
+
+    def retargeted(layer: LayerSpec) -> LayerSpec:
+        obstacle = _obstacle(layer) or ("" if profile.has_fp8 else profile.fp8_reason)
+        gemm, wanted = layer.gemm, fp8
+        if gemm is not None and not obstacle:
+            gemm = shard_gemm(layer, parallel)
+            if any(m % FP8_MULTIPLE for m in (gemm.M, *layer.tokens)):
+                # First those that run as they are, then those whose grad_weight leaves FP8 for it.
+                wanted = sorted(fp8, key=lambda option: Gemm.GRAD_WEIGHT in option.fp8_gemms)
+        found, why = layer_options(
+            kind=layer.kind,
+            gemm=gemm,
+            tokens=layer.tokens,
+            fp8_options=wanted,
+            obstacle=obstacle,
+            unavailable=unavailable,
+        )
+        return layer.model_copy(update={"options": found, "refusals": why})
+
+    return spec.model_copy(update={"layers": tuple(map(retargeted, spec.layers))})
+
+
+def _obstacle(layer: LayerSpec) -> str:
+    """Return why a layer is out of FP8 on any device, or an empty string."""
+    captured = layer.refusal(Precision.FP8_O1) or ""
+    if layer.kind is not LayerKind.LINEAR or layer.gemm is None or not layer.calls:
+        return captured or "FP8 is for nn.Linear layers that the step calls"
+    could_run = any(option.is_fp8 for option in layer.options)
+    if not could_run and layer.type_name != PLAIN_LINEAR:
+        return captured or f"{layer.type_name} is no plain nn.Linear"
+    return ""
 
 
 def _steps(

@@ -1,6 +1,10 @@
 """The device profiles that ship with autoprec, found by any usual spelling, and a user's own files.
 
 They are package data in a wheel (`autoprec/profiles`) and the folder `profiles` in a checkout.
+
+A device's words are compared as sets: `NVIDIA H100 80GB HBM3` is `h100` once the words that say
+nothing more (maker, memory, form) are dropped. A word that is left over is a difference: `H100 NVL`
+is no `h100`, since a wrong profile is worse than an error.
 """
 
 import difflib
@@ -11,7 +15,6 @@ from pathlib import Path
 
 from autoprec.common.text import short_digest, shown_value
 from autoprec.errors import DeviceError
-from autoprec.predict.spelling import device_readings, device_words, words_weight
 from autoprec.records.devices import NAME, DeviceProfile
 
 logger = logging.getLogger(__name__)
@@ -19,6 +22,18 @@ NEAREST_NAMES = 3
 LEAST_ALIKE = 0.4  # of the letters
 LONGEST_NAME = 100  # letters; a longer text is no name, and may be no file name either
 _PACKAGE = Path(__file__).parent.parent
+_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|w|tb/s)\b")
+_WORD = re.compile(r"\d+\.\d+tb/s|[a-z0-9]+(?:\.\d+)?")
+_PARENTHESES = re.compile(r"\([^)]*\)")
+_EMPTY_WORD = re.compile(
+    "nvidia|geforce|amd|instinct|tesla|gpu|accelerator|tensor|core|the|of|x|devices?|card|hbm2|hbm2e"
+    "|hbm3|hbm3e|gddr6|gddr7|blackwell|hopper|ada|lovelace|generation|server|workstation|edition"
+    "|presumed|class|not|stated|power|limited|variant|derived"
+)
+_FORMS = {"sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm", "pcie4": "pcie", "pcie5": "pcie"}
+# Many different devices share these.
+_DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")
+_DETAIL_WEIGHT = 0.2
 
 
 def profiles_folder() -> Path:
@@ -59,7 +74,14 @@ def load_device_profile(name_or_path: str | Path) -> DeviceProfile:
     path = profiles_folder() / f"{text[:LONGEST_NAME]}.json"
     if re.fullmatch(NAME, text) and path.is_file():  # the usual case reads one file
         return DeviceProfile.load(path)
-    return find_profile(text, list_device_profiles())
+    return find_profile(text)
+
+
+def device_words(text: str) -> frozenset[str]:
+    """Return the words of a device's name that tell it from other devices."""
+    joined = _UNIT.sub(r"\1\2 ", text.lower().replace("_", " ").replace("-", " "))
+    words = (_FORMS.get(word, word) for word in _WORD.findall(joined))
+    return frozenset(word for word in words if not _EMPTY_WORD.fullmatch(word))
 
 
 def profile_digest(profile: DeviceProfile) -> str:
@@ -67,23 +89,23 @@ def profile_digest(profile: DeviceProfile) -> str:
     return short_digest(profile.to_json())
 
 
-def find_profile(text: str, profiles: tuple[DeviceProfile, ...]) -> DeviceProfile:
-    """Return the profile that a spelling means.
+def find_profile(text: str) -> DeviceProfile:
+    """Return the shipped profile that a spelling means.
 
     Raises:
-        DeviceError: none, or more than one that differ.
+        DeviceError: it means none.
     """
-    known = {words: p for p in profiles for words in _spellings(p)}
-    for reading in device_readings(text):
+    profiles = list_device_profiles()
+    for reading in (device_words(text), device_words(_PARENTHESES.sub(" ", text))):
         for profile in profiles:
             capacity = f"{profile.value('memory_capacity_gb'):.0f}gb"
-            if known.get(reading) is profile or known.get(reading - {capacity}) is profile:
-                others = (p.name for p in profiles if reading < device_words(p.name))
-                _tell_variants(text, profile.name, tuple(n for n in others if n != profile.name))
+            if _spellings(profile) & {reading, reading - {capacity}}:
+                names = (p.name for p in profiles if reading < device_words(p.name))
+                _tell_variants(text, profile.name, tuple(n for n in names if n != profile.name))
                 return profile
     raise DeviceError(
         f"a device must be a profile's name or a path that ends in .json, but it is "
-        f"{shown_value(text)}; {_suggestion(text, profiles)}"
+        f"{shown_value(text)}; {_suggestion(text)}"
     )
 
 
@@ -99,8 +121,8 @@ def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
     return {device_words(text) for text in (profile.name, profile.title, *profile.aliases)}
 
 
-def _suggestion(text: str, profiles: tuple[DeviceProfile, ...]) -> str:
-    scores = {profile.name: _likeness(text, profile) for profile in profiles}
+def _suggestion(text: str) -> str:
+    scores = {profile.name: _likeness(text, profile) for profile in list_device_profiles()}
     near = [name for name, (shared, alike) in scores.items() if shared or alike >= LEAST_ALIKE]
     near.sort(key=lambda name: scores[name], reverse=True)
     names = ", ".join(near[:NEAREST_NAMES])
@@ -113,9 +135,13 @@ def _likeness(text: str, profile: DeviceProfile) -> tuple[float, float]:
     Words that differ count too, so that `H100 SXM 700W` is nearer to the plain card than to the
     variant of 500 W.
     """
+
+    def weight(words: frozenset[str]) -> float:  # a size or a form says little of a device
+        return sum(_DETAIL_WEIGHT if _DETAIL.fullmatch(word) else 1.0 for word in words)
+
     words = device_words(text)
     spellings = _spellings(profile)
-    shared = max(words_weight(words & s) / (words_weight(words | s) or 1) for s in spellings)
+    shared = max(weight(words & s) / (weight(words | s) or 1) for s in spellings)
     written = [profile.name, *(" ".join(sorted(s)) for s in spellings)]
     lowered = text.lower()[:LONGEST_NAME]
     alike = max(difflib.SequenceMatcher(None, lowered, form).ratio() for form in written)

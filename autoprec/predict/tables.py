@@ -17,15 +17,15 @@ from autoprec.errors import AutoprecError, DeviceError
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.registry import load_device_profile
 from autoprec.predict.spelling import has_own_casts, parse_compiled, parse_recipe
-from autoprec.records.devices import ArmPrediction, LinearPrediction, Prediction
+from autoprec.records.devices import ArmPrediction, LinearPrediction
 
 SIZES = ("M", "K", "N")
 READ = ("device", *SIZES, "recipe", "compiled")
-ENDS = {"": "value", "_low": "low", "_high": "high"}  # of a column's name -> of a `Prediction`
+TIMES, SPEEDUPS = ("bf16", "fp8"), ("gemm_speedup", "speedup")  # of a `LinearPrediction`
 ADDED = (
     "profile",
-    *(f"{arm}_{time}" for arm in ("bf16", "fp8") for time in ArmPrediction.model_fields),
-    *(f"{name}{end}" for name in ("gemm_speedup", "speedup") for end in ENDS),
+    *(f"{arm}_{time}" for arm in TIMES for time in ArmPrediction.model_fields),
+    *(f"{name}{end}" for name in SPEEDUPS for end in ("", "_low", "_high")),
     "refusal",
 )
 
@@ -151,14 +151,8 @@ def _size(axis: str, text: str) -> int:
 def _cells(found: LinearPrediction) -> dict[str, str]:
     """Return the added cells of a row; what FP8 cannot run has no cells of FP8."""
     cells = {"profile": found.device, "refusal": found.refusal}
-    for arm, times in (("bf16", found.bf16), ("fp8", found.fp8)):
-        if times is not None:
-            cells |= {f"{arm}_{name}": f"{ms:.6g}" for name, ms in times}
-    predictions: dict[str, Prediction | None] = {
-        "gemm_speedup": found.gemm_speedup,
-        "speedup": found.speedup,
-    }
-    for name, speedup in predictions.items():
-        if speedup is not None:
-            cells |= {f"{name}{end}": f"{getattr(speedup, part):.5g}" for end, part in ENDS.items()}
+    for name in (*TIMES, *SPEEDUPS):
+        digits = 6 if name in TIMES else 5
+        for part, value in getattr(found, name) or ():
+            cells[f"{name}_{part}".removesuffix("_value")] = f"{value:.{digits}g}"
     return cells

@@ -40,7 +40,7 @@ ZERO = Estimate(mean=0.0)
 MOST_NAMED = 5
 
 SHARED_PARTS = (None, 2, 1)  # trailing parts of a name that two layers share: all, or fewer
-Groups = Mapping[str, Sequence[str]]
+Family = tuple[int | None, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]
 
 
 def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
@@ -50,13 +50,13 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
         RecordError: no layer that could run in FP8 has a counterpart.
     """
     table = {(row.name, row.option): row for row in small.rows}
-    sources = [_by_role([name for name, _ in table], parts) for parts in SHARED_PARTS]
-    groups = [_by_role(spec.names, parts) for parts in SHARED_PARTS]
+    names = [name for name, _ in table]
+    families = [(n, _by_role(names, n), _by_role(spec.names, n)) for n in SHARED_PARTS]
     # A layer without a counterpart is unknown, and so out of FP8.
     rows: list[LayerSensitivity] = []
     unmatched: list[str] = []
     for layer in spec.layers:
-        found = _transferred(layer, table, sources, groups)
+        found = _transferred(layer, table, families)
         rows += found
         if not found:
             unmatched.append(layer.name)
@@ -147,11 +147,10 @@ def _unknown_row(name: str, option: Option) -> LayerSensitivity:
 def _transferred(
     layer: LayerSpec,
     table: Mapping[tuple[str, Option], LayerSensitivity],
-    sources: Sequence[Groups],
-    groups: Sequence[Groups],
+    families: Sequence[Family],
 ) -> list[LayerSensitivity]:
     """Return the rows of a layer by its nearest namesakes; none where no layer does the same."""
-    for parts, small, large in zip(SHARED_PARTS, sources, groups, strict=True):
+    for parts, small, large in families:
         role = _role(layer.name, parts)
         if role in small:
             same = [[table[n, o] for n in small[role] if (n, o) in table] for o in layer.options]
