@@ -13,7 +13,6 @@ from autoprec.predict import load_device_profile
 from autoprec.predict import measure as device_measure
 from autoprec.predict.calibrate import (
     CastTimes,
-    EagerCasts,
     Measured,
     Shape,
     calibrate_profile,
@@ -134,7 +133,7 @@ def test_the_model_takes_as_long_for_casts_as_was_measured(
 
 def test_eager_casts_give_what_a_kernel_costs_the_host() -> None:
     machine = H100.machine
-    eager = EagerCasts(large_us=500.0, host_us=120.0, elements=2**25, kernels=15)
+    eager = CastTimes(500.0, 120.0, 2**25, 2**16, kernels=15)
     found = cast_constants(machine, replace(measured(), eager=eager))
     assert found["eager_host_us"] == 8.0
     assert found["eager_cast_kernels"] == 45.0
@@ -144,7 +143,7 @@ def test_eager_casts_give_what_a_kernel_costs_the_host() -> None:
 
 def test_measured_casts_are_labelled_and_absurd_ones_refused() -> None:
     times = CastTimes(60.0, 9.0, large_elements=2**25, small_elements=2**16)
-    eager = EagerCasts(large_us=500.0, host_us=120.0, elements=2**25, kernels=15)
+    eager = CastTimes(500.0, 120.0, 2**25, 2**16, kernels=15)
     given = replace(measured(), casts={Recipe.ROWWISE: times}, eager=eager)
     profile = calibrate_profile(H100, given, title="x", source="a test")
     made = ("rowwise_cast_bytes", "rowwise_cast_kernels", "eager_host_us", "eager_cast_bytes")

@@ -24,11 +24,9 @@ log = logging.getLogger(__name__)
 SHAPE = re.compile(r"\s*(\d+)\s*[x,*]\s*(\d+)\s*[x,*]\s*(\d+)\s*", re.IGNORECASE)
 SUMMARY = {"name", "title", "architecture", "capability", "fp8_recipes", "fp8_reason", "basis"}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Name = Annotated[str, typer.Argument(help="A profile's name, a usual spelling, or a path.")]
-RecipeName = Annotated[str, typer.Option(help=f"One of {', '.join(Recipe)}.")]
-Compiled = Annotated[
-    bool, typer.Option("--compile/--eager", help="Casts fused by torch.compile, or eager.")
-]
+NAME = typer.Argument(help="A profile's name, a usual spelling, or a path.")
+# Columns of a prediction's times, and how wide they are.
+COLS = {"output": 10, "grad_input": 12, "grad_weight": 13, "cast": 9, "neighbours": 12, "total": 10}
 
 
 @devices_app.command("list")
@@ -38,9 +36,8 @@ def devices_list(as_json: Json = False) -> None:
 
     profiles = list_device_profiles()
     if as_json:
-        typer.echo(
-            json.dumps({"devices": [p.model_dump(mode="json", include=SUMMARY) for p in profiles]})
-        )
+        listed = [profile.model_dump(mode="json", include=SUMMARY) for profile in profiles]
+        typer.echo(json.dumps({"devices": listed}))
         return
     width = max(len(profile.name) for profile in profiles)
     for profile in profiles:
@@ -48,7 +45,7 @@ def devices_list(as_json: Json = False) -> None:
 
 
 @devices_app.command("show")
-def devices_show(name: Name, as_json: Json = False) -> None:
+def devices_show(name: Annotated[str, NAME], as_json: Json = False) -> None:
     """Print a device's constants, each with its kind and source."""
     from autoprec.predict import load_device_profile
 
@@ -58,13 +55,12 @@ def devices_show(name: Name, as_json: Json = False) -> None:
 
 @devices_app.command("predict")
 def devices_predict(
-    name: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads it at run time
-        typer.Argument(help="A profile's name, a usual spelling, or a path."),
-    ] = None,
+    name: Annotated[str, NAME] = "",
     shape: Annotated[str, typer.Option(help="MxKxN: tokens, in-features, out-features.")] = "",
-    recipe: RecipeName = "tensorwise",
-    compiled: Compiled = True,
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(Recipe)}.")] = "tensorwise",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--eager", help="Casts fused by torch.compile, or eager.")
+    ] = True,
     csv: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time
         typer.Option(
@@ -83,7 +79,7 @@ def devices_predict(
                 "--csv FILE takes its shapes from the file and prints CSV, but "
                 f"{'--shape' if shape else '--json'} came with it; leave that out"
             )
-        _predict_file(csv, device=name or "", recipe=recipe, compiled=compiled)
+        _predict_file(csv, device=name, recipe=recipe, compiled=compiled)
         return
     if not name or not shape:
         raise DeviceError(
@@ -91,9 +87,15 @@ def devices_predict(
             f"{'no --shape' if name else 'neither'}; "
             "e.g. autoprec devices predict h100-sxm --shape 8192x4096x14336"
         )
-    prediction = predict_linear(
-        load_device_profile(name), *_parse_shape(shape), recipe=recipe, compiled=compiled
-    )
+    sizes = SHAPE.fullmatch(shape)
+    if sizes is None:
+        raise DeviceError(
+            f"--shape must be MxKxN (tokens, in-features, out-features), but it is {shape!r}; "
+            "write e.g. 8192x4096x14336"
+        )
+    profile = load_device_profile(name)
+    M, K, N = map(int, sizes.groups())
+    prediction = predict_linear(profile, M, K, N, recipe=recipe, compiled=compiled)
     text = "\n".join(_prediction_lines(prediction))
     typer.echo(prediction.model_dump_json() if as_json else text)
 
@@ -137,16 +139,6 @@ def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> No
         log.warning("%d of %d rows not predicted; see `refusal`", len(failed), len(table))
 
 
-def _parse_shape(text: str) -> tuple[int, int, int]:
-    match = SHAPE.fullmatch(text)
-    if match is None:
-        raise DeviceError(
-            f"--shape must be MxKxN (tokens, in-features, out-features), but it is {text!r}; "
-            "write e.g. 8192x4096x14336"
-        )
-    return int(match[1]), int(match[2]), int(match[3])
-
-
 def _ability(profile: "DeviceProfile") -> str:
     return ", ".join(profile.fp8_recipes) if profile.has_fp8 else f"no FP8: {profile.fp8_reason}"
 
@@ -168,25 +160,20 @@ def _profile_lines(profile: "DeviceProfile") -> list[str]:
 
 def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
     mode = "compiled" if prediction.compiled else "eager"
+    names = "".join(f"{name:>{width}}" for name, width in COLS.items())
     lines = [
         f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "
         f"{prediction.recipe}, {mode}, {prediction.basis}",
-        f"{'ms':<6}{'output':>10}{'grad_input':>12}{'grad_weight':>13}{'cast':>9}"
-        f"{'neighbours':>12}{'total':>10}  (80 % interval)",
+        f"{'ms':<6}{names}  (80 % interval)",
     ]
     for label, arm in (("BF16", prediction.bf16), ("FP8", prediction.fp8)):
         if arm is None:
             lines.append(f"FP8    {prediction.refusal}")
             continue
-        lines.append(
-            f"{label:<6}{arm.output_ms:>10.4f}{arm.grad_input_ms:>12.4f}{arm.grad_weight_ms:>13.4f}"
-            f"{arm.cast_ms:>9.4f}{arm.neighbours_ms:>12.4f}{arm.total_ms:>10.4f}"
-            f"  ({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
-        )
-    gains = (("gemm_speedup", prediction.gemm_speedup), ("speedup", prediction.speedup))
-    lines += [
-        f"{label:<13} {found.value:.2f}x  ({found.low:.2f} to {found.high:.2f})"
-        for label, found in gains
-        if found is not None
-    ]
+        times = "".join(f"{getattr(arm, f'{n}_ms'):>{width}.4f}" for n, width in COLS.items())
+        interval = f"({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
+        lines.append(f"{label:<6}{times}  {interval}")
+    for label in ("gemm_speedup", "speedup"):
+        if (gain := getattr(prediction, label)) is not None:
+            lines.append(f"{label:<13} {gain.value:.2f}x  ({gain.low:.2f} to {gain.high:.2f})")
     return lines

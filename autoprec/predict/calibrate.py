@@ -28,25 +28,17 @@ OPERANDS = 3  # of a linear: input, weight, gradient of the output
 
 @dataclass(frozen=True)
 class CastTimes:
-    """Microseconds of both compiled casts of one operand, of a large tensor and of a small one."""
+    """Microseconds of both casts of one operand, of a large tensor and of a small one.
+
+    Eager ones count their `kernels`, and the small one is timed with its launches: it takes as long
+    as the host needs for them.
+    """
 
     large_us: float
     small_us: float
     large_elements: int
     small_elements: int
-
-
-@dataclass(frozen=True)
-class EagerCasts:
-    """Both eager casts of one operand: a large one on the device, a small one with its launches.
-
-    The small one takes as long as the host needs for its kernels.
-    """
-
-    large_us: float
-    host_us: float
-    elements: int  # of the large one
-    kernels: int
+    kernels: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Measured:
     empty_us: float
     facts: Mapping[str, float]
     casts: Mapping[Recipe, CastTimes] = field(default_factory=dict)  # compiled
-    eager: EagerCasts | None = None
+    eager: CastTimes | None = None
 
 
 def calibrate_profile(
@@ -122,9 +114,9 @@ def cast_constants(machine: Machine, measured: Measured) -> dict[str, float]:
     eager = measured.eager
     if eager is not None:
         moving_us = max(eager.large_us - eager.kernels * machine.kernel_floor_us, 0.0)
-        found["eager_cast_bytes"] = moving_us * machine.bytes_per_us / eager.elements
+        found["eager_cast_bytes"] = moving_us * machine.bytes_per_us / eager.large_elements
         found["eager_cast_kernels"] = float(OPERANDS * eager.kernels)
-        found["eager_host_us"] = eager.host_us / eager.kernels
+        found["eager_host_us"] = eager.small_us / eager.kernels
     return found
 
 

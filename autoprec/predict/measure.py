@@ -33,7 +33,7 @@ from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.device.tracing import traced
 from autoprec.errors import DeviceError
 from autoprec.predict import list_device_profiles
-from autoprec.predict.calibrate import CastTimes, EagerCasts, Measured, Shape, calibrate_profile
+from autoprec.predict.calibrate import CastTimes, Measured, Shape, calibrate_profile
 from autoprec.predict.gemm import Kernel
 from autoprec.predict.registry import find_profile
 from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation
@@ -48,7 +48,7 @@ SHORT_CALLS = 20  # of a kernel of a few microseconds, in one replay
 CAST, TINY = (16384, 8192), (256, 256)  # shapes of an operand: above and below any cache
 CAST_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE)  # those that the cost model has constants of
 Function = Callable[[], object]
-Operands = tuple[torch.Tensor, torch.Tensor]  # a large one, a small one
+Operands = tuple[torch.Tensor, ...]  # a large one, a small one
 Casts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 log = logging.getLogger(__name__)
 
@@ -118,10 +118,7 @@ def take_measurements(
     target, one = torch.empty_like(source), torch.ones((), device=device)
     copied_us = meter.time_one(lambda: target.copy_(source))
     # An operand like a weight: large, where its bytes count, and tiny, where its kernels do.
-    operands = (
-        torch.randn(cast, device=device).bfloat16(),
-        torch.randn(TINY, device=device).bfloat16(),
-    )
+    operands = tuple(torch.randn(size, device=device).bfloat16() for size in (cast, TINY))
     known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(
         large=large,
@@ -185,17 +182,18 @@ def time_compiled_casts(
     return found
 
 
-def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> EagerCasts:
+def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> CastTimes:
     """Time a recipe's eager casts, and count their kernels."""
     large, small = operands
     cast = casts_of(recipe)
     with traced() as trace:
         cast(small)
     launches = repeated(partial(cast, small), SHORT_CALLS)
-    return EagerCasts(
+    return CastTimes(
         large_us=meter.time_one(partial(cast, large)),
-        host_us=meter.launched({"cast": launches})["cast"] / SHORT_CALLS,
-        elements=large.numel(),
+        small_us=meter.launched({"cast": launches})["cast"] / SHORT_CALLS,
+        large_elements=large.numel(),
+        small_elements=small.numel(),
         kernels=len(trace.operations),
     )
 

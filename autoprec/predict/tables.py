@@ -17,7 +17,7 @@ from autoprec.errors import AutoprecError, DeviceError
 from autoprec.predict.linear import predict_linear
 from autoprec.predict.registry import load_device_profile
 from autoprec.predict.spelling import has_own_casts, parse_compiled, parse_recipe
-from autoprec.records.devices import ArmPrediction, LinearPrediction
+from autoprec.records.devices import ArmPrediction
 
 SIZES = ("M", "K", "N")
 READ = ("device", *SIZES, "recipe", "compiled")
@@ -65,7 +65,7 @@ def predict_table(
                     f"a row must have at most the header's {width} cells, but it has {len(row)}; "
                     "put quotes around a cell that holds commas"
                 )
-            answers.append(_cells(_predicted(cells, device, recipe, compiled=compiled)))
+            answers.append(_answer(cells, device, recipe, compiled=compiled))
         except AutoprecError as error:
             answers.append({"refusal": str(error)})
     # The file's own columns stay as they are: filled up where a row is short, names kept apart.
@@ -118,9 +118,10 @@ def _check_names(names: Sequence[str], *, needed: Sequence[str], source: str) ->
             )
 
 
-def _predicted(
+def _answer(
     cells: Mapping[str, str], device: str, recipe: Recipe, *, compiled: bool
-) -> LinearPrediction:
+) -> dict[str, str]:
+    """Return the added cells of a row; what FP8 cannot run has no cells of FP8."""
     name, wording = cells.get("device") or device, cells.get("recipe", "")
     if not name:
         raise DeviceError(
@@ -128,12 +129,18 @@ def _predicted(
             "such rows before --csv"
         )
     is_compiled = parse_compiled(cells.get("compiled", ""), default=compiled)
-    return predict_linear(
+    found = predict_linear(
         load_device_profile(name),
         *(_size(axis, cells.get(axis.lower(), "")) for axis in SIZES),
         recipe=parse_recipe(wording) if wording else recipe,
         compiled=has_own_casts(wording) or is_compiled,
     )
+    added = {"profile": found.device, "refusal": found.refusal}
+    for part in (*TIMES, *SPEEDUPS):
+        digits = 6 if part in TIMES else 5
+        for end, value in getattr(found, part) or ():
+            added[f"{part}_{end}".removesuffix("_value")] = f"{value:.{digits}g}"
+    return added
 
 
 def _size(axis: str, text: str) -> int:
@@ -146,13 +153,3 @@ def _size(axis: str, text: str) -> int:
             f"{axis} must be a positive whole number, but it is {shown_value(text)}; fix it"
         )
     return int(value)
-
-
-def _cells(found: LinearPrediction) -> dict[str, str]:
-    """Return the added cells of a row; what FP8 cannot run has no cells of FP8."""
-    cells = {"profile": found.device, "refusal": found.refusal}
-    for name in (*TIMES, *SPEEDUPS):
-        digits = 6 if name in TIMES else 5
-        for part, value in getattr(found, name) or ():
-            cells[f"{name}_{part}".removesuffix("_value")] = f"{value:.{digits}g}"
-    return cells
