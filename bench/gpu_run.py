@@ -21,7 +21,6 @@ from autoprec.device.timing import (
     Samples,
     Stopping,
     make_clock,
-    merge_conditions,
     sample_interleaved,
 )
 from autoprec.records.devices import DeviceProfile
@@ -152,7 +151,7 @@ def shape_of(shape: Shape) -> dict[str, int]:
 
 
 def conditions_of(samples: Samples) -> dict[str, Any]:
-    seen = merge_conditions(samples.conditions, pauses=samples.pauses)
+    seen = samples.merged_conditions()
     if seen is None:
         return {}
     return {

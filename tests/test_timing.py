@@ -24,11 +24,11 @@ from autoprec.device.timing import (
     CpuClock,
     CudaClock,
     Observation,
+    Samples,
     Stopping,
     graph_replay,
     last_level_cache_bytes,
     make_clock,
-    merge_conditions,
     relative_error,
     sample_interleaved,
     timing_from,
@@ -203,11 +203,11 @@ def test_the_collector_sleeps_during_samples_and_wakes_after() -> None:
 def test_conditions_of_many_samples_become_one() -> None:
     cold = Conditions(sm_clock_mhz=1700, power_w=400.0, temperature_c=50)
     hot = Conditions(sm_clock_mhz=1500, power_w=600.0, temperature_c=80, throttle_reasons=("x",))
-    merged = merge_conditions([cold, hot], pauses=3)
+    merged = Samples(pauses=3, conditions=[cold, hot]).merged_conditions()
     assert merged == Conditions(
         sm_clock_mhz=1600, power_w=500.0, temperature_c=80, throttle_reasons=("x",), pauses=3
     )
-    assert merge_conditions([]) is None
+    assert Samples().merged_conditions() is None
 
 
 @given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=50))

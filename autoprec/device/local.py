@@ -143,10 +143,12 @@ def _cpu_facts(_device: torch.device, missing: dict[str, str]) -> dict[str, obje
     except OSError as error:
         text = ""
         missing["instruction sets"] = f"{CPU_INFO}: {error.strerror}"
-    flags = set(_cpu_field(text, "flags", "Features").split())
+    lines = [line.partition(":") for line in text.splitlines()]
+    first = {key.strip(): value.strip() for key, _, value in reversed(lines)}  # of many CPUs
+    flags = set(first.get("flags", first.get("Features", "")).split())
     if text and not flags:
         missing["instruction sets"] = f"{CPU_INFO} lists none"
-    name = _cpu_field(text, "model name", "Model") or platform.processor()
+    name = first.get("model name", first.get("Model")) or platform.processor()
     if not name:
         missing["name"] = f"neither {CPU_INFO} nor the platform says"
     return {
@@ -185,14 +187,6 @@ def nvml_facts(uuid: str, missing: dict[str, str]) -> str:
         missing["mig"] = "the GPU is split into MIG slices: clocks and power are the GPU's"
     missing.update(sensor.missing)
     return driver
-
-
-def _cpu_field(text: str, *names: str) -> str:
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in names:
-            return value.strip()
-    return ""
 
 
 def _physical_memory(missing: dict[str, str]) -> int:

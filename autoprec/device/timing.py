@@ -239,6 +239,18 @@ class Samples:
         """Return median, p20 and p80 of the clean samples."""
         return timing_from(self.clean, rejected=self.rejected)
 
+    def merged_conditions(self) -> Conditions | None:
+        """Return what was seen around them as one: medians, hottest, all throttle reasons."""
+        if not self.conditions:
+            return None
+        merged = {
+            name: merge(known)
+            for name, merge in MERGED_BY.items()
+            if (known := [v for one in self.conditions if (v := getattr(one, name)) is not None])
+        }
+        reasons = {reason for one in self.conditions for reason in one.throttle_reasons}
+        return Conditions(**merged, throttle_reasons=tuple(sorted(reasons)), pauses=self.pauses)
+
 
 def time_interleaved(
     candidates: Mapping[str, Function],
@@ -317,19 +329,6 @@ def relative_error(samples: Sequence[float]) -> float:
     # For normal samples p80 - p20 = 2 z sigma; the median's error is sqrt(pi / 2) sigma / sqrt(n).
     sigma = (timing.p80_ms - timing.p20_ms) / (2 * SPREAD_Z)
     return MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / timing.median_ms
-
-
-def merge_conditions(seen: Sequence[Conditions], *, pauses: int = 0) -> Conditions | None:
-    """Return what was seen around many samples as one: medians, hottest, all throttle reasons."""
-    if not seen:
-        return None
-    known = {
-        name: [value for one in seen if (value := getattr(one, name)) is not None]
-        for name in MERGED_BY
-    }
-    merged = {name: MERGED_BY[name](values) for name, values in known.items() if values}
-    reasons = {reason for one in seen for reason in one.throttle_reasons}
-    return Conditions(**merged, throttle_reasons=tuple(sorted(reasons)), pauses=pauses)
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

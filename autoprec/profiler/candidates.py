@@ -153,15 +153,11 @@ def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option)
     def as_input(tensor: Tensor) -> Tensor:
         return cast_floating(tensor.detach(), dtype).requires_grad_(tensor.requires_grad)  # type: ignore[no-any-return]  # a tensor stays one
 
-    own = [
-        replace(
-            call,
-            args=tree_map_only(Tensor, as_input, call.args),
-            kwargs=tree_map_only(Tensor, as_input, call.kwargs),
-            gradients=[g if g is None else g.to(dtype) for g in call.gradients],
-        )
-        for call in calls
-    ]
+    own = []
+    for call in calls:
+        args, kwargs = tree_map_only(Tensor, as_input, (call.args, call.kwargs))
+        gradients = [g if g is None else g.to(dtype) for g in call.gradients]
+        own.append(replace(call, args=args, kwargs=kwargs, gradients=gradients))
     leaves = [leaf for call in own for leaf in tree_leaves((call.args, call.kwargs))]
     return Candidate(
         option=option,

@@ -32,7 +32,6 @@ from autoprec.device.timing import (
     Name,
     Samples,
     Stopping,
-    merge_conditions,
     sample_interleaved,
     timing_from,
 )
@@ -190,7 +189,7 @@ class LayerMeter:
             activation_bytes=attempt.activation_bytes,
             infeasible=attempt.infeasible,
             kernels=attempt.kernels,
-            conditions=merge_conditions(total.conditions, pauses=total.pauses) if total else None,
+            conditions=total.merged_conditions() if total else None,
         )
 
     def _bytes(self, layer: LayerSpec, attempt: Attempt) -> tuple[int, int, int]:

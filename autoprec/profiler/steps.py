@@ -23,7 +23,6 @@ from autoprec.device.timing import (
     Function,
     Monitor,
     Stopping,
-    merge_conditions,
     sample_interleaved,
 )
 from autoprec.errors import DeviceError, WorkloadError
@@ -120,7 +119,7 @@ class _Comparison:
                 label=label,
                 timing=samples.timing(),
                 peak_bytes=built[label][1],
-                conditions=merge_conditions(samples.conditions, pauses=samples.pauses),
+                conditions=samples.merged_conditions(),
             )
             for label, samples in found.items()
         )
