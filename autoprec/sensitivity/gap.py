@@ -58,11 +58,7 @@ class LossLine:
 
 
 def predicted_loss_gap(
-    sensitivity: Sensitivity,
-    grad_error: float,
-    steps: int,
-    *,
-    start: int = 0,
+    sensitivity: Sensitivity, grad_error: float, steps: int, *, start: int = 0
 ) -> float | None:
     """Return the relative loss gap that a gradient error predicts after `steps` steps.
 

@@ -32,10 +32,7 @@ ACTIVATION_BATCHES = 1  # the activations' own error is far smaller than that of
 
 @random_state_kept()
 def measure_sensitivity(
-    reference: Reference,
-    *,
-    options: Sequence[Option] | None = None,
-    method: Method | None = None,
+    reference: Reference, *, options: Sequence[Option] | None = None, method: Method | None = None
 ) -> Sensitivity:
     """Measure the gradient error of every layer x option, with standard errors.
 

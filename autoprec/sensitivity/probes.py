@@ -24,6 +24,7 @@ the weight. Cross terms between groups, operands and GEMMs are left out; measure
 around zero.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,10 +58,12 @@ CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.G
 
 @dataclass(frozen=True)
 class BatchProbe:
-    """What one batch showed of every layer."""
+    """What one batch showed of every layer; `squares` and `fourths` are means over its probes."""
 
     squared_norm: float  # g'Pg of the reference gradient
-    products: dict[tuple[str, Component], list[Tensor]]  # the groups' products z of each probe
+    probes: int
+    squares: dict[tuple[str, Component], float]  # sum_k z_k^2 over the groups: d'Pd
+    fourths: dict[tuple[str, Component], float]  # sum_k z_k^4, for the probes' own noise
     parameter_errors: dict[tuple[str, Sides], float]  # d'Pd of what stays in a layer's parameters
     statistics: tuple[OperandStatistics, ...]  # the operands' ranges; of the first batch only
 
@@ -119,14 +122,20 @@ def probe_batches(
             # the same signs serve two batches in turn
             for key, z in _run_probe(step, errors, code=(index // 2) * probes + probe):
                 products.setdefault(key, []).append(z)
-        parameter_errors = {
+        squares, fourths = (
+            {
+                key: math.fsum(float(z.pow(power).sum()) for z in every) / probes
+                for key, every in products.items()
+            }
+            for power in (2, 4)
+        )
+        staying = {
             (name, sides): squared
             for name, local in errors.items()
             for sides, squared in local.parameter_errors.items()
         }
-        found.append(
-            BatchProbe(gradient.squared_norm, products, parameter_errors, tuple(statistics))
-        )
+        norm = gradient.squared_norm
+        found.append(BatchProbe(norm, probes, squares, fourths, staying, tuple(statistics)))
     progress("sensitivity: probes", total, total)
     return found
 
@@ -187,7 +196,7 @@ def _run_probe(
             gradients = step.own_gradients(layer)
             products = _parameter_products(gradients, errors[name].errors[BF16_OUTPUT])
         for component, z in products.items():
-            yield (name, component), z.cpu() / size  # changes over t are derivatives
+            yield (name, component), (z.cpu() / size).double()  # changes over t are derivatives
 
 
 def _step_size(step: _Pass) -> float:

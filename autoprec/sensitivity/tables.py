@@ -146,28 +146,17 @@ def _estimate(
     """Return the gradient error of a layer's components, with both parts of its standard error."""
     keys = [(name, component) for component in components]
     scale = [probe.squared_norm for probe in probes]
-    sums = [_mean_power(probe, keys, power=2) for probe in probes]
+    sums = [math.fsum(probe.squares[key] for key in keys) for probe in probes]
     values = [s + p for s, p in zip(sums, plus or [0.0] * len(sums), strict=True)]
     found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
     if found.stderr is None or found.mean >= DIVERGED:
         return found
     # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
-    codes = max(len(probe.products[key]) for probe in probes for key in keys)
-    codes *= math.ceil(len(probes) / 2)
-    fourth = [_mean_power(probe, keys, power=4) for probe in probes]
+    codes = probes[0].probes * math.ceil(len(probes) / 2)
+    fourth = [math.fsum(probe.fourths[key] for key in keys) for probe in probes]
     variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
     noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
-
-
-def _mean_power(probe: BatchProbe, keys: Sequence[tuple[str, Component]], *, power: int) -> float:
-    """Return the sum over components and groups of z^power, each the mean over the passes."""
-    sums = []
-    for key in keys:
-        products = probe.products[key]
-        powers = math.fsum(float(z.double().pow(power).sum()) for z in products)
-        sums.append(powers / len(products))
-    return math.fsum(sums)
 
 
 def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:

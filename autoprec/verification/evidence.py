@@ -8,15 +8,7 @@ import numpy as np
 
 from autoprec.common.text import first_and_more
 from autoprec.common.versions import software_versions
-from autoprec.records import (
-    Branch,
-    LossGap,
-    Plan,
-    Sensitivity,
-    StepTiming,
-    Verdict,
-    Verification,
-)
+from autoprec.records import Branch, LossGap, Plan, Sensitivity, StepTiming, Verdict, Verification
 from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 from autoprec.verification.session import Session
@@ -47,9 +39,9 @@ class Evidence:
         """Return the branches of that label, in the order of the seeds."""
         return [branch for branch in self.branches if branch.label == label]
 
-    def diverged(self, label: str) -> list[Branch]:
-        """Return the branches of that label whose loss became NaN, infinite or far too large."""
-        return [branch for branch in self.of(label) if branch.diverged_at is not None]
+    def diverged(self, label: str) -> Branch | None:
+        """Return the label's first branch whose loss became NaN, infinite or far too large."""
+        return next((each for each in self.of(label) if each.diverged_at is not None), None)
 
     def gaps(self, label: str) -> list[float]:
         """Return the relative loss gap of every seed whose branch of that label was evaluated."""
@@ -130,7 +122,7 @@ def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> li
         gap, diverged = each.gap("plan"), each.diverged("plan")
         found = "no gap" if gap is None else f"mean loss gap {gap.mean:+.2%}"
         if diverged:
-            found = f"diverged at step {diverged[0].diverged_at}"
+            found = f"diverged at step {diverged.diverged_at}"
         left = [
             old.name
             for old, new in zip(each.plan.layers, plan.layers, strict=True)
@@ -193,8 +185,7 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
 
 def advice(evidence: Evidence) -> str:
     """Return the seeds that it would take to decide; "" when it is decided."""
-    if evidence.verdict is Verdict.REFUTED and evidence.diverged("plan"):
-        branch = evidence.diverged("plan")[0]
+    if branch := evidence.diverged("plan"):
         return f"the plan diverged at step {branch.diverged_at} of the branch of seed {branch.seed}"
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""

@@ -88,11 +88,7 @@ def gap_interval(gaps: Sequence[float], terms: Terms) -> LossGap:
     mean = float(values.mean())
     half = _half_width(float(values.std(ddof=1)), len(gaps), terms.p_value)
     return LossGap(
-        mean=mean,
-        low=mean - half,
-        high=mean + half,
-        confidence=terms.confidence,
-        seeds=len(gaps),
+        mean=mean, low=mean - half, high=mean + half, confidence=terms.confidence, seeds=len(gaps)
     )
 
 
