@@ -174,20 +174,20 @@ def _refused(script: Script, reason: str) -> WorkloadError:
 
 
 def _ended_early(script: Script, recorder: Recorder, status: int) -> WorkloadError:
+    rule = f"the script must train for {recorder.wanted} steps"
     if status >= FAILED:
         return WorkloadError(
-            f"the script must train for {recorder.wanted} steps, but {script.name} failed with "
-            f"exit status {status} after {recorder.steps}; fix it, or {MODEL_PY}"
+            f"{rule}, but {script.name} failed with exit status {status} after {recorder.steps}; "
+            f"fix it, or {MODEL_PY}"
         )
     if recorder.steps > 0:
         return WorkloadError(
-            f"the script must train for {recorder.wanted} steps (--script-steps), but "
-            f"{script.name} ended after {recorder.steps}; ask for fewer, or let it train longer"
+            f"{rule} (--script-steps), but {script.name} ended after {recorder.steps}; ask for "
+            "fewer, or let it train longer"
         )
+    reason = "an optimizer of torch.optim must step, but none did"
     if recorder.model is None:
         reason = "a model must be called in training mode, but none was in this process"
     elif not recorder.batches:
         reason = "the loss must be trained by backward, but none was called"
-    else:
-        reason = "an optimizer of torch.optim must step, but none did"
     return _refused(script, reason)

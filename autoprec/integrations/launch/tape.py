@@ -109,10 +109,8 @@ class Tape:
                 known.node.meta["is_written"] = True
                 self._name(known.tensor, known.node)
         for index, tensor in enumerate(made):
-            if tensor is not result:  # but one of several
-                self._name(tensor, self.graph.call_function(_nth_tensor, (call, index)))
-            else:
-                self._name(tensor, call)
+            node = call if tensor is result else self.graph.call_function(_nth, (call, index))
+            self._name(tensor, node)
         return result
 
     def finish(self, root: Tensor) -> str | None:
@@ -207,7 +205,7 @@ def _copied(value: Value) -> Value:
     return other.to("cpu") if hasattr(other, "to") else other
 
 
-def _nth_tensor(result: Value, index: int) -> Tensor:
+def _nth(result: Value, index: int) -> Tensor:
     return tensors_in(result)[index]
 
 

@@ -92,8 +92,7 @@ class Watch:
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
-        self._until_end, self._until_applied = ExitStack(), ExitStack()
-        self._is_searching = False  # for a model: while `_until_applied` has a wrapper
+        self._until_end, self._until_done = ExitStack(), ExitStack()
 
     def start(self) -> None:
         """Wrap what a script shows itself by."""
@@ -113,7 +112,7 @@ class Watch:
 
     def stop(self) -> None:
         """Put everything back."""
-        self._end_search()
+        self._until_done.close()
         self._until_end.close()
         if self._guard is not None:
             self._guard.steps.close()
@@ -190,14 +189,15 @@ class Watch:
                 self._search_for(optimizer)
             if not self.applied and self.misfits:
                 logger.warning("%s trains, but %s", type(optimizer).__name__, self.describe())
-            self._stop_waiting_for(optimizer)
+            self._waits[optimizer] = False
+            self._end_search_if_done()
         if self._guard is not None:
             self._guard.before_step(optimizer, args, kwargs)
 
     # --- what it means ---------------------------------------------------------------------------
 
     def _is_new(self, module: nn.Module) -> bool:
-        return self._is_searching and module not in self._seen
+        return module not in self._seen and not self._is_done()
 
     def _offer(self, module: nn.Module, moment: str) -> None:
         """Apply the plan if this module is, or has in it, the model that it is for."""
@@ -246,7 +246,8 @@ class Watch:
             # `apply` has taken kept masters out of states that hold nothing else
             for parameter in [p for p, state in optimizer.state.items() if not state]:
                 del optimizer.state[parameter]
-        self._stop_waiting_for(*owned)
+            self._waits[optimizer] = False
+        self._end_search_if_done()
 
     def _planned(self, optimizer: Optimizer) -> tuple[Applied, nn.Module] | None:
         """Return the model with the plan that an optimizer trains, None if there is none."""
@@ -258,18 +259,16 @@ class Watch:
 
     def _search(self) -> None:
         """Look at every call of a module from now on."""
-        if not self._is_searching:
-            self._until_applied.enter_context(patched(nn.Module, "__call__", self._around_call))
-            self._is_searching = True
+        self._until_done.close()  # or two wrappers would look
+        self._until_done.enter_context(patched(nn.Module, "__call__", self._around_call))
 
-    def _stop_waiting_for(self, *optimizers: Optimizer) -> None:
-        self._waits.update(dict.fromkeys(optimizers, False))
-        if self.applied and not any(self._waits.values()):
-            self._end_search()
+    def _is_done(self) -> bool:
+        """Whether a model has the plan, and no optimizer is left whose model may get it."""
+        return bool(self.applied) and not any(self._waits.values())
 
-    def _end_search(self) -> None:
-        self._is_searching = False
-        self._until_applied.close()
+    def _end_search_if_done(self) -> None:
+        if self._is_done():
+            self._until_done.close()
 
     def _describe_applied(self, applied: Applied) -> str:
         counts = Counter(str(layer.precision) for layer in self.plan.layers)
