@@ -30,8 +30,8 @@ def explore(study: PlanStudy, exact_plan: Options) -> tuple[tuple[str, ...], tup
     plan = _evaluate_seeds(study, exact_plan)
     _walk_front(study, plan)
     # only where the parts do more together than apart is there something to find
-    is_apart = plan.grad_error <= EXCESS * plan.table_grad_error
-    if plan.is_feasible or is_apart or study.is_over():
+    is_as_summed = plan.grad_error <= EXCESS * plan.table_grad_error
+    if plan.is_feasible or is_as_summed or study.is_over():
         return (), ()
     interacting, repaired = _repair(study, plan)
     return interacting, (_repair_note(plan, interacting, repaired),)
@@ -53,12 +53,13 @@ def _walk_front(study: PlanStudy, plan: EvaluatedPlan) -> None:
     costs = study.problem.costs
     for _ in range(WALK_STEPS):
         ratio = plan.grad_error / plan.table_grad_error if plan.table_grad_error > 0.0 else 1.0
-        promised: dict[Options, float] = {}  # time to loss
-        for options in study.space.bases:
-            grad_error = ratio * costs.grad_error(options)
-            if grad_error <= study.budget:
-                promised[options] = costs.step_ms(options) * (1.0 + grad_error)
-        best = min(promised, key=lambda options: promised[options], default=None)
+        errors = {options: ratio * costs.grad_error(options) for options in study.space.bases}
+        times = {
+            options: costs.step_ms(options) * (1.0 + error)
+            for options, error in errors.items()
+            if error <= study.budget
+        }
+        best = min(times, key=lambda options: times[options], default=None)
         if best is None or best in study.known or study.is_over():
             return
         plan = study.evaluate(best, source="exact")
@@ -74,7 +75,7 @@ def _repair(
         excess is spread over many layers.
     """
     problem = study.problem
-    suspects = [g for g in problem.groups if more_precise_choices(g, broken.options)]
+    suspects = _more_precise(problem, broken.options)
 
     def excess_without(groups: Sequence[Group]) -> float:
         plan = study.evaluate(_made_precise(problem, broken.options, groups), source="repair")
@@ -85,7 +86,7 @@ def _repair(
     if not interacting:
         return (), None
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
-    return names, _solved_without(study, broken, interacting)
+    return names, _solved_with(study, interacting)
 
 
 def find_interacting(
@@ -114,21 +115,27 @@ def find_interacting(
     return interacting if is_few else ()
 
 
-def more_precise_choices(group: Group, options: Options) -> list[Options]:
-    """Return what a group may be instead: without FP8 if the plan has FP8 at all, else FP32."""
+def _more_precise(problem: Problem, options: Options) -> list[Group]:
+    """Return the groups that can be more precise, with only such choices.
+
+    That is without FP8 if the plan has FP8 at all, else FP32.
+    """
     worst = max(map(precision_rank, options))
-    if max(precision_rank(options[index]) for index in group.layers) < worst:
-        return []
-    return [c for c in group.choices if all(precision_rank(option) < worst for option in c)]
+    found = []
+    for group in problem.groups:
+        choices = [c for c in group.choices if max(map(precision_rank, c)) < worst]
+        if choices and max(precision_rank(options[index]) for index in group.layers) == worst:
+            found.append(Group(group.layers, tuple(choices)))
+    return found
 
 
 def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -> Options:
-    """Return the plan with these groups in the fastest of their more precise choices."""
+    """Return the plan with these groups in the fastest of their choices."""
     chosen: list[Option] = list(options)
     for group in groups:
         prices = [problem.costs.prices[index] for index in group.layers]
         choice = min(
-            more_precise_choices(group, options),
+            group.choices,
             key=lambda c: sum(p[o].with_casts_ms for p, o in zip(prices, c, strict=True)),
         )
         for index, option in zip(group.layers, choice, strict=True):
@@ -136,19 +143,14 @@ def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -
     return problem.follow_uncalled(tuple(chosen))
 
 
-def _solved_without(
-    study: PlanStudy, broken: EvaluatedPlan, interacting: Sequence[Group]
-) -> EvaluatedPlan | None:
-    """Solve again with the interacting groups more precise, at smaller budgets while over."""
-    problem = study.problem
-    limited = {
-        group.layers: replace(group, choices=tuple(more_precise_choices(group, broken.options)))
-        for group in interacting
-    }
-    groups = tuple(limited.get(group.layers, group) for group in problem.groups)
+def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> EvaluatedPlan | None:
+    """Solve again with some groups limited to their choices here, at smaller budgets while over."""
+    instead = {group.layers: group for group in limited}
+    groups = tuple(instead.get(group.layers, group) for group in study.problem.groups)
+    problem = replace(study.problem, groups=groups)
     budget = study.budget
     for _ in range(REPAIR_TRIES):
-        found = exact(replace(problem, groups=groups), budget)
+        found = exact(problem, budget)
         if found is None:
             return None
         plan = study.evaluate(found[0], source="repair")

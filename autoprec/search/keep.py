@@ -120,29 +120,34 @@ def match_keeps(
     found: dict[str, Keep] = {}
     notes: list[str] = []
     for keep in map(parse_keep, texts):
-        matched = [i for i, layer in enumerate(layers) if keep.matches(layer.name)]
-        refusals = {layers[i].name: refusal(keep, i) for i in matched}
+        refusals = {
+            layer.name: refusal(keep, index)
+            for index, layer in enumerate(layers)
+            if keep.matches(layer.name)
+        }
         if not refusals:
             raise RecordError(_no_match(keep, [layer.name for layer in layers]))
         refused = {name: reason for name, reason in refusals.items() if reason}
-        if len(refused) == len(refusals):
+        taking = [name for name in refusals if name not in refused]
+        if not taking:
             raise InfeasibleError(
-                f"--keep {keep.text!r} must match a layer that can take {_asked(keep)}, but "
-                f"{_reasons(refused)}; name another layer or precision"
+                f"--keep {keep.text!r} must match a layer that can take "
+                f"{keep.option or keep.precision}, but {_reasons(refused)}; name another layer or "
+                "precision"
             )
         if refused:
             notes.append(
-                f"--keep {keep.text!r} fixes {len(refusals) - len(refused)} of the {len(refusals)} "
-                f"layers that it matches; {_reasons(refused)}"
+                f"--keep {keep.text!r} fixes {len(taking)} of the {len(refusals)} layers that it "
+                f"matches; {_reasons(refused)}"
             )
-        for name in refusals:
-            if name not in refused:
-                _check_agreement(name, found.setdefault(name, keep), keep)
+        for name in taking:
+            first = found.setdefault(name, keep)
+            if (first.precision, first.option) != (keep.precision, keep.option):
+                raise InfeasibleError(
+                    f"a layer is kept in one precision, but {name!r} is in both {first.text!r} and "
+                    f"{keep.text!r}; drop one of them or narrow its glob"
+                )
     return Keeps(found, tuple(notes))
-
-
-def _asked(keep: Keep) -> str:
-    return str(keep.option or keep.precision)
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
@@ -152,14 +157,6 @@ def _reasons(refused: Mapping[str, str]) -> str:
         names.setdefault(reason, []).append(name)
     said = [f"{first_and_more(same)} cannot ({reason})" for reason, same in names.items()]
     return first_and_more(said, most=2, separator="; ")
-
-
-def _check_agreement(name: str, first: Keep, second: Keep) -> None:
-    if (first.precision, first.option) != (second.precision, second.option):
-        raise InfeasibleError(
-            f"a layer is kept in one precision, but {name!r} is in both {first.text!r} and "
-            f"{second.text!r}; drop one of them or narrow its glob"
-        )
 
 
 def _no_match(keep: Keep, names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ The one place that says whether FP8 is worth it; the report shows these notes.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from autoprec.common.text import compared, first_and_more, percent
 from autoprec.predict import Parallel, parse_parallel
@@ -21,11 +21,17 @@ def plan_notes(
     profile: Profile, problem: Problem, search: Search, options: Options
 ) -> tuple[str, ...]:
     """Return the notes of a plan; the first says whether FP8 pays."""
-    notes = [fp8_note(profile, problem, search, options), _memory_note(profile, problem, options)]
-    if is_all_fp32(options):
-        notes.append(_why_no_bf16(problem.costs, search, options))
-    notes += [_communication_note(problem.costs, options), _parallel_note(profile)]
-    notes += problem.keeps.notes
+    costs = problem.costs
+    chosen = dict(zip(profile.model.names, options, strict=True))
+    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    notes = (
+        fp8_note(profile, problem, search, options),
+        memory_note(profile, chosen, costs.memory_bytes(options)),
+        _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
+        _communication_note(costs, options),
+        unsplit_note(profile.model.layers, parallel),
+        *problem.keeps.notes,
+    )
     return tuple(note for note in notes if note)
 
 
@@ -35,28 +41,30 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
         return f"FP8 is not worth it here: {_why_no_fp8(profile, problem, search, options)}"
     costs = problem.costs
     gains = {i: _gain_ms(costs, i, options) for i, option in enumerate(options) if option.is_fp8}
-    faster = [index for index, gain in gains.items() if gain > 0.0]
-    others = [index for index in gains if index not in faster]
-    forced = ""
-    if others:
-        # the search itself never takes an FP8 option that is no faster, but for its bytes
-        is_kept = all(costs.layers[index].name in problem.keeps.of_layer for index in others)
-        what = "--keep" if is_kept else "the memory limit"
-        lost = -sum(gains[index] for index in others)
-        names = first_and_more(costs.layers[index].name for index in others)
-        forced = (
-            f"{_count(others)} in FP8 because of {what} {_is_or_are(others)} {lost:.4g} ms a step "
-            f"slower than in BF16 ({names})"
-        )
-    if not faster:
+    saved = [gain for gain in gains.values() if gain > 0.0]
+    forced = _forced_note(problem, {i: gain for i, gain in gains.items() if gain <= 0.0})
+    if not saved:
         return f"FP8 is not worth it here: {forced}"
     linears = sum(layer.kind is LayerKind.LINEAR for layer in costs.layers)
-    saved = sum(gains[index] for index in faster)
     pays = (
-        f"FP8 pays on {len(faster)} of {linears} linear layer{'' if linears == 1 else 's'}: "
-        f"{saved:.3g} ms a step less in them than in BF16"
+        f"FP8 pays on {len(saved)} of {linears} linear layer{'' if linears == 1 else 's'}: "
+        f"{sum(saved):.3g} ms a step less in them than in BF16"
     )
     return f"{pays}; {forced}" if forced else pays
+
+
+def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
+    """Return which layers are in FP8 although that is no faster, and what made them so."""
+    if not gains:
+        return ""
+    # the search itself never takes an FP8 option that is no faster, but for its bytes
+    names = [problem.costs.layers[index].name for index in gains]
+    is_kept = all(name in problem.keeps.of_layer for name in names)
+    return (
+        f"{_count(names)} in FP8 because of {'--keep' if is_kept else 'the memory limit'} "
+        f"{'is' if len(names) == 1 else 'are'} {-sum(gains.values()):.4g} ms a step slower than in "
+        f"BF16 ({first_and_more(names)})"
+    )
 
 
 def _gain_ms(costs: Costs, index: int, options: Options) -> float:
@@ -149,21 +157,5 @@ def _communication_note(costs: Costs, options: Options) -> str:
     )
 
 
-def _memory_note(profile: Profile, problem: Problem, options: Options) -> str:
-    """Return that the plan does not fit into the device's memory, where it does not."""
-    chosen = dict(zip(profile.model.names, options, strict=True))
-    return memory_note(profile, chosen, problem.costs.memory_bytes(options))
-
-
-def _parallel_note(profile: Profile) -> str:
-    """Return which layers `--parallel` leaves whole although it asks for tensor parallelism."""
-    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
-    return unsplit_note(profile.model.layers, parallel)
-
-
-def _count(layers: Sequence[int]) -> str:
+def _count(layers: Sequence[object]) -> str:
     return "the 1 layer" if len(layers) == 1 else f"the {len(layers)} layers"
-
-
-def _is_or_are(layers: Iterable[int]) -> str:
-    return "is" if len(list(layers)) == 1 else "are"

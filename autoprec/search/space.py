@@ -36,12 +36,6 @@ class Space:
     bases: tuple[Options, ...]
     roles: tuple[Role, ...]
 
-    def choices(self) -> dict[str, tuple[str, ...]]:
-        """Return, for every role, its values."""
-        return {
-            role.name: (AS_BASE, *(option.key for option in role.options)) for role in self.roles
-        }
-
     def params(self, base: int) -> Params:
         """Return the decisions that give a base as it is."""
         return {"base": base, **{role.name: AS_BASE for role in self.roles}}
@@ -50,9 +44,9 @@ class Space:
         """Return the plan that the decisions stand for."""
         chosen = list(self.bases[int(params["base"])])
         for role in self.roles:
-            option = next((o for o in role.options if o.key == params[role.name]), None)
-            if option is None:
-                continue  # as the base says
+            if params[role.name] == AS_BASE:
+                continue
+            option = next(o for o in role.options if o.key == params[role.name])
             for group in role.groups:
                 if choice := uniform_choice(group, option):
                     for index, value in zip(group.layers, choice, strict=True):

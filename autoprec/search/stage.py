@@ -7,15 +7,7 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    Constraint,
-    Profile,
-    Search,
-    Sensitivity,
-)
+from autoprec.records import BF16_O2, FP32, Basis, Constraint, Profile, Search, Sensitivity
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem

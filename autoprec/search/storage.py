@@ -52,7 +52,7 @@ def open_study(storage: str | None, name: str, *, tables: str) -> "Iterator[optu
         with warnings.catch_warnings():
             # TPE's `group`, which lets trials without parameters be, is marked experimental
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            database = _open_database(storage)
+            database = _open_database(storage) if storage is not None else None
             yield _study_of(database, name, tables=tables)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise RecordError(_storage_problem(storage, error)) from error
@@ -81,11 +81,9 @@ def check_storage(storage: str) -> None:
         raise RecordError(_storage_problem(storage, FileNotFoundError("its folder is not there")))
 
 
-def _open_database(storage: str | None) -> "optuna.storages.RDBStorage | None":
+def _open_database(storage: str) -> "optuna.storages.RDBStorage":
     import optuna
 
-    if storage is None:
-        return None
     options = {"connect_args": {"factory": _QuickSqlite}} if storage.startswith("sqlite") else {}
     try:
         return optuna.storages.RDBStorage(storage, engine_kwargs=options)
@@ -98,16 +96,14 @@ def _study_of(
 ) -> "optuna.Study":
     import optuna
 
-    names = (name, f"{name}-{tables[:8]}")
-    for candidate in names:
-        study = optuna.create_study(storage=database, study_name=candidate, load_if_exists=True)
-        found = study.user_attrs.get(TABLES)
-        if found is None and not study.get_trials(deepcopy=False):
-            study.set_user_attr(TABLES, tables)
-            found = tables
-        if found == tables:
-            break
-        logger.info("study %r is of other tables; using %r", candidate, names[1])
+    study = optuna.create_study(storage=database, study_name=name, load_if_exists=True)
+    found = study.user_attrs.get(TABLES)
+    is_new = found is None and not study.get_trials(deepcopy=False)
+    if found != tables and not is_new:
+        own_name = f"{name}-{tables[:8]}"
+        logger.info("study %r is of other tables; using %r", name, own_name)
+        study = optuna.create_study(storage=database, study_name=own_name, load_if_exists=True)
+    study.set_user_attr(TABLES, tables)
     return study
 
 

@@ -14,13 +14,13 @@ Every finished trial keeps its plan, gradient error and basis with it, so that a
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
 from autoprec.search.costs import is_all_fp32
 from autoprec.search.problem import Options
 from autoprec.search.solver import ROUNDING
-from autoprec.search.space import Space
+from autoprec.search.space import AS_BASE, Space
 
 if TYPE_CHECKING:
     import optuna
@@ -290,8 +290,7 @@ class PlanStudy:
 def _distributions(space: Space) -> "dict[str, BaseDistribution]":
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    base: Any = IntDistribution(0, len(space.bases) - 1)  # Any: a dict of two kinds
-    return {
-        "base": base,
-        **{name: CategoricalDistribution(values) for name, values in space.choices().items()},
-    }
+    found: dict[str, BaseDistribution] = {"base": IntDistribution(0, len(space.bases) - 1)}
+    for role in space.roles:
+        found[role.name] = CategoricalDistribution([AS_BASE, *(o.key for o in role.options)])
+    return found
