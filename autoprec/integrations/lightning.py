@@ -33,7 +33,7 @@ from autoprec.integrations.plans import (
     runs_plan,
 )
 from autoprec.records import Plan
-from autoprec.runtime import apply, attach_optimizer
+from autoprec.runtime import attach_optimizer
 
 OWN_WRAPPERS = tuple(
     cls
@@ -59,7 +59,7 @@ def setup(
         raise foreign_precision(
             f"Fabric has precision={precision.precision!r}", fix="leave it at '32-true'"
         )
-    apply_plan(plan, model, optimizers)
+    apply_plan(plan, model, *optimizers)
     return fabric.setup(model, *optimizers)
 
 
@@ -99,7 +99,7 @@ class PlanPrecision(Precision):
             ) from error
         # a second fit, or validate before a fit, converts the same module again
         if not runs_plan(self.model, self.plan):
-            apply(self.plan, self.model)
+            apply_plan(self.plan, self.model)
         return module
 
     def connect(

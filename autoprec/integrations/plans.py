@@ -1,6 +1,6 @@
 """The parts that all integrations have in common: a plan and its model, a guard and its steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def load_plan(plan: Plan | Path | str) -> Plan:
     return plan if isinstance(plan, Plan) else Plan.load(plan)
 
 
-def apply_plan(plan: Plan, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def apply_plan(plan: Plan, model: nn.Module, *optimizers: Optimizer) -> None:
     """Apply a plan to a model and all its optimizers; on an error to none of them.
 
     Raises:

@@ -26,10 +26,15 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.accelerate import check_state
-from autoprec.integrations.plans import GuardedSteps, MakeGuard, load_plan, runs_plan
+from autoprec.integrations.plans import (
+    GuardedSteps,
+    MakeGuard,
+    apply_plan,
+    load_plan,
+    runs_plan,
+)
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
-from autoprec.runtime import apply as apply_plan
 from autoprec.runtime import attach_optimizer, check_fit
 from autoprec.runtime.attach import ON_OPTIMIZER
 
@@ -87,7 +92,8 @@ class PrecisionPlanCallback(TrainerCallback):  # type: ignore[misc]  # transform
     def on_init_end(self, args: TrainingArguments, *_: Any, model: nn.Module, **event: Any) -> None:
         """Apply the plan to the model, and to the optimizer if the Trainer was given one."""
         _check_arguments(args)
-        apply_plan(self.plan, model, event.get("optimizer"))
+        optimizer = event.get("optimizer")
+        apply_plan(self.plan, model, *([] if optimizer is None else [optimizer]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **event: Any

@@ -15,7 +15,7 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from autoprec.errors import WorkloadError
+from autoprec.integrations.launch.patches import Function
 from autoprec.workload.functions import tensors_in
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
-Function = Callable[..., Value]
 READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
 GRADIENT_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 FACTORS: tuple[Function, ...] = (torch.mul, Tensor.mul, torch.div, Tensor.div)

@@ -232,7 +232,7 @@ class Watch:
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
         try:
-            apply_plan(self.plan, inner, owned)
+            apply_plan(self.plan, inner, *owned)
         except AutoprecError as error:
             self.failure = error
             self.stop()
