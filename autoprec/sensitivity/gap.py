@@ -62,14 +62,9 @@ def predicted_loss_gap(
 ) -> float | None:
     """Return the relative loss gap that a gradient error predicts after `steps` steps.
 
-    Args:
-        sensitivity: gives the loss curve.
-        grad_error: of the whole assignment, or the part of it that is asked about.
-        steps: how many steps run with it.
-        start: how many steps ran before, in the reference's precision.
-
-    Returns:
-        The gap as a fraction of the predicted loss; None when the loss curve is too short to fit.
+    `grad_error` is that of the whole assignment, or of the part of it that is asked about, and
+    `start` the number of steps before, in the reference's precision. The gap is a fraction of the
+    predicted loss; None when the loss curve is too short to fit.
     """
     line = fit_loss_line(sensitivity.loss_curve)
     if line is None:

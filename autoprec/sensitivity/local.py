@@ -44,8 +44,6 @@ class Component:
 
 BF16_OUTPUT = Component(Gemm.OUTPUT)
 BF16_GRAD_INPUT = Component(Gemm.GRAD_INPUT)
-
-
 Norm = Callable[[Mapping[Tensor, Tensor]], float]  # of errors by parameter: d'Pd
 
 

@@ -99,10 +99,7 @@ def probe_batches(
 ) -> list[BatchProbe]:
     """Probe every batch; costs per batch one pass, two replays and `probes` more passes.
 
-    Args:
-        reference: the warmed-up model and its batches; all layers of its spec are measured.
-        cells: layers' names with their options; of linears, those in FP8 are told apart by cast.
-        probes: passes per batch.
+    All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
     """
     modules = find_layers(reference.model)
     layers = {name: modules[name] for name in reference.spec.names}
@@ -124,7 +121,7 @@ def probe_batches(
                 products.setdefault(key, []).append(z)
         squares, fourths = (
             {
-                key: math.fsum(float(z.pow(power).sum()) for z in every) / probes
+                key: math.fsum(float(z.double().pow(power).sum()) for z in every) / probes
                 for key, every in products.items()
             }
             for power in (2, 4)
@@ -196,7 +193,7 @@ def _run_probe(
             gradients = step.own_gradients(layer)
             products = _parameter_products(gradients, errors[name].errors[BF16_OUTPUT])
         for component, z in products.items():
-            yield (name, component), (z.cpu() / size).double()  # changes over t are derivatives
+            yield (name, component), z.cpu() / size  # changes over t are derivatives
 
 
 def _step_size(step: _Pass) -> float:
@@ -252,31 +249,14 @@ def _products(
         BF16_OUTPUT: _by_channel(layer, v, errors[BF16_OUTPUT]),
         BF16_GRAD_INPUT: _by_channel(layer, c, errors[BF16_GRAD_INPUT]),
     }
-    # a linear in FP8: the four products of operand errors, each summed over tokens or a row
     casts = [component for component in errors if component.cast is not None]
-    if casts and isinstance(layer, nn.Linear):
-        factors = _operand_factors(layer, inputs, gradients, v=v, c=c)
-        for component in casts:
-            key = (component.gemm, component.operand)
-            dim = 1 if key == (Gemm.OUTPUT, Operand.WEIGHT) else 0
-            pairs_of_calls = zip(factors[key], errors[component], strict=True)
-            found[component] = reduce(torch.add, [(a * b).sum(dim) for a, b in pairs_of_calls])
-    return found
-
-
-def _operand_factors(
-    layer: nn.Linear,
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    *,
-    v: Sequence[Tensor | None],
-    c: Sequence[Tensor | None],
-) -> dict[tuple[Gemm, Operand | None], list[Tensor]]:
-    """Return what each operand's error is multiplied with: per call, for the weight over all."""
+    if not casts or not isinstance(layer, nn.Linear):
+        return found
+    # a linear in FP8: the factor of each operand's error, per call; of the weight's, over all calls
     weight_NK = layer.weight.detach()
     x_MK, c_MK = (_rows(tensors, layer.in_features) for tensors in (inputs, c))
     g_MN, v_MN = (_rows(tensors, layer.out_features) for tensors in (gradients, v))
-    return {
+    factors: dict[tuple[Gemm, Operand | None], list[Tensor]] = {
         (Gemm.OUTPUT, Operand.INPUT): [v @ weight_NK for v in v_MN],  # [M, N] @ [N, K] -> [M, K]
         (Gemm.GRAD_INPUT, Operand.GRAD_OUTPUT): [c @ weight_NK.t() for c in c_MK],  # -> [M, N]
         (Gemm.OUTPUT, Operand.WEIGHT): [  # v' x: [N, M] @ [M, K] -> [N, K]
@@ -286,6 +266,13 @@ def _operand_factors(
             reduce(torch.add, [g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)])
         ],
     }
+    # its four products, each summed over tokens or a row of the weight
+    for component in casts:
+        key = (component.gemm, component.operand)
+        dim = 1 if key == (Gemm.OUTPUT, Operand.WEIGHT) else 0
+        pairs_of_calls = zip(factors[key], errors[component], strict=True)
+        found[component] = reduce(torch.add, [(a * b).sum(dim) for a, b in pairs_of_calls])
+    return found
 
 
 def _parameter_products(
