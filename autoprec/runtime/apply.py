@@ -10,6 +10,7 @@ the optimizer's hooks, nowhere else: copies and pickles of the model carry it al
 
 import contextlib
 import copy
+import functools
 import logging
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
 
 logger = logging.getLogger(__name__)
+_software = functools.cache(software_versions)  # read once: a plan opens no folder
 
 Model = TypeVar("Model", bound=nn.Module)
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer | None, default=None)
@@ -199,7 +201,7 @@ def _warn_of_differences(plan: Plan, device: torch.device) -> None:
     """Log one warning that names all differences of software and device to the plan's."""
     if device.type == "meta":
         return
-    made, name, here = plan.fingerprint, device_name(device), software_versions()
+    made, name, here = plan.fingerprint, device_name(device), _software()
     found = [] if made.device in ("", name) else [f"device {name} (the plan: {made.device})"]
     found += [
         f"{package} {here[package]} (the plan: {made.software[package]})"
