@@ -128,12 +128,12 @@ def _own_logging() -> Iterator[None]:
 
 
 def _script_frames(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without the frames of this package and of Python's import."""
+    """Return a traceback without the frames of this package and of Python's own import."""
     frames, shown = [], None
     while trace is not None:
         frames.append(trace)
         trace = trace.tb_next
     for frame in reversed(frames):
-        if not frame.tb_frame.f_code.co_filename.startswith((HERE, "<frozen importlib")):
+        if not frame.tb_frame.f_code.co_filename.startswith((HERE, "<frozen ")):
             frame.tb_next, shown = shown, frame
     return shown

@@ -16,8 +16,7 @@ What is computed without the output is a constant. Numbers that a script takes o
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,22 +34,13 @@ GRADIENT_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hoo
 FACTORS: tuple[Function, ...] = (torch.mul, Tensor.mul, torch.div, Tensor.div)
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A tensor that a node stands for, as it was when the tape last saw it."""
 
     tensor: Tensor  # alive, so that no other tensor gets its id
     node: fx.Node
     version: int
     requires_grad: bool
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether nothing unseen happened to it since: another value, or a graph of its own."""
-        if "constant" in self.node.meta and self.tensor._version != self.version:
-            return False
-        # a custom autograd.Function's result gets a graph after it was seen
-        return self.requires_grad or not self.tensor.requires_grad
 
 
 class Taping(TorchFunctionMode):
@@ -134,8 +124,12 @@ class Tape:
         if not isinstance(value, Tensor):
             return value
         known = self._known.get(id(value))
-        if known is not None and known.is_unchanged:
-            return known.node
+        if known is not None:
+            # unless something unseen happened since: another value, or a graph of its own, which
+            # a custom autograd.Function's result gets late
+            is_written = "constant" in known.node.meta and value._version != known.version
+            if not is_written and (known.requires_grad or not value.requires_grad):
+                return known.node
         if value.requires_grad:  # it hangs on weights, and no call that was seen made it
             return self._unseen(value.grad_fn.name() if value.grad_fn else "another parameter")
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
