@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from autoprec.common.text import percent
-from autoprec.records import BF16_O2, FP32, Option
+from autoprec.records import BF16_O2, FP32, Option, SearchTrial
 from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
-from autoprec.search.study import EvaluatedPlan, PlanStudy
+from autoprec.search.study import PlanStudy
 
 WALK_STEPS = 4
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
@@ -30,14 +30,14 @@ def explore(study: PlanStudy, exact_plan: Options) -> tuple[tuple[str, ...], tup
     plan = _evaluate_seeds(study, exact_plan)
     _walk_front(study, plan)
     # only where the parts do more together than apart is there something to find
-    is_as_summed = plan.grad_error <= EXCESS * plan.table_grad_error
-    if plan.is_feasible or is_as_summed or study.is_over():
+    is_as_summed = plan.grad_error <= EXCESS * study.problem.costs.grad_error(plan.options)
+    if plan.feasible or is_as_summed or study.is_over():
         return (), ()
     interacting, repaired = _repair(study, plan)
-    return interacting, (_repair_note(plan, interacting, repaired),)
+    return interacting, (_repair_note(study, plan, interacting, repaired),)
 
 
-def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> EvaluatedPlan:
+def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial:
     """Evaluate the plans that every search looks at; return the exact one."""
     fp32, bf16 = (study.problem.uniform(option) for option in (FP32, BF16_O2))
     if fp32 in study.space.bases:
@@ -48,11 +48,12 @@ def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> EvaluatedPlan:
     return evaluated
 
 
-def _walk_front(study: PlanStudy, plan: EvaluatedPlan) -> None:
+def _walk_front(study: PlanStudy, plan: SearchTrial) -> None:
     """Evaluate the most promising base again and again, as measurements correct the table."""
     costs = study.problem.costs
     for _ in range(WALK_STEPS):
-        ratio = plan.grad_error / plan.table_grad_error if plan.table_grad_error > 0.0 else 1.0
+        summed = costs.grad_error(plan.options)
+        ratio = plan.grad_error / summed if summed > 0.0 else 1.0
         errors = {options: ratio * costs.grad_error(options) for options in study.space.bases}
         times = {
             options: costs.step_ms(options) * (1.0 + error)
@@ -65,9 +66,7 @@ def _walk_front(study: PlanStudy, plan: EvaluatedPlan) -> None:
         plan = study.evaluate(best, source="exact")
 
 
-def _repair(
-    study: PlanStudy, broken: EvaluatedPlan
-) -> tuple[tuple[str, ...], EvaluatedPlan | None]:
+def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], SearchTrial | None]:
     """Find the layers that make a plan's joint error exceed the sum, and a plan without them.
 
     Returns:
@@ -75,14 +74,16 @@ def _repair(
         excess is spread over many layers.
     """
     problem = study.problem
-    suspects = _more_precise(problem, broken.options)
+
+    def excess_of(plan: SearchTrial) -> float:
+        return plan.grad_error - problem.costs.grad_error(plan.options)
 
     def excess_without(groups: Sequence[Group]) -> float:
-        plan = study.evaluate(_made_precise(problem, broken.options, groups), source="repair")
-        return plan.grad_error - plan.table_grad_error
+        precise = _made_precise(problem, broken.options, groups)
+        return excess_of(study.evaluate(precise, source="repair"))
 
-    excess = broken.grad_error - broken.table_grad_error
-    interacting = find_interacting(suspects, excess, excess_without)
+    suspects = _more_precise(problem, broken.options)
+    interacting = find_interacting(suspects, excess_of(broken), excess_without)
     if not interacting:
         return (), None
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
@@ -143,7 +144,7 @@ def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -
     return problem.follow_uncalled(tuple(chosen))
 
 
-def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> EvaluatedPlan | None:
+def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | None:
     """Solve again with some groups limited to their choices here, at smaller budgets while over."""
     instead = {group.layers: group for group in limited}
     groups = tuple(instead.get(group.layers, group) for group in study.problem.groups)
@@ -154,18 +155,22 @@ def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> EvaluatedPlan | 
         if found is None:
             return None
         plan = study.evaluate(found[0], source="repair")
-        if plan.is_feasible:
+        if plan.feasible:
             return plan
-        budget = study.budget * plan.table_grad_error / plan.grad_error
+        budget = study.budget * problem.costs.grad_error(plan.options) / plan.grad_error
     return None
 
 
 def _repair_note(
-    broken: EvaluatedPlan, interacting: Sequence[str], repaired: EvaluatedPlan | None
+    study: PlanStudy,
+    broken: SearchTrial,
+    interacting: Sequence[str],
+    repaired: SearchTrial | None,
 ) -> str:
+    summed = max(study.problem.costs.grad_error(broken.options), 1e-300)
     found = (
         f"the joint gradient error of the exact plan is {percent(broken.grad_error)}, "
-        f"{broken.grad_error / max(broken.table_grad_error, 1e-300):.1f}x the sum of its parts"
+        f"{broken.grad_error / summed:.1f}x the sum of its parts"
     )
     if not interacting:
         return f"{found}; bisection finds no few layers behind it, so a plan with less was tried"

@@ -7,13 +7,22 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import BF16_O2, FP32, Basis, Constraint, Profile, Search, Sensitivity
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Constraint,
+    Profile,
+    Search,
+    SearchTrial,
+    Sensitivity,
+)
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
-from autoprec.search.study import EvaluatedPlan, Measure, PlanStudy
+from autoprec.search.study import Measure, PlanStudy, rank
 from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
@@ -114,7 +123,7 @@ def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float
     return grad_error_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
 
 
-def _ranked(study: PlanStudy, best: EvaluatedPlan) -> list[Options]:
+def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:
     """Return what to try after the chosen plan: each with clearly less error, down to FP32.
 
     Uniform BF16 O2 is among them wherever it has less error than the plan before it.
@@ -125,7 +134,7 @@ def _ranked(study: PlanStudy, best: EvaluatedPlan) -> list[Options]:
     plans = [*study.known.values(), *map(study.estimate, unknown)]
     last, others = best, 0
     found: list[Options] = []
-    for plan in sorted((p for p in plans if p.is_feasible), key=lambda plan: plan.rank):
+    for plan in sorted((p for p in plans if p.feasible), key=rank):
         is_safe = plan.options in uniform and plan.grad_error < last.grad_error
         is_next = (
             plan.grad_error <= NEXT_ERROR * last.grad_error
@@ -147,16 +156,17 @@ def _step_equivalents(study: PlanStudy, profile: Profile) -> float:
     return study.spent_s * 1e3 / step.timing.median_ms
 
 
-def _table_notes(study: PlanStudy, best: EvaluatedPlan) -> list[str]:
-    if best.basis is not Basis.MEASURED:
+def _table_notes(study: PlanStudy, best: SearchTrial) -> list[str]:
+    summed = study.problem.costs.grad_error(best.options)
+    if best.grad_error_basis is not Basis.MEASURED:
         return [
             "the gradient error of whole plans is the sum of the table's: no workload was there to "
             "measure them"
         ]
-    if best.table_grad_error > 0.0 and best.grad_error > EXCESS * best.table_grad_error:
+    if summed > 0.0 and best.grad_error > EXCESS * summed:
         return [
             f"the chosen plan's joint gradient error is {percent(best.grad_error)}, above the sum "
-            f"of its parts ({percent(best.table_grad_error)}) and within the budget of "
+            f"of its parts ({percent(summed)}) and within the budget of "
             f"{percent(study.budget)}"
         ]
     return []

@@ -13,7 +13,6 @@ Every finished trial keeps its plan, gradient error and basis with it, so that a
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
@@ -49,27 +48,10 @@ class _Note(TypedDict):
     is_duplicate: bool
 
 
-@dataclass(frozen=True)
-class EvaluatedPlan:
-    """What is known of a whole plan."""
-
-    options: Options
-    step_ms: float
-    table_grad_error: float
-    grad_error: float
-    basis: Basis
-    is_feasible: bool
-
-    @property
-    def time_to_loss_ms(self) -> float:
-        """The objective."""
-        return self.step_ms * (1.0 + self.grad_error)
-
-    @property
-    def rank(self) -> tuple[float, float, float, str]:
-        """The sort key: time to loss, gradient error, step time, then the options."""
-        keys = "".join(option.key for option in self.options)
-        return self.time_to_loss_ms, self.grad_error, self.step_ms, keys
+def rank(trial: SearchTrial) -> tuple[float, float, float, str]:
+    """Return the sort key of a plan: time to loss, gradient error, step time, then the options."""
+    keys = "".join(option.key for option in trial.options)
+    return trial.time_to_loss_ms, trial.grad_error, trial.step_ms, keys
 
 
 class PlanStudy:
@@ -92,39 +74,21 @@ class PlanStudy:
         self.measure = measure
         self.seed = seed
         self.is_over = is_over
-        self.known: dict[Options, EvaluatedPlan] = {}
+        self.known: dict[Options, SearchTrial] = {}
+        self.trials: list[SearchTrial] = []  # that evaluated a plan for the first time
         self.measured = 0  # how many plans were measured here
         self.spent_s = 0.0
         self._notes: dict[int, _Note] = {}  # of all finished trials by number, here or elsewhere
         self._alive = 0  # trials finished or under way, here or elsewhere
         options = {option for prices in self.problem.costs.prices for option in prices}
         self._alphabet = sorted(options, key=lambda option: option.key)
+        self._distributions = _distributions(space)
         self._take_up()
 
     @property
-    def best(self) -> EvaluatedPlan | None:
+    def best(self) -> SearchTrial | None:
         """The feasible plan of the least rank."""
-        feasible = (plan for plan in self.known.values() if plan.is_feasible)
-        return min(feasible, key=lambda plan: plan.rank, default=None)
-
-    @property
-    def trials(self) -> list[SearchTrial]:
-        """The trials in which a plan was evaluated for the first time."""
-        return [
-            SearchTrial(
-                number=number,
-                source=note["source"],
-                options=plan.options,
-                step_ms=plan.step_ms,
-                grad_error=plan.grad_error,
-                grad_error_basis=plan.basis,
-                time_to_loss_ms=plan.time_to_loss_ms,
-                feasible=plan.is_feasible,
-            )
-            for number, note in self._notes.items()
-            if note["is_final"] and not note["is_duplicate"]
-            for plan in [self._noted(note)]
-        ]
+        return min((plan for plan in self.known.values() if plan.feasible), key=rank, default=None)
 
     @property
     def duplicates(self) -> int:
@@ -134,7 +98,7 @@ class PlanStudy:
     def point(self, options: Options) -> FrontPoint:
         """Return a plan with what the tables and a measurement say of it."""
         known, costs = self.known.get(options), self.problem.costs
-        is_measured = known is not None and known.basis is Basis.MEASURED
+        is_measured = known is not None and known.grad_error_basis is Basis.MEASURED
         return FrontPoint(
             options=options,
             step_ms=costs.step_ms(options),
@@ -143,33 +107,21 @@ class PlanStudy:
             memory_bytes=costs.memory_bytes(options),
         )
 
-    def estimate(self, options: Options) -> EvaluatedPlan:
-        """Return a plan by the table alone."""
-        return self._evaluated(options, self.problem.costs.grad_error(options), Basis.PREDICTED)
+    def estimate(self, options: Options) -> SearchTrial:
+        """Return a plan by the table alone, as a trial that was not made."""
+        return self._record(options, self.problem.costs.grad_error(options), Basis.PREDICTED)
 
-    def evaluate(self, options: Options, *, source: str) -> EvaluatedPlan:
+    def evaluate(self, options: Options, *, source: str) -> SearchTrial:
         """Evaluate a plan as a trial, unless it is known already."""
-        import optuna
-
-        if options in self.known:
-            return self.known[options]
-        if options in self.space.bases:
+        if options not in self.known and options in self.space.bases:
             params = self.space.params(self.space.bases.index(options))
             self.study.enqueue_trial(params, user_attrs={SOURCE: source})
-            self._ask()
-            # known by now, unless a killed run left another in the queue
-            return self.known.get(options) or self._joint(options)
-        # the decisions cannot express it, so that its trial has no parameters
-        plan = self._joint(options)
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                value=plan.time_to_loss_ms,
-                user_attrs={NOTE: self._note(plan, source, is_final=True, is_duplicate=False)},
-                constraints={"grad_error": self._excess(plan)},
-            )
-        )
-        self._take_up()
-        return plan
+            self._run(self.study.ask(self._distributions))
+        if options not in self.known:
+            # The decisions cannot express it, so that its trial has no parameters; or a killed run
+            # left another trial in the queue.
+            self._run(self.study.ask(), options, source)
+        return self.known[options]
 
     def sample(self, trials: int, *, report: Callable[[int], None]) -> None:
         """Let the sampler propose plans until `trials` of them were measured."""
@@ -191,44 +143,60 @@ class PlanStudy:
                 group=True,
                 n_startup_trials=STARTUP_TRIALS,
             )
-            self._ask()
+            self._run(self.study.ask(self._distributions))
 
-    def _ask(self) -> None:
-        """Evaluate one proposal and write it down; one that is broken off is marked as failed."""
+    def _run(self, trial: "optuna.Trial", options: Options | None = None, source: str = "") -> None:
+        """Evaluate a plan, by default the proposed one, and write it down.
+
+        A trial that is broken off is marked as failed.
+        """
         from optuna.trial import TrialState
 
-        trial = self.study.ask(_distributions(self.space))
         try:
-            options = self.space.decode(trial.params)
-            source = str(trial.user_attrs.get(SOURCE, SAMPLER))
-            is_known = options in self.known
-            is_final = is_known or source != SAMPLER or self._can_win(options)
-            is_seen = self._code(options) in {note["plan"] for note in self._notes.values()}
-            plan = self._joint(options) if is_final else self.estimate(options)
-            trial.set_constraint("grad_error", self._excess(plan))
-            # a plan that was only estimated before and is measured now is no duplicate
-            is_duplicate = is_seen and (is_known or not is_final)
-            note = self._note(plan, source, is_final=is_final, is_duplicate=is_duplicate)
+            if options is None:
+                options = self.space.decode(trial.params)
+                source = str(trial.user_attrs.get(SOURCE, SAMPLER))
+            known = self.known.get(options)
+            is_final = known is not None or source != SAMPLER or self._can_win(options)
+            if known is not None:
+                grad_error, basis = known.grad_error, known.grad_error_basis
+            elif is_final:
+                grad_error, basis = self._joint_error(options)
+            else:
+                grad_error, basis = self.problem.costs.grad_error(options), Basis.PREDICTED
+            # feasible when <= 0
+            excess = grad_error / self.budget - 1.0 if self.budget > 0.0 else grad_error
+            trial.set_constraint("grad_error", excess)
+            codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
+            plan = "".join(codes[option] for option in options)
+            is_seen = any(note["plan"] == plan for note in self._notes.values())
+            note = _Note(
+                plan=plan,
+                grad_error=grad_error,
+                basis=basis.value,
+                source=source,
+                is_final=is_final,
+                # a plan that was only estimated before and is measured now is no duplicate
+                is_duplicate=is_seen and (known is not None or not is_final),
+            )
             trial.set_user_attr(NOTE, note)
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
-        self.study.tell(trial, plan.time_to_loss_ms)
+        self.study.tell(trial, self.problem.costs.step_ms(options) * (1.0 + grad_error))
         self._take_up()
 
-    def _joint(self, options: Options) -> EvaluatedPlan:
-        """Return a plan with its joint gradient error: known, measured, or the table's sum."""
-        if options not in self.known:
-            grad_error, basis = self.problem.costs.grad_error(options), Basis.PREDICTED
-            if is_all_fp32(options):
-                grad_error, basis = 0.0, Basis.MEASURED  # it is the reference
-            elif self.measure is not None:
-                started = time.perf_counter()
-                grad_error, basis = max(self.measure(options).mean, 0.0), Basis.MEASURED
-                self.spent_s += time.perf_counter() - started
-                self.measured += 1
-            self.known[options] = self._evaluated(options, grad_error, basis)
-        return self.known[options]
+    def _joint_error(self, options: Options) -> tuple[float, Basis]:
+        """Return a plan's joint gradient error: measured, or the table's sum."""
+        if is_all_fp32(options):
+            return 0.0, Basis.MEASURED  # it is the reference
+        if self.measure is None:
+            return self.problem.costs.grad_error(options), Basis.PREDICTED
+        started = time.perf_counter()
+        estimate = self.measure(options)
+        self.spent_s += time.perf_counter() - started
+        self.measured += 1
+        return max(estimate.mean, 0.0), Basis.MEASURED
 
     def _can_win(self, options: Options) -> bool:
         grad_error = PRUNE_FACTOR * self.problem.costs.grad_error(options)
@@ -237,40 +205,27 @@ class PlanStudy:
         least_ms = self.problem.costs.step_ms(options) * (1.0 + grad_error)
         return self.best is None or least_ms < self.best.time_to_loss_ms
 
-    def _evaluated(self, options: Options, grad_error: float, basis: Basis) -> EvaluatedPlan:
+    def _record(
+        self,
+        options: Options,
+        grad_error: float,
+        basis: Basis,
+        *,
+        number: int = 0,
+        source: str = "table",
+    ) -> SearchTrial:
+        step_ms = self.problem.costs.step_ms(options)
         is_within = grad_error <= self.budget * (1.0 + ROUNDING)
-        return EvaluatedPlan(
-            options=options,
-            step_ms=self.problem.costs.step_ms(options),
-            table_grad_error=self.problem.costs.grad_error(options),
-            grad_error=grad_error,
-            basis=basis,
-            is_feasible=is_within and self.problem.fits_memory(options),
-        )
-
-    def _excess(self, plan: EvaluatedPlan) -> float:
-        """Return the constraint's value, feasible when <= 0: gradient error / budget - 1."""
-        return plan.grad_error / self.budget - 1.0 if self.budget > 0.0 else plan.grad_error
-
-    def _code(self, options: Options) -> str:
-        codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
-        return "".join(codes[option] for option in options)
-
-    def _note(
-        self, plan: EvaluatedPlan, source: str, *, is_final: bool, is_duplicate: bool
-    ) -> _Note:
-        return _Note(
-            plan=self._code(plan.options),
-            grad_error=plan.grad_error,
-            basis=plan.basis.value,
+        return SearchTrial(
+            number=number,
             source=source,
-            is_final=is_final,
-            is_duplicate=is_duplicate,
+            options=options,
+            step_ms=step_ms,
+            grad_error=grad_error,
+            grad_error_basis=basis,
+            time_to_loss_ms=step_ms * (1.0 + grad_error),
+            feasible=is_within and self.problem.fits_memory(options),
         )
-
-    def _noted(self, note: _Note) -> EvaluatedPlan:
-        options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
-        return self._evaluated(options, note["grad_error"], Basis(note["basis"]))
 
     def _take_up(self) -> None:
         """Take up what was finished since the last time: here, before, or by other workers."""
@@ -280,11 +235,18 @@ class PlanStudy:
         self._alive = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
         for trial in trials:
             note: _Note | None = trial.user_attrs.get(NOTE)
-            if note and trial.state.is_finished() and trial.number not in self._notes:
-                self._notes[trial.number] = note
-                if note["is_final"]:
-                    plan = self._noted(note)
-                    self.known[plan.options] = plan
+            if not note or not trial.state.is_finished() or trial.number in self._notes:
+                continue
+            self._notes[trial.number] = note
+            if note["is_final"]:
+                options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
+                basis, source = Basis(note["basis"]), note["source"]
+                record = self._record(
+                    options, note["grad_error"], basis, number=trial.number, source=source
+                )
+                self.known[options] = record
+                if not note["is_duplicate"]:
+                    self.trials.append(record)
 
 
 def _distributions(space: Space) -> "dict[str, BaseDistribution]":
