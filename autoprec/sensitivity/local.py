@@ -44,6 +44,7 @@ class Component:
 
 BF16_OUTPUT = Component(Gemm.OUTPUT)
 BF16_GRAD_INPUT = Component(Gemm.GRAD_INPUT)
+Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
 Norm = Callable[[Mapping[Tensor, Tensor]], float]  # of errors by parameter: d'Pd
 
 
@@ -197,7 +198,7 @@ def add_fp8_errors(
             found.parameter_errors[sides] = norm({weight: error})
 
 
-def fp8_options(cells: Iterable[tuple[str, Option]]) -> dict[str, list[Option]]:
+def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
     """Return the FP8 options among cells by layer name; only names that have any."""
     found: dict[str, list[Option]] = {}
     for name, option in cells:
@@ -206,9 +207,7 @@ def fp8_options(cells: Iterable[tuple[str, Option]]) -> dict[str, list[Option]]:
     return found
 
 
-def operand_statistics(
-    reference: Reference, cells: Iterable[tuple[str, Option]]
-) -> list[OperandStatistics]:
+def operand_statistics(reference: Reference, cells: Iterable[Cell]) -> list[OperandStatistics]:
     """Run the first batch and return the statistics of every linear with an FP8 option."""
     options, modules = fp8_options(cells), find_layers(reference.model)
     linears = {name: modules[name] for name in options}

@@ -41,6 +41,7 @@ from autoprec.sensitivity.casts import Sides
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
     BF16_OUTPUT,
+    Cell,
     Component,
     LocalErrors,
     Operands,
@@ -55,6 +56,8 @@ from autoprec.sensitivity.replay import differentiated_calls, floating_inputs, r
 STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by about 0.2 %
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
+Key = tuple[str, Component]  # a layer's name and one source of its error
+
 
 @dataclass(frozen=True)
 class BatchProbe:
@@ -62,8 +65,8 @@ class BatchProbe:
 
     squared_norm: float  # g'Pg of the reference gradient
     probes: int
-    squares: dict[tuple[str, Component], float]  # sum_k z_k^2 over the groups: d'Pd
-    fourths: dict[tuple[str, Component], float]  # sum_k z_k^4, for the probes' own noise
+    squares: dict[Key, float]  # sum_k z_k^2 over the groups: d'Pd
+    fourths: dict[Key, float]  # sum_k z_k^4, for the probes' own noise
     parameter_errors: dict[tuple[str, Sides], float]  # d'Pd of what stays in a layer's parameters
     statistics: tuple[OperandStatistics, ...]  # the operands' ranges; of the first batch only
 
@@ -94,9 +97,7 @@ class _Pass:
         }
 
 
-def probe_batches(
-    reference: Reference, cells: Sequence[tuple[str, Option]], *, probes: int
-) -> list[BatchProbe]:
+def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
     """Probe every batch; costs per batch one pass, two replays and `probes` more passes.
 
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
@@ -113,7 +114,7 @@ def probe_batches(
             gradient = reference.run_gradient(index)
         step = _Pass(reference, index, layers, calls, gradient)
         errors, statistics = _local_errors(step, fp8_options(cells))
-        products: dict[tuple[str, Component], list[Tensor]] = {}
+        products: dict[Key, list[Tensor]] = {}
         for probe in range(probes):
             progress("sensitivity: probes", index * (1 + probes) + 1 + probe, total)
             # the same signs serve two batches in turn
@@ -180,7 +181,7 @@ def _local_errors(
 
 def _run_probe(
     step: _Pass, errors: Mapping[str, LocalErrors], *, code: int
-) -> Iterator[tuple[tuple[str, Component], Tensor]]:
+) -> Iterator[tuple[Key, Tensor]]:
     """Move the weights along sign code number `code`, run, and yield every layer's products z."""
     size = _step_size(step)
     with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):

@@ -30,7 +30,7 @@ from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
-from autoprec.sensitivity.local import Component, components_of, operand_statistics
+from autoprec.sensitivity.local import Cell, Component, components_of, operand_statistics
 from autoprec.sensitivity.probes import BatchProbe, probe_batches
 from autoprec.sensitivity.reference import Reference
 
@@ -45,8 +45,6 @@ REFINED_BATCHES = 2
 # large.
 LARGE_ERROR = 0.01
 LARGE_CELLS = 24
-
-Cell = tuple[str, Option]  # a layer's name and an option of it other than FP32
 
 
 class Method(StrEnum):
