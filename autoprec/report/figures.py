@@ -1,16 +1,16 @@
 """The four figures of the page: whole steps, the Pareto front, sensitivity, paired loss gaps."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
-from autoprec.records import Basis, LossGap, Option, Search, Verification
+from autoprec.records import Basis, Option, Search, Verification
 from autoprec.report import formats, svg
 from autoprec.report.formats import step_title
-from autoprec.report.layer_frame import Row, frame_rows
-from autoprec.report.step_times import Speedup, Step
+from autoprec.report.layer_frame import frame_rows
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
 from autoprec.report.tables import seed_gaps
@@ -18,6 +18,8 @@ from autoprec.report.tables import seed_gaps
 if TYPE_CHECKING:
     import pandas as pd
 
+PLAIN = "{:,.6g}".format
+SIGNED = partial(formats.share, sign=True)
 WIDTH = 1080.0
 LABEL_PX = 190.0
 CLIP = 2.2  # the longest bar is cut where it is more than this many times the second longest
@@ -41,11 +43,20 @@ def step_figure(found: Summary) -> Markup:
     limit = second if longest > CLIP * second > 0.0 else longest
     scale = Scale(0.0, limit, LABEL_PX, WIDTH - 290.0)
     bottom = 26.0 + 38.0 * len(steps)
-    axis = svg.x_axis(scale, 18.0, bottom, label="ms per training step", show=svg.plain_number)
-    parts = [axis]
+    parts = [svg.x_axis(scale, 18.0, bottom, label="ms per training step", show=PLAIN)]
     for index, (label, step) in enumerate(steps.items()):
-        y = 26.0 + 38.0 * index
-        parts += _step_bar(label, step, found.speedups.get(label), scale=scale, y=y)
+        y, title, speedup = 26.0 + 38.0 * index, step_title(label), found.speedups.get(label)
+        kind = f"o-{label}" if step.basis is Basis.MEASURED else f"o-{label} predicted"
+        tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
+        words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > limit else ''}"
+        words += f", plan {formats.ratio(speedup.value)}" if speedup else ""
+        size = {"x": LABEL_PX, "y": y, "width": scale(step.ms) - LABEL_PX, "height": 26.0, "rx": 2}
+        end = scale(max(step.ms, step.high_ms or 0.0)) + 10.0
+        parts.append(svg.text(LABEL_PX - 12.0, y + 18.0, title, kind="label", anchor="end"))
+        parts.append(svg.mark("rect", kind=kind, tip=tip, **size))
+        parts.append(svg.text(end, y + 18.0, words, kind="value"))
+        if step.low_ms is not None and step.high_ms is not None:
+            parts.append(svg.whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
     if ceiling is not None and ceiling.at_peak:
         ms = ceiling.baseline.ms / ceiling.limit
         words = f"FP8's ceiling: {formats.ms(ms)} ms"
@@ -62,7 +73,7 @@ def pareto_figure(search: Search) -> Markup:
     highest = max(*errors, budget if budget < 3.0 * max(errors) else 0.0)
     y = Scale(0.0, max(highest * 1.12, 1e-12), 380.0, 34.0)
     parts = [
-        svg.x_axis(x, 34.0, 380.0, label="predicted step time, ms", show=svg.plain_number),
+        svg.x_axis(x, 34.0, 380.0, label="predicted step time, ms", show=PLAIN),
         svg.y_axis(y, 84.0, WIDTH - 30.0, label="gradient error", show=formats.share),
     ]
     if budget <= y.high:
@@ -110,8 +121,15 @@ def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Marku
         parts.append(svg.line(x.start, y, x.end, y, kind="rule"))
         parts.append(svg.text(x.start - 12.0, y + 4.0, words, kind="label", anchor="end"))
     for row in frame_rows(seen):
-        is_chosen = row["option"] == chosen.get(row["name"])
-        parts += _sensitivity_marks(row, x, y=heights[row["name"]], is_chosen=is_chosen)
+        y, mean, stderr = heights[row["name"]], row["grad_error"], row["grad_error_stderr"]
+        kind, option = _kind(row["option"]), formats.option(row["option"])
+        error = f"{formats.with_stderr(mean, stderr)} ({row['grad_error_basis']})"
+        tip = f"{row['name']}, {option}: gradient error {error}"
+        if stderr:
+            left, right = x(max(mean - stderr, x.low)), x(mean + stderr)
+            parts.append(svg.line(left, y, right, y, kind=f"error {kind}"))
+        kind += " ring" if row["option"] == chosen.get(row["name"]) else ""
+        parts.append(svg.dot(x(mean), y, 5.0, kind=kind, tip=tip))
     keys = svg.legend((_kind(key), formats.option(key)) for key in seen["option"].unique())
     return keys + svg.picture(WIDTH, bottom + 44.0, parts, title="Gradient error by layer")
 
@@ -125,14 +143,23 @@ def gap_figure(verification: Verification) -> Markup:
     ends += [end for gap in gaps.values() if gap for end in (gap.low, gap.high)]
     x = Scale(*svg.padded(min(ends), max(ends)), 190.0, WIDTH - 40.0)
     parts = [
-        svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=_signed),
+        svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=SIGNED),
         svg.marker(x(0.0), 24.0, 130.0, "FP32", kind="zero"),
         svg.marker(
             x(tolerance), 24.0, 130.0, f"tolerance {formats.share(tolerance)}", kind="limit"
         ),
     ]
-    for index, (label, gap) in enumerate(gaps.items()):
-        parts += _gap_marks(label, gap, seeds[label], x=x, y=52.0 + 48.0 * index)
+    titles = {"bf16_o2": "BF16 O2 (control)", "plan": "this plan"}
+    for y, (label, gap) in zip((52.0, 100.0), gaps.items(), strict=True):
+        kind = f"b-{label}"
+        parts.append(svg.text(178.0, y + 4.0, titles[label], kind="label", anchor="end"))
+        for seed, value in seeds[label].items():
+            tip = f"seed {seed}: {SIGNED(value)}"
+            parts.append(svg.dot(x(value), y + 12.0, 4.0, kind=f"{kind} pale", tip=tip))
+        if gap is not None:
+            tip = f"mean {formats.gap(gap)}"
+            parts.append(svg.whisker(x(gap.low), x(gap.high), y, kind=f"interval {kind}", tip=tip))
+            parts.append(svg.dot(x(gap.mean), y, 6.0, kind=kind, tip=tip))
     return svg.picture(WIDTH, 174.0, parts, title="Paired loss gaps by seed")
 
 
@@ -174,57 +201,7 @@ def _pareto_dots(search: Search) -> Iterator[_Dot]:
     yield _Dot("t-chosen", "chosen", chosen.step_ms, error, basis, chosen.options)
 
 
-def _step_bar(
-    label: str, step: Step, speedup: Speedup | None, *, scale: Scale, y: float
-) -> list[Markup]:
-    title, kind = step_title(label), f"o-{label}"
-    kind += "" if step.basis is Basis.MEASURED else " predicted"
-    tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
-    words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > scale.high else ''}"
-    words += f", plan {formats.ratio(speedup.value)}" if speedup else ""
-    width, end = scale(step.ms) - scale.start, scale(max(step.ms, step.high_ms or 0.0)) + 10.0
-    parts = [
-        svg.text(LABEL_PX - 12.0, y + 18.0, title, kind="label", anchor="end"),
-        svg.mark("rect", x=scale.start, y=y, width=width, height=26.0, rx=2, kind=kind, tip=tip),
-        svg.text(end, y + 18.0, words, kind="value"),
-    ]
-    if step.low_ms is not None and step.high_ms is not None:
-        parts.append(svg.whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
-    return parts
-
-
 def _kind(key: str) -> str:
     """Return the CSS class of an option's mark."""
     option = Option.parse(key)
     return f"e-{option.recipe or option.precision}"
-
-
-def _sensitivity_marks(row: Row, x: Scale, *, y: float, is_chosen: bool) -> list[Markup]:
-    mean, stderr, kind = row["grad_error"], row["grad_error_stderr"], _kind(row["option"])
-    error = formats.with_stderr(mean, stderr)
-    option = formats.option(row["option"])
-    tip = f"{row['name']}, {option}: gradient error {error} ({row['grad_error_basis']})"
-    whisker = []
-    if stderr:
-        low, high = x(max(mean - stderr, x.low)), x(mean + stderr)
-        whisker.append(svg.line(low, y, high, y, kind=f"error {kind}"))
-    return [*whisker, svg.dot(x(mean), y, 5.0, kind=kind + " ring" * is_chosen, tip=tip)]
-
-
-def _gap_marks(
-    label: str, gap: LossGap | None, seeds: Mapping[int, float], *, x: Scale, y: float
-) -> list[Markup]:
-    kind, title = f"b-{label}", "this plan" if label == "plan" else "BF16 O2 (control)"
-    parts = [svg.text(178.0, y + 4.0, title, kind="label", anchor="end")]
-    for seed, value in seeds.items():
-        tip = f"seed {seed}: {_signed(value)}"
-        parts.append(svg.dot(x(value), y + 12.0, 4.0, kind=f"{kind} pale", tip=tip))
-    if gap is not None:
-        tip = f"mean {formats.gap(gap)}"
-        parts.append(svg.whisker(x(gap.low), x(gap.high), y, kind=f"interval {kind}", tip=tip))
-        parts.append(svg.dot(x(gap.mean), y, 6.0, kind=kind, tip=tip))
-    return parts
-
-
-def _signed(value: float) -> str:
-    return formats.share(value, sign=True)

@@ -8,21 +8,14 @@ is left (bias, autograd, launches; negative where the parts cost more alone), so
 Savings are against BF16 O2, the baseline, and against FP32, the reference.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    LayerKind,
-    LayerSensitivity,
-    LayerTiming,
-    Option,
-)
+from autoprec.records import BF16_O2, FP32, Basis, LayerKind, LayerSensitivity, LayerTiming, Option
 from autoprec.report import formats
+from autoprec.report.formats import UNKNOWN
 from autoprec.report.runs import RunRecords
 
 if TYPE_CHECKING:
@@ -37,11 +30,9 @@ BASELINES = {"bf16_o2": BF16_O2, "fp32": FP32}
 LAYER_COLUMNS = (
     "name kind type shape calls is_frozen tied_to option precision recipe gemms_hp reason"
 )
-OPTION_COLUMNS = (
-    *("name", "option", *TIMES, "p20_ms", "p80_ms", "samples", "rejected", "time_basis"),
-    *("grad_error", "grad_error_stderr", "grad_error_basis"),
-    *(*BYTES, "memory_bytes", "kernels", "infeasible"),
-)
+OPTION_COLUMNS = ["name", "option", *TIMES, "p20_ms", "p80_ms", "samples", "rejected", "time_basis"]
+OPTION_COLUMNS += ["grad_error", "grad_error_stderr", "grad_error_basis"]
+OPTION_COLUMNS += [*BYTES, "memory_bytes", "kernels", "infeasible"]
 COUNTS = ("calls", "samples", "rejected")
 
 
@@ -105,9 +96,14 @@ COLUMNS = (
 )
 
 
-def columns_of(view: View) -> list[Column]:
-    """Return the columns that a view shows, in order."""
-    return [column for column in COLUMNS if view in column.views]
+def columns_of(view: View, rows: Sequence[Row]) -> list[Column]:
+    """Return the columns that a view shows, in order, without the numbers that no row knows."""
+    shown = (column for column in COLUMNS if view in column.views)
+    return [
+        column
+        for column in shown
+        if not column.is_number or any(column.show(row[column.name]) != UNKNOWN for row in rows)
+    ]
 
 
 def layers_frame(run: RunRecords) -> "pd.DataFrame":
@@ -152,7 +148,7 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
         )
     _add_plan(facts, run)
     rows = [{"name": name, "option": option.key, **fact} for (name, option), fact in facts.items()]
-    return _typed(pd.DataFrame(rows, columns=list(OPTION_COLUMNS), dtype=object))
+    return _typed(pd.DataFrame(rows, columns=OPTION_COLUMNS, dtype=object))
 
 
 def frame_rows(frame: "pd.DataFrame") -> list[Row]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from autoprec.records import Option
 from autoprec.report import formats
-from autoprec.report.formats import UNKNOWN, and_more
+from autoprec.report.formats import and_more
 from autoprec.report.layer_frame import (
     BASELINES,
     COLUMNS,
@@ -42,7 +42,7 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     folded = fold_layers(frame) if len(frame) > FOLD_ABOVE else frame.assign(layers=1)
     longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
     shown, total = frame_rows(longest.sort_index()), total_row(frame)
-    columns = known_columns(columns_of(view), [*shown, total])
+    columns = columns_of(view, [*shown, total])
     rows = [_cells(row, columns, view) for row in (*shown, total)]
     heads = [column.title for column in columns]
     if view is View.NARROW:
@@ -54,15 +54,6 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     if rest := len(frame) - sum(row["layers"] for row in shown):
         parts.append(Line(and_more(rest, "layer", " that take less time; see layers.csv")))
     return parts
-
-
-def known_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """Return the columns without the numbers that no row knows."""
-    return [
-        column
-        for column in columns
-        if not column.is_number or any(column.show(row[column.name]) != UNKNOWN for row in rows)
-    ]
 
 
 def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -113,16 +104,11 @@ def _cells(row: Row, columns: Sequence[Column], view: View) -> list[Cell]:
     name, why = Line(row["name"], "bold"), Line(row["reason"] or "", "dim")
     drawn["name"] = (name, why) if view is View.NARROW and why.text else name
     drawn["reason"] = why
-    drawn["option"] = _option_cell(row["option"], view)
+    if row["option"]:
+        style, text = STYLES[Option.parse(row["option"]).precision], formats.option(row["option"])
+        lines = text.split(" ", 1) if view is View.NARROW else [text]
+        drawn["option"] = tuple(Line(line, style) for line in lines)
     return [drawn[column.name] for column in columns]
-
-
-def _option_cell(key: str | None, view: View) -> Cell:
-    if not key:
-        return UNKNOWN if key is None else ""
-    style, text = STYLES[Option.parse(key).precision], formats.option(key)
-    lines = text.split(" ", 1) if view is View.NARROW else [text]
-    return tuple(Line(line, style) for line in lines)
 
 
 def _common_name(names: Sequence[str]) -> str:

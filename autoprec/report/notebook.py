@@ -3,13 +3,11 @@
 The HTML is a fragment of its own: no script, no class of a page's style sheet, every text escaped.
 """
 
-from collections import Counter
-
 from autoprec.records import Plan
 from autoprec.report import formats
-from autoprec.report.formats import and_more, clean_text, count_of
+from autoprec.report.formats import and_more, clean_text
 from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
-from autoprec.report.layer_table import fold_layers, known_columns
+from autoprec.report.layer_table import fold_layers
 from autoprec.report.page import render
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import Summary, summarise_run
@@ -39,16 +37,13 @@ def run_html(records: RunRecords) -> str:
     found = summarise_run(records)
     rows = _by_option(found)
     lines = [*_sentences(found), *_rest(rows[MOST_ROWS:])]
-    columns = known_columns(columns_of(View.NOTEBOOK), rows)
+    columns = columns_of(View.NOTEBOOK, rows)
     return render("notebook.html", lines=lines, columns=columns, rows=rows[:MOST_ROWS])
 
 
 def _sentences(found: Summary) -> list[str]:
     """Return the headline, the layers per option, whether FP8 pays, memory and the verdict."""
-    options = Counter(found.layers["option"].dropna().map(formats.option))
-    counts = ", ".join(f"{count} in {option}" for option, count in options.most_common())
-    counted = f"{count_of(len(found.layers), 'layer')}: {counts}" if counts else ""
-    said = (counted, found.fp8_answer, found.memory_answer, found.verdict_sentence)
+    said = (found.counted, found.fp8_answer, found.memory_answer, found.verdict_sentence)
     return [found.headline, *(line for line in said if line)]
 
 

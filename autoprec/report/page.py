@@ -14,12 +14,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.report import figures, formats, tables
+from autoprec.report import figures, formats
 from autoprec.report.layer_frame import View, columns_of, frame_rows, options_frame
 from autoprec.report.layer_table import total_row
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import predicted_and_measured, spread_title
 from autoprec.report.summary import apply_line, summarise_run
+from autoprec.report.tables import device_facts, recipe_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -46,6 +47,7 @@ ENVIRONMENT = Environment(
 def render_html(run: RunRecords) -> str:
     """Return the report of a run as one HTML page; sections say what was not run."""
     found, options, script = summarise_run(run), options_frame(run), _asset("script.js")
+    rows, total = frame_rows(found.layers), total_row(found.layers)
     return render(
         "report.html",
         # what was found, and the modules that draw it: templates call their functions
@@ -56,11 +58,12 @@ def render_html(run: RunRecords) -> str:
         predicted=predicted_and_measured(run),
         figures=figures,
         formats=formats,
-        tables=tables,
+        recipe_table=recipe_table,
+        device_facts=device_facts,
         # the table of layers
-        columns=columns_of(View.PAGE),
-        rows=frame_rows(found.layers),
-        total=total_row(found.layers),
+        columns=columns_of(View.PAGE, [*rows, total]),
+        rows=rows,
+        total=total,
         details={name: frame_rows(own) for name, own in options.groupby("name")},
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
         # the page itself

@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoprec.errors import RecordError
-from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
+from autoprec.records import FileRecord, Plan, Profile, Search, Sensitivity, Verification
 
-FILES: dict[str, type[Plan] | type[Profile] | type[Sensitivity] | type[Search] | type[Verification]]
-FILES = {
+FILES: dict[str, type[FileRecord]] = {
     "plan": Plan,
     "profile": Profile,
     "sensitivity": Sensitivity,
@@ -33,16 +32,13 @@ class RunRecords:
     @property
     def structures(self) -> dict[str, str]:
         """The hash of the model that each record is about, by file; the first is the run's."""
-        found = {}
-        if self.plan:
-            found["plan"] = self.plan.fingerprint.structure
-        if self.profile:
-            found["profile"] = self.profile.model.structure
-        if self.sensitivity:
-            found["sensitivity"] = self.sensitivity.structure
-        if self.search:
-            found["search"] = self.search.structure
-        return found
+        found = {
+            "plan": self.plan.fingerprint.structure if self.plan else None,
+            "profile": self.profile.model.structure if self.profile else None,
+            "sensitivity": self.sensitivity.structure if self.sensitivity else None,
+            "search": self.search.structure if self.search else None,
+        }
+        return {name: structure for name, structure in found.items() if structure is not None}
 
 
 def load_run(folder: Path | str) -> RunRecords:

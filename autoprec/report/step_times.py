@@ -152,18 +152,12 @@ def _joint_basis(*bases: Basis) -> Basis:
 
 def _measured(record: Profile | Verification | None, source: str) -> dict[str, Step]:
     """Return the steps that a record timed."""
-    return {
-        step.label: Step(
-            ms=step.timing.median_ms,
-            basis=step.timing.basis,
-            source=source,
-            low_ms=step.timing.p20_ms,
-            high_ms=step.timing.p80_ms,
-            samples=step.timing.samples,
-            peak_bytes=step.peak_bytes,
-        )
-        for step in (record.steps if record else ())
-    }
+    found = {}
+    for step in record.steps if record else ():
+        t = step.timing
+        spread = (t.p20_ms, t.p80_ms)
+        found[step.label] = Step(t.median_ms, t.basis, source, *spread, t.samples, step.peak_bytes)
+    return found
 
 
 def _certified(run: RunRecords) -> dict[str, Step]:

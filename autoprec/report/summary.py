@@ -1,4 +1,4 @@
-"""What a run found, in one value: numbers and sentences that `tune --json` and reports share.
+"""What a run found: the numbers and sentences that `tune --json`, page and terminal share.
 
 Whether FP8 pays is the search's sentence, among the plan's notes: shown as the answer, it is in no
 other list, so that a report cannot say two things.
@@ -92,9 +92,10 @@ class Summary:
 
     @property
     def counted(self) -> str:
-        """The layers in each precision, in words; "" without a plan."""
-        counts = [f"{count} in {precision}" for precision, count in self.counts.items() if count]
-        return f"{count_of(len(self.layers), 'layer')}: {', '.join(counts)}" if counts else ""
+        """The layers in each option, in words; "" without a plan."""
+        options = Counter(self.layers["option"].dropna().map(formats.option))
+        counts = ", ".join(f"{count} in {option}" for option, count in options.most_common())
+        return f"{count_of(len(self.layers), 'layer')}: {counts}" if counts else ""
 
     @property
     def peak_memory(self) -> tuple[int | None, int | None, Basis]:

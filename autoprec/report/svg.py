@@ -82,33 +82,31 @@ def marker(x: float, top: float, bottom: float, words: str, *, kind: str, tip: s
 
 def whisker(low: float, high: float, y: float, *, kind: str = "whisker", tip: str = "") -> Markup:
     """Return a horizontal interval with end caps."""
-    caps = [line(x, y - 4, x, y + 4, kind=kind) for x in (low, high)]
-    return Markup("").join([line(low, y, high, y, kind=kind, tip=tip), *caps])
+    left, right = (line(x, y - 4, x, y + 4, kind=kind) for x in (low, high))
+    return line(low, y, high, y, kind=kind, tip=tip) + left + right
 
 
 def x_axis(
     scale: Scale, top: float, bottom: float, *, label: str, show: Callable[[float], str]
 ) -> Markup:
     """Return grid lines, tick labels and the axis label below the plot."""
-    parts = []
-    for tick in scale.ticks():
-        parts.append(line(scale(tick), top, scale(tick), bottom, kind="grid"))
-        parts.append(text(scale(tick), bottom + 16, show(tick), kind="tick", anchor="middle"))
     middle = (scale.start + scale.end) / 2
-    parts.append(text(middle, bottom + 34, label, kind="axis-label", anchor="middle"))
-    return Markup("").join(parts)
+    axis = text(middle, bottom + 34, label, kind="axis-label", anchor="middle")
+    for tick in scale.ticks():
+        axis += line(scale(tick), top, scale(tick), bottom, kind="grid")
+        axis += text(scale(tick), bottom + 16, show(tick), kind="tick", anchor="middle")
+    return axis
 
 
 def y_axis(
     scale: Scale, left: float, right: float, *, label: str, show: Callable[[float], str]
 ) -> Markup:
     """Return grid lines, tick labels and the axis label above the plot's left edge."""
-    parts = []
+    axis = text(8, min(scale.start, scale.end) - 10, label, kind="axis-label")
     for tick in scale.ticks(5):
-        parts.append(line(left, scale(tick), right, scale(tick), kind="grid"))
-        parts.append(text(left - 8, scale(tick) + 4, show(tick), kind="tick", anchor="end"))
-    parts.append(text(8, min(scale.start, scale.end) - 10, label, kind="axis-label"))
-    return Markup("").join(parts)
+        axis += line(left, scale(tick), right, scale(tick), kind="grid")
+        axis += text(left - 8, scale(tick) + 4, show(tick), kind="tick", anchor="end")
+    return axis
 
 
 def picture(width: float, height: float, content: Iterable[Markup], *, title: str) -> Markup:
@@ -125,11 +123,6 @@ def legend(entries: Iterable[tuple[str, str]]) -> Markup:
         for kind, words in entries
     )
     return Markup('<div class="legend">{}</div>').format(Markup("").join(items))
-
-
-def plain_number(value: float) -> str:
-    """Return a round number as an axis shows it."""
-    return f"{value:,.6g}"
 
 
 def fitted(words: str, width: float) -> str:

@@ -18,9 +18,9 @@ def recipe_table(sensitivity: Sensitivity) -> Table:
         parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
         grad_error = sensitivity.activation_error.mean + parts
         gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
-        is_applied = option.recipe in APPLICABLE_RECIPES
         title = formats.option(option)
-        title += "" if is_applied else " (for comparison; no plan applies it)"
+        if option.recipe not in APPLICABLE_RECIPES:
+            title += " (for comparison; no plan applies it)"
         shares = (formats.share(grad_error), formats.share(gap, sign=True))
         rows.append((title, str(len(own)), *shares))
     gap_title = f"predicted loss gap, {HORIZON_STEPS} steps"

@@ -48,7 +48,10 @@ def print_summary(run: RunRecords, console: Console, *, out: Path | str | None =
     found = summarise_run(run)
     parts = layers_parts(found.layers, console.width) if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
-    parts += [*section("Answer"), *_answer_lines(found), *notes(found.notes)]
+    parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
+    parts += [Line(answer, "bold") for answer in (found.fp8_answer, found.memory_answer) if answer]
+    parts += [Line(found.ceiling.sentence)] if found.ceiling else []
+    parts += notes(found.notes)
     parts += [*section("Next"), *_next_lines(found, out)]
     print_parts(parts, console)
 
@@ -88,22 +91,13 @@ def _steps_parts(found: Summary) -> list[Part]:
     return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5))]
 
 
-def _proof_lines(found: Summary) -> Iterator[Line]:
-    """Yield what is proven of the plan's loss, and the gap of BF16 O2 beside it."""
-    yield Line(found.verdict_sentence, STYLES[found.verdict])
-    proof = found.run.verification
-    if proof and proof.control_gap:
-        spread = proof.seed_spread
-        beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
-        yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
-
-
 def _speedup(speedup: Speedup) -> str:
     interval = formats.interval(speedup.low, speedup.high, formats.ratio)
     return formats.ratio(speedup.value) + (f" ({interval})" if interval else "")
 
 
 def _loss_lines(found: Summary) -> Iterator[Line]:
+    """Yield what the plan costs in loss: predicted from its gradient error, then as proven."""
     if found.grad_error is not None:
         yield Line(
             f"gradient error {formats.grad_error(found.grad_error)} ({found.grad_error_basis}) => "
@@ -115,17 +109,12 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
             f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
             f"{_speedup(found.time_to_loss)} (predicted)"
         )
-    yield from _proof_lines(found)
-
-
-def _answer_lines(found: Summary) -> list[Line]:
-    lines = [
-        Line(found.counted),
-        Line(found.fp8_answer, "bold"),
-        Line(found.memory_answer, "bold"),
-        Line(found.ceiling.sentence if found.ceiling else ""),
-    ]
-    return [line for line in lines if line.text]
+    yield Line(found.verdict_sentence, STYLES[found.verdict])
+    proof = found.run.verification
+    if proof and proof.control_gap:
+        spread = proof.seed_spread
+        beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
+        yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
 
 
 def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
@@ -140,32 +129,29 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
             "with --keep 'NAME=bf16_o2', or give the search more --trials"
         )
     else:
-        yield from map(Line, _before_pasting(found))
+        step, speedups = found.steps.get("plan"), found.speedups.items()
+        faster = [label for label, each in speedups if each.high is not None and each.high < 1.0]
+        if step is not None and step.basis is not Basis.MEASURED:
+            yield Line(
+                "step times are predicted: run `autoprec verify` on the target before you rely "
+                "on it"
+            )
+        else:
+            if faster:  # beyond doubt: the whole interval
+                names = " and ".join(map(step_title, faster))
+                yield Line(f"beware: {names} took less time than this plan when measured")
+            yield Line("paste into the training script, after the optimizer is made:")
         yield Line("  import autoprec", "bold", is_whole=True)
         yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
     if out is not None:
         yield Line(f"report: {(Path(out) / 'report.html').as_posix()}", is_whole=True)
 
 
-def _before_pasting(found: Summary) -> Iterator[str]:
-    step = found.steps.get("plan")
-    if step is not None and step.basis is not Basis.MEASURED:
-        yield "step times are predicted: run `autoprec verify` on the target before you rely on it"
-        return
-    speedups = found.speedups.items()
-    faster = [label for label, each in speedups if each.high is not None and each.high < 1.0]
-    if faster:  # beyond doubt: the whole interval
-        names = " and ".join(map(step_title, faster))
-        yield f"beware: {names} took less time than this plan when measured"
-    yield "paste into the training script, after the optimizer is made:"
-
-
 def _profile_parts(profile: Profile) -> list[Part]:
     """Return what the options cost: the slowest layers first, alike ones together; whole steps."""
     found = summarise_run(RunRecords(profile=profile))
-    folded = fold_layers(found.layers).sort_values(
-        "bf16_o2_total_ms", ascending=False, kind="stable"
-    )
+    folded = fold_layers(found.layers)
+    folded = folded.sort_values("bf16_o2_total_ms", ascending=False, kind="stable")
     folded["ratio"] = folded["bf16_o2_total_ms"] / folded["best_fp8_total_ms"]
     columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
     rows = [
@@ -257,10 +243,9 @@ def _search_parts(search: Search) -> list[Part]:
 def _plan_parts(plan: Plan, width: int) -> list[Part]:
     """Return every layer of a plan with its reason, and what is known of the whole."""
     found = summarise_run(RunRecords(plan=plan))
-    made, error = plan.fingerprint, f"{formats.share(plan.grad_error)} ({plan.grad_error_basis})"
+    made = plan.fingerprint
     lines = [
         found.counted or "0 layers: none",
-        f"gradient error {error}" if plan.grad_error is not None else "",
         f"made for {made.device}, {made.tokens_per_step} tokens a step, {made.structure}",
         f"outside any layer: {', '.join(plan.uncovered)}" if plan.uncovered else "",
     ]
@@ -269,7 +254,7 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
         *_steps_parts(found),
         Line(""),
         *(Line(line) for line in lines if line),
-        *_proof_lines(found),
+        *_loss_lines(found),
         *notes(plan.notes),
     ]
 
@@ -287,7 +272,7 @@ def _verification_parts(verification: Verification) -> list[Part]:
         Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
         *_steps_parts(found),
         Line(""),
-        *_proof_lines(found),
+        *_loss_lines(found),
         *notes(verification.notes),
     ]
 
