@@ -139,15 +139,14 @@ def gap_figure(verification: Verification) -> Markup:
     gaps = {"bf16_o2": verification.control_gap, "plan": verification.gap}
     seeds = {label: seed_gaps(verification, label) for label in gaps}
     tolerance = verification.loss_tolerance
+    words = f"tolerance {formats.share(tolerance)}"
     ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]
     ends += [end for gap in gaps.values() if gap for end in (gap.low, gap.high)]
     x = Scale(*svg.padded(min(ends), max(ends)), 190.0, WIDTH - 40.0)
     parts = [
         svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=SIGNED),
         svg.marker(x(0.0), 24.0, 130.0, "FP32", kind="zero"),
-        svg.marker(
-            x(tolerance), 24.0, 130.0, f"tolerance {formats.share(tolerance)}", kind="limit"
-        ),
+        svg.marker(x(tolerance), 24.0, 130.0, words, kind="limit"),
     ]
     titles = {"bf16_o2": "BF16 O2 (control)", "plan": "this plan"}
     for y, (label, gap) in zip((52.0, 100.0), gaps.items(), strict=True):

@@ -117,9 +117,9 @@ def step_title(label: str) -> str:
     return STEP_TITLES.get(label, clean_text(label))
 
 
-def and_more(number: int, noun: str, where: str = "") -> str:
-    """Return the line below a list that was cut: `... and 3 more layers`."""
-    return f"... and {count_of(number, f'more {noun}')}{where}"
+def and_more(number: int, noun: str, where: str = "") -> list[str]:
+    """Return the line below a list that was cut, `... and 3 more layers`; none for a whole one."""
+    return [f"... and {count_of(number, f'more {noun}')}{where}"] if number > 0 else []
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:

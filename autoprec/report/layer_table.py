@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING
 from autoprec.records import Option
 from autoprec.report import formats
 from autoprec.report.formats import and_more
-from autoprec.report.layer_frame import (
-    BASELINES,
-    COLUMNS,
-    Column,
-    Row,
-    View,
-    columns_of,
-    frame_rows,
-)
+from autoprec.report.layer_frame import BASELINES, COLUMNS, Row, View, columns_of, frame_rows
 from autoprec.report.text_table import STYLES, Cell, Line, Part, Table
 
 if TYPE_CHECKING:
@@ -43,17 +35,29 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
     shown, total = frame_rows(longest.sort_index()), total_row(frame)
     columns = columns_of(view, [*shown, total])
-    rows = [_cells(row, columns, view) for row in (*shown, total)]
+    rows = []
+    for row in (*shown, total):
+        cells: dict[str, Cell] = {column.name: column.show(row[column.name]) for column in columns}
+        name, why = Line(row["name"], "bold"), Line(row["reason"] or "", "dim")
+        cells["name"] = (name, why) if view is View.NARROW and why.text else name
+        cells["reason"] = why
+        if row["option"]:  # in the colour of its precision
+            option = Option.parse(row["option"])
+            text, style = formats.option(option), STYLES[option.precision]
+            lines = text.split(" ", 1) if view is View.NARROW else [text]
+            cells["option"] = tuple(Line(line, style) for line in lines)
+        rows.append([cells[column.name] for column in columns])
     heads = [column.title for column in columns]
     if view is View.NARROW:
         heads[0] = "layer: why"
     numbers = [index for index, column in enumerate(columns) if column.is_number]
     widest = 0 if view is View.NARROW else len(columns) - 1
-    table = Table(heads, rows, numbers, widest, has_total=True)
-    parts: list[Part] = [Line("Layers", "bold"), table]
-    if rest := len(frame) - sum(row["layers"] for row in shown):
-        parts.append(Line(and_more(rest, "layer", " that take less time; see layers.csv")))
-    return parts
+    rest = len(frame) - sum(row["layers"] for row in shown)
+    return [
+        Line("Layers", "bold"),
+        Table(heads, rows, numbers, widest, has_total=True),
+        *map(Line, and_more(rest, "layer", " that take less time; see layers.csv")),
+    ]
 
 
 def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -96,19 +100,6 @@ def _summed(frame: "pd.DataFrame", groups: "pd.Series[int]") -> "pd.DataFrame":
     folded["grad_error_stderr"] = squares.agg(lambda each: each.sum(skipna=False)).pow(0.5)
     folded["layers"] = grouped.size()
     return folded
-
-
-def _cells(row: Row, columns: Sequence[Column], view: View) -> list[Cell]:
-    """Return a row's cells; its name is bold, its reason dim, its option in its own colour."""
-    drawn: dict[str, Cell] = {column.name: column.show(row[column.name]) for column in columns}
-    name, why = Line(row["name"], "bold"), Line(row["reason"] or "", "dim")
-    drawn["name"] = (name, why) if view is View.NARROW and why.text else name
-    drawn["reason"] = why
-    if row["option"]:
-        style, text = STYLES[Option.parse(row["option"]).precision], formats.option(row["option"])
-        lines = text.split(" ", 1) if view is View.NARROW else [text]
-        drawn["option"] = tuple(Line(line, style) for line in lines)
-    return [drawn[column.name] for column in columns]
 
 
 def _common_name(names: Sequence[str]) -> str:

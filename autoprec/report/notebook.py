@@ -23,7 +23,8 @@ def plan_text(plan: Plan) -> str:
     options = [formats.option(row["option"]) for row in rows[:MOST_LINES]]
     width = max(map(len, options), default=0)
     layers = [f"  {o:{width}}  {row['name']}" for o, row in zip(options, rows, strict=False)]
-    more = [f"  {line}" for line in _rest(rows[MOST_LINES:])]
+    rest = sum(row["layers"] for row in rows[MOST_LINES:])
+    more = [f"  {line}" for line in and_more(rest, "layer")]
     return "\n".join(map(clean_text, [*_sentences(found), *layers, *more]))
 
 
@@ -36,7 +37,8 @@ def run_html(records: RunRecords) -> str:
     """Return what a run found as a fragment of HTML, for a notebook."""
     found = summarise_run(records)
     rows = _by_option(found)
-    lines = [*_sentences(found), *_rest(rows[MOST_ROWS:])]
+    rest = sum(row["layers"] for row in rows[MOST_ROWS:])
+    lines = [*_sentences(found), *and_more(rest, "layer")]
     columns = columns_of(View.NOTEBOOK, rows)
     return render("notebook.html", lines=lines, columns=columns, rows=rows[:MOST_ROWS])
 
@@ -51,7 +53,3 @@ def _by_option(found: Summary) -> list[Row]:
     """Return the folded rows, those of one option together, FP8 first."""
     rows = frame_rows(fold_layers(found.layers))
     return sorted(rows, key=lambda row: row["option"] or "", reverse=True)
-
-
-def _rest(rows: list[Row]) -> list[str]:
-    return [and_more(sum(row["layers"] for row in rows), "layer")] if rows else []

@@ -160,14 +160,12 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
     """Return the one object that `tune --json` prints; what is not known is null."""
     found = summarise_run(run)
     steps, speedups, gap = found.steps, found.speedups, found.gap
-    labels = ("plan", *BASELINES)
+    labels, values = ("plan", *BASELINES), {x: each.value for x, each in speedups.items()}
     unknown_gap = {"mean": None, "low": None, "high": None, "confidence": None, "seeds": 0}
     return {
         "step_ms": {x: steps[x].ms if x in steps else None for x in labels},
         "step_basis": {x: steps[x].basis.value if x in steps else None for x in labels},
-        "step_speedup": {
-            f"vs_{x}": speedups[x].value if x in speedups else None for x in BASELINES
-        },
+        "step_speedup": {f"vs_{x}": values.get(x) for x in BASELINES},
         "step_speedup_interval": {f"vs_{x}": _interval(speedups.get(x)) for x in BASELINES},
         "grad_error": found.grad_error.mean if found.grad_error else None,
         "grad_error_basis": found.grad_error_basis.value,

@@ -153,21 +153,16 @@ def _profile_parts(profile: Profile) -> list[Part]:
     folded = fold_layers(found.layers)
     folded = folded.sort_values("bf16_o2_total_ms", ascending=False, kind="stable")
     folded["ratio"] = folded["bf16_o2_total_ms"] / folded["best_fp8_total_ms"]
-    columns = ("fp32_total_ms", "bf16_o2_total_ms", "best_fp8_total_ms")
-    rows = [
-        (
-            row["name"],
-            formats.option(row["best_fp8"]).removeprefix("fp8_o1 "),
-            *(formats.ms(row[column]) for column in columns),
-            formats.ratio(row["ratio"]),
-        )
-        for row in frame_rows(folded.head(MOST_SHOWN))
-    ]
+    rows = []
+    for row in frame_rows(folded.head(MOST_SHOWN)):
+        recipe = formats.option(row["best_fp8"]).removeprefix("fp8_o1 ")
+        times = (row["fp32_total_ms"], row["bf16_o2_total_ms"], row["best_fp8_total_ms"])
+        rows.append((row["name"], recipe, *map(formats.ms, times), formats.ratio(row["ratio"])))
     heads = ("layer", "best FP8 recipe", "FP32 ms", "BF16 ms", "FP8 ms", "FP8 vs BF16")
     return [
         Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
         Table(heads, rows, numbers=range(2, 6), widest=0),
-        *_rest(len(folded) - MOST_SHOWN, "row", "profile.json"),
+        *map(Line, and_more(len(folded) - MOST_SHOWN, "row", " in profile.json")),
         *_steps_parts(found),
         *notes(profile_notes(profile)),
         _cost(profile.step_equivalents),
@@ -191,7 +186,7 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     return [
         Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
         Table(heads, rows, numbers=range(1, len(heads)), widest=0),
-        *_rest(len(ranked) - MOST_SHOWN, "layer", "sensitivity.json"),
+        *map(Line, and_more(len(ranked) - MOST_SHOWN, "layer", " in sensitivity.json")),
         *map(Line, _sensitivity_sentences(sensitivity)),
         _cost(sensitivity.step_equivalents),
         *notes(sensitivity.notes),
@@ -322,10 +317,6 @@ def _gemm_sentences(times: dict[str, Timing]) -> Iterator[str]:
         beside = "" if label == "bf16" else f", {formats.ratio(ratio)} as fast as BF16"
         samples = count_of(timing.samples, "sample")
         yield f"{label}: {formats.ms(timing.median_ms)} ms ({samples}, {timing.basis}){beside}"
-
-
-def _rest(number: int, noun: str, where: str) -> list[Part]:
-    return [Line(and_more(number, noun, f" in {where}"))] if number > 0 else []
 
 
 def _cost(step_equivalents: float) -> Line:
