@@ -48,6 +48,7 @@ def within(plans: list[Plan], budget: float) -> list[Plan]:
     share=st.floats(0.0, 1.0),
     memory_share=st.one_of(st.just(math.inf), st.floats(0.2, 1.0)),
 )
+@example(groups=WHOLE_ERRORS, outside=Outside(), share=5e-324, memory_share=math.inf)
 @examples(120)
 def test_the_soonest_plan_equals_brute_force(
     groups: Groups, outside: Outside, share: float, memory_share: float
@@ -86,9 +87,18 @@ WHOLE_ERRORS: Groups = [  # HiGHS rounds such a row: 3 within a budget just belo
 ]
 
 
+FALSELY_INFEASIBLE: Groups = [  # by HiGHS's presolve, for a budget just below an error of 8
+    [Item(0.0, 3.0, is_16_bit=False)],
+    [Item(0.0, 0.0, is_16_bit=False), Item(0.0, 1.0), Item(0.0, 1.5)],
+    [Item(0.0, 4.0, is_16_bit=False), Item(1.0, 3.0, is_16_bit=False)],
+    [Item(0.0, 1.0, is_16_bit=False), Item(1.0, 0.0, is_16_bit=False)],
+]
+
+
 @given(groups=groups_of, outside=outsides)
 @example(groups=ONE_ROUNDING_APART, outside=Outside())
 @example(groups=WHOLE_ERRORS, outside=Outside())
+@example(groups=FALSELY_INFEASIBLE, outside=Outside())
 @examples(60)
 def test_the_front_equals_brute_force(groups: Groups, outside: Outside) -> None:
     plans = every_plan(groups, outside)

@@ -30,6 +30,7 @@ from scipy.sparse import csr_array
 
 ROUNDING = 1e-9  # relative; sums in another order must not decide what fits or what wins
 SCALE = 1e3  # costs and limits are in parts of it, which HiGHS keeps to 1e-6
+TINY = 1e-250  # a limit below it is none at all: nothing is in parts of it
 MARGIN = 2e-6  # relative; where it scales a row so that a plan above the limit passes
 TIE = 1e-6  # of the time, for the largest gradient error: of plans as fast the least one is taken
 FIRST_GAP = 0.1  # of SCALE; most plans are this close to the linear program's value
@@ -193,16 +194,20 @@ class Knapsack:
                 LinearConstraint(self._one_each[:, core], 1.0, 1.0),
                 LinearConstraint(rows[:, core], -np.inf, most),
             ]
-            with _silenced():
-                answer = milp(
-                    cost[core],
-                    integrality=(core < len(self._ms)).astype(np.int64),
-                    bounds=Bounds(0.0, upper[core]),
-                    constraints=constraints,
-                    options={"mip_rel_gap": 0.0},
-                )
-            above = math.inf if answer.x is None else answer.fun - relaxed.fun
             is_all = len(core) == np.count_nonzero(upper)
+            # Its presolve calls programs infeasible that are not, where a limit is just below a plan.
+            for presolve in (True, False) if is_all else (True,):
+                with _silenced():
+                    answer = milp(
+                        cost[core],
+                        integrality=(core < len(self._ms)).astype(np.int64),
+                        bounds=Bounds(0.0, upper[core]),
+                        constraints=constraints,
+                        options={"mip_rel_gap": 0.0, "presolve": presolve},
+                    )
+                if answer.x is not None:
+                    break
+            above = math.inf if answer.x is None else answer.fun - relaxed.fun
             if above <= gap or is_all:  # what was left out could not lead to less
                 return None if answer.x is None else self._solution(core[answer.x > 0.5])
             gap = min(above * (1.0 + ROUNDING), 10.0 * gap)
@@ -224,7 +229,7 @@ class Knapsack:
             if left < 0.0:
                 return None
             if math.isfinite(limit):
-                unit = SCALE / limit if limit > 0.0 else 0.0
+                unit = SCALE / limit if limit > TINY else 0.0
                 upper[:-1][values > left] = 0.0
                 rows.append(np.append(np.where(values <= left, values * unit, 0.0), 0.0))
                 most.append((limit - beside) * unit)
