@@ -42,6 +42,28 @@ def within(plans: list[Plan], budget: float) -> list[Plan]:
     return [plan for plan in plans if plan[1] <= budget * (1.0 + CLOSE)]
 
 
+ONE_ROUNDING_APART: Groups = [  # 18.35948853161409 and 18.359488531614094 ms in some order
+    [Item(6.1198295105380305, 1.0), Item(6.11982951053803, 1.5)],
+    [Item(6.1198295105380305, 1.0), Item(6.11982951053803, 1.5)],
+    [Item(6.1198295105380305, 1.0), Item(6.1198295105380305, 0.5)],
+]
+
+
+WHOLE_ERRORS: Groups = [  # HiGHS rounds such a row: 3 within a budget just below it
+    [Item(0.0, 0.0)],
+    [Item(0.0, 2.0), Item(1.0, 1.0), Item(2.0, 0.0)],
+    [Item(0.0, 2.0), Item(0.0, 1.0), Item(1.0, 0.0)],
+]
+
+
+FALSELY_INFEASIBLE: Groups = [  # by HiGHS's presolve, for a budget just below an error of 8
+    [Item(0.0, 3.0, is_16_bit=False)],
+    [Item(0.0, 0.0, is_16_bit=False), Item(0.0, 1.0), Item(0.0, 1.5)],
+    [Item(0.0, 4.0, is_16_bit=False), Item(1.0, 3.0, is_16_bit=False)],
+    [Item(0.0, 1.0, is_16_bit=False), Item(1.0, 0.0, is_16_bit=False)],
+]
+
+
 @given(
     groups=groups_of,
     outside=outsides,
@@ -71,28 +93,6 @@ def test_the_soonest_plan_equals_brute_force(
     assert (plan.ms, plan.grad_error, plan.memory) == pytest.approx(sums)
     assert plan.grad_error <= budget * (1.0 + CLOSE)
     assert plan.memory <= memory * (1.0 + CLOSE)
-
-
-ONE_ROUNDING_APART: Groups = [  # 18.35948853161409 and 18.359488531614094 ms in some order
-    [Item(6.1198295105380305, 1.0), Item(6.11982951053803, 1.5)],
-    [Item(6.1198295105380305, 1.0), Item(6.11982951053803, 1.5)],
-    [Item(6.1198295105380305, 1.0), Item(6.1198295105380305, 0.5)],
-]
-
-
-WHOLE_ERRORS: Groups = [  # HiGHS rounds such a row: 3 within a budget just below it
-    [Item(0.0, 0.0)],
-    [Item(0.0, 2.0), Item(1.0, 1.0), Item(2.0, 0.0)],
-    [Item(0.0, 2.0), Item(0.0, 1.0), Item(1.0, 0.0)],
-]
-
-
-FALSELY_INFEASIBLE: Groups = [  # by HiGHS's presolve, for a budget just below an error of 8
-    [Item(0.0, 3.0, is_16_bit=False)],
-    [Item(0.0, 0.0, is_16_bit=False), Item(0.0, 1.0), Item(0.0, 1.5)],
-    [Item(0.0, 4.0, is_16_bit=False), Item(1.0, 3.0, is_16_bit=False)],
-    [Item(0.0, 1.0, is_16_bit=False), Item(1.0, 0.0, is_16_bit=False)],
-]
 
 
 @given(groups=groups_of, outside=outsides)

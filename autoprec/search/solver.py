@@ -195,7 +195,7 @@ class Knapsack:
                 LinearConstraint(rows[:, core], -np.inf, most),
             ]
             is_all = len(core) == np.count_nonzero(upper)
-            # Its presolve calls programs infeasible that are not, where a limit is just below a plan.
+            # HiGHS's presolve may call a program infeasible when a limit is just below a plan.
             for presolve in (True, False) if is_all else (True,):
                 with _silenced():
                     answer = milp(
