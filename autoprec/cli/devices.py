@@ -120,13 +120,8 @@ def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> No
 
     if device:
         load_device_profile(device)  # a wrong argument is no matter of single rows
-    table = predict_table(
-        read_text(path, what="CSV"),
-        source=str(path),
-        device=device,
-        recipe=parse_recipe(recipe),
-        compiled=compiled,
-    )
+    text, priced = read_text(path, what="CSV"), parse_recipe(recipe)
+    table = predict_table(text, source=str(path), device=device, recipe=priced, compiled=compiled)
     typer.echo(table.to_csv(index=False, lineterminator="\n"), nl=False)
     answers = table.iloc[:, -len(ADDED) :].set_axis(ADDED, axis="columns")
     failed = answers[answers["profile"] == ""]

@@ -78,13 +78,14 @@ def calibrate_profile(
         fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
         found[KERNELS[kernel].fraction] = statistics.median(fractions)
     found |= cast_constants(machine, measured)
+    made = {name: _constant(name, value, source) for name, value in found.items()}
     return base.model_copy(
         update={
             "name": title.lower().replace(" ", "-"),
             "title": title,
             "aliases": (),
             "basis": Basis.MEASURED,
-            "constants": {**base.constants, **_labelled(found, source)},
+            "constants": base.constants | made,
             "notes": (f"what was not measured is of {base.name}",),
         }
     )
@@ -120,20 +121,12 @@ def cast_constants(machine: Machine, measured: Measured) -> dict[str, float]:
     return found
 
 
-def _labelled(found: Mapping[str, float], source: str) -> dict[str, Constant]:
-    for name, value in found.items():
-        bounds = CONSTANTS[name]
-        if not bounds.low <= value <= bounds.high:
-            raise DeviceError(
-                f"{name} must be {bounds.span}, but {value:g} was measured; measure again with "
-                "the device idle"
-            )
-    return {
-        name: Constant(
-            value=float(f"{value:.5g}"),
-            unit=CONSTANTS[name].unit,
-            kind=ConstantKind.MEASURED,
-            source=source,
+def _constant(name: str, value: float, source: str) -> Constant:
+    bounds = CONSTANTS[name]
+    if not bounds.low <= value <= bounds.high:
+        raise DeviceError(
+            f"{name} must be {bounds.span}, but {value:g} was measured; measure again with "
+            "the device idle"
         )
-        for name, value in found.items()
-    }
+    rounded = float(f"{value:.5g}")
+    return Constant(value=rounded, unit=bounds.unit, kind=ConstantKind.MEASURED, source=source)

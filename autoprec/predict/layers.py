@@ -47,10 +47,9 @@ def time_layers(
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in layers:
         if layer.calls:
-            own = (layer.options, layer.tied_to is None, savings.get(layer.name))
-            groups.setdefault(
-                (layer.shape_key, split_axis(layer, setting.parallel), *own), []
-            ).append(layer)
+            axis, saving = split_axis(layer, setting.parallel), savings.get(layer.name)
+            key = (layer.shape_key, axis, layer.options, layer.tied_to is None, saving)
+            groups.setdefault(key, []).append(layer)
     return tuple(
         _layer_timing(group, option, setting, saving=savings.get(group[0].name, 0.0))
         for group in groups.values()
@@ -153,10 +152,9 @@ def _gemm_shape(layer: LayerSpec, call: CallSpec, parallel: Parallel) -> tuple[i
 
 
 def _traffic_us(moved: float, setting: Setting) -> float:
-    floor = setting.machine.kernel_floor_us
-    if not setting.compiled:
-        floor = max(floor, setting.machine.eager_host_us)
-    return max(moved / setting.machine.bytes_per_us, floor)
+    machine = setting.machine
+    host = 0.0 if setting.compiled else machine.eager_host_us
+    return max(moved / machine.bytes_per_us, machine.kernel_floor_us, host)
 
 
 def _numel(parameters: Iterable[ParameterSpec]) -> int:

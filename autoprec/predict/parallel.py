@@ -30,6 +30,7 @@ LARGEST_DEGREE = 1 << 20
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice
 MOST_NAMED = 3  # layers in a note
 _ROLE_NAMES = "roles are read from names such as q_proj, o_proj, up_proj, down_proj, fc1 or lm_head"
+_SHARED_HEADS = " (Megatron lets devices share one, torch's tensor parallelism does not)"
 _EXAMPLE = "write e.g. fsdp=8, tp=8 or fsdp=32,tp=8"
 
 
@@ -110,7 +111,14 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
             f"tp must divide the layers that it splits, but {layer.name} has {axis}={size} and "
             f"tp={parallel.tp}; choose a degree that divides it"
         )
-    _check_heads(layer, parallel)
+    if layer.heads and layer.heads % parallel.tp:  # it would cut through an attention head
+        is_shared = role_of(layer) in KEY_VALUE_ROLES
+        kind, why = ("key/value ", _SHARED_HEADS) if is_shared else ("", "")
+        raise DeviceError(
+            f"tp must divide the attention heads{' and the key/value heads' if is_shared else ''}, "
+            f"but {layer.name} has {layer.heads} {kind}heads and tp={parallel.tp}; choose a "
+            f"divisor of {layer.heads}{why}"
+        )
     return gemm.model_copy(update={axis: size // parallel.tp})
 
 
@@ -153,19 +161,6 @@ def collective_us(machine: Machine, moved: float, *, members: int, per_node: int
     if members > per_node:
         link = min(link, machine.network_gbs * per_node)
     return moved * (members - 1) / members / (link * 1e3 * machine.link_fraction)
-
-
-def _check_heads(layer: LayerSpec, parallel: Parallel) -> None:
-    """Refuse a degree that would cut through an attention head."""
-    if not layer.heads or layer.heads % parallel.tp == 0:
-        return
-    is_shared = role_of(layer) in KEY_VALUE_ROLES
-    why = " (Megatron lets devices share one, torch's tensor parallelism does not)"
-    raise DeviceError(
-        f"tp must divide the attention heads{' and the key/value heads' if is_shared else ''}, but "
-        f"{layer.name} has {layer.heads} {'key/value ' if is_shared else ''}heads and "
-        f"tp={parallel.tp}; choose a divisor of {layer.heads}{why if is_shared else ''}"
-    )
 
 
 def _is_known(name: str, value: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.recipes import Precision
-from autoprec.model.roles import AttentionBlock, Role, attention_blocks, role_of
+from autoprec.model.roles import Role, attention_blocks, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
 from autoprec.predict.parallel import (
@@ -99,9 +99,14 @@ def autocast_extra_us(spec: ModelSpec, setting: Setting) -> float:
 
 def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting) -> float:
     """Return attention, residuals, activations and loss, forward and backward."""
-    machine = setting.machine
-    attention = sum(_attention_us(block, activation, setting) for block in attention_blocks(layers))
-    glue = loss = 0.0
+    machine, tp = setting.machine, setting.parallel.tp
+    rate = machine.bf16_peak_tflops * machine.attention_fraction * 1e6
+    if activation.precision is Precision.FP32:
+        rate = kernel_flops_per_us(machine, Kernel.FP32)
+    attention = glue = loss = 0.0
+    for block in attention_blocks(layers):
+        flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / tp
+        attention += block.calls * flops * (1 + BACKWARD) / rate
     for layer in layers:
         if layer.kind is not LayerKind.LINEAR or layer.gemm is None:
             continue
@@ -146,8 +151,8 @@ def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict
         return {}
     plain = replace(setting, parallel=replace(setting.parallel, fp8_gather=False))
     before, after = (
-        step_times(spec, lambda layer: option if option in layer.options else BF16_O2, setting)
-        for setting in (plain, setting)
+        step_times(spec, lambda layer: option if option in layer.options else BF16_O2, each)
+        for each in (plain, setting)
     )
     # Weights are gathered by FSDP, inputs by tensor parallelism: each saving by its own bytes.
     weights = {layer.name: _numel(layer, setting) for layer in takes}
@@ -210,12 +215,3 @@ def _tensor_parallel_us(
 
 def _numel(layer: LayerSpec, setting: Setting) -> float:
     return parameter_share(layer, setting.parallel) * sum(p.numel for p in layer.parameters)
-
-
-def _attention_us(block: AttentionBlock, activation: Option, setting: Setting) -> float:
-    machine = setting.machine
-    flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / setting.parallel.tp
-    rate = machine.bf16_peak_tflops * machine.attention_fraction * 1e6
-    if activation.precision is Precision.FP32:
-        rate = kernel_flops_per_us(machine, Kernel.FP32)
-    return block.calls * flops * (1 + BACKWARD) / rate

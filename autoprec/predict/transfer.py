@@ -190,11 +190,10 @@ def _weights(index: int, count: int, sources: int) -> dict[int, float]:
     if count == 1:
         return dict.fromkeys(range(sources), 1.0 / sources)
     depth = index / (count - 1) * (sources - 1)
-    below = min(int(depth), sources - 1)
-    above = min(below + 1, sources - 1)
-    if above == below or depth == below:
+    below = int(depth)
+    if depth == below:
         return {below: 1.0}
-    return {below: above - depth, above: depth - below}
+    return {below: below + 1 - depth, below + 1: depth - below}
 
 
 def _role(name: str, parts: int | None) -> str:
