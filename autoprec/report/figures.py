@@ -82,7 +82,8 @@ def pareto_figure(search: Search) -> Markup:
         parts.append(svg.text(x.end, at - 6.0, words, kind="tick", anchor="end"))
     if x.low <= bound_ms <= x.high:
         tip = f"no plan within the budget is faster than {formats.ms(bound_ms)} ms (additive)"
-        parts.append(svg.marker(x(bound_ms), 34.0, 380.0, "proven bound", kind="bound", tip=tip))
+        at, words = x(bound_ms), "proven bound"
+        parts.append(svg.marker(at, 34.0, 380.0, words, kind="bound", tip=tip, anchor="start"))
     # the front is a staircase: between two points the left one is the best there is
     stairs = ""
     for point in sorted(search.front, key=lambda point: point.step_ms):

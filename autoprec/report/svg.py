@@ -74,10 +74,12 @@ def dot(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> Marku
     return mark("circle", cx=x, cy=y, r=radius, kind=kind, tip=tip)
 
 
-def marker(x: float, top: float, bottom: float, words: str, *, kind: str, tip: str = "") -> Markup:
+def marker(
+    x: float, y1: float, y2: float, words: str, *, kind: str, tip: str = "", anchor: str = "middle"
+) -> Markup:
     """Return a vertical line through a chart, with words above it."""
-    shown = text(x, top - 7.0, words, kind="tick", anchor="middle")
-    return line(x, top, x, bottom, kind=kind, tip=tip) + shown
+    shown = text(x, y1 - 7.0, words, kind="tick", anchor=anchor)
+    return line(x, y1, x, y2, kind=kind, tip=tip) + shown
 
 
 def whisker(low: float, high: float, y: float, *, kind: str = "whisker", tip: str = "") -> Markup:
