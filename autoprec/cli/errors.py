@@ -17,29 +17,22 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def one_line_of(error: Exception) -> str | None:
-    """Return what a user is told of an error; None for one that is a fault of ours."""
+    """Return the line that a user is told of an error; None for one that is a fault of ours."""
     if isinstance(error, AutoprecError):
         return " ".join(str(error).split())
     if isinstance(error, TyperException):
         return error.format_message()
-    if isinstance(error, OSError):
-        return _disk_trouble(error)
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return (
+            f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
+            "on the disk, or write elsewhere"
+        )
     if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
         return None
     reason = " ".join(str(error).split())[:160]
     return (
         f"what is run must fit into the device's memory, but {reason}; "
         "use smaller batches or a smaller model, or a larger device"
-    )
-
-
-def _disk_trouble(error: OSError) -> str | None:
-    """Return what a user is told where output cannot be written; None for any other trouble."""
-    if error.errno not in CANNOT_WRITE:
-        return None
-    return (
-        f"output must have somewhere to go, but writing failed ({error.strerror}); make room on "
-        "the disk, or write elsewhere"
     )
 
 

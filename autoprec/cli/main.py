@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.exceptions import TyperException
@@ -25,7 +25,7 @@ from autoprec.tuning.settings import STAGES, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autoprec.records import Record
+    from autoprec.records import Plan, Record
     from autoprec.tuning.run import Run
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ Workload = Annotated[
     str, typer.Argument(metavar="MODEL.py", help="The workload: FILE or FILE:NAME.")
 ]
 Words = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+    list[str] | None,
     typer.Argument(
         metavar="[MODEL.py] [-- ARGS]",
         help="The workload: FILE or FILE:NAME. With --script: the script's own arguments.",
@@ -64,7 +64,15 @@ INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 @with_settings()
 def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
     """Find, prove and save the precision plan of a model: every stage, then the report."""
-    settings = _tune_settings(words or [], given)
+    if given["script"]:
+        settings = Settings.of(script_args=tuple(words or ()), **given)
+    elif words and len(words) == 1:
+        settings = Settings.of(workload=words[0], **given)
+    else:
+        raise WorkloadError(
+            f"tune needs one MODEL.py, or --script TRAIN.py, but got {len(words or ())} files; "
+            "only a script takes further arguments, after --"
+        )
     made = _run(settings, lambda run: run.make())
     _print_run(settings.out, as_json=as_json)
     raise typer.Exit(made.exit_code)
@@ -74,8 +82,7 @@ def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
 def run(
     script: Annotated[str, typer.Argument(metavar="TRAIN.py", help="The training script.")],
     rest: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer reads it at run time
-        typer.Argument(metavar="[ARGS]...", help="The script's own arguments."),
+        list[str] | None, typer.Argument(metavar="[ARGS]...", help="The script's own arguments.")
     ] = None,
     plan: Annotated[Path, typer.Option(help="The plan for the model that the script trains.")] = (
         Path("autoprec-out/plan.json")
@@ -84,16 +91,14 @@ def run(
         bool, typer.Option("-m", help="TRAIN.py is the name of a module, as in `python -m`.")
     ] = False,
     guard: Annotated[
-        Optional[bool],  # noqa: UP045 - typer reads it at run time
+        bool | None,
         typer.Option(
             "--guard/--no-guard", help="Watch the run; by default if the plan has a schedule."
         ),
     ] = None,
 ) -> None:
     """Run an unmodified training script with a plan; its exit status is the script's."""
-    from autoprec.records import Plan
-
-    loaded = Plan.load(plan)  # refused before torch is imported
+    loaded = _load_plan(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan
 
     outcome = run_with_plan(Script(script, tuple(rest or ()), is_module), loaded, guard=guard)
@@ -107,8 +112,7 @@ def run(
 def profile(workload: Workload, as_json: Json = False, **given: Given) -> None:
     """Measure (or predict) time and memory of every layer and option: profile.json."""
     settings = Settings.of(workload=workload, **given)
-    made = _run(settings, lambda run: run.profile, stages=("profile",))
-    _print_record(made, as_json=as_json)
+    _finish(_run(settings, lambda run: run.profile, stages=("profile",)), as_json=as_json)
 
 
 @app.command()
@@ -116,8 +120,7 @@ def profile(workload: Workload, as_json: Json = False, **given: Given) -> None:
 def sensitivity(workload: Workload, as_json: Json = False, **given: Given) -> None:
     """Measure what each precision does to the gradient: sensitivity.json."""
     settings = Settings.of(workload=workload, **given)
-    made = _run(settings, lambda run: run.sensitivity, stages=("sensitivity",))
-    _print_record(made, as_json=as_json)
+    _finish(_run(settings, lambda run: run.sensitivity, stages=("sensitivity",)), as_json=as_json)
 
 
 @app.command()
@@ -132,8 +135,7 @@ def search(
 ) -> None:
     """Search the plan again from profile.json and sensitivity.json: search.json, plan.json."""
     settings = Settings.of(out=out, workload=workload, **given)
-    made = _run(settings, lambda run: run.plan, stages=("search",))
-    _print_record(made, as_json=as_json)
+    _finish(_run(settings, lambda run: run.plan, stages=("search",)), as_json=as_json)
 
 
 @app.command()
@@ -143,13 +145,10 @@ def verify(workload: Workload, plan: PlanFile, as_json: Json = False, **given: G
 
     Without --loss-tolerance it is the one that the plan was made for.
     """
-    from autoprec.records import Plan
-
-    given["loss_tolerance"] = given["loss_tolerance"] or Plan.load(plan).constraint.loss_tolerance
+    given["loss_tolerance"] = given["loss_tolerance"] or _load_plan(plan).constraint.loss_tolerance
     settings = Settings.of(workload=workload, **given)
     made = _run(settings, lambda run: run.verify(plan), stages=("verification",))
-    _print_record(made, as_json=as_json)
-    raise typer.Exit(0 if made.verdict == "verified" else 1)
+    _finish(made, as_json=as_json, good=made.verdict == "verified")
 
 
 @app.command()
@@ -167,16 +166,13 @@ def doctor(target: Target = "auto", as_json: Json = False) -> None:
     from autoprec.tuning.doctor import diagnose
 
     diagnosis = diagnose(target)
-    _print_record(diagnosis, as_json=as_json)
-    raise typer.Exit(0 if diagnosis.is_healthy else 1)
+    _finish(diagnosis, as_json=as_json, good=diagnosis.is_healthy)
 
 
 @plan_app.command("show")
 def plan_show(plan: PlanFile, as_json: Json = False) -> None:
     """Print a plan: every layer, its precision and the reason."""
-    from autoprec.records import Plan
-
-    _print_record(Plan.load(plan), as_json=as_json)
+    _finish(_load_plan(plan), as_json=as_json)
 
 
 @plan_app.command("diff")
@@ -185,8 +181,7 @@ def plan_diff(before: PlanFile, after: PlanFile, as_json: Json = False) -> None:
     from autoprec.tuning.plan_diff import compare_files
 
     difference = compare_files(before, after)
-    _print_record(difference, as_json=as_json)
-    raise typer.Exit(1 if difference.rows else 0)
+    _finish(difference, as_json=as_json, good=not difference.rows)
 
 
 @plan_app.command("check")
@@ -200,8 +195,7 @@ def plan_check(
     from autoprec.tuning.plan_check import check_plan
 
     checked = check_plan(plan, model=model, target=target)
-    _print_record(checked, as_json=as_json)
-    raise typer.Exit(0 if checked.is_good else 1)
+    _finish(checked, as_json=as_json, good=checked.is_good)
 
 
 app.command("check", help="The same as `plan check`.")(plan_check)
@@ -224,9 +218,8 @@ def plan_export(
 ) -> None:
     """Print the plan in another framework's own format."""
     from autoprec.integrations.export import export_plan
-    from autoprec.records import Plan
 
-    print(export_plan(Plan.load(plan), to))
+    print(export_plan(_load_plan(plan), to))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -251,30 +244,18 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
     if status == INTERRUPTED:
-        print(
-            "autoprec: interrupted; finished stages are kept, add --resume to go on",
-            file=sys.stderr,
-        )
+        kept = "finished stages are kept, add --resume to go on"
+        print(f"autoprec: interrupted; {kept}", file=sys.stderr)
         # Under `python -m` CPython remembers an interrupt that passed through exec() of a string
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
 
 
-def _tune_settings(words: list[str], given: dict[str, Any]) -> Settings:  # Any: as `Given`
-    """Return the settings of `tune`, whose words are a MODEL.py, or a script's own arguments.
+def _load_plan(path: Path) -> "Plan":
+    from autoprec.records import Plan
 
-    Raises:
-        WorkloadError: there is no workload, or something is left over.
-    """
-    if given["script"]:
-        return Settings.of(script_args=tuple(words), **given)
-    if len(words) != 1:
-        raise WorkloadError(
-            f"tune needs one MODEL.py, or --script TRAIN.py, but got {len(words)} files; "
-            "only a script takes further arguments, after --"
-        )
-    return Settings.of(workload=words[0], **given)
+    return Plan.load(path)
 
 
 def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...] = STAGES) -> T:
@@ -300,13 +281,14 @@ def _print_run(out: Path, *, as_json: bool) -> None:
         print_summary(run, Console(), out=out)
 
 
-def _print_record(record: "Record", *, as_json: bool) -> None:
-    """Print a record as one JSON object, or as the report draws its type."""
+def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:
+    """Print a record as one JSON object, or as the report draws its type; exit 1 if not good."""
     if as_json:
         print(record.model_dump_json())
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from autoprec.report import print_record
+        from autoprec.report import print_record
 
-    print_record(record, Console())
+        print_record(record, Console())
+    raise typer.Exit(0 if good else 1)

@@ -26,13 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from autoprec.errors import PlanMismatchError
 from autoprec.integrations.accelerate import check_state
-from autoprec.integrations.plans import (
-    GuardedSteps,
-    MakeGuard,
-    apply_plan,
-    load_plan,
-    runs_plan,
-)
+from autoprec.integrations.plans import GuardedSteps, MakeGuard, apply_plan, load_plan, runs_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, check_fit

@@ -57,9 +57,7 @@ TARGETS = {
         has_root=False,
     ),
     "megatron": Target(
-        "megatron.yaml.j2",
-        recipes=(Recipe.TENSORWISE,),
-        other_gemms="chooses between FP8 and BF16",
+        "megatron.yaml.j2", recipes=(Recipe.TENSORWISE,), other_gemms="chooses between FP8 and BF16"
     ),
     "transformer-engine": Target(
         "transformer_engine.yaml.j2",
