@@ -27,7 +27,7 @@ TORCH_FREE = (  # whole rooms, and modules of the others
     "tuning",
     "workload.hf_config",
 )
-NEED_TORCH = ("predict.measure", "tuning.doctor", "tuning.measuring", "tuning.plan_check")
+NEED_TORCH = ("predict.measure", "tuning.doctor", "tuning.plan_check")
 ORDER = (  # bottom up: a room imports itself and rooms of earlier lines
     ("errors",),
     ("common",),

@@ -10,11 +10,7 @@ from typing import IO
 from autoprec.common.text import one_line
 from autoprec.errors import RecordError
 
-MAX_RECORD_BYTES = (
-    64 * 1024 * 1024
-)  # the largest record seen (70B model, all options) is below 8 MB
-
-
+MAX_RECORD_BYTES = 64 * 1024 * 1024  # the largest seen (70B model, all options) is below 8 MB
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
@@ -72,12 +68,9 @@ def read_text(path: Path, *, what: str) -> str:
             )
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        if isinstance(error, OSError):
-            reason = error.strerror
-        elif isinstance(error, UnicodeDecodeError):
+        reason = getattr(error, "strerror", "no file can have that name")
+        if isinstance(error, UnicodeDecodeError):
             reason = "it is not UTF-8 text"
-        else:
-            reason = "no file can have that name"
         raise RecordError(
             f"a {what} file must be readable, but {name} is not ({reason}); check the path"
         ) from error

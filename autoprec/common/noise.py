@@ -8,7 +8,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 IMPORT_NOISE = (
     ("torchao", "Failed to load"),
@@ -20,19 +20,14 @@ IMPORT_NOISE = (
 @contextmanager
 def import_noise_dropped() -> Iterator[None]:
     """Drop the messages of IMPORT_NOISE while the context is open."""
-    filters = []
-    for name, text in IMPORT_NOISE:
-        logger = logging.getLogger(name)
-        drop = functools.partial(_lacks, text)
-        logger.addFilter(drop)
-        filters.append((logger, drop))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*register_constant.*")
-            yield
-    finally:
-        for logger, drop in filters:
-            logger.removeFilter(drop)
+    with ExitStack() as stack:
+        for name, text in IMPORT_NOISE:
+            logger, drop = logging.getLogger(name), functools.partial(_lacks, text)
+            logger.addFilter(drop)
+            stack.callback(logger.removeFilter, drop)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*register_constant.*")
+        yield
 
 
 def _lacks(text: str, record: logging.LogRecord) -> bool:

@@ -70,9 +70,7 @@ def significant(value: float, digits: int) -> str:
 
 def compared(ms: float, other_ms: float) -> str:
     """Return how a time compares to another: `1.6x slower`, `1.42x faster`, `as fast`."""
-    if ms <= 0.0 or other_ms <= 0.0:
-        return "as fast"
-    ratio = ms / other_ms
+    ratio = ms / other_ms if ms > 0.0 and other_ms > 0.0 else 1.0
     if 0.995 < ratio < 1.005:
         return "as fast"
     factor, word = (ratio, "slower") if ratio > 1.0 else (1.0 / ratio, "faster")

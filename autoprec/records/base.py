@@ -15,10 +15,7 @@ from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
-from autoprec.common.files import (
-    read_text,
-    write_atomically,
-)
+from autoprec.common.files import read_text, write_atomically
 from autoprec.common.text import one_line, shown_value
 from autoprec.errors import RecordError
 
@@ -48,7 +45,7 @@ class FileRecord(Record):
     """A record with a file of its own: `kind` and `version` are written into it and checked."""
 
     KIND: ClassVar[str]
-    VERSION: ClassVar[int]
+    VERSION: ClassVar[int] = 2  # of all of them so far
     REMAKE: ClassVar[str]  # the command that writes such a file
 
     def to_json(self) -> str:
@@ -87,10 +84,19 @@ class FileRecord(Record):
         """Read a record from JSON text; `source` names it in errors."""
         source = one_line(source)
         fields = _parse_object(text, source=source)
-        _check_header(fields, kind=cls.KIND, version=cls.VERSION, remake=cls.REMAKE, source=source)
-        body = {name: value for name, value in fields.items() if name not in ("kind", "version")}
+        kind, version = fields.pop("kind", None), fields.pop("version", None)
+        if kind != cls.KIND:
+            raise RecordError(
+                f"a {cls.KIND} file must say kind={cls.KIND!r}, but {source} says "
+                f"{shown_value(kind)}; check which file was given"
+            )
+        if type(version) is not int or version != cls.VERSION:
+            raise RecordError(
+                f"this autoprec reads {cls.KIND} version {cls.VERSION}, but {source} says "
+                f"{shown_value(version)}; make a new one with {cls.REMAKE}"
+            )
         try:
-            return cls.model_validate_json(json.dumps(body))
+            return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
             raise RecordError(_first_problem(error, source=source, kind=cls.KIND)) from error
 
@@ -143,21 +149,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
-
-
-def _check_header(
-    fields: dict[str, Any], *, kind: str, version: int, remake: str, source: str
-) -> None:
-    if fields.get("kind") != kind:
-        raise RecordError(
-            f"a {kind} file must say kind={kind!r}, but {source} says "
-            f"{shown_value(fields.get('kind'))}; check which file was given"
-        )
-    if type(fields.get("version")) is not int or fields["version"] != version:
-        raise RecordError(
-            f"this autoprec reads {kind} version {version}, but {source} says "
-            f"{shown_value(fields.get('version'))}; make a new one with {remake}"
-        )
 
 
 def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:

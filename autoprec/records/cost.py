@@ -121,7 +121,6 @@ class Profile(FileRecord):
     """
 
     KIND: ClassVar[str] = "profile"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
 
     model: ModelSpec
@@ -140,10 +139,8 @@ class Profile(FileRecord):
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""
-        for row in self.layers:
-            if row.option == option and name in row.names:
-                return row
-        return None
+        rows = (row for row in self.layers if row.option == option and name in row.names)
+        return next(rows, None)
 
     def step(self, label: str) -> StepTiming | None:
         """Return the whole-step timing of that label, or None."""

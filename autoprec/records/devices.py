@@ -123,18 +123,13 @@ class Machine:
 CONSTANTS: dict[str, Bounds] = {item.name: item.metadata["bounds"] for item in fields(Machine)}
 
 
-def one_printed_line(text: str) -> str:
-    """Return text that is printed as it is.
-
-    Raises:
-        ValueError: it holds a newline or a control character, which could forge output.
-    """
-    if not text.isprintable():
+def _one_printed_line(text: str) -> str:
+    if not text.isprintable():  # a newline or a control character could forge output
         raise ValueError("must be one line of printable text")
     return text
 
 
-Line = Annotated[str, AfterValidator(one_printed_line)]
+Line = Annotated[str, AfterValidator(_one_printed_line)]
 
 
 class Constant(Record):
@@ -154,7 +149,6 @@ class DeviceProfile(FileRecord):
     """
 
     KIND: ClassVar[str] = "device_profile"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = (
         "`autoprec devices measure`, or take a shipped one (`autoprec devices list`)"
     )

@@ -1,6 +1,7 @@
 """What a model is made of: precisions, options, layers and shapes, as one real step showed them."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any, ClassVar, Self
@@ -85,10 +86,7 @@ class Option(Record):
     @model_validator(mode="before")
     @classmethod
     def _from_key(cls, value: Any) -> Any:  # Any: pydantic hands in raw input
-        if not isinstance(value, str):
-            return value
-        parsed = cls.parse(value)
-        return {name: getattr(parsed, name) for name in cls.model_fields}
+        return dict(cls.parse(value)) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_recipe(self) -> Self:
@@ -121,12 +119,8 @@ def fp8_option(recipe: Recipe, *gemms_hp: Gemm) -> Option:
 def with_gemms_hp(options: Sequence[Option]) -> tuple[Option, ...]:
     """Return the options, then each whole FP8 one with one or two of its GEMMs in BF16."""
     kept = [gemms for count in (1, 2) for gemms in itertools.combinations(Gemm, count)]
-    partly = (
-        fp8_option(option.recipe, *gemms)
-        for option in options
-        if option.recipe and option.fp8_gemms == tuple(Gemm)
-        for gemms in kept
-    )
+    whole = [o.recipe for o in options if o.recipe and o.fp8_gemms == tuple(Gemm)]
+    partly = (fp8_option(recipe, *gemms) for recipe in whole for gemms in kept)
     return tuple(dict.fromkeys((*options, *partly)))
 
 
@@ -145,10 +139,7 @@ class ParameterSpec(Record):
     @property
     def numel(self) -> int:
         """The number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 class TensorSpec(Record):
@@ -245,7 +236,6 @@ class ModelSpec(FileRecord):
     """
 
     KIND: ClassVar[str] = "model"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
 
     layers: tuple[LayerSpec, ...]

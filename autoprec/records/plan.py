@@ -3,13 +3,12 @@
 A plan is data only: nothing in it is imported or executed when it is read or applied.
 """
 
-import hashlib
-import json
 from typing import ClassVar, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
+from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, LayerKind, Option
 from autoprec.records.verification import LossGap, Verdict
@@ -114,7 +113,6 @@ class Plan(FileRecord):
     """
 
     KIND: ClassVar[str] = "plan"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec tune MODEL.py`"
 
     layers: Many[Assignment] = Field(max_length=200_000)
@@ -148,7 +146,7 @@ class Plan(FileRecord):
     def digest(self) -> str:
         """A hash of what the plan decides (names and options), not of its evidence."""
         decided = [[layer.name, layer.option.key] for layer in self.layers]
-        return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+        return short_digest(*decided)
 
     def count(self, precision: Precision) -> int:
         """Return how many layers have that precision."""
@@ -192,7 +190,6 @@ class Search(FileRecord):
     """
 
     KIND: ClassVar[str] = "search"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec search FOLDER`"
 
     structure: str

@@ -69,17 +69,16 @@ class JointMeasurement(Record):
 class Sensitivity(FileRecord):
     """The table of gradient errors and what it was measured with.
 
-    `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`, or
-    `transferred` or `unknown` for a model that was not measured; `passes` counts
-    forward+backward passes, `step_equivalents` the cost in FP32 training steps. `preconditioner`
-    names P (`adam`, `identity`, ...). `activation_error` is what the
-    joint error of uniform BF16 has beyond its rows, from BF16 activations between layers: paid once
-    by any plan with a 16-bit layer. `floor` is the error between two runs of the
-    reference (0 when deterministic). `loss_curve` holds (step, loss) of the reference warm-up.
+    `structure` ties it to a model spec. `method` is `layerwise` or `sign_coded`, or `transferred`
+    or `unknown` for a model that was not measured; `passes` counts forward+backward passes,
+    `step_equivalents` the cost in FP32 training steps. `preconditioner` names P (`adam`, ...).
+    `activation_error` is what the joint error of uniform BF16 has beyond its rows, from BF16
+    activations between layers: paid once by any plan with a 16-bit layer. `floor` is the error
+    between two runs of the reference (0 when deterministic). `loss_curve` holds (step, loss) of the
+    reference warm-up.
     """
 
     KIND: ClassVar[str] = "sensitivity"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec sensitivity MODEL.py`"
 
     structure: str
@@ -103,7 +102,4 @@ class Sensitivity(FileRecord):
 
     def row(self, name: str, option: Option) -> LayerSensitivity | None:
         """Return the row of a layer and option, or None when it was not measured."""
-        for row in self.rows:
-            if row.name == name and row.option == option:
-                return row
-        return None
+        return next((r for r in self.rows if r.name == name and r.option == option), None)

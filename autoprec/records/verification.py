@@ -55,7 +55,6 @@ class BranchFile(FileRecord):
     """
 
     KIND: ClassVar[str] = "branch"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec verify`, without the old file"
 
     setup: str
@@ -79,7 +78,6 @@ class Verification(FileRecord):
     """
 
     KIND: ClassVar[str] = "verification"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec verify MODEL.py PLAN.json`"
 
     plan: str

@@ -33,7 +33,6 @@ class RunState(FileRecord):
     """`run.json`: a digest of the inputs of every finished stage."""
 
     KIND: ClassVar[str] = "run"
-    VERSION: ClassVar[int] = 2
     REMAKE: ClassVar[str] = "`autoprec tune`, without --resume"
 
     stages: dict[str, str]

@@ -5,14 +5,7 @@ import math
 from pathlib import Path
 
 from autoprec.errors import RecordError
-from autoprec.records import (
-    Difference,
-    DifferenceRow,
-    Estimate,
-    Plan,
-    Sensitivity,
-    read_text,
-)
+from autoprec.records import Difference, DifferenceRow, Estimate, Plan, Sensitivity, read_text
 
 DRIFT_FACTOR = 1.5  # what moved by less, or by less than two sigma, is no drift
 SIGMAS = 2.0

@@ -11,7 +11,7 @@ once.
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,11 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError
 from autoprec.records import (
     Certificate,
+    Estimate,
     ModelSpec,
+    Option,
     Profile,
+    Recipe,
     Search,
     Sensitivity,
     Verdict,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from autoprec.model.context import Context
+    from autoprec.sensitivity.measure import JointMeter
     from autoprec.sensitivity.reference import Reference
     from autoprec.workload.functions import Workload
 
@@ -92,17 +96,32 @@ class Run:
 
     @cached_property
     def workload(self) -> "Workload":
-        """The user's functions: the file is executed (or the script recorded) once."""
-        from autoprec.tuning import measuring
+        """The user's functions: a file executed, a config read, a script recorded, once."""
+        from autoprec.workload.functions import load_workload, workload_from
 
-        return measuring.open_workload(self.settings)
+        settings = self.settings
+        if settings.config and settings.meta:
+            from autoprec.workload.hf_config import config_model
+
+            model = config_model(settings.config, batch=settings.batch, sequence=settings.sequence)
+            return workload_from(model, name=settings.workload)
+        if settings.script:
+            from autoprec.integrations.launch import Script, record_workload
+
+            script = Script(settings.script, settings.script_args)
+            return record_workload(script, steps=settings.script_steps)
+        return load_workload(settings.workload)
 
     @cached_property
     def device(self) -> "torch.device":
         """Where numerics are measured: the target, or the machine at hand for a device profile."""
-        from autoprec.tuning import measuring
+        from autoprec.device.local import resolve_device
 
-        return measuring.open_device(self.settings, self.target)
+        if self.target is None:
+            return resolve_device(self.settings.target)
+        device = resolve_device("auto")
+        logger.warning("%s is predicted; what is measured runs on %s", self.target.name, device)
+        return device
 
     @cached_property
     def context(self) -> "Context":
@@ -113,19 +132,28 @@ class Run:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The model as one training step shows it."""
-        from autoprec.tuning import measuring
-
+        """The model as one training step shows it: run here, or without storage."""
         if "profile" not in self.stages and self._path("profile").exists():
             return self.profile.model
-        return measuring.capture(self)
+        if self.settings.meta:
+            from autoprec.model.meta import capture_on_meta
+
+            return capture_on_meta(self.workload, seed=self.settings.seed, progress=self.progress)
+        from autoprec.model.capture import capture_model
+
+        return capture_model(self.context)
 
     @cached_property
     def reference(self) -> "Reference":
         """The FP32 model after its warm-up: sensitivity and search measure against it."""
-        from autoprec.tuning import measuring
+        from autoprec.sensitivity.reference import prepare_reference
 
-        return measuring.warmed_up(self)
+        return prepare_reference(
+            self.context,
+            self.spec,
+            checkpoint=self.settings.checkpoint,
+            with_history=Recipe.DELAYED in self.settings.recipes,
+        )
 
     # --- the stages ----------------------------------------------------------------------------
 
@@ -159,13 +187,9 @@ class Run:
         """The proof by training; None where nobody asked, or nothing can be run."""
         if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
             return None
-        from autoprec.tuning import measuring
-
         tables = (self.profile, self.sensitivity)
         return self._staged(
-            "verification",
-            Verification,
-            lambda: measuring.verified(self, self.candidates, *tables),
+            "verification", Verification, lambda: self._verified(self.candidates, *tables)
         )
 
     @cached_property
@@ -200,12 +224,9 @@ class Run:
 
         The profile and sensitivity beside the plan give it a step time and a predicted gap.
         """
-        from autoprec.tuning import measuring
-
         plan = Plan.load(plan_path)
         profile = _saved_beside(plan_path, plan, Profile)
-        sensitivity = _saved_beside(plan_path, plan, Sensitivity)
-        found = measuring.verified(self, [plan], profile, sensitivity)
+        found = self._verified([plan], profile, _saved_beside(plan_path, plan, Sensitivity))
         found.save(self._path("verification"))
         self._certify(plan, found)
         return found
@@ -240,21 +261,25 @@ class Run:
     # --- how each record is made ---------------------------------------------------------------
 
     def _make_profile(self) -> Profile:
-        settings = self.settings
+        options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
+        compiled = self.settings.is_compiled
         if self.target is None:
-            from autoprec.tuning import measuring
+            from autoprec.profiler import profile_model
 
             self._check_keep(self.spec)  # a wrong one ends the run before minutes of profiling
-            return measuring.measured_profile(self)
+            return profile_model(
+                self.context, self.spec, options=options, gemms_hp=gemms_hp, compiled=compiled
+            )
         from autoprec.predict import parse_parallel, predict_profile
 
+        parallel = parse_parallel(self.settings.parallel) if self.settings.parallel else None
         profile = predict_profile(
             self.spec,
             self.target,
-            parallel=parse_parallel(settings.parallel) if settings.parallel else None,
-            compiled=settings.is_compiled,
-            options=settings.fp8_options,
-            gemms_hp=settings.gemms_hp,
+            parallel=parallel,
+            compiled=compiled,
+            options=options,
+            gemms_hp=gemms_hp,
         )
         self._check_keep(profile.model)
         return profile
@@ -275,9 +300,9 @@ class Run:
             return given if is_own else transfer_sensitivity(given, self.spec)
         if self.settings.meta:
             return unknown_sensitivity(self.spec)
-        from autoprec.tuning import measuring
+        from autoprec.sensitivity.measure import measure_sensitivity
 
-        return measuring.measured_sensitivity(self)
+        return measure_sensitivity(self.reference, options=self.settings.measured_options)
 
     def _make_search(self) -> Search:
         from autoprec.search import search_plan
@@ -290,22 +315,47 @@ class Run:
                 "file"
             )
         has_workload = self.is_live or settings.workload or settings.script
-        evaluate = None
-        if has_workload and profile.model.device != "meta":
-            from autoprec.tuning import measuring
-
-            evaluate = measuring.evaluator(self)
+        can_measure = has_workload and profile.model.device != "meta"
         return search_plan(
             profile,
             sensitivity,
             constraint=settings.constraint,
-            evaluate=evaluate,
+            evaluate=self._measure if can_measure else None,
             trials=settings.trials,
             time_budget_s=settings.time_budget,
             seed=settings.seed,
             storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
             study_name=settings.study,
             progress=self.progress,
+        )
+
+    @cached_property
+    def _meter(self) -> "JointMeter":
+        from autoprec.sensitivity.measure import JointMeter
+
+        return JointMeter(self.reference)
+
+    def _measure(self, options: tuple[Option, ...]) -> Estimate:
+        """Measure a whole plan's gradient error; a resumed study may need no reference for it."""
+        return self._meter.measure(options)
+
+    def _verified(
+        self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
+    ) -> Verification:
+        """Train with the first plan; a refuted one gives way to the next.
+
+        Finished branches are kept for a later run, but not of live functions, which have no name.
+        """
+        from autoprec.verification import verify_plans
+
+        return verify_plans(
+            self.context,
+            plans,
+            loss_tolerance=self.settings.loss_tolerance,
+            profile=profile,
+            sensitivity=sensitivity,
+            state_dir=None if self.is_live else self.settings.out / "branches",
+            checkpoint=self.settings.checkpoint,
         )
 
     def _certify(self, plan: Plan, verification: Verification) -> Plan:
