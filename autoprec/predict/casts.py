@@ -105,16 +105,21 @@ def cast_us(
     """Return the microseconds of the casts for the FP8 GEMMs in `gemms` (none: 0)."""
     if not gemms:
         return 0.0
-    cost = RECIPE_COSTS[recipe]
-    per_element, kernels = cost.cast(machine)
-    if not compiled:
-        per_element, kernels = machine.eager_cast_bytes, machine.eager_cast_kernels
+    cost, direct = RECIPE_COSTS[recipe], machine.direct_cast_share
+    eager = machine.eager_cast_bytes, machine.eager_cast_kernels
+    per_element, kernels = cost.cast(machine) if compiled else eager
+
     # GEMMs that stay in BF16 need no casts: of each operand, the part that the others need.
-    of_input, of_weight, of_grad = _operand_shares(machine, cost, gemms)
+    def share(as_it_lies: Gemm, transposed: Gemm) -> float:
+        part = direct * (as_it_lies in gemms) + (1 - direct) * (transposed in gemms)
+        return part + USES_SHARED * (1 - part) if cost.shares_amax and 0 < part < 1 else part
+
+    of_input = share(Gemm.OUTPUT, Gemm.GRAD_WEIGHT)
+    of_weight = share(Gemm.OUTPUT, Gemm.GRAD_INPUT)
+    of_grad = share(Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
     kernels = kernels * (of_input + of_weight + of_grad) / 3
     per_weight = of_weight * per_element
     if compiled and cost.weight_transposed_bytes is not None:
-        direct = machine.direct_cast_share
         per_weight = direct * per_element + (1 - direct) * cost.weight_transposed_bytes(machine)
     if compiled and cost.fixed_kernels:
         kernels = cost.fixed_kernels
@@ -126,20 +131,3 @@ def cast_us(
     )
     us = moved / machine.bytes_per_us + kernels * machine.kernel_floor_us
     return us if compiled else max(us, kernels * machine.eager_host_us)
-
-
-def _operand_shares(
-    machine: Machine, cost: RecipeCost, gemms: Collection[Gemm]
-) -> tuple[float, float, float]:
-    """Return which part of the casts of input, weight and grad_output is needed."""
-    direct = machine.direct_cast_share
-
-    def share(as_it_lies: Gemm, transposed: Gemm) -> float:
-        part = direct * (as_it_lies in gemms) + (1 - direct) * (transposed in gemms)
-        return part + USES_SHARED * (1 - part) if cost.shares_amax and 0 < part < 1 else part
-
-    return (
-        share(Gemm.OUTPUT, Gemm.GRAD_WEIGHT),
-        share(Gemm.OUTPUT, Gemm.GRAD_INPUT),
-        share(Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT),
-    )

@@ -28,7 +28,7 @@ _STRIDE = re.compile(r"stride=\(?(\d+)")
 
 @dataclass(frozen=True)
 class Setting:
-    """What layers are priced for."""
+    """The device, parallelism and mode that layers are priced for."""
 
     machine: Machine
     parallel: Parallel
@@ -83,11 +83,11 @@ def predicted(us: float, machine: Machine) -> Timing:
 def _layer_timing(
     group: Sequence[LayerSpec], option: Option, setting: Setting, *, saving: float
 ) -> LayerTiming:
-    layer, machine = group[0], setting.machine
+    layer, machine, parallel = group[0], setting.machine, setting.parallel
     times = layer_times(layer, option, setting)
-    total = times.total + (0.0 if gathers_fp8(option, setting.parallel) else saving)
+    total = times.total + (0.0 if gathers_fp8(option, parallel) else saving)
     own = [p for p in layer.parameters if p.shared_with is None]
-    share = parameter_share(layer, setting.parallel) / setting.parallel.fsdp
+    share = parameter_share(layer, parallel) / parallel.fsdp
     size, trained = element_bytes(option), _numel(p for p in own if p.is_trainable)
     states = 4 * setting.state_ratio + (MASTER_BYTES if size == 2 else 0)
     return LayerTiming(
@@ -101,7 +101,7 @@ def _layer_timing(
         parameter_bytes=round(size * _numel(own) * share),
         gradient_bytes=round(size * trained * share),
         optimizer_bytes=round(states * trained * share),
-        activation_bytes=round(size * _saved_elements(layer, setting.parallel)),
+        activation_bytes=round(size * _saved_elements(layer, parallel)),
     )
 
 
@@ -112,10 +112,10 @@ def _call_times(layer: LayerSpec, call: CallSpec, option: Option, setting: Setti
     size = element_bytes(option)
     if layer.kind is LayerKind.EMBEDDING:
         width = layer.parameters[0].shape[-1] if layer.parameters[0].shape else 1
-        rows = size * elements * width
+        rows = 2 * size * elements * width
         table = size * _numel(layer.parameters) / setting.parallel.tp
-        back = _traffic_us(2 * rows + table, setting) if not layer.is_frozen else 0.0
-        return LinearTimes(output=_traffic_us(2 * rows, setting), grad_weight=back)
+        back = 0.0 if layer.is_frozen else _traffic_us(rows + table, setting)
+        return LinearTimes(output=_traffic_us(rows, setting), grad_weight=back)
     is_other = layer.kind not in (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION)
     has_matrix = any(len(p.shape) >= 2 for p in layer.parameters)
     if layer.kind is LayerKind.NORM or (is_other and not has_matrix):

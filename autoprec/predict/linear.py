@@ -69,9 +69,8 @@ def predict_linear(
     Raises:
         DeviceError: a dimension is no positive integer, or the recipe is unknown.
     """
-    priced = parse_recipe(recipe)
-    option = fp8_option(priced)
-    for axis, size in (("M", M), ("K", K), ("N", N)):
+    priced, shape = parse_recipe(recipe), {"M": M, "K": K, "N": N}
+    for axis, size in shape.items():
         if not 1 <= size < LARGEST_DIMENSION:
             raise DeviceError(
                 f"M, K and N must be between 1 and {LARGEST_DIMENSION - 1}, but {axis} is {size}; "
@@ -84,16 +83,14 @@ def predict_linear(
     refusal = fp8_refusal(profile, M, K, N, priced)
     fp8 = gemm_speedup = speedup = None
     if not refusal:
-        fp8 = linear_times(machine, M, K, N, option, compiled=compiled)
+        fp8 = linear_times(machine, M, K, N, fp8_option(priced), compiled=compiled)
         ratio = (bf16.total + around) / (fp8.total + around)
         speedup = _within(ratio, machine.speedup_error_low, machine.speedup_error_high)
         ratio = bf16.gemms / fp8.gemms
         gemm_speedup = _within(ratio, machine.gemm_error_low, machine.gemm_error_high)
     return LinearPrediction(
         device=profile.name,
-        M=M,
-        K=K,
-        N=N,
+        **shape,
         recipe=priced,
         compiled=compiled,
         bf16=_arm(machine, bf16, around),
@@ -106,20 +103,16 @@ def predict_linear(
 
 
 def fp8_refusal(profile: DeviceProfile, M: int, K: int, N: int, recipe: Recipe) -> str:
-    """Return why a recipe cannot run this shape on this device, or an empty string."""
-    multiple = RECIPE_COSTS[recipe].multiple
+    """Return the reason that a recipe cannot run this shape on this device, or an empty string."""
+    multiple, gemms = RECIPE_COSTS[recipe].multiple, fp8_option(recipe).fp8_gemms
+    owner = "FP8 GEMMs" if multiple == FP8_MULTIPLE else f"{recipe} scales"
     return recipe_refusal(profile, recipe) or shape_refusal(
-        K,
-        N,
-        tokens=(M,),
-        gemms=fp8_option(recipe).fp8_gemms,
-        multiple=multiple,
-        needed_by="FP8 GEMMs" if multiple == FP8_MULTIPLE else f"{recipe} scales",
+        K, N, tokens=(M,), gemms=gemms, multiple=multiple, needed_by=owner
     )
 
 
 def recipe_refusal(profile: DeviceProfile, recipe: Recipe) -> str:
-    """Return why a recipe cannot run on this device whatever the shape, or an empty string."""
+    """Return the reason that this device runs a recipe at no shape, or an empty string."""
     if not profile.has_fp8:
         return profile.fp8_reason
     if recipe not in profile.fp8_recipes:
@@ -176,10 +169,7 @@ def _arm(machine: Machine, times: LinearTimes, around: float) -> ArmPrediction:
     total = times.total + around
     spread = math.exp(machine.time_error)
     return ArmPrediction(
-        output_ms=times.output / 1e3,
-        grad_input_ms=times.grad_input / 1e3,
-        grad_weight_ms=times.grad_weight / 1e3,
-        cast_ms=times.cast / 1e3,
+        **{f"{part}_ms": us / 1e3 for part, us in vars(times).items()},
         neighbours_ms=around / 1e3,
         total_ms=total / 1e3,
         total_low_ms=total / spread / 1e3,

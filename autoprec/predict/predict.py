@@ -80,7 +80,7 @@ def predict_profile(
         device=device_facts(device_profile, compiled=compiled),
         basis=Basis.PREDICTED,
         layers=layers,
-        steps=_steps(model, layers, setting, fp32=fp32, bf16=bf16),
+        steps=_steps(model, layers, setting, fp32=fp32.total, bf16=bf16.total),
         boundary_cast_ms_per_melement=BOUNDARY_BYTES * MEGA / machine.bytes_per_us / 1e3,
         fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
@@ -110,13 +110,9 @@ def retarget_model(
             if any(m % FP8_MULTIPLE for m in (gemm.M, *layer.tokens)):
                 # First those that run as they are, then those whose grad_weight leaves FP8 for it.
                 wanted = sorted(fp8, key=lambda option: Gemm.GRAD_WEIGHT in option.fp8_gemms)
+        reasons = {"obstacle": obstacle, "unavailable": unavailable}
         found, why = layer_options(
-            kind=layer.kind,
-            gemm=gemm,
-            tokens=layer.tokens,
-            fp8_options=wanted,
-            obstacle=obstacle,
-            unavailable=unavailable,
+            kind=layer.kind, gemm=gemm, tokens=layer.tokens, fp8_options=wanted, **reasons
         )
         return layer.model_copy(update={"options": found, "refusals": why})
 
@@ -124,31 +120,21 @@ def retarget_model(
 
 
 def _obstacle(layer: LayerSpec) -> str:
-    """Return why a layer is out of FP8 on any device, or an empty string."""
-    captured = layer.refusal(Precision.FP8_O1) or ""
+    """Return the reason that a layer is out of FP8 on any device, or an empty string."""
+    captured = layer.refusal(Precision.FP8_O1)
     if layer.kind is not LayerKind.LINEAR or layer.gemm is None or not layer.calls:
         return captured or "FP8 is for nn.Linear layers that the step calls"
-    could_run = any(option.is_fp8 for option in layer.options)
-    if not could_run and layer.type_name != PLAIN_LINEAR:
+    if layer.type_name != PLAIN_LINEAR and not any(option.is_fp8 for option in layer.options):
         return captured or f"{layer.type_name} is no plain nn.Linear"
     return ""
 
 
 def _steps(
-    model: ModelSpec,
-    layers: Sequence[LayerTiming],
-    setting: Setting,
-    *,
-    fp32: StepTimes,
-    bf16: StepTimes,
+    model: ModelSpec, layers: Sequence[LayerTiming], setting: Setting, *, fp32: float, bf16: float
 ) -> tuple[StepTiming, ...]:
     """Return the uniform steps: each with its time, and the memory of its parameters' option."""
-    autocast_us = bf16.total + autocast_extra_us(model, setting)
-    steps = [
-        ("fp32", fp32.total, FP32),
-        ("bf16_o2", bf16.total, BF16_O2),
-        ("autocast_bf16", autocast_us, FP32),
-    ]
+    autocast = bf16 + autocast_extra_us(model, setting)
+    steps = [("fp32", fp32, FP32), ("bf16_o2", bf16, BF16_O2), ("autocast_bf16", autocast, FP32)]
     if any(option.is_fp8 for layer in model.layers for option in layer.options):
         steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
     return tuple(
@@ -174,7 +160,7 @@ def _communication(bf16: StepTimes, setting: Setting) -> Communication | None:
 
 
 def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
-    """Return what a record says of a device that is not here."""
+    """Return the facts that a record states of a device that is not here."""
     return DeviceFacts(
         name=profile.name,
         kind="profile",
@@ -200,7 +186,6 @@ def peak_bytes(
     It counts parameters, gradients, optimizer states with FP32 masters, and the inputs that layers
     save: not what attention and activations save, the logits, gathered weights or fragmentation.
     """
-    own = [row for row in layers if row.option == option]
     timed = {name for row in layers for name in row.names}
     others = [p for layer in spec.layers if layer.name not in timed for p in layer.parameters]
     numel = {False: 0, True: 0}
@@ -211,5 +196,6 @@ def peak_bytes(
     return round(outside) + sum(
         len(row.names)
         * (row.parameter_bytes + row.gradient_bytes + row.optimizer_bytes + row.activation_bytes)
-        for row in own
+        for row in layers
+        if row.option == option
     )

@@ -180,10 +180,7 @@ def _fsdp_us(layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting:
 
 
 def _tensor_parallel_us(
-    layers: Sequence[LayerSpec],
-    chosen: Mapping[str, Option],
-    activation: Option,
-    setting: Setting,
+    layers: Sequence[LayerSpec], chosen: Mapping[str, Option], activation: Option, setting: Setting
 ) -> float:
     """Return tensor parallelism's communication: collectives before and behind each half block.
 
