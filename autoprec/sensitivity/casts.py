@@ -48,14 +48,9 @@ _SIDES: dict[Gemm, tuple[tuple[Operand, str, int], ...]] = {
         (Operand.INPUT, "input_for_grad_weight", 0),
     ),
 }
-_DELAYED = {
-    operand: Cast(
-        torch.float8_e5m2 if operand is Operand.GRAD_OUTPUT else torch.float8_e4m3fn,
-        dim=None,
-        is_delayed=True,
-    )
-    for operand in Operand
-}
+_E4M3 = Cast(torch.float8_e4m3fn, dim=None, is_delayed=True)
+_E5M2 = Cast(torch.float8_e5m2, dim=None, is_delayed=True)
+_DELAYED = {Operand.INPUT: _E4M3, Operand.WEIGHT: _E4M3, Operand.GRAD_OUTPUT: _E5M2}
 
 
 def gemm_casts(option: Option) -> dict[Gemm, Sides]:
@@ -122,9 +117,5 @@ def _all_values(dtype: torch.dtype) -> Tensor:
 
 def _current_cast(config: Any, field: str, dim: int) -> Cast:  # Any: torchao is untyped
     cast = getattr(config, f"cast_config_{field}")
-    is_axiswise = cast.scaling_granularity.name == "AXISWISE"
-    return Cast(
-        cast.target_dtype,
-        dim=dim if is_axiswise else None,
-        is_power_of_2=config.round_scales_to_power_of_2,
-    )
+    taken = dim if cast.scaling_granularity.name == "AXISWISE" else None
+    return Cast(cast.target_dtype, taken, is_power_of_2=config.round_scales_to_power_of_2)

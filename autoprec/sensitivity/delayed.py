@@ -6,7 +6,7 @@ torchao's own layers.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,16 +28,11 @@ def recorded_amax(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Amax]]:
     """
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
     largest: dict[str, dict[Operand, Tensor]] = {name: {} for name in linears}
-    handles = [
-        layer.register_forward_hook(partial(_see_call, largest[name]))
-        for name, layer in linears.items()
-    ]
     found: dict[str, Amax] = {}
-    try:
+    with ExitStack() as hooks:
+        for name, layer in linears.items():
+            hooks.enter_context(layer.register_forward_hook(partial(_see_call, largest[name])))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
     # numbers only now: on a GPU each one waits for the device
     for name, of_layer in largest.items():
         found[name] = {operand: float(amax) for operand, amax in of_layer.items()}
@@ -80,12 +75,8 @@ class _EmulatedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # Any: autograd's context is untyped
-        x: Tensor,
-        weight: Tensor,
-        casts: dict[Gemm, Sides],
-        amax: Amax,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, casts: dict[Gemm, Sides], amax: Amax
+    ) -> Tensor:  # Any: autograd's context is untyped
         x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
         ctx.save_for_backward(x_MK, weight_NK)
         ctx.shape, ctx.casts, ctx.amax = x.shape, casts, amax

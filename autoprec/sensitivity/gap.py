@@ -86,15 +86,12 @@ def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int
             f"steps, but the sensitivity has {len(sensitivity.loss_curve)} and no fall; measure it "
             "with more warm-up steps"
         )
-    log_extra = min(tolerance / line.exponent_at(steps), 30.0)  # exp(30): no limit
-    return math.expm1(log_extra)
+    return math.expm1(min(tolerance / line.exponent_at(steps), 30.0))  # exp(30): no limit
 
 
 def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
     """Fit the later three quarters of a loss curve; None when fewer than FEWEST_POINTS points."""
-    if not curve:
-        return None
-    last = max(step for step, _ in curve)
+    last = max((step for step, _ in curve), default=0)
     points = [(math.log(step), loss) for step, loss in curve if step >= max(last / 4, 1)]
     if len(points) < FEWEST_POINTS:
         return None

@@ -30,9 +30,7 @@ def fast_fp8_gemms(device: torch.device) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered")
-            library.impl(  # type: ignore[no-untyped-call]  # torch's own
-                "_scaled_mm", scaled_mm, "CPU", allow_override=True
-            )
+            library.impl("_scaled_mm", scaled_mm, "CPU", allow_override=True)  # type: ignore[no-untyped-call]  # torch's own
         yield
     finally:
         library._destroy()  # type: ignore[no-untyped-call]  # torch's own

@@ -87,8 +87,7 @@ def bf16_errors(exact: Replayed, rounded: Replayed, norm: Norm) -> LocalErrors:
             torch.zeros(()) if a is None or b is None else (b - a).to(KEEP) for a, b in inputs
         ],
     }
-    gradients = exact.parameter_gradients.items()
-    own = {p: rounded.parameter_gradients[p] - g for p, g in gradients}
+    own = {p: rounded.parameter_gradients[p] - g for p, g in exact.parameter_gradients.items()}
     return LocalErrors(errors, {(): norm(own)})
 
 
@@ -99,6 +98,7 @@ class Operands:
         """Take the operands out of a linear's recorded calls."""
         gradients = [g for call in calls for g in call.gradients if g is not None]
         self.amax = amax
+        self.weight = layer.weight
         self.exact: dict[Operand, list[Tensor]] = {
             Operand.INPUT: [floating_inputs(c)[0].reshape(-1, layer.in_features) for c in calls],
             Operand.WEIGHT: [layer.weight.detach()],
@@ -123,24 +123,22 @@ class Operands:
 
     def statistics(self, name: str, options: Sequence[Option]) -> list[OperandStatistics]:
         """Return the range of each operand, and what each option's recipe would do to it."""
-        return [self._statistics(name, operand, options) for operand in Operand]
+        return [self._range(name, operand, options) for operand in Operand]
 
-    def _statistics(
-        self, name: str, operand: Operand, options: Sequence[Option]
-    ) -> OperandStatistics:
+    def _range(self, name: str, operand: Operand, options: Sequence[Option]) -> OperandStatistics:
         # channels are columns; those of a weight are its rows (outputs)
         dim = 1 if operand is Operand.WEIGHT else 0
         magnitudes = [t.abs() for t in self.exact[operand]]
         per_channel = torch.stack([t.amax(dim) for t in magnitudes]).amax(0)
         amax = float(per_channel.max())
-        amin = min(_smallest(t) for t in magnitudes)
+        smallest = [float(torch.where(t > 0, t, torch.inf).min()) for t in magnitudes]
+        amin = min(value if math.isfinite(value) else 0.0 for value in smallest)  # 0: all are zero
         outliers = (per_channel > OUTLIER_RATIO * float(per_channel.median())).nonzero().flatten()
         casts: dict[str, set[Cast]] = {}
         for option in options:
-            for sides in gemm_casts(option).values():
-                used = {cast for side, cast in sides if side is operand}
-                casts.setdefault(str(option.recipe), set()).update(used)
-        casts = {recipe: used for recipe, used in casts.items() if used}
+            for side, cast in chain.from_iterable(gemm_casts(option).values()):
+                if side is operand:
+                    casts.setdefault(str(option.recipe), set()).add(cast)
         return OperandStatistics(
             name=name,
             operand=operand,
@@ -174,13 +172,7 @@ class Operands:
 
 
 def add_fp8_errors(
-    found: LocalErrors,
-    operands: Operands,
-    options: Sequence[Option],
-    *,
-    weight: Tensor,
-    exact: Replayed,
-    norm: Norm,
+    found: LocalErrors, operands: Operands, options: Sequence[Option], exact: Replayed, norm: Norm
 ) -> None:
     """Add the errors of a linear's FP8 options; casts that options share are made once."""
     for option in options:
@@ -190,12 +182,12 @@ def add_fp8_errors(
                 found.errors[component] = operands.errors(component.operand, component.cast)
         # grad_weight: its error is where it ends, so it is multiplied out (the bias is no GEMM's)
         sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
-        if weight.requires_grad and sides not in found.parameter_errors:
+        if operands.weight.requires_grad and sides not in found.parameter_errors:
             left, right = (operands.cast(operand, cast) for operand, cast in sides)
             # [N, M] @ [M, K] -> [N, K], per call
             made = torch.stack([g.t() @ x for g, x in zip(left, right, strict=True)]).sum(0)
-            error = made - exact.parameter_gradients[weight]
-            found.parameter_errors[sides] = norm({weight: error})
+            error = made - exact.parameter_gradients[operands.weight]
+            found.parameter_errors[sides] = norm({operands.weight: error})
 
 
 def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
@@ -219,9 +211,3 @@ def operand_statistics(reference: Reference, cells: Iterable[Cell]) -> list[Oper
             operands = Operands(layer, calls[name], reference.history.get(name, {}))
             found.extend(operands.statistics(name, options[name]))
     return found
-
-
-def _smallest(magnitudes: Tensor) -> float:
-    """Return the smallest non-zero magnitude; 0.0 where all are zero."""
-    smallest = float(torch.where(magnitudes > 0, magnitudes, torch.inf).min())
-    return smallest if math.isfinite(smallest) else 0.0

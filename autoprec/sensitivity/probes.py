@@ -57,6 +57,7 @@ STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by a
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 Key = tuple[str, Component]  # a layer's name and one source of its error
+SomeTensors = Sequence[Tensor | None]  # None where no gradient came back
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,7 @@ def _local_errors(
         layer = step.layers[name]
         if name in called and isinstance(layer, nn.Linear):
             operands = Operands(layer, calls[name], reference.history.get(name, {}))
-            add_fp8_errors(
-                found[name],
-                operands,
-                fp8,
-                weight=layer.weight,
-                exact=exact[name],
-                norm=step.squared_norm,
-            )
+            add_fp8_errors(found[name], operands, fp8, exact[name], step.squared_norm)
             if step.index == 0:
                 statistics += operands.statistics(name, fp8)
     return found, statistics
@@ -217,16 +211,14 @@ def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
-            if parameter not in step.gradient.of:
+            if (at := step.gradient.of.get(parameter)) is None:
                 continue
             saved.append((parameter, parameter.data))
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = step.reference.preconditioner.apply(
-                parameter, signs.float(), at=step.gradient.of[parameter]
-            )
+            move = step.reference.preconditioner.apply(parameter, signs.float(), at=at)
             parameter.data = parameter.data + size * move
         yield
     finally:
@@ -288,22 +280,18 @@ def _parameter_products(
     return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
 
 
-def _rows(tensors: Sequence[Tensor | None], features: int) -> list[Tensor]:
+def _rows(tensors: SomeTensors, features: int) -> list[Tensor]:
     return [t.reshape(-1, features) for t in tensors if t is not None]
 
 
-def _changes(
-    before: Sequence[Tensor | None], after: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _changes(before: SomeTensors, after: SomeTensors) -> list[Tensor | None]:
     return [
         None if a is None or b is None else (b - a).float()
         for a, b in zip(before, after, strict=True)
     ]
 
 
-def _by_channel(
-    layer: nn.Module, changes: Sequence[Tensor | None], errors: Sequence[Tensor]
-) -> Tensor:
+def _by_channel(layer: nn.Module, changes: SomeTensors, errors: Sequence[Tensor]) -> Tensor:
     """Return the products of changes and errors, summed over all but the channels."""
     totals: dict[int, Tensor] = {}
     for change, error in zip(changes, errors, strict=True):

@@ -68,22 +68,14 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             for y, g in zip(produced, call.gradients, strict=True)
             if g is not None and y.requires_grad
         ]
-        found = _gradients(pairs, [*inputs, *totals])
+        found: dict[Tensor, Tensor] = {}
+        if pairs and (wanted := [*inputs, *totals]):
+            roots, gradients = zip(*pairs, strict=True)
+            given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
+            found = {t: g.float() for t, g in zip(wanted, given, strict=True) if g is not None}
         outputs += [y.detach().float() for y in produced]
         input_gradients += [found.get(x) for x in inputs]
         for parameter, total in totals.items():
             if parameter in found:
                 total += found[parameter]
     return Replayed(outputs, input_gradients, totals)
-
-
-def _gradients(
-    pairs: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor]
-) -> dict[Tensor, Tensor]:
-    """Return the gradients, FP32, of those tensors that get one."""
-    wanted = [t for t in tensors if t.requires_grad]
-    if not pairs or not wanted:
-        return {}
-    outputs, gradients = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    return {t: g.float() for t, g in zip(wanted, found, strict=True) if g is not None}

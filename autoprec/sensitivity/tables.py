@@ -30,8 +30,8 @@ from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
-from autoprec.sensitivity.local import Cell, Component, components_of, operand_statistics
-from autoprec.sensitivity.probes import BatchProbe, probe_batches
+from autoprec.sensitivity.local import Cell, components_of, operand_statistics
+from autoprec.sensitivity.probes import BatchProbe, Key, probe_batches
 from autoprec.sensitivity.reference import Reference
 
 PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
@@ -70,11 +70,9 @@ def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
     `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
     """
     cells: list[Cell] = []
+    recipes = None if options is None else {None, *(option.recipe for option in options)}
     for layer in spec.layers:
-        chosen = list(layer.options)
-        if options is not None:
-            recipes = {None, *(option.recipe for option in options)}
-            chosen = [option for option in layer.options if option.recipe in recipes]
+        chosen = [o for o in layer.options if recipes is None or o.recipe in recipes]
         if any(option.is_fp8 for option in layer.options):
             chosen += [o for o in options or () if o.recipe is Recipe.DELAYED and o not in chosen]
         cells += [(layer.name, option) for option in chosen if option != FP32]
@@ -86,9 +84,8 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     if method is None:
         method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
     if method is Method.LAYERWISE:
-        exact = _exact_errors(
-            reference, cells, batches=len(reference.batches), stage="sensitivity: layer by layer"
-        )
+        stage = "sensitivity: layer by layer"
+        exact = _exact_errors(reference, cells, batches=len(reference.batches), stage=stage)
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
         return Table(method, tuple(rows), tuple(operand_statistics(reference, cells)))
     return _sign_coded_table(reference, cells)
@@ -102,9 +99,8 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     refined = tuple(dict.fromkeys((*large_cells(rows), *uncertain_cells(rows))))
     exact: dict[Cell, Estimate] = {}
     if refined:
-        exact = _exact_errors(
-            reference, refined, batches=REFINED_BATCHES, stage="sensitivity: largest rows"
-        )
+        stage = "sensitivity: largest rows"
+        exact = _exact_errors(reference, refined, batches=REFINED_BATCHES, stage=stage)
     rows = tuple(
         _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
         for row in rows
@@ -120,32 +116,27 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
     over batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that share a
     code share.
     """
-    scale = [probe.squared_norm for probe in probes]
+    scale, nothing = [probe.squared_norm for probe in probes], [0.0] * len(probes)
     rows = []
     for name, option in cells:
-        spreading = components_of(option)
+        spreading = {
+            gemm: [(name, component) for component in components]
+            for gemm, components in components_of(option).items()
+        }
         key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
         staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
-        by_gemm = {gemm: _estimate(probes, name, some) for gemm, some in spreading.items()}
+        by_gemm = {gemm: _estimate(probes, keys, nothing) for gemm, keys in spreading.items()}
         by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
-        every = list(chain.from_iterable(spreading.values()))
-        total = _estimate(probes, name, every, plus=staying)
+        total = _estimate(probes, list(chain.from_iterable(spreading.values())), staying)
         rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
     return tuple(rows)
 
 
-def _estimate(
-    probes: Sequence[BatchProbe],
-    name: str,
-    components: Sequence[Component],
-    *,
-    plus: Sequence[float] | None = None,
-) -> Estimate:
+def _estimate(probes: Sequence[BatchProbe], keys: Sequence[Key], plus: Sequence[float]) -> Estimate:
     """Return the gradient error of a layer's components, with both parts of its standard error."""
-    keys = [(name, component) for component in components]
     scale = [probe.squared_norm for probe in probes]
     sums = [math.fsum(probe.squares[key] for key in keys) for probe in probes]
-    values = [s + p for s, p in zip(sums, plus or [0.0] * len(sums), strict=True)]
+    values = [s + p for s, p in zip(sums, plus, strict=True)]
     found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
     if found.stderr is None or found.mean >= DIVERGED:
         return found
