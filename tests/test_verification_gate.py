@@ -161,6 +161,15 @@ def test_a_branch_that_diverges_refutes_at_once_with_its_step() -> None:
     assert found.gap is None
 
 
+@pytest.mark.parametrize(("count", "is_single"), [(1, True), (2, False)])
+def test_a_single_evaluation_batch_is_noted_and_only_that(count: int, is_single: bool) -> None:
+    workload = overflowing(mlp_workload())
+    batches = workload.eval_batches()[:count]
+    found = verified(changed(workload, eval_batches=lambda: batches), TENSORWISE)
+    assert found.branches[-1].diverged_at == 0
+    assert any("single evaluation batch" in note for note in found.notes) is is_single
+
+
 def test_a_refuted_plan_gives_way_to_the_next() -> None:
     workload = overflowing(mlp_workload())
     spec = capture_model(Context(workload, CPU))

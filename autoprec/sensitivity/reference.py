@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autoprec.common.progress import report_nothing
 from autoprec.device.random_state import random_state_kept
@@ -222,9 +223,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return parameter.grad.detach().float()
 
 
-def restore(
-    context: Context, checkpoint: Checkpoint | None
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module, Optimizer]:
     """Build the user's model and optimizer and load the checkpoint into them.
 
     Raises:
@@ -241,7 +240,7 @@ def restore(
 
 
 def _warm_up(
-    context: Context, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Iterator[Batch]
+    context: Context, model: nn.Module, optimizer: Optimizer, stream: Iterator[Batch]
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
     # all batches first: the user's data loading is no part of a step

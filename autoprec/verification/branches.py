@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
@@ -65,8 +66,8 @@ def warm_up(
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, start)
         curve = []
-        for step, batch in enumerate(_batches(context, context.seed, steps)):
-            loss = _train_step(context, model, optimizer, batch, seed=context.seed, step=step)
+        for step, batch in _seeded_batches(context, context.seed, steps):
+            loss = _train_step(context, model, optimizer, batch)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
         return Checkpoint(
@@ -106,7 +107,7 @@ def train_branch(
         # the plan is taken out again: what is evaluated are the FP32 master weights
         if diverged_at is None:
             losses = evaluate(context, model, session.evaluation)
-    if not all(math.isfinite(loss) for loss in losses):
+    if not all(map(math.isfinite, losses)):
         diverged_at, losses = steps, ()
     return Branch(
         label=variant.label,
@@ -177,12 +178,12 @@ def _floor(session: Session, first: Branch) -> float:
 
 
 def _train(
-    session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, label: str, *, seed: int
+    session: Session, model: nn.Module, optimizer: Optimizer, label: str, *, seed: int
 ) -> Iterator[float]:
     """Train on the seed's batches and yield every step's loss."""
     context, steps = session.context, session.terms.branch_steps
     rates = [_rate(group) for group in optimizer.param_groups]
-    for step, batch in enumerate(_batches(context, seed, steps)):
+    for step, batch in _seeded_batches(context, seed, steps):
         # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             annealed = rate * (steps - step) / steps
@@ -190,20 +191,11 @@ def _train(
                 group["lr"].fill_(annealed)
             else:
                 group["lr"] = annealed
-        yield float(_train_step(context, model, optimizer, batch, seed=seed, step=step))
+        yield float(_train_step(context, model, optimizer, batch))
         context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
 
 
-def _train_step(
-    context: Context,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    seed: int,
-    step: int,
-) -> Tensor:
-    _seed_step(seed, step)
+def _train_step(context: Context, model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
     optimizer.zero_grad()
     loss = context.workload.loss_fn(model, batch)
     torch.autograd.backward(loss)
@@ -217,9 +209,12 @@ def _train_step(
     return loss.detach()
 
 
-def _batches(context: Context, seed: int, count: int) -> Iterator[Batch]:
-    for batch in islice(context.workload.train_batches(seed), count):
-        yield move_batch(batch, context.device)
+def _seeded_batches(context: Context, seed: int, count: int) -> Iterator[tuple[int, Batch]]:
+    """Yield steps and batches, torch's generators seeded anew for each step."""
+    for step, batch in enumerate(islice(context.workload.train_batches(seed), count)):
+        moved = move_batch(batch, context.device)
+        _seed_step(seed, step)
+        yield step, moved
 
 
 def _seed_step(seed: int, step: int) -> None:

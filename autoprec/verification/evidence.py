@@ -45,19 +45,17 @@ class Evidence:
 
     def gaps(self, label: str) -> list[float]:
         """Return the relative loss gap of every seed whose branch of that label was evaluated."""
-        pairs = zip(self.of("reference"), self.of(label), strict=True)
         return [
             (branch.eval_loss - reference.eval_loss) / abs(reference.eval_loss)
-            for reference, branch in pairs
+            for reference, branch in zip(self.of("reference"), self.of(label), strict=True)
             if branch.eval_loss is not None and reference.eval_loss is not None
         ]
 
     def gap(self, label: str) -> LossGap | None:
         """Return the interval of the gap; None with fewer than two seeds, or when one diverged."""
         gaps = self.gaps(label)
-        if len(gaps) < 2 or self.diverged(label):
-            return None
-        return gap_interval(gaps, self.terms)
+        is_known = len(gaps) >= 2 and not self.diverged(label)
+        return gap_interval(gaps, self.terms) if is_known else None
 
     @property
     def implied_limit(self) -> float | None:
@@ -83,6 +81,7 @@ def make_verification(
     skipped: int,
 ) -> Verification:
     """Make the record of a plan's verification, after `refuted` plans and `skipped` ones."""
+    repairs = repair_notes(evidence.plan, refuted, skipped=skipped)
     return Verification(
         plan=evidence.plan.digest,
         verdict=evidence.verdict,
@@ -102,10 +101,7 @@ def make_verification(
         seeds_planned=(evidence.terms.seeds_min, evidence.terms.seeds_max),
         eval_stderr=eval_stderr(evidence),
         floor=session.floor,
-        notes=(
-            *repair_notes(evidence.plan, refuted, skipped=skipped),
-            *notes(session, evidence, steps),
-        ),
+        notes=(*repairs, *notes(session, evidence, steps)),
     )
 
 
@@ -216,7 +212,7 @@ def notes(session: Session, evidence: Evidence, steps: Sequence[StepTiming]) -> 
             f"training is not deterministic here: two runs of the reference differ by "
             f"{session.floor:.2e} of the loss, which is part of the spread"
         )
-    if eval_stderr(evidence) is None:
+    if len(session.evaluation) < FEWEST_EVAL_BATCHES:
         found.append("a single evaluation batch: what other batches would say is unknown")
     if not steps:
         found.append("step times were not measured: the target is not the device at hand")
