@@ -50,8 +50,7 @@ def prepare(
     if accelerator.device_placement:
         model.to(accelerator.device)  # before the masters are made of it
     autoprec.apply(plan, model, optimizer)
-    prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
-    return prepared
+    return tuple(accelerator.prepare(model, optimizer, *others))
 
 
 def check_state(state: AcceleratorState) -> None:

@@ -25,6 +25,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
 from autoprec.integrations.plans import (
     GuardedSteps,
+    GuardState,
     MakeGuard,
     apply_plan,
     foreign_precision,
@@ -121,7 +122,7 @@ class GuardCallback(L.Callback):
     def __init__(self, make_guard: MakeGuard = Guard) -> None:
         """Remember how to make the guard: `autoprec.Guard`, or a `functools.partial` of it."""
         self.steps = GuardedSteps(make_guard)
-        self.loaded: dict[str, Any] = {}  # Any: a guard's state
+        self.loaded: GuardState = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the guard of the plan and the optimizer, of which there must be one each."""
@@ -131,10 +132,10 @@ class GuardCallback(L.Callback):
                 "a guard watches a model that runs a plan, but this Trainer's precision plugin is "
                 f"a {type(plugin).__name__}; give it plugins=PlanPrecision(plan)"
             )
-        if len(trainer.optimizers) != 1:
+        if (count := len(trainer.optimizers)) != 1:
             raise PlanMismatchError(
-                "a guard watches one optimizer, but the module has "
-                f"{len(trainer.optimizers)}; call autoprec.Guard's step in the module instead"
+                f"a guard watches one optimizer, but the module has {count}; call autoprec.Guard's "
+                "step in the module instead"
             )
         self.steps.start(plugin.model, trainer.optimizers[0], plugin.plan, self.loaded)
 
@@ -144,9 +145,7 @@ class GuardCallback(L.Callback):
         """Keep the loss, which Lightning has divided by the number of micro-batches."""
         self.steps.add_loss(loss)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:  # Any: Lightning's own
         """Let the guard look, before clipping."""
         self.steps.end_step()
 
@@ -154,10 +153,10 @@ class GuardCallback(L.Callback):
         """Take the guard's hooks out."""
         self.steps.close()
 
-    def state_dict(self) -> dict[str, Any]:  # Any: a guard's state
+    def state_dict(self) -> GuardState:
         """Return the guard's state for Lightning's checkpoint."""
         return self.loaded if self.steps.guard is None else self.steps.guard.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: a guard's state
+    def load_state_dict(self, state_dict: GuardState) -> None:
         """Keep a checkpoint's state until there is a guard."""
         self.loaded = state_dict

@@ -15,6 +15,7 @@ from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.attach import check_optimizer
 from autoprec.runtime.masters import ON_MODEL
 
+GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
 
 
@@ -38,11 +39,10 @@ def apply_plan(plan: Plan, model: nn.Module, *optimizers: Optimizer) -> None:
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:
     """Whether this very plan is applied to the model already."""
-    masters = vars(unwrapped(model)).get(ON_MODEL)
-    if masters is None:
-        return False
-    options = {plain_name(name): option for name, option in masters.options.items()}
-    return options == {layer.name: layer.option for layer in plan.layers}
+    masters, options = vars(unwrapped(model)).get(ON_MODEL), {x.name: x.option for x in plan.layers}
+    return masters is not None and options == {
+        plain_name(name): option for name, option in masters.options.items()
+    }
 
 
 def foreign_precision(setting: str, *, fix: str) -> PlanMismatchError:
@@ -68,12 +68,8 @@ class GuardedSteps:
         self._has_looked = False  # since the last optimizer step
 
     def start(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        plan: Plan,
-        state: dict[str, Any] | None = None,
-    ) -> None:  # Any: a guard's state
+        self, model: nn.Module, optimizer: Optimizer, plan: Plan, state: GuardState | None = None
+    ) -> None:
         """Make the guard, which goes on from a checkpoint's state if there is one."""
         self.close()
         self.guard = self._make_guard(model, optimizer, plan)

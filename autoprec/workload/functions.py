@@ -113,9 +113,8 @@ class Workload:
         optimizer = self._call(
             "build_optimizer(model)", torch.optim.Optimizer, "a torch.optim.Optimizer", model
         )
-        own = {id(parameter) for parameter in model.parameters()}
-        listed = [p for group in optimizer.param_groups for p in group["params"]]
-        if any(id(parameter) not in own for parameter in listed):
+        listed = {p for group in optimizer.param_groups for p in group["params"]}
+        if not listed <= set(model.parameters()):
             raise WorkloadError(
                 "build_optimizer(model) must optimise parameters of the model it is given, but it "
                 "lists others; pass model.parameters()"
@@ -176,9 +175,8 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
                 "see the README for the five functions"
             )
         if not callable(found):
-            raise WorkloadError(
-                f"{each} must be a function, but it is {shown_value(found)}; fix it"
-            )
+            got = shown_value(found)
+            raise WorkloadError(f"{each} must be a function, but it is {got}; fix it")
     for each, signature in REQUIRED.items():
         if each not in functions:
             raise WorkloadError(
@@ -274,7 +272,7 @@ def _import_file(path: Path) -> ModuleType:
         raise WorkloadError(f"the workload must be a Python file, but {path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses and pickle look classes up there
-    with _UserCode(f"{path}", "a file that imports"):
+    with _UserCode(str(path), "a file that imports"):
         spec.loader.exec_module(module)
     return module
 

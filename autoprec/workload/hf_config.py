@@ -43,7 +43,7 @@ def config_file(reference: str) -> Path | None:
 
 
 def config_model(file: Path, *, batch: int | None = None, sequence: int | None = None) -> object:
-    """Return what a workload file of the config's decoder would define; what is assumed is logged.
+    """Return the functions of a workload for the config's decoder; what is assumed is logged.
 
     Raises:
         WorkloadError: transformers is missing or has no such decoder, or the sequence is too long.
@@ -56,17 +56,11 @@ def config_model(file: Path, *, batch: int | None = None, sequence: int | None =
             f"--sequence must be at most the max_position_embeddings of {file}, {limit}, but it is "
             f"{sequence}; shorten it, or edit the config"
         )
-    model = ConfigModel(
-        config, text.vocab_size, batch or BATCH, sequence or min(limit, LONGEST_SEQUENCE)
-    )
+    rows, tokens = batch or BATCH, sequence or min(limit, LONGEST_SEQUENCE)
     if batch is None or sequence is None:
-        logger.warning(
-            "%s: a step is taken to have %d x %d tokens; --batch and --sequence say otherwise",
-            file,
-            model.batch,
-            model.sequence,
-        )
-    return model
+        assumed = "%s: a step is taken to have %d x %d tokens; --batch and --sequence say otherwise"
+        logger.warning(assumed, file, rows, tokens)
+    return ConfigModel(config, text.vocab_size, rows, tokens)
 
 
 def _read_config(file: Path) -> Any:  # Any: transformers ships no usable types
@@ -159,8 +153,8 @@ class ConfigModel:
         import torch
 
         generator = torch.Generator().manual_seed(seed)
+        shape = (self.batch, self.sequence)
         while True:
-            shape = (self.batch, self.sequence)
             yield torch.randint(self.vocabulary, shape, generator=generator)
 
     def loss_fn(self, model: "nn.Module", tokens: "Tensor") -> "Tensor":

@@ -3,6 +3,7 @@
 Text of a plan goes into a template through a filter only, so that no name ends a comment or string.
 """
 
+import glob
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from autoprec.common.text import first_and_more
 from autoprec.records import Option, Plan, Precision
 
 TEMPLATES = Path(__file__).parent / "templates"
+exact_glob = glob.escape  # the glob that fits this name and no other
 
 
 def render(template: str, plan: Plan, **words: object) -> str:
@@ -54,8 +56,3 @@ def yaml_string(text: str) -> str:
     """Return `text` as a double-quoted YAML scalar in ASCII: YAML has all of Python's escapes."""
     escaped = text.encode("unicode_escape").decode("ascii")
     return '"' + escaped.replace('"', '\\"') + '"'
-
-
-def exact_glob(name: str) -> str:
-    """Return the glob that fits this name and no other."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

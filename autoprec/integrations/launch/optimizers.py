@@ -19,8 +19,7 @@ def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     """Whether an optimizer has a parameter of a model."""
-    own = {id(parameter) for parameter in model.parameters()}
-    return any(id(parameter) in own for parameter in trained_by(optimizer))
+    return not set(model.parameters()).isdisjoint(trained_by(optimizer))
 
 
 def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -37,13 +36,9 @@ def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -
     # deepcopy takes what its memo has under an object's id for that object's copy
     pairs = zip(source.parameters(), target.parameters(), strict=True)
     memo: dict[int, Any] = {id(one): other for one, other in pairs}
-    attributes = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name not in HOOKS and not callable(value)
-    }
+    own = {k: v for k, v in vars(optimizer).items() if k not in HOOKS and not callable(v)}
     other: Optimizer = object.__new__(type(optimizer))
-    vars(other).update(copy.deepcopy(attributes, memo))
+    vars(other).update(copy.deepcopy(own, memo))
     other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
     for parameter, state in other.state.items():
         for name, value in state.items():

@@ -21,7 +21,7 @@ def find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
 
 
 def measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
-    """Return how many layers only one of plan and module has, and why the plan does not fit."""
+    """Return the number of layers that only one of the two has, and the reason of the misfit."""
     names = {plain_name(name) for name in find_layers(module)}
     return len(names ^ {layer.name for layer in plan.layers}), _mismatch(plan, module) or "it fits"
 

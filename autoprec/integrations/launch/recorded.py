@@ -55,29 +55,25 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         WorkloadError: the script failed, ended early, or trains in a way that cannot be recorded.
     """
     recorder, status = Recorder(steps), 0
-    with contextlib.ExitStack() as stack:
+    with (
+        contextlib.ExitStack() as stack,
+        contextlib.chdir(os.getcwd()),
+        random_state_kept(),
+        recorder.following(),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.suppress(StopScript),  # the recorder knows why
+    ):
         # what a script may change for the whole process, and the stages rely on, is put back
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        for context in (
-            contextlib.chdir(os.getcwd()),
-            random_state_kept(),
-            recorder.following(),
-            contextlib.redirect_stdout(sys.stderr),
-            contextlib.suppress(StopScript),  # the recorder knows why
-        ):
-            stack.enter_context(context)
         status = run_script(script)
     first, optimizer = recorder.first, recorder.first_optimizer
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
     if first is None or optimizer is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
-    logger.warning(
-        "%s was stopped after %d training steps; what it wrote until then is its own",
-        script.name,
-        recorder.steps,
-    )
+    stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
+    logger.warning(stopped, script.name, recorder.steps)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     check_recording(script, recorder, first)
@@ -163,9 +159,8 @@ def _free(recorder: Recorder) -> None:
 
 def _digest(script: Script, recorder: Recorder) -> str:
     """Hash the script and what it did: another run of an unseeded script is another workload."""
-    path = Path(script.name)
+    path, losses = Path(script.name), [f"{loss:.6g}" for loss in recorder.losses]
     text = path.read_bytes().hex() if path.is_file() else ""
-    losses = [f"{loss:.6g}" for loss in recorder.losses]
     return short_digest(text, repr(script), recorder.wanted, losses)
 
 

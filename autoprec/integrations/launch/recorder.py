@@ -215,8 +215,7 @@ class Recorder:
         if self.optimizer is not None:
             return
         # the first step: the optimizer is copied as it is before that
-        own = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) not in own for parameter in trained_by(optimizer)):
+        if not set(trained_by(optimizer)) <= set(self.model.parameters()):
             self.refuse(
                 f"the optimizer must train the weights of {type(self.model).__name__} alone, but "
                 f"{type(optimizer).__name__} has others"

@@ -168,9 +168,8 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
             values[node] = inputs[node.target].clone() if is_changed else inputs[node.target]
         elif node.op == "call_function":
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.set_grad_enabled(
-                node.meta.get("has_grad", True) and torch.is_grad_enabled()
-            ):
+            has_grad = node.meta.get("has_grad", True) and torch.is_grad_enabled()
+            with torch.set_grad_enabled(has_grad):
                 values[node] = node.target(*args, **kwargs)
     loss: Tensor = values[_root(graph)]
     return loss

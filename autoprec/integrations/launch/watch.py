@@ -120,7 +120,13 @@ class Watch:
     def describe(self) -> str:
         """Say in one line where the plan was applied, or why it was not."""
         if self.applied:
-            return "; ".join(self._describe_applied(applied) for applied in self.applied)
+            counts = Counter(str(layer.precision) for layer in self.plan.layers)
+            layers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+            return "; ".join(
+                f"plan applied to {applied.where}: layers {layers}; "
+                f"optimizers {', '.join(applied.optimizers) or 'none'}"
+                for applied in self.applied
+            )
         if not self.misfits:
             return (
                 "the plan was not applied: no model was called for training in this process; a "
@@ -269,12 +275,6 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
-
-    def _describe_applied(self, applied: Applied) -> str:
-        counts = Counter(str(layer.precision) for layer in self.plan.layers)
-        layers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        optimizers = ", ".join(applied.optimizers) or "none"
-        return f"plan applied to {applied.where}: layers {layers}; optimizers {optimizers}"
 
 
 def _shard_owners() -> list[object]:
