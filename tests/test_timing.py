@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprec.device import timing as module
 from autoprec.device.timing import (
     CACHE_FACTOR,
     DEFAULT_CACHE_BYTES,
@@ -256,10 +255,10 @@ class FakeCuda:
             "set_stream": lambda _: self.order.append("back"),
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.order.append("replay")),
             "graph": lambda _: nullcontext(),
+            "Event": lambda **_: self.event(),
         }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(module, "_timing_event", self.event)
 
     def event(self) -> SimpleNamespace:
         return SimpleNamespace(

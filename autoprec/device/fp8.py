@@ -39,15 +39,14 @@ class Fp8Support:
 
 @cache
 def fp8_support(device: torch.device) -> Fp8Support:
-    """Return which FP8 recipes `device` runs, found by running each one; asked once per device."""
+    """Return the FP8 recipes that `device` runs, found by running each one once per process."""
     refusal = _capability_refusal(device)
     if refusal:
         return Fp8Support((), refusal)
     failures = {recipe: _try_recipe(recipe, device) for recipe in APPLICABLE_RECIPES}
     works = tuple(recipe for recipe, problem in failures.items() if not problem)
-    problems = [f"{recipe}: {problem}" for recipe, problem in failures.items() if problem]
-    reason = f"FP8 on {device} does not run as {'; '.join(problems)}" if problems else ""
-    return Fp8Support(works, reason)
+    problems = "; ".join(f"{recipe}: {problem}" for recipe, problem in failures.items() if problem)
+    return Fp8Support(works, problems and f"FP8 on {device} does not run as {problems}")
 
 
 def _capability_refusal(device: torch.device) -> str:
@@ -57,13 +56,10 @@ def _capability_refusal(device: torch.device) -> str:
         return "CUDA is not available here"
     if device.type != "cuda" or torch.version.hip is not None:
         return ""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return (
-            f"FP8 GEMMs need compute capability 8.9 or more, and {device} has "
-            f"{capability[0]}.{capability[1]}"
-        )
-    return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 9):
+        return ""
+    return f"FP8 GEMMs need compute capability 8.9 or more, and {device} has {major}.{minor}"
 
 
 def _try_recipe(recipe: Recipe, device: torch.device) -> str:
@@ -134,8 +130,7 @@ def recipe_errors(
     x_MK = torch.randn(32, 64, generator=generator) * _octaves(32)[:, None]
     weight_NK = torch.randn(48, 64, generator=generator) / 8 * _octaves(48)[:, None]
     grad_MN = torch.randn(32, 48, generator=generator) * _octaves(48)
-    linear = nn.Linear(64, 48, bias=False, device="meta", dtype=torch.bfloat16)  # draws nothing
-    linear.to_empty(device=device)
+    linear = nn.utils.skip_init(nn.Linear, 64, 48, bias=False, device=device, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]  # torch's own
     with torch.no_grad():
         linear.weight.copy_(weight_NK)
     float8_linear = import_torchao().float8_linear

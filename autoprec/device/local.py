@@ -71,7 +71,7 @@ def available_devices() -> tuple[str, ...]:
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Return what the device and the software are; takes seconds when FP8 is first tried."""
+    """Return the facts of device and software; takes seconds when FP8 is first tried."""
     hardware = _cuda_facts if device.type == "cuda" else _cpu_facts
     support = fp8_support(device)
     missing = fp8_format_gaps(device)
@@ -93,10 +93,9 @@ def fp8_format_gaps(device: torch.device) -> dict[str, str]:
         return {}
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is None:
-        capability = (properties.major, properties.minor)
-        if capability >= MXFP8_CAPABILITY:
+        if (properties.major, properties.minor) >= MXFP8_CAPABILITY:
             return {}
-        had = ".".join(map(str, capability))
+        had = f"{properties.major}.{properties.minor}"
         return {"mxfp8": f"MXFP8 GEMMs need compute capability 10.0 or more, and it has {had}"}
     architecture = str(properties.gcnArchName).partition(":")[0]
     gaps = {"mxfp8": f"torchao has no MXFP8 training on AMD's {architecture}"}
@@ -112,7 +111,7 @@ def e4m3_dtype(device: torch.device) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what `device_facts` calls the device, at once."""
+    """Return the name that `device_facts` gives the device, at once."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).name)
     return str(_cpu_facts(device, {})["name"])
@@ -129,7 +128,7 @@ def find_sensor(device: torch.device) -> Sensor | None:
 
 
 def find_monitor(device: torch.device) -> Monitor:
-    """Return what rejects samples of a hot GPU or a busy CPU, as far as that can be read."""
+    """Return the monitor that rejects samples of a hot GPU or a busy CPU, where these are told."""
     if device.type == "cpu":
         return UNWATCHED if sys.platform == "win32" else LoadMonitor()
     sensor = find_sensor(device)
@@ -246,12 +245,11 @@ class ThermalMonitor:
         return elapsed, Observation(is_slow, seen)
 
 
-class LoadMonitor:
-    """Calls a sample dirty when other processes took the CPU away from this one during it."""
+class LoadMonitor(Monitor):
+    """Calls a sample dirty when other processes took the CPU away from this one during it.
 
-    def settle(self) -> int:
-        """Return at once: how long others want the CPU is not known."""
-        return 0
+    It waits for nothing: how long others want the CPU is not known.
+    """
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         """Take a sample; dirty if it was interrupted more often than a quiet machine does."""

@@ -48,23 +48,19 @@ class Sensor:
         return mode is not None and bool(mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
 
     def throttle_reasons(self) -> tuple[str, ...]:
-        """Return why the clocks are below what they could be."""
+        """Return the reasons that the clocks are below what they could be."""
         bits = self._read("throttle_reasons", _reason_bits) or 0
         return tuple(name for bit, name in REASONS.items() if bits & bit)
 
     def read(self) -> Conditions:
         """Return all readings of this moment."""
-        ask = pynvml
+        ask, clock, heat = pynvml, pynvml.nvmlDeviceGetClockInfo, pynvml.nvmlDeviceGetTemperature
         return Conditions(
-            sm_clock_mhz=self._read("sm_clock_mhz", ask.nvmlDeviceGetClockInfo, ask.NVML_CLOCK_SM),
-            memory_clock_mhz=self._read(
-                "memory_clock_mhz", ask.nvmlDeviceGetClockInfo, ask.NVML_CLOCK_MEM
-            ),
+            sm_clock_mhz=self._read("sm_clock_mhz", clock, ask.NVML_CLOCK_SM),
+            memory_clock_mhz=self._read("memory_clock_mhz", clock, ask.NVML_CLOCK_MEM),
             power_w=self._thousandth("power_w", ask.nvmlDeviceGetPowerUsage),
             power_limit_w=self._thousandth("power_limit_w", ask.nvmlDeviceGetEnforcedPowerLimit),
-            temperature_c=self._read(
-                "temperature_c", ask.nvmlDeviceGetTemperature, ask.NVML_TEMPERATURE_GPU
-            ),
+            temperature_c=self._read("temperature_c", heat, ask.NVML_TEMPERATURE_GPU),
             throttle_reasons=self.throttle_reasons(),
         )
 

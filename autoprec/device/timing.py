@@ -68,25 +68,19 @@ class Observation:
 
 
 class Monitor(Protocol):
-    """Looks at the machine around every sample."""
+    """Looks at the machine around every sample; by default it waits for and sees nothing."""
 
     def settle(self) -> int:
         """Wait until the machine is fit to be timed; return how many pauses that took."""
-
-    def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
-        """Take a sample; return its ms and what was seen around it."""
-
-
-class Unwatched:
-    """Accepts every sample, for a machine of which nothing can be read."""
-
-    def settle(self) -> int:
-        """Return at once."""
         return 0
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
-        """Take a sample."""
+        """Take a sample; return its ms and what was seen around it."""
         return sample(), Observation()
+
+
+class Unwatched(Monitor):
+    """Accepts every sample, for a machine of which nothing can be read."""
 
 
 UNWATCHED = Unwatched()
@@ -122,13 +116,12 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         size = int(torch.cuda.get_device_properties(device).L2_cache_size) or DEFAULT_CACHE_BYTES
-        words = CACHE_FACTOR * size // 4
-        self._buffer = torch.empty(words, dtype=torch.int32, device=device)
+        self._buffer = torch.empty(CACHE_FACTOR * size // 4, dtype=torch.int32, device=device)
 
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return the device ms between the events around it."""
         with torch.cuda.device(self._device):
-            start, end = (_timing_event() for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's own
             # The device evicts its L2 by overwriting the buffer; meanwhile the host runs ahead and
             # queues the call, so that the events see the device's time alone.
             self._buffer.zero_()
@@ -137,10 +130,6 @@ class CudaClock:
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end))
-
-
-def _timing_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -311,14 +300,8 @@ def sample_interleaved(
 
 def timing_from(samples: Sequence[float], *, rejected: int = 0) -> Timing:
     """Return the timing of a list of samples in ms."""
-    p20, median, p80 = np.percentile(np.asarray(samples, dtype=np.float64), [20, 50, 80])
-    return Timing(
-        median_ms=float(median),
-        p20_ms=float(p20),
-        p80_ms=float(p80),
-        samples=len(samples),
-        rejected=rejected,
-    )
+    p20, median, p80 = map(float, np.percentile(samples, [20, 50, 80]))
+    return Timing(median_ms=median, p20_ms=p20, p80_ms=p80, samples=len(samples), rejected=rejected)
 
 
 def relative_error(samples: Sequence[float]) -> float:

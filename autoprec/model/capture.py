@@ -21,13 +21,7 @@ from autoprec.device.fp8 import Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
-from autoprec.model.layers import (
-    ModelLayers,
-    layer_kind,
-    linear_refusal,
-    model_layers,
-    type_name,
-)
+from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
 from autoprec.model.options import layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
@@ -112,9 +106,8 @@ def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -
     torch.manual_seed(seed)
     before = _generator_states()
     loss = workload.loss_fn(model, batch)
-    used_randomness = any(
-        not torch.equal(a, b) for a, b in zip(before, _generator_states(), strict=True)
-    )
+    after = _generator_states()
+    used_randomness = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     value = check_loss(loss, where="in the first step")
     if not loss.requires_grad:
         raise CaptureError(NEEDS_NO_GRADIENT)
@@ -172,10 +165,7 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         )
     return ModelSpec(
         layers=layers,
-        uncovered=tuple(
-            _parameter_spec(name, parameter, names=names)
-            for name, parameter in seen.layers.uncovered.items()
-        ),
+        uncovered=tuple(_parameter(n, p, names) for n, p in seen.layers.uncovered.items()),
         uncalled=tuple(layer.name for layer in layers if not layer.calls),
         structure=seen.layers.structure,
         tokens_per_step=max((layer.gemm.M for layer in layers if layer.gemm), default=0),
@@ -213,9 +203,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         kind=kind,
         type_name=type_name(layer),
         settings=layer.extra_repr(),
-        parameters=tuple(
-            _parameter_spec(prefix + n, p, names=names) for n, p in layer.named_parameters()
-        ),
+        parameters=tuple(_parameter(prefix + n, p, names) for n, p in layer.named_parameters()),
         gemm=gemm,
         tokens=tuple(tokens),
         calls=tuple(CallSpec(inputs=inputs, count=n) for inputs, n in counts.items()),
@@ -227,7 +215,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
 
 
-def _parameter_spec(name: str, parameter: nn.Parameter, *, names: dict[int, str]) -> ParameterSpec:
+def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> ParameterSpec:
     first = names.setdefault(id(parameter), name)
     return ParameterSpec(
         name=name,

@@ -15,12 +15,10 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ((nn.Linear,), LayerKind.LINEAR),
     ((nn.modules.conv._ConvNd,), LayerKind.CONV),
     ((nn.Embedding, nn.EmbeddingBag), LayerKind.EMBEDDING),
-    (
-        (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase),
-        LayerKind.NORM,
-    ),
+    ((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase), LayerKind.NORM),
     ((nn.RNNBase, nn.RNNCellBase), LayerKind.RECURRENT),
 )
+PARAMETER_LISTS = (nn.ParameterList, nn.ParameterDict)  # no layers, but parts of their module
 WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile and checkpointing
 
 
@@ -62,26 +60,24 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     inside_opaque: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) in inside_opaque or isinstance(module, nn.ParameterList | nn.ParameterDict):
+        if id(module) in inside_opaque or isinstance(module, PARAMETER_LISTS):
             continue
-        if _is_opaque(module):
+        is_opaque = isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
+        if is_opaque:  # what is in it only makes sense there
             inside_opaque.update(id(child) for child in module.modules())
-            layers[name] = module
-        elif _is_leaf(module):
+        if is_opaque or _is_leaf(module):
             layers[name] = module
     return layers
 
 
 def layer_kind(module: nn.Module) -> LayerKind:
-    """Return what a layer computes."""
-    for types, kind in KINDS:
-        if isinstance(module, types):
-            return kind
-    return LayerKind.NORM if type(module).__name__.endswith("Norm") else LayerKind.OTHER
+    """Return the kind of a layer: by its class, else by its class's name."""
+    by_name = LayerKind.NORM if type(module).__name__.endswith("Norm") else LayerKind.OTHER
+    return next((kind for types, kind in KINDS if isinstance(module, types)), by_name)
 
 
 def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str:
-    """Return why this module cannot run in FP8 whatever its shape, or an empty string.
+    """Return the reason that keeps a module out of FP8 whatever its shape, or an empty string.
 
     torchao computes what `nn.Linear.forward` does with a plain weight, and nothing else. `cls` is
     the class that counts when it is not the module's present one. Sizes are `options.py`'s matter.
@@ -123,14 +119,8 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention) or parametrize.is_parametrized(module)
-
-
 def _is_leaf(module: nn.Module) -> bool:
     """Whether it owns parameters, and no child does but as a list of its own."""
-    children = (
-        c for c in module.children() if not isinstance(c, nn.ParameterList | nn.ParameterDict)
-    )
+    children = (child for child in module.children() if not isinstance(child, PARAMETER_LISTS))
     own = any(parameter is not None for parameter in module._parameters.values())
     return own and all(next(child.parameters(), None) is None for child in children)

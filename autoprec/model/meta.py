@@ -16,13 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses import fake_tensor
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import first_line
@@ -54,9 +48,9 @@ logger = logging.getLogger(__name__)
 META = torch.device("meta")
 BY_SHAPE = Fp8Support(APPLICABLE_RECIPES, "")  # no kernel is asked: shapes decide
 LOOKED_AT_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
     NotImplementedError,
 )
 
@@ -86,7 +80,7 @@ def capture_on_meta(
     with _without_storage():
         model = _moved_to_meta(workload.build_model(seed=seed)).train()
         batches = [_batch_on_meta(batch) for batch in drawn]
-        with OperationTracer(note, plain=(*PLAIN_TENSORS, FakeTensor)):
+        with OperationTracer(note, plain=(*PLAIN_TENSORS, fake_tensor.FakeTensor)):
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
@@ -175,7 +169,7 @@ def _without_storage() -> Iterator[None]:
     level = its_log.level
     its_log.setLevel(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), META:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), META:
             yield
     except WorkloadError as error:
         cause = error.__cause__

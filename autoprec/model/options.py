@@ -83,7 +83,7 @@ def shape_refusal(
     multiple: int = FP8_MULTIPLE,
     needed_by: str = "FP8 GEMMs",
 ) -> str:
-    """Return why FP8 cannot run a linear of these sizes, or an empty string.
+    """Return the reason that FP8 cannot run a linear of these sizes, or an empty string.
 
     `tokens` are every M that it is called with, as far as known, and `gemms` those that run in FP8.
     Blockwise scales need a larger `multiple`; `needed_by` says whose rule that is.

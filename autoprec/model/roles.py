@@ -72,7 +72,7 @@ class AttentionBlock:
 
 
 def role_of(layer: LayerSpec) -> Role:
-    """Return what a linear does, by the last part of its name."""
+    """Return the part that a linear plays, by the last part of its name."""
     if layer.kind is not LayerKind.LINEAR:
         return Role.OTHER
     *path, last = layer.name.lower().split(".")
@@ -110,7 +110,7 @@ def _block(found: Mapping[Role, LayerSpec]) -> AttentionBlock | None:
 
 
 def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:
-    """Return how many heads a projection is split by; None where its model does not tell."""
+    """Return the number of heads that split a projection; None where its model does not tell."""
     role = role_of(layer)
     counts = head_counts(model, layer.name) if role in HEAD_ROLES else None
     if counts is None or layer.gemm is None:

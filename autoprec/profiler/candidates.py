@@ -73,9 +73,7 @@ class Candidate:
         """Run forward and backward, compiled if the layer is."""
         self.differentiate(self.forward(self.compiled), [*self.inputs, *self.parameters])
 
-    def differentiate(
-        self, made: Outputs, wanted: Sequence[Tensor], *, retain: bool = False
-    ) -> None:
+    def differentiate(self, made: Outputs, wanted: Sequence[Tensor], retain: bool = False) -> None:
         """Run the backward pass to `wanted`; nothing when no gradient is asked for."""
         outputs, gradients = made
         if outputs and wanted:
@@ -158,14 +156,10 @@ def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option)
         args, kwargs = tree_map_only(Tensor, as_input, (call.args, call.kwargs))
         gradients = [g if g is None else g.to(dtype) for g in call.gradients]
         own.append(replace(call, args=args, kwargs=kwargs, gradients=gradients))
-    leaves = [leaf for call in own for leaf in tree_leaves((call.args, call.kwargs))]
-    return Candidate(
-        option=option,
-        layer=layer,
-        calls=own,
-        inputs=[t for t in leaves if isinstance(t, Tensor) and t.requires_grad],
-        parameters=[p for p in layer.parameters() if p.requires_grad],
-    )
+    leaves = tree_leaves([(call.args, call.kwargs) for call in own])
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return Candidate(option, layer, own, inputs=inputs, parameters=parameters)
 
 
 @dataclass
@@ -184,10 +178,8 @@ class SlowFp8:
         if option not in self.known:
             self.known[option] = self._run_small(option)
         ms_per_mac, small = self.known[option]
-        predicted = ms_per_mac * _linear_macs(calls)
-        if predicted <= limit_ms:
-            return None
-        return Attempt(option, predicted_ms=predicted, kernels=small.kernels)
+        ms = ms_per_mac * _linear_macs(calls)
+        return Attempt(option, predicted_ms=ms, kernels=small.kernels) if ms > limit_ms else None
 
     def _run_small(self, option: Option) -> tuple[float, Attempt]:
         """Time a small layer with few and with more rows; the difference has no overhead."""

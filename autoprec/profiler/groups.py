@@ -36,7 +36,7 @@ class Group:
 
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:
     """Return the layers in groups, each with the options to time: FP8 by the recipes asked for."""
-    recipes = None if options is None else {option.recipe for option in options}
+    recipes = None if options is None else {None, *(option.recipe for option in options)}
     groups: dict[tuple[object, ...], list[LayerSpec]] = {}
     for layer in spec.layers:
         shared = tuple(parameter.shared_with is not None for parameter in layer.parameters)
@@ -44,11 +44,7 @@ def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Grou
     return [
         Group(
             tuple(same),
-            tuple(
-                option
-                for option in same[0].options
-                if recipes is None or not option.is_fp8 or option.recipe in recipes
-            ),
+            tuple(o for o in same[0].options if recipes is None or o.recipe in recipes),
         )
         for same in groups.values()
     ]

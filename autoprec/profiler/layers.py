@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 
 import torch
 
@@ -121,24 +122,20 @@ class LayerMeter:
         parts = self.time_parts(candidates)
         for option, own in parts.items():
             if self.compilation is not None and option.is_fp8:
-                own[CAST] = remainder(totals[option].timing(), own)
+                # What the compiled layer takes beyond its GEMMs, which are library calls.
+                gemms_ms = sum(own[gemm].median_ms for gemm in Gemm if gemm in own)
+                total_ms = totals[option].timing().median_ms
+                own[CAST] = timing_from([max(total_ms - gemms_ms, 0.0)])
         return [
             self._row(group, a, totals.get(a.option), parts.get(a.option, {})) for a in attempts
         ]
 
-    def _sample(
-        self, functions: Mapping[Name, Function], stopping: Stopping
-    ) -> dict[Name, Samples]:
+    def _sample(self, steps: Mapping[Name, Function], stopping: Stopping) -> dict[Name, Samples]:
         monitor = self.monitor
         if self.compilation is not None:
             monitor = GraphMonitor(self.compilation, monitor)
         return sample_interleaved(
-            functions,
-            clock=self.clock,
-            stopping=stopping,
-            warmup=1,
-            monitor=monitor,
-            seed=self.seed,
+            steps, clock=self.clock, stopping=stopping, warmup=1, monitor=monitor, seed=self.seed
         )
 
     def time_parts(self, candidates: Sequence[Candidate]) -> dict[Option, dict[str, Timing]]:
@@ -147,20 +144,18 @@ class LayerMeter:
         try:
             # FP32 and BF16: what backward to one side runs, over a graph that is kept
             functions = {
-                (candidate.option, part): fn
-                for candidate in candidates
-                if not candidate.option.is_fp8
-                for part, fn in part_functions(candidate).items()
+                (own.option, part): fn
+                for own in candidates
+                if not own.option.is_fp8
+                for part, fn in part_functions(own).items()
             }
             for (option, part), taken in self._sample(functions, PART).items():
                 parts[option][part] = taken.timing()
-            for candidate in candidates:
-                if candidate.option.is_fp8:
-                    parts[candidate.option] = self._time_fp8_parts(candidate)
+            fp8 = [own for own in candidates if own.option.is_fp8]
+            return parts | {own.option: self._time_fp8_parts(own) for own in fp8}
         except torch.OutOfMemoryError as error:
             log.warning("parts of a layer are not timed, only its total: %s", first_line(error))
             return {}
-        return parts
 
     def _time_fp8_parts(self, candidate: Candidate) -> dict[str, Timing]:
         """Time every operation of one run: by now the layer is warm, and FP8 has a dozen casts."""
@@ -197,11 +192,8 @@ class LayerMeter:
         widths = [option_dtype(attempt.option).itemsize] * len(layer.parameters)
         if attempt.candidate is not None:  # batch norms keep FP32 parameters in a 16-bit option
             widths = [parameter.itemsize for parameter in attempt.candidate.layer.parameters()]
-        own = [
-            (parameter, size)
-            for parameter, size in zip(layer.parameters, widths, strict=True)
-            if parameter.shared_with is None
-        ]
+        sizes = zip(layer.parameters, widths, strict=True)
+        own = [(p, size) for p, size in sizes if p.shared_with is None]
         trainable = [(p.numel, size) for p, size in own if p.is_trainable]
         states = 4 * self.state_ratio * sum(numel for numel, _ in trainable)  # FP32 always
         masters = sum(4 * numel for numel, size in trainable if size == 2)
@@ -233,12 +225,10 @@ def sum_parts(operations: Sequence[Operation]) -> dict[str, float]:
     torchao multiplies grad_input first and grad_weight second, whether or not both are needed.
     """
     parts = dict.fromkeys(PARTS, 0.0)
-    backward_gemms = 0
+    backward_gemms = cycle((Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT))
     for operation in operations:
         if operation.is_gemm and operation.is_backward:
-            order = (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
-            part = order[backward_gemms % 2].value
-            backward_gemms += 1
+            part = next(backward_gemms).value
         elif operation.is_gemm or (operation.name == "add" and not operation.is_backward):
             part = Gemm.OUTPUT.value
         elif operation.name == "sum" and operation.is_backward:
@@ -247,12 +237,6 @@ def sum_parts(operations: Sequence[Operation]) -> dict[str, float]:
             part = CAST
         parts[part] += operation.ms
     return parts
-
-
-def remainder(total: Timing, parts: Mapping[str, Timing]) -> Timing:
-    """Return what a compiled FP8 layer takes beyond its GEMMs."""
-    gemms = sum(parts[gemm].median_ms for gemm in Gemm if gemm in parts)
-    return timing_from([max(total.median_ms - gemms, 0.0)])
 
 
 def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from autoprec.device.local import device_facts, find_monitor, release_memory
+from autoprec.device.local import device_facts, find_monitor
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.model.context import Context
@@ -74,7 +74,6 @@ def profile_model(
         rows, cast_ms, step_ms = _time_layers(context, spec, groups, gemms_hp, compilation)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        release_memory(device)  # the recorded activations: whole steps need the room
         steps = _time_uniform_steps(context, rows, groups, step_ms, compilation)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)

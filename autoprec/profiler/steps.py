@@ -19,12 +19,7 @@ import torch
 from autoprec.common.text import error_line
 from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.timing import (
-    Function,
-    Monitor,
-    Stopping,
-    sample_interleaved,
-)
+from autoprec.device.timing import Function, Monitor, Stopping, sample_interleaved
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers
@@ -59,7 +54,7 @@ def time_steps(
     """
     device = context.device
     monitor = monitor or find_monitor(device)
-    release_memory(device)  # what was timed before
+    release_memory(device)  # what was timed or recorded before: whole steps need the room
     try:  # side by side first, since only samples of one round have the same clocks and heat
         return _Comparison(
             context,
