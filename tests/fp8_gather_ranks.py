@@ -30,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard, Limits
-from autoprec.guard.signals import local
 from autoprec.records import BF16_O2, Gemm, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer, check_applied
 from autoprec.runtime.gathers import Fp8Shard
+from autoprec.runtime.ranks import local_part
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.ranks import leave_group
@@ -182,7 +182,7 @@ def weights_seen(model: Any, rank: int) -> Seen:
     """Return a weight as it is, and as it was gathered, in FP8 and in BF16."""
     if rank == 1:  # its rows alone hold the largest element
         with torch.no_grad():
-            local(model.first.weight)[3, 5] = -3
+            local_part(model.first.weight)[3, 5] = -3
     seen: Seen = {"weight": whole(model.first.weight)}
     model.first.unshard()
     gathered = model.first.weight
@@ -217,7 +217,7 @@ def checkpoint_seen(rank: int, folder: Path) -> Seen:
     options = StateDictOptions(full_state_dict=True)
     seen["full"] = get_model_state_dict(model, options=options)
     masters = (state["master_weight"] for state in optimizer.state_dict()["state"].values())
-    seen["masters"] = [(type(local(m)).__name__, whole(m)) for m in masters]
+    seen["masters"] = [(type(local_part(m)).__name__, whole(m)) for m in masters]
     expected = train(model, optimizer, rank=rank)
     torch.manual_seed(1)
     other = sharded(planned(Mlp()))
@@ -251,7 +251,7 @@ def guarded(rank: int, *, fp8: bool) -> tuple[list[float], list[str]]:
         torch.autograd.backward(loss)
         if step == 2 and rank == 1:
             gradient: Any = model.second.weight.grad
-            local(gradient).fill_(math.nan)
+            local_part(gradient).fill_(math.nan)
         losses.append(loss.item())
         guard.step(loss)
         optimizer.step()
@@ -307,7 +307,9 @@ def from_meta() -> bool:
             parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
     adam(model)
     x = torch.randn(16, WIDTH)
-    return torch.equal(model(x), expected(x)) and isinstance(local(model.first.weight), Fp8Shard)
+    return torch.equal(model(x), expected(x)) and isinstance(
+        local_part(model.first.weight), Fp8Shard
+    )
 
 
 def rank_main(rank: int, folder: str) -> None:

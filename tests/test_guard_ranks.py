@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autoprec.guard import Guard, Limits
-from autoprec.guard.signals import local
 from autoprec.runtime import attach_optimizer, install_options
+from autoprec.runtime.ranks import local_part
 from tests.ranks import leave_group
 from tests.test_guard import Chain, Run, lines, plan_for
 
@@ -56,11 +56,11 @@ def wrapped(wrap: Callable[[nn.Module], nn.Module], rank: int) -> list[object]:
         loss.backward()
         weight: Any = inner.second.weight  # Any: a tensor or a DTensor
         if step == rank == 1:
-            local(weight.grad).fill_(math.nan)
+            local_part(weight.grad).fill_(math.nan)
         good.append(guard.step(loss))
         optimizer.step()
         optimizer.zero_grad()
-    finite = all(bool(local(p.detach()).isfinite().all()) for p in model.parameters())
+    finite = all(bool(local_part(p.detach()).isfinite().all()) for p in model.parameters())
     return [good, guard.in_bf16, finite, guard.state_dict()["norms"]]
 
 
@@ -86,7 +86,7 @@ def skipped(rank: int, *, of: int) -> list[Any]:  # Any: JSON values
         loss = (model(x) - x[:, :10]).square().mean()
         loss.backward()
         if step == 5 and rank == of - 1:
-            local(model.third.weight.grad).fill_(math.nan)
+            local_part(model.third.weight.grad).fill_(math.nan)
         total = loss.detach().clone()
         if of > 1:
             torch.distributed.all_reduce(total)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
-from autoprec.guard.signals import local
+from autoprec.runtime.ranks import local_part
 
 OPERANDS = ("input", "weight", "grad_output")
 SHARES = 2  # of an operand: underflow, saturated
@@ -45,7 +45,6 @@ class Sampler:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:  # Any: FP8 layers
         self.layers = layers
-        self.is_armed = False
         self.hooks_stay = any(
             isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
             for module in model.modules()
@@ -142,15 +141,13 @@ def _keep_worst(seen: Tensor, value: Tensor, dtype: torch.dtype | None, is_rowwi
 
 def range_shares(x: Tensor, dtype: torch.dtype, *, is_rowwise: bool) -> Tensor:
     """Return [underflow, saturated] of an operand that is cast to an FP8 dtype, on its device."""
-    x = local(x)
+    x = local_part(x)
+    rows = x.reshape(-1, x.shape[-1]) if is_rowwise else x.reshape(-1)
+    sample = rows[:: 1 + x.numel() // MOST_ELEMENTS].float().abs()
     if is_rowwise:
-        rows = x.reshape(-1, x.shape[-1])
-        sample = rows[:: 1 + rows.numel() // MOST_ELEMENTS].float().abs()
         amax = sample.amax(dim=1, keepdim=True)
     else:
-        flat = x.reshape(-1)
-        sample = flat[:: 1 + flat.numel() // MOST_ELEMENTS].float().abs()
-        amax = torch.stack(torch.aminmax(flat)).abs().amax().float()
+        amax = torch.stack(torch.aminmax(rows)).abs().amax().float()
     limits = torch.finfo(dtype)
     scaled = sample * (limits.max / amax.clamp(min=SMALLEST_AMAX))
     half_smallest = limits.smallest_normal * limits.eps / 2

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from autoprec.runtime.ranks import local_part
+
 FEWEST_VALUES = 20  # before which nothing is unusual
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
@@ -40,33 +42,26 @@ class Signals:
         """The norm of all gradients."""
         return math.hypot(*self.norms)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether loss and gradients are numbers."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
 
 def read_signals(
-    loss: Tensor | float, parameters: Sequence[nn.Parameter], *, shares: Tensor | None
+    loss: Tensor, parameters: Sequence[nn.Parameter], *, shares: Tensor | None
 ) -> Signals:
     """Return a step's signals; one transfer from the device, and one all-reduce if distributed."""
-    device = loss.device if isinstance(loss, Tensor) else parameters[0].device
-    value = torch.as_tensor(loss, device=device).detach().float().reshape(1)
-    parts = [value, _norms(parameters, device).square()]
+    value = loss.detach().float().reshape(1)
+    parts = [value, _norms(parameters, loss.device).square()]
     vector = torch.cat(parts if shares is None else [*parts, shares.flatten()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(vector)
         vector = vector / dist.get_world_size()
     numbers: list[float] = vector.tolist()
     end = 1 + len(parameters)
-    norms = tuple(math.sqrt(square) for square in numbers[1:end])
-    return Signals(loss=numbers[0], norms=norms, shares=tuple(numbers[end:]))
+    return Signals(numbers[0], tuple(map(math.sqrt, numbers[1:end])), tuple(numbers[end:]))
 
 
 def _norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     """Return every parameter's gradient norm in FP32 on one device."""
     found: list[Tensor] = [torch.zeros((), device=device)] * len(parameters)
-    gradients = {i: local(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
+    gradients = {i: local_part(p.grad) for i, p in enumerate(parameters) if p.grad is not None}
     if not gradients:
         return torch.stack(found)
     order = list(gradients)
@@ -76,15 +71,6 @@ def _norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
         for index, norm in zip(indices, norms, strict=True):
             found[order[index]] = norm.to(device, torch.float32)
     return torch.stack(found)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that may be a DTensor or sparse."""
-    if tensor.is_sparse:
-        return tensor.coalesce().values()
-    to_local = getattr(tensor, "to_local", None)
-    part: Tensor = to_local() if to_local is not None else tensor
-    return part
 
 
 class RunningBand:

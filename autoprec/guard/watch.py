@@ -110,16 +110,15 @@ class Guard:
         """
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
-        self.on_alarm, self.limits = Action(on_alarm), limits or Limits()
+        self.on_alarm, self.limits = Action(on_alarm), (limits := limits or Limits())
         self.layers = _fp8_layers(model, plan)
         self.events = None if events is None else Path(events)
         write_event(None, self.events)
         self.demoted: dict[str, Demotion] = {}
         self.steps = self.demotions = self._bad_run = 0
-        self._last_alarm = -self.limits.window
-        own = self.limits
-        self._loss = RunningBand(own.window, own.loss_width, relative_floor=own.loss_floor)
-        self._norm = RunningBand(own.window, own.norm_width, floor=own.norm_floor)
+        self._last_alarm = -limits.window  # no alarm yet that a step could be close to
+        self._loss = RunningBand(limits.window, limits.loss_width, relative_floor=limits.loss_floor)
+        self._norm = RunningBand(limits.window, limits.norm_width, floor=limits.norm_floor)
         self._owners, self._parameters = _trained(model, plan)
         self._sampler = Sampler(model, self.layers)
         self._prepare()
@@ -134,8 +133,9 @@ class Guard:
             TrainingStoppedError: something is wrong, and `on_alarm` is `stop`; or too many steps in
                 a row were bad.
         """
-        device = loss.device if isinstance(loss, Tensor) else self._parameters[0].device
-        shares = self._sampler.shares(device) if self._sampler.is_armed else None
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(loss, device=self._parameters[0].device)
+        shares = self._sampler.shares(loss.device) if self._sampler.is_armed else None
         signals = read_signals(loss, self._parameters, shares=shares)
         is_good = True
         for kind, suspects in list(self._alarms(signals)):  # all, before one changes layers
@@ -213,12 +213,11 @@ class Guard:
 
     def _alarms(self, signals: Signals) -> Iterator[tuple[EventKind, Names]]:
         """Yield what is wrong with a step and the layers suspected, up to what makes it bad."""
-        rows = self._rows(signals)
-        if not signals.is_finite:
+        rows, norm = self._rows(signals), signals.grad_norm
+        if not (math.isfinite(signals.loss) and math.isfinite(norm)):
             yield EventKind.NOT_FINITE, self._not_finite_suspects(signals, rows)
             return
         loss_run = self._loss.add(signals.loss)
-        norm = signals.grad_norm
         norm_run = self._norm.add(math.log(norm)) if norm > 0 else 0
         out_of_range = self._losing(rows, self.limits.underflow)
         if out_of_range:
@@ -336,8 +335,7 @@ class Guard:
 
     def _is_fp8(self, step: int) -> bool:
         """Whether the plan's schedule has FP8 on at a step; before its first phase it is on."""
-        phases = (phase for phase in reversed(self.plan.schedule) if phase.start_step <= step)
-        return next((phase.fp8 for phase in phases), True)
+        return next((p.fp8 for p in reversed(self.plan.schedule) if p.start_step <= step), True)
 
     def _prepare(self) -> None:
         """Make layers and hooks ready for the step that comes.
@@ -357,11 +355,9 @@ class Guard:
         else:
             self._sampler.disarm()
 
-    def _note(self, kind: EventKind, message: str, layers: Names, **more: Any) -> None:
+    def _note(self, kind: EventKind, text: str, names: Names, **more: Any) -> None:
         """Write an event (Any: the fields that only alarms have)."""
-        event = GuardEvent(
-            step=self.steps, kind=kind, message=message, layers=tuple(layers), **more
-        )
+        event = GuardEvent(step=self.steps, kind=kind, message=text, layers=tuple(names), **more)
         write_event(event, self.events)
 
 

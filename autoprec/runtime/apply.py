@@ -93,9 +93,9 @@ def apply(
                 on_error.callback(detach_optimizer, optimizer)
                 attach(masters, optimizer)
         except AutoprecError as error:
-            agree(failure=str(error), device=device, group=group)  # raises if there are other ranks
+            agree(str(error), device=device, group=group)  # raises if there are other ranks
             raise
-        agree(plan=plan, device=device, group=group)
+        agree(plan, device=device, group=group)
         on_error.pop_all()  # every rank has the plan: it stays
     for parameter in masters.values:
         if not parameter.requires_grad:  # nobody trains it, so nobody needs an FP32 copy
@@ -168,9 +168,7 @@ def master_view(model: nn.Module) -> nn.Module:
     # Whatever `deepcopy` finds in its memo it shares instead of copying.
     memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
     for value in (value for module in inner.modules() for value in vars(module).values()):
-        if (
-            isinstance(value, Tensor) and not value.is_leaf
-        ):  # torch refuses to copy what was computed
+        if isinstance(value, Tensor) and not value.is_leaf:  # torch copies nothing computed
             memo[id(value)] = value.detach()
     exact = exact_values(inner, masters)
     for parameter in inner.parameters():

@@ -78,16 +78,7 @@ def save_checkpoint(
     Raises:
         RecordError: the file cannot be written, or the model is sharded.
 
-    Example:
-        >>> import tempfile, torch, autoprec
-        >>> from autoprec.runtime import uniform_plan
-        >>> model = torch.nn.Linear(16, 16)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> _ = autoprec.apply(uniform_plan(model, "bf16_o2"), model, optimizer)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = autoprec.save_checkpoint(f"{folder}/run.pt", model, optimizer, step=100)
-        ...     path.name
-        'run.pt'
+    Example: see `load_checkpoint`.
     """
     path = Path(path)
     content = {
@@ -192,9 +183,7 @@ def load_state(
 
 def on_cpu(state: dict[str, Any]) -> dict[str, Any]:  # Any: a state dict is a tree of anything
     """Return a copy of a state dict with its tensors on the CPU."""
-    copied: dict[str, Any] = tree_map_only(
-        Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state
-    )
+    copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
     return copied
 
 

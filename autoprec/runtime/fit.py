@@ -96,7 +96,7 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
     """Yield every difference between a plan's layers and a model's; the plan's text is foreign."""
     layers = {plain_name(name): module for name, module in found.modules.items()}
     planned = {layer.name: layer for layer in plan.layers}
-    yield from _one_sided("layer", tuple(planned), tuple(layers))
+    yield from _one_sided("layer", planned, layers)
     for name in (name for name in layers if name in planned):
         kind, shapes = layer_kind(layers[name]), _shapes(layers[name])
         if kind is not planned[name].kind:
@@ -104,15 +104,17 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
         if shapes != planned[name].shapes:
             there = f"{_listed(planned[name].shapes)} in the plan"
             yield f"layer {name!r} has shapes {_listed(shapes)} in the model, {there}"
-    yield from _one_sided("parameter", plan.uncovered, tuple(map(plain_name, found.uncovered)))
+    uncovered = dict.fromkeys(map(plain_name, found.uncovered))
+    yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), uncovered)
 
 
-def _one_sided(what: str, planned: tuple[str, ...], own: tuple[str, ...]) -> Iterator[str]:
+def _one_sided(
+    what: str, planned: Mapping[str, object], own: Mapping[str, object]
+) -> Iterator[str]:
     """Yield the names that only the plan has, then those that only the model has."""
-    in_plan, in_model = set(planned), set(own)
-    absent = (one_line(repr(name)) for name in planned if name not in in_model)
+    absent = (one_line(repr(name)) for name in planned if name not in own)
     yield from (f"{what} {name} is in the plan only" for name in absent)
-    yield from (f"{what} {name!r} is in the model only" for name in own if name not in in_plan)
+    yield from (f"{what} {name!r} is in the model only" for name in own if name not in planned)
 
 
 def _shapes(layer: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -131,16 +133,15 @@ def _fsdp_classes() -> tuple[type, ...]:
 
 def _is_split(module: nn.Module) -> bool:
     """Whether tensor parallelism gave the module parts of its parameters."""
-    kind = sharded_tensor()
-    return any(isinstance(parameter, kind) for parameter in module._parameters.values())
+    return any(isinstance(p, sharded_tensor()) for p in module._parameters.values())
 
 
 def fp8_refusal(layer: nn.Module) -> str:
-    """Return why no device can run a layer in FP8, or an empty string."""
+    """Return the reason that no device can run a layer in FP8, or an empty string."""
     reason = linear_refusal(layer, own_class(layer))
-    if isinstance(layer, nn.Linear) and not reason:
-        reason = shape_refusal(layer.in_features, layer.out_features)
-    return reason
+    if reason or not isinstance(layer, nn.Linear):
+        return reason
+    return shape_refusal(layer.in_features, layer.out_features)
 
 
 def uniform_plan(
@@ -160,16 +161,8 @@ def uniform_plan(
         # By the rule of what a layer can take; whether the device runs it, `apply` finds out.
         can_take = not wanted.is_fp8 or not fp8_refusal(layer)
         chosen = (others or {}).get(name, wanted if can_take else BF16_O2)
-        layers.append(
-            Assignment(
-                name=plain_name(name),
-                kind=layer_kind(layer),
-                shapes=_shapes(layer),
-                precision=chosen.precision,
-                recipe=chosen.recipe,
-                gemms_hp=chosen.gemms_hp,
-            )
-        )
+        kind, shapes = layer_kind(layer), _shapes(layer)
+        layers.append(Assignment(name=plain_name(name), kind=kind, shapes=shapes, **dict(chosen)))
     # Nothing was measured, so nothing is claimed: no evidence, no device.
     return Plan(
         layers=tuple(layers),

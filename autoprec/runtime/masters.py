@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
 from autoprec.runtime.activations import dtype_name
-from autoprec.runtime.ranks import sharded_tensor
+from autoprec.runtime.ranks import local_part, sharded_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,13 @@ class Masters:
         if parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
             master = self._adopted(parameter, master)
         elif looks_closer and not _is_rounded(master, parameter.detach()):
-            self._watch()
+            if not self.is_watching:
+                logger.warning(
+                    "a parameter was written through .data since the last step; the FP32 master "
+                    "follows, and from now on every step compares both (write under "
+                    "torch.no_grad() to avoid that)"
+                )
+            self.is_watching = True
             master = self._adopted(parameter, master)
         self.values[parameter] = master
         self.agreed[parameter] = _stamp(parameter)
@@ -91,9 +97,8 @@ class Masters:
         """Return the masters of `parameters` (those that have one) for an optimizer's step."""
         self.steps += 1
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
-        looks_closer = is_due or self.is_watching
         owned = [parameter for parameter in parameters if parameter in self.values]
-        found = {p: self.current(p, looks_closer=looks_closer) for p in owned}
+        found = {p: self.current(p, looks_closer=is_due or self.is_watching) for p in owned}
         self.stepped |= dict.fromkeys(owned, True)
         return found
 
@@ -140,15 +145,6 @@ class Masters:
             "layer to fp32, else call autoprec.undo(model, optimizer) first"
         )
 
-    def _watch(self) -> None:
-        if self.is_watching:
-            return
-        self.is_watching = True
-        logger.warning(
-            "a parameter was written through .data since the last step; the FP32 master follows, "
-            "and from now on every step compares both (write under torch.no_grad() to avoid that)"
-        )
-
 
 def masters_of(model: nn.Module) -> Masters:
     """Return the masters of an applied model.
@@ -156,7 +152,7 @@ def masters_of(model: nn.Module) -> Masters:
     Raises:
         PlanMismatchError: no plan is applied to it.
     """
-    found = vars(model).get(ON_MODEL)
+    found: Masters | None = vars(model).get(ON_MODEL)
     if found is None:
         inner = [name for name, module in model.named_modules() if ON_MODEL in vars(module)]
         way_out = f"give its {inner[0]!r}" if inner else "call autoprec.apply(plan, model) first"
@@ -164,8 +160,7 @@ def masters_of(model: nn.Module) -> Masters:
             f"the model must be one that a plan was applied to, but this {type(model).__name__} is "
             f"not; {way_out}"
         )
-    masters: Masters = found
-    return masters
+    return found
 
 
 def exact_values(model: nn.Module, masters: Masters) -> dict[nn.Parameter, Tensor]:
@@ -192,12 +187,7 @@ def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters])
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target, with few kernels; of shards the local parts."""
     if targets:
-        kind = sharded_tensor()
-        local_targets, local_sources = (
-            [t.to_local() if isinstance(t, kind) else t for t in tensors]
-            for tensors in (targets, sources)
-        )
-        torch._foreach_copy_(local_targets, local_sources)
+        torch._foreach_copy_([*map(local_part, targets)], [*map(local_part, sources)])
 
 
 def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
@@ -247,8 +237,7 @@ class ExactLoads:
             is_exact = value.shape == parameter.shape and value.dtype is not parameter.dtype
             if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
                 exact = value.detach().to(torch.float32, copy=True)
-                loaded_at = parameter._version + 1  # torch copies into it next
-                self.masters.loaded[parameter] = exact, loaded_at
+                self.masters.loaded[parameter] = exact, parameter._version + 1  # torch copies next
 
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:
@@ -269,5 +258,5 @@ def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
 
 
 def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return what changes when somebody writes into a parameter or gives it other storage."""
+    """Return a stamp that differs once a parameter was written into or got other storage."""
     return parameter._version, parameter.data_ptr()

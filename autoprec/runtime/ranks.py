@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from autoprec.common.text import first_and_more, short_digest
 from autoprec.errors import PlanMismatchError
@@ -32,17 +33,11 @@ class Answer:
     failure: str = ""
 
 
-def agree(
-    *,
-    device: torch.device,
-    group: "dist.ProcessGroup | None",
-    plan: Plan | None = None,
-    failure: str = "",
-) -> None:
+def agree(own: Plan | str, *, device: torch.device, group: "dist.ProcessGroup | None") -> None:
     """Check that every rank of the group installed this plan; a collective on all of them.
 
-    A rank gives its plan, or why it installed none. NCCL sends from `device`, the model's, whatever
-    the current device is; `group` None are all ranks.
+    `own` is this rank's plan, or the reason that it installed none. NCCL sends from `device`, the
+    model's, whatever the current device is; `group` None are all ranks.
 
     Raises:
         PlanMismatchError: a rank installed nothing, or another plan; the same on every rank.
@@ -52,16 +47,16 @@ def agree(
     size = dist.get_world_size(group)
     if size == 1 or dist.get_backend(group) == "fake":  # torch's fake ranks do not train together
         return
-    digest = ""
-    if plan is not None:  # everything that ranks must agree about, evidence left out
-        layers = [[layer.name, layer.shapes, layer.option.key] for layer in plan.layers]
-        schedule = [[phase.start_step, phase.fp8] for phase in plan.schedule]
-        digest = short_digest(layers, plan.uncovered, schedule, plan.fp8_all_gather)
-    own = Answer(dist.get_rank(), digest=digest, failure=failure)
-    answers = [own] * size
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        dist.all_gather_object(answers, own, group=group)
+    if isinstance(own, str):
+        answer = Answer(dist.get_rank(), failure=own)
+    else:  # everything that ranks must agree about, evidence left out
+        layers = [[layer.name, layer.shapes, layer.option.key] for layer in own.layers]
+        schedule = [[phase.start_step, phase.fp8] for phase in own.schedule]
+        digest = short_digest(layers, own.uncovered, schedule, own.fp8_all_gather)
+        answer = Answer(dist.get_rank(), digest=digest)
+    answers = [answer] * size
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        dist.all_gather_object(answers, answer, group=group)
     check_answers(answers)
 
 
@@ -93,3 +88,11 @@ def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
     """Return DTensor for `isinstance`; nothing while nobody imported it, so that none exists."""
     module = sys.modules.get("torch.distributed.tensor")
     return () if module is None else (module.DTensor,)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be a DTensor, of a sparse one the values."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    part: Tensor = tensor.to_local() if isinstance(tensor, sharded_tensor()) else tensor
+    return part

@@ -20,16 +20,8 @@ from autoprec.device.torchao import import_torchao
 _torchao = import_torchao().float8_training_tensor
 Float8TrainingTensor: Any = _torchao.Float8TrainingTensor  # Any: torchao ships no types
 aten = torch.ops.aten
-VIEWS = frozenset(
-    (
-        aten.detach.default,
-        aten.alias.default,
-        aten.as_strided.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.view.default,
-    )
-)
+_DEFAULT = "detach alias as_strided t view"  # overloads
+VIEWS = {aten.transpose.int, *(getattr(aten, name).default for name in _DEFAULT.split())}
 
 
 class WholeWeight(Float8TrainingTensor):  # type: ignore[misc]  # a class of torchao is Any
