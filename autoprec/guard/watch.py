@@ -1,13 +1,5 @@
 """The guard: once a step it looks at a run, and takes layers out of FP8 when something is wrong.
 
-    with autoprec.Guard(model, optimizer, plan) as guard:
-        for batch in batches:
-            loss = loss_fn(model, batch)
-            loss.backward()
-            guard.step(loss)            # before clipping: a clipped norm hides a spike
-            optimizer.step()
-            optimizer.zero_grad()
-
 A demoted layer runs in BF16 with the same parameters, masters and optimizer state. It is promoted
 back to FP8 after `quiet_steps` without an alarm, and every time that it has to be demoted again it
 waits twice as long. After `most_demotions` alarms all layers stay in BF16, so torch.compile
@@ -124,7 +116,7 @@ class Guard:
         self._prepare()
 
     def step(self, loss: Tensor | float) -> bool:
-        """Look at the step, after backward and before clipping and `optimizer.step()`.
+        """Look at the step: after backward, before clipping (which hides spikes) and the optimizer.
 
         Returns:
             Whether the step is good; if not, it was dealt with as `on_alarm` says.

@@ -29,8 +29,7 @@ from autoprec.model.recording import Call, output_tensors
 from autoprec.profiler.compiling import Compilation
 from autoprec.records import Option
 from autoprec.runtime import install_options
-from autoprec.runtime.activations import cast_floating
-from autoprec.runtime.classes import option_dtype
+from autoprec.runtime.activations import cast_floating, option_dtype
 
 Outputs = tuple[list[Tensor], list[Tensor]]  # tensors to differentiate, and their gradients
 MakeLayer = Callable[[], nn.Module]

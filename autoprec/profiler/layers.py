@@ -59,7 +59,7 @@ from autoprec.records import (
     Timing,
     with_gemms_hp,
 )
-from autoprec.runtime.classes import option_dtype
+from autoprec.runtime.activations import option_dtype
 
 log = logging.getLogger(__name__)
 CAST = "cast"

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
 
+from autoprec.records import Option, Precision
+
 Function = Callable[..., Any]
 
 
@@ -101,8 +103,7 @@ class ActivationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LISTED:
             found: set[torch.dtype] = set()
-            _collect_dtypes(args, found)
-            _collect_dtypes(kwargs.values(), found)
+            _collect_dtypes((*args, *kwargs.values()), found)
             if func in IN_FP32:
                 dtype, is_needed = torch.float32, not found.isdisjoint(LOW)
             else:
@@ -137,41 +138,37 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a mod
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        return _cast_mapping(value, dtype)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _cast_dataclass(value, dtype)
-    return value
+    return _cast_fields(value, dtype)
 
 
-def _cast_mapping(value: Mapping[Any, Any], dtype: torch.dtype) -> Any:
-    cast = {key: cast_floating(item, dtype) for key, item in value.items()}
-    if all(cast[key] is item for key, item in value.items()):
+def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
+    is_mapping = isinstance(value, Mapping)
+    if is_mapping:
+        old = dict(value.items())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    else:
+        return value
+    new = {key: cast_floating(item, dtype) for key, item in old.items()}
+    if all(new[key] is item for key, item in old.items()):
         return value
     result: Any = copy.copy(value)
-    for key, item in cast.items():  # all: dynamo's copy of a dict's subclass has no items
-        result[key] = item
-    return result
-
-
-def _cast_dataclass(value: Any, dtype: torch.dtype) -> Any:
-    changed = {}
-    for field in dataclasses.fields(value):
-        old = getattr(value, field.name, None)
-        new = cast_floating(old, dtype)
-        if new is not old:
-            changed[field.name] = new
-    if not changed:
-        return value
-    result = copy.copy(value)
-    for name, item in changed.items():
-        object.__setattr__(result, name, item)  # frozen ones too: the copy is ours
+    for key, item in new.items():
+        if is_mapping:  # all items: dynamo's copy of a dict's subclass has none
+            result[key] = item
+        elif item is not old[key]:
+            object.__setattr__(result, key, item)  # frozen ones too: the copy is ours
     return result
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return e.g. `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def option_dtype(option: Option) -> torch.dtype:
+    """Return the dtype in which a layer with this option stores and takes tensors."""
+    return torch.float32 if option.precision is Precision.FP32 else torch.bfloat16
 
 
 def is_mode_active() -> bool:

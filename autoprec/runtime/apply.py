@@ -1,7 +1,5 @@
 """A plan and a model (and its optimizer) -> the same objects, running the plan. And back.
 
-    model, optimizer = autoprec.apply("plan.json", model, optimizer)
-
 Everything is checked before anything is changed, so that an error leaves model and optimizer as
 they were. What differs between plan and model is an error that says what; what merely may matter
 (other software, another device) is one logged warning. The plan's state lives on the model and in

@@ -239,13 +239,9 @@ class Attachment:
     def after_load(self, optimizer: Optimizer) -> None:
         """Load the state as torch does, into a shadow that has FP32 parameters."""
         # Masters are taken out first: a plain optimizer knows no such state.
-        states = {
-            key: dict(value) if isinstance(value, dict) else value
-            for key, value in self.loading["state"].items()
-        }
-        saved = dict(self.loading.get(STATELESS, {}))
-        groups = self.loading["param_groups"]
-        self.loading = {}
+        loading, self.loading = self.loading, {}
+        states = {k: dict(v) if isinstance(v, dict) else v for k, v in loading["state"].items()}
+        saved, groups = dict(loading.get(STATELESS, {})), loading["param_groups"]
         for index, _ in _indexed(optimizer, groups):
             if MASTER in states.get(index, {}):
                 saved[index] = states[index].pop(MASTER)
@@ -345,9 +341,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def _indexed(
-    optimizer: Optimizer, groups: list[dict[str, Any]]
-) -> Iterator[tuple[int, nn.Parameter]]:
+def _indexed(optimizer: Optimizer, groups: list[StateDict]) -> Iterator[tuple[int, nn.Parameter]]:
     """Yield the index that a state dict's groups give to each parameter."""
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         yield from zip(group["params"], own["params"], strict=True)

@@ -1,8 +1,5 @@
 """A training run -> one checkpoint file, and back; and the user's own checkpoint files.
 
-    autoprec.save_checkpoint("run.pt", model, optimizer, guard=guard, step=step)
-    saved = autoprec.load_checkpoint("run.pt", model, optimizer, guard=guard)
-
 Model, optimizer (with its FP32 masters) and guard are one file that takes the last one's place in
 one step when it is complete. So a kill at any moment leaves a pair that belongs together, the last
 or the one before. Files are loaded with `weights_only=True`: nothing in them can run code.

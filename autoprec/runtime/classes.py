@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.model.options import FP8_MULTIPLE
-from autoprec.records import Option, Precision
+from autoprec.records import Option
 from autoprec.runtime.activations import (
     ActivationMode,
     cast_floating,
     is_mode_active,
     join_recomputation,
+    option_dtype,
 )
 
 Forward = Callable[..., Any]
@@ -198,8 +199,3 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 def is_made_here(cls: type[nn.Module]) -> bool:
     """Whether a class comes from this module."""
     return "autoprec_base" in vars(cls)
-
-
-def option_dtype(option: Option) -> torch.dtype:
-    """Return the dtype in which a layer with this option stores and takes tensors."""
-    return torch.float32 if option.precision is Precision.FP32 else torch.bfloat16

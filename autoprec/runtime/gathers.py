@@ -54,9 +54,7 @@ STAYS_SHARD = frozenset(getattr(aten, name) for name in _ON_SHARDS.split())
 def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
     """Mark the weights that `fully_shard` shall gather in FP8, and log which FP8 layers' it cannot.
 
-    Args:
-        model: a model with these options installed.
-        options: by layer name.
+    The model has these options (by layer name) installed.
     """
     owners = Counter(p for module in model.modules() for p in module._parameters.values())
     in_fp8 = {name: option for name, option in options.items() if option.is_fp8}

@@ -29,19 +29,14 @@ from autoprec.device.fp8 import fp8_support
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers
 from autoprec.records import APPLICABLE_RECIPES, Option
-from autoprec.runtime.activations import CASTABLE
-from autoprec.runtime.classes import (
-    container_class,
-    is_made_here,
-    layer_class,
-    option_dtype,
-    own_class,
-)
+from autoprec.runtime.activations import CASTABLE, option_dtype
+from autoprec.runtime.classes import container_class, is_made_here, layer_class, own_class
 from autoprec.runtime.fit import fp8_refusal
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
+Storage = dict[nn.Parameter, tuple[str, torch.dtype]]  # each parameter's layer and storage dtype
 
 
 @dataclass
@@ -130,10 +125,8 @@ def install_options(
         _convert_storage(storage, installed)
         for name, option in options.items():
             _install_layer(layers[name], option, installed=installed)
-        if has_16_bit:
-            for module in _containers(model, layers):
-                cls = container_class(type(module), activation_dtype, False)
-                installed.set_class(module, cls)
+        for module in _containers(model, layers) if has_16_bit else ():
+            installed.set_class(module, container_class(type(module), activation_dtype, False))
         if root:
             dtype = activation_dtype if has_16_bit else None
             installed.set_class(model, container_class(type(model), dtype, True))
@@ -200,11 +193,9 @@ def _option_refusal(layer: nn.Module, option: Option) -> str:
     return reason and f"{reason}; set it to bf16_o2, or tune again here"
 
 
-def _plan_storage(
-    layers: Mapping[str, nn.Module], options: Mapping[str, Option]
-) -> dict[nn.Parameter, tuple[str, torch.dtype]]:
-    """Return each parameter's layer and storage dtype; tied layers must agree."""
-    storage: dict[nn.Parameter, tuple[str, torch.dtype]] = {}
+def _plan_storage(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> Storage:
+    """Return what the layers' parameters become; tied layers must agree."""
+    storage: Storage = {}
     for name, option in options.items():
         layer = layers[name]
         keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
@@ -219,18 +210,14 @@ def _plan_storage(
     return storage
 
 
-def _convert_storage(
-    storage: Mapping[nn.Parameter, tuple[str, torch.dtype]], installed: Installed
-) -> None:
+def _convert_storage(storage: Storage, installed: Installed) -> None:
     for parameter, (_, dtype) in storage.items():
         if parameter.dtype is not dtype and parameter.dtype in CASTABLE:
             installed.originals[parameter] = parameter.data
             set_storage(parameter, parameter.data.to(dtype))
 
 
-def _keep_masters(
-    storage: Mapping[nn.Parameter, tuple[str, torch.dtype]], installed: Installed
-) -> None:
+def _keep_masters(storage: Storage, installed: Installed) -> None:
     """Leave the FP32 originals on the model as the first masters, unless it has masters already."""
     model = installed.model
     if any(ON_MODEL in vars(module) for module in model.modules()):

@@ -34,20 +34,15 @@ from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
-from autoprec.runtime.activations import CASTABLE, dtype_name
-from autoprec.runtime.classes import is_made_here, option_dtype, own_class
+from autoprec.runtime.activations import CASTABLE, dtype_name, option_dtype
+from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 
 aten = torch.ops.aten
-GEMMS = {  # positions of the two operands
-    aten.mm: (0, 1),
-    aten.addmm: (1, 2),
-    aten.bmm: (0, 1),
-    aten.baddbmm: (1, 2),
-    aten._scaled_mm: (0, 1),
-}
+# Position of the first operand; the second is the next.
+GEMMS = {aten.mm: 0, aten.addmm: 1, aten.bmm: 0, aten.baddbmm: 1, aten._scaled_mm: 0}
 _FIRST = (  # kernels whose precision is the dtype of their first operand
     "convolution convolution_backward embedding embedding_dense_backward _embedding_bag "
     "native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward "
@@ -64,9 +59,8 @@ _FIRST = (  # kernels whose precision is the dtype of their first operand
 OPERANDS = {  # of every operation with a precision of its own, those whose dtype it is
     **{getattr(aten, name): (0,) for name in _FIRST.split()},
     aten._scaled_dot_product_efficient_attention: (1,),
-    **GEMMS,
+    **{gemm: (first, first + 1) for gemm, first in GEMMS.items()},
 }
-Step = Callable[[], Any]  # Any: a loss tensor, or whatever a model returns
 NO_NODE = 2**62  # sequence numbers of nodes that forward did not make are above it
 
 
@@ -166,10 +160,10 @@ def check_applied(
     return tuple(checks)
 
 
-def trace_step(model: nn.Module, step: Step) -> dict[str, LayerTrace]:
+def trace_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, LayerTrace]:
     """Run `step` and the backward of what it returns; return what ran for each layer of the model.
 
-    Compiled code hides its operations, so `torch.compile` is off inside.
+    Compiled code hides its operations, so `torch.compile` is off inside. Any: what a model returns.
     """
     recorder = _LayerRecorder(find_layers(model))
     eager, tracer = torch.compiler.set_stance("force_eager"), OperationTracer(recorder.run)
@@ -280,9 +274,8 @@ class _LayerRecorder:
             owner = next(made_in, None) if number <= NO_NODE else None
             counts = "backward"
         else:  # between layers: the layer whose parameter is among the operands
-            operands = (value for value in args if isinstance(value, Tensor))
-            owners = (self.owners.get(value.untyped_storage().data_ptr()) for value in operands)
-            owner = next((name for name in owners if name is not None), None)
+            stored = (x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor))
+            owner = next((self.owners[at] for at in stored if at in self.owners), None)
             counts = "functional"
         if owner is not None:
             is_backward = counts == "backward"
@@ -294,7 +287,7 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
     """Return which GEMM of a linear's backward it was, by the shape of its result."""
     if packet not in GEMMS or not isinstance(layer, nn.Linear):
         return seen
-    first, second = (args[position] for position in GEMMS[packet])
+    first, second = (args[position] for position in OPERANDS[packet])
     rows, columns = first.shape[-2], second.shape[-1]
     tokens = first.shape[-1]  # the inner dimension of grad_weight, N of grad_input
     N, K = layer.out_features, layer.in_features
