@@ -39,50 +39,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "AutoprecError",
-    "CaptureError",
-    "DeviceError",
-    "Guard",
-    "InfeasibleError",
-    "Limits",
-    "Plan",
-    "PlanMismatchError",
-    "RecordError",
-    "Run",
-    "SettingsError",
-    "TrainingStoppedError",
-    "WorkloadError",
-    "apply",
-    "attach_optimizer",
-    "load_checkpoint",
-    "master_view",
-    "save_checkpoint",
-    "tune",
-    "undo",
-    "verify_applied",
-]
-_HOMES = {  # of what is imported when it is first asked for
-    "Guard": "autoprec.guard",
-    "Limits": "autoprec.guard",
-    "Plan": "autoprec.tuning.plan",
-    "Run": "autoprec.tuning.run",
-    "apply": "autoprec.runtime",
-    "attach_optimizer": "autoprec.runtime",
-    "load_checkpoint": "autoprec.runtime.checkpoint",
-    "master_view": "autoprec.runtime",
-    "save_checkpoint": "autoprec.runtime.checkpoint",
-    "tune": "autoprec.tuning.api",
-    "undo": "autoprec.runtime",
-    "verify_applied": "autoprec.runtime",
+__all__ = ["Guard", "Limits", "Plan", "Run", "apply", "attach_optimizer", "load_checkpoint"]
+__all__ += ["master_view", "save_checkpoint", "tune", "undo", "verify_applied"]
+__all__ += ["AutoprecError", "CaptureError", "DeviceError", "InfeasibleError", "PlanMismatchError"]
+__all__ += ["RecordError", "SettingsError", "TrainingStoppedError", "WorkloadError"]
+_HOMES = {  # modules -> what is imported from them when it is first asked for
+    "autoprec.guard": ("Guard", "Limits"),
+    "autoprec.runtime": ("apply", "attach_optimizer", "master_view", "undo", "verify_applied"),
+    "autoprec.runtime.checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "autoprec.tuning.api": ("tune",),
+    "autoprec.tuning.plan": ("Plan",),
+    "autoprec.tuning.run": ("Run",),
 }
 
 
 def __getattr__(name: str) -> object:
     """Import what needs torch when it is first asked for: `import autoprec` starts at once."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'autoprec' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'autoprec' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

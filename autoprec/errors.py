@@ -1,14 +1,6 @@
 """Every error a user can cause, and what the command line does with it.
 
-AutoprecError                 exit status 2, one line: the rule, what came, the way out
-├── SettingsError             an option or argument is not one that autoprec takes
-├── WorkloadError             the user's model.py breaks the five-function contract
-├── CaptureError              one real step did not give a usable model spec
-├── RecordError               a record file is missing, truncated, edited wrongly or from elsewhere
-├── PlanMismatchError         a plan does not fit the model, the optimizer or the device
-├── DeviceError               a target is unknown, absent or cannot do what was asked
-├── InfeasibleError           no plan satisfies the constraints
-└── TrainingStoppedError      the guard was asked to stop a run that goes wrong
+All are an AutoprecError: exit status 2, and one line with the rule, what came, and the way out.
 """
 
 
@@ -21,19 +13,19 @@ class SettingsError(AutoprecError):
 
 
 class WorkloadError(AutoprecError):
-    """A function of the user's file is missing or misbehaves."""
+    """A function of the user's model.py breaks the five-function contract."""
 
 
 class CaptureError(AutoprecError):
-    """One real training step could not be recorded."""
+    """One real training step did not give a usable model spec."""
 
 
 class RecordError(AutoprecError):
-    """A record file cannot be read, written or trusted."""
+    """A record file is missing, truncated, edited wrongly, from elsewhere or not writable."""
 
 
 class PlanMismatchError(AutoprecError):
-    """A plan names something that the model, optimizer or device does not have."""
+    """A plan does not fit the model, the optimizer or the device."""
 
 
 class DeviceError(AutoprecError):

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, FailFast, ValidationError
 
 from autoprec.common.files import read_text, write_atomically
 from autoprec.common.text import one_line, shown_value
@@ -33,12 +33,8 @@ T = TypeVar("T")
 Many = Annotated[tuple[T, ...], FailFast()]
 
 
-class Record(BaseModel):
+class Record(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null"):
     """A frozen value between stages."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null"
-    )
 
 
 class FileRecord(Record):
@@ -83,7 +79,7 @@ class FileRecord(Record):
     def from_json(cls, text: str, *, source: str = "text") -> Self:
         """Read a record from JSON text; `source` names it in errors."""
         source = one_line(source)
-        fields = _parse_object(text, source=source)
+        fields = parse_object(text, source=source)
         kind, version = fields.pop("kind", None), fields.pop("version", None)
         if kind != cls.KIND:
             raise RecordError(
@@ -101,7 +97,12 @@ class FileRecord(Record):
             raise RecordError(_first_problem(error, source=source, kind=cls.KIND)) from error
 
 
-def _parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON values
+def parse_object(text: str, *, source: str) -> dict[str, Any]:  # Any: JSON values
+    """Return the JSON object of a text that may be anything; `source` names it in errors.
+
+    Raises:
+        RecordError: it is no JSON object, or would take too much time or memory.
+    """
     _check_structure(text, source=source)
     try:
         fields = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)

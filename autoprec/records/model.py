@@ -252,10 +252,7 @@ class ModelSpec(FileRecord):
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        return {layer.name: layer for layer in self.layers}[name]
 
     @property
     def bf16_options(self) -> dict[str, Option]:

@@ -99,7 +99,3 @@ class Verification(FileRecord):
     eval_stderr: NonNegativeFloat | None = None
     floor: NonNegativeFloat | None = None
     notes: tuple[str, ...] = ()
-
-    def step_ms(self, label: str) -> float | None:
-        """Return the median measured step time of a label, or None."""
-        return next((s.timing.median_ms for s in self.steps if s.label == label), None)

@@ -61,13 +61,12 @@ def tune(
             "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
             f"arguments, but it got {'two' if source is not None else 'none'}"
         )
-    workload = None
-    if isinstance(source, str | Path):
-        given["workload"] = str(source)
-    elif source is not None or functions:
+    workload, found = None, functions or source
+    if isinstance(found, str | Path):
+        given["workload"] = str(found)
+    elif found is not None:
         from autoprec.workload.functions import workload_from
 
-        found = functions or source
         holder = SimpleNamespace(**found) if isinstance(found, Mapping) else found
         workload = workload_from(holder, name="the functions given")
     run = Run(Settings.of(**given), workload=workload, progress=progress)

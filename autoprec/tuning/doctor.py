@@ -30,40 +30,35 @@ def diagnose(target: str) -> Diagnosis:
         DeviceError: the target is not here.
     """
     device = resolve_device(target)
-    timings, speed = time_gemms(device)
+    shape = GPU_GEMM if device.type == "cuda" else GEMM
+    timings, speed = time_gemms(shape, device)
+    has_torchao = hasattr(import_torchao(), "convert_to_float8_training")
+    torchao = Check(name="torchao float8 training", is_good=has_torchao, detail="importable")
     return Diagnosis(
         device=device_facts(device),
-        checks=(*_software_checks(), *_fp8_checks(device), *([speed] if speed else [])),
-        gemm=str(gemm_of(device)),
+        checks=(torchao, *_fp8_checks(device), *speed),
+        gemm=str(shape),
         gemm_ms=timings,
     )
 
 
-def gemm_of(device: torch.device) -> GemmShape:
-    """Return the shape of the GEMM that is timed on a device."""
-    return GPU_GEMM if device.type == "cuda" else GEMM
-
-
-def time_gemms(device: torch.device) -> tuple[dict[str, Timing], Check | None]:
+def time_gemms(shape: GemmShape, device: torch.device) -> tuple[dict[str, Timing], list[Check]]:
     """Time one GEMM in FP32, BF16 and FP8 tensorwise, interleaved.
 
-    FP8 is left out where it does not run, or where a small GEMM shows that it is hopeless; the
-    check then says so.
+    FP8 is left out where it does not run, or where a small GEMM shows that it is hopeless; a check
+    then says so.
     """
     clock = make_clock(device)
-    large, small = gemm_functions(gemm_of(device), device), gemm_functions(SMALL_GEMM, device)
-    found = None
+    large, small = gemm_functions(shape, device), gemm_functions(SMALL_GEMM, device)
+    checks = []
     if "fp8" in small:
         quick = time_interleaved(small, clock=clock, samples=SAMPLES)
         ratio = quick["fp8"].median_ms / quick["bf16"].median_ms
         if ratio > HOPELESS:
             del large["fp8"]
-            found = Check(
-                name="fp8 speed",
-                is_good=True,  # a fact, not a fault
-                detail=f"a reference kernel: {SMALL_GEMM} takes {ratio:,.0f} times as long as BF16",
-            )
-    return time_interleaved(large, clock=clock, samples=SAMPLES), found
+            said = f"a reference kernel: {SMALL_GEMM} takes {ratio:,.0f} times as long as BF16"
+            checks = [Check(name="fp8 speed", is_good=True, detail=said)]  # a fact, not a fault
+    return time_interleaved(large, clock=clock, samples=SAMPLES), checks
 
 
 def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -84,25 +79,9 @@ def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable
     return functions
 
 
-def _software_checks() -> list[Check]:
-    torchao = import_torchao()
-    return [
-        Check(
-            name="torchao float8 training",
-            is_good=hasattr(torchao, "convert_to_float8_training"),
-            detail="importable",
-        )
-    ]
-
-
 def _fp8_checks(device: torch.device) -> list[Check]:
     support = fp8_support(device)
-    if not support.recipes:
-        return [
-            Check(
-                name="fp8 on this device",
-                is_good=True,  # a fact, not a fault: plans for it have BF16 and FP32 only
-                detail=f"not available: {support.reason}",
-            )
-        ]
-    return fp8_self_test(device)
+    if support.recipes:
+        return fp8_self_test(device)
+    said = f"not available: {support.reason}"  # a fact, not a fault: plans have BF16 and FP32 only
+    return [Check(name="fp8 on this device", is_good=True, detail=said)]

@@ -8,7 +8,6 @@ from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
 
-MEASURED_RECIPES = (*APPLICABLE_RECIPES, Recipe.DELAYED)  # emulated, for comparison
 BYTES = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 BYTES |= {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 
@@ -24,7 +23,7 @@ def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
     """
     words = given.split(",") if isinstance(given, str) else given
     names = [str(name).strip() for name in words if str(name).strip()]
-    wrong = [name for name in names if name not in tuple(MEASURED_RECIPES)]
+    wrong = set(names) - {*APPLICABLE_RECIPES, Recipe.DELAYED}  # that one can be emulated
     if wrong or not set(names) & set(APPLICABLE_RECIPES):
         raise SettingsError(
             f"--recipes must be among {', '.join(APPLICABLE_RECIPES)} (and {Recipe.DELAYED} beside "

@@ -64,23 +64,20 @@ class Plan(records.Plan):
         """
         at = self._position(name)
         old = self.layers[at]
-        chosen = _option(option) if isinstance(option, str) else option
+        try:
+            chosen = Option.parse(str(option))
+        except ValueError as error:
+            raise PlanMismatchError(
+                "an option must be fp32, bf16_o2 or fp8_o1:RECIPE, but it is "
+                f"{option!r}; write e.g. fp8_o1:tensorwise"
+            ) from error
         if chosen.is_fp8 and old.kind is not LayerKind.LINEAR:
             raise PlanMismatchError(
                 f"FP8 is for nn.Linear, but {name!r} is a layer of kind {old.kind}; "
                 "choose bf16_o2 or fp32"
             )
-        new = Assignment(
-            name=name,
-            kind=old.kind,
-            shapes=old.shapes,
-            precision=chosen.precision,
-            recipe=chosen.recipe,
-            gemms_hp=chosen.gemms_hp,
-            baseline_ms=old.baseline_ms,
-            basis=old.basis,
-            reason="set by hand",
-        )
+        kept = old.model_dump(include={"name", "kind", "shapes", "baseline_ms", "basis"})
+        new = Assignment(**kept, **dict(chosen), reason="set by hand")
         return self.model_copy(
             update={
                 "layers": (*self.layers[:at], new, *self.layers[at + 1 :]),
@@ -155,13 +152,3 @@ class Plan(records.Plan):
             f"every layer must be one of the plan's, but {name!r} is not; the nearest are "
             f"{', '.join(near)}"
         )
-
-
-def _option(text: str) -> Option:
-    try:
-        return Option.parse(text)
-    except ValueError as error:
-        raise PlanMismatchError(
-            "an option must be fp32, bf16_o2 or fp8_o1:RECIPE, but it is "
-            f"{text!r}; write e.g. fp8_o1:tensorwise"
-        ) from error

@@ -52,11 +52,7 @@ def _model_checks(plan: Plan, workload: Workload, device: torch.device) -> list[
     fits = Check(name="fits the model", is_good=True, detail="every layer by name, kind and shape")
     with fast_fp8_gemms(device):
         ran = check_applied(model, batch, loss_fn=workload.loss_fn)
-    return [fits, *(_named(check) for check in ran)]
-
-
-def _named(check: Check) -> Check:
-    return check.model_copy(update={"name": f"runs: {check.name or 'the model'}"})
+    return [fits, *(c.model_copy(update={"name": f"runs: {c.name or 'the model'}"}) for c in ran)]
 
 
 def _fp8_checks(plan: Plan, device: torch.device) -> list[Check]:
@@ -64,8 +60,8 @@ def _fp8_checks(plan: Plan, device: torch.device) -> list[Check]:
     if not fp8_support(device).recipes:
         reason = f"{fp8_support(device).reason}; set these layers to bf16_o2, or use another device"
         return [Check(name="fp8 on this device", is_good=False, detail=reason)]
-    used = {layer.recipe for layer in plan.layers} & set(APPLICABLE_RECIPES)
-    recipes = sorted(recipe for recipe in used if recipe is not None)
+    used = {layer.recipe for layer in plan.layers}
+    recipes = sorted(recipe for recipe in APPLICABLE_RECIPES if recipe in used)
     checks = fp8_self_test(device, recipes=recipes)
     mode = plan.fingerprint.compile_mode
     if device.type != "cpu" and mode not in ("", "eager"):

@@ -1,14 +1,13 @@
 """Two record files -> what differs: plans by layer, sensitivities by drift."""
 
-import json
 import math
 from pathlib import Path
 
 from autoprec.errors import RecordError
 from autoprec.records import Difference, DifferenceRow, Estimate, Plan, Sensitivity, read_text
+from autoprec.records.base import parse_object
 
 DRIFT_FACTOR = 1.5  # what moved by less, or by less than two sigma, is no drift
-SIGMAS = 2.0
 
 
 def compare_files(before: Path, after: Path) -> Difference:
@@ -17,7 +16,8 @@ def compare_files(before: Path, after: Path) -> Difference:
     Raises:
         RecordError: a file is unreadable, or the two are of different kinds.
     """
-    kinds = [_kind_of(path) for path in (before, after)]
+    texts = [(str(path), read_text(path, what="record")) for path in (before, after)]
+    kinds = [parse_object(text, source=path).get("kind") for path, text in texts]
     if kinds == [Plan.KIND, Plan.KIND]:
         rows = diff_plans(Plan.load(before), Plan.load(after))
     elif kinds == [Sensitivity.KIND, Sensitivity.KIND]:
@@ -57,17 +57,6 @@ def diff_sensitivities(before: Sensitivity, after: Sensitivity) -> tuple[Differe
 
 
 def _has_drifted(before: Estimate, after: Estimate) -> bool:
-    noise = SIGMAS * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    noise = 2.0 * math.hypot(before.stderr or 0.0, after.stderr or 0.0)
     low, high = sorted(max(estimate.mean, 0.0) for estimate in (before, after))
     return high - low > noise and high > DRIFT_FACTOR * low
-
-
-def _kind_of(path: Path) -> str:
-    try:
-        fields = json.loads(read_text(path, what="record"))
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            f"a record must be complete JSON, but {path} is not ({type(error).__name__}); "
-            "restore it from a copy"
-        ) from error
-    return str(fields.get("kind")) if isinstance(fields, dict) else "no record"

@@ -22,9 +22,7 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError
 from autoprec.records import (
     Certificate,
-    Estimate,
     ModelSpec,
-    Option,
     Profile,
     Recipe,
     Search,
@@ -320,7 +318,8 @@ class Run:
             profile,
             sensitivity,
             constraint=settings.constraint,
-            evaluate=self._measure if can_measure else None,
+            # a resumed study may need no measurement: the reference is trained for the first one
+            evaluate=(lambda options: self._meter.measure(options)) if can_measure else None,
             trials=settings.trials,
             time_budget_s=settings.time_budget,
             seed=settings.seed,
@@ -334,10 +333,6 @@ class Run:
         from autoprec.sensitivity.measure import JointMeter
 
         return JointMeter(self.reference)
-
-    def _measure(self, options: tuple[Option, ...]) -> Estimate:
-        """Measure a whole plan's gradient error; a resumed study may need no reference for it."""
-        return self._meter.measure(options)
 
     def _verified(
         self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None

@@ -34,14 +34,14 @@ LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting beside its type and default, see `setting`."""
+    """What is known of one setting beside its type and default."""
 
-    about: str
-    stages: tuple[str, ...]
-    commands: tuple[str, ...]
-    parse: Callable[[Any], Any] | None  # Any: a text, or a value from Python
-    text: str
-    option: Mapping[str, Any]  # Any: typer's own
+    about: str  # one line of help
+    stages: tuple[str, ...]  # whose records it decides: `--resume` makes these again on a change
+    commands: tuple[str, ...]  # the stages that have it as an option; `tune` has all
+    parse: Callable[[Any], Any] | None  # Any: a text, or a value from Python; None: as it is
+    text: str  # the command line's default, where `parse` reads it
+    option: Mapping[str, Any]  # Any: names, least value and looks, as `typer.Option` takes them
 
 
 def setting(
@@ -54,17 +54,7 @@ def setting(
     text: str = "",
     **option: Any,  # Any: typer's own
 ) -> Any:  # Any: a field of any type
-    """Declare a setting.
-
-    Args:
-        default: its value when nobody gives one.
-        about: one line of help.
-        stages: whose records it decides: `--resume` makes these again when it has changed.
-        commands: the stages that have it as an option; default: those it decides. `tune` has all.
-        parse: from a text (or a value from Python) to the value; without it the type's own.
-        text: the command line's default, where `parse` reads it.
-        option: names, least value and looks of the option, as `typer.Option` takes them.
-    """
+    """Declare a setting by the fields of `Setting`; default commands: the stages it decides."""
     known = Setting(about, stages, stages if commands is None else commands, parse, text, option)
     return field(default=default, metadata={"setting": known})
 
