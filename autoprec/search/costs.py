@@ -135,8 +135,7 @@ class Costs:
         return self.outside(options).memory_bytes + layers
 
     def _chosen(self, options: Sequence[Option]) -> Iterator[Price]:
-        for prices, option in zip(self.prices, options, strict=True):
-            yield prices[option]
+        return (prices[o] for prices, o in zip(self.prices, options, strict=True))
 
 
 def is_all_fp32(options: Sequence[Option]) -> bool:
@@ -157,14 +156,9 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     effects: dict[str, dict[Option, LayerSensitivity]] = defaultdict(dict)
     for row in sensitivity.rows:
         effects[row.name][row.option] = row
-    cast_ms = profile.boundary_cast_ms_per_melement
-    layers = profile.model.layers
-    priced = [
-        _price_layer(layer, timings[layer.name], effects[layer.name], cast_ms=cast_ms)
-        for layer in layers
-    ]
+    cast_ms, layers = profile.boundary_cast_ms_per_melement, profile.model.layers
+    priced = [_price_layer(x, timings[x.name], effects[x.name], cast_ms=cast_ms) for x in layers]
     prices = tuple(prices for prices, _ in priced)
-    is_unknown = sensitivity_basis(sensitivity) is Basis.UNKNOWN
     activation_error = max(sensitivity.activation_error.mean, 0.0)
     return Costs(
         layers=layers,
@@ -172,7 +166,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         missing=tuple(missing for _, missing in priced),
         outside_fp32=_outside(profile, prices, FP32, grad_error=0.0),
         outside_bf16=_outside(profile, prices, BF16_O2, grad_error=activation_error),
-        locks=default_locks(layers) if is_unknown else {},
+        locks=default_locks(layers) if sensitivity_basis(sensitivity) is Basis.UNKNOWN else {},
         communication=profile.communication,
     )
 
@@ -238,10 +232,7 @@ def _price_layer(
 
 
 def _why_missing(
-    layer: LayerSpec,
-    option: Option,
-    timing: LayerTiming | None,
-    effect: LayerSensitivity | None,
+    layer: LayerSpec, option: Option, timing: LayerTiming | None, effect: LayerSensitivity | None
 ) -> str:
     if option.recipe is Recipe.DELAYED:
         return "it is emulated for comparison, and no plan applies it"
@@ -295,16 +286,10 @@ def _outside(
         memory_bytes = max(step.peak_bytes - layers, 0)
     else:
         # FP32 parameters, gradients and optimizer states
-        ratio = profile.model.optimizer_state_numel_ratio
         numel = sum(parameter.numel for parameter in profile.model.uncovered)
-        memory_bytes = int(numel * 4 * (2 + ratio))
-    return OutsideLayers(
-        ms=profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms,
-        grad_error=grad_error,
-        memory_bytes=memory_bytes,
-        low=low,
-        high=high,
-    )
+        memory_bytes = int(numel * 4 * (2 + profile.model.optimizer_state_numel_ratio))
+    ms = profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms
+    return OutsideLayers(ms, grad_error, memory_bytes, low=low, high=high)
 
 
 def nearest_plan(prices: Sequence[Mapping[Option, Price]], option: Option) -> tuple[Option, ...]:

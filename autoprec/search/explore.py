@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from autoprec.common.text import percent
-from autoprec.records import BF16_O2, FP32, Option, SearchTrial
+from autoprec.records import Option, SearchTrial
 from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
 from autoprec.search.study import PlanStudy
 
@@ -39,7 +39,7 @@ def explore(study: PlanStudy, exact_plan: Options) -> tuple[tuple[str, ...], tup
 
 def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial:
     """Evaluate the plans that every search looks at; return the exact one."""
-    fp32, bf16 = (study.problem.uniform(option) for option in (FP32, BF16_O2))
+    fp32, bf16 = study.problem.uniform_plans
     if fp32 in study.space.bases:
         study.evaluate(fp32, source="uniform")
     evaluated = study.evaluate(exact_plan, source="exact")
@@ -67,11 +67,9 @@ def _walk_front(study: PlanStudy, plan: SearchTrial) -> None:
 
 
 def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], SearchTrial | None]:
-    """Find the layers that make a plan's joint error exceed the sum, and a plan without them.
+    """Find the layers that make a joint error exceed the sum, and the nearest feasible plan.
 
-    Returns:
-        The names of the interacting layers, and the nearest plan that is feasible; nothing when the
-        excess is spread over many layers.
+    Finds nothing when the excess is spread over many layers.
     """
     problem = study.problem
 
@@ -84,10 +82,8 @@ def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], Sea
 
     suspects = _more_precise(problem, broken.options)
     interacting = find_interacting(suspects, excess_of(broken), excess_without)
-    if not interacting:
-        return (), None
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
-    return names, _solved_with(study, interacting)
+    return names, _solved_with(study, interacting) if interacting else None
 
 
 def find_interacting(
@@ -117,10 +113,7 @@ def find_interacting(
 
 
 def _more_precise(problem: Problem, options: Options) -> list[Group]:
-    """Return the groups that can be more precise, with only such choices.
-
-    That is without FP8 if the plan has FP8 at all, else FP32.
-    """
+    """Return the groups that can do without FP8 (without BF16 where there is none), and how."""
     worst = max(map(precision_rank, options))
     found = []
     for group in problem.groups:
@@ -151,8 +144,7 @@ def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | No
     problem = replace(study.problem, groups=groups)
     budget = study.budget
     for _ in range(REPAIR_TRIES):
-        found = exact(problem, budget)
-        if found is None:
+        if (found := exact(problem, budget)) is None:
             return None
         plan = study.evaluate(found[0], source="repair")
         if plan.feasible:
@@ -162,10 +154,7 @@ def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | No
 
 
 def _repair_note(
-    study: PlanStudy,
-    broken: SearchTrial,
-    interacting: Sequence[str],
-    repaired: SearchTrial | None,
+    study: PlanStudy, broken: SearchTrial, interacting: Sequence[str], repaired: SearchTrial | None
 ) -> str:
     summed = max(study.problem.costs.grad_error(broken.options), 1e-300)
     found = (

@@ -56,16 +56,14 @@ def parse_keep(text: str) -> Keep:
             "write e.g. 'lm_head=bf16_o2'"
         )
     try:
-        if key == Precision.FP8_O1:
-            return Keep(text, glob, Precision.FP8_O1, None)
-        option = Option.parse(key)
+        option = None if key == Precision.FP8_O1 else Option.parse(key)
     except ValueError as error:
         names = ", ".join(precision.value for precision in Precision)
         raise RecordError(
             f"--keep must name one of {names} (fp8_o1 may have a recipe, e.g. fp8_o1:rowwise), "
             f"but {text!r} names {key!r}"
         ) from error
-    return Keep(text, glob, option.precision, option)
+    return Keep(text, glob, option.precision if option else Precision.FP8_O1, option)
 
 
 def resolve_keep(
@@ -103,16 +101,11 @@ def resolve_keep(
 
 
 def match_keeps(
-    texts: Sequence[str],
-    layers: Sequence[LayerSpec],
-    refusal: Callable[[Keep, int], str],
+    texts: Sequence[str], layers: Sequence[LayerSpec], refusal: Callable[[Keep, int], str]
 ) -> Keeps:
     """Return the keep of each layer that has one and can take it.
 
-    Args:
-        texts: each as given to `--keep`.
-        layers: the model's.
-        refusal: why the layer of an index cannot be kept so; "" where it can.
+    `refusal` says why the layer of an index cannot be kept so; "" where it can.
 
     Raises:
         RecordError, InfeasibleError: as `resolve_keep`.

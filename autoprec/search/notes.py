@@ -36,7 +36,7 @@ def plan_notes(
 
 
 def fp8_note(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
-    """Return on how many layers FP8 pays in a plan, or why it is not worth it here."""
+    """Return the count of layers on which FP8 pays in a plan, or why it is not worth it here."""
     if not any(option.is_fp8 for option in options):
         return f"FP8 is not worth it here: {_why_no_fp8(profile, problem, search, options)}"
     costs = problem.costs
@@ -54,7 +54,7 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
 
 
 def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
-    """Return which layers are in FP8 although that is no faster, and what made them so."""
+    """Return the layers that are in FP8 although that is no faster, and what made them so."""
     if not gains:
         return ""
     # the search itself never takes an FP8 option that is no faster, but for its bytes
@@ -101,22 +101,17 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
 
 
 def _why_ineligible(costs: Costs) -> str:
-    """Return why no linear has an FP8 option: most often a refusal that they share."""
-    refusals = Counter(
-        reason
-        for layer in costs.layers
-        if layer.kind is LayerKind.LINEAR and (reason := layer.refusal(Precision.FP8_O1))
-    )
+    """Return the reason that no linear has an FP8 option: mostly a refusal that they share."""
+    linears = [layer for layer in costs.layers if layer.kind is LayerKind.LINEAR]
+    refusals = Counter(text for layer in linears if (text := layer.refusal(Precision.FP8_O1)))
     if refusals:
         reason, count = refusals.most_common(1)[0]
         return f"none of the linear layers can take it ({count} of them: {reason})"
-    if any(layer.kind is LayerKind.LINEAR for layer in costs.layers):
-        return "no FP8 option was profiled"
-    return "the model has no linear layer"
+    return "no FP8 option was profiled" if linears else "the model has no linear layer"
 
 
 def _steps(profile: Profile) -> str:
-    """Return how the whole step in FP8 compares to that in BF16 O2, where both were timed."""
+    """Return the whole step's time in FP8 and in BF16 O2, where both were timed."""
     fp8, bf16 = profile.step("fp8_o1"), profile.step("bf16_o2")
     if fp8 is None or bf16 is None:
         return ""
@@ -145,7 +140,7 @@ def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
 
 
 def _communication_note(costs: Costs, options: Options) -> str:
-    """Return how much of what FP8 saves goes to communication that hides behind BF16 compute."""
+    """Return the part of what FP8 saves that goes to communication BF16 compute would hide."""
     lost = costs.unhidden_ms(options)
     saved = costs.step_ms(nearest_plan(costs.prices, BF16_O2)) - costs.step_ms(options) + lost
     has_fp8 = any(option.is_fp8 for option in options)

@@ -11,7 +11,6 @@ from autoprec.records import (
     Constraint,
     Fingerprint,
     FrontPoint,
-    OperandStatistics,
     Plan,
     PredictedStep,
     Profile,
@@ -36,33 +35,28 @@ def build_plan(
     constraint = constraint.model_copy(update={"grad_error_budget": search.grad_error_budget})
     costs = make_costs(profile, sensitivity)
     problem = make_problem(costs, constraint)
-    statistics: dict[str, list[OperandStatistics]] = {}
-    for row in sensitivity.statistics:
-        statistics.setdefault(row.name, []).append(row)
-    why = reasons(Why(problem, search, point.options, statistics, profile.parallel))
-    grad_error, grad_error_basis = _joint_error(point, sensitivity_basis(sensitivity))
+    options, basis = point.options, sensitivity_basis(sensitivity)
+    why = reasons(Why(problem, search, options, sensitivity.statistics, profile.parallel))
+    grad_error, grad_error_basis = _joint_error(point, basis)
     return Plan(
-        layers=tuple(
-            _assignment(costs, index, point.options, why[index])
-            for index in range(len(point.options))
-        ),
+        layers=tuple(_assignment(costs, i, options, reason) for i, reason in enumerate(why)),
         uncovered=tuple(parameter.name for parameter in profile.model.uncovered),
         constraint=constraint,
         fingerprint=_fingerprint(profile, sensitivity),
         grad_error=grad_error,
         grad_error_basis=grad_error_basis,
-        predicted=_predicted(costs, point.options),
-        fp8_all_gather=_gathers_fp8(profile, point.options),
+        predicted=_predicted(costs, options),
+        fp8_all_gather=_gathers_fp8(profile, options),
         notes=(
-            *plan_notes(profile, problem, search, point.options),
+            *plan_notes(profile, problem, search, options),
             *search.notes,
-            *(() if sensitivity_basis(sensitivity) is Basis.MEASURED else sensitivity.notes),
+            *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
     )
 
 
 def _gathers_fp8(profile: Profile, options: Options) -> bool:
-    """Return whether FSDP gathers some layer's weights in FP8: asked for, and a layer can."""
+    """Whether FSDP gathers some layer's weights in FP8: asked for, and a layer can."""
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     return parallel.fsdp > 1 and any(gathers_fp8(option, parallel) for option in options)
 

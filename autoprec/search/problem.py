@@ -11,7 +11,7 @@ The all-FP32 plan has FP32 activations and stands beside the knapsack of all oth
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -46,7 +46,7 @@ class Problem:
     keeps: Keeps
     allowed: tuple[Options, ...]
     memory_bytes: int | None
-    groups: tuple[Group, ...] = field(default=())
+    groups: tuple[Group, ...] = ()
 
     def rank(self, options: Options) -> tuple[float, float]:
         """Return the sort key of a plan by the table: its time to loss, then its error."""
@@ -70,6 +70,11 @@ class Problem:
                     others = (o for o in self.allowed[index] if o != FP32)
                     chosen[index] = min(others, key=precision_rank)
         return self.follow_uncalled(tuple(chosen))
+
+    @cached_property
+    def uniform_plans(self) -> tuple[Options, Options]:
+        """The plans nearest to FP32 and to BF16 O2 throughout."""
+        return self.uniform(FP32), self.uniform(BF16_O2)
 
     def follow_uncalled(self, options: Options) -> Options:
         """Return the plan with the layers that the step did not call as the others' activations."""
@@ -132,7 +137,7 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
 
 
 def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
-    """Return why a layer has no price in what it is kept in; "" where it has one."""
+    """Return the reason that a layer has no price in what it is kept in; "" where it has one."""
     if any(keep.allows(option) for option in costs.prices[index]):
         return ""
     missing = next((w for option, w in costs.missing[index].items() if keep.allows(option)), "")
@@ -161,8 +166,7 @@ def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
     """
     found = problem.knapsack.soonest(budget)
     plans = [] if found is None else [(_options(problem, found[0]), found[1])]
-    fp32 = problem.fp32_plan
-    if fp32 is not None:
+    if (fp32 := problem.fp32_plan) is not None:
         plans.append((fp32, problem.costs.step_ms(fp32)))
     if not plans:
         return None
@@ -179,8 +183,7 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
         InfeasibleError: no plan at all satisfies the keeps and the memory limit.
     """
     plans = [_options(problem, point) for point in problem.knapsack.front(near=budget)]
-    fp32 = problem.fp32_plan
-    if fp32 is not None:
+    if (fp32 := problem.fp32_plan) is not None:
         plans.append(fp32)
     if not plans:
         raise InfeasibleError(_nothing_fits(problem))

@@ -1,22 +1,13 @@
 """Why each layer has its precision, in one sentence for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprec.common.text import compared, percent
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import shard_gemm
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    LayerSpec,
-    OperandStatistics,
-    Option,
-    Precision,
-    Search,
-)
-from autoprec.search.costs import Price, is_all_fp32
+from autoprec.records import BF16_O2, FP32, Basis, OperandStatistics, Option, Precision, Search
+from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
 
 DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
@@ -32,48 +23,45 @@ class Why:
     problem: Problem
     search: Search
     options: Options
-    statistics: Mapping[str, Sequence[OperandStatistics]]
+    statistics: Sequence[OperandStatistics]
     parallel: str = ""
+
+    @property
+    def costs(self) -> Costs:
+        """The prices of all layers."""
+        return self.problem.costs
 
     def shape(self, index: int) -> str:
         """Return ` at M=2048 K=256 N=768`, on one device; "" where there is no GEMM."""
-        layer = self.layer(index)
+        layer = self.costs.layers[index]
         gemm = layer.gemm
         if gemm is not None and self.parallel:
             gemm = shard_gemm(layer, parse_parallel(self.parallel))
         return "" if gemm is None else f" at M={gemm.M} K={gemm.K} N={gemm.N}"
 
-    def layer(self, index: int) -> LayerSpec:
-        """Return the layer."""
-        return self.problem.costs.layers[index]
-
-    def prices(self, index: int) -> Mapping[Option, Price]:
-        """Return the prices of the layer's options."""
-        return self.problem.costs.prices[index]
-
     def ms(self, index: int, option: Option) -> float:
         """Return the time of an option beside the plan's activations."""
-        price = self.prices(index)[option]
+        price = self.costs.prices[index][option]
         return price.ms if is_all_fp32(self.options) else price.with_casts_ms
 
 
 def reasons(why: Why) -> list[str]:
     """Return the reason of every layer, in model order."""
     found = [_reason(why, index) for index in range(len(why.options))]
-    for first, *others in tied_groups(why.problem.costs.layers):
-        owner = why.layer(first).name
+    for first, *others in tied_groups(why.costs.layers):
+        owner = why.costs.layers[first].name
         for index in others:
-            parameters = why.layer(index).parameters
+            parameters = why.costs.layers[index].parameters
             shared = next((p.shared_with for p in parameters if p.shared_with), owner)
             found[index] += f"; tied to {shared}"
         if others:
-            names = ", ".join(why.layer(index).name for index in others)
+            names = ", ".join(why.costs.layers[index].name for index in others)
             found[first] += f"; shares its parameter with {names}"
     return found
 
 
 def _reason(why: Why, index: int) -> str:
-    layer, option = why.layer(index), why.options[index]
+    layer, option = why.costs.layers[index], why.options[index]
     keep = why.problem.keeps.of_layer.get(layer.name)
     if keep is not None:
         recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
@@ -85,15 +73,15 @@ def _reason(why: Why, index: int) -> str:
         return _why_fp8(why, index)
     if option == BF16_O2:
         parts = [_why_not_fp8(why, index)]
-        if FP32 in why.prices(index):
-            has_fp8 = any(other.is_fp8 for other in why.prices(index))
+        if FP32 in why.costs.prices[index]:
+            has_fp8 = any(other.is_fp8 for other in why.costs.prices[index])
             parts.insert(1 if has_fp8 else 0, _bf16_to_fp32(why, index))
         return "; ".join(parts)
     return _why_not_16_bit(why, index)
 
 
 def _why_fp8(why: Why, index: int) -> str:
-    option, prices = why.options[index], why.prices(index)
+    option, prices = why.options[index], why.costs.prices[index]
     base = BF16_O2 if BF16_O2 in prices else FP32
     if base not in prices:
         return f"{short(option)}, gradient {_error_of(prices[option])}"
@@ -118,13 +106,12 @@ def _error_of(price: Price) -> str:
 
 
 def _why_not_fp8(why: Why, index: int) -> str:
-    layer, prices = why.layer(index), why.prices(index)
-    lock = why.problem.costs.locks.get(layer.name)
+    layer, prices = why.costs.layers[index], why.costs.prices[index]
     fp8 = [option for option in prices if option.is_fp8]
-    if fp8 and lock:
-        return lock
     if not fp8:
         return _missing(why, index, Precision.FP8_O1)
+    if lock := why.costs.locks.get(layer.name):
+        return lock
     best = min(fp8, key=lambda option: prices[option].ms)
     own = why.ms(index, why.options[index])
     if prices[best].ms >= own:
@@ -140,7 +127,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
 
 def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     """Say that an option is faster and yet not worth its error, and where the error is from."""
-    price, budget = why.prices(index)[best], why.search.grad_error_budget
+    price, budget = why.costs.prices[index][best], why.search.grad_error_budget
     gain = f"{short(best)} {compared(price.with_casts_ms, own_ms)}"
     if best == BF16_O2:
         gain = _bf16_to_fp32(why, index)
@@ -150,7 +137,8 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     verb = (
         "dominates the gradient error" if price.grad_error <= budget else "alone is over the budget"
     )
-    cause = explain_statistics(why.statistics.get(why.layer(index).name, ()))
+    name = why.costs.layers[index].name
+    cause = explain_statistics([row for row in why.statistics if row.name == name])
     source = f"; {cause}" if cause and best.is_fp8 else ""
     return f"{gain}, but {verb} ({cost}){source}"
 
@@ -160,7 +148,7 @@ def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
 
     The first is what the tables of the report say, the second what the choice was made by.
     """
-    prices = why.prices(index)
+    prices = why.costs.prices[index]
     alone = compared(prices[BF16_O2].ms, prices[FP32].ms)
     text = f"BF16 {_than(alone, FP32)}{where}"
     with_casts = compared(prices[BF16_O2].ms, why.ms(index, FP32))
@@ -168,7 +156,7 @@ def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
 
 
 def _why_not_16_bit(why: Why, index: int) -> str:
-    prices = why.prices(index)
+    prices = why.costs.prices[index]
     if BF16_O2 not in prices:
         return _missing(why, index, Precision.BF16_O2)
     own = why.ms(index, FP32)
@@ -181,12 +169,11 @@ def _why_not_16_bit(why: Why, index: int) -> str:
 
 
 def _missing(why: Why, index: int, precision: Precision) -> str:
-    """Return why a layer has no option of that precision."""
-    layer, name = why.layer(index), "FP8" if precision is Precision.FP8_O1 else "BF16"
-    refusal = layer.refusal(precision)
-    if refusal:
+    """Return the reason that a layer has no option of that precision."""
+    layer, name = why.costs.layers[index], "FP8" if precision is Precision.FP8_O1 else "BF16"
+    if refusal := layer.refusal(precision):
         return refusal
-    gaps = why.problem.costs.missing[index].items()
+    gaps = why.costs.missing[index].items()
     found = next((text for option, text in gaps if option.precision is precision), "")
     return f"no {name}: {found}" if found else f"no {name} option was profiled"
 
@@ -204,9 +191,9 @@ def _than(speed: str, other: Option) -> str:
 
 
 def explain_statistics(rows: Sequence[OperandStatistics]) -> str:
-    """Return what FP8 casts do to one layer's operands, worst first; "" when nothing stands out.
+    """Return the losses by FP8 casts that stand out in one layer's operands, worst first.
 
-    For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`.
+    For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`; "" when nothing does.
     """
     by_worst = sorted(rows, key=lambda row: -max(_losses(row).values(), default=0.0))
     lines = (line for row in by_worst for line in (_worst_loss(row), _outliers(row)))
@@ -236,7 +223,5 @@ def _outliers(row: OperandStatistics) -> str:
     count = len(row.outlier_channels)
     if not 0 < count <= MOST_OUTLIERS * row.channels:
         return ""
-    shown = ", ".join(str(channel) for channel in row.outlier_channels[:3])
-    more = ", ..." if count > 3 else ""
-    channels = "channel" if count == 1 else "channels"
-    return f"{row.operand.value}: outlier {channels} {shown}{more}"
+    shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
+    return f"{row.operand.value}: outlier channel{'' if count == 1 else 's'} {shown}"

@@ -174,13 +174,9 @@ class Knapsack:
         least = self._sum_of_least(cost[:-1]) + max(self.outside.hidable_ms, 0.0)
         cost *= SCALE / max(least, float(cost.max()) / SCALE)
 
+        ones, bounds = np.ones(len(self._starts)), np.column_stack([np.zeros(len(cost)), upper])
         relaxed = linprog(  # type: ignore[call-overload]  # takes sparse rows; its stubs do not
-            cost,
-            A_ub=rows,
-            b_ub=most,
-            A_eq=self._one_each,
-            b_eq=np.ones(len(self._starts)),
-            bounds=np.column_stack([np.zeros(len(cost)), upper]),
+            cost, A_ub=rows, b_ub=most, A_eq=self._one_each, b_eq=ones, bounds=bounds
         )
         if relaxed.x is None:
             return None

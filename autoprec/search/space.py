@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autoprec.records import BF16_O2, FP32, Option
+from autoprec.records import BF16_O2, Option
 from autoprec.search.problem import Group, Options, Problem
 
 AS_BASE = "base"
@@ -56,8 +56,7 @@ class Space:
 
 def make_space(problem: Problem, front: Iterable[Options]) -> Space:
     """Return the decisions over a front."""
-    uniform = [problem.uniform(option) for option in (FP32, BF16_O2)]
-    plans = dict.fromkeys((*front, *(plan for plan in uniform if problem.fits_memory(plan))))
+    plans = dict.fromkeys((*front, *filter(problem.fits_memory, problem.uniform_plans)))
     costs = problem.costs
     bases = sorted(plans, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan)))
     return Space(problem, tuple(bases), _roles(problem))

@@ -7,16 +7,7 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    Constraint,
-    Profile,
-    Search,
-    SearchTrial,
-    Sensitivity,
-)
+from autoprec.records import Basis, Constraint, Profile, Search, SearchTrial, Sensitivity
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
@@ -124,24 +115,20 @@ def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float
 
 
 def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:
-    """Return what to try after the chosen plan: each with clearly less error, down to FP32.
+    """Return the plans to try after the chosen one: each with clearly less error, down to FP32.
 
     Uniform BF16 O2 is among them wherever it has less error than the plan before it.
     Bases that were not measured are ranked by the table.
     """
-    uniform = [study.problem.uniform(option) for option in (BF16_O2, FP32)]
     unknown = (base for base in study.space.bases if base not in study.known)
     plans = [*study.known.values(), *map(study.estimate, unknown)]
     last, others = best, 0
     found: list[Options] = []
     for plan in sorted((p for p in plans if p.feasible), key=rank):
-        is_safe = plan.options in uniform and plan.grad_error < last.grad_error
-        is_next = (
-            plan.grad_error <= NEXT_ERROR * last.grad_error
-            and others < MOST_RANKED
-            and last.grad_error > 0.0
-        )
-        if is_safe or is_next:
+        is_uniform = plan.options in study.problem.uniform_plans
+        is_safe = is_uniform and plan.grad_error < last.grad_error
+        is_less = last.grad_error > 0.0 and plan.grad_error <= NEXT_ERROR * last.grad_error
+        if is_safe or (is_less and others < MOST_RANKED):
             found.append(plan.options)
             others += not is_safe
             last = plan
@@ -149,7 +136,7 @@ def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:
 
 
 def _step_equivalents(study: PlanStudy, profile: Profile) -> float:
-    """Return what the measurements took, in FP32 training steps."""
+    """Return the cost of the measurements, in FP32 training steps."""
     step = profile.step("fp32")
     if step is None or profile.basis is not Basis.MEASURED or step.timing.median_ms <= 0.0:
         return float(PASSES_PER_PLAN * study.measured)
@@ -166,8 +153,7 @@ def _table_notes(study: PlanStudy, best: SearchTrial) -> list[str]:
     if summed > 0.0 and best.grad_error > EXCESS * summed:
         return [
             f"the chosen plan's joint gradient error is {percent(best.grad_error)}, above the sum "
-            f"of its parts ({percent(summed)}) and within the budget of "
-            f"{percent(study.budget)}"
+            f"of its parts ({percent(summed)}) and within the budget of {percent(study.budget)}"
         ]
     return []
 

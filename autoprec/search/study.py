@@ -13,6 +13,7 @@ Every finished trial keeps its plan, gradient error and basis with it, so that a
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
@@ -34,7 +35,6 @@ ASKS_PER_TRIAL = 3  # asked at most for one that is worth a measurement
 FIRST_CODE = 48  # "0"; each option is one character in a note
 
 Measure = Callable[[Options], Estimate]
-IsOver = Callable[[], bool]
 
 
 class _Note(TypedDict):
@@ -54,35 +54,28 @@ def rank(trial: SearchTrial) -> tuple[float, float, float, str]:
     return trial.time_to_loss_ms, trial.grad_error, trial.step_ms, keys
 
 
+@dataclass(eq=False)
 class PlanStudy:
     """One study in progress: evaluates whole plans against the budget, and writes them down."""
 
-    def __init__(
-        self,
-        study: "optuna.Study",
-        space: Space,
-        *,
-        budget: float,
-        measure: Measure | None,
-        seed: int,
-        is_over: IsOver,
-    ) -> None:
-        self.study = study
-        self.space = space
-        self.problem = space.problem
-        self.budget = budget
-        self.measure = measure
-        self.seed = seed
-        self.is_over = is_over
-        self.known: dict[Options, SearchTrial] = {}
-        self.trials: list[SearchTrial] = []  # that evaluated a plan for the first time
-        self.measured = 0  # how many plans were measured here
-        self.spent_s = 0.0
-        self._notes: dict[int, _Note] = {}  # of all finished trials by number, here or elsewhere
-        self._alive = 0  # trials finished or under way, here or elsewhere
+    study: "optuna.Study"
+    space: Space
+    budget: float
+    measure: Measure | None
+    seed: int
+    is_over: Callable[[], bool]
+    known: dict[Options, SearchTrial] = field(default_factory=dict)
+    trials: list[SearchTrial] = field(default_factory=list)  # the first to evaluate their plan
+    measured: int = 0  # how many plans were measured here
+    spent_s: float = 0.0
+    _notes: dict[int, _Note] = field(default_factory=dict)  # of all finished trials, here or not
+    _alive: int = 0  # trials finished or under way, here or elsewhere
+
+    def __post_init__(self) -> None:
+        self.problem = self.space.problem
         options = {option for prices in self.problem.costs.prices for option in prices}
         self._alphabet = sorted(options, key=lambda option: option.key)
-        self._distributions = _distributions(space)
+        self._distributions = _distributions(self.space)
         self._take_up()
 
     @property
@@ -210,7 +203,6 @@ class PlanStudy:
         options: Options,
         grad_error: float,
         basis: Basis,
-        *,
         number: int = 0,
         source: str = "table",
     ) -> SearchTrial:
@@ -241,9 +233,7 @@ class PlanStudy:
             if note["is_final"]:
                 options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
                 basis, source = Basis(note["basis"]), note["source"]
-                record = self._record(
-                    options, note["grad_error"], basis, number=trial.number, source=source
-                )
+                record = self._record(options, note["grad_error"], basis, trial.number, source)
                 self.known[options] = record
                 if not note["is_duplicate"]:
                     self.trials.append(record)
