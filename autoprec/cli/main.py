@@ -6,9 +6,12 @@ happen inside the commands, so that `--help` answers at once. The options of a s
 settings, see `options.py`.
 """
 
+import errno
 import json
 import logging
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -16,7 +19,6 @@ import typer
 from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
-from autoprec.cli.errors import drop_output, one_line_of
 from autoprec.cli.options import with_settings
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
@@ -57,6 +59,7 @@ Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Given = Any  # texts and values of the settings that a command has
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 
 
@@ -250,6 +253,37 @@ def main(arguments: list[str] | None = None) -> None:
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
+
+
+def one_line_of(error: Exception) -> str | None:
+    """Return the line that a user is told of an error; None for one that is a fault of ours.
+
+    Its traceback is kept then; a user's error, a device out of memory and a full disk are one line.
+    """
+    if isinstance(error, AutoprecError):
+        return " ".join(str(error).split())
+    if isinstance(error, TyperException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return (
+            f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
+            "on the disk, or write elsewhere"
+        )
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        return None
+    reason = " ".join(str(error).split())[:160]
+    return (
+        f"what is run must fit into the device's memory, but {reason}; "
+        "use smaller batches or a smaller model, or a larger device"
+    )
+
+
+def drop_output() -> None:
+    """Send what stdout still holds nowhere: the interpreter would fail on it again at its end."""
+    with suppress(OSError, ValueError):  # ValueError: a stdout that is no file of the system
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _load_plan(path: Path) -> "Plan":

@@ -33,7 +33,6 @@ from autoprec.runtime import attach_optimizer, check_fit
 from autoprec.runtime.attach import ON_OPTIMIZER
 
 GUARD_STATE = "autoprec.Guard"  # the guard's key in trainer_state.json
-FULL_EVAL = ("bf16_full_eval", "fp16_full_eval")
 
 
 def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None = None) -> Trainer:
@@ -63,10 +62,8 @@ def apply(plan: Plan | Path | str, trainer: Trainer, *, guard: MakeGuard | None 
     apply_plan(callback.plan, trainer.model, _inner(trainer.optimizer))
     trainer.add_callback(callback)
     if guard is not None:
-        callback.steps = GuardedSteps(guard)
-        trainer.training_step = functools.partial(
-            _guarded_step, callback.steps, trainer.training_step
-        )
+        steps = callback.steps = GuardedSteps(guard)
+        trainer.training_step = functools.partial(_guarded_step, steps, trainer.training_step)
     return trainer
 
 
@@ -139,7 +136,7 @@ def _check_arguments(args: TrainingArguments) -> None:
             "a plan trains one process per device, but this Trainer would use DataParallel over "
             f"{args.n_gpu} GPUs; start it with torchrun"
         )
-    for name in FULL_EVAL:
+    for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             raise PlanMismatchError(
                 "evaluation must leave the model's dtypes as the plan has them, but "

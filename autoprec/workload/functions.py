@@ -290,8 +290,7 @@ class _UserCode(AbstractContextManager["_UserCode"]):
         if not isinstance(error, Exception) or isinstance(error, AutoprecError):
             return
         # The innermost frame of the user's own code; the first is ours, libraries' are no help.
-        frames = traceback.extract_tb(trace)[1:]
-        inside = [frame for frame in frames if "site-packages" not in frame.filename]
+        inside = [f for f in traceback.extract_tb(trace)[1:] if "site-packages" not in f.filename]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
         raise WorkloadError(
             f"{self.function} must give {self.wanted}, but it raised {type(error).__name__}"

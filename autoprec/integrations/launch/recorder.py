@@ -19,10 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.integrations.launch.optimizers import (
@@ -88,8 +85,8 @@ class Recorder:
             self._mode,
             patched(nn.Module, "__call__", self._around_call),
             patched(torch.autograd, "backward", self._around_backward),
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
+            step_hooks.register_optimizer_step_pre_hook(self._before_step),
+            step_hooks.register_optimizer_step_post_hook(self._after_step),
         ):
             yield
 

@@ -65,10 +65,9 @@ class Tape:
         self.graph = fx.Graph()
         self._known: dict[int, Known] = {}  # by id
         self._device = next(model.parameters()).device
-        for index, parameter in enumerate(model.parameters()):
-            self._name(parameter, self.graph.placeholder(f"parameter_{index}"))
-        for index, tensor in enumerate(tensors_in(output)):
-            self._name(tensor, self.graph.placeholder(f"output_{index}"))
+        for name, tensors in (("parameter", model.parameters()), ("output", tensors_in(output))):
+            for index, tensor in enumerate(tensors):
+                self._name(tensor, self.graph.placeholder(f"{name}_{index}"))
 
     def run(self, function: Function, args: Any, kwargs: Any) -> Value:
         """Run a function and record it if the output plays a part in it."""
@@ -111,8 +110,7 @@ class Tape:
         """
         self.graph.output(self._node(root))
         _drop_unused(self.graph)
-        unseen = (node.meta["unseen"] for node in self.graph.nodes if "unseen" in node.meta)
-        return next(unseen, None)
+        return next((n.meta["unseen"] for n in self.graph.nodes if "unseen" in n.meta), None)
 
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         self._known[id(tensor)] = Known(tensor, node, tensor._version, tensor.requires_grad)

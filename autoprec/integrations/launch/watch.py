@@ -244,8 +244,9 @@ class Watch:
             self.stop()
             raise
         where = f"{type(inner).__name__} at {script_line()} ({moment})"
-        names = [type(optimizer).__name__ for optimizer in owned]
-        self.applied.append(Applied(weakref.ref(inner), where, names))
+        self.applied.append(
+            Applied(weakref.ref(inner), where, [type(one).__name__ for one in owned])
+        )
         if self._guard is not None:
             self._guard.watch(inner)
         for optimizer in owned:
