@@ -32,7 +32,6 @@ from torch.utils.hooks import RemovableHandle
 from autoprec.runtime.ranks import local_part
 
 OPERANDS = ("input", "weight", "grad_output")
-SHARES = 2  # of an operand: underflow, saturated
 MOST_ELEMENTS = 1 << 16  # of an operand; the standard error of a share is then below 0.2 %
 SMALLEST_AMAX = 1e-12  # torchao 0.18's EPS
 # Of the largest FP8 number. Up to 1 + 2^-5 the cast still rounds to it; inductor fuses a BF16 cast
@@ -51,7 +50,7 @@ class Sampler:
         )
         self._handles: list[RemovableHandle] = []
         self._seen = {
-            name: torch.zeros(len(OPERANDS), SHARES, device=layer.weight.device)
+            name: torch.zeros(len(OPERANDS), 2, device=layer.weight.device)  # underflow, saturated
             for name, layer in layers.items()
         }
         self.disarm()
@@ -96,13 +95,11 @@ class GradTap(torch.autograd.Function):
     """The identity; its backward looks at the gradient that passes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, seen: Tensor, dtype: torch.dtype, is_rowwise: bool
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, seen: Tensor, dtype: torch.dtype, is_rowwise: bool) -> Any:
         """Return a copy, not a view: user code may write into it in place."""
         ctx.save_for_backward(seen)
         ctx.dtype, ctx.is_rowwise = dtype, is_rowwise
-        return output.clone()
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:

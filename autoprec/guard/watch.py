@@ -24,8 +24,9 @@ the data's more often than the precision's: its step is skipped, and no layer is
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -58,7 +59,7 @@ REASONS = {
 }
 
 
-class Guard:
+class Guard(AbstractContextManager["Guard"]):
     """Watches a model to which a plan was applied. Call `step` once an optimizer step.
 
     Example:
@@ -149,9 +150,6 @@ class Guard:
     def close(self) -> None:
         """Take the hooks out; layers stay as they are."""
         self._sampler.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

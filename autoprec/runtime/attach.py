@@ -79,11 +79,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    """Check that masters can be given to an optimizer of the model.
-
-    Raises:
-        PlanMismatchError: they cannot, see `attach_optimizer`.
-    """
+    """Check that masters can be given to an optimizer of the model, or raise PlanMismatchError."""
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS[0]):
         reason = f"it is a {type(optimizer).__name__}, not a torch.optim.Optimizer"
     elif type(optimizer).__module__.startswith("torch.distributed."):
@@ -99,19 +95,16 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 
 def detach_optimizer(optimizer: Optimizer) -> None:
     """Make it the plain optimizer that it was; its state stays."""
-    attachment = vars(optimizer).pop(ON_OPTIMIZER, None)
-    if attachment is not None:
-        for handle in attachment.handles:
-            handle.remove()
+    attachment: Attachment | None = vars(optimizer).pop(ON_OPTIMIZER, None)
+    for handle in attachment.handles if attachment else ():
+        handle.remove()
 
 
 def attach(masters: Masters, optimizer: Optimizer) -> None:
     """Make an optimizer that was checked train these masters."""
     _check_moments(masters, optimizer)
-    attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
-    if attachment is None:
-        attachment = Attachment(optimizer)
-        vars(optimizer)[ON_OPTIMIZER] = attachment
+    attachment: Attachment = vars(optimizer).get(ON_OPTIMIZER) or Attachment(optimizer)
+    vars(optimizer)[ON_OPTIMIZER] = attachment
     others = [store for store in attachment.stores if store is not masters and store.values]
     attachment.stores = [*others, masters]
     for parameter in _parameters(optimizer):
@@ -123,9 +116,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
 
 def _check_moments(masters: Masters, optimizer: Optimizer) -> None:
     """Give FP32 to the moments of parameters that were BF16 before the plan; refuse lost bits."""
-    for parameter in _parameters(optimizer):
-        if parameter not in masters.values:
-            continue
+    for parameter in (p for p in _parameters(optimizer) if p in masters.values):
         state = optimizer.state.get(parameter, {})
         low = [k for k, v in state.items() if isinstance(v, Tensor) and v.dtype is parameter.dtype]
         if low and masters.values[parameter] is not None:

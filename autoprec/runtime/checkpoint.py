@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.common.files import PARTIAL, replace_file
@@ -25,18 +26,10 @@ from autoprec.model.layers import unwrapped
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
-BROKEN_FILE = (  # what torch.load raises on truncated, foreign or unsafe bytes
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    pickle.UnpicklingError,
-)
 PARTS = ("model", "optimizer", "guard", "step", "extra")  # of a file of save_checkpoint
 BROKEN_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+# What torch.load raises on truncated, foreign or unsafe bytes.
+BROKEN_FILE = (*BROKEN_STATE, EOFError, LookupError, ImportError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Checkpoint:
 def save_checkpoint(
     path: Path | str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
     guard: "Stateful | None" = None,
     step: int = 0,
@@ -100,7 +93,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path | str,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
     guard: "Stateful | None" = None,
 ) -> dict[str, Any]:  # Any: what was given to save_checkpoint
@@ -161,9 +154,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_state(
-    target: nn.Module | torch.optim.Optimizer, state: dict[str, Any], *, what: str
-) -> None:
+def load_state(target: nn.Module | Optimizer, state: dict[str, Any], *, what: str) -> None:
     """Load a copy of a state dict into a model or an optimizer; `what` names it in errors.
 
     Raises:

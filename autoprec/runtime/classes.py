@@ -35,7 +35,8 @@ from autoprec.runtime.activations import (
 )
 
 Forward = Callable[..., Any]
-Maker = TypeVar("Maker", bound=Callable[..., type[nn.Module]])
+ModuleClass = type[nn.Module]
+Maker = TypeVar("Maker", bound=Callable[..., ModuleClass])
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
 
 
@@ -45,9 +46,7 @@ def _cached(maker: Maker) -> Maker:
 
 
 @_cached
-def layer_class(
-    base: type[nn.Module], option: Option, activation_dtype: torch.dtype
-) -> type[nn.Module]:
+def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype) -> ModuleClass:
     """Return `base` as a layer with `option`, among activations of a dtype."""
     forward = _fp8_forward() if option.is_fp8 else base.forward
     dtype = option_dtype(option)
@@ -84,13 +83,11 @@ def layer_class(
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
-    return _subclass(layer_class, (base, option, activation_dtype), bases=bases, body=body)
+    return _subclass(layer_class, (base, option, activation_dtype), bases, body)
 
 
 @_cached
-def container_class(
-    base: type[nn.Module], dtype: torch.dtype | None, is_root: bool
-) -> type[nn.Module]:
+def container_class(base: ModuleClass, dtype: torch.dtype | None, is_root: bool) -> ModuleClass:
     """Return `base` with the activation mode on while its forward runs.
 
     A root's outputs are FP32; with `dtype` None only autocast is off.
@@ -108,17 +105,13 @@ def container_class(
         return cast_floating(output, torch.float32) if is_root else output
 
     body = {"forward": container_forward}
-    return _subclass(container_class, (base, dtype, is_root), bases=(base,), body=body)
+    return _subclass(container_class, (base, dtype, is_root), (base,), body)
 
 
 def _subclass(
-    maker: Callable[..., type[nn.Module]],
-    settings: tuple[Any, ...],  # what the maker made it from, its base first
-    *,
-    bases: tuple[type, ...],
-    body: dict[str, Any],
-) -> type[nn.Module]:
-    base = settings[0]
+    maker: Callable[..., ModuleClass], settings: Any, bases: tuple[type, ...], body: dict[str, Any]
+) -> ModuleClass:
+    base = settings[0]  # what the maker (and pickle) made it from, its base first
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _new_module, (maker, settings), vars(self)
@@ -128,7 +121,7 @@ def _subclass(
     return type(base.__name__, bases, {**kept, **own, **body})
 
 
-def _new_module(maker: Callable[..., type[nn.Module]], settings: tuple[Any, ...]) -> nn.Module:
+def _new_module(maker: Callable[..., ModuleClass], settings: tuple[Any, ...]) -> nn.Module:
     """Unpickle: an empty module of the class made by `maker`, its state to be set by pickle."""
     cls = maker(*settings)
     module: nn.Module = cls.__new__(cls)
@@ -188,7 +181,7 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> ModuleClass:
     """Return the module's class without what this module made of it."""
     cls = type(module)
     while "autoprec_base" in vars(cls):
@@ -196,6 +189,6 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def is_made_here(cls: type[nn.Module]) -> bool:
+def is_made_here(cls: ModuleClass) -> bool:
     """Whether a class comes from this module."""
     return "autoprec_base" in vars(cls)

@@ -38,11 +38,7 @@ def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None)
 
 
 def check_untouched(model: nn.Module, found: ModelLayers) -> None:
-    """Check that nothing else has changed, wrapped or split the model.
-
-    Raises:
-        PlanMismatchError: something has.
-    """
+    """Check that nothing else has changed, wrapped or split the model (PlanMismatchError)."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes())
     for module in model.modules():
         if ON_MODEL in vars(module) or is_made_here(type(module)):
@@ -72,11 +68,7 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
 
 
 def check_removable(model: nn.Module) -> None:
-    """Check that a plan can be taken out of a model: it is whole, and its classes are the plan's.
-
-    Raises:
-        PlanMismatchError: it is sharded, or something changed the modules' classes since.
-    """
+    """Check that a model is whole and its classes are the plan's, or raise PlanMismatchError."""
     for name, module in model.named_modules():
         cls = type(module)
         if issubclass(cls, _fsdp_classes()) or _is_split(module):

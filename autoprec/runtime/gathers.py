@@ -138,15 +138,11 @@ class Fp8Shard(Tensor):
     @staticmethod
     def __new__(cls, plain: Tensor) -> "Fp8Shard":
         """Wrap `plain`, whose storage it shares."""
+        same = {
+            name: getattr(plain, name) for name in ("dtype", "layout", "device", "requires_grad")
+        }
         shard: Fp8Shard = Tensor._make_wrapper_subclass(
-            cls,
-            plain.size(),
-            strides=plain.stride(),
-            storage_offset=plain.storage_offset(),
-            dtype=plain.dtype,
-            layout=plain.layout,
-            device=plain.device,
-            requires_grad=plain.requires_grad,
+            cls, plain.size(), strides=plain.stride(), storage_offset=plain.storage_offset(), **same
         )
         shard.plain = plain
         return shard

@@ -16,8 +16,9 @@ Module objects, Parameter objects, names and hooks stay as they are: only a para
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ Storage = dict[nn.Parameter, tuple[str, torch.dtype]]  # each parameter's layer 
 
 
 @dataclass
-class Installed:
+class Installed(AbstractContextManager["Installed"]):
     """What `install_options` did to a model. A context manager: leaving it undoes."""
 
     model: nn.Module
@@ -80,9 +81,6 @@ class Installed:
             unchanged = torch.equal(parameter.data, original.to(parameter.dtype))
             set_storage(parameter, original if unchanged else parameter.data.to(original.dtype))
         self.classes, self.originals = [], {}
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()

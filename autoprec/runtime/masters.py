@@ -147,11 +147,7 @@ class Masters:
 
 
 def masters_of(model: nn.Module) -> Masters:
-    """Return the masters of an applied model.
-
-    Raises:
-        PlanMismatchError: no plan is applied to it.
-    """
+    """Return the masters of an applied model (PlanMismatchError: no plan is applied to it)."""
     found: Masters | None = vars(model).get(ON_MODEL)
     if found is None:
         inner = [name for name, module in model.named_modules() if ON_MODEL in vars(module)]

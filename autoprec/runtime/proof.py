@@ -62,6 +62,7 @@ OPERANDS = {  # of every operation with a precision of its own, those whose dtyp
     **{gemm: (first, first + 1) for gemm, first in GEMMS.items()},
 }
 NO_NODE = 2**62  # sequence numbers of nodes that forward did not make are above it
+LossFn = Callable[[nn.Module, Any], Tensor]  # Any: a batch, whatever the step needs
 
 
 @dataclass
@@ -81,10 +82,7 @@ class LayerTrace:
 
 
 def verify_applied(
-    model: nn.Module,
-    batch: Any = None,  # Any: whatever the step needs
-    *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    model: nn.Module, batch: Any = None, *, loss_fn: LossFn | None = None
 ) -> tuple[Check, ...]:
     """Run one step of an applied model and prove that what ran is what the plan says.
 
@@ -124,10 +122,7 @@ def verify_applied(
 
 
 def check_applied(
-    model: nn.Module,
-    batch: Any = None,  # Any: see verify_applied
-    *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    model: nn.Module, batch: Any = None, *, loss_fn: LossFn | None = None
 ) -> tuple[Check, ...]:
     """Return what `verify_applied` proves as one check per layer, good or not."""
     inner = unwrapped(model)
