@@ -165,7 +165,7 @@ def test_a_gpu_is_never_probed_with_a_tiny_layer() -> None:
     """A microsecond more to launch it would be minutes at a real layer's size."""
     meter = LayerMeter(CUDA, QuietClock(), 2.0)
     call = Call(args=(torch.ones(48, 32),), kwargs={}, gradients=[torch.ones(48, 64)])
-    assert meter.slow_fp8.predict(FP8[0], [call], limit_ms=0.0) is None
+    assert meter.slow_fp8.predict(FP8[0], [call], fp32_ms=0.0) is None
     assert meter.slow_fp8.known == {}
 
 

@@ -206,13 +206,11 @@ def _allows_tf32() -> bool:
 
 def _software(missing: dict[str, str]) -> dict[str, str]:
     found = {"python": platform.python_version(), "system": f"{sys.platform} {platform.release()}"}
-    for package, version in software_versions(PACKAGES).items():
-        if version == NOT_INSTALLED:
-            missing[package] = "not installed"
-        else:
-            found[package] = version
-    runtimes = {"cuda": torch.version.cuda, "hip": torch.version.hip}
-    return found | {name: value for name, value in runtimes.items() if value}
+    found |= software_versions(PACKAGES)
+    absent = [name for name, version in found.items() if version == NOT_INSTALLED]
+    missing.update(dict.fromkeys(absent, "not installed"))
+    found |= {"cuda": torch.version.cuda or "", "hip": torch.version.hip or ""}
+    return {name: version for name, version in found.items() if version and name not in absent}
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Sensor:
         return None if value is None else float(value) / 1e3
 
     def _read(self, fact: str, ask: Callable[..., Any], *args: object) -> Any:  # Any: NVML's own
-        """Return what NVML answers; None, and the reason kept, where it does not."""
+        """Return the answer of NVML; None, and the reason kept, where it does not."""
         if fact in self.missing:
             return None
         try:

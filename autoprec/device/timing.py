@@ -185,11 +185,6 @@ class Stopping:
     budget_ms: float = math.inf
     rejections: int | None = None
 
-    @property
-    def most_rejections(self) -> int:
-        """How many dirty samples of a candidate are left out."""
-        return self.samples if self.rejections is None else self.rejections
-
     def is_enough(self, samples: Sequence[float]) -> bool:
         """Whether these samples will do."""
         if len(samples) >= self.samples:
@@ -229,7 +224,7 @@ class Samples:
         return timing_from(self.clean, rejected=self.rejected)
 
     def merged_conditions(self) -> Conditions | None:
-        """Return what was seen around them as one: medians, hottest, all throttle reasons."""
+        """Return the conditions seen around them as one: medians, hottest, all throttle reasons."""
         if not self.conditions:
             return None
         merged = {
@@ -272,16 +267,14 @@ def sample_interleaved(
     outside of the timing.
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
-    repeated = {
-        name: _warm_up(fn, clock=clock, calls=warmup, prepare=prepare)
-        for name, fn in candidates.items()
-    }
+    repeated = {n: _warm_up(fn, clock, warmup, prepare) for n, fn in candidates.items()}
     taken = {name: Samples() for name in candidates}
     turns = random.Random(seed)
+    limit = stopping.samples if stopping.rejections is None else stopping.rejections
     with _collector_off():
         # A round takes a sample of everybody who has not enough yet, in an order of its own: in a
         # fixed one a candidate would always run behind, and in the heat of, the same other.
-        for number in range(stopping.samples + stopping.most_rejections):
+        for number in range(stopping.samples + limit):
             active = [n for n in candidates if not stopping.is_enough(taken[n].clean)]
             if not active:
                 break
@@ -294,7 +287,7 @@ def sample_interleaved(
                 fn, calls = repeated[name]
                 elapsed, seen = monitor.observe(partial(clock.measure, fn))
                 taken[name].pauses += pauses
-                taken[name].add(number, elapsed / calls, seen, limit=stopping.most_rejections)
+                taken[name].add(number, elapsed / calls, seen, limit=limit)
     return taken
 
 
@@ -322,7 +315,7 @@ def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cac
 
 
 def _warm_up(
-    fn: Function, *, clock: Clock, calls: int, prepare: Callable[[int], None] | None
+    fn: Function, clock: Clock, calls: int, prepare: Callable[[int], None] | None
 ) -> tuple[Function, int]:
     """Call `fn`; return it often enough for a sample of SHORTEST_SAMPLE_MS, and how often."""
     elapsed = SHORTEST_SAMPLE_MS

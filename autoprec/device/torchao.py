@@ -48,10 +48,9 @@ def float8_config(option: Option) -> Any:  # Any: torchao ships no types
         PlanMismatchError: the option is not FP8, or its recipe is one torchao does not have.
     """
     if option.recipe not in APPLICABLE_RECIPES:
-        names = ", ".join(APPLICABLE_RECIPES)
         raise PlanMismatchError(
-            f"torchao applies the FP8 recipes {names}, but the option is {option.key}; "
-            "choose one of these, or export the plan to a runtime that has it"
+            f"torchao applies the FP8 recipes {', '.join(APPLICABLE_RECIPES)}, but the option "
+            f"is {option.key}; choose one of these, or export the plan to a runtime that has it"
         )
     config = import_torchao().config
     base = config.Float8LinearConfig.from_recipe_name(option.recipe.value)

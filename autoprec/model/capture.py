@@ -9,7 +9,7 @@ uncovered.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -35,14 +35,7 @@ from autoprec.records import (
     TensorSpec,
     fp8_option,
 )
-from autoprec.workload.functions import (
-    Batch,
-    Workload,
-    check_batches,
-    check_loss,
-    take_batches,
-    tensors_in,
-)
+from autoprec.workload.functions import Batch, check_batches, check_loss, take_batches, tensors_in
 
 SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
 NEEDS_NO_GRADIENT = (
@@ -66,14 +59,14 @@ def capture_model(context: Context) -> ModelSpec:
     model = workload.build_model(seed=seed).to(device).train()
     batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
     context.progress("capture", 0, 3)
-    first = run_step(workload, model, batches[0], seed=seed)
+    first = run_step(context, model, batches[0])
     # Only after a step: lazy modules have no parameters before it. The second step repeats the
     # first, seed and all: other gradients are the device's own doing.
     layers = model_layers(model)
     with recorded_shapes(layers) as calls:
-        second = run_step(workload, model, batches[0], seed=seed)
+        second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
-        scan_shapes(workload, model, batches)
+        scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
     optimizer = workload.build_optimizer(model)
     optimizer.step()  # makes its state, whose size is asked for
     context.progress("capture", 3, 3)
@@ -100,12 +93,12 @@ class StepResult:
     used_randomness: bool
 
 
-def run_step(workload: Workload, model: nn.Module, batch: Batch, *, seed: int) -> StepResult:
+def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     """Run forward and backward of one batch with seeded generators; gradients stay on the model."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(context.seed)
     before = _generator_states()
-    loss = workload.loss_fn(model, batch)
+    loss = context.workload.loss_fn(model, batch)
     after = _generator_states()
     used_randomness = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     value = check_loss(loss, where="in the first step")
@@ -124,13 +117,13 @@ def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, lis
     return recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
 
 
-def scan_shapes(workload: Workload, model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Run batches whose shapes differ from the first's, such as a short last one, forward only."""
+def scan_shapes(forward: Callable[[Batch], object], batches: Sequence[Batch]) -> None:
+    """Run forward on batches whose shapes differ from the first's, such as a short last one."""
     shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
     for number, batch in enumerate(batches[1:], start=1):
         if shapes[number] not in shapes[:number]:
             with torch.no_grad():
-                workload.loss_fn(model, batch)
+                forward(batch)
 
 
 @dataclass(frozen=True)
@@ -248,12 +241,8 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:
     """Return state elements per parameter element, scalars (step counters) left out."""
-    state = sum(
-        value.numel()
-        for values in optimizer.state.values()
-        for value in values.values()
-        if isinstance(value, Tensor) and value.dim() > 0
-    )
+    values = (value for states in optimizer.state.values() for value in states.values())
+    state = sum(x.numel() for x in values if isinstance(x, Tensor) and x.dim() > 0)
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return float(state / max(parameters, 1))
 

@@ -89,7 +89,7 @@ def capture_on_meta(
         _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
         with recorded_shapes(layers) as scanned:
-            scan_shapes(workload, model, batches)
+            scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)

@@ -22,16 +22,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from autoprec.common.recipes import Gemm, Precision
 from autoprec.records.cost import LayerTiming
-from autoprec.records.model import (
-    BF16_O2,
-    FP32,
-    GemmShape,
-    LayerKind,
-    ModelSpec,
-    Option,
-    Refusal,
-    fp8_option,
-)
+from autoprec.records.model import BF16_O2, FP32, GemmShape, LayerKind, ModelSpec, Option, Refusal
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
 _NOT_LINEAR = {
@@ -61,11 +52,10 @@ def layer_options(
         obstacle: what else keeps the layer out of FP8, e.g. its class.
         unavailable: why the device runs none, if it does not.
     """
-    reason = obstacle or _kind_refusal(kind, gemm)
+    reason = obstacle or _refusal(kind, gemm)
     fitting: tuple[Option, ...] = ()
     if gemm is not None and not reason:
-        reason = shape_refusal(gemm.K, gemm.N)
-    if gemm is not None and not reason:
+        # M is the inner dimension of grad_weight alone, so that GEMM can run in BF16 instead.
         uneven = any(m % FP8_MULTIPLE for m in (gemm.M, *tokens))
         wanted = [grad_weight_in_bf16(o) if uneven else o for o in fp8_options]
         fitting = tuple(dict.fromkeys(o for o in wanted if o is not None))
@@ -99,19 +89,19 @@ def shape_refusal(
 
 def grad_weight_in_bf16(option: Option) -> Option | None:
     """Return an FP8 option with its grad_weight GEMM in BF16, None if no GEMM is then in FP8."""
-    if option.recipe is None or Gemm.GRAD_WEIGHT not in option.fp8_gemms:
+    if Gemm.GRAD_WEIGHT not in option.fp8_gemms:
         return option
     in_bf16 = (*option.gemms_hp, Gemm.GRAD_WEIGHT)  # the last in the order of `Gemm`
-    return None if len(in_bf16) == len(Gemm) else fp8_option(option.recipe, *in_bf16)
+    return None if len(in_bf16) == len(Gemm) else option.model_copy(update={"gemms_hp": in_bf16})
 
 
-def _kind_refusal(kind: LayerKind, gemm: GemmShape | None) -> str:
+def _refusal(kind: LayerKind, gemm: GemmShape | None) -> str:
     if kind is not LayerKind.LINEAR:
         what = _NOT_LINEAR.get(kind, f"{kind.value} layer")
         return f"PyTorch has no FP8 {what}; FP8 is for nn.Linear"
     if gemm is None:
         return "it was not called in the captured step, so its shapes are not known"
-    return ""
+    return shape_refusal(gemm.K, gemm.N)
 
 
 def without_slow_gemms_hp(

@@ -120,8 +120,5 @@ def _catch(call: Call, place: int, gradient: Tensor) -> None:
 
 
 def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes
-    return tuple(
-        (tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.requires_grad)
-        for leaf in tree_leaves(arguments)
-        if isinstance(leaf, Tensor)
-    )
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors)

@@ -170,15 +170,17 @@ class SlowFp8:
     seed: int = 0
     known: dict[Option, tuple[float, Attempt]] = field(default_factory=dict)  # ms per M * K * N
 
-    def predict(self, option: Option, calls: Sequence[Call], *, limit_ms: float) -> Attempt | None:
-        """Return the option with a predicted time if that is above the limit, else None."""
+    def predict(self, option: Option, calls: Sequence[Call], *, fp32_ms: float) -> Attempt | None:
+        """Return the option with a predicted time if that makes it not worth timing, else None."""
         if not option.is_fp8 or self.device.type == "cuda":
             return None
         if option not in self.known:
             self.known[option] = self._run_small(option)
         ms_per_mac, small = self.known[option]
         ms = ms_per_mac * _linear_macs(calls)
-        return Attempt(option, predicted_ms=ms, kernels=small.kernels) if ms > limit_ms else None
+        if ms <= WORTH_TIMING * fp32_ms:
+            return None
+        return Attempt(option, predicted_ms=ms, kernels=small.kernels)
 
     def _run_small(self, option: Option) -> tuple[float, Attempt]:
         """Time a small layer with few and with more rows; the difference has no overhead."""

@@ -77,7 +77,7 @@ class GraphMonitor:
         return self.inner.settle()
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
-        """Return what the other monitor saw; spoiled if there are more graphs after the sample.
+        """Return the other monitor's answer; spoiled if there are more graphs after the sample.
 
         Raises:
             DeviceError: it happens again and again.
@@ -125,7 +125,7 @@ def open_compilation(
 
 
 def made_graphs() -> int:
-    """Return how many graphs dynamo has made in this process."""
+    """Return the number of graphs that dynamo has made in this process."""
     return int(counters["stats"]["unique_graphs"])
 
 

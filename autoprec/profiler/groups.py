@@ -37,16 +37,13 @@ class Group:
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:
     """Return the layers in groups, each with the options to time: FP8 by the recipes asked for."""
     recipes = None if options is None else {None, *(option.recipe for option in options)}
-    groups: dict[tuple[object, ...], list[LayerSpec]] = {}
+    groups: dict[tuple[str, tuple[bool, ...], tuple[Option, ...]], list[LayerSpec]] = {}
     for layer in spec.layers:
         shared = tuple(parameter.shared_with is not None for parameter in layer.parameters)
         groups.setdefault((layer.shape_key, shared, layer.options), []).append(layer)
     return [
-        Group(
-            tuple(same),
-            tuple(o for o in same[0].options if recipes is None or o.recipe in recipes),
-        )
-        for same in groups.values()
+        Group(tuple(same), tuple(o for o in listed if recipes is None or o.recipe in recipes))
+        for (_, _, listed), same in groups.items()
     ]
 
 
@@ -96,7 +93,7 @@ def record_step(
 ) -> dict[str, list[Call]]:
     """Run forward and backward of one batch; return the calls of the given layers by name."""
     with recorded_calls(layers, merged=True) as calls:
-        run_step(context.workload, model, batch, seed=context.seed)
+        run_step(context, model, batch)
     model.zero_grad(set_to_none=True)
     return calls
 

@@ -38,27 +38,10 @@ from autoprec.device.timing import (
 )
 from autoprec.device.tracing import Operation
 from autoprec.model.recording import Call
-from autoprec.profiler.candidates import (
-    WORTH_TIMING,
-    Attempt,
-    Candidate,
-    MakeLayer,
-    SlowFp8,
-    try_option,
-)
+from autoprec.profiler.candidates import Attempt, Candidate, MakeLayer, SlowFp8, try_option
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.profiler.groups import Group
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    Gemm,
-    LayerSpec,
-    LayerTiming,
-    Option,
-    Timing,
-    with_gemms_hp,
-)
+from autoprec.records import BF16_O2, FP32, Basis, Gemm, LayerTiming, Option, Timing, with_gemms_hp
 from autoprec.runtime.activations import option_dtype
 
 log = logging.getLogger(__name__)
@@ -95,12 +78,12 @@ class LayerMeter:
         if self.compilation is not None:
             torch.compiler.reset()  # one layer's sizes must not make another's dynamic
         fp32 = self.try_option(FP32, calls, make_layer)
-        limit_ms = math.inf
+        fp32_ms = math.inf
         if fp32.candidate is not None and any(option.is_fp8 for option in group.options):
-            limit_ms = WORTH_TIMING * self.clock.measure(fp32.candidate.step)
+            fp32_ms = self.clock.measure(fp32.candidate.step)
         attempts = [fp32]
         for option in (option for option in group.options if option != FP32):
-            predicted = self.slow_fp8.predict(option, calls, limit_ms=limit_ms)
+            predicted = self.slow_fp8.predict(option, calls, fp32_ms=fp32_ms)
             attempts.append(predicted or self.try_option(option, calls, make_layer))
         rows = self._time_attempts(group, attempts)
         if self.gemms_hp:
@@ -169,7 +152,7 @@ class LayerMeter:
     def _row(
         self, group: Group, attempt: Attempt, total: Samples | None, parts: Mapping[str, Timing]
     ) -> LayerTiming:
-        sizes = self._bytes(group.first, attempt)
+        sizes = self._bytes(group, attempt)
         timing = None if total is None else total.timing()
         if attempt.predicted_ms is not None:
             timing = predicted_timing(attempt.predicted_ms)
@@ -187,12 +170,12 @@ class LayerMeter:
             conditions=total.merged_conditions() if total else None,
         )
 
-    def _bytes(self, layer: LayerSpec, attempt: Attempt) -> tuple[int, int, int]:
+    def _bytes(self, group: Group, attempt: Attempt) -> tuple[int, int, int]:
         """Return parameter, gradient and optimizer bytes; shared parameters count where first."""
-        widths = [option_dtype(attempt.option).itemsize] * len(layer.parameters)
+        widths = [option_dtype(attempt.option).itemsize] * len(group.first.parameters)
         if attempt.candidate is not None:  # batch norms keep FP32 parameters in a 16-bit option
             widths = [parameter.itemsize for parameter in attempt.candidate.layer.parameters()]
-        sizes = zip(layer.parameters, widths, strict=True)
+        sizes = zip(group.first.parameters, widths, strict=True)
         own = [(p, size) for p, size in sizes if p.shared_with is None]
         trainable = [(p.numel, size) for p, size in own if p.is_trainable]
         states = 4 * self.state_ratio * sum(numel for numel, _ in trainable)  # FP32 always
@@ -210,7 +193,7 @@ def predicted_timing(ms: float) -> Timing:
 
 
 def part_functions(candidate: Candidate) -> dict[str, Function]:
-    """Return what is timed for each part of an FP32 or BF16 layer."""
+    """Return the function to time for each part of an FP32 or BF16 layer."""
     functions: dict[str, Function] = {Gemm.OUTPUT: candidate.forward}
     if candidate.inputs:
         functions[Gemm.GRAD_INPUT] = candidate.backward_to(candidate.inputs)

@@ -27,16 +27,7 @@ from autoprec.profiler.groups import Group, group_layers, record_groups, uniform
 from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.steps import AUTOCAST, Variant, time_steps
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    LayerTiming,
-    ModelSpec,
-    Option,
-    Profile,
-    StepTiming,
-)
+from autoprec.records import FP32, Basis, LayerTiming, ModelSpec, Option, Profile, StepTiming
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_BUDGET = 4.0  # FP32 steps that the samples of one variant may take
@@ -103,7 +94,7 @@ def _time_layers(
     compilation: Compilation | None,
 ) -> tuple[tuple[LayerTiming, ...], float, float]:
     """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
-    recorded = record_groups(context, groups)
+    recorded = record_groups(context, groups)  # layers and cast are timed on this step's tensors
     meter = LayerMeter(
         context.device,
         context.timer,
@@ -164,7 +155,7 @@ def _time_uniform_steps(
 ) -> tuple[StepTiming, ...]:
     bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
     broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
-    fp8 = {name: BF16_O2 if (name, o) in broken else o for name, o in fp8.items()}
+    fp8 = {name: bf16[name] if (name, o) in broken else o for name, o in fp8.items()}
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
     # By its layers a uniform FP8 step takes this much longer than a BF16 one; on a CPU without FP8
     # units that can be minutes, and the sum is then all there is to know.
@@ -173,9 +164,8 @@ def _time_uniform_steps(
     is_slow = surplus_ms > (SLOW_STEP - 1) * step_ms
     if has_fp8 and not is_slow:
         variants["fp8_o1"] = fp8
-    stopping = Stopping(
-        STEP_SAMPLES, STEP_LEAST, budget_ms=STEP_BUDGET * step_ms, rejections=STEP_LEAST
-    )
+    budget_ms = STEP_BUDGET * step_ms
+    stopping = Stopping(STEP_SAMPLES, STEP_LEAST, budget_ms=budget_ms, rejections=STEP_LEAST)
     steps = time_steps(context, variants, stopping=stopping, compilation=compilation)
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")

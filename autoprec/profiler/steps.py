@@ -10,7 +10,7 @@ the machine in between is then in their ratio, which the log says.
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,13 +56,10 @@ def time_steps(
     monitor = monitor or find_monitor(device)
     release_memory(device)  # what was timed or recorded before: whole steps need the room
     try:  # side by side first, since only samples of one round have the same clocks and heat
-        return _Comparison(
-            context,
-            take_batches(context.workload, seed=context.seed, count=BATCHES, device=device),
-            stopping,
-            monitor if compilation is None else GraphMonitor(compilation, monitor),
-            compilation,
-        ).time_in_turns(variants)
+        batches = take_batches(context.workload, seed=context.seed, count=BATCHES, device=device)
+        watched = monitor if compilation is None else GraphMonitor(compilation, monitor)
+        comparison = _Comparison(context, batches, stopping, watched, compilation)
+        return comparison.time_in_turns(variants)
     except (torch.OutOfMemoryError, WorkloadError) as error:
         # Memory runs out in our code, or in a function of the user's file.
         if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
@@ -80,10 +77,10 @@ def time_steps(
             device,
             error_line(error),
         )
-    time_alone = partial(
+    alone = partial(
         time_steps, context, stopping=stopping, monitor=monitor, compilation=compilation
     )
-    return tuple(time_alone({label: variant})[0] for label, variant in variants.items())
+    return tuple(alone({label: variant})[0] for label, variant in variants.items())
 
 
 @dataclass
@@ -148,16 +145,14 @@ class _Comparison:
         workload, device = self.context.workload, self.context.device
         model = workload.build_model(seed=self.context.seed).to(device).train()
         optimizer = workload.build_optimizer(model)
-        if not isinstance(variant, str) and any(option != FP32 for option in variant.values()):
+        casts: AbstractContextManager[object] = nullcontext()
+        if isinstance(variant, str):
+            casts = torch.autocast(device.type, dtype=torch.bfloat16)
+        elif any(option != FP32 for option in variant.values()):
             install_options(model, variant, uncovered=model_layers(model).uncovered)
             attach_optimizer(model, optimizer)
         if self.compilation is not None:
             self.compilation.compile_model(model)
-        casts = (
-            torch.autocast(device.type, dtype=torch.bfloat16)
-            if isinstance(variant, str)
-            else nullcontext()
-        )
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
