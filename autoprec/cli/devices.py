@@ -93,11 +93,9 @@ def devices_predict(
             f"--shape must be MxKxN (tokens, in-features, out-features), but it is {shape!r}; "
             "write e.g. 8192x4096x14336"
         )
-    profile = load_device_profile(name)
-    M, K, N = map(int, sizes.groups())
-    prediction = predict_linear(profile, M, K, N, recipe=recipe, compiled=compiled)
-    text = "\n".join(_prediction_lines(prediction))
-    typer.echo(prediction.model_dump_json() if as_json else text)
+    profile, (M, K, N) = load_device_profile(name), map(int, sizes.groups())
+    found = predict_linear(profile, M, K, N, recipe=recipe, compiled=compiled)
+    typer.echo(found.model_dump_json() if as_json else "\n".join(_prediction_lines(found)))
 
 
 @devices_app.command("measure")
@@ -125,7 +123,7 @@ def _predict_file(path: Path, *, device: str, recipe: str, compiled: bool) -> No
     typer.echo(table.to_csv(index=False, lineterminator="\n"), nl=False)
     answers = table.iloc[:, -len(ADDED) :].set_axis(ADDED, axis="columns")
     failed = answers[answers["profile"] == ""]
-    if len(failed) and len(failed) == len(table):
+    if len(failed) == len(table) > 0:
         raise DeviceError(
             f"some row of {path} must be one that can be predicted, but none of {len(table)} is; "
             f"the first says: {failed['refusal'].iloc[0]}"

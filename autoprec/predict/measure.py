@@ -49,7 +49,6 @@ CAST, TINY = (16384, 8192), (256, 256)  # shapes of an operand: above and below 
 CAST_RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE)  # those that the cost model has constants of
 Function = Callable[[], object]
 Operands = tuple[torch.Tensor, ...]  # a large one, a small one
-Casts = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 log = logging.getLogger(__name__)
 
 
@@ -67,9 +66,8 @@ def measure_device_profile(target: str = "cuda") -> DeviceProfile:
         )
     name = torch.cuda.get_device_name(device)
     base = base_profile(name, torch.cuda.get_device_capability(device))
-    measured = take_measurements(
-        device, clock=make_clock(device), shapes=LARGE, monitor=find_monitor(device)
-    )
+    clock, monitor = make_clock(device), find_monitor(device)
+    measured = take_measurements(device, clock=clock, shapes=LARGE, monitor=monitor)
     source = f"autoprec devices measure on {name}, torch {torch.__version__}"
     return calibrate_profile(base, measured, title=safe_title(name), source=source)
 
@@ -169,12 +167,9 @@ def time_compiled_casts(
         with open_compilation(meter.device, COMPILED, backend=backend):
             for recipe in recipes:
                 cast = torch.compile(casts_of(recipe), backend=backend, dynamic=False)
-                found[recipe] = CastTimes(
-                    large_us=meter.time_one(partial(cast, large)),
-                    small_us=meter.time_one(partial(cast, small), SHORT_CALLS),
-                    large_elements=large.numel(),
-                    small_elements=small.numel(),
-                )
+                large_us = meter.time_one(partial(cast, large))
+                small_us = meter.time_one(partial(cast, small), SHORT_CALLS)
+                found[recipe] = CastTimes(large_us, small_us, large.numel(), small.numel())
     except torch.OutOfMemoryError:
         raise
     except (DeviceError, RuntimeError) as error:
@@ -188,17 +183,14 @@ def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> CastTi
     cast = casts_of(recipe)
     with traced() as trace:
         cast(small)
+    kernels = len(trace.operations)
+    large_us = meter.time_one(partial(cast, large))
     launches = repeated(partial(cast, small), SHORT_CALLS)
-    return CastTimes(
-        large_us=meter.time_one(partial(cast, large)),
-        small_us=meter.launched({"cast": launches})["cast"] / SHORT_CALLS,
-        large_elements=large.numel(),
-        small_elements=small.numel(),
-        kernels=len(trace.operations),
-    )
+    small_us = meter.launched({"cast": launches})["cast"] / SHORT_CALLS
+    return CastTimes(large_us, small_us, large.numel(), small.numel(), kernels)
 
 
-def casts_of(recipe: Recipe) -> Casts:
+def casts_of(recipe: Recipe) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Return torchao's casts of a weight for its two GEMMs: as it lies, and transposed."""
     utils, config = import_torchao().float8_utils, float8_config(fp8_option(recipe))
     given = config.cast_config_weight

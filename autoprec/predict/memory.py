@@ -11,17 +11,11 @@ from dataclasses import replace
 from autoprec.predict.parallel import Parallel, parse_parallel
 from autoprec.records import Basis, Option, Profile
 
-GB = 1e9
-HERE = "make the batch smaller, recompute activations or shard the model"
-
 
 def memory_note(profile: Profile, options: Mapping[str, Option], need: int) -> str:
-    """Return that a plan of these options, which needs so many bytes, does not fit; "" if it does.
+    """Return a sentence where a plan of these options does not fit, or an empty string.
 
-    Args:
-        profile: of the device and what each layer keeps on it.
-        options: the plan's, by layer.
-        need: the plan's peak on one device (`Costs.memory_bytes`).
+    `need` is the plan's peak in bytes on one device (`Costs.memory_bytes`).
     """
     device = profile.device
     if not 0 < device.memory_bytes < need:
@@ -31,7 +25,9 @@ def memory_note(profile: Profile, options: Mapping[str, Option], need: int) -> s
         row.activation_bytes * sum(options.get(name) == row.option for name in row.names)
         for row in profile.layers
     )
-    advice = _sharding(profile, need - saved, saved) if is_predicted else HERE
+    advice = "make the batch smaller, recompute activations or shard the model"
+    if is_predicted:
+        advice = _sharding(profile, need - saved, saved)
     return (
         f"does not fit in memory: the plan needs {'at least' if is_predicted else 'about'} "
         f"{_gb(need)} GB a device, {device.name} has {_gb(device.memory_bytes)} GB: {advice}"
@@ -59,4 +55,4 @@ def _sharded(parallel: Parallel, factor: float) -> str:
 
 
 def _gb(size: int) -> str:
-    return f"{size / GB:,.0f}" if size >= 10 * GB else f"{size / GB:.2g}"
+    return f"{size / 1e9:,.0f}" if size >= 10e9 else f"{size / 1e9:.2g}"

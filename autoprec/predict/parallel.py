@@ -28,7 +28,6 @@ from autoprec.records.model import GemmShape, LayerKind, LayerSpec, Option
 
 LARGEST_DEGREE = 1 << 20
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "full": 1.0}  # share of the forward that runs twice
-MOST_NAMED = 3  # layers in a note
 _ROLE_NAMES = "roles are read from names such as q_proj, o_proj, up_proj, down_proj, fc1 or lm_head"
 _SHARED_HEADS = " (Megatron lets devices share one, torch's tensor parallelism does not)"
 _EXAMPLE = "write e.g. fsdp=8, tp=8 or fsdp=32,tp=8"
@@ -49,7 +48,7 @@ class Parallel:
         return self.fsdp * self.tp
 
     def __str__(self) -> str:
-        """Return what `parse_parallel` reads; empty for one device."""
+        """Return the text that `parse_parallel` reads; empty for one device."""
         name = next(name for name, share in RECOMPUTED.items() if share == self.recomputed)
         parts = [f"{degree}={n}" for degree, n in (("fsdp", self.fsdp), ("tp", self.tp)) if n > 1]
         parts += ["gather=fp8"] if self.fp8_gather and self.devices > 1 else []
@@ -123,14 +122,12 @@ def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
 
 
 def unsplit_note(layers: Iterable[LayerSpec], parallel: Parallel) -> str:
-    """Return which linears tensor parallelism leaves whole for want of a role; empty for none."""
-    if parallel.tp == 1:
-        return ""
+    """Return a note of the linears that tensor parallelism leaves whole for want of a role."""
     called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
     whole = [layer.name for layer in called if not split_axis(layer, parallel)]
-    if not whole:
+    if parallel.tp == 1 or not whole:
         return ""
-    named = first_and_more(whole, most=MOST_NAMED)
+    named = first_and_more(whole, most=3)
     if len(whole) == len(called):
         return f"tp={parallel.tp} splits no layer: none has a known role ({named}); {_ROLE_NAMES}"
     return (

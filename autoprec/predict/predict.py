@@ -33,7 +33,6 @@ from autoprec.records.model import (
 logger = logging.getLogger(__name__)
 PLAIN_LINEAR = "torch.nn.modules.linear.Linear"
 BOUNDARY_BYTES = 12  # FP32 to BF16 and back: 4 + 2 in the forward, 2 + 4 in the backward
-MEGA = 1e6
 OUTSIDE_BYTES = 8  # parameter, gradient, master: 2 + 2 + 4 in BF16, 4 + 4 in FP32
 STATE_BYTES = 4  # an optimizer state is FP32
 
@@ -81,7 +80,7 @@ def predict_profile(
         basis=Basis.PREDICTED,
         layers=layers,
         steps=_steps(model, layers, setting, fp32=fp32.total, bf16=bf16.total),
-        boundary_cast_ms_per_melement=BOUNDARY_BYTES * MEGA / machine.bytes_per_us / 1e3,
+        boundary_cast_ms_per_melement=BOUNDARY_BYTES * 1e6 / machine.bytes_per_us / 1e3,
         fixed_ms=max(fp32.total - fp32.layers - in_layers, 0.0) / 1e3,
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,

@@ -18,7 +18,6 @@ from autoprec.errors import DeviceError
 from autoprec.records.devices import NAME, DeviceProfile
 
 logger = logging.getLogger(__name__)
-NEAREST_NAMES = 3
 LEAST_ALIKE = 0.4  # of the letters
 LONGEST_NAME = 100  # letters; a longer text is no name, and may be no file name either
 _PACKAGE = Path(__file__).parent.parent
@@ -124,8 +123,7 @@ def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
 def _suggestion(text: str) -> str:
     scores = {profile.name: _likeness(text, profile) for profile in list_device_profiles()}
     near = [name for name, (shared, alike) in scores.items() if shared or alike >= LEAST_ALIKE]
-    near.sort(key=lambda name: scores[name], reverse=True)
-    names = ", ".join(near[:NEAREST_NAMES])
+    names = ", ".join(sorted(near, key=lambda name: scores[name], reverse=True)[:3])
     return f"nearest: {names}" if names else "`autoprec devices list` shows all names"
 
 

@@ -40,18 +40,13 @@ def predict_table(
 ) -> pd.DataFrame:
     """Return the rows of CSV text, all cells as text, with the columns `ADDED` behind their own.
 
-    Args:
-        text: the CSV; its first line names the columns, in any case and order.
-        source: its name in messages.
-        device: for rows that name none.
-        recipe: the same.
-        compiled: the same.
+    Its first line names the columns, in any case and order; messages call it `source`. Rows that
+    name no device, recipe or mode have those given here.
 
     Raises:
         DeviceError: it is no CSV, or a column is missing or there twice.
     """
-    lines = _csv_lines(text, source=source)
-    header, rows = (lines[0], lines[1:]) if lines else ([], [])
+    header, *rows = _csv_lines(text, source=source) or [[]]
     names = [cell.strip().lower() for cell in header]
     _check_names(names, needed=SIZES if device else ("device", *SIZES), source=source)
     width = len(header)

@@ -20,17 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
-from autoprec.records import (
-    FP32,
-    Basis,
-    Estimate,
-    LayerKind,
-    LayerSensitivity,
-    LayerSpec,
-    ModelSpec,
-    Option,
-    Sensitivity,
-)
+from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
+from autoprec.records.sensitivity import Estimate, LayerSensitivity, Sensitivity
 
 DIGITS = re.compile(r"\d+")
 ROUTER_NAMES = frozenset(("router", "gating", "gate_network", "router_proj", "wg"))
@@ -38,7 +29,6 @@ ROUTER_NARROWING = 4  # a `gate` with fewer outputs than a quarter of its inputs
 SOURCE = "DeepSeek-V3's list, arXiv 2412.19437, section 3.3.1"
 ZERO = Estimate(mean=0.0)
 MOST_NAMED = 5
-
 SHARED_PARTS = (None, 2, 1)  # trailing parts of a name that two layers share: all, or fewer
 Family = tuple[int | None, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]
 
@@ -57,10 +47,8 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     unmatched: list[str] = []
     for layer in spec.layers:
         found = _transferred(layer, table, families)
-        rows += found
-        if not found:
-            unmatched.append(layer.name)
-            rows += [_unknown_row(layer.name, o) for o in layer.options if not o.is_fp8]
+        unmatched += [] if found else [layer.name]
+        rows += found or [_unknown_row(layer.name, o) for o in layer.options if not o.is_fp8]
     if not any(row.option.is_fp8 for row in rows):
         raise RecordError(_no_family(small, spec))
     return small.model_copy(
@@ -72,16 +60,19 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "rows": tuple(row for row in rows if row.option != FP32),
             "statistics": (),
             "joint": (),
-            "notes": (
-                *_transfer_notes(small, unmatched),
-                *(f"of the smaller model: {note}" for note in small.notes),
-            ),
+            "notes": tuple(_transfer_notes(small, unmatched)),
         }
     )
 
 
 def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
-    """Return the sensitivity of a model of which nothing was measured."""
+    """Return the sensitivity of a model of which nothing was measured.
+
+    Every cost is 0: the plan is chosen by time, and `default_locks` keeps the delicate out.
+    """
+    rows = [
+        _unknown_row(layer.name, o) for layer in spec.layers for o in layer.options if o != FP32
+    ]
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -93,13 +84,7 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
         warmup_steps=0,
         checkpoint="",
         seed=0,
-        # Every cost is 0: the plan is chosen by time, and `default_locks` keeps the delicate out.
-        rows=tuple(
-            _unknown_row(layer.name, option)
-            for layer in spec.layers
-            for option in layer.options
-            if option != FP32
-        ),
+        rows=tuple(rows),
         activation_error=ZERO,
         floor=ZERO,
         statistics=(),
@@ -111,7 +96,7 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
 
 
 def sensitivity_basis(sensitivity: Sensitivity) -> Basis:
-    """Return what a sensitivity rests on: the weakest basis that most of its rows have."""
+    """Return the basis of a sensitivity: the weakest that most of its rows have."""
     bases = [row.basis for row in sensitivity.rows]
     if bases and all(basis is Basis.UNKNOWN for basis in bases):
         return Basis.UNKNOWN
@@ -123,14 +108,12 @@ def default_locks(layers: Sequence[LayerSpec]) -> dict[str, str]:
     called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
     embeddings = {layer.name for layer in layers if layer.kind is LayerKind.EMBEDDING}
     last = called[-1].name if called else ""
+    rest = f"stays out of FP8 while its gradient error is unknown ({SOURCE})"
     locks: dict[str, str] = {}
     for layer in called:
         is_head = role_of(layer) is Role.HEAD or layer.tied_to in embeddings or layer.name == last
         if is_head or _is_router(layer):
-            what = "the output head" if is_head else "a router"
-            locks[layer.name] = (
-                f"{what} stays out of FP8 while its gradient error is unknown ({SOURCE})"
-            )
+            locks[layer.name] = f"{'the output head' if is_head else 'a router'} {rest}"
     return locks
 
 
@@ -220,6 +203,7 @@ def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[st
             f"no counterpart in the smaller model, so out of FP8: {names}; their gradient error in "
             "BF16 is unknown and counts as 0"
         )
+    yield from (f"of the smaller model: {note}" for note in small.notes)
 
 
 def _unknown_notes(spec: ModelSpec) -> Iterator[str]:
