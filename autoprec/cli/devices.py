@@ -93,7 +93,8 @@ def devices_predict(
             f"--shape must be MxKxN (tokens, in-features, out-features), but it is {shape!r}; "
             "write e.g. 8192x4096x14336"
         )
-    profile, (M, K, N) = load_device_profile(name), map(int, sizes.groups())
+    profile = load_device_profile(name)
+    M, K, N = map(int, sizes.groups())
     found = predict_linear(profile, M, K, N, recipe=recipe, compiled=compiled)
     typer.echo(found.model_dump_json() if as_json else "\n".join(_prediction_lines(found)))
 
@@ -152,11 +153,11 @@ def _profile_lines(profile: "DeviceProfile") -> list[str]:
 
 
 def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
-    mode = "compiled" if prediction.compiled else "eager"
     names = "".join(f"{name:>{width}}" for name, width in COLS.items())
     lines = [
         f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "
-        f"{prediction.recipe}, {mode}, {prediction.basis}",
+        f"{prediction.recipe}, "
+        f"{'compiled' if prediction.compiled else 'eager'}, {prediction.basis}",
         f"{'ms':<6}{names}  (80 % interval)",
     ]
     for label, arm in (("BF16", prediction.bf16), ("FP8", prediction.fp8)):
@@ -164,8 +165,7 @@ def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
             lines.append(f"FP8    {prediction.refusal}")
             continue
         times = "".join(f"{getattr(arm, f'{n}_ms'):>{width}.4f}" for n, width in COLS.items())
-        interval = f"({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})"
-        lines.append(f"{label:<6}{times}  {interval}")
+        lines.append(f"{label:<6}{times}  ({arm.total_low_ms:.4f} to {arm.total_high_ms:.4f})")
     for label in ("gemm_speedup", "speedup"):
         if (gain := getattr(prediction, label)) is not None:
             lines.append(f"{label:<13} {gain.value:.2f}x  ({gain.low:.2f} to {gain.high:.2f})")

@@ -19,7 +19,7 @@ can be slower than the device.
 All that the cost model knows of a recipe is its row of `RECIPE_COSTS`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.recipes import Gemm, Recipe
@@ -93,14 +93,7 @@ RECIPE_COSTS: dict[Recipe, RecipeCost] = {
 
 
 def cast_us(
-    machine: Machine,
-    M: int,
-    K: int,
-    N: int,
-    *,
-    recipe: Recipe,
-    gemms: Collection[Gemm],
-    compiled: bool,
+    machine: Machine, M: int, K: int, N: int, recipe: Recipe, gemms: Sequence[Gemm], compiled: bool
 ) -> float:
     """Return the microseconds of the casts for the FP8 GEMMs in `gemms` (none: 0)."""
     if not gemms:

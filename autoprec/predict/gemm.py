@@ -97,7 +97,7 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
 
 
 def kernel_flops_per_us(machine: Machine, kernel: Kernel) -> float:
-    """Return what the whole device computes in a microsecond with that kind of kernel."""
+    """Return the flops of the whole device in a microsecond with that kind of kernel."""
     peak: float = getattr(machine, KERNELS[kernel].peak)
     fraction: float = getattr(machine, KERNELS[kernel].fraction)
     return peak * fraction * 1e6

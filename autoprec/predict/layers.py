@@ -162,7 +162,7 @@ def _numel(parameters: Iterable[ParameterSpec]) -> int:
 
 
 def _saved_elements(layer: LayerSpec, parallel: Parallel) -> float:
-    """Return what the backward needs of the forward on one device: the layer's inputs.
+    """Return the elements that the backward needs on one device: those of the layer's inputs.
 
     Tensor parallelism with its sequence-parallel norms splits them as it splits the work.
     """

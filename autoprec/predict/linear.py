@@ -56,15 +56,9 @@ def predict_linear(
     recipe: Recipe | str = Recipe.TENSORWISE,
     compiled: bool = True,
 ) -> LinearPrediction:
-    """Predict forward + backward of a linear in BF16 and FP8.
+    """Predict forward + backward of a linear in BF16 and FP8: M tokens, K in- and N out-features.
 
-    Args:
-        profile: the device.
-        M: tokens.
-        K: in-features.
-        N: out-features.
-        recipe: how FP8 operands are scaled.
-        compiled: casts fused by torch.compile, or eager.
+    FP8 operands are scaled by `recipe`; `compiled` casts are fused by torch.compile, else eager.
 
     Raises:
         DeviceError: a dimension is no positive integer, or the recipe is unknown.
@@ -135,17 +129,15 @@ def linear_times(
         return LinearTimes()
     # In eager mode no kernel is faster than the host launches it.
     floor = 0.0 if compiled else machine.eager_host_us
-    times = {
+    us = {
         gemm.value: max(gemm_us(machine, *shape, _kernel(option, gemm)), floor)
         for gemm, shape in zip(Gemm, gemm_shapes(M, K, N), strict=True)
         if gemm in gemms
     }
     if option.recipe is not None:
         fp8 = [gemm for gemm in option.fp8_gemms if gemm in gemms]
-        times["cast"] = cast_us(
-            machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled
-        )
-    return LinearTimes(**times)
+        us["cast"] = cast_us(machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled)
+    return LinearTimes(**us)
 
 
 def neighbours_us(machine: Machine, *, compiled: bool) -> float:

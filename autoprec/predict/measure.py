@@ -106,10 +106,7 @@ def take_measurements(
     """Time GEMMs of `shapes`, one of the shape `small`, a copy, an empty kernel and casts."""
     recipes = fp8_support(device).recipes
     meter = Meter(device, clock, samples, monitor)
-    large: dict[Kernel, dict[Shape, float]] = {}
-    for shape in shapes:
-        for kernel, us in meter.microseconds(gemm_candidates(device, shape, recipes)).items():
-            large.setdefault(Kernel(kernel), {})[shape] = us
+    timed = {shape: meter.microseconds(gemm_candidates(device, shape, recipes)) for shape in shapes}
     smallest = meter.microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
     # What bounds all other kernels: streaming, and launching nothing.
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
@@ -119,7 +116,7 @@ def take_measurements(
     operands = tuple(torch.randn(size, device=device).bfloat16() for size in (cast, TINY))
     known = [recipe for recipe in CAST_RECIPES if recipe in recipes]
     return Measured(
-        large=large,
+        large={Kernel(k): {shape: us[k] for shape, us in timed.items()} for k in smallest},
         small={Kernel(kernel): us for kernel, us in smallest.items()},
         copied_tbs=2 * copied_bytes / copied_us / 1e6,
         empty_us=meter.time_one(lambda: one.add_(0), SHORT_CALLS),

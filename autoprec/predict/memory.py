@@ -25,9 +25,8 @@ def memory_note(profile: Profile, options: Mapping[str, Option], need: int) -> s
         row.activation_bytes * sum(options.get(name) == row.option for name in row.names)
         for row in profile.layers
     )
-    advice = "make the batch smaller, recompute activations or shard the model"
-    if is_predicted:
-        advice = _sharding(profile, need - saved, saved)
+    here = "make the batch smaller, recompute activations or shard the model"
+    advice = _sharding(profile, need - saved, saved) if is_predicted else here
     return (
         f"does not fit in memory: the plan needs {'at least' if is_predicted else 'about'} "
         f"{_gb(need)} GB a device, {device.name} has {_gb(device.memory_bytes)} GB: {advice}"
@@ -38,14 +37,10 @@ def _sharding(profile: Profile, states: int, saved: int) -> str:
     """Return the `--parallel` under which the parts that are counted fit."""
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     room, full = profile.device.memory_bytes, replace(parallel, recomputed=1.0)
-    ways = []
+    ways = [f"recompute (--parallel {full})"] if states < room else []
     if saved < room:
-        ways.append(f"shard further ({_sharded(parallel, states / (room - saved))})")
-    if states < room:
-        ways.append(f"recompute (--parallel {full})")
-    if not ways:
-        ways.append(f"shard further and recompute ({_sharded(full, states / room)})")
-    return " or ".join(ways)
+        ways.insert(0, f"shard further ({_sharded(parallel, states / (room - saved))})")
+    return " or ".join(ways) or f"shard further and recompute ({_sharded(full, states / room)})"
 
 
 def _sharded(parallel: Parallel, factor: float) -> str:

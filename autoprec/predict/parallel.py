@@ -62,6 +62,7 @@ def parse_parallel(text: str) -> Parallel:
         DeviceError: a part is no known degree, given twice, or without any effect.
     """
     given: dict[str, str] = {}
+    # Each part must be known by itself; that they go together is checked once all are read.
     for part in text.lower().split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name in given:

@@ -9,14 +9,8 @@ from autoprec.predict.layers import Setting, element_bytes, predicted, time_laye
 from autoprec.predict.linear import recipe_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm, unsplit_note
 from autoprec.predict.registry import profile_digest
-from autoprec.predict.step import (
-    StepTimes,
-    autocast_extra_us,
-    first_fp8,
-    gather_savings_us,
-    step_times,
-)
-from autoprec.records.cost import Communication, DeviceFacts, LayerTiming, Profile, StepTiming
+from autoprec.predict.step import autocast_extra_us, first_fp8, gather_savings_us, step_times
+from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     BF16_O2,
@@ -85,7 +79,7 @@ def predict_profile(
         fixed_bf16_ms=max(bf16.total - bf16.layers - in_layers, 0.0) / 1e3,
         step_equivalents=0.0,
         parallel=str(parallel),
-        communication=_communication(bf16, setting),
+        communication=bf16.communication(setting),
     )
 
 
@@ -146,18 +140,6 @@ def _steps(
     )
 
 
-def _communication(bf16: StepTimes, setting: Setting) -> Communication | None:
-    """Return FSDP's part of the BF16 O2 step; None where nothing is sharded."""
-    if setting.parallel.fsdp == 1:
-        return None
-    return Communication(
-        moved_ms=bf16.sharded / 1e3,
-        between_ms=bf16.between / 1e3,
-        share=setting.machine.communication_overlap,
-        exposed_ms=bf16.exposed / 1e3,
-    )
-
-
 def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
     """Return the facts that a record states of a device that is not here."""
     return DeviceFacts(
@@ -177,15 +159,13 @@ def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
     )
 
 
-def peak_bytes(
-    spec: ModelSpec, layers: Sequence[LayerTiming], option: Option, *, fsdp: int = 1
-) -> int:
+def peak_bytes(spec: ModelSpec, rows: Sequence[LayerTiming], option: Option, *, fsdp: int) -> int:
     """Return the memory of a uniform plan on one device, at least.
 
     It counts parameters, gradients, optimizer states with FP32 masters, and the inputs that layers
     save: not what attention and activations save, the logits, gathered weights or fragmentation.
     """
-    timed = {name for row in layers for name in row.names}
+    timed = {name for row in rows for name in row.names}
     others = [p for layer in spec.layers if layer.name not in timed for p in layer.parameters]
     numel = {False: 0, True: 0}
     for parameter in (*others, *spec.uncovered):
@@ -195,6 +175,6 @@ def peak_bytes(
     return round(outside) + sum(
         len(row.names)
         * (row.parameter_bytes + row.gradient_bytes + row.optimizer_bytes + row.activation_bytes)
-        for row in layers
+        for row in rows
         if row.option == option
     )

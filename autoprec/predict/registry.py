@@ -30,9 +30,7 @@ _EMPTY_WORD = re.compile(
     "|presumed|class|not|stated|power|limited|variant|derived"
 )
 _FORMS = {"sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm", "pcie4": "pcie", "pcie5": "pcie"}
-# Many different devices share these.
-_DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")
-_DETAIL_WEIGHT = 0.2
+_DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")  # many devices share these
 
 
 def profiles_folder() -> Path:
@@ -128,14 +126,14 @@ def _suggestion(text: str) -> str:
 
 
 def _likeness(text: str, profile: DeviceProfile) -> tuple[float, float]:
-    """Return how like a device's spellings a text is: the share of common words, then of letters.
+    """Return the likeness of a text and a device's spellings: shares of words, then of letters.
 
     Words that differ count too, so that `H100 SXM 700W` is nearer to the plain card than to the
     variant of 500 W.
     """
 
     def weight(words: frozenset[str]) -> float:  # a size or a form says little of a device
-        return sum(_DETAIL_WEIGHT if _DETAIL.fullmatch(word) else 1.0 for word in words)
+        return sum(0.2 if _DETAIL.fullmatch(word) else 1.0 for word in words)
 
     words = device_words(text)
     spellings = _spellings(profile)

@@ -20,6 +20,7 @@ from autoprec.predict.parallel import (
     shard_gemm,
     split_axis,
 )
+from autoprec.records.cost import Communication
 from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option
 
 CAUSAL = 0.5  # half of the scores are masked away and not computed
@@ -50,6 +51,17 @@ class StepTimes:
     def total(self) -> float:
         """The whole step."""
         return self.layers + self.between + self.optimizer + (self.exposed + self.split)
+
+    def communication(self, setting: Setting) -> Communication | None:
+        """Return FSDP's part of the step; None where nothing is sharded."""
+        if setting.parallel.fsdp == 1:
+            return None
+        return Communication(
+            moved_ms=self.sharded / 1e3,
+            between_ms=self.between / 1e3,
+            share=setting.machine.communication_overlap,
+            exposed_ms=self.exposed / 1e3,
+        )
 
 
 def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
@@ -85,7 +97,7 @@ def first_fp8(layer: LayerSpec) -> Option:
 
 
 def autocast_extra_us(spec: ModelSpec, setting: Setting) -> float:
-    """Return what torch.autocast adds to a BF16 step: weights cast anew, norms in FP32."""
+    """Return the time torch.autocast adds to a BF16 step: weights cast anew, norms in FP32."""
     moved = extra = 0.0
     for layer in spec.layers:
         if layer.kind is LayerKind.LINEAR and layer.calls:
@@ -141,7 +153,7 @@ def unhidden(moved: float, compute: float, *, share: float) -> float:
 
 
 def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict[str, float]:
-    """Return what FP8 gathers save of a step's exposed communication, layer by layer.
+    """Return the exposed communication that FP8 gathers save a step, layer by layer.
 
     Whether FSDP's gathers hide behind compute is a question to the whole step. It is asked of the
     step with `option` wherever it can run; a layer has the share that its bytes have.

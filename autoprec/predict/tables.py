@@ -7,7 +7,7 @@ A name that the input has already is `predicted_NAME` in the output.
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
@@ -60,7 +60,7 @@ def predict_table(
                     f"a row must have at most the header's {width} cells, but it has {len(row)}; "
                     "put quotes around a cell that holds commas"
                 )
-            answers.append(_answer(cells, device, recipe, compiled=compiled))
+            answers.append(_row(cells, device, recipe, compiled=compiled))
         except AutoprecError as error:
             answers.append({"refusal": str(error)})
     # The file's own columns stay as they are: filled up where a row is short, names kept apart.
@@ -113,9 +113,7 @@ def _check_names(names: Sequence[str], *, needed: Sequence[str], source: str) ->
             )
 
 
-def _answer(
-    cells: Mapping[str, str], device: str, recipe: Recipe, *, compiled: bool
-) -> dict[str, str]:
+def _row(cells: dict[str, str], device: str, recipe: Recipe, *, compiled: bool) -> dict[str, str]:
     """Return the added cells of a row; what FP8 cannot run has no cells of FP8."""
     name, wording = cells.get("device") or device, cells.get("recipe", "")
     if not name:

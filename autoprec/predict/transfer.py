@@ -29,8 +29,8 @@ ROUTER_NARROWING = 4  # a `gate` with fewer outputs than a quarter of its inputs
 SOURCE = "DeepSeek-V3's list, arXiv 2412.19437, section 3.3.1"
 ZERO = Estimate(mean=0.0)
 MOST_NAMED = 5
-SHARED_PARTS = (None, 2, 1)  # trailing parts of a name that two layers share: all, or fewer
-Family = tuple[int | None, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]
+SHARED_PARTS = (0, 2, 1)  # trailing parts of a name that two layers share; 0: all
+Family = tuple[int, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]
 
 
 def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
@@ -48,7 +48,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     for layer in spec.layers:
         found = _transferred(layer, table, families)
         unmatched += [] if found else [layer.name]
-        rows += found or [_unknown_row(layer.name, o) for o in layer.options if not o.is_fp8]
+        rows += found or [_unknown(layer.name, o) for o in layer.options if not o.is_fp8]
     if not any(row.option.is_fp8 for row in rows):
         raise RecordError(_no_family(small, spec))
     return small.model_copy(
@@ -66,13 +66,9 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
 
 
 def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
-    """Return the sensitivity of a model of which nothing was measured.
-
-    Every cost is 0: the plan is chosen by time, and `default_locks` keeps the delicate out.
-    """
-    rows = [
-        _unknown_row(layer.name, o) for layer in spec.layers for o in layer.options if o != FP32
-    ]
+    """Return the sensitivity of a model of which nothing was measured."""
+    # Every cost is 0: the plan is chosen by time, and `default_locks` keeps the delicate out.
+    rows = [_unknown(layer.name, o) for layer in spec.layers for o in layer.options if o != FP32]
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -123,14 +119,12 @@ def _is_router(layer: LayerSpec) -> bool:
     return last in ROUTER_NAMES or (last == "gate" and is_narrow)
 
 
-def _unknown_row(name: str, option: Option) -> LayerSensitivity:
+def _unknown(name: str, option: Option) -> LayerSensitivity:
     return LayerSensitivity(name=name, option=option, grad_error=ZERO, basis=Basis.UNKNOWN)
 
 
 def _transferred(
-    layer: LayerSpec,
-    table: Mapping[tuple[str, Option], LayerSensitivity],
-    families: Sequence[Family],
+    layer: LayerSpec, table: dict[tuple[str, Option], LayerSensitivity], families: Sequence[Family]
 ) -> list[LayerSensitivity]:
     """Return the rows of a layer by its nearest namesakes; none where no layer does the same."""
     for parts, small, large in families:
@@ -138,13 +132,11 @@ def _transferred(
         if role in small:
             same = [[table[n, o] for n in small[role] if (n, o) in table] for o in layer.options]
             index, count = large[role].index(layer.name), len(large[role])
-            return [_spread(layer.name, rows, index, count) for rows in same if rows]
+            return [_share(layer.name, rows, index, count) for rows in same if rows]
     return []
 
 
-def _spread(
-    name: str, rows: Sequence[LayerSensitivity], index: int, count: int
-) -> LayerSensitivity:
+def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) -> LayerSensitivity:
     """Return a role's row at the index-th of count places; over all it adds up to the total."""
     total = math.fsum(max(row.grad_error.mean, 0.0) for row in rows)
     reached = math.fsum(
@@ -157,11 +149,9 @@ def _spread(
     mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
     known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
     stderr = scale * max(known) if len(known) == len(weights) else None
+    estimate = Estimate(mean=mean, stderr=stderr)
     return LayerSensitivity(
-        name=name,
-        option=rows[0].option,
-        grad_error=Estimate(mean=mean, stderr=stderr),
-        basis=Basis.TRANSFERRED,
+        name=name, option=rows[0].option, grad_error=estimate, basis=Basis.TRANSFERRED
     )
 
 
@@ -179,13 +169,12 @@ def _weights(index: int, count: int, sources: int) -> dict[int, float]:
     return {below: below + 1 - depth, below + 1: depth - below}
 
 
-def _role(name: str, parts: int | None) -> str:
-    """Return the last parts of a name, numbers apart: what the layer does in its block."""
-    every = DIGITS.sub("*", name).split(".")
-    return ".".join(every if parts is None else every[-parts:])
+def _role(name: str, parts: int) -> str:
+    """Return the last parts of a name (0: all), numbers apart: what the layer does in its block."""
+    return ".".join(DIGITS.sub("*", name).split(".")[-parts:])
 
 
-def _by_role(names: Iterable[str], parts: int | None) -> dict[str, list[str]]:
+def _by_role(names: Iterable[str], parts: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         found.setdefault(_role(name, parts), []).append(name)
