@@ -293,7 +293,7 @@ def _load_plan(path: Path) -> "Plan":
 
 
 def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...] = STAGES) -> T:
-    """Return what `make` makes of a run, whose progress is drawn on stderr."""
+    """Return the result of `make` for a run, whose progress is drawn on stderr."""
     from autoprec.cli.console import drawn_progress
     from autoprec.tuning.run import Run
 

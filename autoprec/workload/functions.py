@@ -168,21 +168,17 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
         holder = {each: getattr(holder, each, None) for each in every}
     name = name or "the workload"
     functions = {each: found for each, found in holder.items() if found is not None}
+    readme = "see the README for the five functions"
     for each, found in functions.items():
         if each not in every:
-            raise WorkloadError(
-                f"{name} may define {', '.join(every)}, but it defines {shown_value(each)}; "
-                "see the README for the five functions"
-            )
+            may = f"{name} may define {', '.join(every)}"
+            raise WorkloadError(f"{may}, but it defines {shown_value(each)}; {readme}")
         if not callable(found):
             got = shown_value(found)
             raise WorkloadError(f"{each} must be a function, but it is {got}; fix it")
     for each, signature in REQUIRED.items():
         if each not in functions:
-            raise WorkloadError(
-                f"{name} must define {signature}, but it does not; "
-                "see the README for the five functions"
-            )
+            raise WorkloadError(f"{name} must define {signature}, but it does not; {readme}")
     return Workload(name=name, digest=digest, _functions=functions)
 
 

@@ -19,7 +19,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +81,14 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     for batch in batches:
         remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
     held_out = max(2, len(batches) // HELD_OUT)
-    holder = SimpleNamespace(
-        build_model=lambda: copy.deepcopy(first.model),
-        train_batches=lambda seed: _shuffled(batches[:-held_out], seed),
-        loss_fn=recorded_loss,
-        build_optimizer=lambda model: copy_optimizer(optimizer, first.model, model),
-        eval_batches=lambda: batches[-held_out:],
-    )
-    return workload_from(holder, name=script.name, digest=_digest(script, recorder))
+    functions = {
+        "build_model": lambda: copy.deepcopy(first.model),
+        "train_batches": lambda seed: _shuffled(batches[:-held_out], seed),
+        "loss_fn": recorded_loss,
+        "build_optimizer": lambda model: copy_optimizer(optimizer, first.model, model),
+        "eval_batches": lambda: batches[-held_out:],
+    }
+    return workload_from(functions, name=script.name, digest=_digest(script, recorder))
 
 
 def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
@@ -140,8 +139,7 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
 
 def _remove_accelerate(model: nn.Module) -> None:
     """Take out the autocast that Accelerate puts into a model's forward: it is not the model's."""
-    if "_original_forward" in vars(model):
-        vars(model).pop("_original_forward")
+    if vars(model).pop("_original_forward", None) is not None:
         vars(model).pop("forward", None)
 
 

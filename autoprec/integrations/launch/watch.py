@@ -284,5 +284,4 @@ def _shard_owners() -> list[object]:
         return []
     from torch.distributed.fsdp import fully_shard
 
-    loaded = list(sys.modules.values())
-    return [m for m in loaded if vars(m).get("fully_shard") is fully_shard]
+    return [m for m in list(sys.modules.values()) if vars(m).get("fully_shard") is fully_shard]
