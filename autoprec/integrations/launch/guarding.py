@@ -48,10 +48,8 @@ class ScriptGuard:
             # of several optimizers the steps of the first one count
             self.steps.start(model, optimizer, self._plan)
             if has_closure(args, kwargs):
-                logger.warning(
-                    "the guard cannot see steps that an optimizer takes with a closure; call "
-                    "autoprec.Guard in the script"
-                )
+                unseen = "the guard cannot see steps that an optimizer takes with a closure"
+                logger.warning("%s; call autoprec.Guard in the script", unseen)
         if self.steps.guard is not None and optimizer is self.steps.guard.optimizer:
             self.steps.end_step()
 

@@ -72,8 +72,7 @@ class Tape:
     def run(self, function: Function, args: Any, kwargs: Any) -> Value:
         """Run a function and record it if the output plays a part in it."""
         tensors = tensors_in((args, kwargs))
-        is_live = any(id(tensor) in self._known for tensor in tensors)
-        if not is_live or function == READ_GRADIENT:
+        if function == READ_GRADIENT or not any(id(tensor) in self._known for tensor in tensors):
             return function(*args, **kwargs)
         # nodes are taken before the call, which may write into its arguments: a constant is copied
         # as it was, and torch counts the writes in `_version`

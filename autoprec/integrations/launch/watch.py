@@ -37,7 +37,7 @@ from autoprec.integrations.plans import apply_plan
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
-from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, watch_optimizers
+from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +175,7 @@ class Watch:
         else:
             planned[0].optimizers.append(type(optimizer).__name__)
 
-    def _around_load(
-        self, call: Function, optimizer: Optimizer, /, state_dict: dict[str, Any]
-    ) -> None:
+    def _around_load(self, call: Function, optimizer: Optimizer, /, state_dict: StateDict) -> None:
         # an attached optimizer loads its masters; from any other a plain load would drop them
         planned = self._planned(optimizer)
         if planned is not None and ON_OPTIMIZER not in vars(optimizer):
