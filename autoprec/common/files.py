@@ -37,7 +37,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
             with os.fdopen(handle, "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # on the disk before it has the name
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:

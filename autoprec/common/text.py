@@ -69,7 +69,7 @@ def significant(value: float, digits: int) -> str:
 
 
 def compared(ms: float, other_ms: float) -> str:
-    """Return how a time compares to another: `1.6x slower`, `1.42x faster`, `as fast`."""
+    """Return a time compared to another: `1.6x slower`, `1.42x faster`, `as fast`."""
     ratio = ms / other_ms if ms > 0.0 and other_ms > 0.0 else 1.0
     if 0.995 < ratio < 1.005:
         return "as fast"

@@ -25,8 +25,6 @@ BRACKET = re.compile(r"[\[\]{}]")
 # Possessive, and matching an unterminated string too: linear in time, whatever the text is.
 STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_NESTING = 32  # no record nests deeper than 8; json.loads recurses, so depth is checked first
-SAYS_ALL = ("value_error", "missing")  # of an object: the message names the field and the value
-MOST_SAID = 300  # characters of a message that a library wrote
 
 T = TypeVar("T")
 # A tuple that stops at its first bad item: a million errors would take a GB.
@@ -156,11 +154,9 @@ def _first_problem(error: ValidationError, *, source: str, kind: str) -> str:
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     where = one_line(".".join(str(part) for part in first["loc"])) or "the record"
-    said = one_line(first["msg"].removeprefix("Value error, "), most=MOST_SAID)
-    # A rule over an object says what it found; a dump of the object would hide it.
-    is_told = first["type"] in SAYS_ALL and isinstance(first.get("input"), dict)
+    said = one_line(first["msg"].removeprefix("Value error, "), most=300)
+    # A rule over an object names the field and the value; a dump of the object would hide it.
+    is_told = first["type"] in ("value_error", "missing") and isinstance(first.get("input"), dict)
     got = "" if is_told else f", but it is {shown_value(first.get('input'))}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return (
-        f"{kind} file {source}: {where}: {said}{got}{more}; fix that field or write the file again"
-    )
+    got += f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{kind} file {source}: {where}: {said}{got}; fix that field or write the file again"

@@ -1,7 +1,5 @@
 """What a model costs on a device: time and memory per layer x option, and whole steps."""
 
-from typing import ClassVar
-
 from pydantic import NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
@@ -120,8 +118,8 @@ class Profile(FileRecord):
     `fixed_bf16_ms` the same in a BF16 flow; both are step minus the sum of layer totals.
     """
 
-    KIND: ClassVar[str] = "profile"
-    REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
+    KIND = "profile"
+    REMAKE = "`autoprec profile MODEL.py`"
 
     model: ModelSpec
     device: DeviceFacts

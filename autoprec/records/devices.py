@@ -8,7 +8,7 @@ has one, in the RTX 5090's bandwidth) is an error when the file is read and not 
 import re
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, Strict, model_validator
 
@@ -148,10 +148,8 @@ class DeviceProfile(FileRecord):
     `basis` is `measured` for a profile that `autoprec devices measure` wrote.
     """
 
-    KIND: ClassVar[str] = "device_profile"
-    REMAKE: ClassVar[str] = (
-        "`autoprec devices measure`, or take a shipped one (`autoprec devices list`)"
-    )
+    KIND = "device_profile"
+    REMAKE = "`autoprec devices measure`, or take a shipped one (`autoprec devices list`)"
 
     name: str = Field(max_length=100, pattern=NAME)
     title: Line

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_serializer, model_validator
 
@@ -220,7 +220,7 @@ class LayerSpec(Record):
         return f"{self.type_name}({self.settings})[{sizes}]<{shapes}>"
 
     def refusal(self, precision: Precision) -> str | None:
-        """Return why the layer cannot take `precision`, or None when it can."""
+        """Return the reason that the layer cannot take `precision`, or None when it can."""
         return next((r.reason for r in self.refusals if r.precision is precision), None)
 
 
@@ -235,8 +235,8 @@ class ModelSpec(FileRecord):
     `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
     """
 
-    KIND: ClassVar[str] = "model"
-    REMAKE: ClassVar[str] = "`autoprec profile MODEL.py`"
+    KIND = "model"
+    REMAKE = "`autoprec profile MODEL.py`"
 
     layers: tuple[LayerSpec, ...]
     uncovered: tuple[ParameterSpec, ...]

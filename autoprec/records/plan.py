@@ -3,7 +3,7 @@
 A plan is data only: nothing in it is imported or executed when it is read or applied.
 """
 
-from typing import ClassVar, Self
+from typing import Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -112,8 +112,8 @@ class Plan(FileRecord):
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only).
     """
 
-    KIND: ClassVar[str] = "plan"
-    REMAKE: ClassVar[str] = "`autoprec tune MODEL.py`"
+    KIND = "plan"
+    REMAKE = "`autoprec tune MODEL.py`"
 
     layers: Many[Assignment] = Field(max_length=200_000)
     uncovered: Many[str]
@@ -145,11 +145,10 @@ class Plan(FileRecord):
     @property
     def digest(self) -> str:
         """A hash of what the plan decides (names and options), not of its evidence."""
-        decided = [[layer.name, layer.option.key] for layer in self.layers]
-        return short_digest(*decided)
+        return short_digest(*([layer.name, layer.option.key] for layer in self.layers))
 
     def count(self, precision: Precision) -> int:
-        """Return how many layers have that precision."""
+        """Return the number of layers that have that precision."""
         return sum(layer.precision is precision for layer in self.layers)
 
 
@@ -189,8 +188,8 @@ class Search(FileRecord):
     make the joint error larger than the sum of its parts; `notes` say what the search did about it.
     """
 
-    KIND: ClassVar[str] = "search"
-    REMAKE: ClassVar[str] = "`autoprec search FOLDER`"
+    KIND = "search"
+    REMAKE = "`autoprec search FOLDER`"
 
     structure: str
     grad_error_budget: NonNegativeFloat

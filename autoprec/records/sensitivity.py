@@ -1,7 +1,6 @@
 """What a precision does to the loss and the gradient, per layer x option, with standard errors."""
 
 from enum import StrEnum
-from typing import ClassVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -78,8 +77,8 @@ class Sensitivity(FileRecord):
     reference warm-up.
     """
 
-    KIND: ClassVar[str] = "sensitivity"
-    REMAKE: ClassVar[str] = "`autoprec sensitivity MODEL.py`"
+    KIND = "sensitivity"
+    REMAKE = "`autoprec sensitivity MODEL.py`"
 
     structure: str
     reference: Option

@@ -1,7 +1,6 @@
 """What training with a plan really did: paired branches, step times, and the verdict."""
 
 from enum import StrEnum
-from typing import ClassVar
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -54,8 +53,8 @@ class BranchFile(FileRecord):
     of the options the branch trained with: plans that share a variant share its file.
     """
 
-    KIND: ClassVar[str] = "branch"
-    REMAKE: ClassVar[str] = "`autoprec verify`, without the old file"
+    KIND = "branch"
+    REMAKE = "`autoprec verify`, without the old file"
 
     setup: str
     variant: str
@@ -77,8 +76,8 @@ class Verification(FileRecord):
     know, e.g. that two variants are one and the same.
     """
 
-    KIND: ClassVar[str] = "verification"
-    REMAKE: ClassVar[str] = "`autoprec verify MODEL.py PLAN.json`"
+    KIND = "verification"
+    REMAKE = "`autoprec verify MODEL.py PLAN.json`"
 
     plan: str
     verdict: Verdict

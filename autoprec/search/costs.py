@@ -26,7 +26,6 @@ from autoprec.records import (
     FP32,
     Basis,
     CallSpec,
-    Communication,
     LayerKind,
     LayerSensitivity,
     LayerSpec,
@@ -37,6 +36,7 @@ from autoprec.records import (
     Recipe,
     Sensitivity,
 )
+from autoprec.records.cost import Communication
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.

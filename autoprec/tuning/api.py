@@ -47,10 +47,7 @@ def tune(
         ...     build_model=lambda: torch.nn.Linear(16, 16),
         ...     train_batches=batches,
         ...     loss_fn=lambda model, batch: (model(batch) - batch.flip(-1)).square().mean(),
-        ...     out=tempfile.mkdtemp(),
-        ...     recipes="tensorwise",
-        ...     trials=0,
-        ...     verify=False,
+        ...     out=tempfile.mkdtemp(), recipes="tensorwise", trials=0, verify=False,
         ... )
         >>> [layer.name for layer in run.plan.layers], run.report().name
         ([''], 'report.html')

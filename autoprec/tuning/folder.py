@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
@@ -32,8 +31,8 @@ INPUTS = {  # the stages whose records each stage's record is made of
 class RunState(FileRecord):
     """`run.json`: a digest of the inputs of every finished stage."""
 
-    KIND: ClassVar[str] = "run"
-    REMAKE: ClassVar[str] = "`autoprec tune`, without --resume"
+    KIND = "run"
+    REMAKE = "`autoprec tune`, without --resume"
 
     stages: dict[str, str]
 

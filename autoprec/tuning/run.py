@@ -146,11 +146,9 @@ class Run:
         """The FP32 model after its warm-up: sensitivity and search measure against it."""
         from autoprec.sensitivity.reference import prepare_reference
 
+        checkpoint, has_delayed = self.settings.checkpoint, Recipe.DELAYED in self.settings.recipes
         return prepare_reference(
-            self.context,
-            self.spec,
-            checkpoint=self.settings.checkpoint,
-            with_history=Recipe.DELAYED in self.settings.recipes,
+            self.context, self.spec, checkpoint=checkpoint, with_history=has_delayed
         )
 
     # --- the stages ----------------------------------------------------------------------------
@@ -158,17 +156,17 @@ class Run:
     @cached_property
     def profile(self) -> Profile:
         """What each layer costs in each option: measured here, or predicted for the target."""
-        return self._staged("profile", Profile, self._make_profile)
+        return self._staged(Profile, self._make_profile)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """What each option does to the gradient: measured, or taken from where it is known."""
-        return self._staged("sensitivity", Sensitivity, self._make_sensitivity)
+        return self._staged(Sensitivity, self._make_sensitivity)
 
     @cached_property
     def search(self) -> Search:
         """The plans that were looked at, and the one that was chosen."""
-        return self._staged("search", Search, self._make_search)
+        return self._staged(Search, self._make_search)
 
     @cached_property
     def candidates(self) -> list[Plan]:
@@ -186,9 +184,7 @@ class Run:
         if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
             return None
         tables = (self.profile, self.sensitivity)
-        return self._staged(
-            "verification", Verification, lambda: self._verified(self.candidates, *tables)
-        )
+        return self._staged(Verification, lambda: self._verified(self.candidates, *tables))
 
     @cached_property
     def plan(self) -> Plan:
@@ -238,7 +234,7 @@ class Run:
         return write_report(self.settings.out, target)
 
     def __str__(self) -> str:
-        """Return what `autoprec tune` prints at its end."""
+        """Return the text that `autoprec tune` prints at its end."""
         from io import StringIO
 
         from rich.console import Console
@@ -372,9 +368,9 @@ class Run:
     def _path(self, stage: str) -> Path:
         return self.settings.out / f"{stage}.json"
 
-    def _staged(self, stage: str, record: type[R], make: Callable[[], R]) -> R:
+    def _staged(self, record: type[R], make: Callable[[], R]) -> R:
         """Return a stage's record: read where this run does not make it, or nothing has changed."""
-        path = self._path(stage)
+        stage, path = record.KIND, self._path(record.KIND)
         if stage not in self.stages:
             return record.load(path)
         for earlier in INPUTS[stage]:
@@ -391,7 +387,7 @@ class Run:
 
 
 def _keep_random_state(make: Callable[[], R]) -> R:
-    """Return what `make` makes; the caller's random numbers go on as if it had not run."""
+    """Return the record made; the caller's random numbers go on as if nothing had run."""
     if "torch" not in sys.modules:  # a saved run is searched again without it
         return make()
     from autoprec.device.random_state import random_state_kept

@@ -190,6 +190,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would come to nothing."""
+        # Who makes the batches, then what each target can tell.
         if (self.batch or self.sequence) and not self.config:
             raise WorkloadError(
                 "--batch and --sequence are for a workload that is a transformers config, but it "
@@ -269,7 +270,7 @@ class Settings:
 
 
 def all_settings() -> dict[str, Setting]:
-    """Return what is known of every setting, by name."""
+    """Return every setting, by name."""
     return {each.name: each.metadata["setting"] for each in fields(Settings)}
 
 
