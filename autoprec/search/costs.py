@@ -67,33 +67,25 @@ class Price:
 
 @dataclass(frozen=True)
 class OutsideLayers:
-    """What a plan pays once: time, bytes and the gradient error of its activations' dtype.
-
-    `low` and `high` are the ends of a predicted time's interval, relative to it; a measured one
-    counts as exact.
-    """
+    """What a plan pays once: time, bytes and the gradient error of its activations' dtype."""
 
     ms: float
     grad_error: float
     memory_bytes: int
-    low: float = 1.0
+    low: float = 1.0  # ends of a predicted time's interval, relative to it; 1 if measured
     high: float = 1.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The prices of every layer, in model order, and what is outside them by activation dtype.
-
-    `missing` says of each layer why an option has no price, `locks` which layers stay out of FP8
-    unless they are kept in it, and why.
-    """
+    """The prices of every layer, in model order, and what is outside them by activation dtype."""
 
     layers: tuple[LayerSpec, ...]
     prices: tuple[Mapping[Option, Price], ...]
-    missing: tuple[Mapping[Option, str], ...]
+    missing: tuple[Mapping[Option, str], ...]  # why an option has no price
     outside_fp32: OutsideLayers
     outside_bf16: OutsideLayers
-    locks: Mapping[str, str] = field(default_factory=dict)
+    locks: Mapping[str, str] = field(default_factory=dict)  # out of FP8 unless kept, and why
     communication: Communication | None = None
 
     def outside(self, options: Sequence[Option]) -> OutsideLayers:
@@ -156,6 +148,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     effects: dict[str, dict[Option, LayerSensitivity]] = defaultdict(dict)
     for row in sensitivity.rows:
         effects[row.name][row.option] = row
+    # a layer has a price in what is both timed and measured
     cast_ms, layers = profile.boundary_cast_ms_per_melement, profile.model.layers
     priced = [_price_layer(x, timings[x.name], effects[x.name], cast_ms=cast_ms) for x in layers]
     prices = tuple(prices for prices, _ in priced)
@@ -216,6 +209,7 @@ def _price_layer(
         else:
             casts_ms = boundary_ms if option == FP32 else 0.0
             prices[option] = _price(timing, effect, boundary_ms=casts_ms)
+    # what breaks a layer moves in training, so that no set of its GEMMs is safe
     whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
     if max(whole_fp8, default=0.0) > BROKEN_ERROR:
         for option in [option for option in prices if option.gemms_hp]:

@@ -94,10 +94,8 @@ def find_interacting(
     Half of the suspects are made more precise and the whole plan is evaluated again; the half that
     takes more of the excess away is searched on. Costs two evaluations per halving.
 
-    Args:
-        suspects: what may be made more precise, in an order that keeps neighbours together.
-        excess: joint error minus the sum of the parts, of the plan as it is.
-        excess_without: the same with these suspects made more precise.
+    `excess` is joint error minus the sum of the parts; `excess_without` is the same with these
+    suspects made more precise. The order of `suspects` keeps neighbours together.
     """
     interacting = tuple(suspects)
     while len(interacting) > 1:

@@ -89,6 +89,7 @@ def resolve_keep(
     def refusal(keep: Keep, index: int) -> str:
         layer = spec.layers[index]
         recipes = None if options is None else {option.recipe for option in options}
+        # FP8 only in what will be considered
         own = [o for o in layer.options if recipes is None or not o.is_fp8 or o.recipe in recipes]
         if any(keep.allows(option) for option in (with_gemms_hp(own) if gemms_hp else own)):
             return ""
@@ -121,6 +122,7 @@ def match_keeps(
         if not refusals:
             raise RecordError(_no_match(keep, [layer.name for layer in layers]))
         refused = {name: reason for name, reason in refusals.items() if reason}
+        # a glob means those of its layers that can take the precision; none is an error
         taking = [name for name in refusals if name not in refused]
         if not taking:
             raise InfeasibleError(

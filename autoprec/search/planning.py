@@ -33,11 +33,13 @@ def build_plan(
 ) -> Plan:
     """Return the plan of a point of the search, with the reason for every layer."""
     constraint = constraint.model_copy(update={"grad_error_budget": search.grad_error_budget})
+    # the prices and the problem as the search had them: its record holds neither
     costs = make_costs(profile, sensitivity)
     problem = make_problem(costs, constraint)
     options, basis = point.options, sensitivity_basis(sensitivity)
     why = reasons(Why(problem, search, options, sensitivity.statistics, profile.parallel))
     grad_error, grad_error_basis = _joint_error(point, basis)
+    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     return Plan(
         layers=tuple(_assignment(costs, i, options, reason) for i, reason in enumerate(why)),
         uncovered=tuple(parameter.name for parameter in profile.model.uncovered),
@@ -46,19 +48,13 @@ def build_plan(
         grad_error=grad_error,
         grad_error_basis=grad_error_basis,
         predicted=_predicted(costs, options),
-        fp8_all_gather=_gathers_fp8(profile, options),
+        fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
         notes=(
             *plan_notes(profile, problem, search, options),
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
     )
-
-
-def _gathers_fp8(profile: Profile, options: Options) -> bool:
-    """Whether FSDP gathers some layer's weights in FP8: asked for, and a layer can."""
-    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
-    return parallel.fsdp > 1 and any(gathers_fp8(option, parallel) for option in options)
 
 
 def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:

@@ -227,7 +227,7 @@ def _group(problem: Problem, layers: tuple[int, ...]) -> Group:
             same = [option for option in allowed[index] if (option != FP32) == is_16_bit]
             options = _worthwhile(same, costs.prices[index], problem.memory_bytes is not None)
             combined = [(*before, option) for before in combined for option in options]
-            if len(layers) > 1:
+            if len(layers) > 1:  # alone, the worthwhile options are the choices
                 combined = _unbeaten(sorted(combined, key=cost), cost)
         choices += combined
     if not choices:

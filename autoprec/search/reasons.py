@@ -62,8 +62,7 @@ def reasons(why: Why) -> list[str]:
 
 def _reason(why: Why, index: int) -> str:
     layer, option = why.costs.layers[index], why.options[index]
-    keep = why.problem.keeps.of_layer.get(layer.name)
-    if keep is not None:
+    if keep := why.problem.keeps.of_layer.get(layer.name):
         recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
         return f"kept by --keep {keep.text!r}{recipe}"
     if not layer.calls:
@@ -144,10 +143,7 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
 
 
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
-    """Compare the layer in BF16 to FP32: alone, and with the casts that FP32 needs beside BF16.
-
-    The first is what the tables of the report say, the second what the choice was made by.
-    """
+    """Compare BF16 to FP32: alone, as the report's tables do, and with casts, as the choice did."""
     prices = why.costs.prices[index]
     alone = compared(prices[BF16_O2].ms, prices[FP32].ms)
     text = f"BF16 {_than(alone, FP32)}{where}"

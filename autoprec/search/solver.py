@@ -46,16 +46,13 @@ Plan = TypeVar("Plan")
 
 
 class Item(NamedTuple):
-    """What a group can be: its time, gradient error and bytes.
-
-    `hiding_ms` is how much communication hides behind its compute.
-    """
+    """What a group can be: its time, gradient error and bytes."""
 
     ms: float
     grad_error: float
     memory: float = 0.0
     is_16_bit: bool = True
-    hiding_ms: float = 0.0
+    hiding_ms: float = 0.0  # of communication, behind its compute
 
 
 class Outside(NamedTuple):
@@ -125,8 +122,7 @@ class Knapsack:
             if ms * (1.0 + error) >= best.time_to_loss_ms * (1.0 - ROUNDING):
                 break
             price = ms / (1.0 + error)  # the product's slope at the corner
-            found = self.minimise(price, budget)
-            if found is None:
+            if (found := self.minimise(price, budget)) is None:
                 break
             best = min(best, found, key=lambda plan: (plan.time_to_loss_ms, plan.grad_error))
         return best, bound_ms
@@ -166,8 +162,7 @@ class Knapsack:
         return None
 
     def _minimise(self, price: float, budget: float, memory: float) -> Solution | None:
-        limits = self._limits(budget, memory)
-        if limits is None:
+        if (limits := self._limits(budget, memory)) is None:
             return None
         rows, most, upper = limits
         cost = np.append(self._ms + price * self._error, 1.0)

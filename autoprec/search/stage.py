@@ -40,18 +40,10 @@ def search_plan(
     The exact knapsack over the tables comes first; an Optuna study then evaluates whole plans by
     their joint gradient error. The same tables, seed and fresh storage give the same plan.
 
-    Args:
-        profile: the times and bytes of every layer and option, and the model.
-        sensitivity: the gradient error of every layer and option, and the loss curve.
-        constraint: the loss tolerance (or an error budget), a memory limit, and what is kept.
-        evaluate: measures a whole plan's gradient error; None: the sum of the parts stands for it.
-        trials: how many sampled plans are measured, those of an earlier run of the study included.
-        time_budget_s: no trial is begun after it; a repair under way is finished.
-        seed: of the sampler.
-        storage: database URL of the study; None keeps it in memory.
-        study_name: of the study; one of other tables is left alone.
-        progress: called with every whole plan.
-        clock: seconds, for the time budget.
+    `evaluate` measures a whole plan's gradient error; None: the sum of the parts stands for it.
+    Up to `trials` sampled plans are measured, those of an earlier run of the study included, but
+    none is begun after `time_budget_s` seconds of `clock` (a repair under way is finished).
+    `storage` is the study's database URL, None for memory; a study of other tables is left alone.
 
     Raises:
         InfeasibleError: no plan satisfies the constraint, or the loss curve gives no budget.
@@ -59,8 +51,7 @@ def search_plan(
     """
     problem = make_problem(make_costs(profile, sensitivity), constraint)
     budget = grad_error_budget(sensitivity, constraint)
-    found = exact(problem, budget)
-    if found is None:
+    if (found := exact(problem, budget)) is None:
         raise InfeasibleError(_infeasible(problem, budget))
     exact_plan, bound_ms = found
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
@@ -79,8 +70,7 @@ def search_plan(
         )
         interacting, notes = explore(study, exact_plan)
         study.sample(trials, report=lambda done: progress("search: whole plans", done, trials))
-    best = study.best
-    if best is None:
+    if (best := study.best) is None:
         raise InfeasibleError(_all_over_budget(study))
     return Search(
         structure=profile.model.structure,

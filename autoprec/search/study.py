@@ -72,10 +72,16 @@ class PlanStudy:
     _alive: int = 0  # trials finished or under way, here or elsewhere
 
     def __post_init__(self) -> None:
+        from optuna.distributions import CategoricalDistribution, IntDistribution
+
         self.problem = self.space.problem
         options = {option for prices in self.problem.costs.prices for option in prices}
         self._alphabet = sorted(options, key=lambda option: option.key)
-        self._distributions = _distributions(self.space)
+        base = IntDistribution(0, len(self.space.bases) - 1)
+        self._distributions: dict[str, BaseDistribution] = {"base": base}
+        for role in self.space.roles:
+            values = [AS_BASE, *(option.key for option in role.options)]
+            self._distributions[role.name] = CategoricalDistribution(values)
         self._take_up()
 
     @property
@@ -139,10 +145,7 @@ class PlanStudy:
             self._run(self.study.ask(self._distributions))
 
     def _run(self, trial: "optuna.Trial", options: Options | None = None, source: str = "") -> None:
-        """Evaluate a plan, by default the proposed one, and write it down.
-
-        A trial that is broken off is marked as failed.
-        """
+        """Evaluate a plan, by default the proposed one, and write it down; failed if broken off."""
         from optuna.trial import TrialState
 
         try:
@@ -237,12 +240,3 @@ class PlanStudy:
                 self.known[options] = record
                 if not note["is_duplicate"]:
                     self.trials.append(record)
-
-
-def _distributions(space: Space) -> "dict[str, BaseDistribution]":
-    from optuna.distributions import CategoricalDistribution, IntDistribution
-
-    found: dict[str, BaseDistribution] = {"base": IntDistribution(0, len(space.bases) - 1)}
-    for role in space.roles:
-        found[role.name] = CategoricalDistribution([AS_BASE, *(o.key for o in role.options)])
-    return found
