@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from autoprec.common.text import percent
 from autoprec.records import Option, SearchTrial
-from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
+from autoprec.search.problem import Group, Options, Problem, exact, item_of, precision_rank
 from autoprec.search.study import PlanStudy
 
 WALK_STEPS = 4
@@ -125,11 +125,7 @@ def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -
     """Return the plan with these groups in the fastest of their choices."""
     chosen: list[Option] = list(options)
     for group in groups:
-        prices = [problem.costs.prices[index] for index in group.layers]
-        choice = min(
-            group.choices,
-            key=lambda c: sum(p[o].with_casts_ms for p, o in zip(prices, c, strict=True)),
-        )
+        choice = min(group.choices, key=lambda c: item_of(problem.costs, group.layers, c).ms)
         for index, option in zip(group.layers, choice, strict=True):
             chosen[index] = option
     return problem.follow_uncalled(tuple(chosen))

@@ -73,7 +73,7 @@ def resolve_keep(
     options: Sequence[Option] | None = None,
     gemms_hp: bool = True,
 ) -> Keeps:
-    """Return which layers of a captured model are fixed, and in what.
+    """Return the layers of a captured model that are fixed, and the precision of each.
 
     Args:
         texts: each as given to `--keep`.

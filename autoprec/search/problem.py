@@ -97,9 +97,10 @@ class Problem:
     @cached_property
     def knapsack(self) -> Knapsack:
         """The choice among the plans that have a 16-bit layer."""
-        outside, fsdp = self.costs.outside_bf16, self.costs.communication
+        costs = self.costs
+        outside, fsdp = costs.outside_bf16, costs.communication
         return Knapsack(
-            [[_item(self.costs, group.layers, c) for c in group.choices] for group in self.groups],
+            [[item_of(costs, group.layers, c) for c in group.choices] for group in self.groups],
             Outside(
                 ms=outside.ms - (fsdp.exposed_ms if fsdp else 0.0),
                 grad_error=outside.grad_error,
@@ -198,7 +199,8 @@ def _options(problem: Problem, solution: Solution) -> Options:
     return tuple(chosen[index] for index in range(len(problem.allowed)))
 
 
-def _item(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
+def item_of(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
+    """Return the cost of a choice for these layers, beside BF16 activations."""
     prices = [costs.prices[index][o] for index, o in zip(layers, choice, strict=True)]
     share = costs.communication.share if costs.communication else 0.0
     return Item(
@@ -217,7 +219,7 @@ def _group(problem: Problem, layers: tuple[int, ...]) -> Group:
         return Group(layers, ((BF16_O2,),))
 
     def cost(choice: Options) -> tuple[float, ...]:
-        item = _item(costs, layers[: len(choice)], choice)
+        item = item_of(costs, layers[: len(choice)], choice)
         return item[:2] if problem.memory_bytes is None else item[:3]
 
     choices: list[Options] = []

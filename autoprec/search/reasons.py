@@ -82,13 +82,11 @@ def _reason(why: Why, index: int) -> str:
 def _why_fp8(why: Why, index: int) -> str:
     option, prices = why.options[index], why.costs.prices[index]
     base = BF16_O2 if BF16_O2 in prices else FP32
+    error = f"gradient {_error_of(prices[option])}"
     if base not in prices:
-        return f"{short(option)}, gradient {_error_of(prices[option])}"
+        return f"{short(option)}, {error}"
     speed = compared(why.ms(index, option), why.ms(index, base))
-    text = (
-        f"{short(option)} {speed} than {short(base)}{why.shape(index)}, "
-        f"gradient {_error_of(prices[option])}"
-    )
+    text = f"{short(option)} {speed} than {short(base)}{why.shape(index)}, {error}"
     faster = [o for o in prices if o.is_fp8 and prices[o].ms < prices[option].ms]
     if faster:
         best = min(faster, key=lambda o: prices[o].ms)
@@ -133,9 +131,8 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
     cost = f"{_error_of(price)}, budget {percent(budget)}"
     if price.grad_error < DOMINATES * budget:
         return f"{gain}, but what it saves is not worth its error ({cost})"
-    verb = (
-        "dominates the gradient error" if price.grad_error <= budget else "alone is over the budget"
-    )
+    is_over = price.grad_error > budget
+    verb = "alone is over the budget" if is_over else "dominates the gradient error"
     name = why.costs.layers[index].name
     cause = explain_statistics([row for row in why.statistics if row.name == name])
     source = f"; {cause}" if cause and best.is_fp8 else ""

@@ -64,8 +64,6 @@ def make_space(problem: Problem, front: Iterable[Options]) -> Space:
 
 def uniform_choice(group: Group, option: Option) -> Options | None:
     """Return the group's choice that is `option`, in BF16 where a tied layer has no such FP8."""
-    if len(group.layers) == 1:
-        return (option,) if (option,) in group.choices else None
     fitting = [c for c in group.choices if option in c and set(c) <= {option, BF16_O2}]
     return max(fitting, key=lambda choice: choice.count(option), default=None)
 

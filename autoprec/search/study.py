@@ -136,11 +136,9 @@ class PlanStudy:
             # The draws follow from the seed and the trials so far: a study that goes on after a
             # kill draws what it would have drawn, and a worker beside another, which sees that
             # one's trial at hand, draws something else.
+            seed = self.seed + self._alive
             self.study.sampler = optuna.samplers.TPESampler(
-                seed=self.seed + self._alive,
-                multivariate=True,
-                group=True,
-                n_startup_trials=STARTUP_TRIALS,
+                seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS
             )
             self._run(self.study.ask(self._distributions))
 
@@ -224,10 +222,8 @@ class PlanStudy:
 
     def _take_up(self) -> None:
         """Take up what was finished since the last time: here, before, or by other workers."""
-        from optuna.trial import TrialState
-
         trials = self.study.get_trials(deepcopy=False)
-        self._alive = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
+        self._alive = sum(t.state.name in ("COMPLETE", "RUNNING") for t in trials)
         for trial in trials:
             note: _Note | None = trial.user_attrs.get(NOTE)
             if not note or not trial.state.is_finished() or trial.number in self._notes:
