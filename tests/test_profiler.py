@@ -220,7 +220,7 @@ def test_an_isolated_step_gives_the_gradients_of_the_whole_one() -> None:
     workload.loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own
     second = copy.deepcopy(layers["second"])
     alone = make_candidate(lambda: second, calls, FP32)
-    outputs, gradients = alone.forward()
+    outputs, gradients = zip(*alone.forward(), strict=True)
     found = torch.autograd.grad(outputs, alone.parameters, gradients)
     expected = [parameter.grad for parameter in layers["second"].parameters()]
     for got, wanted in zip(found, expected, strict=True):

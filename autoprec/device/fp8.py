@@ -40,8 +40,7 @@ class Fp8Support:
 @cache
 def fp8_support(device: torch.device) -> Fp8Support:
     """Return the FP8 recipes that `device` runs, found by running each one once per process."""
-    refusal = _capability_refusal(device)
-    if refusal:
+    if refusal := _capability_refusal(device):
         return Fp8Support((), refusal)
     failures = {recipe: _try_recipe(recipe, device) for recipe in APPLICABLE_RECIPES}
     works = tuple(recipe for recipe, problem in failures.items() if not problem)
@@ -138,9 +137,8 @@ def recipe_errors(
     run = layer if compiler is None else compiler(layer)
     x = x_MK.to(device, torch.bfloat16).requires_grad_()
     kernels: dict[Gemm, float] = {}
-    watched = (
-        contextlib.nullcontext() if compiler else OperationTracer(partial(_run_compared, kernels))
-    )
+    tracer = OperationTracer(partial(_run_compared, kernels))
+    watched = contextlib.nullcontext() if compiler else tracer
     with torch.autocast(device.type, enabled=False), torch.enable_grad(), watched:
         y = run(x)
         y.backward(grad_MN.to(device, torch.bfloat16))

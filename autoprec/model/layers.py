@@ -94,9 +94,7 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
 
 def type_name(module: nn.Module) -> str:
     """Return the module's class with its Python module; a parametrized module's own class."""
-    cls = type(module)
-    if parametrize.is_parametrized(module):
-        cls = cls.__bases__[0]
+    cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -24,14 +24,7 @@ from autoprec.device.fp8 import Fp8Support
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
-from autoprec.model.capture import (
-    NEEDS_NO_GRADIENT,
-    SCANNED_BATCHES,
-    ObservedStep,
-    make_spec,
-    recorded_shapes,
-    scan_shapes,
-)
+from autoprec.model import capture
 from autoprec.model.layers import model_layers
 from autoprec.records import APPLICABLE_RECIPES, ModelSpec
 from autoprec.workload.functions import (
@@ -69,7 +62,7 @@ def capture_on_meta(
         WorkloadError: the user's functions break their contract.
     """
     check_batches(workload, seed=seed)
-    drawn = take_batches(workload, seed=seed, count=SCANNED_BATCHES)
+    drawn = take_batches(workload, seed=seed, count=capture.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
     seeded: list[bool] = []  # of each operator in the step, whether it draws random numbers
 
@@ -84,19 +77,19 @@ def capture_on_meta(
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
-        with recorded_shapes(layers) as calls:
+        with capture.recorded_shapes(layers) as calls:
             loss = workload.loss_fn(model, batches[0])
         _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
-        with recorded_shapes(layers) as scanned:
-            scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
+        with capture.recorded_shapes(layers) as scanned:
+            capture.scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
-        seen = ObservedStep(
+        seen = capture.ObservedStep(
             model, layers, calls, optimizer, BY_SHAPE, str(META), has_randomness=any(seeded)
         )
-        return make_spec(seen)
+        return capture.make_spec(seen)
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:
@@ -137,7 +130,7 @@ def _batch_on_meta(batch: Batch) -> Batch:
 def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
     """Run the backward; where an operation has none on meta, every parameter gets a gradient."""
     if not loss.requires_grad:
-        raise CaptureError(NEEDS_NO_GRADIENT)
+        raise CaptureError(capture.NEEDS_NO_GRADIENT)
     try:
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     except (RuntimeError, *LOOKED_AT_VALUES) as error:

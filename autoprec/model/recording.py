@@ -105,7 +105,6 @@ class _Recorder:
             self._watch(call, output)
 
     def _watch(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
-        """Put a hook on every output tensor that notes the gradient coming back."""
         for place, tensor in enumerate(output_tensors(output)):
             call.gradients.append(None)
             if self._gradients is Gradients.ALL and not tensor.requires_grad:

@@ -124,8 +124,7 @@ def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:
 def head_counts(model: "nn.Module", name: str) -> tuple[int, int] | None:
     """Return the heads of queries, and of keys and values, that hold for the layer of that name."""
     for source in _sources(model, name):
-        heads = _count(source, HEADS)
-        if heads:
+        if heads := _count(source, HEADS):
             return heads, _count(source, KEY_VALUE_HEADS) or heads
     return None
 

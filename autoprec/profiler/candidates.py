@@ -31,7 +31,7 @@ from autoprec.records import Option
 from autoprec.runtime import install_options
 from autoprec.runtime.activations import cast_floating, option_dtype
 
-Outputs = tuple[list[Tensor], list[Tensor]]  # tensors to differentiate, and their gradients
+Outputs = list[tuple[Tensor, Tensor]]  # tensors to differentiate, each with its gradient
 MakeLayer = Callable[[], nn.Module]
 FEASIBILITY_ERRORS = (RuntimeError, ValueError, AssertionError, PlanMismatchError)
 # Times the FP32 layer; far from both that were seen: 1.2 where FP8 GEMMs have a kernel of their own
@@ -53,8 +53,7 @@ class Candidate:
 
     def forward(self, run: Callable[..., Any] | None = None) -> Outputs:  # Any: a layer's own
         """Run every call of a step; return the outputs that got a gradient, with it."""
-        outputs: list[Tensor] = []
-        gradients: list[Tensor] = []
+        made: Outputs = []
         run = self.layer if run is None else run
         for call in self.calls:
             # Without a gradient there is no backward pass to keep anything for: of a checkpointed
@@ -62,11 +61,9 @@ class Candidate:
             with torch.set_grad_enabled(any(g is not None for g in call.gradients)):
                 for _ in range(call.count):
                     found = output_tensors(run(*call.args, **call.kwargs))
-                    for tensor, gradient in zip(found, call.gradients, strict=False):
-                        if gradient is not None:
-                            outputs.append(tensor)
-                            gradients.append(gradient)
-        return outputs, gradients
+                    pairs = zip(found, call.gradients, strict=False)
+                    made += [(tensor, grad) for tensor, grad in pairs if grad is not None]
+        return made
 
     def step(self) -> None:
         """Run forward and backward, compiled if the layer is."""
@@ -74,8 +71,8 @@ class Candidate:
 
     def differentiate(self, made: Outputs, wanted: Sequence[Tensor], retain: bool = False) -> None:
         """Run the backward pass to `wanted`; nothing when no gradient is asked for."""
-        outputs, gradients = made
-        if outputs and wanted:
+        if made and wanted:
+            outputs, gradients = zip(*made, strict=True)
             torch.autograd.grad(outputs, wanted, gradients, retain_graph=retain, allow_unused=True)
 
     def backward_to(self, wanted: Sequence[Tensor]) -> Function:

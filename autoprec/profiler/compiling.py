@@ -43,10 +43,6 @@ class Compilation:
         """Return the layer compiled for the shapes that it is called with."""
         return torch.compile(layer, backend=self.backend, dynamic=False)
 
-    def compile_model(self, model: nn.Module) -> None:
-        """Compile a model in place, so that it stays the object that the user's loss knows."""
-        model.compile(backend=self.backend)
-
     def run_first(self, step: Function) -> None:
         """Run a step twice: the first compiles, the second tells how much of it that was."""
         # Lazy compilation makes the backward graph only when backward runs, so a whole step is run.

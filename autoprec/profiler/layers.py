@@ -99,7 +99,6 @@ class LayerMeter:
         return attempt
 
     def _time_attempts(self, group: Group, attempts: Sequence[Attempt]) -> list[LayerTiming]:
-        """Time options in turns, whole and then in parts."""
         candidates = [attempt.candidate for attempt in attempts if attempt.candidate]
         totals = self._sample({own.option: own.step for own in candidates}, TOTAL)
         parts = self.time_parts(candidates)

@@ -152,7 +152,7 @@ class _Comparison:
             install_options(model, variant, uncovered=model_layers(model).uncovered)
             attach_optimizer(model, optimizer)
         if self.compilation is not None:
-            self.compilation.compile_model(model)
+            model.compile(backend=self.compilation.backend)  # in place: the user's loss knows it
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
