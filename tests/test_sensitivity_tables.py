@@ -24,16 +24,10 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import (
-    Method,
-    large_cells,
-    list_cells,
-    make_rows,
-    make_table,
-    uncertain_cells,
-)
+from autoprec.sensitivity.tables import Method, large_cells, make_rows, make_table, uncertain_cells
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 

@@ -20,9 +20,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call
-from autoprec.records import Gemm, Operand, OperandStatistics, Option
+from autoprec.records import FP32, Gemm, ModelSpec, Operand, OperandStatistics, Option, Recipe
 from autoprec.sensitivity.casts import Cast, Sides, cast_operand, gemm_casts, round_bf16, scale_of
 from autoprec.sensitivity.delayed import Amax
 from autoprec.sensitivity.reference import Reference
@@ -190,6 +189,21 @@ def add_fp8_errors(
             found.parameter_errors[sides] = norm({operands.weight: error})
 
 
+def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
+    """Return what to measure: every layer in each of its options but FP32.
+
+    `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
+    """
+    cells: list[Cell] = []
+    recipes = None if options is None else {None, *(option.recipe for option in options)}
+    for layer in spec.layers:
+        chosen = [o for o in layer.options if recipes is None or o.recipe in recipes]
+        if any(option.is_fp8 for option in layer.options):
+            chosen += [o for o in options or () if o.recipe is Recipe.DELAYED and o not in chosen]
+        cells += [(layer.name, option) for option in chosen if option != FP32]
+    return cells
+
+
 def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
     """Return the FP8 options among cells by layer name; only names that have any."""
     found: dict[str, list[Option]] = {}
@@ -201,8 +215,8 @@ def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
 
 def operand_statistics(reference: Reference, cells: Iterable[Cell]) -> list[OperandStatistics]:
     """Run the first batch and return the statistics of every linear with an FP8 option."""
-    options, modules = fp8_options(cells), find_layers(reference.model)
-    linears = {name: modules[name] for name in options}
+    options = fp8_options(cells)
+    linears = {name: reference.model.get_submodule(name) for name in options}
     with differentiated_calls(linears) as calls:
         reference.run_gradient(0)
     found: list[OperandStatistics] = []

@@ -23,8 +23,9 @@ from autoprec.records import (
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.estimates import DIVERGED
+from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.reference import Reference
-from autoprec.sensitivity.tables import Method, Table, list_cells, make_table
+from autoprec.sensitivity.tables import Method, Table, make_table
 
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
 ACTIVATION_BATCHES = 1  # the activations' own error is far smaller than that of any FP8 plan
@@ -157,14 +158,11 @@ def measure_most_precise(
     names = meter.reference.spec.names
     plan = tuple(best.get(name, BF16_O2) for name in names)
     parts = sum(table.get(cell, 0.0) for cell in zip(names, plan, strict=True))
-    return (
-        JointMeasurement(
-            label="fp8_most_precise",
-            options=plan,
-            grad_error=meter.measure(plan),
-            predicted_grad_error=activation_error.mean + parts,
-        ),
+    expected, measured = activation_error.mean + parts, meter.measure(plan)
+    joint = JointMeasurement(
+        label="fp8_most_precise", options=plan, grad_error=measured, predicted_grad_error=expected
     )
+    return (joint,)
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:

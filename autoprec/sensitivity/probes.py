@@ -33,7 +33,6 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from autoprec.model.layers import find_layers
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, Gemm, Operand, OperandStatistics, Option
 from autoprec.runtime import install_options
@@ -103,8 +102,7 @@ def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -
 
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
     """
-    modules = find_layers(reference.model)
-    layers = {name: modules[name] for name in reference.spec.names}
+    layers = {name: reference.model.get_submodule(name) for name in reference.spec.names}
     progress = reference.context.progress
     total = len(reference.batches) * (1 + probes)
     found = []

@@ -130,10 +130,7 @@ class Reference:
         Costs a pass per batch for the reference, where its gradient was not kept, and one per batch
         and setting. Batches are the outer loop: one reference gradient is held at a time.
 
-        Args:
-            settings: contexts that change what the model runs in.
-            batches: the first so many, if there are as many.
-            stage: reported as progress, if given.
+        The first `batches` are taken, or all if there are fewer; progress is reported as `stage`.
         """
         progress = self.context.progress if stage else report_nothing
         batches = min(batches, len(self.batches))
@@ -163,13 +160,8 @@ def prepare_reference(
 ) -> Reference:
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
 
-    Args:
-        context: whose model, batches, loss and optimizer are measured, and where.
-        spec: the captured model.
-        checkpoint: start from this state dict instead of fresh weights.
-        batches: to measure on; they follow the warm-up's in the stream.
-        warmup_steps: FP32 steps before measuring.
-        with_history: record the operands' magnitudes, as delayed scaling needs them.
+    `spec` is the captured model, `checkpoint` a state dict to start from instead of fresh weights.
+    `with_history` records the operands' magnitudes, as delayed scaling needs them.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.
@@ -201,7 +193,7 @@ def prepare_reference(
         preconditioner=read_preconditioner(optimizer),
         history=history,
         loss_curve=curve,
-        checkpoint="" if checkpoint is None else str(checkpoint),
+        checkpoint=str(checkpoint or ""),
         step_s=step_s,
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},

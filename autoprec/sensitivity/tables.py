@@ -16,16 +16,7 @@ import torch
 from torch import nn
 
 from autoprec.errors import PlanMismatchError
-from autoprec.records import (
-    FP32,
-    Estimate,
-    Gemm,
-    LayerSensitivity,
-    ModelSpec,
-    OperandStatistics,
-    Option,
-    Recipe,
-)
+from autoprec.records import Estimate, Gemm, LayerSensitivity, OperandStatistics, Option, Recipe
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
@@ -64,28 +55,12 @@ class Table:
     refined: tuple[Cell, ...] = ()
 
 
-def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
-    """Return what to measure: every layer in each of its options but FP32.
-
-    `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
-    """
-    cells: list[Cell] = []
-    recipes = None if options is None else {None, *(option.recipe for option in options)}
-    for layer in spec.layers:
-        chosen = [o for o in layer.options if recipes is None or o.recipe in recipes]
-        if any(option.is_fp8 for option in layer.options):
-            chosen += [o for o in options or () if o.recipe is Recipe.DELAYED and o not in chosen]
-        cells += [(layer.name, option) for option in chosen if option != FP32]
-    return cells
-
-
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
     """Measure all cells, by the method that takes fewer passes unless one is given."""
     if method is None:
         method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
     if method is Method.LAYERWISE:
-        stage = "sensitivity: layer by layer"
-        exact = _exact_errors(reference, cells, batches=len(reference.batches), stage=stage)
+        exact = _exact_errors(reference, cells, len(reference.batches), "layer by layer")
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
         return Table(method, tuple(rows), tuple(operand_statistics(reference, cells)))
     return _sign_coded_table(reference, cells)
@@ -97,10 +72,7 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     probes = probe_batches(reference, cells, probes=count)
     rows = make_rows(probes, cells)
     refined = tuple(dict.fromkeys((*large_cells(rows), *uncertain_cells(rows))))
-    exact: dict[Cell, Estimate] = {}
-    if refined:
-        stage = "sensitivity: largest rows"
-        exact = _exact_errors(reference, refined, batches=REFINED_BATCHES, stage=stage)
+    exact = _exact_errors(reference, refined, REFINED_BATCHES, "largest rows") if refined else {}
     rows = tuple(
         _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
         for row in rows
@@ -174,11 +146,11 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
 
 
 def _exact_errors(
-    reference: Reference, cells: Sequence[Cell], *, batches: int, stage: str
+    reference: Reference, cells: Sequence[Cell], batches: int, stage: str
 ) -> dict[Cell, Estimate]:
     """Return the gradient error of every cell on the first `batches`."""
     settings = {cell: partial(_installed, reference, *cell) for cell in cells}
-    return reference.measure_errors(settings, batches=batches, stage=stage)
+    return reference.measure_errors(settings, batches=batches, stage=f"sensitivity: {stage}")
 
 
 def _installed(reference: Reference, name: str, option: Option) -> AbstractContextManager[object]:

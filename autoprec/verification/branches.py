@@ -70,12 +70,9 @@ def warm_up(
             loss = _train_step(context, model, optimizer, batch)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
-        return Checkpoint(
-            model=on_cpu(model.state_dict()),
-            optimizer=on_cpu(optimizer.state_dict()),
-            curve=tuple(curve),
-            eval_losses=evaluate(context, model, evaluation),
-        )
+        state, moments = on_cpu(model.state_dict()), on_cpu(optimizer.state_dict())
+        losses = evaluate(context, model, evaluation)
+        return Checkpoint(state, moments, curve=tuple(curve), eval_losses=losses)
 
 
 def train_branch(

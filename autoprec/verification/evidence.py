@@ -125,10 +125,9 @@ def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> li
             if old.option.is_fp8 and not new.option.is_fp8
         ]
         count = sum(layer.option.is_fp8 for layer in each.plan.layers)
-        since = first_and_more(left) or "no layer, but recipes are more precise"
         notes.append(
             f"a plan with {count} layers in FP8 was refuted before ({found}); "
-            f"out of FP8 since: {since}"
+            f"out of FP8 since: {first_and_more(left) or 'no layer, but recipes are more precise'}"
         )
     if skipped:
         notes.append(

@@ -122,13 +122,9 @@ def open_session(
         with checkpoint.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     # everything that the branches share: another digest, other branches
-    setup = short_digest(
-        [context.workload.name, context.workload.digest],
-        [steps, terms.branch_steps, context.seed],
-        context.device.type,
-        digest,
-        software_versions(),
-    )
+    workload = [context.workload.name, context.workload.digest]
+    settings = [steps, terms.branch_steps, context.seed]
+    setup = short_digest(workload, settings, context.device.type, digest, software_versions())
     store = BranchStore(setup, state_dir)
     common = store.find_warm_up()
     if common is None:
@@ -144,7 +140,7 @@ def open_session(
         checkpoint=common,
         store=store,
         control=None if spec is None else spec.bf16_options,
-        checkpoint_path="" if checkpoint is None else str(checkpoint),
+        checkpoint_path=str(checkpoint or ""),
     )
 
 

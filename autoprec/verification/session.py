@@ -39,6 +39,7 @@ class BranchStore:
         """
         self.setup = setup
         self.folder = folder
+        self._warm_up = folder and folder / f"warmup-{setup}.pt"
         self._branches: dict[tuple[str, int], Branch] = {}
         if folder is None:
             return
@@ -53,7 +54,7 @@ class BranchStore:
     def branch(self, variant: str, seed: int, train: Callable[[], Branch]) -> Branch:
         """Return the branch of a variant and seed; where it is not finished, train and keep it."""
         key = (variant, seed)
-        path = self._path(f"branch-{self.setup}-{variant}-{seed}.json")
+        path = self.folder and self.folder / f"branch-{self.setup}-{variant}-{seed}.json"
         if key not in self._branches and path is not None and path.is_file():
             file = BranchFile.load(path)
             if file.setup != self.setup:
@@ -71,17 +72,13 @@ class BranchStore:
 
     def find_warm_up(self) -> Checkpoint | None:
         """Return the saved warm-up checkpoint, if there is one."""
-        path = self._path(f"warmup-{self.setup}.pt")
+        path = self._warm_up
         return read_checkpoint(path) if path is not None and path.is_file() else None
 
     def add_warm_up(self, checkpoint: Checkpoint) -> None:
         """Keep the warm-up checkpoint."""
-        path = self._path(f"warmup-{self.setup}.pt")
-        if path is not None:
-            replace_file(path, lambda file: torch.save(vars(checkpoint), file))
-
-    def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
+        if self._warm_up is not None:
+            replace_file(self._warm_up, lambda file: torch.save(vars(checkpoint), file))
 
 
 @dataclass(frozen=True)
