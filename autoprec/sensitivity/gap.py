@@ -67,10 +67,8 @@ def predicted_loss_gap(
     predicted loss; None when the loss curve is too short to fit.
     """
     line = fit_loss_line(sensitivity.loss_curve)
-    if line is None:
-        return None
     extra = grad_error * steps / max(start + steps, 1)
-    return line.exponent_at(start + steps) * math.log1p(extra)
+    return None if line is None else line.exponent_at(start + steps) * math.log1p(extra)
 
 
 def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:

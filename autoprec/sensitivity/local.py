@@ -109,10 +109,8 @@ class Operands:
         """Return the operand as FP8 has it, per call."""
         key = (operand, cast)
         if key not in self._made:
-            amax = self.amax.get(operand)
-            self._made[key] = [
-                cast_operand(round_bf16(t), cast, amax=amax) for t in self.exact[operand]
-            ]
+            amax, rounded = self.amax.get(operand), map(round_bf16, self.exact[operand])
+            self._made[key] = [cast_operand(t, cast, amax=amax) for t in rounded]
         return self._made[key]
 
     def errors(self, operand: Operand, cast: Cast) -> list[Tensor]:

@@ -46,8 +46,8 @@ def measure_sensitivity(
         AutoprecError: delayed scaling is among the options, but the warm-up kept no history.
     """
     started = time.perf_counter()
-    passes = reference.passes
-    cells = list_cells(reference.spec, options)
+    passes, spec = reference.passes, reference.spec
+    cells = list_cells(spec, options)
     if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
         raise AutoprecError(
             "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
@@ -57,10 +57,13 @@ def measure_sensitivity(
     meter = JointMeter(reference)
     activation_error = meter.measure_activations(table.rows)
     joint = measure_most_precise(meter, table.rows, activation_error=activation_error)
-    floor = measure_floor(reference)
+    floor = Estimate(mean=0.0)
+    # nothing is run where the capture found that two runs agree bit for bit on this device
+    if not (spec.is_deterministic and spec.device == str(reference.context.device)):
+        floor = reference.measure_errors({"again": nullcontext}, batches=1)["again"]
     spent_s = time.perf_counter() - started + reference.spent_s
     return Sensitivity(
-        structure=reference.spec.structure,
+        structure=spec.structure,
         reference=FP32,
         method=table.method,
         preconditioner=reference.preconditioner.name,
@@ -131,16 +134,6 @@ class JointMeter:
         return reference.measure_errors({"joint": installed}, batches=batches)["joint"]
 
 
-def measure_floor(reference: Reference) -> Estimate:
-    """Return the gradient error between two runs of the reference on one batch.
-
-    Nothing is run when the capture found that two runs agree bit for bit on this device.
-    """
-    if reference.spec.is_deterministic and reference.spec.device == str(reference.context.device):
-        return Estimate(mean=0.0)
-    return reference.measure_errors({"again": nullcontext}, batches=1)["again"]
-
-
 def measure_most_precise(
     meter: JointMeter, rows: Sequence[LayerSensitivity], *, activation_error: Estimate
 ) -> tuple[JointMeasurement, ...]:
@@ -151,9 +144,8 @@ def measure_most_precise(
     fp8 = [row for row in rows if row.option.recipe in APPLICABLE_RECIPES]
     if not fp8:
         return ()
-    best: dict[str, Option] = {}
-    for row in sorted(fp8, key=lambda row: row.grad_error.mean):
-        best.setdefault(row.name, row.option)
+    ranked = sorted(fp8, key=lambda row: row.grad_error.mean)
+    best = {row.name: row.option for row in reversed(ranked)}  # the most precise of each comes last
     table = {(row.name, row.option): row.grad_error.mean for row in rows}
     names = meter.reference.spec.names
     plan = tuple(best.get(name, BF16_O2) for name in names)

@@ -67,7 +67,7 @@ class BatchProbe:
     probes: int
     squares: dict[Key, float]  # sum_k z_k^2 over the groups: d'Pd
     fourths: dict[Key, float]  # sum_k z_k^4, for the probes' own noise
-    parameter_errors: dict[tuple[str, Sides], float]  # d'Pd of what stays in a layer's parameters
+    parameter_errors: dict[str, dict[Sides, float]]  # d'Pd of what stays in a layer's parameters
     statistics: tuple[OperandStatistics, ...]  # the operands' ranges; of the first batch only
 
 
@@ -126,11 +126,7 @@ def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -
             }
             for power in (2, 4)
         )
-        staying = {
-            (name, sides): squared
-            for name, local in errors.items()
-            for sides, squared in local.parameter_errors.items()
-        }
+        staying = {name: local.parameter_errors for name, local in errors.items()}
         norm = gradient.squared_norm
         found.append(BatchProbe(norm, probes, squares, fourths, staying, tuple(statistics)))
     progress("sensitivity: probes", total, total)

@@ -95,8 +95,8 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
             gemm: [(name, component) for component in components]
             for gemm, components in components_of(option).items()
         }
-        key = (name, gemm_casts(option).get(Gemm.GRAD_WEIGHT, ()))
-        staying = [probe.parameter_errors.get(key, 0.0) for probe in probes]
+        sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
+        staying = [probe.parameter_errors[name].get(sides, 0.0) for probe in probes]
         by_gemm = {gemm: _estimate(probes, keys, nothing) for gemm, keys in spreading.items()}
         by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
         total = _estimate(probes, list(chain.from_iterable(spreading.values())), staying)

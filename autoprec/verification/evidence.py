@@ -76,8 +76,8 @@ def make_verification(
     evidence: Evidence,
     steps: Sequence[StepTiming],
     sensitivity: Sensitivity | None,
-    *,
     refuted: Sequence[Evidence],
+    *,
     skipped: int,
 ) -> Verification:
     """Make the record of a plan's verification, after `refuted` plans and `skipped` ones."""

@@ -94,9 +94,7 @@ def verify_plans(
     )
     evidence, refuted, skipped = _first_not_refuted(session, plans)
     steps = time_plan(session, evidence, profile)
-    return make_verification(
-        session, evidence, steps, sensitivity, refuted=refuted, skipped=skipped
-    )
+    return make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
 
 
 def open_session(
