@@ -84,7 +84,7 @@ def scale_of(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
 
 
 def cast_operand(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
-    """Return what FP8 makes of a BF16-rounded operand, in FP32."""
+    """Return a BF16-rounded operand after its cast to FP8, in FP32."""
     scale = scale_of(x, cast, amax=amax)
     scaled = x * scale
     if cast.is_delayed:  # only a scale from the past lets values be too large

@@ -46,7 +46,7 @@ def scaled_mm(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> Tensor:
-    """Return what `torch._scaled_mm` does; scales are one number, or [M, 1] and [1, N]."""
+    """Return the result of `torch._scaled_mm`; scales are one number, or [M, 1] and [1, N]."""
     b = fp8_to_float(b.t()).t()  # it comes column-major, and so it stays
     out = (fp8_to_float(a) @ b).mul_(scale_a).mul_(scale_b)  # [M, K] @ [K, N] -> [M, N]
     if bias is not None:

@@ -188,7 +188,7 @@ def add_fp8_errors(
 
 
 def list_cells(spec: ModelSpec, options: Sequence[Option] | None) -> list[Cell]:
-    """Return what to measure: every layer in each of its options but FP32.
+    """Return the cells to measure: every layer in each of its options but FP32.
 
     `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
     """

@@ -114,7 +114,7 @@ class JointMeter:
         return self._measured[options]
 
     def measure_activations(self, rows: Sequence[LayerSensitivity]) -> Estimate:
-        """Return what uniform BF16 costs beyond its layers: the error of BF16 activations.
+        """Return the cost of uniform BF16 beyond its layers: the error of BF16 activations.
 
         `rows` are measured with FP32 activations. Taken from the joint error of uniform BF16, the
         activations' part makes the table add up where most plans are, in deep models too: there,
@@ -164,11 +164,9 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
             "two runs of the reference differ: no gradient error below "
             f"{floor.mean:.1e} can be told from noise"
         )
-    diverged = [f"{r.name} {r.option.key}" for r in table.rows if r.grad_error.mean >= DIVERGED]
-    if diverged:
-        notes.append(
-            f"not finite, so set to {DIVERGED:g}: the gradient error of {', '.join(diverged)}"
-        )
+    rows = [f"{r.name} {r.option.key}" for r in table.rows if r.grad_error.mean >= DIVERGED]
+    if rows:
+        notes.append(f"not finite, so set to {DIVERGED:g}: the gradient error of {', '.join(rows)}")
     if table.refined:
         cells = ", ".join(f"{name} {option.key}" for name, option in table.refined)
         notes.append(f"measured one by one after the probes: {cells}")

@@ -76,7 +76,7 @@ class Preconditioner:
 def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     """Read P from an optimizer that has taken a few steps."""
     rules = {
-        parameter: _element_rule(optimizer.state.get(parameter, {}), group, parameter.shape)
+        parameter: _rule_of(optimizer.state.get(parameter, {}), group, parameter.shape)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad
@@ -86,19 +86,14 @@ def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
         # the floor under eps: a part of the mean of sqrt(v) over all elements of all parameters
         total = sum(float((r.moment.float() * r.keep).sqrt().sum()) for r in found)
         floor = FLOOR * total / max(sum(r.moment.numel() for r in found), 1)
-        floored = {
-            parameter: None if rule is None else replace(rule, eps=max(rule.eps, floor))
-            for parameter, rule in rules.items()
-        }
+        floored = {p: r and replace(r, eps=max(r.eps, floor)) for p, r in rules.items()}
         return Preconditioner("+".join(sorted({r.family for r in found})), "", floored)
     cls = type(optimizer).__name__
     note = f"{cls} keeps no second moment that autoprec knows; errors are in plain norm"
     return Preconditioner("identity", "" if cls in PLAIN else note, rules)
 
 
-def _element_rule(
-    state: dict[str, Any], group: dict[str, Any], shape: torch.Size
-) -> ElementRule | None:
+def _rule_of(state: dict[str, Any], group: dict[str, Any], shape: torch.Size) -> ElementRule | None:
     """Return the rule of one parameter, or None when it has no second moment of its shape."""
     eps = _number(group.get("eps"), 1e-8)
     moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape}

@@ -140,6 +140,7 @@ class Reference:
         for index in range(batches):
             gradient = self.gradient(index)
             scale.append(gradient.squared_norm)
+            # every setting against the one reference gradient of this batch
             for count, (key, installed) in enumerate(settings.items()):
                 progress(stage, index * len(settings) + count, total)
                 with installed(), fast_fp8_gemms(self.context.device):
@@ -179,6 +180,7 @@ def prepare_reference(
     watched = find_layers(model) if with_history else {}
     with seeded(context.seed, context.device), recorded_amax(watched) as history:
         curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
+    # the layers of the spec are found by name: it must be this very model's
     structure = model_layers(model).structure
     if structure != spec.structure:
         raise CaptureError(

@@ -169,9 +169,7 @@ def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
     """Return a row with its exact gradient error; its GEMMs keep their proportions."""
     ratio = exact.mean / probed.grad_error.mean
     by_gemm = {
-        gemm: Estimate(
-            mean=part.mean * ratio, stderr=None if part.stderr is None else part.stderr * ratio
-        )
-        for gemm, part in probed.by_gemm.items()
+        gemm: Estimate(mean=p.mean * ratio, stderr=None if p.stderr is None else p.stderr * ratio)
+        for gemm, p in probed.by_gemm.items()
     }
     return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})

@@ -161,8 +161,7 @@ def _floor(session: Session, first: Branch) -> float:
     context, seed = session.context, first.seed
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
-        training = _train(session, model, optimizer, "replay", seed=seed)
-        replay = tuple(islice(training, REPLAY_STEPS))
+        replay = tuple(islice(_train(session, model, optimizer, "replay", seed=seed), REPLAY_STEPS))
     if replay == first.curve[: len(replay)]:
         return 0.0
     again = train_branch(session, REFERENCE, seed=seed)

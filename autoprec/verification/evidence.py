@@ -81,7 +81,7 @@ def make_verification(
     skipped: int,
 ) -> Verification:
     """Make the record of a plan's verification, after `refuted` plans and `skipped` ones."""
-    repairs = repair_notes(evidence.plan, refuted, skipped=skipped)
+    repairs = repair_notes(evidence.plan, refuted, skipped=skipped)  # they come first
     return Verification(
         plan=evidence.plan.digest,
         verdict=evidence.verdict,

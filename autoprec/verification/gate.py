@@ -92,8 +92,8 @@ def verify_plans(
         state_dir=state_dir,
         checkpoint=checkpoint,
     )
-    evidence, refuted, skipped = _first_not_refuted(session, plans)
-    steps = time_plan(session, evidence, profile)
+    evidence, refuted, skipped = _try_plans(session, plans)  # all the training
+    steps = time_plan(session, evidence.plan, profile)
     return make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
 
 
@@ -160,9 +160,7 @@ def _check_saved(
         )
 
 
-def _first_not_refuted(
-    session: Session, plans: Sequence[Plan]
-) -> tuple[Evidence, list[Evidence], int]:
+def _try_plans(session: Session, plans: Sequence[Plan]) -> tuple[Evidence, list[Evidence], int]:
     """Return the evidence of the plan that stands, of the refuted ones, and how many were skipped.
 
     The last plan is tried whatever the refuted ones imply: one record has to come of it.
@@ -194,20 +192,17 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
     return evidence
 
 
-def time_plan(
-    session: Session, evidence: Evidence, profile: Profile | None
-) -> tuple[StepTiming, ...]:
+def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[StepTiming, ...]:
     """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
 
     They are compiled if the profile is. A plan that equals uniform BF16 O2 is timed as a variant of
     its own all the same: the two intervals then show how well equal ones agree.
     """
-    fingerprint = evidence.plan.fingerprint
-    basis = fingerprint.time_basis if profile is None else profile.basis
+    basis = plan.fingerprint.time_basis if profile is None else profile.basis
     if basis is not Basis.MEASURED:
-        return ()
-    mode = fingerprint.compile_mode if profile is None else profile.device.compile_mode
-    _, control, chosen = session.variants(evidence.plan)
+        return ()  # times of this device would say nothing about the target
+    mode = plan.fingerprint.compile_mode if profile is None else profile.device.compile_mode
+    _, control, chosen = session.variants(plan)
     with open_compilation(session.context.device, mode) as compilation:
         return time_steps(
             session.context,
