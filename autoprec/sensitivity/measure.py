@@ -61,7 +61,6 @@ def measure_sensitivity(
     # nothing is run where the capture found that two runs agree bit for bit on this device
     if not (spec.is_deterministic and spec.device == str(reference.context.device)):
         floor = reference.measure_errors({"again": nullcontext}, batches=1)["again"]
-    spent_s = time.perf_counter() - started + reference.spent_s
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -69,7 +68,7 @@ def measure_sensitivity(
         preconditioner=reference.preconditioner.name,
         batches=len(reference.batches),
         passes=reference.passes - passes,
-        step_equivalents=spent_s / reference.step_s,
+        step_equivalents=(time.perf_counter() - started + reference.spent_s) / reference.step_s,
         warmup_steps=len(reference.loss_curve),
         checkpoint=reference.checkpoint,
         seed=reference.context.seed,

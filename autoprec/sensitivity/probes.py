@@ -177,10 +177,9 @@ def _run_probe(
     for name, layer in step.layers.items():
         pairs = list(zip(step.calls[name], moved.pop(name), strict=True))
         if pairs:
-            products = _products(layer, pairs, errors[name].errors)
+            products = _products(layer, pairs, errors[name])
         else:
-            gradients = step.own_gradients(layer)
-            products = _parameter_products(gradients, errors[name].errors[BF16_OUTPUT])
+            products = _by_row(step.own_gradients(layer), errors[name])
         for component, z in products.items():
             yield (name, component), z.cpu() / size  # changes over t are derivatives
 
@@ -221,11 +220,10 @@ def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
 
 
 def _products(
-    layer: nn.Module,
-    pairs: Sequence[tuple[Call, Call]],
-    errors: Mapping[Component, Sequence[Tensor]],
+    layer: nn.Module, pairs: Sequence[tuple[Call, Call]], local: LocalErrors
 ) -> dict[Component, Tensor]:
     """Return z per group for every component of a layer's errors, from calls before and after."""
+    errors = local.errors
     gradients = [g for call, _ in pairs for g in call.gradients]
     inputs = [x for call, _ in pairs for x in floating_inputs(call)]
     # v: the change of the output gradient; c: the change of the input
@@ -262,12 +260,10 @@ def _products(
     return found
 
 
-def _parameter_products(
-    gradients: Mapping[Tensor, Tensor], errors: Sequence[Tensor]
-) -> dict[Component, Tensor]:
+def _by_row(gradients: Mapping[Tensor, Tensor], local: LocalErrors) -> dict[Component, Tensor]:
     """Return z per row of each parameter, for a layer whose parameters are used without a call."""
     rows = []
-    for (parameter, g), error in zip(gradients.items(), errors, strict=True):
+    for (parameter, g), error in zip(gradients.items(), local.errors[BF16_OUTPUT], strict=True):
         product = (gradient_of(parameter) - g) * error
         rows.append(product.reshape(len(g), -1).sum(1) if g.dim() else product.reshape(1))
     z = torch.cat(rows) if rows else torch.zeros(1)

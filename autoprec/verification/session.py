@@ -97,9 +97,8 @@ class Variant:
     @property
     def digest(self) -> str:
         """A digest of the options; all-FP32 variants are the reference, whatever their label."""
-        if self.is_reference:
-            return "reference"
-        return short_digest(sorted((name, option.key) for name, option in self.options.items()))
+        keys = sorted((name, option.key) for name, option in self.options.items())
+        return "reference" if self.is_reference else short_digest(keys)
 
 
 REFERENCE = Variant(label="reference", options={})
