@@ -30,9 +30,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         RecordError: the folder does not exist or cannot be written.
     """
     try:
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL
-        )
+        handle, temporary = tempfile.mkstemp(PARTIAL, prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)

@@ -23,7 +23,6 @@ FP8_GAIN = (1.0, 4.0)  # of the peak over BF16's
 FP8_FRACTIONS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
 _BEFORE_BF16 = re.compile(r"[1-7]\.\d")  # NVIDIA has BF16 units from compute capability 8.0 on
 _BOOST = 1.2  # boost clocks take consumer cards over the data sheet's peak
-WHOLE = ("sm_count", "devices_per_node")
 
 
 class ConstantKind(StrEnum):
@@ -231,7 +230,7 @@ def _check_constant(name: str, constant: Constant, bounds: Bounds) -> None:
         raise ValueError(f"{name} {unit}, but the file says {constant.unit}")
     if not bounds.low <= constant.value <= bounds.high:
         raise ValueError(f"{name} must be {bounds.span}, but it is {constant.value:g}")
-    if name in WHOLE and not constant.value.is_integer():
+    if name in ("sm_count", "devices_per_node") and not constant.value.is_integer():
         raise ValueError(f"{name} must be whole, but it is {constant.value:g}")
 
 

@@ -11,16 +11,12 @@ from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 
 FUNCTIONS = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
-Functions = Mapping[str, Callable[..., Any]]  # Any: the user's own functions
+Source = str | Path | Mapping[str, Callable[..., Any]] | object  # Any: the user's own functions
 
 
 def tune(
-    source: str | Path | Functions | object = None,
-    /,
-    *,
-    progress: Progress = report_nothing,
-    **given: Any,  # Any: functions of a workload, and values of settings
-) -> Run:
+    source: Source = None, /, *, progress: Progress = report_nothing, **given: Any
+) -> Run:  # Any: functions of a workload, and values of settings
     """Find, prove and save the precision plan of a model, as `autoprec tune` does.
 
     Args:
@@ -47,8 +43,7 @@ def tune(
         ...     build_model=lambda: torch.nn.Linear(16, 16),
         ...     train_batches=batches,
         ...     loss_fn=lambda model, batch: (model(batch) - batch.flip(-1)).square().mean(),
-        ...     out=tempfile.mkdtemp(), recipes="tensorwise", trials=0, verify=False,
-        ... )
+        ...     out=tempfile.mkdtemp(), recipes="tensorwise", trials=0, verify=False)
         >>> [layer.name for layer in run.plan.layers], run.report().name
         ([''], 'report.html')
     """

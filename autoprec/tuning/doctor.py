@@ -34,9 +34,13 @@ def diagnose(target: str) -> Diagnosis:
     timings, speed = time_gemms(shape, device)
     has_torchao = hasattr(import_torchao(), "convert_to_float8_training")
     torchao = Check(name="torchao float8 training", is_good=has_torchao, detail="importable")
+    support = fp8_support(device)
+    said = f"not available: {support.reason}"  # a fact, not a fault: plans have BF16 and FP32 only
+    no_fp8 = Check(name="fp8 on this device", is_good=True, detail=said)
+    fp8 = fp8_self_test(device) if support.recipes else [no_fp8]
     return Diagnosis(
         device=device_facts(device),
-        checks=(torchao, *_fp8_checks(device), *speed),
+        checks=(torchao, *fp8, *speed),
         gemm=str(shape),
         gemm_ms=timings,
     )
@@ -77,11 +81,3 @@ def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable
             a_fp8, b_fp8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
         )
     return functions
-
-
-def _fp8_checks(device: torch.device) -> list[Check]:
-    support = fp8_support(device)
-    if support.recipes:
-        return fp8_self_test(device)
-    said = f"not available: {support.reason}"  # a fact, not a fault: plans have BF16 and FP32 only
-    return [Check(name="fp8 on this device", is_good=True, detail=said)]

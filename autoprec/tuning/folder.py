@@ -4,9 +4,9 @@
 has not changed instead of making it again.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -105,10 +105,7 @@ class Folder:
         files = [Path(settings.script) if settings.script else settings.config or Path(module)]
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
-        contents = [
-            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-            for file in files
-        ]
+        contents = [sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
         device = profile_digest(target) if target and stage == "profile" else ""
         done = self.finished()
         inputs = [done.get(name, "") for name in INPUTS[stage]]

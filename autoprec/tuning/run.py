@@ -12,6 +12,7 @@ once.
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError
-from autoprec.records import (
-    Certificate,
-    ModelSpec,
-    Profile,
-    Recipe,
-    Search,
-    Sensitivity,
-    Verdict,
-    Verification,
-)
+from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
+from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder
 from autoprec.tuning.plan import Plan
 from autoprec.tuning.settings import STAGES, Settings
@@ -69,8 +62,7 @@ class Run:
         stages: tuple[str, ...] = STAGES,
         progress: Progress = report_nothing,
     ) -> None:
-        # A script may change the working folder.
-        self.settings = replace(settings, out=settings.out.absolute())
+        self.settings = replace(settings, out=settings.out.absolute())  # a script may change cwd
         self.stages = stages
         self.progress = progress
         # What the settings name is looked at before any work: it may be read much later.
@@ -380,20 +372,15 @@ class Run:
         is_same = bool(digest) and self.folder.finished().get(stage) == digest
         if self.settings.resume and is_same and path.exists():
             return record.load(path)
-        made = _keep_random_state(make)
+        with ExitStack() as stack:
+            if "torch" in sys.modules:  # a saved run is searched again without it
+                from autoprec.device.random_state import random_state_kept
+
+                stack.enter_context(random_state_kept())  # the caller's numbers go on as before
+            made = make()
         made.save(path)
         self.folder.finish(stage, digest)
         return made
-
-
-def _keep_random_state(make: Callable[[], R]) -> R:
-    """Return the record made; the caller's random numbers go on as if nothing had run."""
-    if "torch" not in sys.modules:  # a saved run is searched again without it
-        return make()
-    from autoprec.device.random_state import random_state_kept
-
-    with random_state_kept():
-        return make()
 
 
 def write_report(folder: Path, target: Path) -> Path:

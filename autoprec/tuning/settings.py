@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import DeviceError, SettingsError, WorkloadError
-from autoprec.tuning.parsing import (
-    parse_duration,
-    parse_fraction,
-    parse_keeps,
-    parse_memory,
-    parse_path,
-    parse_recipes,
-)
+from autoprec.tuning import parsing
 from autoprec.workload.hf_config import config_file
 
 if TYPE_CHECKING:
@@ -29,6 +22,7 @@ if TYPE_CHECKING:
     from autoprec.records.devices import DeviceProfile
 
 STAGES = ("profile", "sensitivity", "search", "verification")
+PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
 LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -45,21 +39,19 @@ class Setting:
 
 
 def setting(
-    default: Any,  # Any: of the field's own type
+    default: Any,  # Any: of the field's own type, or a text for `parse`
     about: str,
     stages: tuple[str, ...] = (),
     commands: tuple[str, ...] | None = None,
     *,
     parse: Callable[[Any], Any] | None = None,  # Any: as above
-    text: str = "",
     **option: Any,  # Any: typer's own
 ) -> Any:  # Any: a field of any type
     """Declare a setting by the fields of `Setting`; default commands: the stages it decides."""
+    text = default if isinstance(default, str) else ""
     known = Setting(about, stages, stages if commands is None else commands, parse, text, option)
-    return field(default=default, metadata={"setting": known})
-
-
-PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
+    value = parse(default) if parse and text else default
+    return field(default=value, metadata={"setting": known})
 
 
 @dataclass(frozen=True)
@@ -91,42 +83,42 @@ class Settings:
         (PROFILE, SENSITIVITY, VERIFICATION),
     )
     out: Path = setting(
-        Path("autoprec-out"),
+        "autoprec-out",
         "Folder for what the run writes.",
         commands=(PROFILE, SENSITIVITY, VERIFICATION),
         parse=Path,
-        text="autoprec-out",
     )
     loss_tolerance: float = setting(
-        1e-3,
+        "0.1%",
         "Allowed relative loss gap, e.g. 0.1% or 0.001.",
         (SEARCH, VERIFICATION),
-        parse=parse_fraction,
-        text="0.1%",
+        parse=parsing.parse_fraction,
     )
     memory: int | None = setting(
         None,
         "Largest peak memory of the plan on one device, e.g. 40GiB.",
         (SEARCH,),
-        parse=parse_memory,
+        parse=parsing.parse_memory,
     )
     keep: tuple[str, ...] = setting(
         (),
         "GLOB=PRECISION[:RECIPE] to fix layers, e.g. 'head=bf16_o2'. May repeat.",
         (SEARCH,),
-        parse=parse_keeps,
+        parse=parsing.parse_keeps,
     )
     recipes: tuple[Recipe, ...] = setting(
-        APPLICABLE_RECIPES,
+        ",".join(APPLICABLE_RECIPES),
         "FP8 recipes to consider, separated by commas; delayed is measured for comparison.",
         (PROFILE, SENSITIVITY),
-        parse=parse_recipes,
-        text=",".join(APPLICABLE_RECIPES),
+        parse=parsing.parse_recipes,
     )
     gemms_hp: bool = setting(True, "Consider FP8 layers with some GEMMs in BF16.", (PROFILE,))
     trials: int = setting(12, "Optuna trials after the exact seeds.", (SEARCH,), min=0)
     time_budget: float | None = setting(
-        None, "Time limit of the search, e.g. 20m, 90s or 1h.", (SEARCH,), parse=parse_duration
+        None,
+        "Time limit of the search, e.g. 20m, 90s or 1h.",
+        (SEARCH,),
+        parse=parsing.parse_duration,
     )
     seed: int = setting(0, "Seed of everything random.", STAGES)
     storage: str = setting("", "Optuna storage URL; default OUT/study.db.", (SEARCH,))
@@ -135,14 +127,14 @@ class Settings:
         None,
         "Start from this checkpoint (state dict) instead of from scratch.",
         (SENSITIVITY, VERIFICATION),
-        parse=parse_path,
+        parse=parsing.parse_path,
     )
     sensitivity: Path | None = setting(
         None,
         "Use this sensitivity.json instead of measuring.",
         (SENSITIVITY,),
         commands=(),
-        parse=parse_path,
+        parse=parsing.parse_path,
     )
     parallel: str = setting(
         "",
@@ -190,7 +182,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would come to nothing."""
-        # Who makes the batches, then what each target can tell.
         if (self.batch or self.sequence) and not self.config:
             raise WorkloadError(
                 "--batch and --sequence are for a workload that is a transformers config, but it "
@@ -210,7 +201,7 @@ class Settings:
         if self.parallel:
             from autoprec.predict.parallel import parse_parallel
 
-            parse_parallel(self.parallel)
+            parse_parallel(self.parallel)  # a malformed text ends the run here
         if self.meta and self.is_local:
             raise DeviceError(
                 "--meta needs a device profile as its target, since nothing is run that could be "
@@ -247,9 +238,7 @@ class Settings:
     @property
     def fp8_options(self) -> "tuple[Option, ...]":
         """The FP8 options that a plan may take: those of the recipes that can be applied."""
-        from autoprec.records import fp8_option
-
-        return tuple(fp8_option(r) for r in self.recipes if r in APPLICABLE_RECIPES)
+        return tuple(o for o in self.measured_options if o.recipe in APPLICABLE_RECIPES)
 
     @property
     def measured_options(self) -> "tuple[Option, ...]":
