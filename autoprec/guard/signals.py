@@ -101,6 +101,4 @@ class RunningBand:
 
     def restore(self, values: Sequence[float], run: int) -> None:
         """Go on from saved values."""
-        self.values.clear()
-        self.values.extend(values)
-        self.run = run
+        self.values, self.run = deque(values, maxlen=self.values.maxlen), run

@@ -199,8 +199,6 @@ class Guard(AbstractContextManager["Guard"]):
         out = {name for name, demotion in self.demoted.items() if not demotion.is_promoted}
         return tuple(name for name in self.layers if name in out)
 
-    # --- one step --------------------------------------------------------------------------------
-
     def _alarms(self, signals: Signals) -> Iterator[tuple[EventKind, Names]]:
         """Yield what is wrong with a step and the layers suspected, up to what makes it bad."""
         rows, norm = self._rows(signals), signals.grad_norm
@@ -277,16 +275,10 @@ class Guard(AbstractContextManager["Guard"]):
             self._last_alarm = self.steps
             self._loss.run = self._norm.run = 0
         moved = f"; {first_and_more(demoted)} moved to BF16" if demoted else ""
-        self._note(
-            kind,
-            f"{reason}{moved}{'; step skipped' if is_skipped else ''}",
-            demoted,
-            is_skipped=is_skipped,
-            loss=signals.loss if math.isfinite(signals.loss) else None,  # JSON has no NaN
-            grad_norm=signals.grad_norm if math.isfinite(signals.grad_norm) else None,
-        )
-
-    # --- layers out and back ---------------------------------------------------------------------
+        text = f"{reason}{moved}{'; step skipped' if is_skipped else ''}"
+        numbers = {"loss": signals.loss, "grad_norm": signals.grad_norm}
+        finite = {name: x for name, x in numbers.items() if math.isfinite(x)}  # JSON has no NaN
+        self._note(kind, text, demoted, is_skipped=is_skipped, **finite)
 
     def _demote(self, names: Names) -> Names:
         """Take layers out of FP8, all of them at the last allowed time; return those that are."""

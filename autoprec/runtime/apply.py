@@ -47,8 +47,9 @@ def apply(
     *,
     group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Model, AnyOptimizer]:
-    """Make `model` run as the plan says, and `optimizer` train FP32 masters; both in place.
+    """Make `model` run as the plan says, and `optimizer` train FP32 masters; return both.
 
+    Both are changed in place.
     Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
     into the optimizer. An optimizer made later is attached with `attach_optimizer`. Frozen
     parameters that become BF16 keep no FP32 copy. Where `torch.distributed` runs, every rank calls
@@ -60,9 +61,6 @@ def apply(
         model: what the training step calls; `torch.compile`d or not.
         optimizer: any `torch.optim` optimizer of the model.
         group: the ranks that hold this model, if not all do (the stages of a pipeline).
-
-    Returns:
-        The same two objects.
 
     Raises:
         RecordError: the file is no plan.
@@ -81,23 +79,9 @@ def apply(
     """
     inner = unwrapped(model)
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
-    with contextlib.ExitStack() as on_error:
-        try:
-            plan = plan if isinstance(plan, Plan) else Plan.load(plan)
-            installed = _install(plan, inner, optimizer)
-            on_error.callback(installed.undo)
-            masters = masters_of(inner)
-            if optimizer is not None:
-                on_error.callback(detach_optimizer, optimizer)
-                attach(masters, optimizer)
-        except AutoprecError as error:
-            agree(str(error), device=device, group=group)  # raises if there are other ranks
-            raise
-        agree(plan, device=device, group=group)
-        on_error.pop_all()  # every rank has the plan: it stays
-    for parameter in masters.values:
-        if not parameter.requires_grad:  # nobody trains it, so nobody needs an FP32 copy
-            masters.values[parameter] = None
+    plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
+    masters = masters_of(inner)
+    masters.values |= {p: None for p in masters.values if not p.requires_grad}  # nobody trains them
     keep_exact_loads(inner, masters)
     watch_optimizers()
     _warn_of_differences(plan, device)
@@ -177,6 +161,30 @@ def master_view(model: nn.Module) -> nn.Module:
     return view
 
 
+def _install_on_all_ranks(
+    plan: Plan | Path | str,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    device: torch.device,
+    group: "dist.ProcessGroup | None",
+) -> tuple[Plan, Installed]:
+    """Read and install the plan, or undo it where one rank of the group could not."""
+    with contextlib.ExitStack() as on_error:
+        try:
+            plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+            installed = _install(plan, model, optimizer)
+            on_error.callback(installed.undo)
+            if optimizer is not None:
+                on_error.callback(detach_optimizer, optimizer)
+                attach(masters_of(model), optimizer)
+        except AutoprecError as error:
+            agree(str(error), device=device, group=group)  # raises if there are other ranks
+            raise
+        agree(plan, device=device, group=group)
+        on_error.pop_all()  # every rank has the plan: it stays
+    return plan, installed
+
+
 def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Installed:
     """Check everything, then make the model run the plan."""
     found = model_layers(model)
@@ -185,12 +193,8 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     if optimizer is not None:
         check_optimizer(model, optimizer)
     names = {plain_name(name): name for name in found.modules}
-    return install_options(
-        model,
-        {names[layer.name]: layer.option for layer in plan.layers},
-        uncovered=found.uncovered,
-        layers=found.modules,
-    )
+    options = {names[layer.name]: layer.option for layer in plan.layers}
+    return install_options(model, options, uncovered=found.uncovered, layers=found.modules)
 
 
 def _warn_of_differences(plan: Plan, device: torch.device) -> None:

@@ -34,7 +34,6 @@ from autoprec.runtime.activations import (
     option_dtype,
 )
 
-Forward = Callable[..., Any]
 ModuleClass = type[nn.Module]
 Maker = TypeVar("Maker", bound=Callable[..., ModuleClass])
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
@@ -67,8 +66,7 @@ def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype
         return run(self, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:
-        own = base.extra_repr(self)
-        return f"{own}{', ' if own else ''}{option.key}"
+        return ", ".join(filter(None, (base.extra_repr(self), option.key)))
 
     # All that the class needs is in it: `type(...)` gets the settings as attributes.
     body: dict[str, Any] = {"forward": cast_forward, "extra_repr": extra_repr}
@@ -77,9 +75,8 @@ def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype
         # torchao makes instances, not classes: what its constructor sets is read off a template,
         # on meta so that nothing is drawn.
         torchao_linear = import_torchao().float8_linear.Float8Linear
-        template = torchao_linear.from_float(
-            nn.Linear(1, 1, bias=False, device="meta"), float8_config(option)
-        )
+        smallest = nn.Linear(1, 1, bias=False, device="meta")
+        template = torchao_linear.from_float(smallest, float8_config(option))
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
@@ -128,7 +125,7 @@ def _new_module(maker: Callable[..., ModuleClass], settings: tuple[Any, ...]) ->
     return module
 
 
-def _fp8_forward() -> Forward:
+def _fp8_forward() -> Callable[..., Any]:
     """Return torchao's forward, with BF16 where FP8 is switched off or has nothing to do.
 
     A last batch whose M is no multiple of 16 gets rows of zeros, which change no scale and no

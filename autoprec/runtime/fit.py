@@ -141,10 +141,7 @@ def uniform_plan(
 ) -> Plan:
     """Return a plan without a search: `option` in every layer that can take it, else `bf16_o2`.
 
-    Args:
-        model: as it is trained.
-        option: an option or its key, e.g. `fp8_o1:rowwise`.
-        others: layers that get another option, by name.
+    An option may be given by its key, e.g. `fp8_o1:rowwise`; `others` are those of layers by name.
     """
     wanted = Option.parse(option) if isinstance(option, str) else option
     found = model_layers(model)

@@ -99,15 +99,13 @@ def gathered_dtype(layer: nn.Module) -> str:
 
 
 def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # Any: a linear
-    if option.recipe is not Recipe.TENSORWISE:
-        return f"{option.recipe} scales"
-    if option.gemms_hp:
-        return f"{', '.join(option.gemms_hp)} in BF16"
-    if owners[layer.weight] > 1:
-        return "its weight is shared"
-    if type(layer.weight) is not nn.Parameter:
-        return f"its weight is a {type(layer.weight).__name__}"
-    return ""
+    reasons = {
+        f"{option.recipe} scales": option.recipe is not Recipe.TENSORWISE,
+        f"{', '.join(option.gemms_hp)} in BF16": option.gemms_hp,
+        "its weight is shared": owners[layer.weight] > 1,
+        f"its weight is a {type(layer.weight).__name__}": type(layer.weight) is not nn.Parameter,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,10 @@ def verify_applied(
     checks = check_applied(model, batch, loss_fn=loss_fn)
     wrong = [check for check in checks if not check.is_good]
     if wrong:
+        listed = "; ".join(f"{check.name!r} {check.detail}" for check in wrong)
         raise PlanMismatchError(
             f"what runs must be what the plan says, but {len(wrong)} of {len(checks)} layers "
-            "differ: "
-            + "; ".join(f"{check.name!r} {check.detail}" for check in wrong)
-            + "; look for code that casts or replaces these layers"
+            f"differ: {listed}; look for code that casts or replaces these layers"
         )
     return checks
 
@@ -198,8 +197,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put gradients, buffers and random number generators back at the end."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    for parameter in gradients:
-        parameter.grad = None
+    model.zero_grad()
     try:
         with random_state_kept():
             yield
@@ -279,7 +277,7 @@ class _LayerRecorder:
 
 
 def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Module) -> str:
-    """Return which GEMM of a linear's backward it was, by the shape of its result."""
+    """Return the name with the GEMM of a linear's backward that it was, by its result's shape."""
     if packet not in GEMMS or not isinstance(layer, nn.Linear):
         return seen
     first, second = (args[position] for position in OPERANDS[packet])

@@ -21,8 +21,6 @@ from autoprec.common.text import first_and_more, short_digest
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Plan
 
-MOST_RANKS = 8  # that an error lists
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -81,7 +79,7 @@ def check_answers(answers: Sequence[Answer]) -> None:
 
 
 def _listed(ranks: Mapping[int, str]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {first_and_more(ranks, most=MOST_RANKS)}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_and_more(ranks, most=8)}"
 
 
 def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
