@@ -155,7 +155,7 @@ class Guard(AbstractContextManager["Guard"]):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:  # Any: JSON values
-        """Return what the guard remembers, to be saved with model and optimizer."""
+        """Return the memory of the guard, to be saved with model and optimizer."""
         return GuardState(
             step=self.steps,
             demotions=self.demotions,

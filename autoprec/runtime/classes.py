@@ -181,7 +181,7 @@ def autocast_off() -> Iterator[None]:
 def own_class(module: nn.Module) -> ModuleClass:
     """Return the module's class without what this module made of it."""
     cls = type(module)
-    while "autoprec_base" in vars(cls):
+    while is_made_here(cls):
         cls = vars(cls)["autoprec_base"]
     return cls
 

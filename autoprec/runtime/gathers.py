@@ -180,7 +180,7 @@ class Fp8Shard(Tensor):
     def fsdp_pre_all_gather(
         self, mesh: "DeviceMesh", size: torch.Size, _stride: object, layer: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor], Sent]:  # Any: one of our FP8 layers; FSDP's policy
-        """Return what FSDP sends of this shard: FP8, with as many rows as the other ranks' have."""
+        """Return the FP8 that FSDP sends of this shard, in as many rows as on other ranks."""
         if mp_policy.param_dtype not in (None, torch.bfloat16):
             raise PlanMismatchError(
                 "FP8 gathers start from the BF16 weights of the plan, but fully_shard's mp_policy "
@@ -223,7 +223,7 @@ def _padded(shard: Tensor, size: torch.Size, mesh: "DeviceMesh") -> Tensor:
     rows = -(-size[0] // mesh.size())
     if shard.shape[0] == rows:
         return shard
-    padded = torch.zeros(rows, *size[1:], dtype=shard.dtype, device=shard.device)
+    padded = shard.new_zeros(rows, *size[1:])
     padded[: shard.shape[0]].copy_(shard)
     return padded
 

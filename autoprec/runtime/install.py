@@ -192,7 +192,7 @@ def _option_refusal(layer: nn.Module, option: Option) -> str:
 
 
 def _plan_storage(layers: Mapping[str, nn.Module], options: Mapping[str, Option]) -> Storage:
-    """Return what the layers' parameters become; tied layers must agree."""
+    """Return the storage of the layers' parameters; tied layers must agree."""
     storage: Storage = {}
     for name, option in options.items():
         layer = layers[name]

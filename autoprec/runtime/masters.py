@@ -107,9 +107,8 @@ class Masters:
         for name, parameter in model.named_parameters():
             if parameter.dtype is not torch.bfloat16 or parameter in self.values:
                 continue
-            old = self.names.get(name)
-            master = None if old is None else self.values.pop(old, None)
-            self.values[parameter] = _carried(master, parameter)
+            old = self.names.get(name, parameter)  # that is not among the values
+            self.values[parameter] = _carried(self.values.pop(old, None), parameter)
             self.agreed[parameter] = _stamp(parameter)
             self.names[name] = parameter
 

@@ -123,7 +123,7 @@ def verify_applied(
 def check_applied(
     model: nn.Module, batch: Any = None, *, loss_fn: LossFn | None = None
 ) -> tuple[Check, ...]:
-    """Return what `verify_applied` proves as one check per layer, good or not."""
+    """Return the proof of `verify_applied` as one check per layer, good or not."""
     inner = unwrapped(model)
     options = masters_of(inner).options
     layers = find_layers(inner)
