@@ -153,11 +153,11 @@ def _profile_lines(profile: "DeviceProfile") -> list[str]:
 
 
 def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
+    mode = "compiled" if prediction.compiled else "eager"
     names = "".join(f"{name:>{width}}" for name, width in COLS.items())
     lines = [
         f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "
-        f"{prediction.recipe}, "
-        f"{'compiled' if prediction.compiled else 'eager'}, {prediction.basis}",
+        f"{prediction.recipe}, {mode}, {prediction.basis}",
         f"{'ms':<6}{names}  (80 % interval)",
     ]
     for label, arm in (("BF16", prediction.bf16), ("FP8", prediction.fp8)):

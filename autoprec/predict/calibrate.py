@@ -66,11 +66,9 @@ def calibrate_profile(
     Raises:
         DeviceError: a measured constant lies outside what is believable.
     """
-    found = dict(measured.facts)
-    bandwidth = base.value("memory_bandwidth_tbs")
-    found["memory_bandwidth_tbs"] = max(bandwidth, measured.copied_tbs)
-    found["memory_fraction"] = measured.copied_tbs / found["memory_bandwidth_tbs"]
-    found["kernel_floor_us"] = measured.empty_us
+    bandwidth = max(base.value("memory_bandwidth_tbs"), measured.copied_tbs)
+    found = dict(measured.facts, memory_bandwidth_tbs=bandwidth, kernel_floor_us=measured.empty_us)
+    found["memory_fraction"] = measured.copied_tbs / bandwidth
     # Floors and bandwidth come first: the fractions are what they leave unexplained.
     found |= {KERNELS[k].floor: us for k, us in measured.small.items() if k in FLOORS}
     machine = replace(base.machine, **found)
@@ -78,14 +76,13 @@ def calibrate_profile(
         fractions = [solve_fraction(machine, kernel, shape, us) for shape, us in times.items()]
         found[KERNELS[kernel].fraction] = statistics.median(fractions)
     found |= cast_constants(machine, measured)
-    made = {name: _constant(name, value, source) for name, value in found.items()}
     return base.model_copy(
         update={
             "name": title.lower().replace(" ", "-"),
             "title": title,
             "aliases": (),
             "basis": Basis.MEASURED,
-            "constants": base.constants | made,
+            "constants": base.constants | {n: _constant(n, v, source) for n, v in found.items()},
             "notes": (f"what was not measured is of {base.name}",),
         }
     )
@@ -112,8 +109,7 @@ def cast_constants(machine: Machine, measured: Measured) -> dict[str, float]:
         found[f"{recipe}_cast_bytes"] = us_per_element * machine.bytes_per_us
         kernels = max(fixed_us / machine.kernel_floor_us, 1.0)  # something was launched
         found[f"{recipe}_cast_kernels"] = OPERANDS * kernels
-    eager = measured.eager
-    if eager is not None:
+    if (eager := measured.eager) is not None:
         moving_us = max(eager.large_us - eager.kernels * machine.kernel_floor_us, 0.0)
         found["eager_cast_bytes"] = moving_us * machine.bytes_per_us / eager.large_elements
         found["eager_cast_kernels"] = float(OPERANDS * eager.kernels)

@@ -41,7 +41,7 @@ class RecipeCost:
     `cast` gives the bytes per element of an operand's casts, and the kernels of all.
     `multiple` is what K and N must be multiples of, and M where grad_weight runs in FP8.
     `fixed_kernels` replaces the kernel count whichever GEMMs run; 0: it follows the operands.
-    `weight_transposed_bytes` is what the weight's transposed cast costs where it is another.
+    `transposed_bytes` is what the weight's transposed cast costs where it is another.
     """
 
     output: Kernel
@@ -50,45 +50,41 @@ class RecipeCost:
     shares_amax: bool = False
     multiple: int = FP8_MULTIPLE
     fixed_kernels: float = 0.0
-    weight_transposed_bytes: Callable[[Machine], float] | None = None
+    transposed_bytes: Callable[[Machine], float] | None = None
 
 
 _TENSORWISE = RecipeCost(
     output=Kernel.FP8_FAST,
     backward=Kernel.FP8_SLOW,
-    cast=lambda machine: (machine.tensorwise_cast_bytes, machine.tensorwise_cast_kernels),
+    cast=lambda m: (m.tensorwise_cast_bytes, m.tensorwise_cast_kernels),
     shares_amax=True,
 )
 _ROWWISE = RecipeCost(
     output=Kernel.FP8_ROWWISE,
     backward=Kernel.FP8_ROWWISE,
-    cast=lambda machine: (machine.rowwise_cast_bytes, machine.rowwise_cast_kernels),
+    cast=lambda m: (m.rowwise_cast_bytes, m.rowwise_cast_kernels),
 )
 _BLOCKWISE = RecipeCost(
     output=Kernel.FP8_BLOCK,
     backward=Kernel.FP8_BLOCK,
-    cast=lambda machine: (machine.block_cast_bytes, BLOCK_KERNELS),
+    cast=lambda m: (m.block_cast_bytes, BLOCK_KERNELS),
     multiple=128,  # torchao's kernels take whole blocks
 )
 RECIPE_COSTS: dict[Recipe, RecipeCost] = {
     Recipe.TENSORWISE: _TENSORWISE,
     Recipe.ROWWISE: _ROWWISE,
     Recipe.ROWWISE_WITH_GW_HP: replace(
-        _ROWWISE,
-        fixed_kernels=GW_HP_KERNELS,
-        weight_transposed_bytes=lambda machine: machine.tensorwise_cast_bytes,
+        _ROWWISE, fixed_kernels=GW_HP_KERNELS, transposed_bytes=lambda m: m.tensorwise_cast_bytes
     ),
     Recipe.DELAYED: replace(  # no pass over the operand for its amax before the cast
         _TENSORWISE,
-        cast=lambda machine: (
-            max(machine.tensorwise_cast_bytes - machine.amax_bytes, 1.0),
-            max(machine.tensorwise_cast_kernels - 1, 1.0),
+        cast=lambda m: (
+            max(m.tensorwise_cast_bytes - m.amax_bytes, 1.0),
+            max(m.tensorwise_cast_kernels - 1, 1.0),
         ),
     ),
     Recipe.BLOCKWISE: _BLOCKWISE,
-    Recipe.MXFP8: replace(
-        _BLOCKWISE, cast=lambda machine: (machine.mx_cast_bytes, BLOCK_KERNELS), multiple=32
-    ),
+    Recipe.MXFP8: replace(_BLOCKWISE, cast=lambda m: (m.mx_cast_bytes, BLOCK_KERNELS), multiple=32),
 }
 
 
@@ -110,12 +106,11 @@ def cast_us(
     of_input = share(Gemm.OUTPUT, Gemm.GRAD_WEIGHT)
     of_weight = share(Gemm.OUTPUT, Gemm.GRAD_INPUT)
     of_grad = share(Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT)
-    kernels = kernels * (of_input + of_weight + of_grad) / 3
+    fixed = cost.fixed_kernels if compiled else 0.0
+    kernels = fixed or kernels * (of_input + of_weight + of_grad) / 3
     per_weight = of_weight * per_element
-    if compiled and cost.weight_transposed_bytes is not None:
-        per_weight = direct * per_element + (1 - direct) * cost.weight_transposed_bytes(machine)
-    if compiled and cost.fixed_kernels:
-        kernels = cost.fixed_kernels
+    if compiled and cost.transposed_bytes is not None:
+        per_weight = direct * per_element + (1 - direct) * cost.transposed_bytes(machine)
     # Traffic at streaming speed, and a floor for each kernel; eager launches can take longer.
     moved = (
         of_input * per_element * machine.cast_share_input * M * K

@@ -88,8 +88,7 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         if rereads:  # the operand of the shorter side, with each wave
             along, beside = (rows, columns) if M <= N else (columns, rows)
             side = min(down if M <= N else across, machine.sm_count)
-            read = waves * (side * along + machine.sm_count / side * beside) * K
-            traffic = max(traffic, read)
+            traffic = max(traffic, waves * (side * along + machine.sm_count / side * beside) * K)
         moved = traffic / machine.bytes_per_us
         best = min(best, max(compute, moved) + machine.overlap_share * min(compute, moved))
     floor: float = getattr(machine, traits.floor)

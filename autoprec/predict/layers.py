@@ -74,8 +74,7 @@ def element_bytes(option: Option) -> int:
 
 def predicted(us: float, machine: Machine) -> Timing:
     """Return microseconds as a predicted timing with its interval."""
-    spread = math.exp(machine.time_error)
-    ms = us / 1e3
+    ms, spread = us / 1e3, math.exp(machine.time_error)
     ends = {"p20_ms": ms / spread, "p80_ms": ms * spread}
     return Timing(median_ms=ms, **ends, samples=0, basis=Basis.PREDICTED)
 

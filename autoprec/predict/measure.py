@@ -180,11 +180,10 @@ def time_eager_casts(meter: Meter, operands: Operands, recipe: Recipe) -> CastTi
     cast = casts_of(recipe)
     with traced() as trace:
         cast(small)
-    kernels = len(trace.operations)
     large_us = meter.time_one(partial(cast, large))
     launches = repeated(partial(cast, small), SHORT_CALLS)
     small_us = meter.launched({"cast": launches})["cast"] / SHORT_CALLS
-    return CastTimes(large_us, small_us, large.numel(), small.numel(), kernels)
+    return CastTimes(large_us, small_us, large.numel(), small.numel(), len(trace.operations))
 
 
 def casts_of(recipe: Recipe) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

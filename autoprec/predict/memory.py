@@ -37,9 +37,10 @@ def _sharding(profile: Profile, states: int, saved: int) -> str:
     """Return the `--parallel` under which the parts that are counted fit."""
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     room, full = profile.device.memory_bytes, replace(parallel, recomputed=1.0)
-    ways = [f"recompute (--parallel {full})"] if states < room else []
-    if saved < room:
-        ways.insert(0, f"shard further ({_sharded(parallel, states / (room - saved))})")
+    ways = (
+        [f"shard further ({_sharded(parallel, states / (room - saved))})"] if saved < room else []
+    )
+    ways += [f"recompute (--parallel {full})"] if states < room else []
     return " or ".join(ways) or f"shard further and recompute ({_sharded(full, states / room)})"
 
 

@@ -10,19 +10,10 @@ from autoprec.predict.linear import recipe_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm, unsplit_note
 from autoprec.predict.registry import profile_digest
 from autoprec.predict.step import autocast_extra_us, first_fp8, gather_savings_us, step_times
+from autoprec.records import Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming
 from autoprec.records.devices import DeviceProfile
-from autoprec.records.model import (
-    BF16_O2,
-    FP32,
-    Basis,
-    LayerKind,
-    LayerSpec,
-    ModelSpec,
-    Option,
-    fp8_option,
-    with_gemms_hp,
-)
+from autoprec.records.model import BF16_O2, FP32, fp8_option, with_gemms_hp
 
 logger = logging.getLogger(__name__)
 PLAIN_LINEAR = "torch.nn.modules.linear.Linear"

@@ -23,7 +23,6 @@ LONGEST_NAME = 100  # letters; a longer text is no name, and may be no file name
 _PACKAGE = Path(__file__).parent.parent
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib|w|tb/s)\b")
 _WORD = re.compile(r"\d+\.\d+tb/s|[a-z0-9]+(?:\.\d+)?")
-_PARENTHESES = re.compile(r"\([^)]*\)")
 _EMPTY_WORD = re.compile(
     "nvidia|geforce|amd|instinct|tesla|gpu|accelerator|tensor|core|the|of|x|devices?|card|hbm2|hbm2e"
     "|hbm3|hbm3e|gddr6|gddr7|blackwell|hopper|ada|lovelace|generation|server|workstation|edition"
@@ -93,7 +92,7 @@ def find_profile(text: str) -> DeviceProfile:
         DeviceError: it means none.
     """
     profiles = list_device_profiles()
-    for reading in (device_words(text), device_words(_PARENTHESES.sub(" ", text))):
+    for reading in (device_words(text), device_words(re.sub(r"\([^)]*\)", " ", text))):
         for profile in profiles:
             capacity = f"{profile.value('memory_capacity_gb'):.0f}gb"
             if _spellings(profile) & {reading, reading - {capacity}}:

@@ -201,9 +201,8 @@ def _tensor_parallel_us(
     activations' dtype. Recomputation repeats the forward.
     """
     machine, parallel = setting.machine, setting.parallel
-    is_cast = any(gathers_fp8(option, parallel) for option in chosen.values())
     scatter = element_bytes(activation)
-    gather = 1 if is_cast else scatter
+    gather = 1 if any(gathers_fp8(option, parallel) for option in chosen.values()) else scatter
     forwards = 1 + parallel.recomputed
     moved = 0.0
     seen: set[tuple[str, str]] = set()

@@ -93,8 +93,8 @@ def unknown_sensitivity(spec: ModelSpec) -> Sensitivity:
 
 def sensitivity_basis(sensitivity: Sensitivity) -> Basis:
     """Return the basis of a sensitivity: the weakest that most of its rows have."""
-    bases = [row.basis for row in sensitivity.rows]
-    if bases and all(basis is Basis.UNKNOWN for basis in bases):
+    bases = {row.basis for row in sensitivity.rows}
+    if bases == {Basis.UNKNOWN}:
         return Basis.UNKNOWN
     return Basis.TRANSFERRED if Basis.TRANSFERRED in bases else Basis.MEASURED
 
@@ -103,11 +103,10 @@ def default_locks(layers: Sequence[LayerSpec]) -> dict[str, str]:
     """Return the linears to keep out of FP8 while nothing is known of them, and why."""
     called = [layer for layer in layers if layer.kind is LayerKind.LINEAR and layer.calls]
     embeddings = {layer.name for layer in layers if layer.kind is LayerKind.EMBEDDING}
-    last = called[-1].name if called else ""
     rest = f"stays out of FP8 while its gradient error is unknown ({SOURCE})"
     locks: dict[str, str] = {}
     for layer in called:
-        is_head = role_of(layer) is Role.HEAD or layer.tied_to in embeddings or layer.name == last
+        is_head = role_of(layer) is Role.HEAD or layer.tied_to in embeddings or layer is called[-1]
         if is_head or _is_router(layer):
             locks[layer.name] = f"{'the output head' if is_head else 'a router'} {rest}"
     return locks
