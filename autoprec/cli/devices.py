@@ -73,7 +73,7 @@ def devices_predict(
     """Predict a linear layer, forward and backward, in BF16 and FP8."""
     from autoprec.predict import load_device_profile, predict_linear
 
-    if csv is not None:
+    if csv is not None:  # the file says shapes, and which device where NAME does not
         if shape or as_json:
             raise DeviceError(
                 "--csv FILE takes its shapes from the file and prints CSV, but "

@@ -111,6 +111,7 @@ def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Marku
     if seen.empty:
         return Markup("")
     low, high = seen["grad_error"].min() / 1.5, seen["grad_error"].max() * 1.6
+    # Errors of layers span orders of magnitude, hence the log scale; one line per layer.
     x = Scale(low, high, 270.0, WIDTH - 30.0, is_log=True)
     bottom = 16.0 + 20.0 * len(top)
     label = "gradient error (log scale), with its standard error"
@@ -149,6 +150,7 @@ def gap_figure(verification: Verification) -> Markup:
         svg.marker(x(0.0), 24.0, 130.0, "FP32", kind="zero"),
         svg.marker(x(tolerance), 24.0, 130.0, words, kind="limit"),
     ]
+    # Each branch has its interval on one line, and the seeds below it.
     titles = {"bf16_o2": "BF16 O2 (control)", "plan": "this plan"}
     for y, (label, gap) in zip((52.0, 100.0), gaps.items(), strict=True):
         kind = f"b-{label}"

@@ -108,7 +108,7 @@ def option(option: Option | str | None) -> str:
 
 
 def precision_counts(options: Sequence[Option]) -> dict[Precision, int]:
-    """Return how many of a plan's layers are in each precision."""
+    """Return the numbers of a plan's layers in each precision."""
     return {precision: sum(o.precision is precision for o in options) for precision in Precision}
 
 

@@ -165,7 +165,7 @@ def _layer_facts(run: RunRecords) -> Iterator[Row]:
     for name in dict.fromkeys((*specs, *plan, *(effect.name for effect in _effects(run)))):
         row: Row = {"name": name, "kind": LayerKind.OTHER.value}
         row |= {"type": "", "shape": "", "reason": ""}
-        if chosen := plan.get(name):
+        if chosen := plan.get(name):  # what the spec knows better overwrites it below
             row |= {
                 "kind": chosen.kind.value,
                 "shape": _shape(chosen.shapes),

@@ -34,7 +34,7 @@ def plan_html(plan: Plan) -> str:
 
 
 def run_html(records: RunRecords) -> str:
-    """Return what a run found as a fragment of HTML, for a notebook."""
+    """Return the findings of a run as a fragment of HTML, for a notebook."""
     found = summarise_run(records)
     rows = _by_option(found)
     rest = sum(row["layers"] for row in rows[MOST_ROWS:])

@@ -26,7 +26,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def _shown(value: object) -> object:
-    """Return what a template prints for a value; None is unknown, text is cleaned."""
+    """Return the text that a template prints for a value; None is unknown, text is cleaned."""
     if value is None:
         return formats.UNKNOWN
     if isinstance(value, str) and not isinstance(value, Markup):

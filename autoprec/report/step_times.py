@@ -72,7 +72,7 @@ class Speedup:
 
 
 def spread_title(steps: Iterable[Step]) -> str:
-    """Return what `low_ms` to `high_ms` of some steps is: of samples, of a prediction, of both."""
+    """Return the name of the range `low_ms` to `high_ms`: of samples, of a prediction, of both."""
     sampled = {step.samples > 0 for step in steps if step.low_ms is not None}
     if sampled == {False}:
         return "80 % interval"
@@ -120,7 +120,7 @@ def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
 
 
 def _shared_ms(run: RunRecords) -> float:
-    """Return how much of a predicted plan's step is the same in a BF16 baseline."""
+    """Return the part of a predicted plan's step that is the same in a BF16 baseline."""
     plan = run.plan
     if plan is None or plan.predicted is None or plan.fingerprint.time_basis is Basis.MEASURED:
         return 0.0

@@ -221,7 +221,7 @@ def _unmeasured(run: RunRecords) -> Iterator[str]:
 
 
 def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
-    """Return what FP8 can gain over BF16 O2 at most, or None when no layer or step was timed."""
+    """Return the most that FP8 can gain over BF16 O2, or None when no layer or step was timed."""
     baseline = plan_steps(run).get("bf16_o2")
     if run.profile is None or baseline is None or baseline.ms <= 0.0:
         return None
@@ -238,7 +238,7 @@ def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
 
 
 def _verdict_sentence(run: RunRecords) -> str:
-    """Return what is proven of the plan's loss."""
+    """Return the sentence about the proof of the plan's loss."""
     proof = run.verification or (run.plan.certificate if run.plan else None)
     if proof is None or proof.verdict is Verdict.NOT_RUN:
         return "not verified: no training was compared; run `autoprec verify`"

@@ -8,7 +8,7 @@ from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
 
 
 def recipe_table(sensitivity: Sensitivity) -> Table:
-    """Return what each FP8 recipe costs in convergence: FP8 wherever it goes, BF16 elsewhere."""
+    """Return the cost in convergence of each FP8 recipe: FP8 wherever it goes, BF16 elsewhere."""
     rows = []
     for option in dict.fromkeys(row.option for row in sensitivity.rows):
         if not option.is_fp8 or option.gemms_hp:
@@ -29,7 +29,7 @@ def recipe_table(sensitivity: Sensitivity) -> Table:
 
 
 def device_facts(device: DeviceFacts) -> dict[str, str]:
-    """Return what a device is, fact by fact."""
+    """Return the facts of a device, one by one."""
     return {
         "device": f"{device.name} ({device.kind} {device.capability})",
         "memory": formats.size(device.memory_bytes),

@@ -148,7 +148,7 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
 
 
 def _profile_parts(profile: Profile) -> list[Part]:
-    """Return what the options cost: the slowest layers first, alike ones together; whole steps."""
+    """Return the costs of the options: slowest layers first, alike ones together; whole steps."""
     found = summarise_run(RunRecords(profile=profile))
     folded = fold_layers(found.layers)
     folded = folded.sort_values("bf16_o2_total_ms", ascending=False, kind="stable")
@@ -273,7 +273,7 @@ def _verification_parts(verification: Verification) -> list[Part]:
 
 
 def _difference_parts(difference: Difference) -> list[Part]:
-    """Return what differs between two records, or that nothing does."""
+    """Return the differences of two records, or that there is none."""
     before, after = difference.before, difference.after
     if not difference.rows:
         return [Line(f"no difference between {before} and {after}")]
@@ -286,7 +286,7 @@ def _difference_parts(difference: Difference) -> list[Part]:
 
 
 def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
-    """Return what this machine can do."""
+    """Return the abilities of this machine."""
     device, is_healthy = diagnosis.device, diagnosis.is_healthy
     missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
     return [

@@ -61,7 +61,7 @@ def section(title: str) -> list[Part]:
 
 
 def notes(texts: Iterable[str]) -> list[Part]:
-    """Return what to know beside the numbers, line by line."""
+    """Return the notes that belong to the numbers, line by line."""
     return [Line(f"note: {text}", "dim") for text in texts]
 
 

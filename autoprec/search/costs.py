@@ -89,7 +89,7 @@ class Costs:
     communication: Communication | None = None
 
     def outside(self, options: Sequence[Option]) -> OutsideLayers:
-        """Return what a plan has outside its layers."""
+        """Return the time, error and bytes of a plan outside its layers."""
         return self.outside_fp32 if is_all_fp32(options) else self.outside_bf16
 
     def step_ms(self, options: Sequence[Option]) -> float:
@@ -165,7 +165,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
 
 
 def boundary_melements(layer: LayerSpec) -> float:
-    """Return how many million floating elements go in and out of a layer in one step."""
+    """Return the millions of floating elements that go in and out of a layer in one step."""
     return sum(call.count * _boundary_elements(layer, call) for call in layer.calls) / 1e6
 
 

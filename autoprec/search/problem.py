@@ -119,7 +119,7 @@ class Problem:
 
 
 def make_problem(costs: Costs, constraint: Constraint) -> Problem:
-    """Return what there is to choose under the keeps and the memory limit.
+    """Return the choices that the keeps and the memory limit leave.
 
     Raises:
         RecordError: a keep matches no layer.
