@@ -36,7 +36,17 @@ def test_one_list_of_names_in_all_the_docstring_and_for_the_type_checker() -> No
     assert _type_checker_sees() | _errors() == set(autoprec.__all__)
 
 
-HAVE_EXAMPLES = ("Plan", "apply", "master_view", "tune", "undo")
+HAVE_EXAMPLES = [
+    "Guard",
+    "Plan",
+    "apply",
+    "attach_optimizer",
+    "load_checkpoint",
+    "master_view",
+    "tune",
+    "undo",
+    "verify_applied",
+]
 
 
 @pytest.mark.parametrize("name", HAVE_EXAMPLES)

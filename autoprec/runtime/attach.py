@@ -71,7 +71,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         torch.float32
     """
     masters = masters_of(model)
-    check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)  # before anything is changed
     masters.refresh(model)
     keep_exact_loads(model, masters)
     check_gathers(model)

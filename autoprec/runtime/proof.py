@@ -111,7 +111,7 @@ def verify_applied(
     """
     checks = check_applied(model, batch, loss_fn=loss_fn)
     wrong = [check for check in checks if not check.is_good]
-    if wrong:
+    if wrong:  # all of them in one error: they often have one cause
         listed = "; ".join(f"{check.name!r} {check.detail}" for check in wrong)
         raise PlanMismatchError(
             f"what runs must be what the plan says, but {len(wrong)} of {len(checks)} layers "

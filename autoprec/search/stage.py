@@ -1,7 +1,8 @@
 """The stage: prices of every layer and option -> the plan to propose, and what was looked at."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
@@ -53,40 +54,49 @@ def search_plan(
     budget = grad_error_budget(sensitivity, constraint)
     if (found := exact(problem, budget)) is None:
         raise InfeasibleError(_infeasible(problem, budget))
-    exact_plan, bound_ms = found
+    exact_plan, _ = found
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
     # all that decides what a study's trials mean
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
     digest = short_digest(tables, budget, seed, evaluate is None)
-    started = clock()
+    end_s = math.inf if time_budget_s is None else clock() + time_budget_s
     with open_study(storage, study_name, tables=digest) as opened:
-        study = PlanStudy(
-            opened,
-            make_space(problem, plans),
-            budget=budget,
-            measure=evaluate,
-            seed=seed,
-            is_over=lambda: time_budget_s is not None and clock() - started >= time_budget_s,
-        )
+        space = make_space(problem, plans)
+        study = PlanStudy(opened, space, budget, evaluate, seed, lambda: clock() >= end_s)
         interacting, notes = explore(study, exact_plan)
         study.sample(trials, report=lambda done: progress("search: whole plans", done, trials))
     if (best := study.best) is None:
         raise InfeasibleError(_all_over_budget(study))
+    return _search_record(study, best, profile, found, plans, trials, interacting, notes)
+
+
+def _search_record(
+    study: PlanStudy,
+    best: SearchTrial,
+    profile: Profile,
+    found: tuple[Options, float],  # the exact plan, and the bound of any plan's step time
+    plans: Iterable[Options],
+    trials_asked: int,
+    interacting: tuple[str, ...],
+    notes: Sequence[str],
+) -> Search:
+    exact_plan, bound_ms = found
+    by_error = sorted(plans, key=study.problem.costs.grad_error)
     return Search(
         structure=profile.model.structure,
-        grad_error_budget=budget,
-        front=tuple(map(study.point, sorted(plans, key=problem.costs.grad_error))),
+        grad_error_budget=study.budget,
+        front=tuple(map(study.point, by_error)),
         exact=study.point(exact_plan),
         bound_ms=bound_ms,
         chosen=study.point(best.options),
         ranked=tuple(study.point(plan) for plan in _ranked(study, best)),
         trials=tuple(study.trials),
-        seed=seed,
+        seed=study.seed,
         step_equivalents=_step_equivalents(study, profile),
         duplicates_skipped=study.duplicates,
-        trials_asked=trials or None,
+        trials_asked=trials_asked or None,
         interacting=interacting,
-        notes=(*notes, *(_table_notes(study, best) if budget else ())),
+        notes=(*notes, *(_table_notes(study, best) if study.budget else ())),
     )
 
 
