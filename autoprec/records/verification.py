@@ -1,5 +1,6 @@
 """What training with a plan really did: paired branches, step times, and the verdict."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -44,6 +45,16 @@ class Branch(Record):
     diverged_at: NonNegativeInt | None
     curve: tuple[float, ...]
     eval_losses: tuple[float, ...] = ()
+
+
+def loss_gaps(branches: Iterable[Branch], label: str) -> dict[int, float]:
+    """Return the relative loss gap of each seed whose branch and reference were evaluated."""
+    losses = {(each.label, each.seed): each.eval_loss for each in branches}
+    return {
+        seed: (loss - reference) / abs(reference)
+        for (of, seed), loss in losses.items()
+        if of == label and loss is not None and (reference := losses.get(("reference", seed)))
+    }
 
 
 class BranchFile(FileRecord):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from markupsafe import Markup
 
 from autoprec.records import Basis, Option, Search, Verification
+from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
 from autoprec.report.formats import step_title
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
-from autoprec.report.tables import seed_gaps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ def step_figure(found: Summary) -> Markup:
         parts.append(svg.text(end, y + 18.0, words, kind="value"))
         if step.low_ms is not None and step.high_ms is not None:
             parts.append(svg.whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
-    if ceiling is not None and ceiling.at_peak:
+    if ceiling is not None:
         ms = ceiling.baseline.ms / ceiling.limit
         words = f"FP8's ceiling: {formats.ms(ms)} ms"
         parts.append(svg.marker(scale(ms), 18.0, bottom, words, kind="limit", tip=ceiling.sentence))
@@ -139,7 +139,7 @@ def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Marku
 def gap_figure(verification: Verification) -> Markup:
     """Return the paired gap of every seed, the intervals, zero and the tolerance."""
     gaps = {"bf16_o2": verification.control_gap, "plan": verification.gap}
-    seeds = {label: seed_gaps(verification, label) for label in gaps}
+    seeds = {label: loss_gaps(verification.branches, label) for label in gaps}
     tolerance = verification.loss_tolerance
     words = f"tolerance {formats.share(tolerance)}"
     ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]

@@ -43,25 +43,22 @@ MISSING = {
 class Ceiling:
     """How far FP8 can shorten a BF16 O2 step: `share` of it is in layers that can take FP8.
 
-    `limit` is the speedup that no plan can pass: were these layers to run at FP8's peak rate, or
-    to take no time at all where the device has no FP8 units (not `at_peak`), as a CPU. Everything
-    else in the step, from attention to the optimizer, is the same with FP8 as without.
+    `limit` is the speedup that no plan can pass: were these layers to run at FP8's peak rate, with
+    everything else in the step, from attention to the optimizer, as it is without FP8.
     """
 
     baseline: Step
     layers: int
     share: float
     limit: float
-    at_peak: bool
 
     @property
     def sentence(self) -> str:
         """The ceiling in words."""
-        peak = f"all of them at FP8's peak rate, {FP8_PEAK_RATIO:g}x BF16's"
         return (
             f"ceiling: {count_of(self.layers, 'FP8-eligible linear')}, {100 * self.share:.0f} % of "
             f"the BF16 O2 step => FP8 can gain at most {formats.ratio(self.limit)} "
-            f"({peak if self.at_peak else 'were they to take no time at all'})"
+            f"(all of them at FP8's peak rate, {FP8_PEAK_RATIO:g}x BF16's)"
         )
 
 
@@ -221,9 +218,11 @@ def _unmeasured(run: RunRecords) -> Iterator[str]:
 
 
 def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
-    """Return the most that FP8 can gain over BF16 O2, or None when no layer or step was timed."""
+    """Return the most that FP8 can gain over BF16 O2; None without FP8 units, or without times."""
     baseline = plan_steps(run).get("bf16_o2")
     if run.profile is None or baseline is None or baseline.ms <= 0.0:
+        return None
+    if run.profile.device.kind == "cpu":  # it has no FP8 rate that could be a limit
         return None
     specs = run.profile.model.layers
     names = [layer.name for layer in specs if any(option.is_fp8 for option in layer.options)]
@@ -232,9 +231,7 @@ def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
         return None
     # Amdahl's law: of a step of 1, `share` gets shorter
     share = min(part_ms / baseline.ms, 1.0)
-    at_peak = run.profile.device.kind != "cpu"
-    left = 1.0 - share + (share / FP8_PEAK_RATIO if at_peak else 0.0)
-    return Ceiling(baseline, len(names), share, 1.0 / left if left else float("inf"), at_peak)
+    return Ceiling(baseline, len(names), share, 1.0 / (1.0 - share + share / FP8_PEAK_RATIO))
 
 
 def _verdict_sentence(run: RunRecords) -> str:

@@ -1,6 +1,6 @@
 """What the page and the terminal both show, but for layers and steps."""
 
-from autoprec.records import APPLICABLE_RECIPES, BF16_O2, DeviceFacts, Sensitivity, Verification
+from autoprec.records import APPLICABLE_RECIPES, BF16_O2, DeviceFacts, Sensitivity
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN
 from autoprec.report.text_table import Table
@@ -38,16 +38,4 @@ def device_facts(device: DeviceFacts) -> dict[str, str]:
         "TF32": "allowed" if device.allow_tf32 else "off",
         "FP8 recipes": ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}",
         **device.software,
-    }
-
-
-def seed_gaps(verification: Verification, label: str) -> dict[int, float]:
-    """Return the relative gap of each seed whose branch and reference were evaluated."""
-    references = {b.seed: b.eval_loss for b in verification.branches if b.label == "reference"}
-    return {
-        branch.seed: (branch.eval_loss - reference) / abs(reference)
-        for branch in verification.branches
-        if branch.label == label
-        and branch.eval_loss is not None
-        and (reference := references.get(branch.seed))
     }

@@ -27,6 +27,7 @@ from autoprec.records import (
     Verdict,
     Verification,
 )
+from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN, and_more, count_of, step_title
 from autoprec.report.layer_frame import frame_rows
@@ -34,7 +35,7 @@ from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, spread_title
 from autoprec.report.summary import Summary, apply_line, profile_notes, summarise_run
-from autoprec.report.tables import device_facts, recipe_table, seed_gaps
+from autoprec.report.tables import device_facts, recipe_table
 from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
 from autoprec.sensitivity.gap import HORIZON_STEPS
 
@@ -256,7 +257,7 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
 
 def _verification_parts(verification: Verification) -> list[Part]:
     """Return the seeds, the gaps and the verdict."""
-    gaps = {b.label: seed_gaps(verification, b.label) for b in verification.branches}
+    gaps = {b.label: loss_gaps(verification.branches, b.label) for b in verification.branches}
     rows = []
     for branch in verification.branches:
         loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)

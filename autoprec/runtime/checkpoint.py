@@ -91,11 +91,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path | str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    guard: "Stateful | None" = None,
+    path: Path | str, model: nn.Module, optimizer: Optimizer, *, guard: "Stateful | None" = None
 ) -> dict[str, Any]:  # Any: what was given to save_checkpoint
     """Load what `save_checkpoint` wrote, into a model and optimizer to which the plan was applied.
 

@@ -10,7 +10,6 @@ replay          a layer run again alone, on what went through it
 casts           what the recipes do to an operand, in plain arithmetic
 delayed         delayed scaling, emulated where it is asked for
 gemm            FP8 GEMMs on a CPU, fast
-estimates       per-batch numbers -> estimates with standard errors
 gap             from a gradient error to a loss gap, and back
 
 Importing this package imports no torch: `gap` can be had without it.

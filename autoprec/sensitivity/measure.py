@@ -22,9 +22,8 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.runtime import install_options
-from autoprec.sensitivity.estimates import DIVERGED
 from autoprec.sensitivity.local import list_cells
-from autoprec.sensitivity.reference import Reference
+from autoprec.sensitivity.reference import DIVERGED, Reference
 from autoprec.sensitivity.tables import Method, Table, make_table
 
 JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen

@@ -6,9 +6,10 @@ batches and buffers stay as they are; every pass of a batch draws the same rando
 passes share their dropout masks and differ in precision only.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,12 +28,12 @@ from autoprec.model.layers import find_layers, model_layers
 from autoprec.records import Estimate, ModelSpec
 from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
 from autoprec.sensitivity.delayed import Amax, recorded_amax
-from autoprec.sensitivity.estimates import ratio_estimate
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.workload.functions import Batch, check_loss, move_batch
 
 KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
+DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
 DEFAULT_WARMUP_STEPS = 10
 FEWEST_BATCHES = 2  # one batch gives no standard error
@@ -252,3 +253,20 @@ def _warm_up(
         times.append(time.perf_counter() - started)
     context.progress("sensitivity: warm-up", len(batches), len(batches))
     return tuple(curve), statistics.median(times[1:] or times)
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Return mean(numerators) / mean(denominators) with its standard error over batches.
+
+    The standard error is that of the residuals n - mean * d, the ratio's usual linearisation.
+    """
+    count = len(numerators)
+    scale = math.fsum(denominators) / count
+    if not all(math.isfinite(value) for value in numerators):
+        return Estimate(mean=DIVERGED)
+    mean = math.fsum(numerators) / count / scale
+    if count < 2:
+        return Estimate(mean=mean)
+    residuals = (n - mean * d for n, d in zip(numerators, denominators, strict=True))
+    variance = math.fsum(r * r for r in residuals) / (count - 1) / count
+    return Estimate(mean=mean, stderr=math.sqrt(variance) / scale)

@@ -20,10 +20,9 @@ from autoprec.records import Estimate, Gemm, LayerSensitivity, OperandStatistics
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
-from autoprec.sensitivity.estimates import DIVERGED, ratio_estimate
 from autoprec.sensitivity.local import Cell, components_of, operand_statistics
 from autoprec.sensitivity.probes import BatchProbe, Key, probe_batches
-from autoprec.sensitivity.reference import Reference
+from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
 
 PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes

@@ -6,18 +6,16 @@ It is the record of `autoprec.records` with verbs; a file of one is a file of th
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Self
 
 from autoprec import records
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Assignment, Basis, Difference, LayerKind, Option
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim import Optimizer
 
-    Model = TypeVar("Model", bound="nn.Module")
-    AnyOptimizer = TypeVar("AnyOptimizer", bound="Optimizer")
+    from autoprec.runtime.apply import AnyOptimizer, Model
 
 
 class Plan(records.Plan):
@@ -105,13 +103,11 @@ class Plan(records.Plan):
 
         return export_plan(self, to)
 
-    @overload
-    def apply(self, model: "Model", optimizer: None = None) -> "tuple[Model, None]": ...
-    @overload
-    def apply(self, model: "Model", optimizer: "AnyOptimizer") -> "tuple[Model, AnyOptimizer]": ...
     def apply(
-        self, model: "nn.Module", optimizer: "Optimizer | None" = None
-    ) -> "tuple[nn.Module, Optimizer | None]":
+        self,
+        model: "Model",
+        optimizer: "AnyOptimizer" = None,  # type: ignore[assignment]  # the variable's default
+    ) -> "tuple[Model, AnyOptimizer]":
         """Make a model run as the plan says, see `autoprec.apply`."""
         from autoprec.runtime import apply
 

@@ -9,6 +9,7 @@ import numpy as np
 from autoprec.common.text import first_and_more
 from autoprec.common.versions import software_versions
 from autoprec.records import Branch, LossGap, Plan, Sensitivity, StepTiming, Verdict, Verification
+from autoprec.records.verification import loss_gaps
 from autoprec.sensitivity.gap import predicted_loss_gap
 from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 from autoprec.verification.session import Session
@@ -45,11 +46,7 @@ class Evidence:
 
     def gaps(self, label: str) -> list[float]:
         """Return the relative loss gap of every seed whose branch of that label was evaluated."""
-        return [
-            (branch.eval_loss - reference.eval_loss) / abs(reference.eval_loss)
-            for reference, branch in zip(self.of("reference"), self.of(label), strict=True)
-            if branch.eval_loss is not None and reference.eval_loss is not None
-        ]
+        return list(loss_gaps(self.branches, label).values())
 
     def gap(self, label: str) -> LossGap | None:
         """Return the interval of the gap; None with fewer than two seeds, or when one diverged."""

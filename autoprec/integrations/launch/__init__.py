@@ -2,8 +2,7 @@
 
 script      runs a script or module as `python` would
 patches     wraps torch's functions for a while and puts them back
-placing     finds the model that a plan is for
-watch       waits for that model in a running script, and applies the plan: `run_with_plan`
+watch       waits for the plan's model in a running script, and applies it: `run_with_plan`
 guarding    a Guard in a script that does not know of it
 tape        the operations between a model's output and its loss, recorded and replayed
 recorder    follows a script's first steps: model calls, backward, optimizer steps

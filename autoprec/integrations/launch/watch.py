@@ -12,10 +12,12 @@ Then `apply` changes model and optimizers in place, and the wrappers go; the one
 to a second model that the plan is for (an ensemble, cross-validation).
 """
 
+import gc
 import logging
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +29,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.common.text import first_and_more
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.optimizers import trained_by, trains
 from autoprec.integrations.launch.patches import Function, patched
-from autoprec.integrations.launch.placing import find_fitting, find_roots, measure_misfit
 from autoprec.integrations.launch.script import Script, run_script, script_line
 from autoprec.integrations.plans import apply_plan
-from autoprec.model.layers import unwrapped
+from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
+from autoprec.runtime.fit import check_fit
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class Watch:
         # the guard runs the schedule, which `apply` would ask for
         self.plan = plan.model_copy(update={"schedule": ()}) if guard else plan
         self.applied: list[Applied] = []
-        self.misfits: dict[str, tuple[int, str]] = {}  # by model: see `measure_misfit`
+        self.misfits: dict[str, tuple[int, str]] = {}  # by model: see `_measure_misfit`
         self.failure: AutoprecError | None = None
         self._guard = ScriptGuard(plan) if guard else None
         # the optimizers in the order in which they were made; True: its first step is to come
@@ -158,7 +160,7 @@ class Watch:
         # blocks are sharded before the model that has them, and the plan is for the model
         first = module[0] if isinstance(module, list | tuple) else module
         if self._is_new(first):
-            for root in find_roots(first):
+            for root in _find_roots(first):
                 self._offer(root, "before fully_shard")
         return call(module, *args, **kwargs)
 
@@ -208,12 +210,12 @@ class Watch:
         if not self._is_new(module) or any(map(is_lazy, module.parameters())):
             return  # a lazy parameter waits for its first input to get a shape
         self._seen.update(module.modules())
-        found = find_fitting(self.plan, module)
+        found = _find_fitting(self.plan, module)
         if found is not None:
             self._apply(found, moment)
         elif any(parameter.requires_grad for parameter in module.parameters()):
             name = type(unwrapped(module)).__name__
-            self.misfits.setdefault(name, measure_misfit(self.plan, unwrapped(module)))
+            self.misfits.setdefault(name, _measure_misfit(self.plan, unwrapped(module)))
 
     def _search_for(self, optimizer: Optimizer) -> None:
         """Apply the plan to the model of an optimizer whose step comes before any call was seen.
@@ -225,7 +227,7 @@ class Watch:
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        for root in find_roots(parameters[0]):
+        for root in _find_roots(parameters[0]):
             self._offer(root, f"before {type(optimizer).__name__}'s first step")
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
@@ -283,3 +285,43 @@ def _shard_owners() -> list[object]:
     from torch.distributed.fsdp import fully_shard
 
     return [m for m in list(sys.modules.values()) if vars(m).get("fully_shard") is fully_shard]
+
+
+def _find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
+    """Return `module`, or the first module within it, whose layers are those of the plan."""
+    for part in module.modules():
+        if len(find_layers(part)) == len(plan.layers) and _mismatch(plan, part) is None:
+            return part
+    return None
+
+
+def _measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
+    """Return the number of layers that only one of the two has, and the reason of the misfit."""
+    names = {plain_name(name) for name in find_layers(module)}
+    return len(names ^ {layer.name for layer in plan.layers}), _mismatch(plan, module) or "it fits"
+
+
+def _find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:
+    """Yield the outermost modules that contain a module or parameter, among all that are alive."""
+    parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
+    for found in gc.get_objects():
+        if issubclass(type(found), nn.Module):  # isinstance would wake lazy proxies
+            own = vars(found)
+            for child in (*own.get("_modules", {}).values(), *own.get("_parameters", {}).values()):
+                parents[id(child)].append(found)
+    waiting, done = [part], {id(part)}
+    while waiting:
+        part = waiting.pop()
+        above = [parent for parent in parents[id(part)] if id(parent) not in done]
+        done.update(map(id, above))
+        waiting += above
+        if isinstance(part, nn.Module) and not parents[id(part)]:
+            yield part
+
+
+def _mismatch(plan: Plan, module: nn.Module) -> str | None:
+    try:
+        check_fit(plan, unwrapped(module))
+    except PlanMismatchError as error:
+        return str(error)
+    return None
