@@ -96,7 +96,7 @@ class StepTiming(Record):
 
 
 class Communication(Record):
-    """FSDP's communication in a step of a BF16 flow, in ms, and what hides it.
+    """FSDP's communication in a step with BF16 activations, in ms, and what hides it.
 
     It hides behind `share` of the compute: that of the layers and `between_ms` outside them.
     `exposed_ms` is what a BF16 O2 step shows of it. Faster layers hide less.
@@ -113,9 +113,9 @@ class Profile(FileRecord):
 
     `step_equivalents` is the cost of making the profile in FP32 training steps.
     `boundary_cast_ms_per_melement` is the time to cast a million elements between FP32 and BF16,
-    there and back (forward and backward), paid where a layer's precision differs from the flow's.
+    there and back (forward and backward), paid where FP32 layers meet BF16 ones.
     `fixed_ms` is the FP32 step's time outside the layers (attention, activations, loss, glue), and
-    `fixed_bf16_ms` the same in a BF16 flow; both are step minus the sum of layer totals.
+    `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals.
     """
 
     KIND = "profile"

@@ -227,7 +227,7 @@ class LayerSpec(Record):
 class ModelSpec(FileRecord):
     """A model as one real training step showed it.
 
-    `uncovered` are parameters no layer owns (a class token); they follow the plan's flow dtype.
+    `uncovered` are parameters no layer owns (a class token); they take the activation dtype.
     `uncalled` are layers the step did not run. `structure` is a hash of names, types and shapes.
     `tokens_per_step` is the largest M of a linear (0 when there is none). `optimizer` is the class
     name, `optimizer_state_numel_ratio` its state elements per parameter element (2 for Adam).

@@ -180,7 +180,7 @@ class SearchTrial(Record):
 
 
 class Search(FileRecord):
-    """What the search looked at: the exact front with its bound, and every plan it judged.
+    """What the search looked at: the exact front with its bound, and every plan it evaluated.
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
     its step time; `chosen` what the study preferred; `ranked` the plans to try, best first, should

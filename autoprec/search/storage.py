@@ -1,6 +1,6 @@
 """An Optuna study for one set of tables, in memory or in a database.
 
-A study of the same name that was made from other tables is left alone: the plans in it were judged
+A study of the same name that was made from other tables is left alone: its plans were evaluated
 by other numbers, so this run gets a name of its own. Optuna is kept from printing while the study
 is open, and its settings are given back after.
 """
