@@ -95,7 +95,8 @@ class Knapsack:
         self._plans = math.prod(sizes)
         items = np.array([item for group in groups for item in group], dtype=np.float64)
         self._ms, self._error, self._bytes, self._is_16_bit, self._hiding = items.T
-        self._starts = np.cumsum([0, *sizes[:-1]])
+        self._ends = [0, *np.cumsum(sizes).tolist()]
+        self._starts = np.array(self._ends[:-1], dtype=np.intp)
         # one variable per item, and the last: the wait for communication that no compute hides
         group_of = np.repeat(np.arange(len(sizes)), sizes)
         self._one_each = csr_array(
@@ -130,15 +131,16 @@ class Knapsack:
     def front(self, *, near: float = math.inf) -> tuple[Solution, ...]:
         """Return plans of which no other is faster with as little error, by increasing error.
 
-        All of them when there are at most COMPLETE_PLANS plans (but those that are faster than the
-        next by less than TIE); else the exact answers to FRONT_POINTS budgets and NEAR_BUDGET.
+        All of them when there are at most COMPLETE_PLANS plans; else the exact answers to
+        FRONT_POINTS budgets and NEAR_BUDGET.
         """
-        fastest = point = self.minimise(self._tie_price, math.inf)
+        fastest = self.minimise(self._tie_price, math.inf)
         found: list[Solution] = []
-        if self._plans <= COMPLETE_PLANS:
-            while point and (not found or point.grad_error < found[-1].grad_error):
-                found.append(point)
-                point = self.minimise(self._tie_price, point.grad_error * (1.0 - 4.0 * ROUNDING))
+        if self._plans <= COMPLETE_PLANS:  # one by one: HiGHS errs at limits just below a plan
+            items = [range(start, stop) for start, stop in itertools.pairwise(self._ends)]
+            plans = (np.array(chosen, dtype=np.intp) for chosen in itertools.product(*items))
+            every = (self._solution(plan) for plan in plans if self._is_16_bit[plan].any())
+            found = [one for one in every if one.memory <= self.memory * (1.0 + ROUNDING)]
         elif fastest:
             most = fastest.grad_error
             budgets = [math.inf, *(share * near for share in NEAR_BUDGET if share * near < most)]
