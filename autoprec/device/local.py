@@ -14,6 +14,7 @@ import torch
 from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
+from autoprec.device.tf32 import cudnn_allows_tf32, matmul_allows_tf32
 from autoprec.device.timing import UNWATCHED, Monitor, Observation
 from autoprec.errors import DeviceError
 from autoprec.records import DeviceFacts
@@ -78,7 +79,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
     facts = {
         **hardware(device, missing),
         "threads": torch.get_num_threads(),
-        "allow_tf32": _allows_tf32(),
+        "allow_tf32": matmul_allows_tf32(),
+        "allow_tf32_conv": cudnn_allows_tf32() if device.type == "cuda" else None,
         "compile_mode": "eager",
         "software": _software(missing),
         "fp8_recipes": tuple(recipe.value for recipe in support.recipes),
@@ -194,14 +196,6 @@ def _physical_memory(missing: dict[str, str]) -> int:
     except (OSError, ValueError) as error:
         missing["memory"] = f"the system does not say ({error})"
         return 0
-
-
-def _allows_tf32() -> bool:
-    """Whether FP32 matrix products may lose bits; read through torch's newer API alone."""
-    chosen = torch.backends.cuda.matmul.fp32_precision
-    if chosen == "none":  # as the setting for all backends says
-        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]  # set at import
-    return bool(chosen == "tf32")
 
 
 def _software(missing: dict[str, str]) -> dict[str, str]:

@@ -33,12 +33,13 @@ class DeviceFacts(Record):
     memory_bytes: NonNegativeInt
     driver: str
     threads: NonNegativeInt
-    allow_tf32: bool
+    allow_tf32: bool  # FP32 matrix products, as the process has it
     compile_mode: str  # "eager" or torch.compile's mode
     software: dict[str, str]  # package -> version: python, torch, torchao, autoprec, ...
     fp8_recipes: tuple[str, ...]  # recipes that torch._scaled_mm accepts here
     fp8_reason: str  # why FP8 is missing; "" where it is there
     missing: tuple[tuple[str, str], ...] = ()
+    allow_tf32_conv: bool | None = None  # cuDNN's convolutions; None: not known, or no cuDNN
     digest: str = ""  # of a device profile's content: two may have one name; "" for a real device
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from autoprec.common.progress import report_nothing
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
@@ -71,14 +72,15 @@ class Reference:
     def run(self, index: int) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
-        Gradients are left on the model; buffers and random generators are put back first.
+        Gradients are left on the model; buffers and random generators are put back first. FP32 is
+        FP32 here: with cuDNN's TF32 every convolution would have an error in the reference too.
         """
         self.passes += 1
         self.model.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
-        with seeded(self.context.seed * 7919 + index, self.context.device):
+        with seeded(self.context.seed * 7919 + index, self.context.device), tf32_off():
             loss: Tensor = self.context.workload.loss_fn(self.model, self.batches[index])
             torch.autograd.backward(loss)
         return loss
@@ -179,7 +181,7 @@ def prepare_reference(
     model, optimizer = restore(context, None if checkpoint is None else read_checkpoint(checkpoint))
     stream = context.workload.train_batches(context.seed)
     watched = find_layers(model) if with_history else {}
-    with seeded(context.seed, context.device), recorded_amax(watched) as history:
+    with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
         curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
     # the layers of the spec are found by name: it must be this very model's
     structure = model_layers(model).structure

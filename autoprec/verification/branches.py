@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
 from autoprec.records import Branch
@@ -63,7 +64,7 @@ def warm_up(
     Raises:
         WorkloadError: the loss becomes NaN or infinite.
     """
-    with seeded(context.seed, context.device):
+    with seeded(context.seed, context.device), tf32_off():
         model, optimizer = restore(context, start)
         curve = []
         for step, batch in _seeded_batches(context, context.seed, steps):
@@ -89,7 +90,9 @@ def train_branch(
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
         with fast_fp8_gemms(context.device), ExitStack() as plan:
-            if not variant.is_reference:
+            if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
+                plan.enter_context(tf32_off())
+            else:
                 install_options(model, variant.options, uncovered=variant.uncovered)
                 attach_optimizer(model, optimizer)
                 plan.callback(undo, model, optimizer)
@@ -117,11 +120,11 @@ def train_branch(
 
 
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
-    """Return the loss of every held-out batch in eval mode, with the same random draws."""
+    """Return the loss of every held-out batch in eval mode, in FP32, with the same draws."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     losses = []
-    with torch.no_grad():
+    with torch.no_grad(), tf32_off():
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
             _seed_step(context.seed, EVAL_STEP + index)
