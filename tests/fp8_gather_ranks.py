@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoprec
+from autoprec.device.ranks import local_part
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard, Limits
 from autoprec.records import BF16_O2, Gemm, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer, check_applied
 from autoprec.runtime.gathers import Fp8Shard
-from autoprec.runtime.ranks import local_part
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.ranks import leave_group

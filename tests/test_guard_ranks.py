@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from autoprec.device.ranks import local_part
 from autoprec.guard import Guard, Limits
 from autoprec.runtime import attach_optimizer, install_options
-from autoprec.runtime.ranks import local_part
 from tests.ranks import leave_group
 from tests.test_guard import Chain, Run, lines, plan_for
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
-from autoprec.runtime.ranks import local_part
+from autoprec.device.ranks import local_part
 
 OPERANDS = ("input", "weight", "grad_output")
 MOST_ELEMENTS = 1 << 16  # of an operand; the standard error of a share is then below 0.2 %

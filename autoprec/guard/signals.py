@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from autoprec.runtime.ranks import local_part
+from autoprec.device.ranks import local_part
 
 FEWEST_VALUES = 20  # before which nothing is unusual
 MAD_TO_SIGMA = 1.4826  # of a normal distribution

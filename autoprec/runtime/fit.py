@@ -11,13 +11,13 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from autoprec.common.text import first_and_more, one_line
+from autoprec.device.ranks import sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, plain_name
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
 from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.masters import ON_MODEL
-from autoprec.runtime.ranks import sharded_tensor
 
 MOST_LISTED = 8  # differences that an error spells out
 

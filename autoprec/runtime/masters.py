@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
 from autoprec.runtime.activations import dtype_name
-from autoprec.runtime.ranks import local_part, sharded_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -6,18 +6,15 @@ their plan, and which. Every rank sees the same answers, so all of them go on or
 Tested with gloo on CPUs; NCCL on several GPUs was not yet run.
 """
 
-import contextlib
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from autoprec.common.text import first_and_more, short_digest
+from autoprec.common.text import short_digest
+from autoprec.device.ranks import gathered, listed, world_size
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Plan
 
@@ -40,10 +37,7 @@ def agree(own: Plan | str, *, device: torch.device, group: "dist.ProcessGroup | 
     Raises:
         PlanMismatchError: a rank installed nothing, or another plan; the same on every rank.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    size = dist.get_world_size(group)
-    if size == 1 or dist.get_backend(group) == "fake":  # torch's fake ranks do not train together
+    if world_size(group) == 1:
         return
     if isinstance(own, str):
         answer = Answer(dist.get_rank(), failure=own)
@@ -52,10 +46,7 @@ def agree(own: Plan | str, *, device: torch.device, group: "dist.ProcessGroup | 
         schedule = [[phase.start_step, phase.fp8] for phase in own.schedule]
         digest = short_digest(layers, own.uncovered, schedule, own.fp8_all_gather)
         answer = Answer(dist.get_rank(), digest=digest)
-    answers = [answer] * size
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        dist.all_gather_object(answers, answer, group=group)
-    check_answers(answers)
+    check_answers(gathered(answer, group=group, device=device))
 
 
 def check_answers(answers: Sequence[Answer]) -> None:
@@ -64,7 +55,7 @@ def check_answers(answers: Sequence[Answer]) -> None:
     if failed:
         first = next(iter(failed.values()))
         raise PlanMismatchError(
-            f"every rank must apply the plan, but {_listed(failed)} of {len(answers)} could not, "
+            f"every rank must apply the plan, but {listed(failed)} of {len(answers)} could not, "
             f"so that none did: {first}"
         )
     counts = Counter(answer.digest for answer in answers)
@@ -72,25 +63,7 @@ def check_answers(answers: Sequence[Answer]) -> None:
     others = {answer.rank: answer.digest for answer in answers if answer.digest != usual}
     if others:
         raise PlanMismatchError(
-            f"every rank must have the same plan, but {_listed(others)} of {len(answers)} "
+            f"every rank must have the same plan, but {listed(others)} of {len(answers)} "
             f"got another than the others ({next(iter(others.values()))}, not {usual}); give all "
             "ranks one plan.json, or group= where ranks hold different parts of a model"
         )
-
-
-def _listed(ranks: Mapping[int, str]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {first_and_more(ranks, most=8)}"
-
-
-def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
-    """Return DTensor for `isinstance`; nothing while nobody imported it, so that none exists."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that may be a DTensor, of a sparse one the values."""
-    if tensor.is_sparse:
-        return tensor.coalesce().values()
-    part: Tensor = tensor.to_local() if isinstance(tensor, sharded_tensor()) else tensor
-    return part

@@ -1,0 +1,186 @@
+"""This process among the ranks of a distributed run: sums over them, and one answer for all.
+
+Every function is a collective: all ranks call it, in the same order. In a process without ranks (or
+with torch's fake ones, which do not compute) each does nothing and costs nothing. Tensors may be
+plain, the same on every rank (DDP), or DTensors of which each rank holds a part (FSDP2, TP):
+
+    sum over elements = sum over ranks of share(x) * sum(local_part(x))
+
+since `share` is one over the number of ranks that hold the same elements.
+"""
+
+import contextlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoprec.common.text import first_and_more, one_line
+from autoprec.errors import AutoprecError, DeviceError
+
+T = TypeVar("T")
+Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks; a text, as builds may lack it
+
+MOST_LISTED = 8  # ranks named in a message
+_NOTHING: tuple[object, AutoprecError | None] = (None, None)  # overwritten by what rank 0 sends
+
+
+def rank() -> int:
+    """Return this process's rank; 0 where it is alone."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def world_size(group: Group = None) -> int:
+    """Return the number of ranks that compute together; 1 where there are none, or fake ones."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_backend(group) == "fake":
+        return 1
+    return dist.get_world_size(group)
+
+
+def sum_over_ranks(values: Sequence[float], *, device: torch.device | None = None) -> list[float]:
+    """Return each value summed over the ranks, in float64: one all-reduce for all of them.
+
+    `device` is where NCCL sends from; default: the current device of this process.
+    """
+    return _reduced(values, dist.ReduceOp.SUM, device)
+
+
+def largest_over_ranks(
+    values: Sequence[float], *, device: torch.device | None = None
+) -> list[float]:
+    """Return each value's largest over the ranks; see `sum_over_ranks`."""
+    return _reduced(values, dist.ReduceOp.MAX, device)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return a tensor's mean over the ranks, summed in float64, the same bits on each of them."""
+    if world_size() == 1:
+        return value
+    total = value.detach().double()
+    dist.all_reduce(total)
+    return (total / world_size()).to(value.dtype)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be a DTensor, of a sparse one the values."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    part: Tensor = tensor.to_local() if isinstance(tensor, sharded_tensor()) else tensor
+    return part
+
+
+def share(tensor: Tensor) -> float:
+    """Return one over the number of ranks that hold the same elements as this one.
+
+    A plain tensor is taken to be the same on all ranks. A DTensor's shards are counted by its mesh,
+    whatever the kind (rows, or the strided ones of FSDP2 over TP).
+    """
+    shards = 1
+    if isinstance(tensor, sharded_tensor()):
+        placed: Any = tensor  # Any: a DTensor, whose class may not be imported
+        if any(placement.is_partial() for placement in placed.placements):
+            raise DeviceError(
+                "a tensor's parts can be summed over ranks only where each holds whole elements, "
+                "but one is a sum that is still to be made (Partial); redistribute it first"
+            )
+        sizes = zip(placed.device_mesh.shape, placed.placements, strict=True)
+        shards = math.prod(size for size, placement in sizes if not placement.is_replicate())
+    return shards / world_size()
+
+
+def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
+    """Return DTensor for `isinstance`; nothing while nobody imported it, so that none exists."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return () if module is None else (module.DTensor,)
+
+
+def gathered(value: T, *, group: Group = None, device: torch.device | None = None) -> list[T]:
+    """Return the value of every rank of a group, in the order of ranks; values are pickled."""
+    answers = [value] * world_size(group)
+    if len(answers) > 1:
+        with _sending_from(device):
+            dist.all_gather_object(answers, value, group=group)
+    return answers
+
+
+def from_first_rank(value: T) -> T:
+    """Return rank 0's value on every rank; values are pickled."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def made_on_first_rank(make: Callable[[], T]) -> T:
+    """Return what rank 0 makes, on every rank; the others wait.
+
+    Raises:
+        AutoprecError: what `make` raised, the same on every rank.
+    """
+    if rank() > 0:
+        made, failure = from_first_rank(_NOTHING)
+        if failure is not None:
+            raise failure
+        return cast("T", made)
+    try:
+        made = make()
+    except AutoprecError as error:
+        from_first_rank((None, type(error)(str(error))))
+        raise
+    from_first_rank((made, None))
+    return made
+
+
+def check_same(what: str, digest: str) -> None:
+    """Check that all ranks have the same of something.
+
+    >>> check_same("model.py", "c0ffee")
+
+    Raises:
+        DeviceError: some have another; the same line, with their numbers, on every rank.
+    """
+    every = gathered(digest)
+    usual, _ = Counter(every).most_common(1)[0]  # of equally many the lowest rank's
+    others = [number for number, each in enumerate(every) if each != usual]
+    if others:
+        theirs = one_line(every[others[0]])
+        raise DeviceError(
+            f"every rank must have the same {what}, but {listed(others)} of {len(every)} got "
+            f"another than the others ({theirs}, not {one_line(usual)}); start all ranks with one "
+            "command, on machines with the same files and packages"
+        )
+
+
+def listed(ranks: Iterable[int]) -> str:
+    """Return ranks in words: `rank 3`, `ranks 1, 2`."""
+    every = list(ranks)
+    return f"rank{'s' if len(every) > 1 else ''} {first_and_more(every, most=MOST_LISTED)}"
+
+
+def _reduced(
+    values: Sequence[float], operation: Any, device: torch.device | None
+) -> list[float]:  # Any: torch's ReduceOp has no type
+    if world_size() == 1 or not values:
+        return list(values)
+    with _sending_from(device):
+        numbers = torch.tensor(values, dtype=torch.float64, device=device or _own_device())
+        dist.all_reduce(numbers, op=operation)
+        found: list[float] = numbers.tolist()
+    return found
+
+
+def _own_device() -> torch.device:
+    """Return the device that this process's backend sends from."""
+    is_nccl = "nccl" in str(dist.get_backend())
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def _sending_from(device: torch.device | None) -> contextlib.AbstractContextManager[object]:
+    """Make `device` the current one, from which NCCL sends pickled values."""
+    is_cuda = device is not None and device.type == "cuda"
+    return torch.cuda.device(device) if is_cuda else contextlib.nullcontext()
