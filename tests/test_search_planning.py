@@ -7,6 +7,7 @@ from autoprec.records import (
     Constraint,
     FrontPoint,
     Gemm,
+    LayerTiming,
     Operand,
     OperandStatistics,
     Option,
@@ -15,10 +16,20 @@ from autoprec.records import (
     Recipe,
     Search,
     Sensitivity,
+    StepTiming,
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from tests.report_runs import CPU, H100, linear, make_profile, make_sensitivity, make_spec, step
+from tests.report_runs import (
+    CPU,
+    H100,
+    linear,
+    make_profile,
+    make_sensitivity,
+    make_spec,
+    step,
+    timing,
+)
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, replaced_layer, tables_of
 
 SLOW_FP8: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (3.2, 1e-3)}
@@ -138,7 +149,7 @@ def test_bf16_that_is_too_harmful_is_compared_to_fp32_as_in_the_table() -> None:
 
 
 def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
-    harmful: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.9, 2.8e-3)}
+    harmful: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.6, 2.8e-3)}
     profile, sensitivity = tables_of({"a": harmful, "b": TYPICAL, "c": TYPICAL})
     cause = OperandStatistics(
         name="a",
@@ -154,7 +165,7 @@ def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
     tables = (profile, sensitivity.model_copy(update={"statistics": (cause,)}))
     _, plan = planned(tables)
     assert reason(plan, "a").startswith(
-        "FP8 tensorwise 1.05x faster, but dominates the gradient error (error 0.28 %, budget "
+        "FP8 tensorwise 1.25x faster, but dominates the gradient error (error 0.28 %, budget "
         "0.40 %); grad_output: 31 % underflow under tensorwise; rowwise 0.40 %"
     )
     _, plan = planned(tables, budget=2.5e-3)
@@ -310,3 +321,40 @@ def _ms(profile: Profile, name: str, option: Option) -> float:
     assert row is not None
     assert row.total is not None
     return row.total.median_ms
+
+
+def test_a_measured_gain_within_its_uncertainty_is_not_taken() -> None:
+    close: Row = {FP32: (1.9, 0.0), BF16_O2: (2.0, 1e-5), TENSORWISE: (1.9, 1e-3)}
+    profile, sensitivity = tables_of({"a": close, "b": TYPICAL})  # p20 and p80 5 % off the median
+    _, plan = planned((profile, sensitivity))
+    a, b = plan.layers
+    assert a.option == BF16_O2
+    assert b.option.is_fp8
+    assert a.reason.count("a gain within its uncertainty") == 2  # of FP8, and of FP32
+    assert any(
+        note.startswith("the 1 layer that might be faster out of BF16") for note in plan.notes
+    )
+    exact = profile.model_copy(update={"layers": tuple(map(without_spread, profile.layers))})
+    _, plan = planned((exact, sensitivity))
+    assert plan.layers[0].option != BF16_O2
+
+
+def test_a_tie_of_whole_steps_goes_to_bf16() -> None:
+    tie: Row = {FP32: (2.0, 0.0), BF16_O2: (2.0, 1e-5)}
+    profile, sensitivity = tables_of({"a": tie, "b": tie})
+    steps = tuple(
+        StepTiming(label=label, timing=timing(ms, samples=6, spread=0.02), peak_bytes=None)
+        for label, ms in (("fp32", 7.0), ("bf16_o2", 7.05))
+    )
+    profile = profile.model_copy(update={"steps": steps, "fixed_ms": 3.0, "fixed_bf16_ms": 3.05})
+    _, plan = planned((profile, sensitivity))
+    assert set(plan.options) == {BF16_O2}
+    slow = profile.model_copy(update={"fixed_bf16_ms": 3.5})
+    _, plan = planned((slow, sensitivity))
+    assert set(plan.options) == {FP32}
+
+
+def without_spread(row: LayerTiming) -> LayerTiming:
+    assert row.total is not None
+    total = timing(row.total.median_ms, spread=0.0)
+    return row.model_copy(update={"total": total})

@@ -1,6 +1,7 @@
 """Plans for a device that is not here: whole steps, their intervals, and what fits in memory."""
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
+from autoprec.records.model import with_gemms_hp
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import Costs, make_costs
 from tests.decoder_specs import decoder, linear_layer, model_of
@@ -146,10 +148,46 @@ def test_the_plan_is_the_fastest_of_all_by_whole_steps(parallel: str) -> None:
     )
     profile = predicted(parallel, spec)
     every = itertools.product(*(layer.options for layer in profile.model.layers[:-1]), [BF16_O2])
+    profile = profile.model_copy(update={"speedup_error": 0.0})  # every gain is sure
     fastest = min(whole_step_ms(profile, o) for o in every if FP32 not in o)
     plan = planned(profile)
     assert plan.predicted is not None
     assert plan.predicted.plan_ms == pytest.approx(fastest)
+
+
+def test_a_predicted_gain_within_its_uncertainty_is_not_taken() -> None:
+    spec = model_of(
+        linear_layer("layers.0.up", 4096, 14336),
+        linear_layer("layers.0.narrow", 4096, 4096),
+        linear_layer("lm_head", 4096, 8192),
+    )
+    profile = predicted("", spec)
+    costs = costs_of(profile)
+    gains = [
+        row[BF16_O2].ms / min(price.ms for option, price in row.items() if option.is_fp8)
+        for row in costs.prices
+    ]
+    assert 1.0 < gains[1] < 1.2 < gains[0]  # what the case is about
+    between = math.log((1.0 + gains[1]) / 2.0), math.log(gains[1] * 1.01)
+    for error, is_taken in zip(between, (True, False), strict=True):
+        plan = planned(profile.model_copy(update={"speedup_error": error}))
+        up, narrow, _ = plan.layers
+        assert up.option.is_fp8
+        assert narrow.option.is_fp8 is is_taken
+        told = [note for note in plan.notes if "a layer leaves it only for a gain" in note]
+        assert len(told) == (not is_taken)
+        assert ("within its uncertainty" in narrow.reason) is (not is_taken)
+
+
+def test_a_gemm_that_stays_in_bf16_has_no_uncertainty_of_its_own() -> None:
+    masked = next(o for o in with_gemms_hp([TENSORWISE]) if len(o.fp8_gemms) == 1)
+    profile = predict_profile(WIDE, H100, compiled=True, options=[TENSORWISE], gemms_hp=True)
+    timing = next(row for row in profile.layers if row.option == masked and row.cast)
+    price = costs_of(profile).prices[profile.model.names.index(timing.names[0])][masked]
+    (gemm,) = (getattr(timing, name) for name in masked.fp8_gemms)
+    assert timing.cast
+    changed = gemm.median_ms + timing.cast.median_ms
+    assert price.margin_ms == pytest.approx(changed * math.expm1(profile.speedup_error))
 
 
 def test_the_plan_says_what_communication_takes_of_the_gain() -> None:

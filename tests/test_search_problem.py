@@ -315,7 +315,7 @@ def within(costs: Costs, plans: list[Options], budget: float) -> list[Options]:
 
 
 def fastest(costs: Costs, plans: list[Options], budget: float) -> float:
-    return min(costs.step_ms(plan) for plan in within(costs, plans, budget))
+    return min(costs.counted_ms(plan) for plan in within(costs, plans, budget))
 
 
 prices = st.tuples(st.floats(0.1, 5.0), st.one_of(st.just(0.0), st.floats(1e-6, 1e-2)))
@@ -356,10 +356,10 @@ def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     assert found[1] == pytest.approx(fastest(costs, plans, budget), rel=1e-5)
     points = front(problem)
     for plan in points:
-        assert costs.step_ms(plan) == pytest.approx(
+        assert costs.counted_ms(plan) == pytest.approx(
             fastest(costs, plans, costs.grad_error(plan)), rel=1e-5
         )
-    gentlest_of_fastest = costs.step_ms(points[-1])
+    gentlest_of_fastest = costs.counted_ms(points[-1])
     assert gentlest_of_fastest == pytest.approx(fastest(costs, plans, math.inf), rel=1e-5)
 
 

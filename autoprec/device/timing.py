@@ -40,7 +40,6 @@ DEFAULT_CACHE_BYTES = 32 * 2**20  # where the machine does not say; 32 MiB is a 
 CACHE_FACTOR = 2  # flush twice the cache: replacement is not strictly least-recently-used
 MOST_CPU_CACHE_BYTES = 16 * 2**20  # a step's data stays in a larger one, so that is left warm
 GRAPH_WARMUPS = 3  # as torch's own CUDA graph recipe
-SPREAD_Z = 0.8416  # normal quantile of 80 %: p80 - p20 = 2 * 0.8416 sigma
 MERGED_BY: Mapping[str, Callable[[Sequence[float]], Any]] = {  # Any: integers stay some
     "sm_clock_mhz": lambda clocks: round(statistics.median(clocks)),
     "memory_clock_mhz": lambda clocks: round(statistics.median(clocks)),
@@ -48,7 +47,6 @@ MERGED_BY: Mapping[str, Callable[[Sequence[float]], Any]] = {  # Any: integers s
     "power_limit_w": statistics.fmean,
     "temperature_c": max,
 }
-MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 
 
 class Clock(Protocol):
@@ -299,12 +297,7 @@ def timing_from(samples: Sequence[float], *, rejected: int = 0) -> Timing:
 
 def relative_error(samples: Sequence[float]) -> float:
     """Return the standard error of the median over the median, from the p20 to p80 spread."""
-    timing = timing_from(samples)
-    if timing.median_ms <= 0:
-        return 0.0
-    # For normal samples p80 - p20 = 2 z sigma; the median's error is sqrt(pi / 2) sigma / sqrt(n).
-    sigma = (timing.p80_ms - timing.p20_ms) / (2 * SPREAD_Z)
-    return MEDIAN_FACTOR * sigma / math.sqrt(len(samples)) / timing.median_ms
+    return timing_from(samples).relative_error
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

@@ -71,6 +71,7 @@ def predict_profile(
         step_equivalents=0.0,
         parallel=str(parallel),
         communication=bf16.communication(setting),
+        speedup_error=-machine.speedup_error_low,
     )
 
 

@@ -165,6 +165,7 @@ class FrontPoint(Record):
 class SearchTrial(Record):
     """One Optuna trial: a whole plan with its joint gradient error.
 
+    `time_to_loss_ms` counts the time that is sure (see search.costs) and the extra steps.
     `source` is `exact` (from the front), `uniform`, `sampler` or `repair`. `grad_error_basis` is
     `predicted` where there was no workload to measure with, and `grad_error` is the table's sum.
     """
@@ -183,9 +184,11 @@ class Search(FileRecord):
     """What the search looked at: the exact front with its bound, and every plan it evaluated.
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
-    its step time; `chosen` what the study preferred; `ranked` the plans to try, best first, should
-    verification refute the chosen one. `interacting` are layers that were found by bisection to
-    make the joint error larger than the sum of its parts; `notes` say what the search did about it.
+    the step time of any; `expected` would be the best if every expected gain were sure (see
+    search.costs), None where it is `exact`; `chosen` what the study preferred; `ranked` the plans
+    to try, best first, should verification refute the chosen one. `interacting` are layers that
+    were found by bisection to make the joint error larger than the sum of its parts; `notes` say
+    what the search did about it.
     """
 
     KIND = "search"
@@ -204,4 +207,5 @@ class Search(FileRecord):
     duplicates_skipped: NonNegativeInt = 0
     trials_asked: PositiveInt | None = None
     interacting: tuple[str, ...] = ()
+    expected: FrontPoint | None = None
     notes: tuple[str, ...] = ()

@@ -4,11 +4,8 @@ Only times of one interleaved set are compared: those of the verification (plan 
 turn) when it timed the plan; else the search's model of the plan against its model of the same
 uniform plan, so that the model's own error cancels. Each speedup says which.
 
-The interval of a measured speedup is the 95 % one of a ratio of two medians. The spread of the
-samples gives sigma = (p80 - p20) / (2 * 0.8416), the median of n of them has the standard error
-1.2533 * sigma / sqrt(n), and the relative errors of the two medians add in squares. The factor on
-them is Student's at n - 1 degrees, 1.96 + 2.37 / (n - 1): simulated normal samples of a known ratio
-then lie in it in 93, 95, 95 and 95 % of the cases for n = 5, 8, 12 and 20.
+The interval of a measured speedup is the 95 % one of a ratio of two medians
+(`records.cost.ratio_error`).
 
 The interval of a predicted speedup is that of the plan's step, narrowed to what differs from the
 baseline: layers that are in BF16 in both, and all that lies outside the layers, are off by the same
@@ -20,14 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, Basis, Profile, Verification
+from autoprec.records.cost import Timing, ratio_error
 from autoprec.report.formats import STEP_TITLES
 from autoprec.report.runs import RunRecords
 
 BASELINES = ("fp32", "bf16_o2", "autocast_bf16")
-P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
-MEDIAN_ERROR = 1.2533  # standard error of a normal sample's median, in sigma / sqrt(n)
-TWO_SIDED_95 = 1.96
-STUDENT_95 = 2.37  # (z**3 + z) / 4 at z = 1.96: the first term of Student's t in 1 / (n - 1)
 MODEL = "plan.json (model)"
 
 
@@ -44,12 +38,10 @@ class Step:
     peak_bytes: int | None = None
 
     @property
-    def relative_error(self) -> float:
-        """The standard error of the median, relative to it; 0 where no samples are known."""
-        if self.samples < 1 or self.low_ms is None or self.high_ms is None or self.ms <= 0.0:
-            return 0.0
-        sigma = (self.high_ms - self.low_ms) / (2.0 * P80_SIGMAS)
-        return MEDIAN_ERROR * sigma / math.sqrt(self.samples) / self.ms
+    def timing(self) -> Timing:
+        """The time as a record."""
+        low, high = self.ms if self.low_ms is None else self.low_ms, self.high_ms or self.ms
+        return Timing(median_ms=self.ms, p20_ms=low, p80_ms=high, samples=self.samples)
 
 
 @dataclass(frozen=True)
@@ -132,9 +124,7 @@ def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
     basis = _joint_basis(base.basis, plan.basis)
     if plan.samples and base.samples:
-        # of two medians: their relative errors add in squares, with Student's factor for few
-        factor = TWO_SIDED_95 + STUDENT_95 / max(min(plan.samples, base.samples) - 1, 1)
-        spread = math.exp(factor * math.hypot(base.relative_error, plan.relative_error))
+        spread = math.exp(ratio_error(base.timing, plan.timing))
         return Speedup(value, value / spread, value * spread, basis)
     differs = max(plan.ms - shared_ms, 0.0) / plan.ms
     if plan.samples or not plan.low_ms or not plan.high_ms or differs == 0.0:

@@ -5,6 +5,14 @@
                  + FSDP communication that the plan's shorter compute no longer hides (predicted)
     grad_error = that of BF16 activations + sum over layers of the layer's
 
+What is not sure is not counted: an option other than BF16 is chosen by its time with the margin
+within which it could be no faster than BF16,
+
+    measured     t * (exp(95 % half-width of the log ratio of its median to BF16's) - 1)
+    predicted    its FP8 GEMMs and casts * (exp(how far predicted speedups may be too high) - 1)
+
+so that a layer leaves BF16 only for a gain beyond its uncertainty, or for its gradient error.
+
 A plan with any 16-bit or FP8 layer has BF16 activations; an all-FP32 plan has FP32 ones, pays no
 cast and has no error. Every term but the last belongs to one layer, so that the choice is a
 knapsack; the last needs one more variable. A plan's step is the cost model's whole step of that
@@ -16,7 +24,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoprec.errors import RecordError
 from autoprec.predict.step import unhidden
@@ -36,7 +44,7 @@ from autoprec.records import (
     Recipe,
     Sensitivity,
 )
-from autoprec.records.cost import Communication
+from autoprec.records.cost import Communication, ratio_error
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
@@ -54,6 +62,7 @@ class Price:
     high_ms: float
     compute_ms: float  # `ms` without communication
     boundary_ms: float  # casts beside BF16 activations; 0 but for FP32
+    margin_ms: float  # of its time, within which it may be no faster than BF16; 0 of BF16
     grad_error: float
     memory_bytes: int
     time_basis: Basis
@@ -63,6 +72,11 @@ class Price:
     def with_casts_ms(self) -> float:
         """The time where activations are BF16."""
         return self.ms + self.boundary_ms
+
+    @property
+    def counted_ms(self) -> float:
+        """The time that the choice counts: with casts, and with what is not sure of it."""
+        return self.with_casts_ms + self.margin_ms
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class OutsideLayers:
     memory_bytes: int
     low: float = 1.0  # ends of a predicted time's interval, relative to it; 1 if measured
     high: float = 1.0
+    margin_ms: float = 0.0  # of the all-FP32 step, within which it may be no faster than BF16
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,23 @@ class Costs:
         layers = [price.with_casts_ms if is_bf16 else price.ms for price in self._chosen(options)]
         outside = (self.outside(options).ms, self.unhidden_ms(options))
         return max(math.fsum((*outside, *layers)), 0.0)
+
+    def counted_ms(self, options: Sequence[Option]) -> float:
+        """Return the time of a plan that the choice counts: with what is not sure of it."""
+        if is_all_fp32(options):
+            margin_ms = self.outside_fp32.margin_ms
+        else:
+            margin_ms = math.fsum(price.margin_ms for price in self._chosen(options))
+        return self.step_ms(options) + margin_ms
+
+    def without_margins(self) -> "Costs":
+        """Return the costs with every expected gain counted whole."""
+        prices = (
+            {option: replace(price, margin_ms=0.0) for option, price in row.items()}
+            for row in self.prices
+        )
+        fp32 = replace(self.outside_fp32, margin_ms=0.0)
+        return replace(self, prices=tuple(prices), outside_fp32=fp32)
 
     def unhidden_ms(self, options: Sequence[Option]) -> float:
         """Return the communication that a plan hides less than BF16 O2 does."""
@@ -149,8 +181,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     for row in sensitivity.rows:
         effects[row.name][row.option] = row
     # a layer has a price in what is both timed and measured
-    cast_ms, layers = profile.boundary_cast_ms_per_melement, profile.model.layers
-    priced = [_price_layer(x, timings[x.name], effects[x.name], cast_ms=cast_ms) for x in layers]
+    layers = profile.model.layers
+    priced = [_price_layer(x, timings[x.name], effects[x.name], profile) for x in layers]
     prices = tuple(prices for prices, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
     return Costs(
@@ -196,19 +228,20 @@ def _price_layer(
     layer: LayerSpec,
     timings: Mapping[Option, LayerTiming],
     effects: Mapping[Option, LayerSensitivity],
-    *,
-    cast_ms: float,
+    profile: Profile,
 ) -> tuple[dict[Option, Price], dict[Option, str]]:
     prices: dict[Option, Price] = {}
     missing: dict[Option, str] = {}
-    boundary_ms = boundary_melements(layer) * cast_ms
+    boundary_ms = boundary_melements(layer) * profile.boundary_cast_ms_per_melement
+    baseline = timings.get(BF16_O2)
     for option in dict.fromkeys((*layer.options, *timings)):
         timing, effect = timings.get(option), effects.get(option)
         if why := _why_missing(layer, option, timing, effect):
             missing[option] = why
         else:
-            casts_ms = boundary_ms if option == FP32 else 0.0
-            prices[option] = _price(timing, effect, boundary_ms=casts_ms)
+            price = _price(timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0)
+            margin_ms = _margin_ms(timing, baseline, profile.speedup_error)
+            prices[option] = replace(price, margin_ms=margin_ms)
     # what breaks a layer moves in training, so that no set of its GEMMs is safe
     whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
     if max(whole_fp8, default=0.0) > BROKEN_ERROR:
@@ -259,11 +292,28 @@ def _price(
         high_ms=max(total.p80_ms, ms) if total else 0.0,
         compute_ms=compute_ms,
         boundary_ms=boundary_ms,
+        margin_ms=0.0,
         grad_error=max(effect.grad_error.mean, 0.0) if effect else 0.0,
         memory_bytes=memory_bytes,
         time_basis=total.basis if total else Basis.MEASURED,
         grad_error_basis=effect.basis if effect else Basis.MEASURED,
     )
+
+
+def _margin_ms(
+    timing: LayerTiming | None, baseline: LayerTiming | None, speedup_error: float
+) -> float:
+    """Return the part of an option's time within which it may be no faster than BF16."""
+    if timing is None or baseline is None or timing.option == BF16_O2:
+        return 0.0
+    if timing.total is None or baseline.total is None:
+        return 0.0
+    if timing.total.samples and baseline.total.samples:
+        return timing.total.median_ms * math.expm1(ratio_error(baseline.total, timing.total))
+    # Predicted: its GEMMs in BF16 are BF16's own, so that only the others may gain less.
+    fp8 = [getattr(timing, gemm) for gemm in timing.option.fp8_gemms]
+    changed = (timing.cast, *fp8) if timing.option.is_fp8 else ()
+    return math.fsum(part.median_ms for part in changed if part) * math.expm1(speedup_error)
 
 
 def _outside(
@@ -283,7 +333,10 @@ def _outside(
         numel = sum(parameter.numel for parameter in profile.model.uncovered)
         memory_bytes = int(numel * 4 * (2 + profile.model.optimizer_state_numel_ratio))
     ms = profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms
-    return OutsideLayers(ms, grad_error, memory_bytes, low=low, high=high)
+    margin_ms, bf16 = 0.0, profile.step(BF16_O2.precision.value)
+    if option == FP32 and step and bf16 and step.timing.samples and bf16.timing.samples:
+        margin_ms = step.timing.median_ms * math.expm1(ratio_error(bf16.timing, step.timing))
+    return OutsideLayers(ms, grad_error, memory_bytes, low=low, high=high, margin_ms=margin_ms)
 
 
 def nearest_plan(prices: Sequence[Mapping[Option, Price]], option: Option) -> tuple[Option, ...]:

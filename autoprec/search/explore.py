@@ -56,7 +56,7 @@ def _walk_front(study: PlanStudy, plan: SearchTrial) -> None:
         ratio = plan.grad_error / summed if summed > 0.0 else 1.0
         errors = {options: ratio * costs.grad_error(options) for options in study.space.bases}
         times = {
-            options: costs.step_ms(options) * (1.0 + error)
+            options: costs.counted_ms(options) * (1.0 + error)
             for options, error in errors.items()
             if error <= study.budget
         }

@@ -3,6 +3,7 @@
 The one place that says whether FP8 is worth it; the report shows these notes.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from autoprec.common.text import compared, first_and_more, percent
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
-from autoprec.records import BF16_O2, LayerKind, Precision, Profile, Search
+from autoprec.records import BF16_O2, Basis, LayerKind, Precision, Profile, Search
 from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
 from autoprec.search.problem import Options, Problem
 
@@ -26,6 +27,7 @@ def plan_notes(
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     notes = (
         fp8_note(profile, problem, search, options),
+        _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
         _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
         _communication_note(costs, options),
@@ -74,6 +76,31 @@ def _gain_ms(costs: Costs, index: int, options: Options) -> float:
     return prices[baseline].with_casts_ms - prices[options[index]].ms
 
 
+def _unsure_note(profile: Profile, costs: Costs, search: Search, options: Options) -> str:
+    """Return the layers that stay in BF16 as their gain is not sure, and what that gives up."""
+    if search.expected is None:
+        return ""
+    stay = sum(
+        own == BF16_O2 and hoped != own and costs.prices[i][hoped].margin_ms > 0.0
+        for i, (own, hoped) in enumerate(zip(options, search.expected.options, strict=True))
+    )
+    step_ms = costs.step_ms(options)
+    given_up = step_ms - search.expected.step_ms
+    if not stay or given_up <= 0.0:
+        return ""
+    sure = (
+        "whose 95 % interval excludes none"
+        if profile.basis is Basis.MEASURED
+        else f"of more than {percent(math.expm1(profile.speedup_error))} in what FP8 changes, by "
+        "which 1 prediction in 10 is too high"
+    )
+    return (
+        f"{_count(range(stay))} that might be faster out of BF16 stay{'s' if stay == 1 else ''} in "
+        f"it: a layer leaves it only for a gain {sure}; that gives up {given_up:.3g} ms "
+        f"({percent(given_up / step_ms)}) of the step, on paper"
+    )
+
+
 def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Options) -> str:
     if not profile.device.fp8_recipes:
         return profile.device.fp8_reason or f"{profile.device.name} has no FP8 GEMM"
@@ -84,10 +111,17 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     best = {i: min(p.ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
     own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
     faster = [i for i in eligible if best[i] < own[i]]
+    sure = {i: min(p.counted_ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
     if not faster:
         return (
             f"on {_count(eligible)} that can take it the fastest recipe needs "
             f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms{_steps(profile)}"
+        )
+    if all(sure[i] >= own[i] for i in faster):
+        gain = sum(own[i] - best[i] for i in faster)
+        return (
+            f"on {_count(faster)} where it seems faster ({gain:.4g} ms a step in all) the gain is "
+            f"within its uncertainty{_steps(profile)}"
         )
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
     gain = sum(own[i] - best[i] for i in faster)

@@ -2,9 +2,10 @@
 
 A group is one layer, or the layers that share a parameter and hence one storage: each combination
 of their options that is FP32 throughout or 16-bit throughout is one choice. Options that cannot win
-in time are locked: an FP8 option that takes no less time than BF16, or than another of less error,
-is left out, whatever noise says about its error. BF16 that is slower than FP32 stays: one such
-layer may be what lets all others pass BF16 activations. Layers that the step did not call follow.
+in time are locked: an FP8 option that is not for sure faster than BF16 (its margin counts, see
+costs), or takes no less than another of less error, is left out, whatever noise says about its
+error. BF16 that is slower than FP32 stays: one such layer may be what lets all others pass BF16
+activations. Layers that the step did not call follow.
 
 The all-FP32 plan has FP32 activations and stands beside the knapsack of all others.
 """
@@ -51,7 +52,7 @@ class Problem:
     def rank(self, options: Options) -> tuple[float, float]:
         """Return the sort key of a plan by the table: its time to loss, then its error."""
         grad_error = self.costs.grad_error(options)
-        return self.costs.step_ms(options) * (1.0 + grad_error), grad_error
+        return self.costs.counted_ms(options) * (1.0 + grad_error), grad_error
 
     def fits_memory(self, options: Options) -> bool:
         """Whether a plan needs no more bytes than are allowed."""
@@ -163,12 +164,12 @@ def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
 def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
     """Return the plan of least time to loss within a budget of gradient error by the table.
 
-    With it comes the proven bound of the step time of any plan within the budget.
+    With it comes the proven bound of the counted step time of any plan within the budget.
     """
     found = problem.knapsack.soonest(budget)
     plans = [] if found is None else [(_options(problem, found[0]), found[1])]
     if (fp32 := problem.fp32_plan) is not None:
-        plans.append((fp32, problem.costs.step_ms(fp32)))
+        plans.append((fp32, problem.costs.counted_ms(fp32)))
     if not plans:
         return None
     options = min((plan for plan, _ in plans), key=problem.rank)
@@ -189,7 +190,7 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     if not plans:
         raise InfeasibleError(_nothing_fits(problem))
     costs = problem.costs
-    return tuple(undominated(plans, lambda plan: (costs.grad_error(plan), costs.step_ms(plan))))
+    return tuple(undominated(plans, lambda plan: (costs.grad_error(plan), costs.counted_ms(plan))))
 
 
 def _options(problem: Problem, solution: Solution) -> Options:
@@ -204,7 +205,7 @@ def item_of(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
     prices = [costs.prices[index][o] for index, o in zip(layers, choice, strict=True)]
     share = costs.communication.share if costs.communication else 0.0
     return Item(
-        ms=math.fsum(price.with_casts_ms for price in prices),
+        ms=math.fsum(price.counted_ms for price in prices),
         grad_error=math.fsum(price.grad_error for price in prices),
         memory=float(sum(price.memory_bytes for price in prices)),
         is_16_bit=not is_all_fp32(choice) and any(costs.layers[index].calls for index in layers),
@@ -248,7 +249,7 @@ def _worthwhile(
 
     def cost(option: Option) -> tuple[float, ...]:
         price = prices[option]
-        return (price.with_casts_ms, price.memory_bytes) if has_limit else (price.with_casts_ms,)
+        return (price.counted_ms, price.memory_bytes) if has_limit else (price.counted_ms,)
 
     return _unbeaten(sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)), cost)
 

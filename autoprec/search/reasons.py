@@ -10,6 +10,7 @@ from autoprec.records import BF16_O2, FP32, Basis, OperandStatistics, Option, Pr
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
 
+UNSURE = "a gain within its uncertainty"
 DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
 NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
 OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
@@ -114,6 +115,8 @@ def _why_not_fp8(why: Why, index: int) -> str:
     if prices[best].ms >= own:
         speed = compared(prices[best].ms, own)
         return f"{short(best)} {_than(speed, why.options[index])}{why.shape(index)}"
+    if prices[best].counted_ms >= own and not is_all_fp32(why.options):
+        return f"{short(best)} {compared(prices[best].ms, own)}{why.shape(index)}, {UNSURE}"
     if layer.name in why.search.interacting:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
@@ -145,7 +148,11 @@ def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
     alone = compared(prices[BF16_O2].ms, prices[FP32].ms)
     text = f"BF16 {_than(alone, FP32)}{where}"
     with_casts = compared(prices[BF16_O2].ms, why.ms(index, FP32))
-    return text if with_casts == alone else f"{text} ({with_casts} with the casts around FP32)"
+    if with_casts != alone:
+        text += f" ({with_casts} with the casts around FP32)"
+    is_unsure = why.ms(index, FP32) < prices[BF16_O2].ms <= prices[FP32].counted_ms
+    is_bf16 = why.options[index] == BF16_O2
+    return f"{text}: {UNSURE}" if is_unsure and is_bf16 else text
 
 
 def _why_not_16_bit(why: Why, index: int) -> str:

@@ -55,6 +55,8 @@ def search_plan(
     if (found := exact(problem, budget)) is None:
         raise InfeasibleError(_infeasible(problem, budget))
     exact_plan, _ = found
+    hopeful = make_problem(problem.costs.without_margins(), constraint)
+    expected = exact(hopeful, budget)  # with it the bound of what any plan can take
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
     # all that decides what a study's trials mean
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
@@ -67,20 +69,23 @@ def search_plan(
         study.sample(trials, report=lambda done: progress("search: whole plans", done, trials))
     if (best := study.best) is None:
         raise InfeasibleError(_all_over_budget(study))
-    return _search_record(study, best, profile, found, plans, trials, interacting, notes)
+    return _search_record(
+        study, best, profile, exact_plan, expected or found, plans, trials, interacting, notes
+    )
 
 
 def _search_record(
     study: PlanStudy,
     best: SearchTrial,
     profile: Profile,
-    found: tuple[Options, float],  # the exact plan, and the bound of any plan's step time
+    exact_plan: Options,
+    expected: tuple[Options, float],  # were every gain sure; and the bound of any plan's step time
     plans: Iterable[Options],
     trials_asked: int,
     interacting: tuple[str, ...],
     notes: Sequence[str],
 ) -> Search:
-    exact_plan, bound_ms = found
+    expected_plan, bound_ms = expected
     by_error = sorted(plans, key=study.problem.costs.grad_error)
     return Search(
         structure=profile.model.structure,
@@ -96,6 +101,7 @@ def _search_record(
         duplicates_skipped=study.duplicates,
         trials_asked=trials_asked or None,
         interacting=interacting,
+        expected=None if expected_plan == exact_plan else study.point(expected_plan),
         notes=(*notes, *(_table_notes(study, best) if study.budget else ())),
     )
 

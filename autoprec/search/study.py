@@ -1,6 +1,6 @@
 """The Optuna study of whole plans: each is evaluated once, as a trial, and remembered.
 
-    time_to_loss = step_ms * (1 + grad_error)     extra steps per step, see sensitivity.gap
+    time_to_loss = counted_ms * (1 + grad_error)     extra steps per step, see sensitivity.gap
 
 A measurement costs training steps, so a sampled plan that cannot win is estimated by the table:
 even with PRUNE_FACTOR times its table's error (the sum of the parts was never found more than 25 %
@@ -177,7 +177,7 @@ class PlanStudy:
         except BaseException:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
-        self.study.tell(trial, self.problem.costs.step_ms(options) * (1.0 + grad_error))
+        self.study.tell(trial, self.problem.costs.counted_ms(options) * (1.0 + grad_error))
         self._take_up()
 
     def _joint_error(self, options: Options) -> tuple[float, Basis]:
@@ -196,7 +196,7 @@ class PlanStudy:
         grad_error = PRUNE_FACTOR * self.problem.costs.grad_error(options)
         if grad_error > self.budget or not self.problem.fits_memory(options):
             return False
-        least_ms = self.problem.costs.step_ms(options) * (1.0 + grad_error)
+        least_ms = self.problem.costs.counted_ms(options) * (1.0 + grad_error)
         return self.best is None or least_ms < self.best.time_to_loss_ms
 
     def _record(
@@ -207,16 +207,16 @@ class PlanStudy:
         number: int = 0,
         source: str = "table",
     ) -> SearchTrial:
-        step_ms = self.problem.costs.step_ms(options)
+        costs = self.problem.costs
         is_within = grad_error <= self.budget * (1.0 + ROUNDING)
         return SearchTrial(
             number=number,
             source=source,
             options=options,
-            step_ms=step_ms,
+            step_ms=costs.step_ms(options),
             grad_error=grad_error,
             grad_error_basis=basis,
-            time_to_loss_ms=step_ms * (1.0 + grad_error),
+            time_to_loss_ms=costs.counted_ms(options) * (1.0 + grad_error),
             feasible=is_within and self.problem.fits_memory(options),
         )
 
