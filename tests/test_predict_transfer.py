@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import RecordError
+from autoprec.predict.family import depth_weights, role_in_block
 from autoprec.predict.transfer import (
     default_locks,
     sensitivity_basis,
@@ -188,3 +189,51 @@ def test_locks_hold_only_while_nothing_is_known() -> None:
         )
     }
     assert chosen == {"unknown": (TENSORWISE, BF16_O2), "measured": (TENSORWISE, TENSORWISE)}
+
+
+# --- roles and places ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.layers.31.self_attn.q_proj", "model.layers.*.self_attn.q_proj"),
+        ("vit.layers.3.mlp.fc2", "vit.layers.*.mlp.fc2"),
+        ("blocks.3.mlp.0", "blocks.*.mlp.0"),  # of a block's nn.Sequential
+        ("layers.0.mlp.experts.12.w1", "layers.*.mlp.experts.*.w1"),
+        ("layer2.1.conv3", "layer*.*.conv3"),
+        ("4", "*"),  # a plain stack
+        ("fc1", "fc*"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_a_number_is_a_blocks_but_at_the_end_of_a_block(name: str, role: str) -> None:
+    assert role_in_block(name, 0) == role
+
+
+def test_two_linears_of_a_block_are_not_mixed() -> None:
+    def mlp(blocks: int) -> ModelSpec:
+        return model_of(
+            *(
+                linear_layer(f"layers.{block}.{name}", 64, 64, options=OPTIONS)
+                for block in range(blocks)
+                for name in ("fc1", "fc2")
+            )
+        )
+
+    given = {name: 8e-3 if name.endswith("fc1") else 1e-3 for name in mlp(2).names}
+    found = transfer_sensitivity(measured(mlp(2), given), mlp(4))
+    assert error_of(found, "layers.1.fc1") == pytest.approx(4e-3)
+    assert error_of(found, "layers.1.fc2") == pytest.approx(5e-4)
+
+
+@given(small=st.integers(1, 9), large=st.integers(1, 40))
+def test_weights_of_depth_add_up_and_are_symmetric(small: int, large: int) -> None:
+    columns = [0.0] * small
+    for index in range(large):
+        weights = depth_weights(index, large, small)
+        assert math.fsum(weights.values()) == pytest.approx(1.0)
+        for at, weight in weights.items():
+            columns[at] += weight
+    assert columns == pytest.approx(columns[::-1])
+    assert min(columns) > 0.0 or large < small

@@ -1,12 +1,10 @@
 """A small model's sensitivity -> a large model's, or what to do where there is none. No torch.
 
 Transferred: a layer takes its gradient error from the layers of the small model that do the same
-thing (the same name but for numbers, else the same last two parts, else the last) at the same
-relative depth, first to first and last to last, interpolated between. A role's total is kept and
-spread over more layers: the residual stream is longer, and each layer's share of it smaller. The
-loss curve and the activations' error are the small model's. Seen on Llamas of width 64: the table
-of 2 blocks against one measured on 8 has Spearman 0.94 to 0.96 over 57 layers and a total 3 to 13 %
-below; that of 4 blocks 0.97 to 0.98, and 17 to 20 % below. Other widths are not covered by this.
+thing at the same relative depth (`family`), interpolated between. A role's total is kept and spread
+over more layers: the residual stream is longer, and each layer's share of it smaller. The loss
+curve and the activations' error are the small model's. docs/transfer.md says what of this holds
+over widths and depths, and how a small model has to be built for it.
 
 Unknown: every gradient error is 0 and labelled `unknown`, and what DeepSeek-V3 keeps out of FP8
 (embedding, output head, norms, MoE gates: arXiv 2412.19437, section 3.3.1) stays out of it; of
@@ -14,23 +12,20 @@ these only linears, so head and gates, could run in FP8 at all.
 """
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
 from autoprec.model.roles import Role, role_of
+from autoprec.predict.family import Place, depth_weights, find_places, role_in_block
 from autoprec.records.model import FP32, Basis, LayerKind, LayerSpec, ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, LayerSensitivity, Sensitivity
 
-DIGITS = re.compile(r"\d+")
 ROUTER_NAMES = frozenset(("router", "gating", "gate_network", "router_proj", "wg"))
 ROUTER_NARROWING = 4  # a `gate` with fewer outputs than a quarter of its inputs picks experts
 SOURCE = "DeepSeek-V3's list, arXiv 2412.19437, section 3.3.1"
 ZERO = Estimate(mean=0.0)
 MOST_NAMED = 5
-SHARED_PARTS = (0, 2, 1)  # trailing parts of a name that two layers share; 0: all
-Family = tuple[int, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]]
 
 
 def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
@@ -40,13 +35,13 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
         RecordError: no layer that could run in FP8 has a counterpart.
     """
     table = {(row.name, row.option): row for row in small.rows}
-    names = [name for name, _ in table]
-    families = [(n, _by_role(names, n), _by_role(spec.names, n)) for n in SHARED_PARTS]
+    places = find_places(spec.names, (name for name, _ in table))
     # A layer without a counterpart is unknown, and so out of FP8.
     rows: list[LayerSensitivity] = []
     unmatched: list[str] = []
     for layer in spec.layers:
-        found = _transferred(layer, table, families)
+        place = places.get(layer.name)
+        found = _transferred(layer, table, place) if place else []
         unmatched += [] if found else [layer.name]
         rows += found or [_unknown(layer.name, o) for o in layer.options if not o.is_fp8]
     if not any(row.option.is_fp8 for row in rows):
@@ -123,16 +118,11 @@ def _unknown(name: str, option: Option) -> LayerSensitivity:
 
 
 def _transferred(
-    layer: LayerSpec, table: dict[tuple[str, Option], LayerSensitivity], families: Sequence[Family]
+    layer: LayerSpec, table: dict[tuple[str, Option], LayerSensitivity], place: Place
 ) -> list[LayerSensitivity]:
-    """Return the rows of a layer by its nearest namesakes; none where no layer does the same."""
-    for parts, small, large in families:
-        role = _role(layer.name, parts)
-        if role in small:
-            same = [[table[n, o] for n in small[role] if (n, o) in table] for o in layer.options]
-            index, count = large[role].index(layer.name), len(large[role])
-            return [_share(layer.name, rows, index, count) for rows in same if rows]
-    return []
+    """Return the rows of a layer by its peers', one for each option that one of them has."""
+    same = [[table[n, o] for n in place.peers if (n, o) in table] for o in layer.options]
+    return [_share(layer.name, rows, place.index, place.count) for rows in same if rows]
 
 
 def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) -> LayerSensitivity:
@@ -141,10 +131,10 @@ def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) 
     reached = math.fsum(
         weight * max(rows[at].grad_error.mean, 0.0)
         for place in range(count)
-        for at, weight in _weights(place, count, len(rows)).items()
+        for at, weight in depth_weights(place, count, len(rows)).items()
     )
     scale = total / reached if reached > 0.0 else 1.0
-    weights = _weights(index, count, len(rows))
+    weights = depth_weights(index, count, len(rows))
     mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
     known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
     stderr = scale * max(known) if len(known) == len(weights) else None
@@ -152,32 +142,6 @@ def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) 
     return LayerSensitivity(
         name=name, option=rows[0].option, grad_error=estimate, basis=Basis.TRANSFERRED
     )
-
-
-def _weights(index: int, count: int, sources: int) -> dict[int, float]:
-    """Return the sources nearest to a relative depth, and their shares; ends map to ends.
-
-    One layer alone stands for all of its sources.
-    """
-    if count == 1:
-        return dict.fromkeys(range(sources), 1.0 / sources)
-    depth = index / (count - 1) * (sources - 1)
-    below = int(depth)
-    if depth == below:
-        return {below: 1.0}
-    return {below: below + 1 - depth, below + 1: depth - below}
-
-
-def _role(name: str, parts: int) -> str:
-    """Return the last parts of a name (0: all), numbers apart: what the layer does in its block."""
-    return ".".join(DIGITS.sub("*", name).split(".")[-parts:])
-
-
-def _by_role(names: Iterable[str], parts: int) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        found.setdefault(_role(name, parts), []).append(name)
-    return found
 
 
 def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
@@ -214,7 +178,8 @@ def _no_family(small: Sensitivity, spec: ModelSpec) -> str:
     theirs = [row.name for row in small.rows if row.option.is_fp8]
     own = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
     said = [
-        first_and_more(dict.fromkeys(_role(name, 1) for name in names), most=MOST_NAMED) or "none"
+        first_and_more(dict.fromkeys(role_in_block(name) for name in names), most=MOST_NAMED)
+        or "none"
         for names in (own, theirs)
     ]
     return (

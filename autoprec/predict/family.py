@@ -1,0 +1,126 @@
+"""Two models built by one code -> which layers of one stand for which of the other. No torch.
+
+Layers match that do the same thing: their names are the same but for the numbers of blocks, else
+the same in the last two parts, else in the last. A number in the last part is a block's only where
+it is the first of its name: `fc1` and `fc2` of `layers.3.mlp` do different things, and so do the
+`0` and the `3` of a block's `nn.Sequential`; those of a plain stack `0`, `2`, `4` do not.
+
+Within such a role layers match by relative depth, first to first and last to last. A layer between
+two stands for each of them by how near it is:
+
+    depth of layer j of n among the m of the other model:  j / (n - 1) * (m - 1)
+
+One layer alone stands for all of the other model's equally.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autoprec.common.text import first_and_more
+from autoprec.errors import RecordError
+from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
+
+DIGITS = re.compile(r"\d+")
+SHARED_PARTS = (0, 2, 1)  # trailing parts of a name that two layers share; 0: all
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer of the large model stands.
+
+    `peers` are the small model's layers of its role, in order; the layer is the `index`-th of
+    `count` that have them as peers.
+    """
+
+    peers: tuple[str, ...]
+    index: int
+    count: int
+
+
+def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
+    """Return the place of every layer of the large model that has a peer, by name.
+
+    >>> find_places(["layers.0.up", "layers.1.up", "layers.2.up"], ["layers.0.up"])["layers.1.up"]
+    Place(peers=('layers.0.up',), index=1, count=3)
+    """
+    names, others = list(dict.fromkeys(large)), list(dict.fromkeys(small))
+    found: dict[str, Place] = {}
+    for parts in SHARED_PARTS:
+        roles, peers = _by_role(names, parts), _by_role(others, parts)
+        for role in roles.keys() & peers.keys():
+            for index, name in enumerate(roles[role]):
+                found.setdefault(name, Place(tuple(peers[role]), index, len(roles[role])))
+    return found
+
+
+def depth_weights(index: int, count: int, peers: int) -> dict[int, float]:
+    """Return the peers nearest to the relative depth of the index-th of `count`, and their shares.
+
+    >>> depth_weights(1, 4, 2)
+    {0: 0.6666666666666667, 1: 0.3333333333333333}
+    """
+    if count == 1:
+        return dict.fromkeys(range(peers), 1.0 / peers)
+    depth = index / (count - 1) * (peers - 1)
+    below = int(depth)
+    if depth == below:
+        return {below: 1.0}
+    return {below: below + 1 - depth, below + 1: depth - below}
+
+
+def role_in_block(name: str, parts: int = 1) -> str:
+    """Return the last parts of a name (0: all) without block numbers: what a layer does there.
+
+    >>> role_in_block("vit.layers.3.mlp.fc1", 2), role_in_block("layers.7.attn.q_proj", 0)
+    ('mlp.fc1', 'layers.*.attn.q_proj')
+    """
+    blocks, dot, last = name.rpartition(".")
+    starred = DIGITS.sub("*", blocks)
+    own = last if starred != blocks else DIGITS.sub("*", last)
+    return ".".join(f"{starred}{dot}{own}".split(".")[-parts:])
+
+
+def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
+    """Refuse a proxy that cannot stand for a model.
+
+    Raises:
+        RecordError: it is not smaller, or a linear of the model has no linear in it.
+    """
+    sizes = [sum(p.numel for p in spec.parameters()) for spec in (large, small)]
+    if sizes[1] >= sizes[0]:
+        raise RecordError(
+            f"a proxy must be smaller than its model, but it has {sizes[1]:,} parameters and the "
+            f"model {sizes[0]:,}; give a smaller one, or tune without --proxy"
+        )
+    own, theirs = _linears(large), _linears(small)
+    places = find_places(own, theirs)
+    missing = [name for name in own if name not in places]
+    if missing:
+        used = {peer for place in places.values() for peer in place.peers}
+        unused = [name for name in theirs if name not in used]
+        raise RecordError(
+            "a proxy must be of the model's family, but linears of the model have none of their "
+            f"role in it: {_roles(missing)} (the proxy has {_roles(unused) or 'no other role'}); "
+            "build the proxy with the model's own code, narrower and with fewer blocks"
+        )
+
+
+def _linears(spec: ModelSpec) -> list[str]:
+    return [layer.name for layer in spec.layers if _is_linear(layer)]
+
+
+def _is_linear(layer: LayerSpec) -> bool:
+    return layer.kind is LayerKind.LINEAR and bool(layer.calls)
+
+
+def _roles(names: Sequence[str]) -> str:
+    return first_and_more(dict.fromkeys(role_in_block(n, 2) for n in names), most=MOST_NAMED)
+
+
+def _by_role(names: Iterable[str], parts: int) -> Mapping[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(role_in_block(name, parts), []).append(name)
+    return found
