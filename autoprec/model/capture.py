@@ -7,6 +7,7 @@ uncovered.
 """
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from autoprec.model.options import layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
 from autoprec.records import (
+    AsWritten,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -35,8 +37,17 @@ from autoprec.records import (
     TensorSpec,
     fp8_option,
 )
-from autoprec.workload.functions import Batch, check_batches, check_loss, take_batches, tensors_in
+from autoprec.workload.functions import (
+    Batch,
+    Workload,
+    check_batches,
+    check_loss,
+    take_batches,
+    tensors_in,
+)
+from autoprec.workload.written import dtype_name
 
+log = logging.getLogger(__name__)
 SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
 NEEDS_NO_GRADIENT = (
     "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
@@ -81,7 +92,28 @@ def capture_model(context: Context) -> ModelSpec:
         is_deterministic=first.fingerprint == second.fingerprint,
         loss=first.loss,
     )
-    return make_spec(seen)
+    spec = make_spec(seen)
+    return spec.model_copy(update={"as_written": said_written(workload)})
+
+
+def said_written(workload: Workload) -> AsWritten:
+    """Return how the user trains, as the steps until now showed it; it is logged what is undone."""
+    seen = workload.written
+    autocast = seen.autocast or seen.script_autocast
+    found = AsWritten(
+        autocast="" if autocast is None else dtype_name(autocast),
+        parameters=tuple(sorted(map(dtype_name, seen.dtypes))),
+        is_compiled=seen.is_compiled or seen.script_compiles,
+    )
+    if found.parameters:
+        log.warning(
+            "build_model() gives parameters in %s: numerics are measured with FP32 ones, and only "
+            "the step as written keeps them",
+            " and ".join(found.parameters),
+        )
+    if found.autocast:
+        log.info("loss_fn's autocast (%s) is left out but of the step as written", found.autocast)
+    return found
 
 
 @dataclass(frozen=True)
@@ -213,7 +245,7 @@ def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> Par
     return ParameterSpec(
         name=name,
         shape=tuple(parameter.shape),
-        dtype=str(parameter.dtype).removeprefix("torch."),
+        dtype=dtype_name(parameter.dtype),
         is_trainable=parameter.requires_grad,
         shared_with=None if first == name else first,
     )
@@ -223,7 +255,7 @@ def _tensor_spec(tensor: Tensor) -> TensorSpec:
     return TensorSpec(
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()),
-        dtype=str(tensor.dtype).removeprefix("torch."),
+        dtype=dtype_name(tensor.dtype),
         requires_grad=tensor.requires_grad,
     )
 

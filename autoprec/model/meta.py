@@ -89,7 +89,8 @@ def capture_on_meta(
         seen = capture.ObservedStep(
             model, layers, calls, optimizer, BY_SHAPE, str(META), has_randomness=any(seeded)
         )
-        return capture.make_spec(seen)
+        spec = capture.make_spec(seen)
+        return spec.model_copy(update={"as_written": capture.said_written(workload)})
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ the machine in between is then in their ratio, which the log says.
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +26,7 @@ from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.records import FP32, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, take_batches
+from autoprec.workload.written import no_autocast
 
 Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
 AUTOCAST = "autocast_bf16"
@@ -145,9 +145,9 @@ class _Comparison:
         workload, device = self.context.workload, self.context.device
         model = workload.build_model(seed=self.context.seed).to(device).train()
         optimizer = workload.build_optimizer(model)
-        casts: AbstractContextManager[object] = nullcontext()
+        autocast = None
         if isinstance(variant, str):
-            casts = torch.autocast(device.type, dtype=torch.bfloat16)
+            autocast = torch.autocast(device.type, dtype=torch.bfloat16)
         elif any(option != FP32 for option in variant.values()):
             install_options(model, variant, uncovered=model_layers(model).uncovered)
             attach_optimizer(model, optimizer)
@@ -156,8 +156,10 @@ class _Comparison:
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with casts:  # as torch advises: backward outside, in the dtypes of forward
-                loss = workload.loss_fn(model, self.batches[self.round % len(self.batches)])
+            batch = self.batches[self.round % len(self.batches)]
+            # as torch advises: backward outside, in the dtypes of forward
+            with no_autocast(workload.written, instead=autocast):
+                loss = workload.written_loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
             optimizer.step()
 

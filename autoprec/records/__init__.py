@@ -16,6 +16,7 @@ from autoprec.records.cost import Conditions, DeviceFacts, LayerTiming, Profile,
 from autoprec.records.model import (
     BF16_O2,
     FP32,
+    AsWritten,
     Basis,
     CallSpec,
     GemmShape,

@@ -224,6 +224,23 @@ class LayerSpec(Record):
         return next((r.reason for r in self.refusals if r.precision is precision), None)
 
 
+class AsWritten(Record):
+    """How the user's file trains, where that is more than FP32 run eagerly.
+
+    Dtypes are torch's names without `torch.`: of the autocast around the model ("" for none), and
+    the 16-bit ones among the parameters. What is measured of numerics is without all three.
+    """
+
+    autocast: str = ""
+    parameters: tuple[str, ...] = ()
+    is_compiled: bool = False
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether it trains FP32 parameters without autocast."""
+        return not self.autocast and not self.parameters
+
+
 class ModelSpec(FileRecord):
     """A model as one real training step showed it.
 
@@ -233,6 +250,7 @@ class ModelSpec(FileRecord):
     name, `optimizer_state_numel_ratio` its state elements per parameter element (2 for Adam).
     `has_randomness` says that two forwards of one batch differ unless seeded (dropout).
     `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
+    `as_written` is how the user trains it; None where that is not known.
     """
 
     KIND = "model"
@@ -249,6 +267,7 @@ class ModelSpec(FileRecord):
     is_deterministic: bool
     loss: float | None
     device: str
+    as_written: AsWritten | None = None
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""

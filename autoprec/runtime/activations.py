@@ -161,11 +161,6 @@ def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
     return result
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return e.g. `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def option_dtype(option: Option) -> torch.dtype:
     """Return the dtype in which a layer with this option stores and takes tensors."""
     return torch.float32 if option.precision is Precision.FP32 else torch.bfloat16

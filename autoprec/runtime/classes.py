@@ -33,10 +33,10 @@ from autoprec.runtime.activations import (
     join_recomputation,
     option_dtype,
 )
+from autoprec.workload.written import AUTOCAST_DEVICES
 
 ModuleClass = type[nn.Module]
 Maker = TypeVar("Maker", bound=Callable[..., ModuleClass])
-AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
 
 
 def _cached(maker: Maker) -> Maker:

@@ -36,7 +36,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option, Recipe
-from autoprec.runtime.activations import dtype_name
+from autoprec.workload.written import dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
-from autoprec.runtime.activations import dtype_name
+from autoprec.workload.written import dtype_name
 
 logger = logging.getLogger(__name__)
 

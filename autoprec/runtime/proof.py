@@ -34,11 +34,12 @@ from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
-from autoprec.runtime.activations import CASTABLE, dtype_name, option_dtype
+from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
+from autoprec.workload.written import dtype_name
 
 aten = torch.ops.aten
 # Position of the first operand; the second is the next.

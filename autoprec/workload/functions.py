@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
@@ -31,6 +31,13 @@ from torch import Tensor, nn
 from autoprec.common.text import error_line, short_digest, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.workload.hf_config import META_ALONE, config_file
+from autoprec.workload.written import (
+    LOW_PRECISION,
+    Written,
+    is_compiled,
+    no_autocast,
+    plain_model,
+)
 
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
 MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
@@ -49,14 +56,20 @@ class Workload:
         name: how the user called it.
         digest: a hash of the file's text, so that only an unchanged one is resumed; empty for live
             objects, of which nobody can say whether they are the same.
+        written: their autocast, dtypes and compiling, as far as these were seen.
     """
 
     name: str
     digest: str
     _functions: Mapping[str, Callable[..., Any]]  # Any: user code
+    written: Written = field(default_factory=Written)
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
-        """Build the model with torch's generator seeded: same seed, same initial weights."""
+        """Build the model in FP32 and not compiled: same seed, same initial weights."""
+        return plain_model(self.written_model(seed=seed))
+
+    def written_model(self, *, seed: int = 0) -> nn.Module:
+        """Build the model as the user trains it, in its own dtypes and compiled if it is."""
         torch.manual_seed(seed)
         model = self._call("build_model()", nn.Module, "an nn.Module")
         if next(model.parameters(), None) is None:
@@ -64,6 +77,8 @@ class Workload:
                 "build_model() must return a model with parameters, but "
                 f"{type(model).__name__} has none; there is nothing to train"
             )
+        self.written.dtypes |= {p.dtype for p in model.parameters()} & {*LOW_PRECISION}
+        self.written.is_compiled |= is_compiled(model)
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
@@ -97,8 +112,14 @@ class Workload:
         return batches
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the scalar, floating loss of one batch; its value is not looked at here."""
-        loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
+        """Return the loss of one batch, run eagerly and without the user's own autocast."""
+        with no_autocast(self.written), torch.compiler.set_stance("force_eager"):
+            return self.written_loss(model, batch)
+
+    def written_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the scalar, floating loss of one batch, run as the user does."""
+        with self.written.around(model):
+            loss = self._call("loss_fn(model, batch)", Tensor, "a scalar tensor", model, batch)
         if loss.numel() != 1 or not loss.is_floating_point():
             raise WorkloadError(
                 "loss_fn(model, batch) must return a scalar floating tensor, but it returned shape "

@@ -7,7 +7,9 @@
     eval_batches     the last quarter of what was recorded, which nothing trains on
 
 Before that is trusted, the first batch is run again on the recorded weights: loss and gradient must
-be those that the script had. FP32 and the plan are compared without the script's autocast.
+be those that the script had. FP32 and the plan are compared without the script's autocast, which
+the step as written has: the dtype that its layers saw, and whether the script compiles its model
+(not how: it is compiled in torch's default mode). TF32 stays as the script has set it.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +40,9 @@ from autoprec.integrations.launch.recorder import (
 )
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import remove_scale, replay
+from autoprec.model.layers import find_layers
 from autoprec.workload.functions import Workload, move_batch, workload_from
+from autoprec.workload.written import Written
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 4  # one batch in four is for evaluation
@@ -75,7 +80,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     logger.warning(stopped, script.name, recorder.steps)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
-    check_recording(script, recorder, first)
+    autocast = check_recording(script, recorder, first)
     _remove_accelerate(first.model)
     batches = recorder.batches
     for batch in batches:
@@ -88,7 +93,9 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         "build_optimizer": lambda model: copy_optimizer(optimizer, first.model, model),
         "eval_batches": lambda: batches[-held_out:],
     }
-    return workload_from(functions, name=script.name, digest=_digest(script, recorder))
+    workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
+    written = Written(script_autocast=autocast, script_compiles=first.is_compiled)
+    return replace(workload, written=written)
 
 
 def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
@@ -99,28 +106,38 @@ def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
     return replay(batch.graph, model, model(*args, **kwargs), batch.constants)
 
 
-def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> None:
-    """Run the first batch again as the script did, and compare.
+def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> torch.dtype | None:
+    """Run the first batch again as the script did, and compare; return its layers' autocast.
 
     Raises:
         WorkloadError: loss or gradient differ.
     """
     model = copy.deepcopy(first.model).to(first.device).train()
     batch = move_batch(recorder.batches[0], first.device)
+    seen: set[torch.dtype] = set()  # Accelerate's autocast is inside of the model's forward
+    device = first.device.type
+
+    def note(_module: nn.Module, _args: object) -> None:
+        if torch.is_autocast_enabled(device):
+            seen.add(torch.get_autocast_dtype(device))
+
     with random_state_kept():
         # as in the script: the random numbers of its dropout, and its autocast
         torch.set_rng_state(first.random_state)
         if first.random_states_gpu:
             torch.cuda.set_rng_state_all(first.random_states_gpu)
+        hooks = [layer.register_forward_pre_hook(note) for layer in find_layers(model).values()]
         with first.autocast:
             loss = recorded_loss(model, batch)
+        for hook in hooks:
+            hook.remove()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     inputs = "the model or its loss depends on something else than the model's inputs"
-    hooks = "the gradient does not only come from the loss (hooks, or a forward that was replaced)"
+    other = "the gradient does not only come from the loss (hooks, or a forward that was replaced)"
     for what, found, wanted, tolerance, cause in (
         ("loss", float(loss.detach()), recorder.losses[0], LOSS_RTOL, inputs),
-        ("gradient norm", gradient_norm(model), recorder.first_norm, NORM_RTOL, hooks),
+        ("gradient norm", gradient_norm(model), recorder.first_norm, NORM_RTOL, other),
     ):
         if not math.isclose(found, wanted, rel_tol=tolerance, abs_tol=1e-12):
             raise _refused(
@@ -128,6 +145,7 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> Non
                 f"a recording must repeat the script's first step, but the {what} is {found:.6g} "
                 f"again instead of {wanted:.6g}: {cause}",
             )
+    return next(iter(seen), None)
 
 
 def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch]:

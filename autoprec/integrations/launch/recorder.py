@@ -34,6 +34,7 @@ from autoprec.integrations.launch.tape import Tape, Taping, copied
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload.functions import tensors_in
+from autoprec.workload.written import is_compiled
 
 MODEL_PY = "write a model.py instead (see the README)"
 
@@ -57,6 +58,7 @@ class FirstCall:
     random_state: Tensor
     random_states_gpu: list[Tensor]
     autocast: torch.autocast
+    is_compiled: bool  # whether the script compiles the model, or parts of it
 
 
 class Recorder:
@@ -124,7 +126,7 @@ class Recorder:
             raise StopScript  # again: the script caught the first one
         model = unwrapped(module, parallel=True)
         if self.model is None:
-            self.model, self.first = model, self._first_call(model)
+            self.model, self.first = model, self._first_call(model, is_compiled(module))
         elif model is not self.model:
             names = f"{type(self.model).__name__} and {type(model).__name__}"
             self.refuse(f"one model must be trained, but the script calls several ({names})")
@@ -139,7 +141,7 @@ class Recorder:
             )
         return model
 
-    def _first_call(self, model: nn.Module) -> FirstCall:
+    def _first_call(self, model: nn.Module, is_compiled: bool) -> FirstCall:
         if ON_MODEL in vars(model):
             self.refuse("the script must train plainly, but it applies a plan itself")
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -155,7 +157,7 @@ class Recorder:
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return FirstCall(template, device, torch.get_rng_state(), gpus, autocast)
+        return FirstCall(template, device, torch.get_rng_state(), gpus, autocast, is_compiled)
 
     # --- backward --------------------------------------------------------------------------------
 

@@ -1,0 +1,121 @@
+"""How the user's functions train, as written, and how the same step is run in plain FP32.
+
+    as written   parameters in the dtype that build_model gives them, compiled where the user
+                 compiles, under the autocast that loss_fn enters: a baseline of a plan's speed
+    plain        FP32 parameters, run eagerly and without autocast: the ground of every measurement
+                 of numerics, which looks into layers with hooks and exchanges them
+
+An autocast that is switched on inside a forward which the user compiles is traced and not entered,
+so a compiled step keeps it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.utils._pytree import tree_map_only
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
+Enter = Callable[[torch.autocast], Any]  # Any: torch's own
+
+
+@dataclass
+class Written:
+    """How the user's functions train, as far as they were seen to by now.
+
+    `dtypes` are the 16-bit ones among the parameters that build_model gives. A recorded script's
+    `script_autocast` and `script_compiles` are around its functions, so they are no part of them.
+    """
+
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    autocast: torch.dtype | None = None
+    is_compiled: bool = False
+    script_autocast: torch.dtype | None = None
+    script_compiles: bool = False
+
+    def around(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return the autocast that a recorded script runs its functions in."""
+        if self.script_autocast is None:
+            return nullcontext()
+        return torch.autocast(next(model.parameters()).device.type, dtype=self.script_autocast)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the user compiles a model: it, or a module within it."""
+    return any(
+        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return a model as it was before it was compiled, and its 16-bit parameters in FP32.
+
+    The model is changed in place. What its user casts to 16 bit for it is cast back.
+    """
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    for module in list(model.modules()):
+        module._compiled_call_impl = None
+        for name, child in module.named_children():
+            if isinstance(child, OptimizedModule):
+                setattr(module, name, child._orig_mod)
+    low = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in LOW_PRECISION]
+    for tensor in low:
+        tensor.data = tensor.data.float()
+    if low:
+        model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    return model
+
+
+@contextmanager
+def no_autocast(written: Written, *, instead: torch.autocast | None = None) -> Iterator[None]:
+    """Keep off an autocast that the user's code switches on, and note its dtype; off stays off.
+
+    `instead` is one to be on all the while.
+    """
+    passed: set[int] = set()  # contexts that changed nothing when they were entered
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def enter_noted(self: torch.autocast) -> Any:  # Any: torch's own
+        if not self._enabled:
+            return enter(self)  # type: ignore[no-untyped-call]  # torch's own
+        written.autocast = self.fast_dtype
+        passed.add(id(self))
+        return self
+
+    def leave_noted(self: torch.autocast, *error: Any) -> Any:  # Any: torch's own
+        return None if id(self) in passed else leave(self, *error)
+
+    with ExitStack() as stack:
+        for device in AUTOCAST_DEVICES:  # switched on for the whole process, when the file imports
+            if torch.is_autocast_enabled(device):
+                written.autocast = torch.get_autocast_dtype(device)
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(nullcontext() if instead is None else instead)
+        # What the user's code enters from here on is noted by a class that is put back below.
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter_noted, leave_noted  # type: ignore[method-assign]  # for a while
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]  # as it was
+
+
+def _cast_inputs(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # Any: whatever the model takes
+    return tree_map_only(Tensor, _in_fp32, (args, kwargs))  # type: ignore[no-any-return]  # a pair stays one
+
+
+def _in_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
