@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import autoprec
+from autoprec.device.cuda_clock import CudaClock
 from autoprec.device.fp8 import fp8_support
-from autoprec.device.timing import CudaClock, Stopping, sample_interleaved
+from autoprec.device.timing import Stopping, sample_interleaved
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import BF16_O2, Recipe, fp8_option
 

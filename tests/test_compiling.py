@@ -46,6 +46,8 @@ class CleanMonitor:
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         return sample(), Observation()
 
+    def look(self) -> None: ...
+
 
 def opened(backend: Any = "aot_eager") -> Any:  # Any: dynamo's backends; a context of this module
     return open_compilation(CPU, "default", backend=backend)

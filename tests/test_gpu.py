@@ -15,12 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 import autoprec
+from autoprec.device.cuda_clock import CudaClock, graph_replay
 from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.device.local import device_facts, find_sensor, fp8_format_gaps, resolve_device
 from autoprec.device.timing import (
-    CudaClock,
     Stopping,
-    graph_replay,
     make_clock,
     relative_error,
     time_interleaved,

@@ -3,9 +3,7 @@
 import gc
 import itertools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,24 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.device.timing import (
-    CACHE_FACTOR,
-    DEFAULT_CACHE_BYTES,
-    GRAPH_WARMUPS,
     SHORTEST_SAMPLE_MS,
     Clock,
     CpuClock,
-    CudaClock,
     Observation,
     Samples,
     Stopping,
-    graph_replay,
     last_level_cache_bytes,
     make_clock,
     relative_error,
     sample_interleaved,
     timing_from,
 )
-from autoprec.errors import DeviceError
 from autoprec.records import Conditions, Timing
 
 
@@ -87,6 +79,8 @@ class ScriptedMonitor:
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         is_dirty = self.dirty.pop(0) if self.dirty else False
         return sample(), Observation(is_dirty, Conditions(temperature_c=80 if is_dirty else 60))
+
+    def look(self) -> None: ...
 
 
 def test_every_candidate_has_one_turn_per_round() -> None:
@@ -157,6 +151,14 @@ def test_steady_candidates_stop_early_and_unsteady_ones_go_on() -> None:
     )
     assert len(found["steady"].clean) == 4
     assert len(found["unsteady"].clean) == 10
+
+
+def test_a_least_time_is_taken_whatever_else_would_stop() -> None:
+    clock = VirtualClock()
+    stopping = Stopping(samples=6, least=2, budget_ms=100.0, least_ms=1000.0)
+    functions = {"short": clock.takes("short", 50.0), "long": clock.takes("long", 600.0)}
+    found = sample_interleaved(functions, clock=clock, stopping=stopping, warmup=1)
+    assert (len(found["short"].clean), len(found["long"].clean)) == (20, 2)
 
 
 def test_slow_candidates_stop_at_their_budget() -> None:
@@ -236,84 +238,3 @@ def test_the_cpu_clock_measures_what_passes() -> None:
     x = torch.randn(256, 256)
     work = min(clock.measure(lambda: [x @ x for _ in range(20)]) for _ in range(5))
     assert work > min(clock.measure(lambda: None) for _ in range(5))  # others may need the core too
-
-
-class FakeCuda:
-    """Events, streams and graphs that note in which order they are used."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, l2_bytes: int = 0) -> None:
-        self.order: list[str] = []
-        self.capture_error: str = ""
-        properties = SimpleNamespace(L2_cache_size=l2_bytes)
-        stream = SimpleNamespace(wait_stream=lambda _: self.order.append("wait"))
-        fakes = {
-            "get_device_properties": lambda _: properties,
-            "device": lambda _: nullcontext(),
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "stream": lambda _: nullcontext(),
-            "set_stream": lambda _: self.order.append("back"),
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.order.append("replay")),
-            "graph": lambda _: nullcontext(),
-            "Event": lambda **_: self.event(),
-        }
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-
-    def event(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            record=lambda: self.order.append("record"),
-            synchronize=lambda: self.order.append("wait for the event"),
-            elapsed_time=lambda _: 2.5,
-        )
-
-
-def test_the_cuda_clock_reads_events_around_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeCuda(monkeypatch, l2_bytes=50 * 2**20)
-    clock = CudaClock(torch.device("meta"))
-    assert clock._buffer.nbytes == CACHE_FACTOR * 50 * 2**20
-    assert clock.measure(lambda: fake.order.append("call")) == 2.5
-    assert fake.order == ["record", "call", "record", "wait for the event"]
-
-
-def test_the_cuda_clock_clears_a_common_cache_where_none_is_known(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    FakeCuda(monkeypatch)
-    assert CudaClock(torch.device("meta"))._buffer.nbytes == CACHE_FACTOR * DEFAULT_CACHE_BYTES
-
-
-def test_a_graph_is_warmed_up_on_another_stream_and_captured_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fake = FakeCuda(monkeypatch)
-    replay = graph_replay(lambda: fake.order.append("call"))
-    assert fake.order == ["wait", *["call"] * GRAPH_WARMUPS, "wait", "call"]
-    replay()
-    assert fake.order[-1] == "replay"
-
-
-def test_what_a_graph_cannot_hold_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, calls = FakeCuda(monkeypatch), itertools.count()
-
-    def fn() -> None:
-        if next(calls) == GRAPH_WARMUPS:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    with pytest.raises(DeviceError, match="not permitted when stream is capturing"):
-        graph_replay(fn)
-    assert fake.order[-1] == "back"  # to the stream that was current before the capture
-
-
-def test_memory_that_a_graph_lacks_is_no_fault_of_the_function(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    FakeCuda(monkeypatch)
-    calls = itertools.count()
-
-    def fn() -> None:
-        if next(calls) == GRAPH_WARMUPS:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        graph_replay(fn)

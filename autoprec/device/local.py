@@ -17,7 +17,7 @@ from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
 from autoprec.device.tf32 import cudnn_allows_tf32, matmul_allows_tf32
 from autoprec.device.timing import UNWATCHED, Monitor, Observation
 from autoprec.errors import DeviceError
-from autoprec.records import DeviceFacts
+from autoprec.records import Conditions, DeviceFacts
 
 PACKAGES = ("torch", "torchao", "numpy", "nvidia-ml-py")
 INSTRUCTION_SETS = (  # those that decide how fast a CPU multiplies; Linux's names, x86 then Arm
@@ -214,6 +214,7 @@ class ThermalMonitor:
     sensor: Sensor
     sleep: Callable[[float], None] = time.sleep
     gave_up: bool = False
+    seen: Conditions | None = None  # by the last look
 
     def settle(self) -> int:
         """Wait until nothing slows the GPU, at most MOST_PAUSES times; return how often.
@@ -229,12 +230,17 @@ class ThermalMonitor:
         return patience
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
-        """Take a sample; return what the GPU was like after it, and whether that spoiled it."""
+        """Take a sample; return what the GPU was like meanwhile, and whether that spoiled it."""
+        self.seen = None
         elapsed = sample()
-        seen = self.sensor.read()
+        seen = self.seen or self.sensor.read()
         is_slow = bool(SLOWDOWNS & set(seen.throttle_reasons))
         self.gave_up = self.gave_up and is_slow
         return elapsed, Observation(is_slow, seen)
+
+    def look(self) -> None:
+        """Read the sensor: an idle GPU's clocks and power say nothing of the sample."""
+        self.seen = self.sensor.read()
 
 
 class LoadMonitor(Monitor):

@@ -6,9 +6,10 @@ slow drift of clocks and heat falls on all of them alike and samples of one roun
 
     round 0   A B C       round 1   B C A       round 2   A C B   ...
 
-A `Monitor` looks at the machine around every sample; a sample during which the machine was
-throttled is dirty: it is left out, counted, and taken again. A machine that stays that way is
-measured as it is, after as many rejections as `Stopping` allows.
+A `Monitor` looks at the machine during every sample; one during which the machine was throttled is
+dirty: it is left out, counted, and taken again. So is one that a GPU's allocator disturbed, and one
+with the host's time in it (see cuda_clock.py). A machine that stays that way is measured as it is,
+after as many rejections as `Stopping` allows.
 """
 
 import gc
@@ -18,16 +19,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 
-from autoprec.common.text import error_line
-from autoprec.errors import DeviceError
+from autoprec.device.cuda_clock import (
+    CACHE_FACTOR,
+    DEFAULT_CACHE_BYTES,
+    CudaClock,
+    Lead,
+    Sample,
+)
 from autoprec.records import Conditions, Timing
 
 Function = Callable[[], object]
@@ -35,11 +40,9 @@ Name = TypeVar("Name")  # of what is timed: any key
 
 SHORTEST_SAMPLE_MS = 0.1  # 100 times what an event or the interpreter adds (1 us, H100 and EPYC)
 MOST_CALLS = 1000
+MOST_SAMPLES = 1000  # where a least time is asked of something short
 FEWEST_SAMPLES = 3  # below it the median is one of two extremes
-DEFAULT_CACHE_BYTES = 32 * 2**20  # where the machine does not say; 32 MiB is a common L3
-CACHE_FACTOR = 2  # flush twice the cache: replacement is not strictly least-recently-used
 MOST_CPU_CACHE_BYTES = 16 * 2**20  # a step's data stays in a larger one, so that is left warm
-GRAPH_WARMUPS = 3  # as torch's own CUDA graph recipe
 MERGED_BY: Mapping[str, Callable[[Sequence[float]], Any]] = {  # Any: integers stay some
     "sm_clock_mhz": lambda clocks: round(statistics.median(clocks)),
     "memory_clock_mhz": lambda clocks: round(statistics.median(clocks)),
@@ -56,6 +59,14 @@ class Clock(Protocol):
         """Run `fn` once and return the ms it took."""
 
 
+@runtime_checkable
+class QueueingClock(Clock, Protocol):
+    """A clock of a device that works apart from the host, which only queues."""
+
+    def sample(self, fn: Function, *, lead_ms: float, meanwhile: Function) -> Sample:
+        """Run `fn` once, the host `lead_ms` ahead; call `meanwhile` while the device works."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a monitor saw during one sample; a spoiled one is left out whatever the limit."""
@@ -66,15 +77,19 @@ class Observation:
 
 
 class Monitor(Protocol):
-    """Looks at the machine around every sample; by default it waits for and sees nothing."""
+    """Looks at the machine during every sample; by default it waits for and sees nothing."""
 
     def settle(self) -> int:
         """Wait until the machine is fit to be timed; return how many pauses that took."""
         return 0
 
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
-        """Take a sample; return its ms and what was seen around it."""
+        """Take a sample, in which `look` is called; return its ms and what was seen."""
         return sample(), Observation()
+
+    def look(self) -> None:
+        """Look at the machine: while a device works on a sample; after it, on a CPU."""
+        return
 
 
 class Unwatched(Monitor):
@@ -104,68 +119,9 @@ class CpuClock:
         return (time.perf_counter() - started) * 1e3
 
 
-class CudaClock:
-    """Device ms between two events; the L2 cache is overwritten before each call.
-
-    The device is still busy with the overwriting while the host queues the call, so host time is
-    not in the figure as long as the call queues faster than that.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        size = int(torch.cuda.get_device_properties(device).L2_cache_size) or DEFAULT_CACHE_BYTES
-        self._buffer = torch.empty(CACHE_FACTOR * size // 4, dtype=torch.int32, device=device)
-
-    def measure(self, fn: Function) -> float:
-        """Run `fn` once and return the device ms between the events around it."""
-        with torch.cuda.device(self._device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's own
-            # The device evicts its L2 by overwriting the buffer; meanwhile the host runs ahead and
-            # queues the call, so that the events see the device's time alone.
-            self._buffer.zero_()
-            start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end))
-
-
 def make_clock(device: torch.device) -> Clock:
     """Return the clock that times work on `device`."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
-
-
-def graph_replay(fn: Function) -> Function:
-    """Capture the CUDA work of `fn` in a graph; return its replay, which costs the host one launch.
-
-    It is for constants of the device, where Python's 5 to 10 us per launch would hide a kernel's
-    own 2 us. Layers and steps are timed as training launches them: an eager FP8 layer that the host
-    cannot feed fast enough is as slow in training. `fn` must do the same on the same tensors.
-
-    Raises:
-        DeviceError: `fn` does something that a graph cannot hold.
-    """
-    # Warm up on another stream, as capture will use one: lazy initialisation must not be captured.
-    current = torch.cuda.current_stream()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(GRAPH_WARMUPS):
-            fn()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            fn()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        torch.cuda.set_stream(current)  # a capture that fails does not leave its own stream
-        raise DeviceError(
-            "what is timed in a CUDA graph must not wait for the device or the host, but "
-            f"{error_line(error)}; time it with plain launches"
-        ) from error
-    return graph.replay
 
 
 @dataclass(frozen=True)
@@ -173,8 +129,9 @@ class Stopping:
     """When a candidate has been sampled enough.
 
     At `samples`; or from `least` on, when the standard error of the median is below `precision` of
-    it, or when its samples have taken `budget_ms` of measured time. At most `rejections` dirty
-    samples are taken again (default: as many as `samples`).
+    it, or when its samples have taken `budget_ms` of measured time. But never before they have
+    taken `least_ms`: a GPU slows down under a load that lasts. At most `rejections` dirty samples
+    are taken again (default: as many as `samples`).
     """
 
     samples: int = 20
@@ -182,9 +139,12 @@ class Stopping:
     precision: float = 0.0
     budget_ms: float = math.inf
     rejections: int | None = None
+    least_ms: float = 0.0
 
     def is_enough(self, samples: Sequence[float]) -> bool:
         """Whether these samples will do."""
+        if sum(samples) < self.least_ms and len(samples) < MOST_SAMPLES:
+            return False
         if len(samples) >= self.samples:
             return True
         if len(samples) < self.least:
@@ -200,13 +160,22 @@ class Samples:
     rejected: int = 0
     pauses: int = 0
     conditions: list[Conditions] = field(default_factory=list)
+    hosts: list[float] = field(default_factory=list)  # the host's ms of each clean sample, if told
 
     @property
     def clean(self) -> list[float]:
         """The samples that count, in ms."""
         return [sample for sample in self.rounds if sample is not None]
 
-    def add(self, number: int, elapsed: float, seen: Observation, *, limit: int) -> None:
+    def add(
+        self,
+        number: int,
+        elapsed: float,
+        seen: Observation,
+        *,
+        limit: int,
+        host_ms: float | None = None,
+    ) -> None:
         """Keep a sample of round `number`, or reject it: a dirty one, up to the limit."""
         if seen.conditions is not None:
             self.conditions.append(seen.conditions)
@@ -216,10 +185,26 @@ class Samples:
         # Rounds that it sat out are None, so that samples of one round stay pairs.
         self.rounds.extend([None] * (number - len(self.rounds)))
         self.rounds.append(None if reject else elapsed)
+        if host_ms is not None and not reject:
+            self.hosts.append(host_ms)
 
-    def timing(self) -> Timing:
-        """Return median, p20 and p80 of the clean samples."""
-        return timing_from(self.clean, rejected=self.rejected)
+    def timing(self, *, as_trained: bool = False) -> Timing:
+        """Return median, p20 and p80 of the clean samples.
+
+        With `as_trained` a sample is the time of a step among many: the device's or the host's,
+        whichever is longer, because the host queues the next step while the device runs this one.
+        """
+        samples = self.clean
+        if as_trained and len(self.hosts) == len(samples):
+            samples = list(map(max, samples, self.hosts))
+        host_ms = statistics.median(self.hosts) if self.hosts else None
+        timing = timing_from(samples, rejected=self.rejected)
+        return timing.model_copy(update={"host_ms": host_ms})
+
+    @property
+    def is_host_bound(self) -> bool:
+        """Whether the host takes as long to queue it as the device to run it, or longer."""
+        return bool(self.hosts) and statistics.median(self.hosts) >= statistics.median(self.clean)
 
     def merged_conditions(self) -> Conditions | None:
         """Return the conditions seen around them as one: medians, hottest, all throttle reasons."""
@@ -265,14 +250,15 @@ def sample_interleaved(
     outside of the timing.
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
-    repeated = {n: _warm_up(fn, clock, warmup, prepare) for n, fn in candidates.items()}
+    warm = {n: _warm_up(fn, clock, warmup, prepare) for n, fn in candidates.items()}
     taken = {name: Samples() for name in candidates}
     turns = random.Random(seed)
+    rounds = MOST_SAMPLES if stopping.least_ms else stopping.samples
     limit = stopping.samples if stopping.rejections is None else stopping.rejections
     with _collector_off():
         # A round takes a sample of everybody who has not enough yet, in an order of its own: in a
         # fixed one a candidate would always run behind, and in the heat of, the same other.
-        for number in range(stopping.samples + limit):
+        for number in range(rounds + limit):
             active = [n for n in candidates if not stopping.is_enough(taken[n].clean)]
             if not active:
                 break
@@ -282,10 +268,9 @@ def sample_interleaved(
             # The machine cools before a round, never within: its samples are of one state.
             pauses = monitor.settle()
             for name in active:
-                fn, calls = repeated[name]
-                elapsed, seen = monitor.observe(partial(clock.measure, fn))
+                elapsed, host_ms, seen = warm[name].sample(clock, monitor)
                 taken[name].pauses += pauses
-                taken[name].add(number, elapsed / calls, seen, limit=limit)
+                taken[name].add(number, elapsed, seen, limit=limit, host_ms=host_ms)
     return taken
 
 
@@ -307,24 +292,55 @@ def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cac
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=DEFAULT_CACHE_BYTES)
 
 
+@dataclass
+class _Candidate:
+    """What is called in a sample, how often, and how far ahead of the device the host must be."""
+
+    fn: Function
+    calls: int = 1
+    lead: Lead = field(default_factory=Lead)
+
+    def sample(
+        self, clock: Clock, monitor: Monitor = UNWATCHED
+    ) -> tuple[float, float | None, Observation]:
+        """Return the ms of one call, the host's (None: not known), and what the monitor saw."""
+        found: list[Sample] = []
+
+        def take() -> float:
+            if isinstance(clock, QueueingClock):
+                found.append(clock.sample(self._run, lead_ms=self.lead.ms, meanwhile=monitor.look))
+            else:
+                found.append(Sample(clock.measure(self._run)))
+                monitor.look()
+            return found[-1].ms
+
+        elapsed, seen = monitor.observe(take)
+        sample = found[-1]
+        is_early = self.lead.learn(sample)  # the host was in it, and need not have been
+        seen = replace(seen, is_dirty=seen.is_dirty or is_early or sample.is_disturbed)
+        is_known = sample.host_ms is not None and not self.lead.waits
+        host_ms = (sample.host_ms or 0.0) / self.calls if is_known else None
+        return elapsed / self.calls, host_ms, seen
+
+    def _run(self) -> None:
+        for _ in range(self.calls):
+            self.fn()
+
+
 def _warm_up(
     fn: Function, clock: Clock, calls: int, prepare: Callable[[int], None] | None
-) -> tuple[Function, int]:
-    """Call `fn`; return it often enough for a sample of SHORTEST_SAMPLE_MS, and how often."""
+) -> _Candidate:
+    """Call `fn`; return it with as many calls as fill a sample of SHORTEST_SAMPLE_MS."""
+    warm = _Candidate(fn)
     elapsed = SHORTEST_SAMPLE_MS
     for _ in range(calls):
         if prepare is not None:
             prepare(0)
-        elapsed = clock.measure(fn)
+        elapsed, _, _ = warm.sample(clock)
     if elapsed >= SHORTEST_SAMPLE_MS:
-        return fn, 1
+        return warm
     times = min(math.ceil(SHORTEST_SAMPLE_MS / max(elapsed, 1e-6)), MOST_CALLS)
-
-    def run() -> None:
-        for _ in range(times):
-            fn()
-
-    return run, times
+    return _Candidate(fn, times, warm.lead.times(times))
 
 
 @contextmanager

@@ -19,13 +19,13 @@ import torch
 
 from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_line
+from autoprec.device.cuda_clock import graph_replay
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
 from autoprec.device.timing import (
     UNWATCHED,
     Clock,
     Monitor,
-    graph_replay,
     make_clock,
     time_interleaved,
 )

@@ -72,6 +72,10 @@ class GraphMonitor:
         """Wait as the other monitor does."""
         return self.inner.settle()
 
+    def look(self) -> None:
+        """Look as the other monitor does."""
+        self.inner.look()
+
     def observe(self, sample: Callable[[], float]) -> tuple[float, Observation]:
         """Return the other monitor's answer; spoiled if there are more graphs after the sample.
 

@@ -10,7 +10,7 @@ the machine in between is then in their ratio, which the log says.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from autoprec.workload.written import no_autocast
 Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
 AUTOCAST = "autocast_bf16"
 BATCHES = 4  # different ones, taken in turn
+LEAST_ON_GPU_MS = 1000.0  # of samples for each variant
 WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class _Comparison:
         found = sample_interleaved(
             {label: step for label, (step, _) in built.items()},
             clock=self.context.timer,
-            stopping=self.stopping,
+            stopping=self._loaded(),
             warmup=WARMUP - 1,  # building a variant runs its first step
             prepare=self._turn_batches,
             monitor=self.monitor,
@@ -109,12 +110,18 @@ class _Comparison:
         return tuple(
             StepTiming(
                 label=label,
-                timing=samples.timing(),
+                timing=samples.timing(as_trained=True),
                 peak_bytes=built[label][1],
                 conditions=samples.merged_conditions(),
+                is_host_bound=samples.is_host_bound,
             )
             for label, samples in found.items()
         )
+
+    def _loaded(self) -> Stopping:
+        """Return when to stop; on a GPU not before it has felt the load of every variant."""
+        least_ms = LEAST_ON_GPU_MS if self.context.device.type == "cuda" else 0.0
+        return replace(self.stopping, least_ms=least_ms)
 
     def _turn_batches(self, number: int) -> None:
         self.round = number

@@ -18,6 +18,7 @@ class Timing(Record):
 
     Measured: 20th and 80th percentile over `samples` runs, `rejected` dirty ones left out.
     Predicted: `samples` is 0 and p20..p80 is the prediction interval.
+    `host_ms` is what the host took to queue it for a GPU; None: on a CPU, or not known.
     """
 
     median_ms: NonNegativeFloat
@@ -26,6 +27,7 @@ class Timing(Record):
     samples: NonNegativeInt
     rejected: NonNegativeInt = 0
     basis: Basis = Basis.MEASURED
+    host_ms: NonNegativeFloat | None = None
 
     @property
     def relative_error(self) -> float:
@@ -119,12 +121,14 @@ class StepTiming(Record):
     """A whole training step (forward, backward, optimizer), interleaved with the others.
 
     `label` is `fp32`, `bf16_o2`, `fp8_o1` (wherever eligible), `autocast_bf16` or `plan`.
+    The time is that of a step among many: the device's, or the host's where `is_host_bound`.
     """
 
     label: str
     timing: Timing
     peak_bytes: NonNegativeInt | None
     conditions: Conditions | None = None
+    is_host_bound: bool = False  # the host queues no faster than the GPU runs
 
 
 class Communication(Record):
