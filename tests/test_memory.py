@@ -1,4 +1,4 @@
-"""The peak tracker on cases whose bytes can be counted by hand, and what a device has free."""
+"""The peak tracker on cases that can be counted by hand, what is free, and predicted peaks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from autoprec.device import memory
 from autoprec.device.memory import free_bytes, is_out_of_memory, tracked_peak
 from autoprec.errors import WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.model.memory import step_bytes
+from autoprec.workload.functions import Workload
+from tests.memory_families import convolutions, decoder, mlp
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -179,3 +184,26 @@ def test_a_full_device_is_told_from_other_errors(fill: Callable[[], None]) -> No
         fill()
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        decoder(width=64, depth=8, batch=1),
+        decoder(width=32, depth=2, batch=64),
+        mlp(width=64, depth=4, batch=4096),
+        convolutions(width=32, depth=6, batch=1, side=4),
+        convolutions(width=16, depth=4, batch=32),
+    ],
+    ids=["deep decoder", "wide decoder", "wide mlp", "deep convolutions", "wide convolutions"],
+)
+def test_a_steps_peak_is_predicted_within_15_percent(workload: Workload) -> None:
+    spec = capture_model(Context(workload, CPU))
+    with tracked_peak() as peak:
+        model = workload.build_model()
+        optimizer, batches = workload.build_optimizer(model), workload.train_batches(0)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(workload.loss_fn(model, next(batches)))
+            optimizer.step()
+    assert step_bytes(spec) == pytest.approx(peak.rise_bytes, rel=0.15)

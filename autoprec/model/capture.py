@@ -10,8 +10,8 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,8 @@ def capture_model(context: Context) -> ModelSpec:
     # first, seed and all: other gradients are the device's own doing.
     layers = model_layers(model)
     with recorded_shapes(layers) as calls:
-        second = run_step(context, model, batches[0])
+        with saved_for_backward(model) as saved:
+            second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
         scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
     optimizer = workload.build_optimizer(model)
@@ -88,6 +89,7 @@ def capture_model(context: Context) -> ModelSpec:
         optimizer,
         fp8_support(device),
         str(device),
+        saved_bytes=sum(saved.values()),
         has_randomness=first.used_randomness,
         is_deterministic=first.fingerprint == second.fingerprint,
         loss=first.loss,
@@ -149,6 +151,26 @@ def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, lis
     return recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
 
 
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collect the bytes of each storage that autograd keeps inside, parameters left out.
+
+    A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
+    ones.
+    """
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
 def scan_shapes(forward: Callable[[Batch], object], batches: Sequence[Batch]) -> None:
     """Run forward on batches whose shapes differ from the first's, such as a short last one."""
     shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
@@ -173,6 +195,7 @@ class ObservedStep:
     has_randomness: bool  # whether the forward pass drew random numbers
     is_deterministic: bool = False  # whether the same step again gave the same bits
     loss: float | None = None  # None where nothing was computed
+    saved_bytes: int | None = None  # what autograd kept for backward
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -200,6 +223,7 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         is_deterministic=seen.is_deterministic,
         loss=seen.loss,
         device=seen.device,
+        saved_bytes=seen.saved_bytes,
     )
 
 
@@ -236,6 +260,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         tied_to=seen.layers.ties.get(name),
         options=options,
         refusals=refusals,
+        output_elements=sum(call.output_elements * call.count for call in in_step),
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
 

@@ -19,6 +19,7 @@ class Context:
     seed: int = 0  # of weights, batches and everything else that is random
     progress: Progress = report_nothing  # told how far a stage is
     clock: Clock | None = None  # measures work on `device`; None: the device's own (`timer`)
+    memory_limit: int | None = None  # bytes that stages may take on the device; None: what is free
 
     @cached_property
     def timer(self) -> Clock:

@@ -77,7 +77,10 @@ def capture_on_meta(
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
-        with capture.recorded_shapes(layers) as calls:
+        with (
+            capture.saved_for_backward(model) as saved,
+            capture.recorded_shapes(layers) as calls,
+        ):
             loss = workload.loss_fn(model, batches[0])
         _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
@@ -87,7 +90,14 @@ def capture_on_meta(
         optimizer = _stepped_optimizer(workload, model)
         progress("capture on meta", 3, 3)
         seen = capture.ObservedStep(
-            model, layers, calls, optimizer, BY_SHAPE, str(META), has_randomness=any(seeded)
+            model,
+            layers,
+            calls,
+            optimizer,
+            BY_SHAPE,
+            str(META),
+            has_randomness=any(seeded),
+            saved_bytes=sum(saved.values()),
         )
         spec = capture.make_spec(seen)
         return spec.model_copy(update={"as_written": capture.said_written(workload)})

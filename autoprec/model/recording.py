@@ -38,6 +38,7 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)
     count: int = 1  # how many calls were like it, where equal ones are merged
     with_grad: bool = True  # whether autograd recorded it
+    output_elements: int = 0  # of its floating outputs
 
 
 def detached(tensor: Tensor) -> Tensor:
@@ -98,6 +99,7 @@ class _Recorder:
                 return
         kept_args, kept_kwargs = tree_map_only(Tensor, self._keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad)
+        call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
         if self._known is not None:
             self._known[key] = call
         self.calls.append(call)

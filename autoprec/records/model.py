@@ -187,6 +187,7 @@ class LayerSpec(Record):
     inputs (the attention's output) are made of; None where the model does not say.
     `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
     one storage, so they take one storage precision (FP32 or 16 bit) together.
+    `output_elements` are those of its floating outputs in one step; None where they were not seen.
     `options` are what the layer can take on the captured device, `refusals` say why not the rest.
     """
 
@@ -203,6 +204,7 @@ class LayerSpec(Record):
     refusals: tuple[Refusal, ...]
     heads: PositiveInt | None = None
     tokens: tuple[PositiveInt, ...] = ()
+    output_elements: NonNegativeInt | None = None
 
     @property
     def calls_per_step(self) -> int:
@@ -251,6 +253,8 @@ class ModelSpec(FileRecord):
     `has_randomness` says that two forwards of one batch differ unless seeded (dropout).
     `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
     `as_written` is how the user trains it; None where that is not known.
+    `saved_bytes` is what autograd keeps from forward for backward, parameters and recomputed parts
+    left out; None where it was not seen.
     """
 
     KIND = "model"
@@ -268,6 +272,7 @@ class ModelSpec(FileRecord):
     loss: float | None
     device: str
     as_written: AsWritten | None = None
+    saved_bytes: NonNegativeInt | None = None
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""

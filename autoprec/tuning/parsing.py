@@ -62,7 +62,7 @@ def parse_duration(given: str | float | None) -> float | None:
     return _quantity(given, units, below=1e9, rule=rule, example="20m")
 
 
-def parse_memory(given: str | float | None) -> int | None:
+def parse_memory(given: str | float | None, *, option: str = "--memory") -> int | None:
     """Return the bytes of a text such as `40GiB` or `80GB`; None where none was given.
 
     >>> parse_memory("1.5GiB")
@@ -73,7 +73,7 @@ def parse_memory(given: str | float | None) -> int | None:
     """
     if given is None or given == "":
         return None
-    rule = "--memory must be a number of bytes with a unit"
+    rule = f"{option} must be a number of bytes with a unit"
     return int(_quantity(given, BYTES, below=1e18, rule=rule, example="40GiB or 80GB"))
 
 

@@ -118,7 +118,13 @@ class Run:
         """What every stage that runs the model is given."""
         from autoprec.model.context import Context
 
-        return Context(self.workload, self.device, self.settings.seed, self.progress)
+        return Context(
+            self.workload,
+            self.device,
+            self.settings.seed,
+            self.progress,
+            memory_limit=self.settings.memory_limit,
+        )
 
     @cached_property
     def spec(self) -> ModelSpec:

@@ -8,6 +8,7 @@ that reads it.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -96,9 +97,15 @@ class Settings:
     )
     memory: int | None = setting(
         None,
-        "Largest peak memory of the plan on one device, e.g. 40GiB.",
+        "Largest peak memory of training with the plan on one device, e.g. 40GiB.",
         (SEARCH,),
         parse=parsing.parse_memory,
+    )
+    memory_limit: int | None = setting(
+        None,
+        "Most memory that tuning itself may take on the device, e.g. 20GiB; default: what is free.",
+        commands=(PROFILE, SENSITIVITY, VERIFICATION),
+        parse=partial(parsing.parse_memory, option="--memory-limit"),
     )
     keep: tuple[str, ...] = setting(
         (),

@@ -1,0 +1,97 @@
+"""What a training step and each stage of tuning take of one device's memory: predicted, in bytes.
+
+A step in FP32 with an optimizer of r states per parameter (2 for Adam), n parameters, s bytes that
+autograd keeps from forward for backward:
+
+    weights 4n + states 4rn + the larger of  s, and one tensor more    where backward begins
+                                             gradients 4n              in the optimizer's step
+
+BF16 O2 keeps BF16 weights and gradients beside FP32 masters and half of s. Everything comes from
+the captured model, so that it is known before a stage starts; `device.memory.tracked_peak` is what
+it is checked against (docs/scale.md).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from autoprec.records import LayerSpec, ModelSpec
+
+FP32_BYTES = 4
+BF16_BYTES = 2
+SAVED_BYTES = 3.3  # per layer-I/O element, where the capture did not see what autograd keeps
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What decides the memory of a model's training, on one device.
+
+    Attributes:
+        trainable: elements of the parameters that are trained.
+        frozen: of the others.
+        largest: of the largest parameter: what an operation makes beside it is of its size.
+        states: optimizer state elements per trainable one.
+        elements: the floating inputs and outputs of all layers in one step.
+        widest: of the layer with the most of them, a half: one tensor beside what autograd keeps.
+        saved: the bytes that autograd keeps from forward for backward in FP32.
+    """
+
+    trainable: int
+    frozen: int
+    largest: int
+    states: float
+    elements: int
+    widest: int
+    saved: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Self:
+        """Return the size of a captured model."""
+        numel = {True: 0, False: 0}
+        largest = 0
+        for parameter in spec.parameters():
+            numel[parameter.is_trainable] += parameter.numel
+            largest = max(largest, parameter.numel)
+        of_layers = [io_elements(layer) for layer in spec.layers]
+        elements, widest = sum(of_layers), max(of_layers, default=0) // 2
+        saved = round(SAVED_BYTES * elements) if spec.saved_bytes is None else spec.saved_bytes
+        states = spec.optimizer_state_numel_ratio
+        return cls(numel[True], numel[False], largest, states, elements, widest, saved)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters' elements."""
+        return self.trainable + self.frozen
+
+
+def io_elements(layer: LayerSpec) -> int:
+    """Return the elements of a layer's floating inputs and outputs in one step, over all calls."""
+    inputs = sum(
+        call.count * math.prod(tensor.shape)
+        for call in layer.calls
+        for tensor in call.inputs
+        if tensor.dtype.startswith(("float", "bfloat"))
+    )
+    outputs = inputs if layer.output_elements is None else layer.output_elements
+    return inputs + outputs
+
+
+def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = False) -> int:
+    """Return the peak of a training step: FP32, or BF16 O2 (FP8 O1 stores and saves the same).
+
+    `is_foreach` counts what an optimizer that steps all parameters at once makes on its way.
+    """
+    size = ModelSize.of(spec)
+    weight = BF16_BYTES if is_16_bit else FP32_BYTES
+    held = weight * size.parameters + FP32_BYTES * size.states * size.trainable
+    if is_16_bit:  # FP32 masters, and the gradient of the master while it steps
+        held += FP32_BYTES * size.trainable
+    passing = FP32_BYTES * (size.trainable if is_foreach else size.largest)
+    gradients = weight * size.trainable
+    saved = (size.saved + FP32_BYTES * size.widest) * weight / FP32_BYTES
+    return round(held + max(saved, gradients + passing))
+
+
+def branch_bytes(spec: ModelSpec, *, is_16_bit: bool) -> int:
+    """Return the peak of a verification branch: one model in training."""
+    return step_bytes(spec, is_16_bit=is_16_bit)
