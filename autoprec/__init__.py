@@ -24,6 +24,7 @@ from autoprec.errors import (
     RecordError,
     SettingsError,
     TrainingStoppedError,
+    WorkerError,
     WorkloadError,
 )
 
@@ -42,7 +43,8 @@ __version__ = "0.2.0"
 __all__ = ["Guard", "Limits", "Plan", "Run", "apply", "attach_optimizer", "load_checkpoint"]
 __all__ += ["master_view", "save_checkpoint", "tune", "undo", "verify_applied"]
 __all__ += ["AutoprecError", "CaptureError", "DeviceError", "InfeasibleError", "PlanMismatchError"]
-__all__ += ["RecordError", "SettingsError", "TrainingStoppedError", "WorkloadError"]
+__all__ += ["RecordError", "SettingsError", "TrainingStoppedError", "WorkerError"]
+__all__ += ["WorkloadError"]
 _HOMES = {  # modules -> what is imported from them when it is first asked for
     "autoprec.guard": ("Guard", "Limits"),
     "autoprec.runtime": ("apply", "attach_optimizer", "master_view", "undo", "verify_applied"),

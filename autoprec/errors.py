@@ -36,5 +36,9 @@ class InfeasibleError(AutoprecError):
     """No assignment satisfies the constraints."""
 
 
+class WorkerError(AutoprecError):
+    """A process or a cluster's job that trains a branch was refused, lost or killed."""
+
+
 class TrainingStoppedError(AutoprecError):
     """Something went wrong in a guarded run, and the guard was asked to stop it."""

@@ -1,6 +1,8 @@
 """Texts and values of settings -> what they stand for, or one line that says what is wrong."""
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +10,8 @@ from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
 
+CLUSTERS = ("slurm", "local")  # that submitit knows; local are processes of this machine
+Launcher = tuple[str, tuple[tuple[str, str | int], ...]]
 BYTES = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 BYTES |= {"KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 
@@ -31,6 +35,37 @@ def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
             "separate several with commas"
         )
     return tuple(Recipe(name) for name in dict.fromkeys(names))
+
+
+def parse_launcher(given: str | Launcher | None) -> Launcher | None:
+    """Return the cluster and the parameters of its jobs; None where none was given.
+
+    >>> parse_launcher("slurm:partition=gpu,timeout_min=60")
+    ('slurm', (('partition', 'gpu'), ('timeout_min', 60)))
+
+    Raises:
+        SettingsError: the cluster is unknown or not here, or a parameter has no value.
+    """
+    if not given or not isinstance(given, str):
+        return given or None
+    cluster, _, text = given.partition(":")
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if cluster not in CLUSTERS or not all(name and value for name, _, value in pairs):
+        raise SettingsError(
+            f"--launcher must be {' or '.join(CLUSTERS)}, with parameters as in "
+            f"slurm:partition=gpu,timeout_min=60, but it is {shown_value(given)}; correct it"
+        )
+    if importlib.util.find_spec("submitit") is None:
+        raise SettingsError(
+            f"--launcher {given} needs the package submitit, which is not installed; "
+            "pip install 'autoprec[slurm]', or leave it out"
+        )
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise SettingsError(
+            "--launcher slurm must run where jobs are submitted, but there is no sbatch here; log "
+            "in to such a machine, or leave it out"
+        )
+    return cluster, tuple((n, int(v) if v.isdigit() else v) for n, _, v in pairs)
 
 
 def parse_fraction(given: str | float) -> float:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
-from autoprec.errors import RecordError
+from autoprec.errors import RecordError, WorkloadError
 from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
 from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder
 from autoprec.tuning.plan import Plan
-from autoprec.tuning.settings import STAGES, Settings
+from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,8 @@ class Run:
 
             check_storage(settings.storage)
         self.is_live = workload is not None
+        if self.is_live and settings.has_workers:
+            raise WorkloadError(NEEDS_FILE.format(given="made of live functions"))
         if workload is not None:
             self.workload = workload
         self.folder = Folder(settings.out)
@@ -335,7 +337,7 @@ class Run:
 
         Finished branches are kept for a later run, but not of live functions, which have no name.
         """
-        from autoprec.verification import verify_plans
+        from autoprec.verification import Workers, verify_plans
 
         return verify_plans(
             self.context,
@@ -345,6 +347,7 @@ class Run:
             sensitivity=sensitivity,
             state_dir=None if self.is_live else self.settings.out / "branches",
             checkpoint=self.settings.checkpoint,
+            workers=Workers(self.settings.workers, self.settings.launcher),
         )
 
     def _certify(self, plan: Plan, verification: Verification) -> Plan:

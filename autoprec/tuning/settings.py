@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 STAGES = ("profile", "sensitivity", "search", "verification")
 PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
+NEEDS_FILE = (
+    "--workers and --launcher train in other processes, which need the workload as a file "
+    "MODEL.py, but it is {given}; leave them out"
+)
 LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -170,6 +174,17 @@ class Settings:
         None, "Of a config: tokens a sequence; default 4096 or what it can.", (PROFILE,), min=2
     )
     verify: bool = setting(True, "Prove the plan by training.")
+    workers: int = setting(
+        1, "Branches of the proof to train at once.", commands=(VERIFICATION,), min=1
+    )
+    launcher: parsing.Launcher | None = setting(
+        None,
+        "Train branches as jobs of a cluster, e.g. slurm:partition=gpu,timeout_min=60 (needs "
+        "submitit); local tries it out here.",
+        commands=(VERIFICATION,),
+        parse=parsing.parse_launcher,
+        metavar="CLUSTER[:NAME=VALUE,...]",
+    )
     resume: bool = setting(False, "Skip stages finished in OUT.", names=("--resume",))
 
     @classmethod
@@ -199,6 +214,8 @@ class Settings:
             raise WorkloadError(
                 "--meta needs a MODEL.py, since a script is run; leave --script out"
             )
+        if self.script and self.has_workers:
+            raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script}"))
         if self.parallel and self.is_local:
             raise DeviceError(
                 "--parallel needs a device profile as its target, since what is measured here is "
@@ -219,6 +236,11 @@ class Settings:
     def config(self) -> Path | None:
         """The transformers config that is the workload, if it is one."""
         return None if self.script else config_file(self.workload)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether branches of the proof train in other processes."""
+        return self.workers > 1 or self.launcher is not None
 
     @property
     def is_local(self) -> bool:

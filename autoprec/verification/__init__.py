@@ -3,9 +3,11 @@
 sequential  gaps of the seeds -> interval, verdict, advice (no training)
 session     what the branches of one verification share; those that are finished, on disk
 branches    train from the checkpoint in a variant's precisions, evaluate in FP32
+workers     branches as jobs of other processes or of a cluster
 evidence    the branches of a plan -> the record
 gate        open a session; the loop: verify_plans
 """
 
 from autoprec.verification.gate import verify_plans
 from autoprec.verification.sequential import Terms
+from autoprec.verification.session import Workers

@@ -56,6 +56,13 @@ def train_seed(session: Session, variants: Sequence[Variant], seed: int) -> tupl
     return (reference, *(_branch(session, each, seed, reference.curve) for each in variants))
 
 
+def train_one(session: Session, variant: Variant, seed: int) -> Branch:
+    """Return one branch of a seed, trained where it is new; its reference's curve with it."""
+    reference = _branch(session, REFERENCE, seed, ())
+    _check_reference(session, reference)
+    return reference if variant.is_reference else _branch(session, variant, seed, reference.curve)
+
+
 def warm_up(
     context: Context, evaluation: Sequence[Batch], *, steps: int, start: Checkpoint | None
 ) -> Checkpoint:

@@ -37,7 +37,8 @@ from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.sequential import Terms
-from autoprec.verification.session import BranchStore, Session
+from autoprec.verification.session import BranchStore, Session, Workers
+from autoprec.verification.workers import train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
@@ -57,6 +58,7 @@ def verify_plans(
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
     terms: Terms | None = None,
+    workers: Workers | None = None,
 ) -> Verification:
     """Train with plans beside the reference, in order of rank, until one is not refuted.
 
@@ -76,8 +78,10 @@ def verify_plans(
         state_dir: where finished branches are kept, to go on after a kill.
         checkpoint: start here, not from scratch: a state dict, or `model` and `optimizer` ones.
         terms: how far the test may go; None: as far as the product goes.
+        workers: train branches in other processes; None: one after the other in this one.
 
     Raises:
+        WorkerError: a worker died, or a cluster refused or lost a job.
         InfeasibleError: no plan, or a tolerance below zero.
         WorkloadError: the reference does not train, or its loss does not move.
         RecordError: the checkpoint or a saved state does not fit.
@@ -91,6 +95,7 @@ def verify_plans(
         spec=profile.model if profile else None,
         state_dir=state_dir,
         checkpoint=checkpoint,
+        workers=workers,
     )
     evidence, refuted, skipped = _try_plans(session, plans)  # all the training
     steps = time_plan(session, evidence.plan, profile)
@@ -105,6 +110,7 @@ def open_session(
     spec: ModelSpec | None = None,
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
+    workers: Workers | None = None,
 ) -> Session:
     """Read or make the checkpoint that all branches of a verification start from."""
     if not loss_tolerance >= 0.0:
@@ -139,6 +145,7 @@ def open_session(
         store=store,
         control=None if spec is None else spec.bf16_options,
         checkpoint_path=str(checkpoint or ""),
+        workers=workers or Workers(),
     )
 
 
@@ -182,9 +189,15 @@ def _try_plans(session: Session, plans: Sequence[Plan]) -> tuple[Evidence, list[
 def gather_evidence(session: Session, plan: Plan) -> Evidence:
     """Train seed after seed until the plan is decided, or the seeds end."""
     variants = session.variants(plan)[1:]
-    evidence = Evidence(plan, session.terms, session.loss_tolerance)
-    for index in range(session.terms.seeds_max):
-        seed = session.context.seed + 1 + index
+    terms = session.terms
+    evidence = Evidence(plan, terms, session.loss_tolerance)
+    seeds = [session.context.seed + 1 + index for index in range(terms.seeds_max)]
+    for index, seed in enumerate(seeds):
+        # workers train the seeds up to the first look at once, and then all others
+        if index == 0:
+            train_branches(session, variants, seeds[: terms.seeds_min])
+        elif index == terms.seeds_min:
+            train_branches(session, variants, seeds[terms.seeds_min :])
         branches = (*evidence.branches, *train_seed(session, variants, seed))
         evidence = replace(evidence, branches=branches)
         if evidence.verdict is not Verdict.INCONCLUSIVE:

@@ -54,7 +54,7 @@ class BranchStore:
     def branch(self, variant: str, seed: int, train: Callable[[], Branch]) -> Branch:
         """Return the branch of a variant and seed; where it is not finished, train and keep it."""
         key = (variant, seed)
-        path = self.folder and self.folder / f"branch-{self.setup}-{variant}-{seed}.json"
+        path = self._path(variant, seed)
         if key not in self._branches and path is not None and path.is_file():
             file = BranchFile.load(path)
             if file.setup != self.setup:
@@ -69,6 +69,14 @@ class BranchStore:
                 file = BranchFile(setup=self.setup, variant=variant, branch=self._branches[key])
                 file.save(path)
         return self._branches[key]
+
+    def has(self, variant: str, seed: int) -> bool:
+        """Whether the branch of a variant and seed is finished."""
+        path = self._path(variant, seed)
+        return (variant, seed) in self._branches or (path is not None and path.is_file())
+
+    def _path(self, variant: str, seed: int) -> Path | None:
+        return self.folder and self.folder / f"branch-{self.setup}-{variant}-{seed}.json"
 
     def find_warm_up(self) -> Checkpoint | None:
         """Return the saved warm-up checkpoint, if there is one."""
@@ -104,6 +112,23 @@ class Variant:
 REFERENCE = Variant(label="reference", options={})
 
 
+@dataclass(frozen=True)
+class Workers:
+    """How many branches train at once: in processes here, or as a launcher's jobs.
+
+    `launcher` is a cluster that submitit knows and its parameters, such as
+    `("slurm", (("partition", "gpu"),))`.
+    """
+
+    count: int = 1
+    launcher: tuple[str, tuple[tuple[str, str | int], ...]] | None = None
+
+    @property
+    def are_other_processes(self) -> bool:
+        """Whether branches leave this process at all."""
+        return self.count > 1 or self.launcher is not None
+
+
 @dataclass
 class Session:
     """What all branches of one verification share."""
@@ -116,6 +141,7 @@ class Session:
     store: BranchStore
     control: dict[str, Option] | None  # None: every layer of the plan in BF16 O2
     checkpoint_path: str  # the user's own checkpoint, or ""
+    workers: Workers = Workers()
     floor: float | None = None  # the gap between two runs of a reference, once the first has run
 
     def variants(self, plan: Plan) -> tuple[Variant, Variant, Variant]:

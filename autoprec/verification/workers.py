@@ -1,0 +1,191 @@
+"""Branches as independent jobs: on this machine by processes, on a cluster through submitit.
+
+What a verification trains is a fixed grid, variants x seeds, and each point of it writes one file
+(session.py). So a job is a point: it reads the common warm-up, trains, writes its file and is
+forgotten. One that is killed or preempted leaves no file and is simply run again. A seed's
+reference comes first, since its curve is the yardstick of divergence for the others.
+
+    --workers 4                                   4 processes here, on the CUDA devices in turn
+    --workers 16 --launcher slurm:partition=gpu   an array of jobs, 16 at a time
+    --launcher local                              submitit's own processes: to try it out
+
+Processes on a CPU share its threads, and sums then round as with that number of threads. A
+cluster's nodes must see the run's folder and the workload's file.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoprec.common.text import error_line
+from autoprec.common.versions import software_versions
+from autoprec.errors import AutoprecError, WorkerError
+from autoprec.model.context import Context
+from autoprec.verification.branches import train_one
+from autoprec.verification.sequential import Terms
+from autoprec.verification.session import REFERENCE, BranchStore, Session, Variant, Workers
+from autoprec.workload.functions import load_workload, move_batch
+
+LOCAL = "local"  # submitit's processes on this machine
+# parameters that submitit has for every cluster; others are the cluster's own
+SHARED = ("name", "nodes", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
+POLL_S = 1.0  # how often local jobs are looked at; a cluster's every 10 s
+
+
+@dataclass(frozen=True)
+class Job:
+    """One branch to train, as another process needs it: all of it can be pickled."""
+
+    workload: str  # a file, as `load_workload` takes it
+    device: str
+    context_seed: int
+    terms: Terms
+    folder: Path  # of the branches
+    setup: str  # the digest of what all branches share
+    variant: Variant = REFERENCE
+    seed: int = 0
+    threads: int = 0  # of the CPU; 0: as the process has
+    cwd: str = field(default_factory=os.getcwd)
+    software: dict[str, str] = field(default_factory=software_versions)
+
+    def __call__(self) -> AutoprecError | None:
+        """Train the branch and write its file; return the error of the user's code, if any."""
+        os.chdir(self.cwd)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        try:
+            train_one(self._session(), self.variant, self.seed)
+        except AutoprecError as error:
+            return error
+        return None
+
+    def _session(self) -> Session:
+        """Return what the branches share, as the run that made the job has it."""
+        if (here := software_versions()) != self.software:
+            raise WorkerError(
+                f"a worker must have the run's software ({self.software}), but it has {here}; "
+                "start it in the same environment"
+            )
+        workload, device = load_workload(self.workload), torch.device(self.device)
+        store = BranchStore(self.setup, self.folder)
+        checkpoint = store.find_warm_up()
+        if checkpoint is None:
+            raise WorkerError(
+                f"a worker must see the run's folder, but the warm-up is not in {self.folder}; use "
+                "an --out that all nodes share"
+            )
+        return Session(
+            context=Context(workload, device, self.context_seed),
+            terms=self.terms,
+            loss_tolerance=0.0,  # no branch knows it
+            evaluation=[move_batch(batch, device) for batch in workload.eval_batches()],
+            checkpoint=checkpoint,
+            store=store,
+            control=None,
+            checkpoint_path="",
+        )
+
+    def __submitit_checkpoint__(self) -> Any:  # Any: submitit's, which need not be there
+        """Return what a cluster queues again after a preemption: the same job."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    """Train what is missing of variants x seeds in other processes; nothing without workers.
+
+    The branches are then in the session's store.
+
+    Raises:
+        WorkerError: a worker died, or the cluster refused or lost a job.
+        WorkloadError: a branch cannot be trained.
+    """
+    workers, context, folder = session.workers, session.context, session.store.folder
+    if not workers.are_other_processes:
+        return
+    if folder is None or not context.workload.digest:
+        raise WorkerError(
+            "workers train in other processes, which need the workload as a file and a folder for "
+            f"their branches, but {context.workload.name} has none; verify without workers"
+        )
+    job = Job(
+        workload=context.workload.name,
+        device=str(context.device),
+        context_seed=context.seed,
+        terms=session.terms,
+        folder=folder.absolute(),
+        setup=session.store.setup,
+    )
+    with ProcessPoolExecutor(workers.count, multiprocessing.get_context("spawn")) as pool:
+        # the references first: their curves tell the others when they have diverged
+        for stage in ([REFERENCE], [each for each in variants if not each.is_reference]):
+            missing = {
+                (variant.digest, seed): replace(job, variant=variant, seed=seed)
+                for seed in seeds
+                for variant in stage
+                if not session.store.has(variant.digest, seed)
+            }
+            jobs = list(missing.values())
+            results = _on_cluster(jobs, workers) if workers.launcher else _here(jobs, pool, workers)
+            for done, error in enumerate(results, start=1):
+                context.progress("verify: branches", done, len(jobs))
+                if error is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise error
+
+
+def _here(
+    jobs: Sequence[Job], pool: ProcessPoolExecutor, workers: Workers
+) -> Iterator[AutoprecError | None]:
+    """Run jobs in processes of this machine; yield their results as they come."""
+    devices = torch.cuda.device_count() if jobs and jobs[0].device == "cuda" else 0
+    threads = max(torch.get_num_threads() // workers.count, 1)
+    placed = [
+        replace(job, device=f"cuda:{number % devices}" if devices else job.device, threads=threads)
+        for number, job in enumerate(jobs)
+    ]
+    try:
+        for future in as_completed([pool.submit(job) for job in placed]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "a worker must live until its branch is trained, but one was killed (for memory, "
+            "perhaps); finished branches are kept: go on with --resume and fewer --workers"
+        ) from error
+
+
+def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Iterator[AutoprecError | None]:
+    """Run jobs by submitit, `count` of them at a time; yield their results as they come."""
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+
+    if workers.launcher is None or not jobs:
+        return
+    cluster, parameters = workers.launcher
+    own = {k if k in SHARED else f"{cluster}_{k}": value for k, value in parameters}
+    # a cluster holds an array of jobs back by itself; local processes would all start at once
+    if cluster != LOCAL:
+        own[f"{cluster}_array_parallelism"] = workers.count
+    size = workers.count if cluster == LOCAL else len(jobs)
+    try:
+        executor = submitit.AutoExecutor(jobs[0].folder / "jobs", cluster=cluster)
+        executor.update_parameters(**own)
+        for start in range(0, len(jobs), size):
+            with executor.batch():
+                submitted = [executor.submit(job) for job in jobs[start : start + size]]
+            poll_s = POLL_S if cluster == LOCAL else 10.0
+            for job in submitit.helpers.as_completed(submitted, poll_frequency=poll_s):
+                yield job.result()
+    except (FailedJobError, FailedSubmissionError, UncompletedJobError, RuntimeError) as error:
+        raise WorkerError(
+            f"a job of {cluster!r} must run to its end, but {error_line(error)}; finished branches "
+            f"are kept, logs are in {jobs[0].folder / 'jobs'}: go on with --resume"
+        ) from error

@@ -1,0 +1,137 @@
+"""Branches as jobs: the same numbers in other processes, whatever ends one, and on a cluster."""
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoprec.errors import SettingsError, WorkerError, WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.records import BF16_O2, Branch, Verification
+from autoprec.tuning.settings import Settings
+from autoprec.verification import Terms, Workers, verify_plans
+from autoprec.verification.branches import train_branch
+from autoprec.verification.gate import open_session
+from autoprec.verification.session import REFERENCE, Session
+from autoprec.verification.workers import Job, train_branches
+from autoprec.workload.functions import load_workload
+from tests.test_verification_gate import CPU, plan_of
+
+TINY = Path(__file__).parent / "workloads" / "tiny.py"
+TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4)
+
+
+def verified(folder: Path, workers: Workers | None = None) -> Verification:
+    context = Context(load_workload(str(TINY)), CPU)
+    plan = plan_of(capture_model(context), BF16_O2)
+    return verify_plans(
+        context, [plan], loss_tolerance=0.5, state_dir=folder, terms=TERMS, workers=workers
+    )
+
+
+def opened(path: Path, folder: Path | None, workers: Workers) -> Session:
+    context = Context(load_workload(str(path)), CPU)
+    return open_session(context, TERMS, loss_tolerance=0.5, state_dir=folder, workers=workers)
+
+
+def losses(branches: tuple[Branch, ...]) -> list[tuple[str, int, tuple[float, ...]]]:
+    return [(each.label, each.seed, each.eval_losses) for each in branches]
+
+
+def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    alone = verified(tmp_path / "alone")
+    together = verified(tmp_path / "together", Workers(2))
+    assert losses(together.branches) == losses(alone.branches)
+    files = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in (tmp_path / "together").iterdir()} == files
+
+
+def test_a_killed_worker_ends_the_run_and_loses_no_finished_branch(tmp_path: Path) -> None:
+    model = tmp_path / "killed.py"
+    model.write_text(
+        TINY.read_text()
+        + "import os, signal\n"
+        + "first = train_batches\n"
+        + "def train_batches(seed):\n"
+        + "    if seed == 2 and not os.path.exists(os.environ['SURVIVES']):\n"
+        + "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        + "    return first(seed)\n"
+    )
+    survives = tmp_path / "survives"
+    os.environ["SURVIVES"] = str(survives)
+    try:
+        session = opened(model, tmp_path / "out", Workers(2))
+        with pytest.raises(WorkerError, match=r"one was killed .*--resume and fewer --workers"):
+            train_branches(session, [], [2])
+        assert not session.store.has(REFERENCE.digest, 2)
+        survives.touch()
+        train_branches(session, [], [2])
+        assert session.store.has(REFERENCE.digest, 2)
+    finally:
+        del os.environ["SURVIVES"]
+
+
+def test_a_launcher_trains_the_same_branches_as_jobs(tmp_path: Path) -> None:
+    session = opened(TINY, tmp_path, Workers(2, ("local", (("timeout_min", 5),))))
+    train_branches(session, [], [1])
+    assert session.store.has(REFERENCE.digest, 1)
+    assert any((tmp_path / "jobs").glob("*_log.out"))
+    torch.set_num_threads(1)
+    alone = opened(TINY, None, Workers())
+    expected = alone.store.branch(REFERENCE.digest, 1, lambda: trained(alone))
+    found = session.store.branch(REFERENCE.digest, 1, lambda: trained(session))
+    assert found.eval_losses == pytest.approx(expected.eval_losses, rel=1e-6)
+
+
+def trained(session: Session) -> Branch:
+    return train_branch(session, REFERENCE, seed=1)
+
+
+def test_an_error_of_the_user_s_code_in_a_job_is_that_error(tmp_path: Path) -> None:
+    model = tmp_path / "broken.py"
+    model.write_text(
+        TINY.read_text()
+        + "first = train_batches\n"
+        + "def train_batches(seed):\n"
+        + "    return iter(()) if seed == 1 else first(seed)\n"
+    )
+    session = opened(model, tmp_path / "out", Workers(2))
+    job = Job(str(model), "cpu", 0, TERMS, tmp_path / "out", session.store.setup, seed=1)
+    found = pickle.loads(pickle.dumps(job))()
+    assert isinstance(pickle.loads(pickle.dumps(found)), WorkloadError)
+    assert "train_batches(seed=1) must yield at least one" in str(found)
+
+
+def test_a_job_refuses_other_software_and_a_folder_that_it_cannot_see(tmp_path: Path) -> None:
+    job = Job(str(TINY), "cpu", 0, TERMS, tmp_path, "0123", seed=1)
+    assert "must see the run's folder" in str(job())
+    assert "same environment" in str(replace(job, software={"torch": "1.0"})())
+
+
+def test_workers_need_a_file() -> None:
+    for given in ({"workers": 2}, {"launcher": "local"}):
+        with pytest.raises(WorkloadError, match=r"need the workload as a file .*--script x.py"):
+            Settings.of(script="x.py", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ("pbs", r"must be slurm or local, .* but it is 'pbs'"),
+        ("slurm:partition", r"but it is 'slurm:partition'"),
+        ("slurm", r"there is no sbatch here"),
+    ],
+)
+def test_a_wrong_launcher_is_one_line(given: str, match: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=match):
+        Settings.of(workload="m.py", launcher=given)
+
+
+def test_a_preempted_job_is_queued_again_as_it_is(tmp_path: Path) -> None:
+    job = Job(str(TINY), "cpu", 0, TERMS, tmp_path, "0123")
+    assert job.__submitit_checkpoint__().function is job
