@@ -266,12 +266,10 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def orders_seen() -> Seen:
-    plan = plan_for(Mlp(), TENSORWISE).model_copy(update={"fp8_all_gather": True})
-    bare, good = sharded(Mlp()), sharded(planned(Mlp()))
+    good = sharded(planned(Mlp()))
     policy = MixedPrecisionPolicy(param_dtype=torch.float32)
     cast = sharded(planned(Mlp()), mp_policy=policy)
     return {
-        "shard first": error_of(lambda: autoprec.apply(plan, bare)),
         "undo": error_of(lambda: autoprec.undo(good)),
         "policy": error_of(lambda: cast(torch.randn(16, WIDTH))),
     }

@@ -146,8 +146,6 @@ def test_a_guard_moves_a_gathered_layer_to_bf16(ranks: list[Seen]) -> None:
 
 def test_a_wrong_order_is_one_line(ranks: list[Seen]) -> None:
     for seen in (rank["orders"] for rank in ranks):
-        assert seen["shard first"].startswith("every rank must apply the plan, but ranks 0, 1 of 2")
-        assert "it already is by FSDPMlp; call autoprec.apply first" in seen["shard first"]
         assert "is sharded over ranks; save its state" in seen["undo"]
         assert "has param_dtype=torch.float32; leave param_dtype out" in seen["policy"]
         assert all(message.isprintable() for message in seen.values())

@@ -1,4 +1,4 @@
-"""Tensor parallelism through DTensor, in two real processes: apply first, then split."""
+"""Tensor parallelism through DTensor, in two real processes: split after apply, and before."""
 
 import importlib
 import json
@@ -86,12 +86,17 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     return losses
 
 
-def _applied(option: Option, *, is_split: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _applied(
+    option: Option, *, is_split: bool, apply_first: bool = True
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model: nn.Module = Block()
-    autoprec.apply(plan_for(model, option), model)
+    if apply_first:
+        autoprec.apply(plan_for(model, option), model)
     if is_split:
         _split(model)
+    if not apply_first:
+        autoprec.apply(plan_for(model, option), model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     attach_optimizer(model, optimizer)
     return model, optimizer
@@ -110,13 +115,15 @@ def _rank(rank: int, folder: str) -> None:
             autoprec.save_checkpoint(Path(folder) / "run.pt", model, optimizer)
         with pytest.raises(PlanMismatchError, match="'query' is sharded over ranks; save its"):
             autoprec.undo(model, optimizer)
+        model, optimizer = _applied(option, is_split=True, apply_first=False)
+        assert _train(model, optimizer) == losses[-1]
+        _check_masters(model, optimizer)
+        autoprec.undo(model, optimizer)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
     float8 = importlib.import_module("torchao.float8.float8_tensor_parallel")
     whole, _ = _applied(OPTIONS[1], is_split=False)
     with pytest.raises(PlanMismatchError, match="use torch's ColwiseParallel and RowwiseParallel"):
         _split(whole, float8.Float8ColwiseParallel, float8.Float8RowwiseParallel)
-    split = _split(Block())
-    with pytest.raises(PlanMismatchError, match="by parallelize_module; call autoprec"):
-        autoprec.apply(plan_for(split), split)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(losses))
     leave_group()
 

@@ -93,8 +93,10 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
 
 
 def type_name(module: nn.Module) -> str:
-    """Return the module's class with its Python module; a parametrized module's own class."""
+    """Return the module's class with its Python module; its own where torch made another of it."""
     cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    if cls.__bases__[0].__name__ == "FSDPModule":  # `fully_shard` makes (FSDPModule, own)
+        cls = cls.__bases__[1]
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

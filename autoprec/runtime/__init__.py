@@ -5,6 +5,7 @@ fit        whether plan and model fit, and a plan without a search
 install    options per layer -> a model that runs them
 activations what happens between layers: casts
 classes    the classes that modules get
+shards     options where fully_shard came first: what FSDP2 gathers
 gathers    FP8 weights through FSDP2's all-gather, and whole_weights what arrives
 masters    the FP32 masters of BF16 parameters
 attach     an optimizer that trains them

@@ -115,6 +115,7 @@ def undo(
     inner = unwrapped(model)
     masters = masters_of(inner)
     check_removable(inner)
+    masters.gather_as_before()
     # The FP32 masters are the weights from here on; then the classes of the plan go.
     for parameter, exact in exact_values(inner, masters).items():
         set_storage(parameter, exact)

@@ -17,7 +17,7 @@ from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
 from autoprec.runtime.classes import is_made_here, own_class
-from autoprec.runtime.masters import ON_MODEL
+from autoprec.runtime.masters import ON_MODEL, masters_of
 
 MOST_LISTED = 8  # differences that an error spells out
 
@@ -38,19 +38,18 @@ def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None)
 
 
 def check_untouched(model: nn.Module, found: ModelLayers) -> None:
-    """Check that nothing else has changed, wrapped or split the model (PlanMismatchError)."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes())
+    """Check that nothing else has changed or wrapped the model (PlanMismatchError)."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp1_class())
     for module in model.modules():
         if ON_MODEL in vars(module) or is_made_here(type(module)):
             raise PlanMismatchError(
                 "a model takes one plan at a time, but one is applied to this model already; call "
                 "autoprec.undo(model, optimizer) first"
             )
-        if isinstance(module, parallel) or _is_split(module):
-            by = type(module).__name__ if isinstance(module, parallel) else "parallelize_module"
+        if isinstance(module, parallel):
             raise PlanMismatchError(
-                "a plan must be applied before the model is wrapped or split, but it already is by "
-                f"{by}; call autoprec.apply first"
+                "a plan must be applied before the model is wrapped, but it already is by "
+                f"{type(module).__name__}; call autoprec.apply first"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise PlanMismatchError(
@@ -68,14 +67,15 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
 
 
 def check_removable(model: nn.Module) -> None:
-    """Check that a model is whole and its classes are the plan's, or raise PlanMismatchError."""
+    """Check that a model is as `apply` left it, or raise PlanMismatchError."""
+    was_split = masters_of(model).was_split
     for name, module in model.named_modules():
         cls = type(module)
-        if issubclass(cls, _fsdp_classes()) or _is_split(module):
+        if not was_split and (issubclass(cls, _fsdp_classes()) or _is_split(module)):
             raise PlanMismatchError(
-                f"a plan can be taken out of a whole model only, but {name or 'this model'!r} is "
-                "sharded over ranks; save its state (the optimizer's has the FP32 masters) and "
-                "load that into a model without a plan"
+                "a plan can be taken out while a model is as whole as when the plan came, but "
+                f"{name or 'this model'!r} is sharded over ranks; save its state (the optimizer's "
+                "has the FP32 masters) and load that into a model without a plan"
             )
         if not is_made_here(cls) and any(is_made_here(base) for base in cls.__mro__[1:]):
             raise PlanMismatchError(
@@ -118,13 +118,18 @@ def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
     return one_line(", ".join(sizes)) or "none"
 
 
-def _fsdp_classes() -> tuple[type, ...]:
+def _fsdp1_class() -> tuple[type, ...]:
     module = sys.modules.get("torch.distributed.fsdp")  # if not, nothing can be an instance
+    return () if module is None else (module.FullyShardedDataParallel,)
+
+
+def _fsdp_classes() -> tuple[type, ...]:
+    module = sys.modules.get("torch.distributed.fsdp")
     return () if module is None else (module.FullyShardedDataParallel, module.FSDPModule)
 
 
 def _is_split(module: nn.Module) -> bool:
-    """Whether tensor parallelism gave the module parts of its parameters."""
+    """Whether this rank has parts of the module's own parameters."""
     return any(isinstance(p, sharded_tensor()) for p in module._parameters.values())
 
 

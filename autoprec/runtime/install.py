@@ -13,9 +13,10 @@ averages lose their tail in BF16). Buffers keep their dtype. The root gives FP32
 
 Module objects, Parameter objects, names and hooks stay as they are: only a parameter's storage
 (`param.data`) and a module's class are exchanged. The originals are kept as the first FP32 masters.
+Shards of `fully_shard` keep their storage: FSDP gathers them in the option's dtype (shards.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
+from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers
 from autoprec.records import APPLICABLE_RECIPES, Option
@@ -35,6 +37,7 @@ from autoprec.runtime.classes import container_class, is_made_here, layer_class,
 from autoprec.runtime.fit import fp8_refusal
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
+from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
 
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
 Storage = dict[nn.Parameter, tuple[str, torch.dtype]]  # each parameter's layer and storage dtype
@@ -50,6 +53,7 @@ class Installed(AbstractContextManager["Installed"]):
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
     masters: Masters | None = None  # made by the first installation in a model, None if nested
+    gather_as_before: Callable[[], None] = nothing_sharded
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Give a module another class, and note the one it had."""
@@ -68,6 +72,7 @@ class Installed(AbstractContextManager["Installed"]):
                     f"a module must keep the class that the plan gave it, but one is now a "
                     f"{type(module).__name__}; undo first what was applied after the plan"
                 )
+        self.gather_as_before()
         for module, cls in reversed(self.classes):
             module.__class__ = cls
         if self.masters is None:  # nested in another installation, which keeps its own marks
@@ -78,9 +83,10 @@ class Installed(AbstractContextManager["Installed"]):
             self.masters.values.clear()
             remove_plan(self.model)
         for parameter, original in self.originals.items():
-            unchanged = torch.equal(parameter.data, original.to(parameter.dtype))
+            kept = local_part(original).to(parameter.dtype)
+            unchanged = torch.equal(local_part(parameter.data), kept)
             set_storage(parameter, original if unchanged else parameter.data.to(original.dtype))
-        self.classes, self.originals = [], {}
+        self.classes, self.originals, self.gather_as_before = [], {}, nothing_sharded
 
     def __exit__(self, *_: object) -> None:
         self.undo()
@@ -111,6 +117,7 @@ def install_options(
         PlanMismatchError: a name is no layer, tied layers disagree about their storage, or a layer
             or its device cannot run FP8. The model is then as it was.
     """
+    whole_again(model)
     layers = find_layers(model) if layers is None else layers
     for name, option in options.items():
         _check_layer(name, layers, option)
@@ -149,11 +156,14 @@ def remove_plan(model: nn.Module) -> None:
                 own.__class__ = nn.Parameter
 
 
-def set_storage(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter other data, of any dtype; the gradient follows the dtype."""
+def set_storage(parameter: nn.Parameter, data: Any) -> None:
+    """Give a parameter other data (Any: a tensor or DTensor); the gradient follows the dtype."""
     gradient = parameter.grad
     parameter.grad = None
     parameter.data = data
+    if isinstance(parameter, sharded_tensor()):  # a DTensor's own part and dtype, beside torch's
+        own: Any = parameter  # Any: mypy knows no change of class
+        own._local_tensor, own._spec = data._local_tensor, data._spec
     if gradient is not None:
         parameter.grad = gradient.to(data.dtype)
 
@@ -209,7 +219,11 @@ def _plan_storage(layers: Mapping[str, nn.Module], options: Mapping[str, Option]
 
 
 def _convert_storage(storage: Storage, installed: Installed) -> None:
-    for parameter, (_, dtype) in storage.items():
+    dtypes = {parameter: dtype for parameter, (_, dtype) in storage.items()}
+    sharded, installed.gather_as_before = gather_as(installed.model, dtypes)
+    for parameter, dtype in dtypes.items():
+        if parameter in sharded:
+            continue
         if parameter.dtype is not dtype and parameter.dtype in CASTABLE:
             installed.originals[parameter] = parameter.data
             set_storage(parameter, parameter.data.to(dtype))
@@ -226,6 +240,8 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
         options=installed.options,
         values={p: None if data is None else data.float() for p, data in originals.items()},
         names={name: p for name, p in model.named_parameters() if p in originals},
+        was_split=any(isinstance(p, sharded_tensor()) for p in model.parameters()),
+        gather_as_before=installed.gather_as_before,
     )
     others = dict(vars(model))
     vars(model).clear()  # masters first: a copy of the model must copy them before their hooks

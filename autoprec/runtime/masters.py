@@ -18,7 +18,7 @@ comparing values in the first steps and every hundredth, and in every step once 
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
+from autoprec.runtime.shards import nothing_sharded
 from autoprec.workload.written import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,18 @@ class Masters:
     """The masters of one model's BF16 parameters. It lives on the model and is copied with it.
 
     `values` holds None for a parameter that was BF16 before the plan and was not trained yet;
-    `loaded` what checkpoints hold, until the model's weights are in, and for values that the model
-    loads itself the parameter's version after that; `agreed` a parameter's stamp when it and its
-    master last agreed; `stepped` the parameters that an optimizer has seen.
+    `was_split` says that ranks held parts of the model before the plan came, and `gather_as_before`
+    makes FSDP gather its FP32 shards, which are their own masters, as without the plan; `loaded`
+    what checkpoints hold, until the model's weights are in, and for values that the model loads
+    itself the parameter's version after that; `agreed` a parameter's stamp when it and its master
+    last agreed; `stepped` the parameters that an optimizer has seen.
     """
 
     options: dict[str, Option]
     values: dict[nn.Parameter, Tensor | None]
     names: dict[str, nn.Parameter]
+    was_split: bool = False
+    gather_as_before: Callable[[], None] = nothing_sharded
     loaded: dict[nn.Parameter, tuple[Tensor, int | None]] = field(default_factory=dict)
     agreed: dict[nn.Parameter, tuple[int, int]] = field(default_factory=dict)
     stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys

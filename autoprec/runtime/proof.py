@@ -39,6 +39,7 @@ from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
+from autoprec.runtime.shards import gathers_of, whole_again
 from autoprec.workload.written import dtype_name
 
 aten = torch.ops.aten
@@ -128,7 +129,9 @@ def check_applied(
     inner = unwrapped(model)
     options = masters_of(inner).options
     layers = find_layers(inner)
-    gathers = any(ON_LAYER in vars(layer) for layer in layers.values())
+    whole_again(inner)
+    gathers = gathers_of(inner)
+    has_fp8_gathers = any(ON_LAYER in vars(layer) for layer in layers.values())
 
     def step() -> Any:
         if loss_fn is not None:
@@ -146,10 +149,10 @@ def check_applied(
         detail = ""
         if found is not None:
             layer, trace = layers[found], traces[found]
-            problem = _problem(layer, option, trace)
+            problem = _problem(layer, option, trace, gathers)
             was_used = trace.calls or trace.functional
             detail = f"{option.key}: {trace if was_used else 'not called in this step'}"
-            dtype = gathered_dtype(layer) if gathers and option.is_fp8 else ""
+            dtype = gathered_dtype(layer) if has_fp8_gathers and option.is_fp8 else ""
             detail += f"; weight gathered in {dtype}" if dtype else ""
         checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)
@@ -292,11 +295,20 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
     return seen  # M, N and K are too alike to tell
 
 
-def _problem(layer: nn.Module, option: Option, trace: LayerTrace) -> str:
-    """Return the first way in which a layer is not as its option says, or an empty string."""
+def _problem(
+    layer: nn.Module,
+    option: Option,
+    trace: LayerTrace,
+    gathers: Mapping[nn.Parameter, torch.dtype],
+) -> str:
+    """Return the first way in which a layer is not as its option says, or an empty string.
+
+    A layer computes with what FSDP gathers of its parameters, in the dtypes `gathers`.
+    """
     keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
     stored = torch.float32 if keeps_fp32 else option_dtype(option)
-    others = {p.dtype for p in layer.parameters() if p.dtype in CASTABLE} - {stored}
+    dtypes = {gathers.get(p, p.dtype) for p in layer.parameters() if p.dtype in CASTABLE}
+    others = dtypes - {stored}
     if others:
         names = ", ".join(sorted(map(dtype_name, others)))
         return f"should store {dtype_name(stored)} ({option.key}), but has {names}"
