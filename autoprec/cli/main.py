@@ -22,6 +22,7 @@ from autoprec.cli.devices import devices_app
 from autoprec.cli.options import with_settings
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
+from autoprec.tuning.ranks import is_first, joined_ranks
 from autoprec.tuning.settings import STAGES, Settings
 
 if TYPE_CHECKING:
@@ -293,17 +294,24 @@ def _load_plan(path: Path) -> "Plan":
 
 
 def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...] = STAGES) -> T:
-    """Return the result of `make` for a run, whose progress is drawn on stderr."""
+    """Return the result of `make` for a run, whose progress is drawn on stderr.
+
+    Under torchrun all ranks run it, and rank 0 alone warns, draws and prints.
+    """
     from autoprec.cli.console import drawn_progress
     from autoprec.tuning.run import Run
 
-    with drawn_progress() as progress:
+    if not is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    with joined_ranks(), drawn_progress() as progress:
         run = Run(settings, stages=stages, progress=progress)
-        with run.folder.locked():
+        with run.locked():
             return make(run)
 
 
 def _print_run(out: Path, *, as_json: bool) -> None:
+    if not is_first():
+        return
     from rich.console import Console
 
     from autoprec.report import load_run, print_summary, summary_object
@@ -317,7 +325,9 @@ def _print_run(out: Path, *, as_json: bool) -> None:
 
 def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:
     """Print a record as one JSON object, or as the report draws its type; exit 1 if not good."""
-    if as_json:
+    if not is_first():
+        pass
+    elif as_json:
         print(record.model_dump_json())
     else:
         from rich.console import Console

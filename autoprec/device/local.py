@@ -14,6 +14,7 @@ import torch
 from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.nvml import SLOWDOWNS, Sensor, open_sensor
+from autoprec.device.ranks import world_size
 from autoprec.device.tf32 import cudnn_allows_tf32, matmul_allows_tf32
 from autoprec.device.timing import UNWATCHED, Monitor, Observation
 from autoprec.errors import DeviceError
@@ -39,14 +40,19 @@ def resolve_device(target: str) -> torch.device:
     """Return the torch device that `target` (auto, cpu, cuda, cuda:1) names.
 
     A GPU becomes torch's current one: user code that says just "cuda" means it, and streams, graphs
-    and synchronisation are its own.
+    and synchronisation are its own. Of several ranks each takes the GPU of its LOCAL_RANK.
 
     Raises:
         DeviceError: the name is unknown or the device is not here.
     """
     here = available_devices()
-    first = "cuda:0" if len(here) > 1 else "cpu"
-    name = {"auto": first, "cuda": "cuda:0"}.get(target, target)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world_size() > 1 else "cuda:0"
+    if world_size() > 1 and target.startswith("cuda:"):
+        raise DeviceError(
+            f"of {world_size()} ranks each has a GPU of its own, but the target is {target!r}; "
+            "give --target cuda, and CUDA_VISIBLE_DEVICES to choose which"
+        )
+    name = {"auto": own if len(here) > 1 else "cpu", "cuda": own}.get(target, target)
     if name not in here:
         raise DeviceError(
             f"a target must be a device that is here or auto, but {target!r} is not; "

@@ -11,23 +11,82 @@ since `share` is one over the number of ranks that hold the same elements.
 
 import contextlib
 import math
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoprec.common.text import first_and_more, one_line
+from autoprec.common.text import error_line, first_and_more, one_line
 from autoprec.errors import AutoprecError, DeviceError
 
 T = TypeVar("T")
+Q = TypeVar("Q")
+R = TypeVar("R")
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks; a text, as builds may lack it
 
+PATIENCE = timedelta(hours=2)  # rank 0 may search for long while the others wait
+LOSSES = ("gloo", "Connection reset", "Connection closed", "NCCL")  # in errors of a backend
+LOST = (
+    "every rank must run to its end, but another one stopped or cannot be reached ({how}); look "
+    "for the first error above, fix it, and start all ranks again (--resume keeps finished stages)"
+)
 MOST_LISTED = 8  # ranks named in a message
 _NOTHING: tuple[object, AutoprecError | None] = (None, None)  # overwritten by what rank 0 sends
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the ranks that a launcher such as torchrun started, while the context is open.
+
+    Values go over gloo, tensors of a GPU over NCCL. A process group that is there already is used.
+
+    Raises:
+        DeviceError: the ranks do not find each other, or one of them ends before the others.
+    """
+    if not dist.is_available():
+        raise DeviceError("several ranks need a torch that is built with torch.distributed")
+    if dist.is_initialized():
+        with _losses_told():
+            yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _losses_told():
+        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """Turn the end of another rank, as this one meets it, into one line.
+
+    Gloo and NCCL raise where this rank talks to it; torchrun, which sees it too, sends SIGTERM.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        raise DeviceError(LOST.format(how=signal.Signals(number).name))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
+    try:
+        yield
+    except RuntimeError as error:
+        text = error_line(error)
+        if not isinstance(error, dist.DistError) and not any(word in text for word in LOSSES):
+            raise
+        raise DeviceError(LOST.format(how=text)) from error
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def rank() -> int:
@@ -162,6 +221,40 @@ def listed(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(every) > 1 else ''} {first_and_more(every, most=MOST_LISTED)}"
 
 
+def led_by_first_rank(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q], T]) -> R:
+    """Return what `lead` makes on rank 0; all ranks answer together what it asks on the way.
+
+    `lead` is given the function that asks. An `answer` is a collective of its own.
+
+    >>> led_by_first_rank(lambda ask: ask(3) + ask(4), lambda number: number * number)
+    25
+
+    Raises:
+        AutoprecError: what `lead` raised, the same on every rank.
+    """
+    if rank() > 0:
+        while True:
+            kind, sent = from_first_rank(("", _NOTHING))
+            if kind == "ask":
+                answer(cast("Q", sent))
+            elif kind == "failed":
+                raise cast("AutoprecError", sent)
+            else:
+                return cast("R", sent)
+
+    def ask(question: Q) -> T:
+        from_first_rank(("ask", question))
+        return answer(question)
+
+    try:
+        made = lead(ask)
+    except AutoprecError as error:
+        from_first_rank(("failed", type(error)(str(error))))
+        raise
+    from_first_rank(("made", made))
+    return made
+
+
 def _reduced(
     values: Sequence[float], operation: Any, device: torch.device | None
 ) -> list[float]:  # Any: torch's ReduceOp has no type
@@ -176,8 +269,9 @@ def _reduced(
 
 def _own_device() -> torch.device:
     """Return the device that this process's backend sends from."""
-    is_nccl = "nccl" in str(dist.get_backend())
-    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+    if "cpu:" in dist.get_backend_config():  # e.g. "cpu:gloo,cuda:nccl"
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _sending_from(device: torch.device | None) -> contextlib.AbstractContextManager[object]:

@@ -33,6 +33,7 @@ from autoprec.device.cuda_clock import (
     Lead,
     Sample,
 )
+from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.records import Conditions, Timing
 
 Function = Callable[[], object]
@@ -74,6 +75,14 @@ class Observation:
     is_dirty: bool = False
     conditions: Conditions | None = None
     is_spoiled: bool = False
+
+
+def seen_by_all(own: Observation) -> Observation:
+    """Return an observation that is dirty or spoiled where it was so on any rank."""
+    if world_size() == 1:
+        return own
+    dirty, spoiled = largest_over_ranks([own.is_dirty, own.is_spoiled])
+    return replace(own, is_dirty=dirty > 0, is_spoiled=spoiled > 0)
 
 
 class Monitor(Protocol):
@@ -315,6 +324,7 @@ class _Candidate:
             return found[-1].ms
 
         elapsed, seen = monitor.observe(take)
+        seen = seen_by_all(seen)
         sample = found[-1]
         is_early = self.lead.learn(sample)  # the host was in it, and need not have been
         seen = replace(seen, is_dirty=seen.is_dirty or is_early or sample.is_disturbed)

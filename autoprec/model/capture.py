@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.device.fp8 import Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import local_part, sum_over_ranks
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
@@ -82,6 +83,7 @@ def capture_model(context: Context) -> ModelSpec:
     optimizer = workload.build_optimizer(model)
     optimizer.step()  # makes its state, whose size is asked for
     context.progress("capture", 3, 3)
+    differ = sum_over_ranks([first.fingerprint != second.fingerprint])[0]  # ranks whose steps do
     seen = ObservedStep(
         model,
         layers,
@@ -91,7 +93,7 @@ def capture_model(context: Context) -> ModelSpec:
         str(device),
         saved_bytes=sum(saved.values()),
         has_randomness=first.used_randomness,
-        is_deterministic=first.fingerprint == second.fingerprint,
+        is_deterministic=not differ,
         loss=first.loss,
     )
     spec = make_spec(seen)
@@ -142,7 +144,8 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     digest = hashlib.sha256(str(value).encode())
     for parameter in model.parameters():
         if parameter.grad is not None:
-            digest.update(parameter.grad.detach().double().sum().cpu().numpy().tobytes())
+            own = local_part(parameter.grad.detach())
+            digest.update(own.double().sum().cpu().numpy().tobytes())
     return StepResult(value, digest.hexdigest(), used_randomness)
 
 

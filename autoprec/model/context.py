@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from autoprec.common.progress import Progress, report_nothing
+from autoprec.device.rank_clock import clock_of_all
 from autoprec.device.timing import Clock, make_clock
 from autoprec.workload.functions import Workload
 
@@ -23,5 +24,5 @@ class Context:
 
     @cached_property
     def timer(self) -> Clock:
-        """The clock that was given, or the one that fits the device."""
-        return self.clock or make_clock(self.device)
+        """The clock that was given, or the one that fits the device; of all ranks the slowest."""
+        return clock_of_all(self.clock or make_clock(self.device))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.common.text import first_line
+from autoprec.device.ranks import gathered
 from autoprec.device.timing import Clock, Function
 from autoprec.device.tracing import Operation, traced
 from autoprec.errors import PlanMismatchError
@@ -124,7 +125,18 @@ def try_option(
     make_layer: MakeLayer,
     compilation: Compilation | None = None,
 ) -> Attempt:
-    """Run an option as it will be timed, and once under a trace, which proves what ran."""
+    """Run an option as it will be timed, and once under a trace, which proves what ran.
+
+    What cannot run on one rank runs on none.
+    """
+    attempt = _try_here(option, calls, make_layer, compilation)
+    reasons = [reason for reason in gathered(attempt.infeasible) if reason]
+    return Attempt(option, infeasible=reasons[0]) if reasons else attempt
+
+
+def _try_here(
+    option: Option, calls: Sequence[Call], make_layer: MakeLayer, compilation: Compilation | None
+) -> Attempt:
     try:
         candidate = make_candidate(make_layer, calls, option)
         with candidate.weighing() as saved:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autoprec.device.ranks import largest_over_ranks
 from autoprec.model.capture import run_step
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
@@ -84,7 +85,7 @@ def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
     calls = record_step(context, model, batch, chosen)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    step_ms = (time.perf_counter() - started) * 1e3
+    step_ms = largest_over_ranks([(time.perf_counter() - started) * 1e3])[0]
     return RecordedStep(layers, calls, step_ms, lambda: workload.build_model().to(device).train())
 
 

@@ -7,10 +7,19 @@ from typing import Any
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import SettingsError
+from autoprec.tuning.ranks import joined_ranks
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 
-FUNCTIONS = ("build_model", "train_batches", "loss_fn", "build_optimizer", "eval_batches")
+FUNCTIONS = (
+    "build_model",
+    "train_batches",
+    "loss_fn",
+    "build_optimizer",
+    "eval_batches",
+    "parallelize",
+    "build_mesh",
+)
 Source = str | Path | Mapping[str, Callable[..., Any]] | object  # Any: the user's own functions
 
 
@@ -18,6 +27,9 @@ def tune(
     source: Source = None, /, *, progress: Progress = report_nothing, **given: Any
 ) -> Run:  # Any: functions of a workload, and values of settings
     """Find, prove and save the precision plan of a model, as `autoprec tune` does.
+
+    In a process of several ranks (started by torchrun, or with a process group of its own) every
+    rank calls it, and all run one tune.
 
     Args:
         source: the path of a `model.py` (or `model.py:name`), or the functions of one: a mapping
@@ -61,6 +73,7 @@ def tune(
 
         holder = SimpleNamespace(**found) if isinstance(found, Mapping) else found
         workload = workload_from(holder, name="the functions given")
-    run = Run(Settings.of(**given), workload=workload, progress=progress)
-    with run.folder.locked():
-        return run.make()
+    with joined_ranks():
+        run = Run(Settings.of(**given), workload=workload, progress=progress)
+        with run.locked():
+            return run.make()

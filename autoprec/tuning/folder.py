@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -15,9 +16,11 @@ from autoprec import __version__
 from autoprec.common.text import short_digest
 from autoprec.errors import RecordError
 from autoprec.predict.registry import profile_digest
-from autoprec.records import FileRecord
+from autoprec.records import FileRecord, Plan, Profile, Sensitivity
 from autoprec.records.devices import DeviceProfile
 from autoprec.tuning.settings import STAGES, Settings, all_settings
+
+Table = TypeVar("Table", Profile, Sensitivity)
 
 LOCK = ".autoprec.lock"
 INPUTS = {  # the stages whose records each stage's record is made of
@@ -84,6 +87,16 @@ class Folder:
         path = self.path / "run.json"
         return dict(RunState.load(path).stages) if path.exists() else {}
 
+    def has(self, stage: str, digest: str) -> bool:
+        """Whether the stage's record is here, made of the inputs of this digest."""
+        is_same = bool(digest) and self.finished().get(stage) == digest
+        return is_same and (self.path / f"{stage}.json").exists()
+
+    def keep(self, made: FileRecord, digest: str) -> None:
+        """Write a stage's record, and note that the stage is finished."""
+        made.save(self.path / f"{made.KIND}.json")
+        self.finish(made.KIND, digest)
+
     def finish(self, stage: str, digest: str) -> None:
         """Note that a stage is finished; those after it are no more, as they were of another."""
         earlier = STAGES[: STAGES.index(stage)]
@@ -110,3 +123,13 @@ class Folder:
         done = self.finished()
         inputs = [done.get(name, "") for name in INPUTS[stage]]
         return short_digest(stage, chosen, contents, device, __version__, inputs)
+
+
+def saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:
+    """Return the profile or sensitivity in the plan's folder, if it is there and of its model."""
+    path = plan_path.parent / f"{record.KIND}.json"
+    if not path.exists():
+        return None
+    found = record.load(path)
+    structure = found.model.structure if isinstance(found, Profile) else found.structure
+    return found if structure == plan.fingerprint.structure else None

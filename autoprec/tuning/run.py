@@ -11,8 +11,8 @@ once.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,16 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError, WorkloadError
 from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
 from autoprec.records.verification import Verdict, Verification
-from autoprec.tuning.folder import INPUTS, Folder
+from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
+from autoprec.tuning.ranks import check_ranks, is_first, led_by_first, made_on_all, made_on_first
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
 if TYPE_CHECKING:
     import torch
 
     from autoprec.model.context import Context
+    from autoprec.records import Estimate, Option
     from autoprec.sensitivity.measure import JointMeter
     from autoprec.sensitivity.reference import Reference
     from autoprec.workload.functions import Workload
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", Profile, Sensitivity, Search, Verification)
-Table = TypeVar("Table", Profile, Sensitivity)
 
 
 class Run:
@@ -64,7 +65,7 @@ class Run:
     ) -> None:
         self.settings = replace(settings, out=settings.out.absolute())  # a script may change cwd
         self.stages = stages
-        self.progress = progress
+        self.progress = progress if is_first() else report_nothing
         # What the settings name is looked at before any work: it may be read much later.
         self.target = settings.device_profile()
         if settings.sensitivity is not None:
@@ -82,7 +83,7 @@ class Run:
             raise WorkloadError(NEEDS_FILE.format(given="made of live functions"))
         if workload is not None:
             self.workload = workload
-        self.folder = Folder(settings.out)
+        self.folder = made_on_first(lambda: Folder(self.settings.out))
 
     # --- what the stages are made of -----------------------------------------------------------
 
@@ -117,12 +118,19 @@ class Run:
 
     @cached_property
     def context(self) -> "Context":
-        """What every stage that runs the model is given."""
+        """What every stage that runs the model is given; of several ranks, this one's part."""
+        from autoprec.device.ranks import world_size
         from autoprec.model.context import Context
 
+        workload, device = self.workload, self.device
+        if world_size() > 1:
+            from autoprec.model.parallel import parallel_workload
+
+            check_ranks(self.settings, workload.digest)
+            workload = parallel_workload(workload, device)
         return Context(
-            self.workload,
-            self.device,
+            workload,
+            device,
             self.settings.seed,
             self.progress,
             memory_limit=self.settings.memory_limit,
@@ -139,7 +147,7 @@ class Run:
             return capture_on_meta(self.workload, seed=self.settings.seed, progress=self.progress)
         from autoprec.model.capture import capture_model
 
-        return capture_model(self.context)
+        return made_on_all(lambda: capture_model(self.context))
 
     @cached_property
     def reference(self) -> "Reference":
@@ -190,7 +198,7 @@ class Run:
     def plan(self) -> Plan:
         """The plan of the search, or the one that was verified, with its certificate."""
         chosen = self.candidates[0]
-        chosen.save(self._path("plan"))  # training may take long, and be interrupted
+        self._save_plan(chosen)  # training may take long, and be interrupted
         if self.verification is None:
             return chosen
         proven = next((p for p in self.candidates if p.digest == self.verification.plan), None)
@@ -219,9 +227,9 @@ class Run:
         The profile and sensitivity beside the plan give it a step time and a predicted gap.
         """
         plan = Plan.load(plan_path)
-        profile = _saved_beside(plan_path, plan, Profile)
-        found = self._verified([plan], profile, _saved_beside(plan_path, plan, Sensitivity))
-        found.save(self._path("verification"))
+        profile = saved_beside(plan_path, plan, Profile)
+        found = self._verified([plan], profile, saved_beside(plan_path, plan, Sensitivity))
+        made_on_first(lambda: found.save(self._path("verification")))
         self._certify(plan, found)
         return found
 
@@ -231,7 +239,7 @@ class Run:
         The layers' table goes beside it as layers.csv.
         """
         target = self.settings.out / "report.html" if path is None else Path(path)
-        return write_report(self.settings.out, target)
+        return made_on_first(lambda: write_report(self.settings.out, target))
 
     def __str__(self) -> str:
         """Return the text that `autoprec tune` prints at its end."""
@@ -310,19 +318,23 @@ class Run:
             )
         has_workload = self.is_live or settings.workload or settings.script
         can_measure = has_workload and profile.model.device != "meta"
-        return search_plan(
-            profile,
-            sensitivity,
-            constraint=settings.constraint,
-            # a resumed study may need no measurement: the reference is trained for the first one
-            evaluate=(lambda options: self._meter.measure(options)) if can_measure else None,
-            trials=settings.trials,
-            time_budget_s=settings.time_budget,
-            seed=settings.seed,
-            storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
-            study_name=settings.study,
-            progress=self.progress,
-        )
+
+        def find(measure: "Callable[[tuple[Option, ...]], Estimate]") -> Search:
+            return search_plan(
+                profile,
+                sensitivity,
+                constraint=settings.constraint,
+                evaluate=measure if can_measure else None,
+                trials=settings.trials,
+                time_budget_s=settings.time_budget,
+                seed=settings.seed,
+                storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
+                study_name=settings.study,
+                progress=self.progress,
+            )
+
+        # a resumed study may need no measurement: the reference is trained for the first one
+        return led_by_first(find, lambda options: self._meter.measure(options))
 
     @cached_property
     def _meter(self) -> "JointMeter":
@@ -361,35 +373,58 @@ class Run:
             branch_steps=verification.branch_steps,
         )
         certified = plan.model_copy(update={"certificate": certificate})
-        certified.save(self._path("plan"))
+        self._save_plan(certified)
         return certified
 
     # --- files and resuming --------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder while the context is open; rank 0 holds the lock.
+
+        Raises:
+            RecordError: another run has it; on every rank.
+        """
+        with ExitStack() as stack:
+            made_on_first(lambda: stack.enter_context(self.folder.locked()))
+            yield
+
+    def _save_plan(self, plan: Plan) -> None:
+        made_on_first(lambda: plan.save(self._path("plan")))
 
     def _path(self, stage: str) -> Path:
         return self.settings.out / f"{stage}.json"
 
     def _staged(self, record: type[R], make: Callable[[], R]) -> R:
         """Return a stage's record: read where this run does not make it, or nothing has changed."""
-        stage, path = record.KIND, self._path(record.KIND)
-        if stage not in self.stages:
-            return record.load(path)
-        for earlier in INPUTS[stage]:
-            if earlier in self.stages:
-                getattr(self, earlier)  # its digest is part of this stage's
-        digest = "" if self.is_live else self.folder.digest(stage, self.settings, self.target)
-        is_same = bool(digest) and self.folder.finished().get(stage) == digest
-        if self.settings.resume and is_same and path.exists():
-            return record.load(path)
+        stage = record.KIND
+        if stage in self.stages:
+            for earlier in INPUTS[stage]:
+                if earlier in self.stages:
+                    getattr(self, earlier)  # its digest is part of this stage's
+        known, digest = made_on_first(lambda: self._known(record))
+        if known is not None:
+            return known
         with ExitStack() as stack:
             if "torch" in sys.modules:  # a saved run is searched again without it
                 from autoprec.device.random_state import random_state_kept
 
                 stack.enter_context(random_state_kept())  # the caller's numbers go on as before
-            made = make()
-        made.save(path)
-        self.folder.finish(stage, digest)
+            made = made_on_all(make)
+        made_on_first(lambda: self.folder.keep(made, digest))
         return made
+
+    def _known(self, record: type[R]) -> tuple[R | None, str]:
+        """Return the folder's record, where this run is not to make it, and its inputs' digest.
+
+        Live functions have no name to be known by, and so no digest.
+        """
+        stage, path = record.KIND, self._path(record.KIND)
+        if stage not in self.stages:
+            return record.load(path), ""
+        digest = "" if self.is_live else self.folder.digest(stage, self.settings, self.target)
+        is_known = self.settings.resume and self.folder.has(stage, digest)
+        return record.load(path) if is_known else None, digest
 
 
 def write_report(folder: Path, target: Path) -> Path:
@@ -400,13 +435,3 @@ def write_report(folder: Path, target: Path) -> Path:
     if run.plan is not None or run.profile is not None:
         write_atomically(target.parent / "layers.csv", layers_frame(run).to_csv(index=False))
     return write_atomically(target, render_html(run))
-
-
-def _saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:
-    """Return the profile or sensitivity in the plan's folder, if it is there and of its model."""
-    path = plan_path.parent / f"{record.KIND}.json"
-    if not path.exists():
-        return None
-    found = record.load(path)
-    structure = found.model.structure if isinstance(found, Profile) else found.structure
-    return found if structure == plan.fingerprint.structure else None

@@ -1,10 +1,28 @@
-"""The user's side: five plain functions of a file, an object or a mapping, checked on every call.
+"""The user's side: plain functions of a file, an object or a mapping, checked on every call.
 
     def build_model() -> nn.Module
     def train_batches(seed: int) -> Iterator[Any]        # same seed, same batches
     def loss_fn(model, batch) -> Tensor                  # scalar
     def build_optimizer(model) -> torch.optim.Optimizer  # optional; default AdamW
     def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
+
+and two for `torchrun ... -m autoprec tune model.py`, which one process alone never calls:
+
+    def parallelize(model, mesh) -> nn.Module            # optional; default: DDP
+    def build_mesh(device_type: str) -> DeviceMesh       # optional; default: ("dp",), all ranks
+
+    def parallelize(model, mesh):                        # FSDP2, block by block
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def build_mesh(device_type):                         # FSDP2 x tensor parallel
+        sizes = (dist.get_world_size() // 2, 2)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=("dp", "tp"))
+
+A batch is what one rank takes: of n ranks with data of their own, rank r trains on batches r,
+r + n, r + 2n, ... of the stream, unless `train_batches(seed, rank, world_size)` asks for both
+numbers and deals itself. Ranks that differ in a dimension `tp` or `cp` alone get the same batches.
 
 `train_batches` may be endless or finite. `model.py:name` is an object of that file with the same
 functions as methods; objects and functions that are there already, as in a notebook, need no file.
@@ -14,6 +32,7 @@ what it must return and what it returned; the original exception is its cause.
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import math
 import sys
@@ -23,7 +42,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +58,9 @@ from autoprec.workload.written import (
     plain_model,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 EVAL_SEED = 2**31 - 1  # reserved: no stage trains on it
 MAX_EVAL_BATCHES = 64  # an endless eval_batches() is cut here
 DEFAULT_EVAL_BATCHES = 8
@@ -49,27 +71,52 @@ Batch = Any  # Any: whatever the user's loss_fn takes
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank does of a workload: its batches, its part of the model, the loss of all."""
+
+    rank: int = 0  # of those that have batches of their own
+    ranks: int = 1
+    # The user's model, as every rank builds it, to the one that this rank trains.
+    spread: "Callable[[Workload, nn.Module], nn.Module]" = lambda _, model: model
+    joined: Callable[[Tensor], Tensor] = lambda loss: loss  # this rank's loss to the mean of all
+
+
+ALONE = Part()
+
+
+@dataclass(frozen=True)
 class Workload:
-    """The five functions, defaults filled in, every result checked.
+    """The user's functions, defaults filled in, every result checked.
 
     Attributes:
         name: how the user called it.
         digest: a hash of the file's text, so that only an unchanged one is resumed; empty for live
             objects, of which nobody can say whether they are the same.
         written: their autocast, dtypes and compiling, as far as these were seen.
+        part: what this process does of them, where it is one of several ranks.
     """
 
     name: str
     digest: str
     _functions: Mapping[str, Callable[..., Any]]  # Any: user code
     written: Written = field(default_factory=Written)
+    part: Part = field(default_factory=lambda: ALONE)
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model in FP32 and not compiled: same seed, same initial weights."""
-        return plain_model(self.written_model(seed=seed))
+        # FP32 before it is sharded; what compiles its parts may be the sharding function
+        return plain_model(self._spread(plain_model(self._build(seed))))
 
     def written_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model as the user trains it, in its own dtypes and compiled if it is."""
+        return self._spread(self._build(seed))
+
+    def _spread(self, model: nn.Module) -> nn.Module:
+        found = self.part.spread(self, model)
+        self.written.is_compiled |= is_compiled(found)
+        return found
+
+    def _build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = self._call("build_model()", nn.Module, "an nn.Module")
         if next(model.parameters(), None) is None:
@@ -86,17 +133,42 @@ class Workload:
         user_code = _UserCode(f"train_batches(seed={seed})", "an iterator of batches")
         while True:
             with user_code:
-                iterator = iter(self._functions["train_batches"](seed))
+                iterator = self._own_batches(seed)
                 batch = next(iterator, _END)
             if batch is _END:
+                ranks = self.part.ranks
+                wanted, got = ("one batch", "none") if ranks == 1 else (f"{ranks} batches", "fewer")
                 raise WorkloadError(
-                    f"train_batches(seed={seed}) must yield at least one batch, but it yielded "
-                    "none; return a fresh iterator on every call"
+                    f"train_batches(seed={seed}) must yield at least {wanted}, but it yielded "
+                    f"{got}; return a fresh iterator on every call"
                 )
             while batch is not _END:
                 yield batch
                 with user_code:
                     batch = next(iterator, _END)
+
+    def _own_batches(self, seed: int) -> Iterator[Batch]:
+        """Return this rank's part of one pass: every n-th batch, or what the function deals."""
+        function, part = self._functions["train_batches"], self.part
+        if _parameters(function) >= DEALING:
+            return iter(function(seed, rank=part.rank, world_size=part.ranks))
+        stream = iter(function(seed))
+        return stream if part.ranks == 1 else itertools.islice(stream, part.rank, None, part.ranks)
+
+    def defines(self, name: str) -> bool:
+        """Whether the user defined an optional function."""
+        return name in self._functions
+
+    def build_mesh(self, device_type: str) -> "DeviceMesh":
+        """Return the user's mesh of ranks."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return self._call("build_mesh(device_type)", DeviceMesh, "a DeviceMesh", device_type)
+
+    def parallelize(self, model: nn.Module, mesh: "DeviceMesh") -> nn.Module:
+        """Return the model as the user spreads it over the ranks of a mesh."""
+        call = "parallelize(model, mesh)"
+        return self._call(call, nn.Module, "the model (end it with `return model`)", model, mesh)
 
     def eval_batches(self) -> Sequence[Batch]:
         """Return the held-out batches (at most MAX_EVAL_BATCHES)."""
@@ -125,7 +197,7 @@ class Workload:
                 "loss_fn(model, batch) must return a scalar floating tensor, but it returned shape "
                 f"{tuple(loss.shape)} of {loss.dtype}; reduce it, e.g. with .mean()"
             )
-        return loss.reshape(())
+        return self.part.joined(loss.reshape(()))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the user's optimizer over `model` (AdamW with its defaults when there is none)."""
@@ -178,7 +250,7 @@ def load_workload(reference: str) -> Workload:
 
 
 def workload_from(holder: object, *, name: str = "", digest: str = "") -> Workload:
-    """Make a workload of an object (module, class instance) or a mapping with the five functions.
+    """Make a workload of an object (module, class instance) or a mapping with the functions.
 
     Raises:
         WorkloadError: a required function is missing, one is none, or a mapping has others.
@@ -189,7 +261,7 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
         holder = {each: getattr(holder, each, None) for each in every}
     name = name or "the workload"
     functions = {each: found for each, found in holder.items() if found is not None}
-    readme = "see the README for the five functions"
+    readme = "see the README for the functions of a workload"
     for each, found in functions.items():
         if each not in every:
             may = f"{name} may define {', '.join(every)}"
@@ -208,8 +280,17 @@ REQUIRED = {
     "train_batches": "train_batches(seed) -> iterator of batches",
     "loss_fn": "loss_fn(model, batch) -> scalar tensor",
 }
-OPTIONAL = ("build_optimizer", "eval_batches")
+OPTIONAL = ("build_optimizer", "eval_batches", "parallelize", "build_mesh")
+DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
 _END = object()
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:  # Any: user code
+    """Return the names of a function's parameters; none where Python cannot tell."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        return set()
 
 
 def take_batches(

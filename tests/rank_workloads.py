@@ -1,0 +1,94 @@
+"""A small decoder-like workload for tests on several ranks, and the same on one process."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from autoprec.workload.functions import Workload, workload_from
+
+WIDTH, TOKENS, ROWS, CUT = 32, 16, 4, 8
+
+
+class Block(nn.Module):
+    """A normed two-layer MLP around which the residual runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(F.gelu(self.up(self.norm(x))))
+        return x + down
+
+
+class Decoder(nn.Module):
+    """Embedding, two blocks, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def train_batches(seed: int) -> Iterator[Tensor]:
+    """Yield batches of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(TOKENS, (ROWS, CUT), generator=generator)
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return the cross entropy of a fixed function of each token."""
+    return F.cross_entropy(model(batch).flatten(0, 1), (batch.flatten() * 3 + 1) % TOKENS)
+
+
+def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW at a rate that moves the loss in a few steps."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def shard_blocks(model: nn.Module, mesh: Any) -> nn.Module:  # Any: a DeviceMesh
+    """Shard a decoder block by block with FSDP2, and then what is left."""
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "build_model": Decoder,
+    "train_batches": train_batches,
+    "loss_fn": loss_fn,
+    "build_optimizer": build_optimizer,
+}
+
+
+def workload(**more: Callable[..., Any]) -> Workload:
+    """Return the workload with further functions."""
+    return workload_from({**FUNCTIONS, **more}, name="the decoder")
+
+
+def workload_of(ranks: int) -> Workload:
+    """Return the workload of one process whose batch is those of `ranks` ranks, joined."""
+
+    def joined(seed: int) -> Iterator[Tensor]:
+        stream = train_batches(seed)
+        while True:
+            yield torch.cat(list(islice(stream, ranks)))
+
+    return workload(train_batches=joined)
