@@ -7,11 +7,12 @@ import pytest
 from autoprec.records import (
     BF16_O2,
     Basis,
+    LossGap,
     PredictedStep,
     Timing,
     Verdict,
 )
-from autoprec.report import RunRecords, summary_object
+from autoprec.report import RunRecords, formats, summary_object
 from autoprec.report.step_times import plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
@@ -221,3 +222,35 @@ def test_the_apply_line_is_python() -> None:
     assert (
         line == 'model, optimizer = autoprec.apply("odd \\"folder\\"/plan.json", model, optimizer)'
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "mean", "high", "exponent", "said"),
+    [
+        (2e-4, 4e-4, 6e-4, 0.1, ("never reached within this run", "ahead (predicted)")),
+        (2e-4, 4e-4, 6e-4, 1e-6, ("never reached within this run", "behind (predicted)")),
+        (-3e-4, -2e-4, -1e-4, 0.1, ("final loss is reached within this run", "ahead")),
+        (-1e-4, 1e-4, 3e-4, 0.1, ("is not decided", "ahead")),
+    ],
+)
+def test_the_plan_stands_against_bf16_at_equal_steps_and_at_equal_time(
+    low: float, mean: float, high: float, exponent: float, said: tuple[str, ...]
+) -> None:
+    run = make_run()
+    assert run.verification
+    gap = LossGap(mean=mean, low=low, high=high, confidence=0.95, seeds=3)
+    proof = run.verification.model_copy(update={"bf16_gap": gap, "loss_exponent": exponent})
+    sentence = summarise_run(replace(run, verification=proof)).bf16_sentence
+    assert all(part in sentence for part in said), sentence
+    # 4e-4 above BF16 after as many steps, r log(s) better by the more steps in the same time
+    speed = plan_speedups(run)["bf16_o2"].value
+    net = abs(mean - exponent * math.log(speed))
+    assert f"it would be {formats.share(net)} " in sentence
+
+
+def test_a_plan_that_is_bf16_has_nothing_to_say_against_it() -> None:
+    run = make_run()
+    assert run.verification
+    same = LossGap(mean=0.0, low=0.0, high=0.0, confidence=0.95, seeds=3)
+    proof = run.verification.model_copy(update={"bf16_gap": same, "loss_exponent": 0.1})
+    assert summarise_run(replace(run, verification=proof)).bf16_sentence == ""

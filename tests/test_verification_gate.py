@@ -127,6 +127,12 @@ def test_a_precise_plan_is_verified_with_its_control_and_its_times() -> None:
     assert found.control_gap is not None
     assert found.gap.low <= found.gap.mean <= found.gap.high <= 0.5
     assert {branch.label for branch in found.branches} == {"reference", "bf16_o2", "plan"}
+    assert found.bf16_gap is not None
+    assert found.bf16_gap.mean == pytest.approx(
+        found.gap.mean - found.control_gap.mean, abs=1e-2 * abs(found.gap.mean)
+    )
+    assert found.loss_exponent is not None
+    assert found.loss_exponent > 0.0
     assert found.floor == 0.0
     assert found.seed_spread is not None
     assert {step.label for step in found.steps} == {"fp32", "bf16_o2", "autocast_bf16", "plan"}

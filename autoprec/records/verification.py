@@ -47,13 +47,15 @@ class Branch(Record):
     eval_losses: tuple[float, ...] = ()
 
 
-def loss_gaps(branches: Iterable[Branch], label: str) -> dict[int, float]:
-    """Return the relative loss gap of each seed whose branch and reference were evaluated."""
+def loss_gaps(
+    branches: Iterable[Branch], label: str, *, base: str = "reference"
+) -> dict[int, float]:
+    """Return the relative loss gap of each seed whose branch and base were evaluated."""
     losses = {(each.label, each.seed): each.eval_loss for each in branches}
     return {
-        seed: (loss - reference) / abs(reference)
+        seed: (loss - beside) / abs(beside)
         for (of, seed), loss in losses.items()
-        if of == label and loss is not None and (reference := losses.get(("reference", seed)))
+        if of == label and loss is not None and (beside := losses.get((base, seed)))
     }
 
 
@@ -77,7 +79,9 @@ class Verification(FileRecord):
 
     `loss_tolerance` is the allowed relative loss gap, `gap` the plan's and `control_gap` BF16 O2's;
     `seed_spread` the relative standard deviation of the reference's evaluation loss over seeds.
-    `predicted_gap` comes from the gradient error and the reference's loss curve. `steps` are the
+    `bf16_gap` is the plan's gap to BF16 O2, `loss_exponent` the relative fall of the loss per
+    e-fold of steps at the end, by the reference's loss curve (`sensitivity.gap`).
+    `predicted_gap` comes from the gradient error and that curve. `steps` are the
     whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
     plans that were tried before this one. `advice` is what it would take when inconclusive.
     `plan` is the plan's digest (`Plan.digest`). `seeds_planned` are the smallest and largest number
@@ -108,4 +112,6 @@ class Verification(FileRecord):
     seeds_planned: tuple[NonNegativeInt, NonNegativeInt] | None = None
     eval_stderr: NonNegativeFloat | None = None
     floor: NonNegativeFloat | None = None
+    bf16_gap: LossGap | None = None
+    loss_exponent: NonNegativeFloat | None = None
     notes: tuple[str, ...] = ()

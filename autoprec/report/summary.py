@@ -5,6 +5,7 @@ other list, so that a report cannot say two things.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class Summary:
     time_to_loss: Speedup | None
     verdict: Verdict
     verdict_sentence: str
+    bf16_sentence: str
     gap: LossGap | None
     loss_tolerance: float | None
     fp8_answer: str
@@ -145,6 +147,7 @@ def summarise_run(run: RunRecords) -> Summary:
         time_to_loss=time_to_loss,
         verdict=proof.verdict if proof else Verdict.NOT_RUN,
         verdict_sentence=_verdict_sentence(run),
+        bf16_sentence=_bf16_sentence(run, speedups.get("bf16_o2")),
         gap=proof.gap if proof else None,
         loss_tolerance=proof.loss_tolerance if proof else constraint,
         fp8_answer=answers[0],
@@ -171,6 +174,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "loss_gap": gap.model_dump() if gap else unknown_gap,
         "loss_tolerance": found.loss_tolerance,
         "verdict": found.verdict.value,
+        "against_bf16_o2": found.bf16_sentence,
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,
         "memory": found.memory_answer,
@@ -245,6 +249,34 @@ def _verdict_sentence(run: RunRecords) -> str:
     if run.verification and run.verification.advice:
         said.append(clean_text(run.verification.advice))
     return f"{proof.verdict}: {'; '.join(said)}"
+
+
+def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
+    """Return how the plan stands against BF16 O2: at equal steps, and at equal time.
+
+    A plan whose loss stays above BF16's may yet be ahead of it when both trained equally long: a
+    step that is s times as fast is worth r log(s) of the loss (r: `loss_exponent`).
+    """
+    proof = run.verification
+    gap = proof.bf16_gap if proof else None
+    if proof is None or gap is None or gap.low == gap.high == 0.0:
+        return ""
+    said = f"against BF16 O2 the loss gap is {formats.gap(gap)} after equal steps: "
+    if gap.low > 0.0:
+        said += "its final loss is never reached within this run"
+    elif gap.high <= 0.0:
+        said += "its final loss is reached within this run"
+    else:
+        said += "whether its final loss is reached within this run is not decided"
+    if speedup is None or proof.loss_exponent is None or speedup.value <= 0.0:
+        return said
+    # the steps that the plan makes beyond BF16's in the same time, by the reference's loss curve
+    net = gap.mean - proof.loss_exponent * math.log(speedup.value)
+    side = "ahead" if net < 0.0 else "behind"
+    return (
+        f"{said}; in equal time, with steps {formats.ratio(speedup.value)} as fast, it would be "
+        f"{formats.share(abs(net))} {side} (predicted)"
+    )
 
 
 def _plan_grad_error(run: RunRecords) -> Estimate | None:

@@ -116,6 +116,8 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
         spread = proof.seed_spread
         beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
         yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
+    if found.bf16_sentence:
+        yield Line(found.bf16_sentence)
 
 
 def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:

@@ -10,7 +10,7 @@ from autoprec.common.text import first_and_more
 from autoprec.common.versions import software_versions
 from autoprec.records import Branch, LossGap, Plan, Sensitivity, StepTiming, Verdict, Verification
 from autoprec.records.verification import loss_gaps
-from autoprec.sensitivity.gap import predicted_loss_gap
+from autoprec.sensitivity.gap import fit_loss_line, predicted_loss_gap
 from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 from autoprec.verification.session import Session
 
@@ -44,13 +44,13 @@ class Evidence:
         """Return the label's first branch whose loss became NaN, infinite or far too large."""
         return next((each for each in self.of(label) if each.diverged_at is not None), None)
 
-    def gaps(self, label: str) -> list[float]:
+    def gaps(self, label: str, base: str = "reference") -> list[float]:
         """Return the relative loss gap of every seed whose branch of that label was evaluated."""
-        return list(loss_gaps(self.branches, label).values())
+        return list(loss_gaps(self.branches, label, base=base).values())
 
-    def gap(self, label: str) -> LossGap | None:
+    def gap(self, label: str, base: str = "reference") -> LossGap | None:
         """Return the interval of the gap; None with fewer than two seeds, or when one diverged."""
-        gaps = self.gaps(label)
+        gaps = self.gaps(label, base)
         is_known = len(gaps) >= 2 and not self.diverged(label)
         return gap_interval(gaps, self.terms) if is_known else None
 
@@ -98,6 +98,8 @@ def make_verification(
         seeds_planned=(evidence.terms.seeds_min, evidence.terms.seeds_max),
         eval_stderr=eval_stderr(evidence),
         floor=session.floor,
+        bf16_gap=evidence.gap("plan", "bf16_o2"),
+        loss_exponent=loss_exponent(session),
         notes=(*repairs, *notes(session, evidence, steps)),
     )
 
@@ -173,6 +175,13 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
         sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
     steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
     return predicted_loss_gap(sensitivity, plan.grad_error, steps, start=start)
+
+
+def loss_exponent(session: Session) -> float | None:
+    """Return the relative fall of the loss per e-fold of steps at the end of the branches."""
+    line = fit_loss_line(tuple(enumerate(session.checkpoint.curve, start=1)))
+    end = len(session.checkpoint.curve) + session.terms.branch_steps
+    return None if line is None else line.exponent_at(end)
 
 
 def advice(evidence: Evidence) -> str:
