@@ -4,7 +4,9 @@ The processes start once and leave what they saw in a file; the tests look at it
 have seen is computed by one process that holds the whole model.
 """
 
+import io
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from autoprec.errors import AutoprecError
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
 from autoprec.runtime import install_options
 from autoprec.runtime.shards import mixed_groups
-from tests.models import Mlp, mlp_workload
+from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.ranks import leave_group
 
@@ -134,13 +136,20 @@ def switches(model: nn.Module, rank: int) -> Seen:
     return seen
 
 
-def trained(rank: int, **settings: Any) -> Seen:  # Any: of fully_shard
+def trained(rank: int, *, gathers_fp8: bool = False, **settings: Any) -> Seen:  # Any: FSDP's
     """Shard, make the optimizer, apply, train, undo."""
     model = fsdp(**settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     others = {n: option for n, option in TRAINCASE.items() if option is not FP8}
-    autoprec.apply(plan_for(model, FP8, others), model, optimizer)
-    seen: Seen = {"mixed": mixed_groups(model), "losses": []}
+    plan = plan_for(model, FP8, others).model_copy(update={"fp8_all_gather": gathers_fp8})
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger = logging.getLogger("autoprec")
+    logger.setLevel(logging.INFO)  # of a process of its own
+    logger.addHandler(handler)
+    autoprec.apply(plan, model, optimizer)
+    logger.removeHandler(handler)
+    seen: Seen = {"mixed": mixed_groups(model), "losses": [], "said": said.getvalue()}
     for batch in batches():
         seen["losses"].append(step(model, rank, batch)[0])
         optimizer.step()
@@ -171,7 +180,11 @@ def rank_main(rank: int, folder: str) -> None:
         "1 x tp": switches(both(1), 0),
         "trained": trained(rank),
         "trained with a policy": trained(rank, mp_policy=POLICY),
+        "trained with FP8 gathers": trained(rank, gathers_fp8=True),
         "low": error_of(apply_to_low),
+        "mixed storage": error_of(apply_first),
+        "mixed list": error_of(lambda: apply_first(together=True)),
+        "odd": odd(rank),
     }
     torch.save(seen, Path(folder) / f"{rank}.pt")
     leave_group()
@@ -181,6 +194,51 @@ def error_of(call: Callable[[], object]) -> str:
     with pytest.raises(AutoprecError) as caught:
         call()
     return str(caught.value)
+
+
+def apply_first(*, together: bool = False) -> None:
+    """Apply, then shard a BF16 linear and an FP32 norm in one group, and run it."""
+    model: Any = seeded()
+    autoprec.apply(plan_for(model, others={"norm": FP32}), model)
+    fully_shard([model.norm, model.head] if together else model.second)
+    fully_shard(model)
+    model(torch.ones(2, WIDTH))
+
+
+class Odd(nn.Module):
+    """A tied head, a parameter outside of layers, a frozen layer and a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, WIDTH)
+        self.scale = nn.Parameter(torch.ones(3))  # of uneven shards
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(requires_grad=False)
+        self.batch = nn.BatchNorm1d(WIDTH, track_running_stats=False)
+        self.head = nn.Linear(WIDTH, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.batch(self.frozen(x)) * self.scale.sum()
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+def odd(rank: int) -> tuple[float, Gradients]:
+    torch.manual_seed(0)
+    model: Any = Odd()
+    fully_shard(model.frozen)
+    fully_shard(model)
+    autoprec.apply(plan_for(model), model)
+    return step_of_odd(model, rank)
+
+
+def step_of_odd(model: nn.Module, rank: int) -> tuple[float, Gradients]:
+    x = torch.randn(2 * ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+    loss = model(part(x, rank)).square().mean()
+    torch.autograd.backward(loss)
+    return loss.item(), {
+        n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def apply_to_low() -> None:
@@ -259,7 +317,7 @@ def trained_alone() -> tuple[list[list[float]], dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("how", ["trained", "trained with a policy"])
+@pytest.mark.parametrize("how", ["trained", "trained with a policy", "trained with FP8 gathers"])
 def test_a_plan_applied_to_shards_trains_bit_for_bit_as_one_process(
     ranks: list[Seen], how: str
 ) -> None:
@@ -267,6 +325,7 @@ def test_a_plan_applied_to_shards_trains_bit_for_bit_as_one_process(
     for seen, expected in zip((rank[how] for rank in ranks), losses, strict=True):
         assert seen["losses"] == expected
         assert all(torch.equal(seen["weights"][name], weights[name]) for name in weights)
+        assert seen["undone"]
     assert losses[0][-1] < losses[0][0]
 
 
@@ -279,7 +338,6 @@ def test_checkpoints_of_shards_hold_fp32_under_plain_names(ranks: list[Seen]) ->
         for name, value in saved.items():
             assert value.dtype is torch.float32
             assert torch.equal(value, seen["weights"][name])
-        assert seen["undone"]
 
 
 def test_the_proof_of_shards_says_what_ran(ranks: list[Seen]) -> None:
@@ -289,9 +347,49 @@ def test_the_proof_of_shards_says_what_ran(ranks: list[Seen]) -> None:
         assert "native_layer_norm float32" in checks["norm"]
 
 
-def test_groups_of_both_dtypes_are_known(ranks: list[Seen]) -> None:
+def test_fp8_weights_of_shards_are_gathered_in_fp8(ranks: list[Seen]) -> None:
+    for seen in (rank["trained with FP8 gathers"] for rank in ranks):
+        assert seen["checks"]["first"].endswith("weight gathered in float8_e4m3fn")
+        assert {value.dtype for value in seen["saved"].values()} <= {torch.float32}
+        assert "FSDP gathers the weights of 1 layers in FP8" in seen["said"]
+
+
+def test_groups_of_both_dtypes_are_named_once_with_the_way_out(ranks: list[Seen]) -> None:
+    for seen in (rank["trained"] for rank in ranks):
+        assert seen["mixed"] == {"the root": ["norm.weight", "norm.bias"]}
+        (line,) = (line for line in seen["said"].splitlines() if "FSDP's groups" in line)
+        assert line.startswith("1 of FSDP's groups hold FP32 layers beside 16-bit ones: the root (")
+        assert "norm.weight, norm.bias" in line
+        assert "set these layers to bf16_o2, or fully_shard them" in line
+
+
+def test_frozen_tied_and_uncovered_parameters_are_gathered_as_planned(ranks: list[Seen]) -> None:
+    results = []
+    for rank in range(RANKS):
+        torch.manual_seed(0)
+        model = Odd()
+        autoprec.apply(plan_for(model), model)
+        results.append(step_of_odd(model, rank))
+    for seen, (loss, gradients) in zip((rank["odd"] for rank in ranks), results, strict=True):
+        assert seen[0] == loss
+        assert seen[1].keys() == gradients.keys()
+    for name, found in ranks[0]["odd"][1].items():
+        assert torch.equal(found, (results[0][1][name] + results[1][1][name]) / 2), name
+
+
+# --- apply before fully_shard ------------------------------------------------------------------
+
+
+def test_a_group_of_two_storage_dtypes_is_one_line_and_not_torchs_assertion(
+    ranks: list[Seen],
+) -> None:
     for seen in ranks:
-        assert seen["trained"]["mixed"] == {"the root": ["norm.weight", "norm.bias"]}
+        assert seen["mixed storage"].startswith("fully_shard takes parameters of one dtype")
+        assert "that of the root has bfloat16 (first.weight, " in seen["mixed storage"]
+        assert "float32 (norm.weight, norm.bias)" in seen["mixed storage"]
+        assert "call fully_shard first and autoprec.apply after it" in seen["mixed storage"]
+        assert "that of 'norm' has float32 (norm.weight, norm.bias)" in seen["mixed list"]
+        assert all(seen[case].isprintable() for case in ("mixed storage", "mixed list"))
 
 
 def test_shards_that_are_no_masters_are_refused(ranks: list[Seen]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import TypeVar  # with a default
 
-from autoprec.common.text import one_line
+from autoprec.common.text import first_and_more, one_line
 from autoprec.common.versions import software_versions
 from autoprec.device.local import device_name
 from autoprec.device.random_state import random_state_kept
@@ -31,6 +31,7 @@ from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
+from autoprec.runtime.shards import mixed_groups
 
 logger = logging.getLogger(__name__)
 _software = functools.cache(software_versions)  # read once: a plan opens no folder
@@ -50,11 +51,13 @@ def apply(
     """Make `model` run as the plan says, and `optimizer` train FP32 masters; return both.
 
     Both are changed in place.
-    Call it before wrapping the model in DDP, FSDP or `fully_shard`, and before loading a checkpoint
-    into the optimizer. An optimizer made later is attached with `attach_optimizer`. Frozen
-    parameters that become BF16 keep no FP32 copy. Where `torch.distributed` runs, every rank calls
-    it, and either all ranks apply the same plan or all of them raise the same error. A plan that
-    says `fp8_all_gather` makes `fully_shard` gather FP8 weights, see gathers.py.
+    Call it before wrapping the model in DDP, and before loading a checkpoint into the optimizer.
+    With `fully_shard`, call it after: the FP32 shards are the masters then, the optimizer trains
+    them as it is, and FSDP gathers BF16 (shards.py). Before works where each group gets one dtype.
+    An optimizer made later is attached with `attach_optimizer`. Frozen parameters that become BF16
+    keep no FP32 copy. Where `torch.distributed` runs, every rank calls it, and either all ranks
+    apply the same plan or all of them raise the same error. A plan that says `fp8_all_gather` makes
+    FSDP gather FP8 weights, see gathers.py.
 
     Args:
         plan: a plan, or the path of a plan.json.
@@ -89,6 +92,7 @@ def apply(
         logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
     if plan.fp8_all_gather:
         install_gathers(inner, installed.options)
+    _warn_of_mixed_groups(inner)
     return model, optimizer
 
 
@@ -197,6 +201,20 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     names = {plain_name(name): name for name in found.modules}
     options = {names[layer.name]: layer.option for layer in plan.layers}
     return install_options(model, options, uncovered=found.uncovered, layers=found.modules)
+
+
+def _warn_of_mixed_groups(model: nn.Module) -> None:
+    """Log one warning that names the FSDP groups of two dtypes, and what they cost."""
+    groups = mixed_groups(model)
+    if groups:
+        listed = (f"{group} ({first_and_more(names, most=2)})" for group, names in groups.items())
+        logger.warning(
+            "%d of FSDP's groups hold FP32 layers beside 16-bit ones: %s; their BF16 gradients are "
+            "cast to FP32 before they are reduced, about 8 bytes per parameter and step of memory "
+            "traffic; set these layers to bf16_o2, or fully_shard them by themselves, to save that",
+            len(groups),
+            first_and_more(listed, most=4),
+        )
 
 
 def _warn_of_differences(plan: Plan, device: torch.device) -> None:

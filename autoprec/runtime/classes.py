@@ -33,6 +33,7 @@ from autoprec.runtime.activations import (
     join_recomputation,
     option_dtype,
 )
+from autoprec.runtime.shards import refuse_mixed_storage
 from autoprec.workload.written import AUTOCAST_DEVICES
 
 ModuleClass = type[nn.Module]
@@ -114,8 +115,30 @@ def _subclass(
         return _new_module, (maker, settings), vars(self)
 
     kept = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"autoprec_base": base, "__reduce_ex__": reduce}
+
+    def register_forward_pre_hook(self: nn.Module, hook: Any, **kwargs: Any) -> Any:
+        """Check the groups of `fully_shard`, which registers such a hook, before its hook runs."""
+        handle = base.register_forward_pre_hook(self, hook, **kwargs)
+        if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+            base.register_forward_pre_hook(self, _before_fsdp, prepend=True)
+        return handle
+
+    own = {
+        "autoprec_base": base,
+        "__reduce_ex__": reduce,
+        "register_forward_pre_hook": register_forward_pre_hook,
+    }
     return type(base.__name__, bases, {**kept, **own, **body})
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
+def _before_fsdp(module: nn.Module, _: object) -> None:
+    """Check the groups of a module and those in it, at the first forward of all."""
+    for part in module.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if hook is _before_fsdp:
+                del part._forward_pre_hooks[key]
+    refuse_mixed_storage(module)
 
 
 def _new_module(maker: Callable[..., ModuleClass], settings: tuple[Any, ...]) -> nn.Module:

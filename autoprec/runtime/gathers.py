@@ -12,7 +12,8 @@ With W the whole weight and W_r the rows of it on rank r, torchao casts tensorwi
 
 so one all-reduce of a scalar gives every rank the bits that a cast of the gathered BF16 weight
 would give: what a layer computes does not depend on how its weight came. Masters, optimizer and
-checkpoints see shards of BF16; nothing of this is in a `state_dict` or in a file.
+checkpoints see shards of BF16; nothing of this is in a `state_dict` or in a file. Where
+`fully_shard` came before `apply`, the shards are FP32, and W is what they are in BF16.
 
 FSDP's buffers keep the size of the first gather. A layer that a guard has moved to BF16 therefore
 gathers its BF16 weight beside the FP8 one, in a buffer that FSDP frees with its own.
@@ -22,7 +23,7 @@ Tested with gloo on CPUs; not yet run on CUDA.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option, Recipe
+from autoprec.runtime.shards import change_shard, fsdp_modules, gathers_of, plain_shards
 from autoprec.workload.written import dtype_name
 
 if TYPE_CHECKING:
@@ -57,18 +59,29 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
     The model has these options (by layer name) installed.
     """
     owners = Counter(p for module in model.modules() for p in module._parameters.values())
+    shards = plain_shards(model)
     in_fp8 = {name: option for name, option in options.items() if option.is_fp8}
     kept: list[str] = []
     for name, option in in_fp8.items():
         layer: Any = model.get_submodule(name)  # Any: a linear
-        reason = _refusal(option, layer, owners)
+        reason = _refusal(option, layer, owners, shards)
         if reason:
             kept.append(f"{name!r} ({reason})")
+            continue
+        vars(layer)[ON_LAYER] = True
+        weight: Any = layer.weight  # Any: mypy knows no change of class
+        if weight in shards:
+            change_shard(model, weight, Fp8Shard)
         else:
-            vars(layer)[ON_LAYER] = True
-            layer.weight.__class__ = GatheredInFp8
+            weight.__class__ = GatheredInFp8
+    says = "FSDP gathers the weights of %d layers in FP8%s"
+    if not fsdp_modules(model):
+        says = (
+            "fully_shard will gather the weights of %d layers in FP8; "
+            "without it nothing is gathered%s"
+        )
     logger.info(
-        "fully_shard will gather the weights of %d layers in FP8; without it nothing is gathered%s",
+        says,
         len(in_fp8) - len(kept),
         f"; FP8 layers with BF16 gathers: {first_and_more(kept, most=MOST_LISTED)}" if kept else "",
     )
@@ -76,11 +89,9 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
 
 def check_gathers(model: nn.Module) -> None:
     """Log one warning if weights that should be gathered in FP8 were sharded as BF16 ones."""
-    lost = [
-        name
-        for name, layer in model.named_modules()
-        if ON_LAYER in vars(layer) and gathered_dtype(layer) == "bfloat16"
-    ]
+    marked = [(name, m) for name, m in model.named_modules() if ON_LAYER in vars(m)]
+    gathers = gathers_of(model) if marked else {}
+    lost = [name for name, layer in marked if gathered_dtype(layer, gathers) == "bfloat16"]
     if lost:
         logger.warning(
             "the plan counts on FP8 gathers, but the weights of %s are sharded as BF16: something "
@@ -90,20 +101,44 @@ def check_gathers(model: nn.Module) -> None:
         )
 
 
-def gathered_dtype(layer: nn.Module) -> str:
-    """Return the dtype in which FSDP gathers a layer's weight; empty if it is not sharded."""
-    shard = getattr(getattr(layer, "weight", None), "_local_tensor", None)  # a DTensor has one
+def gathered_dtype(layer: nn.Module, gathers: Mapping[nn.Parameter, torch.dtype]) -> str:
+    """Return the dtype in which FSDP gathers a layer's weight; empty if it is not sharded.
+
+    `gathers` are the dtypes in which it gathers what keeps a dtype of torch (`gathers_of`).
+    """
+    weight: Any = getattr(layer, "weight", None)
+    shard = getattr(weight, "_local_tensor", None)  # a DTensor has one
     if shard is None:
         return ""
-    return dtype_name(torch.float8_e4m3fn if isinstance(shard, Fp8Shard) else shard.dtype)
+    is_fp8 = isinstance(shard, Fp8Shard)
+    return dtype_name(torch.float8_e4m3fn if is_fp8 else gathers.get(weight, shard.dtype))
 
 
-def _refusal(option: Option, layer: Any, owners: Mapping[Any, int]) -> str:  # Any: a linear
+def plain_gathers(model: nn.Module) -> None:
+    """Make weights that `install_gathers` marked plain ones."""
+    for module in model.modules():
+        vars(module).pop(ON_LAYER, None)
+        for parameter in module._parameters.values():
+            if isinstance(getattr(parameter, "_local_tensor", None), Fp8Shard):
+                change_shard(model, parameter, lambda shard: shard.plain)
+            elif type(parameter) is GatheredInFp8:
+                own: Any = parameter  # Any: mypy knows no change of class
+                own.__class__ = nn.Parameter
+
+
+def _refusal(
+    option: Option,
+    layer: Any,  # a linear
+    owners: Mapping[Any, int],
+    shards: Set[nn.Parameter],
+) -> str:
+    weight = layer.weight
     reasons = {
         f"{option.recipe} scales": option.recipe is not Recipe.TENSORWISE,
         f"{', '.join(option.gemms_hp)} in BF16": option.gemms_hp,
-        "its weight is shared": owners[layer.weight] > 1,
-        f"its weight is a {type(layer.weight).__name__}": type(layer.weight) is not nn.Parameter,
+        "its weight is shared": owners[weight] > 1,
+        f"its weight is a {type(weight).__name__}": type(weight) is not nn.Parameter
+        and weight not in shards,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 
@@ -129,7 +164,7 @@ class GatheredInFp8(nn.Parameter):
 
 
 class Fp8Shard(Tensor):
-    """This rank's rows of a BF16 weight, with FSDP2's hooks; other operations see plain BF16."""
+    """This rank's rows of a weight (BF16, or FP32), with FSDP2's hooks; plain to all else."""
 
     plain: Tensor
 
@@ -181,7 +216,8 @@ class Fp8Shard(Tensor):
         self, mesh: "DeviceMesh", size: torch.Size, _stride: object, layer: Any, mp_policy: Any
     ) -> tuple[tuple[Tensor], Sent]:  # Any: one of our FP8 layers; FSDP's policy
         """Return the FP8 that FSDP sends of this shard, in as many rows as on other ranks."""
-        if mp_policy.param_dtype not in (None, torch.bfloat16):
+        is_low = self.plain.dtype is torch.bfloat16  # else the plan decides what is gathered
+        if is_low and mp_policy.param_dtype not in (None, torch.bfloat16):
             raise PlanMismatchError(
                 "FP8 gathers start from the BF16 weights of the plan, but fully_shard's mp_policy "
                 f"has param_dtype={mp_policy.param_dtype}; leave param_dtype out"
@@ -189,7 +225,7 @@ class Fp8Shard(Tensor):
         # The scale of the whole weight, as torchao computes it.
         utils, config = import_torchao().float8_utils, layer.config
         dtype = config.cast_config_weight.target_dtype
-        shard = self.plain
+        shard = self.plain.to(torch.bfloat16)
         amax = shard.abs().max() if shard.numel() else shard.new_zeros(())
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=mesh.get_group())
         scale = utils.amax_to_scale(amax, dtype, config.round_scales_to_power_of_2)
@@ -230,7 +266,7 @@ def _padded(shard: Tensor, size: torch.Size, mesh: "DeviceMesh") -> Tensor:
 
 def _gather_bf16(shard: Tensor, sent: Sent) -> Tensor:
     """Return the weight itself, of what all ranks hold of it."""
-    shard = _padded(shard.to(sent.scale.device), sent.size, sent.mesh)
+    shard = _padded(shard.to(sent.scale.device, torch.bfloat16), sent.size, sent.mesh)
     parts = [torch.empty_like(shard) for _ in range(sent.mesh.size())]
     dist.all_gather(parts, shard, group=sent.mesh.get_group())
     return torch.cat(parts, dim=int(shard.shape[1:] != sent.size[1:]))

@@ -35,7 +35,7 @@ from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import container_class, is_made_here, layer_class, own_class
 from autoprec.runtime.fit import fp8_refusal
-from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8
+from autoprec.runtime.gathers import plain_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
 
@@ -145,15 +145,11 @@ def install_options(
 def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
+    plain_gathers(model)
     vars(model).pop(ON_MODEL, None)
     for module in model.modules():
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)
-        vars(module).pop(ON_LAYER, None)
-        for parameter in module._parameters.values():
-            if type(parameter) is GatheredInFp8:
-                own: Any = parameter  # Any: mypy knows no change of class
-                own.__class__ = nn.Parameter
 
 
 def set_storage(parameter: nn.Parameter, data: Any) -> None:

@@ -152,7 +152,7 @@ def check_applied(
             problem = _problem(layer, option, trace, gathers)
             was_used = trace.calls or trace.functional
             detail = f"{option.key}: {trace if was_used else 'not called in this step'}"
-            dtype = gathered_dtype(layer) if has_fp8_gathers and option.is_fp8 else ""
+            dtype = gathered_dtype(layer, gathers) if has_fp8_gathers and option.is_fp8 else ""
             detail += f"; weight gathered in {dtype}" if dtype else ""
         checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
     return tuple(checks)

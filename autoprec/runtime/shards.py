@@ -12,6 +12,9 @@ plan changes is the dtype in which FSDP2 gathers each parameter (`param_dtype` o
 FSDP reduces the gradients of a group in one call, which takes one dtype: in a group of both kinds
 each BF16 gradient is cast to FP32 first. `mixed_groups` names such groups.
 
+A plan applied *before* `fully_shard` stores BF16 parameters, and a group of these and FP32 ones is
+none that FSDP can reduce: `refuse_mixed_storage` says so before FSDP's own assertion does.
+
 All that is read or changed of FSDP2's own objects is in this file; torch documents none of it.
 """
 
@@ -86,17 +89,43 @@ def gather_as(
 
 def mixed_groups(model: nn.Module) -> dict[str, list[str]]:
     """Return the FP32 parameters' names in each group that gathers BF16 ones too, by group."""
-    found: dict[str, list[str]] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for module in fsdp_modules(model):
-        for group in _groups(_state(module)):
-            trained = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
-            if len({gathered_as(p) for p in trained}) > 1:
-                own = [p._module_info for p in trained if gathered_as(p) is torch.float32]
-                found[names[module] or "the root"] = [
-                    f"{names[info.module]}.{info.param_name}" for info in own
-                ]
-    return found
+    return {
+        group: dtypes[torch.float32]
+        for group, dtypes in _names_by_dtype(model, gathered_as)
+        if len(dtypes) > 1
+    }
+
+
+def refuse_mixed_storage(model: nn.Module) -> None:
+    """Check that each FSDP group of a model, to which a plan was applied first, has one dtype.
+
+    Raises:
+        PlanMismatchError: one has BF16 parameters and FP32 ones.
+    """
+    for group, dtypes in _names_by_dtype(model, lambda param: param.sharded_param.dtype):
+        if len(dtypes) > 1:
+            listed = ", ".join(
+                f"{dtype_name(dtype)} ({first_and_more(names)})" for dtype, names in dtypes.items()
+            )
+            raise PlanMismatchError(
+                "fully_shard takes parameters of one dtype in a group, but the plan was applied "
+                f"before it and that of {group} has {listed}; call fully_shard first and "
+                "autoprec.apply after it, or fully_shard the fp32 layers by themselves first"
+            )
+
+
+def change_shard(model: nn.Module, parameter: Any, change: Callable[[Any], Any]) -> None:
+    """Put `change` of its local tensor in that one's place; Any: a parameter that is a DTensor."""
+    param = next(p for p in _all_params(model) if p.sharded_param is parameter)
+    parameter._local_tensor = change(parameter._local_tensor)
+    param._sharded_param_data = change(param._sharded_param_data)  # the same memory, with padding
+    param._init_extensions()
+    _forget_gathers(param)
+
+
+def plain_shards(model: nn.Module) -> frozenset[nn.Parameter]:
+    """Return the shards that FSDP gathers to whole parameters, not to a rank's part of a split."""
+    return frozenset(p.sharded_param for p in _all_params(model) if not p.is_dtensor)
 
 
 def gathered_as(param: FsdpParam) -> torch.dtype:
@@ -108,8 +137,27 @@ def gathered_as(param: FsdpParam) -> torch.dtype:
 
 def gathers_of(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
     """Return the dtype in which FSDP gathers each parameter that it has sharded."""
-    params = (p for module in fsdp_modules(model) for p in _params(_state(module)))
-    return {param.sharded_param: gathered_as(param) for param in params}
+    return {param.sharded_param: gathered_as(param) for param in _all_params(model)}
+
+
+def _all_params(model: nn.Module) -> Iterator[FsdpParam]:
+    for module in fsdp_modules(model):
+        yield from _params(_state(module))
+
+
+def _names_by_dtype(
+    model: nn.Module, dtype_of: Callable[[FsdpParam], torch.dtype]
+) -> Iterator[tuple[str, dict[torch.dtype, list[str]]]]:
+    """Yield each FSDP group's name with those of its trained parameters, by a dtype of each."""
+    names = {module: name for name, module in model.named_modules()}
+    for module in fsdp_modules(model):
+        for group in _groups(_state(module)):
+            found: dict[torch.dtype, list[str]] = {}
+            for param in (p for p in group.fsdp_params if p.sharded_param.requires_grad):
+                info = param._module_info
+                name = f"{names[info.module]}.{info.param_name}".removeprefix(".")
+                found.setdefault(dtype_of(param), []).append(name)
+            yield repr(names[module]) if names[module] else "the root", found
 
 
 def _state(module: Any) -> Any:  # Any: torch's FSDPModule and FSDPState
@@ -190,7 +238,11 @@ def _set(param: FsdpParam, cls: type, dtype: torch.dtype, is_mixed: bool | None)
     else:
         own.pop("gathered_as", None)
         own.pop("is_mixed", None)
-    # FSDP keeps the buffers and the Parameter of its first gather, whose dtype is theirs for ever.
+    _forget_gathers(param)
+
+
+def _forget_gathers(param: FsdpParam) -> None:
+    """Drop the buffers and the Parameter of FSDP's first gather, whose dtype is theirs for ever."""
     param.all_gather_outputs = []
     param._unsharded_inner_tensors = []
-    own.pop("_unsharded_param", None)
+    param.__dict__.pop("_unsharded_param", None)
