@@ -469,7 +469,7 @@ def test_a_norm_is_that_of_the_gradients_and_zero_without_one() -> None:
     model(torch.randn(4, 16)).sum().backward()
     model.first.weight.grad = None
     parameters = list(model.parameters())
-    signals = read_signals(torch.tensor(2.0), parameters, shares=None)
+    signals = read_signals(torch.tensor(2.0), parameters).signals()
     expected = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     assert signals.norms[0] == 0
     assert signals.grad_norm == pytest.approx(float(expected), rel=1e-5)

@@ -23,10 +23,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from autoprec.device.late import LateValues
 from autoprec.device.ranks import local_part
 
+MOST_LOG = 88.0  # of an FP32 number; an infinite bound stays above all of them
 FEWEST_VALUES = 20  # before which nothing is unusual
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is unusual in the step that comes, as the steps before it say.
+
+    The ends of both bands; the share of an operand that may underflow; and whether a loss or norm
+    above its band makes the step a bad one.
+    """
+
+    loss: float = math.inf
+    log_norm: float = math.inf
+    underflow: float = math.inf
+    is_loss_bad: bool = False
+    is_norm_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,28 +51,66 @@ class Signals:
     """What one step showed; `norms` is in the order of the parameters, 0.0 without a gradient."""
 
     loss: float
+    grad_norm: float  # of all gradients
+    is_loss_high: bool  # above its band
+    is_norm_high: bool
     norms: tuple[float, ...]
     shares: tuple[float, ...]
 
-    @property
-    def grad_norm(self) -> float:
-        """The norm of all gradients."""
-        return math.hypot(*self.norms)
+
+@dataclass(frozen=True)
+class Reading:
+    """A step's signals, on their way to the host, and what the device makes of them meanwhile."""
+
+    is_bad: Tensor  # FP32 on the device: 1.0 for a step that must not change anything
+    values: LateValues
+    parameters: int
+
+    def signals(self) -> Signals:
+        """Return the signals; waits for the device to come to them."""
+        loss, squared, is_loss_high, is_norm_high, *rest = self.values.read()
+        norms, shares = rest[: self.parameters], rest[self.parameters :]
+        return Signals(
+            loss=loss,
+            grad_norm=math.sqrt(squared),
+            is_loss_high=bool(is_loss_high),
+            is_norm_high=bool(is_norm_high),
+            norms=tuple(map(math.sqrt, norms)),
+            shares=tuple(shares),
+        )
 
 
 def read_signals(
-    loss: Tensor, parameters: Sequence[nn.Parameter], *, shares: Tensor | None
-) -> Signals:
-    """Return a step's signals; one transfer from the device, and one all-reduce if distributed."""
-    value = loss.detach().float().reshape(1)
-    parts = [value, _norms(parameters, loss.device).square()]
-    vector = torch.cat(parts if shares is None else [*parts, shares.flatten()])
+    loss: Tensor,
+    parameters: Sequence[nn.Parameter],
+    *,
+    shares: Tensor | None = None,
+    bounds: Bounds | None = None,
+) -> Reading:
+    """Read a step's signals without waiting; one all-reduce if distributed.
+
+    `shares` is [layers, operands, 2], what the FP8 operands lose to underflow and saturation.
+    """
+    bounds = bounds or Bounds()
+    seen = [loss.detach().float().reshape(1), _norms(parameters, loss.device).square()]
+    vector = torch.cat(seen if shares is None else [*seen, shares.flatten()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(vector)
         vector = vector / dist.get_world_size()
-    numbers: list[float] = vector.tolist()
-    end = 1 + len(parameters)
-    return Signals(numbers[0], tuple(map(math.sqrt, numbers[1:end])), tuple(numbers[end:]))
+    value, squared = vector[0], vector[1 : 1 + len(parameters)].sum()
+    # The host's rules of what is bad, on the device. It decides all comparisons, for both.
+    is_loss_high = value > bounds.loss
+    is_norm_high = squared > math.exp(min(2 * bounds.log_norm, MOST_LOG))
+    is_bad = ~(value.isfinite() & squared.isfinite())
+    if bounds.is_norm_bad:
+        is_bad = is_bad | is_norm_high
+    if bounds.is_loss_bad:
+        lost = vector[1 + len(parameters) :].view(-1, 2)
+        out_of_range = ((lost[:, 0] > bounds.underflow) | (lost[:, 1] > 0)).any()
+        is_bad = is_bad | (is_loss_high & ~out_of_range)
+    heads = torch.stack([value, squared, is_loss_high.float(), is_norm_high.float()])
+    values = LateValues(torch.cat([heads, vector[1:]]))
+    return Reading(is_bad.float(), values, len(parameters))
 
 
 def _norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
@@ -83,9 +138,13 @@ class RunningBand:
         self.values: deque[float] = deque(maxlen=window)
         self.run = 0  # values in a row above the band
 
-    def add(self, value: float) -> int:
-        """Take a finite value in; return how many in a row, it included, lay above the band."""
-        self.run = self.run + 1 if value > self.upper else 0
+    def add(self, value: float, *, is_above: bool | None = None) -> int:
+        """Take a finite value in; return how many in a row, it included, lay above the band.
+
+        `is_above` is the answer of whoever compared it already.
+        """
+        is_above = value > self.upper if is_above is None else is_above
+        self.run = self.run + 1 if is_above else 0
         self.values.append(value)
         return self.run
 

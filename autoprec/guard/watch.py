@@ -25,6 +25,7 @@ the data's more often than the precision's: its step is skipped, and no layer is
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
+from autoprec.guard.holding import HeldSteps, can_hold
+from autoprec.guard.layers import fp8_layers, trained_parameters
 from autoprec.guard.records import (
     Action,
     Demotion,
@@ -44,8 +47,7 @@ from autoprec.guard.records import (
     write_event,
 )
 from autoprec.guard.sampling import OPERANDS, Sampler
-from autoprec.guard.signals import RunningBand, Signals, read_signals
-from autoprec.model.layers import plain_name, unwrapped
+from autoprec.guard.signals import Bounds, Reading, RunningBand, Signals, read_signals
 from autoprec.records import Plan
 
 STANDS_OUT = 0.5  # of the allowed underflow: from there a layer is suspected of a loss or norm
@@ -57,6 +59,15 @@ REASONS = {
     EventKind.GRAD_NORM: "the gradient norm {0.grad_norm:.4g} is above its band",
     EventKind.RANGE: "operands do not fit FP8's range",
 }
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was read; `active` are the layers that ran in FP8."""
+
+    number: int
+    reading: Reading
+    active: frozenset[str]
 
 
 class Guard(AbstractContextManager["Guard"]):
@@ -104,7 +115,7 @@ class Guard(AbstractContextManager["Guard"]):
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.on_alarm, self.limits = Action(on_alarm), (limits := limits or Limits())
-        self.layers = _fp8_layers(model, plan)
+        self.layers = fp8_layers(model, plan)
         self.events = None if events is None else Path(events)
         write_event(None, self.events)
         self.demoted: dict[str, Demotion] = {}
@@ -112,50 +123,107 @@ class Guard(AbstractContextManager["Guard"]):
         self._last_alarm = -limits.window  # no alarm yet that a step could be close to
         self._loss = RunningBand(limits.window, limits.loss_width, relative_floor=limits.loss_floor)
         self._norm = RunningBand(limits.window, limits.norm_width, floor=limits.norm_floor)
-        self._owners, self._parameters = _trained(model, plan)
+        self._owners, self._parameters = trained_parameters(model, plan)
         self._sampler = Sampler(model, self.layers)
+        self._pending: _Step | None = None
+        self._is_late = _need_not_wait(optimizer, self._parameters[0].device, self.on_alarm)
+        self._held: HeldSteps | None = None
+        if self._is_late and self.on_alarm is not Action.SWITCH:
+            self._held = HeldSteps(optimizer)
+        self._judged = -1  # the step that was judged last
         self._prepare()
 
     def step(self, loss: Tensor | float) -> bool:
         """Look at the step: after backward, before clipping (which hides spikes) and the optimizer.
 
+        On a GPU a fused optimizer leaves out a bad step by itself (holding.py), so the host asks
+        for nothing and is told a step later. With another optimizer, it waits for the gradients.
+
         Returns:
-            Whether the step is good; if not, it was dealt with as `on_alarm` says.
+            Whether the step that was judged last is good: this one, or the one before it where
+            nobody waits. A bad one was dealt with as `on_alarm` says.
 
         Raises:
             TrainingStoppedError: something is wrong, and `on_alarm` is `stop`; or too many steps in
                 a row were bad.
         """
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(loss, device=self._parameters[0].device)
+            loss = torch.full((), loss, device=self._parameters[0].device)
+        self._judge_pending()  # before this step's bounds are set
         shares = self._sampler.shares(loss.device) if self._sampler.is_armed else None
-        signals = read_signals(loss, self._parameters, shares=shares)
-        is_good = True
-        for kind, suspects in list(self._alarms(signals)):  # all, before one changes layers
-            is_good = kind is EventKind.RANGE
-            self._act(kind, suspects, signals, is_good=is_good)
-        self._bad_run = 0 if is_good else self._bad_run + 1
-        if is_good:
-            self._promote()
+        reading = read_signals(loss, self._parameters, shares=shares, bounds=self._bounds())
+        self._pending = _Step(self.steps, reading, frozenset(self._active()))
+        if self._held is not None:
+            self._held.hold(reading.is_bad)
+        if not self._is_late:
+            self._judge_pending()
         self.steps += 1
         self._follow_schedule()
         self._prepare()
+        self._check_progress()
+        return self._bad_run == 0
+
+    def _bounds(self) -> Bounds:
+        """Return what makes the step that comes a bad one."""
+        patience = self.limits.patience
+        is_norm_bad = self.on_alarm is Action.SKIP or self._norm.run + 1 >= patience
+        return Bounds(
+            loss=self._loss.upper,
+            log_norm=self._norm.upper,
+            underflow=self.limits.underflow,
+            is_loss_bad=self._loss.run + 1 >= patience,
+            is_norm_bad=is_norm_bad,
+        )
+
+    def _judge_pending(self) -> None:
+        """Judge the step that was read and not judged, if any."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._judged, signals = pending.number, pending.reading.signals()
+        is_good = True
+        for kind, suspects in list(
+            self._alarms(signals, pending.active)
+        ):  # before one changes layers
+            is_good = kind is EventKind.RANGE
+            names = [name for name in suspects if name in pending.active]
+            self._act(kind, names, signals, is_good=is_good)
+        self._bad_run = 0 if is_good else self._bad_run + 1
+        if is_good:
+            self._promote()
+
+    def _check_progress(self) -> None:
         if self._bad_run >= self.limits.most_bad:
             raise TrainingStoppedError(
                 f"a run must train, but its last {self._bad_run} steps were all bad; BF16 does not "
                 "fix it: look at the data and the learning rate, then resume from a checkpoint"
             )
-        return is_good
 
     def close(self) -> None:
-        """Take the hooks out; layers stay as they are."""
-        self._sampler.close()
+        """Judge the last step, and take the hooks out; layers stay as they are.
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        Raises:
+            TrainingStoppedError: as `step`, of the last one.
+        """
+        self._remove_hooks()
+        if self._pending is not None:
+            self._judge_pending()
+            self._check_progress()
+
+    def _remove_hooks(self) -> None:
+        self._sampler.close()
+        if self._held is not None:
+            self._held.close()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:  # Any: JSON values
         """Return the memory of the guard, to be saved with model and optimizer."""
+        self._judge_pending()
         return GuardState(
             step=self.steps,
             demotions=self.demotions,
@@ -165,6 +233,8 @@ class Guard(AbstractContextManager["Guard"]):
             norms=tuple(self._norm.values),
             loss_run=self._loss.run,
             norm_run=self._norm.run,
+            active=tuple(self._active()),
+            is_sampled=self._sampler.is_armed,
         ).model_dump(mode="json")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # Any: JSON values
@@ -188,10 +258,10 @@ class Guard(AbstractContextManager["Guard"]):
                 f"{unknown[0]!r}, which is no FP8 layer of this one; load this plan's state"
             )
         self.steps, self.demotions, self.demoted = loaded.step, loaded.demotions, loaded.demoted
-        self._last_alarm = loaded.last_alarm
+        self._last_alarm, self._pending, self._judged = loaded.last_alarm, None, loaded.step - 1
         self._loss.restore(loaded.losses, loaded.loss_run)
         self._norm.restore(loaded.norms, loaded.norm_run)
-        self._prepare()
+        self._prepare(loaded.active, is_sampled=loaded.is_sampled)
 
     @property
     def in_bf16(self) -> tuple[str, ...]:
@@ -199,14 +269,18 @@ class Guard(AbstractContextManager["Guard"]):
         out = {name for name, demotion in self.demoted.items() if not demotion.is_promoted}
         return tuple(name for name in self.layers if name in out)
 
-    def _alarms(self, signals: Signals) -> Iterator[tuple[EventKind, Names]]:
+    def _alarms(
+        self, signals: Signals, active: frozenset[str]
+    ) -> Iterator[tuple[EventKind, Names]]:
         """Yield what is wrong with a step and the layers suspected, up to what makes it bad."""
-        rows, norm = self._rows(signals), signals.grad_norm
+        rows, norm = self._rows(signals, active), signals.grad_norm
         if not (math.isfinite(signals.loss) and math.isfinite(norm)):
             yield EventKind.NOT_FINITE, self._not_finite_suspects(signals, rows)
             return
-        loss_run = self._loss.add(signals.loss)
-        norm_run = self._norm.add(math.log(norm)) if norm > 0 else 0
+        loss_run = self._loss.add(signals.loss, is_above=signals.is_loss_high)
+        is_above, norm_run = signals.is_norm_high, 0
+        if norm > 0:
+            norm_run = self._norm.add(math.log(norm), is_above=is_above)
         out_of_range = self._losing(rows, self.limits.underflow)
         if out_of_range:
             yield EventKind.RANGE, out_of_range
@@ -218,13 +292,13 @@ class Guard(AbstractContextManager["Guard"]):
         elif norm_run > 0:
             yield EventKind.GRAD_NORM, standing_out if norm_run >= patience else ()
 
-    def _rows(self, signals: Signals) -> Rows:
+    def _rows(self, signals: Signals, active: frozenset[str]) -> Rows:
         """Return (underflow, saturated) of the operands of the layers in FP8, {} if not sampled."""
         if not signals.shares:
             return {}
         pairs = iter(zip(signals.shares[::2], signals.shares[1::2], strict=True))
         rows = {name: dict(zip(OPERANDS, pairs, strict=False)) for name in self.layers}
-        return {name: row for name, row in rows.items() if self.layers[name].fp8_active}
+        return {name: row for name, row in rows.items() if name in active}
 
     @staticmethod
     def _losing(rows: Rows, allowed: float) -> Names:
@@ -240,7 +314,7 @@ class Guard(AbstractContextManager["Guard"]):
         for name, row in rows.items():
             if max(row["input"][1], row["weight"][1]) > 0:
                 return (name,)  # what follows it got its infinities and NaNs
-        if self.steps - self._last_alarm < self.limits.window:
+        if self._judged - self._last_alarm < self.limits.window:
             return tuple(self.layers)
         if not math.isfinite(signals.loss):
             return ()
@@ -261,18 +335,18 @@ class Guard(AbstractContextManager["Guard"]):
         lasts = bool(suspects) or kind is EventKind.NOT_FINITE  # or else it is one spike
         if lasts and self.on_alarm is Action.STOP:
             raise TrainingStoppedError(
-                f"the guard stops a run when something is wrong, and at step {self.steps} "
+                f"the guard stops a run when something is wrong, and at step {self._judged} "
                 f"{reason}; look at it, then resume from the last checkpoint, or "
                 "use on_alarm='skip'"
             )
         is_skipped = not is_good and self.on_alarm is Action.SKIP
-        if is_skipped:  # without gradients, optimizer.step() changes nothing
+        if is_skipped and self._held is None:  # without gradients, optimizer.step() changes nothing
             for parameter in self._parameters:
                 parameter.grad = None
             self.optimizer.zero_grad(set_to_none=True)
-        demoted = self._demote([n for n in suspects if self.layers[n].fp8_active])
+        demoted = self._demote([n for n in suspects if n not in self.in_bf16])
         if lasts:
-            self._last_alarm = self.steps
+            self._last_alarm = self._judged
             self._loss.run = self._norm.run = 0
         moved = f"; {first_and_more(demoted)} moved to BF16" if demoted else ""
         text = f"{reason}{moved}{'; step skipped' if is_skipped else ''}"
@@ -290,7 +364,7 @@ class Guard(AbstractContextManager["Guard"]):
         for name in names:
             before = self.demoted.get(name)
             quiet = 2 * before.quiet_steps if before else self.limits.quiet_steps or 1
-            self.demoted[name] = Demotion(since=self.steps, quiet_steps=quiet)
+            self.demoted[name] = Demotion(since=self._judged, quiet_steps=quiet)
         return names
 
     def _promote(self) -> None:
@@ -300,7 +374,7 @@ class Guard(AbstractContextManager["Guard"]):
         names = []
         for name in self.in_bf16:
             out = self.demoted[name]
-            if self.steps - max(out.since, self._last_alarm) >= out.quiet_steps:
+            if self._judged - max(out.since, self._last_alarm) >= out.quiet_steps:
                 self.demoted[name] = out.model_copy(update={"is_promoted": True})
                 names.append(name)
         if names:
@@ -319,7 +393,11 @@ class Guard(AbstractContextManager["Guard"]):
         """Whether the plan's schedule has FP8 on at a step; before its first phase it is on."""
         return next((p.fp8 for p in reversed(self.plan.schedule) if p.start_step <= step), True)
 
-    def _prepare(self) -> None:
+    def _active(self) -> Names:
+        """Return the layers that run in FP8 now."""
+        return [name for name, layer in self.layers.items() if layer.fp8_active]
+
+    def _prepare(self, active: Names | None = None, *, is_sampled: bool | None = None) -> None:
         """Make layers and hooks ready for the step that comes.
 
         A layer in FP8 O1 stores what it stores in BF16 O2, so `fp8_active = False` is all that
@@ -328,52 +406,26 @@ class Guard(AbstractContextManager["Guard"]):
         """
         is_fp8, out = self._is_fp8(self.steps), self.in_bf16
         for name, layer in self.layers.items():
-            wanted = is_fp8 and name not in out
+            wanted = is_fp8 and name not in out if active is None else name in active
             if layer.fp8_active is not wanted:
                 layer.fp8_active = wanted
-        was_alarm = self._last_alarm == self.steps - 1  # look who it is, if it comes again
-        if is_fp8 and (was_alarm or self.steps % self.limits.sample_every == 0):
+        was_alarm = self._last_alarm == self._judged >= 0  # look who it is, if it comes again
+        if is_sampled is None:
+            is_sampled = is_fp8 and (was_alarm or self.steps % self.limits.sample_every == 0)
+        if is_sampled:
             self._sampler.arm()
         else:
             self._sampler.disarm()
 
     def _note(self, kind: EventKind, text: str, names: Names, **more: Any) -> None:
         """Write an event (Any: the fields that only alarms have)."""
-        event = GuardEvent(step=self.steps, kind=kind, message=text, layers=tuple(names), **more)
+        step = self.steps if kind is EventKind.SCHEDULE else self._judged
+        event = GuardEvent(step=step, kind=kind, message=text, layers=tuple(names), **more)
         write_event(event, self.events)
 
 
-def _fp8_layers(model: nn.Module, plan: Plan) -> dict[str, Any]:  # Any: torchao ships no types
-    """Return the modules of the plan's FP8 layers by name, in plan order."""
-    found = {
-        plain_name(name): module
-        for name, module in unwrapped(model, parallel=True).named_modules()
-        if "fp8_active" in vars(module)
-    }
-    wanted = [layer.name for layer in plan.layers if layer.option.is_fp8]
-    differing = sorted(set(found) ^ set(wanted))
-    if differing:
-        raise PlanMismatchError(
-            f"a guard watches a model to which the plan was applied, but they differ in the FP8 "
-            f"layers {first_and_more(differing)}; call autoprec.apply with this plan first"
-        )
-    return {name: found[name] for name in wanted}
-
-
-def _trained(model: nn.Module, plan: Plan) -> tuple[tuple[str, ...], list[nn.Parameter]]:
-    """Return the trained parameters, and the name of each one's layer ("" if none has it)."""
-    layers = {layer.name for layer in plan.layers}
-    owners, parameters = [], []
-    for name, parameter in unwrapped(model, parallel=True).named_parameters():
-        if parameter.requires_grad:
-            owner = plain_name(name)
-            while owner not in layers and owner:
-                owner = owner.rpartition(".")[0]
-            owners.append(owner)
-            parameters.append(parameter)
-    if not parameters:
-        raise PlanMismatchError(
-            "a guard watches a model that trains, but no parameter requires a gradient; "
-            "unfreeze parameters before making the guard"
-        )
-    return tuple(owners), parameters
+def _need_not_wait(optimizer: torch.optim.Optimizer, device: torch.device, action: Action) -> bool:
+    """Whether a step may be judged a step later: the host asks a device that runs behind it."""
+    if device.type == "cpu":  # it has the answer at once
+        return False
+    return action is Action.SWITCH or can_hold(optimizer)

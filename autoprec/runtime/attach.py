@@ -287,6 +287,8 @@ def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tens
     state.clear()
     state.update((pairs.get(key, key), value) for key, value in optimizer.state.items())
     # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
+    for name in vars(shadow).keys() - vars(optimizer).keys():  # GradScaler's come and go
+        del vars(shadow)[name]
     vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
     attachment: Attachment = vars(shadow).pop(ON_OPTIMIZER)  # would be a reference cycle
     lists: dict[int, list[Tensor]] = {}
