@@ -1,7 +1,7 @@
 """One tune on several ranks gives the numbers of one process, on every rank."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,19 @@ from autoprec.records import BF16_O2, ModelSpec, Recipe, fp8_option
 from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
+from autoprec.verification.branches import train_seed
+from autoprec.verification.gate import open_session
+from autoprec.verification.sequential import Terms
+from autoprec.verification.session import Variant
 from autoprec.workload.functions import Workload
-from tests.rank_workloads import train_batches, workload, workload_of
+from tests.rank_workloads import shard_blocks, train_batches, workload, workload_of
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 SEED = 3
-WAYS: dict[str, dict[str, Any]] = {"ddp": {}}  # Any: functions of the contract
+TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=3)
+Way = dict[str, Callable[..., Any]]  # Any: functions of the contract
+WAYS: dict[str, Way] = {"ddp": {}, "fsdp": {"parallelize": shard_blocks}}
 
 
 def _same_batches(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
@@ -32,11 +38,20 @@ def _same_batches(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
     return train_batches(seed)
 
 
-def _losses(given: Workload) -> list[float]:
-    """Return the FP32 losses of a warm-up as this rank sees it."""
+def _losses(given: Workload, folder: Path) -> dict[str, list[float]]:
+    """Return the losses of a warm-up and of branches from it, as this rank sees them."""
     context = Context(parallel_workload(given, CPU), CPU, SEED)
-    spec = capture_model(context)
-    return [spec.loss or 0.0, *(loss for _, loss in _reference(context, spec).loss_curve)]
+    names = capture_model(context).names
+    session = open_session(context, TERMS, loss_tolerance=0.1, state_dir=folder)
+    variant = Variant("bf16", dict.fromkeys(names, BF16_O2))
+    branches = train_seed(session, [variant], SEED)
+    again = open_session(context, TERMS, loss_tolerance=0.1, state_dir=folder)  # reads its files
+    assert again.checkpoint.eval_losses == session.checkpoint.eval_losses
+    assert train_seed(again, [variant], SEED) == branches
+    return {
+        "warm-up": [*session.checkpoint.curve, *session.checkpoint.eval_losses],
+        **{branch.label: [*branch.curve, *branch.eval_losses] for branch in branches},
+    }
 
 
 def _numbers(given: Workload) -> dict[str, Any]:  # Any: JSON values
@@ -61,8 +76,8 @@ def _reference(context: Context, spec: ModelSpec) -> Reference:
 
 def _measure(folder: Path) -> None:
     """Write this rank's numbers, with batches of its own and with those of all."""
-    own = {name: _losses(workload(**way)) for name, way in WAYS.items()}
-    same = {name: _numbers(workload(train_batches=_same_batches, **w)) for name, w in WAYS.items()}
+    own = {name: _losses(workload(**way), folder / name) for name, way in WAYS.items()}
+    same = {name: _numbers(workload(train_batches=_same_batches, **WAYS[name])) for name in ["ddp"]}
     (folder / f"{rank()}.json").write_text(json.dumps([world_size(), own, same]))
 
 
@@ -71,9 +86,13 @@ def _compare(folder: Path, ranks: int) -> None:
     assert all(other == first for other in others)  # to the last bit
     size, own, same = first
     assert size == ranks
-    losses, numbers = _losses(workload_of(ranks)), _numbers(workload())
+    losses, numbers = _losses(workload_of(ranks), folder / "one"), _numbers(workload())
     for way in WAYS:
-        assert own[way] == pytest.approx(losses, rel=1e-5), way
+        for label, expected in losses.items():
+            rel = 1e-5 if label != "bf16" else 1e-2
+            assert own[way][label] == pytest.approx(expected, rel=rel), (way, label)
+        if way not in same:
+            continue
         spec, expected = same[way]["spec"], numbers["spec"]
         assert spec.pop("loss") == pytest.approx(expected["loss"], rel=1e-5), way
         assert spec == {name: value for name, value in expected.items() if name != "loss"}, way

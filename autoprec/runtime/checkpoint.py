@@ -34,12 +34,16 @@ BROKEN_FILE = (*BROKEN_STATE, EOFError, LookupError, ImportError, pickle.Unpickl
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State dicts on the CPU; `curve` and `eval_losses` are there in a checkpoint of our own."""
+    """State dicts on the CPU; `curve` and `eval_losses` are there in a checkpoint of our own.
+
+    One that `is_sharded` holds this rank's part, by names, see sharded_state.
+    """
 
     model: dict[str, Any]  # Any: a state dict may hold extra state of the user's
     optimizer: dict[str, Any] | None  # Any: an optimizer's state dict
     curve: tuple[float, ...] = ()
     eval_losses: tuple[float, ...] = ()
+    is_sharded: bool = False
 
 
 def save_checkpoint(

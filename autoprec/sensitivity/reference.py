@@ -22,12 +22,14 @@ from torch.optim import Optimizer
 
 from autoprec.common.progress import report_nothing
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
 from autoprec.records import Estimate, ModelSpec
 from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
+from autoprec.runtime.sharded_state import load_shards, load_whole
 from autoprec.sensitivity.delayed import Amax, recorded_amax
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
@@ -226,12 +228,16 @@ def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module,
     Raises:
         RecordError: the checkpoint is of another model or optimizer.
     """
+    is_split = world_size() > 1
     model = context.workload.build_model(seed=context.seed).to(context.device)
-    if checkpoint is not None:
+    if checkpoint is not None and not is_split:
         load_state(model, checkpoint.model, what="model")
     model.train()
     optimizer = context.workload.build_optimizer(model)
-    if checkpoint is not None and checkpoint.optimizer is not None:
+    if checkpoint is not None and is_split:
+        load = load_shards if checkpoint.is_sharded else load_whole
+        load(checkpoint, model, optimizer)
+    elif checkpoint is not None and checkpoint.optimizer is not None:
         load_state(optimizer, checkpoint.optimizer, what="optimizer")
     return model, optimizer
 

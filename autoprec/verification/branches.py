@@ -15,6 +15,7 @@ in eval mode on fixed held-out batches, whatever the branch trained in.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoprec.device.ranks import world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
 from autoprec.records import Branch
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
+from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.session import REFERENCE, Session, Variant
@@ -78,9 +81,12 @@ def warm_up(
             loss = _train_step(context, model, optimizer, batch)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
-        state, moments = on_cpu(model.state_dict()), on_cpu(optimizer.state_dict())
+        if world_size() > 1:
+            state = shards_of(model, optimizer)
+        else:
+            state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
         losses = evaluate(context, model, evaluation)
-        return Checkpoint(state, moments, curve=tuple(curve), eval_losses=losses)
+        return replace(state, curve=tuple(curve), eval_losses=losses)
 
 
 def train_branch(

@@ -13,11 +13,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
@@ -33,6 +35,7 @@ from autoprec.records import (
     Verification,
 )
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
+from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
@@ -128,9 +131,12 @@ def open_session(
     # everything that the branches share: another digest, other branches
     workload = [context.workload.name, context.workload.digest]
     settings = [steps, terms.branch_steps, context.seed]
+    ranks = world_size()
+    if ranks > 1:
+        settings += [ranks, context.workload.part.ranks]
     setup = short_digest(workload, settings, context.device.type, digest, software_versions())
     store = BranchStore(setup, state_dir)
-    common = store.find_warm_up()
+    common = store.find_warm_up(partial(_fresh_shards, context) if ranks > 1 else None)
     if common is None:
         common = warm_up(context, evaluation, steps=steps, start=start)
         store.add_warm_up(common)
@@ -147,6 +153,12 @@ def open_session(
         checkpoint_path=str(checkpoint or ""),
         workers=workers or Workers(),
     )
+
+
+def _fresh_shards(context: Context) -> Checkpoint:
+    """Return this rank's part of a fresh model and optimizer, for a saved state to be read into."""
+    with seeded(context.seed, context.device):
+        return shards_of(*restore(context, None))
 
 
 def _check_saved(

@@ -2,7 +2,8 @@
 
 A killed verification goes on from its files:
 
-    STATE_DIR/warmup-SETUP.pt           model and optimizer state where the branches start
+    STATE_DIR/warmup-SETUP.pt           model and optimizer state where the branches start; of
+                                        several ranks a folder warmup-SETUP, to which all write
     STATE_DIR/branch-SETUP-VARIANT-SEED.json
 
 SETUP is a digest of everything the branches share (workload, settings, device, software), VARIANT
@@ -19,11 +20,13 @@ import torch
 
 from autoprec.common.files import replace_file
 from autoprec.common.text import short_digest
+from autoprec.device.ranks import made_on_first_rank, world_size
 from autoprec.errors import RecordError
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, Branch, Option, Plan, Precision
 from autoprec.records.verification import BranchFile
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
+from autoprec.runtime.sharded_state import read_shards, write_shards
 from autoprec.verification.sequential import Terms
 from autoprec.workload.functions import Batch
 
@@ -39,7 +42,8 @@ class BranchStore:
         """
         self.setup = setup
         self.folder = folder
-        self._warm_up = folder and folder / f"warmup-{setup}.pt"
+        suffix = ".pt" if world_size() == 1 else ""
+        self._warm_up = folder and folder / f"warmup-{setup}{suffix}"
         self._branches: dict[tuple[str, int], Branch] = {}
         if folder is None:
             return
@@ -55,20 +59,28 @@ class BranchStore:
         """Return the branch of a variant and seed; where it is not finished, train and keep it."""
         key = (variant, seed)
         path = self._path(variant, seed)
-        if key not in self._branches and path is not None and path.is_file():
-            file = BranchFile.load(path)
-            if file.setup != self.setup:
-                raise RecordError(
-                    f"a branch file must be of this verification ({self.setup}), but {path} is of "
-                    f"{file.setup}; delete it"
-                )
-            self._branches[key] = file.branch
+        if key not in self._branches and path is not None:
+            found = made_on_first_rank(lambda: self._read(path))
+            if found is not None:
+                self._branches[key] = found
         if key not in self._branches:
-            self._branches[key] = train()
+            branch = self._branches[key] = train()
             if path is not None:
-                file = BranchFile(setup=self.setup, variant=variant, branch=self._branches[key])
-                file.save(path)
+                file = BranchFile(setup=self.setup, variant=variant, branch=branch)
+                made_on_first_rank(lambda: file.save(path))
         return self._branches[key]
+
+    def _read(self, path: Path) -> Branch | None:
+        """Return the branch of a file; None where there is no such file."""
+        if not path.is_file():
+            return None
+        file = BranchFile.load(path)
+        if file.setup != self.setup:
+            raise RecordError(
+                f"a branch file must be of this verification ({self.setup}), but {path} is of "
+                f"{file.setup}; delete it"
+            )
+        return file.branch
 
     def has(self, variant: str, seed: int) -> bool:
         """Whether the branch of a variant and seed is finished."""
@@ -78,14 +90,23 @@ class BranchStore:
     def _path(self, variant: str, seed: int) -> Path | None:
         return self.folder and self.folder / f"branch-{self.setup}-{variant}-{seed}.json"
 
-    def find_warm_up(self) -> Checkpoint | None:
-        """Return the saved warm-up checkpoint, if there is one."""
+    def find_warm_up(self, like: Callable[[], Checkpoint] | None = None) -> Checkpoint | None:
+        """Return the saved warm-up checkpoint, if there is one.
+
+        Several ranks read their parts into a checkpoint of the same model, which `like` makes.
+        """
         path = self._warm_up
-        return read_checkpoint(path) if path is not None and path.is_file() else None
+        if path is None or not made_on_first_rank(path.exists):
+            return None
+        return read_checkpoint(path) if like is None else read_shards(path, like())
 
     def add_warm_up(self, checkpoint: Checkpoint) -> None:
         """Keep the warm-up checkpoint."""
-        if self._warm_up is not None:
+        if self._warm_up is None:
+            return
+        if checkpoint.is_sharded:
+            write_shards(self._warm_up, checkpoint)
+        else:
             replace_file(self._warm_up, lambda file: torch.save(vars(checkpoint), file))
 
 

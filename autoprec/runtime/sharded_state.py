@@ -1,0 +1,120 @@
+"""The state of a model and its optimizer on many ranks: each has its part, in memory or on disk.
+
+In memory a rank keeps its own shards on its host; on disk they are a distributed checkpoint
+(torch.distributed.checkpoint): every rank writes its part, and a rank whose parts lie elsewhere (in
+a run of other ranks) reads what it needs. Its folder must be one that all ranks see.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from autoprec.common.text import error_line
+from autoprec.device.ranks import made_on_first_rank
+from autoprec.errors import RecordError
+from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint
+
+LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
+PARTS = ("model", "optimizer")
+
+
+def shards_of(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    curve: Sequence[float] = (),
+    eval_losses: Sequence[float] = (),
+) -> Checkpoint:
+    """Return a copy of this rank's part of the state, on the host."""
+    states = get_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
+    model_state, optimizer_state = tree_map_only(Tensor, torch.clone, states)
+    return Checkpoint(
+        model_state, optimizer_state, tuple(curve), tuple(eval_losses), is_sharded=True
+    )
+
+
+def load_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load a copy of this rank's part into a model that is sharded alike, and its optimizer."""
+    states = tree_map_only(Tensor, torch.clone, (checkpoint.model, checkpoint.optimizer))
+    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+
+
+def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the parts of all ranks into a folder, which appears when it is complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    made_on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))  # what a killed run left
+    save({part: getattr(checkpoint, part) for part in PARTS}, checkpoint_id=partial)
+
+    def finish() -> None:
+        losses = {"curve": checkpoint.curve, "eval_losses": checkpoint.eval_losses}
+        (partial / LOSSES).write_text(json.dumps(losses))
+        partial.rename(folder)
+
+    made_on_first_rank(finish)
+
+
+def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
+    """Return this rank's part of what a folder holds; `like` is of the same model, its values lost.
+
+    Raises:
+        RecordError: the folder is of another model, or not whole.
+    """
+    states = {part: getattr(like, part) for part in PARTS}
+    try:
+        load(states, checkpoint_id=folder)
+        losses = json.loads((folder / LOSSES).read_text())
+    except (CheckpointException, OSError, *BROKEN_STATE) as error:
+        raise RecordError(
+            f"a distributed checkpoint must be whole and of this model, but {folder} is not "
+            f"({error_line(error)}); delete it"
+        ) from error
+    seen = (tuple(losses["curve"]), tuple(losses["eval_losses"]))
+    return Checkpoint(states["model"], states["optimizer"], *seen, is_sharded=True)
+
+
+def load_whole(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load whole tensors, which every rank has read, into a sharded model and its optimizer.
+
+    Raises:
+        RecordError: they are of another model or optimizer.
+    """
+    whole = StateDictOptions(full_state_dict=True)
+    what = "model"
+    try:
+        set_model_state_dict(model, checkpoint.model, options=whole)
+        if checkpoint.optimizer is not None:
+            what = "optimizer"
+            named = _by_name(checkpoint.optimizer, model, optimizer)
+            set_optimizer_state_dict(model, optimizer, named, options=whole)
+    except BROKEN_STATE as error:
+        raise RecordError(
+            f"the checkpoint must fit the {what} that the workload builds, but it does not "
+            f"({error_line(error)}); give a checkpoint of this workload"
+        ) from error
+
+
+def _by_name(
+    state: dict[str, Any], model: nn.Module, optimizer: Optimizer
+) -> dict[str, Any]:  # Any: an optimizer's state dict
+    """Return an optimizer's state dict with parameters' names in the place of their numbers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    groups = [{**g, "params": [order[n] for n in g["params"]]} for g in state["param_groups"]]
+    return {"state": {order[n]: v for n, v in state["state"].items()}, "param_groups": groups}
