@@ -1,10 +1,8 @@
 """The profiler under torch.compile: compile time apart, no graph in a sample, failures named."""
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
-from autoprec.profiler import open_compilation, profile_model, time_steps
+from autoprec.profiler import open_compilation, profile_model
 from autoprec.profiler.compiling import (
     MOST_SPOILED,
     Compilation,
@@ -26,10 +24,10 @@ from autoprec.profiler.compiling import (
 )
 from autoprec.profiler.groups import group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
-from autoprec.records import BF16_O2, FP32, LayerTiming, Recipe
+from autoprec.records import FP32, LayerTiming, Recipe
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
-from autoprec.workload.functions import take_batches, workload_from
+from autoprec.workload.functions import take_batches
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
 from tests.models import mlp_workload
 
@@ -96,22 +94,6 @@ def test_an_fp8_layer_that_does_not_compile_is_infeasible_with_the_reason() -> N
     assert rows["bf16_o2"].infeasible == ""
 
 
-def test_steps_are_compiled_for_every_batch_before_the_first_sample() -> None:
-    base = mlp_workload()
-    names = list(find_layers(base.build_model()))
-    with opened() as compilation:
-        found = time_steps(
-            Context(base, CPU, clock=ConstantClock()),
-            {"fp32": {}, "bf16_o2": dict.fromkeys(names, BF16_O2), "autocast": "autocast_bf16"},
-            stopping=Stopping(3),
-            monitor=CleanMonitor(),
-            compilation=compilation,
-        )
-    assert [step.timing.samples for step in found] == [3, 3, 3]
-    assert all(step.timing.rejected == 0 for step in found)
-    assert compilation.seconds > 0
-
-
 def test_a_sample_in_which_a_graph_was_made_is_left_out() -> None:
     with opened("eager") as compilation:
         sizes = iter([4, 4, 5, *[4] * 9])
@@ -171,51 +153,6 @@ def test_a_missing_compiler_is_one_line() -> None:
 def test_a_reason_is_the_line_that_tells() -> None:
     assert first_line(RuntimeError("backend='inductor' raised:\nE: no\nmore")) == "E: no"
     assert first_line(ValueError("")) == "ValueError('')"
-
-
-def test_arms_that_do_not_fit_together_are_timed_one_after_another(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    base = mlp_workload()
-    alive: list[int] = []
-
-    class Memory:
-        """One model fits; a second one beside it does not."""
-
-        held = 0
-
-        def __init__(self) -> None:
-            Memory.held += 1
-
-        def __del__(self) -> None:
-            Memory.held -= 1
-
-    def build_model() -> nn.Module:
-        model = base.build_model()
-        vars(model)["memory"] = Memory()
-        return model
-
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:  # Any: the workload's own
-        alive.append(Memory.held)
-        if Memory.held > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
-        return base.loss_fn(model, batch)
-
-    functions = {"build_model": build_model, "train_batches": base.train_batches}
-    workload = workload_from(SimpleNamespace(**functions, loss_fn=loss_fn))
-    context = Context(workload, CPU, clock=ConstantClock())
-    with caplog.at_level(logging.WARNING):
-        found = time_steps(
-            context, {"a": {}, "b": {}}, stopping=Stopping(3), monitor=CleanMonitor()
-        )
-    assert [step.label for step in found] == ["a", "b"]
-    assert all(step.timing.samples == 3 for step in found)
-    assert "one after another" in caplog.text
-    assert max(alive) == 2
-    kept = Memory()
-    with pytest.raises(DeviceError, match="'a' does not"):
-        time_steps(context, {"a": {}}, stopping=Stopping(3), monitor=CleanMonitor())
-    del kept
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoprec.device.timing import UNWATCHED, Stopping
 from autoprec.device.tracing import Operation, traced
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.meta import capture_on_meta
 from autoprec.model.recording import Call
-from autoprec.profiler import profile_model, time_steps
+from autoprec.profiler import profile_model
 from autoprec.profiler.candidates import make_candidate
 from autoprec.profiler.groups import copy_layer, group_layers, record_step, uniform_options
 from autoprec.profiler.layers import LayerMeter, sum_parts
@@ -341,37 +340,6 @@ def test_uniform_plans_take_the_first_fp8_option_where_there_is_one() -> None:
     assert fp8["norm"] == fp8["head"] == BF16_O2
     assert (fp8["first"] == TENSORWISE) == RUNS_FP8
     assert set(uniform_options(groups).values()) == {BF16_O2}
-
-
-def test_arms_step_in_turns_on_the_same_batches() -> None:
-    seen: list[tuple[str, float]] = []
-    base = mlp_workload()
-
-    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        dtype = next(model.parameters()).dtype
-        arm = "autocast" if torch.is_autocast_enabled("cpu") else str(dtype)
-        seen.append((arm, float(batch[0].sum())))
-        return base.loss_fn(model, batch)
-
-    functions = {
-        "build_model": base.build_model,
-        "train_batches": base.train_batches,
-        "loss_fn": loss_fn,
-    }
-    layers = list(find_layers(base.build_model()))
-    found = time_steps(
-        Context(workload_from(SimpleNamespace(**functions)), CPU, clock=ConstantClock()),
-        {"fp32": {}, "bf16_o2": dict.fromkeys(layers, BF16_O2), "autocast_bf16": "autocast_bf16"},
-        stopping=Stopping(4),
-        monitor=UNWATCHED,
-    )
-    assert [step.label for step in found] == ["fp32", "bf16_o2", "autocast_bf16"]
-    assert all(step.timing.samples == 4 and step.peak_bytes is None for step in found)
-    rounds = [seen[-12:][i : i + 3] for i in range(0, 12, 3)]
-    for turns in rounds:
-        assert {arm for arm, _ in turns} == {"torch.float32", "torch.bfloat16", "autocast"}
-        assert len({batch for _, batch in turns}) == 1
-    assert len({turns[0][1] for turns in rounds}) == 4
 
 
 def test_memory_that_runs_out_is_a_reason_and_no_crash(caplog: pytest.LogCaptureFixture) -> None:

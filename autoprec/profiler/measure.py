@@ -26,8 +26,17 @@ from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compi
 from autoprec.profiler.groups import Group, group_layers, record_groups, uniform_options
 from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.proving import name_kernels
-from autoprec.profiler.steps import AUTOCAST, Variant, time_steps
-from autoprec.records import FP32, Basis, LayerTiming, ModelSpec, Option, Profile, StepTiming
+from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
+from autoprec.records import (
+    FP32,
+    AsWritten,
+    Basis,
+    LayerTiming,
+    ModelSpec,
+    Option,
+    Profile,
+    StepTiming,
+)
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_BUDGET = 4.0  # FP32 steps that the samples of one variant may take
@@ -65,7 +74,7 @@ def profile_model(
         rows, cast_ms, step_ms = _time_layers(context, spec, groups, gemms_hp, compilation)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        steps = _time_uniform_steps(context, rows, groups, step_ms, compilation)
+        steps = _time_uniform_steps(context, spec.as_written, rows, groups, step_ms, compilation)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
     ms = {step.label: step.timing.median_ms for step in steps}
@@ -148,6 +157,7 @@ def time_boundary_cast(
 
 def _time_uniform_steps(
     context: Context,
+    written: AsWritten | None,
     rows: Sequence[LayerTiming],
     groups: Sequence[Group],
     step_ms: float,
@@ -156,7 +166,11 @@ def _time_uniform_steps(
     bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
     broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
     fp8 = {name: bf16[name] if (name, o) in broken else o for name, o in fp8.items()}
+    is_compiled = compilation is not None
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
+    variants |= written_variants(written, compiled=is_compiled)
+    if is_compiled:
+        variants["eager_bf16_o2"] = Eager(bf16)
     # By its layers a uniform FP8 step takes this much longer than a BF16 one; on a CPU without FP8
     # units that can be minutes, and the sum is then all there is to know.
     has_fp8 = any(option.is_fp8 for option in fp8.values())
@@ -164,6 +178,8 @@ def _time_uniform_steps(
     is_slow = surplus_ms > (SLOW_STEP - 1) * step_ms
     if has_fp8 and not is_slow:
         variants["fp8_o1"] = fp8
+        if is_compiled:
+            variants["eager_fp8_o1"] = Eager(fp8)
     budget_ms = STEP_BUDGET * step_ms
     stopping = Stopping(STEP_SAMPLES, STEP_LEAST, budget_ms=budget_ms, rejections=STEP_LEAST)
     steps = time_steps(context, variants, stopping=stopping, compilation=compilation)

@@ -1,39 +1,69 @@
-"""Whole training steps, interleaved: each variant has a model and an optimizer of its own.
+"""Whole training steps in turns: each variant has a model and an optimizer of its own.
 
 A step is zero_grad, forward, backward and optimizer.step on a batch that is already on the device;
-all variants see the same batches in the same order. Under torch.compile the model is compiled, for
-every shape of these batches, before the first sample.
+all variants see the same batches in the same order. Under torch.compile the model is compiled (as
+its user does it, else by `model.compile()`), for every shape of these batches, before the first
+sample; a variant that does not compile runs eagerly, and its timing says so.
 
-Variants that do not fit into a device's memory side by side are timed one after another: a drift of
-the machine in between is then in their ratio, which the log says.
+Only one variant is in the device's memory at a time: training with one of them must fit, and no
+more. The others wait elsewhere, and all are timed in several turns in an order of their own, so
+that a drift of the machine falls on all of them alike:
+
+    turn 0   A A | B B | C C      turn 1   B B | C C | A A     ...
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import nn
 
-from autoprec.common.text import error_line
+from autoprec.common.text import error_line, first_line
 from autoprec.device.local import find_monitor, release_memory
+from autoprec.device.memory import is_out_of_memory
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.timing import Function, Monitor, Stopping, sample_interleaved
+from autoprec.device.timing import Function, Monitor, Samples, Stopping, sample_interleaved
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.layers import model_layers
-from autoprec.profiler.compiling import Compilation, GraphMonitor
-from autoprec.records import FP32, Option, StepTiming
+from autoprec.model.layers import find_layers, model_layers, plain_name, unwrapped
+from autoprec.profiler.compiling import INDUCTOR, Compilation, GraphMonitor
+from autoprec.profiler.parking import Parking
+from autoprec.records import FP32, AsWritten, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, take_batches
-from autoprec.workload.written import no_autocast
+from autoprec.workload.written import is_compiled, no_autocast
 
-Variant = Mapping[str, Option] | str  # options by layer name (none: plain FP32), or AUTOCAST
-AUTOCAST = "autocast_bf16"
+AUTOCAST, AS_WRITTEN = "autocast_bf16", "as_written"
+
+
+@dataclass(frozen=True)
+class Eager:
+    """A variant that is run eagerly though others are compiled."""
+
+    variant: "Variant"
+
+
+# Options by layer name (none: plain FP32), AUTOCAST of an FP32 model, or AS_WRITTEN by the user.
+Variant = Mapping[str, Option] | str | Eager
 BATCHES = 4  # different ones, taken in turn
-LEAST_ON_GPU_MS = 1000.0  # of samples for each variant
-WARMUP = 2  # after one only, FP32 steps of a small CNN were 6 % slow (CPU, torch 2.13)
+LEAST_ON_GPU_MS = 1000.0  # of samples for each variant: it slows down under a load that lasts
+TURNS = 3  # of each variant, if it shall have as many samples
+COMPILE_ERRORS = (RuntimeError, WorkloadError, DeviceError)  # out of memory left out
 log = logging.getLogger(__name__)
+
+
+def written_variants(written: AsWritten | None, *, compiled: bool) -> dict[str, Variant]:
+    """Return the step as the user runs it as a variant; none where it is that of plain FP32."""
+    if written is None or (written.is_fp32 and written.is_compiled == compiled):
+        return {}
+    return {AS_WRITTEN: AS_WRITTEN}
 
 
 @random_state_kept()
@@ -48,40 +78,32 @@ def time_steps(
     """Time a whole training step of every variant, in turns.
 
     Without a monitor the device's own rejects dirty samples; without a compilation
-    (`open_compilation`) the models run eagerly.
+    (`open_compilation`) the models run eagerly, but for one that is to be as its user wrote it.
+    A baseline that does not fit into the device's memory is left out, which the log says.
 
     Raises:
-        DeviceError: a variant alone does not fit into the device's memory.
+        DeviceError: FP32 or a plan does not fit into the device's memory.
     """
-    device = context.device
-    monitor = monitor or find_monitor(device)
-    release_memory(device)  # what was timed or recorded before: whole steps need the room
-    try:  # side by side first, since only samples of one round have the same clocks and heat
-        batches = take_batches(context.workload, seed=context.seed, count=BATCHES, device=device)
-        watched = monitor if compilation is None else GraphMonitor(compilation, monitor)
-        comparison = _Comparison(context, batches, stopping, watched, compilation)
-        return comparison.time_in_turns(variants)
-    except (torch.OutOfMemoryError, WorkloadError) as error:
-        # Memory runs out in our code, or in a function of the user's file.
-        if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
-            raise
-        if len(variants) == 1:
-            (label,) = variants
-            raise DeviceError(
-                f"a step must fit into the memory of {device}, but that of {label!r} does "
-                "not; tune with a smaller batch or model, or on a larger device"
-            ) from error
-        log.warning(
-            "%d models do not fit into the memory of %s side by side and are timed one after "
-            "another, so their ratios are less exact (%s)",
-            len(variants),
-            device,
-            error_line(error),
-        )
-    alone = partial(
-        time_steps, context, stopping=stopping, monitor=monitor, compilation=compilation
+    release_memory(context.device)  # what was timed or recorded before: whole steps need the room
+    batches = take_batches(
+        context.workload, seed=context.seed, count=BATCHES, device=context.device
     )
-    return tuple(alone({label: variant})[0] for label, variant in variants.items())
+    monitor = monitor or find_monitor(context.device)
+    with TemporaryDirectory(prefix="autoprec-") as folder:
+        comparison = _Comparison(context, batches, stopping, monitor, compilation, Path(folder))
+        return comparison.time_in_turns(variants)
+
+
+@dataclass
+class _Arm:
+    """One variant, ready to run; `note` says why it is not compiled though it should be."""
+
+    step: Function
+    parking: Parking
+    is_compiled: bool
+    note: str = ""
+    peak_bytes: int | None = None
+    samples: list[Samples] = field(default_factory=list)  # by turn
 
 
 @dataclass
@@ -93,81 +115,225 @@ class _Comparison:
     stopping: Stopping
     monitor: Monitor
     compilation: Compilation | None
+    folder: Path  # where variants wait for their turn
     round: int = 0
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
-        """Time variants side by side: all of their models are in memory at once."""
-        built = {label: self._build(variant) for label, variant in variants.items()}
-        found = sample_interleaved(
-            {label: step for label, (step, _) in built.items()},
-            clock=self.context.timer,
-            stopping=self._loaded(),
-            warmup=WARMUP - 1,  # building a variant runs its first step
-            prepare=self._turn_batches,
-            monitor=self.monitor,
-            seed=self.context.seed,
-        )
-        return tuple(
-            StepTiming(
-                label=label,
-                timing=samples.timing(as_trained=True),
-                peak_bytes=built[label][1],
-                conditions=samples.merged_conditions(),
-                is_host_bound=samples.is_host_bound,
-            )
-            for label, samples in found.items()
-        )
-
-    def _loaded(self) -> Stopping:
-        """Return when to stop; on a GPU not before it has felt the load of every variant."""
+        """Time the variants, one of them in memory at a time."""
+        arms: dict[str, _Arm] = {}
+        for label, variant in variants.items():
+            arm = self._build_if_it_fits(label, variant)
+            if arm is not None:
+                arms[label] = arm
+        # as many turns as every variant has samples, each with its share of them
+        turns = max(min(TURNS, self.stopping.least), 1)
         least_ms = LEAST_ON_GPU_MS if self.context.device.type == "cuda" else 0.0
-        return replace(self.stopping, least_ms=least_ms)
+        own = _share(replace(self.stopping, least_ms=least_ms), turns)
+        order, draw = list(arms), random.Random(self.context.seed)
+        for turn in range(turns):
+            draw.shuffle(order)
+            for place, label in enumerate(order):
+                self.context.progress("steps", turn * len(order) + place, turns * len(order))
+                arms[label] = self._take_turn(arms[label], label, variants[label], own, turn)
+        self.context.progress("steps", turns * len(order), turns * len(order))
+        return tuple(_timing(label, arm) for label, arm in arms.items())
 
-    def _turn_batches(self, number: int) -> None:
-        self.round = number
-        rounds = self.stopping.samples
-        self.context.progress("steps", min(number, rounds), rounds)
+    def _take_turn(
+        self, arm: _Arm, label: str, variant: Variant, stopping: Stopping, turn: int
+    ) -> _Arm:
+        """Take one turn's samples of a variant; eagerly from now on if it compiles in them."""
+        first = turn * stopping.samples  # every variant sees the same batches in a turn
 
-    def _build(self, variant: Variant) -> tuple[Function, int | None]:
-        """Return a variant's step, run once and compiled, and the peak bytes of a step."""
+        def prepare(number: int) -> None:
+            self.round = first + number
+
+        arm.parking.come_back()
+        try:
+            with self._around(variant, arm.is_compiled):
+                found = sample_interleaved(
+                    {label: arm.step},
+                    clock=self.context.timer,
+                    stopping=stopping,
+                    warmup=1,  # after it came back, caches and allocator are cold
+                    prepare=prepare,
+                    monitor=self._monitor(arm.is_compiled),
+                    seed=self.context.seed,
+                )
+            arm.samples.append(found[label])
+            arm.parking.leave()
+            return arm
+        except DeviceError as error:  # it compiled again and again: no time of its own
+            if not arm.is_compiled:
+                raise
+            note = _failure(error)
+        eager = self._build_eagerly(label, variant, note)
+        return self._take_turn(eager, label, variant, stopping, turn)
+
+    def _monitor(self, compiled: bool) -> Monitor:
+        if not compiled:
+            return self.monitor
+        return GraphMonitor(self.compilation or Compilation(self.context.device), self.monitor)
+
+    # --- building --------------------------------------------------------------------------------
+
+    def _build_if_it_fits(self, label: str, variant: Variant) -> _Arm | None:
+        """Return a variant's arm, or None for a baseline that the memory does not hold."""
+        try:
+            return self._build_compiled_or_not(label, variant)
+        except (RuntimeError, WorkloadError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if isinstance(variant, Mapping):
+                raise DeviceError(
+                    f"a step must fit into the memory of {self.context.device}, but that of "
+                    f"{label!r} does not; tune with a smaller batch or model, or on a larger device"
+                ) from error
+            reason = error_line(error)
+        # Here the error is gone, and with it the frames that hold the model.
+        release_memory(self.context.device)
+        log.warning("%s does not fit into memory and is not timed (%s)", label, reason)
+        return None
+
+    def _build_compiled_or_not(self, label: str, variant: Variant) -> _Arm:
+        try:
+            return self._build(label, variant, eagerly=isinstance(variant, Eager))
+        except COMPILE_ERRORS as error:
+            is_full, is_eager = is_out_of_memory(error), isinstance(variant, Eager)
+            if is_full or is_eager or (self.compilation is None and variant != AS_WRITTEN):
+                raise
+            note = _failure(error)
+        return self._build_eagerly(label, variant, note)
+
+    def _build_eagerly(self, label: str, variant: Variant, note: str) -> _Arm:
+        """Build what does not compile as it runs without; what fails then as well is an error."""
+        release_memory(self.context.device)
+        arm = self._build(label, variant, eagerly=True)
+        log.warning("the step %s is timed eagerly: %s", label, note)
+        return replace(arm, note=note)
+
+    def _build(self, label: str, variant: Variant, *, eagerly: bool) -> _Arm:
+        """Return a variant, run and compiled for every batch, away from the device."""
         device = self.context.device
         on_cuda = device.type == "cuda"
         before = torch.cuda.memory_allocated(device) if on_cuda else 0
-        step = self._make_step(variant)
-        # The first step makes the optimizer's state, which the peak of a later one includes; what
-        # other variants hold meanwhile does not count.
-        if self.compilation is None:
-            step()
-        else:
-            for number in range(len(self.batches)):
-                self.round = number
-                self.compilation.run_first(step)
-        if not on_cuda:
-            return step, None
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return step, torch.cuda.max_memory_allocated(device) - before
+        model, optimizer, compiled = self._make_model(variant, eagerly=eagerly)
+        step = self._make_step(model, optimizer, variant)
+        peak = None
+        with self._around(variant, compiled):
+            # The first step makes the optimizer's state, which the peak of a later one includes.
+            if compiled:
+                compilation = self.compilation or Compilation(device)
+                for number in range(len(self.batches)):
+                    self.round = number
+                    compilation.run_first(step)
+            else:
+                step()
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                step()
+                peak = torch.cuda.max_memory_allocated(device) - before
+        optimizer.zero_grad(set_to_none=True)
+        parking = Parking(unwrapped(model), optimizer, self.folder / label)
+        parking.leave()
+        release_memory(device)
+        return _Arm(step, parking, compiled, peak_bytes=peak)
 
-    def _make_step(self, variant: Variant) -> Function:
-        workload, device = self.context.workload, self.context.device
-        model = workload.build_model(seed=self.context.seed).to(device).train()
+    def _make_model(
+        self, variant: Variant, *, eagerly: bool
+    ) -> tuple[nn.Module, torch.optim.Optimizer, bool]:
+        """Return a variant's model and optimizer, and whether the model is compiled."""
+        workload, seed = self.context.workload, self.context.seed
+        is_written = variant == AS_WRITTEN
+        asked = not eagerly and (self.compilation is not None or is_written)
+        # As the user compiles it, where the user does; what is not FP32 is kept as written alone.
+        keeps = is_written or (asked and not workload.written.dtypes)
+        model = workload.written_model(seed=seed) if keeps else workload.build_model(seed=seed)
+        if keeps and not is_written and workload.written.dtypes:  # not known until it was built
+            model = workload.build_model(seed=seed)
+        compiled = asked and is_compiled(model)
+        model = model.to(self.context.device).train()
         optimizer = workload.build_optimizer(model)
-        autocast = None
-        if isinstance(variant, str):
-            autocast = torch.autocast(device.type, dtype=torch.bfloat16)
-        elif any(option != FP32 for option in variant.values()):
-            install_options(model, variant, uncovered=model_layers(model).uncovered)
-            attach_optimizer(model, optimizer)
-        if self.compilation is not None:
-            model.compile(backend=self.compilation.backend)  # in place: the user's loss knows it
+        options = variant.variant if isinstance(variant, Eager) else variant
+        if isinstance(options, Mapping) and any(option != FP32 for option in options.values()):
+            inner = unwrapped(model)
+            names = {plain_name(name): name for name in find_layers(inner)}
+            own = {names[name]: option for name, option in options.items()}
+            install_options(inner, own, uncovered=model_layers(inner).uncovered)
+            attach_optimizer(inner, optimizer)
+        if asked and not compiled and (not is_written or workload.written.script_compiles):
+            model.compile(backend=self.compilation.backend if self.compilation else INDUCTOR)
+            compiled = True  # in place: the user's loss knows the model
+        return model, optimizer, compiled
+
+    def _make_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, variant: Variant
+    ) -> Function:
+        workload = self.context.workload
+        autocast = self._autocast if variant == AUTOCAST else nullcontext()
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             batch = self.batches[self.round % len(self.batches)]
-            # as torch advises: backward outside, in the dtypes of forward
-            with no_autocast(workload.written, instead=autocast):
+            with autocast:  # as torch advises: backward outside, in the dtypes of forward
                 loss = workload.written_loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
             optimizer.step()
 
         return step
+
+    @cached_property
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.context.device.type, dtype=torch.bfloat16)
+
+    @contextmanager
+    def _around(self, variant: Variant, compiled: bool) -> Iterator[None]:
+        """Let the steps of a variant run inside: no autocast of the user's, unless as written.
+
+        Entered once for many steps: what it costs is no part of a step.
+        """
+        with ExitStack() as stack:
+            if variant != AS_WRITTEN:
+                written = self.context.workload.written
+                stack.enter_context(no_autocast(written, besides=self._autocast))
+            if not compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+
+
+def _failure(error: Exception) -> str:
+    """Return why something does not compile, in one line."""
+    is_users = isinstance(error, WorkloadError) and error.__cause__ is not None
+    return f"it does not compile ({first_line((is_users and error.__cause__) or error)})"
+
+
+def _share(stopping: Stopping, turns: int) -> Stopping:
+    """Return when one of several turns ends."""
+    rejections = None if stopping.rejections is None else math.ceil(stopping.rejections / turns)
+    return replace(
+        stopping,
+        samples=math.ceil(stopping.samples / turns),
+        least=math.ceil(stopping.least / turns),
+        budget_ms=stopping.budget_ms / turns,
+        least_ms=stopping.least_ms / turns,
+        rejections=rejections,
+    )
+
+
+def _timing(label: str, arm: _Arm) -> StepTiming:
+    """Return the timing of all turns of a variant."""
+    samples = Samples(
+        rounds=[sample for taken in arm.samples for sample in taken.rounds],
+        rejected=sum(taken.rejected for taken in arm.samples),
+        pauses=sum(taken.pauses for taken in arm.samples),
+        conditions=[seen for taken in arm.samples for seen in taken.conditions],
+        hosts=[host for taken in arm.samples for host in taken.hosts],
+    )
+    return StepTiming(
+        label=label,
+        timing=samples.timing(as_trained=True),
+        peak_bytes=arm.peak_bytes,
+        conditions=samples.merged_conditions(),
+        is_host_bound=samples.is_host_bound,
+        is_compiled=arm.is_compiled,
+        note=arm.note,
+    )

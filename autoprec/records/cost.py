@@ -118,10 +118,19 @@ class LayerTiming(Record):
 
 
 class StepTiming(Record):
-    """A whole training step (forward, backward, optimizer), interleaved with the others.
+    """A whole training step (forward, backward, optimizer), timed in turn with the others.
 
-    `label` is `fp32`, `bf16_o2`, `fp8_o1` (wherever eligible), `autocast_bf16` or `plan`.
+    `label` says what trains:
+
+        fp32, bf16_o2, fp8_o1        uniform: every layer that can, FP8 by its first recipe
+        autocast_bf16                FP32 parameters under torch's BF16 autocast
+        as_written                   what the user runs now, where that is none of the above FP32
+        eager_bf16_o2, eager_fp8_o1  the uniform ones run eagerly, where the others are compiled
+        plan                         the plan
+
     The time is that of a step among many: the device's, or the host's where `is_host_bound`.
+    `is_compiled` is None where it is not known; `note` says why a step is not compiled though it
+    should be, "" otherwise.
     """
 
     label: str
@@ -129,6 +138,8 @@ class StepTiming(Record):
     peak_bytes: NonNegativeInt | None
     conditions: Conditions | None = None
     is_host_bound: bool = False  # the host queues no faster than the GPU runs
+    is_compiled: bool | None = None
+    note: str = ""
 
 
 class Communication(Record):

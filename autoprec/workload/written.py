@@ -61,7 +61,7 @@ def is_compiled(model: nn.Module) -> bool:
 def plain_model(model: nn.Module) -> nn.Module:
     """Return a model as it was before it was compiled, and its 16-bit parameters in FP32.
 
-    The model is changed in place. What its user casts to 16 bit for it is cast back.
+    The model is changed in place; what its user casts to 16 bit for it is cast back.
     """
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
@@ -79,16 +79,16 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def no_autocast(written: Written, *, instead: torch.autocast | None = None) -> Iterator[None]:
+def no_autocast(written: Written, *, besides: torch.autocast | None = None) -> Iterator[None]:
     """Keep off an autocast that the user's code switches on, and note its dtype; off stays off.
 
-    `instead` is one to be on all the while.
+    `besides` is one that is not the user's and may be switched on inside.
     """
     passed: set[int] = set()  # contexts that changed nothing when they were entered
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def enter_noted(self: torch.autocast) -> Any:  # Any: torch's own
-        if not self._enabled:
+        if not self._enabled or self is besides:
             return enter(self)  # type: ignore[no-untyped-call]  # torch's own
         written.autocast = self.fast_dtype
         passed.add(id(self))
@@ -102,7 +102,6 @@ def no_autocast(written: Written, *, instead: torch.autocast | None = None) -> I
             if torch.is_autocast_enabled(device):
                 written.autocast = torch.get_autocast_dtype(device)
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(nullcontext() if instead is None else instead)
         # What the user's code enters from here on is noted by a class that is put back below.
         torch.autocast.__enter__, torch.autocast.__exit__ = enter_noted, leave_noted  # type: ignore[method-assign]  # for a while
         try:

@@ -1,0 +1,296 @@
+"""Whole steps: in turns, one in memory at a time, as written or plain, compiled or said why not."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.device.memory import tracked_peak
+from autoprec.device.timing import UNWATCHED, Stopping
+from autoprec.errors import DeviceError
+from autoprec.model.context import Context
+from autoprec.model.layers import find_layers
+from autoprec.profiler import open_compilation, time_steps
+from autoprec.profiler.parking import Parking
+from autoprec.profiler.steps import AS_WRITTEN, AUTOCAST, Eager, Variant, written_variants
+from autoprec.records import BF16_O2, AsWritten, Option, StepTiming
+from autoprec.runtime import attach_optimizer, install_options
+from autoprec.workload.functions import Batch, Workload, workload_from
+from tests.constant_clock import CPU, ConstantClock
+from tests.models import Mlp, mlp_workload
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo itself
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # dynamo looks at a layer's input
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # dynamo does it, torch 2.13
+]
+BASE = mlp_workload()
+
+
+def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]).float(), batch[1])
+
+
+BF16: dict[str, Option] = dict.fromkeys(find_layers(Mlp()), BF16_O2)
+
+
+def workload(
+    build_model: Callable[[], nn.Module] = Mlp,
+    loss_fn: Callable[[nn.Module, Any], Tensor] = mse,
+) -> Workload:
+    functions = {"train_batches": BASE.train_batches, "build_model": build_model}
+    return workload_from({**functions, "loss_fn": loss_fn})
+
+
+def timed(
+    given: Workload, variants: dict[str, Variant], *, samples: int = 4, **more: Any
+) -> dict[str, StepTiming]:  # Any: of time_steps
+    context = Context(given, CPU, clock=ConstantClock())
+    stopping = Stopping(samples, min(samples, 2))
+    found = time_steps(context, variants, stopping=stopping, monitor=UNWATCHED, **more)
+    return {step.label: step for step in found}
+
+
+# --- turns ------------------------------------------------------------------------------------
+
+
+def test_variants_take_turns_on_the_same_batches() -> None:
+    seen: list[tuple[str, float]] = []
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        dtype = str(next(model.parameters()).dtype)
+        seen.append(
+            ("autocast" if torch.is_autocast_enabled("cpu") else dtype, float(batch[0][0, 0]))
+        )
+        return mse(model, batch)
+
+    variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": BF16, AUTOCAST: AUTOCAST}
+    found = timed(workload(loss_fn=loss_fn), variants)
+    assert list(found) == ["fp32", "bf16_o2", "autocast_bf16"]
+    assert all(step.timing.samples == 4 and step.peak_bytes is None for step in found.values())
+    assert all(step.is_compiled is False and step.note == "" for step in found.values())
+    turns = seen[3:]  # after each was built: two turns of a warm-up call and two samples
+    assert len(turns) == 2 * 3 * 3
+    for first in (0, 9):
+        blocks = [turns[first + 3 * i : first + 3 * i + 3] for i in range(3)]
+        assert all(len({arm for arm, _ in block}) == 1 for block in blocks)
+        assert len({block[0][0] for block in blocks}) == 3
+        assert len({tuple(batch for _, batch in block) for block in blocks}) == 1
+    assert len({batch for _, batch in turns}) == 4  # all of them, over the turns
+
+
+class Wide(nn.Module):
+    """Far more parameters than activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def wide_workload() -> Workload:
+    def train_batches(_seed: int) -> Iterator[Tensor]:
+        while True:
+            yield torch.ones(8, 256)
+
+    functions = {"train_batches": train_batches, "build_model": Wide}
+    return workload_from({**functions, "loss_fn": lambda model, x: F.mse_loss(model(x), x)})
+
+
+def test_steps_take_the_memory_of_one_of_them() -> None:
+    bf16 = dict.fromkeys(find_layers(Wide()), BF16_O2)
+    with tracked_peak() as alone:
+        timed(wide_workload(), {"bf16_o2": bf16}, samples=1)
+    assert alone.rise_bytes > 18 * 6 * 256 * 256  # weights, gradients, masters and two moments
+    with tracked_peak() as together:
+        timed(wide_workload(), {"fp32": {}, "bf16_o2": bf16, "other": Eager(bf16)}, samples=2)
+    assert together.rise_bytes < 1.1 * alone.rise_bytes
+
+
+@pytest.mark.parametrize("option", ["fp32", "bf16_o2"])
+def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str, tmp_path: Path) -> None:
+    def train(parks: bool) -> tuple[list[float], int]:
+        torch.manual_seed(0)
+        model = Mlp()
+        optimizer = BASE.build_optimizer(model)
+        if option != "fp32":
+            install_options(model, BF16)
+            attach_optimizer(model, optimizer)
+        parking, losses, away = Parking(model, optimizer, tmp_path / "state"), [], 0
+        for _, batch in zip(range(6), BASE.train_batches(0), strict=False):
+            optimizer.zero_grad()
+            loss = mse(model, batch)
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if parks:
+                parking.leave()
+                away = model.first.weight.untyped_storage().nbytes()
+                assert all(
+                    value.untyped_storage().nbytes() == 0
+                    for state in optimizer.state.values()
+                    for value in state.values()
+                    if isinstance(value, Tensor)
+                )
+                parking.come_back()
+        return losses, away
+
+    assert train(True) == (train(False)[0], 0)
+
+
+def test_what_does_not_fit_is_left_out_or_named(caplog: pytest.LogCaptureFixture) -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return mse(model, batch)
+
+    found = timed(workload(loss_fn=loss_fn), {"fp32": {}, AUTOCAST: AUTOCAST})
+    assert list(found) == ["fp32"]
+    assert "autocast_bf16 does not fit into memory" in caplog.text
+
+    def full(model: nn.Module, batch: Batch) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(DeviceError, match="but that of 'bf16_o2' does not"):
+        timed(workload(loss_fn=full), {"bf16_o2": BF16})
+
+
+# --- as written -------------------------------------------------------------------------------
+
+
+def test_the_step_as_written_keeps_its_autocast_and_the_others_do_not() -> None:
+    seen: list[torch.dtype] = []
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = model(batch[0])
+        seen.append(out.dtype)
+        return F.mse_loss(out.float(), batch[1])
+
+    given = workload(loss_fn=loss_fn)
+    for variant, dtype in (
+        ({}, torch.float32),
+        (AUTOCAST, torch.bfloat16),
+        (AS_WRITTEN, torch.half),
+    ):
+        del seen[:]
+        timed(given, {"it": variant}, samples=1)
+        assert set(seen) == {dtype}
+
+
+def test_the_step_as_written_keeps_its_dtypes_and_the_others_do_not() -> None:
+    seen: list[torch.dtype] = []
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        seen.append(next(model.parameters()).dtype)
+        return F.mse_loss(model(batch[0].bfloat16()).float(), batch[1])
+
+    given = workload(lambda: Mlp().bfloat16(), loss_fn)
+    for variant, dtype in (({}, torch.float32), (AS_WRITTEN, torch.bfloat16)):
+        del seen[:]
+        timed(given, {"it": variant}, samples=1)
+        assert set(seen) == {dtype}
+
+
+def test_the_step_as_written_is_timed_where_it_is_another_one() -> None:
+    for compiled in (False, True):
+        assert written_variants(None, compiled=compiled) == {}
+        same = AsWritten(is_compiled=compiled)
+        assert written_variants(same, compiled=compiled) == {}
+        assert list(written_variants(same, compiled=not compiled)) == ["as_written"]
+        for other in (AsWritten(autocast="bfloat16"), AsWritten(parameters=("bfloat16",))):
+            assert list(written_variants(other, compiled=compiled)) == ["as_written"]
+
+
+# --- compiled ---------------------------------------------------------------------------------
+
+
+def counting_backend(graphs: list[str]) -> Callable[..., Any]:
+    def compile_graph(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    return compile_graph
+
+
+def test_steps_are_compiled_but_for_the_eager_ones() -> None:
+    graphs: list[str] = []
+    variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": BF16, "eager_bf16_o2": Eager(BF16)}
+    variants[AS_WRITTEN] = AS_WRITTEN
+    with open_compilation(CPU, "default", backend=counting_backend(graphs)) as compilation:
+        del graphs[:]  # of the check whether compiling works
+        found = timed(workload(), variants, compilation=compilation)
+        assert compilation is not None
+        assert compilation.seconds > 0
+        assert compilation.recompiles == 0
+    assert len(graphs) == 2
+    compiled = {label: step.is_compiled for label, step in found.items()}
+    assert compiled == {"fp32": True, "bf16_o2": True, "eager_bf16_o2": False, "as_written": False}
+    assert all(step.timing.rejected == 0 and step.timing.samples == 4 for step in found.values())
+
+
+def test_what_the_user_compiles_is_kept_with_a_plan_in_it() -> None:
+    graphs: list[str] = []
+    own, ours = counting_backend(graphs), counting_backend([])
+
+    def build_model() -> nn.Module:
+        model = Mlp()
+        model.second = torch.compile(model.second, backend=own)  # type: ignore[assignment]  # a module
+        return model
+
+    given = workload(build_model)
+    variants: dict[str, Variant] = {"bf16_o2": BF16, "eager_bf16_o2": Eager(BF16)}
+    with open_compilation(CPU, "default", backend=ours) as compilation:
+        found = timed(given, variants, compilation=compilation)
+    assert [step.is_compiled for step in found.values()] == [True, False]
+    assert len(graphs) == 1
+    # asked to be eager, only the step as written is what the user compiles
+    del graphs[:]
+    torch.compiler.reset()
+    variants = {"fp32": {}, AS_WRITTEN: AS_WRITTEN}
+    found = timed(workload(build_model), variants)
+    assert [step.is_compiled for step in found.values()] == [False, True]
+    assert len(graphs) == 1
+
+
+def test_a_step_that_does_not_compile_is_timed_eagerly_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_bf16(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        if "bfloat16" in graph.code:
+            raise RuntimeError("no kernel for BF16\nwith much more to say")
+        return graph.forward
+
+    caplog.set_level(logging.WARNING)
+    with open_compilation(CPU, "default", backend=no_bf16) as compilation:
+        found = timed(workload(), {"fp32": {}, "bf16_o2": BF16}, compilation=compilation)
+    assert [step.is_compiled for step in found.values()] == [True, False]
+    assert found["fp32"].note == ""
+    assert "no kernel for BF16" in found["bf16_o2"].note
+    assert "\n" not in found["bf16_o2"].note
+    assert "the step bf16_o2 is timed eagerly" in caplog.text
+    assert found["bf16_o2"].timing.samples == 4
+
+
+def test_a_step_that_compiles_in_every_sample_is_timed_eagerly() -> None:
+    sizes = iter(range(8, 999))
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows = next(sizes)
+        return F.mse_loss(model(batch[0][:rows]), batch[1][:rows])
+
+    with (
+        torch._dynamo.config.patch(automatic_dynamic_shapes=False),
+        open_compilation(CPU, "default", backend="eager") as compilation,
+    ):
+        found = timed(workload(loss_fn=loss_fn), {"fp32": {}}, samples=9, compilation=compilation)
+    assert found["fp32"].is_compiled is False
+    assert "give batches of one shape" in found["fp32"].note
