@@ -15,7 +15,7 @@ from autoprec.cli.main import main
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.integrations.launch import Script, run_with_plan
 from autoprec.integrations.launch.watch import RunOutcome
-from autoprec.records import BF16_O2, Option, Phase, Plan, Recipe, fp8_option
+from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 from tests.plans import plan_for
@@ -164,22 +164,52 @@ assert plain.first.weight.dtype is torch.bfloat16
     assert ("SGD" if wraps_first else "AdamW") in outcome.message
 
 
-def test_blocks_that_are_sharded_first_get_the_plan_of_the_whole(tmp_path: Path) -> None:
-    body = f"""{HEAD}
+SHARDED = f"""{HEAD}
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-fully_shard(model.first, mesh=mesh)
-fully_shard(model, mesh=mesh)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+store = dist.HashStore() if "RANK" not in __import__("os").environ else None
+alone = dict(store=store, rank=0, world_size=1) if store else {{}}
+dist.init_process_group("gloo", **alone)
+init_device_mesh("cpu", (dist.get_world_size(),))
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+fully_shard(model.first, mp_policy=policy)
+fully_shard(model, mp_policy=policy)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+with torch.no_grad():
+    model(next(iter(batches(1)))[0])  # an evaluation before training leaves the root gathered
 {LOOP}
-dist.destroy_process_group()
+model.reshard()
+assert {{p.dtype for p in model.parameters()}} == {{torch.float32}}
+weight = model.first.weight
+model.first.unshard()
 assert model.first.weight.dtype is torch.bfloat16
+assert "bf16_o2" in repr(model)
+dist.barrier()
+dist.destroy_process_group()
 """
-    outcome = run(tmp_path, body, "2")
+
+
+def test_a_sharded_model_gets_the_plan_at_its_first_call(tmp_path: Path) -> None:
+    outcome = run(tmp_path, SHARDED, "2")
     assert outcome.status == 0
-    assert "before fully_shard" in outcome.message
+    assert "at its first training call" in outcome.message
+    assert outcome.message.endswith("optimizers AdamW")
+
+
+@pytest.mark.slow
+def test_torchrun_gives_a_sharded_script_a_plan_of_two_dtypes(tmp_path: Path) -> None:
+    plan_for(Net(), others={"norm": FP32}).save(tmp_path / "plan.json")
+    script = write_script(tmp_path, SHARDED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "autoprec", "run", "--plan", str(tmp_path / "plan.json"), script, "3"]
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("plan applied to FSDPNet") == 2
+    assert "layers 2 bf16_o2, 1 fp32; optimizers AdamW" in done.stderr
+    assert "1 of FSDP's groups hold FP32 layers beside 16-bit ones: the root" in done.stderr
 
 
 def test_a_compiled_model_gets_the_plan_and_compiles_once(tmp_path: Path) -> None:

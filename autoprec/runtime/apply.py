@@ -31,7 +31,7 @@ from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
-from autoprec.runtime.shards import mixed_groups
+from autoprec.runtime.shards import mixed_groups, whole_again
 
 logger = logging.getLogger(__name__)
 _software = functools.cache(software_versions)  # read once: a plan opens no folder
@@ -81,6 +81,7 @@ def apply(
         (torch.bfloat16, torch.float32)
     """
     inner = unwrapped(model)
+    whole_again(inner)
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
     masters = masters_of(inner)

@@ -5,7 +5,10 @@ applied three things of torch are wrapped:
 
     Optimizer.__init__                  notes the optimizers
     Module.__call__                     the first call that trains a model that fits is the moment
-    DistributedDataParallel, DataParallel, fully_shard      or just before one of these wraps it
+    DistributedDataParallel, DataParallel               or just before one of these wraps it
+
+A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
+its FP32 shards are the masters (runtime/shards.py).
 
 Then `apply` changes model and optimizers in place, and the wrappers go; the one around
 `Module.__call__` stays only while another optimizer waits for its first step, since that may belong
@@ -14,7 +17,6 @@ to a second model that the plan is for (an ensemble, cross-validation).
 
 import gc
 import logging
-import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.fit import check_fit
+from autoprec.runtime.shards import whole_again
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,6 @@ class Watch:
             (Optimizer, "__init__", self._around_optimizer),
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
-            *((owner, "fully_shard", self._around_shard) for owner in _shard_owners()),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -155,14 +157,6 @@ class Watch:
     ) -> None:
         self._offer(module, f"before {type(wrapper).__name__} wrapped it")
         call(wrapper, module, *args, **kwargs)
-
-    def _around_shard(self, call: Function, /, module: Any, *args: Any, **kwargs: Any) -> Any:
-        # blocks are sharded before the model that has them, and the plan is for the model
-        first = module[0] if isinstance(module, list | tuple) else module
-        if self._is_new(first):
-            for root in _find_roots(first):
-                self._offer(root, "before fully_shard")
-        return call(module, *args, **kwargs)
 
     def _around_optimizer(
         self, call: Function, optimizer: Optimizer, /, *args: Any, **kwargs: Any
@@ -234,6 +228,7 @@ class Watch:
 
     def _apply(self, model: nn.Module, moment: str) -> None:
         inner = unwrapped(model)
+        whole_again(inner)  # what FSDP has gathered is no parameter of an optimizer
         if any(applied.model() is inner for applied in self.applied):  # and is wrapped since
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
@@ -276,15 +271,6 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
-
-
-def _shard_owners() -> list[object]:
-    """Return the modules that have `fully_shard`, which scripts import by name."""
-    if not torch.distributed.is_available():
-        return []
-    from torch.distributed.fsdp import fully_shard
-
-    return [m for m in list(sys.modules.values()) if vars(m).get("fully_shard") is fully_shard]
 
 
 def _find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
