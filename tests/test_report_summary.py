@@ -13,15 +13,16 @@ from autoprec.records import (
     Verdict,
 )
 from autoprec.report import RunRecords, formats, summary_object
-from autoprec.report.step_times import plan_speedups, plan_steps, predicted_and_measured
+from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
+from tests.report_runs import step as step_of
 
 
 def test_json_has_the_promised_keys() -> None:
     found = summary_object(make_run(), "out")
-    assert set(found["step_ms"]) == {"plan", "fp32", "bf16_o2", "autocast_bf16"}
-    assert set(found["step_speedup"]) == {"vs_fp32", "vs_bf16_o2", "vs_autocast_bf16"}
+    assert set(found["step_ms"]) == {"plan", "as_written", "fp32", "bf16_o2", "autocast_bf16"}
+    assert set(found["step_speedup"]) == {f"vs_{each}" for each in BASELINES}
     assert set(found["loss_gap"]) >= {"mean", "low", "high"}
     assert found["layers"] == {"fp8_o1": 8, "bf16_o2": 7, "fp32": 0}
     assert found["verdict"] == "verified"
@@ -254,3 +255,55 @@ def test_a_plan_that_is_bf16_has_nothing_to_say_against_it() -> None:
     same = LossGap(mean=0.0, low=0.0, high=0.0, confidence=0.95, seeds=3)
     proof = run.verification.model_copy(update={"bf16_gap": same, "loss_exponent": 0.1})
     assert summarise_run(replace(run, verification=proof)).bf16_sentence == ""
+
+
+def with_steps(run: RunRecords, mode: str, **ms: float) -> RunRecords:
+    assert run.profile
+    device = run.profile.device.model_copy(update={"compile_mode": mode})
+    steps = tuple(step_of(label, value, H100) for label, value in ms.items())
+    return replace(run, profile=run.profile.model_copy(update={"device": device, "steps": steps}))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "eager_fp8", "said"),
+    [
+        (65.0, 110.0, "FP8 pays only with torch.compile: eager BF16 100 ms, compiled BF16 80.0 ms"),
+        (65.0, 90.0, "FP8 everywhere pays with torch.compile: "),
+        (85.0, 110.0, "FP8 everywhere does not pay with torch.compile: "),
+    ],
+)
+def test_the_answer_says_what_torch_compile_does_to_fp8(
+    fp8: float, eager_fp8: float, said: str
+) -> None:
+    times = {"bf16_o2": 80.0, "fp8_o1": fp8, "eager_bf16_o2": 100.0, "eager_fp8_o1": eager_fp8}
+    found = summarise_run(with_steps(make_run(), "default", **times))
+    assert found.compile_answer.startswith(said)
+    end = f"compiled FP8 {formats.ms(fp8)} ms; eager FP8 {formats.ms(eager_fp8)} ms"
+    assert found.compile_answer.endswith(end)
+
+
+def test_an_eager_answer_on_a_gpu_says_so_and_one_on_a_cpu_says_nothing() -> None:
+    eager = summarise_run(with_steps(make_run(), "eager", bf16_o2=80.0))
+    assert "judged without torch.compile" in eager.compile_answer
+    assert summarise_run(make_run(machine=CPU)).compile_answer == ""
+
+
+def test_fp32_is_named_after_the_tf32_that_it_ran_in() -> None:
+    run = make_run()
+    assert run.profile
+    for is_allowed, title in ((True, "FP32 (TF32 GEMMs)"), (False, "FP32")):
+        device = run.profile.device.model_copy(update={"allow_tf32": is_allowed})
+        changed = replace(run, profile=run.profile.model_copy(update={"device": device}))
+        assert summarise_run(changed).title("fp32") == title
+
+
+def test_the_headline_is_against_what_the_user_runs_now() -> None:
+    run = make_run()
+    proof = run.verification
+    assert proof
+    plan_ms = next(each.timing.median_ms for each in proof.steps if each.label == "plan")
+    steps = (*proof.steps, step_of("as_written", 2 * plan_ms, H100, samples=12))
+    changed = replace(run, verification=proof.model_copy(update={"steps": steps}))
+    headline = summarise_run(changed).headline
+    assert headline.startswith("Step speedup 2.00x over as written, ")
+    assert "over FP32" not in headline

@@ -318,3 +318,15 @@ def test_two_profiles_of_one_name_are_told_apart() -> None:
     }
     assert len(digests) == 2
     assert "" not in digests
+
+
+def test_a_compiled_profile_has_the_eager_steps_beside_it() -> None:
+    compiled, eager = (
+        predict_profile(WIDE, H100, compiled=mode, options=[TENSORWISE]) for mode in (True, False)
+    )
+    for label in ("bf16_o2", "fp8_o1"):
+        beside, own = compiled.step(f"eager_{label}"), eager.step(label)
+        assert beside is not None
+        assert own is not None
+        assert beside.timing == own.timing
+    assert eager.step("eager_bf16_o2") is None

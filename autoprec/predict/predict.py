@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.model.options import FP8_MULTIPLE, layer_options, without_slow_gemms_hp
@@ -120,8 +121,14 @@ def _steps(
     """Return the uniform steps: each with its time, and the memory of its parameters' option."""
     autocast = bf16 + autocast_extra_us(model, setting)
     steps = [("fp32", fp32, FP32), ("bf16_o2", bf16, BF16_O2), ("autocast_bf16", autocast, FP32)]
-    if any(option.is_fp8 for layer in model.layers for option in layer.options):
+    has_fp8 = any(option.is_fp8 for layer in model.layers for option in layer.options)
+    if has_fp8:
         steps.append(("fp8_o1", step_times(model, first_fp8, setting).total, BF16_O2))
+    if has_fp8 and setting.compiled:  # beside them, how much of the gain is torch.compile's
+        eager = replace(setting, compiled=False)
+        eager_bf16 = step_times(model, lambda _: BF16_O2, eager).total
+        steps.append(("eager_bf16_o2", eager_bf16, BF16_O2))
+        steps.append(("eager_fp8_o1", step_times(model, first_fp8, eager).total, BF16_O2))
     return tuple(
         StepTiming(
             label=label,

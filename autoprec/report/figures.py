@@ -10,7 +10,6 @@ from markupsafe import Markup
 from autoprec.records import Basis, Option, Search, Verification
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
-from autoprec.report.formats import step_title
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
@@ -45,7 +44,7 @@ def step_figure(found: Summary) -> Markup:
     bottom = 26.0 + 38.0 * len(steps)
     parts = [svg.x_axis(scale, 18.0, bottom, label="ms per training step", show=PLAIN)]
     for index, (label, step) in enumerate(steps.items()):
-        y, title, speedup = 26.0 + 38.0 * index, step_title(label), found.speedups.get(label)
+        y, title, speedup = 26.0 + 38.0 * index, found.title(label), found.speedups.get(label)
         kind = f"o-{label}" if step.basis is Basis.MEASURED else f"o-{label} predicted"
         tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
         words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > limit else ''}"

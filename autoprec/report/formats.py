@@ -14,10 +14,13 @@ from autoprec.records import Estimate, LossGap, Option, Precision
 UNKNOWN = "-"
 STEP_TITLES = {  # in the order in which steps are shown
     "plan": "this plan",
+    "as_written": "as written",
     "bf16_o2": "BF16 O2",
     "autocast_bf16": "autocast BF16",
     "fp32": "FP32",
     "fp8_o1": "FP8 where eligible",
+    "eager_bf16_o2": "BF16 O2, eager",
+    "eager_fp8_o1": "FP8, eager",
 }
 HUGE_MS = 1e6  # a quarter of an hour: nothing that anybody would run
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")

@@ -21,7 +21,7 @@ from autoprec.records.cost import Timing, ratio_error
 from autoprec.report.formats import STEP_TITLES
 from autoprec.report.runs import RunRecords
 
-BASELINES = ("fp32", "bf16_o2", "autocast_bf16")
+BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
 MODEL = "plan.json (model)"
 
 
@@ -76,8 +76,8 @@ def plan_steps(run: RunRecords) -> dict[str, Step]:
     timed = _measured(run.verification, "verification.json")
     profiled = _measured(run.profile, "profile.json")
     if "plan" in timed:
-        # its set is interleaved; of the profile only FP8 everywhere, which that set has not
-        steps = {label: step for label, step in profiled.items() if label == "fp8_o1"} | timed
+        # its set is interleaved; of the profile only what is no baseline of the plan
+        steps = {x: step for x, step in profiled.items() if x not in BASELINES} | timed
     else:
         predicted = {label: step for label, step in _model_steps(run).items() if label == "plan"}
         steps = profiled | (_certified(run) or predicted)

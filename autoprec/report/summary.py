@@ -23,6 +23,7 @@ from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, 
 if TYPE_CHECKING:
     import pandas as pd
 
+EAGER = "eager"
 MOST_NAMED = 8  # parameters or layers in one sentence
 FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
 VERDICT_WORDS = {
@@ -86,6 +87,7 @@ class Summary:
     gap: LossGap | None
     loss_tolerance: float | None
     fp8_answer: str
+    compile_answer: str
     memory_answer: str
     notes: tuple[str, ...]
 
@@ -109,14 +111,27 @@ class Summary:
             return model.memory_bytes, baseline, Basis.PREDICTED
         return peak, baseline, Basis.MEASURED
 
+    def title(self, label: str) -> str:
+        """Return the name of a step; FP32 says so where its GEMMs ran in TF32."""
+        profile = self.run.profile
+        in_tf32 = label == "fp32" and profile is not None and profile.device.allow_tf32
+        return f"{step_title(label)} (TF32 GEMMs)" if in_tf32 else step_title(label)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the plan's times are those of torch.compile."""
+        mode = self.run.plan.fingerprint.compile_mode if self.run.plan else EAGER
+        return mode not in ("", EAGER)
+
     @property
     def headline(self) -> str:
         """The result in one sentence."""
         if not any(self.counts.values()):
             return "No plan yet: this page shows what was measured so far"
+        first = "as_written" if "as_written" in self.speedups else "fp32"
         speedups = [
-            f"{formats.ratio(self.speedups[label].value)} over {step_title(label)}"
-            for label in ("fp32", "bf16_o2")
+            f"{formats.ratio(self.speedups[label].value)} over {self.title(label)}"
+            for label in (first, "bf16_o2")
             if label in self.speedups
         ]
         plan = f"A plan for {count_of(len(self.layers), 'layer')}"
@@ -151,6 +166,7 @@ def summarise_run(run: RunRecords) -> Summary:
         gap=proof.gap if proof else None,
         loss_tolerance=proof.loss_tolerance if proof else constraint,
         fp8_answer=answers[0],
+        compile_answer=_compile_answer(run),
         memory_answer=answers[1],
         notes=tuple(text for text in said if text not in answers),  # those are shown apart
     )
@@ -205,6 +221,11 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         yield f"{fact} is not known: {reason}"
     if profile.basis is not Basis.MEASURED:
         yield f"all times are {profile.basis}: {profile.device.name} is not the machine at hand"
+    elif profile.device.compile_mode not in ("", EAGER):
+        yield (
+            "times are those of torch.compile; sensitivity and verification train eagerly, whose "
+            "numbers differ in the order of sums"
+        )
 
 
 def _unmeasured(run: RunRecords) -> Iterator[str]:
@@ -249,6 +270,34 @@ def _verdict_sentence(run: RunRecords) -> str:
     if run.verification and run.verification.advice:
         said.append(clean_text(run.verification.advice))
     return f"{proof.verdict}: {'; '.join(said)}"
+
+
+def _compile_answer(run: RunRecords) -> str:
+    """Return what torch.compile does to the answer on a GPU; "" where nothing is known of it."""
+    profile = run.profile
+    if profile is None or profile.device.kind == "cpu":
+        return ""
+    has_fp8 = any(row.option.is_fp8 for row in profile.layers)
+    if profile.device.compile_mode == EAGER:
+        said = (
+            "FP8 was judged without torch.compile, which fuses its casts: eager FP8 often loses "
+            "where compiled FP8 gains; leave --eager out"
+        )
+        return said if has_fp8 else ""
+    labels = ("eager_bf16_o2", "bf16_o2", "fp8_o1", "eager_fp8_o1")
+    known = {step.label: step.timing.median_ms for step in profile.steps if step.label in labels}
+    if len(known) < len(labels):
+        return ""
+    eager_bf16, bf16, fp8, eager_fp8 = (known[label] for label in labels)
+    pays = "FP8 everywhere pays" if fp8 < bf16 else "FP8 everywhere does not pay"
+    if fp8 < bf16 and eager_fp8 >= eager_bf16:
+        pays = "FP8 pays only"
+    shown = [formats.ms(known[label]) for label in labels]
+    basis = "" if profile.basis is Basis.MEASURED else f" ({profile.basis})"
+    return (
+        "{} with torch.compile: eager BF16 {} ms, compiled BF16 {} ms, compiled FP8 {} ms; "
+        "eager FP8 {} ms{}"
+    ).format(pays, *shown, basis)
 
 
 def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:

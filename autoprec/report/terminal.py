@@ -29,7 +29,7 @@ from autoprec.records import (
 )
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
-from autoprec.report.formats import UNKNOWN, and_more, count_of, step_title
+from autoprec.report.formats import UNKNOWN, and_more, count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.runs import RunRecords
@@ -50,7 +50,8 @@ def print_summary(run: RunRecords, console: Console, *, out: Path | str | None =
     parts = layers_parts(found.layers, console.width) if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
-    parts += [Line(answer, "bold") for answer in (found.fp8_answer, found.memory_answer) if answer]
+    answers = (found.fp8_answer, found.compile_answer, found.memory_answer)
+    parts += [Line(answer, "bold") for answer in answers if answer]
     parts += [Line(found.ceiling.sentence)] if found.ceiling else []
     parts += notes(found.notes)
     parts += [*section("Next"), *_next_lines(found, out)]
@@ -87,7 +88,7 @@ def _steps_parts(found: Summary) -> list[Part]:
         spread = spread if step.low_ms != step.high_ms else ""
         counts = (str(step.samples or UNKNOWN), step.basis.value)
         speedup = found.speedups.get(label)
-        texts = (step_title(label), formats.ms(step.ms), spread, *counts)
+        texts = (found.title(label), formats.ms(step.ms), spread, *counts)
         rows.append((*texts, _speedup(speedup) if speedup else "")[: len(heads)])
     return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5))]
 
@@ -141,11 +142,17 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
             )
         else:
             if faster:  # beyond doubt: the whole interval
-                names = " and ".join(map(step_title, faster))
+                names = " and ".join(map(found.title, faster))
                 yield Line(f"beware: {names} took less time than this plan when measured")
             yield Line("paste into the training script, after the optimizer is made:")
         yield Line("  import autoprec", "bold", is_whole=True)
         yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
+        if found.is_compiled:
+            yield Line(
+                "  model.compile()  # after apply: the times are compiled ones",
+                "bold",
+                is_whole=True,
+            )
     if out is not None:
         yield Line(f"report: {(Path(out) / 'report.html').as_posix()}", is_whole=True)
 
