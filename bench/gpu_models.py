@@ -1,4 +1,4 @@
-"""What bench/gpu.py trains: one decoder block of any width, and the arms to compare of a model."""
+"""What bench/gpu_day.py trains: decoders of Llama's shape, a linear in context, options by arm."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from profiler import bf16_plan
 from torch import Tensor, nn
 
 from autoprec.records import BF16_O2, FP32, ModelSpec, Option, Profile
@@ -17,14 +16,20 @@ Options = Mapping[str, Option]
 
 @dataclass(frozen=True)
 class Sizes:
-    """A decoder block's dimensions and its batch; the defaults are LLaMA2-7B's, with one block."""
+    """A decoder and its batch; the defaults: Llama3-8B's width, 1.13 B parameters, 8192 tokens."""
 
     width: int = 4096
-    hidden: int = 11008
+    hidden: int = 14336
     heads: int = 32
+    kv_heads: int = 8
+    blocks: int = 4
     vocabulary: int = 32000
-    batch: int = 4
-    sequence: int = 2048
+    batch: int = 2
+    sequence: int = 4096
+
+
+SMALL = Sizes(2048, 5632, 16, 4, blocks=2, vocabulary=8192, batch=4, sequence=1024)
+TINY = Sizes(32, 64, 2, 1, blocks=1, vocabulary=64, batch=2, sequence=16)
 
 
 class Block(nn.Module):
@@ -32,83 +37,113 @@ class Block(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width, hidden = sizes.width, sizes.hidden
-        self.heads = sizes.heads
+        width, hidden, self.heads = sizes.width, sizes.hidden, sizes.heads
+        self.head_width = width // sizes.heads
+        kv_width = sizes.kv_heads * self.head_width
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(width, width, bias=False) for _ in "qkvo"
-        )
+        self.q_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in "qo")
+        self.k_proj, self.v_proj = (nn.Linear(width, kv_width, bias=False) for _ in "kv")
         self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in "gu")
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
+        # [batch, sequence, width] -> [batch, heads, sequence, head width]
         q, k, v = (
-            part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.q_proj, self.k_proj, self.v_proj)
+            part.view(*part.shape[:2], -1, self.head_width).transpose(1, 2)
+            for part in (self.q_proj(y), self.k_proj(y), self.v_proj(y))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
         y = self.norm2(x)
         hidden: Tensor = x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
         return hidden
 
 
+class Tail(nn.Module):
+    """Final norm, head and loss: one graph of its own, as it holds the largest activations."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(sizes.width)
+        self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 class Decoder(nn.Module):
-    """Embedding, one block, norm and head."""
+    """Embedding, blocks and tail; returns the loss."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.embed = nn.Embedding(sizes.vocabulary, sizes.width)
-        self.block = Block(sizes)
-        self.norm = nn.RMSNorm(sizes.width)
-        self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
+        self.tail = Tail(sizes)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(self.block(self.embed(tokens))))
-        return logits
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        loss: Tensor = self.tail(x, targets)
+        return loss
+
+    def compile_parts(self, backend: str) -> None:
+        """Compile block by block, as torchtitan does: equal blocks share one graph."""
+        for part in (*self.blocks, self.tail):
+            part.compile(backend=backend, dynamic=False)
 
 
-def decoder_workload(sizes: Sizes) -> Workload:
-    """Return a next-token workload on random tokens."""
+def decoder_functions(sizes: Sizes) -> SimpleNamespace:
+    """Return next-token training on tokens with something to learn: rare ones, and repetition."""
 
     def train_batches(seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            shape = (sizes.batch, sizes.sequence + 1)
-            yield torch.randint(sizes.vocabulary, shape, generator=generator)
+            half = torch.rand((sizes.batch, sizes.sequence // 2 + 1), generator=generator)
+            tokens = (half.pow(3) * sizes.vocabulary).long()
+            yield torch.cat([tokens, tokens], dim=1)[:, : sizes.sequence + 1]
 
     def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss: Tensor = model(tokens[:, :-1], tokens[:, 1:])
+        return loss
 
-    functions = {"build_model": lambda: Decoder(sizes), "train_batches": train_batches}
-    return workload_from(SimpleNamespace(**functions, loss_fn=loss_fn), name="decoder block")
-
-
-def make_arms(
-    spec: ModelSpec, predictions: Mapping[str, Profile], *, recipes: int | None
-) -> dict[str, Options]:
-    """Return uniform BF16, uniform FP8 by recipe, and each layer's fastest option as predicted."""
-    arms: dict[str, Options] = {"bf16_o2": bf16_plan(spec)}
-    options = [o for layer in spec.layers for o in layer.options if o.is_fp8]
-    for option in list(dict.fromkeys(options))[:recipes]:
-        arms[option.key] = {
-            layer.name: option if option in layer.options else arms["bf16_o2"][layer.name]
-            for layer in spec.layers
-        }
-    for label, profile in predictions.items():
-        plan = {layer.name: fastest(profile, layer.name) for layer in spec.layers}
-        if plan not in arms.values():
-            arms[f"plan by {label.removesuffix(' ms')}"] = plan
-    return arms
+    return SimpleNamespace(
+        build_model=lambda: Decoder(sizes), train_batches=train_batches, loss_fn=loss_fn
+    )
 
 
-def fastest(profile: Profile, name: str) -> Option:
-    """Return a layer's fastest option that is no FP32, where there is one."""
-    rows = [row for row in profile.layers if name in row.names and not row.infeasible and row.total]
-    timed = {row.option: row.total.median_ms for row in rows if row.total}
-    low = {option: ms for option, ms in timed.items() if option != FP32}
-    if low:
-        return min(low, key=lambda option: low[option])
-    layer = profile.model.layer(name)
-    return BF16_O2 if BF16_O2 in layer.options else FP32
+def decoder_workload(sizes: Sizes) -> Workload:
+    return workload_from(decoder_functions(sizes), name="decoder")
+
+
+def in_context(K: int, N: int, device: torch.device) -> nn.Sequential:
+    """Return a linear with a norm before and an activation behind, which its casts fuse with."""
+    parts = nn.LayerNorm(K), nn.Linear(K, N, bias=False), nn.Sigmoid()
+    return nn.Sequential(*parts).to(device)
+
+
+def options_of(spec: ModelSpec, option: Option) -> dict[str, Option]:
+    """Return the option for every layer that takes it, and BF16 for the others."""
+    return {
+        layer.name: option if option in layer.options else _bf16(layer.options)
+        for layer in spec.layers
+    }
+
+
+def fastest_options(profile: Profile) -> dict[str, Option]:
+    """Return each layer's fastest option by a profile, FP32 only where there is no other."""
+    found = {layer.name: _bf16(layer.options) for layer in profile.model.layers}
+    best: dict[str, float] = {}
+    for row in profile.layers:
+        if row.option == FP32 or row.infeasible or row.total is None:
+            continue
+        for name in row.names:
+            if row.total.median_ms < best.get(name, float("inf")):
+                best[name], found[name] = row.total.median_ms, row.option
+    return found
+
+
+def _bf16(options: tuple[Option, ...]) -> Option:
+    return BF16_O2 if BF16_O2 in options else FP32

@@ -1,12 +1,14 @@
 """Names of targets, and the facts of the machine at hand."""
 
 import platform
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from autoprec.device import fp8
 from autoprec.device import local as module
 from autoprec.device.fp8 import Fp8Support
 from autoprec.device.local import (
@@ -23,6 +25,8 @@ from autoprec.device.local import (
 )
 from autoprec.device.timing import UNWATCHED
 from autoprec.errors import DeviceError
+from autoprec.records import APPLICABLE_RECIPES, Recipe
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU = SimpleNamespace(
@@ -57,7 +61,7 @@ def test_facts_of_the_cpu_are_complete() -> None:
     assert facts.memory_bytes > 2**28
     assert facts.threads == torch.get_num_threads()
     assert facts.software["python"] == platform.python_version()
-    assert facts.software["torch"] == torch.__version__
+    assert facts.software["torch"] == metadata.version("torch")
     assert bool(facts.fp8_recipes) or bool(facts.fp8_reason)
     assert any("NVML" in reason for _, reason in facts.missing)
 
@@ -100,6 +104,35 @@ def test_a_sample_is_dirty_when_the_cpu_was_taken_away(monkeypatch: pytest.Monke
 
 def test_the_cpu_has_a_monitor() -> None:
     assert isinstance(find_monitor(CPU), LoadMonitor)
+
+
+def test_recipes_that_fail_alike_are_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch 2.11, whose CPU kernel asserts that there is one scale."""
+    tried = fp8.recipe_errors
+
+    def without_row_scales(recipe: Recipe, device: torch.device) -> fp8.RecipeErrors:
+        if recipe is not Recipe.TENSORWISE:
+            raise RuntimeError(
+                f"(scale_a.numel() == 1) INTERNAL ASSERT\nIt {fp8.ONE_SCALE} backend."
+            )
+        return tried(recipe, device)
+
+    fp8.tried_recipes.cache_clear()
+    monkeypatch.setattr(fp8, "recipe_errors", without_row_scales)
+    found = fp8.tried_recipes(CPU)
+    fp8.tried_recipes.cache_clear()
+    assert found.recipes == (Recipe.TENSORWISE,)
+    assert found.reason.startswith("FP8 on cpu does not run as rowwise, rowwise_with_gw_hp: torch ")
+    assert "one scale per tensor only" in found.reason
+    assert found.reason.isprintable()
+
+
+def test_every_recipe_runs_on_emulated_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = Fp8Support((), "no kernel")
+    monkeypatch.setattr(fp8, "tried_recipes", lambda _: none)
+    with fast_fp8_gemms(CPU):
+        assert fp8.fp8_support(CPU) == Fp8Support(APPLICABLE_RECIPES, "")
+        assert fp8.fp8_support(CUDA) == none
 
 
 @pytest.fixture

@@ -1,115 +1,230 @@
-"""bench/gpu.py on a CPU with tiny shapes: every section, and what it writes when one fails."""
+"""bench/gpu_day.py where no GPU is: its sections on a CPU, and what it does with a bad child."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Called = tuple[Path, dict[str, tuple[int, str]]]  # its folder, status and stderr by case
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "bench" / "gpu.py"
-SCRIPT_CALLS = """
-import contextlib, io, json, sys
-sys.path[:0] = [{bench!r}]
-import gpu, torch
+SCRIPT = ROOT / "bench" / "gpu_day.py"
+ALL_BUT_TUNE = ("facts", "steps", "gemms", "linears", "profile", "predictions")
+SECTIONS_IN_ONE_PROCESS = f"""
+import sys
 from pathlib import Path
+sys.path[:0] = [{str(ROOT / "bench")!r}]
+from gpu_report import write_report
+from gpu_sections import run_section
+
+out = Path(sys.argv[1])
+for name in {ALL_BUT_TUNE!r}:
+    assert run_section(out, name, device="cpu", is_quick=True) == 0
+write_report(out, is_quick=True)
+"""
+LEFT_OUT = (  # for the time that they take; begun before, as by a child that died
+    *(("facts", "compiled self-test"), ("steps", "plan, default"), ("steps", "bf16, eager")),
+    *(("steps", "fp8 rowwise, default"), ("steps", "bf16 again, default")),
+    *(("linears", "64x64x32, default"), ("linears", "64x64x32, eager")),
+)
+CHILD = """
+import os, sys, time
+sys.path[:0] = [{bench!r}]
+from pathlib import Path
+from gpu_running import begun, write_row
 
 out = Path({out!r})
-refused = {{}}
-for name, arguments in (("cuda", []), ("cpu", ["--device", "cpu"])):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = gpu.main([*arguments, "--out", str(out / name)])
-    refused[name] = (status, said.getvalue())
-
-def good(run, found, deadline):
-    found["rows"] = [{{"a": 1, "b": 2.5}}]
-
-def bad(run, found, deadline):
-    found["half"] = "kept"
-    raise RuntimeError("the second half\\nis missing")
-
-def late(run, found, deadline):
-    found["taken"] = list(run.within([1, 2], gpu.Deadline(-1.0), "late"))
-
-run = gpu.Run(torch.device("cpu"), out / "failing", True)
-gpu.run_sections(run, {{"good": (9, good), "bad": (9, bad), "late": (9, late)}})
-print(json.dumps(refused))
+tried = begun(out, "section")
+for item in ("first", "crashes", "hangs", "last"):
+    if item in tried:
+        continue
+    write_row(out, {{"section": "section", "begun": item}})
+    if item == "crashes":
+        os.abort()
+    if item == "hangs":
+        time.sleep(600)
+    write_row(out, {{"section": "section", "item": item, "ms": 1.0}})
 """
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.fixture(scope="module")
-def called(tmp_path_factory: pytest.TempPathFactory) -> Called:
-    """Call the script's functions in one process; return its folder and what it refused."""
-    out = tmp_path_factory.mktemp("called")
-    done = start("-c", SCRIPT_CALLS.format(bench=str(SCRIPT.parent), out=str(out)))
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:  # Any: a module of bench/, by name
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+def test_every_section_but_tune_runs_on_a_cpu_and_is_reported(tmp_path: Path, bench: Any) -> None:
+    running = bench("gpu_running")
+    for section, item in LEFT_OUT:
+        running.write_row(tmp_path, {"section": section, "begun": item})
+    done = start("-c", SECTIONS_IN_ONE_PROCESS, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout)
+    rows = running.read_rows(tmp_path)
+    assert [row for row in rows if "failed" in row] == []
+    found = {name: running.results(rows, name) for name in ALL_BUT_TUNE}
+    steps = [(row["arm"], row["mode"], row["fp8_layers"]) for row in found["steps"]]
+    eager = ("fp8 tensorwise", "eager", 8)
+    assert steps == [("bf16", "default", 0), ("fp8 tensorwise", "default", 8), eager]
+    # Blocks share a graph, the tail has one; eager there is none.
+    assert [row["graphs"] for row in found["steps"]] == [2, 2, 0]
+    kernels = {row["kernel"] for row in found["gemms"]}
+    assert kernels == {"bf16", "fp8_fast", "fp8_slow", "fp8_rowwise", "fp8 current", "fp8 delayed"}
+    assert {row["mode"] for row in found["linears"]} == {"default", "eager"}
+    assert all(row["speedup"] == row["bf16_ms"] / row["ms"] for row in found["linears"])
+    # Every figure that a profile predicts stands beside its prediction.
+    kinds = [row["kind"] for row in found["predictions"] if "kind" in row]
+    assert kinds.count("step ms") == len(steps)
+    assert kinds.count("linear speedup") == kinds.count("eager linear speedup") == 3
+    assert kinds.count("gemm ms") == 8
+    page = (tmp_path / "report.md").read_text()
+    assert all(f"## {name}" in page for name in ALL_BUT_TUNE)
+    assert "no figure here means anything" in page
 
 
-def test_a_machine_without_cuda_is_one_line_and_status_2(
-    called: Called,
+def test_tables_have_the_columns_of_bench_data(tmp_path: Path, bench: Any) -> None:
+    running, report = bench("gpu_running"), bench("gpu_report")
+    software = {"torch": "2.11.0", "cuda": "13.0"}
+    times = {"ms": 1.0, "samples": 20, "sm_mhz": 1700, "watts": 650.0}
+    shape = {"M": 64, "K": 32, "N": 48}
+    step = {"mode": "default", "tokens": 8192, "parameters": 10**9}
+    for section, row in (
+        ("facts", {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "software": software}),
+        ("gemms", shape | {"kernel": "bf16"} | times | {"ms": 1.5}),
+        ("gemms", shape | {"kernel": "fp8_rowwise"} | times),
+        ("linears", shape | step | {"recipe": "rowwise", "bf16_ms": 1.2, "speedup": 1.2} | times),
+        ("steps", step | {"arm": "bf16", "fp8_layers": 0} | times | {"ms": 2.0}),
+        ("steps", step | {"arm": "fp8 rowwise", "fp8_layers": 29} | times),
+    ):
+        running.write_row(tmp_path, {"section": section, **row})
+    report.write_report(tmp_path, is_quick=False)
+    for name, speedup in (("gemm.csv", "1.5"), ("linear_layers.csv", "1.2"), ("training.csv", "2")):
+        written = (tmp_path / name).read_text().splitlines()
+        known = (ROOT / "bench" / "data" / name).read_text().splitlines()[0]
+        assert written[0] == known
+        assert len(written) == 2
+        assert f",{speedup}," in written[1]
+        assert "NVIDIA H100 80GB HBM3" in written[1]
+
+
+def test_a_crash_or_a_hang_costs_one_item(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, refused = called
-    status, stderr = refused["cuda"]
-    assert status == 2
-    assert len(stderr.strip().splitlines()) == 1
-    assert "no CUDA device is here" in stderr
-    assert not (out / "cuda").exists()
+    running = bench("gpu_running")
+    for name, value in (("LEAST_S", 0.0), ("LEAST_PATIENCE_S", 2.0), ("PATIENCE", 0.1)):
+        monkeypatch.setattr(running, name, value)
+    code = CHILD.format(bench=str(ROOT / "bench"), out=str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "rows.jsonl").touch()
+    outcome = running.Child([sys.executable, "-c", code], tmp_path).run("section", seconds=20.0)
+    rows = running.read_rows(tmp_path)
+    assert [row["item"] for row in rows if "ms" in row] == ["first", "last"]
+    failed = [row["failed"] for row in rows if "failed" in row]
+    assert failed == ["crashes: died of signal 6", "hangs: out of time, ended"]
+    assert outcome == failed[-1]
 
 
-def test_the_cpu_is_for_a_quick_test_alone(
-    called: Called,
+def test_a_section_that_cannot_start_is_tried_once(tmp_path: Path, bench: Any) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    child = bench("gpu_running").Child([sys.executable, "-c", "raise SystemExit(7)"], tmp_path)
+    assert child.run("facts", seconds=20.0) == "the start: ended with status 7 (log.txt)"
+    assert len(bench("gpu_running").read_rows(tmp_path)) == 1
+
+
+def test_what_a_section_leaves_is_shared_by_the_later_ones(bench: Any) -> None:
+    share_out = bench("gpu_running").share_out
+    assert share_out(100.0, [1.0, 3.0]) == 25.0
+    assert share_out(90.0, [3.0]) == 90.0
+
+
+def test_a_row_that_a_crash_cut_off_is_no_row(tmp_path: Path, bench: Any) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"section": "a", "ms": 1}\n{"section": "a", "m')
+    assert bench("gpu_running").read_rows(tmp_path) == [{"section": "a", "ms": 1}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "cpu"], "--device cpu is for --quick only"),
+        (["--sections", "steps,nothing"], "it is 'nothing'"),
+        ([], "no CUDA device is here"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_status_2(
+    tmp_path: Path,
+    bench: Any,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, refused = called
-    assert refused["cpu"][0] == 2
-    assert not (out / "cpu").exists()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "out"
+    assert bench("gpu_day").main([*arguments, "--out", str(out)]) == 2
+    stderr = capsys.readouterr().err
+    assert len(stderr.splitlines()) == 1
+    assert said in stderr
+    assert not out.exists()
 
 
-def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
+# --- the folder of packages -------------------------------------------------------------------
+
+
+def test_packages_are_followed_up_to_what_the_machine_has(bench: Any) -> None:
+    wheels = bench("gpu_wheels")
+
+    def package(name: str, *needs: str) -> dict[str, Any]:
+        return {"metadata": {"name": name, "version": "1.0", "requires_dist": list(needs)}}
+
+    report = [
+        package("Optuna", "numpy", "SQLAlchemy>=1", "tomli; python_version < '3.11'"),
+        package("sqlalchemy", "typing_extensions", "greenlet; extra == 'asyncio'"),
+        package("numpy", "only-numpy-needs-it"),
+        package("typing-extensions"),
+    ]
+    direct = [wheels.Requirement("optuna>=5")]
+    found = wheels.wanted_versions(report, direct)
+    assert list(found) == ["optuna", "sqlalchemy", "typing-extensions"]
+
+
+def test_the_docstring_names_what_is_required_and_not_there(bench: Any) -> None:
+    text = SCRIPT.read_text()
+    missing = bench("gpu_wheels").missing_requirements((ROOT / "pyproject.toml").read_text())
+    assert {"torchao", "optuna", "pytest-timeout"} <= {one.name for one in missing}
+    assert [one.name for one in missing if not re.search(rf"\b{one.name}\b", text)] == []
+
+
+def test_a_folder_that_holds_something_is_refused(
+    tmp_path: Path, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kept.txt").write_text("mine")
+    assert bench("gpu_day").main(["--collect", str(tmp_path)]) == 2
+    assert "new or empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_what_tests_need_is_an_extra_that_developers_get() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert any(text.startswith("autoprec[") and "test]" in text for text in extras["dev"])
+    assert any(text.startswith("pytest-timeout") for text in extras["test"])
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_on_a_cpu(tmp_path: Path) -> None:
     done = start(str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    sections: dict[str, dict[str, Any]] = results["sections"]
-    assert list(sections) == ["facts", "profile", "gemms", "linears", "compare", "steps", "kernels"]
-    assert not [note for note in results["skipped"] if " failed: " in note]
-    assert "means anything" in results["claim"]
-    assert {row["kernel"] for row in sections["gemms"]["rows"]} >= {"bf16"}
-    assert {row["mode"] for row in sections["linears"]["rows"]} <= {"eager", "default"}
-    steps = sections["steps"]["rows"]
-    assert {(row["arm"], row["mode"]) for row in steps} >= {
-        ("bf16_o2", "eager"),
-        ("bf16_o2", "default"),
-    }
-    assert all(row["ms"] > 0 and row["shipped ms"] >= 0 for row in steps)
-    scored = (tmp_path / "linears.csv").read_text().splitlines()
-    measured = [row for row in sections["linears"]["rows"] if row["speedup"]]
-    assert len(scored) == 1 + len(measured) == 1 + len(sections["compare"]["rows"])
-    text = (tmp_path / "results.md").read_text()
-    assert all(f"## {name}" in text for name in sections)
-
-
-def test_what_was_measured_is_written_though_a_section_fails(
-    called: Called,
-) -> None:
-    folder = called[0] / "failing"
-    results = json.loads((folder / "results.json").read_text())
-    assert results["sections"]["good"]["rows"] == [{"a": 1, "b": 2.5}]
-    assert results["sections"]["bad"]["half"] == "kept"
-    assert results["sections"]["late"]["taken"] == []
-    assert results["skipped"] == [
-        "bad failed: RuntimeError: the second half",
-        "late: -1 s were over before 1, 2",
-    ]
-    text = (folder / "results.md").read_text()
-    assert "| a | b |" in text
-    assert "the second half" in text
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row for row in rows if "failed" in row] == []
+    assert (tmp_path / "tune" / "plan.json").exists()
+    assert next(r["verdict"] for r in rows if "verdict" in r) == "not_run"

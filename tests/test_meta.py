@@ -141,6 +141,18 @@ def test_an_optimizer_that_reads_values_is_refused_with_the_way_out() -> None:
         capture_on_meta(workload)
 
 
+def test_an_optimizer_may_read_its_count_of_steps() -> None:
+    """Adam does (torch 2.11): the count is its own, no value of the model."""
+
+    class Counting(torch.optim.Adam):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            assert torch.tensor(3.0).item() == 3.0
+            super().step()
+
+    workload = workload_with(build_optimizer=lambda model: Counting(model.parameters(), lr=0.1))
+    assert capture_on_meta(workload).optimizer_state_numel_ratio == pytest.approx(2.0)
+
+
 def test_a_backward_that_meta_lacks_gives_every_parameter_a_gradient(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

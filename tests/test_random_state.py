@@ -93,7 +93,7 @@ ENTRIES: dict[str, Callable[[Setup], object]] = {
 @pytest.fixture(autouse=True)
 def as_in_a_fresh_process() -> None:
     """What a first `apply` does once in a process is done again."""
-    fp8.fp8_support.cache_clear()
+    fp8.tried_recipes.cache_clear()
     cast("Any", classes.layer_class).cache_clear()  # Any: typed as what it caches
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_script_goes_on_bit_for_bit(tmp_path: Path, with_plan: bool) -
     torch.save(saved, tmp_path / "own.pt")
     expected = _train(first, 2)
 
-    fp8.fp8_support.cache_clear()  # as in the process that resumes
+    fp8.tried_recipes.cache_clear()  # as in the process that resumes
     cast("Any", classes.layer_class).cache_clear()
     second = Setup(tmp_path, applied=False)
     weights, state, generator = torch.load(tmp_path / "own.pt")

@@ -27,6 +27,8 @@ def import_noise_dropped() -> Iterator[None]:
             stack.callback(logger.removeFilter, drop)
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*register_constant.*")
+        # its docstrings, where it is imported for the first time from a folder of sources
+        warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
         yield
 
 

@@ -10,6 +10,7 @@ It costs milliseconds in eager mode: software is tested before a run, not by it.
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -26,6 +27,13 @@ from autoprec.records import APPLICABLE_RECIPES, Check, Gemm, Recipe, fp8_option
 RECIPE_TOLERANCE = 0.15  # relative error; FP8's own rounding gives 0.03-0.06 (torch 2.13.0, CPU)
 KERNEL_TOLERANCE = 0.01  # the same of a GEMM alone: BF16's rounding of its output gives 0.002
 GEMM_BY_INNER = {64: Gemm.OUTPUT, 48: Gemm.GRAD_INPUT, 32: Gemm.GRAD_WEIGHT}  # of the small layer
+ONE_SCALE = "only supports per-tensor scaling for CPU"  # torch 2.11's kernel, in an assertion
+TENSOR_SCALES = (
+    f"torch {torch.__version__} multiplies FP8 on a CPU with one scale per tensor only; "
+    "tensorwise runs here, and with torch 2.13 all do"
+)
+# Whether `_scaled_mm` on a CPU is FP32 arithmetic on FP8 values for now, which runs every recipe
+emulates_gemms: ContextVar[bool] = ContextVar("emulates_gemms", default=False)
 Compiler = Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -37,14 +45,27 @@ class Fp8Support:
     reason: str  # empty when every recipe of torchao runs
 
 
-@cache
 def fp8_support(device: torch.device) -> Fp8Support:
     """Return the FP8 recipes that `device` runs, found by running each one once per process."""
+    if device.type == "cpu" and emulates_gemms.get():
+        return Fp8Support(APPLICABLE_RECIPES, "")
+    return tried_recipes(device)
+
+
+@cache
+def tried_recipes(device: torch.device) -> Fp8Support:
+    """Return the FP8 recipes whose own kernels `device` runs."""
     if refusal := _capability_refusal(device):
         return Fp8Support((), refusal)
     failures = {recipe: _try_recipe(recipe, device) for recipe in APPLICABLE_RECIPES}
     works = tuple(recipe for recipe, problem in failures.items() if not problem)
-    problems = "; ".join(f"{recipe}: {problem}" for recipe, problem in failures.items() if problem)
+    # One problem is said once, whatever number of recipes has it.
+    named = {
+        problem: ", ".join(recipe for recipe, other in failures.items() if other == problem)
+        for problem in failures.values()
+        if problem
+    }
+    problems = "; ".join(f"{recipes}: {problem}" for problem, recipes in named.items())
     return Fp8Support(works, problems and f"FP8 on {device} does not run as {problems}")
 
 
@@ -66,7 +87,7 @@ def _try_recipe(recipe: Recipe, device: torch.device) -> str:
     try:
         return recipe_errors(recipe, device).problem
     except (RuntimeError, ValueError, TypeError, AssertionError) as problem:
-        return first_line(problem)
+        return TENSOR_SCALES if ONE_SCALE in str(problem) else first_line(problem)
 
 
 def fp8_self_test(

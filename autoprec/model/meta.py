@@ -87,20 +87,22 @@ def capture_on_meta(
         with capture.recorded_shapes(layers) as scanned:
             capture.scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
-        optimizer = _stepped_optimizer(workload, model)
-        progress("capture on meta", 3, 3)
-        seen = capture.ObservedStep(
-            model,
-            layers,
-            calls,
-            optimizer,
-            BY_SHAPE,
-            str(META),
-            has_randomness=any(seeded),
-            saved_bytes=sum(saved.values()),
-        )
-        spec = capture.make_spec(seen)
-        return spec.model_copy(update={"as_written": capture.said_written(workload)})
+        optimizer = workload.build_optimizer(model)
+    # Its count of steps is real outside: Adam reads it as a number (torch 2.11).
+    _step_optimizer(optimizer)
+    progress("capture on meta", 3, 3)
+    seen = capture.ObservedStep(
+        model,
+        layers,
+        calls,
+        optimizer,
+        BY_SHAPE,
+        str(META),
+        has_randomness=any(seeded),
+        saved_bytes=sum(saved.values()),
+    )
+    spec = capture.make_spec(seen)
+    return spec.model_copy(update={"as_written": capture.said_written(workload)})
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:
@@ -154,8 +156,8 @@ def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
 
-def _stepped_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = workload.build_optimizer(model)
+def _step_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its state, whose size is asked for."""
     try:
         optimizer.step()
     except (RuntimeError, *LOOKED_AT_VALUES) as error:
@@ -163,7 +165,6 @@ def _stepped_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Opti
             f"with --meta the optimizer must step on meta tensors, but {type(optimizer).__name__} "
             f"raised: {first_line(error)}; leave build_optimizer out (AdamW is then assumed)"
         ) from error
-    return optimizer
 
 
 @contextmanager

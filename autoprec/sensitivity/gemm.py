@@ -17,15 +17,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from autoprec.device.fp8 import emulates_gemms
 from autoprec.sensitivity.casts import fp8_to_float
 
 
 @contextmanager
 def fast_fp8_gemms(device: torch.device) -> Iterator[None]:
-    """Run `torch._scaled_mm` as above inside, for tensors on a CPU; nothing changes elsewhere."""
+    """Run `torch._scaled_mm` as above inside, for tensors on a CPU; nothing changes elsewhere.
+
+    Every recipe runs then, also those that the CPU's own kernel refuses (`fp8_support`).
+    """
     if device.type != "cpu":
         yield
         return
+    token = emulates_gemms.set(True)
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's own
     try:
         with warnings.catch_warnings():
@@ -33,6 +38,7 @@ def fast_fp8_gemms(device: torch.device) -> Iterator[None]:
             library.impl("_scaled_mm", scaled_mm, "CPU", allow_override=True)  # type: ignore[no-untyped-call]  # torch's own
         yield
     finally:
+        emulates_gemms.reset(token)
         library._destroy()  # type: ignore[no-untyped-call]  # torch's own
 
 

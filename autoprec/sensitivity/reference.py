@@ -148,7 +148,7 @@ class Reference:
             # every setting against the one reference gradient of this batch
             for count, (key, installed) in enumerate(settings.items()):
                 progress(stage, index * len(settings) + count, total)
-                with installed(), fast_fp8_gemms(self.context.device):
+                with fast_fp8_gemms(self.context.device), installed():
                     squared[key].append(self.squared_error(index, gradient))
         progress(stage, total, total)
         return {key: ratio_estimate(squared[key], scale) for key in settings}
