@@ -52,7 +52,7 @@ class Sheet:
     extra: dict[str, tuple[float, str]] = field(default_factory=dict)
     link: tuple[float, float, float, str] = (450, 50, 8, ASSUMED)
     fp8_reason: str = ""
-    parent: str = "h100-sxm"  # whose GEMM fractions it starts from
+    parent: str = "h100-sxm"  # whose GEMM constants it starts from
     is_power_free: bool = False  # no kernel meets the power limit, so one kernel tells of all
     is_wgmma: bool = True  # tensor cores fed from shared memory; before and beside: mma.sync
     notes: tuple[str, ...] = ()
@@ -191,6 +191,7 @@ SHEETS = (
         extra={"fp32_peak_tflops": (30.3, SHEET)},
         link=(32, 12.5, 4, HOST),
         notes=("no GEMM of an L4 is published here; at 72 W large ones run slower than this",),
+        parent="l40s",
         is_wgmma=False,
     ),
     Sheet(
@@ -215,6 +216,7 @@ SHEETS = (
         ("RTX 4090", "4090"),
         extra={"memory_capacity_gb": (24, SHEET)},
         link=(32, 12.5, 4, HOST),
+        parent="l40s",
         is_wgmma=False,
     ),
     Sheet(
@@ -227,6 +229,7 @@ SHEETS = (
         ("RTX 5090", "5090"),
         extra={"memory_capacity_gb": (32, SHEET), "tf32_peak_tflops": (104.8, SHEET)},
         link=(63, 12.5, 4, HOST),
+        parent="rtx-pro-6000",
         is_wgmma=False,
     ),
     Sheet(

@@ -8,7 +8,7 @@ rows from deciding.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class Prior:
 
 def machine_from(constants: Mapping[str, float]) -> Machine:
     """Return the machine of these constants."""
-    return Machine(**{field.name: constants[field.name] for field in fields(Machine)})
+    return Machine(**{name: constants[name] for name in CONSTANTS})
 
 
 def fit_constants(
@@ -43,7 +43,10 @@ def fit_constants(
     *,
     cap: float = math.inf,
 ) -> dict[str, float]:
-    """Return the values of the constants in `priors` that explain `rows` best, none above `cap`."""
+    """Return the values of the constants in `priors` that explain `rows` best.
+
+    No fraction is above `cap`.
+    """
     names = tuple(priors)
     start = np.array([math.log(priors[name].value) for name in names])
     widths = np.array([priors[name].sigma for name in names])
@@ -55,7 +58,8 @@ def fit_constants(
         return np.array([*errors, *((logs - start) / widths)])
 
     low = np.log([max(CONSTANTS[name].low, 1e-3) for name in names])
-    high = np.log([min(CONSTANTS[name].high, cap) for name in names])
+    caps = [cap if name.endswith("_fraction") else math.inf for name in names]
+    high = np.log([min(CONSTANTS[n].high, c) for n, c in zip(names, caps, strict=True)])
     inside = np.clip(start, low + 1e-6, high - 1e-6)
     result = least_squares(residuals, inside, bounds=(low, high), max_nfev=MAX_EVALUATIONS)
     return dict(zip(names, np.exp(result.x).tolist(), strict=True))

@@ -194,7 +194,13 @@ def measure_profile(day: Day) -> Iterator[Row]:
     yield {"copied_tbs": measured.copied_tbs, "empty_us": measured.empty_us}
     source = f"bench/gpu_day.py on {name}, torch {torch.__version__}"
     try:
-        made = calibrate_profile(day.shipped, measured, title=safe_title(name), source=source)
+        made = calibrate_profile(
+            day.shipped,
+            measured,
+            title=safe_title(name),
+            source=source,
+            software=software_here(),
+        )
     except AutoprecError as error:
         yield {"no profile": str(error)}
         return

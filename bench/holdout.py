@@ -12,10 +12,11 @@ from modelfit import (
     Values,
     constants_of,
     fit_all,
+    fit_device,
     fit_everything,
     make_profile,
 )
-from published import Kind, Observation
+from published import GRID_SOURCE, Kind, Observation, Shape
 from trainings import Training
 
 from autoprec.records.devices import Machine
@@ -50,9 +51,9 @@ class Held:
         return self.actual / self.predicted
 
 
-def machines(rows: Sequence[Observation]) -> dict[str, Machine]:
-    """Return every device's machine as fitted to these rows."""
-    fitted = fit_all(rows)
+def machines(rows: Sequence[Observation], devices: Iterable[str]) -> dict[str, Machine]:
+    """Return these devices' machines as fitted to these rows."""
+    fitted = fit_all(rows, devices)
     return {
         name: machine_from(constants_of(BY_NAME[name], values, START_ERRORS))
         for name, values in fitted.items()
@@ -62,12 +63,21 @@ def machines(rows: Sequence[Observation]) -> dict[str, Machine]:
 def leave_sources_out(
     rows: Sequence[Observation], kinds: Iterable[Kind], *, devices: Sequence[str] = (BEST_COVERED,)
 ) -> list[Held]:
-    """Return predictions for rows of those kinds and devices, their whole source left out."""
-    wanted = [row for row in rows if row.kind in tuple(kinds) and row.device in devices]
+    """Return predictions for rows of those kinds and devices, their whole source left out.
+
+    The grid has scores of its own (`hold_out_grid`): it would outnumber the rest.
+    """
+    wanted = [
+        row
+        for row in rows
+        if row.kind in tuple(kinds) and row.device in devices and row.source != GRID_SOURCE
+    ]
     held = []
     for source in sorted({row.source for row in wanted}):
-        fitted = machines([row for row in rows if row.source != source])
-        held += [_held(row, fitted[row.device]) for row in wanted if row.source == source]
+        left_out = [row for row in wanted if row.source == source]
+        kept = [row for row in rows if row.source != source]
+        fitted = machines(kept, {row.device for row in left_out})
+        held += [_held(row, fitted[row.device]) for row in left_out]
     return held
 
 
@@ -85,10 +95,40 @@ def halve_source(rows: Sequence[Observation], source: str, kinds: Iterable[Kind]
                 row
                 for row in rows
                 if row not in left_out and not (row.kind in TIME_KINDS and _case(row) in cases)
-            ]
+            ],
+            {row.device for row in left_out},
         )
         held += [_held(row, fitted[row.device]) for row in left_out]
     return held
+
+
+def hold_out_grid(rows: Sequence[Observation], device: str) -> dict[str, list[Held]]:
+    """Return predictions for a device's grid: fitted, and with parts of it or all of it held out.
+
+    A slice is one value of a dimension, on every GEMM of the grid that has it.
+    """
+    sheet = BY_NAME[device]
+    parent = fit_all(rows, [sheet.parent])[sheet.parent]
+    own = [row for row in rows if row.device == device and row.source == GRID_SOURCE]
+    others = [row for row in rows if row not in own]
+    shapes = sorted({row.shapes[0] for row in own})
+    half = set(random.Random(0).sample(shapes, len(shapes) // 2))
+    parts = {"fitted": [], "whole device": [set(shapes)], "halves": [half, set(shapes) - half]}
+    for axis, letter in enumerate("MKN"):
+        sizes = sorted({shape[axis] for shape in shapes})
+        parts[f"slices of {letter}"] = [{s for s in shapes if s[axis] == n} for n in sizes]
+
+    def predicted(left_out: set[Shape]) -> list[Held]:
+        kept = [row for row in own if row.shapes[0] not in left_out]
+        values = fit_device(sheet, parent, [*others, *kept])
+        machine = machine_from(constants_of(sheet, values, START_ERRORS))
+        told = left_out or set(shapes)
+        return [_held(row, machine) for row in own if row.shapes[0] in told]
+
+    return {
+        label: [held for part in left_out or [set()] for held in predicted(part)]
+        for label, left_out in parts.items()
+    }
 
 
 def leave_training_sources_out(rows: Sequence[Observation], runs: Sequence[Training]) -> list[Held]:

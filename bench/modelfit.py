@@ -12,7 +12,7 @@ import numpy as np
 from datasheets import BY_NAME, SHEETS, Sheet, sheet_constants
 from fitting import Prior, fit_constants, fit_scales, machine_from, soften
 from numpy.typing import NDArray
-from published import Kind, Observation
+from published import GRID_SOURCE, Kind, Observation
 from scipy.optimize import least_squares
 from trainings import Training
 
@@ -28,6 +28,9 @@ APART, ALIKE = 0.1, 0.02  # how FP8 differs from BF16 on another device; with mm
 MMA_SYNC_TILES = 1.05  # its operands come from registers, so 128 x 128 tiles are near the best
 UNSTATED, UNSTATED_SIGMA = "h100-sxm", 0.15  # the image grid's H100 is not named: it may be either
 COUNTED = "counted in torchao's compiled kernels"
+CUBLAS_ROWS = (
+    "cuBLASLt's rate with one scale: of rows nothing is published; CUTLASS, before CUDA 12.9: {}"
+)
 SHARED = {
     "wave_share": Prior(0.6, 0.4, "tiles of a last wave run alone"),
     "small_tile_factor": Prior(1.2, 0.15, "half the reuse"),
@@ -45,6 +48,19 @@ SHARED = {
     "tensorwise_cast_kernels": Prior(11.0, 0.3, COUNTED),
     "rowwise_cast_kernels": Prior(11.0, 0.3, COUNTED),
     "neighbour_kernels": Prior(5.0, 0.6, "norm and activation, forward and backward"),
+}
+OF_GRIDS = {  # only a grid of a device's GEMMs decides these
+    "tile_us": Prior(1.0, 0.7, "a round trip to memory before, a store behind"),
+    "bf16_boost": Prior(0.1, 0.7, "boost clocks over those under the power limit"),
+    "fp8_boost": Prior(0.05, 0.7, "the same, at less power for the same work"),
+}
+HELD = {"tile_us": 0.0, "bf16_boost": 0.1, "fp8_boost": 0.05}  # best covered: PR#940 has no tile_us
+GRID_SIGMAS = {  # what a grid decides too -> how far it may lead from the parent's, log units
+    "wave_share": 0.5,
+    "small_tile_factor": 0.15,
+    "overlap_share": 0.7,
+    "bf16_gemm_floor_us": 0.3,
+    "tensorwise_gemm_floor_us": 0.3,
 }
 FRACTIONS = {
     "bf16_fraction": Prior(0.70, 0.15, "best of a sweep is 0.80 on an H100 SXM"),
@@ -100,36 +116,51 @@ Values = dict[str, float]
 def fit_shared(rows: Iterable[Observation]) -> Values:
     """Return the shared constants and the best covered device's fractions."""
     own = [row for row in rows if row.device == BEST_COVERED]
-    fixed = _fixed_values(BY_NAME[BEST_COVERED])
-    return fit_constants(fixed, {**SHARED, **FRACTIONS}, own)
+    fixed = {**_fixed_values(BY_NAME[BEST_COVERED]), **HELD}
+    return {**HELD, **fit_constants(fixed, {**SHARED, **FRACTIONS}, own)}
 
 
 def fit_device(sheet: Sheet, parent: Mapping[str, float], rows: Iterable[Observation]) -> Values:
-    """Return a device's GEMM fractions: first how all kernels of a width scale, then each kernel.
+    """Return a device's GEMM constants: how all kernels scale, the form by a grid, each kernel.
 
-    Small GEMMs are left out: launches and the vendor's choice of kernel decide there. Tensor cores
-    with mma.sync run FP8 at twice their BF16 rate and all FP8 kernels alike: one scale for all.
+    Small GEMMs of single sources are left out: launches and the vendor's choice of kernel decide
+    there. Tensor cores with mma.sync run all FP8 kernels alike, at about twice their BF16 rate.
     """
     devices = (sheet.name, *SAME_CHIP.get(sheet.name, ()))
     own = [r for r in rows if r.device in devices and min(r.shapes[0]) >= SMALLEST_FITTED]
     if sheet.name == UNSTATED:
         own += [replace(r, sigma=UNSTATED_SIGMA) for r in rows if "rowwise-perf" in r.source]
-    fixed = {**_fixed_values(sheet), **shared_constants(sheet, parent)}
+    form = inherited(sheet, parent)
+    fixed = {**_fixed_values(sheet), **form}
     base = {name: parent[name] for name in FRACTIONS}
     if not sheet.is_wgmma:
         base = dict.fromkeys(FRACTIONS, parent["bf16_fraction"])
     telling = [row for row in own if sheet.is_power_free or not _is_block(row)]
     cap = CAPS.get(sheet.architecture, 0.95)
     scales = fit_scales(fixed, base, telling, cap=cap, apart=APART if sheet.is_wgmma else ALIKE)
+    if measured := [row for row in own if row.source == GRID_SOURCE]:
+        found = _fit_grid(fixed, {**form, **scales}, measured, cap=cap)
+        # What the grid moves the tensorwise rate by, it moves the rates of all FP8 kernels by.
+        moved = found["fp8_fraction"] / scales["fp8_fraction"]
+        scales = {name: min(value * moved, cap) for name, value in scales.items()}
+        scales["bf16_fraction"] = found["bf16_fraction"]
+        form |= {name: found[name] for name in (*OF_GRIDS, *GRID_SIGMAS)}
     if not sheet.is_wgmma:
-        return scales
+        return {**form, **scales}
     priors = {n: Prior(scales[n], 0.25 if "block" in n else 0.06, "scaled") for n in FRACTIONS}
-    return fit_constants(fixed, priors, own, cap=cap)
+    return {**form, **fit_constants({**fixed, **form}, priors, own, cap=cap)}
 
 
-def shared_constants(sheet: Sheet, parent: Mapping[str, float]) -> Values:
-    """Return what a device shares with the best covered one, tiles apart."""
-    shared = {name: parent[name] for name in SHARED}
+def _fit_grid(fixed: Values, start: Values, rows: Sequence[Observation], *, cap: float) -> Values:
+    """Return the form and the two rates that a grid of one device's GEMMs decides."""
+    priors = {name: Prior(start[name], sigma, "parent's") for name, sigma in GRID_SIGMAS.items()}
+    priors |= {n: Prior(start[n], 0.3, "scaled") for n in ("bf16_fraction", "fp8_fraction")}
+    return fit_constants({**fixed, **start}, {**OF_GRIDS, **priors}, rows, cap=cap)
+
+
+def inherited(sheet: Sheet, parent: Mapping[str, float]) -> Values:
+    """Return what a device has of its parent before its own rows speak, tiles of mma.sync apart."""
+    shared = {name: parent[name] for name in (*SHARED, *OF_GRIDS)}
     return shared if sheet.is_wgmma else {**shared, "small_tile_factor": MMA_SYNC_TILES}
 
 
@@ -197,14 +228,15 @@ def constants_of(sheet: Sheet, values: Mapping[str, float], errors: Mapping[str,
     return {**_fixed_values(sheet), **values, **errors}
 
 
-def fit_all(rows: Sequence[Observation]) -> dict[str, Values]:
-    """Return the fitted constants of every device."""
+def fit_all(
+    rows: Sequence[Observation], devices: Iterable[str] = tuple(BY_NAME)
+) -> dict[str, Values]:
+    """Return the fitted constants of these devices, and of those that they start from."""
+    wanted = {name for device in devices for name in _lineage(BY_NAME[device])}
     fitted = {BEST_COVERED: fit_shared(rows)}
-    common = fitted[BEST_COVERED]
     for sheet in sorted(SHEETS, key=_generation):
-        if sheet.name != BEST_COVERED:
-            own = fit_device(sheet, fitted[sheet.parent], rows)
-            fitted[sheet.name] = {**shared_constants(sheet, common), **own}
+        if sheet.name != BEST_COVERED and sheet.name in wanted:
+            fitted[sheet.name] = fit_device(sheet, fitted[sheet.parent], rows)
     return fitted
 
 
@@ -224,6 +256,13 @@ def make_profile(
             unit=CONSTANTS[name].unit,
             kind=ConstantKind.FITTED,
             source=_source(name, sheet, rows),
+        )
+    if sheet.capability.startswith("9."):  # with the CUDA that a profile assumes
+        constants["fp8_rowwise_fraction"] = Constant(
+            value=constants["fp8_fraction"].value,
+            unit="1",
+            kind=ConstantKind.FITTED,
+            source=CUBLAS_ROWS.format(_rounded(fitted["fp8_rowwise_fraction"])),
         )
     for name, value in errors.items():
         constants[name] = Constant(
@@ -248,7 +287,7 @@ def make_profile(
 
 def _bare_profile(sheet: Sheet) -> DeviceProfile:
     """Return the profile with unfitted constants: what a device can run, not how fast."""
-    return make_profile(sheet, _start({**SHARED, **FRACTIONS, **STEP}), (), ERRORS)
+    return make_profile(sheet, _start({**SHARED, **OF_GRIDS, **FRACTIONS, **STEP}), (), ERRORS)
 
 
 def _fixed_values(sheet: Sheet) -> Values:
@@ -257,12 +296,18 @@ def _fixed_values(sheet: Sheet) -> Values:
 
 
 def _generation(sheet: Sheet) -> int:
-    return 0 if not sheet.parent else 1 + _generation(BY_NAME[sheet.parent])
+    return len(_lineage(sheet))
+
+
+def _lineage(sheet: Sheet) -> list[str]:
+    return [sheet.name, *(_lineage(BY_NAME[sheet.parent]) if sheet.parent else ())]
 
 
 def _source(name: str, sheet: Sheet, rows: Sequence[Observation]) -> str:
     if name in STEP or name in OWN_STEP.get(sheet.name, {}):
         return "bench/data/training.csv, PyTorch runs with batch and parallelism stated"
+    if said := _grid_source(name, sheet, rows):
+        return said
     if name == "small_tile_factor" and not sheet.is_wgmma:
         return "held at its prior: operands of mma.sync come from registers, not from shared memory"
     devices = (BEST_COVERED,) if name in SHARED else (sheet.name, *SAME_CHIP.get(sheet.name, ()))
@@ -275,6 +320,20 @@ def _source(name: str, sheet: Sheet, rows: Sequence[Observation]) -> str:
     if not sheet.is_wgmma:
         return f"no rows of its own; {sheet.parent}'s BF16 fraction, FP8 at twice BF16 (mma.sync)"
     return f"no rows of its own; {sheet.parent}'s, scaled as the device's other kernels"
+
+
+def _grid_source(name: str, sheet: Sheet, rows: Sequence[Observation]) -> str:
+    """Return what a constant that grids decide comes from, or "" where none decides it."""
+    is_own_tile = name == "small_tile_factor" and not sheet.is_wgmma
+    measured = {row.device for row in rows if row.source == GRID_SOURCE}
+    owner = next((device for device in _lineage(sheet) if device in measured), "")
+    if name not in OF_GRIDS and (name not in GRID_SIGMAS or not owner):
+        return ""
+    if owner == sheet.name:
+        return GRID_SOURCE
+    if owner and not is_own_tile:
+        return f"no grid of its own; {owner}'s, of {GRID_SOURCE}"
+    return "" if is_own_tile else "held: no grid of its GEMMs is published"
 
 
 def _tells(row: Observation, name: str) -> bool:

@@ -19,6 +19,9 @@ limit. `has_zeros` prices that. Its linear layers, and all other sources, have r
 Its rowwise kernel runs at 1000 TFLOPS from 8192 on and at 1680 at 4096, as one without swizzle
 would: `is_unswizzled`. PyTorch's kernel of 2025, of the image grid, has it.
 
+GEMMs of aiconfigurator are as NVIDIA timed them with TensorRT-LLM of 2026 (CUDA graphs, operands
+larger than L2, random data). Only the kernel alone is read, not its quantisation or block scales.
+
 PR#151's PyTorch layers are `Float8Linear`, which scaled with a history then (the benchmark calls
 sync_float8_amax_and_scale_history).
 """
@@ -31,7 +34,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from autoprec.common.recipes import Gemm, Recipe
-from autoprec.predict.casts import RECIPE_COSTS, cast_us
+from autoprec.predict.casts import cast_us, recipe_cost
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.linear import gemm_shapes, linear_times, neighbours_us
 from autoprec.predict.spelling import parse_recipe
@@ -49,6 +52,8 @@ EARLY_SIGMA = 0.15  # kernels and casts of before today's
 NARROW_SIGMA = 0.15  # PR#23280's width, 2112, fits no tile: its vendor's choice of kernel decides
 LARGE = 4096
 LARGE_SHARE_OF_BEST = 0.93  # a large GEMM against the best shape of a sweep
+GRID_SOURCE = "ai-dynamo/aiconfigurator"
+GRID_SIGMA = 0.08  # cuBLASLt's choice of kernel, and clocks, differ by more than a run repeats
 ALL_CASTS = "all fp8 overhead kernels in norm+FFN+norm"
 
 
@@ -83,34 +88,36 @@ class Observation:
     sigma: float = 0.05
     has_zeros: bool = False  # its FP8 operands were zeros, its BF16 ones were not
     is_unswizzled: bool = False  # a rowwise kernel of before PyTorch's swizzle
+    is_early_rowwise: bool = False  # torchao before 0.8: three GEMMs in the rowwise kernel
 
     def predict(self, machine: Machine) -> float:
         """Return what the model says instead of `value`."""
         if self.has_zeros:
             machine = _on_zeros(machine)
+        if self.is_early_rowwise:
+            machine = replace(machine, rescales_rowwise=0.0)
         if self.is_unswizzled:
             machine = replace(machine, rowwise_swizzle_from=math.inf)
         if self.kind in (Kind.LINEAR, Kind.PART, Kind.GEMMS):
             return self._linear_ratio(machine)
-        if self.kind is Kind.BF16_RATE:
-            return machine.bf16_peak_tflops * machine.bf16_fraction
-        if self.kind is Kind.FP8_RATE:
-            return machine.fp8_peak_tflops * machine.fp8_fraction
         M, K, N = self.shapes[0]
+        if self.kind in (Kind.BF16_RATE, Kind.FP8_RATE):
+            kernel = Kernel.BF16 if self.kind is Kind.BF16_RATE else Kernel.FP8_FAST
+            return 2 * M * K * N / gemm_us(machine, M, K, N, kernel) / 1e6
         if self.kind is Kind.BF16_LINEAR_US:
             return sum(gemm_us(machine, *s, Kernel.BF16) for s in gemm_shapes(M, K, N))
         bf16 = gemm_us(machine, M, K, N, Kernel.BF16)
         if self.kind is Kind.BF16_US:
             return bf16
-        fp8 = gemm_us(machine, M, K, N, self._kernel())
+        fp8 = gemm_us(machine, M, K, N, self._kernel(machine))
         return fp8 if self.kind is Kind.FP8_US else bf16 / fp8
 
     def residual(self, machine: Machine) -> float:
         """Return the log error in units of `sigma`."""
         return math.log(self.predict(machine) / self.value) / self.sigma
 
-    def _kernel(self) -> Kernel:
-        cost = RECIPE_COSTS[self.recipe]
+    def _kernel(self, machine: Machine) -> Kernel:
+        cost = recipe_cost(machine, self.recipe)
         return cost.output if self.is_fast else cost.backward
 
     def _linear_ratio(self, machine: Machine) -> float:
@@ -137,7 +144,26 @@ class Observation:
 
 def observations() -> list[Observation]:
     """Return every row that counts."""
-    return [*_linears(), *_gemms(), *_rates()]
+    return [*_linears(), *_gemms(), *_rates(), *grid()]
+
+
+def grid() -> list[Observation]:
+    """Return aiconfigurator's GEMMs: each shape's BF16 and FP8 time, and their ratio.
+
+    TensorRT-LLM's cuBLASLt call is torch's tensorwise one: e4m3, fast accumulation, BF16 out.
+    """
+    found = []
+    for row in read_rows("aic_gemm.csv"):
+        bf16, fp8 = 1e3 * float(row["bf16_ms"]), 1e3 * float(row["fp8_kernel_ms"])
+        values = {Kind.BF16_US: bf16, Kind.FP8_US: fp8, Kind.GEMM: bf16 / fp8}
+        found += [
+            Observation(
+                GRID_SOURCE, row["device"], kind, (_shape(row),), Recipe.TENSORWISE, value,
+                sigma=GRID_SIGMA,
+            )
+            for kind, value in values.items()
+        ]  # fmt: skip
+    return found
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
@@ -189,6 +215,7 @@ def _linears() -> Iterator[Observation]:
             has_neighbours="LayerNorm" in row["direction"] or "README" in source,
             sigma=EARLY_SIGMA if is_early or _is_unswizzled(row, source) else 0.05,
             is_unswizzled=_is_unswizzled(row, source),
+            is_early_rowwise="PR#940" in source,
         )
 
 
@@ -303,6 +330,7 @@ def _gemm_observations(row: dict[str, str], device: str) -> Iterator[Observation
             sigma=sigma,
             has_zeros="PR#940" in source,
             is_unswizzled=_is_unswizzled(row, source),
+            is_early_rowwise="PR#940" in source,
         )
 
     if row["metric"].startswith("sum of 3"):

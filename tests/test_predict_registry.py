@@ -166,6 +166,25 @@ def test_a_missing_constant_is_an_error(tmp_path: Path) -> None:
         load_device_profile(edited(tmp_path, {}, drop="bf16_fraction"))
 
 
+def test_a_file_of_before_tiles_boosts_and_software_is_read(tmp_path: Path) -> None:
+    path = edited(tmp_path, {}, drop="tile_us")
+    fields = json.loads(path.read_text())
+    del fields["software"], fields["constants"]["bf16_boost"], fields["constants"]["fp8_boost"]
+    path.write_text(json.dumps(fields))
+    profile = load_device_profile(path)
+    assert profile.machine.tile_us == profile.machine.bf16_boost == profile.machine.fp8_boost == 0
+    assert str(profile.software) == "torch 2.11, CUDA 13.0, torchao 0.18"
+
+
+@pytest.mark.parametrize("version", ["thirteen", "13", "13.0\n", ""])
+def test_a_version_is_written_with_its_dot(tmp_path: Path, version: str) -> None:
+    path = edited(tmp_path, {})
+    fields = json.loads(path.read_text()) | {"software": {"cuda": version}}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(RecordError, match="cuda"):
+        load_device_profile(path)
+
+
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="must be readable"):
         load_device_profile(tmp_path / "none.json")

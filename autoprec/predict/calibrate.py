@@ -17,7 +17,14 @@ from dataclasses import dataclass, field, replace
 from autoprec.common.recipes import Recipe
 from autoprec.errors import DeviceError
 from autoprec.predict.gemm import KERNELS, Kernel, gemm_us
-from autoprec.records.devices import CONSTANTS, Constant, ConstantKind, DeviceProfile, Machine
+from autoprec.records.devices import (
+    CONSTANTS,
+    Constant,
+    ConstantKind,
+    DeviceProfile,
+    Machine,
+    Software,
+)
 from autoprec.records.model import Basis
 
 Shape = tuple[int, int, int]
@@ -59,13 +66,21 @@ class Measured:
 
 
 def calibrate_profile(
-    base: DeviceProfile, measured: Measured, *, title: str, source: str
+    base: DeviceProfile,
+    measured: Measured,
+    *,
+    title: str,
+    source: str,
+    software: Software | None = None,
 ) -> DeviceProfile:
     """Return `base` with the constants that were measured, each labelled so.
+
+    `software` is what ran, by default what `base` assumes: it says what a rowwise GEMM was.
 
     Raises:
         DeviceError: a measured constant lies outside what is believable.
     """
+    base = base.model_copy(update={"software": software or base.software})
     bandwidth = max(base.value("memory_bandwidth_tbs"), measured.copied_tbs)
     found = dict(measured.facts, memory_bandwidth_tbs=bandwidth, kernel_floor_us=measured.empty_us)
     found["memory_fraction"] = measured.copied_tbs / bandwidth

@@ -16,6 +16,17 @@ the weight for grad_input with one scale for the tensor (torchao's float8/config
 floor per kernel. In eager mode every step of a cast is a kernel of its own in FP32, and the host
 can be slower than the device.
 
+What runs which GEMM (torchao's float8/config.py and float8_ops.py, PyTorch's ScaledBlas.cpp):
+
+    recipe               output                  grad_input              grad_weight
+    tensorwise           tensorwise, fast        tensorwise, full        tensorwise, full
+    rowwise              rowwise, fast           tensorwise, full, *     tensorwise, full, *
+    rowwise_with_gw_hp   rowwise, fast           tensorwise, full, *     BF16
+
+"fast" and "full" are the accumulation. * torchao from 0.8 on: the row kernel is so slow with full
+accumulation that the GEMM runs with scales of one, and its result is read, multiplied by the scales
+of rows and columns and written again: with torch.compile by a kernel of its own (ao#2184).
+
 All that the cost model knows of a recipe is its row of `RECIPE_COSTS`.
 """
 
@@ -29,6 +40,9 @@ from autoprec.records.devices import Machine
 
 GW_HP_KERNELS = 5.0  # torchao's roofline: one for input and grad_output, three for the weight
 BLOCK_KERNELS = 6.0  # torchao's blockwise linear: input, weight twice, grad_output twice, input
+RESCALE_BYTES = 4.0  # compiled: a BF16 result is read and written; scales are short
+EAGER_RESCALE_BYTES = 12.0  # the outer product of scales written in FP32 and read, and the same
+EAGER_RESCALE_KERNELS = 2.0
 USES_SHARED = 0.25  # of a cast: the amax pass over a whole tensor serves both of its uses
 
 
@@ -36,8 +50,8 @@ USES_SHARED = 0.25  # of a cast: the amax pass over a whole tensor serves both o
 class RecipeCost:
     """The kernels and casts of a recipe; casts are compiled ones of a layer with three FP8 GEMMs.
 
-    `output` is the kernel of the output GEMM, `backward` that of the other two: torchao turns fast
-    accumulation on for the output only with tensorwise scales, rowwise kernels have it everywhere.
+    `output` is the kernel of the output GEMM, `backward` that of the other two, which are rescaled
+    afterwards where `rescales` says so.
     `cast` gives the bytes per element of an operand's casts, and the kernels of all.
     `multiple` is what K and N must be multiples of, and M where grad_weight runs in FP8.
     `fixed_kernels` replaces the kernel count whichever GEMMs run; 0: it follows the operands.
@@ -47,6 +61,7 @@ class RecipeCost:
     output: Kernel
     backward: Kernel
     cast: Callable[[Machine], tuple[float, float]]
+    rescales: bool = False
     shares_amax: bool = False
     multiple: int = FP8_MULTIPLE
     fixed_kernels: float = 0.0
@@ -61,7 +76,8 @@ _TENSORWISE = RecipeCost(
 )
 _ROWWISE = RecipeCost(
     output=Kernel.FP8_ROWWISE,
-    backward=Kernel.FP8_ROWWISE,
+    backward=Kernel.FP8_SLOW,
+    rescales=True,
     cast=lambda m: (m.rowwise_cast_bytes, m.rowwise_cast_kernels),
 )
 _BLOCKWISE = RecipeCost(
@@ -88,13 +104,21 @@ RECIPE_COSTS: dict[Recipe, RecipeCost] = {
 }
 
 
+def recipe_cost(machine: Machine, recipe: Recipe) -> RecipeCost:
+    """Return what a recipe costs with the software that is assumed on the device."""
+    cost = RECIPE_COSTS[recipe]
+    if cost.rescales and not machine.rescales_rowwise:
+        cost = replace(cost, backward=Kernel.FP8_ROWWISE, rescales=False)
+    return cost
+
+
 def cast_us(
     machine: Machine, M: int, K: int, N: int, recipe: Recipe, gemms: Sequence[Gemm], compiled: bool
 ) -> float:
     """Return the microseconds of the casts for the FP8 GEMMs in `gemms` (none: 0)."""
     if not gemms:
         return 0.0
-    cost, direct = RECIPE_COSTS[recipe], machine.direct_cast_share
+    cost, direct = recipe_cost(machine, recipe), machine.direct_cast_share
     eager = machine.eager_cast_bytes, machine.eager_cast_kernels
     per_element, kernels = cost.cast(machine) if compiled else eager
 
@@ -119,3 +143,21 @@ def cast_us(
     )
     us = moved / machine.bytes_per_us + kernels * machine.kernel_floor_us
     return us if compiled else max(us, kernels * machine.eager_host_us)
+
+
+def rescale_us(
+    machine: Machine, M: int, K: int, N: int, recipe: Recipe, gemms: Sequence[Gemm], compiled: bool
+) -> float:
+    """Return the microseconds in which the results of `gemms` are scaled after their GEMMs."""
+    if not recipe_cost(machine, recipe).rescales:
+        return 0.0
+    per_element = RESCALE_BYTES if compiled else EAGER_RESCALE_BYTES
+    floor = machine.kernel_floor_us
+    if not compiled:
+        floor = EAGER_RESCALE_KERNELS * max(floor, machine.eager_host_us)
+    results = {Gemm.GRAD_INPUT: M * K, Gemm.GRAD_WEIGHT: K * N}
+    return sum(
+        floor + size * per_element / machine.bytes_per_us
+        for gemm, size in results.items()
+        if gemm in gemms
+    )

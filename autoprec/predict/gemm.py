@@ -1,8 +1,13 @@
 """GEMM time by shape and kernel: tiles, waves, traffic and a floor.
 
     t = floor + max(compute, traffic) + overlap_share * min(compute, traffic)
-    compute = waves * tile flops / (peak per processor * achieved fraction)
+    compute = waves * (tile flops / (peak per processor * achieved fraction) + tile_us) / clock
     waves   = wave_share * ceil(filled) + (1 - wave_share) * filled,  filled = tiles / processors
+    clock   = (1 + boost) / (1 + boost * compute / (compute + 2 ms))
+
+A tile fills its pipeline before its first product and stores its result behind its last: `tile_us`,
+which a short K does not hide. Under the power limit clocks fall within milliseconds, more in BF16
+than in FP8: the fraction is what a long GEMM sustains, a short one is faster by up to `boost`.
 
 The kernel takes the cheapest of four tile shapes; a tile of half the area costs
 `small_tile_factor` more per flop, since its operands are reused half as often. The achieved
@@ -12,9 +17,10 @@ real on a power-limited H100), and full accumulation costs FP8 a fifth.
 Where there are fewer tiles than processors, cuBLAS splits K over several of them and adds partial
 sums in FP32 (vLLM PR#23280's BF16 GEMMs of width 2112 are else priced up to twice too slow).
 
-PyTorch's rowwise kernel (RowwiseScaledMM.cu) walks the tiles in blocks ("swizzled") only from
-`rowwise_swizzle_from` rows and columns on. Below, it walks along the shorter side of the output;
-once the operand of that side no longer fits the L2 cache, each wave reads it again from memory.
+Row scales run in PyTorch's CUTLASS kernel (RowwiseScaledMM.cu), which walks the tiles in blocks
+("swizzled") only from `rowwise_swizzle_from` rows and columns on. Below, it walks along the shorter
+side of the output; once the operand of that side no longer fits the L2 cache, each wave reads it
+again from memory. On Hopper from CUDA 12.9 on they run in cuBLASLt (ScaledBlas.cpp), as any other.
 """
 
 import math
@@ -28,6 +34,7 @@ from autoprec.records.devices import Machine
 TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2))  # rows, columns, halvings
 SPLITS = (1, 2, 4, 8)
 SHORTEST_SPLIT = 1024  # of K: a shorter sum does not fill a tile's pipeline
+BOOST_US = 2e3  # of work after which half of the boost is gone
 PARTIAL_BYTES = 8  # an FP32 partial sum is written and read
 
 
@@ -49,16 +56,19 @@ class Traits:
     peak: str
     fraction: str
     floor: str
+    boost: str
     operand_bytes: int
     output_bytes: int = 2  # FP8 GEMMs write BF16
-    splits_k: bool = False  # CUTLASS's rowwise kernels do not
+    splits_k: bool = False  # CUTLASS's kernels do not
 
 
-_fp8 = partial(Traits, "fp8_peak_tflops", operand_bytes=1)
+_fp8 = partial(Traits, "fp8_peak_tflops", boost="fp8_boost", operand_bytes=1)
 KERNELS = {
-    Kernel.FP32: Traits("fp32_peak_tflops", "fp32_fraction", "bf16_gemm_floor_us", 4, 4),
+    Kernel.FP32: Traits(
+        "fp32_peak_tflops", "fp32_fraction", "bf16_gemm_floor_us", "bf16_boost", 4, 4
+    ),
     Kernel.BF16: Traits(
-        "bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", 2, splits_k=True
+        "bf16_peak_tflops", "bf16_fraction", "bf16_gemm_floor_us", "bf16_boost", 2, splits_k=True
     ),
     Kernel.FP8_FAST: _fp8("fp8_fraction", "tensorwise_gemm_floor_us", splits_k=True),
     Kernel.FP8_SLOW: _fp8("fp8_slow_fraction", "tensorwise_gemm_floor_us", splits_k=True),
@@ -72,10 +82,13 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     traits = KERNELS[kernel]
     compulsory: float = traits.operand_bytes * (M * K + K * N) + traits.output_bytes * M * N
     flops_per_us = kernel_flops_per_us(machine, kernel) / machine.sm_count
-    in_order = kernel is Kernel.FP8_ROWWISE and min(M, N) < machine.rowwise_swizzle_from
+    boost: float = getattr(machine, traits.boost)
+    has_cutlass = kernel is Kernel.FP8_ROWWISE and not machine.rowwise_is_cublas
+    splits_k = traits.splits_k or (kernel is Kernel.FP8_ROWWISE and not has_cutlass)
+    in_order = has_cutlass and min(M, N) < machine.rowwise_swizzle_from
     rereads = in_order and min(M, N) * K > machine.l2_cache_mb * 1e6
     best = math.inf
-    for (rows, columns, halvings), splits in product(TILES, SPLITS if traits.splits_k else (1,)):
+    for (rows, columns, halvings), splits in product(TILES, SPLITS if splits_k else (1,)):
         down, across = math.ceil(M / rows), math.ceil(N / columns)
         if splits > 1 and (down * across >= machine.sm_count or splits * SHORTEST_SPLIT > K):
             continue
@@ -83,7 +96,8 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
         waves = max(down * across * splits / machine.sm_count, 1.0)
         paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
         tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
-        compute = paid * tile_flops / flops_per_us
+        compute = paid * (tile_flops / flops_per_us + machine.tile_us)
+        compute *= (1 + boost * compute / (compute + BOOST_US)) / (1 + boost)
         traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
         if rereads:  # the operand of the shorter side, with each wave
             along, beside = (rows, columns) if M <= N else (columns, rows)

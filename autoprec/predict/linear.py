@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.errors import DeviceError
 from autoprec.model.options import FP8_MULTIPLE, shape_refusal
-from autoprec.predict.casts import RECIPE_COSTS, cast_us
+from autoprec.predict.casts import RECIPE_COSTS, cast_us, recipe_cost, rescale_us
 from autoprec.predict.gemm import Kernel, gemm_us
 from autoprec.predict.spelling import parse_recipe
 from autoprec.records.devices import (
@@ -43,7 +43,7 @@ class LinearTimes:
 
     @property
     def total(self) -> float:
-        """GEMMs and casts."""
+        """GEMMs, and casts with the rescaling of rowwise gradients."""
         return self.gemms + self.cast
 
 
@@ -93,6 +93,7 @@ def predict_linear(
         speedup=speedup,
         refusal=refusal,
         basis=Basis.PREDICTED,
+        software=str(profile.software),
     )
 
 
@@ -130,13 +131,16 @@ def linear_times(
     # In eager mode no kernel is faster than the host launches it.
     floor = 0.0 if compiled else machine.eager_host_us
     us = {
-        gemm.value: max(gemm_us(machine, *shape, _kernel(option, gemm)), floor)
+        gemm.value: max(gemm_us(machine, *shape, _kernel(machine, option, gemm)), floor)
         for gemm, shape in zip(Gemm, gemm_shapes(M, K, N), strict=True)
         if gemm in gemms
     }
     if option.recipe is not None:
         fp8 = [gemm for gemm in option.fp8_gemms if gemm in gemms]
-        us["cast"] = cast_us(machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled)
+        us["cast"] = sum(
+            part(machine, M, K, N, recipe=option.recipe, gemms=fp8, compiled=compiled)
+            for part in (cast_us, rescale_us)
+        )
     return LinearTimes(**us)
 
 
@@ -150,10 +154,10 @@ def gemm_shapes(M: int, K: int, N: int) -> tuple[tuple[int, int, int], ...]:
     return ((M, K, N), (M, N, K), (K, M, N))
 
 
-def _kernel(option: Option, gemm: Gemm) -> Kernel:
+def _kernel(machine: Machine, option: Option, gemm: Gemm) -> Kernel:
     if option.recipe is None or gemm not in option.fp8_gemms:
         return Kernel.FP32 if option.precision is Precision.FP32 else Kernel.BF16
-    cost = RECIPE_COSTS[option.recipe]
+    cost = recipe_cost(machine, option.recipe)
     return cost.output if gemm is Gemm.OUTPUT else cost.backward
 
 

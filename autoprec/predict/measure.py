@@ -19,6 +19,7 @@ import torch
 
 from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_line
+from autoprec.common.versions import software_versions
 from autoprec.device.cuda_clock import graph_replay
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
@@ -37,7 +38,7 @@ from autoprec.predict.calibrate import CastTimes, Measured, Shape, calibrate_pro
 from autoprec.predict.gemm import Kernel
 from autoprec.predict.registry import find_profile
 from autoprec.profiler.compiling import COMPILED, INDUCTOR, Backend, open_compilation
-from autoprec.records.devices import DeviceProfile
+from autoprec.records.devices import DeviceProfile, Software
 from autoprec.records.model import fp8_option
 
 LARGE: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 14336))
@@ -69,7 +70,15 @@ def measure_device_profile(target: str = "cuda") -> DeviceProfile:
     clock, monitor = make_clock(device), find_monitor(device)
     measured = take_measurements(device, clock=clock, shapes=LARGE, monitor=monitor)
     source = f"autoprec devices measure on {name}, torch {torch.__version__}"
-    return calibrate_profile(base, measured, title=safe_title(name), source=source)
+    return calibrate_profile(
+        base, measured, title=safe_title(name), source=source, software=software_here()
+    )
+
+
+def software_here() -> Software:
+    """Return the versions that run here; a default where one cannot be read (ROCm has no CUDA)."""
+    known = {**software_versions(), "cuda": torch.version.cuda}
+    return Software(**{n: v for n in Software.model_fields if (v := known.get(n))})
 
 
 def base_profile(name: str, capability: tuple[int, int]) -> DeviceProfile:

@@ -150,7 +150,7 @@ def device_facts(profile: DeviceProfile, *, compiled: bool) -> DeviceFacts:
         threads=0,
         allow_tf32=False,
         compile_mode="default" if compiled else "eager",
-        software={},
+        software={"assumed": str(profile.software)},
         fp8_recipes=tuple(recipe.value for recipe in profile.fp8_recipes),
         fp8_reason=profile.fp8_reason,
         missing=(("driver", "the device is not here"),),

@@ -6,7 +6,7 @@ has one, in the RTX 5090's bandwidth) is an error when the file is read and not 
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
@@ -22,6 +22,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a name is shown in one line and may n
 FP8_GAIN = (1.0, 4.0)  # of the peak over BF16's
 FP8_FRACTIONS = ("fp8_fraction", "fp8_slow_fraction", "fp8_rowwise_fraction", "fp8_block_fraction")
 _BEFORE_BF16 = re.compile(r"[1-7]\.\d")  # NVIDIA has BF16 units from compute capability 8.0 on
+VERSION = r"^\d+\.\d+[A-Za-z0-9.+]*$"
+CUBLAS_ROWWISE = 12, 9  # the CUDA whose cuBLAS has row scales, on Hopper alone (ScaledBlas.cpp)
+RESCALED_ROWWISE = 0, 8  # the torchao whose rowwise gradients are rescaled after (ao PR#1377)
 _BOOST = 1.2  # boost clocks take consumer cards over the data sheet's peak
 
 
@@ -50,8 +53,9 @@ class Bounds:
         return f"between {self.low:g} and {self.high:g}{unit}"
 
 
-def _in(unit: str, low: float, high: float, meaning: str) -> Any:  # Any: as dataclasses.field
-    return field(metadata={"bounds": Bounds(unit, low, high, meaning)})
+# Any: as dataclasses.field
+def _in(unit: str, low: float, high: float, meaning: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"bounds": Bounds(unit, low, high, meaning)})
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,15 @@ class Machine:
     speedup_error_high: float = _in("1", 0.0, 0.7, "90 % quantile of it")
     time_error: float = _in("1", 0.0, 1.0, "80 % half-width of a predicted time, log units")
     step_error: float = _in("1", 0.0, 1.0, "80 % half-width of a whole-training speedup, absolute")
+    # Files of before these constants are read, with nothing of what they say.
+    tile_us: float = _in("us", 0.0, 50.0, "start and end of a GEMM's tile, not hidden", default=0.0)
+    bf16_boost: float = _in(
+        "1", 0.0, 1.0, "how much faster short BF16 GEMMs run, clocks still high", default=0.0
+    )
+    fp8_boost: float = _in("1", 0.0, 1.0, "the same, FP8 GEMMs", default=0.0)
+    # What the software does (`DeviceProfile.software`), 0 or 1: no constants of the device.
+    rowwise_is_cublas: float = 0.0
+    rescales_rowwise: float = 1.0
 
     @property
     def bytes_per_us(self) -> float:
@@ -119,7 +132,9 @@ class Machine:
         return self.memory_bandwidth_tbs * 1e6 * self.memory_fraction
 
 
-CONSTANTS: dict[str, Bounds] = {item.name: item.metadata["bounds"] for item in fields(Machine)}
+_CONSTANT_FIELDS = [item for item in fields(Machine) if "bounds" in item.metadata]
+CONSTANTS: dict[str, Bounds] = {item.name: item.metadata["bounds"] for item in _CONSTANT_FIELDS}
+OPTIONAL_CONSTANTS = {item.name for item in _CONSTANT_FIELDS if item.default is not MISSING}
 
 
 def _one_printed_line(text: str) -> str:
@@ -140,11 +155,31 @@ class Constant(Record):
     source: Line = Field(min_length=1)
 
 
+class Software(Record):
+    """The versions that a prediction assumes: they decide which kernels a recipe runs.
+
+    The defaults are those of a fresh `pip install torch torchao`.
+    """
+
+    torch: str = Field("2.11", pattern=VERSION)
+    cuda: str = Field("13.0", pattern=VERSION)
+    torchao: str = Field("0.18", pattern=VERSION)
+
+    def is_from(self, name: str, version: tuple[int, int]) -> bool:
+        """Return whether one of them is at least a version, e.g. `("cuda", (12, 9))`."""
+        major, minor = re.findall(r"\d+", getattr(self, name))[:2]
+        return (int(major), int(minor)) >= version
+
+    def __str__(self) -> str:
+        return f"torch {self.torch}, CUDA {self.cuda}, torchao {self.torchao}"
+
+
 class DeviceProfile(FileRecord):
     """A device as the cost model sees it.
 
     `fp8_recipes` is empty where the device has no FP8 units, and `fp8_reason` says so.
-    `basis` is `measured` for a profile that `autoprec devices measure` wrote.
+    `basis` is `measured` for a profile that `autoprec devices measure` wrote. `software` is what is
+    assumed to run on the device: edit it in a copy of the file to price another version.
     """
 
     KIND = "device_profile"
@@ -158,6 +193,7 @@ class DeviceProfile(FileRecord):
     fp8_recipes: tuple[Recipe, ...]
     fp8_reason: Line
     basis: Basis
+    software: Software = Software()
     constants: dict[str, Constant]
     notes: tuple[Line, ...] = ()
 
@@ -168,12 +204,12 @@ class DeviceProfile(FileRecord):
 
     @model_validator(mode="after")
     def _check_constants(self) -> Self:
-        if missing := CONSTANTS.keys() - self.constants.keys():
+        if missing := CONSTANTS.keys() - self.constants.keys() - OPTIONAL_CONSTANTS:
             raise ValueError(f"constant {min(missing)!r} is missing")
         if unknown := self.constants.keys() - CONSTANTS.keys():
             raise ValueError(f"constant {min(unknown)!r} is unknown")
-        for name, bounds in CONSTANTS.items():
-            _check_constant(name, self.constants[name], bounds)
+        for name, constant in self.constants.items():
+            _check_constant(name, constant, CONSTANTS[name])
         if bool(self.fp8_recipes) != (self.value("fp8_peak_tflops") > 0):
             raise ValueError("fp8_recipes and fp8_peak_tflops must both be there or both be absent")
         if not self.fp8_recipes and not self.fp8_reason:
@@ -187,8 +223,13 @@ class DeviceProfile(FileRecord):
 
     @property
     def machine(self) -> Machine:
-        """The constants as plain floats: what the cost model's formulas read."""
-        return Machine(**{name: self.value(name) for name in CONSTANTS})
+        """The constants as plain floats, and what the software does: what the formulas read."""
+        software, is_hopper = self.software, self.capability.startswith("9.")
+        return Machine(
+            **{name: constant.value for name, constant in self.constants.items()},
+            rowwise_is_cublas=is_hopper and software.is_from("cuda", CUBLAS_ROWWISE),
+            rescales_rowwise=software.is_from("torchao", RESCALED_ROWWISE),
+        )
 
     @property
     def has_fp8(self) -> bool:
@@ -265,6 +306,7 @@ class LinearPrediction(Record):
     """What a linear [M, K] @ [K, N] costs on a device in BF16 and in FP8, and what FP8 gains.
 
     `refusal` says why FP8 cannot run ("" when it can; `fp8` and the speedups are then there).
+    `software` are the versions that were assumed, "" where it is not known.
     """
 
     device: str
@@ -279,3 +321,4 @@ class LinearPrediction(Record):
     speedup: Prediction | None
     refusal: str
     basis: Basis
+    software: str = ""
