@@ -40,7 +40,7 @@ from autoprec.device.local import device_facts, find_sensor, release_memory, res
 from autoprec.errors import AutoprecError
 from autoprec.predict import load_device_profile
 from autoprec.predict.calibrate import calibrate_profile
-from autoprec.predict.measure import CAST, LARGE, safe_title, take_measurements
+from autoprec.predict.measure import CAST, LARGE, safe_title, software_here, take_measurements
 from autoprec.profiler.proving import cuda_kernels, is_fp8_kernel
 from autoprec.records import fp8_option
 

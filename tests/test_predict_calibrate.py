@@ -26,6 +26,7 @@ from autoprec.predict.measure import (
     base_profile,
     casts_of,
     measure_device_profile,
+    software_here,
     take_measurements,
     time_compiled_casts,
 )
@@ -139,6 +140,17 @@ def test_eager_casts_give_what_a_kernel_costs_the_host() -> None:
     assert found["eager_cast_kernels"] == 45.0
     moving_us = found["eager_cast_bytes"] * 2**25 / machine.bytes_per_us
     assert moving_us + 15 * machine.kernel_floor_us == pytest.approx(500.0)
+
+
+def test_a_measured_profile_says_which_software_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    software = software_here()
+    assert software.cuda == "12.8"
+    assert torch.__version__.startswith(software.torch)
+    made = calibrate_profile(H100, measured(), title="x", source="a test", software=software)
+    assert made.software == software
+    assert H100.machine.rowwise_is_cublas
+    assert not made.machine.rowwise_is_cublas
 
 
 def test_measured_casts_are_labelled_and_absurd_ones_refused() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from autoprec.common.recipes import Recipe
 from autoprec.common.text import first_line
-from autoprec.common.versions import software_versions
+from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.cuda_clock import graph_replay
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
@@ -76,9 +76,10 @@ def measure_device_profile(target: str = "cuda") -> DeviceProfile:
 
 
 def software_here() -> Software:
-    """Return the versions that run here; a default where one cannot be read (ROCm has no CUDA)."""
-    known = {**software_versions(), "cuda": torch.version.cuda}
-    return Software(**{n: v for n in Software.model_fields if (v := known.get(n))})
+    """Return the versions that run here; the default of one that is not (a CPU has no CUDA)."""
+    found = {**software_versions(), "cuda": torch.version.cuda}
+    known = {name: found.get(name) for name in Software.model_fields}
+    return Software(**{n: v for n, v in known.items() if v and v != NOT_INSTALLED})
 
 
 def base_profile(name: str, capability: tuple[int, int]) -> DeviceProfile:
