@@ -94,10 +94,15 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
 
 def type_name(module: nn.Module) -> str:
     """Return the module's class with its Python module; its own where torch made another of it."""
-    cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-    if cls.__bases__[0].__name__ == "FSDPModule":  # `fully_shard` makes (FSDPModule, own)
-        cls = cls.__bases__[1]
+    cls = own_type(module)
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def own_type(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class without what parametrization and `fully_shard` made of it."""
+    cls = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    # fully_shard makes a class of (FSDPModule, own)
+    return cls.__bases__[1] if cls.__bases__[0].__name__ == "FSDPModule" else cls
 
 
 def unwrapped(model: nn.Module, *, parallel: bool = False) -> nn.Module:

@@ -16,6 +16,7 @@ from autoprec.device.ranks import largest_over_ranks
 from autoprec.model.capture import run_step
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
+from autoprec.model.local_copy import is_divided, local_copy
 from autoprec.model.recording import Call, recorded_calls
 from autoprec.profiler.candidates import MakeLayer
 from autoprec.records import BF16_O2, FP32, LayerSpec, ModelSpec, Option
@@ -62,6 +63,7 @@ def uniform_options(groups: Iterable[Group], *, fp8: bool = False) -> dict[str, 
 class RecordedStep:
     """One step of the FP32 model: its layers, what they were called with, and the ms it took."""
 
+    model: nn.Module
     layers: Mapping[str, nn.Module]
     calls: Mapping[str, Sequence[Call]]
     step_ms: float
@@ -69,8 +71,11 @@ class RecordedStep:
 
     def first_of(self, group: Group) -> tuple[Sequence[Call], MakeLayer]:
         """Return the calls of a group's first layer, and the function that makes copies of it."""
-        name = group.first.name
-        return self.calls[name], lambda: copy_layer(self.layers[name], self.build_model, name)
+        name, layer = group.first.name, self.layers[group.first.name]
+        if is_divided(layer):
+            own = local_copy(self.model, layer)
+            return self.calls[name], lambda: copy.deepcopy(own)
+        return self.calls[name], lambda: copy_layer(layer, self.build_model, name)
 
 
 def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
@@ -86,7 +91,9 @@ def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     step_ms = largest_over_ranks([(time.perf_counter() - started) * 1e3])[0]
-    return RecordedStep(layers, calls, step_ms, lambda: workload.build_model().to(device).train())
+    return RecordedStep(
+        model, layers, calls, step_ms, lambda: workload.build_model().to(device).train()
+    )
 
 
 def record_step(

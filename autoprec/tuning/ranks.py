@@ -13,6 +13,7 @@ from typing import TypeVar
 from autoprec import __version__
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
+from autoprec.errors import SettingsError
 from autoprec.tuning.settings import Settings, all_settings
 
 Q = TypeVar("Q")
@@ -81,9 +82,15 @@ def check_ranks(settings: Settings, workload_digest: str) -> None:
 
     Raises:
         DeviceError: one was not; on every rank.
+        SettingsError: workers are asked for beside them.
     """
-    from autoprec.device.ranks import check_same
+    from autoprec.device.ranks import check_same, world_size
 
+    if settings.has_workers:
+        raise SettingsError(
+            "--workers and --launcher train branches apart, in processes of their own, but these "
+            f"{world_size()} ranks train one model together; leave them out"
+        )
     known = {name: str(getattr(settings, name)) for name in all_settings()}
     check_same("settings (--seed and the others)", short_digest(known))
     check_same(f"text in {settings.workload or settings.script or 'the workload'}", workload_digest)
