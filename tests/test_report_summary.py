@@ -6,6 +6,7 @@ import pytest
 
 from autoprec.records import (
     BF16_O2,
+    AsWritten,
     Basis,
     LossGap,
     PredictedStep,
@@ -307,3 +308,24 @@ def test_the_headline_is_against_what_the_user_runs_now() -> None:
     headline = summarise_run(changed).headline
     assert headline.startswith("Step speedup 2.00x over as written, ")
     assert "over FP32" not in headline
+
+
+def test_a_step_that_is_not_the_device_s_own_time_is_said_to_be_none() -> None:
+    run = make_run()
+    proof = run.verification
+    assert proof
+    first, *others = proof.steps
+    odd = first.model_copy(update={"is_host_bound": True, "note": "it does not compile (graph)"})
+    changed = replace(run, verification=proof.model_copy(update={"steps": (odd, *others)}))
+    new = set(summarise_run(changed).notes) - set(summarise_run(run).notes)
+    assert any(note.startswith("the host bounds the step 'FP32'") for note in new)
+    assert "the step 'FP32' was timed eagerly: it does not compile (graph)" in new
+
+
+def test_the_user_s_own_step_is_named_by_what_it_is() -> None:
+    run = make_run()
+    assert run.profile
+    written = AsWritten(autocast="bfloat16", is_compiled=True)
+    model = run.profile.model.model_copy(update={"as_written": written})
+    found = summarise_run(replace(run, profile=run.profile.model_copy(update={"model": model})))
+    assert found.title("as_written") == "as written (autocast bfloat16, compiled)"

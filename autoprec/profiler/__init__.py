@@ -11,4 +11,4 @@ proving     the CUDA kernels that really ran
 
 from autoprec.profiler.compiling import open_compilation
 from autoprec.profiler.measure import profile_model
-from autoprec.profiler.steps import time_steps
+from autoprec.profiler.steps import time_steps, written_variants

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.common.text import first_and_more
-from autoprec.records import Basis, Estimate, LossGap, Plan, Precision, Profile, Verdict
+from autoprec.records import (
+    Basis,
+    Estimate,
+    LossGap,
+    Plan,
+    Precision,
+    Profile,
+    StepTiming,
+    Verdict,
+)
 from autoprec.report import formats
 from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
@@ -112,10 +121,15 @@ class Summary:
         return peak, baseline, Basis.MEASURED
 
     def title(self, label: str) -> str:
-        """Return the name of a step; FP32 says so where its GEMMs ran in TF32."""
-        profile = self.run.profile
-        in_tf32 = label == "fp32" and profile is not None and profile.device.allow_tf32
-        return f"{step_title(label)} (TF32 GEMMs)" if in_tf32 else step_title(label)
+        """Return the name of a step, with what the user's own one is, and where FP32 is TF32."""
+        profile, details = self.run.profile, []
+        if label == "as_written" and profile and (written := profile.model.as_written):
+            details += [f"autocast {written.autocast}"] if written.autocast else []
+            details += [f"{dtype} parameters" for dtype in written.parameters]
+            details += ["compiled"] if written.is_compiled else []
+        if label == "fp32" and profile and profile.device.allow_tf32:
+            details.append("TF32 GEMMs")
+        return f"{step_title(label)} ({', '.join(details)})" if details else step_title(label)
 
     @property
     def is_compiled(self) -> bool:
@@ -217,6 +231,8 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)
     for reason, count in infeasible.most_common():
         yield f"{count_of(count, 'option')} could not run: {reason}"
+    for step in profile.steps:
+        yield from _step_notes(step)
     for fact, reason in profile.device.missing:
         yield f"{fact} is not known: {reason}"
     if profile.basis is not Basis.MEASURED:
@@ -225,6 +241,17 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         yield (
             "times are those of torch.compile; sensitivity and verification train eagerly, whose "
             "numbers differ in the order of sums"
+        )
+
+
+def _step_notes(step: StepTiming) -> Iterator[str]:
+    """Yield what a step's time is not: compiled, or the device's own."""
+    if step.note:
+        yield f"the step {step_title(step.label)!r} was timed eagerly: {step.note}"
+    if step.is_host_bound:
+        yield (
+            f"the host bounds the step {step_title(step.label)!r}: it queues work no faster than "
+            "the device does it, so that faster GEMMs gain little; compile, or give larger batches"
         )
 
 
@@ -238,6 +265,8 @@ def _unmeasured(run: RunRecords) -> Iterator[str]:
         yield from run.sensitivity.notes
         if run.sensitivity.batches == 1:
             yield "sensitivity used a single batch: its standard errors are unknown"
+    for step in run.verification.steps if run.verification else ():
+        yield from _step_notes(step)
     for record in (run.verification, run.plan):
         yield from record.notes if record else ()
 

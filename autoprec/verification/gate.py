@@ -23,7 +23,7 @@ from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
-from autoprec.profiler import open_compilation, time_steps
+from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records import (
     Basis,
     ModelSpec,
@@ -218,9 +218,9 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
 
 
 def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[StepTiming, ...]:
-    """Time FP32, BF16 O2, autocast and plan in turn; nothing when the target is not here.
+    """Time the step as the user runs it, FP32, BF16 O2, autocast and the plan, in turn.
 
-    They are compiled if the profile is. A plan that equals uniform BF16 O2 is timed as a variant of
+    Nothing is timed when the target is not the device at hand. Steps are compiled if the profile is. A plan that equals uniform BF16 O2 is timed as a variant of
     its own all the same: the two intervals then show how well equal ones agree.
     """
     basis = plan.fingerprint.time_basis if profile is None else profile.basis
@@ -228,10 +228,12 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
         return ()  # times of this device would say nothing about the target
     mode = plan.fingerprint.compile_mode if profile is None else profile.device.compile_mode
     _, control, chosen = session.variants(plan)
+    written = None if profile is None else profile.model.as_written
     with open_compilation(session.context.device, mode) as compilation:
         return time_steps(
             session.context,
             {
+                **written_variants(written, compiled=compilation is not None),
                 "fp32": {},
                 "bf16_o2": control.options,
                 "autocast_bf16": "autocast_bf16",
