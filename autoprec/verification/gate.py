@@ -220,8 +220,9 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
 def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[StepTiming, ...]:
     """Time the step as the user runs it, FP32, BF16 O2, autocast and the plan, in turn.
 
-    Nothing is timed when the target is not the device at hand. Steps are compiled if the profile is. A plan that equals uniform BF16 O2 is timed as a variant of
-    its own all the same: the two intervals then show how well equal ones agree.
+    Nothing is timed when the target is not the device at hand. Steps are compiled if the profile's
+    are. A plan that equals uniform BF16 O2 is timed as a variant of its own all the same: the two
+    intervals then show how well equal ones agree.
     """
     basis = plan.fingerprint.time_basis if profile is None else profile.basis
     if basis is not Basis.MEASURED:
