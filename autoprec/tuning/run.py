@@ -264,7 +264,7 @@ class Run:
 
     def _make_profile(self) -> Profile:
         options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
-        compiled = self.settings.is_compiled
+        compiled = self.settings.compile
         if self.target is None:
             from autoprec.profiler import profile_model
 
@@ -279,7 +279,7 @@ class Run:
             self.spec,
             self.target,
             parallel=parallel,
-            compiled=compiled,
+            compiled=compiled is not False,
             options=options,
             gemms_hp=gemms_hp,
         )
@@ -414,6 +414,14 @@ class Run:
         made_on_first(lambda: self.folder.keep(made, digest))
         return made
 
+    def _device_name(self) -> str:
+        """Return the name of the device whose times are measured; "" where they are predicted."""
+        if self.target is not None:
+            return ""
+        from autoprec.device.local import device_name
+
+        return device_name(self.device)
+
     def _known(self, record: type[R]) -> tuple[R | None, str]:
         """Return the folder's record, where this run is not to make it, and its inputs' digest.
 
@@ -422,7 +430,10 @@ class Run:
         stage, path = record.KIND, self._path(record.KIND)
         if stage not in self.stages:
             return record.load(path), ""
-        digest = "" if self.is_live else self.folder.digest(stage, self.settings, self.target)
+        digest = ""
+        if not self.is_live:
+            device = self._device_name() if stage == "profile" else ""
+            digest = self.folder.digest(stage, self.settings, self.target, device=device)
         is_known = self.settings.resume and self.folder.has(stage, digest)
         return record.load(path) if is_known else None, digest
 
