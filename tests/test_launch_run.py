@@ -364,7 +364,8 @@ def test_a_guard_runs_the_schedule_of_a_plan(
     )
     poisoned += "assert model.head.weight.isfinite().all()\n"
     assert run(tmp_path, poisoned, "2", guard=True).status == 0
-    assert run(tmp_path, poisoned, "2").status == 1
+    with pytest.raises(PlanMismatchError, match="finite gradients, but it does not; it begins in"):
+        run(tmp_path, poisoned, "2")
 
 
 def _flat(value: object) -> list[object]:

@@ -1,5 +1,6 @@
 """What a refuted plan teaches, and that the report says it."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -71,3 +72,12 @@ def test_the_notes_name_the_layers_that_left_fp8() -> None:
     same = repair_notes(plan(TENSORWISE, 0.01), [refuted(0.04, 0.1, diverged_at=1)], skipped=0)
     assert "diverged at step 1" in same[0]
     assert "no layer, but recipes are more precise" in same[0]
+
+
+def test_the_notes_name_the_layers_whose_first_step_is_not_finite() -> None:
+    seen = refuted(0.04, 0.1, diverged_at=0)
+    branches = [each.model_copy(update={"not_finite": ("first", "norm")}) for each in seen.branches]
+    (note,) = repair_notes(plan(FP32, 0.0), [replace(seen, branches=tuple(branches))], skipped=0)
+    assert (
+        "(diverged at step 0: its gradients are not finite, beginning in 'first', 'norm')" in note
+    )

@@ -13,6 +13,7 @@ from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.attach import check_optimizer
+from autoprec.runtime.finite import watch_first_step
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
@@ -24,8 +25,13 @@ def load_plan(plan: Plan | Path | str) -> Plan:
     return plan if isinstance(plan, Plan) else Plan.load(plan)
 
 
-def apply_plan(plan: Plan, model: nn.Module, *optimizers: Optimizer) -> None:
+def apply_plan(
+    plan: Plan, model: nn.Module, *optimizers: Optimizer, is_guarded: bool = False
+) -> None:
     """Apply a plan to a model and all its optimizers; on an error to none of them.
+
+    The first step must then have finite gradients, or it raises before it trains anything; a guard,
+    where there is one, looks at every step itself.
 
     Raises:
         PlanMismatchError: as `autoprec.apply` and `autoprec.attach_optimizer`.
@@ -35,6 +41,8 @@ def apply_plan(plan: Plan, model: nn.Module, *optimizers: Optimizer) -> None:
     apply(plan, model, optimizers[0] if optimizers else None)
     for optimizer in optimizers[1:]:
         attach_optimizer(model, optimizer)
+    if not is_guarded:
+        watch_first_step(model)
 
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:

@@ -36,7 +36,8 @@ class Branch(Record):
     """One branch of one seed: a candidate trained from the common checkpoint and evaluated in FP32.
 
     `label` is `reference`, `bf16_o2` (the control) or `plan`. `diverged_at` is the branch step at
-    which the loss became NaN or infinite (None: it did not); `eval_loss` is then None.
+    which the loss became NaN or infinite (None: it did not); `eval_loss` is then None. `not_finite`
+    are the layers at fault where gradients were not finite in the first step, in forward order.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Branch(Record):
     diverged_at: NonNegativeInt | None
     curve: tuple[float, ...]
     eval_losses: tuple[float, ...] = ()
+    not_finite: tuple[str, ...] = ()
 
 
 def loss_gaps(

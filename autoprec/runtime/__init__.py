@@ -11,6 +11,7 @@ masters    the FP32 masters of BF16 parameters
 attach     an optimizer that trains them
 ranks      the same plan on every rank, or one error on all
 proof      what really ran, against the plan
+finite     whether the first step of a plan stays finite
 checkpoint model, optimizer and guard in one file, and back
 """
 

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.errors import PlanMismatchError
+from autoprec.runtime.finite import FIRST, check_first_step
 from autoprec.runtime.gathers import check_gathers
 from autoprec.runtime.masters import (
     LIVE,
@@ -137,7 +138,12 @@ def watch_optimizers() -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
 def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's hook
-    """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first."""
+    """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first.
+
+    The first step of a model that is watched is checked as it is now.
+    """
+    if FIRST:
+        check_first_step(optimizer)
     attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
     if attachment is not None:
         hooks: Any = optimizer._optimizer_step_pre_hooks  # Any: typed as a dict, but ordered

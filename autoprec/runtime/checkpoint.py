@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_only
 
 from autoprec.common.files import PARTIAL, replace_file
-from autoprec.common.text import error_line
+from autoprec.common.text import error_line, first_and_more
 from autoprec.errors import RecordError
 from autoprec.model.layers import unwrapped
+from autoprec.runtime.finite import not_finite
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -54,6 +55,7 @@ def save_checkpoint(
     guard: "Stateful | None" = None,
     step: int = 0,
     extra: Mapping[str, Any] | None = None,  # Any: tensors and plain data
+    must_be_finite: bool = True,
 ) -> Path:
     """Write model, optimizer and guard to one file, which a kill leaves whole: the old or the new.
 
@@ -68,14 +70,16 @@ def save_checkpoint(
         guard: a guard of the run, if any.
         step: how many steps were done.
         extra: more to save, of tensors and plain data: a scheduler's state, random states.
+        must_be_finite: refuse parameters, masters and moments with a NaN or an infinity: a run
+            cannot go on from them.
 
     Raises:
-        RecordError: the file cannot be written, or the model is sharded.
+        RecordError: the file cannot be written, the model is sharded, or a value is not finite.
 
     Example: see `load_checkpoint`.
     """
     path = Path(path)
-    content = {
+    content: dict[str, Any] = {
         "model": unwrapped(model, parallel=True).state_dict(),
         "optimizer": optimizer.state_dict(),
         "guard": None if guard is None else guard.state_dict(),
@@ -87,11 +91,28 @@ def save_checkpoint(
             "one file holds whole tensors, but this model is sharded over ranks; save it with "
             "torch.distributed.checkpoint (get_state_dict gives it model and optimizer)"
         )
+    if must_be_finite:
+        _refuse_poisoned(path, unwrapped(model, parallel=True), content["optimizer"])
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return path
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         leftover.unlink(missing_ok=True)  # of a writer that was killed
     return replace_file(path, lambda file: torch.save(content, file))
+
+
+def _refuse_poisoned(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise RecordError if a parameter, or a tensor of the optimizer's state, is not finite."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for keys, leaf in tree_leaves_with_path(state):  # masters and moments
+        if isinstance(leaf, Tensor):
+            tensors[f"optimizer{keystr(keys)}"] = leaf
+    bad = not_finite(tensors)
+    if bad:
+        raise RecordError(
+            "a checkpoint must hold finite values to go on from, but there is a NaN or an infinity "
+            f"in {first_and_more(bad, most=4)}; {path} stays as it is: go on from that, or save "
+            "all the same with must_be_finite=False"
+        )
 
 
 def load_checkpoint(

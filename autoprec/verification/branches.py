@@ -31,6 +31,7 @@ from autoprec.model.context import Context
 from autoprec.records import Branch
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
+from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import restore, seeded
@@ -99,6 +100,7 @@ def train_branch(
     context, steps = session.context, session.terms.branch_steps
     curve: list[float] = []
     losses: tuple[float, ...] = ()
+    not_finite: tuple[str, ...] = ()
     diverged_at = None
     with seeded(context.seed, context.device):
         model, optimizer = restore(context, session.checkpoint)
@@ -111,9 +113,12 @@ def train_branch(
                 plan.callback(undo, model, optimizer)
             # the reference saw the same batches: what is far above its worst has diverged
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
+            first = None if variant.is_reference else StepWatch(model)
             training = _train(session, model, optimizer, variant.label, seed=seed)
             for step, loss in enumerate(training):
-                if not math.isfinite(loss) or loss > limit:
+                if first is not None and step == 0:
+                    not_finite = first.end(model, over_ranks=True)
+                if not_finite or not math.isfinite(loss) or loss > limit:
                     diverged_at = step
                     break
                 curve.append(loss)
@@ -129,6 +134,7 @@ def train_branch(
         diverged_at=diverged_at,
         curve=tuple(curve),
         eval_losses=losses,
+        not_finite=not_finite,
     )
 
 

@@ -14,6 +14,7 @@ from autoprec.sensitivity.gap import fit_loss_line, predicted_loss_gap
 from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
 from autoprec.verification.session import Session
 
+MOST_LISTED = 4  # layers that a sentence names
 FEWEST_EVAL_BATCHES = 2  # below it nothing is known about the batches that were not drawn
 
 
@@ -117,7 +118,7 @@ def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> li
         gap, diverged = each.gap("plan"), each.diverged("plan")
         found = "no gap" if gap is None else f"mean loss gap {gap.mean:+.2%}"
         if diverged:
-            found = f"diverged at step {diverged.diverged_at}"
+            found = f"diverged at step {diverged.diverged_at}{why_diverged(diverged)}"
         left = [
             old.name
             for old, new in zip(each.plan.layers, plan.layers, strict=True)
@@ -134,6 +135,12 @@ def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> li
             "error is too large"
         )
     return notes
+
+
+def why_diverged(branch: Branch) -> str:
+    """Return the layers at fault where a branch's first step shows them, else nothing."""
+    layers = first_and_more(map(repr, branch.not_finite), most=MOST_LISTED)
+    return f": its gradients are not finite, beginning in {layers}" if branch.not_finite else ""
 
 
 def seed_spread(evidence: Evidence) -> float | None:
@@ -187,7 +194,8 @@ def loss_exponent(session: Session) -> float | None:
 def advice(evidence: Evidence) -> str:
     """Return the seeds that it would take to decide; "" when it is decided."""
     if branch := evidence.diverged("plan"):
-        return f"the plan diverged at step {branch.diverged_at} of the branch of seed {branch.seed}"
+        where = f"at step {branch.diverged_at} of the branch of seed {branch.seed}"
+        return f"the plan diverged {where}{why_diverged(branch)}"
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""
     gaps = evidence.gaps("plan")

@@ -233,7 +233,7 @@ class Watch:
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
         try:
-            apply_plan(self.plan, inner, *owned)
+            apply_plan(self.plan, model, *owned, is_guarded=self._guard is not None)
         except AutoprecError as error:
             self.failure = error
             self.stop()

@@ -1,0 +1,173 @@
+"""A step that is not finite: found, named where it begins, and never saved."""
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autoprec
+from autoprec.errors import PlanMismatchError, RecordError
+from autoprec.integrations.plans import apply_plan
+from autoprec.records import BF16_O2, FP32
+from autoprec.runtime import install_options
+from autoprec.runtime.finite import FIRST, StepWatch, watch_first_step
+from tests.models import WIDTH
+from tests.plans import plan_for
+
+
+class Scale(nn.Module):
+    """A layer that multiplies, by the more the less precise its input is: a planted fault.
+
+    Alone in 16 bits it gives 1e20; two of them after each other give more than any float can hold.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * (1e20 if self.weight.dtype is torch.bfloat16 else 1.0)
+
+
+class Faulty(nn.Module):
+    """Two such layers between linears, and a mask of infinities that does no harm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.one, self.two = Scale(), Scale()
+        self.mask = Mask()
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.softmax(self.mask(self.two(self.one(self.first(x)))), dim=-1)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+class Mask(nn.Module):
+    """Gives minus infinity on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hides = torch.arange(WIDTH) % 2 == 0
+        return (x + self.weight).masked_fill(hides, -math.inf)
+
+
+def seeded() -> Faulty:
+    torch.manual_seed(0)
+    return Faulty()
+
+
+def step(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    loss = F.cross_entropy(model(torch.randn(8, WIDTH)), torch.arange(8) % 4)
+    torch.autograd.backward(loss)
+
+
+@pytest.mark.parametrize(
+    ("low", "expected"),
+    [((), ()), (("one",), ()), (("two",), ()), (("one", "two"), ("two", "mask"))],
+)
+def test_parts_that_are_fine_alone_are_at_fault_together(
+    low: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    model = seeded()
+    options = {name: BF16_O2 if name in low else FP32 for name, _ in model.named_children()}
+    with install_options(model, options):
+        watch = StepWatch(model)
+        step(model)
+        found = watch.end(model, over_ranks=True)
+    assert found[: len(expected)] == expected
+    assert bool(found) == bool(expected)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_first_step_of_an_integration_stops_before_it_trains() -> None:
+    model = seeded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    apply_plan(plan_for(model), model, optimizer)
+    step(model)
+    with pytest.raises(PlanMismatchError, match="it begins in 'two', 'mask'") as caught:
+        optimizer.step()
+    assert "nothing was trained or saved" in str(caught.value)
+    assert not FIRST
+    autoprec.undo(model, optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_good_first_step_is_looked_at_once() -> None:
+    model = seeded()
+    apply_plan(plan_for(model, others={"one": FP32}), model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model)
+    optimizer.step()
+    assert not FIRST
+    assert not any(module._forward_hooks for module in model.modules())
+    nn.init.constant_(model.first.weight, math.nan)
+    step(model)
+    optimizer.step()  # whoever wants more has a guard
+
+
+def test_a_guard_looks_itself() -> None:
+    model = seeded()
+    apply_plan(plan_for(model), model, is_guarded=True)
+    assert model not in FIRST
+
+
+def test_copies_of_a_watched_model_are_not_watched() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    watch_first_step(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(torch.ones(1, 4))
+        (hook,) = other[0]._forward_hooks.values()
+        assert vars(hook)["flags"] is None
+    del FIRST[model]
+
+
+def test_compiled_code_keeps_one_graph_and_shows_its_gradients() -> None:
+    torch._dynamo.reset()
+    model = seeded()
+    autoprec.apply(plan_for(model), model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    watch = StepWatch(compiled)
+    step(compiled)
+    assert not watch.outputs
+    assert "two" in watch.end(compiled)
+    step(compiled)
+    assert counter.frame_count == 1
+
+
+def test_a_poisoned_checkpoint_is_not_written(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer)
+    model.register_buffer("mask", torch.full((2,), -math.inf))  # on purpose
+    optimizer = torch.optim.AdamW(model.parameters())
+    autoprec.apply(plan_for(model), model, optimizer)
+    torch.autograd.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    path = autoprec.save_checkpoint(tmp_path / "run.pt", model, optimizer, step=1)
+    good = path.read_bytes()
+    optimizer.state[layer.bias]["exp_avg"][1] = math.inf
+    with pytest.raises(RecordError, match=r"in optimizer\['state'\]\[1\]\['exp_avg'\]; .*run.pt"):
+        autoprec.save_checkpoint(path, model, optimizer, step=2)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.nan
+    with pytest.raises(RecordError, match=r"there is a NaN or an infinity in 0.weight, optim"):
+        autoprec.save_checkpoint(path, model, optimizer, step=2)
+    assert path.read_bytes() == good
+    assert [*tmp_path.iterdir()] == [path]
+    autoprec.save_checkpoint(path, model, optimizer, step=2, must_be_finite=False)
+    assert path.read_bytes() != good
