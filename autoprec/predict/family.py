@@ -88,11 +88,10 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
     Raises:
         RecordError: it is not smaller, or a linear of the model has no linear in it.
     """
-    sizes = [sum(p.numel for p in spec.parameters()) for spec in (large, small)]
-    if sizes[1] >= sizes[0]:
+    if small.numel >= large.numel:
         raise RecordError(
-            f"a proxy must be smaller than its model, but it has {sizes[1]:,} parameters and the "
-            f"model {sizes[0]:,}; give a smaller one, or tune without --proxy"
+            f"a proxy must be smaller than its model, but it has {small.numel:,} parameters and "
+            f"the model {large.numel:,}; give a smaller one, or tune without --proxy"
         )
     own, theirs = _linears(large), _linears(small)
     places = find_places(own, theirs)

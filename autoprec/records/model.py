@@ -288,6 +288,11 @@ class ModelSpec(FileRecord):
         """The names of the layers, in model order."""
         return tuple(layer.name for layer in self.layers)
 
+    @property
+    def numel(self) -> int:
+        """The number of elements of all parameters."""
+        return sum(parameter.numel for parameter in self.parameters())
+
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""
         for layer in self.layers:

@@ -11,7 +11,7 @@ from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, LayerKind, Option
-from autoprec.records.verification import LossGap, Verdict
+from autoprec.records.verification import LossGap, Proxy, Verdict, Verification
 
 
 class Assignment(Record):
@@ -87,7 +87,10 @@ class PredictedStep(Record):
 
 
 class Certificate(Record):
-    """The verification in short; the whole is in verification.json."""
+    """The verification in short; the whole is in verification.json.
+
+    With a `proxy`, it is that of a smaller model that stood for the plan's.
+    """
 
     verdict: Verdict
     loss_tolerance: NonNegativeFloat
@@ -95,6 +98,20 @@ class Certificate(Record):
     step_ms: dict[str, float]
     seeds: NonNegativeInt
     branch_steps: NonNegativeInt
+    proxy: Proxy | None = None
+
+    @classmethod
+    def of(cls, verification: Verification) -> Self:
+        """Return a verification in short."""
+        return cls(
+            verdict=verification.verdict,
+            loss_tolerance=verification.loss_tolerance,
+            gap=verification.gap,
+            step_ms={step.label: step.timing.median_ms for step in verification.steps},
+            seeds=verification.gap.seeds if verification.gap else 0,
+            branch_steps=verification.branch_steps,
+            proxy=verification.proxy,
+        )
 
 
 class Phase(Record):

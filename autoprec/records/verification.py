@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from enum import StrEnum
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.cost import StepTiming
 from autoprec.records.model import Option
+
+ROUNDING = 1e-6  # sums of the same numbers in another order differ by less
 
 
 class Verdict(StrEnum):
@@ -76,6 +78,28 @@ class BranchFile(FileRecord):
     branch: Branch
 
 
+class Proxy(Record):
+    """The small model on which a plan was verified, beside the model that the plan is for.
+
+    `plan` is the digest of the plan as it was carried to the proxy, `grad_error` its gradient error
+    there by the proxy's own table, and `model_grad_error` the plan's, as transferred.
+    """
+
+    name: str
+    structure: str
+    parameters: PositiveInt
+    model_structure: str
+    model_parameters: PositiveInt
+    plan: str
+    grad_error: NonNegativeFloat
+    model_grad_error: NonNegativeFloat | None = None
+
+    @property
+    def shows_enough(self) -> bool:
+        """Whether the carried plan has no less gradient error than the model's plan."""
+        return self.grad_error >= (self.model_grad_error or 0.0) * (1.0 - ROUNDING)
+
+
 class Verification(FileRecord):
     """The certificate of a plan.
 
@@ -90,7 +114,8 @@ class Verification(FileRecord):
     of seeds the test was planned for. `eval_stderr` is the standard error that the finite number of
     evaluation batches leaves on the mean gap, `floor` the relative gap between two runs of the
     reference with one seed (0.0 when training is deterministic). `notes` say what the reader must
-    know, e.g. that two variants are one and the same.
+    know, e.g. that two variants are one and the same. `proxy` is there where the branches trained a
+    smaller model in the place of the plan's; `refuted_plans` are the plan's model's all the same.
     """
 
     KIND = "verification"
@@ -117,3 +142,4 @@ class Verification(FileRecord):
     bf16_gap: LossGap | None = None
     loss_exponent: NonNegativeFloat | None = None
     notes: tuple[str, ...] = ()
+    proxy: Proxy | None = None

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from autoprec.common.text import percent, significant
-from autoprec.records import Estimate, LossGap, Option, Precision
+from autoprec.records import Estimate, LossGap, Option, Precision, Proxy, Verdict
 
 UNKNOWN = "-"
 STEP_TITLES = {  # in the order in which steps are shown
@@ -128,6 +128,22 @@ def and_more(number: int, noun: str, where: str = "") -> list[str]:
 def count_of(number: int, noun: str, plural: str = "") -> str:
     """Return `1 layer`, `2 layers`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def parameters(number: int) -> str:
+    """Return a number of parameters, e.g. `9,600 parameters`, `3.2 M parameters`."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit} parameters"
+    return count_of(number, "parameter")
+
+
+def verdict_on(verdict: Verdict, proxy: Proxy | None) -> str:
+    """Return a verdict and what was trained, if that was not the plan's own model."""
+    if proxy is None:
+        return verdict.value
+    sizes = parameters(proxy.parameters), parameters(proxy.model_parameters)
+    return f"{verdict} on a proxy of {sizes[0]} (the model has {sizes[1]})"
 
 
 def _escape(character: str) -> str:

@@ -20,6 +20,7 @@ from autoprec.records import (
     Plan,
     Precision,
     Profile,
+    Proxy,
     StepTiming,
     Verdict,
 )
@@ -138,6 +139,12 @@ class Summary:
         return mode not in ("", EAGER)
 
     @property
+    def proxy(self) -> Proxy | None:
+        """The small model that was trained in the place of the plan's; None if it was the same."""
+        proof = self.run.verification or (self.run.plan.certificate if self.run.plan else None)
+        return proof.proxy if proof else None
+
+    @property
     def headline(self) -> str:
         """The result in one sentence."""
         if not any(self.counts.values()):
@@ -150,7 +157,8 @@ class Summary:
         ]
         plan = f"A plan for {count_of(len(self.layers), 'layer')}"
         found = f"Step speedup {', '.join(speedups)}" if speedups else plan
-        return f"{found}; {VERDICT_WORDS[self.verdict]}"
+        where = " on a proxy" if self.proxy else ""
+        return f"{found}; {VERDICT_WORDS[self.verdict]}{where}"
 
 
 def summarise_run(run: RunRecords) -> Summary:
@@ -204,6 +212,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "loss_gap": gap.model_dump() if gap else unknown_gap,
         "loss_tolerance": found.loss_tolerance,
         "verdict": found.verdict.value,
+        "proxy": found.proxy.model_dump() if found.proxy else None,
         "against_bf16_o2": found.bf16_sentence,
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,
@@ -298,7 +307,7 @@ def _verdict_sentence(run: RunRecords) -> str:
     said = [known or "no loss gap is known", tolerance]
     if run.verification and run.verification.advice:
         said.append(clean_text(run.verification.advice))
-    return f"{proof.verdict}: {'; '.join(said)}"
+    return f"{formats.verdict_on(proof.verdict, proof.proxy)}: {'; '.join(said)}"
 
 
 def _compile_answer(run: RunRecords) -> str:

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import SettingsError
 from autoprec.tuning.ranks import joined_ranks
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
+
+if TYPE_CHECKING:
+    from autoprec.workload.functions import Workload
 
 FUNCTIONS = (
     "build_model",
@@ -20,11 +23,17 @@ FUNCTIONS = (
     "parallelize",
     "build_mesh",
 )
+LIVE_PROXY = "the proxy given"
 Source = str | Path | Mapping[str, Callable[..., Any]] | object  # Any: the user's own functions
 
 
 def tune(
-    source: Source = None, /, *, progress: Progress = report_nothing, **given: Any
+    source: Source = None,
+    /,
+    *,
+    proxy: Source = None,
+    progress: Progress = report_nothing,
+    **given: Any,
 ) -> Run:  # Any: functions of a workload, and values of settings
     """Find, prove and save the precision plan of a model, as `autoprec tune` does.
 
@@ -34,6 +43,8 @@ def tune(
     Args:
         source: the path of a `model.py` (or `model.py:name`), or the functions of one: a mapping
             of them by name, or any object that has them. They may be keyword arguments too.
+        proxy: a small model of the same family, as a path or as functions, on which the effect on
+            the loss is measured and the plan proven, see `--proxy`.
         progress: told how far each stage is.
         given: settings by the names of the command line's options, as values or as its texts:
             `target`, `out`, `loss_tolerance`, `keep`, `recipes`, `trials`, `verify`, `resume`, ...
@@ -65,15 +76,24 @@ def tune(
             "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
             f"arguments, but it got {'two' if source is not None else 'none'}"
         )
-    workload, found = None, functions or source
+    found = functions or source
     if isinstance(found, str | Path):
         given["workload"] = str(found)
-    elif found is not None:
-        from autoprec.workload.functions import workload_from
-
-        holder = SimpleNamespace(**found) if isinstance(found, Mapping) else found
-        workload = workload_from(holder, name="the functions given")
+    if proxy is not None:
+        given["proxy"] = str(proxy) if isinstance(proxy, str | Path) else LIVE_PROXY
+    workload = _live_workload(found, "the functions given")
+    small = _live_workload(proxy, LIVE_PROXY)
     with joined_ranks():
-        run = Run(Settings.of(**given), workload=workload, progress=progress)
+        run = Run(Settings.of(**given), workload=workload, proxy=small, progress=progress)
         with run.locked():
             return run.make()
+
+
+def _live_workload(source: Source, name: str) -> "Workload | None":
+    """Return the workload of live functions; None where there are none, or it is a file."""
+    if source is None or isinstance(source, str | Path):
+        return None
+    from autoprec.workload.functions import workload_from
+
+    holder = SimpleNamespace(**source) if isinstance(source, Mapping) else source
+    return workload_from(holder, name=name)

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from autoprec import __version__
 from autoprec.common.text import short_digest
-from autoprec.common.versions import software_versions
 from autoprec.errors import RecordError
 from autoprec.predict.registry import profile_digest
 from autoprec.records import FileRecord, Plan, Profile, Sensitivity
@@ -104,30 +103,28 @@ class Folder:
         done = {name: value for name, value in self.finished().items() if name in earlier}
         RunState(stages={**done, stage: digest}).save(self.path / "run.json")
 
-    def digest(
-        self, stage: str, settings: Settings, target: DeviceProfile | None, *, device: str = ""
-    ) -> str:
+    def digest(self, stage: str, settings: Settings, target: DeviceProfile | None) -> str:
         """Return a hash of all that decides a stage's record.
 
         That is the settings that say so, the files they name, the device profile where times are
-        predicted, or the name of the device that they are measured on with torch's and torchao's
-        versions, autoprec's version, and the stages before.
+        predicted, autoprec's version, and the stages before.
         """
         chosen = {
             name: str(getattr(settings, name))
             for name, known in all_settings().items()
             if stage in known.stages
         }
-        module = settings.workload.partition(".py:")[0].removesuffix(".py") + ".py"
-        files = [Path(settings.script) if settings.script else settings.config or Path(module)]
+        own = settings.script or settings.config or _file_of(settings.workload)
+        files = [Path(own)]
+        if settings.proxy and stage in all_settings()["proxy"].stages:
+            files.append(_file_of(settings.proxy))
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
         contents = [sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
-        device = profile_digest(target) if target and stage == "profile" else device
-        versions = software_versions() if device and not target else __version__
+        device = profile_digest(target) if target and stage == "profile" else ""
         done = self.finished()
         inputs = [done.get(name, "") for name in INPUTS[stage]]
-        return short_digest(stage, chosen, contents, device, versions, inputs)
+        return short_digest(stage, chosen, contents, device, __version__, inputs)
 
 
 def saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:
@@ -138,3 +135,8 @@ def saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | No
     found = record.load(path)
     structure = found.model.structure if isinstance(found, Profile) else found.structure
     return found if structure == plan.fingerprint.structure else None
+
+
+def _file_of(workload: str) -> Path:
+    """Return the file of `model.py` or `model.py:name`."""
+    return Path(workload.partition(".py:")[0].removesuffix(".py") + ".py")

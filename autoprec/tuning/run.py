@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError, WorkloadError
+from autoprec.predict.family import check_proxy
 from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
 from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
@@ -48,6 +49,7 @@ class Run:
     Args:
         settings: what was asked for.
         workload: live functions in the place of a file, see `workload_from`.
+        proxy: live functions in the place of the file that `settings.proxy` names.
         stages: those that this run makes; the records of others are read from its folder.
         progress: told how far each stage is.
 
@@ -60,6 +62,7 @@ class Run:
         settings: Settings,
         *,
         workload: "Workload | None" = None,
+        proxy: "Workload | None" = None,
         stages: tuple[str, ...] = STAGES,
         progress: Progress = report_nothing,
     ) -> None:
@@ -84,6 +87,11 @@ class Run:
         if workload is not None:
             self.workload = workload
         self.folder = made_on_first(lambda: Folder(self.settings.out))
+        self.proxy: Run | None = None  # its own run, in OUT/proxy
+        if settings.proxy:
+            from autoprec.tuning.proxy import open_proxy
+
+            self.proxy = open_proxy(self.settings, workload=proxy, progress=progress)
 
     # --- what the stages are made of -----------------------------------------------------------
 
@@ -189,7 +197,8 @@ class Run:
     @cached_property
     def verification(self) -> Verification | None:
         """The proof by training; None where nobody asked, or nothing can be run."""
-        if not self.settings.verify or self.settings.meta or "verification" not in self.stages:
+        can_train = self.proxy is not None or not self.settings.meta
+        if not self.settings.verify or not can_train or "verification" not in self.stages:
             return None
         tables = (self.profile, self.sensitivity)
         return self._staged(Verification, lambda: self._verified(self.candidates, *tables))
@@ -264,7 +273,9 @@ class Run:
 
     def _make_profile(self) -> Profile:
         options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
-        compiled = self.settings.compile
+        compiled = self.settings.is_compiled
+        if self.proxy is not None:
+            check_proxy(self.spec, self.proxy.spec)  # before minutes of profiling
         if self.target is None:
             from autoprec.profiler import profile_model
 
@@ -279,7 +290,7 @@ class Run:
             self.spec,
             self.target,
             parallel=parallel,
-            compiled=compiled is not False,
+            compiled=compiled,
             options=options,
             gemms_hp=gemms_hp,
         )
@@ -300,6 +311,8 @@ class Run:
             given = Sensitivity.load(self.settings.sensitivity)
             is_own = given.structure == self.spec.structure
             return given if is_own else transfer_sensitivity(given, self.spec)
+        if self.proxy is not None:
+            return transfer_sensitivity(self.proxy.sensitivity, self.spec)
         if self.settings.meta:
             return unknown_sensitivity(self.spec)
         from autoprec.sensitivity.measure import measure_sensitivity
@@ -317,7 +330,7 @@ class Run:
                 "file"
             )
         has_workload = self.is_live or settings.workload or settings.script
-        can_measure = has_workload and profile.model.device != "meta"
+        can_measure = has_workload and profile.model.device != "meta" and self.proxy is None
 
         def find(measure: "Callable[[tuple[Option, ...]], Estimate]") -> Search:
             return search_plan(
@@ -349,6 +362,10 @@ class Run:
 
         Finished branches are kept for a later run, but not of live functions, which have no name.
         """
+        if self.proxy is not None:
+            from autoprec.tuning.proxy import verify_on_proxy
+
+            return verify_on_proxy(self.proxy, plans, name=self.settings.proxy, model=self.spec)
         from autoprec.verification import Workers, verify_plans
 
         return verify_plans(
@@ -364,15 +381,7 @@ class Run:
 
     def _certify(self, plan: Plan, verification: Verification) -> Plan:
         """Save and return the plan with the verification's certificate in it."""
-        certificate = Certificate(
-            verdict=verification.verdict,
-            loss_tolerance=verification.loss_tolerance,
-            gap=verification.gap,
-            step_ms={step.label: step.timing.median_ms for step in verification.steps},
-            seeds=verification.gap.seeds if verification.gap else 0,
-            branch_steps=verification.branch_steps,
-        )
-        certified = plan.model_copy(update={"certificate": certificate})
+        certified = plan.model_copy(update={"certificate": Certificate.of(verification)})
         self._save_plan(certified)
         return certified
 
@@ -414,14 +423,6 @@ class Run:
         made_on_first(lambda: self.folder.keep(made, digest))
         return made
 
-    def _device_name(self) -> str:
-        """Return the name of the device whose times are measured; "" where they are predicted."""
-        if self.target is not None:
-            return ""
-        from autoprec.device.local import device_name
-
-        return device_name(self.device)
-
     def _known(self, record: type[R]) -> tuple[R | None, str]:
         """Return the folder's record, where this run is not to make it, and its inputs' digest.
 
@@ -430,10 +431,8 @@ class Run:
         stage, path = record.KIND, self._path(record.KIND)
         if stage not in self.stages:
             return record.load(path), ""
-        digest = ""
-        if not self.is_live:
-            device = self._device_name() if stage == "profile" else ""
-            digest = self.folder.digest(stage, self.settings, self.target, device=device)
+        is_live = self.is_live or (self.proxy is not None and self.proxy.is_live)
+        digest = "" if is_live else self.folder.digest(stage, self.settings, self.target)
         is_known = self.settings.resume and self.folder.has(stage, digest)
         return record.load(path) if is_known else None, digest
 

@@ -147,6 +147,14 @@ class Settings:
         commands=(),
         parse=parsing.parse_path,
     )
+    proxy: str = setting(
+        "",
+        "A small model of the same family (FILE or FILE:NAME): what FP8 does to the loss is "
+        "measured and proven on it.",
+        (SENSITIVITY, VERIFICATION),
+        commands=(),
+        metavar="SMALL.py",
+    )
     parallel: str = setting(
         "",
         "With a device profile, parts joined by commas: fsdp=N, tp=N, gather=fp8 (FP8 gathers), "
@@ -156,8 +164,7 @@ class Settings:
     )
     compile: bool | None = setting(
         None,
-        "Times under torch.compile or eager; default: compiled where the target is a GPU or the "
-        "model compiles itself, eager on a CPU.",
+        "Times under torch.compile or eager; default: eager here, compiled on a profile.",
         (PROFILE,),
         names=("--compile/--eager",),
     )
@@ -217,6 +224,11 @@ class Settings:
             )
         if self.script and self.has_workers:
             raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script}"))
+        if self.proxy and self.sensitivity is not None:
+            raise SettingsError(
+                "--proxy measures a sensitivity of its own, but --sensitivity gives one too "
+                f"({self.sensitivity}); leave one of them out"
+            )
         if self.parallel and self.is_local:
             raise DeviceError(
                 "--parallel needs a device profile as its target, since what is measured here is "
@@ -247,6 +259,11 @@ class Settings:
     def is_local(self) -> bool:
         """Whether the target is the machine at hand rather than a device profile."""
         return LOCAL_TARGET.fullmatch(self.target) is not None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether times are those of torch.compile: by default only for a device profile."""
+        return not self.is_local if self.compile is None else self.compile
 
     @property
     def constraint(self) -> "Constraint":

@@ -57,6 +57,7 @@ def verify_plans(
     *,
     loss_tolerance: float,
     profile: Profile | None = None,
+    spec: ModelSpec | None = None,
     sensitivity: Sensitivity | None = None,
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
@@ -77,6 +78,7 @@ def verify_plans(
         loss_tolerance: the largest relative loss gap that is acceptable; 0.001 is 0.1 %.
         profile: tells which layers the BF16 O2 control covers (else: every layer of the plan), and
             whether the target is the device at hand, so that timing steps makes sense.
+        spec: the model, where there is no profile to tell it.
         sensitivity: gives the predicted gap beside the measured one.
         state_dir: where finished branches are kept, to go on after a kill.
         checkpoint: start here, not from scratch: a state dict, or `model` and `optimizer` ones.
@@ -95,7 +97,7 @@ def verify_plans(
         context,
         terms or Terms(),
         loss_tolerance=loss_tolerance,
-        spec=profile.model if profile else None,
+        spec=profile.model if profile else spec,
         state_dir=state_dir,
         checkpoint=checkpoint,
         workers=workers,

@@ -1,0 +1,59 @@
+"""A family of stacks at any width and depth: `large` is for --meta, `small` its proxy."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.fc2(torch.relu(self.fc1(self.norm(x))))
+        return out
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int, blocks: int, head: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.add_module(head, nn.Linear(width, width))
+        self.last = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.get_submodule(self.last)(x)
+        return out
+
+
+@dataclass(frozen=True)
+class Family:
+    """A workload: the functions of a model.py as methods."""
+
+    width: int
+    blocks: int
+    tokens: int
+    head: str = "head"
+
+    def build_model(self) -> nn.Module:
+        return Stack(self.width, self.blocks, self.head)
+
+    def train_batches(self, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(1, self.width, generator=generator).expand(self.tokens, -1)
+
+    def loss_fn(self, model: nn.Module, batch: Tensor) -> Tensor:
+        loss: Tensor = (model(batch) - batch.flip(-1)).square().mean() + 1.0
+        return loss
+
+
+large = Family(4096, 6, 4096)
+small = Family(32, 2, 32)
+other = Family(32, 2, 32, head="unembed")
