@@ -136,8 +136,10 @@ def leave_training_sources_out(rows: Sequence[Observation], runs: Sequence[Train
     held = []
     for source in sorted({run.source for run in runs}):
         kept = [run for run in runs if run.source != source]
-        fitted = fit_everything([row for row in rows if row.source != source], kept)
-        held += [_held_run(run, fitted) for run in runs if run.source == source]
+        left_out = [run for run in runs if run.source == source]
+        known = [row for row in rows if row.source != source]
+        fitted = fit_everything(known, kept, {run.device for run in left_out})
+        held += [_held_run(run, fitted) for run in left_out]
     return held
 
 

@@ -200,13 +200,15 @@ def fit_steps(
     }
 
 
-def fit_everything(rows: Sequence[Observation], runs: Sequence[Training]) -> dict[str, Values]:
-    """Return the fitted constants of every device, whole-training constants included.
+def fit_everything(
+    rows: Sequence[Observation], runs: Sequence[Training], devices: Iterable[str] = tuple(BY_NAME)
+) -> dict[str, Values]:
+    """Return the fitted constants of these devices, whole-training constants included.
 
     Runs of an engine that is not PyTorch, and of devices with constants of their own, are left out
     of the shared ones.
     """
-    fitted = fit_all(rows)
+    fitted = fit_all(rows, {*devices, *OWN_STEP, *(run.device for run in runs)})
     shared = [r for r in runs if not r.is_own_engine and r.device not in OWN_STEP]
     steps = fit_steps({n: {**v, **_start(STEP)} for n, v in fitted.items()}, shared, STEP)
     fitted = {name: {**values, **steps} for name, values in fitted.items()}

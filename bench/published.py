@@ -31,17 +31,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 from autoprec.common.recipes import Gemm, Recipe
 from autoprec.predict.casts import cast_us, recipe_cost
-from autoprec.predict.gemm import Kernel, gemm_us
+from autoprec.predict.gemm import Kernel
+from autoprec.predict.gemm import gemm_us as predicted_gemm_us
 from autoprec.predict.linear import gemm_shapes, linear_times, neighbours_us
 from autoprec.predict.spelling import parse_recipe
 from autoprec.records.devices import Machine
 from autoprec.records.model import BF16_O2, fp8_option
 
 DATA = Path(__file__).parent / "data"
+gemm_us = lru_cache(maxsize=4096)(predicted_gemm_us)  # a grid's ratio asks for its two times again
 Shape = tuple[int, int, int]
 FFN_SHAPES = ((8192, 4096, 14336), (8192, 4096, 14336), (8192, 14336, 4096))  # PR#282's
 TE_SHAPES = ((4096, 12288), (4096, 4096), (4096, 16384), (16384, 4096))  # its four linears

@@ -44,6 +44,50 @@ def test_tied_and_uncalled_layers_are_named(tokens: ModelSpec) -> None:
     assert "not called" in str(tokens.layer("unused").refusal(Precision.FP8_O1))
 
 
+class FusedHead(nn.Module):
+    """A model whose loss uses its head's weight, and not its head."""
+
+    def __init__(self, is_tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 32)
+        self.mix = nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 96, bias=False)
+        self.adapter = nn.Linear(32, 32)
+        if is_tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        mixed_BTC: Tensor = self.mix(self.embedding(ids_BT))
+        return mixed_BTC
+
+
+def fused_head(*, is_tied: bool, uses_head: bool = True) -> ModelSpec:
+    def loss_fn(model: FusedHead, ids_BT: Tensor) -> Tensor:
+        hidden_BTC: Tensor = model(ids_BT)
+        if not uses_head:
+            return hidden_BTC.square().mean()
+        logits = nn.functional.linear(hidden_BTC.flatten(0, 1), model.lm_head.weight)
+        return nn.functional.cross_entropy(logits, ids_BT.flatten())
+
+    workload = workload_with(
+        build_model=lambda: FusedHead(is_tied),
+        train_batches=lambda seed: iter([torch.arange(32).reshape(2, 16)] * 4),
+        loss_fn=loss_fn,
+    )
+    return capture_model(Context(workload, CPU))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_head_that_a_fused_loss_uses_is_told_from_one_that_nothing_uses(is_tied: bool) -> None:
+    used = fused_head(is_tied=is_tied).layer("lm_head")
+    assert used.is_used_uncalled
+    assert "fused linear cross-entropy" in str(used.refusal(Precision.FP8_O1))
+    spec = fused_head(is_tied=is_tied, uses_head=False)
+    assert not spec.layer("lm_head").is_used_uncalled
+    assert not spec.layer("adapter").is_used_uncalled
+    assert "was not called" in str(spec.layer("adapter").refusal(Precision.FP8_O1))
+
+
 def test_dropout_is_seen_as_randomness_that_a_seed_repeats(tokens: ModelSpec) -> None:
     assert tokens.has_randomness
     assert tokens.is_deterministic

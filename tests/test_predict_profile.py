@@ -11,6 +11,7 @@ from autoprec.records.model import (
     FP32,
     Basis,
     LayerKind,
+    LayerSpec,
     ModelSpec,
     Option,
     Refusal,
@@ -204,3 +205,24 @@ def test_attention_is_found_by_its_projections() -> None:
     assert {(b.batch, b.sequence, b.width) for b in blocks} == {(1, 4096, 4096)}
     fused = model_of(linear_layer("attn.qkv", 512, 1536), linear_layer("attn.proj", 512, 512))
     assert [b.width for b in attention_blocks(fused.layers)] == [512]
+
+
+def test_a_head_inside_a_fused_loss_costs_its_bf16_gemms_whatever_the_plan() -> None:
+    spec = decoder()
+    head = spec.layer("lm_head")
+    assert head.gemm is not None
+    fused = head.model_copy(update={"calls": (), "gemm": None, "is_used_uncalled": True})
+    unused = fused.model_copy(update={"is_used_uncalled": False})
+
+    def predicted_with(layer: LayerSpec) -> Profile:
+        layers = (*(other for other in spec.layers if other.name != head.name), layer)
+        return predicted(spec.model_copy(update={"layers": layers}))
+
+    with_head, without = predicted_with(fused), predicted_with(unused)
+    M = spec.tokens_per_step
+    bf16 = predict_linear(H100, M, head.gemm.K, head.gemm.N).bf16
+    gemms = bf16.output_ms + bf16.grad_input_ms + bf16.grad_weight_ms
+    for label in ("bf16_o2", "fp8_o1"):
+        assert step(with_head, label) - step(without, label) == pytest.approx(gemms, rel=0.01)
+    assert with_head.fixed_bf16_ms - without.fixed_bf16_ms == pytest.approx(gemms, rel=0.01)
+    assert not any("lm_head" in row.names for row in with_head.layers)

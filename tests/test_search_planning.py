@@ -7,6 +7,7 @@ from autoprec.records import (
     Constraint,
     FrontPoint,
     Gemm,
+    GemmShape,
     LayerTiming,
     Operand,
     OperandStatistics,
@@ -200,6 +201,26 @@ def test_kept_tied_and_uncalled_layers_say_so() -> None:
     assert reason(plan, "unused") == "not called in the captured step; follows the BF16 layers"
     assert reason(plan, "head").endswith("; tied to token")
     assert reason(plan, "token").endswith("; shares its parameter with head")
+
+
+def test_a_head_inside_a_fused_loss_says_why_it_is_not_in_fp8() -> None:
+    profile, sensitivity = tables_of({"fc": TYPICAL, "head": TYPICAL}, uncalled=("head",))
+    head = profile.model.layer("head").model_copy(update={"is_used_uncalled": True})
+    layers = (profile.model.layer("fc"), head)
+    model = profile.model.model_copy(update={"layers": layers})
+    _, plan = planned((profile.model_copy(update={"model": model}), sensitivity))
+    assert "as a fused linear cross-entropy does" in reason(plan, "head")
+    assert not next(layer for layer in plan.layers if layer.name == "head").option.is_fp8
+
+
+@pytest.mark.parametrize(("N", "is_said"), [(64, True), (16, False)])
+def test_a_vocabularys_head_in_fp8_rules_out_a_fused_loss(N: int, is_said: bool) -> None:
+    profile, sensitivity = tables_of({"fc": TYPICAL, "lm_head": TYPICAL})
+    head = profile.model.layer("lm_head").model_copy(update={"gemm": GemmShape(M=64, K=32, N=N)})
+    model = profile.model.model_copy(update={"layers": (profile.model.layer("fc"), head)})
+    _, plan = planned((profile.model_copy(update={"model": model}), sensitivity))
+    assert all(layer.option.is_fp8 for layer in plan.layers)
+    assert any("lm_head in FP8 rules out" in note for note in plan.notes) == is_said
 
 
 def test_a_guilty_layer_says_so() -> None:

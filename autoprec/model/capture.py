@@ -24,7 +24,7 @@ from autoprec.device.ranks import local_part, sum_over_ranks
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
-from autoprec.model.options import layer_options
+from autoprec.model.options import USED_UNCALLED, layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
 from autoprec.records import (
@@ -199,6 +199,7 @@ class ObservedStep:
     is_deterministic: bool = False  # whether the same step again gave the same bits
     loss: float | None = None  # None where nothing was computed
     saved_bytes: int | None = None  # what autograd kept for backward
+    has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -241,12 +242,14 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
         gemm = GemmShape(M=tokens[-1], K=layer.in_features, N=layer.out_features)
+    is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
+    obstacle = USED_UNCALLED if is_used_uncalled else ""
     options, refusals = layer_options(
         kind=kind,
         gemm=gemm,
         tokens=tokens,
         fp8_options=[fp8_option(recipe) for recipe in seen.support.recipes],
-        obstacle=linear_refusal(layer) if kind is LayerKind.LINEAR else "",
+        obstacle=obstacle or (linear_refusal(layer) if kind is LayerKind.LINEAR else ""),
         unavailable=seen.support.reason,
     )
     prefix = f"{name}." if name else ""
@@ -264,8 +267,30 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         options=options,
         refusals=refusals,
         output_elements=sum(call.output_elements * call.count for call in in_step),
+        is_used_uncalled=is_used_uncalled,
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
+
+
+def _has_gradient(layer: nn.Linear, seen: ObservedStep) -> bool:
+    """Return whether the step gave a linear's weight a gradient that no tied embedding explains.
+
+    An embedding's gradient has a row for each token that was looked up, a head's one for each
+    class. Where a batch holds as many tokens as there are classes, nothing can be told.
+    """
+    gradient = layer.weight.grad if seen.has_gradients else None
+    others = [
+        call
+        for name, calls in seen.calls.items()
+        for call in calls
+        if call.with_grad and any(p is layer.weight for p in seen.layers.modules[name].parameters())
+    ]
+    if gradient is None or not others:
+        return gradient is not None
+    if gradient.is_meta:
+        return False
+    looked_up = sum(math.prod(_inputs(call)[0].shape) * call.count for call in others)
+    return int(local_part(gradient).ne(0).any(dim=1).sum()) > looked_up
 
 
 def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> ParameterSpec:

@@ -82,7 +82,7 @@ def capture_on_meta(
             capture.recorded_shapes(layers) as calls,
         ):
             loss = workload.loss_fn(model, batches[0])
-        _fill_gradients(model, loss)
+        has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
         with capture.recorded_shapes(layers) as scanned:
             capture.scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
@@ -100,6 +100,7 @@ def capture_on_meta(
         str(META),
         has_randomness=any(seeded),
         saved_bytes=sum(saved.values()),
+        has_gradients=has_gradients,
     )
     spec = capture.make_spec(seen)
     return spec.model_copy(update={"as_written": capture.said_written(workload)})
@@ -140,8 +141,8 @@ def _batch_on_meta(batch: Batch) -> Batch:
     return moved
 
 
-def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
-    """Run the backward; where an operation has none on meta, every parameter gets a gradient."""
+def _fill_gradients(model: nn.Module, loss: Tensor) -> bool:
+    """Return whether the backward runs on meta; else every parameter is given a gradient."""
     if not loss.requires_grad:
         raise CaptureError(capture.NEEDS_NO_GRADIENT)
     try:
@@ -154,6 +155,8 @@ def _fill_gradients(model: nn.Module, loss: Tensor) -> None:
         )
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        return False
+    return True
 
 
 def _step_optimizer(optimizer: torch.optim.Optimizer) -> None:

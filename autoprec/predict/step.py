@@ -13,6 +13,7 @@ from autoprec.common.recipes import Precision
 from autoprec.model.roles import Role, attention_blocks, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
+from autoprec.predict.linear import linear_times
 from autoprec.predict.parallel import (
     collective_us,
     gathers_fp8,
@@ -80,6 +81,7 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     activation = FP32 if is_fp32 else BF16_O2  # whose dtype flows between the layers
     machine = setting.machine
     between = between_us(called, activation, setting) * machine.step_overhead
+    between += sum(_uncalled_us(spec, each, activation, setting) for each in spec.layers)
     sharded = _fsdp_us(called, chosen, setting)
     return StepTimes(
         layers=layers,
@@ -131,6 +133,19 @@ def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting
     glue *= 1.0 if setting.compiled else EAGER_GLUE
     passes = 1 + setting.parallel.recomputed / 3
     return (attention + glue / machine.bytes_per_us) * passes + loss / machine.bytes_per_us
+
+
+def _uncalled_us(spec: ModelSpec, layer: LayerSpec, option: Option, setting: Setting) -> float:
+    """Return the GEMMs of a head whose weight a fused linear cross-entropy uses: never in FP8.
+
+    It sees every token, and its logits are never written whole: no traffic of a loss.
+    """
+    if not layer.is_used_uncalled:
+        return 0.0
+    N, K = layer.parameters[0].shape
+    share = parameter_share(layer, setting.parallel)
+    machine, M = setting.machine, spec.tokens_per_step
+    return share * linear_times(machine, M, K, N, option, compiled=setting.compiled).total
 
 
 def optimizer_us(spec: ModelSpec, setting: Setting) -> float:

@@ -205,6 +205,7 @@ class LayerSpec(Record):
     heads: PositiveInt | None = None
     tokens: tuple[PositiveInt, ...] = ()
     output_elements: NonNegativeInt | None = None
+    is_used_uncalled: bool = False
 
     @property
     def calls_per_step(self) -> int:

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from autoprec.common.text import compared, first_and_more, percent
+from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
-from autoprec.records import BF16_O2, Basis, LayerKind, Precision, Profile, Search
+from autoprec.records import BF16_O2, Basis, LayerKind, Option, Precision, Profile, Search
 from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
 from autoprec.search.problem import Options, Problem
 
@@ -31,6 +32,7 @@ def plan_notes(
         memory_note(profile, chosen, costs.memory_bytes(options)),
         _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
         _communication_note(costs, options),
+        _head_note(profile, chosen),
         unsplit_note(profile.model.layers, parallel),
         *problem.keeps.notes,
     )
@@ -183,6 +185,23 @@ def _communication_note(costs: Costs, options: Options) -> str:
     return (
         f"the FP8 layers save {saved:.4g} ms a step, but FSDP's communication hides less behind "
         f"them than behind BF16 and takes {lost:.4g} ms of it"
+    )
+
+
+def _head_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
+    """Return what output heads in FP8 rule out, or an empty string."""
+    heads = [
+        layer.name
+        for layer in profile.model.layers
+        if layer.gemm is not None and layer.gemm.N > layer.gemm.K  # of a vocabulary
+        if role_of(layer) is Role.HEAD and chosen[layer.name].is_fp8
+    ]
+    if not heads:
+        return ""
+    return (
+        f"{first_and_more(heads)} in FP8 rules out a fused linear cross-entropy, which runs the "
+        "head's GEMMs itself, in BF16, and never writes the logits; the model has none now, and "
+        "what one would save is not priced"
     )
 
 

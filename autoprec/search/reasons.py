@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprec.common.text import compared, percent
+from autoprec.model.options import USED_UNCALLED
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import shard_gemm
 from autoprec.records import BF16_O2, FP32, Basis, OperandStatistics, Option, Precision, Search
@@ -68,7 +69,8 @@ def _reason(why: Why, index: int) -> str:
         return f"kept by --keep {keep.text!r}{recipe}"
     if not layer.calls:
         others = "FP32" if is_all_fp32(why.options) else "BF16"
-        return f"not called in the captured step; follows the {others} layers"
+        why_not = USED_UNCALLED if layer.is_used_uncalled else "not called in the captured step"
+        return f"{why_not}; follows the {others} layers"
     if option.is_fp8:
         return _why_fp8(why, index)
     if option == BF16_O2:
