@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import autoprec
 from autoprec.errors import PlanMismatchError, RecordError
+from autoprec.guard import Guard
 from autoprec.integrations.plans import apply_plan
 from autoprec.records import BF16_O2, FP32
 from autoprec.runtime import install_options
@@ -124,6 +125,14 @@ def test_a_guard_looks_itself() -> None:
     model = seeded()
     apply_plan(plan_for(model), model, is_guarded=True)
     assert model not in FIRST
+    autoprec.undo(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = plan_for(model)
+    apply_plan(plan, model, optimizer)
+    assert model in FIRST
+    Guard(nn.DataParallel(model), optimizer, plan)
+    assert model not in FIRST
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_copies_of_a_watched_model_are_not_watched() -> None:

@@ -49,6 +49,7 @@ from autoprec.guard.records import (
 from autoprec.guard.sampling import OPERANDS, Sampler
 from autoprec.guard.signals import Bounds, Reading, RunningBand, Signals, read_signals
 from autoprec.records import Plan
+from autoprec.runtime.finite import leave_first_step
 
 STANDS_OUT = 0.5  # of the allowed underflow: from there a layer is suspected of a loss or norm
 Names = Sequence[str]
@@ -132,6 +133,7 @@ class Guard(AbstractContextManager["Guard"]):
             self._held = HeldSteps(optimizer)
         self._judged = -1  # the step that was judged last
         self._prepare()
+        leave_first_step(model)
 
     def step(self, loss: Tensor | float) -> bool:
         """Look at the step: after backward, before clipping (which hides spikes) and the optimizer.

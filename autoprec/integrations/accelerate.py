@@ -20,8 +20,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import Optimizer
 
-import autoprec
-from autoprec.integrations.plans import foreign_precision, load_plan, replaced_parameters
+from autoprec.integrations.plans import (
+    apply_plan,
+    foreign_precision,
+    load_plan,
+    replaced_parameters,
+)
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import check_fit
@@ -49,7 +53,7 @@ def prepare(
     check_fit(plan, unwrapped(model))
     if accelerator.device_placement:
         model.to(accelerator.device)  # before the masters are made of it
-    autoprec.apply(plan, model, optimizer)
+    apply_plan(plan, model, optimizer)
     return tuple(accelerator.prepare(model, optimizer, *others))
 
 

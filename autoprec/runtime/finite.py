@@ -38,6 +38,11 @@ class StepWatch:
             note = _Outputs(self.outputs, plain_name(name))
             self.handles.append(layer.register_forward_hook(note))
 
+    def close(self) -> None:
+        """Take the hooks out."""
+        for handle in self.handles:
+            handle.remove()
+
     def end(self, model: nn.Module, *, over_ranks: bool = False) -> tuple[str, ...]:
         """Stop, and return the layers that are at fault in a step, after its backward.
 
@@ -45,8 +50,7 @@ class StepWatch:
         and then those of which a gradient is not; a parameter of no layer has its own name.
         `over_ranks` makes it a collective with one answer: each rank may hold parts.
         """
-        for handle in self.handles:
-            handle.remove()
+        self.close()
         gradients = _gradients(unwrapped(model))
         names = list(dict.fromkeys([*self.outputs, *gradients]))
         bad = [_count_bad(found, names) for found in (self.outputs, gradients)]
@@ -64,6 +68,13 @@ class StepWatch:
 def watch_first_step(model: nn.Module) -> None:
     """Check the model's first training step when its optimizer is about to step."""
     FIRST[unwrapped(model)] = StepWatch(model)
+
+
+def leave_first_step(model: nn.Module) -> None:
+    """Watch no more: a guard looks at every step of the model, and says itself what follows."""
+    watch = FIRST.pop(unwrapped(model, parallel=True), None)
+    if watch is not None:
+        watch.close()
 
 
 def check_first_step(optimizer: Optimizer) -> None:
