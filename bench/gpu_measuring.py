@@ -249,46 +249,47 @@ def time_gemm(day: Day, shape: Shape) -> Iterator[Row]:
 
 
 def scaled_gemms(day: Day, shape: Shape) -> dict[str, Function]:
-    """Return a tensorwise GEMM with the casts of both operands, which torch.compile fuses.
-
-    Current scaling reads an operand for its amax and then again for its cast; delayed scaling
-    takes the scale of earlier steps, and notes the amax for later ones on the way.
-    """
+    """Return a tensorwise GEMM with the casts of both operands, which torch.compile fuses."""
     M, K, N = shape
-    dtype = e4m3_dtype(day.device)
-    largest = torch.finfo(dtype).max
+    dtype, one = e4m3_dtype(day.device), torch.ones((), device=day.device)
     x_MK, w_NK = (torch.randn(*size, device=day.device).bfloat16() for size in ((M, K), (N, K)))
-    one = torch.ones((), device=day.device)
+    # Of any shape: made anew for each, they would take longer than all GEMMs.
+    current, delayed = (
+        torch.compile(cast, backend=day.backend, dynamic=True)
+        for cast in (cast_by_current_scale, cast_by_delayed_scale)
+    )
 
-    def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
-        return (x.float() * scale).clamp(-largest, largest).to(dtype)
+    def multiply(a_MK: Tensor, b_NK: Tensor, inv_a: Tensor, inv_b: Tensor) -> Tensor:
+        # output_MN = a_MK @ b_KN
+        return torch._scaled_mm(
+            a_MK, b_NK.t(), inv_a, inv_b, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
-    def current(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = largest / x.abs().amax().float().clamp(min=1e-12)
-        return to_fp8(x, scale), scale.reciprocal()
+    def with_current() -> Tensor:
+        (a_MK, inv_a), (b_NK, inv_b) = current(x_MK, dtype), current(w_NK, dtype)
+        return multiply(a_MK, b_NK, inv_a, inv_b)
 
-    def delayed(x: Tensor) -> tuple[Tensor, Tensor]:
-        return to_fp8(x, one), x.abs().amax()
+    def with_delayed() -> Tensor:
+        (a_MK, _), (b_NK, _) = delayed(x_MK, one, dtype), delayed(w_NK, one, dtype)
+        return multiply(a_MK, b_NK, one, one)
 
-    def multiplied(
-        cast: Callable[[Tensor], tuple[Tensor, Tensor]], *, is_current: bool
-    ) -> Function:
-        compiled = torch.compile(cast, backend=day.backend, dynamic=True)
+    return {"fp8 current": with_current, "fp8 delayed": with_delayed}
 
-        def run() -> Tensor:
-            (a_MK, inv_a), (b_NK, inv_b) = compiled(x_MK), compiled(w_NK)
-            scales = (inv_a, inv_b) if is_current else (one, one)
-            # output_MN = a_MK @ b_KN
-            return torch._scaled_mm(
-                a_MK, b_NK.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
 
-        return run
+def cast_by_current_scale(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Read a tensor for its amax, then again for its cast; return it and the inverse scale."""
+    scale = torch.finfo(dtype).max / x.abs().amax().float().clamp(min=1e-12)
+    return saturated(x.float() * scale, dtype), scale.reciprocal()
 
-    return {
-        "fp8 current": multiplied(current, is_current=True),
-        "fp8 delayed": multiplied(delayed, is_current=False),
-    }
+
+def cast_by_delayed_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cast by a scale of earlier steps, and note the amax for later ones on the way."""
+    return saturated(x.float() * scale, dtype), x.abs().amax()
+
+
+def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
 
 
 # --- linears ----------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ class Sizes:
     sequence: int = 4096
 
 
-SMALL = Sizes(2048, 5632, 16, 4, blocks=2, vocabulary=8192, batch=4, sequence=1024)
+# For a whole `tune`: four shapes of linears, since each takes seconds to compile in each option
+SMALL = Sizes(2048, 5632, 16, 16, blocks=2, vocabulary=8192, batch=4, sequence=1024)
 TINY = Sizes(32, 64, 2, 1, blocks=1, vocabulary=64, batch=2, sequence=16)
 
 
@@ -120,8 +121,8 @@ def decoder_workload(sizes: Sizes) -> Workload:
 
 def in_context(K: int, N: int, device: torch.device) -> nn.Sequential:
     """Return a linear with a norm before and an activation behind, which its casts fuse with."""
-    parts = nn.LayerNorm(K), nn.Linear(K, N, bias=False), nn.Sigmoid()
-    return nn.Sequential(*parts).to(device)
+    with device:  # drawn there: a CPU needs seconds for a large weight
+        return nn.Sequential(nn.LayerNorm(K), nn.Linear(K, N, bias=False), nn.Sigmoid())
 
 
 def options_of(spec: ModelSpec, option: Option) -> dict[str, Option]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from gpu_running import Row, read_rows, results
+from gpu_running import Row, failures, read_rows, results
 
 from autoprec.common.files import write_atomically
 from autoprec.predict import predict_linear
@@ -144,7 +144,7 @@ def _page(rows: Sequence[Row], device: Row, *, is_quick: bool) -> Iterator[str]:
             yield from _list(alike) if len(columns) > MOST_COLUMNS else _table(alike)
             yield ""
     yield from ("## failed or left out", "")
-    failed = [row for row in rows if "failed" in row]
+    failed = failures(rows)
     yield from (f"- {r['section']}, {r.get('item', 'process')}: {r['failed']}" for r in failed)
     if not failed:
         yield "nothing"

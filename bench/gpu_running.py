@@ -39,6 +39,7 @@ class Child:
     def run(self, section: str, *, seconds: float) -> str:
         """Run a section for at most so long; return what became of it in a few words."""
         started = time.monotonic()
+        write_row(self.out, {"section": section, "seconds_allowed": round(seconds, 1)})
         left, outcome = seconds, "done"
         patience = max(PATIENCE * seconds, LEAST_PATIENCE_S)
         while left > LEAST_S:
@@ -111,13 +112,26 @@ def read_rows(out: Path) -> list[Row]:
 
 
 def begun(out: Path, section: str) -> list[str]:
-    """Return the items of a section that were begun, in order."""
-    return [row["begun"] for row in read_rows(out) if row["section"] == section and "begun" in row]
+    """Return the items that a section began, in order."""
+    return [row["begun"] for row in _latest(read_rows(out), section) if "begun" in row]
 
 
 def results(rows: Sequence[Row], section: str) -> list[Row]:
     """Return a section's results: what is neither a beginning nor a failure."""
-    return [r for r in rows if r["section"] == section and not r.keys() & {"begun", "failed"}]
+    return [row for row in _latest(rows, section) if not row.keys() & {"begun", "failed"}]
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """Return what failed, of all sections."""
+    sections = dict.fromkeys(row["section"] for row in rows)
+    return [row for name in sections for row in _latest(rows, name) if "failed" in row]
+
+
+def _latest(rows: Sequence[Row], section: str) -> list[Row]:
+    """Return the rows of a section's last run: it may be run again in the same folder."""
+    own = [row for row in rows if row["section"] == section]
+    starts = [position for position, row in enumerate(own) if "seconds_allowed" in row]
+    return own[starts[-1] + 1 :] if starts else own
 
 
 def share_out(left: float, shares: Sequence[float]) -> float:

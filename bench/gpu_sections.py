@@ -45,15 +45,14 @@ from autoprec.profiler.proving import cuda_kernels, is_fp8_kernel
 from autoprec.records import fp8_option
 
 MEASURED_PROFILE = "device_profile.json"
-LOADED_S = 1.0  # a GPU needs about a second of work to reach the clocks that it keeps
+TUNED = ("--recipes", "tensorwise,rowwise", "--no-gemms-hp")  # what there is time for
+WORK_S = 1.0  # that a GPU is given before its clocks are read
 
 
 def run_section(out: Path, section: str, *, device: str, is_quick: bool) -> int:
     """Run what is left of a section; return the status for whoever started this process."""
     day = Day(resolve_device(device), out, is_quick)
     tried = begun(out, section)
-    if section not in UNLOADED:
-        load_device(day)
     for item, work in SECTIONS[section](day).items():
         if item in tried:
             continue
@@ -69,15 +68,6 @@ def run_section(out: Path, section: str, *, device: str, is_quick: bool) -> int:
                 return BROKEN
         release_memory(day.device)
     return 0
-
-
-def load_device(day: Day) -> None:
-    """Let the device work until its clocks are those of a long run."""
-    x = torch.randn((256 if day.is_quick else 8192,) * 2, device=day.device).bfloat16()
-    until = time.monotonic() + (0.01 if day.is_quick else LOADED_S)
-    while time.monotonic() < until:
-        x @ x
-        day.synchronize()
 
 
 def still_answers(day: Day) -> bool:
@@ -118,7 +108,7 @@ def read_sensor(day: Day) -> Iterator[Row]:
     x = torch.randn(8192, 8192, device=day.device).bfloat16()
     for _ in range(1500):  # about 2 s of an H100: queued at once, so that it works meanwhile
         x @ x
-    time.sleep(LOADED_S)
+    time.sleep(WORK_S)
     yield {"when": "at work", **sensor.read().model_dump(), "missing": sensor.missing}
     day.synchronize()
 
@@ -148,7 +138,7 @@ def tune(day: Day) -> dict[str, Item]:
     """The whole loop on a small decoder: the plan first, then its proof."""
     return {
         "plan": partial(run_tune, day, "--no-verify"),
-        "proof": partial(run_tune, day, "--resume"),
+        "proof": partial(run_tune, day),
     }
 
 
@@ -162,7 +152,8 @@ def run_tune(day: Day, *arguments: str) -> Iterator[Row]:
     )
     write_atomically(file, text)
     command = [sys.executable, "-m", "autoprec", "tune", f"{file}:functions", "--out", str(folder)]
-    command += ["--target", str(day.device), "--json", *arguments]
+    command += ["--target", str(day.device), "--json", *TUNED, *arguments]
+    command += ["--resume"] * folder.exists()  # a run that was cut off goes on
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stderr)
@@ -237,4 +228,3 @@ SECTIONS: dict[str, Callable[[Day], dict[str, Item]]] = {
     "profile": profile,
     "predictions": predictions,
 }
-UNLOADED = ("facts", "tune", "predictions")  # idle readings come first; the others time nothing

@@ -138,13 +138,23 @@ def test_a_section_that_cannot_start_is_tried_once(tmp_path: Path, bench: Any) -
     (tmp_path / "rows.jsonl").touch()
     child = bench("gpu_running").Child([sys.executable, "-c", "raise SystemExit(7)"], tmp_path)
     assert child.run("facts", seconds=20.0) == "the start: ended with status 7 (log.txt)"
-    assert len(bench("gpu_running").read_rows(tmp_path)) == 1
+    assert len(bench("gpu_running").failures(bench("gpu_running").read_rows(tmp_path))) == 1
 
 
 def test_what_a_section_leaves_is_shared_by_the_later_ones(bench: Any) -> None:
     share_out = bench("gpu_running").share_out
     assert share_out(100.0, [1.0, 3.0]) == 25.0
     assert share_out(90.0, [3.0]) == 90.0
+
+
+def test_of_a_section_that_is_run_again_the_last_run_counts(tmp_path: Path, bench: Any) -> None:
+    running = bench("gpu_running")
+    for ms in (1.0, 2.0):
+        running.write_row(tmp_path, {"section": "steps", "seconds_allowed": 9.0})
+        assert running.begun(tmp_path, "steps") == []
+        running.write_row(tmp_path, {"section": "steps", "begun": "bf16"})
+        running.write_row(tmp_path, {"section": "steps", "item": "bf16", "ms": ms})
+    assert [row["ms"] for row in running.results(running.read_rows(tmp_path), "steps")] == [2.0]
 
 
 def test_a_row_that_a_crash_cut_off_is_no_row(tmp_path: Path, bench: Any) -> None:
