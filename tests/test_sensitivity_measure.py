@@ -175,7 +175,7 @@ def test_gradients_too_large_to_keep_are_run_again(monkeypatch: pytest.MonkeyPat
     workload = mlp_workload()
     spec = captured(workload)
     kept = measure_sensitivity(warmed_up(workload, spec))
-    monkeypatch.setattr("autoprec.sensitivity.reference.KEPT_BYTES", 0)
+    monkeypatch.setattr("autoprec.sensitivity.reference.KEPT_SHARE", 0)
     again = measure_sensitivity(warmed_up(workload, spec))
     assert again.rows == kept.rows
     assert again.passes > kept.passes

@@ -80,3 +80,16 @@ def compared(ms: float, other_ms: float) -> str:
 def short_digest(*parts: object) -> str:
     """Return 16 hex digits of the SHA-256 of JSON values: equal parts, equal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def shown_bytes(size: float) -> str:
+    """Return a number of bytes in the largest unit that it fills.
+
+    >>> shown_bytes(3 * 2**30), shown_bytes(2_500_000)
+    ('3.0 GiB', '2.4 MiB')
+    """
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -81,6 +81,13 @@ def free_bytes(device: torch.device) -> int | None:
     return min((size for size in found if size is not None), default=None)
 
 
+def limit_memory(device: torch.device, limit: int) -> None:
+    """Make torch's CUDA allocator give no more than `limit` bytes from now on; a CPU has none."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or the one that it was raised from, says that a device's memory is full."""
     if error.__cause__ is not None and is_out_of_memory(error.__cause__):

@@ -19,6 +19,11 @@ from autoprec.records import LayerSpec, ModelSpec
 
 FP32_BYTES = 4
 BF16_BYTES = 2
+PROBED_BYTES = 4.5  # per layer-I/O element of a group: 4 of the reference, and some of the probe
+REPLAYED_BYTES = 24  # per element of one tensor of the widest layer: six tensors
+PRODUCT_BYTES = 12  # per element of the largest parameter: three tensors
+CHUNKS = 64
+SMALLEST_CHUNK = 1 << 13  # elements
 SAVED_BYTES = 3.3  # per layer-I/O element, where the capture did not see what autograd keeps
 
 
@@ -95,3 +100,53 @@ def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = F
 def branch_bytes(spec: ModelSpec, *, is_16_bit: bool) -> int:
     """Return the peak of a verification branch: one model in training."""
     return step_bytes(spec, is_16_bit=is_16_bit)
+
+
+def sensitivity_bytes(spec: ModelSpec, *, groups: int = 1, gradients: int = 2) -> int:
+    """Return the peak of measuring sensitivity with the layers in so many groups.
+
+    `gradients` is how many reference gradients the device holds: one per batch on a CPU, none where
+    the host keeps them. The largest of three:
+
+        warm-up   a training step
+        probe     weights, moved ones, the optimizer's second moment; what autograd keeps; x and g
+                  of a group, and g again under the probe
+        products  weights, second moment; x and g of a group twice, and one layer's replays
+    """
+    size = ModelSize.of(spec)
+    of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
+    group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
+    held = FP32_BYTES * (size.parameters + (min(size.states, 1.0) + gradients) * size.trainable)
+    probe = FP32_BYTES * size.trainable + size.saved + PROBED_BYTES * group
+    probe += FP32_BYTES * size.widest
+    products = 2 * FP32_BYTES * group + REPLAYED_BYTES * size.widest
+    products += PRODUCT_BYTES * size.largest
+    return round(max(step_bytes(spec), held + max(probe, products)))
+
+
+def sensitivity_bar(spec: ModelSpec) -> int:
+    """Return the bytes that sensitivity takes at most where nothing else is asked for.
+
+    One and a half times what training takes with AdamW in FP32: 24 bytes per parameter against 16,
+    6 bytes per layer-I/O element against 3.3 to 4.
+    """
+    size = ModelSize.of(spec)
+    return 24 * size.parameters + 6 * size.elements
+
+
+def layer_groups(spec: ModelSpec, count: int) -> list[tuple[str, ...]]:
+    """Return the layers' names in at most `count` groups of neighbours with alike layer I/O."""
+    total = sum(map(io_elements, spec.layers))
+    groups: dict[int, list[str]] = {}
+    before = 0
+    for layer in spec.layers:
+        own = io_elements(layer)
+        middle = (before + own / 2) / max(total, 1)
+        groups.setdefault(min(int(middle * count), count - 1), []).append(layer.name)
+        before += own
+    return [tuple(names) for names in groups.values()]
+
+
+def chunk_elements(spec: ModelSpec) -> int:
+    """Return how many elements of a layer's I/O to work on at a time: few beside all layers'."""
+    return max(sum(map(io_elements, spec.layers)) // CHUNKS, SMALLEST_CHUNK)

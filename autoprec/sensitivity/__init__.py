@@ -1,11 +1,13 @@
 """What each option does to the gradient, per layer: the gradient error.
 
 measure         the stage: warmed-up reference -> Sensitivity; whole assignments, measured jointly
+room            how much memory it may take, and in how many groups of layers it goes then
 reference       warmed-up weights, batches and reference gradients
 preconditioner  how the optimizer weighs a gradient
 tables          the two ways to the table, exact and by probes, and the choice between them
 probes          the depth-free way: all layers and options from a few sign-coded probes
-local           the error an option makes inside one layer; a linear's operands and their ranges
+linear          a linear's errors in every option, its products with a probe, its operands' ranges
+local           what an error inside one layer is made of; any other layer's error in BF16
 replay          a layer run again alone, on what went through it
 casts           what the recipes do to an operand, in plain arithmetic
 delayed         delayed scaling, emulated where it is asked for

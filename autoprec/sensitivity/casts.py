@@ -75,17 +75,29 @@ def scale_of(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
     """Return the scale of a tensor; `amax` is the history's, for a delayed cast."""
     if cast.is_delayed and amax is not None:
         largest = torch.tensor(amax, dtype=torch.float64, device=x.device)
-    elif cast.dim is None:
-        largest = x.abs().amax().double()
     else:
-        largest = x.abs().amax(cast.dim, keepdim=True).double()
-    scale = (torch.finfo(cast.dtype).max / largest.clamp(min=EPS)).float()
+        largest = largest_of(x, cast)
+    return scale_from(largest, cast)
+
+
+def largest_of(x: Tensor, cast: Cast) -> Tensor:
+    """Return the amax that a cast with current scaling takes of a tensor."""
+    return x.abs().amax() if cast.dim is None else x.abs().amax(cast.dim, keepdim=True)
+
+
+def scale_from(largest: Tensor, cast: Cast) -> Tensor:
+    """Return the scale that belongs to an amax."""
+    scale = (torch.finfo(cast.dtype).max / largest.double().clamp(min=EPS)).float()
     return torch.exp2(torch.floor(torch.log2(scale))) if cast.is_power_of_2 else scale
 
 
 def cast_operand(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
     """Return a BF16-rounded operand after its cast to FP8, in FP32."""
-    scale = scale_of(x, cast, amax=amax)
+    return cast_scaled(x, cast, scale_of(x, cast, amax=amax))
+
+
+def cast_scaled(x: Tensor, cast: Cast, scale: Tensor) -> Tensor:
+    """Return a BF16-rounded operand, or some rows of it, after its cast to FP8 with this scale."""
     scaled = x * scale
     if cast.is_delayed:  # only a scale from the past lets values be too large
         largest = torch.finfo(cast.dtype).max

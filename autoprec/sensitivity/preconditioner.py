@@ -22,12 +22,15 @@ noise (biases before a softmax or a batch norm), and what they can add to g'Pg i
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias was 99 % of a small CNN's BF16 error
+PARTS = 64  # of all parameters; what is made of one on its way is four times its size
+SMALLEST_PART = 1 << 12  # elements
 PLAIN = ("SGD", "ASGD")  # their update is proportional to the (averaged) gradient
 
 
@@ -41,9 +44,10 @@ class ElementRule:
     take: float
     eps: float
 
-    def weight(self, gradient: Tensor) -> Tensor:
-        """Return P^(1/2) for this gradient, FP32, of its shape."""
-        moment = self.moment.to(gradient.device, torch.float32)
+    def weight(self, gradient: Tensor, *, part: slice | None = None) -> Tensor:
+        """Return P^(1/2) for this gradient, FP32, of its shape; `part`: of the flat moment."""
+        moment = self.moment if part is None else self.moment.reshape(-1)[part]
+        moment = moment.to(gradient.device, torch.float32)
         updated = (moment * self.keep).addcmul_(gradient, gradient, value=self.take)
         return updated.sqrt_().add_(self.eps).rsqrt_()
 
@@ -59,6 +63,11 @@ class Preconditioner:
     note: str
     rules: dict[Tensor, ElementRule | None]
 
+    @cached_property
+    def part(self) -> int:
+        """How many elements are weighed at a time: few beside those of all parameters."""
+        return max(sum(parameter.numel() for parameter in self.rules) // PARTS, SMALLEST_PART)
+
     def covers(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter at all."""
         return parameter in self.rules
@@ -68,9 +77,45 @@ class Preconditioner:
         rule = self.rules[parameter]
         return values if rule is None else values * rule.weight(at.to(values.device))
 
-    def squared_norm(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> float:
-        """Return x'Px of such values x."""
-        return float(self.apply(parameter, values, at=at).square().sum(dtype=torch.float64))
+    def weight(self, parameter: Tensor, *, at: Tensor) -> Tensor:
+        """Return P^(1/2) of a parameter, a new FP32 tensor, at the reference gradient `at`."""
+        rule = self.rules[parameter]
+        if rule is None:
+            return torch.ones_like(parameter, dtype=torch.float32, requires_grad=False)
+        return rule.weight(at.to(parameter.device))
+
+    def total_weight(self, parameter: Tensor, *, at: Tensor) -> float:
+        """Return the sum of P^(1/2) over a parameter's elements."""
+        rule = self.rules[parameter]
+        if rule is None:
+            return float(parameter.numel())
+        flat, total = at.reshape(-1), 0.0
+        for start in range(0, len(flat), self.part):
+            part = slice(start, start + self.part)
+            weight = rule.weight(flat[part].to(parameter.device), part=part)
+            total += float(weight.sum(dtype=torch.float64))
+        return total
+
+    def squared_norm(
+        self, parameter: Tensor, values: Tensor, *, at: Tensor, less: Tensor | None = None
+    ) -> float:
+        """Return x'Px of such values x, or of x = values - less.
+
+        They are taken in parts, so that nothing of the parameter's size is made; `at` and `less`
+        may be on another device.
+        """
+        rule, total = self.rules[parameter], torch.zeros((), dtype=torch.float64)
+        flat, flat_at = values.reshape(-1), at.reshape(-1)
+        total = total.to(flat.device)
+        for start in range(0, len(flat), self.part):
+            part = slice(start, start + self.part)
+            x = flat[part].float()
+            if less is not None:
+                x = x - less.reshape(-1)[part].to(x.device)
+            if rule is not None:
+                x = x * rule.weight(flat_at[part].to(x.device), part=part)
+            total += x.square().sum(dtype=torch.float64)
+        return float(total)
 
 
 def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:

@@ -24,33 +24,31 @@ the weight. Cross terms between groups, operands and GEMMs are left out; measure
 around zero.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.tf32 import tf32_off
+from autoprec.model.layers import linear_refusal
+from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
-from autoprec.records import BF16_O2, Gemm, Operand, OperandStatistics, Option
-from autoprec.runtime import install_options
+from autoprec.records import OperandStatistics, Option
 from autoprec.sensitivity.casts import Sides
+from autoprec.sensitivity.linear import Linear
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
     BF16_OUTPUT,
     Cell,
     Component,
-    LocalErrors,
-    Operands,
-    add_fp8_errors,
-    bf16_errors,
     fp8_options,
     parameter_only_errors,
+    replayed_errors,
 )
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
-from autoprec.sensitivity.replay import differentiated_calls, floating_inputs, replay
+from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
 STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by about 0.2 %
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -59,27 +57,39 @@ Key = tuple[str, Component]  # a layer's name and one source of its error
 SomeTensors = Sequence[Tensor | None]  # None where no gradient came back
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchProbe:
     """What one batch showed of every layer; `squares` and `fourths` are means over its probes."""
 
     squared_norm: float  # g'Pg of the reference gradient
     probes: int
-    squares: dict[Key, float]  # sum_k z_k^2 over the groups: d'Pd
-    fourths: dict[Key, float]  # sum_k z_k^4, for the probes' own noise
-    parameter_errors: dict[str, dict[Sides, float]]  # d'Pd of what stays in a layer's parameters
-    statistics: tuple[OperandStatistics, ...]  # the operands' ranges; of the first batch only
+    # sum_k z_k^2 over the groups: d'Pd
+    squares: dict[Key, float] = field(default_factory=dict)
+    # sum_k z_k^4, for the probes' own noise
+    fourths: dict[Key, float] = field(default_factory=dict)
+    # d'Pd of what stays in a layer's parameters
+    parameter_errors: dict[str, dict[Sides, float]] = field(default_factory=dict)
+    # the operands' ranges; of the first batch only
+    statistics: list[OperandStatistics] = field(default_factory=list)
+
+    def add(self, key: Key, z: Tensor) -> None:
+        """Add the products of one probe."""
+        squares = z.double().square()
+        self.squares[key] = self.squares.get(key, 0.0) + float(squares.sum()) / self.probes
+        fourth = float(squares.square().sum()) / self.probes
+        self.fourths[key] = self.fourths.get(key, 0.0) + fourth
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """The reference pass of one batch: what went through the layers, and the gradient."""
+    """The reference pass of one batch: what went through some layers, and the gradient."""
 
     reference: Reference
     index: int
     layers: dict[str, nn.Module]
     calls: dict[str, list[Call]]
     gradient: ReferenceGradient
+    chunk: int  # elements that a linear takes at a time
 
     def squared_norm(self, errors: Mapping[Tensor, Tensor]) -> float:
         """Return d'Pd of errors by parameter; those that are not updated weigh nothing."""
@@ -98,90 +108,111 @@ class _Pass:
 
 
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
-    """Probe every batch; costs per batch one pass, two replays and `probes` more passes.
+    """Probe every batch; costs per batch and group of layers one pass and `probes` more.
 
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
+    What goes through the layers of one group is held at a time, in two passes.
     """
-    layers = {name: reference.model.get_submodule(name) for name in reference.spec.names}
-    progress = reference.context.progress
-    total = len(reference.batches) * (1 + probes)
-    found = []
+    named, progress = _grouped_layers(reference), reference.context.progress
+    options = fp8_options(cells)
+    total, found = len(reference.batches) * len(named), []
     for index in range(len(reference.batches)):
-        progress("sensitivity: probes", index * (1 + probes), total)
-        # run it now, kept or not, so that the calls are seen
-        with differentiated_calls(layers) as calls:
-            gradient = reference.run_gradient(index)
-        step = _Pass(reference, index, layers, calls, gradient)
-        errors, statistics = _local_errors(step, fp8_options(cells))
-        products: dict[Key, list[Tensor]] = {}
-        for probe in range(probes):
-            progress("sensitivity: probes", index * (1 + probes) + 1 + probe, total)
-            # the same signs serve two batches in turn
-            for key, z in _run_probe(step, errors, code=(index // 2) * probes + probe):
-                products.setdefault(key, []).append(z)
-        squares, fourths = (
-            {
-                key: math.fsum(float(z.double().pow(power).sum()) for z in every) / probes
-                for key, every in products.items()
-            }
-            for power in (2, 4)
-        )
-        staying = {name: local.parameter_errors for name, local in errors.items()}
-        norm = gradient.squared_norm
-        found.append(BatchProbe(norm, probes, squares, fourths, staying, tuple(statistics)))
+        probed = BatchProbe(0.0, probes)
+        for place, layers in enumerate(named):
+            progress("sensitivity: probes", index * len(named) + place, total)
+            _probe_group(reference, index, layers, options, probed)
+        found.append(probed)
+        reference.passes += 2 * probes  # two replays of every layer: about two passes
     progress("sensitivity: probes", total, total)
     return found
 
 
-def _local_errors(
-    step: _Pass, options: Mapping[str, Sequence[Option]]
-) -> tuple[dict[str, LocalErrors], list[OperandStatistics]]:
-    """Replay every layer in FP32 and in BF16, and work out its FP8 errors."""
-    reference, calls = step.reference, step.calls
-    reference.passes += 2  # a replay is about a pass
-    seed = reference.context.seed * 104_729 + step.index
-    # a layer whose parameters are used without a call (an attention's out_proj) has no replay
-    found = {
-        name: parameter_only_errors(step.own_gradients(layer), step.squared_norm)
-        for name, layer in step.layers.items()
-        if not calls[name]
-    }
-    called = {name: layer for name, layer in step.layers.items() if calls[name]}
-    # BF16: what a layer makes of the reference's inputs and output gradients in either precision
-    with seeded(seed, reference.context.device):
-        exact = {name: replay(layer, calls[name], seed=seed) for name, layer in called.items()}
-        bf16 = dict.fromkeys(called, BF16_O2)
-        with install_options(reference.model, bf16, activation_dtype=torch.float32, root=False):
-            for name, layer in called.items():
-                rounded = replay(layer, calls[name], seed=seed)
-                found[name] = bf16_errors(exact[name], rounded, step.squared_norm)
-    # FP8: the casts' errors, by plain arithmetic on the same inputs and gradients
-    statistics: list[OperandStatistics] = []
-    for name, fp8 in options.items():
-        layer = step.layers[name]
-        if name in called and isinstance(layer, nn.Linear):
-            operands = Operands(layer, calls[name], reference.history.get(name, {}))
-            add_fp8_errors(found[name], operands, fp8, exact[name], step.squared_norm)
-            if step.index == 0:
-                statistics += operands.statistics(name, fp8)
-    return found, statistics
+def _probe_group(
+    reference: Reference,
+    index: int,
+    layers: dict[str, nn.Module],
+    options: Mapping[str, Sequence[Option]],
+    probed: BatchProbe,
+) -> None:
+    """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
+    with differentiated_calls(layers) as calls:
+        gradient = _reference_pass(reference, index)
+    probed.squared_norm = gradient.squared_norm
+    step = _Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
+    for probe in range(probed.probes):
+        _run_probe(step, options, probed, probe=probe)
+
+
+def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[OperandStatistics]:
+    """Run the first batch and return the statistics of every linear with an FP8 option."""
+    options, chunk = fp8_options(cells), chunk_elements(reference.spec)
+    found: list[OperandStatistics] = []
+    for layers in _grouped_layers(reference):
+        linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
+        if not linears:
+            continue
+        with differentiated_calls(linears) as calls:
+            _reference_pass(reference, 0)
+        for name, linear in linears.items():
+            if calls[name]:
+                amax = reference.history.get(name)
+                whole = Linear(linear, calls[name], options[name], amax=amax, chunk=chunk)
+                found += whole.statistics(name)
+    return found
+
+
+def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
+    """Return the layers by name, in the groups whose tensors are held at a time."""
+    return [
+        {name: reference.model.get_submodule(name) for name in names}
+        for names in layer_groups(reference.spec, reference.groups)
+    ]
+
+
+def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
+    """Run the reference on a batch, so that its calls are seen; return its gradient."""
+    kept = reference.gradients.get(index)
+    if kept is None:
+        return reference.run_gradient(index)
+    reference.run(index, keep=())
+    return kept
 
 
 def _run_probe(
-    step: _Pass, errors: Mapping[str, LocalErrors], *, code: int
-) -> Iterator[tuple[Key, Tensor]]:
-    """Move the weights along sign code number `code`, run, and yield every layer's products z."""
+    step: _Pass, options: Mapping[str, Sequence[Option]], probed: BatchProbe, *, probe: int
+) -> None:
+    """Move the weights, run, and add every layer's products z to what the batch showed.
+
+    What stays in a layer's parameters, and the operands' ranges, come with the first probe.
+    """
+    reference, seed = step.reference, step.reference.context.seed * 104_729 + step.index
+    # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
+    uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
+    kept = {parameter for layer in uncalled for parameter in layer.parameters()}
     size = _step_size(step)
+    code = (step.index // 2) * probed.probes + probe  # the same signs serve two batches in turn
     with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):
-        step.reference.run(step.index)
-    for name, layer in step.layers.items():
-        pairs = list(zip(step.calls[name], moved.pop(name), strict=True))
-        if pairs:
-            products = _products(layer, pairs, errors[name])
-        else:
-            products = _by_row(step.own_gradients(layer), errors[name])
-        for component, z in products.items():
-            yield (name, component), z.cpu() / size  # changes over t are derivatives
+        reference.run(step.index, keep=kept)
+    with seeded(seed, reference.context.device), tf32_off():
+        for name, layer in step.layers.items():
+            calls, after = step.calls[name], moved.pop(name)
+            if not calls:
+                products = _uncalled_products(step, name, probed)
+            elif isinstance(layer, nn.Linear) and not linear_refusal(layer):
+                fp8, amax = options.get(name, ()), reference.history.get(name)
+                linear = Linear(layer, calls, fp8, moved=after, amax=amax, chunk=step.chunk)
+                products = linear.products()
+                if probe == 0:
+                    probed.parameter_errors[name] = linear.parameter_errors(step.squared_norm)
+                if probe == 0 == step.index and fp8:
+                    probed.statistics += linear.statistics(name)
+            else:
+                local = replayed_errors(layer, calls, step.squared_norm, seed=seed)
+                probed.parameter_errors[name] = local.parameter_errors
+                products = _products(layer, list(zip(calls, after, strict=True)), local.errors)
+            for component, z in products.items():
+                probed.add((name, component), z.cpu() / size)  # changes over t are derivatives
+    reference.model.zero_grad(set_to_none=True)
 
 
 def _step_size(step: _Pass) -> float:
@@ -193,8 +224,7 @@ def _step_size(step: _Pass) -> float:
     weight = scale = 0.0
     for parameter, g in step.gradient.of.items():
         weight += float(parameter.detach().abs().median()) * parameter.numel()
-        moved = step.reference.preconditioner.apply(parameter, torch.ones_like(g), at=g)
-        scale += float(moved.sum(dtype=torch.float64))
+        scale += step.reference.preconditioner.total_weight(parameter, at=g)
     return STEP * weight / scale
 
 
@@ -202,6 +232,7 @@ def _step_size(step: _Pass) -> float:
 def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
+    weight_of = step.reference.preconditioner.weight
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
             if (at := step.gradient.of.get(parameter)) is None:
@@ -211,67 +242,50 @@ def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
             generator = torch.Generator(parameter.device).manual_seed(seed)
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = step.reference.preconditioner.apply(parameter, signs.float(), at=at)
-            parameter.data = parameter.data + size * move
+            # in place: of a large embedding there is room for one more tensor
+            move = weight_of(parameter, at=at).mul_(signs).mul_(size)
+            parameter.data = move.add_(parameter.data)
         yield
     finally:
         for parameter, data in saved:
             parameter.data = data
 
 
+def _uncalled_products(step: _Pass, name: str, probed: BatchProbe) -> dict[Component, Tensor]:
+    gradients = step.own_gradients(step.layers[name])
+    local = parameter_only_errors(gradients, step.squared_norm)
+    probed.parameter_errors[name] = local.parameter_errors
+    return _by_row(gradients, local.errors[BF16_OUTPUT])
+
+
 def _products(
-    layer: nn.Module, pairs: Sequence[tuple[Call, Call]], local: LocalErrors
+    layer: nn.Module,
+    pairs: Sequence[tuple[Call, Call]],
+    errors: Mapping[Component, Sequence[Tensor]],
 ) -> dict[Component, Tensor]:
-    """Return z per group for every component of a layer's errors, from calls before and after."""
-    errors = local.errors
+    """Return z per group for a layer's errors in BF16, from calls before and after."""
     gradients = [g for call, _ in pairs for g in call.gradients]
     inputs = [x for call, _ in pairs for x in floating_inputs(call)]
     # v: the change of the output gradient; c: the change of the input
     v = _changes(gradients, [g for _, moved in pairs for g in moved.gradients])
     c = _changes(inputs, [x for _, moved in pairs for x in floating_inputs(moved)])
-    # any layer in BF16: <v, Dy> and <c, Dgx>
-    found = {
+    # <v, Dy> and <c, Dgx>
+    return {
         BF16_OUTPUT: _by_channel(layer, v, errors[BF16_OUTPUT]),
         BF16_GRAD_INPUT: _by_channel(layer, c, errors[BF16_GRAD_INPUT]),
     }
-    casts = [component for component in errors if component.cast is not None]
-    if not casts or not isinstance(layer, nn.Linear):
-        return found
-    # a linear in FP8: the factor of each operand's error, per call; of the weight's, over all calls
-    weight_NK = layer.weight.detach()
-    x_MK, c_MK = (_rows(tensors, layer.in_features) for tensors in (inputs, c))
-    g_MN, v_MN = (_rows(tensors, layer.out_features) for tensors in (gradients, v))
-    factors: dict[tuple[Gemm, Operand | None], list[Tensor]] = {
-        (Gemm.OUTPUT, Operand.INPUT): [v @ weight_NK for v in v_MN],  # [M, N] @ [N, K] -> [M, K]
-        (Gemm.GRAD_INPUT, Operand.GRAD_OUTPUT): [c @ weight_NK.t() for c in c_MK],  # -> [M, N]
-        (Gemm.OUTPUT, Operand.WEIGHT): [  # v' x: [N, M] @ [M, K] -> [N, K]
-            reduce(torch.add, [v.t() @ x for v, x in zip(v_MN, x_MK, strict=True)])
-        ],
-        (Gemm.GRAD_INPUT, Operand.WEIGHT): [  # g' c: [N, M] @ [M, K] -> [N, K]
-            reduce(torch.add, [g.t() @ c for g, c in zip(g_MN, c_MK, strict=True)])
-        ],
-    }
-    # its four products, each summed over tokens or a row of the weight
-    for component in casts:
-        key = (component.gemm, component.operand)
-        dim = 1 if key == (Gemm.OUTPUT, Operand.WEIGHT) else 0
-        pairs_of_calls = zip(factors[key], errors[component], strict=True)
-        found[component] = reduce(torch.add, [(a * b).sum(dim) for a, b in pairs_of_calls])
-    return found
 
 
-def _by_row(gradients: Mapping[Tensor, Tensor], local: LocalErrors) -> dict[Component, Tensor]:
+def _by_row(
+    gradients: Mapping[Tensor, Tensor], errors: Sequence[Tensor]
+) -> dict[Component, Tensor]:
     """Return z per row of each parameter, for a layer whose parameters are used without a call."""
     rows = []
-    for (parameter, g), error in zip(gradients.items(), local.errors[BF16_OUTPUT], strict=True):
+    for (parameter, g), error in zip(gradients.items(), errors, strict=True):
         product = (gradient_of(parameter) - g) * error
         rows.append(product.reshape(len(g), -1).sum(1) if g.dim() else product.reshape(1))
     z = torch.cat(rows) if rows else torch.zeros(1)
     return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
-
-
-def _rows(tensors: SomeTensors, features: int) -> list[Tensor]:
-    return [t.reshape(-1, features) for t in tensors if t is not None]
 
 
 def _changes(before: SomeTensors, after: SomeTensors) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ passes share their dropout masks and differ in precision only.
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.common.progress import report_nothing
+from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import world_size
 from autoprec.device.tf32 import tf32_off
@@ -33,9 +34,11 @@ from autoprec.runtime.sharded_state import load_shards, load_whole
 from autoprec.sensitivity.delayed import Amax, recorded_amax
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
+from autoprec.sensitivity.room import plan_groups
 from autoprec.workload.functions import Batch, check_loss, move_batch
 
-KEPT_BYTES = 4 * 2**30  # reference gradients up to this size are kept on the CPU, not run again
+KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this are not run again
+UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
 DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
 DEFAULT_WARMUP_STEPS = 10
@@ -59,7 +62,7 @@ class Reference:
     context: Context
     spec: ModelSpec  # as captured; its layers' options are what can be measured
     model: nn.Module  # warmed up, FP32
-    batches: list[Batch]  # those that gradients are compared on
+    batches: list[Batch]  # those that gradients are compared on, where they were made
     preconditioner: Preconditioner
     history: Mapping[str, Amax]  # of every linear in the warm-up, by name; empty unless asked for
     loss_curve: tuple[tuple[int, float], ...]  # (step, loss) of the warm-up
@@ -67,24 +70,34 @@ class Reference:
     step_s: float  # the median time of a warm-up step
     spent_s: float  # what preparing took
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
+    groups: int = 1  # of layers, of which one at a time is probed
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
 
-    def run(self, index: int) -> Tensor:
+    def run(self, index: int, *, keep: Collection[Tensor] | None = None) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
-        Gradients are left on the model; buffers and random generators are put back first. FP32 is
-        FP32 here: with cuDNN's TF32 every convolution would have an error in the reference too.
+        Gradients are left on the model; with `keep` those of other parameters are dropped as they
+        arrive. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
+        TF32 every convolution would have an error in the reference too.
         """
         self.passes += 1
+        parameters = self.model.parameters() if keep is not None else ()
+        dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.model.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
         with seeded(self.context.seed * 7919 + index, self.context.device), tf32_off():
-            loss: Tensor = self.context.workload.loss_fn(self.model, self.batches[index])
-            torch.autograd.backward(loss)
+            batch = move_batch(self.batches[index], self.context.device)
+            try:
+                loss: Tensor = self.context.workload.loss_fn(self.model, batch)
+                torch.autograd.backward(loss)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return loss
 
     def gradient(self, index: int) -> ReferenceGradient:
@@ -108,7 +121,8 @@ class Reference:
                 "loss_fn and build_optimizer"
             )
         size = sum(g.numel() * g.element_size() for g in found.values())
-        if size * len(self.batches) <= KEPT_BYTES:
+        free = free_bytes(torch.device("cpu")) or UNKNOWN_FREE_BYTES
+        if index in self.gradients or size * len(self.batches) <= KEPT_SHARE * free:
             on_cpu = {p: g.to("cpu") for p, g in found.items()}
             self.gradients[index] = ReferenceGradient(on_cpu, squared)
         return ReferenceGradient(found, squared)
@@ -116,12 +130,8 @@ class Reference:
     def squared_error(self, index: int, reference: ReferenceGradient) -> float:
         """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's."""
         self.run(index)
-        squared = 0.0
-        for parameter, gradient in reference.of.items():
-            g = gradient.to(parameter.device)
-            error = gradient_of(parameter) - g
-            squared += self.preconditioner.squared_norm(parameter, error, at=g)
-        return squared
+        norm = self.preconditioner.squared_norm
+        return sum(norm(p, gradient_of(p), at=g, less=g) for p, g in reference.of.items())
 
     def measure_errors(
         self,
@@ -173,6 +183,7 @@ def prepare_reference(
         WorkloadError: too few batches or steps, or a loss that is not finite.
         CaptureError: the workload's model is not the one that `spec` describes.
         RecordError: the checkpoint is unreadable or of another model.
+        DeviceError: it takes more memory than it may.
     """
     if batches < FEWEST_BATCHES or warmup_steps < 1:
         raise WorkloadError(
@@ -180,11 +191,13 @@ def prepare_reference(
             f"{batches} and {warmup_steps}; ask for more"
         )
     started = time.perf_counter()
+    on_device = batches if context.device.type == "cpu" else 0  # else the host keeps gradients
+    groups = plan_groups(context, spec, gradients=on_device)
     model, optimizer = restore(context, None if checkpoint is None else read_checkpoint(checkpoint))
     stream = context.workload.train_batches(context.seed)
     watched = find_layers(model) if with_history else {}
     with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
-        curve, step_s = _warm_up(context, model, optimizer, islice(stream, warmup_steps))
+        curve, step_s = _warm_up(context, model, optimizer, stream, steps=warmup_steps)
     # the layers of the spec are found by name: it must be this very model's
     structure = model_layers(model).structure
     if structure != spec.structure:
@@ -196,12 +209,13 @@ def prepare_reference(
         context=context,
         spec=spec,
         model=model,
-        batches=[move_batch(batch, context.device) for batch in islice(stream, batches)],
+        batches=list(islice(stream, batches)),
         preconditioner=read_preconditioner(optimizer),
         history=history,
         loss_curve=curve,
         checkpoint=str(checkpoint or ""),
         step_s=step_s,
+        groups=groups,
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
     )
@@ -213,6 +227,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
@@ -243,23 +261,22 @@ def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module,
 
 
 def _warm_up(
-    context: Context, model: nn.Module, optimizer: Optimizer, stream: Iterator[Batch]
+    context: Context, model: nn.Module, optimizer: Optimizer, stream: Iterator[Batch], *, steps: int
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
-    # all batches first: the user's data loading is no part of a step
-    batches = [move_batch(batch, context.device) for batch in stream]
     curve: list[tuple[int, float]] = []
     times: list[float] = []
-    for step, batch in enumerate(batches, start=1):
-        context.progress("sensitivity: warm-up", step - 1, len(batches))
-        started = time.perf_counter()
+    for step, drawn in enumerate(islice(stream, steps), start=1):
+        context.progress("sensitivity: warm-up", step - 1, steps)
+        batch = move_batch(drawn, context.device)
+        started = time.perf_counter()  # the user's data loading is no part of a step
         optimizer.zero_grad(set_to_none=True)
         loss = context.workload.loss_fn(model, batch)
         torch.autograd.backward(loss)
         optimizer.step()
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
-    context.progress("sensitivity: warm-up", len(batches), len(batches))
+    context.progress("sensitivity: warm-up", steps, steps)
     return tuple(curve), statistics.median(times[1:] or times)
 
 

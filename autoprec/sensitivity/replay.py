@@ -47,9 +47,8 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
 
     The same seed draws the same dropout masks, so two replays differ in precision only.
     """
-    totals: dict[Tensor, Tensor] = {
-        p: torch.zeros_like(p, dtype=torch.float32) for p in layer.parameters() if p.requires_grad
-    }
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    totals: dict[Tensor, Tensor] = {}
     outputs: list[Tensor] = []
     input_gradients: list[Tensor | None] = []
     for number, call in enumerate(calls):
@@ -69,13 +68,19 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             if g is not None and y.requires_grad
         ]
         found: dict[Tensor, Tensor] = {}
-        if pairs and (wanted := [*inputs, *totals]):
+        if pairs and (wanted := [*inputs, *trained]):
             roots, gradients = zip(*pairs, strict=True)
             given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
             found = {t: g.float() for t, g in zip(wanted, given, strict=True) if g is not None}
         outputs += [y.detach().float() for y in produced]
         input_gradients += [found.get(x) for x in inputs]
-        for parameter, total in totals.items():
-            if parameter in found:
-                total += found[parameter]
+        for parameter in trained:
+            if parameter in found:  # one call: kept as it is, no sum beside it
+                before = totals.get(parameter)
+                totals[parameter] = (
+                    found[parameter] if before is None else before + found[parameter]
+                )
+    for parameter in trained:
+        if parameter not in totals:
+            totals[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
     return Replayed(outputs, input_gradients, totals)

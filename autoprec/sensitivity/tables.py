@@ -4,6 +4,7 @@ layerwise     exact: one layer x option at a time, everything else FP32
 sign_coded    all of them from a few probes; the few that these leave in doubt, exactly
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,14 +16,18 @@ from itertools import chain
 import torch
 from torch import nn
 
-from autoprec.errors import PlanMismatchError
+from autoprec.device.local import release_memory
+from autoprec.device.memory import is_out_of_memory
+from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.records import Estimate, Gemm, LayerSensitivity, OperandStatistics, Option, Recipe
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
-from autoprec.sensitivity.local import Cell, components_of, operand_statistics
-from autoprec.sensitivity.probes import BatchProbe, Key, probe_batches
+from autoprec.sensitivity.local import Cell, components_of
+from autoprec.sensitivity.probes import BatchProbe, Key, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
+
+log = logging.getLogger(__name__)
 
 PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
@@ -68,7 +73,7 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
 def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
     count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
-    probes = probe_batches(reference, cells, probes=count)
+    probes = _probed(reference, cells, probes=count)
     rows = make_rows(probes, cells)
     refined = tuple(dict.fromkeys((*large_cells(rows), *uncertain_cells(rows))))
     exact = _exact_errors(reference, refined, REFINED_BATCHES, "largest rows") if refined else {}
@@ -76,7 +81,23 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
         _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
         for row in rows
     )
-    return Table(Method.SIGN_CODED, rows, probes[0].statistics, refined)
+    return Table(Method.SIGN_CODED, rows, tuple(probes[0].statistics), refined)
+
+
+def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
+    """Probe all batches; where memory runs out, with the layers in twice as many groups."""
+    before = reference.groups
+    while True:
+        try:
+            return probe_batches(reference, cells, probes=probes)
+        except (RuntimeError, WorkloadError) as error:
+            if not is_out_of_memory(error) or reference.groups >= len(reference.spec.layers):
+                raise
+        # here the error and its frames are gone, and what they held can be given back
+        release_memory(reference.context.device)
+        if reference.groups == before:
+            log.warning("memory ran out: the layers are probed again, fewer at a time")
+        reference.groups = min(2 * reference.groups, len(reference.spec.layers))
 
 
 def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[LayerSensitivity, ...]:

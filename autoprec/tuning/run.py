@@ -117,10 +117,13 @@ class Run:
     def device(self) -> "torch.device":
         """Where numerics are measured: the target, or the machine at hand for a device profile."""
         from autoprec.device.local import resolve_device
+        from autoprec.device.memory import limit_memory
 
+        device = resolve_device(self.settings.target if self.target is None else "auto")
+        if self.settings.memory_limit:
+            limit_memory(device, self.settings.memory_limit)
         if self.target is None:
-            return resolve_device(self.settings.target)
-        device = resolve_device("auto")
+            return device
         logger.warning("%s is predicted; what is measured runs on %s", self.target.name, device)
         return device
 

@@ -1,0 +1,324 @@
+"""A linear's errors in every option, and their products with what a probe changed: rows in chunks.
+
+With x_MK, weight_NK and grad_MN of the reference pass, v and c the probe's change of the output
+gradient and of the input (see probes.py), and D for "cast minus exact":
+
+    output        v w, Dx   per input channel        v' x, Dw   per row of the weight
+    grad_input    c w', Dg  per output channel       g' c, Dw   per column of the weight
+    grad_weight   cast(g)' cast(x) - g' x            stays where it is
+
+All are sums over tokens. So a chunk of tokens is cast, multiplied and forgotten: beside the
+recorded x, g and theirs under the probe, only single tensors of the weight's size are ever made.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.model.recording import Call
+from autoprec.records import Gemm, Operand, OperandStatistics, Option
+from autoprec.sensitivity.casts import (
+    Cast,
+    Sides,
+    cast_scaled,
+    gemm_casts,
+    largest_of,
+    round_bf16,
+    scale_from,
+    scale_of,
+)
+from autoprec.sensitivity.delayed import Amax
+from autoprec.sensitivity.local import (
+    BF16_GRAD_INPUT,
+    BF16_OUTPUT,
+    Component,
+    Norm,
+    components_of,
+    in_bf16,
+)
+from autoprec.sensitivity.replay import floating_inputs
+
+COUNTED_ROWS = 4  # one row in so many is counted for underflow and saturation
+SPREADING = (Gemm.OUTPUT, Gemm.GRAD_INPUT)  # the GEMMs whose error the rest of the model carries on
+OUTLIER_RATIO = 10.0  # a channel's amax over the median channel's
+
+
+@dataclass
+class Matrix:
+    """One operand of one call, rows x columns, and its casts, some rows at a time."""
+
+    exact: Tensor
+    chunk: int  # rows
+    amax: float | None = None  # of the past, for delayed scaling
+    _scales: dict[Cast, Tensor] = field(default_factory=dict)
+
+    def chunks(self) -> Iterator[slice]:
+        """Yield the rows, a chunk at a time."""
+        for start in range(0, len(self.exact), self.chunk):
+            yield slice(start, start + self.chunk)
+
+    def cast(self, cast: Cast, rows: slice) -> Tensor:
+        """Return these rows as FP8 has them."""
+        x = round_bf16(self.exact[rows])
+        return cast_scaled(x, cast, self.scale(cast, x))
+
+    def error(self, cast: Cast, rows: slice) -> Tensor:
+        """Return cast minus exact of these rows."""
+        return self.cast(cast, rows).sub_(self.exact[rows])
+
+    def scale(self, cast: Cast, x: Tensor) -> Tensor:
+        """Return the scale of rows x, rounded to BF16: their own, or that of the whole matrix."""
+        if cast.dim == 1:
+            return scale_of(x, cast)
+        if cast not in self._scales:
+            if cast.is_delayed and self.amax is not None:
+                self._scales[cast] = scale_of(x, cast, amax=self.amax)
+            else:  # rounding keeps the order of magnitudes: the largest of all, then rounded
+                parts = [largest_of(self.exact[rows], cast) for rows in self.chunks()]
+                largest = round_bf16(torch.stack(parts).amax(0))
+                self._scales[cast] = scale_from(largest, cast)
+        return self._scales[cast]
+
+
+@dataclass(frozen=True)
+class ProbedCall:
+    """One call of a linear: its operands in the reference pass, and both under a probe.
+
+    Where none was run, both are those of the reference.
+    """
+
+    x: Matrix
+    g: Matrix
+    moved_x: Tensor
+    moved_g: Tensor
+
+    def change_of_input(self, rows: slice) -> Tensor:
+        """Return c of these rows."""
+        return self.moved_x[rows] - self.x.exact[rows]
+
+    def change_of_gradient(self, rows: slice) -> Tensor:
+        """Return v of these rows."""
+        return self.moved_g[rows] - self.g.exact[rows]
+
+
+class Linear:
+    """A linear with its calls on one batch, in the reference pass and under a probe."""
+
+    def __init__(
+        self,
+        layer: nn.Linear,
+        calls: Sequence[Call],
+        options: Sequence[Option],
+        *,
+        moved: Sequence[Call] = (),
+        amax: Amax | None = None,
+        chunk: int,
+    ) -> None:
+        """Take the recorded calls; `options` are the FP8 ones, `chunk` is in elements."""
+        amax = amax or {}
+        width = layer.in_features + layer.out_features
+        rows = max(chunk // width // COUNTED_ROWS, 1) * COUNTED_ROWS
+        self.layer, self.options = layer, options
+        # taken now: inside `in_bf16` the layer has others
+        self.weight_NK = layer.weight.detach()
+        self.bias_N = None if layer.bias is None else layer.bias.detach()
+        self.weight = Matrix(self.weight_NK, rows, amax.get(Operand.WEIGHT))
+        pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
+        self.calls = [
+            ProbedCall(
+                Matrix(x, rows, amax.get(Operand.INPUT)),
+                Matrix(g, rows, amax.get(Operand.GRAD_OUTPUT)),
+                *probed,
+            )
+            for (x, g), probed in pairs
+        ]
+
+    def products(self) -> dict[Component, Tensor]:
+        """Return z per group for every component of the linear's errors."""
+        found = self._bf16_products()
+        parts = (components_of(option)[gemm] for option in self.options for gemm in SPREADING)
+        casts = {c: c.cast for c in chain.from_iterable(parts) if c.cast is not None}
+        for gemm in SPREADING:
+            of_gemm = {c: cast for c, cast in casts.items() if c.gemm is gemm}
+            of_weight = {c: k for c, k in of_gemm.items() if c.operand is Operand.WEIGHT}
+            of_tokens = {c: k for c, k in of_gemm.items() if c.operand is not Operand.WEIGHT}
+            found |= self._token_products(gemm, of_tokens)
+            found |= self._weight_products(gemm, of_weight)
+        return found
+
+    def parameter_errors(self, norm: Norm) -> dict[Sides, float]:
+        """Return d'Pd of what stays in the parameters, by the casts of grad_weight; () is BF16."""
+        weight, bias = self.layer.weight, self.layer.bias
+        sides = dict.fromkeys(gemm_casts(o).get(Gemm.GRAD_WEIGHT, ()) for o in self.options)
+        found = dict.fromkeys([(), *sides], 0.0)
+        if bias is not None and bias.requires_grad:
+            found[()] += norm({bias: self._bias_error()})
+        if not weight.requires_grad:
+            return found
+        exact = self._grad_weight(None)
+        for pair in found:
+            # cast minus exact, in place: both are of the weight's size
+            found[pair] += norm({weight: self._grad_weight(pair).sub_(exact)})
+        return found
+
+    def _bf16_products(self) -> dict[Component, Tensor]:
+        """Return v, Dy and c, Dgx of the layer in BF16, from its replay against plain FP32."""
+        layer, weight_NK, bias_N = self.layer, self.weight_NK, self.bias_N
+        output = weight_NK.new_zeros(layer.out_features)
+        grad_input = weight_NK.new_zeros(layer.in_features)
+        with in_bf16(layer), torch.enable_grad():
+            for call in self.calls:
+                for rows in call.x.chunks():
+                    x, g = call.x.exact[rows], call.g.exact[rows]
+                    leaf = x.detach().requires_grad_()
+                    y = layer.forward(leaf)
+                    (gx,) = torch.autograd.grad(y, leaf, g.to(y.dtype))
+                    error = y.detach().float().sub_(F.linear(x, weight_NK, bias_N))
+                    output += error.mul_(call.change_of_gradient(rows)).sum(0)
+                    error = gx.float().sub_(g @ weight_NK)  # [M, N] @ [N, K] -> [M, K]
+                    grad_input += error.mul_(call.change_of_input(rows)).sum(0)
+        return {BF16_OUTPUT: output, BF16_GRAD_INPUT: grad_input}
+
+    def _token_products(
+        self, gemm: Gemm, wanted: Mapping[Component, Cast]
+    ) -> dict[Component, Tensor]:
+        """Return the products of the errors of x (output) or of g (grad_input), per channel."""
+        found: dict[Component, Tensor] = {}
+        for call in self.calls if wanted else ():
+            for rows in call.x.chunks():
+                if gemm is Gemm.OUTPUT:  # v w: [M, N] @ [N, K] -> [M, K]
+                    factor, operand = call.change_of_gradient(rows) @ self.weight_NK, call.x
+                else:  # c w': [M, K] @ [K, N] -> [M, N]
+                    factor, operand = call.change_of_input(rows) @ self.weight_NK.t(), call.g
+                for component, cast in wanted.items():
+                    z = operand.error(cast, rows).mul_(factor).sum(0)
+                    found[component] = found[component] + z if component in found else z
+        return found
+
+    def _weight_products(
+        self, gemm: Gemm, wanted: Mapping[Component, Cast]
+    ) -> dict[Component, Tensor]:
+        """Return the products of the weight's errors, per row (output) or column (grad_input)."""
+        found: dict[Component, Tensor] = {}
+        if not wanted:
+            return found
+        factor_NK = torch.zeros_like(self.weight_NK)
+        for call in self.calls:
+            for rows in call.x.chunks():
+                if gemm is Gemm.OUTPUT:  # v' x: [N, M] @ [M, K] -> [N, K]
+                    factor_NK.addmm_(call.change_of_gradient(rows).t(), call.x.exact[rows])
+                else:  # g' c: [N, M] @ [M, K] -> [N, K]
+                    factor_NK.addmm_(call.g.exact[rows].t(), call.change_of_input(rows))
+        dim = 1 if gemm is Gemm.OUTPUT else 0
+        for component, cast in wanted.items():
+            parts = [
+                self.weight.error(cast, rows).mul_(factor_NK[rows]).sum(dim)
+                for rows in self.weight.chunks()
+            ]
+            found[component] = torch.cat(parts) if dim else torch.stack(parts).sum(0)
+        return found
+
+    def _grad_weight(self, sides: Sides | None) -> Tensor:
+        """Return g' x: exact (None), in BF16 (no sides), or with both sides cast to FP8."""
+        total = torch.zeros_like(self.weight_NK)
+        for call in self.calls:
+            own = total if sides is None or sides else torch.zeros_like(total)
+            for rows in call.x.chunks():
+                if sides:
+                    (_, left), (_, right) = sides
+                    g, x = call.g.cast(left, rows), call.x.cast(right, rows)
+                else:
+                    g, x = call.g.exact[rows], call.x.exact[rows]
+                    g, x = (g, x) if sides is None else (round_bf16(g), round_bf16(x))
+                own.addmm_(g.t(), x)  # [N, M] @ [M, K] -> [N, K]
+            if own is not total:  # a call in BF16 gives a BF16 gradient
+                total += round_bf16(own)
+        return total
+
+    def _bias_error(self) -> Tensor:
+        error = self.weight_NK.new_zeros(self.layer.out_features)
+        for call in self.calls:
+            rounded = sum(round_bf16(call.g.exact[rows]).sum(0) for rows in call.g.chunks())
+            exact = sum(call.g.exact[rows].sum(0) for rows in call.g.chunks())
+            error += round_bf16(torch.as_tensor(rounded)) - exact
+        return error
+
+    def statistics(self, name: str) -> list[OperandStatistics]:
+        """Return the range of each operand, and what each option's recipe would do to it."""
+        operands = {
+            Operand.INPUT: [call.x for call in self.calls],
+            Operand.WEIGHT: [self.weight],
+            Operand.GRAD_OUTPUT: [call.g for call in self.calls],
+        }
+        casts: dict[Operand, dict[str, set[Cast]]] = {operand: {} for operand in Operand}
+        for option in self.options:
+            for operand, cast in chain.from_iterable(gemm_casts(option).values()):
+                casts[operand].setdefault(str(option.recipe), set()).add(cast)
+        return [_range(name, operand, operands[operand], casts[operand]) for operand in Operand]
+
+
+def _range(
+    name: str, operand: Operand, matrices: Sequence[Matrix], casts: dict[str, set[Cast]]
+) -> OperandStatistics:
+    # channels are columns; those of a weight are its rows (outputs)
+    dim = 1 if operand is Operand.WEIGHT else 0
+    pieces = [(m, rows) for m in matrices for rows in m.chunks()]
+    parts = [m.exact[rows].abs().amax(dim) for m, rows in pieces]
+    per_channel = torch.cat(parts) if dim else torch.stack(parts).amax(0)
+    amax = float(per_channel.max())
+    magnitudes = (m.exact[rows].abs() for m, rows in pieces)
+    smallest = min(float(torch.where(t > 0, t, torch.inf).min()) for t in magnitudes)
+    amin = smallest if math.isfinite(smallest) else 0.0  # 0: all are zero
+    outliers = (per_channel > OUTLIER_RATIO * float(per_channel.median())).nonzero().flatten()
+    return OperandStatistics(
+        name=name,
+        operand=operand,
+        amax=amax,
+        amin_nonzero=amin,
+        dynamic_range_bits=math.log2(amax / amin) if amin > 0.0 else 0.0,
+        underflow={k: max(_underflow(matrices, c) for c in v) for k, v in casts.items()},
+        saturation={k: max(_saturation(matrices, c) for c in v) for k, v in casts.items()},
+        outlier_channels=tuple(outliers.tolist()),
+        channels=len(per_channel),
+    )
+
+
+def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
+    """Return the fraction of non-zero values that the cast makes zero."""
+    there = left = 0
+    for matrix in matrices:
+        for rows in matrix.chunks():
+            there += int(matrix.exact[rows][::COUNTED_ROWS].count_nonzero())
+            left += int(matrix.cast(cast, rows)[::COUNTED_ROWS].count_nonzero())
+    return 1.0 - left / there if there else 0.0
+
+
+def _saturation(matrices: Sequence[Matrix], cast: Cast) -> float:
+    """Return the fraction of values beyond the largest FP8 value; current scaling has none."""
+    if not cast.is_delayed:
+        return 0.0
+    beyond = count = 0
+    for matrix in matrices:
+        scale = matrix.scale(cast, matrix.exact)
+        for rows in matrix.chunks():
+            scaled = matrix.exact[rows][::COUNTED_ROWS] * scale
+            beyond += int((scaled.abs() > torch.finfo(cast.dtype).max).sum())
+            count += scaled.numel()
+    return beyond / max(count, 1)
+
+
+def _operands(layer: nn.Linear, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor]]:
+    """Return x_MK and grad_MN of each call that a gradient came back to."""
+    return [
+        (
+            floating_inputs(call)[0].reshape(-1, layer.in_features),
+            call.gradients[0].reshape(-1, layer.out_features),
+        )
+        for call in calls
+        if call.gradients[0] is not None
+    ]

@@ -1,0 +1,128 @@
+"""What measuring sensitivity takes of memory: bars, predictions, and the smaller way."""
+
+import gc
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from autoprec.device.memory import tracked_peak
+from autoprec.errors import DeviceError
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.model.memory import ModelSize, layer_groups, sensitivity_bytes
+from autoprec.records import Recipe, fp8_option
+from autoprec.sensitivity import probes
+from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.replay import differentiated_calls
+from autoprec.sensitivity.tables import Method, make_table
+from autoprec.workload.functions import Workload
+from tests.memory_families import convolutions, decoder, mlp
+from tests.models import token_workload
+
+CPU = torch.device("cpu")
+DEEP = decoder(width=64, depth=3, batch=1, sequence=8)
+WIDE = decoder(width=32, depth=3, batch=32)
+TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:
+    """Return the size of a model, the bytes that were predicted, and those of the whole stage."""
+    context = Context(workload, CPU)
+    spec = capture_model(context)
+    gc.collect()
+    with tracked_peak() as peak:
+        reference = prepare_reference(context, spec, warmup_steps=2)
+        measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
+    predicted = sensitivity_bytes(spec, groups=reference.groups)
+    return ModelSize.of(spec), predicted, peak.rise_bytes
+
+
+def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
+    """Two models of different shape give both slopes: peak = a * parameters + b * elements."""
+    found = [measured_peak(workload) for workload in (DEEP, WIDE)]
+    sizes = np.array([[size.parameters, size.elements] for size, _, _ in found])
+    peaks = np.array([peak for _, _, peak in found])
+    a, b = np.linalg.solve(sizes, peaks)
+    assert 16.0 < a <= 24.0
+    assert 3.3 < b <= 6.0
+    for _, predicted, peak in found:
+        assert predicted == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        mlp(width=96, depth=10, batch=16),
+        convolutions(width=16, depth=4, batch=32),
+        token_workload(),
+    ],
+    ids=["mlp", "convolutions", "tied tokens"],
+)
+def test_the_peak_is_predicted_within_15_percent(workload: Workload) -> None:
+    _, predicted, peak = measured_peak(workload)
+    assert predicted == pytest.approx(peak, rel=0.15)
+
+
+def test_groups_of_layers_change_no_number() -> None:
+    workload = token_workload(dropout=0.5)
+    spec = capture_model(Context(workload, CPU))
+    cells = list_cells(spec, None)
+    tables = []
+    for groups in (1, 3):
+        reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=3)
+        reference.groups = groups
+        tables.append(make_table(reference, cells, Method.SIGN_CODED))
+    assert tables[0] == tables[1]
+
+
+def test_groups_have_neighbours_of_alike_size() -> None:
+    spec = capture_model(Context(DEEP, CPU))
+    for count in (1, 2, 5, 1000):
+        groups = layer_groups(spec, count)
+        assert [name for names in groups for name in names] == list(spec.names)
+        assert len(groups) == min(count, len(groups))
+
+
+def test_the_limit_decides_how_many_layers_are_probed_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spec = capture_model(Context(WIDE, CPU))
+    ample = Context(WIDE, CPU, memory_limit=2**30)
+    with caplog.at_level(logging.INFO):
+        assert prepare_reference(ample, spec, warmup_steps=1).groups == 1
+    assert "sensitivity takes about" in caplog.text
+    assert "in 1 groups" in caplog.text
+    limit = round(1.1 * sensitivity_bytes(spec, groups=3)) + 1
+    tight = Context(WIDE, CPU, memory_limit=limit)
+    assert prepare_reference(tight, spec, warmup_steps=1).groups == 3
+    with pytest.raises(DeviceError, match="--memory-limit") as caught:
+        prepare_reference(Context(WIDE, CPU, memory_limit=2**20), spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_device_means_smaller_groups_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workload = token_workload()
+    spec = capture_model(Context(workload, CPU))
+    reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=3)
+    reference.groups = 1
+    cells = list_cells(spec, None)
+    whole = make_table(reference, cells, Method.SIGN_CODED)
+    weights = [parameter.clone() for parameter in reference.model.parameters()]
+    recorded = differentiated_calls
+
+    def full(layers: dict[str, torch.nn.Module]) -> object:
+        if len(layers) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recorded(layers)
+
+    monkeypatch.setattr(probes, "differentiated_calls", full)
+    assert make_table(reference, cells, Method.SIGN_CODED) == whole
+    assert reference.groups > 1
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert all(map(torch.equal, weights, reference.model.parameters()))
