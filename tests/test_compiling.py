@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.profiler import open_compilation, profile_model
+from autoprec.profiler.candidates import Attempt, Candidate
 from autoprec.profiler.compiling import (
     MOST_SPOILED,
     Compilation,
@@ -24,11 +26,11 @@ from autoprec.profiler.compiling import (
 )
 from autoprec.profiler.groups import group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
-from autoprec.records import FP32, LayerTiming, Recipe
+from autoprec.records import BF16_O2, FP32, LayerTiming, Option, Recipe, fp8_option
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import take_batches
-from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock
+from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import mlp_workload
 
 pytestmark = [
@@ -57,7 +59,7 @@ def rows_of(compilation: Compilation, name: str = "second") -> dict[str, LayerTi
     model = workload.build_model().train()
     layers = find_layers(model)
     batch = take_batches(workload, seed=0, count=1)[0]
-    calls = record_step(Context(workload, CPU), model, batch, layers)[name]
+    calls = record_step(Context(workload, CPU), model, batch, layers, in_surroundings=True)[name]
     group = next(g for g in group_layers(spec, (TENSORWISE,)) if g.first.name == name)
     meter = LayerMeter(CPU, ConstantClock(), 2.0, compilation=compilation)
     rows = meter.time_group(group, calls, lambda: copy.deepcopy(layers[name]))
@@ -79,8 +81,10 @@ def test_layers_are_timed_compiled_and_their_parts_eager() -> None:
         assert fp8.cast.median_ms == 0.0  # 1 ms in all, and each GEMM takes as long on this clock
 
 
-@pytest.mark.skipif(not RUNS_FP8, reason="no FP8 here")
-def test_an_fp8_layer_that_does_not_compile_is_infeasible_with_the_reason() -> None:
+@needs_fp8
+def test_an_fp8_layer_that_does_not_compile_is_timed_eagerly_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def no_fp8(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
         if any("float8" in str(node.args) + str(node.target) for node in graph.graph.nodes):
             raise RuntimeError("no FP8 kernel for this layer\nwith much more to say")
@@ -88,10 +92,63 @@ def test_an_fp8_layer_that_does_not_compile_is_infeasible_with_the_reason() -> N
 
     with opened(no_fp8) as compilation:
         rows = rows_of(compilation)
-    assert "no FP8 kernel for this layer" in rows[TENSORWISE.key].infeasible
-    assert "\n" not in rows[TENSORWISE.key].infeasible
-    assert rows[TENSORWISE.key].total is None
-    assert rows["bf16_o2"].infeasible == ""
+    fp8 = rows[TENSORWISE.key]
+    assert "no FP8 kernel for this layer" in fp8.note
+    assert "\n" not in fp8.note
+    assert fp8.infeasible == ""
+    assert fp8.total is not None
+    assert fp8.is_compiled is False
+    assert fp8.beside == ()
+    assert (rows["bf16_o2"].note, rows["bf16_o2"].is_compiled) == ("", True)
+    assert f"a layer is timed eagerly in {TENSORWISE.key}" in caplog.text
+
+
+@needs_fp8
+def test_fp8_layers_are_compiled_between_their_neighbours() -> None:
+    for name, beside in (("first", ("gelu",)), ("second", ("gelu", "add"))):
+        with opened() as compilation:
+            rows = rows_of(compilation, name)
+        assert rows[TENSORWISE.key].beside == beside
+        assert rows[TENSORWISE.key].is_compiled
+        assert rows["bf16_o2"].beside == rows["fp32"].beside == ()
+
+
+class TellingClock:
+    """Says what the step that it runs has told it."""
+
+    told = 1.0
+
+    def measure(self, fn: Callable[[], object]) -> float:
+        fn()
+        return self.told
+
+
+class Fixed(Candidate):
+    """Its step takes the ms that it says."""
+
+    def __init__(self, clock: TellingClock, option: Option, ms: float) -> None:
+        super().__init__(option, nn.Linear(4, 4), [])
+        self.clock, self.ms = clock, ms
+
+    def step(self) -> None:
+        self.clock.told = self.ms
+
+
+def test_the_neighbours_own_time_is_taken_off_alike_for_all_options() -> None:
+    other, clock = fp8_option(Recipe.ROWWISE), TellingClock()
+    timed = partial(Fixed, clock)
+    attempts = [
+        Attempt(FP32, timed(FP32, 10.0)),
+        Attempt(BF16_O2, timed(BF16_O2, 5.0), surrounded=timed(BF16_O2, 7.0)),
+        Attempt(TENSORWISE, timed(TENSORWISE, 99.0), surrounded=timed(TENSORWISE, 5.5)),
+        Attempt(other, timed(other, 6.0)),  # it did not compile between them
+    ]
+    meter = LayerMeter(CPU, clock, 2.0)
+    totals = meter._sample_totals(attempts)
+    ms = {option: samples.timing().median_ms for option, samples in totals.items()}
+    assert ms == {FP32: 10.0, BF16_O2: 5.0, TENSORWISE: 3.5, other: 6.0}
+    # c(fp8) - c(bf16) = total(fp8) - total(bf16)
+    assert ms[TENSORWISE] - ms[BF16_O2] == 5.5 - 7.0
 
 
 def test_a_sample_in_which_a_graph_was_made_is_left_out() -> None:
@@ -139,7 +196,7 @@ def test_eager_mode_compiles_nothing() -> None:
     assert made_graphs() == before
 
 
-def test_a_missing_compiler_is_one_line() -> None:
+def test_a_missing_compiler_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: object) -> Callable[..., Any]:
         raise RuntimeError("InvalidCxxCompiler: no g++\nstack\nstack")
 
@@ -148,6 +205,9 @@ def test_a_missing_compiler_is_one_line() -> None:
     assert "a C++ compiler" in str(error.value)
     assert "no g++" in str(error.value)
     assert "\n" not in str(error.value)
+    with open_compilation(CPU, "default", backend=broken, needed=False) as compilation:
+        assert compilation is None
+    assert "all is timed eagerly: timing under torch.compile needs a C++ compiler" in caplog.text
 
 
 def test_a_reason_is_the_line_that_tells() -> None:

@@ -16,7 +16,7 @@ from autoprec.guard import Guard, Limits, watch
 from autoprec.guard.holding import FLAG, HeldSteps, can_hold
 from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Option, fp8_option
 from autoprec.runtime import attach_optimizer
-from autoprec.runtime.masters import CLOSE_LOOKS, masters_of
+from autoprec.runtime.masters import CLOSE_LOOKS
 from tests.host_waits import HostWaits
 from tests.test_guard import QUIET, Chain, Run, lines, plan_for
 
@@ -76,9 +76,8 @@ def test_no_part_of_a_step_waits_for_the_device(
 ) -> None:
     monkeypatch.setattr(LateValues, "read", read_unseen)
     run = LateRun(plan=plan_for(Chain(), option), limits=Limits(sample_every=2))
-    masters_of(run.model).steps = CLOSE_LOOKS
     x, y = torch.randn(16, 16), torch.randn(16, 10)
-    for _ in range(4):  # sampled steps, and others
+    for _ in range(CLOSE_LOOKS + 2):  # close looks at values, sampled steps, and others
         with HostWaits() as waits:
             loss = (run.model(x) - y).square().mean()
             loss.backward()

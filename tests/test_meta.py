@@ -265,12 +265,11 @@ def test_meta_without_a_device_profile_is_refused(tmp_path: Path) -> None:
         Settings(workload=TINY, out=tmp_path, meta=True)
 
 
-def test_compile_is_the_default_of_device_profiles_alone(tmp_path: Path) -> None:
+def test_compile_is_the_default_of_device_profiles(tmp_path: Path) -> None:
     settings = Settings(workload=TINY, target="h100-sxm", out=tmp_path, meta=True)
     assert Run(settings, stages=("profile",)).profile.device.compile_mode == "default"
     eager = Run(replace(settings, compile=False), stages=("profile",)).profile
     assert eager.device.compile_mode == "eager"
-    assert not Settings(workload=TINY).is_compiled  # here, what runs is timed, eager unless asked
 
 
 def test_the_flags_are_on_the_command_line(

@@ -184,6 +184,10 @@ def test_the_fixed_time_closes_the_sum() -> None:
         assert step is not None
         total = sum_totals(profile.layers, dict.fromkeys(spec.names, option))
         assert fixed + total == pytest.approx(step.timing.median_ms)
+    check = profile.sum_check
+    assert (check is not None) == RUNS_FP8
+    if check is not None:  # on this clock every step takes a millisecond, and so does every layer
+        assert (check.layers_ms, check.steps_ms) == (0.0, 0.0)
     labels = {step.label for step in profile.steps}
     assert labels >= {"fp32", "bf16_o2", "autocast_bf16"}
     assert ("fp8_o1" in labels) == RUNS_FP8

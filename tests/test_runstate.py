@@ -91,6 +91,15 @@ def digest_of(settings: Settings, stage: str, folder: Path) -> str:
     return Folder(folder).digest(stage, settings, settings.device_profile())
 
 
+def test_a_profile_of_another_device_is_made_again(tmp_path: Path) -> None:
+    folder, settings = Folder(tmp_path), Settings(workload="none.py")
+    h100, h200 = (
+        folder.digest("profile", settings, None, device=name) for name in ("H100", "H200")
+    )
+    assert h100 != h200
+    assert h100 == folder.digest("profile", settings, None, device="H100")
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_path: Path) -> None:
     changed = replace(BASE, **{name: OTHERS[name]})

@@ -6,6 +6,7 @@ from typing import Any  # Any: deliberately wrong user functions
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import (
@@ -172,3 +173,11 @@ def test_move_batch_keeps_the_structure() -> None:
     assert moved["meta"][0] == "a"
     assert moved["meta"][1][0].is_meta
     assert moved["meta"][1][1] == 3
+
+
+def test_the_default_optimizer_is_fused_on_a_gpu_and_only_there() -> None:
+    with FakeTensorMode():
+        on_gpu = nn.ParameterList([torch.empty(4, 4, device="cuda")])
+    workload = workload_with()
+    assert workload.build_optimizer(on_gpu).defaults["fused"]
+    assert not workload.build_optimizer(nn.Linear(4, 4)).defaults["fused"]

@@ -210,6 +210,11 @@ class Samples:
         timing = timing_from(samples, rejected=self.rejected)
         return timing.model_copy(update={"host_ms": host_ms})
 
+    def less(self, ms: float) -> "Samples":
+        """Return the samples without what a constant part of each of them takes."""
+        rounds = [None if sample is None else max(sample - ms, 0.0) for sample in self.rounds]
+        return replace(self, rounds=rounds, hosts=[max(host - ms, 0.0) for host in self.hosts])
+
     @property
     def is_host_bound(self) -> bool:
         """Whether the host takes as long to queue it as the device to run it, or longer."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprec.model.neighbours import NeighbourWatch, Surroundings
+
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
 Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
 
@@ -38,6 +40,7 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)
     count: int = 1  # how many calls were like it, where equal ones are merged
     with_grad: bool = True  # whether autograd recorded it
+    surroundings: Surroundings | None = None  # what is beside it, where that was watched
     output_elements: int = 0  # of its floating outputs
 
 
@@ -59,12 +62,14 @@ def recorded_calls(
     keep: Keep = detached,
     gradients: Gradients = Gradients.NEEDED,
     merged: bool = False,
+    watch: NeighbourWatch | None = None,
 ) -> Iterator[dict[str, list[Call]]]:
     """Record the calls of layers while the context is open, by layer name.
 
-    `merged` keeps only the first of calls with equal shapes, with their number.
+    `merged` keeps only the first of calls with equal shapes, with their number. A `watch` that is
+    entered around the step tells what is beside each call.
     """
-    recorders = {name: _Recorder(keep, gradients, merged=merged) for name in layers}
+    recorders = {name: _Recorder(keep, gradients, merged=merged, watch=watch) for name in layers}
     handles = [
         layer.register_forward_hook(recorders[name].after_forward, with_kwargs=True)
         for name, layer in layers.items()
@@ -79,11 +84,14 @@ def recorded_calls(
 class _Recorder:
     """The forward hook of one layer and the calls that it saw."""
 
-    def __init__(self, keep: Keep, gradients: Gradients, *, merged: bool) -> None:
+    def __init__(
+        self, keep: Keep, gradients: Gradients, *, merged: bool, watch: NeighbourWatch | None
+    ) -> None:
         self.calls: list[Call] = []
         self._keep = keep
         self._gradients = gradients
         self._known: dict[object, Call] | None = {} if merged else None
+        self._neighbours = watch
 
     def after_forward(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -103,6 +111,8 @@ class _Recorder:
         if self._known is not None:
             self._known[key] = call
         self.calls.append(call)
+        if self._neighbours is not None and isinstance(output, Tensor) and args:
+            call.surroundings = self._neighbours.surround(args[0], output)
         if with_grad and self._gradients is not Gradients.NONE:
             self._watch(call, output)
 

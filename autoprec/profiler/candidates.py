@@ -28,7 +28,8 @@ from autoprec.device.tracing import Operation, traced
 from autoprec.errors import PlanMismatchError
 from autoprec.model.recording import Call, output_tensors
 from autoprec.profiler.compiling import Compilation
-from autoprec.records import Option
+from autoprec.profiler.surrounded import Surrounded
+from autoprec.records import FP32, Option
 from autoprec.runtime import install_options
 from autoprec.runtime.activations import cast_floating, option_dtype
 
@@ -117,6 +118,8 @@ class Attempt:
     predicted_ms: float | None = None
     kernels: tuple[str, ...] = ()
     activation_bytes: int = 0
+    surrounded: Candidate | None = None  # compiled between its neighbours
+    note: str = ""  # why it is not compiled
 
 
 def try_option(
@@ -124,30 +127,54 @@ def try_option(
     calls: Sequence[Call],
     make_layer: MakeLayer,
     compilation: Compilation | None = None,
+    *,
+    between: Sequence[Call] | None = None,
 ) -> Attempt:
     """Run an option as it will be timed, and once under a trace, which proves what ran.
 
-    What cannot run on one rank runs on none.
+    What cannot run on one rank runs on none; what does not compile is left eager, with a note.
+    `between` are the calls of the layer with its neighbours; an FP8 layer is compiled with them
+    alone, a BF16 one with and without.
     """
-    attempt = _try_here(option, calls, make_layer, compilation)
+    attempt = _try_here(option, calls, make_layer)
     reasons = [reason for reason in gathered(attempt.infeasible) if reason]
-    return Attempt(option, infeasible=reasons[0]) if reasons else attempt
+    if reasons:
+        return Attempt(option, infeasible=reasons[0])
+    candidate = attempt.candidate
+    if compilation is None or candidate is None:
+        return attempt
+    if between is not None and option != FP32:
+        wide = surround(candidate, between)
+        if not _compile(wide, compilation):
+            attempt.surrounded = wide
+    if attempt.surrounded is None or not option.is_fp8:
+        attempt.note = _compile(candidate, compilation)
+    return attempt
 
 
-def _try_here(
-    option: Option, calls: Sequence[Call], make_layer: MakeLayer, compilation: Compilation | None
-) -> Attempt:
+def _try_here(option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Attempt:
     try:
         candidate = make_candidate(make_layer, calls, option)
         with candidate.weighing() as saved:
             operations = candidate.trace_step()
-        if compilation is not None:
-            candidate.compiled = compilation.compile_layer(candidate.layer)
-            compilation.run_first(candidate.step)
     except FEASIBILITY_ERRORS as error:
         return Attempt(option, infeasible=first_line(error))
     kernels = tuple(dict.fromkeys(f"{op.name} {op.dtype}".strip() for op in operations))
     return Attempt(option, candidate, kernels=kernels, activation_bytes=sum(saved.values()))
+
+
+def _compile(candidate: Candidate, compilation: Compilation) -> str:
+    """Compile a candidate; return why that fails on some rank, in one line, and leave it eager."""
+    failure = ""
+    try:
+        candidate.compiled = compilation.compile_layer(candidate.layer)
+        compilation.run_first(candidate.step)
+    except FEASIBILITY_ERRORS as error:
+        failure = f"it does not compile ({first_line(error)})"
+    failures = [failure for failure in gathered(failure) if failure]
+    if failures:
+        candidate.compiled = None
+    return failures[0] if failures else ""
 
 
 def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option) -> Candidate:
@@ -155,6 +182,16 @@ def make_candidate(make_layer: MakeLayer, calls: Sequence[Call], option: Option)
     dtype = option_dtype(option)
     layer = make_layer()
     install_options(layer, {"": option}, activation_dtype=dtype, root=False)
+    return _with_calls(layer, calls, option)
+
+
+def surround(candidate: Candidate, between: Sequence[Call]) -> Candidate:
+    """Return a candidate's layer between its neighbours, run in the option's dtype as well."""
+    return _with_calls(Surrounded(candidate.layer, between[0]), between, candidate.option)
+
+
+def _with_calls(layer: nn.Module, calls: Sequence[Call], option: Option) -> Candidate:
+    dtype = option_dtype(option)
 
     def as_input(tensor: Tensor) -> Tensor:
         return cast_floating(tensor.detach(), dtype).requires_grad_(tensor.requires_grad)  # type: ignore[no-any-return]  # a tensor stays one

@@ -7,6 +7,7 @@ skip work. Calls of one shape are kept once, with their number.
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from autoprec.model.capture import run_step
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import is_divided, local_copy
+from autoprec.model.neighbours import NeighbourWatch
 from autoprec.model.recording import Call, recorded_calls
 from autoprec.profiler.candidates import MakeLayer
 from autoprec.records import BF16_O2, FP32, LayerSpec, ModelSpec, Option
@@ -78,7 +80,9 @@ class RecordedStep:
         return self.calls[name], lambda: copy_layer(layer, self.build_model, name)
 
 
-def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
+def record_groups(
+    context: Context, groups: Iterable[Group], *, in_surroundings: bool = False
+) -> RecordedStep:
     """Run two steps of the FP32 model: one warms up, the other is recorded and timed."""
     workload, device = context.workload, context.device
     model = workload.build_model(seed=context.seed).to(device).train()
@@ -87,7 +91,7 @@ def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
     layers = find_layers(model)
     chosen = {group.first.name: layers[group.first.name] for group in groups}
     started = time.perf_counter()
-    calls = record_step(context, model, batch, chosen)
+    calls = record_step(context, model, batch, chosen, in_surroundings=in_surroundings)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     step_ms = largest_over_ranks([(time.perf_counter() - started) * 1e3])[0]
@@ -97,10 +101,16 @@ def record_groups(context: Context, groups: Iterable[Group]) -> RecordedStep:
 
 
 def record_step(
-    context: Context, model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]
+    context: Context,
+    model: nn.Module,
+    batch: Batch,
+    layers: Mapping[str, nn.Module],
+    *,
+    in_surroundings: bool = False,
 ) -> dict[str, list[Call]]:
     """Run forward and backward of one batch; return the calls of the given layers by name."""
-    with recorded_calls(layers, merged=True) as calls:
+    watch = NeighbourWatch() if in_surroundings else None
+    with recorded_calls(layers, merged=True, watch=watch) as calls, watch or nullcontext():
         run_step(context, model, batch)
     model.zero_grad(set_to_none=True)
     return calls

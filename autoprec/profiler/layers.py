@@ -8,7 +8,8 @@ cannot run), then all of them are timed in turns: first whole, then their parts:
                                       FP8: the three GEMMs, operation by operation.
     cast                              FP8: every other operation
 
-With torch.compile, `total` is of the compiled layer. Its parts cannot be run apart, since one
+With torch.compile, `total` is of the compiled layer, an FP8 one between its neighbours, with which
+its casts are fused (surrounded.py). Its parts cannot be run apart, since one
 compiled backward pass makes all gradients: the GEMMs are those of the eager layer, the same library
 calls, and an FP8 layer's `cast` is what they leave of the total. Bytes and operations are the eager
 layer's too, since compiled code hides its operations.
@@ -41,6 +42,7 @@ from autoprec.model.recording import Call
 from autoprec.profiler.candidates import Attempt, Candidate, MakeLayer, SlowFp8, try_option
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.profiler.groups import Group
+from autoprec.profiler.surrounded import surrounded_calls
 from autoprec.records import BF16_O2, FP32, Basis, Gemm, LayerTiming, Option, Timing, with_gemms_hp
 from autoprec.runtime.activations import option_dtype
 
@@ -75,32 +77,52 @@ class LayerMeter:
         """Return a row for every option of the group."""
         if not calls:  # the step does not call it, so it has bytes but no time
             return [self._row(group, Attempt(option), None, {}) for option in group.options]
+        between = None
         if self.compilation is not None:
             torch.compiler.reset()  # one layer's sizes must not make another's dynamic
+            if any(option.is_fp8 for option in group.options):
+                between = surrounded_calls(calls)
         fp32 = self.try_option(FP32, calls, make_layer)
         fp32_ms = math.inf
         if fp32.candidate is not None and any(option.is_fp8 for option in group.options):
             fp32_ms = self.clock.measure(fp32.candidate.step)
         attempts = [fp32]
-        for option in (option for option in group.options if option != FP32):
+        # BF16 first: FP8 is compiled with neighbours where BF16 is, which their time is taken from
+        for option in sorted((o for o in group.options if o != FP32), key=lambda o: o.is_fp8):
             predicted = self.slow_fp8.predict(option, calls, fp32_ms=fp32_ms)
-            attempts.append(predicted or self.try_option(option, calls, make_layer))
+            attempt = predicted or self.try_option(option, calls, make_layer, between)
+            attempts.append(attempt)
+            if option == BF16_O2 and attempt.surrounded is None:
+                between = None
         rows = self._time_attempts(group, attempts)
         if self.gemms_hp:
-            more = [self.try_option(o, calls, make_layer) for o in promising_gemms_hp(rows)]
-            rows += self._time_attempts(group, more)
+            bf16 = [attempt for attempt in attempts if attempt.option == BF16_O2]
+            promising = promising_gemms_hp(rows)
+            more = [self.try_option(o, calls, make_layer, between) for o in promising]
+            rows += self._time_attempts(group, more, bf16)
         return rows
 
-    def try_option(self, option: Option, calls: Sequence[Call], make_layer: MakeLayer) -> Attempt:
+    def try_option(
+        self,
+        option: Option,
+        calls: Sequence[Call],
+        make_layer: MakeLayer,
+        between: Sequence[Call] | None = None,
+    ) -> Attempt:
         """Run an option as it will be timed, and once under a trace."""
-        attempt = try_option(option, calls, make_layer, self.compilation)
+        attempt = try_option(option, calls, make_layer, self.compilation, between=between)
         if attempt.infeasible:
             release_memory(self.device)  # it may be what ran out
+        if attempt.note:
+            log.warning("a layer is timed eagerly in %s: %s", option.key, attempt.note)
         return attempt
 
-    def _time_attempts(self, group: Group, attempts: Sequence[Attempt]) -> list[LayerTiming]:
+    def _time_attempts(
+        self, group: Group, attempts: Sequence[Attempt], others: Sequence[Attempt] = ()
+    ) -> list[LayerTiming]:
+        """Return the rows of attempts; `others` are timed with them, for their neighbours' time."""
         candidates = [attempt.candidate for attempt in attempts if attempt.candidate]
-        totals = self._sample({own.option: own.step for own in candidates}, TOTAL)
+        totals = self._sample_totals([*others, *attempts]) if candidates else {}
         parts = self.time_parts(candidates)
         for option, own in parts.items():
             if self.compilation is not None and option.is_fp8:
@@ -111,6 +133,30 @@ class LayerMeter:
         return [
             self._row(group, a, totals.get(a.option), parts.get(a.option, {})) for a in attempts
         ]
+
+    def _sample_totals(self, attempts: Sequence[Attempt]) -> dict[Option, Samples]:
+        """Time every attempt that can run, FP8 ones between their neighbours where that compiled.
+
+        The neighbours' own time is x = c(bf16) - a(bf16), see surrounded.py.
+        """
+        steps: dict[tuple[Option, bool], Function] = {}
+        for attempt in attempts:
+            if attempt.surrounded is not None:
+                steps[attempt.option, True] = attempt.surrounded.step
+            if attempt.candidate is not None and not (attempt.surrounded and attempt.option.is_fp8):
+                steps[attempt.option, False] = attempt.candidate.step
+        if not any(between and option.is_fp8 for option, between in steps):
+            steps = {key: step for key, step in steps.items() if not key[1]}
+        taken = self._sample(steps, TOTAL)
+        alone = {option: samples for (option, between), samples in taken.items() if not between}
+        if (BF16_O2, True) not in taken:
+            return alone
+        medians = [taken[BF16_O2, between].timing().median_ms for between in (True, False)]
+        return alone | {
+            option: samples.less(medians[0] - medians[1])
+            for (option, between), samples in taken.items()
+            if between and option.is_fp8
+        }
 
     def _sample(self, steps: Mapping[Name, Function], stopping: Stopping) -> dict[Name, Samples]:
         monitor = self.monitor
@@ -167,7 +213,19 @@ class LayerMeter:
             infeasible=attempt.infeasible,
             kernels=attempt.kernels,
             conditions=total.merged_conditions() if total else None,
+            is_compiled=None if total is None else self._is_compiled(attempt),
+            beside=self._beside(attempt),
+            note=attempt.note,
         )
+
+    def _is_compiled(self, attempt: Attempt) -> bool:
+        return self.compilation is not None and not attempt.note
+
+    def _beside(self, attempt: Attempt) -> tuple[str, ...]:
+        """Return the neighbours that an FP8 layer was timed between."""
+        wide = attempt.surrounded if attempt.option.is_fp8 else None
+        found = wide.calls[0].surroundings if wide else None
+        return found.names if found else ()
 
     def _bytes(self, group: Group, attempt: Attempt) -> tuple[int, int, int]:
         """Return parameter, gradient and optimizer bytes; shared parameters count where first."""

@@ -7,6 +7,7 @@ The search adds up layer totals, so what the sum leaves out must be a constant:
 
 Each holds attention, activations, loss, optimizer and Python's share, and also what an isolated
 layer runs faster or slower than one within its step: their common part cancels in the fixed time.
+What does not cancel is in `sum_check`: uniform FP8 less uniform BF16 by the layers, and by steps.
 """
 
 import time
@@ -36,6 +37,7 @@ from autoprec.records import (
     Option,
     Profile,
     StepTiming,
+    SumCheck,
 )
 
 STEP_SAMPLES, STEP_LEAST = 6, 2
@@ -53,23 +55,28 @@ def profile_model(
     *,
     options: Sequence[Option] | None = None,
     gemms_hp: bool = False,
-    compiled: bool = False,
+    compiled: bool | None = False,
     names_kernels: bool = True,
 ) -> Profile:
     """Measure what every layer costs in every option, and what whole steps cost.
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
     `gemms_hp` also with one or two GEMMs in BF16, where that beats plain BF16. `compiled` times
-    under torch.compile, which takes minutes to compile on a CPU. `names_kernels` adds the names of
-    FP8 layers' CUDA kernels, and slows later launches, see proving.
+    under torch.compile, which takes minutes to compile on a CPU; None does so on a GPU that can
+    compile, and where the user's own model is compiled. `names_kernels` adds the names of FP8
+    layers' CUDA kernels, and slows later launches, see proving.
 
     Raises:
-        DeviceError: torch.compile does not work here, or a step compiles again and again.
+        DeviceError: torch.compile is asked for and does not work here.
     """
-    device, mode = context.device, COMPILED if compiled else EAGER
+    device, needed = context.device, compiled is True
+    if compiled is None:  # what the user trains, or should train: eager FP8 loses on a GPU
+        is_users = spec.as_written is not None and spec.as_written.is_compiled
+        compiled = is_users or device.type == "cuda"
+    mode = COMPILED if compiled else EAGER
     facts = device_facts(device)  # imports torchao, which is no part of the measurement
     groups = group_layers(spec, options)
-    with open_compilation(device, mode) as compilation:
+    with open_compilation(device, mode, needed=needed) as compilation:
         started = time.perf_counter()
         rows, cast_ms, step_ms = _time_layers(context, spec, groups, gemms_hp, compilation)
         if gemms_hp:
@@ -82,7 +89,7 @@ def profile_model(
         rows = name_kernels(context, groups, rows)
     return Profile(
         model=spec,
-        device=facts.model_copy(update={"compile_mode": mode}),
+        device=facts.model_copy(update={"compile_mode": COMPILED if compilation else EAGER}),
         basis=Basis.MEASURED,
         layers=rows,
         steps=steps,
@@ -92,6 +99,7 @@ def profile_model(
         step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(ms["fp32"] / 1e3, 1e-9),
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,
+        sum_check=check_sum(groups, rows, steps),
     )
 
 
@@ -103,7 +111,7 @@ def _time_layers(
     compilation: Compilation | None,
 ) -> tuple[tuple[LayerTiming, ...], float, float]:
     """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
-    recorded = record_groups(context, groups)  # layers and cast are timed on this step's tensors
+    recorded = record_groups(context, groups, in_surroundings=compilation is not None)
     meter = LayerMeter(
         context.device,
         context.timer,
@@ -155,6 +163,27 @@ def time_boundary_cast(
     return found["cast"].timing().median_ms / CASTS_PER_SAMPLE / elements * 1e6
 
 
+def _feasible_fp8(groups: Sequence[Group], rows: Sequence[LayerTiming]) -> dict[str, Option]:
+    """Return uniform FP8, but BF16 O2 where a layer cannot run it."""
+    bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
+    broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
+    return {name: bf16[name] if (name, o) in broken else o for name, o in fp8.items()}
+
+
+def check_sum(
+    groups: Sequence[Group], rows: Sequence[LayerTiming], steps: Sequence[StepTiming]
+) -> SumCheck | None:
+    """Return what the layers say that FP8 costs beyond BF16, and what whole steps say."""
+    ms = {s.label: s.timing.median_ms for s in steps if s.timing.basis is Basis.MEASURED}
+    if not {"fp8_o1", "bf16_o2"} <= set(ms):
+        return None
+    by_option = sum_totals(rows, _feasible_fp8(groups, rows))
+    return SumCheck(
+        layers_ms=by_option - sum_totals(rows, uniform_options(groups)),
+        steps_ms=ms["fp8_o1"] - ms["bf16_o2"],
+    )
+
+
 def _time_uniform_steps(
     context: Context,
     written: AsWritten | None,
@@ -163,9 +192,7 @@ def _time_uniform_steps(
     step_ms: float,
     compilation: Compilation | None,
 ) -> tuple[StepTiming, ...]:
-    bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
-    broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
-    fp8 = {name: bf16[name] if (name, o) in broken else o for name, o in fp8.items()}
+    bf16, fp8 = uniform_options(groups), _feasible_fp8(groups, rows)
     is_compiled = compilation is not None
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
     variants |= written_variants(written, compiled=is_compiled)

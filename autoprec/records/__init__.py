@@ -12,7 +12,15 @@ from autoprec.common.files import read_text, write_atomically
 from autoprec.common.recipes import APPLICABLE_RECIPES, RECIPE_GEMMS_HP, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
-from autoprec.records.cost import Conditions, DeviceFacts, LayerTiming, Profile, StepTiming, Timing
+from autoprec.records.cost import (
+    Conditions,
+    DeviceFacts,
+    LayerTiming,
+    Profile,
+    StepTiming,
+    SumCheck,
+    Timing,
+)
 from autoprec.records.model import (
     BF16_O2,
     FP32,

@@ -99,6 +99,9 @@ class LayerTiming(Record):
     and None, like the parts, for a layer that the step does not call.
     Bytes are per layer. `infeasible` says why the option cannot run ("" when it can).
     `kernels` are the operations that really ran (proof of FP8).
+    `is_compiled` is None where it is not known; `beside` are the functions that a compiled FP8
+    layer was timed with, their own time taken off; `note` says why a layer is not compiled though
+    it should be, "" otherwise.
     """
 
     names: tuple[str, ...]
@@ -115,6 +118,19 @@ class LayerTiming(Record):
     infeasible: str = ""
     kernels: tuple[str, ...] = ()
     conditions: Conditions | None = None
+    is_compiled: bool | None = None
+    beside: tuple[str, ...] = ()
+    note: str = ""
+
+
+class SumCheck(Record):
+    """What uniform FP8 takes beyond uniform BF16 O2, in ms: by the layers, and by whole steps.
+
+    The search believes the layers; the steps say how far they are right.
+    """
+
+    layers_ms: float
+    steps_ms: float
 
 
 class StepTiming(Record):
@@ -181,6 +197,7 @@ class Profile(FileRecord):
     step_equivalents: NonNegativeFloat
     compile_s: NonNegativeFloat = 0.0
     recompiles: NonNegativeInt = 0
+    sum_check: SumCheck | None = None  # None: no uniform FP8 step was measured
     parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
     communication: Communication | None = None  # predicted profiles under FSDP only
     speedup_error: NonNegativeFloat = 0.0

@@ -13,8 +13,10 @@ are not touched until the step has succeeded, so one that raises leaves no trace
 `state_dict()` is the plain one, and beside the moments of each parameter its `master_weight`.
 """
 
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -29,11 +31,10 @@ from autoprec.runtime.gathers import check_gathers
 from autoprec.runtime.masters import (
     LIVE,
     Masters,
-    copy_all,
-    copy_down,
     keep_exact_loads,
     masters_of,
 )
+from autoprec.runtime.stepping import Chunk, Layout, raw_step
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
 MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
@@ -159,7 +160,9 @@ class Attachment:
     def __init__(self, optimizer: Optimizer) -> None:
         self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
         self.loading: StateDict = {}
-        self.stepping: Pairs = {}
+        self.layout: Layout | None = None
+        self.stepping: Layout | None = None  # within a step
+        self.shadowed: Layout | None = None  # whose masters the shadow holds
         self.shadow: Optimizer = object.__new__(type(optimizer))
         self.handles = (
             optimizer.register_step_pre_hook(self.before_step),
@@ -179,21 +182,28 @@ class Attachment:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
         """Put the shadow, with FP32 masters and gradients, in the optimizer's place."""
-        pairs: Pairs = {}
-        for store in self.stores:
-            pairs |= store.for_step(_parameters(optimizer))
-        self.stepping = pairs
-        if not pairs:
+        has_closure = any(map(callable, (*args[1:], kwargs.get("closure"))))
+        step = None if has_closure else raw_step(optimizer)
+        layout = self.stepping = self.current_layout(optimizer, is_split=step is not None)
+        if layout is None:
             return None
-        give_gradients(pairs)  # m.grad = float(p.grad)
-        shadow = set_shadow(self.shadow, optimizer, pairs)
+        shadow = self.cast_shadow(optimizer, layout)
+        # All chunks but the last are stepped here, so that one buffer of gradients serves all.
+        for chunk in layout.chunks[:-1]:
+            layout.give_gradients(chunk)  # m.grad = float(p.grad)
+            with _groups_of(shadow, chunk):
+                step(shadow)  # type: ignore[misc]  # where there is none, there is one chunk
+        last = layout.chunks[-1]
+        layout.give_gradients(last)
+        for group, params in zip(shadow.param_groups, last.groups, strict=True):
+            group["params"][:] = params
 
         # A closure runs the model in the middle of the step: what the shadow made of the masters
         # must be in the model before it, and the new gradients at the masters after it.
         def evaluate(closure: Callable[[], Any]) -> Any:  # Any: the loss
-            copy_down(pairs, self.stores)
+            layout.copy_down()
             loss = closure()
-            give_gradients(pairs)
+            layout.give_gradients(last)
             return loss
 
         rest = tuple(partial(evaluate, value) if callable(value) else value for value in args[1:])
@@ -204,16 +214,40 @@ class Attachment:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook
         """Take over what the shadow made, and round the masters into the model."""
-        shadow = args[0]
-        if shadow is optimizer:
+        shadow, layout = args[0], self.stepping
+        if shadow is optimizer or layout is None:
             return
-        pairs, self.stepping = self.stepping, {}
-        _adopt_state(optimizer, shadow, pairs)
+        self.stepping = None
+        if not _are_values_of(optimizer.state, shadow.state):
+            _adopt_state(optimizer, shadow, layout.pairs)
         _adopt_settings(optimizer, shadow)
-        copy_down(pairs, self.stores)
-        for master in pairs.values():
-            if master.device.type != "cpu":
-                master.grad = None  # CUDA's allocator keeps the block; malloc would page it in anew
+        layout.copy_down()
+        layout.end_step()
+
+    def current_layout(self, optimizer: Optimizer, *, is_split: bool) -> Layout | None:
+        """Return what to step, up to date; None where the optimizer has no masters."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        layout = self.layout
+        if layout is None or not layout.fits(groups, self.stores, is_split=is_split):
+            layout = self._make_layout(groups, is_split=is_split)
+            layout.begin_step()
+        elif not layout.begin_step():
+            layout = self._make_layout(groups, is_split=is_split)
+        return layout if layout.pairs else None
+
+    def _make_layout(self, groups: list[list[nn.Parameter]], *, is_split: bool) -> Layout:
+        if self.layout is not None:
+            self.layout.release()
+        self.layout = Layout(groups, self.stores, is_split=is_split)
+        return self.layout
+
+    def cast_shadow(self, optimizer: Optimizer, layout: Layout) -> Optimizer:
+        """Return the shadow, which steps the masters of `layout`."""
+        shadow, has_state = self.shadow, "state" in vars(self.shadow)
+        is_known = self.shadowed is layout and has_state
+        is_known = is_known and _are_values_of(optimizer.state, shadow.state)
+        self.shadowed = layout
+        return set_shadow(shadow, optimizer, layout.pairs, has_state=is_known)
 
     def add_masters(self, optimizer: Optimizer, state_dict: StateDict) -> None:
         """Save the masters beside the moments; apart where a plain load would trip over them."""
@@ -263,26 +297,13 @@ class Attachment:
                 store.loaded[parameter] = saved.detach().to(torch.float32, copy=True), None
 
 
-@torch.no_grad()
-def give_gradients(pairs: Pairs) -> None:
-    """Set every master's gradient to its parameter's, in FP32."""
-    sources, targets = [], []
-    for parameter, master in pairs.items():
-        gradient = parameter.grad
-        if gradient is None or gradient.layout is not torch.strided:
-            master.grad = None if gradient is None else gradient.float()
-            continue
-        if master.grad is None or master.grad.layout is not torch.strided:
-            master.grad = torch.empty_like(master)
-        sources.append(gradient)
-        targets.append(master.grad)
-    copy_all(targets, sources)
-
-
-def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tensor]) -> Optimizer:
+def set_shadow(
+    shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tensor], *, has_state: bool = False
+) -> Optimizer:
     """Give `shadow` the optimizer's attributes and state, but masters for parameters; return it.
 
     The shadow, its groups and lists stay the same objects, since a compiled `step` guards on them.
+    With `has_state` it has the optimizer's state already.
     """
     # Groups that the user added since the last step; the others are filled again below.
     groups: list[dict[str, Any]] = vars(shadow).get("param_groups", [])  # Any: torch's own
@@ -290,8 +311,9 @@ def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tens
     # Moments are keyed by what the optimizer steps: here by the master, state[m] = state[p]. What
     # is keyed by anything else (so Any) keeps its key.
     state: defaultdict[Tensor, Any] = vars(shadow).get("state", defaultdict(dict))
-    state.clear()
-    state.update((pairs.get(key, key), value) for key, value in optimizer.state.items())
+    if not has_state:
+        state.clear()
+        state.update((pairs.get(key, key), value) for key, value in optimizer.state.items())
     # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
     for name in vars(shadow).keys() - vars(optimizer).keys():  # GradScaler's come and go
         del vars(shadow)[name]
@@ -300,7 +322,8 @@ def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tens
     lists: dict[int, list[Tensor]] = {}
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         params = lists[id(own["params"])] = group["params"]
-        params[:] = [pairs.get(parameter, parameter) for parameter in own["params"]]
+        if not has_state:
+            params[:] = [pairs.get(parameter, parameter) for parameter in own["params"]]
         group.update({**own, "params": params})
     # LBFGS keeps its first group's list as an attribute: it must see masters there as well.
     for name, value in vars(optimizer).items():
@@ -312,6 +335,25 @@ def set_shadow(shadow: Optimizer, optimizer: Optimizer, pairs: Mapping[Any, Tens
         own_hooks = getattr(optimizer, name).items()
         vars(shadow)[name] = OrderedDict((k, hook) for k, hook in own_hooks if k not in left_out)
     return shadow
+
+
+@contextmanager
+def _groups_of(shadow: Optimizer, chunk: Chunk) -> Iterator[None]:
+    """Let the shadow have the chunk's parameters alone."""
+    every = shadow.param_groups
+    chosen = [(g, params) for g, params in zip(every, chunk.groups, strict=True) if params]
+    for group, params in chosen:
+        group["params"][:] = params
+    shadow.param_groups = [group for group, _ in chosen]
+    try:
+        yield
+    finally:
+        shadow.param_groups = every
+
+
+def _are_values_of(state: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:  # Any: torch's own
+    """Whether two states hold the same objects in the same order, each under keys of its own."""
+    return len(state) == len(other) and all(map(operator.is_, state.values(), other.values()))
 
 
 def _adopt_state(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> None:

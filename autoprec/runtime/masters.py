@@ -18,13 +18,14 @@ comparing values in the first steps and every hundredth, and in every step once 
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.late import LateValues
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.records import Option
@@ -35,7 +36,16 @@ logger = logging.getLogger(__name__)
 
 ON_MODEL = "_autoprec"  # the root module's attribute that holds its Masters
 CLOSE_LOOKS, CLOSE_LOOK_EVERY = 3, 100  # steps in which values are compared, see above
+LOOK_ELEMENTS = 2**24  # that a close look takes at once; 11 bytes each meanwhile
 LIVE: "weakref.WeakSet[Masters]" = weakref.WeakSet()  # of all applied models, copies included
+
+
+@dataclass
+class Stamp:
+    """What a parameter was: it differs once it was written into or got other storage."""
+
+    version: int
+    pointer: int
 
 
 @dataclass(eq=False)
@@ -56,10 +66,12 @@ class Masters:
     was_split: bool = False
     gather_as_before: Callable[[], None] = nothing_sharded
     loaded: dict[nn.Parameter, tuple[Tensor, int | None]] = field(default_factory=dict)
-    agreed: dict[nn.Parameter, tuple[int, int]] = field(default_factory=dict)
+    agreed: dict[nn.Parameter, Stamp] = field(default_factory=dict)
     stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys
     steps: int = 0
     is_watching: bool = False
+    changes: int = 0  # of `values`: a parameter came or went, or got another master
+    _looks: list[LateValues] = field(default_factory=list)  # what close looks found, to be heard
 
     def __post_init__(self) -> None:
         self.agreed = {parameter: _stamp(parameter) for parameter in self.values}
@@ -68,7 +80,7 @@ class Masters:
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: the fields
         """Restore a copy or a pickle, whose parameters have stamps of their own."""
         vars(self).update(state)
-        self.agreed = {}
+        self.agreed, self._looks = {}, []
         LIVE.add(self)
 
     @torch.no_grad()
@@ -82,30 +94,70 @@ class Masters:
         master = self.values[parameter]
         if master is None or master.is_meta:
             master = parameter.detach().float()
-            self.agreed[parameter] = _stamp(parameter)
+            self._agree(parameter)
         if parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
             master = self._adopted(parameter, master)
         elif looks_closer and not _is_rounded(master, parameter.detach()):
-            if not self.is_watching:
-                logger.warning(
-                    "a parameter was written through .data since the last step; the FP32 master "
-                    "follows, and from now on every step compares both (write under "
-                    "torch.no_grad() to avoid that)"
-                )
-            self.is_watching = True
+            self._warn_of_writes()
             master = self._adopted(parameter, master)
-        self.values[parameter] = master
-        self.agreed[parameter] = _stamp(parameter)
+        if self.values[parameter] is not master:
+            self.values[parameter] = master
+            self.changes += 1
+        self._agree(parameter)
         return master
 
-    def for_step(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """Return the masters of `parameters` (those that have one) for an optimizer's step."""
+    def _agree(self, parameter: nn.Parameter) -> None:
+        stamp = self.agreed.setdefault(parameter, _stamp(parameter))
+        stamp.version, stamp.pointer = parameter._version, parameter.data_ptr()
+
+    def begin_step(self, parameters: Sequence[nn.Parameter], stamps: Sequence[Stamp]) -> None:
+        """Take over what was written into parameters since their stamps, before a step of them.
+
+        The device is not asked for anything: a close look merges what it finds without telling.
+        """
         self.steps += 1
+        pairs = zip(parameters, stamps, strict=True)
+        changed = [p for p, s in pairs if p._version != s.version or p.data_ptr() != s.pointer]
+        if self.loaded:
+            changed += [p for p in parameters if p in self.loaded]
+        for parameter in changed:
+            self.current(parameter, looks_closer=False)
+        self._hear_of_looks()
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
-        owned = [parameter for parameter in parameters if parameter in self.values]
-        found = {p: self.current(p, looks_closer=is_due or self.is_watching) for p in owned}
-        self.stepped |= dict.fromkeys(owned, True)
-        return found
+        if is_due or self.is_watching:
+            self._look_closer(parameters)
+        if len(self.stepped) < len(self.values):
+            self.stepped |= dict.fromkeys(parameters, True)
+
+    @torch.no_grad()
+    def _look_closer(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take over what was written through `.data`; whether anything was, is told later."""
+        found: dict[torch.device, Tensor] = {}
+        for parameter in parameters:
+            master = local_part(self.values[parameter])  # type: ignore[arg-type]  # all are current
+            written = local_part(parameter.detach())
+            device = master.device
+            for part, new in _pieces(master, written):  # a large tensor's copies would not fit
+                is_same = _bits(part.to(new.dtype)) == _bits(new)
+                part.copy_(torch.where(is_same, part, new.float()))
+                differs = ~is_same.all()
+                found[device] = found[device] | differs if device in found else differs
+        if not self.is_watching:
+            self._looks += [LateValues(differs) for differs in found.values()]
+
+    def _hear_of_looks(self) -> None:
+        looks, self._looks = self._looks, []
+        if any(any(look.read()) for look in looks) and not self.is_watching:
+            self._warn_of_writes()
+
+    def _warn_of_writes(self) -> None:
+        if not self.is_watching:
+            logger.warning(
+                "a parameter was written through .data since the last step; the FP32 master "
+                "follows, and from now on every step compares both (write under "
+                "torch.no_grad() to avoid that)"
+            )
+        self.is_watching = True
 
     def refresh(self, model: nn.Module) -> None:
         """Take in parameters that replaced others of the same name, e.g. shards of them."""
@@ -114,7 +166,8 @@ class Masters:
                 continue
             old = self.names.get(name, parameter)  # that is not among the values
             self.values[parameter] = _carried(self.values.pop(old, None), parameter)
-            self.agreed[parameter] = _stamp(parameter)
+            self.changes += 1
+            self._agree(parameter)
             self.names[name] = parameter
 
     def _adopted(self, parameter: nn.Parameter, master: Tensor) -> Tensor:
@@ -123,7 +176,8 @@ class Masters:
         master = master.to(written.device)
         # Before the first step a write sets all bits; later, only the elements that it changed.
         is_fresh = parameter not in self.stepped
-        if is_fresh and parameter._version != self.agreed.get(parameter, _stamp(parameter))[0]:
+        agreed = self.agreed.get(parameter, _stamp(parameter))
+        if is_fresh and parameter._version != agreed.version:
             master.copy_(written)
         else:
             master.copy_(torch.where(master.to(written.dtype) == written, master, written.float()))
@@ -174,20 +228,6 @@ def exact_values(model: nn.Module, masters: Masters) -> dict[nn.Parameter, Tenso
         store = next((own for own in (masters, *LIVE) if parameter in own.values), None)
         found[parameter] = store.current(parameter) if store else parameter.detach().float()
     return found
-
-
-@torch.no_grad()
-def copy_down(masters: Mapping[nn.Parameter, Tensor], stores: Iterable[Masters]) -> None:
-    """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
-    copy_all(list(masters), list(masters.values()))
-    for store in stores:
-        store.agreed.update((p, _stamp(p)) for p in masters if p in store.values)
-
-
-def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy every source into its target, with few kernels; of shards the local parts."""
-    if targets:
-        torch._foreach_copy_([*map(local_part, targets)], [*map(local_part, sources)])
 
 
 def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
@@ -242,7 +282,7 @@ class ExactLoads:
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:
     """Whether `written` is bf16(master), bit for bit (so that NaN equals NaN)."""
-    return torch.equal(master.to(written.dtype).view(torch.int16), written.view(torch.int16))
+    return torch.equal(_bits(master.to(written.dtype)), _bits(written))
 
 
 def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
@@ -257,6 +297,17 @@ def _carried(master: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
-def _stamp(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return a stamp that differs once a parameter was written into or got other storage."""
-    return parameter._version, parameter.data_ptr()
+def _pieces(master: Tensor, written: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    if not (master.is_contiguous() and written.is_contiguous()):
+        return [(master, written)]
+    pairs = (torch.split(tensor.view(-1), LOOK_ELEMENTS) for tensor in (master, written))
+    return zip(*pairs, strict=True)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return BF16 values as integers, so that NaN equals NaN."""
+    return values.view(torch.int16)
+
+
+def _stamp(parameter: nn.Parameter) -> Stamp:
+    return Stamp(parameter._version, parameter.data_ptr())

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from autoprec import __version__
 from autoprec.common.text import short_digest
+from autoprec.common.versions import software_versions
 from autoprec.errors import RecordError
 from autoprec.predict.registry import profile_digest
 from autoprec.records import FileRecord, Plan, Profile, Sensitivity
@@ -103,11 +104,14 @@ class Folder:
         done = {name: value for name, value in self.finished().items() if name in earlier}
         RunState(stages={**done, stage: digest}).save(self.path / "run.json")
 
-    def digest(self, stage: str, settings: Settings, target: DeviceProfile | None) -> str:
+    def digest(
+        self, stage: str, settings: Settings, target: DeviceProfile | None, *, device: str = ""
+    ) -> str:
         """Return a hash of all that decides a stage's record.
 
         That is the settings that say so, the files they name, the device profile where times are
-        predicted, autoprec's version, and the stages before.
+        predicted, or the name of the device that they are measured on with torch's and torchao's
+        versions, autoprec's version, and the stages before.
         """
         chosen = {
             name: str(getattr(settings, name))
@@ -121,10 +125,11 @@ class Folder:
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
         contents = [sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
-        device = profile_digest(target) if target and stage == "profile" else ""
+        device = profile_digest(target) if target and stage == "profile" else device
+        versions = software_versions() if device and not target else __version__
         done = self.finished()
         inputs = [done.get(name, "") for name in INPUTS[stage]]
-        return short_digest(stage, chosen, contents, device, __version__, inputs)
+        return short_digest(stage, chosen, contents, device, versions, inputs)
 
 
 def saved_beside(plan_path: Path, plan: Plan, record: type[Table]) -> Table | None:

@@ -276,7 +276,7 @@ class Run:
 
     def _make_profile(self) -> Profile:
         options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
-        compiled = self.settings.is_compiled
+        compiled = self.settings.compile
         if self.proxy is not None:
             check_proxy(self.spec, self.proxy.spec)  # before minutes of profiling
         if self.target is None:
@@ -293,7 +293,7 @@ class Run:
             self.spec,
             self.target,
             parallel=parallel,
-            compiled=compiled,
+            compiled=compiled is not False,
             options=options,
             gemms_hp=gemms_hp,
         )
@@ -426,6 +426,14 @@ class Run:
         made_on_first(lambda: self.folder.keep(made, digest))
         return made
 
+    def _device_name(self) -> str:
+        """Return the name of the device whose times are measured; "" where they are predicted."""
+        if self.target is not None:
+            return ""
+        from autoprec.device.local import device_name
+
+        return device_name(self.device)
+
     def _known(self, record: type[R]) -> tuple[R | None, str]:
         """Return the folder's record, where this run is not to make it, and its inputs' digest.
 
@@ -435,7 +443,10 @@ class Run:
         if stage not in self.stages:
             return record.load(path), ""
         is_live = self.is_live or (self.proxy is not None and self.proxy.is_live)
-        digest = "" if is_live else self.folder.digest(stage, self.settings, self.target)
+        digest = ""
+        if not is_live:
+            device = self._device_name() if stage == "profile" else ""
+            digest = self.folder.digest(stage, self.settings, self.target, device=device)
         is_known = self.settings.resume and self.folder.has(stage, digest)
         return record.load(path) if is_known else None, digest
 

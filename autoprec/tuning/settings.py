@@ -164,7 +164,8 @@ class Settings:
     )
     compile: bool | None = setting(
         None,
-        "Times under torch.compile or eager; default: eager here, compiled on a profile.",
+        "Times under torch.compile or eager; default: compiled where the target is a GPU or the "
+        "model compiles itself, eager on a CPU.",
         (PROFILE,),
         names=("--compile/--eager",),
     )
@@ -259,11 +260,6 @@ class Settings:
     def is_local(self) -> bool:
         """Whether the target is the machine at hand rather than a device profile."""
         return LOCAL_TARGET.fullmatch(self.target) is not None
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether times are those of torch.compile: by default only for a device profile."""
-        return not self.is_local if self.compile is None else self.compile
 
     @property
     def constraint(self) -> "Constraint":
