@@ -10,7 +10,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.profiler import profile_model
-from autoprec.profiler.groups import Group, group_layers
+from autoprec.profiler.groups import Group
 from autoprec.profiler.layers import LayerMeter
 from autoprec.profiler.proving import (
     SLEEP_KERNEL,
@@ -96,11 +96,12 @@ def test_naming_kernels_times_nothing_and_keeps_the_rows(monkeypatch: pytest.Mon
     spec = capture_model(context)
     profile = profile_model(context, spec)
     before = clock.calls
-    named = name_kernels(context, group_layers(spec, None), profile.layers)
+    named = name_kernels(context, profile)
     assert clock.calls == before
-    assert [row.model_copy(update={"kernels": ()}) for row in named] == [
+    assert (profile.has_kernel_names, named.has_kernel_names) == (False, True)
+    assert [row.model_copy(update={"kernels": ()}) for row in named.layers] == [
         row.model_copy(update={"kernels": ()}) for row in profile.layers
     ]
-    timed = [row.option.is_fp8 and row.total is not None for row in named]
-    assert [row.kernels[-1:] == ("nvjet_qq",) for row in named] == timed
+    timed = [row.option.is_fp8 and row.total is not None for row in named.layers]
+    assert [row.kernels[-1:] == ("nvjet_qq",) for row in named.layers] == timed
     assert any(timed)

@@ -116,7 +116,7 @@ def run(
 def profile(workload: Workload, as_json: Json = False, **given: Given) -> None:
     """Measure (or predict) time and memory of every layer and option: profile.json."""
     settings = Settings.of(workload=workload, **given)
-    _finish(_run(settings, lambda run: run.profile, stages=("profile",)), as_json=as_json)
+    _finish(_run(settings, lambda run: run.name_kernels(), stages=("profile",)), as_json=as_json)
 
 
 @app.command()

@@ -37,6 +37,11 @@ class Group:
         """The layer that stands for the others."""
         return self.layers[0]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the layers."""
+        return tuple(layer.name for layer in self.layers)
+
 
 def group_layers(spec: ModelSpec, options: Sequence[Option] | None) -> list[Group]:
     """Return the layers in groups, each with the options to time: FP8 by the recipes asked for."""

@@ -25,8 +25,8 @@ from autoprec.model.options import without_slow_gemms_hp
 from autoprec.model.recording import Call
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
 from autoprec.profiler.groups import Group, group_layers, record_groups, uniform_options
+from autoprec.profiler.kept import KeptRows
 from autoprec.profiler.layers import LayerMeter, predicted_timing
-from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
 from autoprec.records import (
     FP32,
@@ -56,15 +56,15 @@ def profile_model(
     options: Sequence[Option] | None = None,
     gemms_hp: bool = False,
     compiled: bool | None = False,
-    names_kernels: bool = True,
+    kept: KeptRows | None = None,
 ) -> Profile:
     """Measure what every layer costs in every option, and what whole steps cost.
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
     `gemms_hp` also with one or two GEMMs in BF16, where that beats plain BF16. `compiled` times
     under torch.compile, which takes minutes to compile on a CPU; None does so on a GPU that can
-    compile, and where the user's own model is compiled. `names_kernels` adds the names of FP8
-    layers' CUDA kernels, and slows later launches, see proving.
+    compile, and where the user's own model is compiled. `kept` holds the rows that are
+    timed already, and gets the others.
 
     Raises:
         DeviceError: torch.compile is asked for and does not work here.
@@ -78,15 +78,15 @@ def profile_model(
     groups = group_layers(spec, options)
     with open_compilation(device, mode, needed=needed) as compilation:
         started = time.perf_counter()
-        rows, cast_ms, step_ms = _time_layers(context, spec, groups, gemms_hp, compilation)
+        rows, cast_ms, step_ms = _time_layers(
+            context, spec, groups, gemms_hp, compilation, kept or KeptRows()
+        )
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
         steps = _time_uniform_steps(context, spec.as_written, rows, groups, step_ms, compilation)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
     ms = {step.label: step.timing.median_ms for step in steps}
-    if device.type == "cuda" and names_kernels:
-        rows = name_kernels(context, groups, rows)
     return Profile(
         model=spec,
         device=facts.model_copy(update={"compile_mode": COMPILED if compilation else EAGER}),
@@ -109,6 +109,7 @@ def _time_layers(
     groups: Sequence[Group],
     gemms_hp: bool,
     compilation: Compilation | None,
+    kept: KeptRows,
 ) -> tuple[tuple[LayerTiming, ...], float, float]:
     """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
     recorded = record_groups(context, groups, in_surroundings=compilation is not None)
@@ -124,7 +125,11 @@ def _time_layers(
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
         context.progress("layers", number, len(groups))
-        rows += meter.time_group(group, *recorded.first_of(group))
+        found = kept.find(group.names)
+        if found is None:
+            found = tuple(meter.time_group(group, *recorded.first_of(group)))
+            kept.add(group.names, found)
+        rows += found
     context.progress("layers", len(groups), len(groups))
     calls = recorded.calls.values()
     cast_ms = time_boundary_cast(calls, clock=context.timer, device=context.device)

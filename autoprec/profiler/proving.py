@@ -3,8 +3,8 @@
 The names come from CUPTI, which stays attached to the process after its first session and makes
 every later launch 10 to 20 % slower for the host (PyTorch issue 144455; TEARDOWN_CUPTI=1 detaches
 it, but a session that begins meanwhile sees no kernels, Kineto PR 1554). So this comes last, when
-all has been timed, with the layers built once more. They run eagerly: a compiled layer calls the
-same library for its GEMMs.
+all has been timed in the process, verification's steps too, with the layers built once more. They
+run eagerly: a compiled layer calls the same library for its GEMMs.
 """
 
 import logging
@@ -17,8 +17,8 @@ import torch
 from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import MakeLayer, make_candidate
-from autoprec.profiler.groups import Group, record_groups
-from autoprec.records import LayerTiming, Option
+from autoprec.profiler.groups import Group, group_layers, record_groups
+from autoprec.records import LayerTiming, Option, Profile
 
 log = logging.getLogger(__name__)
 LOST_KERNELS = 1000  # a process's k-th profile can lack its first k kernels (PyTorch issue 192021)
@@ -31,19 +31,38 @@ FP8_KERNEL = re.compile(  # cuBLASLt's older and newer names, CUTLASS, Triton, h
 
 
 def name_kernels(
-    context: Context, groups: Sequence[Group], rows: Sequence[LayerTiming]
-) -> tuple[LayerTiming, ...]:
-    """Return all rows, the timed FP8 ones with the names of their CUDA kernels."""
+    context: Context, profile: Profile, *, options: Sequence[Option] | None = None
+) -> Profile:
+    """Return the profile, its timed FP8 rows with the names of their CUDA kernels.
+
+    `options` are the FP8 ones that it was made with.
+    """
+    groups = [group for group in group_layers(profile.model, options) if _has_fp8(group, profile)]
     recorded = record_groups(context, groups)
-    named: list[LayerTiming] = []
+    names: dict[tuple[str, Option], tuple[str, ...]] = {}
     for group in groups:
         calls, make_layer = recorded.first_of(group)
-        for row in (row for row in rows if group.first.name in row.names):
-            if row.option.is_fp8 and row.total is not None and row.total.samples:
-                names = layer_kernels(row.names[0], row.option, calls, make_layer)
-                row = row.model_copy(update={"kernels": (*row.kernels, *names)})
-            named.append(row)
-    return tuple(named)
+        for row in _timed_fp8(group, profile):
+            names[group.first.name, row.option] = layer_kernels(
+                group.first.name, row.option, calls, make_layer
+            )
+    rows = tuple(
+        row.model_copy(
+            update={"kernels": (*row.kernels, *names.get((row.names[0], row.option), ()))}
+        )
+        for row in profile.layers
+    )
+    return profile.model_copy(update={"layers": rows, "has_kernel_names": True})
+
+
+def _has_fp8(group: Group, profile: Profile) -> bool:
+    return bool(_timed_fp8(group, profile))
+
+
+def _timed_fp8(group: Group, profile: Profile) -> list[LayerTiming]:
+    """Return the rows of a group's FP8 options that were run to be timed."""
+    rows = (row for row in profile.layers if row.names[0] == group.first.name)
+    return [row for row in rows if row.option.is_fp8 and row.total and row.total.samples]
 
 
 def layer_kernels(

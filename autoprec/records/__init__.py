@@ -17,6 +17,7 @@ from autoprec.records.cost import (
     DeviceFacts,
     LayerTiming,
     Profile,
+    ProfileRows,
     StepTiming,
     SumCheck,
     Timing,

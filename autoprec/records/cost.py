@@ -197,6 +197,7 @@ class Profile(FileRecord):
     step_equivalents: NonNegativeFloat
     compile_s: NonNegativeFloat = 0.0
     recompiles: NonNegativeInt = 0
+    has_kernel_names: bool = False  # whether FP8 rows name the CUDA kernels that ran
     sum_check: SumCheck | None = None  # None: no uniform FP8 step was measured
     parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
     communication: Communication | None = None  # predicted profiles under FSDP only
@@ -210,3 +211,13 @@ class Profile(FileRecord):
     def step(self, label: str) -> StepTiming | None:
         """Return the whole-step timing of that label, or None."""
         return next((step for step in self.steps if step.label == label), None)
+
+
+class ProfileRows(FileRecord):
+    """The rows of a profile that is being made; `digest` is of all that decides it."""
+
+    KIND = "profile_rows"
+    REMAKE = "`autoprec profile MODEL.py`"
+
+    digest: str
+    rows: tuple[LayerTiming, ...]

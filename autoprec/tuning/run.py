@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, TypeVar
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError, WorkloadError
-from autoprec.predict.family import check_proxy
 from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
 from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
+from autoprec.tuning.profiling import make_profile, named_profile, rows_path
 from autoprec.tuning.ranks import check_ranks, is_first, led_by_first, made_on_all, made_on_first
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
@@ -175,7 +175,7 @@ class Run:
     @cached_property
     def profile(self) -> Profile:
         """What each layer costs in each option: measured here, or predicted for the target."""
-        return self._staged(Profile, self._make_profile)
+        return self._staged(Profile, lambda: make_profile(self))
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
@@ -230,8 +230,14 @@ class Run:
     def make(self) -> "Run":
         """Make every stage in order, and the report."""
         _ = self.plan
+        self.name_kernels()
         self.report()
         return self
+
+    def name_kernels(self) -> Profile:
+        """Return the profile with the names of its CUDA kernels; call it when all is timed."""
+        self.profile = named_profile(self)
+        return self.profile
 
     def verify(self, plan_path: Path) -> Verification:
         """Prove or refute one plan; write verification.json, and plan.json with its certificate.
@@ -273,39 +279,6 @@ class Run:
         return run_html(load_run(self.settings.out))
 
     # --- how each record is made ---------------------------------------------------------------
-
-    def _make_profile(self) -> Profile:
-        options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
-        compiled = self.settings.compile
-        if self.proxy is not None:
-            check_proxy(self.spec, self.proxy.spec)  # before minutes of profiling
-        if self.target is None:
-            from autoprec.profiler import profile_model
-
-            self._check_keep(self.spec)  # a wrong one ends the run before minutes of profiling
-            return profile_model(
-                self.context, self.spec, options=options, gemms_hp=gemms_hp, compiled=compiled
-            )
-        from autoprec.predict import parse_parallel, predict_profile
-
-        parallel = parse_parallel(self.settings.parallel) if self.settings.parallel else None
-        profile = predict_profile(
-            self.spec,
-            self.target,
-            parallel=parallel,
-            compiled=compiled is not False,
-            options=options,
-            gemms_hp=gemms_hp,
-        )
-        self._check_keep(profile.model)
-        return profile
-
-    def _check_keep(self, spec: ModelSpec) -> None:
-        if self.settings.keep:
-            from autoprec.search.keep import resolve_keep
-
-            options, gemms_hp = self.settings.fp8_options, self.settings.gemms_hp
-            resolve_keep(self.settings.keep, spec, options=options, gemms_hp=gemms_hp)
 
     def _make_sensitivity(self) -> Sensitivity:
         from autoprec.predict.transfer import transfer_sensitivity, unknown_sensitivity
@@ -424,15 +397,20 @@ class Run:
                 stack.enter_context(random_state_kept())  # the caller's numbers go on as before
             made = made_on_all(make)
         made_on_first(lambda: self.folder.keep(made, digest))
+        if stage == "profile":
+            made_on_first(lambda: rows_path(self.settings).unlink(missing_ok=True))
         return made
 
-    def _device_name(self) -> str:
-        """Return the name of the device whose times are measured; "" where they are predicted."""
-        if self.target is not None:
+    def digest(self, stage: str) -> str:
+        """Return a hash of what decides a stage's record; "" where live functions do."""
+        if self.is_live or (self.proxy is not None and self.proxy.is_live):
             return ""
-        from autoprec.device.local import device_name
+        device = ""
+        if self.target is None and stage == "profile":
+            from autoprec.device.local import device_name
 
-        return device_name(self.device)
+            device = device_name(self.device)
+        return self.folder.digest(stage, self.settings, self.target, device=device)
 
     def _known(self, record: type[R]) -> tuple[R | None, str]:
         """Return the folder's record, where this run is not to make it, and its inputs' digest.
@@ -442,11 +420,7 @@ class Run:
         stage, path = record.KIND, self._path(record.KIND)
         if stage not in self.stages:
             return record.load(path), ""
-        is_live = self.is_live or (self.proxy is not None and self.proxy.is_live)
-        digest = ""
-        if not is_live:
-            device = self._device_name() if stage == "profile" else ""
-            digest = self.folder.digest(stage, self.settings, self.target, device=device)
+        digest = self.digest(stage)
         is_known = self.settings.resume and self.folder.has(stage, digest)
         return record.load(path) if is_known else None, digest
 

@@ -1,0 +1,95 @@
+"""The profile stage of a run: measured or predicted, kept as it grows, and its kernels named last.
+
+    profile.rows.json   the rows of the layers that were timed so far, gone once profile.json is
+                        there; `--resume` goes on from it, if all that decides a profile is the same
+
+The names of CUDA kernels come from CUPTI, which makes every later launch of the process slower. So
+they are asked for when nothing is timed any more, verification's steps included.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoprec.predict.family import check_proxy
+from autoprec.records import ModelSpec, Profile
+from autoprec.tuning.ranks import is_first, made_on_first
+
+if TYPE_CHECKING:
+    from autoprec.tuning.run import Run
+    from autoprec.tuning.settings import Settings
+
+log = logging.getLogger(__name__)
+ROWS = "profile.rows.json"
+
+
+def make_profile(run: "Run") -> Profile:
+    """Return what each layer costs in each option: measured here, or predicted for the target."""
+    settings = run.settings
+    options, gemms_hp = settings.fp8_options, settings.gemms_hp
+    if run.proxy is not None:
+        check_proxy(run.spec, run.proxy.spec)  # before minutes of profiling
+    if run.target is None:
+        from autoprec.profiler import KeptRows, profile_model
+
+        check_keep(settings, run.spec)  # a wrong one ends the run before minutes of profiling
+        digest = made_on_first(lambda: run.digest("profile"))
+        rows = KeptRows.of(rows_path(settings), digest, resume=settings.resume)
+        return profile_model(
+            run.context,
+            run.spec,
+            options=options,
+            gemms_hp=gemms_hp,
+            compiled=settings.compile,
+            kept=rows,
+        )
+    from autoprec.predict import parse_parallel, predict_profile
+
+    parallel = parse_parallel(settings.parallel) if settings.parallel else None
+    profile = predict_profile(
+        run.spec,
+        run.target,
+        parallel=parallel,
+        compiled=settings.compile is not False,
+        options=options,
+        gemms_hp=gemms_hp,
+    )
+    check_keep(settings, profile.model)
+    return profile
+
+
+def rows_path(settings: "Settings") -> Path:
+    """Return the file of the rows that are timed so far."""
+    return settings.out / ROWS
+
+
+def check_keep(settings: "Settings", spec: ModelSpec) -> None:
+    """Check that `--keep` names layers of the model and options that they have."""
+    if settings.keep:
+        from autoprec.search.keep import resolve_keep
+
+        options, gemms_hp = settings.fp8_options, settings.gemms_hp
+        resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp)
+
+
+def named_profile(run: "Run") -> Profile:
+    """Return the run's profile with the names of its FP8 layers' CUDA kernels, and write it.
+
+    Nothing is done where there are no CUDA kernels, or where they have their names.
+    """
+    profile = run.profile
+    is_here = run.target is None and "profile" in run.stages and profile.device.kind == "cuda"
+    if not is_here or profile.has_kernel_names:
+        return profile
+    import torch
+
+    from autoprec.profiler import name_kernels
+
+    try:
+        named = name_kernels(run.context, profile, options=run.settings.fp8_options)
+    except torch.OutOfMemoryError:
+        log.warning("CUDA kernels have no names in the profile: the memory does not suffice")
+        return profile
+    if is_first():
+        named.save(run.settings.out / "profile.json")
+    return named

@@ -1,0 +1,128 @@
+"""A profile that is cut off: what was timed is kept, and only the rest is timed again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autoprec.device.timing import Function
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.profiler import KeptRows, profile_model
+from autoprec.profiler.layers import LayerMeter
+from autoprec.records import Profile, ProfileRows
+from autoprec.tuning.profiling import ROWS
+from autoprec.tuning.run import Run
+from autoprec.tuning.settings import Settings
+from tests.constant_clock import CPU, ConstantClock
+from tests.models import mlp_workload
+
+TINY = Path(__file__).parent / "workloads" / "tiny.py"
+
+
+class EndingClock(ConstantClock):
+    """The process is stopped when it has measured this often."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def measure(self, fn: Function) -> float:
+        if self.calls >= self.most:
+            raise KeyboardInterrupt
+        return super().measure(fn)
+
+
+def profiled(kept: KeptRows, clock: ConstantClock) -> Profile:
+    context = Context(mlp_workload(), CPU, clock=clock)
+    return profile_model(context, capture_model(context), options=(), kept=kept)
+
+
+def test_a_profile_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    whole = ConstantClock()
+    profile = profiled(KeptRows(), whole)
+    with pytest.raises(KeyboardInterrupt):
+        profiled(KeptRows.of(path, "same", resume=True), EndingClock(whole.calls // 3))
+    saved = ProfileRows.load(path)
+    done = {row.names for row in saved.rows}
+    assert 0 < len(done) < len({row.names for row in profile.layers})
+    rest = ConstantClock()
+    resumed = profiled(KeptRows.of(path, "same", resume=True), rest)
+    assert [(row.names, row.option) for row in resumed.layers] == [
+        (row.names, row.option) for row in profile.layers
+    ]
+    assert rest.calls < whole.calls
+    assert KeptRows.of(path, "other", resume=True).rows == {}
+    assert KeptRows.of(path, "same", resume=False).rows == {}
+    path.write_text("{")
+    assert KeptRows.of(path, "same", resume=True).rows == {}
+    assert KeptRows.of(path, "", resume=True).path is None  # live functions
+
+
+def test_a_run_keeps_its_rows_until_the_profile_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(workload=str(TINY), out=tmp_path, target="cpu", recipes=(), gemms_hp=False)
+    timed: list[tuple[str, ...]] = []
+    time_group = LayerMeter.time_group
+
+    def cut_off(self: LayerMeter, group, calls, make_layer):  # type: ignore[no-untyped-def]  # as it is
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        timed.append(group.names)
+        return time_group(self, group, calls, make_layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerMeter, "time_group", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            _ = Run(settings, stages=("profile",)).profile
+    assert (tmp_path / ROWS).exists()
+    assert not (tmp_path / "profile.json").exists()
+    again: list[tuple[str, ...]] = []
+
+    def noted(self: LayerMeter, group, calls, make_layer):  # type: ignore[no-untyped-def]  # as it is
+        again.append(group.names)
+        return time_group(self, group, calls, make_layer)
+
+    monkeypatch.setattr(LayerMeter, "time_group", noted)
+    profile = Run(replace(settings, resume=True), stages=("profile",)).profile
+    assert again
+    assert not set(again) & set(timed)
+    assert {row.names for row in profile.layers} == {*again, *timed}
+    assert not (tmp_path / ROWS).exists()
+
+
+def test_kernels_are_named_when_all_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUPTI slows what is launched after it, and verification's steps are the last to be timed."""
+    order: list[str] = []
+    monkeypatch.setattr(Run, "plan", property(lambda _: order.append("verified")))
+    monkeypatch.setattr(Run, "report", lambda _: order.append("report"))
+    monkeypatch.setattr("autoprec.tuning.run.named_profile", lambda _: order.append("named"))
+    Run(Settings(workload=str(TINY), out=tmp_path, target="cpu")).make()
+    assert order == ["verified", "named", "report"]
+
+
+def test_names_are_written_into_the_profile_of_a_gpu_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = profiled(KeptRows(), ConstantClock())
+    run = Run(Settings(workload=str(TINY), out=tmp_path, target="cpu"), stages=("profile",))
+    asked: list[Profile] = []
+
+    def name(_context: Context, profile: Profile, *, options: object) -> Profile:
+        asked.append(profile)
+        return profile.model_copy(update={"has_kernel_names": True})
+
+    monkeypatch.setattr("autoprec.profiler.name_kernels", name)
+    run.profile = made
+    assert run.name_kernels() is made  # a CPU has no CUDA kernels
+    run.profile = made.model_copy(
+        update={"device": made.device.model_copy(update={"kind": "cuda"})}
+    )
+    assert run.name_kernels().has_kernel_names
+    assert run.name_kernels() is run.profile
+    assert len(asked) == 1
+    assert Profile.load(tmp_path / "profile.json") == run.profile
