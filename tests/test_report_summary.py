@@ -10,6 +10,7 @@ from autoprec.records import (
     Basis,
     LossGap,
     PredictedStep,
+    SumCheck,
     Timing,
     Verdict,
 )
@@ -329,3 +330,12 @@ def test_the_user_s_own_step_is_named_by_what_it_is() -> None:
     model = run.profile.model.model_copy(update={"as_written": written})
     found = summarise_run(replace(run, profile=run.profile.model_copy(update={"model": model})))
     assert found.title("as_written") == "as written (autocast bfloat16, compiled)"
+
+
+def test_the_sum_of_layers_stands_beside_the_whole_step() -> None:
+    run = make_run()
+    assert run.profile
+    check = SumCheck(layers_ms=-1.25, steps_ms=-1.0)
+    profile = run.profile.model_copy(update={"sum_check": check})
+    said = "FP8 everywhere against BF16 O2: -1.25 ms by its layers, -1 ms by whole steps"
+    assert said in summarise_run(replace(run, profile=profile)).notes

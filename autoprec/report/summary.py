@@ -7,47 +7,36 @@ other list, so that a report cannot say two things.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.common.text import first_and_more
 from autoprec.records import (
     Basis,
     Estimate,
     LossGap,
     Plan,
     Precision,
-    Profile,
     Proxy,
-    StepTiming,
     Verdict,
 )
 from autoprec.report import formats
 from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
+from autoprec.report.remarks import EAGER, run_remarks
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EAGER = "eager"
-MOST_NAMED = 8  # parameters or layers in one sentence
 FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
 VERDICT_WORDS = {
     Verdict.VERIFIED: "its loss gap is verified",
     Verdict.REFUTED: "but its loss gap is refuted",
     Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
     Verdict.NOT_RUN: "its loss gap is not verified",
-}
-MISSING = {
-    "profile": "times per layer were not measured",
-    "sensitivity": "the effect on loss and gradient was not measured",
-    "search": "alternatives to the plan are not known",
-    "plan": "nothing was chosen yet",
-    "verification": "no training was compared",
 }
 
 
@@ -170,7 +159,7 @@ def summarise_run(run: RunRecords) -> Summary:
     proof = run.verification or (plan.certificate if plan else None)
     constraint = plan.constraint.loss_tolerance if plan else None
     answers = [_plan_note(plan, start) for start in ("FP8 ", "does not fit in memory")]
-    said = map(clean_text, dict.fromkeys(_unmeasured(run)))
+    said = map(clean_text, dict.fromkeys(run_remarks(run)))
     return Summary(
         run=run,
         layers=layers,
@@ -226,58 +215,6 @@ def apply_line(out: Path | str | None) -> str:
     """Return the one line to paste."""
     path = json.dumps((Path(out or ".") / "plan.json").as_posix(), ensure_ascii=False)
     return f"model, optimizer = autoprec.apply({path}, model, optimizer)"
-
-
-def profile_notes(profile: Profile) -> Iterator[str]:
-    """Yield what a profile does not cover."""
-    model = profile.model
-    if model.uncovered:
-        names = first_and_more((p.name for p in model.uncovered), most=MOST_NAMED)
-        yield f"outside any layer, in the plan's activation dtype: {names}"
-    if model.uncalled:
-        names = first_and_more(model.uncalled, most=MOST_NAMED)
-        yield f"not called in the captured step, so not timed: {names}"
-    infeasible = Counter(row.infeasible for row in profile.layers if row.infeasible)
-    for reason, count in infeasible.most_common():
-        yield f"{count_of(count, 'option')} could not run: {reason}"
-    for step in profile.steps:
-        yield from _step_notes(step)
-    for fact, reason in profile.device.missing:
-        yield f"{fact} is not known: {reason}"
-    if profile.basis is not Basis.MEASURED:
-        yield f"all times are {profile.basis}: {profile.device.name} is not the machine at hand"
-    elif profile.device.compile_mode not in ("", EAGER):
-        yield (
-            "times are those of torch.compile; sensitivity and verification train eagerly, whose "
-            "numbers differ in the order of sums"
-        )
-
-
-def _step_notes(step: StepTiming) -> Iterator[str]:
-    """Yield what a step's time is not: compiled, or the device's own."""
-    if step.note:
-        yield f"the step {step_title(step.label)!r} was timed eagerly: {step.note}"
-    if step.is_host_bound:
-        yield (
-            f"the host bounds the step {step_title(step.label)!r}: it queues work no faster than "
-            "the device does it, so that faster GEMMs gain little; compile, or give larger batches"
-        )
-
-
-def _unmeasured(run: RunRecords) -> Iterator[str]:
-    """Yield, sentence by sentence, what the run's numbers do not cover."""
-    yield from run.notes
-    yield from (f"no {n}.json: {said}" for n, said in MISSING.items() if getattr(run, n) is None)
-    if run.profile:
-        yield from profile_notes(run.profile)
-    if run.sensitivity:
-        yield from run.sensitivity.notes
-        if run.sensitivity.batches == 1:
-            yield "sensitivity used a single batch: its standard errors are unknown"
-    for step in run.verification.steps if run.verification else ():
-        yield from _step_notes(step)
-    for record in (run.verification, run.plan):
-        yield from record.notes if record else ()
 
 
 def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:

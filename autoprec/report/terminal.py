@@ -32,9 +32,10 @@ from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN, and_more, count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
+from autoprec.report.remarks import profile_notes
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, spread_title
-from autoprec.report.summary import Summary, apply_line, profile_notes, summarise_run
+from autoprec.report.summary import Summary, apply_line, summarise_run
 from autoprec.report.tables import device_facts, recipe_table
 from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
 from autoprec.sensitivity.gap import HORIZON_STEPS
