@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH, DEPTH = 256, 4
+BATCH = 8  # sequences
 LARGE_WIDTH = 4096
 LARGE_LR = 3e-4  # LLaMA2-7B's largest (arXiv 2307.09288, section 2.2)
 
@@ -39,16 +40,16 @@ def build_model() -> nn.Module:
     return model
 
 
-def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return char_gpt.train_batches(seed)
+def train_batches(seed: int) -> Iterator[Tensor]:
+    for tokens, _ in char_gpt.train_batches(seed):
+        yield tokens[:BATCH]
 
 
-def eval_batches() -> list[tuple[Tensor, Tensor]]:
-    return char_gpt.eval_batches()
+def eval_batches() -> list[Tensor]:
+    return [tokens for tokens, _ in char_gpt.eval_batches()]
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    tokens, _ = batch
+def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
     loss: Tensor = model(input_ids=tokens, labels=tokens).loss  # the model shifts the labels itself
     return loss
 
