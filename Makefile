@@ -14,9 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## tune a small GPT on this machine, then for an H100: plan.json and report.html in runs/
+demo: $(STAMP) ## a small GPT on this machine, then LLaMA2-7B on 8 H100, proven on a small Llama: runs/
 	$(BIN)/autoprec tune examples/char_gpt.py --out runs/char_gpt
-	$(BIN)/autoprec tune examples/char_gpt.py --target h100-sxm --sensitivity runs/char_gpt/sensitivity.json --no-verify --out runs/char_gpt-h100
+	$(BIN)/autoprec tune examples/llama_meta.py:llama2_7b --meta --target h100-sxm --parallel fsdp=8 --proxy examples/llama_small.py --out runs/llama2_7b
 
 test: $(STAMP) ## the test suite, the same in each run (under 4 minutes on two cores)
 	$(PYTEST) --durations 10

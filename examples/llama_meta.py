@@ -1,7 +1,9 @@
 """Decoders too large for one machine, built from their public dimensions: no weights are loaded.
 
-autoprec tune examples/llama_meta.py:llama2_7b --meta --target h100-sxm --parallel fsdp=8
+autoprec tune examples/llama_meta.py:llama2_7b --meta --target h100-sxm --parallel fsdp=8 \
+    --proxy examples/llama_small.py
 
+Without --proxy the plan is chosen by time alone: nothing is known of what FP8 does to the loss.
 The others are `llama2_13b`, `llama3_8b`, `llama3_70b` and `command_r_35b`; without a name it is
 `llama2_7b`. `build_model` would allocate the weights as usual: it is `--meta` that keeps them away.
 """

@@ -177,6 +177,31 @@ def test_all_fp32_needs_nothing_applied() -> None:
     assert "autoprec.apply" not in text
 
 
+def test_where_nothing_pays_three_lines_are_enough() -> None:
+    run = make_run(machine=CPU)
+    assert run.plan
+    assert run.verification
+    layers = tuple(
+        layer.model_copy(update={"precision": Precision.FP32, "recipe": None, "gemms_hp": ()})
+        for layer in run.plan.layers
+    )
+    plan = run.plan.model_copy(update={"layers": layers})
+    times = {"plan": 10.0, "fp32": 10.0, "bf16_o2": 31.0, "autocast_bf16": 28.0}
+    steps = tuple(
+        each.model_copy(update={"timing": timing(times[each.label], samples=12)})
+        for each in run.verification.steps
+    )
+    proof = run.verification.model_copy(update={"plan": plan.digest, "steps": steps})
+    slow = replace(run, plan=plan, verification=proof)
+    text = summary_text(slow, width=200)
+    assert len(text.splitlines()) == 3
+    assert "a step takes 10.0 ms (measured); BF16 O2 takes 3.10x as long" in text
+    # beside a faster BF16 step FP32 has another reason, which the whole report tells
+    faster = [each.model_copy(update={"timing": timing(9.0)}) for each in steps]
+    proof = proof.model_copy(update={"steps": (steps[0], *faster[1:])})
+    assert len(summary_text(replace(slow, verification=proof)).splitlines()) > 3
+
+
 def test_a_predicted_step_says_so() -> None:
     run = make_run()
     assert run.plan

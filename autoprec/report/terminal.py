@@ -48,6 +48,9 @@ GOOD, BAD = "bold green", "bold red"
 def print_summary(run: RunRecords, console: Console, *, out: Path | str | None = None) -> None:
     """Print what a run found; `out` is its folder, as the user will write it."""
     found = summarise_run(run)
+    if short := _nothing_pays(found, out):
+        print_parts(short, console)
+        return
     parts = layers_parts(found.layers, console.width) if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
@@ -120,6 +123,26 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
         yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
     if found.bf16_sentence:
         yield Line(found.bf16_sentence)
+
+
+def _nothing_pays(found: Summary, out: Path | str | None) -> list[Line]:
+    """Return three lines where FP32 everywhere is fastest; nothing where there is more to say."""
+    plan, own = found.run.plan, found.steps.get("plan")
+    others = {label: s for label, s in found.steps.items() if label not in ("plan", "fp32")}
+    if plan is None or set(plan.options) != {FP32} or own is None or "bf16_o2" not in others:
+        return []
+    if found.verdict is Verdict.REFUTED or any(step.ms <= own.ms for step in others.values()):
+        return []  # it is not time that decided
+    slower = ", ".join(
+        f"{found.title(label)} takes {formats.ratio(step.ms / own.ms)} as long"
+        for label, step in others.items()
+    )
+    where = f"; all of it: {(Path(out) / 'report.html').as_posix()}" if out is not None else ""
+    return [
+        Line("FP32 everywhere is the answer here: there is nothing to apply", "bold"),
+        Line(f"a step takes {formats.ms(own.ms)} ms ({own.basis}); {slower}"),
+        Line(f"{found.fp8_answer or 'FP8 pays on no layer'}{where}", is_whole=True),
+    ]
 
 
 def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
