@@ -100,7 +100,7 @@ def whole(tensor: Any) -> Tensor:  # Any: a tensor or a DTensor
 def step(model: nn.Module, rank: int, batch: tuple[Tensor, Tensor]) -> tuple[float, Gradients]:
     """Return the loss and the gradients of a rank's part of a batch."""
     model.zero_grad()
-    loss = F.mse_loss(model(part(batch[0], rank)), part(batch[1], rank))
+    loss = F.mse_loss(model(part(batch[0], rank)).float(), part(batch[1], rank))
     torch.autograd.backward(loss)
     return loss.item(), {n: whole(p.grad) for n, p in model.named_parameters()}
 
@@ -185,6 +185,8 @@ def rank_main(rank: int, folder: str) -> None:
         "mixed storage": error_of(apply_first),
         "mixed list": error_of(lambda: apply_first(together=True)),
         "odd": odd(rank),
+        "accumulated": [accumulated(rank, compiled=compiled) for compiled in (False, True)],
+        "view": error_of(view_of_shards),
     }
     torch.save(seen, Path(folder) / f"{rank}.pt")
     leave_group()
@@ -203,6 +205,21 @@ def apply_first(*, together: bool = False) -> None:
     fully_shard([model.norm, model.head] if together else model.second)
     fully_shard(model)
     model(torch.ones(2, WIDTH))
+
+
+def accumulated(rank: int, *, compiled: bool) -> Gradients:
+    """Return the gradients of two micro-batches, of which FSDP reduces the sum."""
+    model = fsdp(reshard_after_forward=False)
+    others = {n: option for n, option in TRAINCASE.items() if option is not FP8}
+    autoprec.apply(plan_for(model, FP8, others), model)
+    if compiled:
+        for layer in (model.first, model.second, model.norm):
+            layer.compile(backend="aot_eager", fullgraph=layer is model.norm)
+    for batch, is_last in zip(batches(), (False, True), strict=False):
+        model.set_requires_gradient_sync(is_last)
+        loss = F.mse_loss(model(part(batch[0], rank)), part(batch[1], rank))
+        torch.autograd.backward(loss)
+    return {n: whole(p.grad) for n, p in model.named_parameters()}
 
 
 class Odd(nn.Module):
@@ -239,6 +256,12 @@ def step_of_odd(model: nn.Module, rank: int) -> tuple[float, Gradients]:
     return loss.item(), {
         n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
     }
+
+
+def view_of_shards() -> None:
+    model = fsdp()
+    autoprec.apply(plan_for(model), model)
+    autoprec.master_view(model)
 
 
 def apply_to_low() -> None:
@@ -375,6 +398,30 @@ def test_frozen_tied_and_uncovered_parameters_are_gathered_as_planned(ranks: lis
         assert seen[1].keys() == gradients.keys()
     for name, found in ranks[0]["odd"][1].items():
         assert torch.equal(found, (results[0][1][name] + results[1][1][name]) / 2), name
+
+
+def test_gradients_of_micro_batches_are_summed_in_fp32_in_groups_of_both_dtypes(
+    ranks: list[Seen],
+) -> None:
+    model = seeded()
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with install_options(model, TRAINCASE):
+        parts = [
+            step(model, rank, batch)[1]
+            for rank in range(RANKS)
+            for batch in itertools.islice(batches(), 2)
+        ]
+    for name in expected:  # each rank sums its own, then FSDP takes the mean
+        one, two = parts[0][name] + parts[1][name], parts[2][name] + parts[3][name]
+        expected[name] = (one + two) / 2
+    for seen in (rank["accumulated"] for rank in ranks):
+        for found in seen:
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_shards_are_their_own_masters_so_there_is_no_view(ranks: list[Seen]) -> None:
+    for seen in ranks:
+        assert seen["view"].startswith("a view shares FP32 masters with a whole model")
 
 
 # --- apply before fully_shard ------------------------------------------------------------------

@@ -22,7 +22,7 @@ from autoprec.common.text import first_and_more, one_line
 from autoprec.common.versions import software_versions
 from autoprec.device.local import device_name
 from autoprec.device.random_state import random_state_kept
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.model.layers import model_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
@@ -31,7 +31,7 @@ from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
-from autoprec.runtime.shards import mixed_groups, whole_again
+from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
 
 logger = logging.getLogger(__name__)
 _software = functools.cache(software_versions)  # read once: a plan opens no folder
@@ -141,7 +141,7 @@ def master_view(model: nn.Module) -> nn.Module:
     because an average kept in BF16 does not move. Write into the model, not into the view.
 
     Raises:
-        PlanMismatchError: no plan is applied to the model.
+        PlanMismatchError: no plan is applied to the model, or FSDP2 has sharded it.
 
     Example:
         >>> import torch, autoprec
@@ -154,6 +154,11 @@ def master_view(model: nn.Module) -> nn.Module:
     """
     inner = unwrapped(model)
     masters = masters_of(inner)
+    if fsdp_modules(inner):
+        raise PlanMismatchError(
+            "a view shares FP32 masters with a whole model, but this one is sharded; where apply "
+            "came after fully_shard its state_dict is FP32, else the optimizer's has the masters"
+        )
     # Whatever `deepcopy` finds in its memo it shares instead of copying.
     memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
     for value in (value for module in inner.modules() for value in vars(module).values()):
