@@ -37,6 +37,7 @@ those behind it. `--sections steps,gemms` runs these alone, or again: the last r
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -121,14 +122,20 @@ def run_day(given: argparse.Namespace) -> int:
     (given.out / ROWS).touch()
     options = ["--out", str(given.out), "--device", given.device, *["--quick"] * given.quick]
     child = Child([sys.executable, str(Path(__file__).resolve()), *options], given.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a child ends with this process
     os.environ["PYTHONUNBUFFERED"] = "1"
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *[known] * bool(known)])
     until = time.monotonic() + given.budget
     names = given.sections.split(",")
     for position, name in enumerate(names):
         started = time.monotonic()
         seconds = share_out(until - started, [SHARES[other] for other in names[position:]])
         outcome = child.run(name, seconds=seconds)
-        print(f"{name:<12} {time.monotonic() - started:6.1f} of {seconds:5.1f} s  {outcome}")
+        print(
+            f"{name:<12} {time.monotonic() - started:6.1f} of {seconds:5.1f} s  {outcome}",
+            flush=True,
+        )
         write_report(given.out, is_quick=given.quick)
     print(f"wrote {given.out / 'report.md'}")
     return 0

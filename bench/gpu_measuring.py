@@ -37,7 +37,7 @@ from autoprec.model.layers import model_layers
 from autoprec.model.meta import capture_on_meta
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.predict.gemm import Kernel
-from autoprec.predict.measure import base_profile, gemm_candidates, replay_of
+from autoprec.predict.measure import base_profile, gemm_candidates, replay_of, software_here
 from autoprec.profiler.compiling import made_graphs, open_compilation
 from autoprec.records import BF16_O2, Option, Profile, Recipe, fp8_option
 from autoprec.records.devices import DeviceProfile
@@ -80,11 +80,12 @@ class Day:
 
     @cached_property
     def shipped(self) -> DeviceProfile:
-        """The shipped profile of this device, or of the nearest one."""
+        """The shipped profile of this device or the nearest one, with the software that is here."""
         if self.device.type != "cuda":
             return load_device_profile(STAND_IN)
         capability = torch.cuda.get_device_capability(self.device)
-        return base_profile(torch.cuda.get_device_name(self.device), capability)
+        found = base_profile(torch.cuda.get_device_name(self.device), capability)
+        return found.model_copy(update={"software": software_here()})
 
     @property
     def backend(self) -> str:
