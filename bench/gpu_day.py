@@ -124,8 +124,8 @@ def run_day(given: argparse.Namespace) -> int:
     child = Child([sys.executable, str(Path(__file__).resolve()), *options], given.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a child ends with this process
     os.environ["PYTHONUNBUFFERED"] = "1"
-    known = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *[known] * bool(known)])
+    known = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{known}".rstrip(os.pathsep)
     until = time.monotonic() + given.budget
     names = given.sections.split(",")
     for position, name in enumerate(names):

@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.fp8 import Fp8Support
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
-from autoprec.records import LayerKind, ModelSpec, Precision
+from autoprec.predict import load_device_profile
+from autoprec.records import APPLICABLE_RECIPES, LayerKind, ModelSpec, Precision, Recipe
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
 
@@ -22,6 +24,23 @@ def test_every_parameter_is_in_a_layer_or_listed(tokens: ModelSpec) -> None:
     model = TiedTokens()
     assert {p.name for p in tokens.parameters()} == {name for name, _ in model.named_parameters()}
     assert [p.name for p in tokens.uncovered] == ["class_token"]
+
+
+def test_for_another_device_a_cpu_lists_what_it_only_emulates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with torch 2.11, whose CPU kernel has no row scales."""
+    support = Fp8Support((Recipe.TENSORWISE,), "no row scales")
+    monkeypatch.setattr("autoprec.model.capture.fp8_support", lambda _: support)
+    context = Context(mlp_workload(), CPU)
+    found = [
+        {option.recipe for option in spec.layer("first").options if option.is_fp8}
+        for spec in (
+            capture_model(context),
+            capture_model(context, target=load_device_profile("h100-sxm")),
+        )
+    ]
+    assert found == [{Recipe.TENSORWISE}, set(APPLICABLE_RECIPES)]
 
 
 def test_shapes_calls_and_tokens_are_those_of_the_step(tokens: ModelSpec) -> None:

@@ -45,10 +45,13 @@ class Fp8Support:
     reason: str  # empty when every recipe of torchao runs
 
 
+EVERY_RECIPE = Fp8Support(APPLICABLE_RECIPES, "")  # where no kernel of this machine is asked
+
+
 def fp8_support(device: torch.device) -> Fp8Support:
     """Return the FP8 recipes that `device` runs, found by running each one once per process."""
     if device.type == "cpu" and emulates_gemms.get():
-        return Fp8Support(APPLICABLE_RECIPES, "")
+        return EVERY_RECIPE
     return tried_recipes(device)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprec.device.fp8 import Fp8Support, fp8_support
+from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import local_part, sum_over_ranks
 from autoprec.errors import CaptureError
@@ -38,6 +38,7 @@ from autoprec.records import (
     TensorSpec,
     fp8_option,
 )
+from autoprec.records.devices import DeviceProfile
 from autoprec.workload.functions import (
     Batch,
     Workload,
@@ -57,10 +58,11 @@ NEEDS_NO_GRADIENT = (
 
 
 @random_state_kept()
-def capture_model(context: Context) -> ModelSpec:
+def capture_model(context: Context, *, target: DeviceProfile | None = None) -> ModelSpec:
     """Run one real step of the workload on the device and return what it showed.
 
-    Costs three training steps (two more than one, to see whether the step is deterministic).
+    Costs three training steps (two more than one, to see whether the step is deterministic). With a
+    `target` the plan is for another device: a CPU lists every recipe then, since it emulates them.
 
     Raises:
         CaptureError: no layer ran.
@@ -89,7 +91,7 @@ def capture_model(context: Context) -> ModelSpec:
         layers,
         calls,
         optimizer,
-        fp8_support(device),
+        EVERY_RECIPE if target and device.type == "cpu" else fp8_support(device),
         str(device),
         saved_bytes=sum(saved.values()),
         has_randomness=first.used_randomness,

@@ -20,13 +20,13 @@ from torch._subclasses import fake_tensor
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import first_line
-from autoprec.device.fp8 import Fp8Support
+from autoprec.device.fp8 import EVERY_RECIPE
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture
 from autoprec.model.layers import model_layers
-from autoprec.records import APPLICABLE_RECIPES, ModelSpec
+from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
     Batch,
     Workload,
@@ -39,7 +39,6 @@ from autoprec.workload.functions import (
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
-BY_SHAPE = Fp8Support(APPLICABLE_RECIPES, "")  # no kernel is asked: shapes decide
 LOOKED_AT_VALUES = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
@@ -96,7 +95,7 @@ def capture_on_meta(
         layers,
         calls,
         optimizer,
-        BY_SHAPE,
+        EVERY_RECIPE,  # shapes decide
         str(META),
         has_randomness=any(seeded),
         saved_bytes=sum(saved.values()),

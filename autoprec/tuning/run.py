@@ -158,7 +158,7 @@ class Run:
             return capture_on_meta(self.workload, seed=self.settings.seed, progress=self.progress)
         from autoprec.model.capture import capture_model
 
-        return made_on_all(lambda: capture_model(self.context))
+        return made_on_all(lambda: capture_model(self.context, target=self.target))
 
     @cached_property
     def reference(self) -> "Reference":
