@@ -101,7 +101,9 @@ class ActivationMode(TorchFunctionMode):
     ) -> Any:  # Any: torch's own protocol
         """Call `func`, with its arguments cast when it is one of the functions above."""
         kwargs = kwargs or {}
-        if func in LISTED:
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
+        elif func in LISTED:
             found: set[torch.dtype] = set()
             _collect_dtypes((*args, *kwargs.values()), found)
             if func in IN_FP32:
@@ -152,6 +154,8 @@ def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
     new = {key: cast_floating(item, dtype) for key, item in old.items()}
     if all(new[key] is item for key, item in old.items()):
         return value
+    if type(value) is dict:
+        return new  # dynamo follows no copy of the keyword arguments that a mode is given
     result: Any = copy.copy(value)
     for key, item in new.items():
         if is_mapping:  # all items: dynamo's copy of a dict's subclass has none

@@ -1,0 +1,109 @@
+"""Under torch.compile a plan's model is as many graphs as the plain one: the mode costs nothing."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autoprec
+from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
+from tests.plans import plan_for
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo itself
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # dynamo does it, torch 2.13
+]
+WIDTH, HEADS, TOKENS = 64, 4, 16
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotate queries or keys by FP32 tables, as decoders do."""
+    size = x.shape[-1]
+    angles = torch.outer(torch.arange(x.shape[-2]), 1e4 ** -(torch.arange(0, size, 2) / size))
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Heads by `unflatten`, rotary positions, grouped keys, a mask in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 2 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([WIDTH, WIDTH // 2, WIDTH // 2], dim=-1)
+        q = rotated(q.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+        k = rotated(nn.Unflatten(-1, (HEADS // 2, -1))(k).transpose(1, 2))
+        v = torch.unflatten(v, -1, (HEADS // 2, -1)).transpose(1, 2)
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        mask = torch.full((TOKENS, TOKENS), -math.inf).triu(1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        scores = torch.einsum("bhsd,bhtd->bhst", q, k).masked_fill(mask < 0, -1e4)
+        y = y + scores.softmax(-1, dtype=torch.float32) @ v
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Norms, attention, and a gated network with writes by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2 = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        gate, value = self.up(self.norm2(x)).chunk(2, dim=-1)
+        hidden = F.silu(gate) * value
+        routed = torch.zeros_like(hidden).index_add_(0, torch.tensor([1, 0]), hidden)
+        routed[:, 0] = hidden[:, 0].float()
+        return x + self.down(routed)  # type: ignore[no-any-return]  # a tensor
+
+
+class Decoder(nn.Module):
+    """A block, and a loss within forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block()])
+        self.head = nn.Linear(WIDTH, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        return F.cross_entropy(logits.flatten(0, 1), torch.arange(2 * TOKENS))
+
+
+def graphs_of(model: nn.Module) -> int:
+    """Return the graphs of one forward; a break is an error."""
+    torch._dynamo.reset()
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:  # Any: torch's own
+        found.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    loss, expected = compiled(x), model(x)
+    torch._dynamo.reset()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+    return len(found)
+
+
+@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)], ids=str)
+def test_a_plans_model_is_one_graph_as_the_plain_one(option: Option) -> None:
+    model = Decoder()
+    names = [name for name, _ in model.named_modules() if "norm" in name]
+    autoprec.apply(plan_for(model, option, dict.fromkeys(names, FP32) | {"head": BF16_O2}), model)
+    assert graphs_of(model) == 1
