@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from autoprec.workload.functions import Workload, workload_from
 
@@ -68,6 +70,19 @@ def shard_blocks(model: nn.Module, mesh: Any) -> nn.Module:  # Any: a DeviceMesh
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def split_and_shard(model: nn.Module, mesh: Any) -> nn.Module:  # Any: as above
+    """Divide each block's linears over `tp`, then shard what is left over `dp`."""
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    for block in model.get_submodule("blocks").children():
+        parallelize_module(block, mesh["tp"], plan)
+    return shard_blocks(model, mesh["dp"])
+
+
+def two_by_two(device_type: str) -> Any:  # Any: as above
+    """Return a mesh of four ranks: two parts of the data, each on two ranks."""
+    return init_device_mesh(device_type, (2, 2), mesh_dim_names=("dp", "tp"))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

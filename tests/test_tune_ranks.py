@@ -22,14 +22,33 @@ from autoprec.verification.gate import open_session
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import Variant
 from autoprec.workload.functions import Workload
-from tests.rank_workloads import shard_blocks, train_batches, workload, workload_of
+from tests.rank_workloads import (
+    CUT,
+    ROWS,
+    TOKENS,
+    WIDTH,
+    shard_blocks,
+    split_and_shard,
+    train_batches,
+    two_by_two,
+    workload,
+    workload_of,
+)
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 SEED = 3
 TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=3)
 Way = dict[str, Callable[..., Any]]  # Any: functions of the contract
-WAYS: dict[str, Way] = {"ddp": {}, "fsdp": {"parallelize": shard_blocks}}
+WAYS: dict[int, dict[str, Way]] = {  # by the number of ranks
+    2: {"ddp": {}, "fsdp": {"parallelize": shard_blocks}},
+    4: {
+        "ddp": {},
+        "fsdp": {"parallelize": shard_blocks},
+        "fsdp x tp": {"parallelize": split_and_shard, "build_mesh": two_by_two},
+    },
+}
+MEASURED = ("ddp",)  # ways whose sensitivity is compared
 
 
 def _same_batches(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
@@ -54,20 +73,20 @@ def _losses(given: Workload, folder: Path) -> dict[str, list[float]]:
     }
 
 
-def _numbers(given: Workload) -> dict[str, Any]:  # Any: JSON values
+def _numbers(given: Workload, *, measured: bool) -> dict[str, Any]:  # Any: JSON values
     """Return what capture and sensitivity find, as the tune on this rank would."""
     context = Context(parallel_workload(given, CPU), CPU, SEED)
     spec = capture_model(context)
+    found = {"spec": json.loads(spec.model_dump_json())}
+    if not measured:
+        return found
     reference = _reference(context, spec)
-    found = measure_sensitivity(
+    table = measure_sensitivity(
         reference, options=[fp8_option(Recipe.ROWWISE)], method=Method.LAYERWISE
     )
     uniform = JointMeter(reference).measure((BF16_O2,) * len(spec.layers))
-    return {
-        "spec": json.loads(spec.model_dump_json()),
-        "rows": {f"{row.name} {row.option.key}": row.grad_error.mean for row in found.rows},
-        "joint": uniform.mean,
-    }
+    rows = {f"{row.name} {row.option.key}": row.grad_error.mean for row in table.rows}
+    return {**found, "rows": rows, "joint": uniform.mean}
 
 
 def _reference(context: Context, spec: ModelSpec) -> Reference:
@@ -76,30 +95,55 @@ def _reference(context: Context, spec: ModelSpec) -> Reference:
 
 def _measure(folder: Path) -> None:
     """Write this rank's numbers, with batches of its own and with those of all."""
-    own = {name: _losses(workload(**way), folder / name) for name, way in WAYS.items()}
-    same = {name: _numbers(workload(train_batches=_same_batches, **WAYS[name])) for name in ["ddp"]}
-    (folder / f"{rank()}.json").write_text(json.dumps([world_size(), own, same]))
+    ways = WAYS[world_size()]
+    own = {name: _losses(workload(**way), folder / name) for name, way in ways.items()}
+    same = {
+        name: _numbers(workload(train_batches=_same_batches, **way), measured=name in MEASURED)
+        for name, way in ways.items()
+    }
+    (folder / f"{rank()}.json").write_text(json.dumps([own, same]))
 
 
 def _compare(folder: Path, ranks: int) -> None:
+    """Compare every rank's numbers with each other, and with those of one process."""
     first, *others = (json.loads((folder / f"{each}.json").read_text()) for each in range(ranks))
     assert all(other == first for other in others)  # to the last bit
-    size, own, same = first
-    assert size == ranks
-    losses, numbers = _losses(workload_of(ranks), folder / "one"), _numbers(workload())
-    for way in WAYS:
-        for label, expected in losses.items():
-            rel = 1e-5 if label != "bf16" else 1e-2
+    own, same = first
+    # ranks of one tensor-parallel group have the same batches
+    parts = {way: ranks // 2 if "tp" in way else ranks for way in WAYS[ranks]}
+    losses = {n: _losses(workload_of(n), folder / f"one of {n}") for n in set(parts.values())}
+    numbers = _numbers(workload(), measured=True)
+    for way in WAYS[ranks]:
+        for label, expected in losses[parts[way]].items():
+            rel = 1e-5 if label != "bf16" else 1e-2  # BF16 rounds each rank's gradient
             assert own[way][label] == pytest.approx(expected, rel=rel), (way, label)
-        if way not in same:
-            continue
-        spec, expected = same[way]["spec"], numbers["spec"]
-        assert spec.pop("loss") == pytest.approx(expected["loss"], rel=1e-5), way
-        assert spec == {name: value for name, value in expected.items() if name != "loss"}, way
-        assert same[way]["rows"] == pytest.approx(numbers["rows"], rel=1e-3), way
-        assert same[way]["joint"] == pytest.approx(numbers["joint"], rel=1e-3), way
+        _compare_specs(same[way].pop("spec"), numbers["spec"], way)
+        for kind, values in same[way].items():
+            assert values == pytest.approx(numbers[kind], rel=1e-3), (way, kind)
+
+
+def _compare_specs(found: dict[str, Any], expected: dict[str, Any], way: str) -> None:  # Any: JSON
+    """Compare what was captured: all of it, but for what tensor parallelism divides."""
+    loss = found.pop("loss")
+    assert loss == pytest.approx(expected["loss"], rel=1e-5), way
+    assert found["structure"] == expected["structure"], way
+    if "tp" not in way:
+        assert found == {name: value for name, value in expected.items() if name != "loss"}, way
+        return
+    gemms = {layer["name"]: layer["gemm"] for layer in found["layers"] if layer["gemm"]}
+    M = ROWS * CUT
+    for block in ("blocks.0", "blocks.1"):
+        assert gemms[f"{block}.up"] == {"M": M, "K": WIDTH, "N": WIDTH}
+        assert gemms[f"{block}.down"] == {"M": M, "K": WIDTH, "N": WIDTH}
+    assert gemms["head"] == {"M": M, "K": WIDTH, "N": TOKENS}
 
 
 def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
     run_ranks(_measure, tmp_path, ranks=2)
     _compare(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
+    run_ranks(_measure, tmp_path, ranks=4)
+    _compare(tmp_path, 4)

@@ -24,6 +24,7 @@ from autoprec.device.ranks import local_part, sum_over_ranks
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
+from autoprec.model.local_copy import computed_features
 from autoprec.model.options import USED_UNCALLED, layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
@@ -163,12 +164,14 @@ def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
     A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
     ones.
     """
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {local_part(parameter).untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        storage = local_part(tensor).untyped_storage()
+        whole = tensor if tensor._base is None else tensor._base
+        # a parameter that FSDP has gathered is no shard, and is freed after forward
+        if storage._cdata not in own and not isinstance(whole, nn.Parameter):
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
@@ -243,7 +246,8 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
-        gemm = GemmShape(M=tokens[-1], K=layer.in_features, N=layer.out_features)
+        K, N = computed_features(seen.model, layer)
+        gemm = GemmShape(M=tokens[-1], K=K, N=N)
     is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
     obstacle = USED_UNCALLED if is_used_uncalled else ""
     options, refusals = layer_options(
@@ -307,6 +311,7 @@ def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> Par
 
 
 def _tensor_spec(tensor: Tensor) -> TensorSpec:
+    tensor = local_part(tensor)
     return TensorSpec(
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()),

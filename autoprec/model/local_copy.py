@@ -6,7 +6,7 @@ talk to other ranks.
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,8 +24,10 @@ def is_divided(layer: nn.Module) -> bool:
 
 def local_copy(model: nn.Module, layer: nn.Module) -> nn.Module:
     """Return a copy of a divided layer as this rank computes it; all ranks call it together."""
-    dtypes = [parameter.dtype for parameter in layer.parameters()]
     gathering = _gathering(model, layer)
+    for module in gathering:
+        module.reshard()
+    dtypes = [parameter.dtype for parameter in layer.parameters()]  # a policy gathers in another
     for module in gathering:
         module.unshard()
     memo: Memo = {}
@@ -38,6 +40,17 @@ def local_copy(model: nn.Module, layer: nn.Module) -> nn.Module:
     if isinstance(copied, nn.Linear):
         copied.out_features, copied.in_features = copied.weight.shape
     return copied
+
+
+def computed_features(model: nn.Module, layer: nn.Linear) -> tuple[int, int]:
+    """Return the inputs and outputs of a linear that this rank multiplies; on all ranks."""
+    gathering = _gathering(model, layer)
+    for module in gathering:
+        module.reshard()  # what FSDP has gathered says nothing of its own mesh
+    weight: Any = layer.weight  # Any: a DTensor where the layer is divided
+    if is_divided(layer) and (weight.device_mesh.ndim > 1 or not gathering):
+        layer = cast("nn.Linear", local_copy(model, layer))  # what tensor parallelism leaves of it
+    return layer.in_features, layer.out_features
 
 
 def _gathering(model: nn.Module, layer: nn.Module) -> list[Any]:  # Any: FSDPModule, if imported

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprec.device.ranks import local_part
 from autoprec.model.neighbours import NeighbourWatch, Surroundings
 
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
@@ -45,8 +46,8 @@ class Call:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """Return the tensor without its history; it needs a gradient if it did."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    """Return this rank's tensor without its history; it needs a gradient if it did."""
+    return local_part(tensor.detach()).requires_grad_(tensor.requires_grad)
 
 
 def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
@@ -126,8 +127,8 @@ class _Recorder:
 
 
 def _catch(call: Call, place: int, gradient: Tensor) -> None:
-    before = call.gradients[place]
-    call.gradients[place] = gradient.detach() if before is None else before + gradient.detach()
+    before, own = call.gradients[place], local_part(gradient.detach())
+    call.gradients[place] = own if before is None else before + own
 
 
 def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes
