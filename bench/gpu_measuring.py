@@ -37,7 +37,14 @@ from autoprec.model.layers import model_layers
 from autoprec.model.meta import capture_on_meta
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.predict.gemm import Kernel
-from autoprec.predict.measure import base_profile, gemm_candidates, replay_of, software_here
+from autoprec.predict.measure import (
+    SHORT_CALLS,
+    base_profile,
+    gemm_candidates,
+    repeated,
+    replay_of,
+    software_here,
+)
 from autoprec.profiler.compiling import made_graphs, open_compilation
 from autoprec.records import BF16_O2, Option, Profile, Recipe, fp8_option
 from autoprec.records.devices import DeviceProfile
@@ -55,6 +62,7 @@ LINEARS: tuple[Shape, ...] = (
     *((8192, 2048, 2048), (16384, 8192, 28672), (8192, 1024, 1024), (8192, 4096, 1024)),
 )
 TINY_SHAPES: tuple[Shape, ...] = ((32, 32, 64), (64, 64, 32))
+SHORT_GEMM = 2048**3  # products up to which a GEMM takes an H100 less than a few launches
 RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)  # the telling ones first
 
 
@@ -114,9 +122,9 @@ class Day:
             torch.cuda.synchronize(self.device)
 
 
-def timed(samples: Samples) -> Row:
-    """Return times and conditions as a row; where the host is slower, a step takes its time."""
-    timing, seen = samples.timing(as_trained=True), samples.merged_conditions()
+def timed(samples: Samples, *, as_trained: bool = True) -> Row:
+    """Return times and conditions as a row; as trained, a slower host is what a step waits for."""
+    timing, seen = samples.timing(as_trained=as_trained), samples.merged_conditions()
     found: Row = {"ms": timing.median_ms, "p20": timing.p20_ms, "p80": timing.p80_ms}
     found |= {"host_ms": timing.host_ms, "samples": timing.samples, "rejected": timing.rejected}
     if seen is not None:
@@ -237,15 +245,21 @@ def gemms(day: Day) -> dict[str, Item]:
 
 def time_gemm(day: Day, shape: Shape) -> Iterator[Row]:
     """Time a GEMM alone in every kernel, and with both operands' casts before it."""
+    M, K, N = shape
     functions = gemm_candidates(day.device, shape, day.recipes)
     functions.pop(Kernel.FP32)
     if Recipe.TENSORWISE in day.recipes:
         functions |= scaled_gemms(day, shape)
-    if day.device.type == "cuda":  # replayed, so that Python's launches are in no sample
-        functions = {name: replay_of(fn, 1) for name, fn in functions.items()}
-    M, K, N = shape
+    # Replayed, so that Python's launches are in no sample; a short one often, for a replay is one.
+    calls = SHORT_CALLS if M * K * N <= SHORT_GEMM else 1
+    if day.device.type == "cuda":
+        functions = {name: replay_of(fn, calls) for name, fn in functions.items()}
+    else:
+        functions = {name: repeated(fn, calls) for name, fn in functions.items()}
     for kernel, samples in day.sample(functions, budget_ms=150.0).items():
-        row = {"M": M, "K": K, "N": N, "kernel": str(kernel), **timed(samples)}
+        row: Row = {"M": M, "K": K, "N": N, "kernel": str(kernel), "calls": calls}
+        row |= timed(samples, as_trained=False)
+        row |= {part: row[part] / calls for part in ("ms", "p20", "p80")}
         yield row | {"tflops": 2e-9 * M * K * N / row["ms"]}
 
 
