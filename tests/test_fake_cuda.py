@@ -34,7 +34,6 @@ from autoprec.records import (
 from autoprec.runtime import install_options
 from autoprec.runtime.masters import CLOSE_LOOKS, masters_of
 from autoprec.tuning import doctor
-from autoprec.tuning.run import Run
 from tests.fake_gpu import GPU, FakeGpu
 from tests.models import Mlp
 from tests.plans import plan_for
@@ -226,7 +225,7 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_status_2(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
         )
 
-    monkeypatch.setattr(Run, "_make_profile", full)
+    monkeypatch.setattr("autoprec.tuning.run.make_profile", full)
     with pytest.raises(SystemExit) as ended:
         cli.main(["profile", "model.py", "--out", str(tmp_path)])
     assert ended.value.code == 2
@@ -241,6 +240,6 @@ def test_other_errors_of_ours_keep_their_traceback(
     def broken(_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(Run, "_make_profile", broken)
+    monkeypatch.setattr("autoprec.tuning.run.make_profile", broken)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["profile", "model.py", "--out", str(tmp_path)])

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,17 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.meta import capture_on_meta
+from autoprec.model.neighbours import Neighbour, Surroundings
 from autoprec.model.recording import Call
 from autoprec.profiler import profile_model
 from autoprec.profiler.candidates import make_candidate
-from autoprec.profiler.groups import copy_layer, group_layers, record_step, uniform_options
+from autoprec.profiler.groups import (
+    copy_layer,
+    group_layers,
+    moved_call,
+    record_step,
+    uniform_options,
+)
 from autoprec.profiler.layers import LayerMeter, sum_parts
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import (
@@ -372,3 +380,40 @@ def test_memory_that_runs_out_is_a_reason_and_no_crash(caplog: pytest.LogCapture
     plain.candidate.forward = full  # type: ignore[assignment,method-assign]  # from now on
     assert meter.time_parts([plain.candidate]) == {}
     assert "only its total" in caplog.text
+
+
+def test_calls_that_do_not_fit_together_are_recorded_one_kind_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def scarce(*args: Any, **kwargs: Any) -> Any:  # Any: as it is
+        asked.append(len(args[3]))
+        if len(args[3]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return record_step(*args, **kwargs)
+
+    whole = profile_of(mlp_workload(), ())
+    monkeypatch.setattr("autoprec.profiler.groups.record_step", scarce)
+    profile = profile_of(mlp_workload(), ())
+    assert asked == [0, 4, 1, 1, 1, 1]
+    assert "recorded one kind at a time (CUDA out of memory" in caplog.text
+    assert [(row.names, row.option, row.total) for row in profile.layers] == [
+        (row.names, row.option, row.total) for row in whole.layers
+    ]
+
+
+def test_calls_wait_elsewhere_with_their_strides_or_not_at_all() -> None:
+    x, expanded = torch.randn(4, 8).t().requires_grad_(), torch.randn(1, 8).expand(4, 8)
+    call = Call(args=(x,), kwargs={"mask": expanded}, gradients=[torch.randn(4, 8), None])
+    behind = Neighbour(torch.mul, (x, 2), {}, (8, 4), 0, torch.randn(8, 4))
+    call.surroundings = Surroundings(None, behind)
+    moved = moved_call(call, torch.device("meta"))
+    assert moved.args[0].device.type == "meta"
+    assert (moved.args[0].stride(), moved.args[0].requires_grad) == (x.stride(), True)
+    assert moved.kwargs["mask"] is expanded
+    assert [None if g is None else g.device.type for g in moved.gradients] == ["meta", None]
+    assert moved.surroundings is not None
+    assert moved.surroundings.behind is not None
+    assert moved.surroundings.behind.args[0].device.type == "meta"
+    assert moved_call(call, CPU).args[0] is x

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from autoprec.device.memory import tracked_peak
 from autoprec.device.timing import UNWATCHED, Stopping
 from autoprec.errors import DeviceError
+from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
-from autoprec.profiler import open_compilation, time_steps
+from autoprec.profiler import open_compilation, profile_model, time_steps
+from autoprec.profiler.measure import check_room
 from autoprec.profiler.parking import Parking
 from autoprec.profiler.steps import AS_WRITTEN, AUTOCAST, Eager, Variant, written_variants
 from autoprec.records import BF16_O2, AsWritten, Option, StepTiming
@@ -294,3 +296,29 @@ def test_a_step_that_compiles_in_every_sample_is_timed_eagerly() -> None:
         found = timed(workload(loss_fn=loss_fn), {"fp32": {}}, samples=9, compilation=compilation)
     assert found["fp32"].is_compiled is False
     assert "give batches of one shape" in found["fp32"].note
+
+
+def test_a_whole_profile_takes_the_memory_of_one_step() -> None:
+    """Layers are timed with one of their kind in memory, beside the FP32 model and its calls."""
+    context = Context(wide_workload(), CPU, clock=ConstantClock())
+    spec = capture_model(context)
+    bf16 = dict.fromkeys(spec.names, BF16_O2)
+    with tracked_peak() as alone:
+        timed(wide_workload(), {"bf16_o2": bf16}, samples=1)
+    with tracked_peak() as whole:
+        profile_model(context, spec, options=())
+    assert whole.rise_bytes < 1.1 * alone.rise_bytes
+
+
+def test_a_step_beyond_the_limit_is_refused_before_anything_is_timed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock = ConstantClock()
+    context = Context(wide_workload(), CPU, clock=clock, memory_limit=2**20)
+    spec = capture_model(context)
+    with pytest.raises(DeviceError, match=r"--memory-limit 1.0 MiB, but a training step takes"):
+        profile_model(context, spec, options=())
+    assert clock.calls == 0
+    caplog.set_level(logging.INFO)
+    check_room(Context(wide_workload(), CPU, memory_limit=2**30), spec)
+    assert "steps are timed one model at a time" in caplog.text

@@ -5,24 +5,32 @@ skip work. Calls of one shape are kept once, with their number.
 """
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from autoprec.common.text import error_line
+from autoprec.device.local import release_memory
+from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import largest_over_ranks
+from autoprec.errors import WorkloadError
 from autoprec.model.capture import run_step
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import is_divided, local_copy
-from autoprec.model.neighbours import NeighbourWatch
+from autoprec.model.neighbours import Neighbour, NeighbourWatch, Surroundings
 from autoprec.model.recording import Call, recorded_calls
 from autoprec.profiler.candidates import MakeLayer
 from autoprec.records import BF16_O2, FP32, LayerSpec, ModelSpec, Option
 from autoprec.workload.functions import Batch, take_batches
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,42 +74,114 @@ def uniform_options(groups: Iterable[Group], *, fp8: bool = False) -> dict[str, 
     return chosen
 
 
-@dataclass(frozen=True)
+@dataclass
 class RecordedStep:
-    """One step of the FP32 model: its layers, what they were called with, and the ms it took."""
+    """One step of the FP32 model: its layers, what they were called with, and the ms it took.
 
+    On a GPU model and calls wait on the host: only the group that is timed takes the device.
+    """
+
+    context: Context
     model: nn.Module
-    layers: Mapping[str, nn.Module]
-    calls: Mapping[str, Sequence[Call]]
-    step_ms: float
-    build_model: Callable[[], nn.Module]
+    batch: Batch
+    in_surroundings: bool
+    calls: dict[str, list[Call]] = field(default_factory=dict)  # of layers that are recorded
+    step_ms: float = 0.0
 
     def first_of(self, group: Group) -> tuple[Sequence[Call], MakeLayer]:
         """Return the calls of a group's first layer, and the function that makes copies of it."""
-        name, layer = group.first.name, self.layers[group.first.name]
+        name, device = group.first.name, self.context.device
+        if name not in self.calls:
+            self.record([name])
+        calls = [moved_call(call, device) for call in self.calls[name]]
+        layer = find_layers(self.model)[name]
         if is_divided(layer):
             own = local_copy(self.model, layer)
-            return self.calls[name], lambda: copy.deepcopy(own)
-        return self.calls[name], lambda: copy_layer(layer, self.build_model, name)
+            return calls, lambda: copy.deepcopy(own)
+
+        def build_model() -> nn.Module:
+            return self.context.workload.build_model().to(device).train()
+
+        return calls, lambda: copy_layer(layer, build_model, name).to(device)
+
+    def record(self, names: Iterable[str]) -> None:
+        """Run a step, keep the calls of these layers, and leave the device."""
+        device = self.context.device
+        self.model.to(device)
+        layers = find_layers(self.model)
+        chosen = {name: layers[name] for name in names}
+        started = time.perf_counter()
+        found = record_step(
+            self.context, self.model, self.batch, chosen, in_surroundings=self.in_surroundings
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.step_ms = self.step_ms or (time.perf_counter() - started) * 1e3
+        if device.type == "cuda" and not any(map(is_divided, layers.values())):
+            host = torch.device("cpu")
+            found = {name: [moved_call(c, host) for c in calls] for name, calls in found.items()}
+            self.model.to(host)
+        self.calls |= found
 
 
 def record_groups(
     context: Context, groups: Iterable[Group], *, in_surroundings: bool = False
 ) -> RecordedStep:
-    """Run two steps of the FP32 model: one warms up, the other is recorded and timed."""
+    """Run two steps of the FP32 model: one warms up, the other is recorded and timed.
+
+    Where the memory does not hold the calls of all groups, each is recorded when it is asked for,
+    in a step of its own.
+    """
     workload, device = context.workload, context.device
     model = workload.build_model(seed=context.seed).to(device).train()
     batch = take_batches(workload, seed=context.seed, count=1, device=device)[0]
-    record_step(context, model, batch, {})  # lazy modules have parameters after it
-    layers = find_layers(model)
-    chosen = {group.first.name: layers[group.first.name] for group in groups}
+    recorded = RecordedStep(context, model, batch, in_surroundings)
     started = time.perf_counter()
-    calls = record_step(context, model, batch, chosen, in_surroundings=in_surroundings)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    step_ms = largest_over_ranks([(time.perf_counter() - started) * 1e3])[0]
-    return RecordedStep(
-        model, layers, calls, step_ms, lambda: workload.build_model().to(device).train()
+    record_step(context, model, batch, {})  # lazy modules have parameters after it
+    first_ms = (time.perf_counter() - started) * 1e3
+    try:
+        recorded.record([group.first.name for group in groups])
+    except (RuntimeError, WorkloadError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("layers are recorded one kind at a time (%s)", error_line(error))
+        recorded.step_ms = first_ms
+        model.zero_grad(set_to_none=True)
+    release_memory(device)
+    recorded.step_ms = largest_over_ranks([recorded.step_ms])[0]
+    return recorded
+
+
+def moved_call(call: Call, device: torch.device) -> Call:
+    """Return a call with its tensors on a device."""
+    args, kwargs, gradients = tree_map_only(
+        Tensor, lambda t: _moved(t, device), (call.args, call.kwargs, call.gradients)
+    )
+    found = call.surroundings
+    if found is not None:
+        before, behind = (one and _moved_neighbour(one, device) for one in vars(found).values())
+        found = Surroundings(before, behind)
+    return replace(call, args=args, kwargs=kwargs, gradients=gradients, surroundings=found)
+
+
+def _moved_neighbour(neighbour: Neighbour, device: torch.device) -> Neighbour:
+    args, kwargs, gradient = tree_map_only(
+        Tensor,
+        lambda t: _moved(t, device),
+        (neighbour.args, neighbour.kwargs, neighbour.gradient),
+    )
+    return replace(neighbour, args=args, kwargs=kwargs, gradient=gradient)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device; one whose strides would change there stays where it is."""
+    if tensor.device.type == device.type:
+        return tensor
+    copied = tensor.detach().to(device)
+    return (
+        copied.requires_grad_(tensor.requires_grad)
+        if copied.stride() == tensor.stride()
+        else tensor
     )
 
 

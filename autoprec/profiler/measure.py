@@ -10,6 +10,7 @@ layer runs faster or slower than one within its step: their common part cancels 
 What does not cancel is in `sum_check`: uniform FP8 less uniform BF16 by the layers, and by steps.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,10 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from autoprec.common.text import shown_bytes
 from autoprec.device.local import device_facts, find_monitor
+from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.timing import Clock, Stopping, sample_interleaved
+from autoprec.errors import DeviceError
 from autoprec.model.context import Context
+from autoprec.model.memory import step_bytes
 from autoprec.model.options import without_slow_gemms_hp
 from autoprec.model.recording import Call
 from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
@@ -40,6 +45,7 @@ from autoprec.records import (
     SumCheck,
 )
 
+log = logging.getLogger(__name__)
 STEP_SAMPLES, STEP_LEAST = 6, 2
 STEP_BUDGET = 4.0  # FP32 steps that the samples of one variant may take
 SLOW_STEP = 3.0  # times the FP32 step; a slower FP8 step is predicted, not timed
@@ -67,8 +73,10 @@ def profile_model(
     timed already, and gets the others.
 
     Raises:
-        DeviceError: torch.compile is asked for and does not work here.
+        DeviceError: torch.compile is asked for and does not work here, or a step takes more than
+            --memory-limit.
     """
+    check_room(context, spec)
     device, needed = context.device, compiled is True
     if compiled is None:  # what the user trains, or should train: eager FP8 loses on a GPU
         is_users = spec.as_written is not None and spec.as_written.is_compiled
@@ -103,6 +111,26 @@ def profile_model(
     )
 
 
+def check_room(context: Context, spec: ModelSpec) -> None:
+    """Say what a whole step takes of the device's memory, before anything is timed.
+
+    Raises:
+        DeviceError: it is more than --memory-limit.
+    """
+    limit, free = context.memory_limit, free_bytes(context.device)
+    steps = (step_bytes(spec, is_16_bit=is_16_bit) for is_16_bit in (False, True))
+    size = max(steps)  # variants take turns, so that the largest of them is the peak
+    text = f"a training step takes about {shown_bytes(size)} on {context.device}"
+    if limit is not None and size > limit:
+        raise DeviceError(
+            f"what tuning takes must keep within --memory-limit {shown_bytes(limit)}, but {text}; "
+            "raise it, or make the batch smaller"
+        )
+    if free is not None and size > free:
+        log.warning("%s, and %s are free: it may not fit", text, shown_bytes(free))
+    log.info("%s; steps are timed one model at a time", text)
+
+
 def _time_layers(
     context: Context,
     spec: ModelSpec,
@@ -131,7 +159,7 @@ def _time_layers(
             kept.add(group.names, found)
         rows += found
     context.progress("layers", len(groups), len(groups))
-    calls = recorded.calls.values()
+    calls = recorded.calls.values()  # of a cast their size alone matters
     cast_ms = time_boundary_cast(calls, clock=context.timer, device=context.device)
     return tuple(rows), cast_ms, recorded.step_ms
 
