@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from autoprec.model.meta import capture_on_meta
+from autoprec.records import Recipe, fp8_option
+from tests.fake_gpu import GPU, FakeGpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.py"
@@ -90,6 +95,30 @@ def test_every_section_but_tune_runs_on_a_cpu_and_is_reported(tmp_path: Path, be
     page = (tmp_path / "report.md").read_text()
     assert all(f"## {name}" in page for name in ALL_BUT_TUNE)
     assert "no figure here means anything" in page
+
+
+def test_what_is_timed_stays_on_its_device(tmp_path: Path, bench: Any) -> None:
+    measuring = bench("gpu_measuring")
+    day = measuring.Day(GPU, tmp_path, is_quick=True)
+    option = fp8_option(Recipe.ROWWISE)
+    step = measuring.linear_step(day, (64, 32, 48), option, measuring.EAGER)
+    with FakeGpu() as gpu:
+        step()
+    assert gpu.mixed == []
+    assert len(gpu.gemms) == 3
+    for run in measuring.scaled_gemms(day, (64, 32, 48)).values():
+        with FakeGpu() as gpu:
+            run()
+        assert gpu.mixed == []
+        assert gpu.gemms == [(torch.float8_e4m3fn, torch.float8_e4m3fn)]
+    spec = capture_on_meta(measuring.decoder_workload(day.sizes))
+    options = measuring.options_of(spec, option)
+    model, _ = measuring.build_arm(day, measuring.Arm("fp8", measuring.EAGER, options))
+    tokens = torch.zeros(2, 16, dtype=torch.long, device=GPU)
+    with FakeGpu() as gpu:
+        torch.autograd.backward(model(tokens, tokens))
+    assert gpu.mixed == []
+    assert len(gpu.gemms) == 3 * 8
 
 
 def test_tables_have_the_columns_of_bench_data(tmp_path: Path, bench: Any) -> None:
