@@ -48,7 +48,7 @@ WAYS: dict[int, dict[str, Way]] = {  # by the number of ranks
         "fsdp x tp": {"parallelize": split_and_shard, "build_mesh": two_by_two},
     },
 }
-MEASURED = ("ddp",)  # ways whose sensitivity is compared
+MEASURED = ("ddp", "fsdp")  # ways whose sensitivity is compared
 
 
 def _same_batches(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
@@ -84,9 +84,17 @@ def _numbers(given: Workload, *, measured: bool) -> dict[str, Any]:  # Any: JSON
     table = measure_sensitivity(
         reference, options=[fp8_option(Recipe.ROWWISE)], method=Method.LAYERWISE
     )
+    probed = measure_sensitivity(
+        reference, options=[fp8_option(Recipe.ROWWISE)], method=Method.SIGN_CODED
+    )
     uniform = JointMeter(reference).measure((BF16_O2,) * len(spec.layers))
-    rows = {f"{row.name} {row.option.key}": row.grad_error.mean for row in table.rows}
-    return {**found, "rows": rows, "joint": uniform.mean}
+    return {
+        **found,
+        "rows": {f"{row.name} {row.option.key}": row.grad_error.mean for row in table.rows},
+        "probed": {f"{row.name} {row.option.key}": row.grad_error.mean for row in probed.rows},
+        "ranges": {f"{each.name} {each.operand}": each.amax for each in probed.statistics},
+        "joint": uniform.mean,
+    }
 
 
 def _reference(context: Context, spec: ModelSpec) -> Reference:

@@ -152,6 +152,42 @@ def share(tensor: Tensor) -> float:
     return shards / world_size()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor of which ranks may hold parts; a collective if they do."""
+    if not isinstance(tensor, sharded_tensor()):
+        return tensor
+    gathered_whole: Tensor = tensor.full_tensor()
+    return gathered_whole
+
+
+def whole_like(like: Tensor, part: Tensor) -> Tensor:
+    """Return the whole tensor of which each rank has the part that it has of `like`."""
+    if not isinstance(like, sharded_tensor()):
+        return part
+    placed: Any = like  # Any: a DTensor, whose class may not be imported
+    made = type(placed).from_local(
+        part,
+        placed.device_mesh,
+        placed.placements,
+        run_check=False,
+        shape=placed.shape,
+        stride=placed.stride(),
+    )
+    return whole(made)
+
+
+def part_like(like: Tensor, whole_tensor: Tensor) -> Tensor:
+    """Return of a whole tensor the part that this rank holds of `like`; nothing is sent."""
+    if not isinstance(like, sharded_tensor()):
+        return whole_tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = like  # Any: as above
+    mesh, placements = placed.device_mesh, placed.placements
+    spread = distribute_tensor(whole_tensor, mesh, placements, src_data_rank=None)
+    return local_part(spread)
+
+
 def sharded_tensor() -> tuple[Any, ...]:  # Any: a class, or none
     """Return DTensor for `isinstance`; nothing while nobody imported it, so that none exists."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprec.device.ranks import local_part, share, sum_over_ranks
+
 FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias was 99 % of a small CNN's BF16 error
 PARTS = 64  # of all parameters; what is made of one on its way is four times its size
 SMALLEST_PART = 1 << 12  # elements
@@ -78,28 +80,28 @@ class Preconditioner:
         return values if rule is None else values * rule.weight(at.to(values.device))
 
     def weight(self, parameter: Tensor, *, at: Tensor) -> Tensor:
-        """Return P^(1/2) of a parameter, a new FP32 tensor, at the reference gradient `at`."""
+        """Return P^(1/2) of this rank's part of a parameter, new and FP32, at the gradient `at`."""
         rule = self.rules[parameter]
         if rule is None:
-            return torch.ones_like(parameter, dtype=torch.float32, requires_grad=False)
+            return torch.ones_like(local_part(parameter.detach()), dtype=torch.float32)
         return rule.weight(at.to(parameter.device))
 
     def total_weight(self, parameter: Tensor, *, at: Tensor) -> float:
-        """Return the sum of P^(1/2) over a parameter's elements."""
+        """Return this rank's share of the sum of P^(1/2) over a parameter's elements."""
         rule = self.rules[parameter]
         if rule is None:
-            return float(parameter.numel())
+            return share(parameter) * local_part(parameter).numel()
         flat, total = at.reshape(-1), 0.0
         for start in range(0, len(flat), self.part):
             part = slice(start, start + self.part)
             weight = rule.weight(flat[part].to(parameter.device), part=part)
             total += float(weight.sum(dtype=torch.float64))
-        return total
+        return share(parameter) * total
 
     def squared_norm(
         self, parameter: Tensor, values: Tensor, *, at: Tensor, less: Tensor | None = None
     ) -> float:
-        """Return x'Px of such values x, or of x = values - less.
+        """Return this rank's share of x'Px of such values x, or of x = values - less.
 
         They are taken in parts, so that nothing of the parameter's size is made; `at` and `less`
         may be on another device.
@@ -115,7 +117,7 @@ class Preconditioner:
             if rule is not None:
                 x = x * rule.weight(flat_at[part].to(x.device), part=part)
             total += x.square().sum(dtype=torch.float64)
-        return float(total)
+        return share(parameter) * float(total)
 
 
 def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
@@ -129,8 +131,10 @@ def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
     found = [rule for rule in rules.values() if rule is not None]
     if found:
         # the floor under eps: a part of the mean of sqrt(v) over all elements of all parameters
-        total = sum(float((r.moment.float() * r.keep).sqrt().sum()) for r in found)
-        floor = FLOOR * total / max(sum(r.moment.numel() for r in found), 1)
+        known = {parameter: rule for parameter, rule in rules.items() if rule is not None}
+        roots = ((p, (r.moment.float() * r.keep).sqrt().sum()) for p, r in known.items())
+        (total,) = sum_over_ranks([sum(share(p) * float(root) for p, root in roots)])
+        floor = FLOOR * total / max(sum(parameter.numel() for parameter in known), 1)
         floored = {p: r and replace(r, eps=max(r.eps, floor)) for p, r in rules.items()}
         return Preconditioner("+".join(sorted({r.family for r in found})), "", floored)
     cls = type(optimizer).__name__
@@ -141,7 +145,11 @@ def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
 def _rule_of(state: dict[str, Any], group: dict[str, Any], shape: torch.Size) -> ElementRule | None:
     """Return the rule of one parameter, or None when it has no second moment of its shape."""
     eps = _number(group.get("eps"), 1e-8)
-    moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == shape}
+    moments = {
+        name: local_part(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == shape
+    }
     for key in ("max_exp_avg_sq", "exp_avg_sq"):
         if key in moments:
             steps = _number(state.get("step"), 1.0)

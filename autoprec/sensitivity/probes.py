@@ -31,11 +31,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.text import short_digest
+from autoprec.device.ranks import (
+    check_same,
+    local_part,
+    mean_over_ranks,
+    part_like,
+    sum_over_ranks,
+    whole,
+    whole_like,
+    world_size,
+)
 from autoprec.device.tf32 import tf32_off
 from autoprec.model.layers import linear_refusal
+from autoprec.model.local_copy import is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import OperandStatistics, Option
+from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.casts import Sides
 from autoprec.sensitivity.linear import Linear
 from autoprec.sensitivity.local import (
@@ -43,6 +56,7 @@ from autoprec.sensitivity.local import (
     BF16_OUTPUT,
     Cell,
     Component,
+    Norm,
     fp8_options,
     parameter_only_errors,
     replayed_errors,
@@ -91,20 +105,22 @@ class _Pass:
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
 
-    def squared_norm(self, errors: Mapping[Tensor, Tensor]) -> float:
-        """Return d'Pd of errors by parameter; those that are not updated weigh nothing."""
-        norm, gradients = self.reference.preconditioner.squared_norm, self.gradient.of
-        return sum(norm(p, d, at=gradients[p]) for p, d in errors.items() if p in gradients)
+    def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
+        """Return the norm of a layer's errors, by the parameters of the module that was run for it.
 
-    def own_gradients(self, layer: nn.Module) -> dict[Tensor, Tensor]:
-        """Return the gradients of a layer's trainable parameters; zeros where not updated."""
-        return {
-            p: self.gradient.of[p].to(p.device)
-            if p in self.gradient.of
-            else torch.zeros_like(p, dtype=torch.float32)
-            for p in layer.parameters()
-            if p.requires_grad
-        }
+        It is d'Pd with d their mean over ranks, and of it this rank's share. What is not updated
+        weighs nothing.
+        """
+        owners: dict[Tensor, Tensor] = dict(zip(run.parameters(), layer.parameters(), strict=True))
+        weigh, gradients = self.reference.preconditioner.squared_norm, self.gradient.of
+
+        def norm(errors: Mapping[Tensor, Tensor]) -> float:
+            updated = ((owners[p], d) for p, d in errors.items() if owners[p] in gradients)
+            return sum(
+                weigh(p, part_like(p, mean_over_ranks(d)), at=gradients[p]) for p, d in updated
+            )
+
+        return norm
 
 
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
@@ -140,14 +156,24 @@ def _probe_group(
     probed.squared_norm = gradient.squared_norm
     step = _Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
     for probe in range(probed.probes):
-        _run_probe(step, options, probed, probe=probe)
+        products = _run_probe(step, options, probed, probe=probe)
+        for key, z in _mean_products(products).items():
+            probed.add(key, z)
+    # one reduction for all layers and options
+    own = {name: probed.parameter_errors[name] for name in layers}
+    summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
+    for name, errors in own.items():
+        probed.parameter_errors[name] = {sides: next(summed) for sides in errors}
 
 
 def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[OperandStatistics]:
-    """Run the first batch and return the statistics of every linear with an FP8 option."""
+    """Run the first batch and return the statistics of every linear with an FP8 option.
+
+    There are none where tensor parallelism divides the operands.
+    """
     options, chunk = fp8_options(cells), chunk_elements(reference.spec)
     found: list[OperandStatistics] = []
-    for layers in _grouped_layers(reference):
+    for layers in [] if reference.splits_layers else _grouped_layers(reference):
         linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
         if not linears:
             continue
@@ -156,8 +182,10 @@ def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[Oper
         for name, linear in linears.items():
             if calls[name]:
                 amax = reference.history.get(name)
-                whole = Linear(linear, calls[name], options[name], amax=amax, chunk=chunk)
-                found += whole.statistics(name)
+                run = local_copy(reference.model, linear) if is_divided(linear) else linear
+                if isinstance(run, nn.Linear):
+                    seen = Linear(run, calls[name], options[name], amax=amax, chunk=chunk)
+                    found += seen.statistics(name)
     return found
 
 
@@ -180,8 +208,8 @@ def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
 
 def _run_probe(
     step: _Pass, options: Mapping[str, Sequence[Option]], probed: BatchProbe, *, probe: int
-) -> None:
-    """Move the weights, run, and add every layer's products z to what the batch showed.
+) -> dict[Key, Tensor]:
+    """Move the weights, run, and return every layer's products z, of this rank's tokens.
 
     What stays in a layer's parameters, and the operands' ranges, come with the first probe.
     """
@@ -193,26 +221,47 @@ def _run_probe(
     code = (step.index // 2) * probed.probes + probe  # the same signs serve two batches in turn
     with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):
         reference.run(step.index, keep=kept)
+    found: dict[Key, Tensor] = {}
     with seeded(seed, reference.context.device), tf32_off():
         for name, layer in step.layers.items():
             calls, after = step.calls[name], moved.pop(name)
+            # what FSDP gathers is whole in a copy, of one layer at a time
+            run = local_copy(reference.model, layer) if is_divided(layer) else layer
+            norm = step.squared_norm(layer, run)
             if not calls:
-                products = _uncalled_products(step, name, probed)
-            elif isinstance(layer, nn.Linear) and not linear_refusal(layer):
+                products, errors = _uncalled_products(step, layer, run, norm)
+            elif isinstance(run, nn.Linear) and not linear_refusal(run):
                 fp8, amax = options.get(name, ()), reference.history.get(name)
-                linear = Linear(layer, calls, fp8, moved=after, amax=amax, chunk=step.chunk)
+                linear = Linear(run, calls, fp8, moved=after, amax=amax, chunk=step.chunk)
                 products = linear.products()
-                if probe == 0:
-                    probed.parameter_errors[name] = linear.parameter_errors(step.squared_norm)
+                errors = linear.parameter_errors(norm) if probe == 0 else {}
                 if probe == 0 == step.index and fp8:
                     probed.statistics += linear.statistics(name)
             else:
-                local = replayed_errors(layer, calls, step.squared_norm, seed=seed)
-                probed.parameter_errors[name] = local.parameter_errors
-                products = _products(layer, list(zip(calls, after, strict=True)), local.errors)
+                local = replayed_errors(run, calls, norm, seed=seed)
+                errors = local.parameter_errors
+                products = _products(run, list(zip(calls, after, strict=True)), local.errors)
+            if probe == 0:
+                probed.parameter_errors[name] = errors
             for component, z in products.items():
-                probed.add((name, component), z.cpu() / size)  # changes over t are derivatives
+                found[name, component] = z.cpu() / size  # changes over t are derivatives
     reference.model.zero_grad(set_to_none=True)
+    return found
+
+
+def _mean_products(products: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    """Return the products' means over ranks, as gradients are averaged: one reduction for all.
+
+    Raises:
+        DeviceError: the ranks ran different layers.
+    """
+    if world_size() == 1 or not products:
+        return products
+    sizes = [z.numel() for z in products.values()]
+    names = [name for name, _ in products]
+    check_same("layers in one step", short_digest(names, sizes))
+    parts = mean_over_ranks(torch.cat([z.double().flatten() for z in products.values()]))
+    return dict(zip(products, torch.split(parts, sizes), strict=True))
 
 
 def _step_size(step: _Pass) -> float:
@@ -223,39 +272,53 @@ def _step_size(step: _Pass) -> float:
     """
     weight = scale = 0.0
     for parameter, g in step.gradient.of.items():
-        weight += float(parameter.detach().abs().median()) * parameter.numel()
+        weight += float(whole(parameter.detach()).abs().median()) * parameter.numel()
         scale += step.reference.preconditioner.total_weight(parameter, at=g)
+    (scale,) = sum_over_ranks([scale])
     return STEP * weight / scale
 
 
 @contextmanager
 def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
-    saved: list[tuple[nn.Parameter, Tensor]] = []
+    saved: list[tuple[Tensor, Tensor]] = []
     weight_of = step.reference.preconditioner.weight
+    whole_again(step.reference.model)
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
             if (at := step.gradient.of.get(parameter)) is None:
                 continue
-            saved.append((parameter, parameter.data))
+            # in place: FSDP gathers from the storage that it knows
+            data = local_part(parameter.detach())
+            saved.append((data, data.clone()))
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
+            # drawn for the whole tensor: of any number of ranks, each has its part of the same
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            # in place: of a large embedding there is room for one more tensor
-            move = weight_of(parameter, at=at).mul_(signs).mul_(size)
-            parameter.data = move.add_(parameter.data)
+            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs)).mul_(size)
+            data.add_(move)
         yield
     finally:
-        for parameter, data in saved:
-            parameter.data = data
+        for data, before in saved:
+            data.copy_(before)
 
 
-def _uncalled_products(step: _Pass, name: str, probed: BatchProbe) -> dict[Component, Tensor]:
-    gradients = step.own_gradients(step.layers[name])
-    local = parameter_only_errors(gradients, step.squared_norm)
-    probed.parameter_errors[name] = local.parameter_errors
-    return _by_row(gradients, local.errors[BF16_OUTPUT])
+def _uncalled_products(
+    step: _Pass, layer: nn.Module, run: nn.Module, norm: Norm
+) -> tuple[dict[Component, Tensor], dict[Sides, float]]:
+    """Return z and d'Pd of a layer whose parameters are used without calling it."""
+    pairs = list(zip(run.parameters(), layer.parameters(), strict=True))
+    trained = [(own, p) for own, p in pairs if p.requires_grad]
+    gradients: dict[Tensor, Tensor] = {}
+    changes: dict[Tensor, Tensor] = {}
+    for own, p in trained:
+        g = step.gradient.of.get(p)
+        before = torch.zeros_like(local_part(p.detach())) if g is None else g.to(p.device)
+        gradients[own] = whole_like(p, before.float())  # zeros where it is not updated
+        changes[own] = whole_like(p, gradient_of(p)) - gradients[own]
+    local = parameter_only_errors(gradients, norm)
+    return _by_row(changes, local.errors[BF16_OUTPUT]), local.parameter_errors
 
 
 def _products(
@@ -276,14 +339,12 @@ def _products(
     }
 
 
-def _by_row(
-    gradients: Mapping[Tensor, Tensor], errors: Sequence[Tensor]
-) -> dict[Component, Tensor]:
+def _by_row(changes: Mapping[Tensor, Tensor], errors: Sequence[Tensor]) -> dict[Component, Tensor]:
     """Return z per row of each parameter, for a layer whose parameters are used without a call."""
     rows = []
-    for (parameter, g), error in zip(gradients.items(), errors, strict=True):
-        product = (gradient_of(parameter) - g) * error
-        rows.append(product.reshape(len(g), -1).sum(1) if g.dim() else product.reshape(1))
+    for change, error in zip(changes.values(), errors, strict=True):
+        product = change * error
+        rows.append(product.reshape(len(change), -1).sum(1) if change.dim() else product.reshape(1))
     z = torch.cat(rows) if rows else torch.zeros(1)
     return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
 

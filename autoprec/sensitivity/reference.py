@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from autoprec.common.progress import report_nothing
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.ranks import world_size
+from autoprec.device.ranks import largest_over_ranks, local_part, sum_over_ranks, world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
@@ -49,7 +49,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class ReferenceGradient:
-    """The reference gradient g of one batch: FP32 by parameter, and its norm g'Pg."""
+    """The reference gradient g of one batch: FP32 by parameter, and its norm g'Pg.
+
+    Of a parameter that ranks hold parts of, `of` has this rank's part; the norm is that of all.
+    """
 
     of: dict[Tensor, Tensor]
     squared_norm: float
@@ -74,6 +77,11 @@ class Reference:
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
+
+    @property
+    def splits_layers(self) -> bool:
+        """Whether ranks share a batch: tensor parallelism divides what a layer computes."""
+        return self.context.workload.part.ranks < world_size()
 
     def run(self, index: int, *, keep: Collection[Tensor] | None = None) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
@@ -113,7 +121,8 @@ class Reference:
         check_loss(self.run(index), where=f"on measured batch {index}")
         updated = filter(self.preconditioner.covers, self.model.parameters())
         found: dict[Tensor, Tensor] = {p: gradient_of(p) for p in updated}
-        squared = sum(self.preconditioner.squared_norm(p, g, at=g) for p, g in found.items())
+        norm = self.preconditioner.squared_norm
+        (squared,) = sum_over_ranks([sum(norm(p, g, at=g) for p, g in found.items())])
         if not squared > 0.0:
             raise WorkloadError(
                 f"the loss must depend on the weights, but on measured batch {index} its gradient "
@@ -122,13 +131,17 @@ class Reference:
             )
         size = sum(g.numel() * g.element_size() for g in found.values())
         free = free_bytes(torch.device("cpu")) or UNKNOWN_FREE_BYTES
-        if index in self.gradients or size * len(self.batches) <= KEPT_SHARE * free:
+        is_too_large = size * len(self.batches) > KEPT_SHARE * free
+        if not any(largest_over_ranks([float(is_too_large)])):  # all keep it, or none
             on_cpu = {p: g.to("cpu") for p, g in found.items()}
             self.gradients[index] = ReferenceGradient(on_cpu, squared)
         return ReferenceGradient(found, squared)
 
     def squared_error(self, index: int, reference: ReferenceGradient) -> float:
-        """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's."""
+        """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's.
+
+        Of several ranks it is this one's share: their sum is d'Pd.
+        """
         self.run(index)
         norm = self.preconditioner.squared_norm
         return sum(norm(p, gradient_of(p), at=g, less=g) for p, g in reference.of.items())
@@ -161,6 +174,9 @@ class Reference:
                 with fast_fp8_gemms(self.context.device), installed():
                     squared[key].append(self.squared_error(index, gradient))
         progress(stage, total, total)
+        # one reduction for all layers and options
+        summed = iter(sum_over_ranks([value for each in squared.values() for value in each]))
+        squared = {key: [next(summed) for _ in each] for key, each in squared.items()}
         return {key: ratio_estimate(squared[key], scale) for key in settings}
 
 
@@ -234,10 +250,10 @@ def _drop(parameter: Tensor) -> None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the gradient in FP32; zeros where none arrived."""
+    """Return this rank's part of the gradient in FP32; zeros where none arrived."""
     if parameter.grad is None:
-        return torch.zeros_like(parameter, dtype=torch.float32)
-    return parameter.grad.detach().float()
+        return torch.zeros_like(local_part(parameter.detach()), dtype=torch.float32)
+    return local_part(parameter.grad.detach()).float()
 
 
 def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module, Optimizer]:

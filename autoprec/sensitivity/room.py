@@ -9,6 +9,7 @@ import logging
 
 from autoprec.common.text import shown_bytes
 from autoprec.device.memory import free_bytes
+from autoprec.device.ranks import largest_over_ranks
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
 from autoprec.model.memory import sensitivity_bar, sensitivity_bytes
@@ -44,5 +45,6 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> int:
         )
     if free is not None and size > free:
         log.warning("%s, and %s are free: it may not fit", text, shown_bytes(free))
+    groups = round(max(largest_over_ranks([float(groups)])))  # all ranks go the same way
     log.info("%s at its peak, with the layers in %d groups", text, groups)
     return groups

@@ -18,6 +18,7 @@ from torch import nn
 
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
+from autoprec.device.ranks import from_first_rank, world_size
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.records import Estimate, Gemm, LayerSensitivity, OperandStatistics, Option, Recipe
 from autoprec.runtime import install_options
@@ -63,10 +64,14 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     """Measure all cells, by the method that takes fewer passes unless one is given."""
     if method is None:
         method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
+    if reference.splits_layers and method is Method.SIGN_CODED:
+        log.warning("tensor parallelism divides layers: each is measured alone, without probes")
+        method = Method.LAYERWISE
     if method is Method.LAYERWISE:
         exact = _exact_errors(reference, cells, len(reference.batches), "layer by layer")
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
-        return Table(method, tuple(rows), tuple(operand_statistics(reference, cells)))
+        statistics = from_first_rank(operand_statistics(reference, cells))
+        return Table(method, tuple(rows), tuple(statistics))
     return _sign_coded_table(reference, cells)
 
 
@@ -81,7 +86,8 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
         _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
         for row in rows
     )
-    return Table(Method.SIGN_CODED, rows, tuple(probes[0].statistics), refined)
+    statistics = from_first_rank(probes[0].statistics)
+    return Table(Method.SIGN_CODED, rows, tuple(statistics), refined)
 
 
 def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
@@ -91,7 +97,8 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
         try:
             return probe_batches(reference, cells, probes=probes)
         except (RuntimeError, WorkloadError) as error:
-            if not is_out_of_memory(error) or reference.groups >= len(reference.spec.layers):
+            can_shrink = world_size() == 1 and reference.groups < len(reference.spec.layers)
+            if not can_shrink or not is_out_of_memory(error):  # other ranks would not know
                 raise
         # here the error and its frames are gone, and what they held can be given back
         release_memory(reference.context.device)
