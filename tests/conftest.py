@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
-from autoprec.sensitivity.gemm import fast_fp8_gemms
 from tests.examples import MORE
+from tests.ranks import every_recipe
 
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS"):
     os.environ.pop(name, None)  # a terminal has none of them, a runner of CI has some
@@ -45,12 +44,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _every_recipe() -> Iterator[None]:
-    """Where the CPU's own FP8 kernel has no row scales (torch 2.11), test on the exact FP32 one."""
-    cpu = torch.device("cpu")
-    if TENSOR_SCALES not in fp8_support(cpu).reason:
-        yield
-        return
-    with fast_fp8_gemms(cpu):
+    """Test every recipe, also where the CPU's own FP8 kernel has no row scales."""
+    with every_recipe():
         yield
 
 

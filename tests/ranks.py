@@ -1,12 +1,30 @@
 """How the processes of a distributed test start and end."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
+
+from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
+from autoprec.sensitivity.gemm import fast_fp8_gemms
+
+
+@contextlib.contextmanager
+def every_recipe() -> Iterator[None]:
+    """Where the CPU's own FP8 kernel has no row scales (torch 2.11), use the exact FP32 one.
+
+    A process that a test starts enters it too, or its numbers are other ones than the test's.
+    """
+    cpu = torch.device("cpu")
+    if TENSOR_SCALES not in fp8_support(cpu).reason:
+        yield
+        return
+    with fast_fp8_gemms(cpu):
+        yield
 
 
 def run_ranks(body: Callable[[Path], None], folder: Path, *, ranks: int) -> None:

@@ -30,7 +30,7 @@ from autoprec.runtime import install_options
 from autoprec.runtime.shards import mixed_groups
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
-from tests.ranks import leave_group
+from tests.ranks import every_recipe, leave_group
 
 RANKS, STEPS, ROWS = 2, 4, 16  # rows of a batch on each rank
 FP8 = fp8_option(Recipe.TENSORWISE)
@@ -166,6 +166,7 @@ def trained(rank: int, *, gathers_fp8: bool = False, **settings: Any) -> Seen:  
     return seen
 
 
+@every_recipe()
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
