@@ -12,7 +12,8 @@ of one run:
     sample   what a sampled step adds: the shares of input, weight and output gradient of every FP8
              layer, timed on tensors of their shapes; paid once in `Limits.sample_every` steps
 
-On a GPU the guard also waits for the step's result once, as `loss.item()` does.
+On a GPU the guard also waits for the step's result once, as `loss.item()` does, unless the
+optimizer is one that leaves out bad steps by itself (fused).
 """
 
 import argparse
