@@ -16,6 +16,7 @@ from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
+from autoprec.model.recording import Call
 from autoprec.profiler import open_compilation, profile_model
 from autoprec.profiler.candidates import Attempt, Candidate
 from autoprec.profiler.compiling import (
@@ -24,7 +25,7 @@ from autoprec.profiler.compiling import (
     GraphMonitor,
     made_graphs,
 )
-from autoprec.profiler.groups import group_layers, record_step
+from autoprec.profiler.groups import Group, group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
 from autoprec.records import BF16_O2, FP32, LayerTiming, Option, Recipe, fp8_option
 from autoprec.tuning.run import Run
@@ -149,6 +150,28 @@ def test_the_neighbours_own_time_is_taken_off_alike_for_all_options() -> None:
     assert ms == {FP32: 10.0, BF16_O2: 5.0, TENSORWISE: 3.5, other: 6.0}
     # c(fp8) - c(bf16) = total(fp8) - total(bf16)
     assert ms[TENSORWISE] - ms[BF16_O2] == 5.5 - 7.0
+
+
+def test_a_layer_that_compiles_in_every_sample_is_timed_eagerly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Counting(nn.Linear):
+        count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x) * self.count
+
+    x = torch.randn(8, 16)
+    call = Call((x,), {}, [torch.randn(8, 16)])
+    spec = capture_model(Context(mlp_workload(), CPU))
+    group = Group((spec.layer("first"),), (FP32, BF16_O2))
+    with opened("eager") as compilation:
+        meter = LayerMeter(CPU, ConstantClock(), 2.0, compilation=compilation)
+        rows = meter.time_group(group, [call], lambda: Counting(16, 16))
+    assert all("give batches of one shape" in row.note for row in rows)
+    assert all(row.is_compiled is False and row.total is not None for row in rows)
+    assert "a layer is timed eagerly" in caplog.text
 
 
 def test_a_sample_in_which_a_graph_was_made_is_left_out() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.common.text import first_line
@@ -121,6 +122,12 @@ class Attempt:
     surrounded: Candidate | None = None  # compiled between its neighbours
     note: str = ""  # why it is not compiled
 
+    def leave_eager(self, note: str) -> None:
+        """Run it as it is without compiling, for that reason."""
+        self.note, self.surrounded = note, None
+        if self.candidate is not None:
+            self.candidate.compiled = None
+
 
 def try_option(
     option: Option,
@@ -169,7 +176,7 @@ def _compile(candidate: Candidate, compilation: Compilation) -> str:
     try:
         candidate.compiled = compilation.compile_layer(candidate.layer)
         compilation.run_first(candidate.step)
-    except FEASIBILITY_ERRORS as error:
+    except (*FEASIBILITY_ERRORS, FailOnRecompileLimitHit) as error:
         failure = f"it does not compile ({first_line(error)})"
     failures = [failure for failure in gathered(failure) if failure]
     if failures:

@@ -38,6 +38,7 @@ from autoprec.device.timing import (
     timing_from,
 )
 from autoprec.device.tracing import Operation
+from autoprec.errors import DeviceError
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import Attempt, Candidate, MakeLayer, SlowFp8, try_option
 from autoprec.profiler.compiling import Compilation, GraphMonitor
@@ -139,15 +140,15 @@ class LayerMeter:
 
         The neighbours' own time is x = c(bf16) - a(bf16), see surrounded.py.
         """
-        steps: dict[tuple[Option, bool], Function] = {}
-        for attempt in attempts:
-            if attempt.surrounded is not None:
-                steps[attempt.option, True] = attempt.surrounded.step
-            if attempt.candidate is not None and not (attempt.surrounded and attempt.option.is_fp8):
-                steps[attempt.option, False] = attempt.candidate.step
-        if not any(between and option.is_fp8 for option, between in steps):
-            steps = {key: step for key, step in steps.items() if not key[1]}
-        taken = self._sample(steps, TOTAL)
+        try:
+            taken = self._sample(_steps_of(attempts), TOTAL)
+        except DeviceError as error:
+            if self.compilation is None:
+                raise
+            for attempt in attempts:  # one of them compiled in sample after sample
+                attempt.leave_eager(first_line(error))
+            log.warning("a layer is timed eagerly: %s", first_line(error))
+            return self._sample_totals(attempts)
         alone = {option: samples for (option, between), samples in taken.items() if not between}
         if (BF16_O2, True) not in taken:
             return alone
@@ -242,6 +243,19 @@ class LayerMeter:
             sum(numel * size for numel, size in trainable),
             round(states) + masters,
         )
+
+
+def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function]:
+    """Return what is to be timed of attempts, by option and whether it is between neighbours."""
+    steps: dict[tuple[Option, bool], Function] = {}
+    for attempt in attempts:
+        if attempt.surrounded is not None:
+            steps[attempt.option, True] = attempt.surrounded.step
+        if attempt.candidate is not None and not (attempt.surrounded and attempt.option.is_fp8):
+            steps[attempt.option, False] = attempt.candidate.step
+    if any(between and option.is_fp8 for option, between in steps):
+        return steps
+    return {key: step for key, step in steps.items() if not key[1]}
 
 
 def predicted_timing(ms: float) -> Timing:

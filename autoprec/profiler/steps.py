@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from autoprec.common.text import error_line, first_line
 from autoprec.device.local import find_monitor, release_memory
@@ -55,7 +56,12 @@ Variant = Mapping[str, Option] | str | Eager
 BATCHES = 4  # different ones, taken in turn
 LEAST_ON_GPU_MS = 1000.0  # of samples for each variant: it slows down under a load that lasts
 TURNS = 3  # of each variant, if it shall have as many samples
-COMPILE_ERRORS = (RuntimeError, WorkloadError, DeviceError)  # out of memory left out
+COMPILE_ERRORS = (
+    RuntimeError,
+    FailOnRecompileLimitHit,
+    WorkloadError,
+    DeviceError,
+)  # out of memory left out
 log = logging.getLogger(__name__)
 
 
@@ -161,9 +167,11 @@ class _Comparison:
                 )
             arm.samples.append(found[label])
             arm.parking.leave()
+            if self.context.device.type == "cuda":
+                torch.cuda.empty_cache()  # the next one's tensors have other sizes
             return arm
-        except DeviceError as error:  # it compiled again and again: no time of its own
-            if not arm.is_compiled:
+        except COMPILE_ERRORS as error:  # it compiled again and again: no time of its own
+            if not arm.is_compiled or is_out_of_memory(error):
                 raise
             note = _failure(error)
         eager = self._build_eagerly(label, variant, note)
