@@ -19,8 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import autoprec
-from autoprec.errors import AutoprecError
+from autoprec.errors import AutoprecError, SettingsError
 from autoprec.model.parallel import parallel_workload
+from autoprec.tuning.ranks import LAUNCHED_BY
+from autoprec.tuning.run import Run
+from autoprec.tuning.settings import Settings
 from tests.rank_workloads import FUNCTIONS, Decoder, shard_blocks, workload
 from tests.ranks import run_ranks
 
@@ -131,6 +134,16 @@ def test_every_rank_is_told_in_one_line(tmp_path: Path) -> None:
     assert first["files"].startswith("every rank must have the same text in model.py, but rank 1")
     assert "--workers" in first["workers"]
     assert all(message.isprintable() for message in first.values())
+
+
+def test_a_script_is_recorded_by_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(LAUNCHED_BY, ("1", "8", "127.0.0.1", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="by one process, but 8 were started; give torchrun"):
+        Run(Settings.of(script="train.py", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 DYING = """

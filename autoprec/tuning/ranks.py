@@ -28,6 +28,15 @@ def is_launched() -> bool:
     return all(name in os.environ for name in LAUNCHED_BY) and os.environ["WORLD_SIZE"] != "1"
 
 
+def check_launch(settings: Settings) -> None:
+    """Refuse several ranks for what one process does (SettingsError)."""
+    if settings.script and is_launched():
+        raise SettingsError(
+            f"--script is recorded by one process, but {os.environ['WORLD_SIZE']} were started; "
+            "give torchrun --nproc-per-node 1, or write a model.py with parallelize"
+        )
+
+
 def is_first() -> bool:
     """Whether this process prints and writes: rank 0, or the only one."""
     if _is_distributed():

@@ -26,7 +26,14 @@ from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
 from autoprec.tuning.profiling import make_profile, named_profile, rows_path
-from autoprec.tuning.ranks import check_ranks, is_first, led_by_first, made_on_all, made_on_first
+from autoprec.tuning.ranks import (
+    check_launch,
+    check_ranks,
+    is_first,
+    led_by_first,
+    made_on_all,
+    made_on_first,
+)
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
 if TYPE_CHECKING:
@@ -66,6 +73,7 @@ class Run:
         stages: tuple[str, ...] = STAGES,
         progress: Progress = report_nothing,
     ) -> None:
+        check_launch(settings)
         self.settings = replace(settings, out=settings.out.absolute())  # a script may change cwd
         self.stages = stages
         self.progress = progress if is_first() else report_nothing
