@@ -235,13 +235,16 @@ def checkpoint_seen(rank: int, folder: Path) -> Seen:
     return seen
 
 
-def guarded(rank: int, *, fp8: bool) -> tuple[list[float], list[str]]:
+def guarded(rank: int, *, fp8: bool, shard_first: bool = False) -> tuple[list[float], list[str]]:
     """Train with a NaN in step 2, which a guard skips and after which a layer runs in BF16."""
     torch.manual_seed(0)
     model = Mlp()
     plan = plan_for(model, TENSORWISE).model_copy(update={"fp8_all_gather": fp8})
+    if shard_first:
+        sharded(model)
     autoprec.apply(plan, model)
-    sharded(model)
+    if not shard_first:
+        sharded(model)
     optimizer = adam(model)
     guard = Guard(model, optimizer, plan, limits=Limits(sample_every=2))
     losses = []
@@ -328,6 +331,7 @@ def rank_main(rank: int, folder: str) -> None:
         "weights": weights_seen(model, rank),
         "checkpoint": checkpoint_seen(rank, Path(folder)),
         "guard": [guarded(rank, fp8=fp8) for fp8 in (False, True)],
+        "guard of shards": [guarded(rank, fp8=x, shard_first=True) for x in (False, True)],
         "orders": orders_seen(),
         "warnings": warnings_seen(),
         "meta": from_meta(),

@@ -30,7 +30,7 @@ from autoprec.runtime import install_options
 from autoprec.runtime.shards import mixed_groups
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
-from tests.ranks import every_recipe, leave_group
+from tests.ranks import every_recipe, leave_group, run_ranks
 
 RANKS, STEPS, ROWS = 2, 4, 16  # rows of a batch on each rank
 FP8 = fp8_option(Recipe.TENSORWISE)
@@ -77,7 +77,8 @@ def split(model: Any, mesh: Any) -> Any:  # Any: a model; a DeviceMesh
 
 def both(data: int) -> Any:  # Any: FSDP's class
     """Return a model that is split and sharded, over a mesh of `data` x the other ranks."""
-    mesh = init_device_mesh("cpu", (data, RANKS // data), mesh_dim_names=("dp", "tp"))
+    shape = (data, dist.get_world_size() // data)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
     model = split(seeded(), mesh["tp"])
     for name in ("first", "second", ""):
         fully_shard(model.get_submodule(name), mesh=mesh["dp"], mp_policy=POLICY)
@@ -309,6 +310,28 @@ def test_a_split_model_switches_to_the_numbers_of_a_whole_one(ranks: list[Seen],
             for name, gradient in gradients.items():
                 error = (found[name] - gradient).norm() / gradient.norm()
                 assert error < (1e-5 if "fp32" in case and options == every(FP32) else 0.05), case
+
+
+def rank_of_four(folder: Path) -> None:
+    rank = dist.get_rank()
+    with every_recipe():
+        seen = switches(both(2), rank // 2)
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_a_model_that_is_sharded_and_split_switches_over_four_ranks(tmp_path: Path) -> None:
+    run_ranks(rank_of_four, tmp_path, ranks=4)
+    batch = next(batches())
+    model = seeded()
+    for case, (options, dtype) in SWITCHES.items():
+        losses, gradients = alone(model, options, dtype, batch)
+        for rank in range(4):
+            loss, found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)[case]
+            assert loss == pytest.approx(losses[rank // 2], rel=5e-3), case
+            for name, gradient in gradients.items():
+                error = (found[name] - gradient).norm() / gradient.norm()
+                assert error < (1e-5 if options == every(FP32) else 0.05), (case, name)
 
 
 def test_shards_stay_fp32_and_nothing_is_left_behind(ranks: list[Seen]) -> None:
