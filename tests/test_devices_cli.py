@@ -39,12 +39,22 @@ def test_list_and_show_name_every_device_and_source() -> None:
     shown = run("show", "h100").stdout
     assert "bf16_peak_tflops" in shown
     assert "datasheet" in shown
+    assert "software assumed: torch 2.11, CUDA 13.0, torchao 0.18" in shown
     assert json.loads(run("show", "h100-sxm", "--json").stdout)["kind"] == "device_profile"
 
 
 def test_predict_prints_times_and_speedups_with_intervals() -> None:
     text = run("predict", "h100-sxm", "--shape", "8192x4096x14336").stdout
-    for word in ("output", "grad_input", "grad_weight", "cast", "total", "BF16", "FP8"):
+    for word in (
+        "output",
+        "grad_input",
+        "grad_weight",
+        "cast",
+        "total",
+        "BF16",
+        "FP8",
+        "CUDA 13.0",
+    ):
         assert word in text
     found = json.loads(run("predict", "H100", "--shape", "8192x4096x14336", "--json").stdout)
     assert found["compiled"] is True

@@ -143,6 +143,7 @@ def _profile_lines(profile: "DeviceProfile") -> list[str]:
         f"{profile.name}: {profile.title} ({profile.architecture}, {profile.capability})",
         f"FP8: {_ability(profile)}",
         f"also called: {', '.join(profile.aliases)}",
+        f"software assumed: {profile.software}",
         *(f"note: {note}" for note in profile.notes),
         "",
     ]
@@ -157,7 +158,8 @@ def _prediction_lines(prediction: "LinearPrediction") -> list[str]:
     names = "".join(f"{name:>{width}}" for name, width in COLS.items())
     lines = [
         f"{prediction.device}: M={prediction.M} K={prediction.K} N={prediction.N}, "
-        f"{prediction.recipe}, {mode}, {prediction.basis}",
+        f"{prediction.recipe}, {mode}, {prediction.basis}"
+        f"{f', {prediction.software} assumed' if prediction.software else ''}",
         f"{'ms':<6}{names}  (80 % interval)",
     ]
     for label, arm in (("BF16", prediction.bf16), ("FP8", prediction.fp8)):

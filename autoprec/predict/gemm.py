@@ -27,7 +27,6 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from itertools import product
 
 from autoprec.records.devices import Machine
 
@@ -87,24 +86,26 @@ def gemm_us(machine: Machine, M: int, K: int, N: int, kernel: Kernel) -> float:
     splits_k = traits.splits_k or (kernel is Kernel.FP8_ROWWISE and not has_cutlass)
     in_order = has_cutlass and min(M, N) < machine.rowwise_swizzle_from
     rereads = in_order and min(M, N) * K > machine.l2_cache_mb * 1e6
+    sm_count, wave_share, bytes_per_us = machine.sm_count, machine.wave_share, machine.bytes_per_us
     best = math.inf
-    for (rows, columns, halvings), splits in product(TILES, SPLITS if splits_k else (1,)):
+    for rows, columns, halvings in TILES:
         down, across = math.ceil(M / rows), math.ceil(N / columns)
-        if splits > 1 and (down * across >= machine.sm_count or splits * SHORTEST_SPLIT > K):
-            continue
-        # A wave is one tile on each processor; the last one is partly empty, and partly paid for.
-        waves = max(down * across * splits / machine.sm_count, 1.0)
-        paid = machine.wave_share * math.ceil(waves) + (1 - machine.wave_share) * waves
-        tile_flops = 2 * rows * columns * K / splits * machine.small_tile_factor**halvings
-        compute = paid * (tile_flops / flops_per_us + machine.tile_us)
-        compute *= (1 + boost * compute / (compute + BOOST_US)) / (1 + boost)
-        traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
-        if rereads:  # the operand of the shorter side, with each wave
-            along, beside = (rows, columns) if M <= N else (columns, rows)
-            side = min(down if M <= N else across, machine.sm_count)
-            traffic = max(traffic, waves * (side * along + machine.sm_count / side * beside) * K)
-        moved = traffic / machine.bytes_per_us
-        best = min(best, max(compute, moved) + machine.overlap_share * min(compute, moved))
+        work = 2 * rows * columns * K * machine.small_tile_factor**halvings / flops_per_us
+        for splits in SPLITS if splits_k and down * across < sm_count else (1,):
+            if splits > 1 and splits * SHORTEST_SPLIT > K:
+                break
+            # A wave is one tile on each processor; the last, partly empty, is paid for in part.
+            waves = max(down * across * splits / sm_count, 1.0)
+            paid = wave_share * math.ceil(waves) + (1 - wave_share) * waves
+            compute = paid * (work / splits + machine.tile_us)
+            compute *= (1 + boost * compute / (compute + BOOST_US)) / (1 + boost)
+            traffic = compulsory + (PARTIAL_BYTES * splits * M * N if splits > 1 else 0)
+            if rereads:  # the operand of the shorter side, with each wave
+                along, beside = (rows, columns) if M <= N else (columns, rows)
+                side = min(down if M <= N else across, sm_count)
+                traffic = max(traffic, waves * (side * along + sm_count / side * beside) * K)
+            moved = traffic / bytes_per_us
+            best = min(best, max(compute, moved) + machine.overlap_share * min(compute, moved))
     floor: float = getattr(machine, traits.floor)
     return floor + best
 
