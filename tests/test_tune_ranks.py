@@ -48,7 +48,7 @@ WAYS: dict[int, dict[str, Way]] = {  # by the number of ranks
         "fsdp x tp": {"parallelize": split_and_shard, "build_mesh": two_by_two},
     },
 }
-MEASURED = ("ddp", "fsdp")  # ways whose sensitivity is compared
+MEASURED = ("ddp", "fsdp", "fsdp x tp")  # ways whose sensitivity is compared
 
 
 def _same_batches(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
@@ -126,8 +126,13 @@ def _compare(folder: Path, ranks: int) -> None:
             rel = 1e-5 if label != "bf16" else 1e-2  # BF16 rounds each rank's gradient
             assert own[way][label] == pytest.approx(expected, rel=rel), (way, label)
         _compare_specs(same[way].pop("spec"), numbers["spec"], way)
-        for kind, values in same[way].items():
-            assert values == pytest.approx(numbers[kind], rel=1e-3), (way, kind)
+        rel, found = 1e-3, same[way]
+        if "tp" in way:  # divided layers are measured one by one, and have no operands of their own
+            assert found.pop("ranges") == {}
+            assert found.pop("probed") == found["rows"]
+            rel = 0.15  # a row-parallel layer rounds every rank's part to BF16 before the sum
+        for kind, values in found.items():
+            assert values == pytest.approx(numbers[kind], rel=rel), (way, kind)
 
 
 def _compare_specs(found: dict[str, Any], expected: dict[str, Any], way: str) -> None:  # Any: JSON
