@@ -38,12 +38,17 @@ def profiled(kept: KeptRows, clock: ConstantClock) -> Profile:
     return profile_model(context, capture_model(context), options=(), kept=kept)
 
 
-def test_a_profile_that_was_cut_off_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    whole = ConstantClock()
-    profile = profiled(KeptRows(), whole)
+@pytest.fixture(scope="module")
+def whole() -> tuple[Profile, int]:
+    """A profile that was not cut off, and how much it measured."""
+    clock = ConstantClock()
+    return profiled(KeptRows(), clock), clock.calls
+
+
+def test_a_profile_that_was_cut_off_goes_on(tmp_path: Path, whole: tuple[Profile, int]) -> None:
+    path, (profile, calls) = tmp_path / "rows.json", whole
     with pytest.raises(KeyboardInterrupt):
-        profiled(KeptRows.of(path, "same", resume=True), EndingClock(whole.calls // 3))
+        profiled(KeptRows.of(path, "same", resume=True), EndingClock(calls // 3))
     saved = ProfileRows.load(path)
     done = {row.names for row in saved.rows}
     assert 0 < len(done) < len({row.names for row in profile.layers})
@@ -52,7 +57,7 @@ def test_a_profile_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert [(row.names, row.option) for row in resumed.layers] == [
         (row.names, row.option) for row in profile.layers
     ]
-    assert rest.calls < whole.calls
+    assert rest.calls < calls
     assert KeptRows.of(path, "other", resume=True).rows == {}
     assert KeptRows.of(path, "same", resume=False).rows == {}
     path.write_text("{")
@@ -106,9 +111,9 @@ def test_kernels_are_named_when_all_is_timed(
 
 
 def test_names_are_written_into_the_profile_of_a_gpu_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Profile, int]
 ) -> None:
-    made = profiled(KeptRows(), ConstantClock())
+    made, _ = whole
     run = Run(Settings(workload=str(TINY), out=tmp_path, target="cpu"), stages=("profile",))
     asked: list[Profile] = []
 

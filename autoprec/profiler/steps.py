@@ -56,12 +56,8 @@ Variant = Mapping[str, Option] | str | Eager
 BATCHES = 4  # different ones, taken in turn
 LEAST_ON_GPU_MS = 1000.0  # of samples for each variant: it slows down under a load that lasts
 TURNS = 3  # of each variant, if it shall have as many samples
-COMPILE_ERRORS = (
-    RuntimeError,
-    FailOnRecompileLimitHit,
-    WorkloadError,
-    DeviceError,
-)  # out of memory left out
+# What compiling may end in; so does a lack of memory, which is told apart.
+COMPILE_ERRORS = (RuntimeError, FailOnRecompileLimitHit, WorkloadError, DeviceError)
 log = logging.getLogger(__name__)
 
 
@@ -174,6 +170,7 @@ class _Comparison:
             if not arm.is_compiled or is_out_of_memory(error):
                 raise
             note = _failure(error)
+        arm.parking.leave()  # for good: another model takes its place
         eager = self._build_eagerly(label, variant, note)
         return self._take_turn(eager, label, variant, stopping, turn)
 
