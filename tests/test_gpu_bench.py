@@ -21,15 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.py"
 ALL_BUT_TUNE = ("facts", "steps", "gemms", "linears", "profile", "predictions")
 SECTIONS_IN_ONE_PROCESS = f"""
-import sys
+import sys, torch
 from pathlib import Path
 sys.path[:0] = [{str(ROOT / "bench")!r}]
+from autoprec.sensitivity.gemm import fast_fp8_gemms
 from gpu_report import write_report
 from gpu_sections import run_section
 
 out = Path(sys.argv[1])
-for name in {ALL_BUT_TUNE!r}:
-    assert run_section(out, name, device="cpu", is_quick=True) == 0
+with fast_fp8_gemms(torch.device("cpu")):  # every recipe, with torch 2.11 too
+    for name in {ALL_BUT_TUNE!r}:
+        assert run_section(out, name, device="cpu", is_quick=True) == 0
 write_report(out, is_quick=True)
 """
 LEFT_OUT = (  # for the time that they take; begun before, as by a child that died
@@ -59,7 +61,8 @@ for item in ("first", "crashes", "hangs", "last"):
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", *arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
@@ -153,7 +156,7 @@ def test_a_crash_or_a_hang_costs_one_item(
     for name, value in (("LEAST_S", 0.0), ("LEAST_PATIENCE_S", 2.0), ("PATIENCE", 0.1)):
         monkeypatch.setattr(running, name, value)
     code = CHILD.format(bench=str(ROOT / "bench"), out=str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     (tmp_path / "rows.jsonl").touch()
     outcome = running.Child([sys.executable, "-c", code], tmp_path).run("section", seconds=20.0)
     rows = running.read_rows(tmp_path)

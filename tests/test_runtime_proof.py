@@ -293,12 +293,14 @@ def test_a_wrong_cast_is_caught_though_the_kernels_are_right(
 def test_a_wrong_kernel_stops_check_and_apply_before_the_run(tmp_path: Path) -> None:
     path = plan_for(Mlp(), TENSORWISE).save(tmp_path / "plan.json")
     precision.tried_recipes.cache_clear()  # as in a process that starts with the bad kernel
+    emulated = precision.emulates_gemms.set(False)  # see conftest: on torch 2.11 tests emulate
     try:
         with planted(SCALE_FAULTS["no scale"], Gemm.GRAD_INPUT):
             checked = check_plan(path, model="", target="cpu")
             with pytest.raises(PlanMismatchError, match="tensorwise: its grad_input kernel is"):
                 autoprec.apply(path, Mlp())
     finally:
+        precision.emulates_gemms.reset(emulated)
         precision.tried_recipes.cache_clear()
     assert not checked.is_good
     assert "tensorwise: its grad_input kernel is wrong" in checked.checks[-1].detail
