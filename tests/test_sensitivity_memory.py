@@ -79,6 +79,12 @@ def test_groups_of_layers_change_no_number() -> None:
     assert tables[0] == tables[1]
 
 
+def test_what_a_rank_takes_falls_with_their_number() -> None:
+    spec = capture_model(Context(DEEP, CPU))
+    one, two, eight = (sensitivity_bytes(spec, shards=count) for count in (1, 2, 8))
+    assert one > 1.5 * two > 2.0 * eight
+
+
 def test_groups_have_neighbours_of_alike_size() -> None:
     spec = capture_model(Context(DEEP, CPU))
     for count in (1, 2, 5, 1000):

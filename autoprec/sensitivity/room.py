@@ -6,10 +6,11 @@ and a half times what training takes, or what is free.
 """
 
 import logging
+from functools import partial
 
 from autoprec.common.text import shown_bytes
 from autoprec.device.memory import free_bytes
-from autoprec.device.ranks import largest_over_ranks
+from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
 from autoprec.model.memory import sensitivity_bar, sensitivity_bytes
@@ -30,10 +31,12 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> int:
         DeviceError: with any number of them it takes more than --memory-limit.
     """
     limit, free = context.memory_limit, free_bytes(context.device)
-    bar = sensitivity_bar(spec)
+    shards = world_size() if context.workload.defines("parallelize") else 1
+    bar = sensitivity_bar(spec, shards=shards)
     room = limit or min(bar, bar if free is None else free)
     counts = range(1, len(spec.layers) + 1)
-    sizes = [sensitivity_bytes(spec, groups=groups, gradients=gradients) for groups in counts]
+    predicted = partial(sensitivity_bytes, spec, gradients=gradients, shards=shards)
+    sizes = [predicted(groups=groups) for groups in counts]
     # where nothing fits, more groups than help are a waste
     most = max(room / MARGIN, WORTH * min(sizes))
     groups, size = next(pair for pair in zip(counts, sizes, strict=True) if pair[1] <= most)
