@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -140,7 +141,9 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:  # Any: torch's own protocol
         """Run the operation, or let the subclass among its operands take it apart."""
-        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+        # fake tensors, by which DTensors find out shapes, are taken by a mode below this one
+        wraps = (kind for kind in types if not issubclass(kind, FakeTensor))
+        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in wraps):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         # operands too: a storage that came from elsewhere (numpy, a file) was not yet seen
