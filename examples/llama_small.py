@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WIDTH, DEPTH = 256, 4
-BATCH = 8  # sequences
+BATCH, SEQUENCE = 8, 64
 LARGE_WIDTH = 4096
 LARGE_LR = 3e-4  # LLaMA2-7B's largest (arXiv 2307.09288, section 2.2)
 
@@ -42,11 +42,11 @@ def build_model() -> nn.Module:
 
 def train_batches(seed: int) -> Iterator[Tensor]:
     for tokens, _ in char_gpt.train_batches(seed):
-        yield tokens[:BATCH]
+        yield tokens[:BATCH, :SEQUENCE]
 
 
 def eval_batches() -> list[Tensor]:
-    return [tokens for tokens, _ in char_gpt.eval_batches()]
+    return [tokens[:, :SEQUENCE] for tokens, _ in char_gpt.eval_batches()]
 
 
 def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
