@@ -1,5 +1,6 @@
 """One tune on several ranks gives the numbers of one process, on every rank."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def _compare(folder: Path, ranks: int) -> None:
         for label, expected in losses[parts[way]].items():
             rel = 1e-5 if label != "bf16" else 1e-2  # BF16 rounds each rank's gradient
             assert own[way][label] == pytest.approx(expected, rel=rel), (way, label)
-        _compare_specs(same[way].pop("spec"), numbers["spec"], way)
+        _compare_specs(same[way].pop("spec"), numbers["spec"], way, parts[way])
         rel, found = 1e-3, same[way]
         if "tp" in way:  # divided layers are measured one by one, and have no operands of their own
             assert found.pop("ranges") == {}
@@ -135,13 +136,22 @@ def _compare(folder: Path, ranks: int) -> None:
             assert values == pytest.approx(numbers[kind], rel=rel), (way, kind)
 
 
-def _compare_specs(found: dict[str, Any], expected: dict[str, Any], way: str) -> None:  # Any: JSON
-    """Compare what was captured: all of it, but for what tensor parallelism divides."""
+def _compare_specs(
+    found: dict[str, Any], expected: dict[str, Any], way: str, parts: int
+) -> None:  # Any: JSON
+    """Compare what was captured: all of it, but for what ranks divide."""
     loss = found.pop("loss")
     assert loss == pytest.approx(expected["loss"], rel=1e-5), way
     assert found["structure"] == expected["structure"], way
+    shards = {p["name"]: p.pop("shards") for layer in found["layers"] for p in layer["parameters"]}
+    whole = 1 if way == "ddp" else parts
+    split = 2 * parts if "tp" in way else whole  # what tensor parallelism divides as well
+    assert (shards["embed.weight"], shards["blocks.0.up.weight"]) == (whole, split), way
     if "tp" not in way:
-        assert found == {name: value for name, value in expected.items() if name != "loss"}, way
+        one = copy.deepcopy({name: value for name, value in expected.items() if name != "loss"})
+        for parameter in (p for layer in one["layers"] for p in layer["parameters"]):
+            del parameter["shards"]
+        assert found == one, way
         return
     gemms = {layer["name"]: layer["gemm"] for layer in found["layers"] if layer["gemm"]}
     M = ROWS * CUT

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.ranks import local_part, sum_over_ranks
+from autoprec.device.ranks import local_part, share, sum_over_ranks, world_size
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
@@ -307,6 +307,7 @@ def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> Par
         dtype=dtype_name(parameter.dtype),
         is_trainable=parameter.requires_grad,
         shared_with=None if first == name else first,
+        shards=round(share(parameter) * world_size()),
     )
 
 

@@ -229,17 +229,20 @@ class LayerMeter:
         return found.names if found else ()
 
     def _bytes(self, group: Group, attempt: Attempt) -> tuple[int, int, int]:
-        """Return parameter, gradient and optimizer bytes; shared parameters count where first."""
+        """Return parameter, gradient and optimizer bytes; shared parameters count where first.
+
+        They are one rank's, between the moments in which FSDP gathers a layer.
+        """
         widths = [option_dtype(attempt.option).itemsize] * len(group.first.parameters)
         if attempt.candidate is not None:  # batch norms keep FP32 parameters in a 16-bit option
             widths = [parameter.itemsize for parameter in attempt.candidate.layer.parameters()]
         sizes = zip(group.first.parameters, widths, strict=True)
         own = [(p, size) for p, size in sizes if p.shared_with is None]
-        trainable = [(p.numel, size) for p, size in own if p.is_trainable]
+        trainable = [(p.held_numel, size) for p, size in own if p.is_trainable]
         states = 4 * self.state_ratio * sum(numel for numel, _ in trainable)  # FP32 always
         masters = sum(4 * numel for numel, size in trainable if size == 2)
         return (
-            sum(p.numel * size for p, size in own),
+            sum(p.held_numel * size for p, size in own),
             sum(numel * size for numel, size in trainable),
             round(states) + masters,
         )

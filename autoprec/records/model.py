@@ -127,7 +127,8 @@ def with_gemms_hp(options: Sequence[Option]) -> tuple[Option, ...]:
 class ParameterSpec(Record):
     """One parameter: its full name, shape and dtype (e.g. `float32`).
 
-    `shared_with` is the name under which the same parameter came first (tied weights).
+    `shared_with` is the name under which the same parameter came first (tied weights), `shards` the
+    number of ranks that it is divided over.
     """
 
     name: str
@@ -135,11 +136,17 @@ class ParameterSpec(Record):
     dtype: str
     is_trainable: bool
     shared_with: str | None = None
+    shards: PositiveInt = 1
 
     @property
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def held_numel(self) -> int:
+        """The number of elements that one rank holds."""
+        return -(-self.numel // self.shards)
 
 
 class TensorSpec(Record):

@@ -330,7 +330,7 @@ def _outside(
         memory_bytes = max(step.peak_bytes - layers, 0)
     else:
         # FP32 parameters, gradients and optimizer states
-        numel = sum(parameter.numel for parameter in profile.model.uncovered)
+        numel = sum(parameter.held_numel for parameter in profile.model.uncovered)
         memory_bytes = int(numel * 4 * (2 + profile.model.optimizer_state_numel_ratio))
     ms = profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms
     margin_ms, bf16 = 0.0, profile.step(BF16_O2.precision.value)
