@@ -36,7 +36,6 @@ from autoprec.runtime import attach_optimizer, check_applied
 from autoprec.runtime.gathers import Fp8Shard
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
-from tests.ranks import leave_group
 
 RANKS, STEPS, BATCH = 2, 3, 32  # 16 rows per rank, as FP8's grad_weight needs
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -313,10 +312,8 @@ def from_meta() -> bool:
     )
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
+def see_gathers(folder: Path) -> None:
+    rank = dist.get_rank()
     torch.manual_seed(0)
     model = sharded(planned(Mlp()))
     seen: Seen = {
@@ -329,12 +326,11 @@ def rank_main(rank: int, folder: str) -> None:
         "sharded": train(model, adam(model), rank=rank)[0],
         "bytes": bytes_seen(),
         "weights": weights_seen(model, rank),
-        "checkpoint": checkpoint_seen(rank, Path(folder)),
+        "checkpoint": checkpoint_seen(rank, folder),
         "guard": [guarded(rank, fp8=fp8) for fp8 in (False, True)],
         "guard of shards": [guarded(rank, fp8=x, shard_first=True) for x in (False, True)],
         "orders": orders_seen(),
         "warnings": warnings_seen(),
         "meta": from_meta(),
     }
-    torch.save(seen, Path(folder) / f"{rank}.pt")
-    leave_group()
+    torch.save(seen, folder / f"{rank}.pt")

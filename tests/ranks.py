@@ -1,16 +1,24 @@
 """How the processes of a distributed test start and end."""
 
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
 from autoprec.sensitivity.gemm import fast_fp8_gemms
+
+PRELOADED = (
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+    *("torchao.float8", "hypothesis", "pytest", "autoprec", "autoprec.verification"),
+    *("tests.rank_workloads", "tests.plans"),
+)
 
 
 @contextlib.contextmanager
@@ -29,14 +37,32 @@ def every_recipe() -> Iterator[None]:
 
 def run_ranks(body: Callable[[Path], None], folder: Path, *, ranks: int) -> None:
     """Run `body` of a folder on gloo ranks, each a process of one thread."""
-    spawn(_run_rank, args=(body, str(folder), ranks), nprocs=ranks)  # type: ignore[no-untyped-call]  # torch's
+    start_ranks(_run_rank, body, str(folder), ranks, ranks=ranks)
+
+
+def start_ranks(main: Callable[..., None], *args: object, ranks: int) -> None:
+    """Run `main` of a rank and arguments in that many processes; raise if one of them fails.
+
+    They are forks of a server that has imported what they need: a process of its own would take
+    5 s of a core to import it again.
+    """
+    forked_processes()
+    start_processes(main, args, ranks, start_method="forkserver")  # type: ignore[no-untyped-call]  # torch's
+
+
+def forked_processes() -> BaseContext:
+    """Return what starts processes that have imported already what ranks need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def _run_rank(rank: int, body: Callable[[Path], None], folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=store)
-    body(Path(folder))
+    with every_recipe():
+        body(Path(folder))
     leave_group()
 
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.device.torchao import import_torchao
@@ -31,16 +30,17 @@ from tests.fp8_gather_ranks import (
     adam,
     is_same,
     planned,
-    rank_main,
+    see_gathers,
     train,
 )
 from tests.models import WIDTH, Mlp
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(rank_main, args=(str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    run_ranks(see_gathers, folder, ranks=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -16,14 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from autoprec.device.ranks import local_part
 from autoprec.guard import Guard, Limits
 from autoprec.runtime import attach_optimizer, install_options
-from tests.ranks import leave_group
+from tests.ranks import run_ranks
 from tests.test_guard import Chain, Run, lines, plan_for
 
 
-def train_on_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def train_on_rank(folder: Path) -> None:
+    rank = dist.get_rank()
     run = Run(events=folder / "events.jsonl")
     run.batches.manual_seed(rank)
     run.train(6, run.spoil("third", 3) if rank else lambda step: None)
@@ -32,7 +30,6 @@ def train_on_rank(rank: int, folder: Path) -> None:
     found["fsdp2"] = wrapped(sharded, rank)
     found["skipped"] = skipped(rank, of=2)
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    leave_group()
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -89,7 +86,7 @@ def skipped(rank: int, *, of: int) -> list[Any]:  # Any: JSON values
             local_part(model.third.weight.grad).fill_(math.nan)
         total = loss.detach().clone()
         if of > 1:
-            torch.distributed.all_reduce(total)
+            dist.all_reduce(total)
         losses.append(total.item() / of)
         guard.step(loss)
         optimizer.step()
@@ -98,8 +95,7 @@ def skipped(rank: int, *, of: int) -> list[Any]:  # Any: JSON values
 
 
 def test_ranks_decide_alike_when_one_of_them_has_a_nan(tmp_path: Path) -> None:
-    spawn: Any = vars(torch.multiprocessing)["spawn"]  # Any: torch does not export or type it
-    spawn(train_on_rank, args=(tmp_path,), nprocs=2)
+    run_ranks(train_on_rank, tmp_path, ranks=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     for wrap in ("ddp", "fsdp2"):

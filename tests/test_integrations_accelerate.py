@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import AORecipeKwargs, DistributedType
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.errors import PlanMismatchError
@@ -24,7 +23,7 @@ from autoprec.runtime.masters import masters_of
 from tests.accelerate_state import fresh_accelerate
 from tests.models import BATCH, Mlp, TiedTokens
 from tests.plans import plan_for
-from tests.ranks import leave_group
+from tests.ranks import leave_group, start_ranks
 from tests.runtime_training import batches, exact, same, weights
 
 __all__ = ["fresh_accelerate"]
@@ -199,7 +198,7 @@ def test_ranks_that_accelerate_wraps_in_ddp_keep_the_same_masters(tmp_path: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_ddp, (port, str(tmp_path)), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    start_ranks(_ddp, port, str(tmp_path), ranks=RANKS)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     assert first[0] == "DistributedDataParallel"
     assert same(first, second)

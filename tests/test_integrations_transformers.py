@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.optimization import get_linear_schedule_with_warmup
 
@@ -23,7 +22,7 @@ from autoprec.records import FP32, Plan, Recipe, fp8_option
 from tests.accelerate_state import fresh_accelerate
 from tests.models import Mlp
 from tests.plans import plan_for
-from tests.ranks import leave_group
+from tests.ranks import leave_group, start_ranks
 from tests.runtime_training import exact, same, weights
 
 __all__ = ["fresh_accelerate"]
@@ -312,7 +311,7 @@ def test_two_ranks_train_and_resume_alike(tmp_path: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        spawn(_train_on_rank, (port, str(tmp_path), resumed), nprocs=2)  # type: ignore[no-untyped-call]  # torch's
+        start_ranks(_train_on_rank, port, str(tmp_path), resumed, ranks=2)
         results += [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert results[0][0] == "DistributedDataParallel"
     assert all(same(result, results[0]) for result in results)

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.errors import AutoprecError, PlanMismatchError
@@ -28,7 +28,7 @@ from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.ranks import Answer, check_answers
 from tests.models import BATCH, WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
-from tests.ranks import leave_group
+from tests.ranks import run_ranks
 
 RANKS, STEPS = 2, 6
 OPTIONS = (BF16_O2, fp8_option(Recipe.TENSORWISE))
@@ -92,19 +92,15 @@ def _fsdp(rank: int, option: Option) -> Losses:
     return losses
 
 
-def _rank(rank: int, folder: str, run: Callable[[int, Option], Losses]) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
-    losses = [run(rank, option) for option in OPTIONS]
-    if rank == 0:
-        torch.save(losses, Path(folder) / "losses.pt")
-    leave_group()
+def _train_each_option(folder: Path, run: Callable[[int, Option], Losses]) -> None:
+    losses = [run(dist.get_rank(), option) for option in OPTIONS]
+    if dist.get_rank() == 0:
+        torch.save(losses, folder / "losses.pt")
 
 
 @pytest.mark.parametrize("run", [_ddp, _fsdp], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(run: Callable[[int, Option], Losses], tmp_path: Path) -> None:
-    spawn(_rank, args=(str(tmp_path), run), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    run_ranks(partial(_train_each_option, run=run), tmp_path, ranks=RANKS)
     for option, losses in zip(OPTIONS, torch.load(tmp_path / "losses.pt"), strict=True):
         torch.manual_seed(0)
         model = Mlp()
@@ -138,11 +134,9 @@ def _refusal(plan: Plan | Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return str(caught.value)
 
 
-def _disagree(rank: int, folder: str) -> None:
+def _disagree(folder: Path) -> None:
     """Apply on two ranks of which one differs in one thing; write what each of them raises."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
+    rank = dist.get_rank()
     model = Mlp()
     optimizer = _adam(model)
     plan, other = plan_for(model), plan_for(model, others={"head": FP32})
@@ -151,7 +145,7 @@ def _disagree(rank: int, folder: str) -> None:
     raised = {
         "plan": _refusal(other if rank else plan, model, optimizer),
         "schedule": _refusal(scheduled if rank else plan, model, optimizer),
-        "file": _refusal(plan if rank else Path(folder) / "absent.json", model, optimizer),
+        "file": _refusal(plan if rank else folder / "absent.json", model, optimizer),
         "model": _refusal(plan, *((wider, _adam(wider)) if rank else (model, optimizer))),
         "models": _refusal(
             *((plan_for(wider), wider, _adam(wider)) if rank else (plan, model, optimizer))
@@ -163,12 +157,11 @@ def _disagree(rank: int, folder: str) -> None:
     autoprec.undo(model, optimizer)
     autoprec.apply(plan, model, optimizer)
     _train(nn.parallel.DistributedDataParallel(model), optimizer, rank, RANKS)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(raised))
-    leave_group()
+    (folder / f"{rank}.json").write_text(json.dumps(raised))
 
 
 def test_when_one_rank_differs_all_ranks_stop_with_one_message(tmp_path: Path) -> None:
-    spawn(_disagree, args=(str(tmp_path),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    run_ranks(_disagree, tmp_path, ranks=RANKS)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert first == second
     same_plan = "every rank must have the same plan, but rank 1 of 2 got another"

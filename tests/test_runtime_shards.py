@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.errors import AutoprecError
@@ -30,7 +29,7 @@ from autoprec.runtime import install_options
 from autoprec.runtime.shards import mixed_groups
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
-from tests.ranks import every_recipe, leave_group, run_ranks
+from tests.ranks import run_ranks
 
 RANKS, STEPS, ROWS = 2, 4, 16  # rows of a batch on each rank
 FP8 = fp8_option(Recipe.TENSORWISE)
@@ -167,11 +166,8 @@ def trained(rank: int, *, gathers_fp8: bool = False, **settings: Any) -> Seen:  
     return seen
 
 
-@every_recipe()
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
+def see_shards(folder: Path) -> None:
+    rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (RANKS,))
     seen: Seen = {
         "fsdp": switches(fsdp(), rank),
@@ -190,8 +186,7 @@ def rank_main(rank: int, folder: str) -> None:
         "accumulated": [accumulated(rank, compiled=compiled) for compiled in (False, True)],
         "view": error_of(view_of_shards),
     }
-    torch.save(seen, Path(folder) / f"{rank}.pt")
-    leave_group()
+    torch.save(seen, folder / f"{rank}.pt")
 
 
 def error_of(call: Callable[[], object]) -> str:
@@ -275,7 +270,7 @@ def apply_to_low() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     folder = tmp_path_factory.mktemp("ranks")
-    spawn(rank_main, args=(str(folder),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    run_ranks(see_shards, folder, ranks=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
@@ -314,9 +309,7 @@ def test_a_split_model_switches_to_the_numbers_of_a_whole_one(ranks: list[Seen],
 
 def rank_of_four(folder: Path) -> None:
     rank = dist.get_rank()
-    with every_recipe():
-        seen = switches(both(2), rank // 2)
-    torch.save(seen, folder / f"{rank}.pt")
+    torch.save(switches(both(2), rank // 2), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.multiprocessing.spawn import spawn
 
 import autoprec
 from autoprec.errors import PlanMismatchError, RecordError
@@ -27,7 +26,7 @@ from autoprec.records import BF16_O2, Option, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
 from tests.models import WIDTH
 from tests.plans import plan_for
-from tests.ranks import leave_group
+from tests.ranks import run_ranks
 
 Style = Callable[[], ParallelStyle]
 RANKS, STEPS, HEADS = 2, 6, 2
@@ -102,17 +101,14 @@ def _applied(
     return model, optimizer
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=store)
+def _see_options(folder: Path) -> None:
     losses = []
     for option in OPTIONS:
         model, optimizer = _applied(option, is_split=True)
         losses.append(_train(model, optimizer))
         _check_masters(model, optimizer)
         with pytest.raises(RecordError, match=r"use torch.distributed.checkpoint|sharded"):
-            autoprec.save_checkpoint(Path(folder) / "run.pt", model, optimizer)
+            autoprec.save_checkpoint(folder / "run.pt", model, optimizer)
         with pytest.raises(PlanMismatchError, match="'query' is sharded over ranks; save its"):
             autoprec.undo(model, optimizer)
         model, optimizer = _applied(option, is_split=True, apply_first=False)
@@ -124,8 +120,7 @@ def _rank(rank: int, folder: str) -> None:
     whole, _ = _applied(OPTIONS[1], is_split=False)
     with pytest.raises(PlanMismatchError, match="use torch's ColwiseParallel and RowwiseParallel"):
         _split(whole, float8.Float8ColwiseParallel, float8.Float8RowwiseParallel)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(losses))
-    leave_group()
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(losses))
 
 
 def _check_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -139,7 +134,7 @@ def _check_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def test_a_split_block_trains_as_the_whole_one(tmp_path: Path) -> None:
-    spawn(_rank, args=(str(tmp_path),), nprocs=RANKS)  # type: ignore[no-untyped-call]  # torch's
+    run_ranks(_see_options, tmp_path, ranks=RANKS)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert first == second
     for option, losses in zip(OPTIONS, first, strict=True):

@@ -1,6 +1,6 @@
 """Branches as jobs: the same numbers in other processes, whatever ends one, and on a cluster."""
 
-import os
+import multiprocessing
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,18 @@ from autoprec.verification.gate import open_session
 from autoprec.verification.session import REFERENCE, Session
 from autoprec.verification.workers import Job, train_branches
 from autoprec.workload.functions import load_workload
+from tests.ranks import forked_processes
 from tests.test_verification_gate import CPU, plan_of
 
 TINY = Path(__file__).parent / "workloads" / "tiny.py"
 TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4)
+
+
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers as forks of a process that has imported torch; they are pickled the same."""
+    context = forked_processes()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 def verified(folder: Path, workers: Workers | None = None) -> Verification:
@@ -52,28 +60,23 @@ def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_ends_the_run_and_loses_no_finished_branch(tmp_path: Path) -> None:
-    model = tmp_path / "killed.py"
+    model, survives = tmp_path / "killed.py", tmp_path / "survives"
     model.write_text(
         TINY.read_text()
         + "import os, signal\n"
         + "first = train_batches\n"
         + "def train_batches(seed):\n"
-        + "    if seed == 2 and not os.path.exists(os.environ['SURVIVES']):\n"
+        + f"    if seed == 2 and not os.path.exists({str(survives)!r}):\n"
         + "        os.kill(os.getpid(), signal.SIGKILL)\n"
         + "    return first(seed)\n"
     )
-    survives = tmp_path / "survives"
-    os.environ["SURVIVES"] = str(survives)
-    try:
-        session = opened(model, tmp_path / "out", Workers(2))
-        with pytest.raises(WorkerError, match=r"one was killed .*--resume and fewer --workers"):
-            train_branches(session, [], [2])
-        assert not session.store.has(REFERENCE.digest, 2)
-        survives.touch()
+    session = opened(model, tmp_path / "out", Workers(2))
+    with pytest.raises(WorkerError, match=r"one was killed .*--resume and fewer --workers"):
         train_branches(session, [], [2])
-        assert session.store.has(REFERENCE.digest, 2)
-    finally:
-        del os.environ["SURVIVES"]
+    assert not session.store.has(REFERENCE.digest, 2)
+    survives.touch()
+    train_branches(session, [], [2])
+    assert session.store.has(REFERENCE.digest, 2)
 
 
 def test_a_launcher_trains_the_same_branches_as_jobs(tmp_path: Path) -> None:
