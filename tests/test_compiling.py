@@ -98,9 +98,8 @@ def test_an_fp8_layer_that_does_not_compile_is_timed_eagerly_and_says_so(
     assert "\n" not in fp8.note
     assert fp8.infeasible == ""
     assert fp8.total is not None
-    assert fp8.is_compiled is False
     assert fp8.beside == ()
-    assert (rows["bf16_o2"].note, rows["bf16_o2"].is_compiled) == ("", True)
+    assert rows["bf16_o2"].note == ""
     assert f"a layer is timed eagerly in {TENSORWISE.key}" in caplog.text
 
 
@@ -110,7 +109,7 @@ def test_fp8_layers_are_compiled_between_their_neighbours() -> None:
         with opened() as compilation:
             rows = rows_of(compilation, name)
         assert rows[TENSORWISE.key].beside == beside
-        assert rows[TENSORWISE.key].is_compiled
+        assert rows[TENSORWISE.key].note == ""
         assert rows["bf16_o2"].beside == rows["fp32"].beside == ()
 
 
@@ -170,7 +169,7 @@ def test_a_layer_that_compiles_in_every_sample_is_timed_eagerly(
         meter = LayerMeter(CPU, ConstantClock(), 2.0, compilation=compilation)
         rows = meter.time_group(group, [call], lambda: Counting(16, 16))
     assert all("give batches of one shape" in row.note for row in rows)
-    assert all(row.is_compiled is False and row.total is not None for row in rows)
+    assert all(row.total is not None for row in rows)
     assert "a layer is timed eagerly" in caplog.text
 
 
@@ -219,7 +218,7 @@ def test_eager_mode_compiles_nothing() -> None:
     assert made_graphs() == before
 
 
-def test_a_missing_compiler_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_compiler_is_one_line() -> None:
     def broken(*_: object) -> Callable[..., Any]:
         raise RuntimeError("InvalidCxxCompiler: no g++\nstack\nstack")
 
@@ -228,9 +227,6 @@ def test_a_missing_compiler_is_one_line(caplog: pytest.LogCaptureFixture) -> Non
     assert "a C++ compiler" in str(error.value)
     assert "no g++" in str(error.value)
     assert "\n" not in str(error.value)
-    with open_compilation(CPU, "default", backend=broken, needed=False) as compilation:
-        assert compilation is None
-    assert "all is timed eagerly: timing under torch.compile needs a C++ compiler" in caplog.text
 
 
 def test_a_reason_is_the_line_that_tells() -> None:

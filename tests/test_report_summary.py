@@ -8,6 +8,7 @@ from autoprec.records import (
     BF16_O2,
     AsWritten,
     Basis,
+    LayerKind,
     LossGap,
     PredictedStep,
     SumCheck,
@@ -129,9 +130,23 @@ def test_the_interval_of_a_speedup_follows_from_the_spread_of_the_samples() -> N
     assert run.verification
     sigma = 2 * 0.012 / (2 * 0.8416)  # the steps of the test run spread by +- 1.2 %
     error = math.sqrt(2) * 1.2533 * sigma / math.sqrt(12)
+    factor = 1.96 + 2.37 / 11 + 2.82 / 11**2
     speedup = plan_speedups(run)["fp32"]
     assert speedup.high
-    assert math.log(speedup.high / speedup.value) == pytest.approx((1.96 + 2.37 / 11) * error)
+    assert math.log(speedup.high / speedup.value) == pytest.approx(factor * error)
+
+
+def test_a_single_sample_has_no_interval() -> None:
+    run = make_run()
+    assert run.verification
+    steps = tuple(
+        step.model_copy(update={"timing": step.timing.model_copy(update={"samples": 1})})
+        for step in run.verification.steps
+    )
+    found = plan_speedups(
+        replace(run, verification=run.verification.model_copy(update={"steps": steps}))
+    )
+    assert {(each.low, each.high) for each in found.values()} == {(None, None)}
 
 
 def test_the_interval_covers_the_true_ratio_as_often_as_it_says() -> None:
@@ -287,16 +302,42 @@ def test_the_answer_says_what_torch_compile_does_to_fp8(
 def test_an_eager_answer_on_a_gpu_says_so_and_one_on_a_cpu_says_nothing() -> None:
     eager = summarise_run(with_steps(make_run(), "eager", bf16_o2=80.0))
     assert "judged without torch.compile" in eager.compile_answer
+    assert eager.compile_answer.endswith("leave --eager out")
     assert summarise_run(make_run(machine=CPU)).compile_answer == ""
+
+
+def test_where_to_compile_is_said_on_a_gpu_whether_it_was_timed_so_or_not() -> None:
+    run = replace(with_steps(make_run(), "eager", bf16_o2=80.0), plan=None)
+    assert "tune compiled first" in summarise_run(run).compile_advice
+    assert summarise_run(RunRecords(profile=make_run(machine=CPU).profile)).compile_advice == ""
+
+
+def test_a_gpu_on_which_torch_compile_does_not_work_is_not_told_to_leave_eager_out() -> None:
+    run = with_steps(make_run(), "eager", bf16_o2=80.0)
+    assert run.profile
+    profile = run.profile.model_copy(update={"compile_problem": "it needs Triton"})
+    answer = summarise_run(replace(run, profile=profile)).compile_answer
+    assert answer.endswith("where compiled FP8 gains; it does not work here: it needs Triton")
 
 
 def test_fp32_is_named_after_the_tf32_that_it_ran_in() -> None:
     run = make_run()
     assert run.profile
-    for is_allowed, title in ((True, "FP32 (TF32 GEMMs)"), (False, "FP32")):
-        device = run.profile.device.model_copy(update={"allow_tf32": is_allowed})
-        changed = replace(run, profile=run.profile.model_copy(update={"device": device}))
-        assert summarise_run(changed).title("fp32") == title
+    first, *others = run.profile.model.layers
+    convolution = first.model_copy(update={"kind": LayerKind.CONV})
+    with_conv = run.profile.model.model_copy(update={"layers": (convolution, *others)})
+    for model, kind, gemms, conv, title in (
+        (run.profile.model, "cuda", True, True, "FP32 (TF32 GEMMs)"),
+        (run.profile.model, "cuda", False, True, "FP32"),  # torch's default; it has none
+        (with_conv, "cuda", True, True, "FP32 (TF32 GEMMs and convolutions)"),
+        (with_conv, "cuda", False, True, "FP32 (TF32 convolutions)"),
+        (with_conv, "cuda", False, False, "FP32"),
+        (with_conv, "cpu", True, None, "FP32"),
+    ):
+        facts = {"allow_tf32": gemms, "allow_tf32_conv": conv, "kind": kind}
+        device = run.profile.device.model_copy(update=facts)
+        changed = run.profile.model_copy(update={"device": device, "model": model})
+        assert summarise_run(RunRecords(profile=changed)).title("fp32") == title
 
 
 def test_the_headline_is_against_what_the_user_runs_now() -> None:

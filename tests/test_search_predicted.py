@@ -202,6 +202,21 @@ def test_the_plan_says_what_communication_takes_of_the_gain() -> None:
 # --- memory -------------------------------------------------------------------------------------
 
 
+def test_one_sample_makes_no_sure_gain() -> None:
+    profile = predicted()
+    layers = tuple(
+        row.model_copy(
+            update={"total": row.total.model_copy(update={"samples": 1, "basis": Basis.MEASURED})}
+        )
+        for row in profile.layers
+        if row.total is not None
+    )
+    measured = profile.model_copy(update={"layers": layers, "basis": Basis.MEASURED})
+    for prices in costs_of(measured).prices:
+        for option, price in prices.items():
+            assert option == BF16_O2 or price.counted_ms >= prices[BF16_O2].ms
+
+
 def own_memory(profile: Profile, label: str = "bf16_o2") -> int:
     step = profile.step(label)
     assert step is not None

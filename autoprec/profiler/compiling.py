@@ -9,7 +9,6 @@ give up after eight of them and time eager code in silence: here the limit is hi
 an error, and caches are emptied before each group, lest one layer's sizes make another's dynamic.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from autoprec.errors import DeviceError
 EAGER, COMPILED = "eager", "default"  # modes, as records name them
 INDUCTOR = "inductor"
 Backend = str | Callable[..., Any]  # Any: as torch.compile takes it
-log = logging.getLogger(__name__)
 MOST_GRAPHS = 256  # per code object; a group of layers has at most some dozens of options
 MOST_SPOILED = 2  # samples in which a graph was made; one more, and the step never settles
 
@@ -103,14 +101,12 @@ class GraphMonitor:
 
 @contextmanager
 def open_compilation(
-    device: torch.device, mode: str, *, backend: Backend = INDUCTOR, needed: bool = True
+    device: torch.device, mode: str, *, backend: Backend = INDUCTOR
 ) -> Iterator[Compilation | None]:
     """Let what is timed be compiled while the context is open; give None in eager mode.
 
-    Where torch.compile does not work and is not `needed`, that is logged, and None is given too.
-
     Raises:
-        DeviceError: torch.compile is needed and does not work here.
+        DeviceError: torch.compile does not work here.
     """
     if mode in ("", EAGER):
         yield None
@@ -122,12 +118,9 @@ def open_compilation(
             accumulated_recompile_limit=MOST_GRAPHS,
             fail_on_recompile_limit_hit=True,
         ):
-            problem = _compiler_problem(device, backend)
-            if problem and needed:
+            if problem := compiler_problem(device, backend):
                 raise DeviceError(f"{problem}, or time with --eager")
-            if problem:
-                log.warning("all is timed eagerly: %s", problem)
-            yield None if problem else Compilation(device, backend)
+            yield Compilation(device, backend)
     finally:
         torch.compiler.reset()
 
@@ -137,7 +130,7 @@ def made_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _compiler_problem(device: torch.device, backend: Backend) -> str:
+def compiler_problem(device: torch.device, backend: Backend = INDUCTOR) -> str:
     """Compile one small function; return the line that says what is missing, or nothing."""
     needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
     try:

@@ -214,13 +214,9 @@ class LayerMeter:
             infeasible=attempt.infeasible,
             kernels=attempt.kernels,
             conditions=total.merged_conditions() if total else None,
-            is_compiled=None if total is None else self._is_compiled(attempt),
             beside=self._beside(attempt),
             note=attempt.note,
         )
-
-    def _is_compiled(self, attempt: Attempt) -> bool:
-        return self.compilation is not None and not attempt.note
 
     def _beside(self, attempt: Attempt) -> tuple[str, ...]:
         """Return the neighbours that an FP8 layer was timed between."""

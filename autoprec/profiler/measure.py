@@ -22,13 +22,20 @@ from autoprec.common.text import shown_bytes
 from autoprec.device.local import device_facts, find_monitor
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import gathered
 from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
 from autoprec.model.options import without_slow_gemms_hp
 from autoprec.model.recording import Call
-from autoprec.profiler.compiling import COMPILED, EAGER, Compilation, open_compilation
+from autoprec.profiler.compiling import (
+    COMPILED,
+    EAGER,
+    Compilation,
+    compiler_problem,
+    open_compilation,
+)
 from autoprec.profiler.groups import Group, group_layers, record_groups, uniform_options
 from autoprec.profiler.kept import KeptRows
 from autoprec.profiler.layers import LayerMeter, predicted_timing
@@ -77,14 +84,11 @@ def profile_model(
             --memory-limit.
     """
     check_room(context, spec)
-    device, needed = context.device, compiled is True
-    if compiled is None:  # what the user trains, or should train: eager FP8 loses on a GPU
-        is_users = spec.as_written is not None and spec.as_written.is_compiled
-        compiled = is_users or device.type == "cuda"
-    mode = COMPILED if compiled else EAGER
+    device = context.device
+    mode, problem = _choose_mode(device, spec, compiled)
     facts = device_facts(device)  # imports torchao, which is no part of the measurement
     groups = group_layers(spec, options)
-    with open_compilation(device, mode, needed=needed) as compilation:
+    with open_compilation(device, mode) as compilation:
         started = time.perf_counter()
         rows, cast_ms, step_ms = _time_layers(
             context, spec, groups, gemms_hp, compilation, kept or KeptRows()
@@ -97,7 +101,7 @@ def profile_model(
     ms = {step.label: step.timing.median_ms for step in steps}
     return Profile(
         model=spec,
-        device=facts.model_copy(update={"compile_mode": COMPILED if compilation else EAGER}),
+        device=facts.model_copy(update={"compile_mode": mode}),
         basis=Basis.MEASURED,
         layers=rows,
         steps=steps,
@@ -108,7 +112,22 @@ def profile_model(
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,
         sum_check=check_sum(groups, rows, steps),
+        compile_problem=problem,
     )
+
+
+def _choose_mode(device: torch.device, spec: ModelSpec, compiled: bool | None) -> tuple[str, str]:
+    """Return how to time, and why that is eager where it should be compiled."""
+    if compiled is not None:
+        return (COMPILED if compiled else EAGER), ""
+    # what the user trains, or should train: eager FP8 loses on a GPU
+    is_users = spec.as_written is not None and spec.as_written.is_compiled
+    if not is_users and device.type != "cuda":
+        return EAGER, ""
+    problem = next(filter(None, gathered(compiler_problem(device))), "")
+    if problem:
+        log.warning("all is timed eagerly: %s", problem)
+    return (EAGER if problem else COMPILED), problem
 
 
 def check_room(context: Context, spec: ModelSpec) -> None:

@@ -10,7 +10,9 @@ from autoprec.records.model import Basis, ModelSpec, Option
 P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 TWO_SIDED_95 = 1.96
-STUDENT_95 = 2.37  # (z**3 + z) / 4 at z = 1.96: the first term of Student's t in 1 / (n - 1)
+# Student's t at 95 % in powers of 1 / (n - 1): (z**3 + z) / 4, (5 z**5 + 16 z**3 + 3 z) / 96
+STUDENT_95 = (2.37, 2.82)
+FEWEST_SPREAD = 2  # samples; a single one shows no spread
 
 
 class Timing(Record):
@@ -42,15 +44,20 @@ class Timing(Record):
         return MEDIAN_FACTOR * sigma / math.sqrt(self.samples) / self.median_ms
 
 
-def ratio_error(first: Timing, second: Timing) -> float:
+def ratio_error(first: Timing, second: Timing) -> float | None:
     """Return the 95 % half-width of the logarithm of a ratio of two measured medians.
 
+    None where it is not known: a single sample has no spread, and a prediction no samples.
+
     Their relative errors add in squares. The factor on them is Student's at n - 1 degrees of the
-    fewer samples, 1.96 + 2.37 / (n - 1): of simulated normal samples of a known ratio, 93, 95, 95
-    and 95 % then have it in their interval for n = 5, 8, 12 and 20.
+    fewer samples, 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1)^2: of simulated normal samples of a known
+    ratio, 95, 96, 95, 95 and 95 % then have it in their interval for n = 2, 3, 5, 8 and 20.
     """
     fewer = min(first.samples, second.samples)
-    factor = TWO_SIDED_95 + STUDENT_95 / max(fewer - 1, 1)
+    if fewer < FEWEST_SPREAD:
+        return None
+    freedom = fewer - 1
+    factor = TWO_SIDED_95 + STUDENT_95[0] / freedom + STUDENT_95[1] / freedom**2
     return factor * math.hypot(first.relative_error, second.relative_error)
 
 
@@ -99,9 +106,8 @@ class LayerTiming(Record):
     and None, like the parts, for a layer that the step does not call.
     Bytes are per layer. `infeasible` says why the option cannot run ("" when it can).
     `kernels` are the operations that really ran (proof of FP8).
-    `is_compiled` is None where it is not known; `beside` are the functions that a compiled FP8
-    layer was timed with, their own time taken off; `note` says why a layer is not compiled though
-    it should be, "" otherwise.
+    `beside` are the functions that a compiled FP8 layer was timed with, their own time taken off;
+    `note` says why a layer is not compiled though the profile's `compile_mode` is, "" otherwise.
     """
 
     names: tuple[str, ...]
@@ -118,7 +124,6 @@ class LayerTiming(Record):
     infeasible: str = ""
     kernels: tuple[str, ...] = ()
     conditions: Conditions | None = None
-    is_compiled: bool | None = None
     beside: tuple[str, ...] = ()
     note: str = ""
 
@@ -181,6 +186,7 @@ class Profile(FileRecord):
     `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals.
     `speedup_error` is how far a predicted speedup of FP8 over BF16 may be too high: the logarithm
     that 90 % of published speedups do not fall short by; 0 where times are measured.
+    `compile_problem` says why times are eager although compiled ones were to be, "" otherwise.
     """
 
     KIND = "profile"
@@ -202,6 +208,7 @@ class Profile(FileRecord):
     parallel: str = ""  # degrees and settings as in `--parallel`; predicted profiles only
     communication: Communication | None = None  # predicted profiles under FSDP only
     speedup_error: NonNegativeFloat = 0.0
+    compile_problem: str = ""
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""

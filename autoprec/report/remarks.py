@@ -48,6 +48,13 @@ def _timing_notes(profile: Profile) -> Iterator[str]:
     eager = Counter(row.note for row in profile.layers if row.note)
     for reason, count in eager.most_common():
         yield f"{count_of(count, 'option')} timed eagerly: {reason}"
+    if profile.compile_problem and profile.device.kind == "cpu":  # on a GPU the answer says it
+        yield f"all is timed eagerly: {profile.compile_problem}"
+    if between := sorted({name for row in profile.layers for name in row.beside}):
+        yield (
+            f"compiled FP8 layers were timed between their neighbours ({', '.join(between)}), "
+            "whose own time is taken off"
+        )
     for step in profile.steps:
         yield from _step_notes(step)
     if check := profile.sum_check:

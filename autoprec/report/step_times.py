@@ -123,8 +123,9 @@ def _shared_ms(run: RunRecords) -> float:
 def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
     basis = _joint_basis(base.basis, plan.basis)
-    if plan.samples and base.samples:
-        spread = math.exp(ratio_error(base.timing, plan.timing))
+    error = ratio_error(base.timing, plan.timing)
+    if error is not None:
+        spread = math.exp(error)
         return Speedup(value, value / spread, value * spread, basis)
     differs = max(plan.ms - shared_ms, 0.0) / plan.ms
     if plan.samples or not plan.low_ms or not plan.high_ms or differs == 0.0:

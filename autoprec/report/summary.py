@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from autoprec.records import (
     Basis,
     Estimate,
+    LayerKind,
     LossGap,
     Plan,
     Precision,
+    Profile,
     Proxy,
     Verdict,
 )
@@ -117,15 +119,19 @@ class Summary:
             details += [f"autocast {written.autocast}"] if written.autocast else []
             details += [f"{dtype} parameters" for dtype in written.parameters]
             details += ["compiled"] if written.is_compiled else []
-        if label == "fp32" and profile and profile.device.allow_tf32:
-            details.append("TF32 GEMMs")
+        if label == "fp32" and profile and (parts := _tf32_parts(profile)):
+            details.append(f"TF32 {' and '.join(parts)}")
         return f"{step_title(label)} ({', '.join(details)})" if details else step_title(label)
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether the plan's times are those of torch.compile."""
+    def compile_advice(self) -> str:
+        """What to know before the line that compiles; "" where that is no question."""
         mode = self.run.plan.fingerprint.compile_mode if self.run.plan else EAGER
-        return mode not in ("", EAGER)
+        if mode not in ("", EAGER):
+            return "then compile, since the times are compiled ones:"
+        if not self.compile_answer:
+            return ""
+        return "if you compile, do it here, and tune compiled first:"
 
     @property
     def proxy(self) -> Proxy | None:
@@ -247,6 +253,16 @@ def _verdict_sentence(run: RunRecords) -> str:
     return f"{formats.verdict_on(proof.verdict, proof.proxy)}: {'; '.join(said)}"
 
 
+def _tf32_parts(profile: Profile) -> list[str]:
+    """Return what of an FP32 step runs in TF32; a CPU has none, whatever torch's settings say."""
+    device = profile.device
+    if device.kind == "cpu":
+        return []
+    has_convolutions = any(layer.kind is LayerKind.CONV for layer in profile.model.layers)
+    parts = ["GEMMs"] if device.allow_tf32 else []
+    return parts + (["convolutions"] if device.allow_tf32_conv and has_convolutions else [])
+
+
 def _compile_answer(run: RunRecords) -> str:
     """Return what torch.compile does to the answer on a GPU; "" where nothing is known of it."""
     profile = run.profile
@@ -254,9 +270,12 @@ def _compile_answer(run: RunRecords) -> str:
         return ""
     has_fp8 = any(row.option.is_fp8 for row in profile.layers)
     if profile.device.compile_mode == EAGER:
+        way_out = "leave --eager out"
+        if profile.compile_problem:
+            way_out = f"it does not work here: {profile.compile_problem}"
         said = (
             "FP8 was judged without torch.compile, which fuses its casts: eager FP8 often loses "
-            "where compiled FP8 gains; leave --eager out"
+            f"where compiled FP8 gains; {way_out}"
         )
         return said if has_fp8 else ""
     labels = ("eager_bf16_o2", "bf16_o2", "fp8_o1", "eager_fp8_o1")

@@ -35,7 +35,15 @@ def device_facts(device: DeviceFacts) -> dict[str, str]:
         "memory": formats.size(device.memory_bytes),
         "driver": device.driver or UNKNOWN,
         "threads": str(device.threads),
-        "TF32": "allowed" if device.allow_tf32 else "off",
+        "TF32": _tf32(device),
         "FP8 recipes": ", ".join(device.fp8_recipes) or f"none: {device.fp8_reason}",
         **device.software,
     }
+
+
+def _tf32(device: DeviceFacts) -> str:
+    """Return where FP32 runs in TF32: torch has one setting for GEMMs and one for convolutions."""
+    gemms = "allowed" if device.allow_tf32 else "off"
+    if device.allow_tf32_conv is None:
+        return gemms
+    return f"GEMMs: {gemms}; convolutions: {'allowed' if device.allow_tf32_conv else 'off'}"

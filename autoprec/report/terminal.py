@@ -171,12 +171,9 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
             yield Line("paste into the training script, after the optimizer is made:")
         yield Line("  import autoprec", "bold", is_whole=True)
         yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
-        if found.is_compiled:
-            yield Line(
-                "  model.compile()  # after apply: the times are compiled ones",
-                "bold",
-                is_whole=True,
-            )
+        if found.compile_advice:
+            yield Line(found.compile_advice)
+            yield Line("  model.compile()", "bold", is_whole=True)
     if out is not None:
         yield Line(f"report: {(Path(out) / 'report.html').as_posix()}", is_whole=True)
 

@@ -8,7 +8,8 @@
 What is not sure is not counted: an option other than BF16 is chosen by its time with the margin
 within which it could be no faster than BF16,
 
-    measured     t * (exp(95 % half-width of the log ratio of its median to BF16's) - 1)
+    measured     t * (exp(95 % half-width of the log ratio of its median to BF16's) - 1), and of a
+                 single sample, which has no spread, all that it seems to save
     predicted    its FP8 GEMMs and casts * (exp(how far predicted speedups may be too high) - 1)
 
 so that a layer leaves BF16 only for a gain beyond its uncertainty, or for its gradient error.
@@ -44,7 +45,7 @@ from autoprec.records import (
     Recipe,
     Sensitivity,
 )
-from autoprec.records.cost import Communication, ratio_error
+from autoprec.records.cost import Communication, Timing, ratio_error
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
@@ -309,11 +310,19 @@ def _margin_ms(
     if timing.total is None or baseline.total is None:
         return 0.0
     if timing.total.samples and baseline.total.samples:
-        return timing.total.median_ms * math.expm1(ratio_error(baseline.total, timing.total))
+        return _sampling_margin_ms(timing.total, baseline.total)
     # Predicted: its GEMMs in BF16 are BF16's own, so that only the others may gain less.
     fp8 = [getattr(timing, gemm) for gemm in timing.option.fp8_gemms]
     changed = (timing.cast, *fp8) if timing.option.is_fp8 else ()
     return math.fsum(part.median_ms for part in changed if part) * math.expm1(speedup_error)
+
+
+def _sampling_margin_ms(timing: Timing, baseline: Timing) -> float:
+    """Return the margin of a measured time; of a single sample all that it seems to save."""
+    error = ratio_error(baseline, timing)
+    if error is None:
+        return max(baseline.median_ms - timing.median_ms, 0.0)
+    return timing.median_ms * math.expm1(error)
 
 
 def _outside(
@@ -335,7 +344,7 @@ def _outside(
     ms = profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms
     margin_ms, bf16 = 0.0, profile.step(BF16_O2.precision.value)
     if option == FP32 and step and bf16 and step.timing.samples and bf16.timing.samples:
-        margin_ms = step.timing.median_ms * math.expm1(ratio_error(bf16.timing, step.timing))
+        margin_ms = _sampling_margin_ms(step.timing, bf16.timing)
     return OutsideLayers(ms, grad_error, memory_bytes, low=low, high=high, margin_ms=margin_ms)
 
 

@@ -91,7 +91,7 @@ def _unsure_note(profile: Profile, costs: Costs, search: Search, options: Option
     if not stay or given_up <= 0.0:
         return ""
     sure = (
-        "whose 95 % interval excludes none"
+        "whose 95 % interval is above zero"
         if profile.basis is Basis.MEASURED
         else f"of more than {percent(math.expm1(profile.speedup_error))} in what FP8 changes, by "
         "which 1 prediction in 10 is too high"
