@@ -1,5 +1,6 @@
 """What holds for every test: one thread, the same random numbers, and Python's own excepthook."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,13 @@ def _one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_collections() -> None:
+    """Keep the garbage collector from looking at what imports made, in each of its full runs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

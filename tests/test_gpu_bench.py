@@ -16,24 +16,11 @@ import torch
 from autoprec.model.meta import capture_on_meta
 from autoprec.records import Recipe, fp8_option
 from tests.fake_gpu import GPU, FakeGpu
+from tests.ranks import every_recipe, start_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.py"
 ALL_BUT_TUNE = ("facts", "steps", "gemms", "linears", "profile", "predictions")
-SECTIONS_IN_ONE_PROCESS = f"""
-import sys, torch
-from pathlib import Path
-sys.path[:0] = [{str(ROOT / "bench")!r}]
-from autoprec.sensitivity.gemm import fast_fp8_gemms
-from gpu_report import write_report
-from gpu_sections import run_section
-
-out = Path(sys.argv[1])
-with fast_fp8_gemms(torch.device("cpu")):  # every recipe, with torch 2.11 too
-    for name in {ALL_BUT_TUNE!r}:
-        assert run_section(out, name, device="cpu", is_quick=True) == 0
-write_report(out, is_quick=True)
-"""
 LEFT_OUT = (  # for the time that they take; begun before, as by a child that died
     *(("facts", "compiled self-test"), ("steps", "plan, default"), ("steps", "bf16, eager")),
     *(("steps", "fp8 rowwise, default"), ("steps", "bf16 again, default")),
@@ -59,6 +46,16 @@ for item in ("first", "crashes", "hangs", "last"):
 """
 
 
+def run_sections(_: int, out: str) -> None:
+    """Run all sections but `tune` in this process, as their children do one after the other."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    sections = importlib.import_module("gpu_sections")
+    with every_recipe():
+        for name in ALL_BUT_TUNE:
+            assert sections.run_section(Path(out), name, device="cpu", is_quick=True) == 0
+    importlib.import_module("gpu_report").write_report(Path(out), is_quick=True)
+
+
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -76,8 +73,7 @@ def test_every_section_but_tune_runs_on_a_cpu_and_is_reported(tmp_path: Path, be
     running = bench("gpu_running")
     for section, item in LEFT_OUT:
         running.write_row(tmp_path, {"section": section, "begun": item})
-    done = start("-c", SECTIONS_IN_ONE_PROCESS, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    start_ranks(run_sections, str(tmp_path), ranks=1)
     rows = running.read_rows(tmp_path)
     assert [row for row in rows if "failed" in row] == []
     found = {name: running.results(rows, name) for name in ALL_BUT_TUNE}
