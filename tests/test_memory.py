@@ -11,13 +11,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from autoprec.device import memory
-from autoprec.device.memory import free_bytes, is_out_of_memory, tracked_peak
+from autoprec.device.memory import free_bytes, is_out_of_memory
 from autoprec.errors import WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
 from autoprec.workload.functions import Workload
 from tests.memory_families import convolutions, decoder, mlp
+from tests.peaks import tracked_peak
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import autoprec
-from autoprec.device.memory import tracked_peak
 from autoprec.records import BF16_O2
 from autoprec.runtime import masters, stepping
 from autoprec.runtime.attach import ON_OPTIMIZER
 from autoprec.runtime.masters import CLOSE_LOOKS
+from tests.peaks import tracked_peak
 from tests.plans import plan_for
 from tests.runtime_training import OPTIMIZERS, applied, exact, same, train
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from autoprec.device.memory import tracked_peak
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -22,6 +21,7 @@ from autoprec.sensitivity.tables import Method, make_table
 from autoprec.workload.functions import Workload
 from tests.memory_families import convolutions, decoder, mlp
 from tests.models import token_workload
+from tests.peaks import tracked_peak
 
 CPU = torch.device("cpu")
 DEEP = decoder(width=64, depth=3, batch=1, sequence=8)

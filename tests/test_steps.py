@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.device.memory import tracked_peak
 from autoprec.device.timing import UNWATCHED, Stopping
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
@@ -25,6 +24,7 @@ from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, Workload, workload_from
 from tests.constant_clock import CPU, ConstantClock
 from tests.models import Mlp, mlp_workload
+from tests.peaks import tracked_peak
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo itself

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import autoprec
-from autoprec.device.memory import tracked_peak
 from autoprec.device.ranks import rank
 from autoprec.model.context import Context
 from autoprec.model.parallel import parallel_workload
@@ -22,6 +21,7 @@ from autoprec.verification.branches import train_branch, warm_up
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import BranchStore, Session, Variant
 from autoprec.workload.functions import workload_from
+from tests.peaks import tracked_peak
 from tests.ranks import run_ranks
 
 ROOT = Path(autoprec.__file__).parents[1]
@@ -86,7 +86,7 @@ def _weigh_a_branch(folder: Path) -> None:
     )
     device, terms = torch.device("cpu"), Terms(warmup_steps=2, branch_steps=2)
     context = Context(parallel_workload(workload, device), device)
-    with tracked_peak(device) as peak:
+    with tracked_peak() as peak:
         common = warm_up(context, [], steps=2, start=None)
         session = Session(context, terms, 0.1, [], common, BranchStore("", None), None, "")
         names = [f"linears.{number}" for number in range(8)]

@@ -7,8 +7,8 @@ autograd keeps from forward for backward:
                                              gradients 4n              in the optimizer's step
 
 BF16 O2 keeps BF16 weights and gradients beside FP32 masters and half of s. Everything comes from
-the captured model, so that it is known before a stage starts; `device.memory.tracked_peak` is what
-it is checked against (docs/scale.md).
+the captured model, so that it is known before a stage starts; tests hold it against measured peaks
+(docs/scale.md).
 """
 
 import math
