@@ -101,19 +101,14 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group)
 
 
-def sum_over_ranks(values: Sequence[float], *, device: torch.device | None = None) -> list[float]:
-    """Return each value summed over the ranks, in float64: one all-reduce for all of them.
-
-    `device` is where NCCL sends from; default: the current device of this process.
-    """
-    return _reduced(values, dist.ReduceOp.SUM, device)
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return each value summed over the ranks, in float64: one all-reduce for all of them."""
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
-def largest_over_ranks(
-    values: Sequence[float], *, device: torch.device | None = None
-) -> list[float]:
+def largest_over_ranks(values: Sequence[float]) -> list[float]:
     """Return each value's largest over the ranks; see `sum_over_ranks`."""
-    return _reduced(values, dist.ReduceOp.MAX, device)
+    return _reduced(values, dist.ReduceOp.MAX)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -292,14 +287,13 @@ def led_by_first_rank(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q
 
 
 def _reduced(
-    values: Sequence[float], operation: Any, device: torch.device | None
+    values: Sequence[float], operation: Any
 ) -> list[float]:  # Any: torch's ReduceOp has no type
     if world_size() == 1 or not values:
         return list(values)
-    with _sending_from(device):
-        numbers = torch.tensor(values, dtype=torch.float64, device=device or _own_device())
-        dist.all_reduce(numbers, op=operation)
-        found: list[float] = numbers.tolist()
+    numbers = torch.tensor(values, dtype=torch.float64, device=_own_device())
+    dist.all_reduce(numbers, op=operation)
+    found: list[float] = numbers.tolist()
     return found
 
 

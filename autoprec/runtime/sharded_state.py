@@ -7,7 +7,6 @@ a run of other ranks) reads what it needs. Its folder must be one that all ranks
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,11 @@ LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
 PARTS = ("model", "optimizer")
 
 
-def shards_of(
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    curve: Sequence[float] = (),
-    eval_losses: Sequence[float] = (),
-) -> Checkpoint:
+def shards_of(model: nn.Module, optimizer: Optimizer) -> Checkpoint:
     """Return a copy of this rank's part of the state, on the host."""
     states = get_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=True))
     model_state, optimizer_state = tree_map_only(Tensor, torch.clone, states)
-    return Checkpoint(
-        model_state, optimizer_state, tuple(curve), tuple(eval_losses), is_sharded=True
-    )
+    return Checkpoint(model_state, optimizer_state, is_sharded=True)
 
 
 def load_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:

@@ -300,10 +300,10 @@ def _parameters(function: Callable[..., Any]) -> set[str]:  # Any: user code
 
 
 def take_batches(
-    workload: Workload, *, seed: int, count: int, skip: int = 0, device: torch.device | None = None
+    workload: Workload, *, seed: int, count: int, device: torch.device | None = None
 ) -> list[Batch]:
-    """Return `count` training batches of a seed after the first `skip`, on `device`."""
-    stream = itertools.islice(workload.train_batches(seed), skip, skip + count)
+    """Return `count` training batches of a seed, on `device`."""
+    stream = itertools.islice(workload.train_batches(seed), count)
     return [batch if device is None else move_batch(batch, device) for batch in stream]
 
 
