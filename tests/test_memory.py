@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from autoprec.device import memory
 from autoprec.device.memory import free_bytes, is_out_of_memory
-from autoprec.errors import WorkloadError
+from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
+from autoprec.tuning.ranks import made_on_all
 from autoprec.workload.functions import Workload
 from tests.memory_families import convolutions, decoder, mlp
 from tests.peaks import tracked_peak
@@ -185,6 +186,10 @@ def test_a_full_device_is_told_from_other_errors(fill: Callable[[], None]) -> No
         fill()
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    # a stage that meets it ends in one line
+    with pytest.raises(DeviceError, match="must fit into the memory of the device") as told:
+        made_on_all(fill)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,16 @@ def _talk(folder: Path) -> None:
         ranks.share(DTensor.from_local(x, mesh, [Partial(), Replicate()]))
     with pytest.raises(DeviceError) as differ:
         ranks.check_same("seed", "seven" if own in (1, 3) else "nine")
+    ranks.FAILURE_PATIENCE_S = 60.0
+    ranks.check_all_failed("the step", RuntimeError("it does not compile"))  # all of them do
+    ranks.FAILURE_PATIENCE_S = 0.2
+    alone = ""
+    if own == 2:  # the others, which did not fail, wait for it and are not asked
+        with pytest.raises(DeviceError) as failed:
+            ranks.check_all_failed("the step", torch.OutOfMemoryError("memory is full\nmore"))
+        alone = str(failed.value)
     said = {
+        "failed": ranks.gathered(alone)[2],
         "sums": [_whole_sum(layout) for layout in layouts],
         "largest": ranks.largest_over_ranks([float(own), -float(own)]),
         "mean": float(ranks.mean_over_ranks(torch.tensor(float(own)))),
@@ -71,6 +80,10 @@ def test_four_ranks_get_the_same_answers(tmp_path: Path) -> None:
         "(seven, not nine)"
     )
     assert first["alone"] == [4, True]
+    assert first["failed"].startswith("every rank must do the step, or none, but 1 of 4 could not ")
+    assert "(rank 2: " in first["failed"]
+    assert "memory is full" in first["failed"]
+    assert "\n" not in first["failed"]
 
 
 def test_a_process_alone_keeps_its_values() -> None:
@@ -80,6 +93,7 @@ def test_a_process_alone_keeps_its_values() -> None:
     assert ranks.mean_over_ranks(x) is x
     assert ranks.local_part(x) is x
     assert ranks.made_on_first_rank(lambda: 7) == 7
+    ranks.check_all_failed("the step", RuntimeError("alone, so all"))
     ranks.check_same("seed", "7")
     with pytest.raises(WorkloadError, match="cannot"):
         ranks.made_on_first_rank(lambda: (_ for _ in ()).throw(WorkloadError("cannot")))

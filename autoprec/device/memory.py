@@ -1,8 +1,13 @@
 """How much memory a device has free, and whether an error says that it is full."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from autoprec.common.text import error_line
+from autoprec.errors import DeviceError, WorkloadError
 
 MEMORY_INFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # version 2; a container's limit is often below the machine's
@@ -35,6 +40,25 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True  # a function of the user's file ran out of it
     is_cpu = isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
     return is_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def shortage_told() -> Iterator[None]:
+    """Turn a lack of memory inside into one line.
+
+    Raises:
+        DeviceError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, WorkloadError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(
+            "the training step must fit into the memory of the device, but it ran out "
+            f"({error_line(error)}); make the batch smaller, shard the model over ranks "
+            "(`parallelize` in model.py), or tune it on a proxy (--proxy)"
+        ) from error
 
 
 def _machine_bytes() -> int | None:

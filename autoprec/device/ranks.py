@@ -14,6 +14,7 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -37,7 +38,10 @@ LOST = (
     "every rank must run to its end, but another one stopped or cannot be reached ({how}); look "
     "for the first error above, fix it, and start all ranks again (--resume keeps finished stages)"
 )
+FAILURE_PATIENCE_S = 300.0  # compiling takes one rank minutes longer than another
+FAILURE_POLL_S = 0.05
 MOST_LISTED = 8  # ranks named in a message
+_failures = 0  # of this process, as `check_all_failed` counts them
 _NOTHING: tuple[object, AutoprecError | None] = (None, None)  # overwritten by what rank 0 sends
 
 
@@ -244,6 +248,31 @@ def check_same(what: str, digest: str) -> None:
             f"another than the others ({theirs}, not {one_line(usual)}); start all ranks with one "
             "command, on machines with the same files and packages"
         )
+
+
+def check_all_failed(what: str, error: BaseException) -> None:
+    """Return where every rank has met a failure, so that all of them can go another way.
+
+    The ranks that did not fail may wait for this one in the middle of the work, so nothing is sent:
+    failures are counted in the store by which the ranks found each other.
+
+    Raises:
+        DeviceError: some rank did not fail (or not within minutes); on those that did.
+    """
+    if world_size() == 1:
+        return
+    global _failures  # one count of this process: ranks that fail alike count alike
+    _failures += 1
+    store, key = dist.distributed_c10d._get_default_store(), f"autoprec/failure/{_failures}"
+    failed, until = store.add(key, 1), time.monotonic() + FAILURE_PATIENCE_S
+    while failed < world_size():
+        if time.monotonic() > until:
+            raise DeviceError(
+                f"every rank must do {what}, or none, but {failed} of {world_size()} could not "
+                f"(rank {rank()}: {error_line(error)}); start all ranks again with what it lacks"
+            ) from error
+        time.sleep(FAILURE_POLL_S)
+        failed = store.add(key, 0)
 
 
 def listed(ranks: Iterable[int]) -> str:

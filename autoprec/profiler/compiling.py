@@ -20,6 +20,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from autoprec.common.text import first_line
+from autoprec.device.ranks import largest_over_ranks
 from autoprec.device.timing import Function, Monitor, Observation
 from autoprec.errors import DeviceError
 
@@ -86,7 +87,7 @@ class GraphMonitor:
         # more rejections are allowed; a step that goes on compiling has no time of its own.
         known = made_graphs()
         elapsed, seen = self.inner.observe(sample)
-        made = made_graphs() - known
+        made = round(largest_over_ranks([float(made_graphs() - known)])[0])  # all, or none
         if not made:
             return elapsed, seen
         self.compilation.recompiles += made

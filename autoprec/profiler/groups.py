@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from autoprec.common.text import error_line
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
-from autoprec.device.ranks import largest_over_ranks
+from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.capture import run_step
 from autoprec.model.context import Context
@@ -142,7 +142,7 @@ def record_groups(
     try:
         recorded.record([group.first.name for group in groups])
     except (RuntimeError, WorkloadError) as error:
-        if not is_out_of_memory(error):
+        if world_size() > 1 or not is_out_of_memory(error):  # other ranks would not know
             raise
         log.warning("layers are recorded one kind at a time (%s)", error_line(error))
         recorded.step_ms = first_ms

@@ -26,6 +26,8 @@ import torch
 
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
+from autoprec.device.memory import is_out_of_memory
+from autoprec.device.ranks import check_all_failed
 from autoprec.device.timing import (
     UNWATCHED,
     Clock,
@@ -182,7 +184,10 @@ class LayerMeter:
                 parts[option][part] = taken.timing()
             fp8 = [own for own in candidates if own.option.is_fp8]
             return parts | {own.option: self._time_fp8_parts(own) for own in fp8}
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            check_all_failed("the parts of a layer", error)
             log.warning("parts of a layer are not timed, only its total: %s", first_line(error))
             return {}
 

@@ -30,6 +30,7 @@ from autoprec.common.text import error_line, first_line
 from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.random_state import random_state_kept
+from autoprec.device.ranks import check_all_failed
 from autoprec.device.timing import Function, Monitor, Samples, Stopping, sample_interleaved
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
@@ -169,6 +170,7 @@ class _Comparison:
         except COMPILE_ERRORS as error:  # it compiled again and again: no time of its own
             if not arm.is_compiled or is_out_of_memory(error):
                 raise
+            check_all_failed(f"the step {label} compiled", error)
             note = _failure(error)
         arm.parking.leave()  # for good: another model takes its place
         eager = self._build_eagerly(label, variant, note)
@@ -193,6 +195,7 @@ class _Comparison:
                     f"a step must fit into the memory of {self.context.device}, but that of "
                     f"{label!r} does not; tune with a smaller batch or model, or on a larger device"
                 ) from error
+            check_all_failed(f"the step {label}", error)
             reason = error_line(error)
         # Here the error is gone, and with it the frames that hold the model.
         release_memory(self.context.device)
@@ -206,6 +209,7 @@ class _Comparison:
             is_full, is_eager = is_out_of_memory(error), isinstance(variant, Eager)
             if is_full or is_eager or (self.compilation is None and variant != AS_WRITTEN):
                 raise
+            check_all_failed(f"the step {label} compiled", error)
             note = _failure(error)
         return self._build_eagerly(label, variant, note)
 

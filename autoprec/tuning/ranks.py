@@ -68,8 +68,17 @@ def made_on_first(make: Callable[[], T]) -> T:
 
 
 def made_on_all(make: Callable[[], T]) -> T:
-    """Return rank 0's of what every rank makes, so that all go on from the same."""
-    made = make()
+    """Return rank 0's of what every rank makes, so that all go on from the same.
+
+    Raises:
+        DeviceError: memory ran out.
+    """
+    if "torch" not in sys.modules:  # what needs no torch needs no device
+        return make()
+    from autoprec.device.memory import shortage_told
+
+    with shortage_told():
+        made = make()
     if not _is_distributed():
         return made
     from autoprec.device.ranks import from_first_rank

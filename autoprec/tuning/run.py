@@ -254,7 +254,8 @@ class Run:
         """
         plan = Plan.load(plan_path)
         profile = saved_beside(plan_path, plan, Profile)
-        found = self._verified([plan], profile, saved_beside(plan_path, plan, Sensitivity))
+        sensitivity = saved_beside(plan_path, plan, Sensitivity)
+        found = made_on_all(lambda: self._verified([plan], profile, sensitivity))
         made_on_first(lambda: found.save(self._path("verification")))
         self._certify(plan, found)
         return found
