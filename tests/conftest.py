@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _short_collections() -> None:
     """Keep the garbage collector from looking at what imports made, in each of its full runs."""
     gc.collect()

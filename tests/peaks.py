@@ -88,7 +88,9 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """Count the storage of a tensor; of a tensor that wraps others, theirs."""
         if is_traceable_wrapper_subclass(tensor):
             for name in tensor.__tensor_flatten__()[0]:
-                self.see(getattr(tensor, name))
+                part = getattr(tensor, name)
+                if isinstance(part, Tensor):  # a DTensor names its mesh too
+                    self.see(part)
         elif tensor.layout is torch.sparse_coo:
             self.see(tensor._indices())
             self.see(tensor._values())

@@ -65,6 +65,12 @@ class Mask(nn.Module):
         return (x + self.weight).masked_fill(hides, -math.inf)
 
 
+@pytest.fixture(autouse=True)
+def _none_watched() -> None:
+    """Forget models of earlier tests that were never trained."""
+    FIRST.clear()
+
+
 def seeded() -> Faulty:
     torch.manual_seed(0)
     return Faulty()

@@ -319,13 +319,13 @@ def test_training_that_is_not_deterministic_has_a_floor() -> None:
 
 
 def test_the_reference_against_itself_is_refuted_in_at_most_one_of_twenty() -> None:
-    """40 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
+    """20 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
     workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
     terms = Terms(warmup_steps=4, branch_steps=4)
     session = opened(workload, capture_model(Context(workload, CPU)), terms=terms)
     session.evaluation = session.evaluation[:2]
     refuted = 0
-    for repeat in range(40):
+    for repeat in range(20):
         gaps: list[float] = []
         for seed in range(terms.seeds_max):
             losses = [
@@ -340,7 +340,7 @@ def test_the_reference_against_itself_is_refuted_in_at_most_one_of_twenty() -> N
                 if verdict is not Verdict.INCONCLUSIVE:
                     refuted += verdict is Verdict.REFUTED
                     break
-    assert refuted <= 2
+    assert refuted <= 1
 
 
 def evidence_of(*gaps: float) -> Evidence:
