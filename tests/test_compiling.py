@@ -1,6 +1,7 @@
 """The profiler under torch.compile: compile time apart, no graph in a sample, failures named."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.common.text import first_line
-from autoprec.device.timing import UNWATCHED, Observation, Stopping, sample_interleaved
+from autoprec.device.timing import (
+    UNWATCHED,
+    Observation,
+    Samples,
+    Stopping,
+    sample_interleaved,
+    timing_from,
+)
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -28,6 +36,7 @@ from autoprec.profiler.compiling import (
 from autoprec.profiler.groups import Group, group_layers, record_step
 from autoprec.profiler.layers import LayerMeter
 from autoprec.records import BF16_O2, FP32, LayerTiming, Option, Recipe, fp8_option
+from autoprec.records.cost import ratio_error
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import take_batches
@@ -149,6 +158,17 @@ def test_the_neighbours_own_time_is_taken_off_alike_for_all_options() -> None:
     assert ms == {FP32: 10.0, BF16_O2: 5.0, TENSORWISE: 3.5, other: 6.0}
     # c(fp8) - c(bf16) = total(fp8) - total(bf16)
     assert ms[TENSORWISE] - ms[BF16_O2] == 5.5 - 7.0
+
+
+def test_what_the_neighbours_time_is_uncertain_by_is_in_the_layers_time() -> None:
+    fp8 = Samples(rounds=[5.5, None, 5.5, 5.5, 5.5], hosts=[1.0] * 4)
+    left = fp8.beyond(Samples(rounds=[7.0, 7.0, 5.0, 9.0]), plus_ms=5.0)
+    assert left.rounds == [3.5, None, 5.5, 1.5, 3.5]
+    assert left.timing().host_ms is None
+    bf16 = timing_from([5.0] * 4)
+    error = ratio_error(bf16, left.timing())
+    assert error
+    assert error > abs(math.log(3.5 / 5.0))  # by the medians a gain, but no sure one
 
 
 def test_a_layer_that_compiles_in_every_sample_is_timed_eagerly(

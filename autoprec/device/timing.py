@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -210,10 +211,18 @@ class Samples:
         timing = timing_from(samples, rejected=self.rejected)
         return timing.model_copy(update={"host_ms": host_ms})
 
-    def less(self, ms: float) -> "Samples":
-        """Return the samples without what a constant part of each of them takes."""
-        rounds = [None if sample is None else max(sample - ms, 0.0) for sample in self.rounds]
-        return replace(self, rounds=rounds, hosts=[max(host - ms, 0.0) for host in self.hosts])
+    def beyond(self, other: "Samples", *, plus_ms: float) -> "Samples":
+        """Return by how much each sample exceeds the other's of its round, and `plus_ms` more.
+
+        So the other's noise is in them too. Where the other sat a round out its median is taken.
+        """
+        usual = statistics.median(other.clean)
+        pairs = zip_longest(self.rounds, other.rounds[: len(self.rounds)])
+        rounds = [
+            None if own is None else max(own - (usual if base is None else base) + plus_ms, 0.0)
+            for own, base in pairs
+        ]
+        return replace(self, rounds=rounds, hosts=[])  # the host's part of a difference: not known
 
     @property
     def is_host_bound(self) -> bool:

@@ -74,6 +74,9 @@ class _Step:
 class Guard(AbstractContextManager["Guard"]):
     """Watches a model to which a plan was applied. Call `step` once an optimizer step.
 
+    With one of torch's fused optimizers on a GPU nothing waits for the device: it leaves a bad step
+    out by itself, and events, demotions and what `step` returns come one step later.
+
     Example:
         >>> import torch, autoprec
         >>> from autoprec.runtime import uniform_plan

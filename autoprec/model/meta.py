@@ -63,16 +63,10 @@ def capture_on_meta(
     check_batches(workload, seed=seed)
     drawn = take_batches(workload, seed=seed, count=capture.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
-    seeded: list[bool] = []  # of each operator in the step, whether it draws random numbers
-
-    def note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
-        seeded.append(torch.Tag.nondeterministic_seeded in func.tags)
-        return func(*args, **kwargs)
-
     with _without_storage():
         model = _moved_to_meta(workload.build_model(seed=seed)).train()
         batches = [_batch_on_meta(batch) for batch in drawn]
-        with OperationTracer(note, plain=(*PLAIN_TENSORS, fake_tensor.FakeTensor)):
+        with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
@@ -167,6 +161,19 @@ def _step_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"with --meta the optimizer must step on meta tensors, but {type(optimizer).__name__} "
             f"raised: {first_line(error)}; leave build_optimizer out (AdamW is then assumed)"
         ) from error
+
+
+@contextmanager
+def _seeded_noted() -> Iterator[list[bool]]:
+    """Give a list that has, for each operator inside, whether it draws random numbers."""
+    seeded: list[bool] = []
+
+    def note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's
+        seeded.append(torch.Tag.nondeterministic_seeded in func.tags)
+        return func(*args, **kwargs)
+
+    with OperationTracer(note, plain=(*PLAIN_TENSORS, fake_tensor.FakeTensor)):
+        yield seeded
 
 
 @contextmanager

@@ -54,8 +54,7 @@ def predict_profile(
     setting = Setting(machine, parallel, compiled, spec.optimizer_state_numel_ratio)
     # What FP8 gathers save of a step is a cost of the layers' other options, not of the rest.
     savings = gather_savings_us(model, fp8_option(Recipe.TENSORWISE), setting)
-    in_layers = sum(savings.values())
-    layers = time_layers(model.layers, setting, savings)
+    layers, in_layers = time_layers(model.layers, setting, savings), sum(savings.values())
     if gemms_hp:
         model, layers = without_slow_gemms_hp(model, layers)
     fp32 = step_times(model, lambda _: FP32, setting)

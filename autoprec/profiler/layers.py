@@ -140,7 +140,8 @@ class LayerMeter:
     def _sample_totals(self, attempts: Sequence[Attempt]) -> dict[Option, Samples]:
         """Time every attempt that can run, FP8 ones between their neighbours where that compiled.
 
-        The neighbours' own time is x = c(bf16) - a(bf16), see surrounded.py.
+        The neighbours' own time is x = c(bf16) - a(bf16), see surrounded.py: taken off round by
+        round, so that the spread of what is left, and the search's margin, has its noise in it.
         """
         try:
             taken = self._sample(_steps_of(attempts), TOTAL)
@@ -154,9 +155,9 @@ class LayerMeter:
         alone = {option: samples for (option, between), samples in taken.items() if not between}
         if (BF16_O2, True) not in taken:
             return alone
-        medians = [taken[BF16_O2, between].timing().median_ms for between in (True, False)]
+        base, alone_ms = taken[BF16_O2, True], alone[BF16_O2].timing().median_ms
         return alone | {
-            option: samples.less(medians[0] - medians[1])
+            option: samples.beyond(base, plus_ms=alone_ms)
             for (option, between), samples in taken.items()
             if between and option.is_fp8
         }

@@ -75,13 +75,11 @@ def profile_model(
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
     `gemms_hp` also with one or two GEMMs in BF16, where that beats plain BF16. `compiled` times
-    under torch.compile, which takes minutes to compile on a CPU; None does so on a GPU that can
-    compile, and where the user's own model is compiled. `kept` holds the rows that are
-    timed already, and gets the others.
+    under torch.compile (minutes of compiling on a CPU); None does so on a GPU that can, and where
+    the user's own model is compiled. `kept` holds rows that are timed, and gets the others.
 
     Raises:
-        DeviceError: torch.compile is asked for and does not work here, or a step takes more than
-            --memory-limit.
+        DeviceError: torch.compile is asked for and does not work, or --memory-limit is too small.
     """
     check_room(context, spec)
     device = context.device

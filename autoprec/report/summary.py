@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
+LONGEST_LOG = 3.0  # of a time beyond which a loss curve tells nothing: 20 times BF16's
 VERDICT_WORDS = {
     Verdict.VERIFIED: "its loss gap is verified",
     Verdict.REFUTED: "but its loss gap is refuted",
@@ -297,8 +298,9 @@ def _compile_answer(run: RunRecords) -> str:
 def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
     """Return how the plan stands against BF16 O2: at equal steps, and at equal time.
 
-    A plan whose loss stays above BF16's may yet be ahead of it when both trained equally long: a
-    step that is s times as fast is worth r log(s) of the loss (r: `loss_exponent`).
+    A plan whose loss stays above BF16's may yet be ahead of it when both trained equally long: with
+    a loss that falls as steps^-r (r: `loss_exponent`), a step that is s times as fast is worth
+    r log(s) of it, and a gap of g takes exp(g / r) times the steps to close.
     """
     proof = run.verification
     gap = proof.bf16_gap if proof else None
@@ -316,9 +318,13 @@ def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
     # the steps that the plan makes beyond BF16's in the same time, by the reference's loss curve
     net = gap.mean - proof.loss_exponent * math.log(speedup.value)
     side = "ahead" if net < 0.0 else "behind"
+    reached = ""
+    if proof.loss_exponent > 0.0 and abs(gap.mean) < LONGEST_LOG * proof.loss_exponent:
+        time = math.exp(gap.mean / proof.loss_exponent) / speedup.value
+        reached = f", and reach BF16's final loss in {formats.ratio(time)} of its time"
     return (
         f"{said}; in equal time, with steps {formats.ratio(speedup.value)} as fast, it would be "
-        f"{formats.share(abs(net))} {side} (predicted)"
+        f"{formats.share(abs(net))} {side}{reached} (predicted)"
     )
 
 

@@ -48,27 +48,24 @@ def apply(
     *,
     group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Model, AnyOptimizer]:
-    """Make `model` run as the plan says, and `optimizer` train FP32 masters; return both.
+    """Make `model` run as the plan says and `optimizer` train FP32 masters, in place; return both.
 
-    Both are changed in place.
     Call it before wrapping the model in DDP, and before loading a checkpoint into the optimizer.
     With `fully_shard`, call it after: the FP32 shards are the masters then, the optimizer trains
     them as it is, and FSDP gathers BF16 (shards.py). Before works where each group gets one dtype.
-    An optimizer made later is attached with `attach_optimizer`. Frozen parameters that become BF16
-    keep no FP32 copy. Where `torch.distributed` runs, every rank calls it, and either all ranks
-    apply the same plan or all of them raise the same error. A plan that says `fp8_all_gather` makes
-    FSDP gather FP8 weights, see gathers.py.
+    An optimizer made later is attached with `attach_optimizer`. Frozen BF16 parameters keep no FP32
+    copy. Where `torch.distributed` runs, every rank calls it, and either all apply the same plan or
+    all raise the same error. A plan with `fp8_all_gather` makes FSDP gather FP8 weights.
 
     Args:
-        plan: a plan, or the path of a plan.json.
+        plan: a plan, or a plan.json's path.
         model: what the training step calls; `torch.compile`d or not.
         optimizer: any `torch.optim` optimizer of the model.
         group: the ranks that hold this model, if not all do (the stages of a pipeline).
 
     Raises:
         RecordError: the file is no plan.
-        PlanMismatchError: the plan does not fit, here or on another rank; model and optimizer are
-            as they were.
+        PlanMismatchError: the plan does not fit, here or on another rank; nothing was changed.
 
     Example:
         >>> import torch, autoprec
@@ -80,8 +77,7 @@ def apply(
         >>> model.weight.dtype, model(torch.ones(2, 16)).dtype
         (torch.bfloat16, torch.float32)
     """
-    inner = unwrapped(model)
-    whole_again(inner)
+    whole_again(inner := unwrapped(model))
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
     masters = masters_of(inner)

@@ -70,8 +70,7 @@ def save_checkpoint(
         guard: a guard of the run, if any.
         step: how many steps were done.
         extra: more to save, of tensors and plain data: a scheduler's state, random states.
-        must_be_finite: refuse parameters, masters and moments with a NaN or an infinity: a run
-            cannot go on from them.
+        must_be_finite: refuse parameters, masters and moments with a NaN or an infinity.
 
     Raises:
         RecordError: the file cannot be written, the model is sharded, or a value is not finite.

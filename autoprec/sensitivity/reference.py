@@ -214,13 +214,7 @@ def prepare_reference(
     watched = find_layers(model) if with_history else {}
     with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
         curve, step_s = _warm_up(context, model, optimizer, stream, steps=warmup_steps)
-    # the layers of the spec are found by name: it must be this very model's
-    structure = model_layers(model).structure
-    if structure != spec.structure:
-        raise CaptureError(
-            f"the workload's model must be the captured one ({spec.structure}), but it is "
-            f"{structure}; capture or profile it again"
-        )
+    _check_structure(model, spec)
     return Reference(
         context=context,
         spec=spec,
@@ -235,6 +229,16 @@ def prepare_reference(
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
     )
+
+
+def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
+    """Check that a spec is this very model's: its layers are found by name."""
+    structure = model_layers(model).structure
+    if structure != spec.structure:
+        raise CaptureError(
+            f"the workload's model must be the captured one ({spec.structure}), but it is "
+            f"{structure}; capture or profile it again"
+        )
 
 
 @contextmanager

@@ -37,24 +37,20 @@ def tune(
 ) -> Run:  # Any: functions of a workload, and values of settings
     """Find, prove and save the precision plan of a model, as `autoprec tune` does.
 
-    In a process of several ranks (started by torchrun, or with a process group of its own) every
-    rank calls it, and all run one tune.
+    Of several ranks (torchrun's, or of a process group of the caller's) each calls it: one tune.
 
     Args:
-        source: the path of a `model.py` (or `model.py:name`), or the functions of one: a mapping
-            of them by name, or any object that has them. They may be keyword arguments too.
-        proxy: a small model of the same family, as a path or as functions, on which the effect on
-            the loss is measured and the plan proven, see `--proxy`.
+        source: the path of a `model.py` (or `model.py:name`), or its functions: a mapping by name,
+            or any object that has them. They may be keyword arguments too.
+        proxy: the same of a small model of the family, to prove the plan on, see `--proxy`.
         progress: told how far each stage is.
-        given: settings by the names of the command line's options, as values or as its texts:
-            `target`, `out`, `loss_tolerance`, `keep`, `recipes`, `trials`, `verify`, `resume`, ...
+        given: the command line's options by name, as values or texts: `out`, `keep`, `verify`, ...
 
     Returns:
         The run, with `plan`, `profile`, `sensitivity`, `search`, `verification` and `report()`.
 
     Raises:
-        SettingsError: there is no workload or more than one, or a setting is wrong.
-        AutoprecError: a stage cannot do what was asked, see `autoprec.errors`.
+        AutoprecError: a setting is wrong, or a stage cannot do what was asked (`autoprec.errors`).
 
     Example:
         >>> import tempfile, torch, autoprec
@@ -70,13 +66,7 @@ def tune(
         >>> [layer.name for layer in run.plan.layers], run.report().name
         ([''], 'report.html')
     """
-    functions = {name: given.pop(name) for name in FUNCTIONS if name in given}
-    if (source is None) == (not functions and not given.get("script")):
-        raise SettingsError(
-            "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
-            f"arguments, but it got {'two' if source is not None else 'none'}"
-        )
-    found = functions or source
+    found = _one_workload(source, given)
     if isinstance(found, str | Path):
         given["workload"] = str(found)
     if proxy is not None:
@@ -87,6 +77,17 @@ def tune(
         run = Run(Settings.of(**given), workload=workload, proxy=small, progress=progress)
         with run.locked():
             return run.make()
+
+
+def _one_workload(source: Source, given: dict[str, Any]) -> Source:  # Any: see `tune`
+    """Return the workload that was given; functions among the settings are taken out of these."""
+    functions = {name: given.pop(name) for name in FUNCTIONS if name in given}
+    if (source is None) == (not functions and not given.get("script")):
+        raise SettingsError(
+            "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
+            f"arguments, but it got {'two' if source is not None else 'none'}"
+        )
+    return functions or source
 
 
 def _live_workload(source: Source, name: str) -> "Workload | None":

@@ -63,7 +63,8 @@ def verify_on_proxy(
 ) -> Verification:
     """Prove or refute a model's plans, best first, by training its proxy with what they are there.
 
-    Writes plan.json and verification.json of the proxy to its own folder.
+    The verification is of the model's plan, with both models in it. Writes plan.json and
+    verification.json of the proxy to its own folder.
 
     Args:
         proxy: its run.
@@ -71,8 +72,6 @@ def verify_on_proxy(
         name: what the user called the proxy.
         model: the model's spec.
 
-    Returns:
-        The verification of the model's plan, with both models in it.
     """
     from autoprec.verification import Workers, verify_plans
 

@@ -66,18 +66,15 @@ def verify_plans(
 ) -> Verification:
     """Train with plans beside the reference, in order of rank, until one is not refuted.
 
-    Says whether its loss gap is within the tolerance. Plans whose gradient error is too much by
-    what a refuted one showed are passed over; when all are refuted, the last one's record is
-    returned. Costs the warm-up in FP32 steps, the steps of three branches per seed (a plan that
-    equals the control is trained once), and about 60 steps of timing.
+    Plans whose gradient error is too much by what a refuted one showed are passed over; when all
+    are refuted, the last one's record is returned. Costs the warm-up in FP32 steps, three branches
+    per seed (a plan that equals the control is trained once), and about 60 steps of timing.
 
     Args:
-        context: whose workload is trained, and where: every option of the plans must run there.
-            Branches use the seeds after the context's.
+        context: whose workload is trained, and where; branches use the seeds after its own.
         plans: to prove, best first.
         loss_tolerance: the largest relative loss gap that is acceptable; 0.001 is 0.1 %.
-        profile: tells which layers the BF16 O2 control covers (else: every layer of the plan), and
-            whether the target is the device at hand, so that timing steps makes sense.
+        profile: tells which layers the BF16 O2 control covers, and whether to time steps here.
         spec: the model, where there is no profile to tell it.
         sensitivity: gives the predicted gap beside the measured one.
         state_dir: where finished branches are kept, to go on after a kill.
@@ -86,8 +83,7 @@ def verify_plans(
         workers: train branches in other processes; None: one after the other in this one.
 
     Raises:
-        WorkerError: a worker died, or a cluster refused or lost a job.
-        InfeasibleError: no plan, or a tolerance below zero.
+        WorkerError, InfeasibleError: a worker was lost; no plan, or a tolerance below zero.
         WorkloadError: the reference does not train, or its loss does not move.
         RecordError: the checkpoint or a saved state does not fit.
     """
@@ -102,7 +98,7 @@ def verify_plans(
         checkpoint=checkpoint,
         workers=workers,
     )
-    evidence, refuted, skipped = _try_plans(session, plans)  # all the training
+    evidence, refuted, skipped = _try_plans(session, plans)
     steps = time_plan(session, evidence.plan, profile)
     return make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
 
