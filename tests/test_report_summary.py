@@ -376,6 +376,11 @@ def test_the_user_s_own_step_is_named_by_what_it_is() -> None:
     model = run.profile.model.model_copy(update={"as_written": written})
     found = summarise_run(replace(run, profile=run.profile.model_copy(update={"model": model})))
     assert found.title("as_written") == "as written (autocast bfloat16, compiled)"
+    # it did not compile here, and its note says why
+    eager = step_of("as_written", 9.0, H100).model_copy(update={"is_compiled": False})
+    profile = run.profile.model_copy(update={"model": model, "steps": (eager,)})
+    found = summarise_run(RunRecords(profile=profile))
+    assert found.title("as_written") == "as written (autocast bfloat16)"
 
 
 def test_the_sum_of_layers_stands_beside_the_whole_step() -> None:

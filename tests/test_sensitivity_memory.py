@@ -10,8 +10,8 @@ import torch
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.model.memory import ModelSize, layer_groups, sensitivity_bytes
-from autoprec.records import Recipe, fp8_option
+from autoprec.model.memory import ModelSize, layer_groups, sensitivity_bytes, step_bytes
+from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
@@ -79,10 +79,23 @@ def test_groups_of_layers_change_no_number() -> None:
     assert tables[0] == tables[1]
 
 
+def spread(spec: ModelSpec, shards: int) -> ModelSpec:
+    """Return a model whose parameters are each divided over so many ranks."""
+
+    def divided(parameters: tuple[ParameterSpec, ...]) -> tuple[ParameterSpec, ...]:
+        return tuple(each.model_copy(update={"shards": shards}) for each in parameters)
+
+    layers = tuple(
+        layer.model_copy(update={"parameters": divided(layer.parameters)}) for layer in spec.layers
+    )
+    return spec.model_copy(update={"layers": layers, "uncovered": divided(spec.uncovered)})
+
+
 def test_what_a_rank_takes_falls_with_their_number() -> None:
     spec = capture_model(Context(DEEP, CPU))
-    one, two, eight = (sensitivity_bytes(spec, shards=count) for count in (1, 2, 8))
+    one, two, eight = (sensitivity_bytes(spread(spec, count)) for count in (1, 2, 8))
     assert one > 1.5 * two > 2.0 * eight
+    assert step_bytes(spread(spec, 2)) < step_bytes(spec)
 
 
 def test_groups_have_neighbours_of_alike_size() -> None:

@@ -50,21 +50,20 @@ class ModelSize:
     saved: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, *, shards: int = 1) -> Self:
-        """Return the size of a captured model, on each of `shards` ranks that divide its weights.
+    def of(cls, spec: ModelSpec) -> Self:
+        """Return the size of a captured model on one rank, of those that divide its weights.
 
         A layer is whole while it runs, so the largest parameter is too.
         """
-        numel = {True: 0, False: 0}
+        held = {True: 0, False: 0}
         largest = 0
         for parameter in spec.parameters():
-            numel[parameter.is_trainable] += parameter.numel
+            held[parameter.is_trainable] += parameter.held_numel
             largest = max(largest, parameter.numel)
         of_layers = [io_elements(layer) for layer in spec.layers]
         elements, widest = sum(of_layers), max(of_layers, default=0) // 2
         saved = round(SAVED_BYTES * elements) if spec.saved_bytes is None else spec.saved_bytes
         states = spec.optimizer_state_numel_ratio
-        held = {kind: -(-count // shards) for kind, count in numel.items()}
         return cls(held[True], held[False], largest, states, elements, widest, saved)
 
     @property
@@ -85,15 +84,12 @@ def io_elements(layer: LayerSpec) -> int:
     return inputs + outputs
 
 
-def step_bytes(
-    spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = False, shards: int = 1
-) -> int:
+def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = False) -> int:
     """Return the peak of a training step: FP32, or BF16 O2 (FP8 O1 stores and saves the same).
 
-    `is_foreach` counts what an optimizer that steps all parameters at once makes on its way,
-    `shards` is how many ranks divide the weights.
+    `is_foreach` counts what an optimizer that steps all parameters at once makes on its way.
     """
-    size = ModelSize.of(spec, shards=shards)
+    size = ModelSize.of(spec)
     weight = BF16_BYTES if is_16_bit else FP32_BYTES
     held = weight * size.parameters + FP32_BYTES * size.states * size.trainable
     if is_16_bit:  # FP32 masters, and the gradient of the master while it steps
@@ -104,20 +100,18 @@ def step_bytes(
     return round(held + max(saved, gradients + passing))
 
 
-def sensitivity_bytes(
-    spec: ModelSpec, *, groups: int = 1, gradients: int = 2, shards: int = 1
-) -> int:
+def sensitivity_bytes(spec: ModelSpec, *, groups: int = 1, gradients: int = 2) -> int:
     """Return the peak of measuring sensitivity with the layers in so many groups.
 
     `gradients` is how many reference gradients the device holds: one per batch on a CPU, none where
-    the host keeps them, and `shards` how many ranks divide the weights. The largest of three:
+    the host keeps them. The largest of three:
 
         warm-up   a training step
         probe     weights, moved ones, the optimizer's second moment; what autograd keeps; x and g
                   of a group, and g again under the probe
         products  weights, second moment; x and g of a group twice, and one layer's replays
     """
-    size = ModelSize.of(spec, shards=shards)
+    size = ModelSize.of(spec)
     of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
     group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
     held = FP32_BYTES * (size.parameters + (min(size.states, 1.0) + gradients) * size.trainable)
@@ -125,16 +119,16 @@ def sensitivity_bytes(
     probe += FP32_BYTES * size.widest
     products = 2 * FP32_BYTES * group + REPLAYED_BYTES * size.widest
     products += PRODUCT_BYTES * size.largest
-    return round(max(step_bytes(spec, shards=shards), held + max(probe, products)))
+    return round(max(step_bytes(spec), held + max(probe, products)))
 
 
-def sensitivity_bar(spec: ModelSpec, *, shards: int = 1) -> int:
+def sensitivity_bar(spec: ModelSpec) -> int:
     """Return the bytes that sensitivity takes at most where nothing else is asked for.
 
     One and a half times what training takes with AdamW in FP32: 24 bytes per parameter against 16,
     6 bytes per layer-I/O element against 3.3 to 4.
     """
-    size = ModelSize.of(spec, shards=shards)
+    size = ModelSize.of(spec)
     return 24 * size.parameters + 6 * size.elements
 
 

@@ -119,10 +119,16 @@ class Summary:
         if label == "as_written" and profile and (written := profile.model.as_written):
             details += [f"autocast {written.autocast}"] if written.autocast else []
             details += [f"{dtype} parameters" for dtype in written.parameters]
-            details += ["compiled"] if written.is_compiled else []
+            details += ["compiled"] if written.is_compiled and self._ran_compiled(label) else []
         if label == "fp32" and profile and (parts := _tf32_parts(profile)):
             details.append(f"TF32 {' and '.join(parts)}")
         return f"{step_title(label)} ({', '.join(details)})" if details else step_title(label)
+
+    def _ran_compiled(self, label: str) -> bool:
+        """Whether a step was not timed eagerly, as far as that is known."""
+        records = (self.run.verification, self.run.profile)
+        steps = [step for record in records if record for step in record.steps]
+        return all(step.is_compiled is not False for step in steps if step.label == label)
 
     @property
     def compile_advice(self) -> str:

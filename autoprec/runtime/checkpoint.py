@@ -107,10 +107,11 @@ def _refuse_poisoned(path: Path, model: nn.Module, state: Mapping[str, Any]) -> 
             tensors[f"optimizer{keystr(keys)}"] = leaf
     bad = not_finite(tensors)
     if bad:
+        way_out = f"{path} stays as it is: go on from that" if path.exists() else "nothing is saved"
         raise RecordError(
             "a checkpoint must hold finite values to go on from, but there is a NaN or an infinity "
-            f"in {first_and_more(bad, most=4)}; {path} stays as it is: go on from that, or save "
-            "all the same with must_be_finite=False"
+            f"in {first_and_more(bad, most=4)}; {way_out}, or save all the same with "
+            "must_be_finite=False"
         )
 
 

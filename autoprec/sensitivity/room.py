@@ -10,7 +10,7 @@ from functools import partial
 
 from autoprec.common.text import shown_bytes
 from autoprec.device.memory import free_bytes
-from autoprec.device.ranks import largest_over_ranks, world_size
+from autoprec.device.ranks import largest_over_ranks
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
 from autoprec.model.memory import sensitivity_bar, sensitivity_bytes
@@ -31,11 +31,10 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> int:
         DeviceError: with any number of them it takes more than --memory-limit.
     """
     limit, free = context.memory_limit, free_bytes(context.device)
-    shards = world_size() if context.workload.defines("parallelize") else 1
-    bar = sensitivity_bar(spec, shards=shards)
+    bar = sensitivity_bar(spec)
     room = limit or min(bar, bar if free is None else free)
     counts = range(1, len(spec.layers) + 1)
-    predicted = partial(sensitivity_bytes, spec, gradients=gradients, shards=shards)
+    predicted = partial(sensitivity_bytes, spec, gradients=gradients)
     sizes = [predicted(groups=groups) for groups in counts]
     # where nothing fits, more groups than help are a waste
     most = max(room / MARGIN, WORTH * min(sizes))
