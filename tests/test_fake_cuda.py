@@ -231,7 +231,7 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_status_2(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "must fit into the device's memory, but CUDA out of memory" in error
+    assert "must fit into the memory of the device, but it ran out (CUDA out of memory" in error
 
 
 def test_other_errors_of_ours_keep_their_traceback(
