@@ -13,7 +13,7 @@ class SettingsError(AutoprecError):
 
 
 class WorkloadError(AutoprecError):
-    """A function of the user's model.py breaks the five-function contract."""
+    """A function of the user's model.py breaks the contract of a workload."""
 
 
 class CaptureError(AutoprecError):

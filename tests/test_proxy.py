@@ -315,6 +315,16 @@ def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
     assert len(run.plan.layers) == 10
 
 
+def test_a_model_without_fp8_layers_gets_a_bf16_plan_that_is_proven(tmp_path: Path) -> None:
+    model = proxy_models.Family(1000, 2, 64)  # 1000 is no multiple of 16
+    run = autoprec.tune(
+        model, proxy=proxy_models.small, out=tmp_path, **{**ON_H100, "loss_tolerance": 0.5}
+    )
+    assert {layer.option for layer in run.plan.layers} <= {BF16_O2, FP32}
+    assert run.verification is not None
+    assert run.verification.verdict is Verdict.VERIFIED
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -326,6 +336,7 @@ def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
             RecordError,
             r"family.* head \(the proxy has unembed\)",
         ),
+        ({"proxy": f"{MODELS}:odd"}, RecordError, r"must be able to run in FP8.*\(of blocks.0.fc1"),
         ({"proxy": "none.py"}, WorkloadError, "none.py is not there"),
         (
             {"proxy": {"build_model": proxy_models.small.build_model}},

@@ -149,6 +149,10 @@ def test_a_script_is_recorded_by_one_process(
 DYING = """
 import itertools, os, signal
 from tests.rank_workloads import Decoder as build_model, loss_fn, train_batches as batches
+from tests.rank_workloads import shard_blocks
+def parallelize(model, mesh):  # the other rank meets the loss in the user's code: a gather
+    shard_blocks(model, mesh)
+    return model
 drawn = itertools.count()
 def train_batches(seed):
     for batch in batches(seed):

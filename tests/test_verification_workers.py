@@ -2,6 +2,8 @@
 
 import multiprocessing
 import pickle
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +19,17 @@ from autoprec.verification import Terms, Workers, verify_plans
 from autoprec.verification.branches import train_branch
 from autoprec.verification.gate import open_session
 from autoprec.verification.session import REFERENCE, Session
-from autoprec.verification.workers import Job, train_branches
+from autoprec.verification.workers import (
+    Job,
+    _interrupts_blocked,
+    _own_processes,
+    train_branches,
+)
 from autoprec.workload.functions import load_workload
 from tests.ranks import forked_processes
 from tests.test_verification_gate import CPU, plan_of
 
+SPAWN = multiprocessing.get_context("spawn")
 TINY = Path(__file__).parent / "workloads" / "tiny.py"
 TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4)
 
@@ -71,12 +79,33 @@ def test_a_killed_worker_ends_the_run_and_loses_no_finished_branch(tmp_path: Pat
         + "    return first(seed)\n"
     )
     session = opened(model, tmp_path / "out", Workers(2))
-    with pytest.raises(WorkerError, match=r"one was killed .*--resume and fewer --workers"):
+    with pytest.raises(WorkerError, match=r"one was killed .*fewer --workers"):
         train_branches(session, [], [2])
     assert not session.store.has(REFERENCE.digest, 2)
     survives.touch()
     train_branches(session, [], [2])
     assert session.store.has(REFERENCE.digest, 2)
+
+
+def interrupted_while_training() -> None:
+    with _own_processes(1) as pool:
+        with _interrupts_blocked():
+            first = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+            pool.submit(time.sleep, 600.0)
+        assert signal.SIGINT in first.result()  # a terminal's Ctrl-C is for the run alone
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_ends_the_workers_and_not_their_branches_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SPAWN)  # as users' workers are
+    before = set(multiprocessing.active_children())
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_while_training()
+    assert time.monotonic() - start < 120.0
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_launcher_trains_the_same_branches_as_jobs(tmp_path: Path) -> None:

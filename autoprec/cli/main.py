@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
     if status == INTERRUPTED:
-        kept = "finished stages are kept, add --resume to go on"
+        kept = "what is finished is kept; start again to go on (tune: with --resume)"
         print(f"autoprec: interrupted; {kept}", file=sys.stderr)
         # Under `python -m` CPython remembers an interrupt that passed through exec() of a string
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.

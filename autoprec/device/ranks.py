@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.text import error_line, first_and_more, one_line
 from autoprec.errors import AutoprecError, DeviceError
 
@@ -33,7 +34,6 @@ R = TypeVar("R")
 Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks; a text, as builds may lack it
 
 PATIENCE = timedelta(hours=2)  # rank 0 may search for long while the others wait
-LOSSES = ("gloo", "Connection reset", "Connection closed", "NCCL")  # in errors of a backend
 LOST = (
     "every rank must run to its end, but another one stopped or cannot be reached ({how}); look "
     "for the first error above, fix it, and start all ranks again (--resume keeps finished stages)"
@@ -84,10 +84,9 @@ def _losses_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = error_line(error)
-        if not isinstance(error, dist.DistError) and not any(word in text for word in LOSSES):
+        if not is_of_lost_rank(error):
             raise
-        raise DeviceError(LOST.format(how=text)) from error
+        raise DeviceError(LOST.format(how=error_line(error))) from error
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)

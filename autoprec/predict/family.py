@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.common.recipes import Precision
 from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
 from autoprec.records.model import LayerKind, LayerSpec, ModelSpec
@@ -86,7 +87,8 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
     """Refuse a proxy that cannot stand for a model.
 
     Raises:
-        RecordError: it is not smaller, or a linear of the model has no linear in it.
+        RecordError: it is not smaller, a linear of the model has no linear in it, or none of those
+            that could run in FP8 has one that can.
     """
     if small.numel >= large.numel:
         raise RecordError(
@@ -104,6 +106,24 @@ def check_proxy(large: ModelSpec, small: ModelSpec) -> None:
             f"role in it: {_roles(missing)} (the proxy has {_roles(unused) or 'no other role'}); "
             "build the proxy with the model's own code, narrower and with fewer blocks"
         )
+    _check_takes_fp8(large, small, places)
+
+
+def _check_takes_fp8(large: ModelSpec, small: ModelSpec, places: Mapping[str, Place]) -> None:
+    """Refuse a proxy on which no FP8 could be measured for a model that could run in it."""
+    able = [layer.name for layer in large.layers if layer.name in places and _takes_fp8(layer)]
+    theirs = {layer.name: layer for layer in small.layers}
+    peers = [theirs[peer] for name in able for peer in places[name].peers]
+    if peers and not any(map(_takes_fp8, peers)):
+        why = peers[0].refusal(Precision.FP8_O1) or "it has no recipe in common"
+        raise RecordError(
+            f"a proxy must be able to run in FP8, as its model is, but no linear of it can (of "
+            f"{peers[0].name}: {why}); build it with sizes that FP8 takes"
+        )
+
+
+def _takes_fp8(layer: LayerSpec) -> bool:
+    return any(option.is_fp8 for option in layer.options)
 
 
 def _linears(spec: ModelSpec) -> list[str]:

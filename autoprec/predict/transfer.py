@@ -32,7 +32,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     """Return the sensitivity of a model by that of a smaller one of its family.
 
     Raises:
-        RecordError: no layer that could run in FP8 has a counterpart.
+        RecordError: no layer has a counterpart, or none of those that could run in FP8.
     """
     table = {(row.name, row.option): row for row in small.rows}
     places = find_places(spec.names, (name for name, _ in table))
@@ -44,7 +44,9 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
         found = _transferred(layer, table, place) if place else []
         unmatched += [] if found else [layer.name]
         rows += found or [_unknown(layer.name, o) for o in layer.options if not o.is_fp8]
-    if not any(row.option.is_fp8 for row in rows):
+    own_fp8 = any(option.is_fp8 for layer in spec.layers for option in layer.options)
+    found_fp8 = any(row.option.is_fp8 for row in rows)
+    if len(unmatched) == len(spec.layers) or (own_fp8 and not found_fp8):
         raise RecordError(_no_family(small, spec))
     return small.model_copy(
         update={

@@ -153,8 +153,8 @@ def _table_notes(study: PlanStudy, best: SearchTrial) -> list[str]:
     summed = study.problem.costs.grad_error(best.options)
     if best.grad_error_basis is not Basis.MEASURED:
         return [
-            "the gradient error of whole plans is the sum of the table's: no workload was there to "
-            "measure them"
+            "the gradient error of whole plans is the sum of the table's: none was measured, as "
+            "the model was not run for the search"
         ]
     if summed > 0.0 and best.grad_error > EXCESS * summed:
         return [

@@ -49,7 +49,7 @@ def is_first() -> bool:
 @contextmanager
 def joined_ranks() -> Iterator[None]:
     """Join the other ranks while the context is open; nothing where there are none."""
-    if not is_launched():
+    if not is_launched() and not _is_distributed():
         yield
         return
     from autoprec.device.ranks import joined

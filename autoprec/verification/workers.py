@@ -3,7 +3,8 @@
 What a verification trains is a fixed grid, variants x seeds, and each point of it writes one file
 (session.py). So a job is a point: it reads the common warm-up, trains, writes its file and is
 forgotten. One that is killed or preempted leaves no file and is simply run again. A seed's
-reference comes first, since its curve is the yardstick of divergence for the others.
+reference comes first, since its curve is the yardstick of divergence for the others. No job is
+left behind: whatever ends the run (Ctrl-C, an error, a kill) ends those that it started.
 
     --workers 4                                   4 processes here, on the CUDA devices in turn
     --workers 16 --launcher slurm:partition=gpu   an array of jobs, 16 at a time
@@ -15,9 +16,12 @@ cluster's nodes must see the run's folder and the workload's file.
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,7 @@ from autoprec.workload.functions import load_workload, move_batch
 LOCAL = "local"  # submitit's processes on this machine
 # parameters that submitit has for every cluster; others are the cluster's own
 SHARED = ("name", "nodes", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
+Results = Generator[AutoprecError | None, None, None]
 POLL_S = 1.0  # how often local jobs are looked at; a cluster's every 10 s
 
 
@@ -124,7 +129,7 @@ def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequenc
         folder=folder.absolute(),
         setup=session.store.setup,
     )
-    with ProcessPoolExecutor(workers.count, multiprocessing.get_context("spawn")) as pool:
+    with _own_processes(workers.count) as pool:
         # the references first: their curves tell the others when they have diverged
         for stage in ([REFERENCE], [each for each in variants if not each.is_reference]):
             missing = {
@@ -135,16 +140,54 @@ def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequenc
             }
             jobs = list(missing.values())
             results = _on_cluster(jobs, workers) if workers.launcher else _here(jobs, pool, workers)
-            for done, error in enumerate(results, start=1):
-                context.progress("verify: branches", done, len(jobs))
-                if error is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise error
+            with closing(results):
+                for done, error in enumerate(results, start=1):
+                    context.progress("verify: branches", done, len(jobs))
+                    if error is not None:
+                        raise error
 
 
-def _here(
-    jobs: Sequence[Job], pool: ProcessPoolExecutor, workers: Workers
-) -> Iterator[AutoprecError | None]:
+@contextmanager
+def _own_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Make a pool, started by its first job, whose processes end where the context ends early."""
+    others = set(multiprocessing.active_children())
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, spawn, initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        # a branch may take hours: those in flight are given up, as after a kill
+        with _interrupts_blocked():  # a second Ctrl-C waits
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, however that is."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Let processes that start inside ignore Ctrl-C, which a terminal sends to them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, not lost here
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _here(jobs: Sequence[Job], pool: ProcessPoolExecutor, workers: Workers) -> Results:
     """Run jobs in processes of this machine; yield their results as they come."""
     devices = torch.cuda.device_count() if jobs and jobs[0].device == "cuda" else 0
     threads = max(torch.get_num_threads() // workers.count, 1)
@@ -153,16 +196,18 @@ def _here(
         for number, job in enumerate(jobs)
     ]
     try:
-        for future in as_completed([pool.submit(job) for job in placed]):
+        with _interrupts_blocked():
+            futures = [pool.submit(job) for job in placed]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise WorkerError(
             "a worker must live until its branch is trained, but one was killed (for memory, "
-            "perhaps); finished branches are kept: go on with --resume and fewer --workers"
+            "perhaps); finished branches are kept: go on with fewer --workers (tune: and --resume)"
         ) from error
 
 
-def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Iterator[AutoprecError | None]:
+def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Results:
     """Run jobs by submitit, `count` of them at a time; yield their results as they come."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
@@ -175,6 +220,7 @@ def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Iterator[AutoprecError
     if cluster != LOCAL:
         own[f"{cluster}_array_parallelism"] = workers.count
     size = workers.count if cluster == LOCAL else len(jobs)
+    submitted: list[Any] = []  # Any: submitit's jobs
     try:
         executor = submitit.AutoExecutor(jobs[0].folder / "jobs", cluster=cluster)
         executor.update_parameters(**own)
@@ -184,8 +230,13 @@ def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Iterator[AutoprecError
             poll_s = POLL_S if cluster == LOCAL else 10.0
             for job in submitit.helpers.as_completed(submitted, poll_frequency=poll_s):
                 yield job.result()
+        submitted = []
     except (FailedJobError, FailedSubmissionError, UncompletedJobError, RuntimeError) as error:
         raise WorkerError(
             f"a job of {cluster!r} must run to its end, but {error_line(error)}; finished branches "
-            f"are kept, logs are in {jobs[0].folder / 'jobs'}: go on with --resume"
+            f"are kept, logs are in {jobs[0].folder / 'jobs'}: start again (tune: with --resume)"
         ) from error
+    finally:
+        for job in submitted:  # none where all went well
+            if not job.done():
+                job.cancel(check=False)

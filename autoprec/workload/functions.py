@@ -45,8 +45,10 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.text import error_line, short_digest, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.workload.hf_config import META_ALONE, config_file
@@ -393,6 +395,8 @@ class _UserCode(AbstractContextManager["_UserCode"]):
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, AutoprecError):
             return
+        if dist.is_available() and dist.is_initialized() and is_of_lost_rank(error):
+            return  # met inside the user's code (FSDP gathers there), and no fault of it
         # The innermost frame of the user's own code; the first is ours, libraries' are no help.
         inside = [f for f in traceback.extract_tb(trace)[1:] if "site-packages" not in f.filename]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
