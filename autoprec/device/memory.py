@@ -1,13 +1,11 @@
 """How much memory a device has free, and whether an error says that it is full."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from autoprec.common.text import error_line
-from autoprec.errors import DeviceError, WorkloadError
+from autoprec.errors import DeviceError
 
 MEMORY_INFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # version 2; a container's limit is often below the machine's
@@ -42,23 +40,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
-@contextmanager
-def shortage_told() -> Iterator[None]:
-    """Turn a lack of memory inside into one line.
-
-    Raises:
-        DeviceError: memory ran out.
-    """
-    try:
-        yield
-    except (RuntimeError, WorkloadError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DeviceError(
-            "the training step must fit into the memory of the device, but it ran out "
-            f"({error_line(error)}); make the batch smaller, shard the model over ranks "
-            "(`parallelize` in model.py), or tune it on a proxy (--proxy)"
-        ) from error
+def shortage(error: BaseException) -> DeviceError | None:
+    """Return the one line for an error that says that memory is full; None for another error."""
+    if not is_out_of_memory(error):
+        return None
+    return DeviceError(
+        "the training step must fit into the memory of the device, but it ran out "
+        f"({error_line(error)}); make the batch smaller, shard the model over ranks "
+        "(`parallelize` in model.py), or tune it on a proxy (--proxy)"
+    )
 
 
 def _machine_bytes() -> int | None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from autoprec import __version__
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
-from autoprec.errors import SettingsError
+from autoprec.errors import SettingsError, WorkloadError
 from autoprec.tuning.settings import Settings, all_settings
 
 Q = TypeVar("Q")
@@ -73,12 +73,15 @@ def made_on_all(make: Callable[[], T]) -> T:
     Raises:
         DeviceError: memory ran out.
     """
-    if "torch" not in sys.modules:  # what needs no torch needs no device
-        return make()
-    from autoprec.device.memory import shortage_told
-
-    with shortage_told():
+    try:
         made = make()
+    except (RuntimeError, WorkloadError) as error:
+        if "torch" in sys.modules:  # what needs no torch needs no device
+            from autoprec.device.memory import shortage
+
+            if told := shortage(error):
+                raise told from error
+        raise
     if not _is_distributed():
         return made
     from autoprec.device.ranks import from_first_rank
