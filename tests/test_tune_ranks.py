@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprec.device.ranks import rank, world_size
 from autoprec.model.capture import capture_model
@@ -28,6 +28,7 @@ from tests.rank_workloads import (
     ROWS,
     TOKENS,
     WIDTH,
+    Decoder,
     shard_blocks,
     split_and_shard,
     train_batches,
@@ -110,7 +111,15 @@ def _measure(folder: Path) -> None:
         name: _numbers(workload(train_batches=_same_batches, **way), measured=name in MEASURED)
         for name, way in ways.items()
     }
+    if world_size() == 2:  # running statistics differ by rank, and a finished warm-up is read again
+        _losses(workload(build_model=_normed), folder / "batch norm")
     (folder / f"{rank()}.json").write_text(json.dumps([own, same]))
+
+
+def _normed() -> nn.Module:
+    model = Decoder()
+    model.head = nn.Sequential(nn.BatchNorm1d(CUT), model.head)  # type: ignore[assignment]  # a user's
+    return model
 
 
 def _compare(folder: Path, ranks: int) -> None:

@@ -123,6 +123,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return (total / world_size()).to(value.dtype)
 
 
+def set_as_on_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Give tensors the values that rank 0 has; those that ranks hold parts of stay."""
+    for tensor in tensors:
+        if world_size() > 1 and not isinstance(tensor, sharded_tensor()):
+            dist.broadcast(tensor, src=0)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that may be a DTensor, of a sparse one the values."""
     if tensor.is_sparse:

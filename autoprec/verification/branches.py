@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoprec.device.ranks import world_size
+from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
@@ -82,11 +82,11 @@ def warm_up(
             loss = _train_step(context, model, optimizer, batch)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
+        losses = evaluate(context, model, evaluation)  # first: it makes buffers the same
         if world_size() > 1:
             state = shards_of(model, optimizer)
         else:
             state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
-        losses = evaluate(context, model, evaluation)
         return replace(state, curve=tuple(curve), eval_losses=losses)
 
 
@@ -139,7 +139,11 @@ def train_branch(
 
 
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
-    """Return the loss of every held-out batch in eval mode, in FP32, with the same draws."""
+    """Return the loss of every held-out batch in eval mode, in FP32, with the same draws.
+
+    Of several ranks all take rank 0's buffers, such as running statistics, as DDP does.
+    """
+    set_as_on_first_rank(model.buffers())
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     losses = []
