@@ -124,7 +124,7 @@ def test_without_a_workload_the_table_stands_for_the_whole_plan(
     search = run(tables)
     assert search.chosen.grad_error_measured is None
     assert search.chosen == search.exact
-    assert "no workload" in search.notes[0]
+    assert "the model was not run" in search.notes[0]
     assert {t.grad_error_basis for t in search.trials if t.options != (FP32,) * 8} == {
         Basis.PREDICTED
     }
