@@ -45,6 +45,7 @@ def resolve_device(target: str) -> torch.device:
     Raises:
         DeviceError: the name is unknown or the device is not here.
     """
+    # `auto` and `cuda` are the first GPU, or the rank's own
     here = available_devices()
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if world_size() > 1 else "cuda:0"
     if world_size() > 1 and target.startswith("cuda:"):

@@ -217,7 +217,7 @@ def from_first_rank(value: T) -> T:
 
 
 def made_on_first_rank(make: Callable[[], T]) -> T:
-    """Return what rank 0 makes, on every rank; the others wait.
+    """Return rank 0's result on every rank; the others wait.
 
     Raises:
         AutoprecError: what `make` raised, the same on every rank.
@@ -288,7 +288,7 @@ def listed(ranks: Iterable[int]) -> str:
 
 
 def led_by_first_rank(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q], T]) -> R:
-    """Return what `lead` makes on rank 0; all ranks answer together what it asks on the way.
+    """Return the result of `lead` on rank 0; all ranks answer together what it asks.
 
     `lead` is given the function that asks. An `answer` is a collective of its own.
 
@@ -298,6 +298,7 @@ def led_by_first_rank(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q
     Raises:
         AutoprecError: what `lead` raised, the same on every rank.
     """
+    # the others answer what rank 0 asks until it has made its result, or failed
     if rank() > 0:
         while True:
             kind, sent = from_first_rank(("", _NOTHING))

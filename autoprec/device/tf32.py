@@ -68,7 +68,7 @@ def _cudnn_allows_any() -> bool:
 
 
 def _older_settings() -> list[Callable[[bool], None]]:
-    """Return what switches the older settings off, and to their value of now on."""
+    """Return functions that switch the older settings off, and back to their value of now."""
     found: list[Callable[[bool], None]] = []
     with contextlib.suppress(RuntimeError):  # the newer interface was used: this one is closed
         precision = torch.get_float32_matmul_precision()

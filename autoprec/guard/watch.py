@@ -169,7 +169,7 @@ class Guard(AbstractContextManager["Guard"]):
         return self._bad_run == 0
 
     def _bounds(self) -> Bounds:
-        """Return what makes the step that comes a bad one."""
+        """Return the bounds beyond which the coming step is a bad one."""
         patience = self.limits.patience
         is_norm_bad = self.on_alarm is Action.SKIP or self._norm.run + 1 >= patience
         return Bounds(

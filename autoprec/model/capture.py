@@ -104,7 +104,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
 
 
 def said_written(workload: Workload) -> AsWritten:
-    """Return how the user trains, as the steps until now showed it; it is logged what is undone."""
+    """Return the user's own way to train, by the steps until now; what is undone is logged."""
     seen = workload.written
     autocast = seen.autocast or seen.script_autocast
     found = AsWritten(

@@ -146,5 +146,5 @@ def layer_groups(spec: ModelSpec, count: int) -> list[tuple[str, ...]]:
 
 
 def chunk_elements(spec: ModelSpec) -> int:
-    """Return how many elements of a layer's I/O to work on at a time: few beside all layers'."""
+    """Return the elements of a layer's I/O to work on at a time: few beside all layers'."""
     return max(sum(map(io_elements, spec.layers)) // CHUNKS, SMALLEST_CHUNK)

@@ -87,7 +87,7 @@ class NeighbourWatch(TorchFunctionMode):
         return result
 
     def surround(self, x: Tensor, output: Tensor) -> Surroundings:
-        """Return what is before a layer's call, to which what is behind it will be added."""
+        """Return the neighbour before a layer's call; the one behind it is added later."""
         found = Surroundings()
         made, neighbour = self._recent.get(_storage(x), (None, None))
         if made is not None and neighbour is not None and _is_whole(made, x):

@@ -91,6 +91,7 @@ def make_spread(workload: Workload, device: torch.device) -> Spread:
             f"{'..., '.join(DATA)}... and the others {'..., '.join(SAME_DATA)}..., but build_mesh "
             f"gave {unknown!r}; pass mesh_dim_names"
         )
+    # This rank's number among those with batches of their own: its place along the data dimensions.
     places = mesh.get_coordinate() or [0] * mesh.ndim
     number, count, peers = 0, 1, mesh.mesh
     for dim in reversed(range(mesh.ndim)):

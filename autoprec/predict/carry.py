@@ -93,7 +93,7 @@ class _Table:
 
 
 def _votes(plan: Plan, proxy: ModelSpec) -> Votes:
-    """Return how much of the plan's layers stands for each option at each layer of the proxy."""
+    """Return the weight of the plan's layers for each option at each layer of the proxy."""
     found: dict[str, dict[Option, float]] = defaultdict(lambda: defaultdict(float))
     places = find_places((layer.name for layer in plan.layers), proxy.names)
     for layer in plan.layers:

@@ -105,7 +105,7 @@ RECIPE_COSTS: dict[Recipe, RecipeCost] = {
 
 
 def recipe_cost(machine: Machine, recipe: Recipe) -> RecipeCost:
-    """Return what a recipe costs with the software that is assumed on the device."""
+    """Return the costs of a recipe with the software that is assumed on the device."""
     cost = RECIPE_COSTS[recipe]
     if cost.rescales and not machine.rescales_rowwise:
         cost = replace(cost, backward=Kernel.FP8_ROWWISE, rescales=False)

@@ -150,6 +150,7 @@ def try_option(
     candidate = attempt.candidate
     if compilation is None or candidate is None:
         return attempt
+    # FP8 casts are fused with the neighbours; BF16 is timed both ways, to take their time off
     if between is not None and option != FP32:
         wide = surround(candidate, between)
         if not _compile(wide, compilation):

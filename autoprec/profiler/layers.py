@@ -251,7 +251,7 @@ class LayerMeter:
 
 
 def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function]:
-    """Return what is to be timed of attempts, by option and whether it is between neighbours."""
+    """Return the steps of attempts to time, by option and whether between neighbours."""
     steps: dict[tuple[Option, bool], Function] = {}
     for attempt in attempts:
         if attempt.surrounded is not None:

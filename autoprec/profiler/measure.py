@@ -115,7 +115,7 @@ def profile_model(
 
 
 def _choose_mode(device: torch.device, spec: ModelSpec, compiled: bool | None) -> tuple[str, str]:
-    """Return how to time, and why that is eager where it should be compiled."""
+    """Return the mode to time in, and the reason where it is eager but should be compiled."""
     if compiled is not None:
         return (COMPILED if compiled else EAGER), ""
     # what the user trains, or should train: eager FP8 loses on a GPU
@@ -223,7 +223,7 @@ def _feasible_fp8(groups: Sequence[Group], rows: Sequence[LayerTiming]) -> dict[
 def check_sum(
     groups: Sequence[Group], rows: Sequence[LayerTiming], steps: Sequence[StepTiming]
 ) -> SumCheck | None:
-    """Return what the layers say that FP8 costs beyond BF16, and what whole steps say."""
+    """Return the cost of FP8 beyond BF16 by the layers, and by whole steps."""
     ms = {s.label: s.timing.median_ms for s in steps if s.timing.basis is Basis.MEASURED}
     if not {"fp8_o1", "bf16_o2"} <= set(ms):
         return None

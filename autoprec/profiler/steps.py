@@ -310,7 +310,7 @@ class _Comparison:
 
 
 def _failure(error: Exception) -> str:
-    """Return why something does not compile, in one line."""
+    """Return the reason that something does not compile, in one line."""
     is_users = isinstance(error, WorkloadError) and error.__cause__ is not None
     return f"it does not compile ({first_line((is_users and error.__cause__) or error)})"
 

@@ -261,7 +261,7 @@ def _verdict_sentence(run: RunRecords) -> str:
 
 
 def _tf32_parts(profile: Profile) -> list[str]:
-    """Return what of an FP32 step runs in TF32; a CPU has none, whatever torch's settings say."""
+    """Return the parts of an FP32 step in TF32; a CPU has none, whatever torch's settings say."""
     device = profile.device
     if device.kind == "cpu":
         return []
@@ -271,7 +271,7 @@ def _tf32_parts(profile: Profile) -> list[str]:
 
 
 def _compile_answer(run: RunRecords) -> str:
-    """Return what torch.compile does to the answer on a GPU; "" where nothing is known of it."""
+    """Return the effect of torch.compile on the answer on a GPU; "" where nothing is known."""
     profile = run.profile
     if profile is None or profile.device.kind == "cpu":
         return ""
@@ -285,6 +285,7 @@ def _compile_answer(run: RunRecords) -> str:
             f"where compiled FP8 gains; {way_out}"
         )
         return said if has_fp8 else ""
+    # compiled: both uniform steps both ways, or nothing can be said
     labels = ("eager_bf16_o2", "bf16_o2", "fp8_o1", "eager_fp8_o1")
     known = {step.label: step.timing.median_ms for step in profile.steps if step.label in labels}
     if len(known) < len(labels):
@@ -302,7 +303,7 @@ def _compile_answer(run: RunRecords) -> str:
 
 
 def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
-    """Return how the plan stands against BF16 O2: at equal steps, and at equal time.
+    """Return the plan's standing against BF16 O2: at equal steps, and at equal time.
 
     A plan whose loss stays above BF16's may yet be ahead of it when both trained equally long: with
     a loss that falls as steps^-r (r: `loss_exponent`), a step that is s times as fast is worth

@@ -225,7 +225,7 @@ class Attachment:
         layout.end_step()
 
     def current_layout(self, optimizer: Optimizer, *, is_split: bool) -> Layout | None:
-        """Return what to step, up to date; None where the optimizer has no masters."""
+        """Return the layout to step, up to date; None where the optimizer has no masters."""
         groups = [group["params"] for group in optimizer.param_groups]
         layout = self.layout
         if layout is None or not layout.fits(groups, self.stores, is_split=is_split):

@@ -67,6 +67,7 @@ def gather_as(
     Raises:
         PlanMismatchError: a parameter is not sharded in a dtype that holds the one asked for.
     """
+    # several modules may share one state (fully_shard of a list)
     states = {id(state): state for module in fsdp_modules(model) for state in [_state(module)]}
     sharded = {p.sharded_param: p for state in states.values() for p in _params(state)}
     low = [p for p in sharded if p.dtype is not torch.float32 and p.dtype in CASTABLE]

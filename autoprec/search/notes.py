@@ -114,6 +114,7 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
     faster = [i for i in eligible if best[i] < own[i]]
     sure = {i: min(p.counted_ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
+    # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
         return (
             f"on {_count(eligible)} that can take it the fastest recipe needs "
@@ -189,7 +190,7 @@ def _communication_note(costs: Costs, options: Options) -> str:
 
 
 def _head_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
-    """Return what output heads in FP8 rule out, or an empty string."""
+    """Return the fused loss that output heads in FP8 rule out, or an empty string."""
     heads = [
         layer.name
         for layer in profile.model.layers

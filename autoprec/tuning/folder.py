@@ -118,6 +118,7 @@ class Folder:
             for name, known in all_settings().items()
             if stage in known.stages
         }
+        # the text of the files counts, not their names alone
         own = settings.script or settings.config or _file_of(settings.workload)
         files = [Path(own)]
         if settings.proxy and stage in all_settings()["proxy"].stages:

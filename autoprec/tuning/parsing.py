@@ -55,6 +55,7 @@ def parse_launcher(given: str | Launcher | None) -> Launcher | None:
             f"--launcher must be {' or '.join(CLUSTERS)}, with parameters as in "
             f"slurm:partition=gpu,timeout_min=60, but it is {shown_value(given)}; correct it"
         )
+    # what it needs is looked for now: it is used an hour later
     if importlib.util.find_spec("submitit") is None:
         raise SettingsError(
             f"--launcher {given} needs the package submitit, which is not installed; "

@@ -37,6 +37,7 @@ def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:
         said = f"{verdict_on(proof.verdict, proof.proxy)}: {proof.seeds} seeds"
         is_good = proof.verdict is not Verdict.REFUTED
         checks.append(Check(name="certificate", is_good=is_good, detail=said))
+    # with a model: does it fit, and is what runs what the plan says
     if model:
         checks += _model_checks(loaded, load_workload(model), device)
     if loaded.count(Precision.FP8_O1):

@@ -24,7 +24,7 @@ ROWS = "profile.rows.json"
 
 
 def make_profile(run: "Run") -> Profile:
-    """Return what each layer costs in each option: measured here, or predicted for the target."""
+    """Return the costs of each layer in each option: measured here, or predicted for the target."""
     settings = run.settings
     options, gemms_hp = settings.fp8_options, settings.gemms_hp
     if run.proxy is not None:

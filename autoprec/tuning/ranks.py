@@ -59,7 +59,7 @@ def joined_ranks() -> Iterator[None]:
 
 
 def made_on_first(make: Callable[[], T]) -> T:
-    """Return what rank 0 makes on every rank; its error is theirs."""
+    """Return rank 0's result on every rank; its error is theirs."""
     if not _is_distributed():
         return make()
     from autoprec.device.ranks import made_on_first_rank
@@ -90,7 +90,7 @@ def made_on_all(make: Callable[[], T]) -> T:
 
 
 def led_by_first(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q], T]) -> R:
-    """Return what `lead` makes on rank 0, where all ranks answer together what it asks."""
+    """Return the result of `lead` on rank 0, where all ranks answer together what it asks."""
     if not _is_distributed():
         return lead(answer)
     from autoprec.device.ranks import led_by_first_rank

@@ -72,7 +72,7 @@ class Job:
         return None
 
     def _session(self) -> Session:
-        """Return what the branches share, as the run that made the job has it."""
+        """Return the session of the branches, as the run that made the job has it."""
         if (here := software_versions()) != self.software:
             raise WorkerError(
                 f"a worker must have the run's software ({self.software}), but it has {here}; "
@@ -98,7 +98,7 @@ class Job:
         )
 
     def __submitit_checkpoint__(self) -> Any:  # Any: submitit's, which need not be there
-        """Return what a cluster queues again after a preemption: the same job."""
+        """Return the job that a cluster queues again after a preemption: the same one."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
