@@ -271,6 +271,15 @@ def test_the_plan_stands_against_bf16_at_equal_steps_and_at_equal_time(
         assert f"in {formats.ratio(math.exp(mean / exponent) / speed)} of its time" in sentence
 
 
+def test_equal_time_is_not_told_by_a_loss_and_a_speed_that_may_go_either_way() -> None:
+    run = make_run()
+    assert run.verification
+    gap = LossGap(mean=1e-4, low=-1e-3, high=3e-3, confidence=0.95, seeds=3)
+    proof = run.verification.model_copy(update={"bf16_gap": gap, "loss_exponent": 1e-3})
+    sentence = summarise_run(replace(run, verification=proof)).bf16_sentence
+    assert sentence.endswith(" as fast, it may be ahead or behind"), sentence
+
+
 def test_a_plan_that_is_bf16_has_nothing_to_say_against_it() -> None:
     run = make_run()
     assert run.verification

@@ -324,13 +324,19 @@ def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
         return said
     # the steps that the plan makes beyond BF16's in the same time, by the reference's loss curve
     net = gap.mean - proof.loss_exponent * math.log(speedup.value)
+    fast = formats.ratio(speedup.value)
+    low, high = speedup.low or speedup.value, speedup.high or speedup.value
+    best = gap.low - proof.loss_exponent * math.log(high)
+    worst = gap.high - proof.loss_exponent * math.log(low)
+    if best < 0.0 < worst:  # neither the speed nor the loss is known well enough to say
+        return f"{said}; in equal time, with steps {fast} as fast, it may be ahead or behind"
     side = "ahead" if net < 0.0 else "behind"
     reached = ""
     if proof.loss_exponent > 0.0 and abs(gap.mean) < LONGEST_LOG * proof.loss_exponent:
         time = math.exp(gap.mean / proof.loss_exponent) / speedup.value
         reached = f", and reach BF16's final loss in {formats.ratio(time)} of its time"
     return (
-        f"{said}; in equal time, with steps {formats.ratio(speedup.value)} as fast, it would be "
+        f"{said}; in equal time, with steps {fast} as fast, it would be "
         f"{formats.share(abs(net))} {side}{reached} (predicted)"
     )
 
