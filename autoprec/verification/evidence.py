@@ -228,5 +228,5 @@ def notes(session: Session, evidence: Evidence, steps: Sequence[StepTiming]) -> 
     if len(session.evaluation) < FEWEST_EVAL_BATCHES:
         found.append("a single evaluation batch: what other batches would say is unknown")
     if not steps:
-        found.append("step times were not measured: the target is not the device at hand")
+        found.append("step times were not measured: the model did not train on its target here")
     return found
