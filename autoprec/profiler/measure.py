@@ -53,9 +53,9 @@ from autoprec.records import (
 )
 
 log = logging.getLogger(__name__)
-STEP_SAMPLES, STEP_LEAST = 6, 2
+STEP_SAMPLES, STEP_LEAST = 4, 2
 STEP_BUDGET = 4.0  # FP32 steps that the samples of one variant may take
-SLOW_STEP = 3.0  # times the FP32 step; a slower FP8 step is predicted, not timed
+SLOW_STEP = 2.0  # times the FP32 step; a slower FP8 step is predicted, not timed
 CAST_SAMPLES = 7
 CASTS_PER_SAMPLE = 8  # a step casts what it has just computed, so all but the first are warm
 DEFAULT_CAST_ELEMENTS = 2**20  # where the step has no floating activation
