@@ -207,7 +207,7 @@ def test_a_predicted_step_says_so() -> None:
     assert run.plan
     plan = run.plan.model_copy(update={"certificate": None})
     text = summary_text(replace(run, plan=plan, verification=None))
-    assert "step times are predicted" in text
+    assert "the plan's step time is predicted" in text
     assert "not verified: no training was compared" in text
 
 

@@ -161,8 +161,8 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
         faster = [label for label, each in speedups if each.high is not None and each.high < 1.0]
         if step is not None and step.basis is not Basis.MEASURED:
             yield Line(
-                "step times are predicted: run `autoprec verify` on the target before you rely "
-                "on it"
+                "the plan's step time is predicted: run `autoprec verify` on the target before you "
+                "rely on it"
             )
         else:
             if faster:  # beyond doubt: the whole interval
