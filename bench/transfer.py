@@ -10,7 +10,7 @@ Prints, in Markdown, for every pair of a proxy and a larger model (width x depth
              gap on the proxy, to which it is carried back, and on the large model (--verify)
 
 `matched` and `plain` are the two ways to build a family, see bench/transfer_families.py. One core:
-about a minute and a half for a family, and as much again with --verify.
+about three minutes and a half for a family, and two more with --verify.
 """
 
 import argparse
@@ -55,6 +55,9 @@ PAIRS = (
     ((128, 4), (256, 4)),
     ((64, 2), (128, 8)),
     ((64, 4), (256, 8)),
+    ((64, 4), (512, 4)),
+    ((128, 4), (512, 4)),
+    ((64, 4), (512, 8)),
 )
 PLAIN_PAIRS = (((64, 4), (64, 16)), ((64, 4), (256, 4)), ((64, 4), (256, 8)))
 VERIFIED_PAIR = ((64, 2), (128, 8))

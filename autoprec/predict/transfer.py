@@ -149,7 +149,9 @@ def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) 
 def _transfer_notes(small: Sensitivity, unmatched: Sequence[str]) -> Iterator[str]:
     yield (
         "the gradient error is transferred by role and relative depth from a smaller model "
-        f"({small.structure}), not measured on this one; so is the loss curve behind the budget"
+        f"({small.structure}), not measured on this one; so is the loss curve behind the budget. "
+        "Where both were measured, such totals were 0.26 to 1.6 of the large model's own, lower "
+        "the larger the jump is (docs/transfer.md)"
     )
     if unmatched:
         names = first_and_more(unmatched, most=MOST_NAMED)
