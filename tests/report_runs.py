@@ -526,12 +526,9 @@ def assignment(
     row = sensitivity.row(layer.name, option)
     ms, baseline = (total_ms(profile, layer.name, o) for o in (option, BF16_O2))
     fp8 = min((total_ms(profile, layer.name, o) for o in layer.options if o.is_fp8), default=ms)
-    return Assignment(
-        name=layer.name,
-        kind=layer.kind,
-        shapes=tuple(p.shape for p in layer.parameters),
-        precision=option.precision,
-        recipe=option.recipe,
+    return Assignment.of(
+        layer,
+        option,
         layer_ms=ms,
         baseline_ms=baseline,
         grad_error=row.grad_error.mean if row else None,

@@ -63,16 +63,7 @@ def plan_of(spec: ModelSpec, options: dict[str, Option], sensitivity: Sensitivit
     rows = {(r.name, r.option): r.grad_error.mean for r in sensitivity.rows}
     is_fp32 = set(options.values()) == {FP32}
     errors = [rows.get((name, option), 0.0) for name, option in options.items()]
-    layers = tuple(
-        Assignment(
-            name=layer.name,
-            kind=layer.kind,
-            shapes=tuple(p.shape for p in layer.parameters),
-            precision=options[layer.name].precision,
-            recipe=options[layer.name].recipe,
-        )
-        for layer in spec.layers
-    )
+    layers = tuple(Assignment.of(layer, options[layer.name]) for layer in spec.layers)
     return Plan(
         layers=layers,
         uncovered=(),

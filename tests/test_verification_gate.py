@@ -63,14 +63,7 @@ def changed(workload: Workload, **functions: object) -> Workload:
 def plan_of(spec: ModelSpec, option: Option) -> Plan:
     chosen = [option if option in layer.options else BF16_O2 for layer in spec.layers]
     layers = tuple(
-        Assignment(
-            name=layer.name,
-            kind=layer.kind,
-            shapes=tuple(parameter.shape for parameter in layer.parameters),
-            precision=own.precision,
-            recipe=own.recipe,
-        )
-        for layer, own in zip(spec.layers, chosen, strict=True)
+        Assignment.of(layer, own) for layer, own in zip(spec.layers, chosen, strict=True)
     )
     return Plan(
         layers=layers,

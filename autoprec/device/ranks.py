@@ -167,10 +167,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_like(like: Tensor, part: Tensor) -> Tensor:
     """Return the whole tensor of which each rank has the part that it has of `like`."""
+    return whole(placed_like(like, part))
+
+
+def placed_like(like: Tensor, part: Tensor) -> Tensor:
+    """Return the tensor of which this rank has `part`, spread over ranks as `like` is."""
     if not isinstance(like, sharded_tensor()):
         return part
     placed: Any = like  # Any: a DTensor, whose class may not be imported
-    made = type(placed).from_local(
+    made: Tensor = type(placed).from_local(
         part,
         placed.device_mesh,
         placed.placements,
@@ -178,7 +183,7 @@ def whole_like(like: Tensor, part: Tensor) -> Tensor:
         shape=placed.shape,
         stride=placed.stride(),
     )
-    return whole(made)
+    return made
 
 
 def part_like(like: Tensor, whole_tensor: Tensor) -> Tensor:

@@ -168,13 +168,9 @@ def _assignment(layer: LayerSpec, option: Option, votes: Votes, table: _Table) -
     own = votes.get(layer.name, {})
     whole = math.fsum(own.values())
     shares = ", ".join(f"{100 * n / whole:.0f} % {o}" for o, n in own.items())
-    return Assignment(
-        name=layer.name,
-        kind=layer.kind,
-        shapes=tuple(parameter.shape for parameter in layer.parameters),
-        precision=option.precision,
-        recipe=option.recipe,
-        gemms_hp=option.gemms_hp,
+    return Assignment.of(
+        layer,
+        option,
         basis=Basis.PREDICTED,
         grad_error=table.error(layer.name, option),
         reason=f"the model's layers at its place: {shares}" if own else "no layer of the model",

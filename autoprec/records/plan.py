@@ -3,14 +3,14 @@
 A plan is data only: nothing in it is imported or executed when it is read or applied.
 """
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
-from autoprec.records.model import Basis, LayerKind, Option
+from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
 from autoprec.records.verification import LossGap, Proxy, Verdict, Verification
 
 
@@ -33,6 +33,19 @@ class Assignment(Record):
     grad_error: float | None = None
     grad_error_basis: Basis = Basis.MEASURED
     reason: str = ""
+
+    @classmethod
+    def of(cls, layer: LayerSpec, option: Option, **known: Any) -> Self:  # Any: the other fields
+        """Return the assignment of an option to a layer, with what is known of it."""
+        return cls(
+            name=layer.name,
+            kind=layer.kind,
+            shapes=tuple(parameter.shape for parameter in layer.parameters),
+            precision=option.precision,
+            recipe=option.recipe,
+            gemms_hp=option.gemms_hp,
+            **known,
+        )
 
     @property
     def option(self) -> Option:

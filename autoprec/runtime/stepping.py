@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoprec.device.ranks import local_part, sharded_tensor
+from autoprec.device.ranks import local_part, placed_like, sharded_tensor
 from autoprec.runtime.masters import Masters
 
 CHUNK_BYTES = 2**28  # of FP32 gradients; an H100 steps through them in half a millisecond
@@ -214,16 +214,4 @@ def _room(master: Tensor) -> int:
 def _view(buffer: Tensor, place: int, master: Tensor) -> Tensor:
     local = local_part(master)
     strides = torch.empty_like(local, device="meta").stride()  # dense, in the master's own order
-    view = buffer.as_strided(local.shape, strides, place)
-    if not isinstance(master, sharded_tensor()):
-        return view
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        view,
-        master.device_mesh,
-        master.placements,
-        run_check=False,
-        shape=master.shape,
-        stride=master.stride(),
-    )
+    return placed_like(master, buffer.as_strided(local.shape, strides, place))

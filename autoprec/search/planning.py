@@ -70,13 +70,9 @@ def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:
 def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assignment:
     layer, option, prices = costs.layers[index], options[index], costs.prices[index]
     price, baseline = prices[option], prices.get(BF16_O2)
-    return Assignment(
-        name=layer.name,
-        kind=layer.kind,
-        shapes=tuple(parameter.shape for parameter in layer.parameters),
-        precision=option.precision,
-        recipe=option.recipe,
-        gemms_hp=option.gemms_hp,
+    return Assignment.of(
+        layer,
+        option,
         layer_ms=price.ms,
         baseline_ms=baseline.ms if baseline else None,
         basis=price.time_basis,
