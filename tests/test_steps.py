@@ -1,6 +1,7 @@
 """Whole steps: in turns, one in memory at a time, as written or plain, compiled or said why not."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoprec.device.timing import UNWATCHED, Stopping
+from autoprec.device.timing import UNWATCHED, Samples, Stopping
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -18,8 +19,16 @@ from autoprec.model.layers import find_layers
 from autoprec.profiler import open_compilation, profile_model, time_steps
 from autoprec.profiler.measure import check_room
 from autoprec.profiler.parking import Parking
-from autoprec.profiler.steps import AS_WRITTEN, AUTOCAST, Eager, Variant, written_variants
-from autoprec.records import BF16_O2, AsWritten, Option, StepTiming
+from autoprec.profiler.steps import (
+    AS_WRITTEN,
+    AUTOCAST,
+    Eager,
+    Variant,
+    turn_error,
+    written_variants,
+)
+from autoprec.records import BF16_O2, AsWritten, Option, StepTiming, Timing
+from autoprec.records.cost import ratio_error
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, Workload, workload_from
 from tests.constant_clock import CPU, ConstantClock
@@ -322,3 +331,17 @@ def test_a_step_beyond_the_limit_is_refused_before_anything_is_timed(
     caplog.set_level(logging.INFO)
     check_room(Context(wide_workload(), CPU, memory_limit=2**30), spec)
     assert "steps are timed one model at a time" in caplog.text
+
+
+def test_turns_that_differ_by_more_than_their_samples_widen_the_interval() -> None:
+    steady = Timing(median_ms=10.0, p20_ms=9.99, p80_ms=10.01, samples=12)
+    turns = [Samples(rounds=[level, None, level]) for level in (8.0, 10.0, 12.0)]
+    error = turn_error(turns)
+    assert error == pytest.approx(2.0 / math.sqrt(3) / 10.0)  # sd of the medians, over three turns
+    drifting = steady.model_copy(update={"turn_error": error})
+    assert drifting.relative_error == error
+    narrow, wide = ratio_error(steady, steady), ratio_error(steady, drifting)
+    assert narrow is not None
+    assert wide is not None
+    assert wide > 100 * narrow
+    assert turn_error(turns[:1]) == 0.0

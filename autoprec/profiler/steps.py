@@ -15,6 +15,7 @@ that a drift of the machine falls on all of them alike:
 import logging
 import math
 import random
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -337,12 +338,24 @@ def _timing(label: str, arm: _Arm) -> StepTiming:
         conditions=[seen for taken in arm.samples for seen in taken.conditions],
         hosts=[host for taken in arm.samples for host in taken.hosts],
     )
+    timing = samples.timing(as_trained=True)
     return StepTiming(
         label=label,
-        timing=samples.timing(as_trained=True),
+        timing=timing.model_copy(update={"turn_error": turn_error(arm.samples)}),
         peak_bytes=arm.peak_bytes,
         conditions=samples.merged_conditions(),
         is_host_bound=samples.is_host_bound,
         is_compiled=arm.is_compiled,
         note=arm.note,
     )
+
+
+def turn_error(turns: Sequence[Samples]) -> float:
+    """Return the relative standard error of a time by the medians of its turns; 0 of one turn.
+
+    A machine that drifts between turns makes variants differ by more than their samples do.
+    """
+    medians = [statistics.median(clean) for taken in turns if (clean := taken.clean)]
+    if len(medians) < 2:
+        return 0.0
+    return statistics.stdev(medians) / math.sqrt(len(medians)) / statistics.median(medians)

@@ -21,6 +21,7 @@ class Timing(Record):
     Measured: 20th and 80th percentile over `samples` runs, `rejected` dirty ones left out.
     Predicted: `samples` is 0 and p20..p80 is the prediction interval.
     `host_ms` is what the host took to queue it for a GPU; None: on a CPU, or not known.
+    `turn_error` is the standard error by the medians of a whole step's turns, relative to the time.
     """
 
     median_ms: NonNegativeFloat
@@ -30,18 +31,21 @@ class Timing(Record):
     rejected: NonNegativeInt = 0
     basis: Basis = Basis.MEASURED
     host_ms: NonNegativeFloat | None = None
+    turn_error: NonNegativeFloat = 0.0
 
     @property
     def relative_error(self) -> float:
         """The standard error of the median, relative to it; 0 without samples.
 
         Of normal samples p80 - p20 is 2 * 0.8416 sigma, and the error of the median of n of them
-        sqrt(pi / 2) sigma / sqrt(n).
+        sqrt(pi / 2) sigma / sqrt(n). Samples of one turn share the machine's state of that moment:
+        where turns differ by more, `turn_error` is the error.
         """
         if self.samples < 1 or self.median_ms <= 0.0:
             return 0.0
         sigma = (self.p80_ms - self.p20_ms) / (2.0 * P80_SIGMAS)
-        return MEDIAN_FACTOR * sigma / math.sqrt(self.samples) / self.median_ms
+        own = MEDIAN_FACTOR * sigma / math.sqrt(self.samples) / self.median_ms
+        return max(own, self.turn_error)
 
 
 def ratio_error(first: Timing, second: Timing) -> float | None:

@@ -36,12 +36,14 @@ class Step:
     high_ms: float | None = None
     samples: int = 0
     peak_bytes: int | None = None
+    turn_error: float = 0.0  # as in `Timing`
 
     @property
     def timing(self) -> Timing:
         """The time as a record."""
         low, high = self.ms if self.low_ms is None else self.low_ms, self.high_ms or self.ms
-        return Timing(median_ms=self.ms, p20_ms=low, p80_ms=high, samples=self.samples)
+        found = Timing(median_ms=self.ms, p20_ms=low, p80_ms=high, samples=self.samples)
+        return found.model_copy(update={"turn_error": self.turn_error})
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,8 @@ def _measured(record: Profile | Verification | None, source: str) -> dict[str, S
     found = {}
     for step in record.steps if record else ():
         t = step.timing
-        spread = (t.p20_ms, t.p80_ms)
-        found[step.label] = Step(t.median_ms, t.basis, source, *spread, t.samples, step.peak_bytes)
+        known = (t.p20_ms, t.p80_ms, t.samples, step.peak_bytes, t.turn_error)
+        found[step.label] = Step(t.median_ms, t.basis, source, *known)
     return found
 
 
