@@ -4,18 +4,24 @@ import multiprocessing
 import pickle
 import signal
 import time
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from autoprec.errors import SettingsError, WorkerError, WorkloadError
+from autoprec.errors import DeviceError, SettingsError, WorkerError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.memory import step_bytes
 from autoprec.records import BF16_O2, Branch, Verification
+from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms, Workers, verify_plans
+from autoprec.verification import workers as workers_module
 from autoprec.verification.branches import train_branch
 from autoprec.verification.gate import open_session
 from autoprec.verification.session import REFERENCE, Session
@@ -23,6 +29,7 @@ from autoprec.verification.workers import (
     Job,
     _interrupts_blocked,
     _own_processes,
+    check_room_of_branches,
     train_branches,
 )
 from autoprec.workload.functions import load_workload
@@ -162,6 +169,65 @@ def test_workers_need_a_file() -> None:
 def test_a_wrong_launcher_is_one_line(given: str, match: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=match):
         Settings.of(workload="m.py", launcher=given)
+
+
+def test_branches_that_train_at_once_share_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = Context(load_workload(str(TINY)), CPU)
+    spec = capture_model(context)
+    size = max(step_bytes(spec), step_bytes(spec, is_16_bit=True))
+    limited = replace(context, memory_limit=2 * size)
+    check_room_of_branches(limited, spec, Workers(2))
+    check_room_of_branches(limited, spec, Workers(9, ("slurm", ())))  # each job has a device
+    for workers in (Workers(3), Workers(3, ("local", ()))):
+        with pytest.raises(DeviceError, match=r"within --memory-limit .* 3 of .*give --workers 2"):
+            check_room_of_branches(limited, spec, workers)
+    # before any branch, and in `tune` before anything is timed
+    plans = [plan_of(spec, BF16_O2)]
+    with pytest.raises(DeviceError, match="give --workers 2"):
+        verify_plans(limited, plans, loss_tolerance=0.5, spec=spec, workers=Workers(3))
+    settings = Settings.of(
+        workload=str(TINY), out=tmp_path, target="cpu", workers=3, memory_limit=2 * size
+    )
+    with pytest.raises(DeviceError, match="give --workers 2"):
+        _ = Run(settings).profile
+    # without a limit what is free decides, on two GPUs twice
+    monkeypatch.setattr(workers_module, "free_bytes", lambda device: size)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match=r"what is free on cuda:0 .* 2 of .*give --workers 2"):
+        check_room_of_branches(replace(context, device=torch.device("cuda:0")), spec, Workers(3))
+    monkeypatch.setattr(workers_module, "free_bytes", lambda device: size - 1)
+    with pytest.raises(DeviceError, match="make the batch smaller"):
+        check_room_of_branches(context, spec, Workers(2))
+    check_room_of_branches(context, spec, Workers(1))  # it may fit all the same
+
+
+def test_a_worker_keeps_within_its_share_on_the_next_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(TINY, tmp_path, Workers(4))
+    context = replace(session.context, device=torch.device("cuda:0"), memory_limit=1000)
+    session = replace(session, context=context)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    sent: list[Job] = []
+
+    def submit(job: Job) -> Future[None]:
+        sent.append(job)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    pool = SimpleNamespace(submit=submit)
+    monkeypatch.setattr(workers_module, "_own_processes", lambda count: nullcontext(pool))
+    monkeypatch.setattr(workers_module, "release_memory", lambda device: None)
+    train_branches(session, [], [1, 2, 3])
+    assert [job.device for job in sent] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert {job.memory_limit for job in sent} == {500}
+    limits: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(workers_module, "limit_memory", lambda *given: limits.append(given))
+    own = replace(sent[0], device="cpu")._session()
+    assert (limits, own.context.memory_limit) == ([(CPU, 500)], 500)
 
 
 def test_a_preempted_job_is_queued_again_as_it_is(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def make_profile(run: "Run") -> Profile:
     options, gemms_hp = settings.fp8_options, settings.gemms_hp
     if run.proxy is not None:
         check_proxy(run.spec, run.proxy.spec)  # before minutes of profiling
+    _check_proof(run)
     if run.target is None:
         from autoprec.profiler import KeptRows, profile_model
 
@@ -56,6 +57,16 @@ def make_profile(run: "Run") -> Profile:
     )
     check_keep(settings, profile.model)
     return profile
+
+
+def _check_proof(run: "Run") -> None:
+    """Check that the workers of the proof, if there will be one, fit into memory side by side."""
+    settings, proven = run.settings, run.proxy or run
+    if settings.verify and settings.has_workers and "verification" in run.stages:
+        from autoprec.verification import Workers, check_room_of_branches
+
+        workers = Workers(settings.workers, settings.launcher)
+        check_room_of_branches(proven.context, proven.spec, workers)
 
 
 def rows_path(settings: "Settings") -> Path:

@@ -353,6 +353,8 @@ class Run:
             return verify_on_proxy(self.proxy, plans, name=self.settings.proxy, model=self.spec)
         from autoprec.verification import Workers, verify_plans
 
+        for made in ("_meter", "reference"):  # nothing measures against it any more
+            vars(self).pop(made, None)
         return verify_plans(
             self.context,
             plans,

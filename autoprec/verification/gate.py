@@ -41,7 +41,7 @@ from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, 
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import BranchStore, Session, Workers
-from autoprec.verification.workers import train_branches
+from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
@@ -118,6 +118,8 @@ def open_session(
         raise InfeasibleError(
             f"the loss tolerance must be zero or more, but it is {loss_tolerance}; 0.001 is 0.1 %"
         )
+    if spec is not None:
+        check_room_of_branches(context, spec, workers or Workers())
     check_batches(context.workload, seed=context.seed)
     evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
     start = None if checkpoint is None else read_checkpoint(checkpoint)

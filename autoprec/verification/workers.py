@@ -7,13 +7,16 @@ reference comes first, since its curve is the yardstick of divergence for the ot
 left behind: whatever ends the run (Ctrl-C, an error, a kill) ends those that it started.
 
     --workers 4                                   4 processes here, on the CUDA devices in turn
+                                                  (on cuda:1 alone, if that is the target)
     --workers 16 --launcher slurm:partition=gpu   an array of jobs, 16 at a time
     --launcher local                              submitit's own processes: to try it out
 
-Processes on a CPU share its threads, and sums then round as with that number of threads. A
-cluster's nodes must see the run's folder and the workload's file.
+Processes on one device share its memory, and --memory-limit with it. On a CPU they share its
+threads, and sums then round as with that number of threads. A cluster's nodes must see the run's
+folder and the workload's file.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -28,10 +31,14 @@ from typing import Any
 
 import torch
 
-from autoprec.common.text import error_line
+from autoprec.common.text import error_line, shown_bytes
 from autoprec.common.versions import software_versions
-from autoprec.errors import AutoprecError, WorkerError
+from autoprec.device.local import release_memory, resolve_device
+from autoprec.device.memory import free_bytes, limit_memory
+from autoprec.errors import AutoprecError, DeviceError, WorkerError
 from autoprec.model.context import Context
+from autoprec.model.memory import step_bytes
+from autoprec.records import ModelSpec
 from autoprec.verification.branches import train_one
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import REFERENCE, BranchStore, Session, Variant, Workers
@@ -57,6 +64,7 @@ class Job:
     variant: Variant = REFERENCE
     seed: int = 0
     threads: int = 0  # of the CPU; 0: as the process has
+    memory_limit: int | None = None  # of this branch alone
     cwd: str = field(default_factory=os.getcwd)
     software: dict[str, str] = field(default_factory=software_versions)
 
@@ -78,7 +86,10 @@ class Job:
                 f"a worker must have the run's software ({self.software}), but it has {here}; "
                 "start it in the same environment"
             )
-        workload, device = load_workload(self.workload), torch.device(self.device)
+        device = resolve_device(self.device)
+        if self.memory_limit is not None:
+            limit_memory(device, self.memory_limit)
+        workload = load_workload(self.workload)
         store = BranchStore(self.setup, self.folder)
         checkpoint = store.find_warm_up()
         if checkpoint is None:
@@ -87,7 +98,7 @@ class Job:
                 "an --out that all nodes share"
             )
         return Session(
-            context=Context(workload, device, self.context_seed),
+            context=Context(workload, device, self.context_seed, memory_limit=self.memory_limit),
             terms=self.terms,
             loss_tolerance=0.0,  # no branch knows it
             evaluation=[move_batch(batch, device) for batch in workload.eval_batches()],
@@ -102,6 +113,30 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def check_room_of_branches(context: Context, spec: ModelSpec, workers: Workers) -> None:
+    """Check that the branches that train at once fit into the memory of the devices they share.
+
+    Raises:
+        DeviceError: they do not; with the number that does.
+    """
+    size = max(step_bytes(spec, is_16_bit=is_16_bit) for is_16_bit in (False, True))
+    limit, places = context.memory_limit, _places(context.device, workers)
+    count = math.ceil(workers.count / places)
+    # one branch alone may still fit where the prediction says no: training says so itself
+    free = free_bytes(context.device) if count > 1 else None
+    room = min((each for each in (limit, free) if each is not None), default=None)
+    if room is None or count * size <= room:
+        return
+    fit = room // size * places
+    what = "--memory-limit" if room == limit else "what is free"
+    way_out = f"give --workers {fit}" if fit else "make the batch smaller"
+    raise DeviceError(
+        f"branches that train at once must keep within {what} on {context.device} "
+        f"({shown_bytes(room)}), but {count} of them take about {shown_bytes(count * size)} "
+        f"({shown_bytes(size)} each); {way_out}"
+    )
 
 
 def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
@@ -121,6 +156,7 @@ def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequenc
             "workers train in other processes, which need the workload as a file and a folder for "
             f"their branches, but {context.workload.name} has none; verify without workers"
         )
+    limit, places = context.memory_limit, _places(context.device, workers)
     job = Job(
         workload=context.workload.name,
         device=str(context.device),
@@ -128,7 +164,9 @@ def train_branches(session: Session, variants: Sequence[Variant], seeds: Sequenc
         terms=session.terms,
         folder=folder.absolute(),
         setup=session.store.setup,
+        memory_limit=limit and limit // math.ceil(workers.count / places),
     )
+    release_memory(context.device)  # what this process keeps in reserve, the others need
     with _own_processes(workers.count) as pool:
         # the references first: their curves tell the others when they have diverged
         for stage in ([REFERENCE], [each for each in variants if not each.is_reference]):
@@ -189,10 +227,10 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _here(jobs: Sequence[Job], pool: ProcessPoolExecutor, workers: Workers) -> Results:
     """Run jobs in processes of this machine; yield their results as they come."""
-    devices = torch.cuda.device_count() if jobs and jobs[0].device == "cuda" else 0
+    devices = _devices(torch.device(jobs[0].device)) if jobs else []
     threads = max(torch.get_num_threads() // workers.count, 1)
     placed = [
-        replace(job, device=f"cuda:{number % devices}" if devices else job.device, threads=threads)
+        replace(job, device=devices[number % len(devices)], threads=threads)
         for number, job in enumerate(jobs)
     ]
     try:
@@ -205,6 +243,21 @@ def _here(jobs: Sequence[Job], pool: ProcessPoolExecutor, workers: Workers) -> R
             "a worker must live until its branch is trained, but one was killed (for memory, "
             "perhaps); finished branches are kept: go on with fewer --workers (tune: and --resume)"
         ) from error
+
+
+def _devices(device: torch.device) -> list[str]:
+    """Return the devices that local processes take in turn: all GPUs, for the first of them."""
+    if device.type != "cuda" or device.index:
+        return [str(device)]
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
+def _places(device: torch.device, workers: Workers) -> int:
+    """Return how many devices the branches that train at once are spread over."""
+    if workers.launcher is None:
+        return len(_devices(device))
+    # submitit's local jobs all run on the device of the run; a cluster gives each job its own
+    return 1 if workers.launcher[0] == LOCAL else workers.count
 
 
 def _on_cluster(jobs: Sequence[Job], workers: Workers) -> Results:
