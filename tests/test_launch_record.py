@@ -158,14 +158,21 @@ def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: P
 
 
 def test_a_warm_up_does_not_decide_the_learning_rate(tmp_path: Path) -> None:
-    schedule = """
-schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+    by_epoch = """
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, epoch / 100))
 """
-    body = HEAD + schedule + LOOP.replace("optimizer.step()", "optimizer.step(); schedule.step()")
-    workload = record(tmp_path, body)
+    workload = record(tmp_path, HEAD + by_epoch + LOOP)  # not stepped in what is recorded
     optimizer = workload.build_optimizer(workload.build_model())
     assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert not workload.defines("build_scheduler")
     optimizer.step()
+
+
+def test_rates_that_a_script_sets_by_hand_count_at_their_highest(tmp_path: Path) -> None:
+    rise = "optimizer.param_groups[0]['lr'] = min(rate := rate + 1e-3, 5e-3); optimizer.step()"
+    workload = record(tmp_path, HEAD + "rate = 0.0" + LOOP.replace("optimizer.step()", rise))
+    optimizer = workload.build_optimizer(workload.build_model())
+    assert optimizer.param_groups[0]["lr"] == 5e-3
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -198,6 +198,11 @@ class Samples:
         if host_ms is not None and not reject:
             self.hosts.append(host_ms)
 
+    def divided_by(self, count: int) -> "Samples":
+        """Return the samples of calls that did something `count` times, for one time."""
+        rounds = [sample and sample / count for sample in self.rounds]
+        return replace(self, rounds=rounds, hosts=[host / count for host in self.hosts])
+
     def timing(self, *, as_trained: bool = False) -> Timing:
         """Return median, p20 and p80 of the clean samples.
 

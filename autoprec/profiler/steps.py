@@ -1,8 +1,9 @@
 """Whole training steps in turns: each variant has a model and an optimizer of its own.
 
 A step is zero_grad, forward, backward and optimizer.step on a batch that is already on the device;
-all variants see the same batches in the same order. Under torch.compile the model is compiled (as
-its user does it, else by `model.compile()`), for every shape of these batches, before the first
+all variants see the same batches in the same order. Where the user accumulates gradients it is a
+batch's share of an optimizer step with all its batches. Under torch.compile the model is compiled
+(as its user does it, else by `model.compile()`), for every shape of these batches, before the first
 sample; a variant that does not compile runs eagerly, and its timing says so.
 
 Only one variant is in the device's memory at a time: training with one of them must fit, and no
@@ -41,6 +42,7 @@ from autoprec.profiler.parking import Parking
 from autoprec.records import FP32, AsWritten, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, take_batches
+from autoprec.workload.training import Training
 from autoprec.workload.written import is_compiled, no_autocast
 
 AUTOCAST, AS_WRITTEN = "autocast_bf16", "as_written"
@@ -163,7 +165,8 @@ class _Comparison:
                     monitor=self._monitor(arm.is_compiled),
                     seed=self.context.seed,
                 )
-            arm.samples.append(found[label])
+            share = self.context.workload.accumulation_steps
+            arm.samples.append(found[label].divided_by(share))
             arm.parking.leave()
             if self.context.device.type == "cuda":
                 torch.cuda.empty_cache()  # the next one's tensors have other sizes
@@ -280,14 +283,16 @@ class _Comparison:
     ) -> Function:
         workload = self.context.workload
         autocast = self._autocast if variant == AUTOCAST else nullcontext()
+        training, count = Training(workload, model, optimizer), workload.accumulation_steps
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
-            batch = self.batches[self.round % len(self.batches)]
-            with autocast:  # as torch advises: backward outside, in the dtypes of forward
-                loss = workload.written_loss(model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
-            optimizer.step()
+            for number in range(self.round * count, (self.round + 1) * count):
+                batch = self.batches[number % len(self.batches)]
+                with autocast:  # as torch advises: backward outside, in the dtypes of forward
+                    loss = workload.written_loss(model, batch)
+                torch.autograd.backward(loss if count == 1 else loss / count)
+            training.update()
 
         return step
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
 
 PARTS = ("model", "optimizer", "guard", "step", "extra")  # of a file of save_checkpoint
+SCHEDULES = ("scheduler", "lr_scheduler")  # what a user's file calls the schedule's state dict
 BROKEN_STATE = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 # What torch.load raises on truncated, foreign or unsafe bytes.
 BROKEN_FILE = (*BROKEN_STATE, EOFError, LookupError, ImportError, pickle.UnpicklingError)
@@ -37,6 +38,7 @@ BROKEN_FILE = (*BROKEN_STATE, EOFError, LookupError, ImportError, pickle.Unpickl
 class Checkpoint:
     """State dicts on the CPU; `curve` and `eval_losses` are there in a checkpoint of our own.
 
+    `schedule` is the position and pace of a `workload.training.Schedule`, where they are known.
     One that `is_sharded` holds this rank's part, by names, see sharded_state.
     """
 
@@ -44,6 +46,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None  # Any: an optimizer's state dict
     curve: tuple[float, ...] = ()
     eval_losses: tuple[float, ...] = ()
+    schedule: tuple[int, int] | None = None
     is_sharded: bool = False
 
 
@@ -172,7 +175,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         optimizer=content.get("optimizer"),
         curve=tuple(content.get("curve", ())),
         eval_losses=tuple(content.get("eval_losses", ())),
+        schedule=content.get("schedule") or _position(content),
     )
+
+
+def _position(content: dict[str, Any]) -> tuple[int, int] | None:  # Any: whatever was saved
+    """Return where a user's schedule is, from the state dict of it that was saved along."""
+    for name in SCHEDULES:
+        state = content.get(name)
+        if isinstance(state, dict) and isinstance(state.get("last_epoch"), int):
+            return state["last_epoch"], 1
+    return None
 
 
 def load_state(target: nn.Module | Optimizer, state: dict[str, Any], *, what: str) -> None:

@@ -32,6 +32,7 @@ from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint
 
 LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
 PARTS = ("model", "optimizer")
+PLAIN = ("curve", "eval_losses", "schedule")
 
 
 def shards_of(model: nn.Module, optimizer: Optimizer) -> Checkpoint:
@@ -54,8 +55,8 @@ def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
     save({part: getattr(checkpoint, part) for part in PARTS}, checkpoint_id=partial)
 
     def finish() -> None:
-        losses = {"curve": checkpoint.curve, "eval_losses": checkpoint.eval_losses}
-        (partial / LOSSES).write_text(json.dumps(losses))
+        plain = {name: getattr(checkpoint, name) for name in PLAIN}
+        (partial / LOSSES).write_text(json.dumps(plain))
         partial.rename(folder)
 
     made_on_first_rank(finish)
@@ -70,14 +71,14 @@ def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
     states = {part: getattr(like, part) for part in PARTS}
     try:
         load(states, checkpoint_id=folder)
-        losses = json.loads((folder / LOSSES).read_text())
+        plain = json.loads((folder / LOSSES).read_text())
     except (CheckpointException, OSError, *BROKEN_STATE) as error:
         raise RecordError(
             f"a distributed checkpoint must be whole and of this model, but {folder} is not "
             f"({error_line(error)}); delete it"
         ) from error
-    seen = (tuple(losses["curve"]), tuple(losses["eval_losses"]))
-    return Checkpoint(states["model"], states["optimizer"], *seen, is_sharded=True)
+    seen = {name: plain[name] and tuple(plain[name]) for name in PLAIN}
+    return Checkpoint(states["model"], states["optimizer"], **seen, is_sharded=True)
 
 
 def load_whole(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ batches and buffers stay as they are; every pass of a batch draws the same rando
 passes share their dropout masks and differ in precision only.
 """
 
+import logging
 import math
 import statistics
 import time
@@ -18,7 +19,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from autoprec.common.progress import report_nothing
 from autoprec.device.memory import free_bytes
@@ -36,6 +36,7 @@ from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.room import plan_groups
 from autoprec.workload.functions import Batch, check_loss, move_batch
+from autoprec.workload.training import Training, start_training, step_batches
 
 KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this are not run again
 UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
@@ -45,6 +46,7 @@ DEFAULT_WARMUP_STEPS = 10
 FEWEST_BATCHES = 2  # one batch gives no standard error
 
 Key = TypeVar("Key", bound=Hashable)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,18 +211,19 @@ def prepare_reference(
     started = time.perf_counter()
     on_device = batches if context.device.type == "cpu" else 0  # else the host keeps gradients
     groups = plan_groups(context, spec, gradients=on_device)
-    model, optimizer = restore(context, None if checkpoint is None else read_checkpoint(checkpoint))
-    stream = context.workload.train_batches(context.seed)
+    start = None if checkpoint is None else read_checkpoint(checkpoint)
+    training = restore(context, start, warmup_steps=warmup_steps)
+    model, stream = training.model, context.workload.train_batches(context.seed)
     watched = find_layers(model) if with_history else {}
     with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
-        curve, step_s = _warm_up(context, model, optimizer, stream, steps=warmup_steps)
+        curve, step_s = _warm_up(training, context, stream, steps=warmup_steps)
     _check_structure(model, spec)
     return Reference(
         context=context,
         spec=spec,
         model=model,
         batches=list(islice(stream, batches)),
-        preconditioner=read_preconditioner(optimizer),
+        preconditioner=read_preconditioner(training.optimizer),
         history=history,
         loss_curve=curve,
         checkpoint=str(checkpoint or ""),
@@ -260,8 +263,10 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return local_part(parameter.grad.detach()).float()
 
 
-def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module, Optimizer]:
-    """Build the user's model and optimizer and load the checkpoint into them.
+def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
+    """Build the user's model, optimizer and schedule, and load the checkpoint into them.
+
+    `warmup_steps` is how many steps the caller then trains to get to where it measures.
 
     Raises:
         RecordError: the checkpoint is of another model or optimizer.
@@ -271,33 +276,43 @@ def restore(context: Context, checkpoint: Checkpoint | None) -> tuple[nn.Module,
     if checkpoint is not None and not is_split:
         load_state(model, checkpoint.model, what="model")
     model.train()
-    optimizer = context.workload.build_optimizer(model)
-    if checkpoint is not None and is_split:
+    training = start_training(context.workload, model, warmup_steps=warmup_steps)
+    if checkpoint is None:
+        return training
+    # a schedule at its step first: the optimizer's state has the rates of that step
+    schedule = training.schedule
+    if schedule is not None and checkpoint.schedule is not None:
+        position, schedule.pace = checkpoint.schedule
+        schedule.go_to(position)
+    elif schedule is not None and checkpoint.optimizer is not None:
+        logger.warning("the checkpoint has no schedule: its learning rates stay as they are")
+        training.schedule = None
+    if is_split:
         load = load_shards if checkpoint.is_sharded else load_whole
-        load(checkpoint, model, optimizer)
-    elif checkpoint is not None and checkpoint.optimizer is not None:
-        load_state(optimizer, checkpoint.optimizer, what="optimizer")
-    return model, optimizer
+        load(checkpoint, model, training.optimizer)
+    elif checkpoint.optimizer is not None:
+        load_state(training.optimizer, checkpoint.optimizer, what="optimizer")
+    return training
 
 
 def _warm_up(
-    context: Context, model: nn.Module, optimizer: Optimizer, stream: Iterator[Batch], *, steps: int
+    training: Training, context: Context, stream: Iterator[Batch], *, steps: int
 ) -> tuple[tuple[tuple[int, float], ...], float]:
     """Train and return the loss curve and the median time of a step in seconds."""
     curve: list[tuple[int, float]] = []
     times: list[float] = []
-    for step, drawn in enumerate(islice(stream, steps), start=1):
+    drawn_by_step = step_batches(context.workload, stream, count=steps)
+    for step, drawn in enumerate(drawn_by_step, start=1):
         context.progress("sensitivity: warm-up", step - 1, steps)
-        batch = move_batch(drawn, context.device)
+        batches = move_batch(drawn, context.device)
         started = time.perf_counter()  # the user's data loading is no part of a step
-        optimizer.zero_grad(set_to_none=True)
-        loss = context.workload.loss_fn(model, batch)
-        torch.autograd.backward(loss)
-        optimizer.step()
+        loss = training.step(batches)
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
     context.progress("sensitivity: warm-up", steps, steps)
-    return tuple(curve), statistics.median(times[1:] or times)
+    # what is measured later is a pass of one batch
+    per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps
+    return tuple(curve), per_batch
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

@@ -4,7 +4,7 @@ Two runs that differ by rounding drift apart chaotically while the learning rate
 losses with them. Annealing brings each branch down to the floor of the basin that both are in; the
 difference that is left there is what the precision did:
 
-    lr_k = lr * (branch_steps - k) / branch_steps        k = 0 ... branch_steps - 1
+    lr_k = schedule's lr * (branch_steps - k) / branch_steps        k = 0 ... branch_steps - 1
 
 Everything else is common to the branches of a seed: the checkpoint (model and optimizer state), the
 batches, and torch's generators, which are seeded anew before every step, so that dropout masks are
@@ -18,11 +18,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
@@ -37,6 +35,7 @@ from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, check_loss, move_batch
+from autoprec.workload.training import Training, step_batches
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents
@@ -76,10 +75,11 @@ def warm_up(
         WorkloadError: the loss becomes NaN or infinite.
     """
     with seeded(context.seed, context.device), tf32_off():
-        model, optimizer = restore(context, start)
+        training = restore(context, start, warmup_steps=steps)
+        model, optimizer, schedule = training.model, training.optimizer, training.schedule
         curve = []
-        for step, batch in _seeded_batches(context, context.seed, steps):
-            loss = _train_step(context, model, optimizer, batch)
+        for step, batches in _seeded_batches(context, context.seed, steps):
+            loss = training.step(batches)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
         losses = evaluate(context, model, evaluation)  # first: it makes buffers the same
@@ -87,7 +87,8 @@ def warm_up(
             state = shards_of(model, optimizer)
         else:
             state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
-        return replace(state, curve=tuple(curve), eval_losses=losses)
+        position = None if schedule is None else (schedule.position, schedule.pace)
+        return replace(state, curve=tuple(curve), eval_losses=losses, schedule=position)
 
 
 def train_branch(
@@ -103,7 +104,8 @@ def train_branch(
     not_finite: tuple[str, ...] = ()
     diverged_at = None
     with seeded(context.seed, context.device):
-        model, optimizer = restore(context, session.checkpoint)
+        training = restore(context, session.checkpoint)
+        model, optimizer = training.model, training.optimizer
         with fast_fp8_gemms(context.device), ExitStack() as plan:
             if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
                 plan.enter_context(tf32_off())
@@ -114,8 +116,8 @@ def train_branch(
             # the reference saw the same batches: what is far above its worst has diverged
             limit = DIVERGED_RATIO * max(reference, default=math.inf)
             first = None if variant.is_reference else StepWatch(model)
-            training = _train(session, model, optimizer, variant.label, seed=seed)
-            for step, loss in enumerate(training):
+            losses_by_step = _train(session, training, variant.label, seed=seed)
+            for step, loss in enumerate(losses_by_step):
                 if first is not None and step == 0:
                     not_finite = first.end(model, over_ranks=True)
                 if not_finite or not math.isfinite(loss) or loss > limit:
@@ -186,8 +188,8 @@ def _floor(session: Session, first: Branch) -> float:
     """Return the relative gap between two runs of one reference: 0.0 when bit for bit."""
     context, seed = session.context, first.seed
     with seeded(context.seed, context.device):
-        model, optimizer = restore(context, session.checkpoint)
-        replay = tuple(islice(_train(session, model, optimizer, "replay", seed=seed), REPLAY_STEPS))
+        training = restore(context, session.checkpoint)
+        replay = tuple(islice(_train(session, training, "replay", seed=seed), REPLAY_STEPS))
     if replay == first.curve[: len(replay)]:
         return 0.0
     again = train_branch(session, REFERENCE, seed=seed)
@@ -199,54 +201,24 @@ def _floor(session: Session, first: Branch) -> float:
     return abs(again.eval_loss - first.eval_loss) / abs(first.eval_loss)
 
 
-def _train(
-    session: Session, model: nn.Module, optimizer: Optimizer, label: str, *, seed: int
-) -> Iterator[float]:
+def _train(session: Session, training: Training, label: str, *, seed: int) -> Iterator[float]:
     """Train on the seed's batches and yield every step's loss."""
     context, steps = session.context, session.terms.branch_steps
-    rates = [_rate(group) for group in optimizer.param_groups]
-    for step, batch in _seeded_batches(context, seed, steps):
+    for step, batches in _seeded_batches(context, seed, steps):
         # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            annealed = rate * (steps - step) / steps
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(annealed)
-            else:
-                group["lr"] = annealed
-        yield float(_train_step(context, model, optimizer, batch))
+        yield float(training.step(batches, rate=(steps - step) / steps))
         context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
 
 
-def _train_step(context: Context, model: nn.Module, optimizer: Optimizer, batch: Batch) -> Tensor:
-    optimizer.zero_grad()
-    loss = context.workload.loss_fn(model, batch)
-    torch.autograd.backward(loss)
-    try:
-        optimizer.step()
-    except TypeError as error:
-        raise WorkloadError(
-            "build_optimizer(model) must return an optimizer whose step() takes no closure, but "
-            f"{type(optimizer).__name__} refused ({error}); use a first-order optimizer"
-        ) from error
-    return loss.detach()
-
-
-def _seeded_batches(context: Context, seed: int, count: int) -> Iterator[tuple[int, Batch]]:
-    """Yield steps and batches, torch's generators seeded anew for each step."""
-    for step, batch in enumerate(islice(context.workload.train_batches(seed), count)):
-        moved = move_batch(batch, context.device)
+def _seeded_batches(context: Context, seed: int, count: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield steps and their batches, torch's generators seeded anew for each step."""
+    workload = context.workload
+    stream = step_batches(workload, workload.train_batches(seed), count=count)
+    for step, batches in enumerate(stream):
+        moved = move_batch(batches, context.device)
         _seed_step(seed, step)
         yield step, moved
 
 
 def _seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * SEED_STRIDE + step) % 2**63)
-
-
-def _rate(group: dict[str, Any]) -> float:  # Any: a param group
-    if "lr" not in group:
-        raise WorkloadError(
-            "build_optimizer(model) must return an optimizer whose param groups have an 'lr' to "
-            f"anneal, but one has only {sorted(set(group) - {'params'})}; use one of torch.optim"
-        )
-    return float(group["lr"])

@@ -158,7 +158,8 @@ def open_session(
 def _fresh_shards(context: Context) -> Checkpoint:
     """Return this rank's part of a fresh model and optimizer, for a saved state to be read into."""
     with seeded(context.seed, context.device):
-        return shards_of(*restore(context, None))
+        fresh = restore(context, None)
+        return shards_of(fresh.model, fresh.optimizer)
 
 
 def _check_saved(
@@ -166,8 +167,7 @@ def _check_saved(
 ) -> None:
     """Refuse a saved warm-up that does not evaluate to what it did when it was saved."""
     with seeded(context.seed, context.device):
-        model, _ = restore(context, saved)
-        losses = evaluate(context, model, evaluation)
+        losses = evaluate(context, restore(context, saved).model, evaluation)
     same = len(losses) == len(saved.eval_losses) and all(
         abs(now - then) <= STATE_RTOL * max(abs(then), SMALLEST_LOSS)
         for now, then in zip(losses, saved.eval_losses, strict=True)

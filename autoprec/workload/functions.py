@@ -5,6 +5,9 @@
     def loss_fn(model, batch) -> Tensor                  # scalar
     def build_optimizer(model) -> torch.optim.Optimizer  # optional; default AdamW
     def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
+    def build_scheduler(optimizer) -> LRScheduler        # optional; stepped after each step
+    accumulation_steps = 4                               # optional: batches of an optimizer step
+    clip_norm = 1.0                                      # optional: the gradient's largest norm
 
 and two for `torchrun ... -m autoprec tune model.py`, which one process alone never calls:
 
@@ -47,6 +50,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.text import error_line, short_digest, shown_value
@@ -96,6 +100,8 @@ class Workload:
             objects, of which nobody can say whether they are the same.
         written: their autocast, dtypes and compiling, as far as these were seen.
         part: what this process does of them, where it is one of several ranks.
+        accumulation_steps: the batches of one optimizer step; their gradients' mean is taken.
+        clip_norm: what the gradient's norm is clipped to before each step; None: it is not.
     """
 
     name: str
@@ -103,6 +109,8 @@ class Workload:
     _functions: Mapping[str, Callable[..., Any]]  # Any: user code
     written: Written = field(default_factory=Written)
     part: Part = field(default_factory=lambda: ALONE)
+    accumulation_steps: int = 1
+    clip_norm: float | None = None
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model in FP32 and not compiled: same seed, same initial weights."""
@@ -222,6 +230,19 @@ class Workload:
             )
         return optimizer
 
+    def build_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        """Build the user's schedule of learning rates; None where there is none."""
+        if "build_scheduler" not in self._functions:
+            return None
+        call, wanted = "build_scheduler(optimizer)", "a torch.optim.lr_scheduler.LRScheduler"
+        scheduler = self._call(call, LRScheduler, wanted, optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise WorkloadError(
+                f"{call} must return a schedule by steps, but ReduceLROnPlateau follows a loss; "
+                "leave it out: within the few steps that are trained it does nothing"
+            )
+        return scheduler
+
     def _call(self, call: str, kind: type[T], wanted: str, *args: object) -> T:
         """Call a function, written as `name(arguments)`, and return its result of this kind."""
         with _UserCode(call, wanted):
@@ -263,7 +284,7 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
     Raises:
         WorkloadError: a required function is missing, one is none, or a mapping has others.
     """
-    every = (*REQUIRED, *OPTIONAL)
+    every = (*REQUIRED, *OPTIONAL, *VALUES)
     if not isinstance(holder, Mapping):
         name = name or type(holder).__name__
         holder = {each: getattr(holder, each, None) for each in every}
@@ -274,13 +295,16 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
         if each not in every:
             may = f"{name} may define {', '.join(every)}"
             raise WorkloadError(f"{may}, but it defines {shown_value(each)}; {readme}")
-        if not callable(found):
+        if each in VALUES:
+            _check_value(each, found)
+        elif not callable(found):
             got = shown_value(found)
             raise WorkloadError(f"{each} must be a function, but it is {got}; fix it")
     for each, signature in REQUIRED.items():
         if each not in functions:
             raise WorkloadError(f"{name} must define {signature}, but it does not; {readme}")
-    return Workload(name=name, digest=digest, _functions=functions)
+    values = {each: functions.pop(each) for each in VALUES if each in functions}
+    return Workload(name=name, digest=digest, _functions=functions, **values)
 
 
 REQUIRED = {
@@ -288,9 +312,17 @@ REQUIRED = {
     "train_batches": "train_batches(seed) -> iterator of batches",
     "loss_fn": "loss_fn(model, batch) -> scalar tensor",
 }
-OPTIONAL = ("build_optimizer", "eval_batches", "parallelize", "build_mesh")
+OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "parallelize", "build_mesh")
+VALUES = {"accumulation_steps": "a whole number from 1", "clip_norm": "a number above 0"}
 DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
 _END = object()
+
+
+def _check_value(name: str, value: Any) -> None:  # Any: the user's
+    is_number = isinstance(value, int if name == "accumulation_steps" else int | float)
+    if isinstance(value, bool) or not is_number or not value > 0:
+        got = shown_value(value)
+        raise WorkloadError(f"{name} must be {VALUES[name]}, but it is {got}; fix it")
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:  # Any: user code

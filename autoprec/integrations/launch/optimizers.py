@@ -1,11 +1,15 @@
 """The optimizers of a script: what they train, and one copied to another copy of its model."""
 
 import copy
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.runtime.attach import HOOKS
 
@@ -47,13 +51,55 @@ def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -
     return other
 
 
-def set_peak_rates(optimizer: Optimizer) -> None:
+def set_peak_rates(optimizer: Optimizer, seen: Sequence[float]) -> None:
     """Set the learning rates that a schedule starts from or rises to, and forget the schedule.
 
-    Those of a warm-up's first step may be zero.
+    Those of a warm-up's first step may be zero. `seen` has the largest one of each group so far,
+    where a script sets them by hand.
     """
-    for group in optimizer.param_groups:
-        peaks = [group.pop(name) for name in PEAKS if name in group]
-        if peaks:
-            rate, is_tensor = float(peaks[0]), isinstance(group["lr"], Tensor)
-            group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
+    for group, largest in zip(optimizer.param_groups, seen, strict=True):
+        peaks = [float(group.pop(name)) for name in PEAKS if name in group]
+        rate, is_tensor = (peaks or [largest])[0], isinstance(group["lr"], Tensor)
+        group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
+
+
+def rates_of(optimizer: Optimizer) -> list[float]:
+    """Return the learning rate of each group; 0 where it has none."""
+    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
+
+
+@dataclass(frozen=True)
+class SeenSchedule:
+    """A script's scheduler, and a copy from before its first step, of a copied optimizer."""
+
+    own: LRScheduler
+    first: LRScheduler
+
+    def made_steps(self, steps: int) -> bool:
+        """Whether the script stepped it once for each of its optimizer steps but maybe the last."""
+        return _position(self.own) - _position(self.first) >= max(steps - 1, 1)
+
+
+def copy_schedule(scheduler: LRScheduler, optimizer: Optimizer) -> LRScheduler:
+    """Return a copy of a schedule for another optimizer with the same groups."""
+    its = vars(scheduler)["optimizer"]
+    memo = {id(its): optimizer, id(getattr(its, "optimizer", its)): optimizer}
+    copied: LRScheduler = copy.deepcopy(scheduler, memo)
+    return copied
+
+
+def find_schedule(optimizer: Optimizer, other: Optimizer) -> SeenSchedule | None:
+    """Return the scheduler of a script's optimizer, if there is one; `other` is the one's copy."""
+    found = [s for s in gc.get_objects() if issubclass(type(s), LRScheduler)]
+    parts = [part for whole in found for part in vars(whole).get("_schedulers", ())]
+    for scheduler in found:
+        its = vars(scheduler).get("optimizer")
+        its = getattr(its, "optimizer", its)  # Accelerate's is around the script's
+        if its is optimizer and scheduler not in parts and not hasattr(scheduler, "num_bad_epochs"):
+            return SeenSchedule(scheduler, copy_schedule(scheduler, other))
+    return None
+
+
+def _position(scheduler: LRScheduler) -> int:
+    parts = vars(scheduler).get("_schedulers", ())  # ChainedScheduler itself counts nothing
+    return int(vars(scheduler).get("last_epoch", 0)) or sum(map(_position, parts))

@@ -4,6 +4,8 @@
     train_batches    the recorded batches in an order drawn from the seed, again and again
     loss_fn          the model on the recorded arguments, then the recorded way to the loss
     build_optimizer  the script's optimizer, at the learning rate that its schedule starts from
+    build_scheduler  its torch scheduler, if it is stepped once for each optimizer step
+    accumulation_steps, clip_norm   of its first steps
     eval_batches     the last quarter of what was recorded, which nothing trains on
 
 Before that is trusted, the first batch is run again on the recorded weights: loss and gradient must
@@ -21,16 +23,19 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
-from autoprec.integrations.launch.optimizers import copy_optimizer
+from autoprec.integrations.launch.optimizers import copy_optimizer, copy_schedule, set_peak_rates
 from autoprec.integrations.launch.recorder import (
     MODEL_PY,
     FirstCall,
@@ -86,16 +91,30 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     for batch in batches:
         remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
     held_out = max(2, len(batches) // HELD_OUT)
-    functions = {
+    functions: dict[str, Any] = {  # Any: functions and numbers
         "build_model": lambda: copy.deepcopy(first.model),
         "train_batches": lambda seed: _shuffled(batches[:-held_out], seed),
         "loss_fn": recorded_loss,
         "build_optimizer": lambda model: copy_optimizer(optimizer, first.model, model),
         "eval_batches": lambda: batches[-held_out:],
     }
+    functions |= _around_steps(recorder, optimizer)
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
     written = Written(script_autocast=autocast, script_compiles=first.is_compiled)
     return replace(workload, written=written)
+
+
+def _around_steps(recorder: Recorder, optimizer: Optimizer) -> dict[str, Any]:  # Any: as above
+    """Return what a step has beside the loss; without a schedule the optimizer gets its peak."""
+    found: dict[str, Any] = {"accumulation_steps": recorder.micro_steps}
+    if recorder.clip_norm is not None:
+        found["clip_norm"] = recorder.clip_norm
+    schedule, recorder.schedule = recorder.schedule, None  # it holds the script's own optimizer
+    if schedule is not None and schedule.made_steps(recorder.steps):
+        found["build_scheduler"] = partial(copy_schedule, schedule.first)
+    else:
+        set_peak_rates(optimizer, recorder.rates)
+    return found
 
 
 def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:

@@ -10,6 +10,7 @@ in this order ends the script with the reason:
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.integrations.launch.optimizers import (
+    SeenSchedule,
     copy_optimizer,
+    find_schedule,
     has_closure,
-    set_peak_rates,
+    rates_of,
     trained_by,
 )
 from autoprec.integrations.launch.patches import Function, patched
@@ -36,6 +39,7 @@ from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload.functions import tensors_in
 from autoprec.workload.written import is_compiled
 
+CLIP = inspect.signature(nn.utils.clip_grad_norm_)
 MODEL_PY = "write a model.py instead (see the README)"
 
 
@@ -70,6 +74,9 @@ class Recorder:
         self.first: FirstCall | None = None
         self.optimizer: Optimizer | None = None  # the script's own
         self.first_optimizer: Optimizer | None = None  # before its first step, over `first.model`
+        self.schedule: SeenSchedule | None = None
+        self.rates: list[float] = []  # the largest learning rate of each group so far
+        self.clip_norm: float | None = None
         self.batches: list[RecordedBatch] = []
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
@@ -87,6 +94,8 @@ class Recorder:
             self._mode,
             patched(nn.Module, "__call__", self._around_call),
             patched(torch.autograd, "backward", self._around_backward),
+            patched(nn.utils, "clip_grad_norm_", self._around_clip),
+            patched(nn.utils.clip_grad, "clip_grad_norm_", self._around_clip),
             step_hooks.register_optimizer_step_pre_hook(self._before_step),
             step_hooks.register_optimizer_step_post_hook(self._after_step),
         ):
@@ -193,6 +202,15 @@ class Recorder:
         self.batches.append(batch)
         self.losses.append(float(roots[0].detach()))
 
+    def _around_clip(self, call: Function, parameters: Any, /, *args: Any, **kwargs: Any) -> Tensor:
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        bound = CLIP.bind(given, *args, **kwargs).arguments
+        trained = [] if self.model is None else [p for p in self.model.parameters() if has_grad(p)]
+        if trained and bound.get("norm_type", 2.0) == 2.0 and set(trained) <= set(given):
+            self.clip_norm = float(bound["max_norm"])
+        norm: Tensor = call(given, *args, **kwargs)
+        return norm
+
     # --- the optimizer's step --------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
@@ -211,6 +229,8 @@ class Recorder:
             )
         if self._call is not None:
             self.refuse("each call of the model must have its backward, but one had none")
+        own = rates_of(optimizer)
+        self.rates = list(map(max, own, self.rates or own))
         if self.optimizer is not None:
             return
         # the first step: the optimizer is copied as it is before that
@@ -221,7 +241,7 @@ class Recorder:
             )
         self.optimizer = optimizer
         self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
-        set_peak_rates(self.first_optimizer)
+        self.schedule = find_schedule(optimizer, self.first_optimizer)
         self.micro_steps = len(self.batches)
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
@@ -229,6 +249,11 @@ class Recorder:
         self._batches_before = len(self.batches)
         if self.steps >= self.wanted:
             raise StopScript
+
+
+def has_grad(parameter: nn.Parameter) -> bool:
+    """Whether a gradient has arrived."""
+    return parameter.grad is not None
 
 
 def gradient_norm(model: nn.Module) -> float:

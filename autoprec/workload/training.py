@@ -1,0 +1,194 @@
+"""One training step as the user makes it: accumulation, clipping and the schedule included.
+
+    zero_grad; of each of `accumulation_steps` batches: loss / accumulation_steps, backward;
+    clip_grad_norm_(clip_norm); optimizer.step; scheduler.step
+
+The stages train for tens of steps, most schedules rise over hundreds. A rise that would not be over
+within half of a stage's warm-up is climbed in that half, several steps of the schedule at a time:
+what happens at the peak is what is asked about. From there on one step is one step.
+"""
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autoprec.errors import WorkloadError
+from autoprec.workload.functions import Batch, Workload
+
+LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
+NEARLY_ZERO = 0.01  # of the peak rate, where a schedule is over
+
+
+@dataclass
+class Training:
+    """A model in training: what a step of it takes, and its state.
+
+    >>> import torch
+    >>> from autoprec.workload.functions import workload_from
+    >>> workload = workload_from({
+    ...     "build_model": lambda: torch.nn.Linear(4, 1),
+    ...     "train_batches": lambda seed: iter([torch.ones(2, 4)] * 4),
+    ...     "loss_fn": lambda model, x: model(x).square().mean(),
+    ...     "accumulation_steps": 2, "clip_norm": 1.0,
+    ... })
+    >>> training = start_training(workload, workload.build_model())
+    >>> [len(batches) for batches in step_batches(workload, workload.train_batches(0), count=3)]
+    [2, 2, 2]
+    >>> training.step([torch.ones(2, 4)] * 2).shape
+    torch.Size([])
+    """
+
+    workload: Workload
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: "Schedule | None" = None
+
+    def step(self, batches: Sequence[Batch], *, rate: float = 1.0) -> Tensor:
+        """Train on the batches of one optimizer step and return their mean loss, detached.
+
+        `rate` is a factor on the learning rates, of this step alone.
+
+        Raises:
+            WorkloadError: the optimizer wants a closure.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for batch in batches:
+            loss = self.workload.loss_fn(self.model, batch)
+            torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
+            losses.append(loss.detach())
+        self.update(rate=rate)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def update(self, *, rate: float = 1.0) -> None:
+        """Clip the gradients, step the optimizer, then the schedule."""
+        if self.workload.clip_norm is not None:
+            clip_gradients(self.model, self.workload.clip_norm)
+        groups = self.optimizer.param_groups if rate != 1.0 else []
+        rates = [_rate(group) for group in groups]
+        for group, own in zip(groups, rates, strict=True):
+            _set_rate(group, own * rate)
+        try:
+            self.optimizer.step()
+        except TypeError as error:
+            raise WorkloadError(
+                "build_optimizer(model) must return an optimizer whose step() takes no closure, "
+                f"but {type(self.optimizer).__name__} refused ({error}); use a first-order one"
+            ) from error
+        for group, own in zip(groups, rates, strict=True):
+            _set_rate(group, own)  # many schedules go on from the rate that they find
+        if self.schedule is not None:
+            self.schedule.step()
+
+
+class Schedule:
+    """The user's scheduler, stepped once for each optimizer step, or faster while it rises.
+
+    `position` is its step, `pace` how many of them are made at a time up to its `peak`; from
+    `length` on, if that is known, the rates are about zero.
+    """
+
+    def __init__(self, scheduler: LRScheduler, *, warmup_steps: int = 0) -> None:
+        """Take a scheduler at its start, and over how many steps the caller warms up."""
+        self.scheduler, self.position, self.pace = scheduler, 0, 1
+        self.peak, self.length = _look_ahead(scheduler)
+        if warmup_steps:
+            self.pace = max(math.ceil(self.peak / max(warmup_steps // 2, 1)), 1)
+
+    def step(self) -> None:
+        """Go on by one optimizer step."""
+        left = self.peak - self.position
+        self.go_to(self.position + (min(self.pace, left) if left > 0 else 1))
+
+    def go_to(self, position: int) -> None:
+        """Go on to a later step of the scheduler."""
+        for _ in range(position - self.position):
+            _step(self.scheduler)
+        self.position = position
+
+
+def start_training(workload: Workload, model: nn.Module, *, warmup_steps: int = 0) -> Training:
+    """Return a model with a fresh optimizer and schedule of the user's."""
+    optimizer = workload.build_optimizer(model)
+    scheduler = workload.build_scheduler(optimizer)
+    schedule = None if scheduler is None else Schedule(scheduler, warmup_steps=warmup_steps)
+    return Training(workload, model, optimizer, schedule)
+
+
+def step_batches(
+    workload: Workload, stream: Iterator[Batch], *, count: int
+) -> Iterator[list[Batch]]:
+    """Yield the batches of each of `count` optimizer steps from the stream of all."""
+    for _ in range(count):
+        yield list(islice(stream, workload.accumulation_steps))
+
+
+def clip_gradients(model: nn.Module, most: float) -> None:
+    """Scale the gradients so that their norm is at most this, as torch does.
+
+    Parameters of several meshes of ranks are added up by mesh, which torch's own function is not
+    made for.
+    """
+    meshes: defaultdict[object, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            meshes[getattr(parameter, "device_mesh", None)].append(parameter)
+    norms = []
+    for parameters in meshes.values():
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = nn.utils.get_total_norm(norms)
+    for parameters in meshes.values():
+        nn.utils.clip_grads_with_norm_(parameters, most, total)
+
+
+def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
+    """Return the step at which the rates are highest, and the one from which they are about zero.
+
+    None where they are not within LONGEST_SCHEDULE steps. A copy is stepped.
+    """
+    shell = copy.copy(scheduler.optimizer)
+    shell.param_groups = [dict(group) for group in scheduler.optimizer.param_groups]
+    ahead: LRScheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): shell})
+    rates = [max(_rate(group) for group in shell.param_groups)]
+    peak = 0
+    while len(rates) < LONGEST_SCHEDULE:
+        _step(ahead)
+        rates.append(max(_rate(group) for group in shell.param_groups))
+        if rates[-1] > rates[peak]:
+            peak = len(rates) - 1
+        elif rates[-1] <= NEARLY_ZERO * rates[peak]:
+            return peak, len(rates) - 1
+    return peak, None
+
+
+def _step(scheduler: LRScheduler) -> None:
+    with warnings.catch_warnings():  # that the optimizer was not stepped before: it is a copy's
+        warnings.simplefilter("ignore", UserWarning)
+        scheduler.step()
+
+
+def _rate(group: dict[str, Any]) -> float:  # Any: a param group
+    if "lr" not in group:
+        raise WorkloadError(
+            "build_optimizer(model) must return an optimizer whose param groups have an 'lr' to "
+            f"anneal, but one has only {sorted(set(group) - {'params'})}; use one of torch.optim"
+        )
+    return float(group["lr"])
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:  # Any: a param group
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -1,0 +1,221 @@
+"""A training step as its user makes it: accumulation, clipping, schedule; in a file or a script."""
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as schedules
+
+from autoprec.errors import WorkloadError
+from autoprec.integrations.launch import Script, record_workload
+from autoprec.model.context import Context
+from autoprec.records import BF16_O2, FP32
+from autoprec.runtime import attach_optimizer, install_options
+from autoprec.sensitivity.reference import restore
+from autoprec.verification import branches
+from autoprec.verification.gate import open_session
+from autoprec.verification.sequential import Terms
+from autoprec.verification.session import REFERENCE
+from autoprec.workload.functions import Workload, workload_from
+from autoprec.workload.training import Schedule, start_training, step_batches
+from tests.launch_scripts import HEAD, LOOP, own_main, write_script
+
+__all__ = ["own_main"]
+CPU = torch.device("cpu")
+WIDTH, BATCH = 16, 32
+
+
+def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(BATCH, WIDTH, generator=generator)
+        yield x, x.sin()
+
+
+def make(**more: Any) -> Workload:
+    functions: dict[str, Any] = {
+        "build_model": lambda: nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)),
+        "train_batches": train_batches,
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
+        "build_optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
+    }
+    return workload_from({**functions, **more})
+
+
+def cosine(optimizer: Optimizer, *, rise: int = 2, steps: int = 40) -> schedules.LRScheduler:
+    parts: list[schedules.LRScheduler] = [
+        schedules.LinearLR(optimizer, 0.01, total_iters=rise),
+        schedules.CosineAnnealingLR(optimizer, steps - rise),
+    ]
+    return schedules.SequentialLR(optimizer, parts, milestones=[rise])
+
+
+def by_hand(workload: Workload, *, count: int, clip: float, accumulate: int) -> nn.Module:
+    """Train as a user's own loop would."""
+    model = workload.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    schedule = cosine(optimizer)
+    stream = workload.train_batches(1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        for x, y in islice(stream, accumulate):
+            (F.mse_loss(model(x), y) / accumulate).backward()  # type: ignore[no-untyped-call]  # torch's own stub
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def test_a_step_is_the_users_own_bit_for_bit() -> None:
+    workload = make(build_scheduler=cosine, accumulation_steps=3, clip_norm=0.05)
+    training = start_training(workload, workload.build_model())
+    for batches in step_batches(workload, workload.train_batches(1), count=10):
+        training.step(batches)
+    other = by_hand(workload, count=10, clip=0.05, accumulate=3)
+    for mine, wanted in zip(training.model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accumulation_steps", 0),
+        ("accumulation_steps", 1.5),
+        ("clip_norm", -1.0),
+        ("clip_norm", "1"),
+    ],
+)
+def test_bad_values_are_refused(name: str, value: object) -> None:
+    with pytest.raises(WorkloadError, match=f"{name} must be"):
+        make(**{name: value})
+
+
+def test_a_schedule_that_follows_a_loss_is_refused() -> None:
+    workload = make(build_scheduler=schedules.ReduceLROnPlateau)
+    with pytest.raises(WorkloadError, match="ReduceLROnPlateau follows a loss"):
+        start_training(workload, workload.build_model())
+
+
+def test_a_long_rise_is_climbed_in_half_of_the_warm_up() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = Schedule(cosine(optimizer, rise=100, steps=400), warmup_steps=10)
+    assert (schedule.peak, schedule.length) == (100, 381)  # where the cosine is below 1 %
+    rates = []
+    for _ in range(8):
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[4] == pytest.approx(1.0)
+    assert rates[3] < 0.9  # the peak, after half of ten
+    assert schedule.position == 103
+    assert rates[5] > rates[6] > rates[7] > 0.99
+
+
+def test_looking_ahead_changes_nothing() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = schedules.OneCycleLR(optimizer, max_lr=1.0, total_steps=50)  # it moves betas too
+    before = copy.deepcopy(optimizer.state_dict()), scheduler.last_epoch
+    schedule = Schedule(scheduler)
+    assert (optimizer.state_dict(), scheduler.last_epoch) == before
+    assert schedule.peak == 14
+    assert schedule.length is not None
+    assert 45 <= schedule.length <= 49
+
+
+def test_branches_go_on_in_the_schedule_and_anneal_on_top(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Noting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no loss comes back
+            seen.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    workload = make(
+        build_optimizer=lambda model: Noting(model.parameters(), lr=0.5),
+        build_scheduler=cosine,
+        accumulation_steps=2,
+    )
+    context, terms = Context(workload, CPU), Terms(warmup_steps=6, branch_steps=4)
+    session = open_session(context, terms, loss_tolerance=0.1, state_dir=tmp_path)
+    branch = branches.train_branch(session, REFERENCE, seed=1)
+    own = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5)
+    scheduled = cosine(own)
+    wanted = []
+    for step in range(10):
+        anneal = 1.0 if step < 6 else (10 - step) / 4
+        wanted.append(own.param_groups[0]["lr"] * anneal)
+        own.step()
+        scheduled.step()
+    assert seen == pytest.approx(wanted)
+    # a run that goes on from the files goes on there in the schedule
+    seen.clear()
+    again = open_session(context, terms, loss_tolerance=0.1, state_dir=tmp_path)
+    assert branches.train_branch(again, REFERENCE, seed=1) == branch
+    assert seen == pytest.approx(wanted[6:])
+
+
+def test_a_checkpoint_brings_its_place_in_the_schedule() -> None:
+    workload = make(build_scheduler=cosine)
+    training = start_training(workload, workload.build_model())
+    for batches in step_batches(workload, workload.train_batches(0), count=7):
+        training.step(batches)
+    state = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+    assert training.schedule is not None
+    scheduler = {"lr_scheduler": training.schedule.scheduler.state_dict()}
+    path = Path(__file__).with_name("unused")
+    restored = {}
+    for name, content in (("with", {**state, **scheduler}), ("without", state)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "load", lambda *_, content=content, **__: content)
+            from autoprec.runtime.checkpoint import read_checkpoint
+
+            restored[name] = restore(Context(workload, CPU), read_checkpoint(path))
+    rate = training.optimizer.param_groups[0]["lr"]
+    assert [r.optimizer.param_groups[0]["lr"] for r in restored.values()] == [rate, rate]
+    assert restored["with"].schedule is not None
+    assert restored["with"].schedule.position == 7
+    assert restored["without"].schedule is None  # its rates stay
+
+
+def test_clipping_is_that_of_a_plan_too() -> None:
+    workload = make(clip_norm=1e-3)
+    training = start_training(workload, workload.build_model())
+    install_options(training.model, {"0": BF16_O2, "2": FP32})
+    attach_optimizer(training.model, training.optimizer)
+    before = [p.detach().float().clone() for p in training.model.parameters()]
+    training.step([next(workload.train_batches(0))])
+    pairs = zip(training.model.parameters(), before, strict=True)
+    moved = [float((p.detach().float() - b).norm()) for p, b in pairs]
+    assert 0.0 < math.hypot(*moved) <= 0.02  # lr times 1e-3, and BF16's rounding
+
+
+SCHEDULED = """
+from torch.nn.utils import clip_grad_norm_
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+"""
+STEP = "optimizer.step()"
+
+
+@pytest.mark.usefixtures("own_main")
+def test_a_script_brings_clipping_and_schedule(tmp_path: Path) -> None:
+    own = f"clip_grad_norm_(model.parameters(), 0.25); {STEP}; schedule.step()"
+    body = HEAD + SCHEDULED + LOOP.replace(STEP, own)
+    workload = record_workload(Script(write_script(tmp_path, body), ("99",)), steps=8)
+    assert workload.clip_norm == 0.25
+    assert workload.accumulation_steps == 1
+    optimizer = workload.build_optimizer(workload.build_model())
+    scheduler = workload.build_scheduler(optimizer)
+    assert scheduler is not None
+    schedule = Schedule(scheduler, warmup_steps=10)
+    assert schedule.peak == 99
+    assert schedule.pace == 20
+    for _ in range(5):
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
