@@ -28,6 +28,7 @@ from autoprec.records import (
     with_gemms_hp,
 )
 from autoprec.runtime import check_applied, trace_step
+from autoprec.runtime.finite import FIRST
 from autoprec.sensitivity.gemm import scaled_mm
 from autoprec.tuning.plan_check import check_plan
 from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
@@ -162,13 +163,15 @@ def test_a_proof_leaves_the_run_as_it_was() -> None:
     autoprec.apply(plan_for(model), model)
     model.head.weight.grad = torch.ones_like(model.head.weight)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     state = torch.get_rng_state()
     autoprec.verify_applied(model, next(workload.train_batches(0)), loss_fn=workload.loss_fn)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
     assert model.head.weight.grad.eq(1).all()
     assert model.head.bias.grad is None
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert not FIRST[model].outputs
 
 
 def test_the_input_may_be_a_tensor_a_tuple_or_a_dict() -> None:

@@ -156,7 +156,7 @@ def test_a_branch_that_diverges_refutes_at_once_with_its_step() -> None:
     found = verified(overflowing(mlp_workload()), TENSORWISE)
     assert found.verdict is Verdict.REFUTED
     assert "diverged at step 0 of the branch of seed 1: its gradients are not fin" in found.advice
-    assert found.branches[-1].not_finite == ("first", "second", "norm", "head")
+    assert found.branches[-1].not_finite == ("head", "norm", "second", "first")
     assert {branch.seed for branch in found.branches} == {1}
     assert found.gap is None
 

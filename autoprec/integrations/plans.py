@@ -13,7 +13,7 @@ from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.attach import check_optimizer
-from autoprec.runtime.finite import watch_first_step
+from autoprec.runtime.finite import leave_first_step
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
@@ -41,8 +41,8 @@ def apply_plan(
     apply(plan, model, optimizers[0] if optimizers else None)
     for optimizer in optimizers[1:]:
         attach_optimizer(model, optimizer)
-    if not is_guarded:
-        watch_first_step(model)
+    if is_guarded:
+        leave_first_step(model)
 
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:

@@ -26,6 +26,7 @@ from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.model.layers import model_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
+from autoprec.runtime.finite import leave_first_step, watch_first_step
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
@@ -56,6 +57,8 @@ def apply(
     An optimizer made later is attached with `attach_optimizer`. Frozen BF16 parameters keep no FP32
     copy. Where `torch.distributed` runs, every rank calls it, and either all apply the same plan or
     all raise the same error. A plan with `fp8_all_gather` makes FSDP gather FP8 weights.
+    The first training step must have finite gradients, or the optimizer's step raises an error that
+    names the layers where it begins, before anything is trained; a `Guard` looks at every step.
 
     Args:
         plan: a plan, or a plan.json's path.
@@ -90,6 +93,7 @@ def apply(
     if plan.fp8_all_gather:
         install_gathers(inner, installed.options)
     _warn_of_mixed_groups(inner)
+    watch_first_step(model, group=group)
     return model, optimizer
 
 
@@ -116,6 +120,7 @@ def undo(
     inner = unwrapped(model)
     masters = masters_of(inner)
     check_removable(inner)
+    leave_first_step(inner)
     masters.gather_as_before()
     # The FP32 masters are the weights from here on; then the classes of the plan go.
     for parameter, exact in exact_values(inner, masters).items():

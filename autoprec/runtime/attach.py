@@ -137,21 +137,21 @@ def watch_optimizers() -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
-def _look_at(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's hook
+def _look_at(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
     """Attach an optimizer that was made after `apply`; let the user's hooks at gradients first.
 
     The first step of a model that is watched is checked as it is now.
     """
-    if FIRST:
-        check_first_step(optimizer)
+    changed = check_first_step(optimizer, args, kwargs) if FIRST else None
     attachment: Attachment | None = vars(optimizer).get(ON_OPTIMIZER)
     if attachment is not None:
         hooks: Any = optimizer._optimizer_step_pre_hooks  # Any: typed as a dict, but ordered
         hooks.move_to_end(attachment.handles[0].id)
-        return
+        return changed
     for masters in list(LIVE):
         if any(parameter in masters.values for parameter in _parameters(optimizer)):
             attach(masters, optimizer)
+    return changed
 
 
 class Attachment:

@@ -36,6 +36,7 @@ from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, own_class
+from autoprec.runtime.finite import forget_step
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
@@ -206,6 +207,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         with random_state_kept():
             yield
     finally:
+        forget_step(model)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         with torch.no_grad():
