@@ -186,6 +186,16 @@ def placed_like(like: Tensor, part: Tensor) -> Tensor:
     return made
 
 
+def placed_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor spread over ranks as `like` is: a gradient may be a sum still to be made."""
+    placed, wanted = cast("Any", tensor), cast("Any", like)  # Any: DTensors, as above
+    is_split = isinstance(tensor, sharded_tensor()) and isinstance(like, sharded_tensor())
+    if not is_split or placed.placements == wanted.placements:
+        return tensor
+    spread: Tensor = placed.redistribute(placements=wanted.placements)
+    return spread
+
+
 def part_like(like: Tensor, whole_tensor: Tensor) -> Tensor:
     """Return of a whole tensor the part that this rank holds of `like`; nothing is sent."""
     if not isinstance(like, sharded_tensor()):

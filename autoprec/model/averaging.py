@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autoprec.device.ranks import local_part
+from autoprec.device.ranks import local_part, placed_as
 
 BUCKET_BYTES = 25 * 2**20  # torch's own bucket_cap_mb
 
@@ -110,4 +110,5 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     """Return this rank's gradient, zeros where none arrived."""
     if parameter.grad is None:
         return torch.zeros_like(local_part(parameter.detach()))
+    parameter.grad = placed_as(parameter, parameter.grad)  # tensor parallelism leaves sums unmade
     return local_part(parameter.grad)

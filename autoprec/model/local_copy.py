@@ -2,15 +2,20 @@
 
 What FSDP gathers before the layer runs is whole in the copy; what tensor parallelism divides is
 this rank's part. Hooks stay behind: they are those of FSDP and tensor parallelism, which would
-talk to other ranks.
+talk to other ranks. A `Split` says how the parts of a linear make the whole: with x_MK, weight_NK
+and grad_MN, ranks divide N (ColwiseParallel), K (RowwiseParallel), M (weights that all ranks hold,
+tokens of their own), or nothing.
 """
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from autoprec.device.ranks import local_part, sharded_tensor
+from autoprec.device.ranks import local_part, placed_like, sharded_tensor
+from autoprec.errors import WorkloadError
 from autoprec.model.layers import own_type
 
 MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
@@ -22,24 +27,117 @@ def is_divided(layer: nn.Module) -> bool:
     return any(isinstance(p, sharded_tensor()) for p in layer.parameters())
 
 
-def local_copy(model: nn.Module, layer: nn.Module) -> nn.Module:
-    """Return a copy of a divided layer as this rank computes it; all ranks call it together."""
+@dataclass(frozen=True)
+class Split:
+    """How the ranks of one dimension of a mesh divide a linear: along `axis`, M, N or K; or not.
+
+    Tensors are named by their axes: "MK" is x, "N" has an element for each output. All ranks of
+    the mesh call a method together.
+    """
+
+    mesh: Any = None  # a DeviceMesh of one dimension
+    axis: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()  # of N and K, of the whole linear
+
+    def seen_in(self, x: Tensor) -> "Split":
+        """Return the split of a linear that was called with x: its tokens may be divided."""
+        placed: Any = x  # Any: a DTensor, whose class may not be imported
+        is_tokens = not self.axis and self.mesh is not None and isinstance(x, sharded_tensor())
+        return replace(self, axis="M") if is_tokens and placed.placements[0].is_shard() else self
+
+    def whole(self, part: Tensor, axes: str, *, over: str = "MNK") -> Tensor:
+        """Return the whole tensor: parts side by side, or their sum where `axis` is summed over.
+
+        `over` are the axes of what it was made from; of one that is not divided each rank has all.
+        """
+        if not self.axis or self.axis not in over:
+            return part
+        from torch.distributed.tensor import DTensor, Partial, Shard
+
+        if self.axis not in axes:
+            return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()
+        sizes = dict(self.sizes)
+        shape = [sizes.get(axis, size) for axis, size in zip(axes, part.shape, strict=True)]
+        like = part.new_empty(shape, device="meta")
+        placements = [Shard(axes.index(self.axis))]
+        placed = DTensor.from_local(
+            part.contiguous(),
+            self.mesh,
+            placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return placed.full_tensor()
+
+    def largest(self, values: Tensor, *, over: str) -> Tensor:
+        """Return the largest of the ranks' values, where these were taken over the divided axis."""
+        if self.axis and self.axis in over:
+            values = values.clone()
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
+        return values
+
+    def first(self, axis: str) -> int:
+        """Return the place in the whole of this rank's first row along N or K."""
+        if axis != self.axis or axis == "M":
+            return 0
+        place: int = self.mesh.get_local_rank()
+        parts: int = self.mesh.size()
+        return place * -(-dict(self.sizes)[axis] // parts)
+
+
+WHOLE = Split()  # of a linear that every rank has
+
+
+def local_copy(
+    model: nn.Module, layer: nn.Module, *, placed: bool = False
+) -> tuple[nn.Module, Split]:
+    """Return a copy of a divided layer as this rank computes it; all ranks call it together.
+
+    With `placed` the parameters that tensor parallelism divides stay DTensors; else they are plain,
+    and of a linear whose inputs are divided the bias is this rank's part of the sum.
+
+    Raises:
+        WorkloadError: two dimensions of a mesh divide a linear.
+    """
     gathering = _gathering(model, layer)
     for module in gathering:
         module.reshard()
     dtypes = [parameter.dtype for parameter in layer.parameters()]  # a policy gathers in another
     for module in gathering:
         module.unshard()
+    split = _split_of(layer) if isinstance(layer, nn.Linear) else WHOLE
     memo: Memo = {}
     for parameter, dtype in zip(layer.parameters(), dtypes, strict=True):
         data = local_part(parameter.detach()).to(dtype, copy=True)
+        if placed:
+            data = placed_like(parameter.detach(), data)
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     copied = _plain_copy(layer, memo)
     for module in gathering:
         module.reshard()
-    if isinstance(copied, nn.Linear):
+    if isinstance(copied, nn.Linear) and not placed:
         copied.out_features, copied.in_features = copied.weight.shape
-    return copied
+        if split.axis == "K" and copied.bias is not None:  # as DTensor makes it a partial sum
+            copied.bias.data.div_(split.mesh.size())
+    return copied, split
+
+
+def _split_of(layer: nn.Linear) -> Split:
+    """Return how tensor parallelism divides a linear whose weight FSDP has gathered."""
+    weight: Any = layer.weight  # Any: a DTensor where ranks divide it
+    if not isinstance(weight, sharded_tensor()):
+        return WHOLE
+    mesh, sizes = weight.device_mesh, tuple(zip("NK", weight.shape, strict=True))
+    dims = [dim for dim, p in enumerate(weight.placements) if not p.is_replicate()]
+    if len(dims) > 1:
+        raise WorkloadError(
+            "sensitivity takes linears that one dimension of a mesh divides, but "
+            f"{weight.placements} divides a weight twice; use ColwiseParallel or RowwiseParallel"
+        )
+    if mesh.ndim > 1:
+        mesh = mesh[(mesh.mesh_dim_names or ())[dims[0]]] if dims else None
+    return Split(mesh, "NK"[weight.placements[dims[0]].dim] if dims else "", sizes)
 
 
 def computed_features(model: nn.Module, layer: nn.Linear) -> tuple[int, int]:
@@ -49,7 +147,7 @@ def computed_features(model: nn.Module, layer: nn.Linear) -> tuple[int, int]:
         module.reshard()  # what FSDP has gathered says nothing of its own mesh
     weight: Any = layer.weight  # Any: a DTensor where the layer is divided
     if is_divided(layer) and (weight.device_mesh.ndim > 1 or not gathering):
-        layer = cast("nn.Linear", local_copy(model, layer))  # what tensor parallelism leaves of it
+        layer = cast("nn.Linear", local_copy(model, layer)[0])  # what tensor parallelism leaves
     return layer.in_features, layer.out_features
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.device.ranks import local_part
+from autoprec.model.local_copy import is_divided
 from autoprec.model.neighbours import NeighbourWatch, Surroundings
 
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
@@ -64,15 +65,22 @@ def recorded_calls(
     gradients: Gradients = Gradients.NEEDED,
     merged: bool = False,
     watch: NeighbourWatch | None = None,
+    placed: bool = False,
 ) -> Iterator[dict[str, list[Call]]]:
     """Record the calls of layers while the context is open, by layer name.
 
     `merged` keeps only the first of calls with equal shapes, with their number. A `watch` that is
-    entered around the step tells what is beside each call.
+    entered around the step tells what is beside each call. `placed` records divided layers inside
+    the hooks of tensor parallelism, gradients as DTensors.
     """
-    recorders = {name: _Recorder(keep, gradients, merged=merged, watch=watch) for name in layers}
+    recorders = {
+        name: _Recorder(keep, gradients, merged=merged, watch=watch, placed=placed)
+        for name in layers
+    }
     handles = [
-        layer.register_forward_hook(recorders[name].after_forward, with_kwargs=True)
+        layer.register_forward_hook(
+            recorders[name].after_forward, with_kwargs=True, prepend=placed and is_divided(layer)
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -86,13 +94,20 @@ class _Recorder:
     """The forward hook of one layer and the calls that it saw."""
 
     def __init__(
-        self, keep: Keep, gradients: Gradients, *, merged: bool, watch: NeighbourWatch | None
+        self,
+        keep: Keep,
+        gradients: Gradients,
+        *,
+        merged: bool,
+        watch: NeighbourWatch | None,
+        placed: bool,
     ) -> None:
         self.calls: list[Call] = []
         self._keep = keep
         self._gradients = gradients
         self._known: dict[object, Call] | None = {} if merged else None
         self._neighbours = watch
+        self._placed = placed
 
     def after_forward(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -123,11 +138,12 @@ class _Recorder:
             if self._gradients is Gradients.ALL and not tensor.requires_grad:
                 tensor.requires_grad_()
             if tensor.requires_grad:
-                tensor.register_hook(partial(_catch, call, place))  # type: ignore[no-untyped-call]  # torch
+                tensor.register_hook(partial(_catch, call, place, self._placed))  # type: ignore[no-untyped-call]  # torch
 
 
-def _catch(call: Call, place: int, gradient: Tensor) -> None:
-    before, own = call.gradients[place], local_part(gradient.detach())
+def _catch(call: Call, place: int, placed: bool, gradient: Tensor) -> None:
+    own = gradient.detach()
+    before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own
 
 

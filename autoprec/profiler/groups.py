@@ -96,7 +96,7 @@ class RecordedStep:
         calls = [moved_call(call, device) for call in self.calls[name]]
         layer = find_layers(self.model)[name]
         if is_divided(layer):
-            own = local_copy(self.model, layer)
+            own, _ = local_copy(self.model, layer)
             return calls, lambda: copy.deepcopy(own)
 
         def build_model() -> nn.Module:

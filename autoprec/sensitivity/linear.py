@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprec.device.ranks import local_part
+from autoprec.model.local_copy import WHOLE, Split
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, Operand, OperandStatistics, Option
 from autoprec.sensitivity.casts import (
@@ -54,6 +56,8 @@ class Matrix:
 
     exact: Tensor
     chunk: int  # rows
+    axes: str = ""  # of M, N and K: what rows and columns are
+    split: Split = WHOLE  # of the linear: ranks may have parts of the operand
     amax: float | None = None  # of the past, for delayed scaling
     _scales: dict[Cast, Tensor] = field(default_factory=dict)
 
@@ -64,25 +68,32 @@ class Matrix:
 
     def cast(self, cast: Cast, rows: slice) -> Tensor:
         """Return these rows as FP8 has them."""
-        x = round_bf16(self.exact[rows])
-        return cast_scaled(x, cast, self.scale(cast, x))
+        return cast_scaled(round_bf16(self.exact[rows]), cast, self.scale(cast, rows))
 
     def error(self, cast: Cast, rows: slice) -> Tensor:
         """Return cast minus exact of these rows."""
         return self.cast(cast, rows).sub_(self.exact[rows])
 
-    def scale(self, cast: Cast, x: Tensor) -> Tensor:
-        """Return the scale of rows x, rounded to BF16: their own, or that of the whole matrix."""
-        if cast.dim == 1:
-            return scale_of(x, cast)
+    def scale(self, cast: Cast, rows: slice) -> Tensor:
+        """Return the scale of these rows: their own, or that of the whole matrix, of all ranks.
+
+        DTensor reduces an amax over the ranks that have parts of the operand; so does this.
+        """
         if cast not in self._scales:
             if cast.is_delayed and self.amax is not None:
-                self._scales[cast] = scale_of(x, cast, amax=self.amax)
+                self._scales[cast] = scale_of(self.exact, cast, amax=self.amax)
             else:  # rounding keeps the order of magnitudes: the largest of all, then rounded
                 parts = [largest_of(self.exact[rows], cast) for rows in self.chunks()]
-                largest = round_bf16(torch.stack(parts).amax(0))
+                largest = torch.cat(parts) if cast.dim == 1 else torch.stack(parts).amax(0)
+                over = self.axes if cast.dim is None else self.axes[cast.dim : cast.dim + 1]
+                largest = self.split.largest(round_bf16(largest), over=over)
                 self._scales[cast] = scale_from(largest, cast)
-        return self._scales[cast]
+        return self._scales[cast][rows] if cast.dim == 1 else self._scales[cast]
+
+    def counted(self, rows: slice) -> slice:
+        """Return the rows among these that are counted: the same ones of any number of parts."""
+        first = self.split.first(self.axes[:1])
+        return slice(rows.start + -(first + rows.start) % COUNTED_ROWS, rows.stop, COUNTED_ROWS)
 
 
 @dataclass(frozen=True)
@@ -117,29 +128,37 @@ class Linear:
         *,
         moved: Sequence[Call] = (),
         amax: Amax | None = None,
+        split: Split = WHOLE,
         chunk: int,
     ) -> None:
-        """Take the recorded calls; `options` are the FP8 ones, `chunk` is in elements."""
+        """Take the recorded calls; `options` are the FP8 ones, `chunk` is in elements.
+
+        Of a linear that ranks divide, `layer` is this rank's part and `split` says which.
+        """
         amax = amax or {}
+        self.split = split.seen_in(floating_inputs(calls[0])[0]) if calls else split
         width = layer.in_features + layer.out_features
         rows = max(chunk // width // COUNTED_ROWS, 1) * COUNTED_ROWS
         self.layer, self.options = layer, options
         # taken now: inside `in_bf16` the layer has others
         self.weight_NK = layer.weight.detach()
         self.bias_N = None if layer.bias is None else layer.bias.detach()
-        self.weight = Matrix(self.weight_NK, rows, amax.get(Operand.WEIGHT))
+        self.weight = self._matrix(self.weight_NK, rows, "NK", amax.get(Operand.WEIGHT))
         pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
         self.calls = [
             ProbedCall(
-                Matrix(x, rows, amax.get(Operand.INPUT)),
-                Matrix(g, rows, amax.get(Operand.GRAD_OUTPUT)),
+                self._matrix(x, rows, "MK", amax.get(Operand.INPUT)),
+                self._matrix(g, rows, "MN", amax.get(Operand.GRAD_OUTPUT)),
                 *probed,
             )
             for (x, g), probed in pairs
         ]
 
+    def _matrix(self, exact: Tensor, rows: int, axes: str, amax: float | None) -> Matrix:
+        return Matrix(exact, rows, axes, self.split, amax)
+
     def products(self) -> dict[Component, Tensor]:
-        """Return z per group for every component of the linear's errors."""
+        """Return z per group for every component of the linear's errors, of all ranks' parts."""
         found = self._bf16_products()
         parts = (components_of(option)[gemm] for option in self.options for gemm in SPREADING)
         casts = {c: c.cast for c in chain.from_iterable(parts) if c.cast is not None}
@@ -149,21 +168,25 @@ class Linear:
             of_tokens = {c: k for c, k in of_gemm.items() if c.operand is not Operand.WEIGHT}
             found |= self._token_products(gemm, of_tokens)
             found |= self._weight_products(gemm, of_weight)
-        return found
+        return {c: self.split.whole(z, _group_axis(c)) for c, z in found.items()}
 
     def parameter_errors(self, norm: Norm) -> dict[Sides, float]:
-        """Return d'Pd of what stays in the parameters, by the casts of grad_weight; () is BF16."""
+        """Return d'Pd of what stays in the parameters, by the casts of grad_weight; () is BF16.
+
+        `norm` takes errors of whole parameters.
+        """
         weight, bias = self.layer.weight, self.layer.bias
         sides = dict.fromkeys(gemm_casts(o).get(Gemm.GRAD_WEIGHT, ()) for o in self.options)
         found = dict.fromkeys([(), *sides], 0.0)
         if bias is not None and bias.requires_grad:
-            found[()] += norm({bias: self._bias_error()})
+            found[()] += norm({bias: self.split.whole(self._bias_error(), "N", over="MN")})
         if not weight.requires_grad:
             return found
         exact = self._grad_weight(None)
         for pair in found:
             # cast minus exact, in place: both are of the weight's size
-            found[pair] += norm({weight: self._grad_weight(pair).sub_(exact)})
+            error = self._grad_weight(pair).sub_(exact)
+            found[pair] += norm({weight: self.split.whole(error, "NK")})
         return found
 
     def _bf16_products(self) -> dict[Component, Tensor]:
@@ -255,24 +278,29 @@ class Linear:
             Operand.WEIGHT: [self.weight],
             Operand.GRAD_OUTPUT: [call.g for call in self.calls],
         }
-        casts: dict[Operand, dict[str, set[Cast]]] = {operand: {} for operand in Operand}
+        # dicts and no sets: all ranks take the casts in one order
+        casts: dict[Operand, dict[str, dict[Cast, None]]] = {operand: {} for operand in Operand}
         for option in self.options:
             for operand, cast in chain.from_iterable(gemm_casts(option).values()):
-                casts[operand].setdefault(str(option.recipe), set()).add(cast)
+                casts[operand].setdefault(str(option.recipe), {})[cast] = None
         return [_range(name, operand, operands[operand], casts[operand]) for operand in Operand]
 
 
 def _range(
-    name: str, operand: Operand, matrices: Sequence[Matrix], casts: dict[str, set[Cast]]
+    name: str, operand: Operand, matrices: Sequence[Matrix], casts: dict[str, dict[Cast, None]]
 ) -> OperandStatistics:
     # channels are columns; those of a weight are its rows (outputs)
     dim = 1 if operand is Operand.WEIGHT else 0
+    split, axes = matrices[0].split, matrices[0].axes
     pieces = [(m, rows) for m in matrices for rows in m.chunks()]
     parts = [m.exact[rows].abs().amax(dim) for m, rows in pieces]
     per_channel = torch.cat(parts) if dim else torch.stack(parts).amax(0)
+    per_channel = split.largest(per_channel, over=axes[dim])
+    per_channel = split.whole(per_channel, axes[1 - dim], over=axes[1 - dim])
     amax = float(per_channel.max())
     magnitudes = (m.exact[rows].abs() for m, rows in pieces)
-    smallest = min(float(torch.where(t > 0, t, torch.inf).min()) for t in magnitudes)
+    least = torch.stack([torch.where(t > 0, t, torch.inf).min() for t in magnitudes]).min()
+    smallest = -float(split.largest(-least, over=axes))
     amin = smallest if math.isfinite(smallest) else 0.0  # 0: all are zero
     outliers = (per_channel > OUTLIER_RATIO * float(per_channel.median())).nonzero().flatten()
     return OperandStatistics(
@@ -292,9 +320,10 @@ def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
     """Return the fraction of non-zero values that the cast makes zero."""
     there = left = 0
     for matrix in matrices:
-        for rows in matrix.chunks():
-            there += int(matrix.exact[rows][::COUNTED_ROWS].count_nonzero())
-            left += int(matrix.cast(cast, rows)[::COUNTED_ROWS].count_nonzero())
+        for rows in map(matrix.counted, matrix.chunks()):
+            there += int(matrix.exact[rows].count_nonzero())
+            left += int(matrix.cast(cast, rows).count_nonzero())
+    there, left = _of_all_ranks(matrices, there, left)
     return 1.0 - left / there if there else 0.0
 
 
@@ -304,20 +333,35 @@ def _saturation(matrices: Sequence[Matrix], cast: Cast) -> float:
         return 0.0
     beyond = count = 0
     for matrix in matrices:
-        scale = matrix.scale(cast, matrix.exact)
-        for rows in matrix.chunks():
-            scaled = matrix.exact[rows][::COUNTED_ROWS] * scale
+        for rows in map(matrix.counted, matrix.chunks()):
+            scaled = matrix.exact[rows] * matrix.scale(cast, rows)
             beyond += int((scaled.abs() > torch.finfo(cast.dtype).max).sum())
             count += scaled.numel()
+    beyond, count = _of_all_ranks(matrices, beyond, count)
     return beyond / max(count, 1)
+
+
+def _of_all_ranks(matrices: Sequence[Matrix], *counts: int) -> list[int]:
+    """Return counts of an operand's values summed over the ranks that have parts of it."""
+    first = matrices[0]
+    own = torch.tensor(counts, dtype=torch.float64, device=first.exact.device)
+    return [round(float(each)) for each in first.split.whole(own, "", over=first.axes)]
+
+
+def _group_axis(component: Component) -> str:
+    """Return the axis that a component's groups lie along."""
+    of_weight = component.operand is Operand.WEIGHT
+    if component.cast is None or of_weight:  # errors of a result, rows and columns of the weight
+        return "N" if component.gemm is Gemm.OUTPUT else "K"
+    return "K" if component.operand is Operand.INPUT else "N"
 
 
 def _operands(layer: nn.Linear, calls: Sequence[Call]) -> list[tuple[Tensor, Tensor]]:
     """Return x_MK and grad_MN of each call that a gradient came back to."""
     return [
         (
-            floating_inputs(call)[0].reshape(-1, layer.in_features),
-            call.gradients[0].reshape(-1, layer.out_features),
+            local_part(floating_inputs(call)[0]).reshape(-1, layer.in_features),
+            local_part(call.gradients[0]).reshape(-1, layer.out_features),
         )
         for call in calls
         if call.gradients[0] is not None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.ranks import whole
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, Recipe
 from autoprec.runtime import install_options
@@ -67,7 +68,7 @@ def components_of(option: Option) -> dict[Gemm, list[Component]]:
 def parameter_only_errors(gradients: Mapping[Tensor, Tensor], norm: Norm) -> LocalErrors:
     """Return the BF16 errors of a layer whose parameters are used without calling it."""
     return LocalErrors(
-        errors={BF16_OUTPUT: [round_bf16(p.detach()) - p.detach() for p in gradients]},
+        errors={BF16_OUTPUT: [whole(round_bf16(p.detach()) - p.detach()) for p in gradients]},
         parameter_errors={(): norm({p: round_bf16(g) - g for p, g in gradients.items()})},
     )
 

@@ -157,6 +157,10 @@ def measure_most_precise(
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     notes = [reference.preconditioner.note] if reference.preconditioner.note else []
+    if reference.splits_layers:
+        notes.append(
+            "tensor parallelism: each rank rounds its part of a sum to BF16, and so do the rows"
+        )
     if floor.mean > 0.0:
         notes.append(
             "two runs of the reference differ: no gradient error below "

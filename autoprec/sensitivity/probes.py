@@ -44,7 +44,7 @@ from autoprec.device.ranks import (
 )
 from autoprec.device.tf32 import tf32_off
 from autoprec.model.layers import linear_refusal
-from autoprec.model.local_copy import is_divided, local_copy
+from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import OperandStatistics, Option
@@ -117,7 +117,8 @@ class _Pass:
         def norm(errors: Mapping[Tensor, Tensor]) -> float:
             updated = ((owners[p], d) for p, d in errors.items() if owners[p] in gradients)
             return sum(
-                weigh(p, part_like(p, mean_over_ranks(d)), at=gradients[p]) for p, d in updated
+                weigh(p, part_like(p, mean_over_ranks(whole(d))), at=gradients[p])
+                for p, d in updated
             )
 
         return norm
@@ -167,13 +168,10 @@ def _probe_group(
 
 
 def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[OperandStatistics]:
-    """Run the first batch and return the statistics of every linear with an FP8 option.
-
-    There are none where tensor parallelism divides the operands.
-    """
+    """Run the first batch and return the statistics of every linear with an FP8 option."""
     options, chunk = fp8_options(cells), chunk_elements(reference.spec)
     found: list[OperandStatistics] = []
-    for layers in [] if reference.splits_layers else _grouped_layers(reference):
+    for layers in _grouped_layers(reference):
         linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
         if not linears:
             continue
@@ -182,11 +180,26 @@ def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[Oper
         for name, linear in linears.items():
             if calls[name]:
                 amax = reference.history.get(name)
-                run = local_copy(reference.model, linear) if is_divided(linear) else linear
+                run, split = _run_alone(reference, linear)
                 if isinstance(run, nn.Linear):
-                    seen = Linear(run, calls[name], options[name], amax=amax, chunk=chunk)
+                    seen = Linear(
+                        run, calls[name], options[name], amax=amax, split=split, chunk=chunk
+                    )
                     found += seen.statistics(name)
     return found
+
+
+def _run_alone(
+    reference: Reference, layer: nn.Module, *, called: bool = True
+) -> tuple[nn.Module, Split]:
+    """Return a layer, or its copy where ranks hold parts of it; a linear's is of this rank's part.
+
+    What FSDP gathers is whole in a copy, of one layer at a time; others run on DTensors.
+    """
+    if not is_divided(layer):
+        return layer, WHOLE
+    is_linear = called and isinstance(layer, nn.Linear) and not linear_refusal(layer)
+    return local_copy(reference.model, layer, placed=not is_linear)
 
 
 def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
@@ -225,14 +238,15 @@ def _run_probe(
     with seeded(seed, reference.context.device), tf32_off():
         for name, layer in step.layers.items():
             calls, after = step.calls[name], moved.pop(name)
-            # what FSDP gathers is whole in a copy, of one layer at a time
-            run = local_copy(reference.model, layer) if is_divided(layer) else layer
+            run, split = _run_alone(reference, layer, called=bool(calls))
             norm = step.squared_norm(layer, run)
             if not calls:
                 products, errors = _uncalled_products(step, layer, run, norm)
             elif isinstance(run, nn.Linear) and not linear_refusal(run):
                 fp8, amax = options.get(name, ()), reference.history.get(name)
-                linear = Linear(run, calls, fp8, moved=after, amax=amax, chunk=step.chunk)
+                linear = Linear(
+                    run, calls, fp8, moved=after, amax=amax, split=split, chunk=step.chunk
+                )
                 products = linear.products()
                 errors = linear.parameter_errors(norm) if probe == 0 else {}
                 if probe == 0 == step.index and fp8:
@@ -244,7 +258,7 @@ def _run_probe(
             if probe == 0:
                 probed.parameter_errors[name] = errors
             for component, z in products.items():
-                found[name, component] = z.cpu() / size  # changes over t are derivatives
+                found[name, component] = whole(z).cpu() / size  # changes over t are derivatives
     reference.model.zero_grad(set_to_none=True)
     return found
 

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from autoprec.common.progress import report_nothing
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.ranks import largest_over_ranks, local_part, sum_over_ranks, world_size
+from autoprec.device.ranks import (
+    largest_over_ranks,
+    local_part,
+    placed_as,
+    sum_over_ranks,
+    world_size,
+)
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
@@ -260,7 +266,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
     """Return this rank's part of the gradient in FP32; zeros where none arrived."""
     if parameter.grad is None:
         return torch.zeros_like(local_part(parameter.detach()), dtype=torch.float32)
-    return local_part(parameter.grad.detach()).float()
+    return local_part(placed_as(parameter, parameter.grad.detach())).float()
 
 
 def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:

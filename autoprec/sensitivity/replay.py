@@ -31,7 +31,8 @@ def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, 
     Activation checkpointing calls a layer twice; the call that has no gradient is dropped. Frozen
     layers are watched as well: their errors change the gradients of others.
     """
-    with recorded_calls(layers, keep=Tensor.detach, gradients=Gradients.ALL) as calls:
+    recording = recorded_calls(layers, keep=Tensor.detach, gradients=Gradients.ALL, placed=True)
+    with recording as calls:
         yield calls
     for name, found in calls.items():
         calls[name] = [c for c in found if any(g is not None for g in c.gradients)]

@@ -64,9 +64,6 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     """Measure all cells, by the method that takes fewer passes unless one is given."""
     if method is None:
         method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
-    if reference.splits_layers and method is Method.SIGN_CODED:
-        log.warning("tensor parallelism divides layers: each is measured alone, without probes")
-        method = Method.LAYERWISE
     if method is Method.LAYERWISE:
         exact = _exact_errors(reference, cells, len(reference.batches), "layer by layer")
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]

@@ -1,0 +1,145 @@
+"""Sensitivity where tensor parallelism divides layers: probes, ranges and what rounds otherwise."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from autoprec.device.ranks import rank
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.model.parallel import parallel_workload
+from autoprec.records import Gemm, Recipe, fp8_option
+from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.probes import operand_statistics, probe_batches
+from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.tables import make_rows
+from autoprec.workload.functions import Workload
+from tests.rank_workloads import workload
+from tests.ranks import run_ranks
+
+RANKS = 2
+CPU = torch.device("cpu")
+OPTIONS = [fp8_option(recipe) for recipe in (Recipe.TENSORWISE, Recipe.ROWWISE)]
+UP, DOWN = ("blocks.0.up", "blocks.1.up"), ("blocks.0.down", "blocks.1.down")
+# Results that are sums of two ranks' parts, each rounded to BF16 before: other numbers in BF16.
+PARTIAL = {(name, Gemm.GRAD_INPUT) for name in UP} | {(name, Gemm.OUTPUT) for name in DOWN}
+IN_SEQUENCE = {  # tokens of their own: gradients of weights that all ranks have are such sums too
+    *PARTIAL - {("blocks.1.up", Gemm.GRAD_INPUT)},
+    *((f"blocks.{number}.norm", Gemm.GRAD_WEIGHT) for number in range(2)),
+    *(("blocks.1.up", Gemm.GRAD_WEIGHT), ("head", Gemm.GRAD_INPUT)),
+}
+
+
+def _mesh(device_type: str) -> Any:  # Any: a DeviceMesh, and so below
+    return init_device_mesh(device_type, (RANKS,), mesh_dim_names=("tp",))
+
+
+def _split(model: nn.Module, mesh: Any) -> nn.Module:
+    for block in model.get_submodule("blocks").children():
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+def _split_tokens(model: nn.Module, mesh: Any) -> nn.Module:
+    """Divide tokens between the layers that are divided; the second `up` is whole and has both."""
+    rows = RowwiseParallel(output_layouts=Shard(1))
+    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": rows}
+    down = RowwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1))
+    first, second = model.get_submodule("blocks").children()
+    parallelize_module(first, mesh, plan)
+    parallelize_module(second, mesh, plan | {"up": SequenceParallel(), "down": down})
+    embed = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+    head = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    return parallelize_module(model, mesh, {"embed": embed, "head": head})
+
+
+WAYS: dict[str, Callable[..., Any]] = {"tp": _split, "tokens": _split_tokens}
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer that does not make a change of an update's sign of rounding noise."""
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+def _numbers(given: Workload) -> dict[str, Any]:  # Any: JSON values
+    context = Context(parallel_workload(given, CPU), CPU, 3)
+    spec = capture_model(context)
+    reference = prepare_reference(context, spec, warmup_steps=4)
+    cells = list_cells(spec, OPTIONS)
+    probes = probe_batches(reference, cells, probes=1)
+    passes = reference.passes
+    ranges = {f"{each.name} {each.operand}": each for each in probes[0].statistics}
+    assert list(ranges.values()) == operand_statistics(reference, cells)
+    return {
+        "passes": passes,
+        "rows": [
+            (row.name, row.option.key, gemm, value.mean)
+            for row in make_rows(probes, cells)
+            for gemm, value in (row.by_gemm or {}).items()
+        ],
+        "ranges": {name: json.loads(each.model_dump_json()) for name, each in ranges.items()},
+        "notes": measure_sensitivity(reference, options=[]).notes,
+    }
+
+
+def _measure(folder: Path) -> None:
+    found = {
+        way: _numbers(workload(parallelize=split, build_mesh=_mesh, build_optimizer=_sgd))
+        for way, split in WAYS.items()
+    }
+    (folder / f"{rank()}.json").write_text(json.dumps(found))
+
+
+def test_divided_layers_are_probed_as_whole_ones(tmp_path: Path) -> None:
+    run_ranks(_measure, tmp_path, ranks=RANKS)
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS))
+    assert found == other
+    one = json.loads(json.dumps(_numbers(workload(build_optimizer=_sgd))))
+    assert not any("tensor parallelism" in note for note in one["notes"])
+    for way, partial in (("tp", PARTIAL), ("tokens", IN_SEQUENCE)):
+        assert found[way]["passes"] == one["passes"]  # as many whatever the depth
+        assert any("tensor parallelism" in note for note in found[way]["notes"])
+        _compare_rows(found[way]["rows"], one["rows"], partial, way)
+        _compare_ranges(found[way]["ranges"], one["ranges"], way)
+
+
+def _compare_rows(found: list[Any], expected: list[Any], partial: set[Any], way: str) -> None:
+    """Compare every GEMM of every row; only partial sums in BF16 may be other numbers."""
+    own = {tuple(key): value for *key, value in found}
+    whole = {tuple(key): value for *key, value in expected}
+    lost = {key for key in whole if key not in own}  # half a head's outputs: no multiple of 16
+    assert {name for name, *_ in lost} == ({"head"} if way == "tokens" else set())
+    assert len(own) > 40
+    for (name, option, gemm), value in own.items():
+        if option == "bf16_o2" and (name, gemm) in partial:
+            assert 1e-3 < abs(value / whole[name, option, gemm] - 1) < 0.9, (way, name, gemm)
+        else:
+            key = name, option, gemm
+            assert value == pytest.approx(whole[key], rel=1e-3, abs=1e-15), (way, *key)
+
+
+def _compare_ranges(found: dict[str, Any], expected: dict[str, Any], way: str) -> None:
+    """Compare whole records; smallest magnitudes have rounding noise in them."""
+    assert len(found) == (15 if way == "tp" else 12)
+    for name, record in found.items():
+        whole = expected[name]
+        assert record.pop("amax") == pytest.approx(whole["amax"], rel=1e-5), (way, name)
+        for key in ("amin_nonzero", "dynamic_range_bits"):
+            assert record.pop(key) == pytest.approx(whole[key], rel=1e-2), (way, name)
+        if way == "tokens" and name.startswith("blocks.1.up"):  # other tokens of them are counted
+            assert record.pop("underflow") == pytest.approx(whole["underflow"], abs=0.02), name
+        assert record == {key: whole[key] for key in record}, (way, name)
