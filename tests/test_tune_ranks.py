@@ -96,6 +96,7 @@ def _numbers(given: Workload, *, measured: bool) -> dict[str, Any]:  # Any: JSON
         "probed": {f"{row.name} {row.option.key}": row.grad_error.mean for row in probed.rows},
         "ranges": {f"{each.name} {each.operand}": each.amax for each in probed.statistics},
         "joint": uniform.mean,
+        "notes": [note for note in probed.notes if "tensor parallelism" in note],
     }
 
 
@@ -131,12 +132,14 @@ def _compare(folder: Path, ranks: int) -> None:
     parts = {way: ranks // 2 if "tp" in way else ranks for way in WAYS[ranks]}
     losses = {n: _losses(workload_of(n), folder / f"one of {n}") for n in set(parts.values())}
     numbers = _numbers(workload(), measured=True)
+    assert numbers.pop("notes") == []
     for way in WAYS[ranks]:
         for label, expected in losses[parts[way]].items():
             rel = 1e-5 if label != "bf16" else 1e-2  # BF16 rounds each rank's gradient
             assert own[way][label] == pytest.approx(expected, rel=rel), (way, label)
         _compare_specs(same[way].pop("spec"), numbers["spec"], way, parts[way])
         rel, found = 1e-3, same[way]
+        assert len(found.pop("notes")) == ("tp" in way)
         if "tp" in way:
             assert found.pop("ranges") == pytest.approx(numbers["ranges"], rel=1e-5)
             rel = 0.15  # a row-parallel layer rounds every rank's part to BF16 before the sum
