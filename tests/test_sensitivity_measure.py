@@ -1,6 +1,7 @@
 """The stage from end to end, the joint meter, the shared reference, and bad input."""
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     ModelSpec,
+    Operand,
     Option,
     Recipe,
     Sensitivity,
@@ -273,6 +275,24 @@ def test_the_random_state_of_the_process_is_not_moved() -> None:
     measure_sensitivity(reference)
     JointMeter(reference).measure(uniform(spec, TENSORWISE))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 12.0, 300.0])
+def test_an_offset_is_told_from_spread_and_put_into_words(offset: float) -> None:
+    plain = mlp_workload()
+
+    def train_batches(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for x, y in plain.train_batches(seed):
+            side = torch.ones(x.shape[-1])
+            side[::2] = -1.0  # each channel has an offset of its own
+            yield x + offset * side, y
+
+    workload = changed(plain, train_batches=train_batches)
+    found = measure_sensitivity(warmed_up(workload, captured(workload)))
+    (row,) = (r for r in found.statistics if (r.name, r.operand) == ("first", Operand.INPUT))
+    assert row.mean_over_std == pytest.approx(offset, rel=0.1, abs=0.2)  # inputs are N(0, 1)
+    text = explain_statistics([row])
+    assert ("input: mean" in text) == (offset > 1.0)
 
 
 def test_underflow_is_put_into_words() -> None:

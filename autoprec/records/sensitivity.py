@@ -43,6 +43,9 @@ class OperandStatistics(Record):
 
     `underflow` (non-zero values that become zero) and `saturation` (values beyond the largest FP8
     value) are fractions per recipe. `outlier_channels` are channels with amax > 10x the median one.
+    `mean_over_std` is the root of sum(mean^2) / sum(variance) over channels, each over all rows (of
+    a weight: each output's, over its inputs): rounding is relative to the mean, what a layer learns
+    from to the spread. None: not known, or nothing varies.
     """
 
     name: str
@@ -54,6 +57,7 @@ class OperandStatistics(Record):
     saturation: dict[str, float]
     outlier_channels: tuple[int, ...]
     channels: NonNegativeInt
+    mean_over_std: NonNegativeFloat | None = None
 
 
 class JointMeasurement(Record):

@@ -7,7 +7,16 @@ from autoprec.common.text import compared, percent
 from autoprec.model.options import USED_UNCALLED
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import shard_gemm
-from autoprec.records import BF16_O2, FP32, Basis, OperandStatistics, Option, Precision, Search
+from autoprec.records import (
+    BF16_O2,
+    FP32,
+    Basis,
+    Operand,
+    OperandStatistics,
+    Option,
+    Precision,
+    Search,
+)
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
 
@@ -15,6 +24,7 @@ UNSURE = "a gain within its uncertainty"
 DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
 NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
 OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
+OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
 MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
 
 
@@ -193,12 +203,13 @@ def _than(speed: str, other: Option) -> str:
 
 
 def explain_statistics(rows: Sequence[OperandStatistics]) -> str:
-    """Return the losses by FP8 casts that stand out in one layer's operands, worst first.
+    """Return what stands out in one layer's operands: losses by FP8 casts, outliers, an offset.
 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`; "" when nothing does.
     """
     by_worst = sorted(rows, key=lambda row: -max(_losses(row).values(), default=0.0))
-    lines = (line for row in by_worst for line in (_worst_loss(row), _outliers(row)))
+    found = (_worst_loss, _outliers, _offset)
+    lines = (line for row in by_worst for line in (find(row) for find in found))
     return "; ".join(line for line in lines if line)
 
 
@@ -227,3 +238,10 @@ def _outliers(row: OperandStatistics) -> str:
         return ""
     shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
     return f"{row.operand.value}: outlier channel{'' if count == 1 else 's'} {shown}"
+
+
+def _offset(row: OperandStatistics) -> str:
+    ratio = row.mean_over_std or 0.0
+    if ratio < OFFSET or row.operand is Operand.WEIGHT:
+        return ""
+    return f"{row.operand.value}: mean {ratio:.2g}x its spread, which rounding is relative to"

@@ -313,7 +313,23 @@ def _range(
         saturation={k: max(_saturation(matrices, c) for c in v) for k, v in casts.items()},
         outlier_channels=tuple(outliers.tolist()),
         channels=len(per_channel),
+        mean_over_std=_mean_over_std([m.exact[rows] for m, rows in pieces], dim),
     )
+
+
+def _mean_over_std(pieces: Sequence[Tensor], dim: int) -> float | None:
+    """Return how far values are from zero beside their spread, over all channels together."""
+    moments = [torch.var_mean(piece, dim, correction=0) for piece in pieces]
+    if dim:  # of a weight each piece has whole channels, of the others whole rows
+        within, means = (torch.cat(each).double() for each in zip(*moments, strict=True))
+    else:  # of all rows: the pieces' own variances, and that of their means
+        share = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64)[:, None]
+        share = (share / share.sum()).to(pieces[0].device)
+        within, parts = (torch.stack(each).double() for each in zip(*moments, strict=True))
+        means = (share * parts).sum(0)
+        within = (share * (within + (parts - means).square())).sum(0)
+    spread, size = float(within.sum()), float(means.square().sum())
+    return math.sqrt(size / spread) if spread > 0.0 else None
 
 
 def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
