@@ -1,6 +1,7 @@
 """What is right before and behind a layer in a step: functions that a compiler fuses casts with."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
+from autoprec.model.meta import capture_on_meta
 from autoprec.model.neighbours import Neighbour
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import make_candidate, surround
@@ -136,3 +139,64 @@ def test_a_layer_with_several_neighbours_or_none_is_timed_alone() -> None:
     assert surrounded_calls(calls) is None
     alone = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softmax(-1))
     assert surrounded_calls(recorded(alone)["0"]) is None
+
+
+class FastNorm(torch.autograd.Function):
+    """Stands for a kernel of a library: torch.compile cannot look into such a one."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.sum((0, 1))
+
+
+@torch.library.custom_op("autoprec_tests::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+double.register_fake(torch.empty_like)
+double.register_autograd(lambda _, gradient: 2 * gradient)
+
+
+class Behind(nn.Module):
+    """Linears behind kernels of their own, behind torch's, and behind a kernel of many heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.heads_weight = nn.Parameter(torch.ones(WIDTH // 2))
+        names = ("first", "behind_norm", "behind_view", "behind_op", "behind_heads", "plain")
+        self.layers = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = FastNorm.apply
+        layer = self.layers
+        x = layer["first"](x)
+        x = layer["behind_norm"](norm(x, self.weight))
+        x = layer["behind_view"](norm(x, self.weight).flatten(0, 1)).view(x.shape)
+        x = layer["behind_op"](double(x))
+        heads = norm(x.reshape(-1, 2, WIDTH // 2), self.heads_weight)
+        x = layer["behind_heads"](heads.reshape(x.shape))
+        y: Tensor = layer["plain"](F.layer_norm(x, (WIDTH,)))
+        return y
+
+
+def test_a_capture_names_the_kernels_that_no_cast_is_fused_into() -> None:
+    workload = workload_from(
+        {
+            "build_model": Behind,
+            "train_batches": lambda seed: iter([torch.ones(4, 4, WIDTH)] * 16),
+            "loss_fn": lambda model, batch: model(batch).sum(),
+        }
+    )
+    for spec in (capture_model(Context(workload, CPU)), capture_on_meta(workload)):
+        found = {layer.name: layer.made_by for layer in spec.layers if layer.made_by}
+        assert found == {
+            "layers.behind_norm": "FastNorm",
+            "layers.behind_view": "FastNorm",
+            "layers.behind_op": "autoprec_tests_double",
+        }

@@ -26,6 +26,7 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
+from autoprec.records.cost import Timing
 from autoprec.records.model import with_gemms_hp
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import Costs, make_costs
@@ -345,3 +346,47 @@ def test_a_compiled_profile_has_the_eager_steps_beside_it() -> None:
         assert own is not None
         assert beside.timing == own.timing
     assert eager.step("eager_bf16_o2") is None
+
+
+def total(profile: Profile, name: str, option: Option) -> Timing:
+    row = profile.timing(name, option)
+    assert row is not None
+    assert row.total is not None
+    return row.total
+
+
+def test_fp8_behind_a_kernel_of_its_own_pays_for_the_cast_that_nothing_fuses() -> None:
+    taken = {"k_proj", "up_proj"}
+    layers = (
+        layer.model_copy(update={"made_by": "FastNorm"})
+        if layer.name.rpartition(".")[2] in taken
+        else layer
+        for layer in WIDE.layers
+    )
+    own = WIDE.model_copy(update={"layers": tuple(layers)})
+    torchs, owns = (predicted(HIDDEN, spec) for spec in (WIDE, own))
+    for layer in (layer for layer in WIDE.layers if layer.gemm):
+        gemm = layer.gemm
+        assert gemm is not None
+        read_ms = 2 * gemm.M * gemm.K / H100.machine.bytes_per_us / 1e3
+        for option in (BF16_O2, TENSORWISE, ROWWISE):
+            before, after = (total(each, layer.name, option) for each in (torchs, owns))
+            is_dearer = option.is_fp8 and layer.name.rpartition(".")[2] in taken
+            paid = read_ms if is_dearer else 0.0
+            assert after.median_ms - before.median_ms == pytest.approx(paid, abs=1e-9)
+            assert after.p20_ms == pytest.approx(before.p20_ms)  # it may cost nothing
+    plan = planned(owns)
+    in_fp8 = [a.name for a in plan.layers if a.option.is_fp8 and own.layer(a.name).made_by]
+    (note,) = (note for note in plan.notes if "FastNorm" in note)
+    pays = sum(2 * g.M * g.K for n in in_fp8 if (g := own.layer(n).gemm)) / 1e3
+    assert f"the {len(in_fp8)} layers in FP8 whose input comes from FastNorm" in note
+    assert f"up to {pays / H100.machine.bytes_per_us:.3g} ms a step" in note
+    assert "predicted" in note
+    assert not any("torch.compile fuses" in note for note in planned(torchs).notes)
+    # a plan's step stays the whole step's
+    options = tuple(assignment.option for assignment in plan.layers)
+    assert costs_of(owns).step_ms(options) == pytest.approx(whole_step_ms(owns, options))
+    eager = [
+        predict_profile(spec, H100, options=[TENSORWISE]).step("fp8_o1") for spec in (WIDE, own)
+    ]
+    assert eager[0] == eager[1]

@@ -274,6 +274,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         refusals=refusals,
         output_elements=sum(call.output_elements * call.count for call in in_step),
         is_used_uncalled=is_used_uncalled,
+        made_by=next((call.made_by for call in in_step if call.made_by), "") if gemm else "",
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
 

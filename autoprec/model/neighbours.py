@@ -32,6 +32,8 @@ FUSED: dict[str, Callable[..., Tensor]] = {
     "rmul": torch.mul,
     "truediv": torch.div,
 }
+VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")  # nodes of autograd
+CUSTOM = "GeneratedBackwardFor_"  # what torch calls the functions of its custom operators
 MOST_RECENT = 16  # results that may yet become a layer's input: q, k and v share one norm
 
 
@@ -123,6 +125,23 @@ class _Catch:
 
     def __call__(self, gradient: Tensor) -> None:
         self.neighbour.gradient = gradient.detach()
+
+
+def own_kernel(x: Any) -> str:  # Any: whatever a layer is called with
+    """Return the autograd function, not torch's, that made a tensor as it is; "" for torch's.
+
+    A fused norm or activation of a library is one: a compiler puts no cast into its kernel. What a
+    view gives another last dimension (attention, whose heads are joined) is not taken as it is.
+    """
+    node: Any = x.grad_fn if isinstance(x, Tensor) else None
+    while node is not None and node.name().startswith(VIEWS):
+        node = node.next_functions[0][0]
+    function = getattr(type(node), "_forward_cls", None)
+    if function is None or list(node._input_metadata[0].shape)[-1:] != list(x.shape)[-1:]:
+        return ""
+    name = str(function.__name__)
+    is_torchs = function.__module__.partition(".")[0] == "torch" and not name.startswith(CUSTOM)
+    return "" if is_torchs else name.removeprefix(CUSTOM).removesuffix("_default")
 
 
 def _is_whole(one: Tensor, other: Tensor) -> bool:

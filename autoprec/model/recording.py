@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.device.ranks import local_part
 from autoprec.model.local_copy import is_divided
-from autoprec.model.neighbours import NeighbourWatch, Surroundings
+from autoprec.model.neighbours import NeighbourWatch, Surroundings, own_kernel
 
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
 Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
@@ -44,6 +44,7 @@ class Call:
     with_grad: bool = True  # whether autograd recorded it
     surroundings: Surroundings | None = None  # what is beside it, where that was watched
     output_elements: int = 0  # of its floating outputs
+    made_by: str = ""  # a kernel of somebody's own that made its input (`own_kernel`)
 
 
 def detached(tensor: Tensor) -> Tensor:
@@ -124,6 +125,7 @@ class _Recorder:
         kept_args, kept_kwargs = tree_map_only(Tensor, self._keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad)
         call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
+        call.made_by = own_kernel(args[0]) if args else ""
         if self._known is not None:
             self._known[key] = call
         self.calls.append(call)

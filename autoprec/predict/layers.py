@@ -22,6 +22,7 @@ from autoprec.records.cost import LayerTiming, Timing
 from autoprec.records.devices import Machine
 from autoprec.records.model import Basis, CallSpec, LayerKind, LayerSpec, Option, ParameterSpec
 
+UNFUSED_BYTES = 2  # of a BF16 element that is read once more
 MASTER_BYTES = 4  # an FP32 copy per 16-bit parameter
 _STRIDE = re.compile(r"stride=\(?(\d+)")
 
@@ -48,7 +49,10 @@ def time_layers(
     for layer in layers:
         if layer.calls:
             axis, saving = split_axis(layer, setting.parallel), savings.get(layer.name)
-            key = (layer.shape_key, axis, layer.options, layer.tied_to is None, saving)
+            key = (
+                *(layer.shape_key, layer.made_by, axis, layer.options),
+                *(layer.tied_to is None, saving),
+            )
             groups.setdefault(key, []).append(layer)
     return tuple(
         _layer_timing(group, option, setting, saving=savings.get(group[0].name, 0.0))
@@ -64,7 +68,22 @@ def layer_times(layer: LayerSpec, option: Option, setting: Setting) -> LinearTim
         for part, us in vars(_call_times(layer, call, option, setting)).items():
             summed[part] += call.count * us
     summed["output"] *= 1 + setting.parallel.recomputed
+    summed["cast"] += unfused_us(layer, option, setting)
     return LinearTimes(**summed)
+
+
+def unfused_us(layer: LayerSpec, option: Option, setting: Setting) -> float:
+    """Return what casts of an input cost more that a kernel of its own makes, such as a fused norm.
+
+    Published linears are compiled with a norm before them, which computes the scale as it goes; a
+    kernel that a compiler cannot change leaves that to another, which reads its result once more.
+    No published pair shows it, and those linears' casts are not cheaper than their weights': it may
+    be nothing, and intervals reach down to that.
+    """
+    if not layer.made_by or not option.is_fp8 or not setting.compiled:
+        return 0.0
+    shapes = [(call.count, _gemm_shape(layer, call, setting.parallel)) for call in layer.calls]
+    return sum(count * _traffic_us(UNFUSED_BYTES * M * K, setting) for count, (M, K, _) in shapes)
 
 
 def element_bytes(option: Option) -> int:
@@ -72,10 +91,10 @@ def element_bytes(option: Option) -> int:
     return 4 if option.precision is Precision.FP32 else 2
 
 
-def predicted(us: float, machine: Machine) -> Timing:
-    """Return microseconds as a predicted timing with its interval."""
+def predicted(us: float, machine: Machine, *, unsure: float = 0.0) -> Timing:
+    """Return microseconds as a predicted timing with its interval; `unsure` ones may be none."""
     ms, spread = us / 1e3, math.exp(machine.time_error)
-    ends = {"p20_ms": ms / spread, "p80_ms": ms * spread}
+    ends = {"p20_ms": (us - unsure) / 1e3 / spread, "p80_ms": ms * spread}
     return Timing(median_ms=ms, **ends, samples=0, basis=Basis.PREDICTED)
 
 
@@ -84,6 +103,7 @@ def _layer_timing(
 ) -> LayerTiming:
     layer, machine, parallel = group[0], setting.machine, setting.parallel
     times = layer_times(layer, option, setting)
+    unsure = unfused_us(layer, option, setting)
     total = times.total + (0.0 if gathers_fp8(option, parallel) else saving)
     own = [p for p in layer.parameters if p.shared_with is None]
     share = parameter_share(layer, parallel) / parallel.fsdp
@@ -95,8 +115,8 @@ def _layer_timing(
         output=predicted(times.output, machine),
         grad_input=predicted(times.grad_input, machine) if times.grad_input else None,
         grad_weight=predicted(times.grad_weight, machine) if times.grad_weight else None,
-        cast=predicted(times.cast, machine),
-        total=predicted(total, machine),
+        cast=predicted(times.cast, machine, unsure=unsure),
+        total=predicted(total, machine, unsure=unsure),
         parameter_bytes=round(size * _numel(own) * share),
         gradient_bytes=round(size * trained * share),
         optimizer_bytes=round(states * trained * share),

@@ -73,7 +73,8 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     cost: dict[tuple[object, ...], float] = {}
     layers = 0.0
     for layer in called:
-        key = (layer.shape_key, chosen[layer.name], split_axis(layer, setting.parallel))
+        axis = split_axis(layer, setting.parallel)
+        key = (layer.shape_key, layer.made_by, chosen[layer.name], axis)
         if key not in cost:
             cost[key] = layer_times(layer, chosen[layer.name], setting).total
         layers += cost[key]

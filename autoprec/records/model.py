@@ -195,6 +195,8 @@ class LayerSpec(Record):
     `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
     one storage, so they take one storage precision (FP32 or 16 bit) together.
     `output_elements` are those of its floating outputs in one step; None where they were not seen.
+    `made_by` names the kernel of a library's or the user's own that makes a linear's input, such as
+    a fused norm's: no compiler puts a cast into it; "" where torch's operations make it.
     `options` are what the layer can take on the captured device, `refusals` say why not the rest.
     """
 
@@ -213,6 +215,7 @@ class LayerSpec(Record):
     tokens: tuple[PositiveInt, ...] = ()
     output_elements: NonNegativeInt | None = None
     is_used_uncalled: bool = False
+    made_by: str = ""
 
     @property
     def calls_per_step(self) -> int:

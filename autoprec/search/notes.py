@@ -16,6 +16,7 @@ from autoprec.records import BF16_O2, Basis, LayerKind, Option, Precision, Profi
 from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
 from autoprec.search.problem import Options, Problem
 
+SHORTEST_MS = 1e-4  # what rounding leaves is no time
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -33,6 +34,7 @@ def plan_notes(
         _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
         _communication_note(costs, options),
         _head_note(profile, chosen),
+        _kernel_note(profile, chosen),
         unsplit_note(profile.model.layers, parallel),
         *problem.keeps.notes,
     )
@@ -203,6 +205,26 @@ def _head_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
         f"{first_and_more(heads)} in FP8 rules out a fused linear cross-entropy, which runs the "
         "head's GEMMs itself, in BF16, and never writes the logits; the model has none now, and "
         "what one would save is not priced"
+    )
+
+
+def _kernel_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
+    """Return what FP8 layers pay behind kernels that no cast is fused into, if that is predicted.
+
+    A predicted time's interval is its spread and, below, what may not be paid (`unfused_us`):
+    unsure = median - p20 * p80 / median.
+    """
+    layers = [x for x in profile.model.layers if x.made_by and chosen[x.name].is_fp8]
+    rows = (profile.timing(layer.name, chosen[layer.name]) for layer in layers)
+    casts = [row.cast for row in rows if row and row.cast and not row.cast.samples]
+    unsure_ms = sum(t.median_ms - t.p20_ms * t.p80_ms / t.median_ms for t in casts if t.median_ms)
+    if unsure_ms < SHORTEST_MS:
+        return ""
+    kernels = first_and_more(dict.fromkeys(layer.made_by for layer in layers))
+    return (
+        f"{_count(layers)} in FP8 whose input comes from {kernels}, into which torch.compile fuses "
+        f"no cast, pay up to {unsure_ms:.3g} ms a step for that: predicted from memory traffic, as "
+        "no published pair shows it"
     )
 
 
