@@ -59,4 +59,4 @@ from autoprec.records.sensitivity import (
     OperandStatistics,
     Sensitivity,
 )
-from autoprec.records.verification import Branch, LossGap, Proxy, Verdict, Verification
+from autoprec.records.verification import Branch, ExpectedGap, LossGap, Proxy, Verdict, Verification

@@ -11,7 +11,7 @@ from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
-from autoprec.records.verification import LossGap, Proxy, Verdict, Verification
+from autoprec.records.verification import ExpectedGap, LossGap, Proxy, Verdict, Verification
 
 
 class Assignment(Record):
@@ -65,6 +65,8 @@ class Constraint(Record):
     grad_error_budget: NonNegativeFloat | None  # the gradient error that it allows
     memory_bytes: NonNegativeInt | None = None
     keep: Many[str] = ()  # --keep GLOB=precision, as given
+    run_steps: PositiveInt | None = None  # of the run that is planned; None: what a proof trains
+    tokens_per_step: PositiveInt | None = None  # of an optimizer step there; None: as here
 
 
 class Fingerprint(Record):
@@ -112,6 +114,7 @@ class Certificate(Record):
     seeds: NonNegativeInt
     branch_steps: NonNegativeInt
     proxy: Proxy | None = None
+    expected_gap: ExpectedGap | None = None
 
     @classmethod
     def of(cls, verification: Verification) -> Self:
@@ -124,6 +127,7 @@ class Certificate(Record):
             seeds=verification.gap.seeds if verification.gap else 0,
             branch_steps=verification.branch_steps,
             proxy=verification.proxy,
+            expected_gap=verification.expected_gap,
         )
 
 
@@ -139,7 +143,8 @@ class Plan(FileRecord):
 
     `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`): about that
     many extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
-    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only).
+    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `expected_gap` is what the search
+    predicts for the end of the run; None where nobody said how long it is.
     """
 
     KIND = "plan"
@@ -156,6 +161,7 @@ class Plan(FileRecord):
     schedule: Many[Phase] = ()
     fp8_all_gather: bool = False
     notes: Many[str] = ()
+    expected_gap: ExpectedGap | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

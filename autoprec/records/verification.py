@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.cost import StepTiming
-from autoprec.records.model import Option
+from autoprec.records.model import Basis, Option
 
 ROUNDING = 1e-6  # sums of the same numbers in another order differ by less
 
@@ -32,6 +32,24 @@ class LossGap(Record):
     high: float
     confidence: float
     seeds: NonNegativeInt
+
+
+class ExpectedGap(Record):
+    """The relative loss gap expected after `steps` steps with the plan, and an interval around it.
+
+    Not measured but predicted (`sensitivity.gap`): from the plan's gradient error, its growth and
+    the reference's loss curve. `low` to `high` held the measured gap of `confidence` of the plans
+    of model families that the prediction was not fitted to. `mean` and interval are None where
+    nothing is known, and `reason` says why.
+    """
+
+    steps: PositiveInt
+    mean: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+    basis: Basis = Basis.PREDICTED
+    reason: str = ""
 
 
 class Branch(Record):
@@ -116,6 +134,8 @@ class Verification(FileRecord):
     reference with one seed (0.0 when training is deterministic). `notes` say what the reader must
     know, e.g. that two variants are one and the same. `proxy` is there where the branches trained a
     smaller model in the place of the plan's; `refuted_plans` are the plan's model's all the same.
+    `expected_gap` is that of the plan at the end of the run that the user plans, None where nobody
+    said how long it is.
     """
 
     KIND = "verification"
@@ -143,3 +163,4 @@ class Verification(FileRecord):
     loss_exponent: NonNegativeFloat | None = None
     notes: tuple[str, ...] = ()
     proxy: Proxy | None = None
+    expected_gap: ExpectedGap | None = None
