@@ -98,7 +98,7 @@ def workload(**more: Callable[..., Any]) -> Workload:
     return workload_from({**FUNCTIONS, **more}, name="the decoder")
 
 
-def workload_of(ranks: int) -> Workload:
+def workload_of(ranks: int, **more: Callable[..., Any]) -> Workload:
     """Return the workload of one process whose batch is those of `ranks` ranks, joined."""
 
     def joined(seed: int) -> Iterator[Tensor]:
@@ -106,4 +106,4 @@ def workload_of(ranks: int) -> Workload:
         while True:
             yield torch.cat(list(islice(stream, ranks)))
 
-    return workload(train_batches=joined)
+    return workload(train_batches=joined, **more)

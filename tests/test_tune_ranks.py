@@ -142,6 +142,9 @@ def _compare(folder: Path, ranks: int) -> None:
         assert len(found.pop("notes")) == ("tp" in way)
         if "tp" in way:
             assert found.pop("ranges") == pytest.approx(numbers["ranges"], rel=1e-5)
+            fp8 = {cell: value for cell, value in found["probed"].items() if "fp8" in cell}
+            whole = {cell: numbers["probed"][cell] for cell in fp8}
+            assert fp8 == pytest.approx(whole, rel=1e-3)  # scales are those of all parts
             rel = 0.15  # a row-parallel layer rounds every rank's part to BF16 before the sum
         for kind, values in found.items():
             assert values == pytest.approx(numbers[kind], rel=rel), (way, kind)

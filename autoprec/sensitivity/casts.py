@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoprec.device.ranks import sharded_tensor
 from autoprec.device.torchao import float8_config
 from autoprec.records import Gemm, Operand, Option, Recipe
 
@@ -111,7 +112,7 @@ def fp8_to_float(x_fp8: Tensor) -> Tensor:
     On a CPU by a table of all 256 values: torch 2.13's own conversion of e4m3 takes six times as
     long (8.4 ms against 1.4 ms for two million values, one core).
     """
-    if x_fp8.device.type != "cpu":
+    if x_fp8.device.type != "cpu" or isinstance(x_fp8, sharded_tensor()):
         return x_fp8.float()
     codes = x_fp8.contiguous().view(torch.uint8)
     return _all_values(x_fp8.dtype).index_select(0, codes.flatten().int()).view(x_fp8.shape)
