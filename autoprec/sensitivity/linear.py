@@ -157,12 +157,12 @@ class Linear:
     def _matrix(self, exact: Tensor, rows: int, axes: str, amax: float | None) -> Matrix:
         return Matrix(exact, rows, axes, self.split, amax)
 
-    def products(self) -> dict[Component, Tensor]:
-        """Return z per group for every component of the linear's errors, of all ranks' parts."""
+    def products(self, gemms: Sequence[Gemm] = SPREADING) -> dict[Component, Tensor]:
+        """Return z per group for every component of these GEMMs' errors, of all ranks' parts."""
         found = self._bf16_products()
-        parts = (components_of(option)[gemm] for option in self.options for gemm in SPREADING)
+        parts = (components_of(option)[gemm] for option in self.options for gemm in gemms)
         casts = {c: c.cast for c in chain.from_iterable(parts) if c.cast is not None}
-        for gemm in SPREADING:
+        for gemm in gemms:
             of_gemm = {c: cast for c, cast in casts.items() if c.gemm is gemm}
             of_weight = {c: k for c, k in of_gemm.items() if c.operand is Operand.WEIGHT}
             of_tokens = {c: k for c, k in of_gemm.items() if c.operand is not Operand.WEIGHT}

@@ -24,7 +24,7 @@ the weight. Cross terms between groups, operands and GEMMs are left out; measure
 around zero.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -47,10 +47,11 @@ from autoprec.model.layers import linear_refusal
 from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
-from autoprec.records import OperandStatistics, Option
+from autoprec.records import Gemm, OperandStatistics, Option
 from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.casts import Sides
-from autoprec.sensitivity.linear import Linear
+from autoprec.sensitivity.kinks import Key, TwoSteps
+from autoprec.sensitivity.linear import SPREADING, Linear
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
     BF16_OUTPUT,
@@ -64,10 +65,11 @@ from autoprec.sensitivity.local import (
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
-STEP = 5e-3  # mean |weight change| over median |weight|; moves activations by about 0.2 %
+# Mean |weight change| over median |weight|. The probes' own moves activations by about 2 %, as much
+# as FP8 does; the finer one tells what kinks add (see kinks.py).
+STEP, FINER = 4e-2, 4.0
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
-Key = tuple[str, Component]  # a layer's name and one source of its error
 SomeTensors = Sequence[Tensor | None]  # None where no gradient came back
 
 
@@ -85,6 +87,8 @@ class BatchProbe:
     parameter_errors: dict[str, dict[Sides, float]] = field(default_factory=dict)
     # the operands' ranges; of the first batch only
     statistics: list[OperandStatistics] = field(default_factory=list)
+    # the first probe at two steps; of the first batch only
+    steps: TwoSteps | None = None
 
     def add(self, key: Key, z: Tensor) -> None:
         """Add the products of one probe."""
@@ -127,6 +131,8 @@ class _Pass:
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
     """Probe every batch; costs per batch and group of layers one pass and `probes` more.
 
+    The first batch is probed once more, at a finer step.
+
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
     What goes through the layers of one group is held at a time, in two passes.
     """
@@ -139,7 +145,8 @@ def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -
             progress("sensitivity: probes", index * len(named) + place, total)
             _probe_group(reference, index, layers, options, probed)
         found.append(probed)
-        reference.passes += 2 * probes  # two replays of every layer: about two passes
+        # two replays of every layer are about two passes; a finer step takes the outputs' only
+        reference.passes += 2 * probes + (index == 0)
     progress("sensitivity: probes", total, total)
     return found
 
@@ -157,9 +164,14 @@ def _probe_group(
     probed.squared_norm = gradient.squared_norm
     step = _Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
     for probe in range(probed.probes):
-        products = _run_probe(step, options, probed, probe=probe)
-        for key, z in _mean_products(products).items():
+        is_first = probe == index == 0
+        products, changes = _run_probe(step, options, probed, probe=probe, watched=is_first)
+        for key, z in products.items():
             probed.add(key, z)
+        if is_first:
+            own = {key: float(z.double().square().sum()) for key, z in products.items()}
+            finer = _run_probe(step, options, probed, probe=probe, watched=True, times=FINER)
+            probed.steps = _two_steps(step, probed.steps, own, changes, *finer)
     # one reduction for all layers and options
     own = {name: probed.parameter_errors[name] for name in layers}
     summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
@@ -220,20 +232,30 @@ def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
 
 
 def _run_probe(
-    step: _Pass, options: Mapping[str, Sequence[Option]], probed: BatchProbe, *, probe: int
-) -> dict[Key, Tensor]:
-    """Move the weights, run, and return every layer's products z, of this rank's tokens.
+    step: _Pass,
+    options: Mapping[str, Sequence[Option]],
+    probed: BatchProbe,
+    *,
+    probe: int,
+    watched: bool,
+    times: float = 1.0,
+) -> tuple[dict[Key, Tensor], list[float]]:
+    """Move the weights, run, and return every layer's products z, and what moving changed.
 
-    What stays in a layer's parameters, and the operands' ranges, come with the first probe.
+    What stays in a layer's parameters, and the operands' ranges, come with the first probe. A step
+    that is so many `times` finer shows the outputs' products only. The changes, |P^(1/2) D|^2 with
+    D that of the gradient, are by parameter, where they are `watched`.
     """
     reference, seed = step.reference, step.reference.context.seed * 104_729 + step.index
     # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
     uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
     kept = {parameter for layer in uncalled for parameter in layer.parameters()}
-    size = _step_size(step)
+    size, is_own = _step_size(step) / times, times == 1.0
     code = (step.index // 2) * probed.probes + probe  # the same signs serve two batches in turn
     with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):
-        reference.run(step.index, keep=kept)
+        changes = _run_moved(step, kept) if watched else []
+        if not watched:
+            reference.run(step.index, keep=kept)
     found: dict[Key, Tensor] = {}
     with seeded(seed, reference.context.device), tf32_off():
         for name, layer in step.layers.items():
@@ -247,19 +269,63 @@ def _run_probe(
                 linear = Linear(
                     run, calls, fp8, moved=after, amax=amax, split=split, chunk=step.chunk
                 )
-                products = linear.products()
-                errors = linear.parameter_errors(norm) if probe == 0 else {}
-                if probe == 0 == step.index and fp8:
+                products = linear.products(SPREADING if is_own else (Gemm.OUTPUT,))
+                errors = linear.parameter_errors(norm) if probe == 0 and is_own else {}
+                if probe == 0 == step.index and is_own and fp8:
                     probed.statistics += linear.statistics(name)
             else:
                 local = replayed_errors(run, calls, norm, seed=seed)
                 errors = local.parameter_errors
                 products = _products(run, list(zip(calls, after, strict=True)), local.errors)
-            if probe == 0:
+            if probe == 0 and is_own:
                 probed.parameter_errors[name] = errors
             for component, z in products.items():
                 found[name, component] = whole(z).cpu() / size  # changes over t are derivatives
     reference.model.zero_grad(set_to_none=True)
+    return _mean_products(found), changes
+
+
+def _run_moved(step: _Pass, keep: Collection[Tensor]) -> list[float]:
+    """Run the model as it stands; return |P^(1/2) D|^2 by parameter, in the model's order."""
+    reference, gradients = step.reference, step.gradient.of
+    weigh, found = reference.preconditioner.squared_norm, dict[Tensor, float]()
+
+    def see(parameter: Tensor) -> None:
+        if (at := gradients.get(parameter)) is not None:
+            found[parameter] = weigh(parameter, gradient_of(parameter), at=at, less=at)
+
+    # one process takes each gradient as it arrives; of several, their mean comes at the end
+    keep = keep if world_size() == 1 else gradients.keys()
+    reference.run(step.index, keep=keep, see=see)
+    for parameter in keep:
+        see(parameter)
+    return sum_over_ranks([found.get(p, 0.0) for p in reference.model.parameters()])
+
+
+def _two_steps(
+    step: _Pass,
+    known: TwoSteps | None,
+    own: Mapping[Key, float],
+    changes: Sequence[float],
+    finer: Mapping[Key, Tensor],
+    finer_changes: Sequence[float],
+) -> TwoSteps:
+    """Return what one probe showed at two steps of these layers and of those before."""
+    fine = {key: float(z.double().square().sum()) for key, z in finer.items()}
+    products = {key: (square, own[key]) for key, square in fine.items()}
+    # |P^(1/2) D|^2 over t^2, both in units of the own step
+    pairs = [(f * FINER**2, c) for f, c in zip(finer_changes, changes, strict=True)]
+    return TwoSteps(FINER, (known.products if known else {}) | products, pairs, _places(step))
+
+
+def _places(step: _Pass) -> dict[str, int]:
+    """Return each layer's first parameter, by its place in the model; the last one's before it."""
+    order = {parameter: place for place, parameter in enumerate(step.reference.model.parameters())}
+    found, last = {}, 0
+    for name in step.reference.spec.names:
+        own = step.reference.model.get_submodule(name).parameters()
+        last = min((order[p] for p in own if p in order), default=last)
+        found[name] = last
     return found
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -91,17 +92,23 @@ class Reference:
         """Whether ranks share a batch: tensor parallelism divides what a layer computes."""
         return self.context.workload.part.ranks < world_size()
 
-    def run(self, index: int, *, keep: Collection[Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        index: int,
+        *,
+        keep: Collection[Tensor] | None = None,
+        see: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; with `keep` those of other parameters are dropped as they
-        arrive. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
+        arrive, after `see` was called with the parameter. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
         TF32 every convolution would have an error in the reference too.
         """
         self.passes += 1
         parameters = self.model.parameters() if keep is not None else ()
         dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
-        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
+        hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.model.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
@@ -258,7 +265,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _drop(parameter: Tensor) -> None:
+def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:
+    if see is not None:
+        see(parameter)
     parameter.grad = None
 
 

@@ -6,7 +6,7 @@ sign_coded    all of them from a few probes; the few that these leave in doubt, 
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,8 +24,9 @@ from autoprec.records import Estimate, Gemm, LayerSensitivity, OperandStatistics
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of
-from autoprec.sensitivity.probes import BatchProbe, Key, operand_statistics, probe_batches
+from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes,
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe, 9 found 23
 REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
-REFINED_CELLS = 3  # of these the LM head takes one per recipe
+REFINED_CELLS = 2
 REFINED_BATCHES = 2
 # Probes are linear in a layer's error. A healthy layer has a gradient error below 0.3 %; in layers
 # with 1 % and more in some option (planted outliers, on a GPT), the exact one was 1 to 25 times as
@@ -107,8 +108,8 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
 def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[LayerSensitivity, ...]:
     """Return one row per cell, from what the probes showed.
 
-    Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes)
-    plus what stays in the layer's own parameters. Its standard error has two parts: the scatter
+    Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes,
+    that of output corrected for kinks) plus what stays in the layer's own parameters. Its standard error has two parts: the scatter
     over batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that share a
     code share.
     """
@@ -121,24 +122,34 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
         }
         sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
         staying = [probe.parameter_errors[name].get(sides, 0.0) for probe in probes]
-        by_gemm = {gemm: _estimate(probes, keys, nothing) for gemm, keys in spreading.items()}
+        # what each square counts: kinks change that of an output's errors
+        factors = dict.fromkeys(chain.from_iterable(spreading.values()), 1.0)
+        if probes[0].steps is not None:
+            output = spreading[Gemm.OUTPUT]
+            factors |= dict.fromkeys(output, probes[0].steps.correction(output))
+        by_gemm = {
+            gemm: _estimate(probes, {key: factors[key] for key in keys}, nothing)
+            for gemm, keys in spreading.items()
+        }
         by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
-        total = _estimate(probes, list(chain.from_iterable(spreading.values())), staying)
+        total = _estimate(probes, factors, staying)
         rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
     return tuple(rows)
 
 
-def _estimate(probes: Sequence[BatchProbe], keys: Sequence[Key], plus: Sequence[float]) -> Estimate:
+def _estimate(
+    probes: Sequence[BatchProbe], factors: Mapping[Key, float], plus: Sequence[float]
+) -> Estimate:
     """Return the gradient error of a layer's components, with both parts of its standard error."""
     scale = [probe.squared_norm for probe in probes]
-    sums = [math.fsum(probe.squares[key] for key in keys) for probe in probes]
+    sums = [math.fsum(probe.squares[k] * f for k, f in factors.items()) for probe in probes]
     values = [s + p for s, p in zip(sums, plus, strict=True)]
     found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
     if found.stderr is None or found.mean >= DIVERGED:
         return found
     # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
     codes = probes[0].probes * math.ceil(len(probes) / 2)
-    fourth = [math.fsum(probe.fourths[key] for key in keys) for probe in probes]
+    fourth = [math.fsum(probe.fourths[k] * f * f for k, f in factors.items()) for probe in probes]
     variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
     noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))

@@ -1,0 +1,69 @@
+"""What jumps of a derivative add to the gradient error: ReLU, max pooling, clamps, hard activations.
+
+Where a pre-activation y_k crosses a kink, the gradient changes at once. With p_k the density of y_k
+at the kink, g_k the gradient there and K_k^2 = |P^(1/2) dy_k/dw|^2, an error dy_k crosses it with
+probability p_k |dy_k|, the moved weights of a probe (see probes.py), which change y_k by t K_k,
+with p_k t K_k. A crossing costs (g_k K_k)^2 in d'Pd, and (g_k dy_k / t)^2 in the square of a
+product z. So what is added to each is, summed over the kinks,
+
+    true error of a layer          F   = sum p_k |dy_k| g_k^2 K_k^2
+    its probed error  E z^2        B/t = sum p_k  dy_k^2 g_k^2 K_k   / t
+    |P^(1/2) D|^2 of a moved pass  W t = sum p_k  K_k^3  g_k^2       * t
+
+with D the change of the gradient in the moved pass. E z^2 diverges as the step t shrinks. But B, F
+and W are sums of dy_k^2, |dy_k| K_k and K_k^2, all with the same weights p_k g_k^2 K_k. So where a
+layer's error and the moved weights change the pre-activations in one ratio,
+
+    F = sqrt(B W)        and F is at most that, by Cauchy's inequality, where the ratio varies
+
+whatever t is, and for errors of any size: F grows with the error as B's square root. Two steps tell
+B/t and W t from the smooth parts, which do not depend on t. Of W only kinks behind the layer count.
+They are at least those that moved the gradients of parameters from this layer on, and at most all;
+the geometric mean of the two is taken.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprec.sensitivity.local import Component
+
+# A finer step shows as much more of a product's square where kinks are crossed; a smooth network's
+# differ by less, and its products are then left as they are.
+CROSSED = 1.2
+
+Key = tuple[str, Component]  # a layer's name and one source of its error
+
+
+@dataclass(frozen=True)
+class TwoSteps:
+    """One batch under one code at the probes' own step and at one `ratio` times finer.
+
+    `products` are sum_k z_k^2 by key, `changes` |P^(1/2) D|^2 over t^2 by parameter, in the order
+    of the model's, times the own step's t^2; `places` is each layer's first parameter. Pairs are
+    (fine, own).
+    """
+
+    ratio: float
+    products: dict[Key, tuple[float, float]]
+    changes: Sequence[tuple[float, float]]
+    places: dict[str, int]
+
+    def correction(self, keys: Sequence[Key]) -> float:
+        """Return what the squares of one layer's errors of output have to be multiplied with."""
+        name, _ = keys[0]
+        fine, own = (math.fsum(self.products[key][place] for key in keys) for place in range(2))
+        if own <= 0.0:
+            return 1.0
+        crossed = self._crossed(fine, own)
+        smooth = max(own - crossed, 0.0) if crossed > 0.0 else fine
+        return (smooth + math.sqrt(crossed * self._behind(name))) / own
+
+    def _behind(self, name: str) -> float:
+        """Return W t of the kinks behind a layer."""
+        found = [self._crossed(*pair) for pair in self.changes]
+        return math.sqrt(math.fsum(found) * math.fsum(found[self.places[name] :]))
+
+    def _crossed(self, fine: float, own: float) -> float:
+        """Return B/t of A + B/t at the own step."""
+        return (fine - own) / (self.ratio - 1.0) if fine > CROSSED * own else 0.0
