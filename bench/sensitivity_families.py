@@ -277,8 +277,8 @@ class TemporalConvolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x.movedim(1, -1))
-        for convolution, mix in zip(self.convolutions, self.mixes, strict=True):
-            padded = F.pad(hidden.movedim(-1, 1), (int(convolution.dilation[0]), 0))
+        for past, convolution, mix in zip((1, 2, 4), self.convolutions, self.mixes, strict=True):
+            padded = F.pad(hidden.movedim(-1, 1), (past, 0))
             inner = F.leaky_relu(convolution(padded).movedim(1, -1), 0.1)
             hidden = hidden + F.leaky_relu(mix(inner), 0.1)
         found: Tensor = self.head(hidden).movedim(-1, 1)

@@ -6,6 +6,8 @@ reference       warmed-up weights, batches and reference gradients
 preconditioner  how the optimizer weighs a gradient
 tables          the two ways to the table, exact and by probes, and the choice between them
 probes          the depth-free way: all layers and options from a few sign-coded probes
+moves           a pass with the weights moved along a probe's signs
+kinks           what jumps of the derivative (ReLU, max pooling) add, from two steps of a probe
 linear          a linear's errors in every option, its products with a probe, its operands' ranges
 local           what an error inside one layer is made of; any other layer's error in BF16
 replay          a layer run again alone, on what went through it

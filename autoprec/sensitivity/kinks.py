@@ -1,4 +1,4 @@
-"""What jumps of a derivative add to the gradient error: ReLU, max pooling, clamps, hard activations.
+"""What jumps of the derivative add to the gradient error: ReLU, max pooling, clamps.
 
 Where a pre-activation y_k crosses a kink, the gradient changes at once. With p_k the density of y_k
 at the kink, g_k the gradient there and K_k^2 = |P^(1/2) dy_k/dw|^2, an error dy_k crosses it with

@@ -24,8 +24,7 @@ the weight. Cross terms between groups, operands and GEMMs are left out; measure
 around zero.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +35,6 @@ from autoprec.device.ranks import (
     check_same,
     local_part,
     mean_over_ranks,
-    part_like,
     sum_over_ranks,
     whole,
     whole_like,
@@ -48,7 +46,6 @@ from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, OperandStatistics, Option
-from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.casts import Sides
 from autoprec.sensitivity.kinks import Key, TwoSteps
 from autoprec.sensitivity.linear import SPREADING, Linear
@@ -62,12 +59,10 @@ from autoprec.sensitivity.local import (
     parameter_only_errors,
     replayed_errors,
 )
+from autoprec.sensitivity.moves import FINER, Moved, Pass, run_moved
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
-# Mean |weight change| over median |weight|. The probes' own moves activations by about 2 %, as much
-# as FP8 does; the finer one tells what kinks add (see kinks.py).
-STEP, FINER = 4e-2, 4.0
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 SomeTensors = Sequence[Tensor | None]  # None where no gradient came back
@@ -93,39 +88,9 @@ class BatchProbe:
     def add(self, key: Key, z: Tensor) -> None:
         """Add the products of one probe."""
         squares = z.double().square()
-        self.squares[key] = self.squares.get(key, 0.0) + float(squares.sum()) / self.probes
+        self.squares[key] = self.squares.get(key, 0.0) + _square(z) / self.probes
         fourth = float(squares.square().sum()) / self.probes
         self.fourths[key] = self.fourths.get(key, 0.0) + fourth
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The reference pass of one batch: what went through some layers, and the gradient."""
-
-    reference: Reference
-    index: int
-    layers: dict[str, nn.Module]
-    calls: dict[str, list[Call]]
-    gradient: ReferenceGradient
-    chunk: int  # elements that a linear takes at a time
-
-    def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
-        """Return the norm of a layer's errors, by the parameters of the module that was run for it.
-
-        It is d'Pd with d their mean over ranks, and of it this rank's share. What is not updated
-        weighs nothing.
-        """
-        owners: dict[Tensor, Tensor] = dict(zip(run.parameters(), layer.parameters(), strict=True))
-        weigh, gradients = self.reference.preconditioner.squared_norm, self.gradient.of
-
-        def norm(errors: Mapping[Tensor, Tensor]) -> float:
-            updated = ((owners[p], d) for p, d in errors.items() if owners[p] in gradients)
-            return sum(
-                weigh(p, part_like(p, mean_over_ranks(whole(d))), at=gradients[p])
-                for p, d in updated
-            )
-
-        return norm
 
 
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
@@ -162,16 +127,21 @@ def _probe_group(
     with differentiated_calls(layers) as calls:
         gradient = _reference_pass(reference, index)
     probed.squared_norm = gradient.squared_norm
-    step = _Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
+    step = Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
     for probe in range(probed.probes):
+        # the same signs serve two batches in turn
+        code = (index // 2) * probed.probes + probe
         is_first = probe == index == 0
-        products, changes = _run_probe(step, options, probed, probe=probe, watched=is_first)
+        moved = run_moved(step, code=code, watched=is_first)
+        products = _products_of(step, moved, options, probed, is_first=probe == 0)
         for key, z in products.items():
             probed.add(key, z)
         if is_first:
-            own = {key: float(z.double().square().sum()) for key, z in products.items()}
-            finer = _run_probe(step, options, probed, probe=probe, watched=True, times=FINER)
-            probed.steps = _two_steps(step, probed.steps, own, changes, *finer)
+            finer = run_moved(step, code=code, watched=True, times=FINER)
+            fine = _products_of(step, finer, options, probed, is_first=False)
+            known = probed.steps.products if probed.steps else {}
+            pairs = {key: (_square(z), _square(products[key])) for key, z in fine.items()}
+            probed.steps = TwoSteps(FINER, known | pairs, moved.beside(finer), step.places())
     # one reduction for all layers and options
     own = {name: probed.parameter_errors[name] for name in layers}
     summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
@@ -231,35 +201,25 @@ def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
     return kept
 
 
-def _run_probe(
-    step: _Pass,
+def _products_of(
+    step: Pass,
+    moved: Moved,
     options: Mapping[str, Sequence[Option]],
     probed: BatchProbe,
     *,
-    probe: int,
-    watched: bool,
-    times: float = 1.0,
-) -> tuple[dict[Key, Tensor], list[float]]:
-    """Move the weights, run, and return every layer's products z, and what moving changed.
+    is_first: bool,
+) -> dict[Key, Tensor]:
+    """Return every layer's products z with what moving the weights changed.
 
-    What stays in a layer's parameters, and the operands' ranges, come with the first probe. A step
-    that is so many `times` finer shows the outputs' products only. The changes, |P^(1/2) D|^2 with
-    D that of the gradient, are by parameter, where they are `watched`.
+    What stays in a layer's parameters, and the operands' ranges, come with a batch's first probe.
+    A finer step shows the outputs' products only.
     """
     reference, seed = step.reference, step.reference.context.seed * 104_729 + step.index
-    # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
-    uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
-    kept = {parameter for layer in uncalled for parameter in layer.parameters()}
-    size, is_own = _step_size(step) / times, times == 1.0
-    code = (step.index // 2) * probed.probes + probe  # the same signs serve two batches in turn
-    with differentiated_calls(step.layers) as moved, _moved_weights(step, size, code=code):
-        changes = _run_moved(step, kept) if watched else []
-        if not watched:
-            reference.run(step.index, keep=kept)
+    gemms = (Gemm.OUTPUT,) if moved.is_finer else SPREADING
     found: dict[Key, Tensor] = {}
     with seeded(seed, reference.context.device), tf32_off():
         for name, layer in step.layers.items():
-            calls, after = step.calls[name], moved.pop(name)
+            calls, after = step.calls[name], moved.calls.pop(name)
             run, split = _run_alone(reference, layer, called=bool(calls))
             norm = step.squared_norm(layer, run)
             if not calls:
@@ -269,64 +229,21 @@ def _run_probe(
                 linear = Linear(
                     run, calls, fp8, moved=after, amax=amax, split=split, chunk=step.chunk
                 )
-                products = linear.products(SPREADING if is_own else (Gemm.OUTPUT,))
-                errors = linear.parameter_errors(norm) if probe == 0 and is_own else {}
-                if probe == 0 == step.index and is_own and fp8:
+                products = linear.products(gemms)
+                errors = linear.parameter_errors(norm) if is_first else {}
+                if is_first and step.index == 0 and fp8:
                     probed.statistics += linear.statistics(name)
             else:
                 local = replayed_errors(run, calls, norm, seed=seed)
                 errors = local.parameter_errors
                 products = _products(run, list(zip(calls, after, strict=True)), local.errors)
-            if probe == 0 and is_own:
+            if is_first:
                 probed.parameter_errors[name] = errors
             for component, z in products.items():
-                found[name, component] = whole(z).cpu() / size  # changes over t are derivatives
+                # changes over t are derivatives
+                found[name, component] = whole(z).cpu() / moved.size
     reference.model.zero_grad(set_to_none=True)
-    return _mean_products(found), changes
-
-
-def _run_moved(step: _Pass, keep: Collection[Tensor]) -> list[float]:
-    """Run the model as it stands; return |P^(1/2) D|^2 by parameter, in the model's order."""
-    reference, gradients = step.reference, step.gradient.of
-    weigh, found = reference.preconditioner.squared_norm, dict[Tensor, float]()
-
-    def see(parameter: Tensor) -> None:
-        if (at := gradients.get(parameter)) is not None:
-            found[parameter] = weigh(parameter, gradient_of(parameter), at=at, less=at)
-
-    # one process takes each gradient as it arrives; of several, their mean comes at the end
-    keep = keep if world_size() == 1 else gradients.keys()
-    reference.run(step.index, keep=keep, see=see)
-    for parameter in keep:
-        see(parameter)
-    return sum_over_ranks([found.get(p, 0.0) for p in reference.model.parameters()])
-
-
-def _two_steps(
-    step: _Pass,
-    known: TwoSteps | None,
-    own: Mapping[Key, float],
-    changes: Sequence[float],
-    finer: Mapping[Key, Tensor],
-    finer_changes: Sequence[float],
-) -> TwoSteps:
-    """Return what one probe showed at two steps of these layers and of those before."""
-    fine = {key: float(z.double().square().sum()) for key, z in finer.items()}
-    products = {key: (square, own[key]) for key, square in fine.items()}
-    # |P^(1/2) D|^2 over t^2, both in units of the own step
-    pairs = [(f * FINER**2, c) for f, c in zip(finer_changes, changes, strict=True)]
-    return TwoSteps(FINER, (known.products if known else {}) | products, pairs, _places(step))
-
-
-def _places(step: _Pass) -> dict[str, int]:
-    """Return each layer's first parameter, by its place in the model; the last one's before it."""
-    order = {parameter: place for place, parameter in enumerate(step.reference.model.parameters())}
-    found, last = {}, 0
-    for name in step.reference.spec.names:
-        own = step.reference.model.get_submodule(name).parameters()
-        last = min((order[p] for p in own if p in order), default=last)
-        found[name] = last
-    return found
+    return _mean_products(found)
 
 
 def _mean_products(products: dict[Key, Tensor]) -> dict[Key, Tensor]:
@@ -344,48 +261,12 @@ def _mean_products(products: dict[Key, Tensor]) -> dict[Key, Tensor]:
     return dict(zip(products, torch.split(parts, sizes), strict=True))
 
 
-def _step_size(step: _Pass) -> float:
-    """Return t such that t P^(1/2) u changes weights by STEP of their usual size.
-
-    The usual size is a tensor's median: a few outlier rows must not make the step of all the others
-    so large that nothing is linear any more.
-    """
-    weight = scale = 0.0
-    for parameter, g in step.gradient.of.items():
-        weight += float(whole(parameter.detach()).abs().median()) * parameter.numel()
-        scale += step.reference.preconditioner.total_weight(parameter, at=g)
-    (scale,) = sum_over_ranks([scale])
-    return STEP * weight / scale
-
-
-@contextmanager
-def _moved_weights(step: _Pass, size: float, *, code: int) -> Iterator[None]:
-    """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
-    saved: list[tuple[Tensor, Tensor]] = []
-    weight_of = step.reference.preconditioner.weight
-    whole_again(step.reference.model)
-    try:
-        for place, parameter in enumerate(step.reference.model.parameters()):
-            if (at := step.gradient.of.get(parameter)) is None:
-                continue
-            # in place: FSDP gathers from the storage that it knows
-            data = local_part(parameter.detach())
-            saved.append((data, data.clone()))
-            seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-            # drawn for the whole tensor: of any number of ranks, each has its part of the same
-            signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
-            signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs)).mul_(size)
-            data.add_(move)
-        yield
-    finally:
-        for data, before in saved:
-            data.copy_(before)
+def _square(z: Tensor) -> float:
+    return float(z.double().square().sum())
 
 
 def _uncalled_products(
-    step: _Pass, layer: nn.Module, run: nn.Module, norm: Norm
+    step: Pass, layer: nn.Module, run: nn.Module, norm: Norm
 ) -> tuple[dict[Component, Tensor], dict[Sides, float]]:
     """Return z and d'Pd of a layer whose parameters are used without calling it."""
     pairs = list(zip(run.parameters(), layer.parameters(), strict=True))

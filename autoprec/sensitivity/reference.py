@@ -102,8 +102,9 @@ class Reference:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; with `keep` those of other parameters are dropped as they
-        arrive, after `see` was called with the parameter. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
-        TF32 every convolution would have an error in the reference too.
+        arrive, once `see` was called with the parameter. Buffers and random generators are put back
+        first. FP32 is FP32 here: with cuDNN's TF32 every convolution would have an error in the
+        reference too.
         """
         self.passes += 1
         parameters = self.model.parameters() if keep is not None else ()

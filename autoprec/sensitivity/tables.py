@@ -109,9 +109,9 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
     """Return one row per cell, from what the probes showed.
 
     Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes,
-    that of output corrected for kinks) plus what stays in the layer's own parameters. Its standard error has two parts: the scatter
-    over batches, and the probes' own noise, Var(z_k^2) = 2/3 E z_k^4, which batches that share a
-    code share.
+    that of output corrected for kinks) plus what stays in the layer's own parameters. Its standard
+    error has two parts: the scatter over batches, and the probes' own noise, Var(z_k^2) =
+    2/3 E z_k^4, which batches that share a code share.
     """
     scale, nothing = [probe.squared_norm for probe in probes], [0.0] * len(probes)
     rows = []

@@ -1,0 +1,163 @@
+"""A pass with the weights moved by t P^(1/2) u, and what that changed.
+
+See probes.py for why, and kinks.py for the two steps t.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.device.ranks import (
+    local_part,
+    mean_over_ranks,
+    part_like,
+    sum_over_ranks,
+    whole,
+    world_size,
+)
+from autoprec.model.recording import Call
+from autoprec.runtime.shards import whole_again
+from autoprec.sensitivity.local import Norm
+from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
+from autoprec.sensitivity.replay import differentiated_calls
+
+# Mean |weight change| over median |weight|. It moves activations by about 2 %, as much as FP8 does;
+# a step FINER times smaller tells what kinks add.
+STEP, FINER = 4e-2, 4.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The reference pass of one batch: what went through some layers, and the gradient."""
+
+    reference: Reference
+    index: int
+    layers: dict[str, nn.Module]
+    calls: dict[str, list[Call]]
+    gradient: ReferenceGradient
+    chunk: int  # elements that a linear takes at a time
+
+    def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
+        """Return the norm of a layer's errors, by the parameters of the module that was run for it.
+
+        It is d'Pd with d their mean over ranks, and of it this rank's share. What is not updated
+        weighs nothing.
+        """
+        owners: dict[Tensor, Tensor] = dict(zip(run.parameters(), layer.parameters(), strict=True))
+        weigh, gradients = self.reference.preconditioner.squared_norm, self.gradient.of
+
+        def norm(errors: Mapping[Tensor, Tensor]) -> float:
+            updated = ((owners[p], d) for p, d in errors.items() if owners[p] in gradients)
+            return sum(
+                weigh(p, part_like(p, mean_over_ranks(whole(d))), at=gradients[p])
+                for p, d in updated
+            )
+
+        return norm
+
+    def places(self) -> dict[str, int]:
+        """Return each layer's first parameter, by its place in the model.
+
+        Of a layer without any it is that of the layer before.
+        """
+        model = self.reference.model
+        order = {parameter: place for place, parameter in enumerate(model.parameters())}
+        found: dict[str, int] = {}
+        place = 0
+        for name in self.reference.spec.names:
+            place = min((order[p] for p in model.get_submodule(name).parameters()), default=place)
+            found[name] = place
+        return found
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one moved pass showed.
+
+    `calls` is what went through some layers, `size` is t, and `changes` has |P^(1/2) D|^2 with D
+    the change of the gradient, by parameter in the order of the model's; zeros if not `watched`.
+    """
+
+    calls: dict[str, list[Call]]
+    size: float
+    changes: list[float]
+    is_finer: bool
+
+    def beside(self, finer: "Moved") -> list[tuple[float, float]]:
+        """Return the changes over t^2 at both steps, (finer, own), times the own step's t^2."""
+        scale = (self.size / finer.size) ** 2
+        return [(f * scale, own) for f, own in zip(finer.changes, self.changes, strict=True)]
+
+
+def run_moved(step: Pass, *, code: int, watched: bool, times: float = 1.0) -> Moved:
+    """Run a batch with the weights moved along the signs of a code, at a step so much finer."""
+    size = _step_size(step) / times
+    # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
+    uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
+    keep = {parameter for layer in uncalled for parameter in layer.parameters()}
+    with differentiated_calls(step.layers) as calls, _moved_weights(step, size, code=code):
+        changes = _run(step, keep, {} if not watched else step.gradient.of)
+    return Moved(calls, size, changes, is_finer=times != 1.0)
+
+
+def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor]) -> list[float]:
+    """Run the model as it stands; return |P^(1/2) D|^2 by parameter, D the change of gradients.
+
+    The gradients of `keep` stay on the model.
+    """
+    reference = step.reference
+    weigh, found = reference.preconditioner.squared_norm, dict[Tensor, float]()
+
+    def see(parameter: Tensor) -> None:
+        if (at := gradients.get(parameter)) is not None:
+            found[parameter] = weigh(parameter, gradient_of(parameter), at=at, less=at)
+
+    # one process takes each gradient as it arrives; of several, their mean comes at the end
+    keep = keep if world_size() == 1 else {*keep, *gradients}
+    reference.run(step.index, keep=keep, see=see)
+    for parameter in keep:
+        see(parameter)
+    return sum_over_ranks([found.get(p, 0.0) for p in reference.model.parameters()])
+
+
+def _step_size(step: Pass) -> float:
+    """Return t such that t P^(1/2) u changes weights by STEP of their usual size.
+
+    The usual size is a tensor's median: a few outlier rows must not make the step of all the others
+    so large that nothing is linear any more.
+    """
+    weight = scale = 0.0
+    for parameter, g in step.gradient.of.items():
+        weight += float(whole(parameter.detach()).abs().median()) * parameter.numel()
+        scale += step.reference.preconditioner.total_weight(parameter, at=g)
+    (scale,) = sum_over_ranks([scale])
+    return STEP * weight / scale
+
+
+@contextmanager
+def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
+    """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
+    saved: list[tuple[Tensor, Tensor]] = []
+    weight_of = step.reference.preconditioner.weight
+    whole_again(step.reference.model)
+    try:
+        for place, parameter in enumerate(step.reference.model.parameters()):
+            if (at := step.gradient.of.get(parameter)) is None:
+                continue
+            # in place: FSDP gathers from the storage that it knows
+            data = local_part(parameter.detach())
+            saved.append((data, data.clone()))
+            seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+            # drawn for the whole tensor: of any number of ranks, each has its part of the same
+            signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
+            signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
+            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs)).mul_(size)
+            data.add_(move)
+        yield
+    finally:
+        for data, before in saved:
+            data.copy_(before)
