@@ -80,6 +80,7 @@ def time_steps(
     stopping: Stopping,
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
+    fp32_outputs: Sequence[str] = (),
 ) -> tuple[StepTiming, ...]:
     """Time a whole training step of every variant, in turns.
 
@@ -96,7 +97,8 @@ def time_steps(
     )
     monitor = monitor or find_monitor(context.device)
     with TemporaryDirectory(prefix="autoprec-") as folder:
-        comparison = _Comparison(context, batches, stopping, monitor, compilation, Path(folder))
+        own = (stopping, monitor, compilation, Path(folder), tuple(fp32_outputs))
+        comparison = _Comparison(context, batches, *own)
         return comparison.time_in_turns(variants)
 
 
@@ -122,6 +124,7 @@ class _Comparison:
     monitor: Monitor
     compilation: Compilation | None
     folder: Path  # where variants wait for their turn
+    fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
     round: int = 0
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
@@ -271,7 +274,9 @@ class _Comparison:
             inner = unwrapped(model)
             names = {plain_name(name): name for name in find_layers(inner)}
             own = {names[name]: option for name, option in options.items()}
-            install_options(inner, own, uncovered=model_layers(inner).uncovered)
+            kept = [names[name] for name in self.fp32_outputs]
+            uncovered = model_layers(inner).uncovered
+            install_options(inner, own, uncovered=uncovered, fp32_outputs=kept)
             attach_optimizer(inner, optimizer)
         if asked and not compiled and (not is_written or workload.written.script_compiles):
             model.compile(backend=self.compilation.backend if self.compilation else INDUCTOR)

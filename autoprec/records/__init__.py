@@ -53,6 +53,7 @@ from autoprec.records.plan import (
 )
 from autoprec.records.sensitivity import (
     Estimate,
+    Island,
     JointMeasurement,
     LayerSensitivity,
     Operand,

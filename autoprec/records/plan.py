@@ -143,8 +143,9 @@ class Plan(FileRecord):
 
     `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`): about that
     many extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
-    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `expected_gap` is what the search
-    predicts for the end of the run; None where nobody said how long it is.
+    `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
+    whose outputs stay FP32 up to the next layer: BF16 is too coarse between them. `expected_gap` is
+    what the search predicts for the end of the run; None where nobody said how long it is.
     """
 
     KIND = "plan"
@@ -160,6 +161,7 @@ class Plan(FileRecord):
     certificate: Certificate | None = None
     schedule: Many[Phase] = ()
     fp8_all_gather: bool = False
+    fp32_outputs: Many[str] = ()
     notes: Many[str] = ()
     expected_gap: ExpectedGap | None = None
 
@@ -181,7 +183,8 @@ class Plan(FileRecord):
     @property
     def digest(self) -> str:
         """A hash of what the plan decides (names and options), not of its evidence."""
-        return short_digest(*([layer.name, layer.option.key] for layer in self.layers))
+        layers = ([layer.name, layer.option.key] for layer in self.layers)
+        return short_digest(*layers, *([self.fp32_outputs] if self.fp32_outputs else ()))
 
     def count(self, precision: Precision) -> int:
         """Return the number of layers that have that precision."""

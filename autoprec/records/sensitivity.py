@@ -1,5 +1,6 @@
 """What a precision does to the loss and the gradient, per layer x option, with standard errors."""
 
+from collections.abc import Collection
 from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -60,6 +61,16 @@ class OperandStatistics(Record):
     mean_over_std: NonNegativeFloat | None = None
 
 
+class Island(Record):
+    """Layers that go to FP32 together or not at all, with FP32 between them.
+
+    `grad_error` is what a plan with any of them in 16 bits has beyond the layers' rows.
+    """
+
+    names: tuple[str, ...]
+    grad_error: NonNegativeFloat
+
+
 class JointMeasurement(Record):
     """The measured gradient error of a whole plan beside the sum of its rows in the table."""
 
@@ -76,7 +87,8 @@ class Sensitivity(FileRecord):
     or `unknown` for a model that was not measured; `passes` counts forward+backward passes,
     `step_equivalents` the cost in FP32 training steps. `preconditioner` names P (`adam`, ...).
     `activation_error` is what the joint error of uniform BF16 has beyond its rows, from BF16
-    activations between layers: paid once by any plan with a 16-bit layer. `floor` is the error
+    activations between layers: paid once by any plan with a 16-bit layer, and without what BF16
+    does to `islands`, where it is too coarse by itself. `floor` is the error
     between two runs of the reference (0 when deterministic). `loss_curve` holds (step, loss) of the
     reference warm-up.
     """
@@ -102,6 +114,17 @@ class Sensitivity(FileRecord):
     loss_curve: tuple[tuple[int, float], ...]
     software: dict[str, str]
     notes: tuple[str, ...] = ()
+    islands: tuple[Island, ...] = ()
+
+    def between_layers(self, fp32: Collection[str] = ()) -> float:
+        """Return the error of a 16-bit plan beyond its layers' rows, with these layers in FP32."""
+        outside = (i.grad_error for i in self.islands if not set(i.names) <= set(fp32))
+        return max(self.activation_error.mean, 0.0) + sum(outside)
+
+    @property
+    def island_names(self) -> tuple[str, ...]:
+        """The layers of all islands."""
+        return tuple(name for island in self.islands for name in island.names)
 
     def row(self, name: str, option: Option) -> LayerSensitivity | None:
         """Return the row of a layer and option, or None when it was not measured."""

@@ -207,7 +207,13 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
         check_optimizer(model, optimizer)
     names = {plain_name(name): name for name in found.modules}
     options = {names[layer.name]: layer.option for layer in plan.layers}
-    return install_options(model, options, uncovered=found.uncovered, layers=found.modules)
+    return install_options(
+        model,
+        options,
+        uncovered=found.uncovered,
+        layers=found.modules,
+        fp32_outputs=[names[name] for name in plan.fp32_outputs if name in names],
+    )
 
 
 def _warn_of_mixed_groups(model: nn.Module) -> None:

@@ -46,8 +46,10 @@ def _cached(maker: Maker) -> Maker:
 
 
 @_cached
-def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype) -> ModuleClass:
-    """Return `base` as a layer with `option`, among activations of a dtype."""
+def layer_class(
+    base: ModuleClass, option: Option, activation_dtype: torch.dtype, output_dtype: torch.dtype
+) -> ModuleClass:
+    """Return `base` as a layer with `option`, among activations of a dtype, outputs of another."""
     forward = _fp8_forward() if option.is_fp8 else base.forward
     dtype = option_dtype(option)
 
@@ -55,7 +57,7 @@ def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype
         # Written so that one right tensor costs two compares.
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dtype != dtype:
             args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
-        return cast_floating(forward(self, *args, **kwargs), activation_dtype)
+        return cast_floating(forward(self, *args, **kwargs), output_dtype)
 
     @functools.wraps(base.forward)
     def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +83,8 @@ def layer_class(base: ModuleClass, option: Option, activation_dtype: torch.dtype
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
-    return _subclass(layer_class, (base, option, activation_dtype), bases, body)
+    settings = (base, option, activation_dtype, output_dtype)
+    return _subclass(layer_class, settings, bases, body)
 
 
 @_cached

@@ -3,7 +3,7 @@
 What an option means is decided here and nowhere else. The activation dtype is that of what flows
 between layers:
 
-    fp32      parameters FP32; floating inputs cast to FP32, outputs to it
+    fp32      parameters FP32; floating inputs cast to FP32, outputs to it (or kept FP32 on request)
     bf16_o2   parameters BF16; inputs cast to BF16, outputs to it
     fp8_o1    as bf16_o2, and torchao runs the GEMMs as the recipe says
 
@@ -50,6 +50,7 @@ class Installed(AbstractContextManager["Installed"]):
     model: nn.Module
     options: dict[str, Option]
     activation_dtype: torch.dtype
+    fp32_outputs: frozenset[str] = frozenset()
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
     masters: Masters | None = None  # made by the first installation in a model, None if nested
@@ -100,6 +101,7 @@ def install_options(
     root: bool = True,
     uncovered: Iterable[str] = (),
     layers: Mapping[str, nn.Module] | None = None,
+    fp32_outputs: Iterable[str] = (),
 ) -> Installed:
     """Make the named layers of `model` run as their options say, in place.
 
@@ -112,6 +114,7 @@ def install_options(
         root: whether `model` is what the training step calls: its floating outputs become FP32.
         uncovered: names of parameters outside of layers, to be stored in the activation dtype.
         layers: what `find_layers(model)` returns, where it is known.
+        fp32_outputs: FP32 layers whose outputs stay FP32 up to the next layer; others are left out.
 
     Raises:
         PlanMismatchError: a name is no layer, tied layers disagree about their storage, or a layer
@@ -125,11 +128,11 @@ def install_options(
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
-    installed = Installed(model, dict(options), activation_dtype)
+    installed = Installed(model, dict(options), activation_dtype, frozenset(fp32_outputs))
     try:
         _convert_storage(storage, installed)
         for name, option in options.items():
-            _install_layer(layers[name], option, installed=installed)
+            _install_layer(name, layers[name], option, installed=installed)
         for module in _containers(model, layers) if has_16_bit else ():
             installed.set_class(module, container_class(type(module), activation_dtype, False))
         if root:
@@ -244,11 +247,13 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
     vars(model).update({ON_MODEL: installed.masters, **others})
 
 
-def _install_layer(layer: nn.Module, option: Option, *, installed: Installed) -> None:
-    dtype = installed.activation_dtype
-    if option_dtype(option) is torch.float32 is dtype and not is_made_here(type(layer)):
+def _install_layer(name: str, layer: nn.Module, option: Option, *, installed: Installed) -> None:
+    own, dtype = option_dtype(option), installed.activation_dtype
+    if own is torch.float32 is dtype and not is_made_here(type(layer)):
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
-    installed.set_class(layer, layer_class(own_class(layer), option, dtype))
+    keeps = own is torch.float32 and name in installed.fp32_outputs
+    cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype)
+    installed.set_class(layer, cls)
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):

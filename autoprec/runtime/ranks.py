@@ -44,7 +44,7 @@ def agree(own: Plan | str, *, device: torch.device, group: "dist.ProcessGroup | 
     else:  # everything that ranks must agree about, evidence left out
         layers = [[layer.name, layer.shapes, layer.option.key] for layer in own.layers]
         schedule = [[phase.start_step, phase.fp8] for phase in own.schedule]
-        digest = short_digest(layers, own.uncovered, schedule, own.fp8_all_gather)
+        digest = short_digest(layers, own.uncovered, schedule, own.fp8_all_gather, own.fp32_outputs)
         answer = Answer(dist.get_rank(), digest=digest)
     check_answers(gathered(answer, group=group, device=device))
 

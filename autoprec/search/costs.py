@@ -103,6 +103,7 @@ class Costs:
     outside_bf16: OutsideLayers
     locks: Mapping[str, str] = field(default_factory=dict)  # out of FP8 unless kept, and why
     communication: Communication | None = None
+    islands: tuple[tuple[tuple[int, ...], float], ...] = ()  # layers, and their error in 16 bits
 
     def outside(self, options: Sequence[Option]) -> OutsideLayers:
         """Return the time, error and bytes of a plan outside its layers."""
@@ -152,7 +153,13 @@ class Costs:
     def grad_error(self, options: Sequence[Option]) -> float:
         """Return the sum of the parts."""
         layers = (price.grad_error for price in self._chosen(options))
-        return math.fsum((self.outside(options).grad_error, *layers))
+        islands = self.island_error(dict(enumerate(options)))
+        return math.fsum((self.outside(options).grad_error, islands, *layers))
+
+    def island_error(self, chosen: Mapping[int, Option]) -> float:
+        """Return what BF16 costs between the layers of islands that these have not in FP32."""
+        whole = ((at, error) for at, error in self.islands if chosen.keys() >= set(at))
+        return math.fsum(e for at, e in whole if not is_all_fp32([chosen[i] for i in at]))
 
     def memory_bytes(self, options: Sequence[Option]) -> int:
         """Return the bytes of a step."""
@@ -183,6 +190,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         effects[row.name][row.option] = row
     # a layer has a price in what is both timed and measured
     layers = profile.model.layers
+    places = {layer.name: index for index, layer in enumerate(layers)}
+    islands = [(tuple(map(places.__getitem__, i.names)), i.grad_error) for i in sensitivity.islands]
     priced = [_price_layer(x, timings[x.name], effects[x.name], profile) for x in layers]
     prices = tuple(prices for prices, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
@@ -194,6 +203,7 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         outside_bf16=_outside(profile, prices, BF16_O2, grad_error=activation_error),
         locks=default_locks(layers) if sensitivity_basis(sensitivity) is Basis.UNKNOWN else {},
         communication=profile.communication,
+        islands=tuple((at, e) for at, e in islands if all(FP32 in prices[i] for i in at)),
     )
 
 

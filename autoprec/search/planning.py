@@ -49,12 +49,20 @@ def build_plan(
         grad_error_basis=grad_error_basis,
         predicted=_predicted(costs, options),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
+        fp32_outputs=_fp32_outputs(costs, options),
         notes=(
             *plan_notes(profile, problem, search, options),
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
     )
+
+
+def _fp32_outputs(costs: Costs, options: Options) -> tuple[str, ...]:
+    """Return the layers of the islands that a 16-bit plan has in FP32."""
+    inside = {index for at, _ in costs.islands for index in at}
+    chosen = [i for i in sorted(inside) if options[i] == FP32]
+    return () if is_all_fp32(options) else tuple(costs.layers[i].name for i in chosen)
 
 
 def _joint_error(point: FrontPoint, basis: Basis) -> tuple[float | None, Basis]:

@@ -1,7 +1,8 @@
 """Prices, keeps and ties -> what there is to choose, and the exact answer to it.
 
-A group is one layer, or the layers that share a parameter and hence one storage: each combination
-of their options that is FP32 throughout or 16-bit throughout is one choice. Options that cannot win
+A group is one layer, or the layers that share a parameter and hence one storage, or those of an
+island, between which BF16 is too coarse: each combination of their options that is FP32 throughout
+or 16-bit throughout is one choice. Options that cannot win
 in time are locked: an FP8 option that is not for sure faster than BF16 (its margin counts, see
 costs), or takes no less than another of less error, is left out, whatever noise says about its
 error. BF16 that is slower than FP32 stays: one such layer may be what lets all others pass BF16
@@ -104,12 +105,19 @@ class Problem:
             [[item_of(costs, group.layers, c) for c in group.choices] for group in self.groups],
             Outside(
                 ms=outside.ms - (fsdp.exposed_ms if fsdp else 0.0),
-                grad_error=outside.grad_error,
+                grad_error=outside.grad_error + self._loose_error,
                 memory=outside.memory_bytes,
                 hidable_ms=fsdp.moved_ms - fsdp.share * fsdp.between_ms if fsdp else 0.0,
             ),
             memory=math.inf if self.memory_bytes is None else self.memory_bytes,
         )
+
+    @property
+    def _loose_error(self) -> float:
+        """What islands cost that no group holds: they cannot be in FP32 as a whole."""
+        held = [set(group.layers) for group in self.groups]
+        islands = self.costs.islands
+        return math.fsum(e for at, e in islands if not any(set(at) <= group for group in held))
 
     @property
     def fp32_plan(self) -> Options | None:
@@ -134,7 +142,7 @@ def make_problem(costs: Costs, constraint: Constraint) -> Problem:
             tuple(o for o in prices if (keep.allows(o) if keep else not (o.is_fp8 and is_locked)))
         )
     problem = Problem(costs, keeps, tuple(allowed), constraint.memory_bytes)
-    groups = (_group(problem, layers) for layers in tied_groups(costs.layers))
+    groups = (_group(problem, layers) for layers in _bound(problem))
     return replace(problem, groups=tuple(groups))
 
 
@@ -159,6 +167,22 @@ def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
         root[layer.name] = root.get(owner, owner)
         groups.setdefault(root[layer.name], []).append(index)
     return [tuple(group) for group in groups.values()]
+
+
+def _bound(problem: Problem) -> list[tuple[int, ...]]:
+    """Return the indices of layers that are FP32 or 16-bit together: ties, joined by islands.
+
+    An island is left out where keeps allow it neither way.
+    """
+    groups = tied_groups(problem.costs.layers)
+    for island, _ in problem.costs.islands:
+        met = [group for group in groups if set(group) & set(island)]
+        joined = tuple(sorted(index for group in met for index in group))
+        options = [problem.allowed[index] for index in joined]
+        has_fp32 = all(FP32 in allowed for allowed in options)
+        if has_fp32 or all(any(o != FP32 for o in allowed) for allowed in options):
+            groups = [group for group in groups if group not in met] + [joined]
+    return sorted(groups)
 
 
 def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
@@ -203,10 +227,11 @@ def _options(problem: Problem, solution: Solution) -> Options:
 def item_of(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
     """Return the cost of a choice for these layers, beside BF16 activations."""
     prices = [costs.prices[index][o] for index, o in zip(layers, choice, strict=True)]
+    chosen = dict(zip(layers, choice, strict=True))
     share = costs.communication.share if costs.communication else 0.0
     return Item(
         ms=math.fsum(price.counted_ms for price in prices),
-        grad_error=math.fsum(price.grad_error for price in prices),
+        grad_error=math.fsum((costs.island_error(chosen), *(p.grad_error for p in prices))),
         memory=float(sum(price.memory_bytes for price in prices)),
         is_16_bit=not is_all_fp32(choice) and any(costs.layers[index].calls for index in layers),
         hiding_ms=share * math.fsum(price.compute_ms + price.boundary_ms for price in prices),

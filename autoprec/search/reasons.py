@@ -172,12 +172,31 @@ def _why_not_16_bit(why: Why, index: int) -> str:
     if BF16_O2 not in prices:
         return _missing(why, index, Precision.BF16_O2)
     own = why.ms(index, FP32)
+    if not is_all_fp32(why.options) and (island := _island(why, index)):
+        return island
     if prices[BF16_O2].ms >= own:
         return _bf16_to_fp32(why, index, why.shape(index))
     if is_all_fp32(why.options):
         speed = compared(prices[BF16_O2].ms, own)
         return f"BF16 {speed} here, but the plan as a whole is FP32 (see its notes)"
     return _too_harmful(why, index, BF16_O2, own)
+
+
+def _island(why: Why, index: int) -> str:
+    """Say that BF16 is too coarse between a layer and others; "" of a layer in no FP32 island."""
+    for at, error in why.costs.islands:
+        if index in at and is_all_fp32([why.options[i] for i in at]):
+            others = [why.costs.layers[i].name for i in at if i != index]
+            beside = f" and {', '.join(others)}" if others else ""
+            names = {why.costs.layers[i].name for i in at}
+            rows = [row for row in why.statistics if row.name in names]
+            cause = "; ".join(f"{row.name} {_offset(row)}" for row in rows if _offset(row))
+            return (
+                f"BF16 between it{beside} alone has gradient error {percent(error)}, budget "
+                f"{percent(why.search.grad_error_budget)}: an island in FP32"
+                f"{f' ({cause})' if cause else ''}"
+            )
+    return ""
 
 
 def _missing(why: Why, index: int, precision: Precision) -> str:

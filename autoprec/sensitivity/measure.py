@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,6 +14,7 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Estimate,
+    Island,
     JointMeasurement,
     LayerSensitivity,
     Option,
@@ -22,6 +23,7 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.runtime import install_options
+from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference
 from autoprec.sensitivity.tables import Method, Table, make_table
@@ -54,8 +56,10 @@ def measure_sensitivity(
         )
     table = make_table(reference, cells, method)
     meter = JointMeter(reference)
-    activation_error = meter.measure_activations(table.rows)
-    joint = measure_most_precise(meter, table.rows, activation_error=activation_error)
+    activation_error, islands = meter.measure_activations(table.rows)
+    meter.fp32_outputs = tuple(name for island in islands for name in island.names)
+    outside = activation_error.mean + sum(island.grad_error for island in islands)
+    joint = measure_most_precise(meter, table.rows, outside=outside)
     floor = Estimate(mean=0.0)
     # nothing is run where the capture found that two runs agree bit for bit on this device
     if not (spec.is_deterministic and spec.device == str(reference.context.device)):
@@ -73,6 +77,7 @@ def measure_sensitivity(
         seed=reference.context.seed,
         rows=table.rows,
         activation_error=activation_error,
+        islands=islands,
         floor=floor,
         statistics=table.statistics,
         joint=joint,
@@ -88,9 +93,19 @@ class JointMeter:
     Costs one pass per batch for each new assignment and nothing for one seen before.
     """
 
-    def __init__(self, reference: Reference, *, batches: int = JOINT_BATCHES) -> None:
-        """Take a reference that is warmed up, and how many of its batches to measure on."""
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        batches: int = JOINT_BATCHES,
+        fp32_outputs: Sequence[str] = (),
+    ) -> None:
+        """Take a reference that is warmed up, and how many of its batches to measure on.
+
+        `fp32_outputs` are the layers of the sensitivity's islands.
+        """
         self.reference = reference
+        self.fp32_outputs = tuple(fp32_outputs)
         self.batches = batches
         self._measured: dict[tuple[Option, ...], Estimate] = {}
 
@@ -111,29 +126,51 @@ class JointMeter:
             self._measured[options] = self._measure(by_name, batches=self.batches)
         return self._measured[options]
 
-    def measure_activations(self, rows: Sequence[LayerSensitivity]) -> Estimate:
+    def measure_activations(
+        self, rows: Sequence[LayerSensitivity]
+    ) -> tuple[Estimate, tuple[Island, ...]]:
         """Return the cost of uniform BF16 beyond its layers: the error of BF16 activations.
+
+        With it come the islands where BF16 is too coarse, whose part is theirs.
 
         `rows` are measured with FP32 activations. Taken from the joint error of uniform BF16, the
         activations' part makes the table add up where most plans are, in deep models too: there,
         the errors of layers and activations are not independent (25 blocks: 40 % of the joint
         error of small subsets).
         """
-        joint = self._measure(self.reference.spec.bf16_options, batches=ACTIVATION_BATCHES)
-        layers = math.fsum(row.grad_error.mean for row in rows if row.option == BF16_O2)
-        return joint.model_copy(update={"mean": max(joint.mean - layers, 0.0)})
+        uniform = self.reference.spec.bf16_options
+        joint = self._measure(uniform, batches=ACTIVATION_BATCHES)
+
+        def with_fp32(names: Collection[str]) -> float:
+            options = {**uniform, **dict.fromkeys(names, FP32)}
+            return self._measure(options, batches=ACTIVATION_BATCHES, fp32_outputs=names).mean
+
+        islands, left = find_islands(self.reference, rows, joint.mean, with_fp32)
+        names = [name for island in islands for name in island.names]
+        bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in names]
+        error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
+        return joint.model_copy(update={"mean": error}), islands
 
     @random_state_kept()
-    def _measure(self, options: Mapping[str, Option], *, batches: int) -> Estimate:
+    def _measure(
+        self,
+        options: Mapping[str, Option],
+        *,
+        batches: int,
+        fp32_outputs: Collection[str] | None = None,
+    ) -> Estimate:
         reference = self.reference
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
-        installed = partial(install_options, reference.model, options, uncovered=uncovered)
+        kept = self.fp32_outputs if fp32_outputs is None else fp32_outputs
+        installed = partial(
+            install_options, reference.model, options, uncovered=uncovered, fp32_outputs=kept
+        )
         return reference.measure_errors({"joint": installed}, batches=batches)["joint"]
 
 
 def measure_most_precise(
-    meter: JointMeter, rows: Sequence[LayerSensitivity], *, activation_error: Estimate
+    meter: JointMeter, rows: Sequence[LayerSensitivity], *, outside: float
 ) -> tuple[JointMeasurement, ...]:
     """Measure FP8 wherever it goes, each layer in its most precise recipe, beside the sum of parts.
 
@@ -148,7 +185,7 @@ def measure_most_precise(
     names = meter.reference.spec.names
     plan = tuple(best.get(name, BF16_O2) for name in names)
     parts = sum(table.get(cell, 0.0) for cell in zip(names, plan, strict=True))
-    expected, measured = activation_error.mean + parts, meter.measure(plan)
+    expected, measured = outside + parts, meter.measure(plan)
     joint = JointMeasurement(
         label="fp8_most_precise", options=plan, grad_error=measured, predicted_grad_error=expected
     )

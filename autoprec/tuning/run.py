@@ -338,7 +338,8 @@ class Run:
     def _meter(self) -> "JointMeter":
         from autoprec.sensitivity.measure import JointMeter
 
-        return JointMeter(self.reference)
+        islands = self.sensitivity.island_names
+        return JointMeter(self.reference, fp32_outputs=islands)
 
     def _verified(
         self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None

@@ -110,7 +110,12 @@ def train_branch(
             if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
                 plan.enter_context(tf32_off())
             else:
-                install_options(model, variant.options, uncovered=variant.uncovered)
+                install_options(
+                    model,
+                    variant.options,
+                    uncovered=variant.uncovered,
+                    fp32_outputs=variant.fp32_outputs,
+                )
                 attach_optimizer(model, optimizer)
                 plan.callback(undo, model, optimizer)
             # the reference saw the same batches: what is far above its worst has diverged

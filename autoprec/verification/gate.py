@@ -242,4 +242,5 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
             },
             stopping=Stopping(TIMING_SAMPLES),
             compilation=compilation,
+            fp32_outputs=plan.fp32_outputs,
         )

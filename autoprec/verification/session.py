@@ -116,6 +116,7 @@ class Variant:
 
     label: str
     options: Mapping[str, Option]
+    fp32_outputs: tuple[str, ...] = ()  # of the plan's islands
     uncovered: tuple[str, ...] = ()  # parameters outside of layers: BF16 where any layer is 16-bit
 
     @property
@@ -127,7 +128,8 @@ class Variant:
     def digest(self) -> str:
         """A digest of the options; all-FP32 variants are the reference, whatever their label."""
         keys = sorted((name, option.key) for name, option in self.options.items())
-        return "reference" if self.is_reference else short_digest(keys)
+        kept = [self.fp32_outputs] if self.fp32_outputs else []
+        return "reference" if self.is_reference else short_digest(keys, *kept)
 
 
 REFERENCE = Variant(label="reference", options={})
@@ -172,5 +174,5 @@ class Session:
         return (
             REFERENCE,
             Variant(label="bf16_o2", options=control, uncovered=plan.uncovered),
-            Variant(label="plan", options=options, uncovered=plan.uncovered),
+            Variant("plan", options, plan.fp32_outputs, uncovered=plan.uncovered),
         )

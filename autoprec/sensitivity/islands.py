@@ -1,0 +1,105 @@
+"""Where BF16 itself is too coarse: a few layers in FP32, and FP32 between them.
+
+A value that sits far from zero beside its spread (an offset of 16 and a spread of 0.2) keeps few
+bits of its spread in BF16. Layers in FP32 do not help as long as BF16 activations are between them,
+so the layer whose row is worst in BF16 and those that make its input go together, and their outputs
+stay FP32 up to the next layer. That is tried on uniform BF16 and kept if half of its error goes:
+
+    extra = e(uniform BF16) - e(with the island in FP32) - the island's own rows
+
+is what a plan pays for having the island in 16 bits, beyond the rows of its layers.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from autoprec.records import BF16_O2, Island, LayerSensitivity
+from autoprec.sensitivity.reference import Reference
+from autoprec.workload.functions import tensors_in
+
+TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
+MOST_TRIED = 4  # islands, one joint measurement each
+MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
+
+Measure = Callable[[Collection[str]], float]
+
+
+def find_islands(
+    reference: Reference, rows: Sequence[LayerSensitivity], joint: float, measure: Measure
+) -> tuple[tuple[Island, ...], float]:
+    """Return the islands that uniform BF16 needs, and its joint gradient error with them in FP32.
+
+    Args:
+        reference: what everything is measured against.
+        rows: the table.
+        joint: the gradient error of uniform BF16.
+        measure: the same with these layers, and what is between them, in FP32.
+    """
+    own = {row.name: max(row.grad_error.mean, 0.0) for row in rows if row.option == BF16_O2}
+    worst = sorted(own, key=lambda name: -own[name])[:MOST_TRIED]
+    if joint < TOO_COARSE or not worst:
+        return (), joint
+    producers = find_producers(reference, worst)
+    found: list[Island] = []
+    for name in worst:
+        names = (*producers.get(name, ()), name)
+        if joint < TOO_COARSE or any(n in island.names for n in names for island in found):
+            continue
+        kept = [n for island in found for n in island.names]
+        error = measure([*kept, *names])
+        if error <= joint / 2:
+            extra = joint - error - sum(own.get(n, 0.0) for n in names)
+            found.append(Island(names=names, grad_error=max(extra, 0.0)))
+            joint = error
+    return tuple(found), joint
+
+
+def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the layers whose outputs make the input of each named one, through functions alone.
+
+    None are found where autograd keeps no graph (the model's own input, checkpointing), and none
+    are returned where there are more than MOST_PRODUCERS.
+    """
+    made_by: dict[Node, str] = {}
+    found: dict[str, set[str]] = {}
+    hooks = []
+    for name in reference.spec.names:
+        layer = reference.model.get_submodule(name)
+
+        def note_inputs(
+            _: nn.Module, args: object, kwargs: Mapping[str, object], name: str = name
+        ) -> None:
+            inputs = tensors_in((args, list(kwargs.values())))
+            found.setdefault(name, set()).update(_makers(inputs, made_by))
+
+        def note_output(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            made_by.update({t.grad_fn: name for t in tensors_in(output) if t.grad_fn is not None})
+
+        if name in names:
+            hooks.append(layer.register_forward_pre_hook(note_inputs, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(note_output))
+    try:
+        reference.run(0, keep=())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    few = {name: makers for name, makers in found.items() if len(makers) <= MOST_PRODUCERS}
+    return {name: tuple(n for n in reference.spec.names if n in few[name]) for name in few}
+
+
+def _makers(inputs: Sequence[Tensor], made_by: Mapping[Node, str]) -> set[str]:
+    """Return the layers that a walk from some tensors back to the next layers' outputs meets."""
+    found: set[str] = set()
+    waiting = [t.grad_fn for t in inputs if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node in made_by:
+            found.add(made_by[node])
+            continue
+        above = [other for other, _ in node.next_functions if other is not None]
+        waiting += [other for other in above if other not in seen]
+        seen.update(above)
+    return found
