@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import autoprec
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
@@ -107,3 +108,68 @@ def test_a_plans_model_is_one_graph_as_the_plain_one(option: Option) -> None:
     names = [name for name, _ in model.named_modules() if "norm" in name]
     autoprec.apply(plan_for(model, option, dict.fromkeys(names, FP32) | {"head": BF16_O2}), model)
     assert graphs_of(model) == 1
+
+
+class Moved(nn.Module):
+    """Calls `to` of a module within forward, as code does that follows its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.down.to(device=x.device)
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]  # a tensor
+
+
+class Known(Moved):
+    """A block of a class that dynamo was told to leave whole, as attention of diffusers is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]  # a tensor
+
+
+class HasKnown(nn.Module):
+    """A block of that class, among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.known = nn.Linear(WIDTH, WIDTH), Known()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.known(self.first(x))  # type: ignore[no-any-return]  # a tensor
+
+
+class Broken(nn.Module):
+    """Asks for a value within forward, by a slice: dynamo runs all of the function eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def sliced(self, x: Tensor, place: Tensor) -> Tensor:
+        shift = (x * 2 + 1).exp()
+        return shift[:, 4 - place : place + 4, :].unsqueeze(0) + x.mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sliced(self.inner(x), torch.tensor(2)).relu()
+
+
+@pytest.mark.parametrize("kind", [Moved, HasKnown, Broken])
+def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) -> None:
+    torch.compiler.allow_in_graph(Known)  # type: ignore[no-untyped-call]  # torch's own
+    x = torch.randn(2, TOKENS, WIDTH)
+    counts = []
+    for option in (None, BF16_O2):
+        torch.manual_seed(0)
+        model = kind()
+        if option is not None:
+            autoprec.apply(plan_for(model, option), model)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        with torch.no_grad():
+            found = torch.compile(model, backend=counter)(x)
+            counts.append(counter.frame_count)
+            torch._dynamo.reset()
+            assert torch.allclose(found, model(x), rtol=1e-2, atol=1e-2)
+    assert counts[1] == counts[0] > 0

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from autoprec.device.late import LateValues
-from autoprec.errors import TrainingStoppedError
+from autoprec.errors import RecordError, TrainingStoppedError
 from autoprec.guard import Guard, Limits, watch
-from autoprec.guard.holding import FLAG, HeldSteps, can_hold
+from autoprec.guard.holding import FLAG, HeldSteps, can_hold, take_fused
 from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Option, fp8_option
 from autoprec.runtime import attach_optimizer
+from autoprec.runtime.checkpoint import save_checkpoint
 from autoprec.runtime.masters import CLOSE_LOOKS
 from tests.host_waits import HostWaits
 from tests.test_guard import QUIET, Chain, Run, lines, plan_for
@@ -24,11 +26,12 @@ OPTIONS = [BF16_O2, *map(fp8_option, APPLICABLE_RECIPES)]
 
 
 class LateRun(Run):
-    """A run with a fused optimizer, whose guard does not ask the device, as on a GPU."""
+    """A run whose guard does not ask the device, as on a GPU; of a fused optimizer by default."""
 
-    def __init__(self, **guard: Any) -> None:  # Any: a guard's
+    def __init__(self, optimizer: Any = None, **guard: Any) -> None:  # Any: a maker, a guard's
         super().__init__(**guard)
-        self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
+        make = optimizer or partial(torch.optim.AdamW, lr=1e-2, fused=True)
+        self.optimizer: Any = make(self.model.parameters())
         attach_optimizer(self.model, self.optimizer)
         given = {"limits": QUIET, **guard}
         plan = given.pop("plan", None) or plan_for(self.model)
@@ -37,9 +40,7 @@ class LateRun(Run):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    asks = watch._need_not_wait
-    monkeypatch.setattr(watch, "_need_not_wait", lambda optimizer, _, on: asks(optimizer, gpu, on))
+    monkeypatch.setattr(watch, "runs_behind", lambda _: True)
 
 
 def read_unseen(late: LateValues, read: Any = LateValues.read) -> list[float]:
@@ -219,8 +220,93 @@ def test_a_grad_scalers_own_flag_counts_too(scalers: float, guards: float) -> No
     assert torch.equal(weight, torch.ones(4)) == bool(scalers or guards)
 
 
-def test_an_optimizer_that_cannot_is_asked_for_at_once() -> None:
-    run = Run()  # AdamW, not fused
-    assert not run.guard._is_late
-    run.train(4, run.spoil("third", 3))
-    assert run.good == [True, True, True, False]
+LEFT: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "Adam": {"amsgrad": True},
+    "SGD": {"momentum": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_an_optimizer_left_to_torch_takes_fused_and_leaves_a_bad_step_out(name: str) -> None:
+    run = LateRun(partial(getattr(torch.optim, name), lr=1e-2, **LEFT[name]))
+    fused = LateRun(partial(getattr(torch.optim, name), lr=1e-2, fused=True, **LEFT[name]))
+    other = LateRun(partial(getattr(torch.optim, name), lr=1e-2, foreach=True, **LEFT[name]))
+    run.train(3)
+    fused.train(3)
+    assert str(state(run)) == str(state(fused))  # bit for bit what the user's own choice gives
+    before = state(run)
+    run.train(1, run.spoil("third", 3))
+    assert str(state(run)) == str(before)
+    # A checkpoint of another kernel brings its settings, and step counts on the host: fused again.
+    other.train(2)
+    run.optimizer.load_state_dict(other.optimizer.state_dict())
+    assert run.optimizer.param_groups[0]["foreach"]
+    del other.optimizer.param_groups[0]["foreach"]
+    other.optimizer.param_groups[0]["foreach"] = None
+    run.optimizer.load_state_dict(other.optimizer.state_dict())
+    run.train(2)
+    assert can_hold(run.optimizer)
+
+
+def test_what_the_user_chose_and_sparse_gradients_stay_as_they_are() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    sgd, adamw = torch.optim.SGD, torch.optim.AdamW
+    choices: tuple[dict[str, Any], ...] = (
+        {"foreach": True},
+        {"fused": False},
+        {"capturable": True},
+    )
+    for chosen in choices:
+        optimizer: Any = adamw([weight], **chosen)
+        before = dict(optimizer.param_groups[0])
+        assert not take_fused(optimizer)
+        assert str(optimizer.param_groups[0]) == str(before)
+    assert not take_fused(sgd([weight], lr=0.1, differentiable=True))
+    assert not take_fused(torch.optim.RMSprop([weight]))
+    assert not take_fused(OwnStep([weight]))
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    assert not take_fused(sgd(table.parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_cannot_is_asked_for_at_once_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for make, way_out in (
+        (partial(torch.optim.AdamW, lr=1e-2, foreach=True), "AdamW is not fused; make it with"),
+        (partial(torch.optim.RMSprop, lr=1e-3), "RMSprop has no fused kernels"),
+    ):
+        caplog.clear()
+        run = LateRun(make)
+        before = run.optimizer.param_groups[0].get("fused")
+        run.train(4, run.spoil("third", 3))
+        assert run.good == [True, True, True, False]
+        assert run.optimizer.param_groups[0].get("fused") is before
+        (said,) = [r.getMessage() for r in caplog.records if "waits for the device" in r.message]
+        assert way_out in said
+
+
+def test_any_optimizer_stops_a_step_late_and_nothing_poisoned_is_saved(tmp_path: Path) -> None:
+    run = LateRun(partial(torch.optim.RMSprop, lr=1e-3), on_alarm="stop")
+    run.train(3, run.spoil("third", 2))  # nobody has asked for step 2 yet
+    assert not all(bool(p.isfinite().all()) for p in run.model.parameters())
+    path = tmp_path / "run.pt"
+    with pytest.raises(TrainingStoppedError, match="at step 2 "):
+        save_checkpoint(path, run.model, run.optimizer, guard=run.guard)
+    for guard in (run.guard, None):  # whoever goes on after the error, or has no guard in the file
+        with pytest.raises(RecordError, match="NaN or an infinity"):
+            save_checkpoint(path, run.model, run.optimizer, guard=guard)
+    assert not path.exists()
+
+
+def test_a_stop_of_any_optimizer_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LateValues, "read", read_unseen)
+    run = LateRun(partial(torch.optim.RMSprop, lr=1e-3), on_alarm="stop")
+    run.train(CLOSE_LOOKS)
+    with HostWaits() as waits:
+        loss = run.model(torch.randn(16, 16)).square().mean()
+        loss.backward()
+        run.guard.step(loss)
+        run.optimizer.step()
+    assert not waits.found

@@ -5,13 +5,24 @@ parameters nor state, step counters included: GradScaler skips steps that way. A
 door. Optimizers without it can only be kept from stepping by the host, which must wait to know.
 """
 
+import inspect
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
+logger = logging.getLogger(__name__)
 FLAG = "found_inf"  # torch's name for the attribute that fused optimizers read
+# Adagrad's fused kernel for GPUs is younger than the oldest torch that is supported.
+FUSED = frozenset(inspect.unwrap(kind.step) for kind in (Adam, AdamW, SGD))
+
+
+def runs_behind(device: torch.device) -> bool:
+    """Whether a device has its answer later than the host asks; a CPU has it at once."""
+    return device.type != "cpu"
 
 
 def can_hold(optimizer: Optimizer) -> bool:
@@ -20,6 +31,55 @@ def can_hold(optimizer: Optimizer) -> bool:
     takes_it = getattr(optimizer, "_step_supports_amp_scaling", False)
     # a step of its own may not hand the tensor on
     return bool(is_fused and takes_it and type(optimizer).step.__module__.startswith("torch.optim"))
+
+
+def holds_steps(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves bad steps out by itself, fused for that if it may be."""
+    return can_hold(optimizer) or take_fused(optimizer)
+
+
+def take_fused(optimizer: Optimizer) -> bool:
+    """Let torch's fused kernels step where the user left the choice to torch; whether they do.
+
+    Moments stay as they are. Call it with the gradients there: fused kernels take no sparse ones.
+    """
+    every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fits = (
+        inspect.unwrap(type(optimizer).step) in FUSED
+        and all(map(_is_left_to_torch, optimizer.param_groups))
+        and not any(p.grad is not None and p.grad.is_sparse for p in every)
+        and _default_to_fused_or_foreach(every, differentiable=False, use_fused=True)[0]
+    )
+    if not fits:
+        return False
+    # What the constructor does with fused=True, and what was made for another kernel.
+    settings: Any = optimizer  # Any: torch declares none of these attributes
+    settings._step_supports_amp_scaling = settings._need_device_dtype_check_for_fused = True
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["fused"] = True
+    for parameter in every:
+        own = optimizer.state.get(parameter, {})
+        if isinstance(own.get("step"), Tensor):  # on the host, for kernels that are not fused
+            own["step"] = own["step"].to(parameter.device, torch.float32)
+    return True
+
+
+def say_why_it_waits(optimizer: Optimizer) -> None:
+    """Log that the host must wait for the device in every step, and the way out."""
+    name = type(optimizer).__name__
+    reason = f"{name} has no fused kernels of torch's; use torch's AdamW, Adam or SGD"
+    if inspect.unwrap(type(optimizer).step) in FUSED:
+        reason = f"this {name} is not fused; make it with fused=True"
+    logger.warning(
+        "the guard waits for the device in every step, to know before the optimizer steps whether "
+        "the step must be skipped: %s, or on_alarm='switch' or 'stop'",
+        reason,
+    )
+
+
+def _is_left_to_torch(group: dict[str, Any]) -> bool:  # Any: torch's own
+    chosen = (group.get(name) for name in ("foreach", "capturable", "differentiable"))
+    return bool(group.get("fused")) or (group.get("fused") is None and not any(chosen))
 
 
 class HeldSteps:

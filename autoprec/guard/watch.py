@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError, RecordError, TrainingStoppedError
-from autoprec.guard.holding import HeldSteps, can_hold
+from autoprec.guard.holding import HeldSteps, holds_steps, runs_behind, say_why_it_waits
 from autoprec.guard.layers import fp8_layers, trained_parameters
 from autoprec.guard.records import (
     Action,
@@ -74,8 +74,10 @@ class _Step:
 class Guard(AbstractContextManager["Guard"]):
     """Watches a model to which a plan was applied. Call `step` once an optimizer step.
 
-    With one of torch's fused optimizers on a GPU nothing waits for the device: it leaves a bad step
-    out by itself, and events, demotions and what `step` returns come one step later.
+    With torch's AdamW, Adam or SGD on a GPU nothing waits for the device: their fused kernels,
+    which the guard turns on where the user left the choice to torch, leave a bad step out by
+    themselves, and events, demotions and what `step` returns come one step later. So it is with any
+    optimizer and `stop`, but it then has taken the bad step: load the last checkpoint.
 
     Example:
         >>> import torch, autoprec
@@ -130,10 +132,8 @@ class Guard(AbstractContextManager["Guard"]):
         self._owners, self._parameters = trained_parameters(model, plan)
         self._sampler = Sampler(model, self.layers)
         self._pending: _Step | None = None
-        self._is_late = _need_not_wait(optimizer, self._parameters[0].device, self.on_alarm)
+        self._is_late = self._has_said = False
         self._held: HeldSteps | None = None
-        if self._is_late and self.on_alarm is not Action.SWITCH:
-            self._held = HeldSteps(optimizer)
         self._judged = -1  # the step that was judged last
         self._prepare()
         leave_first_step(model)
@@ -142,7 +142,7 @@ class Guard(AbstractContextManager["Guard"]):
         """Look at the step: after backward, before clipping (which hides spikes) and the optimizer.
 
         On a GPU a fused optimizer leaves out a bad step by itself (holding.py), so the host asks
-        for nothing and is told a step later. With another optimizer, it waits for the gradients.
+        for nothing and is told a step later. To `skip` with any other, it waits for the gradients.
 
         Returns:
             Whether the step that was judged last is good: this one, or the one before it where
@@ -155,6 +155,7 @@ class Guard(AbstractContextManager["Guard"]):
         if not isinstance(loss, Tensor):
             loss = torch.full((), loss, device=self._parameters[0].device)
         self._judge_pending()  # before this step's bounds are set
+        self._choose_who_waits()
         shares = self._sampler.shares(loss.device) if self._sampler.is_armed else None
         reading = read_signals(loss, self._parameters, shares=shares, bounds=self._bounds())
         self._pending = _Step(self.steps, reading, frozenset(self._active()))
@@ -167,6 +168,21 @@ class Guard(AbstractContextManager["Guard"]):
         self._prepare()
         self._check_progress()
         return self._bad_run == 0
+
+    def _choose_who_waits(self) -> None:
+        """Let the device leave bad steps out if it can; asked anew since checkpoints change it."""
+        is_behind = runs_behind(self._parameters[0].device)
+        holds = is_behind and self.on_alarm is not Action.SWITCH and holds_steps(self.optimizer)
+        if self._held is not None and not holds:
+            self._held.close()
+        if holds != (self._held is not None):
+            self._held = HeldSteps(self.optimizer) if holds else None
+        # Only the host keeps other optimizers from a bad step; a run that stops may stop late.
+        waits = is_behind and not holds and self.on_alarm is Action.SKIP
+        self._is_late = is_behind and not waits
+        if waits and not self._has_said:
+            self._has_said = True
+            say_why_it_waits(self.optimizer)
 
     def _bounds(self) -> Bounds:
         """Return the bounds beyond which the coming step is a bad one."""
@@ -427,10 +443,3 @@ class Guard(AbstractContextManager["Guard"]):
         step = self.steps if kind is EventKind.SCHEDULE else self._judged
         event = GuardEvent(step=step, kind=kind, message=text, layers=tuple(names), **more)
         write_event(event, self.events)
-
-
-def _need_not_wait(optimizer: torch.optim.Optimizer, device: torch.device, action: Action) -> bool:
-    """Whether a step may be judged a step later: the host asks a device that runs behind it."""
-    if device.type == "cpu":  # it has the answer at once
-        return False
-    return action is Action.SWITCH or can_hold(optimizer)

@@ -21,17 +21,28 @@ state (`join_recomputation`).
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
 
 from autoprec.records import Option, Precision
 
 Function = Callable[..., Any]
+AnyFunction = TypeVar("AnyFunction", bound=Function)
+
+
+def _part_of_callers(function: AnyFunction) -> AnyFunction:
+    """Let dynamo compile the function where what calls it is compiled, and not by itself.
+
+    What dynamo runs eagerly (after a break) would else be a graph for every torch function.
+    """
+    skip_code(function.__code__)
+    return function
 
 
 def _functions(names: str, *namespaces: object) -> frozenset[Function]:
@@ -85,6 +96,8 @@ IN_FP32 = (
     | _functions(" ".join(torch.fft.__all__), torch.fft)
 )
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
+# What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
+_PARSE, _COMPARE = torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type
 LOW = frozenset({torch.bfloat16, torch.float16})
 CASTABLE = frozenset({torch.float32, torch.float64}) | LOW
 
@@ -96,6 +109,7 @@ class ActivationMode(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
+    @_part_of_callers
     def __torch_function__(
         self, func: Function, types: object, args: Any = (), kwargs: Any = None
     ) -> Any:  # Any: torch's own protocol
@@ -103,7 +117,7 @@ class ActivationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
-        elif func in LISTED:
+        elif func is not _PARSE and func is not _COMPARE and func in LISTED:
             found: set[torch.dtype] = set()
             _collect_dtypes((*args, *kwargs.values()), found)
             if func in IN_FP32:
@@ -116,6 +130,7 @@ class ActivationMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@_part_of_callers
 def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
     for value in values:
         if isinstance(value, Tensor):
@@ -125,6 +140,7 @@ def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
             _collect_dtypes(value, found)
 
 
+@_part_of_callers
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a module takes or gives
     """Return `value` with its floating tensors as `dtype`; `value` itself when nothing differs.
 
@@ -143,6 +159,7 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a mod
     return _cast_fields(value, dtype)
 
 
+@_part_of_callers
 def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
     is_mapping = isinstance(value, Mapping)
     if is_mapping:

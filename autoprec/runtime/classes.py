@@ -93,16 +93,17 @@ def container_class(base: ModuleClass, dtype: torch.dtype | None, is_root: bool)
 
     A root's outputs are FP32; with `dtype` None only autocast is off.
     """
+    forward = base.forward  # dynamo reads no attribute of a class that `allow_in_graph` was told of
 
     @functools.wraps(base.forward)
     def container_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:  # an FP32 model: nothing to make uniform
             with autocast_off():
-                return base.forward(self, *args, **kwargs)
+                return forward(self, *args, **kwargs)
         if not is_root and is_mode_active():
-            return base.forward(self, *args, **kwargs)
+            return forward(self, *args, **kwargs)
         with autocast_off(), ActivationMode(dtype):
-            output = base.forward(self, *args, **kwargs)
+            output = forward(self, *args, **kwargs)
         return cast_floating(output, torch.float32) if is_root else output
 
     body = {"forward": container_forward}
