@@ -30,6 +30,7 @@ from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import mlp_workload, token_workload
+from tests.optimizer_zoo import Together
 
 CPU = torch.device("cpu")
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -154,11 +155,11 @@ def test_a_reference_that_differs_from_run_to_run_is_reported() -> None:
 
 def test_a_fallback_preconditioner_is_said_in_the_notes() -> None:
     workload = changed(
-        mlp_workload(), build_optimizer=lambda model: torch.optim.Rprop(model.parameters())
+        mlp_workload(), build_optimizer=lambda model: Together(model.parameters(), lr=1e-2)
     )
     found = measure_sensitivity(warmed_up(workload, captured(workload)))
     assert found.preconditioner == "identity"
-    assert any("Rprop" in note for note in found.notes)
+    assert any("Together: no rule for 100 %" in note for note in found.notes)
 
 
 def test_memory_stays_within_a_few_gradients() -> None:

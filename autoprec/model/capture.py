@@ -48,6 +48,7 @@ from autoprec.workload.functions import (
     take_batches,
     tensors_in,
 )
+from autoprec.workload.optimizers import plain_parts, state_tensors
 from autoprec.workload.written import dtype_name
 
 log = logging.getLogger(__name__)
@@ -335,10 +336,22 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:
     """Return state elements per parameter element, scalars (step counters) left out."""
-    values = (value for states in optimizer.state.values() for value in states.values())
-    state = sum(x.numel() for x in values if isinstance(x, Tensor) and x.dim() > 0)
+    state = sum(x.numel() * _share_of_fp32(x) for x in state_tensors(optimizer) if x.dim() > 0)
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return float(state / max(parameters, 1))
+
+
+def _share_of_fp32(tensor: Tensor) -> float:
+    """Return the memory of a state over that of as many FP32 elements: less where it is quantised.
+
+    A plain tensor counts as FP32, which it is once a plan stores the parameters in BF16.
+    """
+    own = local_part(tensor)
+    parts = list(plain_parts(own))
+    if parts[0] is own:
+        return 1.0
+    size = sum(part.numel() * part.element_size() for part in parts)
+    return size / torch.float32.itemsize / max(own.numel(), 1)
 
 
 def _generator_states() -> list[Tensor]:

@@ -10,8 +10,8 @@ import ctypes
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from autoprec.device.memory import free_bytes
-from autoprec.device.ranks import local_part
 from autoprec.runtime.masters import ON_MODEL, Masters
+from autoprec.workload.optimizers import plain_parts, state_tensors
 
 HOST_SHARE = 0.5  # of the host's free memory that a waiting state may take
 log = logging.getLogger(__name__)
@@ -83,10 +83,12 @@ class Parking:
         """Yield every storage of the state that can leave, each once."""
         seen: set[int] = set()
         for tensor in self._tensors():
-            for part in (tensor, tensor.grad if tensor.is_leaf else None):
-                if part is None or not torch._C._has_storage(local_part(part)):
+            gradient = tensor.grad if tensor.is_leaf else None
+            whole = (tensor,) if gradient is None else (tensor, gradient)
+            for part in chain.from_iterable(plain_parts(each) for each in whole):
+                if not torch._C._has_storage(part):
                     continue
-                storage = local_part(part).untyped_storage()
+                storage = part.untyped_storage()
                 # What lies elsewhere takes no memory of the device; a mapped file or another
                 # library's memory cannot be given back.
                 is_here = storage.device.type == self._device.type and storage.resizable()
@@ -101,11 +103,9 @@ class Parking:
             masters: Masters | None = vars(module).get(ON_MODEL)
             if masters is not None:
                 yield from (value for value in masters.values.values() if value is not None)
-        state: Any = (
-            list(self.optimizer.state.values()),
-            self.optimizer.param_groups,
-        )  # Any: torch
-        yield from (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+        yield from state_tensors(self.optimizer)
+        groups = tree_leaves(self.optimizer.param_groups)
+        yield from (leaf for leaf in groups if isinstance(leaf, Tensor))
 
 
 def _fits_the_host(total: int) -> bool:

@@ -6,64 +6,52 @@ a factor, so gradient error and gradient are compared in the norm x'Px = |P^(1/2
 |P x|^2 would take H for even already, and parameters that do not matter would outvote the rest:
 the gradient of a key bias is nothing but rounding noise, its v is about 0 and its P is 1/eps.
 
-With t steps behind it, Adam takes in this very gradient g and then divides by
+P is read from the optimizer's state (moments.py) where its class is one whose update rule is known;
+any other optimizer is asked, by stepping a copy of it (response.py). Where both fail P is constant,
+the mean of the others, and the record's note says for which share of the elements.
 
-    sqrt(v') + eps      v' = (beta2 v_raw + (1 - beta2) g^2) / (1 - beta2^(t + 1))
+P takes in the very gradient that it weighs, as the optimizer does: an element that the warm-up
+never touched (a rare token's row) is not 1/eps. One that this gradient does not reach either weighs
+nothing: the optimizer will not move it. Besides, eps is at least FLOOR times the mean of sqrt(v) of
+its family: gradients below are rounding noise (biases before a softmax or a batch norm), and what
+they can add to g'Pg is below FLOOR.
 
-and so does P here: an element that the warm-up never touched (a rare token's row) is not 1/eps.
-Besides, eps is at least FLOOR times the mean of sqrt(v): the gradient of elements below is rounding
-noise (biases before a softmax or a batch norm), and what they can add to g'Pg is below FLOOR.
-
-    Adam family      as above, from `exp_avg_sq` (amsgrad: its maximum)
-    RMSprop          sqrt(alpha v + (1 - alpha) g^2) + eps, from `square_avg`
-    Adagrad          sqrt(sum + g^2) + eps, from `sum`
-    SGD, momentum    1
-    any other        1, with a note that says so
+Each group's learning rate is part of its P, that of an optimizer's momentum too: it hands out a
+gradient 1 / (1 - momentum) times (arXiv 1212.0901), but for moving averages, which sum to one.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from autoprec.device.ranks import local_part, share, sum_over_ranks
+from autoprec.sensitivity.moments import STILL, Rule, State, moment_rule, number
+from autoprec.sensitivity.response import measured_rule
+from autoprec.workload.optimizers import optimizers_in
 
 FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias was 99 % of a small CNN's BF16 error
 PARTS = 64  # of all parameters; what is made of one on its way is four times its size
 SMALLEST_PART = 1 << 12  # elements
-PLAIN = ("SGD", "ASGD")  # their update is proportional to the (averaged) gradient
-
-
-@dataclass(frozen=True)
-class ElementRule:
-    """The second moment v' = keep * v + take * g^2 of one parameter; P = 1 / (sqrt(v') + eps)."""
-
-    family: str
-    moment: Tensor
-    keep: float
-    take: float
-    eps: float
-
-    def weight(self, gradient: Tensor, *, part: slice | None = None) -> Tensor:
-        """Return P^(1/2) for this gradient, FP32, of its shape; `part`: of the flat moment."""
-        moment = self.moment if part is None else self.moment.reshape(-1)[part]
-        moment = moment.to(gradient.device, torch.float32)
-        updated = (moment * self.keep).addcmul_(gradient, gradient, value=self.take)
-        return updated.sqrt_().add_(self.eps).rsqrt_()
+# where the updates are that moments.py knows; a subclass's own `step` lies elsewhere
+KNOWN = ("torch.optim.", "torchao.optim.", "transformers.optimization")
+PLAIN = ("torch.optim.sgd", "torch.optim.asgd")  # proportional to the (averaged) gradient
 
 
 @dataclass(frozen=True)
 class Preconditioner:
     """P by parameter. `name` goes into the record; `note` says when P is a stated fallback.
 
-    `rules` has the parameters that the optimizer updates; all others weigh nothing. None is P = 1.
+    `rules` has the parameters that the optimizer updates; all others weigh nothing.
     """
 
     name: str
     note: str
-    rules: dict[Tensor, ElementRule | None]
+    rules: dict[Tensor, Rule]
 
     @cached_property
     def part(self) -> int:
@@ -76,22 +64,15 @@ class Preconditioner:
 
     def apply(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> Tensor:
         """Return P^(1/2) times values of a parameter's shape, P at the reference gradient `at`."""
-        rule = self.rules[parameter]
-        return values if rule is None else values * rule.weight(at.to(values.device))
+        return values * self.rules[parameter].weight(at.to(values.device))
 
     def weight(self, parameter: Tensor, *, at: Tensor) -> Tensor:
         """Return P^(1/2) of this rank's part of a parameter, new and FP32, at the gradient `at`."""
-        rule = self.rules[parameter]
-        if rule is None:
-            return torch.ones_like(local_part(parameter.detach()), dtype=torch.float32)
-        return rule.weight(at.to(parameter.device))
+        return self.rules[parameter].weight(at.to(parameter.device))
 
     def total_weight(self, parameter: Tensor, *, at: Tensor) -> float:
         """Return this rank's share of the sum of P^(1/2) over a parameter's elements."""
-        rule = self.rules[parameter]
-        if rule is None:
-            return share(parameter) * local_part(parameter).numel()
-        flat, total = at.reshape(-1), 0.0
+        rule, flat, total = self.rules[parameter], at.reshape(-1), 0.0
         for start in range(0, len(flat), self.part):
             part = slice(start, start + self.part)
             weight = rule.weight(flat[part].to(parameter.device), part=part)
@@ -114,57 +95,125 @@ class Preconditioner:
             x = flat[part].float()
             if less is not None:
                 x = x - less.reshape(-1)[part].to(x.device)
-            if rule is not None:
-                x = x * rule.weight(flat_at[part].to(x.device), part=part)
+            x = x * rule.weight(flat_at[part].to(x.device), part=part)
             total += x.square().sum(dtype=torch.float64)
         return share(parameter) * float(total)
 
 
-def read_preconditioner(optimizer: torch.optim.Optimizer) -> Preconditioner:
-    """Read P from an optimizer that has taken a few steps."""
-    rules = {
-        parameter: _rule_of(optimizer.state.get(parameter, {}), group, parameter.shape)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
-    found = [rule for rule in rules.values() if rule is not None]
-    if found:
-        # the floor under eps: a part of the mean of sqrt(v) over all elements of all parameters
-        known = {parameter: rule for parameter, rule in rules.items() if rule is not None}
-        roots = ((p, (r.moment.float() * r.keep).sqrt().sum()) for p, r in known.items())
-        (total,) = sum_over_ranks([sum(share(p) * float(root) for p, root in roots)])
-        floor = FLOOR * total / max(sum(parameter.numel() for parameter in known), 1)
-        floored = {p: r and replace(r, eps=max(r.eps, floor)) for p, r in rules.items()}
-        return Preconditioner("+".join(sorted({r.family for r in found})), "", floored)
-    cls = type(optimizer).__name__
-    note = f"{cls} keeps no second moment that autoprec knows; errors are in plain norm"
-    return Preconditioner("identity", "" if cls in PLAIN else note, rules)
+def read_preconditioner(optimizer: Optimizer) -> Preconditioner:
+    """Read P from an optimizer that has taken a few steps, and whose last gradients are there."""
+    found: dict[Tensor, tuple[Rule | None, float]] = {}  # and the rate where there is no rule
+    for owner, group, parameter in _trained(optimizer):
+        found[parameter] = _rule_of(owner, group, parameter, seed=len(found)), _rate(group)
+    rules = {parameter: rule for parameter, (rule, _) in found.items() if rule is not None}
+    without = [parameter for parameter in found if parameter not in rules]
+    rules = _floored(rules)
+    # those without a rule get the mean P of the others; their own learning rate if all are without
+    mean = _mean_weight(rules)
+    rules |= {p: Rule("identity", rate=mean or found[p][1]) for p in without}
+    largest = max((rule.rate for rule in rules.values()), default=0.0) or 1.0
+    rules = {p: replace(rules[p], rate=rules[p].rate / largest) for p in found}
+    name = "+".join(sorted({rule.family for rule in rules.values()})) or "identity"
+    return Preconditioner(name, _note(optimizer, rules, without), rules)
 
 
-def _rule_of(state: dict[str, Any], group: dict[str, Any], shape: torch.Size) -> ElementRule | None:
-    """Return the rule of one parameter, or None when it has no second moment of its shape."""
-    eps = _number(group.get("eps"), 1e-8)
-    moments = {
-        name: local_part(value)
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == shape
-    }
-    for key in ("max_exp_avg_sq", "exp_avg_sq"):
-        if key in moments:
-            steps = _number(state.get("step"), 1.0)
-            beta2 = _number(group.get("betas", (0.9, 0.999))[1], 0.999)
-            # v' after this gradient, with the bias correction of step t + 1 folded in
-            correction = 1.0 - beta2 ** (steps + 1.0)
-            keep, take = beta2 / correction, (1.0 - beta2) / correction
-            return ElementRule("adam", moments[key], keep, take, eps)
-    if "square_avg" in moments:
-        alpha = _number(group.get("alpha"), 0.99)
-        return ElementRule("rmsprop", moments["square_avg"], alpha, 1.0 - alpha, eps)
-    if "sum" in moments:
-        return ElementRule("adagrad", moments["sum"], 1.0, 1.0, eps)
-    return None
+def _trained(optimizer: Optimizer) -> Iterator[tuple[Optimizer, State, Tensor]]:
+    """Yield every parameter once, with the optimizer that has its state, and its group there.
+
+    An optimizer of optimizers lets the inner ones do the work.
+    """
+    seen: set[Tensor] = set()
+    for owner in optimizers_in(optimizer):
+        for group in owner.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
+                    yield owner, group, parameter
 
 
-def _number(value: Any, default: float) -> float:  # Any: optimizer state is untyped
-    return default if value is None else float(value)
+def _rule_of(optimizer: Optimizer, group: State, parameter: Tensor, *, seed: int) -> Rule | None:
+    """Return the rule of one parameter with its rate, or None where none is known."""
+    step = type(optimizer).step
+    module = getattr(step, "__wrapped__", step).__module__
+    state = optimizer.state.get(parameter, {})
+    rule = moment_rule(state, group, parameter) if module.startswith(KNOWN) else None
+    if rule is not None:
+        return replace(rule, rate=_rate(group) * _own_rate(rule, state, group, parameter))
+    if module.startswith(PLAIN):
+        return Rule("identity", rate=_rate(group) * _momentum(group))
+    measured = measured_rule(optimizer, group, parameter, seed=seed)
+    return measured and replace(measured, rate=measured.rate * _rate(group))
+
+
+def _rate(group: State) -> float:
+    """Return a group's learning rate, that which a schedule scales if there is one."""
+    return number(group.get("initial_lr", group.get("lr")), 1.0)
+
+
+def _momentum(group: State) -> float:
+    """Return how often a gradient is handed out by a buffer that is a sum of gradients."""
+    momentum = number(group.get("momentum"), 0.0)
+    damping = 1.0 - number(group.get("dampening"), 0.0) if momentum else 1.0
+    return damping / max(1.0 - momentum, 1e-3)
+
+
+def _own_rate(rule: Rule, state: State, group: State, parameter: Tensor) -> float:
+    """Return what an optimizer multiplies a parameter's learning rate by."""
+    steps = number(state.get("step"), 1.0)
+    if rule.family == "rmsprop":
+        return _momentum(group)
+    if rule.family == "adagrad":
+        return 1.0 / (1.0 + steps * number(group.get("lr_decay"), 0.0))
+    if rule.family != "adafactor":
+        return 1.0
+    # torch's takes the smaller of lr and 1/sqrt(t), transformers' in place of lr, or lr itself
+    rate, relative = _rate(group), 1.0 / math.sqrt(steps + 1.0)
+    if group.get("relative_step", False):
+        least = 1e-6 * (steps + 1.0) if group.get("warmup_init", False) else 1e-2
+        rate = min(least, relative) / rate
+    else:
+        rate = min(relative / rate, 1.0) if "beta2_decay" in group and rate else 1.0
+    if group.get("scale_parameter", True):
+        rate *= max(number(group["eps"][1], 1e-3), float(parameter.detach().square().mean().sqrt()))
+    return rate
+
+
+def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
+    """Return the rules with FLOOR under their eps: a part of their family's mean sqrt(v)."""
+    families = sorted({rule.family for rule in rules.values() if rule.moment is not None})
+    sums = dict.fromkeys([(f, what) for f in families for what in ("root", "count")], 0.0)
+    for parameter, rule in rules.items():
+        if rule.moment is not None:
+            root = rule.root(torch.zeros_like(local_part(parameter.detach())))
+            sums[rule.family, "root"] += share(parameter) * float(root.sum())
+            sums[rule.family, "count"] += share(parameter) * float((root > 0).sum())
+    totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
+    for parameter, rule in rules.items():
+        if rule.moment is not None:
+            mean = totals[rule.family, "root"] / max(totals[rule.family, "count"], 1.0)
+            floor = max(rule.eps, FLOOR * mean)
+            rules[parameter] = replace(rule, eps=floor, still=STILL * mean)
+    return rules
+
+
+def _mean_weight(rules: dict[Tensor, Rule]) -> float:
+    """Return the mean P of all elements that have a rule, as they are now; 0 without any."""
+    total = 0.0
+    for parameter, rule in rules.items():
+        weight = rule.weight(torch.zeros_like(local_part(parameter.detach())))
+        total += share(parameter) * float(weight.square_().sum())
+    (total,) = sum_over_ranks([total])
+    return total / max(sum(parameter.numel() for parameter in rules), 1)
+
+
+def _note(optimizer: Optimizer, rules: dict[Tensor, Rule], without: list[Tensor]) -> str:
+    """Return what is not said by P's name: where it was measured, and where nothing is known."""
+    every = max(sum(parameter.numel() for parameter in rules), 1)
+    lacking = sum(parameter.numel() for parameter in without) / every
+    if not lacking:
+        return ""
+    name = type(optimizer).__name__
+    return (
+        f"{name}: no rule for {100 * lacking:.3g} % of the elements, whose errors are taken in "
+        "plain norm"
+    )

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import Batch, Workload
+from autoprec.workload.optimizers import rated_groups
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
 NEARLY_ZERO = 0.01  # of the peak rate, where a schedule is over
@@ -74,7 +75,7 @@ class Training:
         """Clip the gradients, step the optimizer, then the schedule."""
         if self.workload.clip_norm is not None:
             clip_gradients(self.model, self.workload.clip_norm)
-        groups = self.optimizer.param_groups if rate != 1.0 else []
+        groups = rated_groups(self.optimizer) if rate != 1.0 else []
         rates = [_rate(group) for group in groups]
         for group, own in zip(groups, rates, strict=True):
             _set_rate(group, own * rate)
