@@ -1,6 +1,7 @@
 """Models of different shape, whose bytes per parameter and per layer-I/O element are measured."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -58,12 +59,14 @@ def decoder(*, width: int, depth: int, batch: int, sequence: int = 16) -> Worklo
     return _workload(lambda: Decoder(width, depth, classes), train_batches, loss_fn)
 
 
-def mlp(*, width: int, depth: int, batch: int) -> Workload:
+def mlp(*, width: int, depth: int, batch: int, hidden: int | None = None) -> Workload:
     """Return a regression workload of linears and GELUs."""
+    widths = [width, *[hidden or width] * depth]
 
     def build_model() -> nn.Module:
-        layers = [f for _ in range(depth) for f in (nn.Linear(width, width), nn.GELU())]
-        return nn.Sequential(*layers, nn.Linear(width, 16))
+        pairs = list(pairwise(widths))
+        layers = [f for ends in pairs for f in (nn.Linear(*ends), nn.GELU())]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], 16))
 
     return _workload(build_model, _images((batch, width)), _mean_square)
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -10,11 +11,19 @@ import torch
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.model.memory import ModelSize, layer_groups, sensitivity_bytes, step_bytes
+from autoprec.model.memory import (
+    ModelSize,
+    layer_groups,
+    sensitivity_bar,
+    sensitivity_bytes,
+    step_bytes,
+)
+from autoprec.model.recording import Call
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.parked import ParkedCalls
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
@@ -37,7 +46,7 @@ def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:
     with tracked_peak() as peak:
         reference = prepare_reference(context, spec, warmup_steps=2)
         measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
-    predicted = sensitivity_bytes(spec, groups=reference.groups)
+    predicted = sensitivity_bytes(spec, groups=reference.groups, is_parked=reference.is_parked)
     return ModelSize.of(spec), predicted, peak.rise_bytes
 
 
@@ -67,16 +76,68 @@ def test_the_peak_is_predicted_within_15_percent(workload: Workload) -> None:
     assert predicted == pytest.approx(peak, rel=0.15)
 
 
-def test_groups_of_layers_change_no_number() -> None:
+def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
+    """Training alone is at the bar: no number of groups keeps within it."""
+    workload = mlp(width=64, depth=1, batch=2048, hidden=512)
+    spec = capture_model(Context(workload, CPU))
+    gc.collect()
+    with tracked_peak() as peak:
+        reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=2)
+        training = peak.rise_bytes
+        probes.probe_batches(reference, list_cells(spec, [TENSORWISE]), probes=1)
+    assert reference.is_parked
+    assert sensitivity_bytes(spec, groups=2) > sensitivity_bar(spec)
+    assert peak.rise_bytes < 1.5 * training
+
+
+def test_what_is_parked_comes_back_as_it_was() -> None:
+    x, shared, own = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 6)
+    y = shared.t()[1:3]
+    calls = [Call((x, 3), {"mask": y}, [own]), Call((shared,), {}, [None])]
+    expected = [tensor.clone() for tensor in (y, shared, own)]
+    seen = weakref.ref(own)
+    parked = ParkedCalls([calls], held=[x])
+    parked.leave()
+    del shared, y, own
+    assert seen() is None
+    assert calls[0].args[0] is x  # somebody else holds it
+    parked.come_back()
+    first, second = calls
+    back = first.kwargs["mask"], second.args[0], first.gradients[0]
+    assert all(map(torch.equal, expected, back))
+    assert back[0].stride() == (1, 6)  # a view, as before
+    assert back[0].untyped_storage()._cdata == back[1].untyped_storage()._cdata
+    assert second.gradients == [None]
+    parked.close()
+
+
+def test_what_cannot_be_written_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    x = torch.randn(3)
+    call = Call((x,), {})
+    parked = ParkedCalls([[call]], held=[])
+    parked.leave()
+    assert "No space left" in caplog.text
+    parked.come_back()
+    assert call.args[0] is x
+    parked.close()
+
+
+def test_neither_groups_nor_parking_change_a_number() -> None:
     workload = token_workload(dropout=0.5)
     spec = capture_model(Context(workload, CPU))
     cells = list_cells(spec, None)
     tables = []
-    for groups in (1, 3):
+    for groups, is_parked in ((1, False), (3, False), (2, True)):
         reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=3)
-        reference.groups = groups
+        reference.groups, reference.is_parked = groups, is_parked
         tables.append(make_table(reference, cells, Method.SIGN_CODED))
-    assert tables[0] == tables[1]
+    assert tables[0] == tables[1] == tables[2]
 
 
 def spread(spec: ModelSpec, shards: int) -> ModelSpec:

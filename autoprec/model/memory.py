@@ -20,7 +20,8 @@ from autoprec.records import LayerSpec, ModelSpec
 FP32_BYTES = 4
 BF16_BYTES = 2
 PROBED_BYTES = 4.5  # per layer-I/O element of a group: 4 of the reference, and some of the probe
-REPLAYED_BYTES = 24  # per element of one tensor of the widest layer: six tensors
+REPLAYED_BYTES = 10  # per layer-I/O element of the widest layer that is replayed whole
+CHUNK_BYTES = 12  # of the rows that a linear takes at a time: six tensors of inputs or outputs
 PRODUCT_BYTES = 12  # per element of the largest parameter: three tensors
 CHUNKS = 64
 SMALLEST_CHUNK = 1 << 13  # elements
@@ -100,7 +101,9 @@ def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = F
     return round(held + max(saved, gradients + passing))
 
 
-def sensitivity_bytes(spec: ModelSpec, *, groups: int = 1, gradients: int = 2) -> int:
+def sensitivity_bytes(
+    spec: ModelSpec, *, groups: int = 1, gradients: int = 2, is_parked: bool = False
+) -> int:
     """Return the peak of measuring sensitivity with the layers in so many groups.
 
     `gradients` is how many reference gradients the device holds: one per batch on a CPU, none where
@@ -108,17 +111,21 @@ def sensitivity_bytes(spec: ModelSpec, *, groups: int = 1, gradients: int = 2) -
 
         warm-up   a training step
         probe     weights, moved ones, the optimizer's second moment; what autograd keeps; x and g
-                  of a group, and g again under the probe
-        products  weights, second moment; x and g of a group twice, and one layer's replays
+                  of a group (not `is_parked`: they are elsewhere), and g again under the probe
+        products  weights, second moment; x and g of a group twice, and one layer's replays (of a
+                  linear some rows at a time)
     """
     size = ModelSize.of(spec)
     of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
     group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
     held = FP32_BYTES * (size.parameters + (min(size.states, 1.0) + gradients) * size.trainable)
-    probe = FP32_BYTES * size.trainable + size.saved + PROBED_BYTES * group
+    recorded = PROBED_BYTES - (FP32_BYTES if is_parked else 0)
+    probe = FP32_BYTES * size.trainable + size.saved + recorded * group
     probe += FP32_BYTES * size.widest
-    products = 2 * FP32_BYTES * group + REPLAYED_BYTES * size.widest
-    products += PRODUCT_BYTES * size.largest
+    replayed = max((of_layer[each.name] for each in spec.layers if each.gemm is None), default=0)
+    products = 2 * FP32_BYTES * group + PRODUCT_BYTES * size.largest
+    chunk = min(chunk_elements(spec), max(of_layer.values(), default=0))
+    products += max(REPLAYED_BYTES * replayed, CHUNK_BYTES * chunk)
     return round(max(step_bytes(spec), held + max(probe, products)))
 
 

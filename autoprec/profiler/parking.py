@@ -40,7 +40,7 @@ class Parking:
         """Take the state off its device; where there is no room for it elsewhere, it stays."""
         storages = list(self._storages())
         total = sum(storage.nbytes() for storage in storages)
-        if self._device.type != "cpu" and _fits_the_host(total):
+        if self._device.type != "cpu" and fits_the_host(total):
             self._held = [_bytes_of(storage).cpu() for storage in storages]
         else:
             try:
@@ -108,7 +108,8 @@ class Parking:
         yield from (leaf for leaf in groups if isinstance(leaf, Tensor))
 
 
-def _fits_the_host(total: int) -> bool:
+def fits_the_host(total: int) -> bool:
+    """Whether so many bytes may wait in the host's memory."""
     free = free_bytes(torch.device("cpu"))
     return free is not None and total < HOST_SHARE * free
 

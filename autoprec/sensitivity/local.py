@@ -80,16 +80,31 @@ def replayed_errors(
     exact = replay(layer, calls, seed=seed)
     with in_bf16(layer):
         rounded = replay(layer, calls, seed=seed)
-    outputs = zip(exact.outputs, rounded.outputs, strict=True)
-    inputs = zip(exact.input_gradients, rounded.input_gradients, strict=True)
     errors = {
-        BF16_OUTPUT: [(b - a).to(KEEP) for a, b in outputs],
-        BF16_GRAD_INPUT: [
-            torch.zeros(()) if a is None or b is None else (b - a).to(KEEP) for a, b in inputs
-        ],
+        BF16_OUTPUT: _differences(exact.outputs, rounded.outputs),
+        BF16_GRAD_INPUT: _differences(exact.input_gradients, rounded.input_gradients),
     }
-    own = {p: rounded.parameter_gradients[p] - g for p, g in exact.parameter_gradients.items()}
+    own = exact.parameter_gradients  # the sign of a difference does not matter
+    for p, g in rounded.parameter_gradients.items():
+        own[p] = own[p].sub_(g) if type(g) is Tensor else own[p] - g  # DTensors may be partial sums
+    del rounded
     return LocalErrors(errors, {(): norm(own)})
+
+
+def _differences(
+    exact: list[Tensor | None] | list[Tensor], rounded: list[Tensor | None] | list[Tensor]
+) -> list[Tensor]:
+    """Return rounded minus exact of each pair; both lists are empty then."""
+    found: list[Tensor] = []
+    while exact:
+        a, b = exact.pop(0), rounded.pop(0)
+        if a is None or b is None:
+            found.append(torch.zeros(()))
+        elif type(a) is not Tensor:  # a DTensor
+            found.append((b - a).to(KEEP))
+        else:  # not in place: a layer may hand on what it was given
+            found.append(torch.sub(b, a, out=torch.empty_like(a, dtype=KEEP)))
+    return found
 
 
 def in_bf16(layer: nn.Module) -> AbstractContextManager[object]:

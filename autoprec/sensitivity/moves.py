@@ -6,6 +6,7 @@ See probes.py for why, and kinks.py for the two steps t.
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from autoprec.device.ranks import (
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.local import Norm
+from autoprec.sensitivity.parked import ParkedCalls
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
+from autoprec.workload.functions import tensors_in
 
 # Mean |weight change| over median |weight|. It moves activations by about 2 %, as much as FP8 does;
 # a step FINER times smaller tells what kinks add.
@@ -98,9 +101,30 @@ def run_moved(step: Pass, *, code: int, watched: bool, times: float = 1.0) -> Mo
     # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
     uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
     keep = {parameter for layer in uncalled for parameter in layer.parameters()}
-    with differentiated_calls(step.layers) as calls, _moved_weights(step, size, code=code):
+    with (
+        differentiated_calls(step.layers) as calls,
+        _moved_weights(step, size, code=code),
+        _parked(step),
+    ):
         changes = _run(step, keep, {} if not watched else step.gradient.of)
     return Moved(calls, size, changes, is_finer=times != 1.0)
+
+
+@contextmanager
+def _parked(step: Pass) -> Iterator[None]:
+    """Let what was recorded wait away from the device inside, where memory is short."""
+    if not step.reference.is_parked:
+        yield
+        return
+    model, batch = step.reference.model, step.reference.batches[step.index]
+    held = chain(model.parameters(), model.buffers(), tensors_in(batch))
+    parked = ParkedCalls(step.calls.values(), held=held)
+    try:
+        parked.leave()
+        yield
+        parked.come_back()
+    finally:
+        parked.close()
 
 
 def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor]) -> list[float]:

@@ -83,6 +83,7 @@ class Reference:
     spent_s: float  # what preparing took
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
     groups: int = 1  # of layers, of which one at a time is probed
+    is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
@@ -224,7 +225,7 @@ def prepare_reference(
         )
     started = time.perf_counter()
     on_device = batches if context.device.type == "cpu" else 0  # else the host keeps gradients
-    groups = plan_groups(context, spec, gradients=on_device)
+    groups, is_parked = plan_groups(context, spec, gradients=on_device)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     training = restore(context, start, warmup_steps=warmup_steps)
     model, stream = training.model, context.workload.train_batches(context.seed)
@@ -243,6 +244,7 @@ def prepare_reference(
         checkpoint=str(checkpoint or ""),
         step_s=step_s,
         groups=groups,
+        is_parked=is_parked,
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
     )

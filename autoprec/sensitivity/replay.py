@@ -21,7 +21,9 @@ class Replayed:
 
     outputs: list[Tensor]
     input_gradients: list[Tensor | None]
-    parameter_gradients: dict[Tensor, Tensor]  # by parameter, summed over the calls
+    # by parameter, summed over the calls; that of one call has the parameter's dtype, and memory of
+    # its own
+    parameter_gradients: dict[Tensor, Tensor]
 
 
 @contextmanager
@@ -72,15 +74,19 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
         if pairs and (wanted := [*inputs, *trained]):
             roots, gradients = zip(*pairs, strict=True)
             given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
-            found = {t: g.float() for t, g in zip(wanted, given, strict=True) if g is not None}
+            found = {t: g for t, g in zip(wanted, given, strict=True) if g is not None}
         outputs += [y.detach().float() for y in produced]
-        input_gradients += [found.get(x) for x in inputs]
+        input_gradients += [found[x].float() if x in found else None for x in inputs]
+        passed = {g.untyped_storage()._cdata for _, g in pairs}
         for parameter in trained:
             if parameter in found:  # one call: kept as it is, no sum beside it
-                before = totals.get(parameter)
-                totals[parameter] = (
-                    found[parameter] if before is None else before + found[parameter]
-                )
+                own, before = found[parameter], totals.get(parameter)
+                if before is not None:
+                    totals[parameter] = before.float() + own
+                else:  # what is added to the output has its very gradient, or two have the same
+                    key = own.untyped_storage()._cdata
+                    totals[parameter] = own.clone() if key in passed else own
+                    passed.add(key)
     for parameter in trained:
         if parameter not in totals:
             totals[parameter] = torch.zeros_like(parameter, dtype=torch.float32)

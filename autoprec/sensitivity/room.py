@@ -2,7 +2,9 @@
 
 Each group costs a reference pass and its probes again, and holds fewer of the tensors that go
 through the layers. So there are as few as fit: into --memory-limit where it is given, else into one
-and a half times what training takes, or what is free.
+and a half times what training takes, or what is free. Where a few layers hold most of what goes
+through a model no number of groups may fit; what was recorded of a group is then parked while the
+model runs.
 """
 
 import logging
@@ -22,8 +24,10 @@ WORTH = 1.05  # how far above the least a peak may be where even that is too muc
 MARGIN = 1.1  # measured peaks were up to 7 % above predicted ones (docs/scale.md)
 
 
-def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> int:
-    """Return the number of groups of layers; a line of the log says what it takes.
+def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> tuple[int, bool]:
+    """Return the number of groups of layers, and whether what is recorded is parked between passes.
+
+    A line of the log says what it takes.
 
     `gradients` is how many reference gradients the device will hold.
 
@@ -33,20 +37,27 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> int:
     limit, free = context.memory_limit, free_bytes(context.device)
     bar = sensitivity_bar(spec)
     room = limit or min(bar, bar if free is None else free)
-    counts = range(1, len(spec.layers) + 1)
     predicted = partial(sensitivity_bytes, spec, gradients=gradients)
-    sizes = [predicted(groups=groups) for groups in counts]
+    ways = [
+        (predicted(groups=groups, is_parked=is_parked), groups, is_parked)
+        for is_parked in (False, True)
+        for groups in range(1, len(spec.layers) + 1)
+    ]
+    least = min(size for size, _, _ in ways)
     # where nothing fits, more groups than help are a waste
-    most = max(room / MARGIN, WORTH * min(sizes))
-    groups, size = next(pair for pair in zip(counts, sizes, strict=True) if pair[1] <= most)
+    most = max(room / MARGIN, WORTH * least)
+    size, groups, is_parked = next(way for way in ways if way[0] <= most)
     text = f"sensitivity takes about {shown_bytes(size)} on {context.device}"
-    if limit and min(sizes) > limit:
+    if limit and least > limit:
         raise DeviceError(
             f"what tuning takes must keep within --memory-limit {shown_bytes(limit)}, but {text} "
             "even with few layers at a time; raise it, or make the batch smaller"
         )
     if free is not None and size > free:
         log.warning("%s, and %s are free: it may not fit", text, shown_bytes(free))
-    groups = round(max(largest_over_ranks([float(groups)])))  # all ranks go the same way
-    log.info("%s at its peak, with the layers in %d groups", text, groups)
-    return groups
+    # all ranks go the same way
+    most_groups, any_parked = largest_over_ranks([float(groups), float(is_parked)])
+    groups, is_parked = round(most_groups), bool(any_parked)
+    parked = ", parked while the model runs" if is_parked else ""
+    log.info("%s at its peak, with the layers in %d groups%s", text, groups, parked)
+    return groups, is_parked
