@@ -192,7 +192,7 @@ def _compare_ranges(found: dict[str, Any], expected: dict[str, Any], way: str) -
     for name, record in found.items():
         whole = expected[name]
         assert record.pop("amax") == pytest.approx(whole["amax"], rel=1e-5), (way, name)
-        for key in ("amin_nonzero", "dynamic_range_bits"):
+        for key in ("amin_nonzero", "dynamic_range_bits", "mean_over_std"):
             assert record.pop(key) == pytest.approx(whole[key], rel=1e-2), (way, name)
         if way == "tokens" and name.startswith("blocks.1.up"):  # other tokens of them are counted
             assert record.pop("underflow") == pytest.approx(whole["underflow"], abs=0.02), name

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprec.device.ranks import largest_over_ranks, local_part
 from autoprec.records import Gemm, Operand, Option
 from autoprec.sensitivity.casts import Sides, cast_operand, gemm_casts, round_bf16
 
+ABSENT = -1.0  # of an operand that no step had
 Amax = Mapping[Operand, float]  # of a linear's past; an operand not in it is scaled by its own
 
 
@@ -33,9 +35,13 @@ def recorded_amax(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Amax]]:
         for name, layer in linears.items():
             hooks.enter_context(layer.register_forward_hook(partial(_see_call, largest[name])))
         yield found
-    # numbers only now: on a GPU each one waits for the device
-    for name, of_layer in largest.items():
-        found[name] = {operand: float(amax) for operand, amax in of_layer.items()}
+    # numbers only now: on a GPU each one waits for the device; over ranks, as Transformer Engine
+    seen = [(name, operand) for name in largest for operand in Operand]
+    own = [float(largest[name].get(operand, ABSENT)) for name, operand in seen]
+    for (name, operand), amax in zip(seen, largest_over_ranks(own), strict=True):
+        found.setdefault(name, {})
+        if amax != ABSENT:
+            found[name] = {**found[name], operand: amax}
 
 
 def _see_call(
@@ -50,7 +56,7 @@ def _see_call(
 
 
 def _see(largest: dict[Operand, Tensor], operand: Operand, tensor: Tensor) -> None:
-    amax = tensor.detach().abs().amax()
+    amax = local_part(tensor.detach()).abs().amax()
     largest[operand] = torch.maximum(largest.get(operand, amax), amax)
 
 

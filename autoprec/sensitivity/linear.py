@@ -313,11 +313,11 @@ def _range(
         saturation={k: max(_saturation(matrices, c) for c in v) for k, v in casts.items()},
         outlier_channels=tuple(outliers.tolist()),
         channels=len(per_channel),
-        mean_over_std=_mean_over_std([m.exact[rows] for m, rows in pieces], dim),
+        mean_over_std=_mean_over_std([m.exact[rows] for m, rows in pieces], dim, split, axes),
     )
 
 
-def _mean_over_std(pieces: Sequence[Tensor], dim: int) -> float | None:
+def _mean_over_std(pieces: Sequence[Tensor], dim: int, split: Split, axes: str) -> float | None:
     """Return how far values are from zero beside their spread, over all channels together."""
     moments = [torch.var_mean(piece, dim, correction=0) for piece in pieces]
     if dim:  # of a weight each piece has whole channels, of the others whole rows
@@ -328,7 +328,14 @@ def _mean_over_std(pieces: Sequence[Tensor], dim: int) -> float | None:
         within, parts = (torch.stack(each).double() for each in zip(*moments, strict=True))
         means = (share * parts).sum(0)
         within = (share * (within + (parts - means).square())).sum(0)
-    spread, size = float(within.sum()), float(means.square().sum())
+    # over the parts of ranks alike: their means, and channels of their own
+    channel, other = axes[1 - dim], axes[dim]
+    count = pieces[0].shape[1] if dim else sum(len(piece) for piece in pieces)
+    own = count / float(split.whole(within.new_tensor(float(count)), "", over=other))
+    centre = split.whole(own * means, channel, over=other)
+    within = split.whole(own * (within + (means - centre).square()), channel, over=other)
+    sums = torch.stack([within.sum(), centre.square().sum()])
+    spread, size = split.whole(sums, "", over=channel).tolist()
     return math.sqrt(size / spread) if spread > 0.0 else None
 
 
