@@ -212,7 +212,6 @@ def test_a_guarded_step_never_waits_for_the_device(device: torch.device, fp8: Op
     batches = [(x.to(device), y.to(device)) for x, y in stream]
     try:
         with Guard(model, optimizer, plan, limits=Limits(sample_every=2)) as guard:
-            assert guard._is_late  # this one leaves bad steps out by itself
             for number, (x, y) in enumerate(batches):
                 if number == 1:  # the optimizer has its state; close looks do not wait either
                     torch.cuda.set_sync_debug_mode("error")

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import autoprec
+from autoprec.model.layers import find_layers
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
-from autoprec.runtime import trace_step
+from autoprec.runtime import trace_step, uniform_plan
+from autoprec.runtime.activations import ActivationMode
+from autoprec.runtime.install import is_chain
 from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -231,3 +234,62 @@ def test_norms_by_hooks_train_too(norm: Callable[[nn.Module], nn.Module], option
     assert is_close(model(x), view(x), 0.1)
     autoprec.undo(model, optimizer)
     assert F.linear(model(x), torch.eye(32)).dtype is torch.float32
+
+
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(
+        nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Dropout(0.1), nn.Linear(32, 16)
+    ),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)),
+        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_torchs_own_modules_needs_no_mode_and_loses_no_bit(
+    name: str, option: Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    original = ActivationMode.__torch_function__
+
+    def counting(self: ActivationMode, func: Any, *args: Any) -> Any:
+        calls.append(func)
+        return original(self, func, *args)
+
+    monkeypatch.setattr(ActivationMode, "__torch_function__", counting)
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = CHAINS[name]()
+        autoprec.apply(uniform_plan(model, option, others={"0.0": FP32}), model)
+        calls.clear()
+        output = model(torch.randn(32, 16))
+        torch.autograd.backward(output.square().mean())
+        return [output, *(p.grad for p in model.parameters() if p.grad is not None)], len(calls)
+
+    without, none = run()
+    monkeypatch.setattr("autoprec.runtime.install.is_chain", lambda *_: False)
+    with_mode, some = run()
+    assert none == 0
+    assert some > 0
+    assert all(map(torch.equal, without, with_mode))
+
+
+def test_user_code_between_layers_keeps_the_mode() -> None:
+    class Mine(nn.Sequential):
+        pass
+
+    chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert is_chain(chain, find_layers(chain))
+    own = Mine(nn.Linear(4, 4), nn.ReLU())
+    assert not is_chain(own, find_layers(own))
+    chain.register_forward_hook(lambda _module, _args, output: output + 1.0)
+    assert not is_chain(chain, find_layers(chain))
+    weighted = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    assert not is_chain(weighted, find_layers(weighted))

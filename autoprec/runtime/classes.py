@@ -88,8 +88,10 @@ def layer_class(
 
 
 @_cached
-def container_class(base: ModuleClass, dtype: torch.dtype | None, is_root: bool) -> ModuleClass:
-    """Return `base` with the activation mode on while its forward runs.
+def container_class(
+    base: ModuleClass, dtype: torch.dtype | None, is_root: bool, has_mode: bool = True
+) -> ModuleClass:
+    """Return `base` with the activation mode on while its forward runs, unless nothing needs it.
 
     A root's outputs are FP32; with `dtype` None only autocast is off.
     """
@@ -102,12 +104,12 @@ def container_class(base: ModuleClass, dtype: torch.dtype | None, is_root: bool)
                 return forward(self, *args, **kwargs)
         if not is_root and is_mode_active():
             return forward(self, *args, **kwargs)
-        with autocast_off(), ActivationMode(dtype):
+        with autocast_off(), ActivationMode(dtype) if has_mode else contextlib.nullcontext():
             output = forward(self, *args, **kwargs)
         return cast_floating(output, torch.float32) if is_root else output
 
     body = {"forward": container_forward}
-    return _subclass(container_class, (base, dtype, is_root), (base,), body)
+    return _subclass(container_class, (base, dtype, is_root, has_mode), (base,), body)
 
 
 def _subclass(

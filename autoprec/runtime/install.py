@@ -39,6 +39,14 @@ from autoprec.runtime.gathers import plain_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
 from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
 
+# What may stand between the layers of a chain: torch.nn's own, of one tensor, at home in BF16.
+BETWEEN = {
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d),
+    *(nn.Dropout2d, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU),
+    *(nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softmax, nn.LogSoftmax, nn.MaxPool1d),
+    *(nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+}
 KEEPS_FP32_PARAMETERS = (nn.modules.batchnorm._NormBase,)
 Storage = dict[nn.Parameter, tuple[str, torch.dtype]]  # each parameter's layer and storage dtype
 
@@ -133,11 +141,12 @@ def install_options(
         _convert_storage(storage, installed)
         for name, option in options.items():
             _install_layer(name, layers[name], option, installed=installed)
-        for module in _containers(model, layers) if has_16_bit else ():
+        has_mode = has_16_bit and not is_chain(model, layers)
+        for module in _containers(model, layers) if has_mode else ():
             installed.set_class(module, container_class(type(module), activation_dtype, False))
         if root:
             dtype = activation_dtype if has_16_bit else None
-            installed.set_class(model, container_class(type(model), dtype, True))
+            installed.set_class(model, container_class(type(model), dtype, True, has_mode))
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
         raise
@@ -258,6 +267,22 @@ def _install_layer(name: str, layer: nn.Module, option: Option, *, installed: In
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
     if isinstance(layer, nn.RNNBase):
         layer.flatten_parameters()
+
+
+def is_chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a model is torch.nn's own modules in a row, so that no call can mix dtypes.
+
+    Each layer casts its one input and has parameters of one dtype. Hooks are user code.
+    """
+    inside = {module for layer in layers.values() for module in layer.modules()}
+    for module in model.modules():
+        own = own_class(module)
+        is_own = own in BETWEEN or (module in inside and own.__module__.startswith("torch.nn."))
+        if not is_own or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if module in inside and ("forward" in vars(module) or any(module.children())):
+            return False  # a replaced forward, or a parametrization
+    return True
 
 
 def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
