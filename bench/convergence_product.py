@@ -75,9 +75,9 @@ class TimedMeter(JointMeter):
         """The time of all measurements so far, in FP32 training steps."""
         return self.spent_s / self.reference.step_s
 
-    def measure(self, options: tuple[Option, ...]) -> Estimate:
+    def measure(self, options: tuple[Option, ...], batches: int | None = None) -> Estimate:
         started = time.perf_counter()
-        found = super().measure(options)
+        found = super().measure(options, batches)
         self.spent_s += time.perf_counter() - started
         return found
 

@@ -48,7 +48,7 @@ class Meter:
         self.factor = factor
         self.asked: list[Options] = []
 
-    def __call__(self, options: Options) -> Estimate:
+    def __call__(self, options: Options, batches: int = 2) -> Estimate:
         self.asked.append(options)
         return Estimate(mean=self.costs.grad_error(options) * self.factor(options))
 
@@ -56,7 +56,7 @@ class Meter:
 def run(
     tables: tuple[Profile, Sensitivity],
     *,
-    evaluate: Callable[[Options], Estimate] | None = None,
+    evaluate: Callable[[Options, int], Estimate] | None = None,
     budget: float | None = BUDGET,
     keep: tuple[str, ...] = (),
     trials: int = 4,
@@ -237,7 +237,7 @@ def test_a_search_killed_half_way_goes_on_where_it_was(
     meter = Meter(make_costs(*tables), wobble)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
 
-    def killed_at_second(options: Options) -> Estimate:
+    def killed_at_second(options: Options, batches: int) -> Estimate:
         if len(meter.asked) == 2:
             raise KeyboardInterrupt
         return meter(options)
@@ -274,7 +274,7 @@ def test_the_time_budget_ends_the_search_after_the_plan_at_hand(
     now = 0.0
     meter = Meter(make_costs(*tables))
 
-    def slow(options: Options) -> Estimate:
+    def slow(options: Options, batches: int) -> Estimate:
         nonlocal now
         now += 60.0
         return meter(options)
@@ -385,10 +385,13 @@ def test_the_study_is_an_ordinary_optuna_study(
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     search = run(tables, evaluate=Meter(make_costs(*tables), wobble), storage=storage)
     study = optuna.load_study(study_name="autoprec", storage=storage)
-    best = [t for t in study.trials if t.values and t.constraints["grad_error"] <= 0.0]
-    assert min(t.values[0] for t in best) == min(
+    assert len(study.directions) == 3  # step time, gradient error, bytes
+    feasible = [t for t in study.trials if t.values and max(t.constraints.values()) <= 0.0]
+    assert min(t.values[0] * (1.0 + t.values[1]) for t in feasible) == min(
         t.time_to_loss_ms for t in search.trials if t.feasible
     )
+    measured = {point.grad_error_measured for point in search.measured_front}
+    assert {trial.values[1] for trial in study.best_trials} <= measured
     assert sqlite3.connect(tmp_path / "study.db").execute("select count(*) from trials")
 
 

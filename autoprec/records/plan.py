@@ -199,14 +199,17 @@ class FrontPoint(Record):
     grad_error: NonNegativeFloat
     grad_error_measured: NonNegativeFloat | None = None  # joint, where a trial measured it
     memory_bytes: NonNegativeInt | None = None
+    grad_error_stderr: NonNegativeFloat | None = None  # of the measured one; None: one batch
 
 
 class SearchTrial(Record):
     """One Optuna trial: a whole plan with its joint gradient error.
 
     `time_to_loss_ms` counts the time that is sure (see search.costs) and the extra steps.
-    `source` is `exact` (from the front), `uniform`, `sampler` or `repair`. `grad_error_basis` is
-    `predicted` where there was no workload to measure with, and `grad_error` is the table's sum.
+    `feasible`: the gradient error with its standard error, and the bytes, are within the limits.
+    `source` is `exact` (the knapsack's, on the table), `corrected` (on the table as measurements
+    corrected it), `front`, `uniform`, `sampler` or `repair`. `grad_error_basis` is `predicted`
+    where there was no workload to measure with, and `grad_error` is the table's sum.
     """
 
     number: NonNegativeInt
@@ -217,6 +220,7 @@ class SearchTrial(Record):
     time_to_loss_ms: NonNegativeFloat
     feasible: bool
     grad_error_basis: Basis = Basis.MEASURED
+    grad_error_stderr: NonNegativeFloat | None = None
 
 
 class Search(FileRecord):
@@ -227,7 +231,8 @@ class Search(FileRecord):
     search.costs), None where it is `exact`; `chosen` what the study preferred; `ranked` the plans
     to try, best first, should verification refute the chosen one. `interacting` are layers that
     were found by bisection to make the joint error larger than the sum of its parts; `notes` say
-    what the search did about it.
+    what the search did about it. `measured_front` are the measured plans of which no other has less
+    step time, gradient error and bytes, by increasing error.
     """
 
     KIND = "search"
@@ -247,4 +252,5 @@ class Search(FileRecord):
     trials_asked: PositiveInt | None = None
     interacting: tuple[str, ...] = ()
     expected: FrontPoint | None = None
+    measured_front: tuple[FrontPoint, ...] = ()
     notes: tuple[str, ...] = ()

@@ -68,6 +68,7 @@ class Price:
     memory_bytes: int
     time_basis: Basis
     grad_error_basis: Basis
+    grad_error_stderr: float = 0.0  # of the measurement; a table may be wrong beyond it
 
     @property
     def with_casts_ms(self) -> float:
@@ -308,6 +309,7 @@ def _price(
         memory_bytes=memory_bytes,
         time_basis=total.basis if total else Basis.MEASURED,
         grad_error_basis=effect.basis if effect else Basis.MEASURED,
+        grad_error_stderr=(effect.grad_error.stderr or 0.0) if effect else 0.0,
     )
 
 

@@ -1,43 +1,77 @@
 """Which whole plans to evaluate, in which order.
 
 1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2
-2. along the front: the sum of the parts is corrected by the ratio that the last measurement
-showed, and the base that then promises the least time to loss is evaluated, until it is one
-that was before
+2. the exact plan again, on the table as the measured plans correct it, until it is known
 3. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
-4. the sampler
+4. of exact plans on tables drawn from what they may be, and plans of Optuna's sampler, the one that
+promises the most; where none can win any more, plans of the front where it is least known
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
+from autoprec.common.progress import Progress
 from autoprec.common.text import percent
 from autoprec.records import Option, SearchTrial
-from autoprec.search.problem import Group, Options, Problem, exact, item_of, precision_rank
-from autoprec.search.study import PlanStudy
+from autoprec.search.correction import Correction
+from autoprec.search.costs import Costs
+from autoprec.search.problem import Group, Options, Problem, exact, item_of, likely, precision_rank
+from autoprec.search.study import FRONT, PlanStudy
 
 WALK_STEPS = 4
+DRAWS = 6  # of a table, for one plan to evaluate
+TRIES = 3  # without a plan that can win, before there is none
+FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
+FRONT_GAP = 0.2  # of log e: a front that is denser tells nothing new
+CORRECTED = "corrected"
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
 SHARE = 0.5  # of the excess, that the layers found must take away at each halving
 REPAIR_TRIES = 3
 
 Suspect = TypeVar("Suspect")
+ProblemOf = Callable[[Costs], Problem]  # with other costs, and the same constraint
 
 
-def explore(study: PlanStudy, exact_plan: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def explore(
+    study: PlanStudy, exact_plan: Options, problem_of: ProblemOf
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Evaluate the seeds, walk and repair; return the interacting layers, and notes on them."""
     plan = _evaluate_seeds(study, exact_plan)
-    _walk_front(study, plan)
+    if study.measure is not None:
+        _walk(study, problem_of)
     # only where the parts do more together than apart is there something to find
-    is_as_summed = plan.grad_error <= EXCESS * study.problem.costs.grad_error(plan.options)
-    if plan.feasible or is_as_summed or study.is_over():
+    if plan is None or plan.feasible or study.claims.is_worker or study.is_over():
+        return (), ()
+    if plan.grad_error <= EXCESS * study.problem.costs.grad_error(plan.options):
         return (), ()
     interacting, repaired = _repair(study, plan)
     return interacting, (_repair_note(study, plan, interacting, repaired),)
 
 
-def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial:
+def sample(study: PlanStudy, trials: int, problem_of: ProblemOf, *, progress: Progress) -> None:
+    """Evaluate more plans until there are `trials` beside the seeds, the walk and the repair.
+
+    Exact plans of tables drawn from what they may be (Thompson sampling) compete with plans of
+    Optuna's sampler, by the expected improvement; where none can improve, the front is filled.
+    """
+    failed = 0
+    while not study.is_over() and failed < TRIES:
+        study.take_up()
+        progress("search: whole plans", study.sampled, trials)
+        if study.sampled >= trials:
+            break
+        correction, random = study.correction(), np.random.default_rng(study.seed + study.alive)
+        drawn = _draw(study, correction, problem_of, random) if study.measure else []
+        failed = 0 if study.improve(drawn, correction) else failed + 1
+        if failed == TRIES and _fill_front(study, correction):
+            failed = TRIES - 1
+
+
+def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial | None:
     """Evaluate the plans that every search looks at; return the exact one."""
     fp32, bf16 = study.problem.uniform_plans
     if fp32 in study.space.bases:
@@ -48,22 +82,43 @@ def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial:
     return evaluated
 
 
-def _walk_front(study: PlanStudy, plan: SearchTrial) -> None:
-    """Evaluate the most promising base again and again, as measurements correct the table."""
-    costs = study.problem.costs
+def _walk(study: PlanStudy, problem_of: ProblemOf) -> None:
+    """Evaluate the exact plan again and again, as measurements correct the table."""
     for _ in range(WALK_STEPS):
-        summed = costs.grad_error(plan.options)
-        ratio = plan.grad_error / summed if summed > 0.0 else 1.0
-        errors = {options: ratio * costs.grad_error(options) for options in study.space.bases}
-        times = {
-            options: costs.counted_ms(options) * (1.0 + error)
-            for options, error in errors.items()
-            if error <= study.budget
-        }
-        best = min(times, key=lambda options: times[options], default=None)
-        if best is None or best in study.known or study.is_over():
+        found = exact(problem_of(study.correction().costs), study.held_budget)
+        if found is None or study.is_taken(found[0]) or study.is_over():
             return
-        plan = study.evaluate(best, source="exact")
+        study.evaluate(found[0], source=CORRECTED)
+
+
+def _draw(
+    study: PlanStudy, correction: Correction, problem_of: ProblemOf, random: np.random.Generator
+) -> list[Options]:
+    """Return exact plans of tables that may be the true one."""
+    tables = (correction.costs, *(correction.drawn(random) for _ in range(DRAWS)))
+    price = study.best.time_to_loss_ms if study.best else 0.0
+    found = (likely(problem_of(table), study.held_budget, price) for table in tables)
+    return [plan for plan in found if plan]
+
+
+def _fill_front(study: PlanStudy, correction: Correction) -> bool:
+    """Evaluate the plan of the front that is farthest from what was evaluated, if there is any.
+
+    It is one that could follow a refuted plan: with an error of the budget's size.
+    """
+    if study.measure is None or study.budget <= 0.0:
+        return False
+    known = [plan.grad_error for plan in study.known.values()]
+    errors = {base: correction.guess(base).grad_error for base in study.space.bases}
+    gaps = {
+        base: min((abs(math.log(error / other)) for other in known if other > 0.0), default=0.0)
+        for base, error in errors.items()
+        if FRONT_FROM <= error / study.budget <= FRONT_TO and not study.is_taken(base)
+    }
+    if max(gaps.values(), default=0.0) < FRONT_GAP:
+        return False
+    study.evaluate(max(gaps, key=lambda base: gaps[base]), source=FRONT)
+    return True
 
 
 def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], SearchTrial | None]:
@@ -78,7 +133,7 @@ def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], Sea
 
     def excess_without(groups: Sequence[Group]) -> float:
         precise = _made_precise(problem, broken.options, groups)
-        return excess_of(study.evaluate(precise, source="repair"))
+        return excess_of(study.wait_for(precise, source="repair"))
 
     suspects = _more_precise(problem, broken.options)
     interacting = find_interacting(suspects, excess_of(broken), excess_without)
@@ -140,7 +195,7 @@ def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | No
     for _ in range(REPAIR_TRIES):
         if (found := exact(problem, budget)) is None:
             return None
-        plan = study.evaluate(found[0], source="repair")
+        plan = study.wait_for(found[0], source="repair")
         if plan.feasible:
             return plan
         budget = study.budget * problem.costs.grad_error(plan.options) / plan.grad_error

@@ -200,6 +200,15 @@ def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
     return options, max(min(bound for _, bound in plans), 0.0)
 
 
+def likely(problem: Problem, budget: float, price: float) -> Options | None:
+    """Return a 16-bit plan of least time + price * gradient error: `exact` but for the last bit.
+
+    With the time to loss as the price of an error it is the product's slope, to 1 + e.
+    """
+    found = problem.knapsack.minimise(price, budget)
+    return None if found is None else _options(problem, found)
+
+
 def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     """Return plans of the Pareto front of step time and gradient error, by increasing error.
 

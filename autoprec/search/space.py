@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from autoprec.records import BF16_O2, Option
+from autoprec.records import BF16_O2, LayerSpec, Option
 from autoprec.search.problem import Group, Options, Problem
 
 AS_BASE = "base"
@@ -68,17 +68,22 @@ def uniform_choice(group: Group, option: Option) -> Options | None:
     return max(fitting, key=lambda choice: choice.count(option), default=None)
 
 
+def alike_key(layer: LayerSpec) -> str:
+    """Return what layers that do the same thing in different blocks have in common."""
+    return f"{DIGITS.sub('*', layer.name)} {layer.kind} {layer.shape_key}"
+
+
 def _roles(problem: Problem) -> tuple[Role, ...]:
     alike: dict[tuple[str, ...], list[Group]] = {}
     for group in problem.groups:
         if len(group.choices) > 1:
             layers = [problem.costs.layers[index] for index in group.layers]
-            names = "+".join(DIGITS.sub("*", layer.name) for layer in layers)
-            kinds = (f"{layer.kind} {layer.shape_key}" for layer in layers)
-            alike.setdefault((names or "(root)", *kinds), []).append(group)
+            alike.setdefault(tuple(map(alike_key, layers)), []).append(group)
     roles: dict[str, Role] = {}
-    for key, groups in alike.items():
-        name = key[0] if key[0] not in roles else f"{key[0]} #{len(roles)}"
+    for groups in alike.values():
+        layers = [problem.costs.layers[index] for index in groups[0].layers]
+        own = "+".join(DIGITS.sub("*", layer.name) for layer in layers) or "(root)"
+        name = own if own not in roles else f"{own} #{len(roles)}"
         options = dict.fromkeys(o for group in groups for choice in group.choices for o in choice)
         offered = tuple(o for o in options if any(uniform_choice(group, o) for group in groups))
         roles[name] = Role(name, tuple(groups), offered)

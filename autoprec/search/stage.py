@@ -3,18 +3,28 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import Basis, Constraint, Profile, Search, SearchTrial, Sensitivity
+from autoprec.records import (
+    Basis,
+    Constraint,
+    FrontPoint,
+    Profile,
+    Search,
+    SearchTrial,
+    Sensitivity,
+)
 from autoprec.search.costs import make_costs
-from autoprec.search.explore import EXCESS, explore
+from autoprec.search.explore import EXCESS, explore, sample
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import Measure, PlanStudy, rank
+from autoprec.search.workers import Team
 from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
 
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
@@ -33,6 +43,7 @@ def search_plan(
     seed: int = 0,
     storage: str | None = None,
     study_name: str = "autoprec",
+    team: Team | None = None,
     progress: Progress = report_nothing,
     clock: Callable[[], float] = time.monotonic,
 ) -> Search:
@@ -41,10 +52,12 @@ def search_plan(
     The exact knapsack over the tables comes first; an Optuna study then evaluates whole plans by
     their joint gradient error. The same tables, seed and fresh storage give the same plan.
 
-    `evaluate` measures a whole plan's gradient error; None: the sum of the parts stands for it.
+    `evaluate` measures a whole plan's gradient error on so many batches; None: the sum of the parts
+    stands for it.
     Up to `trials` sampled plans are measured, those of an earlier run of the study included, but
     none is begun after `time_budget_s` seconds of `clock` (a repair under way is finished).
     `storage` is the study's database URL, None for memory; a study of other tables is left alone.
+    With a `team` other processes are on the study too: what they evaluate counts.
 
     Raises:
         InfeasibleError: no plan satisfies the constraint, or the loss curve gives no budget.
@@ -62,11 +75,16 @@ def search_plan(
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
     digest = short_digest(tables, budget, seed, evaluate is None)
     end_s = math.inf if time_budget_s is None else clock() + time_budget_s
-    with open_study(storage, study_name, tables=digest) as opened:
+    problem_of = partial(make_problem, constraint=constraint)
+    with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
         space = make_space(problem, plans)
-        study = PlanStudy(opened, space, budget, evaluate, seed, lambda: clock() >= end_s)
-        interacting, notes = explore(study, exact_plan)
-        study.sample(trials, report=lambda done: progress("search: whole plans", done, trials))
+        study = PlanStudy(opened, space, budget, evaluate, seed, lambda: clock() >= end_s, claims)
+        while True:
+            interacting, notes = explore(study, exact_plan, problem_of)
+            sample(study, trials, problem_of, progress=progress)
+            # what others are at counts, and is done here where they are killed
+            if claims.is_worker or not study.wait_for_others():
+                break
     if (best := study.best) is None:
         raise InfeasibleError(_all_over_budget(study))
     return _search_record(
@@ -102,6 +120,7 @@ def _search_record(
         trials_asked=trials_asked or None,
         interacting=interacting,
         expected=None if expected_plan == exact_plan else study.point(expected_plan),
+        measured_front=measured_front(study),
         notes=(*notes, *(_table_notes(study, best) if study.budget else ())),
     )
 
@@ -118,6 +137,22 @@ def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float
     if sensitivity_basis(sensitivity) is Basis.UNKNOWN:
         return 0.0  # nothing is known that could be spent: every error counts as 0, the locks hold
     return grad_error_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
+
+
+def measured_front(study: PlanStudy) -> tuple[FrontPoint, ...]:
+    """Return the measured plans that no other beats in sure time, gradient error and bytes."""
+    points = [study.point(options) for options in study.known]
+    measured = [point for point in points if point.grad_error_measured is not None]
+
+    def cost(point: FrontPoint) -> tuple[float, float, int]:
+        counted_ms = study.problem.costs.counted_ms(point.options)
+        return point.grad_error_measured or 0.0, counted_ms, point.memory_bytes or 0
+
+    kept: list[FrontPoint] = []
+    for point in sorted(measured, key=cost):
+        if not any(all(a <= b for a, b in zip(cost(k), cost(point), strict=True)) for k in kept):
+            kept.append(point)
+    return tuple(kept)
 
 
 def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:

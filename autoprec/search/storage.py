@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprec.errors import RecordError
+from autoprec.search.workers import BEAT_S, STALE_S, Claims, Team
 
 if TYPE_CHECKING:
     import optuna
@@ -36,11 +37,16 @@ class _QuickSqlite(sqlite3.Connection):
 
 
 @contextmanager
-def open_study(storage: str | None, name: str, *, tables: str) -> "Iterator[optuna.Study]":
+def open_study(
+    storage: str | None, name: str, *, tables: str, team: Team | None = None
+) -> "Iterator[tuple[optuna.Study, Claims]]":
     """Open or create the study of these tables; `storage` is a database URL, None for memory.
 
+    With a `team` it is open in several processes at once; else what a killed run left is failed.
+
     Raises:
-        RecordError: the storage cannot be opened, or fails while the study is open.
+        RecordError: the storage cannot be opened, or fails while the study is open; a worker's
+            study is of other tables, versions or reference.
     """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -50,10 +56,16 @@ def open_study(storage: str | None, name: str, *, tables: str) -> "Iterator[optu
     database = None
     try:
         with warnings.catch_warnings():
-            # TPE's `group`, which lets trials without parameters be, is marked experimental
+            # TPE's `group`, which lets trials without parameters be, and heartbeats are marked so
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            database = _open_database(storage) if storage is not None else None
-            yield _study_of(database, name, tables=tables)
+            # ask and tell do not tell heartbeats by themselves, and claims do
+            warnings.filterwarnings("ignore", "Heartbeat of storage")
+            database = None if storage is None else _open_database(storage, team)
+            is_worker = team is not None and team.is_worker
+            study = _study_of(database, name, tables=tables, is_worker=is_worker)
+            claims = Claims(study, database, team)
+            claims.free_stale()
+            yield study, claims
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise RecordError(_storage_problem(storage, error)) from error
     finally:
@@ -81,30 +93,48 @@ def check_storage(storage: str) -> None:
         raise RecordError(_storage_problem(storage, FileNotFoundError("its folder is not there")))
 
 
-def _open_database(storage: str) -> "optuna.storages.RDBStorage":
+def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStorage":
     import optuna
 
     options = {"connect_args": {"factory": _QuickSqlite}} if storage.startswith("sqlite") else {}
     try:
-        return optuna.storages.RDBStorage(storage, engine_kwargs=options)
+        return optuna.storages.RDBStorage(
+            storage,
+            engine_kwargs=options,
+            heartbeat_interval=BEAT_S if team else None,
+            grace_period=STALE_S if team else None,
+        )
     except (ImportError, RuntimeError, ValueError) as error:  # no driver, or another version's
         raise RecordError(_storage_problem(storage, error)) from error
 
 
 def _study_of(
-    database: "optuna.storages.RDBStorage | None", name: str, *, tables: str
+    database: "optuna.storages.RDBStorage | None", name: str, *, tables: str, is_worker: bool
 ) -> "optuna.Study":
-    import optuna
-
-    study = optuna.create_study(storage=database, study_name=name, load_if_exists=True)
+    """Return the study of these tables: of this name, or of one of its own beside another's."""
+    own_name = f"{name}-{tables[:8]}"
+    study = _created(database, name)
     found = study.user_attrs.get(TABLES)
-    is_new = found is None and not study.get_trials(deepcopy=False)
-    if found != tables and not is_new:
-        own_name = f"{name}-{tables[:8]}"
+    if found != tables and (found is not None or study.get_trials(deepcopy=False)):
+        known = () if database is None else (s.study_name for s in database.get_all_studies())
+        if is_worker and own_name not in known:
+            raise RecordError(
+                f"a worker joins the study of its own tables, but {name!r} was made from others "
+                "(profile, sensitivity, constraint or seed); give it the same run folder and "
+                "options as the search, or another --study"
+            )
         logger.info("study %r is of other tables; using %r", name, own_name)
-        study = optuna.create_study(storage=database, study_name=own_name, load_if_exists=True)
+        study = _created(database, own_name)
     study.set_user_attr(TABLES, tables)
     return study
+
+
+def _created(database: "optuna.storages.RDBStorage | None", name: str) -> "optuna.Study":
+    import optuna
+
+    return optuna.create_study(
+        storage=database, study_name=name, load_if_exists=True, directions=["minimize"] * 3
+    )
 
 
 def _storage_problem(storage: str | None, error: Exception) -> str:

@@ -1,40 +1,56 @@
 """The Optuna study of whole plans: each is evaluated once, as a trial, and remembered.
 
-    time_to_loss = counted_ms * (1 + grad_error)     extra steps per step, see sensitivity.gap
+    minimise    step time, joint gradient error, bytes
+    subject to  grad_error + DEVIATIONS standard errors <= budget,  bytes <= limit
+    chosen      the feasible plan of least time to loss, counted_ms * (1 + grad_error)
 
-A measurement costs training steps, so a sampled plan that cannot win is estimated by the table:
-even with PRUNE_FACTOR times its table's error (the sum of the parts was never found more than 25 %
-off on small models) it would be over the budget, or slower to the loss than the best plan so far.
-Such plans are many, cost nothing, and are in the study only: `trials` has those that were measured.
+(a gradient error costs extra steps per step, see sensitivity.gap). A measurement costs training
+steps, so a sampled plan that loses even with the least error that it may have, by what was measured
+so far (see correction), is only estimated: it is in the study, with a constraint that it breaks,
+and `trials` has those that were measured. A plan that would be the best, and is near the budget, is
+measured again on more batches before it is believed: the best of many noisy numbers is too good.
 
 Every finished trial keeps its plan, gradient error and basis with it, so that a study that goes on
 (after a kill, or beside other workers) measures no plan twice.
 """
 
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
+from scipy.special import ndtr
+
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
+from autoprec.search.correction import Correction, Guess, Seen, fit_correction
 from autoprec.search.costs import is_all_fp32
 from autoprec.search.problem import Options
 from autoprec.search.solver import ROUNDING
 from autoprec.search.space import AS_BASE, Space
+from autoprec.search.workers import Claims
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-PRUNE_FACTOR = 0.5
+# A plan's error may be above the budget by what the budget itself is worth (a factor of 2, see
+# sensitivity.gap), but not by luck: held with one standard error, it is above in 1 of 6 at most.
+DEVIATIONS = 1.0
+BATCHES = 2  # of a joint measurement,
+MORE_BATCHES = 6  # and of one that decides
+LEAST_RELATIVE = 0.1  # of two batches that agree by chance; seen: 4 to 20 % of the error
+UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured on more batches
+ASKS = 2  # of the sampler, for one plan to evaluate
+SURELY = 2.0  # deviations of an estimate below which a plan is not looked for
 NOTE = "autoprec"  # the trial's user attribute that holds a `_Note`
-SOURCE = "source"
-SAMPLER = "sampler"
+SAMPLER, DRAWN, FRONT = "sampler", "drawn", "front"
+SAMPLED = (SAMPLER, DRAWN, FRONT)  # what counts as a trial beside the seeds
 STARTUP_TRIALS = 4  # before TPE stops drawing at random; the seeds come first and count
-ASKS_PER_TRIAL = 3  # asked at most for one that is worth a measurement
 FIRST_CODE = 48  # "0"; each option is one character in a note
 
-Measure = Callable[[Options], Estimate]
+Measure = Callable[[Options, int], Estimate]  # of a plan, on so many batches
 
 
 class _Note(TypedDict):
@@ -42,6 +58,7 @@ class _Note(TypedDict):
 
     plan: str
     grad_error: float
+    stderr: float | None
     basis: str
     source: str
     is_final: bool
@@ -64,12 +81,14 @@ class PlanStudy:
     measure: Measure | None
     seed: int
     is_over: Callable[[], bool]
+    claims: Claims
     known: dict[Options, SearchTrial] = field(default_factory=dict)
     trials: list[SearchTrial] = field(default_factory=list)  # the first to evaluate their plan
     measured: int = 0  # how many plans were measured here
     spent_s: float = 0.0
+    alive: int = 0  # trials finished or under way, here or elsewhere
     _notes: dict[int, _Note] = field(default_factory=dict)  # of all finished trials, here or not
-    _alive: int = 0  # trials finished or under way, here or elsewhere
+    _taken: set[str] = field(default_factory=set)  # plans that other workers are measuring
 
     def __post_init__(self) -> None:
         from optuna.distributions import CategoricalDistribution, IntDistribution
@@ -82,7 +101,7 @@ class PlanStudy:
         for role in self.space.roles:
             values = [AS_BASE, *(option.key for option in role.options)]
             self._distributions[role.name] = CategoricalDistribution(values)
-        self._take_up()
+        self.take_up()
 
     @property
     def best(self) -> SearchTrial | None:
@@ -94,6 +113,37 @@ class PlanStudy:
         """How many trials proposed a plan that an earlier one had."""
         return sum(note["is_duplicate"] for note in self._notes.values())
 
+    @property
+    def seen(self) -> list[Seen]:
+        """The plans that were measured."""
+        return [
+            Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
+            for plan in self.known.values()
+            if plan.grad_error_basis is Basis.MEASURED and not is_all_fp32(plan.options)
+        ]
+
+    @property
+    def held_budget(self) -> float:
+        """The gradient error that a plan may have, less the standard errors that it holds."""
+        relative = [one.stderr / one.grad_error for one in self.seen if one.grad_error > 0.0]
+        return self.budget / (1.0 + DEVIATIONS * (statistics.median(relative) if relative else 0.0))
+
+    @property
+    def sampled(self) -> int:
+        """How many plans were evaluated beside the seeds; those under way elsewhere count."""
+        return len(self._taken) + sum(
+            note["source"] in SAMPLED and note["is_final"] and not note["is_duplicate"]
+            for note in self._notes.values()
+        )
+
+    def correction(self) -> Correction:
+        """Return the table as the plans measured so far correct it."""
+        return fit_correction(self.problem.costs, self.seen)
+
+    def is_taken(self, options: Options) -> bool:
+        """Whether a plan is known, or being measured elsewhere."""
+        return options in self.known or self._code(options) in self._taken
+
     def point(self, options: Options) -> FrontPoint:
         """Return a plan with what the tables and a measurement say of it."""
         known, costs = self.known.get(options), self.problem.costs
@@ -104,126 +154,84 @@ class PlanStudy:
             grad_error=costs.grad_error(options),
             grad_error_measured=known.grad_error if known and is_measured else None,
             memory_bytes=costs.memory_bytes(options),
+            grad_error_stderr=known.grad_error_stderr if known and is_measured else None,
         )
 
     def estimate(self, options: Options) -> SearchTrial:
         """Return a plan by the table alone, as a trial that was not made."""
-        return self._record(options, self.problem.costs.grad_error(options), Basis.PREDICTED)
+        return self._record(options, Estimate(mean=self.problem.costs.grad_error(options)))
 
-    def evaluate(self, options: Options, *, source: str) -> SearchTrial:
-        """Evaluate a plan as a trial, unless it is known already."""
-        if options not in self.known and options in self.space.bases:
-            params = self.space.params(self.space.bases.index(options))
-            self.study.enqueue_trial(params, user_attrs={SOURCE: source})
-            self._run(self.study.ask(self._distributions))
+    def evaluate(self, options: Options, *, source: str) -> SearchTrial | None:
+        """Evaluate a plan as a trial, unless it is known; None where another worker is at it."""
         if options not in self.known:
-            # The decisions cannot express it, so that its trial has no parameters; or a killed run
-            # left another trial in the queue.
-            self._run(self.study.ask(), options, source)
-        return self.known[options]
+            self._run(self._trial_of(options), options, source)
+        return self.known.get(options)
 
-    def sample(self, trials: int, *, report: Callable[[int], None]) -> None:
-        """Let the sampler propose plans until `trials` of them were measured."""
+    def wait_for_others(self) -> bool:
+        """Wait until another worker has finished a plan, or is gone; False where none is at one."""
+        self.take_up()
+        before = self._taken
+        while self._taken and self._taken == before and not self.is_over():
+            self.claims.wait()
+            self.take_up()
+        return bool(before) and not self.is_over()
+
+    def wait_for(self, options: Options, *, source: str) -> SearchTrial:
+        """Evaluate a plan, or wait until another worker has done so."""
+        while (plan := self.evaluate(options, source=source)) is None:
+            self.claims.wait()
+        return plan
+
+    def improve(self, drawn: Sequence[Options], correction: Correction) -> bool:
+        """Evaluate the plan that promises most, of some and of Optuna's; False where none can win.
+
+        Optuna's follow from the seed and the trials so far: a study that goes on after a kill
+        proposes what it would have proposed, and a worker beside another, which sees that one's
+        trial at hand, something else.
+        """
         import optuna
 
-        asks = trials if self.measure is None else ASKS_PER_TRIAL * trials
-        while not self.is_over():
-            asked = [note for note in self._notes.values() if note["source"] == SAMPLER]
-            done = sum(note["is_final"] and not note["is_duplicate"] for note in asked)
-            report(done)
-            if done >= trials or len(asked) >= asks:
-                break
-            # The draws follow from the seed and the trials so far: a study that goes on after a
-            # kill draws what it would have drawn, and a worker beside another, which sees that
-            # one's trial at hand, draws something else.
-            seed = self.seed + self._alive
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS
-            )
-            self._run(self.study.ask(self._distributions))
-
-    def _run(self, trial: "optuna.Trial", options: Options | None = None, source: str = "") -> None:
-        """Evaluate a plan, by default the proposed one, and write it down; failed if broken off."""
-        from optuna.trial import TrialState
-
-        try:
-            if options is None:
-                options = self.space.decode(trial.params)
-                source = str(trial.user_attrs.get(SOURCE, SAMPLER))
-            known = self.known.get(options)
-            is_final = known is not None or source != SAMPLER or self._can_win(options)
-            if known is not None:
-                grad_error, basis = known.grad_error, known.grad_error_basis
-            elif is_final:
-                grad_error, basis = self._joint_error(options)
-            else:
-                grad_error, basis = self.problem.costs.grad_error(options), Basis.PREDICTED
-            # feasible when <= 0
-            excess = grad_error / self.budget - 1.0 if self.budget > 0.0 else grad_error
-            trial.set_constraint("grad_error", excess)
-            codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
-            plan = "".join(codes[option] for option in options)
-            is_seen = any(note["plan"] == plan for note in self._notes.values())
-            note = _Note(
-                plan=plan,
-                grad_error=grad_error,
-                basis=basis.value,
-                source=source,
-                is_final=is_final,
-                # a plan that was only estimated before and is measured now is no duplicate
-                is_duplicate=is_seen and (known is not None or not is_final),
-            )
-            trial.set_user_attr(NOTE, note)
-        except BaseException:
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        self.study.tell(trial, self.problem.costs.counted_ms(options) * (1.0 + grad_error))
-        self._take_up()
-
-    def _joint_error(self, options: Options) -> tuple[float, Basis]:
-        """Return a plan's joint gradient error: measured, or the table's sum."""
-        if is_all_fp32(options):
-            return 0.0, Basis.MEASURED  # it is the reference
-        if self.measure is None:
-            return self.problem.costs.grad_error(options), Basis.PREDICTED
-        started = time.perf_counter()
-        estimate = self.measure(options)
-        self.spent_s += time.perf_counter() - started
-        self.measured += 1
-        return max(estimate.mean, 0.0), Basis.MEASURED
-
-    def _can_win(self, options: Options) -> bool:
-        grad_error = PRUNE_FACTOR * self.problem.costs.grad_error(options)
-        if grad_error > self.budget or not self.problem.fits_memory(options):
-            return False
-        least_ms = self.problem.costs.counted_ms(options) * (1.0 + grad_error)
-        return self.best is None or least_ms < self.best.time_to_loss_ms
-
-    def _record(
-        self,
-        options: Options,
-        grad_error: float,
-        basis: Basis,
-        number: int = 0,
-        source: str = "table",
-    ) -> SearchTrial:
-        costs = self.problem.costs
-        is_within = grad_error <= self.budget * (1.0 + ROUNDING)
-        return SearchTrial(
-            number=number,
-            source=source,
-            options=options,
-            step_ms=costs.step_ms(options),
-            grad_error=grad_error,
-            grad_error_basis=basis,
-            time_to_loss_ms=costs.counted_ms(options) * (1.0 + grad_error),
-            feasible=is_within and self.problem.fits_memory(options),
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=self.seed + self.alive,
+            multivariate=True,
+            group=True,
+            n_startup_trials=STARTUP_TRIALS,
         )
+        asked = [self.study.ask(self._distributions) for _ in range(ASKS)]
+        proposed = [self.space.decode(trial.params) for trial in asked]
+        gains = {plan: self.expected_gain(plan, correction) for plan in (*drawn, *proposed)}
+        best = max(gains, key=lambda plan: gains[plan])
+        is_better = gains[best] > 0.0
+        for trial, plan in zip(asked, proposed, strict=True):
+            is_final = is_better and plan == best and plan not in self.known
+            self._run(trial, plan, SAMPLER, is_final=is_final)
+        if is_better and best not in self.known:
+            self.evaluate(best, source=DRAWN)
+        return is_better
 
-    def _take_up(self) -> None:
+    def expected_gain(self, options: Options, correction: Correction) -> float:
+        """Return the expected gain in time to loss, in ms; 0 where a plan loses beyond its error.
+
+        That is with an error SURELY deviations below what it is taken to be.
+        """
+        if self.is_taken(options) or not self.problem.fits_memory(options):
+            return 0.0
+        ms = self.problem.costs.counted_ms(options)
+        guess = correction.guess(options) if self.measure else Guess(0.0, 0.0)
+        low = guess.low(SURELY) if self.measure else self.problem.costs.grad_error(options)
+        best_ms = self.best.time_to_loss_ms if self.best else math.inf
+        if low > self.budget or ms * (1.0 + low) >= best_ms:
+            return 0.0
+        if self.measure is None or self.best is None:
+            return 1.0 / ms
+        reach = math.log(self.held_budget / guess.grad_error) / guess.log_sd
+        return float(ndtr(reach)) * max(best_ms - ms * (1.0 + guess.grad_error), 1e-9 * best_ms)
+
+    def take_up(self) -> None:
         """Take up what was finished since the last time: here, before, or by other workers."""
         trials = self.study.get_trials(deepcopy=False)
-        self._alive = sum(t.state.name in ("COMPLETE", "RUNNING") for t in trials)
+        self.alive = sum(t.state.name in ("COMPLETE", "RUNNING") for t in trials)
+        self._taken = self.claims.taken(trials)
         for trial in trials:
             note: _Note | None = trial.user_attrs.get(NOTE)
             if not note or not trial.state.is_finished() or trial.number in self._notes:
@@ -231,8 +239,124 @@ class PlanStudy:
             self._notes[trial.number] = note
             if note["is_final"]:
                 options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
+                error = Estimate(mean=note["grad_error"], stderr=note["stderr"])
                 basis, source = Basis(note["basis"]), note["source"]
-                record = self._record(options, note["grad_error"], basis, trial.number, source)
+                record = self._record(options, error, basis, trial.number, source)
                 self.known[options] = record
                 if not note["is_duplicate"]:
                     self.trials.append(record)
+
+    def _trial_of(self, options: Options) -> "optuna.Trial":
+        """Return a new trial of this plan; one without parameters where they cannot express it."""
+        import optuna
+
+        if options not in self.space.bases:
+            return self.study.ask()
+        params = self.space.params(self.space.bases.index(options))
+        any_other = optuna.samplers.RandomSampler(seed=self.seed)
+        self.study.sampler = optuna.samplers.PartialFixedSampler(params, any_other)
+        return self.study.ask(self._distributions)
+
+    def _run(
+        self, trial: "optuna.Trial", options: Options, source: str, *, is_final: bool = True
+    ) -> None:
+        """Evaluate a plan, or estimate it, and write it down; failed if broken off."""
+        from optuna.trial import TrialState
+
+        try:
+            with self.claims.claimed(trial, self._code(options)) as is_ours:
+                if is_ours:
+                    self._evaluate(trial, options, source, is_final=is_final)
+        except BaseException:
+            self.claims.tell(trial, state=TrialState.FAIL)
+            raise
+        if not is_ours:
+            self.claims.tell(trial, state=TrialState.FAIL)
+        self.take_up()
+
+    def _evaluate(
+        self, trial: "optuna.Trial", options: Options, source: str, *, is_final: bool
+    ) -> None:
+        costs, known = self.problem.costs, self.known.get(options)
+        error, basis = Estimate(mean=costs.grad_error(options)), Basis.PREDICTED
+        if known is not None:
+            error = Estimate(mean=known.grad_error, stderr=known.grad_error_stderr)
+            basis = known.grad_error_basis
+        elif is_final:
+            error, basis = self._joint_error(options)
+        # feasible where all are <= 0
+        held = self._held(error)
+        trial.set_constraint("grad_error", held / self.budget - 1.0 if self.budget else held)
+        trial.set_constraint("evaluated", 0.0 if is_final else 1.0)
+        memory_bytes = costs.memory_bytes(options)
+        if limit := self.problem.memory_bytes:
+            trial.set_constraint("memory", memory_bytes / limit - 1.0)
+        plan = self._code(options)
+        is_seen = any(note["plan"] == plan for note in self._notes.values())
+        note = _Note(
+            plan=plan,
+            grad_error=error.mean,
+            stderr=error.stderr,
+            basis=basis.value,
+            source=source,
+            is_final=is_final,
+            # a plan that was only estimated before and is measured now is no duplicate
+            is_duplicate=is_seen and (known is not None or not is_final),
+        )
+        trial.set_user_attr(NOTE, note)
+        self.claims.tell(trial, [costs.counted_ms(options), error.mean, float(memory_bytes)])
+
+    def _joint_error(self, options: Options) -> tuple[Estimate, Basis]:
+        """Return a plan's joint gradient error: measured, or the table's sum."""
+        if is_all_fp32(options):
+            return Estimate(mean=0.0), Basis.MEASURED  # it is the reference
+        if self.measure is None:
+            return Estimate(mean=self.problem.costs.grad_error(options)), Basis.PREDICTED
+        self.claims.check_reference()
+        started = time.perf_counter()
+        estimate = self.measure(options, BATCHES)
+        if self._is_undecided(options, estimate):
+            estimate = self.measure(options, MORE_BATCHES)
+        self.spent_s += time.perf_counter() - started
+        self.measured += 1
+        return estimate.model_copy(update={"mean": max(estimate.mean, 0.0)}), Basis.MEASURED
+
+    def _is_undecided(self, options: Options, error: Estimate) -> bool:
+        """Whether a plan would be the best if it were feasible, and chance decides that."""
+        if error.stderr is None:
+            return False
+        reach = UNDECIDED * max(error.stderr, LEAST_RELATIVE * error.mean)
+        least_ms = self.problem.costs.counted_ms(options) * (1.0 + max(error.mean - reach, 0.0))
+        is_ahead = self.best is None or least_ms < self.best.time_to_loss_ms
+        return is_ahead and abs(error.mean - self.budget) <= reach
+
+    def _held(self, error: Estimate) -> float:
+        """Return the gradient error that must keep the budget."""
+        return error.mean + DEVIATIONS * (error.stderr or 0.0)
+
+    def _record(
+        self,
+        options: Options,
+        error: Estimate,
+        basis: Basis = Basis.PREDICTED,
+        number: int = 0,
+        source: str = "table",
+    ) -> SearchTrial:
+        costs = self.problem.costs
+        is_within = self._held(error) <= self.budget * (1.0 + ROUNDING)
+        return SearchTrial(
+            number=number,
+            source=source,
+            options=options,
+            step_ms=costs.step_ms(options),
+            grad_error=error.mean,
+            grad_error_basis=basis,
+            time_to_loss_ms=costs.counted_ms(options) * (1.0 + error.mean),
+            feasible=is_within and self.problem.fits_memory(options),
+            grad_error_stderr=error.stderr,
+        )
+
+    def _code(self, options: Options) -> str:
+        """Return a plan as text, one character a layer."""
+        codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
+        return "".join(codes[option] for option in options)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 from autoprec.common.versions import software_versions
@@ -107,10 +108,14 @@ class JointMeter:
         self.reference = reference
         self.fp32_outputs = tuple(fp32_outputs)
         self.batches = batches
-        self._measured: dict[tuple[Option, ...], Estimate] = {}
+        self._measured: dict[tuple[tuple[Option, ...], int], Estimate] = {}
+        # one set of gradients: those of the same batches are the same
+        self._longer = replace(reference, batches=[*reference.batches, *reference.more])
 
-    def measure(self, options: tuple[Option, ...]) -> Estimate:
+    def measure(self, options: tuple[Option, ...], batches: int | None = None) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.
+
+        On so many batches, or on all that there are; by default on the meter's own.
 
         Raises:
             PlanMismatchError: not one option per layer, or a layer cannot run its option.
@@ -121,10 +126,11 @@ class JointMeter:
                 f"an assignment has one option per layer, {len(names)}, but {len(options)} came; "
                 "give them in the order of the model spec"
             )
-        if options not in self._measured:
+        batches = batches or self.batches
+        if (options, batches) not in self._measured:
             by_name = dict(zip(names, options, strict=True))
-            self._measured[options] = self._measure(by_name, batches=self.batches)
-        return self._measured[options]
+            self._measured[options, batches] = self._measure(by_name, batches=batches)
+        return self._measured[options, batches]
 
     def measure_activations(
         self, rows: Sequence[LayerSensitivity]
@@ -159,7 +165,8 @@ class JointMeter:
         batches: int,
         fp32_outputs: Collection[str] | None = None,
     ) -> Estimate:
-        reference = self.reference
+        is_longer = batches > len(self.reference.batches)
+        reference = self._longer if is_longer else self.reference
         is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
         uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
         kept = self.fp32_outputs if fp32_outputs is None else fp32_outputs

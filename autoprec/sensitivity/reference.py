@@ -49,6 +49,7 @@ KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this ar
 UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
 DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
+MORE_BATCHES = 4  # beside them
 DEFAULT_WARMUP_STEPS = 10
 FEWEST_BATCHES = 2  # one batch gives no standard error
 
@@ -82,6 +83,7 @@ class Reference:
     step_s: float  # the median time of a warm-up step
     spent_s: float  # what preparing took
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
+    more: list[Batch] = field(default_factory=list)  # after those, for plans that these leave open
     groups: int = 1  # of layers, of which one at a time is probed
     is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
@@ -238,6 +240,7 @@ def prepare_reference(
         spec=spec,
         model=model,
         batches=list(islice(stream, batches)),
+        more=list(islice(stream, MORE_BATCHES)),
         preconditioner=read_preconditioner(training.optimizer),
         history=history,
         loss_curve=curve,

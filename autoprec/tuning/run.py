@@ -317,7 +317,10 @@ class Run:
         has_workload = self.is_live or settings.workload or settings.script
         can_measure = has_workload and profile.model.device != "meta" and self.proxy is None
 
-        def find(measure: "Callable[[tuple[Option, ...]], Estimate]") -> Search:
+        def find(ask: "Callable[[tuple[tuple[Option, ...], int]], Estimate]") -> Search:
+            def measure(options: "tuple[Option, ...]", batches: int) -> "Estimate":
+                return ask((options, batches))
+
             return search_plan(
                 profile,
                 sensitivity,
@@ -332,7 +335,7 @@ class Run:
             )
 
         # a resumed study may need no measurement: the reference is trained for the first one
-        return led_by_first(find, lambda options: self._meter.measure(options))
+        return led_by_first(find, lambda asked: self._meter.measure(*asked))
 
     @cached_property
     def _meter(self) -> "JointMeter":

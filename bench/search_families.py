@@ -1,0 +1,144 @@
+"""Small networks with kinks, whose plans are few enough to measure every one.
+
+Probes differentiate, so that where a derivative jumps (ReLU, max pooling, top-k) a table of single
+layers may be wrong by several times. Each family has at most seven linears that are chosen.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprec.workload.functions import Workload, workload_from
+
+BATCH, WIDTH = 256, 32
+Batch = tuple[Tensor, Tensor]
+
+
+class ReluMlp(nn.Module):
+    """A plain ReLU network, without norms or residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        out: Tensor = self.head(x)
+        return out
+
+
+class Recommender(nn.Module):
+    """Embeddings, two ReLU towers and their products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(64, WIDTH)
+        self.bottom1, self.bottom2 = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.top1, self.top2 = nn.Linear(2 * WIDTH, 64), nn.Linear(64, WIDTH)
+        self.top3, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x[:, :4] * 8.0).long().remainder(64)
+        item = self.items(ids).sum(1)
+        user = F.relu(self.bottom2(F.relu(self.bottom1(x))))
+        joined = torch.cat([user, user * item], dim=1)
+        out: Tensor = self.head(F.relu(self.top3(F.relu(self.top2(F.relu(self.top1(joined)))))))
+        return out
+
+
+class PooledConv(nn.Module):
+    """Convolution, ReLU, max pooling, and a ReLU head of linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 16, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(16 * WIDTH // 2, 64), nn.Linear(64, 64)
+        self.fc3, self.fc4 = nn.Linear(64, 64), nn.Linear(64, WIDTH)
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool1d(F.relu(self.conv(x[:, None])), 2).flatten(1)
+        for layer in (self.fc1, self.fc2, self.fc3, self.fc4):
+            x = F.relu(layer(x))
+        out: Tensor = self.head(x)
+        return out
+
+
+class ReluBlocks(nn.Module):
+    """Two pre-norm residual blocks with squared ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 64) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(64, WIDTH) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=True):
+            x = x + down(F.relu(up(norm(x))).square())
+        out: Tensor = self.head(F.relu(self.mix(x)))
+        return out
+
+
+class TopK(nn.Module):
+    """Hidden units of which the largest few pass, and hard activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 64) for _ in range(3))
+        self.back = nn.ModuleList(nn.Linear(64, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, back in zip(self.layers, self.back, strict=True):
+            hidden = layer(x)
+            least = hidden.topk(8, dim=-1).values[:, -1:]
+            x = x + back(torch.where(hidden >= least, F.hardswish(hidden), 0.0))
+        out: Tensor = self.head(x)
+        return out
+
+
+def _batches(seed: int) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(WIDTH, 16, generator=torch.Generator().manual_seed(99))
+    while True:
+        x = torch.randn(BATCH, WIDTH, generator=generator)
+        yield x, (torch.relu(x) @ teacher).argmax(-1)
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+def _workload(model: Callable[[], nn.Module], optimizer: str = "adamw") -> Workload:
+    functions = {
+        "build_model": model,
+        "train_batches": _batches,
+        "loss_fn": _loss,
+        "build_optimizer": partial(_optimizer, kind=optimizer),
+    }
+    return workload_from(SimpleNamespace(**functions), name=model.__name__)
+
+
+FAMILIES: dict[str, Callable[[], Workload]] = {
+    "relu_mlp": partial(_workload, ReluMlp),
+    "recommender": partial(_workload, Recommender),
+    "pooled_conv": partial(_workload, PooledConv, "sgd"),
+}
+HELD_BACK: dict[str, Callable[[], Workload]] = {  # looked at once, when all was settled
+    "relu_blocks": partial(_workload, ReluBlocks),
+    "top_k": partial(_workload, TopK),
+}
