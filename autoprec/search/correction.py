@@ -209,13 +209,15 @@ def _fit(cells: _Cells, seen: Sequence[Seen], width: float) -> tuple[Correction,
     plans = [cells.of(one.options) for one in seen]
     slopes: Floats = np.zeros((0, len(before)))
     inverse: Floats = np.zeros((0, 0))
-    target = level = np.zeros(0)
+    target: Floats = np.zeros(0)
+    level: Floats = np.zeros(0)
     for _ in range(FITS if plans else 0):
         rows = [cells.log_error(plan, parts) for plan in plans]
         level, slopes = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
         # linear about the present parts: target = slopes @ parts + noise
         target = measured - level + slopes @ parts
-        inverse = np.linalg.inv((slopes * before) @ slopes.T + np.diag(noise))
+        covariance = (slopes * before) @ slopes.T + np.diag(noise)
+        inverse = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
         step = before * (slopes.T @ (inverse @ target)) - parts
         largest = float(np.abs(slopes @ step).max())
         parts = parts + step * min(1.0, LARGEST_STEP / max(largest, LEAST))

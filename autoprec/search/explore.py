@@ -8,7 +8,7 @@ promises the most; where none can win any more, plans of the front where it is l
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from autoprec.search.study import FRONT, PlanStudy
 
 WALK_STEPS = 4
 DRAWS = 6  # of a table, for one plan to evaluate
+MOST_CHANGED = 300  # plans near them, of which each is looked up in the corrected table
 TRIES = 3  # without a plan that can win, before there is none
 FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
 FRONT_GAP = 0.2  # of log e: a front that is denser tells nothing new
@@ -94,11 +95,25 @@ def _walk(study: PlanStudy, problem_of: ProblemOf) -> None:
 def _draw(
     study: PlanStudy, correction: Correction, problem_of: ProblemOf, random: np.random.Generator
 ) -> list[Options]:
-    """Return exact plans of tables that may be the true one."""
+    """Return exact plans of tables that may be the true one, and changes of them in one group."""
     tables = (correction.costs, *(correction.drawn(random) for _ in range(DRAWS)))
     price = study.best.time_to_loss_ms if study.best else 0.0
     found = (likely(problem_of(table), study.held_budget, price) for table in tables)
-    return [plan for plan in found if plan]
+    plans = list(dict.fromkeys(plan for plan in found if plan))
+    near = [plan for base in plans for plan in _changed(study.problem, base)]
+    some = random.permutation(len(near))[:MOST_CHANGED]
+    return [*plans, *(near[index] for index in some)]
+
+
+def _changed(problem: Problem, options: Options) -> Iterator[Options]:
+    """Yield the plans that differ in one group."""
+    for group in problem.groups:
+        own = tuple(options[index] for index in group.layers)
+        for choice in group.choices:
+            if choice != own:
+                instead = dict(zip(group.layers, choice, strict=True))
+                chosen = (instead.get(index, option) for index, option in enumerate(options))
+                yield problem.follow_uncalled(tuple(chosen))
 
 
 def _fill_front(study: PlanStudy, correction: Correction) -> bool:

@@ -1,0 +1,109 @@
+"""What measured plans say of a table, and the choice of plans where the table is wrong."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from autoprec.records import BF16_O2, Constraint, Estimate, Option
+from autoprec.search import search_plan
+from autoprec.search.correction import Seen, fit_correction
+from autoprec.search.costs import Costs, make_costs
+from tests.search_tables import ROWWISE, TENSORWISE, Row, tables_of
+
+Options = tuple[Option, ...]
+ROWS: dict[str, Row] = {
+    f"layer{i}": {
+        BF16_O2: (2.0 + i, 1e-6),
+        TENSORWISE: (1.3 + 0.6 * i, 1e-3),
+        ROWWISE: (1.5 + 0.7 * i, 6e-4),
+    }
+    for i in range(6)
+}
+WRONG = (8.0, 0.2, 5.0, 0.4, 1.0, 10.0)  # true over table, as where derivatives jump
+EVERY = list(itertools.product((BF16_O2, TENSORWISE, ROWWISE), repeat=6))
+
+
+def truth(costs: Costs, options: Options) -> float:
+    """The joint error: wrong by layer, and not quite additive."""
+    parts = [row[o].grad_error for row, o in zip(costs.prices, options, strict=True)]
+    bent = 1.0 + 0.05 * math.sin(sum(i * len(o.key) for i, o in enumerate(options)))
+    return bent * math.fsum(f * part for f, part in zip(WRONG, parts, strict=True))
+
+
+def seen(costs: Costs, count: int, *, is_right: bool = False) -> list[Seen]:
+    plans = np.random.default_rng(0).choice(len(EVERY), count, replace=False)
+    error = costs.grad_error if is_right else lambda options: truth(costs, options)
+    return [Seen(EVERY[i], error(EVERY[i]), 0.05 * error(EVERY[i])) for i in plans]
+
+
+def test_a_wrong_table_is_corrected_within_the_error_that_is_said() -> None:
+    costs = make_costs(*tables_of(ROWS))
+    before = [math.log(costs.grad_error(plan) / truth(costs, plan)) for plan in EVERY[1:]]
+    correction = fit_correction(costs, seen(costs, 16))
+    guesses = [correction.guess(plan) for plan in EVERY[1:]]
+    off = [
+        math.log(g.grad_error / truth(costs, plan))
+        for g, plan in zip(guesses, EVERY[1:], strict=True)
+    ]
+    assert np.std(before) > 0.5
+    assert np.std(off) < 0.25
+    within = [abs(o) <= 2.0 * g.log_sd for o, g in zip(off, guesses, strict=True)]
+    assert np.mean(within) > 0.9
+    drawn = correction.drawn(np.random.default_rng(1))
+    off = [math.log(drawn.grad_error(plan) / truth(costs, plan)) for plan in EVERY[1:]]
+    assert 0.05 < np.std(off) < 0.8
+
+
+def test_a_table_that_holds_is_believed_after_a_few_plans() -> None:
+    costs = make_costs(*tables_of(ROWS))
+    wide = fit_correction(costs, []).guess(EVERY[-1])
+    known = fit_correction(costs, seen(costs, 5, is_right=True))
+    assert wide.grad_error == pytest.approx(costs.grad_error(EVERY[-1]))
+    assert known.guess(EVERY[-1]).log_sd < 0.2 < wide.log_sd
+    assert known.guess(EVERY[-1]).grad_error == pytest.approx(wide.grad_error, rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4])
+def test_the_joint_optimum_is_found_on_a_wrong_table(share: float) -> None:
+    tables = tables_of(ROWS)
+    costs = make_costs(*tables)
+    budget = share * max(truth(costs, plan) for plan in EVERY)
+    search = search_plan(
+        *tables,
+        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
+        evaluate=lambda options, batches: Estimate(mean=truth(costs, options)),
+    )
+
+    def time_to_loss(plan: Options) -> float:
+        return costs.counted_ms(plan) * (1.0 + truth(costs, plan))
+
+    best = min(time_to_loss(plan) for plan in EVERY if truth(costs, plan) <= budget)
+    assert time_to_loss(search.chosen.options) <= 1.01 * best
+    assert len(search.trials) <= 20
+
+
+def test_a_plan_near_the_budget_is_measured_again_and_held_with_its_standard_error() -> None:
+    tables = tables_of(ROWS)
+    costs = make_costs(*tables)
+    asked: list[tuple[Options, int]] = []
+
+    def lucky(options: Options, batches: int) -> Estimate:
+        """Two batches say 10 % too little, and do not know it."""
+        asked.append((options, batches))
+        error = costs.grad_error(options) * (0.9 if batches == 2 else 1.0)
+        return Estimate(mean=error, stderr=error * (0.01 if batches == 2 else 0.04))
+
+    budget = costs.grad_error((TENSORWISE,) * 6) * 0.7
+    search = search_plan(
+        *tables,
+        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
+        evaluate=lucky,
+    )
+    assert {batches for _, batches in asked} == {2, 6}
+    assert costs.grad_error(search.chosen.options) * 1.04 <= budget
+    assert search.chosen.grad_error_stderr is not None
+    fronts = [(p.grad_error_measured or 0.0, p.step_ms) for p in search.measured_front]
+    assert fronts == sorted(fronts)
+    assert [ms for _, ms in fronts] == sorted((ms for _, ms in fronts), reverse=True)
