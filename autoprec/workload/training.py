@@ -27,7 +27,7 @@ from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.optimizers import rated_groups
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
-NEARLY_ZERO = 0.01  # of the peak rate, where a schedule is over
+NEARLY_ZERO = 1e-6  # of the peak rate, where a schedule is over
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Training:
 class Schedule:
     """The user's scheduler, stepped once for each optimizer step, or faster while it rises.
 
-    `position` is its step, `pace` how many of them are made at a time up to its `peak`; from
-    `length` on, if that is known, the rates are about zero.
+    `position` is its step, `pace` how many of them are made at a time up to its `peak`, and
+    `length` its last step, if that is known.
     """
 
     def __init__(self, scheduler: LRScheduler, *, warmup_steps: int = 0) -> None:
@@ -154,9 +154,10 @@ def clip_gradients(model: nn.Module, most: float) -> None:
 
 
 def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
-    """Return the step at which the rates are highest, and the one from which they are about zero.
+    """Return the step at which the rates are highest, and the last one, where it is told.
 
-    None where they are not within LONGEST_SCHEDULE steps. A copy is stepped.
+    It is where the rates are zero or the scheduler refuses to go on; None where that is not within
+    LONGEST_SCHEDULE steps. A copy is stepped.
     """
     shell = copy.copy(scheduler.optimizer)
     shell.param_groups = [dict(group) for group in scheduler.optimizer.param_groups]
@@ -164,7 +165,8 @@ def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
     rates = [max(_rate(group) for group in shell.param_groups)]
     peak = 0
     while len(rates) < LONGEST_SCHEDULE:
-        _step(ahead)
+        if not _step(ahead):
+            return peak, len(rates) - 1
         rates.append(max(_rate(group) for group in shell.param_groups))
         if rates[-1] > rates[peak]:
             peak = len(rates) - 1
@@ -173,10 +175,15 @@ def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
     return peak, None
 
 
-def _step(scheduler: LRScheduler) -> None:
+def _step(scheduler: LRScheduler) -> bool:
+    """Go on by one step, and return whether there was one."""
     with warnings.catch_warnings():  # that the optimizer was not stepped before: it is a copy's
         warnings.simplefilter("ignore", UserWarning)
-        scheduler.step()
+        try:
+            scheduler.step()
+        except ValueError:  # OneCycleLR past its total_steps
+            return False
+    return True
 
 
 def _rate(group: dict[str, Any]) -> float:  # Any: a param group
