@@ -126,7 +126,7 @@ def test_looking_ahead_changes_nothing() -> None:
     assert (optimizer.state_dict(), scheduler.last_epoch) == before
     assert schedule.peak == 14
     assert schedule.length == 50
-    schedule.go_to(49)
+    schedule.go_to(50)
     last = optimizer.param_groups[0]["lr"]
     schedule.go_to(60)  # beyond its end the rates stay
     assert optimizer.param_groups[0]["lr"] == last
