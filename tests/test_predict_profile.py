@@ -14,6 +14,7 @@ from autoprec.records.model import (
     LayerSpec,
     ModelSpec,
     Option,
+    ParameterSpec,
     Refusal,
     fp8_option,
 )
@@ -165,13 +166,56 @@ def test_every_kind_of_layer_has_a_time_in_both_precisions() -> None:
         plain_layer("norm", LayerKind.NORM, (512,), (8, 128, 512)),
         plain_layer("embed", LayerKind.EMBEDDING, (1000, 512), (8, 128)),
         plain_layer("attention", LayerKind.ATTENTION, (1536, 512), (8, 128, 512)),
-        plain_layer("lstm", LayerKind.RECURRENT, (2048, 512), (8, 128, 512)),
+        plain_layer("router", LayerKind.OTHER, (64, 512), (8, 128, 512)),
+        plain_layer("positions", LayerKind.OTHER, (1, 128, 512), (8, 128, 512)),
         plain_layer("scale", LayerKind.OTHER, (512,), (8, 128, 512)),
     )
     profile = predicted(spec)
     for name in spec.names:
         slow, fast = total(row(profile, name, FP32)), total(row(profile, name, BF16_O2))
         assert 0 < fast <= slow
+
+
+def experts(name: str = "experts") -> LayerSpec:
+    return plain_layer(name, LayerKind.OTHER, (8, 1024, 512), (1, 4096, 512))
+
+
+def test_of_what_the_model_does_not_know_no_time_is_said_and_steps_say_what_they_leave_out() -> (
+    None
+):
+    two = plain_layer("two", LayerKind.OTHER, (512, 512), (1, 4096, 512))
+    two = two.model_copy(update={"parameters": two.parameters * 2})
+    lstm = plain_layer("lstm", LayerKind.RECURRENT, (2048, 512), (8, 128, 512))
+    loose = ParameterSpec(name="loose", shape=(8, 1024), dtype="float32", is_trainable=True)
+    known = model_of(linear_layer("up", 512, 1024))
+    spec = model_of(linear_layer("up", 512, 1024), experts(), two, lstm)
+    spec = spec.model_copy(update={"uncovered": (loose,)})
+    profile, without = predicted(spec), predicted(known)
+    for name in ("experts", "two", "lstm"):
+        for option in (FP32, BF16_O2):
+            found = row(profile, name, option)
+            assert found.total is found.output is found.cast is None
+            assert found.unknown
+            assert found.parameter_bytes > 0
+    assert list(profile.unknown_times) == ["experts", "two", "lstm", "loose"]
+    assert "grouped GEMMs" in profile.unknown_times["experts"]
+    assert profile.left_out == pytest.approx(1 - 512 * 1024 / spec.numel)
+    assert without.left_out == 0.0
+    assert profile.fixed_bf16_ms > without.fixed_bf16_ms  # the optimizer trains every weight
+
+
+def test_a_layer_s_one_matrix_is_the_gemm_of_its_shape_or_is_added() -> None:
+    spec = model_of(
+        plain_layer("router", LayerKind.OTHER, (64, 512), (8, 128, 512)),
+        plain_layer("positions", LayerKind.OTHER, (1, 128, 512), (8, 128, 512)),
+        plain_layer("scale", LayerKind.OTHER, (512,), (8, 128, 512)),
+    )
+    added = spec.layers[1].model_copy(update={"output_elements": 8 * 128 * 512})
+    profile = predicted(model_of(spec.layers[0], added, spec.layers[2]))
+    assert total(row(profile, "positions", BF16_O2)) == total(row(profile, "scale", BF16_O2))
+    linear = predict_linear(H100, 1024, 512, 64).bf16
+    gemms = linear.output_ms + linear.grad_input_ms + linear.grad_weight_ms
+    assert total(row(profile, "router", BF16_O2)) == pytest.approx(gemms)
 
 
 def test_eager_pays_for_every_kernel() -> None:

@@ -31,7 +31,7 @@ from autoprec.runtime import check_applied, trace_step
 from autoprec.runtime.finite import FIRST
 from autoprec.sensitivity.gemm import scaled_mm
 from autoprec.tuning.plan_check import check_plan
-from tests.models import Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
+from tests.models import WIDTH, Mlp, TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.plans import plan_for
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -362,3 +362,58 @@ def test_check_plan_says_what_does_not_fit(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(RecordError):
         check_plan(path, model="", target="cpu")
+
+
+# --- experts, and what cannot be judged ----------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts whose GEMMs run as one, or in an operator that nobody knows."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x.to(self.weight.dtype), self.weight)
+
+
+def grouped(x: Tensor, weight: Tensor) -> Tensor:
+    half, size = len(x) // 2, len(x)
+    return torch._grouped_mm(x, weight, offs=torch.tensor([half, size], dtype=torch.int32))
+
+
+@torch.library.custom_op("autoprec_tests::experts", mutates_args=())
+def unknown_kernel(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ones_like(x)
+
+
+unknown_kernel.register_autograd(
+    lambda context, gradient: (gradient, torch.ones_like(context.weight)),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "weight", inputs[1]),
+)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected", "is_judged"),
+    [
+        (grouped, "forward _grouped_mm bfloat16; backward _grouped_mm bfloat16", True),
+        (
+            lambda x, w: torch.cat([part @ w[0] for part in x.chunk(2)]),
+            "forward mm bfloat16; backward mm bfloat16",
+            True,
+        ),
+        (unknown_kernel, "not judged", False),
+    ],
+)
+def test_experts_are_watched_or_said_not_to_be_judged(
+    run: Callable[[Tensor, Tensor], Tensor], expected: str, is_judged: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Experts(run), nn.LayerNorm(WIDTH))
+    autoprec.apply(plan_for(model), model)
+    checks = {check.name: check for check in autoprec.verify_applied(model, torch.ones(8, WIDTH))}
+    assert checks["1"].detail.startswith(f"bf16_o2: {expected}")
+    assert checks["1"].is_judged == is_judged
+    assert checks["0"].is_judged
+    assert checks["2"].is_judged

@@ -18,6 +18,7 @@ from autoprec.records import (
     FP32,
     Basis,
     Constraint,
+    LayerKind,
     ModelSpec,
     Option,
     ParameterSpec,
@@ -28,9 +29,10 @@ from autoprec.records import (
 )
 from autoprec.records.cost import Timing
 from autoprec.records.model import with_gemms_hp
+from autoprec.records.sensitivity import Estimate
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import Costs, make_costs
-from tests.decoder_specs import decoder, linear_layer, model_of
+from tests.decoder_specs import decoder, linear_layer, model_of, plain_layer
 from tests.search_tables import TYPICAL, tables_of
 
 H100 = load_device_profile("h100-sxm")
@@ -390,3 +392,42 @@ def test_fp8_behind_a_kernel_of_its_own_pays_for_the_cast_that_nothing_fuses() -
         predict_profile(spec, H100, options=[TENSORWISE]).step("fp8_o1") for spec in (WIDE, own)
     ]
     assert eager[0] == eager[1]
+
+
+def test_what_has_no_known_time_is_told_in_layer_step_and_answer() -> None:
+    experts = plain_layer("mlp.experts", LayerKind.OTHER, (8, 4096, 1024), (1, 4096, 1024))
+    spec = model_of(linear_layer("q_proj", 8192, 8192), experts)
+    profile = predicted("", spec)
+    plan = planned(profile)
+    assignment = next(a for a in plan.layers if a.name == "mlp.experts")
+    assert assignment.layer_ms is assignment.baseline_ms is None
+    assert assignment.basis is Basis.UNKNOWN
+    assert assignment.option == BF16_O2
+    assert "its time is not known (the cost model knows no grouped GEMMs" in assignment.reason
+    assert not re.search(r"\dx (faster|slower)", assignment.reason)
+    assert plan.predicted is not None
+    assert plan.predicted.left_out == pytest.approx(8 * 4096 * 1024 / spec.numel)
+    assert any(note.startswith("no time is known for 33 % of the weights") for note in plan.notes)
+    assert "no FP8 option yet for 33 % of the weights (other)" in plan.notes
+
+
+@pytest.mark.parametrize(("error", "expected"), [(1e-6, BF16_O2), (0.5, FP32)])
+def test_a_layer_without_a_time_goes_to_fp32_only_for_its_error(
+    error: float, expected: Option
+) -> None:
+    experts = plain_layer("mlp.experts", LayerKind.OTHER, (8, 4096, 1024), (1, 4096, 1024))
+    profile = predicted("", model_of(linear_layer("q_proj", 8192, 8192), experts))
+    errors = {"mlp.experts": error, "q_proj": 1e-6}
+    unknown = unknown_sensitivity(profile.model)
+    rows = (
+        row.model_copy(
+            update={"grad_error": Estimate(mean=errors[row.name]), "basis": Basis.MEASURED}
+        )
+        for row in unknown.rows
+    )
+    sensitivity = unknown.model_copy(update={"rows": tuple(rows)})
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=1e-3)
+    search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
+    chosen = dict(zip(profile.model.names, search.chosen.options, strict=True))
+    assert chosen["mlp.experts"] == expected
+    assert chosen["q_proj"] != FP32

@@ -39,6 +39,7 @@ from autoprec.workload.functions import (
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
+GROUPED_IN_FP32 = "Expected inputs of BF16"  # what torch's grouped GEMM says on meta tensors
 LOOKED_AT_VALUES = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
@@ -187,11 +188,16 @@ def _without_storage() -> Iterator[None]:
             yield
     except WorkloadError as error:
         cause = error.__cause__
-        if not isinstance(cause, LOOKED_AT_VALUES) and "meta" not in str(cause).lower():
+        looked_at_values = isinstance(cause, LOOKED_AT_VALUES) or "meta" in str(cause).lower()
+        if looked_at_values:
+            rule = "nothing is computed, so model and loss must not look at values"
+        elif GROUPED_IN_FP32 in str(cause):
+            rule = "experts must not run as grouped GEMMs, which take BF16 alone there"
+        else:
             raise
         raise CaptureError(
-            f"with --meta nothing is computed, so model and loss must not look at values, but "
-            f"{error}; take values from the batch's shapes, or capture without --meta"
+            f"with --meta {rule}, but {error}; take values from the batch's shapes, build experts "
+            "of transformers with experts_implementation='batched_mm', or capture without --meta"
         ) from error
     finally:
         its_log.setLevel(level)

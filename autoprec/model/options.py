@@ -29,6 +29,10 @@ USED_UNCALLED = (
     "its weight is used without a call of the layer, as a fused linear cross-entropy does, and FP8 "
     "runs in the layer's call"
 )
+HAS_EXPERTS = (
+    "its matrices share one parameter of three dimensions, as experts of a mixture do, and FP8 is "
+    "for nn.Linear"
+)
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",

@@ -7,7 +7,9 @@ amounts to:
     embedding     gathers rows; its gradient is dense, so the whole table is written
     conv          the GEMM [positions, in * kernel] @ [in * kernel, out]
     attention     its projections (nn.MultiheadAttention)
-    other         a GEMM with as many weights
+    other         the GEMM of its one matrix, or memory traffic where it has none or adds it
+
+Of recurrent layers and of others (experts of a mixture, several matrices) no time is known.
 """
 
 import math
@@ -61,9 +63,25 @@ def time_layers(
     )
 
 
+def unknown_time(layer: LayerSpec) -> str:
+    """Return why the model knows no time of a layer, or an empty string."""
+    if layer.kind is LayerKind.RECURRENT:
+        return "the cost model knows no recurrent kernels"
+    if layer.kind is not LayerKind.OTHER or not _matrices(layer) or _one_matrix(layer):
+        return ""
+    if any(len(shape) > 2 for shape in _matrices(layer)):
+        return "the cost model knows no grouped GEMMs, which experts of a mixture run"
+    return "the cost model does not know what its matrices do"
+
+
 def layer_times(layer: LayerSpec, option: Option, setting: Setting) -> LinearTimes:
-    """Return a layer's times per step in microseconds, recomputed forwards included."""
+    """Return a layer's times per step in microseconds, recomputed forwards included.
+
+    All are 0 where no time is known.
+    """
     summed = vars(LinearTimes()).copy()
+    if unknown_time(layer):
+        return LinearTimes()
     for call in layer.calls:
         for part, us in vars(_call_times(layer, call, option, setting)).items():
             summed[part] += call.count * us
@@ -109,14 +127,16 @@ def _layer_timing(
     share = parameter_share(layer, parallel) / parallel.fsdp
     size, trained = element_bytes(option), _numel(p for p in own if p.is_trainable)
     states = 4 * setting.state_ratio + (MASTER_BYTES if size == 2 else 0)
+    unknown = unknown_time(layer)
     return LayerTiming(
         names=tuple(item.name for item in group),
         option=option,
-        output=predicted(times.output, machine),
+        output=None if unknown else predicted(times.output, machine),
         grad_input=predicted(times.grad_input, machine) if times.grad_input else None,
         grad_weight=predicted(times.grad_weight, machine) if times.grad_weight else None,
-        cast=predicted(times.cast, machine, unsure=unsure),
-        total=predicted(total, machine, unsure=unsure),
+        cast=None if unknown else predicted(times.cast, machine, unsure=unsure),
+        total=None if unknown else predicted(total, machine, unsure=unsure),
+        unknown=unknown,
         parameter_bytes=round(size * _numel(own) * share),
         gradient_bytes=round(size * trained * share),
         optimizer_bytes=round(states * trained * share),
@@ -136,8 +156,7 @@ def _call_times(layer: LayerSpec, call: CallSpec, option: Option, setting: Setti
         back = 0.0 if layer.is_frozen else _traffic_us(rows + table, setting)
         return LinearTimes(output=_traffic_us(rows, setting), grad_weight=back)
     is_other = layer.kind not in (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION)
-    has_matrix = any(len(p.shape) >= 2 for p in layer.parameters)
-    if layer.kind is LayerKind.NORM or (is_other and not has_matrix):
+    if layer.kind is LayerKind.NORM or (is_other and _is_elementwise(layer)):
         moved = size * elements / setting.parallel.tp
         back = _traffic_us(3 * moved, setting) if has_grad_input else 0.0
         return LinearTimes(output=_traffic_us(2 * moved, setting), grad_input=back)
@@ -166,8 +185,30 @@ def _gemm_shape(layer: LayerSpec, call: CallSpec, parallel: Parallel) -> tuple[i
         width = shape[-1] if shape else 0
         columns = _numel(p for p in layer.parameters if len(p.shape) == 2) // max(width, 1)
         return tokens, width, columns
-    side = math.isqrt(_numel(layer.parameters))
-    return tokens, side, side
+    return (tokens, *(_one_matrix(layer) or (0, 0)))
+
+
+def _matrices(layer: LayerSpec) -> list[tuple[int, ...]]:
+    return [p.matrix_shape for p in layer.parameters if len(p.matrix_shape) > 1]
+
+
+def _one_matrix(layer: LayerSpec) -> tuple[int, int] | None:
+    """Return K and N of a layer's only matrix, if its input is as wide as one of its sides."""
+    shapes = _matrices(layer)
+    width = next((call.inputs[0].shape[-1:] for call in layer.calls if call.inputs), ())
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not set(width) & set(shapes[0]):
+        return None
+    (K,), (rows, columns) = width, shapes[0]
+    return K, (rows if columns == K else columns)
+
+
+def _is_elementwise(layer: LayerSpec) -> bool:
+    """Whether it has no matrix, or one that can only be added: its output is as its input."""
+    found = _one_matrix(layer)
+    if found is None:
+        return not _matrices(layer)
+    inputs = sum(c.count * math.prod(c.inputs[0].shape) for c in layer.calls if c.inputs)
+    return found[0] != found[1] and layer.output_elements == inputs
 
 
 def _traffic_us(moved: float, setting: Setting) -> float:

@@ -5,11 +5,15 @@ from autoprec.records.cost import DeviceFacts, Timing
 
 
 class Check(Record):
-    """One thing looked at: `is_good` and what was seen, in words."""
+    """One thing looked at: `is_good` and what was seen, in words.
+
+    `is_judged` is False of a layer where nothing was seen that could be good or bad.
+    """
 
     name: str
     is_good: bool
     detail: str
+    is_judged: bool = True
 
 
 class Diagnosis(Record):

@@ -112,6 +112,7 @@ class LayerTiming(Record):
     `kernels` are the operations that really ran (proof of FP8).
     `beside` are the functions that a compiled FP8 layer was timed with, their own time taken off;
     `note` says why a layer is not compiled though the profile's `compile_mode` is, "" otherwise.
+    `unknown` says why a layer that runs has no time: then no time of a step has it either.
     """
 
     names: tuple[str, ...]
@@ -130,6 +131,7 @@ class LayerTiming(Record):
     conditions: Conditions | None = None
     beside: tuple[str, ...] = ()
     note: str = ""
+    unknown: str = ""
 
 
 class SumCheck(Record):
@@ -218,6 +220,29 @@ class Profile(FileRecord):
         """Return the row of a layer and option, or None when it was not profiled."""
         rows = (row for row in self.layers if row.option == option and name in row.names)
         return next(rows, None)
+
+    @property
+    def unknown_times(self) -> dict[str, str]:
+        """What no time has in it, and why: layers, and matrices of none in a predicted profile."""
+        found = {name: row.unknown for row in self.layers if row.unknown for name in row.names}
+        if self.basis is Basis.PREDICTED:
+            matrices = (p.name for p in self.model.uncovered if len(p.matrix_shape) > 1)
+            found |= dict.fromkeys(matrices, "it belongs to no layer")
+        return found
+
+    @property
+    def left_out(self) -> float:
+        """The share of the weights that is in `unknown_times`."""
+        unknown, model = self.unknown_times, self.model
+        held = sum(
+            parameter.numel
+            for layer in model.layers
+            if layer.name in unknown
+            for parameter in layer.parameters
+            if parameter.shared_with is None
+        )
+        held += sum(p.numel for p in model.uncovered if p.name in unknown)
+        return held / max(model.numel, 1)
 
     def step(self, label: str) -> StepTiming | None:
         """Return the whole-step timing of that label, or None."""

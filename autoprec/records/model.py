@@ -144,6 +144,11 @@ class ParameterSpec(Record):
         return math.prod(self.shape)
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The dimensions that are more than 1; two or more are those of a matrix."""
+        return tuple(size for size in self.shape if size != 1)
+
+    @property
     def held_numel(self) -> int:
         """The number of elements that one rank holds."""
         return -(-self.numel // self.shards)

@@ -91,6 +91,7 @@ class PredictedStep(Record):
     """The step time that the search's model gives, in ms, for the plan and the uniform plans.
 
     `low_ms`..`high_ms` is the interval of `plan_ms`; `memory_bytes` the plan's peak on one device.
+    `left_out` is the share of the weights whose layers' time is not known and not in any of these.
     """
 
     plan_ms: NonNegativeFloat
@@ -99,6 +100,7 @@ class PredictedStep(Record):
     low_ms: NonNegativeFloat | None = None
     high_ms: NonNegativeFloat | None = None
     memory_bytes: NonNegativeInt | None = None
+    left_out: NonNegativeFloat = 0.0
 
 
 class Certificate(Record):

@@ -199,7 +199,7 @@ def _timing_facts(timing: LayerTiming) -> Row:
     known["memory_bytes"] = sum(known.values())
     known |= {"kernels": " ".join(timing.kernels), "infeasible": timing.infeasible}
     if (total := timing.total) is None:
-        return known
+        return known | ({"time_basis": Basis.UNKNOWN.value} if timing.unknown else {})
     parts = {f"{p}_ms": part.median_ms for p in PARTS if (part := getattr(timing, p)) is not None}
     if "output_ms" in parts:
         known["other_ms"] = total.median_ms - sum(parts.values())

@@ -70,7 +70,8 @@ class Ceiling:
 class Summary:
     """What a run found. `extra_steps` are per step; `time_to_loss` is against FP32.
 
-    `notes` say, sentence by sentence, what the numbers do not cover.
+    `notes` say, sentence by sentence, what the numbers do not cover, and `left_out` which weights
+    have no known time, and which no FP8 option.
     """
 
     run: RunRecords
@@ -91,6 +92,7 @@ class Summary:
     fp8_answer: str
     compile_answer: str
     memory_answer: str
+    left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -159,8 +161,19 @@ class Summary:
         ]
         plan = f"A plan for {count_of(len(self.layers), 'layer')}"
         found = f"Step speedup {', '.join(speedups)}" if speedups else plan
+        if speedups and self.without:
+            found += f" ({self.without})"
         where = " on a proxy" if self.proxy else ""
         return f"{found}; {VERDICT_WORDS[self.verdict]}{where}"
+
+    @property
+    def without(self) -> str:
+        """What predicted times of steps leave out; "" where the plan was timed, or nothing is."""
+        plan = self.steps.get("plan")
+        predicted = self.run.plan.predicted if self.run.plan else None
+        if plan is None or plan.basis is Basis.MEASURED or not predicted or not predicted.left_out:
+            return ""
+        return f"predicted without {formats.share(predicted.left_out)} of the weights"
 
 
 def summarise_run(run: RunRecords) -> Summary:
@@ -171,7 +184,8 @@ def summarise_run(run: RunRecords) -> Summary:
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
     constraint = plan.constraint.loss_tolerance if plan else None
-    answers = [_plan_note(plan, start) for start in ("FP8 ", "does not fit in memory")]
+    starts = ("FP8 ", "does not fit in memory", "no time is known for", "no FP8 option yet")
+    answers = [_plan_note(plan, start) for start in starts]
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
     return Summary(
         run=run,
@@ -192,6 +206,7 @@ def summarise_run(run: RunRecords) -> Summary:
         fp8_answer=answers[0],
         compile_answer=_compile_answer(run),
         memory_answer=answers[1],
+        left_out=tuple(filter(None, answers[2:])),
         notes=tuple(text for text in said if text not in answers),  # those are shown apart
     )
 
@@ -219,6 +234,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,
         "memory": found.memory_answer,
+        "left_out": list(found.left_out),
         "out": str(out),
         "plan": str(Path(out) / "plan.json") if run.plan else None,
     }

@@ -54,7 +54,7 @@ def print_summary(run: RunRecords, console: Console, *, out: Path | str | None =
     parts = layers_parts(found.layers, console.width) if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
-    answers = (found.fp8_answer, found.compile_answer, found.memory_answer)
+    answers = (found.fp8_answer, found.compile_answer, found.memory_answer, *found.left_out)
     parts += [Line(answer, "bold") for answer in answers if answer]
     parts += [Line(found.ceiling.sentence)] if found.ceiling else []
     parts += notes(found.notes)
@@ -94,7 +94,8 @@ def _steps_parts(found: Summary) -> list[Part]:
         speedup = found.speedups.get(label)
         texts = (found.title(label), formats.ms(step.ms), spread, *counts)
         rows.append((*texts, _speedup(speedup) if speedup else "")[: len(heads)])
-    return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5))]
+    below = [Line(found.without)] if found.without else []
+    return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5)), *below]
 
 
 def _speedup(speedup: Speedup) -> str:

@@ -8,11 +8,12 @@ given to a layer:
     backward   autograd numbers its nodes in the order in which forward makes them, so a node whose
                number lies within a layer's forward call belongs to that layer
 
-Only operations with a precision of their own are looked at (GEMMs, convolutions, fused attention
-and recurrent kernels, norms, embeddings); the rest follows from the dtypes of activations. A
-class with a forward of its own may compute in FP32 from BF16 storage, as routers of experts do:
-what its author wrote stays, and the check says so. What a parametrization does to make a weight
-(an orthogonal one factorizes in FP32) is not the layer's operation and is left out.
+Only operations with a precision of their own are looked at (GEMMs, those of experts too,
+convolutions, fused attention and recurrent kernels, norms, embeddings); the rest follows from the
+dtypes of activations. A class with a forward of its own may compute in FP32 from BF16 storage, as
+routers of experts do: what its author wrote stays, and the check says so. A layer with matrices in
+which none of these ran (a kernel of somebody's own) is not judged. What a parametrization does to
+make a weight (an orthogonal one factorizes in FP32) is not the layer's operation and is left out.
 
 A layer is looked for under the plan's name, or where what wrapped it later put it: LoRA makes
 `q_proj` to `q_proj.base_layer`, `torch.compile` of a block puts `_orig_mod` into the name.
@@ -46,6 +47,12 @@ from autoprec.workload.written import dtype_name
 aten = torch.ops.aten
 # Position of the first operand; the second is the next.
 GEMMS = {aten.mm: 0, aten.addmm: 1, aten.bmm: 0, aten.baddbmm: 1, aten._scaled_mm: 0}
+# Of experts, in one tensor of three dimensions; the FP8 ones where this torch has them.
+GROUPED = {
+    getattr(aten, name): 0
+    for name in ("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2")
+    if hasattr(aten, name)
+}
 _FIRST = (  # kernels whose precision is the dtype of their first operand
     "convolution convolution_backward embedding embedding_dense_backward _embedding_bag "
     "native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward "
@@ -62,8 +69,9 @@ _FIRST = (  # kernels whose precision is the dtype of their first operand
 OPERANDS = {  # of every operation with a precision of its own, those whose dtype it is
     **{getattr(aten, name): (0,) for name in _FIRST.split()},
     aten._scaled_dot_product_efficient_attention: (1,),
-    **{gemm: (first, first + 1) for gemm, first in GEMMS.items()},
+    **{gemm: (first, first + 1) for gemm, first in (GEMMS | GROUPED).items()},
 }
+NOT_JUDGED = "not judged: none of the operations whose dtype is looked at ran in it"
 NO_NODE = 2**62  # sequence numbers of nodes that forward did not make are above it
 LossFn = Callable[[nn.Module, Any], Tensor]  # Any: a batch, whatever the step needs
 
@@ -99,7 +107,7 @@ def verify_applied(
             the mean of its outputs.
 
     Returns:
-        One good check per layer, saying what ran.
+        One good check per layer, saying what ran; `is_judged` is False where that cannot be told.
 
     Raises:
         PlanMismatchError: something else ran; the message names every layer concerned.
@@ -147,15 +155,18 @@ def check_applied(
     for name, option in options.items():
         found = _present_name(name, layers, called)
         problem = f"should run {option.key}, but is not in the model any more"
-        detail = ""
+        detail, is_judged = "", True
         if found is not None:
             layer, trace = layers[found], traces[found]
             problem = _problem(layer, option, trace, gathers)
+            is_judged = _is_judged(layer, trace)
             was_used = trace.calls or trace.functional
-            detail = f"{option.key}: {trace if was_used else 'not called in this step'}"
+            seen = trace if was_used else "not called in this step"
+            detail = f"{option.key}: {seen if is_judged else NOT_JUDGED}"
             dtype = gathered_dtype(layer, gathers) if has_fp8_gathers and option.is_fp8 else ""
             detail += f"; weight gathered in {dtype}" if dtype else ""
-        checks.append(Check(name=name, is_good=not problem, detail=problem or detail))
+        check = Check(name=name, is_good=not problem, detail=problem or detail, is_judged=is_judged)
+        checks.append(check)
     return tuple(checks)
 
 
@@ -295,6 +306,13 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
     if columns == K and tokens == N and rows not in (N, K):
         return f"{Gemm.GRAD_INPUT} {seen}"
     return seen  # M, N and K are too alike to tell
+
+
+def _is_judged(layer: nn.Module, trace: LayerTrace) -> bool:
+    """Whether what ran in a layer was seen: something must, where it has a matrix and is called."""
+    has_matrix = any(parameter.squeeze().dim() > 1 for parameter in layer.parameters())
+    seen = trace.forward or trace.backward or trace.functional
+    return bool(seen or not trace.calls or not has_matrix)
 
 
 def _problem(

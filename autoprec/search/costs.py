@@ -12,7 +12,8 @@ within which it could be no faster than BF16,
                  single sample, which has no spread, all that it seems to save
     predicted    its FP8 GEMMs and casts * (exp(how far predicted speedups may be too high) - 1)
 
-so that a layer leaves BF16 only for a gain beyond its uncertainty, or for its gradient error.
+so that a layer leaves BF16 only for a gain beyond its uncertainty, or for its gradient error. Where
+no time is known it leaves BF16 for FP32 last of all: the margin is a whole BF16 step.
 
 A plan with any 16-bit or FP8 layer has BF16 activations; an all-FP32 plan has FP32 ones, pays no
 cast and has no error. Every term but the last belongs to one layer, so that the choice is a
@@ -69,6 +70,7 @@ class Price:
     time_basis: Basis
     grad_error_basis: Basis
     grad_error_stderr: float = 0.0  # of the measurement; a table may be wrong beyond it
+    unknown: str = ""  # why no time is known; then `ms` is 0, and in no step
 
     @property
     def with_casts_ms(self) -> float:
@@ -128,7 +130,10 @@ class Costs:
     def without_margins(self) -> "Costs":
         """Return the costs with every expected gain counted whole."""
         prices = (
-            {option: replace(price, margin_ms=0.0) for option, price in row.items()}
+            {
+                o: price if price.unknown else replace(price, margin_ms=0.0)
+                for o, price in row.items()
+            }
             for row in self.prices
         )
         fp32 = replace(self.outside_fp32, margin_ms=0.0)
@@ -252,7 +257,7 @@ def _price_layer(
             missing[option] = why
         else:
             price = _price(timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0)
-            margin_ms = _margin_ms(timing, baseline, profile.speedup_error)
+            margin_ms = _margin_ms(timing, baseline, profile)
             prices[option] = replace(price, margin_ms=margin_ms)
     # what breaks a layer moves in training, so that no set of its GEMMs is safe
     whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
@@ -279,7 +284,7 @@ def _why_missing(
         return "" if not option.is_fp8 else "the step did not call it"
     if timing is not None and timing.infeasible:
         return timing.infeasible
-    if timing is None or timing.total is None:
+    if timing is None or (timing.total is None and not timing.unknown):
         return "it was not timed"
     if effect is None and option != FP32:
         return "its effect on the gradient was not measured"
@@ -290,6 +295,7 @@ def _price(
     timing: LayerTiming | None, effect: LayerSensitivity | None, *, boundary_ms: float
 ) -> Price:
     total, ms, compute_ms, memory_bytes = None, 0.0, 0.0, 0  # of a layer that is not called
+    unknown = timing.unknown if timing else ""
     if timing is not None:
         total = timing.total
         ms = total.median_ms if total else 0.0
@@ -307,18 +313,20 @@ def _price(
         margin_ms=0.0,
         grad_error=max(effect.grad_error.mean, 0.0) if effect else 0.0,
         memory_bytes=memory_bytes,
-        time_basis=total.basis if total else Basis.MEASURED,
+        time_basis=total.basis if total else Basis.UNKNOWN if unknown else Basis.MEASURED,
+        unknown=unknown,
         grad_error_basis=effect.basis if effect else Basis.MEASURED,
         grad_error_stderr=(effect.grad_error.stderr or 0.0) if effect else 0.0,
     )
 
 
-def _margin_ms(
-    timing: LayerTiming | None, baseline: LayerTiming | None, speedup_error: float
-) -> float:
+def _margin_ms(timing: LayerTiming | None, baseline: LayerTiming | None, profile: Profile) -> float:
     """Return the part of an option's time within which it may be no faster than BF16."""
     if timing is None or baseline is None or timing.option == BF16_O2:
         return 0.0
+    if timing.unknown:
+        whole = profile.step(BF16_O2.precision.value)
+        return whole.timing.median_ms if whole else 0.0
     if timing.total is None or baseline.total is None:
         return 0.0
     if timing.total.samples and baseline.total.samples:
@@ -326,7 +334,7 @@ def _margin_ms(
     # Predicted: its GEMMs in BF16 are BF16's own, so that only the others may gain less.
     fp8 = [getattr(timing, gemm) for gemm in timing.option.fp8_gemms]
     changed = (timing.cast, *fp8) if timing.option.is_fp8 else ()
-    return math.fsum(part.median_ms for part in changed if part) * math.expm1(speedup_error)
+    return math.fsum(part.median_ms for part in changed if part) * math.expm1(profile.speedup_error)
 
 
 def _sampling_margin_ms(timing: Timing, baseline: Timing) -> float:

@@ -17,6 +17,9 @@ from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
 from autoprec.search.problem import Options, Problem
 
 SHORTEST_MS = 1e-4  # what rounding leaves is no time
+SMALLEST_SHARE = 0.001  # of the weights
+MOST_NAMED = 4
+NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV)
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -29,6 +32,8 @@ def plan_notes(
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     notes = (
         fp8_note(profile, problem, search, options),
+        _unknown_note(profile),
+        _no_option_note(profile),
         _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
         _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
@@ -226,6 +231,36 @@ def _kernel_note(profile: Profile, chosen: Mapping[str, Option]) -> str:
         f"no cast, pay up to {unsure_ms:.3g} ms a step for that: predicted from memory traffic, as "
         "no published pair shows it"
     )
+
+
+def _unknown_note(profile: Profile) -> str:
+    """Return what the times leave out because no time of it is known, or an empty string."""
+    unknown = profile.unknown_times
+    if profile.left_out < SMALLEST_SHARE:
+        return ""
+    reasons = "; ".join(dict.fromkeys(unknown.values()))
+    return (
+        f"no time is known for {percent(profile.left_out)} of the weights "
+        f"({first_and_more(unknown, most=MOST_NAMED)}: {reasons}): all step times and speedups "
+        "leave it out"
+    )
+
+
+def _no_option_note(profile: Profile) -> str:
+    """Return the share of the weights that are in experts, recurrent and other such layers."""
+    model = profile.model
+    kinds: Counter[str] = Counter()
+    for layer in model.layers:
+        if layer.kind in NO_FP8_KINDS and not any(option.is_fp8 for option in layer.options):
+            own = [p for p in layer.parameters if p.shared_with is None and len(p.matrix_shape) > 1]
+            kinds[layer.type_name.rpartition(".")[2]] += sum(p.numel for p in own)
+    uncovered = (p.numel for p in model.uncovered if len(p.matrix_shape) > 1)
+    kinds["parameters that belong to no layer"] += sum(uncovered)
+    large = {kind: share for kind, n in kinds.items() if (share := n / model.numel) >= NOTABLE}
+    if not large:
+        return ""
+    first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large.items())
+    return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
 
 
 def _count(layers: Sequence[object]) -> str:

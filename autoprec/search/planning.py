@@ -47,7 +47,7 @@ def build_plan(
         fingerprint=_fingerprint(profile, sensitivity),
         grad_error=grad_error,
         grad_error_basis=grad_error_basis,
-        predicted=_predicted(costs, options),
+        predicted=_predicted(costs, options, left_out=profile.left_out),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
         fp32_outputs=_fp32_outputs(costs, options),
         notes=(
@@ -81,8 +81,8 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
     return Assignment.of(
         layer,
         option,
-        layer_ms=price.ms,
-        baseline_ms=baseline.ms if baseline else None,
+        layer_ms=None if price.unknown else price.ms,
+        baseline_ms=baseline.ms if baseline and not baseline.unknown else None,
         basis=price.time_basis,
         grad_error=None if price.grad_error_basis is Basis.UNKNOWN else price.grad_error,
         grad_error_basis=price.grad_error_basis,
@@ -90,7 +90,7 @@ def _assignment(costs: Costs, index: int, options: Options, reason: str) -> Assi
     )
 
 
-def _predicted(costs: Costs, options: Options) -> PredictedStep:
+def _predicted(costs: Costs, options: Options, *, left_out: float) -> PredictedStep:
     low, high = costs.step_interval(options)
     return PredictedStep(
         plan_ms=costs.step_ms(options),
@@ -99,6 +99,7 @@ def _predicted(costs: Costs, options: Options) -> PredictedStep:
         low_ms=low,
         high_ms=high,
         memory_bytes=costs.memory_bytes(options),
+        left_out=left_out,
     )
 
 

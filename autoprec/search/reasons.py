@@ -157,6 +157,8 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
     """Compare BF16 to FP32: alone, as the report's tables do, and with casts, as the choice did."""
     prices = why.costs.prices[index]
+    if unknown := prices[BF16_O2].unknown:
+        return f"its time is not known ({unknown})"
     alone = compared(prices[BF16_O2].ms, prices[FP32].ms)
     text = f"BF16 {_than(alone, FP32)}{where}"
     with_casts = compared(prices[BF16_O2].ms, why.ms(index, FP32))
@@ -174,6 +176,8 @@ def _why_not_16_bit(why: Why, index: int) -> str:
     own = why.ms(index, FP32)
     if not is_all_fp32(why.options) and (island := _island(why, index)):
         return island
+    if prices[BF16_O2].unknown and not is_all_fp32(why.options):
+        return _too_harmful(why, index, BF16_O2, own)
     if prices[BF16_O2].ms >= own:
         return _bf16_to_fp32(why, index, why.shape(index))
     if is_all_fp32(why.options):
