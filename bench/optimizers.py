@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import autoprec
 from tests.optimizer_zoo import ZOO, Kind
 
-TOKENS, WIDTH, BATCH, STEPS = 64, 64, 16, 3
+TOKENS, WIDTH, BATCH, STEPS = 32, 32, 8, 3
 
 
 class Mixer(nn.Module):
@@ -31,8 +31,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(TOKENS, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 128)
-        self.down = nn.Linear(128, WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, TOKENS, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from autoprec.errors import AutoprecError, PlanMismatchError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
@@ -29,7 +30,7 @@ from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from
-from tests.models import mlp_workload, token_workload
+from tests.models import Mlp, mlp_workload, token_workload
 from tests.optimizer_zoo import Together
 
 CPU = torch.device("cpu")
@@ -309,3 +310,57 @@ def test_underflow_is_put_into_words() -> None:
     text = explain_statistics(rows)
     assert "grad_output" in text
     assert "underflow under rowwise; rowwise_with_gw_hp" in text
+
+
+def _hooked_mlp(kind: str) -> Mlp:
+    """Return the Mlp, four fifths of whose second weight are kept still, by one of these kinds."""
+    model = Mlp()
+    weight, generator = model.second.weight, torch.Generator().manual_seed(3)
+    mask = (torch.rand(weight.shape, generator=generator) > 0.8).float()
+    if kind == "prune":
+        prune.random_unstructured(model.second, "weight", 0.8)  # type: ignore[no-untyped-call]  # torch
+    elif kind == "parametrize":
+        parametrize.register_parametrization(model.second, "weight", Masked(mask))
+    elif kind == "gradient":  # of half the size, too
+        weight.register_hook(lambda gradient: gradient * mask / 2)  # type: ignore[no-untyped-call]  # torch
+    elif kind == "held":
+        weight.data *= mask
+
+        def hold(parameter: torch.Tensor) -> None:
+            parameter.grad = None if parameter.grad is None else parameter.grad * mask
+
+        weight.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]  # torch's
+    return model
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        mask = self.get_buffer("mask")
+        return weight * mask.to(weight.dtype)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "held", "parametrize", "prune"])
+def test_what_a_mask_or_a_hook_keeps_still_weighs_nothing(kind: str) -> None:
+    """Weight decay gives masked elements moments in Adam; their errors do not reach it."""
+    workload = changed(
+        mlp_workload(),
+        build_model=lambda: _hooked_mlp(kind),
+        build_optimizer=lambda model: torch.optim.Adam(model.parameters(), weight_decay=0.01),
+    )
+    spec = captured(workload)
+    exact, probed = (
+        measure_sensitivity(
+            warmed_up(workload, spec, warmup_steps=6), options=[TENSORWISE], method=method
+        )
+        for method in (Method.LAYERWISE, Method.SIGN_CODED)
+    )
+    ratios = [
+        p.grad_error.mean / e.grad_error.mean for e, p in zip(exact.rows, probed.rows, strict=True)
+    ]
+    assert min(ratios) > 0.7
+    assert max(ratios) < 1.4
+    assert max(row.grad_error.mean for row in exact.rows) < 0.01

@@ -87,6 +87,8 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
         return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized, and torchao casts plain weights only"
+    if "weight" not in module._parameters:
+        return "its weight is made anew before each call (pruned, normed); FP8 takes plain weights"
     if cls.forward is not nn.Linear.forward:
         return f"{cls.__name__} has its own forward, which FP8 would replace"
     return ""

@@ -19,6 +19,7 @@ Shards of `fully_shard` keep their storage: FSDP gathers them in the option's dt
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,11 +170,39 @@ def set_storage(parameter: nn.Parameter, data: Any) -> None:
     gradient = parameter.grad
     parameter.grad = None
     parameter.data = data
+    if parameter.grad_dtype is not data.dtype:  # one that was set stays otherwise
+        parameter.grad_dtype = data.dtype
     if isinstance(parameter, sharded_tensor()):  # a DTensor's own part and dtype, beside torch's
         own: Any = parameter  # Any: mypy knows no change of class
         own._local_tensor, own._spec = data._local_tensor, data._spec
     if gradient is not None:
         parameter.grad = gradient.to(data.dtype)
+    # the user's hooks at the gradient, made for the dtype that it had
+    kinds: Any = (  # Any: dicts of two kinds of functions
+        (parameter._backward_hooks, _cast_gradient),
+        (parameter._post_accumulate_grad_hooks, _cast_held_gradient),
+    )
+    for hooks, cast in kinds:
+        for key, hook in (hooks or {}).items():
+            if getattr(hook, "func", None) is not cast:
+                hooks[key] = partial(cast, hook)
+
+
+def _cast_gradient(hook: Callable[[Tensor], Tensor | None], gradient: Tensor) -> Tensor | None:
+    """Run a hook; an FP32 mask makes FP32 of a BF16 gradient, which autograd would refuse."""
+    found = hook(gradient)
+    return None if found is None else found.to(gradient.dtype)
+
+
+def _cast_held_gradient(hook: Callable[[nn.Parameter], None], parameter: nn.Parameter) -> None:
+    """Run a hook that may set a gradient of any dtype."""
+    parameter.grad_dtype = None  # any
+    try:
+        hook(parameter)
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to(parameter.dtype)
+    finally:
+        parameter.grad_dtype = parameter.dtype
 
 
 def _check_layer(name: str, layers: Mapping[str, nn.Module], option: Option) -> None:

@@ -21,6 +21,7 @@ from autoprec.device.ranks import (
 )
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
+from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import ParkedCalls
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
@@ -54,9 +55,11 @@ class Pass:
 
         def norm(errors: Mapping[Tensor, Tensor]) -> float:
             updated = ((owners[p], d) for p, d in errors.items() if owners[p] in gradients)
+            # the error as the optimizer sees it: after the parameter's own hooks
             return sum(
-                weigh(p, part_like(p, mean_over_ranks(whole(d))), at=gradients[p])
+                weigh(p, after_hooks(p, part_like(p, mean_over_ranks(whole(d))), at=g), at=g)
                 for p, d in updated
+                for g in (gradients[p],)
             )
 
         return norm
@@ -151,11 +154,13 @@ def _step_size(step: Pass) -> float:
     """Return t such that t P^(1/2) u changes weights by STEP of their usual size.
 
     The usual size is a tensor's median: a few outlier rows must not make the step of all the others
-    so large that nothing is linear any more.
+    so large that nothing is linear any more. Of a pruned one it is that of what is left.
     """
     weight = scale = 0.0
     for parameter, g in step.gradient.of.items():
-        weight += float(whole(parameter.detach()).abs().median()) * parameter.numel()
+        sizes = whole(parameter.detach()).abs().flatten()
+        sizes = sizes if float(sizes.median()) else sizes[sizes > 0]
+        weight += float(sizes.median()) * len(sizes) if len(sizes) else 0.0
         scale += step.reference.preconditioner.total_weight(parameter, at=g)
     (scale,) = sum_over_ranks([scale])
     return STEP * weight / scale
@@ -179,8 +184,8 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
             # drawn for the whole tensor: of any number of ranks, each has its part of the same
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
             signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs)).mul_(size)
-            data.add_(move)
+            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs))
+            data.add_(direction_after_hooks(parameter, move, at=at.to(data.device)), alpha=size)
         yield
     finally:
         for data, before in saved:

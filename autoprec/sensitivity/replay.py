@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
+from autoprec.sensitivity.hooks import without_hooks
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
         found: dict[Tensor, Tensor] = {}
         if pairs and (wanted := [*inputs, *trained]):
             roots, gradients = zip(*pairs, strict=True)
-            given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
+            with without_hooks(layer):  # the norm of its errors runs them, see hooks.py
+                given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
             found = {t: g for t, g in zip(wanted, given, strict=True) if g is not None}
         outputs += [y.detach().float() for y in produced]
         input_gradients += [found[x].float() if x in found else None for x in inputs]

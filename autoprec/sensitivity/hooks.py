@@ -1,0 +1,72 @@
+"""Hooks at a parameter's gradient: what they leave of an error that autograd did not see.
+
+A mask or a factor in `Tensor.register_hook` or `register_post_accumulate_grad_hook` stands between
+a gradient and the optimizer. Passes through the model run them; errors that are worked out from a
+layer's operands do not, so here they are run on g + d and on g, and the difference is what is left:
+
+    d -> h(g + d) - h(g)        M d for a hook that multiplies by M
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from autoprec.device.ranks import sharded_tensor
+
+SMALL = 1e-2  # of the gradient: how much of a direction is added to it, in root mean squares
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether a hook sees the parameter's gradient; those of a sharded one are left to passes."""
+    hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+    return any(hooks) and not isinstance(parameter, sharded_tensor())
+
+
+def after_hooks(parameter: Tensor, error: Tensor, *, at: Tensor) -> Tensor:
+    """Return what a parameter's hooks leave of an error of its gradient `at`."""
+    if not has_hooks(parameter):
+        return error
+    at = at.to(error.device)
+    return _hooked(parameter, at + error) - _hooked(parameter, at)
+
+
+def direction_after_hooks(parameter: Tensor, direction: Tensor, *, at: Tensor) -> Tensor:
+    """Return what hooks leave of a direction of any length, taken as a small error."""
+    if not has_hooks(parameter):
+        return direction
+    sizes = [float(each.square().mean().sqrt()) for each in (at, direction)]
+    scale = SMALL * sizes[0] / sizes[1] if all(sizes) else 1.0
+    return after_hooks(parameter, direction * scale, at=at) / scale
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run no hooks at the gradients of a module's parameters inside."""
+    held = [p._backward_hooks for p in module.parameters() if p._backward_hooks]
+    kept = [dict(hooks) for hooks in held]
+    for hooks in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(held, kept, strict=True):
+            hooks.update(before)
+
+
+@torch.no_grad()
+def _hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient as its hooks leave it for the optimizer."""
+    gradient = gradient.to(parameter.dtype, copy=True)
+    for hook in list((parameter._backward_hooks or {}).values()):
+        returned = hook(gradient)
+        gradient = gradient if returned is None else returned
+    kept, parameter.grad = parameter.grad, gradient
+    try:
+        for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+            hook(parameter)
+        left = parameter.grad
+        return torch.zeros_like(gradient) if left is None else left.float()
+    finally:
+        parameter.grad = kept
