@@ -1,6 +1,6 @@
 """Optimizers of many kinds, each through `tune`, `apply` and a resume: the table of compatibility.
 
-    python bench/optimizers.py [NAME ...] [--write docs/compatibility.md]
+    python bench/optimizers.py [NAME ...] [--no-verify]
 
 Every optimizer of tests/optimizer_zoo.py trains a small model of tokens (embedding, linears, norm)
 through a whole `autoprec tune` with its proof, then under the plan.
@@ -73,7 +73,7 @@ def train_on(kind: Kind, plan: autoprec.Plan) -> None:
             optimizer.step()
 
 
-def try_one(kind: Kind, folder: Path) -> str:
+def try_one(kind: Kind, folder: Path, *, verify: bool) -> str:
     """Return what P is made of, what share has a rule, and the verdict."""
     run = autoprec.tune(
         build_model=Mixer,
@@ -85,6 +85,7 @@ def try_one(kind: Kind, folder: Path) -> str:
         trials=0,
         loss_tolerance=0.5,
         keep=("up=fp8_o1:tensorwise",),
+        verify=verify,
     )
     train_on(kind, run.plan)
     notes = [note for note in run.sensitivity.notes if "no rule for" in note]
@@ -93,7 +94,8 @@ def try_one(kind: Kind, folder: Path) -> str:
 
 
 def main() -> int:
-    names = sys.argv[1:]
+    names = [name for name in sys.argv[1:] if name != "--no-verify"]
+    verify = "--no-verify" not in sys.argv
     warnings.simplefilter("ignore")
     for kind in ZOO:
         if names and not any(name.lower() in kind.name.lower() for name in names):
@@ -101,7 +103,7 @@ def main() -> int:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = try_one(kind, Path(folder) / "run")
+                found = try_one(kind, Path(folder) / "run", verify=verify)
             except Exception as problem:  # noqa: BLE001  # a bench reports what broke and goes on
                 found = f"FAILED: {type(problem).__name__}: {problem}"
                 traceback.print_exc()
