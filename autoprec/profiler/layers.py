@@ -23,6 +23,7 @@ from functools import cached_property
 from itertools import cycle
 
 import torch
+from torch import nn
 
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
@@ -181,6 +182,8 @@ class LayerMeter:
                 if not own.option.is_fp8
                 for part, fn in part_functions(own).items()
             }
+            if not functions:
+                return parts
             for (option, part), taken in self._sample(functions, PART).items():
                 parts[option][part] = taken.timing()
             fp8 = [own for own in candidates if own.option.is_fp8]
@@ -269,7 +272,13 @@ def predicted_timing(ms: float) -> Timing:
 
 
 def part_functions(candidate: Candidate) -> dict[str, Function]:
-    """Return the function to time for each part of an FP32 or BF16 layer."""
+    """Return the function to time for each part of an FP32 or BF16 layer: the GEMMs of a linear.
+
+    Backward of other layers is run as training runs it: torch 2.13's GroupNorm ends the process
+    where a channels-last input's weight alone wants a gradient.
+    """
+    if not isinstance(candidate.layer, nn.Linear):
+        return {}
     functions: dict[str, Function] = {Gemm.OUTPUT: candidate.forward}
     if candidate.inputs:
         functions[Gemm.GRAD_INPUT] = candidate.backward_to(candidate.inputs)

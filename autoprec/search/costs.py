@@ -301,7 +301,7 @@ def _price(
         ms = total.median_ms if total else 0.0
         # the sum of the parts: the total of a predicted layer can hold communication too
         parts = (timing.output, timing.grad_input, timing.grad_weight, timing.cast)
-        compute_ms = math.fsum(part.median_ms for part in parts if part)
+        compute_ms = math.fsum(part.median_ms for part in parts if part) if any(parts) else ms
         memory_bytes = timing.parameter_bytes + timing.gradient_bytes
         memory_bytes += timing.optimizer_bytes + timing.activation_bytes
     return Price(
