@@ -7,8 +7,20 @@ from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
-from autoprec.predict import load_device_profile
-from autoprec.records import APPLICABLE_RECIPES, LayerKind, ModelSpec, Precision, Recipe
+from autoprec.model.meta import capture_on_meta
+from autoprec.predict import load_device_profile, predict_profile
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    Gemm,
+    GemmShape,
+    LayerKind,
+    ModelSpec,
+    Precision,
+    Recipe,
+    fp8_option,
+)
+from autoprec.report.remarks import profile_notes
+from autoprec.workload.functions import workload_from
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
 
@@ -202,3 +214,30 @@ def test_chains_of_ties_point_at_the_first_layer() -> None:
 
 def test_record_round_trips(tokens: ModelSpec) -> None:
     assert ModelSpec.from_json(tokens.to_json()) == tokens
+
+
+def test_the_mix_of_shapes_that_batches_have_is_captured_and_said() -> None:
+    lengths = [8, 8, 7, 12] * 4
+
+    class Pads:
+        build_model = staticmethod(lambda: nn.Sequential(nn.Linear(16, 16)))
+        train_batches = staticmethod(lambda seed: (torch.ones(4, n, 16) for n in lengths))
+        loss_fn = staticmethod(lambda model, batch: model(batch).sum())
+
+    workload = workload_from(Pads)
+    for spec in (capture_model(Context(workload, CPU)), capture_on_meta(workload)):
+        assert [(each.tokens, each.batches) for each in spec.mix] == [(32, 8), (28, 4), (48, 4)]
+        assert spec.layer("0").gemm == GemmShape(M=48, K=16, N=16)
+        profile = predict_profile(
+            spec, load_device_profile("h100-sxm"), options=[fp8_option(Recipe.TENSORWISE)]
+        )
+        (note,) = (text for text in profile_notes(profile) if text.startswith("batches differ"))
+        assert (
+            "of the first 16, M (tokens of the largest linear) is 32 in 8, 28 in 4, 48 in 4" in note
+        )
+        assert "of layers and steps are those of the first one's 32, 0.91 of the mean" in note
+        assert (
+            "4 of them have an M that is no multiple of 16, so that FP8 layers keep grad_w" in note
+        )
+        fp8 = [option for option in profile.model.layer("0").options if option.is_fp8]
+        assert fp8 == [fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)]

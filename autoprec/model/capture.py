@@ -30,6 +30,7 @@ from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
 from autoprec.records import (
     AsWritten,
+    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -83,7 +84,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         with saved_for_backward(model) as saved:
             second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
-        scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
+        mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
     optimizer = workload.build_optimizer(model)
     optimizer.step()  # makes its state, whose size is asked for
     context.progress("capture", 3, 3)
@@ -101,7 +102,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         loss=first.loss,
     )
     spec = make_spec(seen)
-    return spec.model_copy(update={"as_written": said_written(workload)})
+    return spec.model_copy(update={"as_written": said_written(workload), "mix": mix})
 
 
 def said_written(workload: Workload) -> AsWritten:
@@ -180,13 +181,26 @@ def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def scan_shapes(forward: Callable[[Batch], object], batches: Sequence[Batch]) -> None:
-    """Run forward on batches whose shapes differ from the first's, such as a short last one."""
+def scan_shapes(
+    layers: ModelLayers, forward: Callable[[Batch], object], batches: Sequence[Batch]
+) -> tuple[BatchMix, ...]:
+    """Run forward on batches whose shapes differ from the first's, such as a short last one.
+
+    Returns:
+        How many of the batches have which largest M of a linear, the first's first; none where all
+        have the first's shapes.
+    """
     shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
-    for number, batch in enumerate(batches[1:], start=1):
-        if shapes[number] not in shapes[:number]:
-            with torch.no_grad():
-                forward(batch)
+    counts = Counter(shapes)
+    if len(counts) == 1:
+        return ()
+    mix: Counter[int] = Counter()
+    for shape, count in counts.items():
+        with recorded_shapes(layers) as calls, torch.no_grad():
+            forward(batches[shapes.index(shape)])
+        linears = (c for name, c in calls.items() if isinstance(layers.modules[name], nn.Linear))
+        mix[max((m for found in linears for m in _all_tokens(found)), default=0)] += count
+    return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in mix.items())
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def capture_on_meta(
         has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
         with capture.recorded_shapes(layers) as scanned:
-            capture.scan_shapes(lambda batch: workload.loss_fn(model, batch), batches)
+            mix = capture.scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = workload.build_optimizer(model)
     # Its count of steps is real outside: Adam reads it as a number (torch 2.11).
@@ -97,7 +97,7 @@ def capture_on_meta(
         has_gradients=has_gradients,
     )
     spec = capture.make_spec(seen)
-    return spec.model_copy(update={"as_written": capture.said_written(workload)})
+    return spec.model_copy(update={"as_written": capture.said_written(workload), "mix": mix})
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:

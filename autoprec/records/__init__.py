@@ -27,6 +27,7 @@ from autoprec.records.model import (
     FP32,
     AsWritten,
     Basis,
+    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,

@@ -259,6 +259,13 @@ class AsWritten(Record):
         return not self.autocast and not self.parameters
 
 
+class BatchMix(Record):
+    """How many of the batches that were looked at have `tokens` as their largest M of a linear."""
+
+    tokens: NonNegativeInt
+    batches: PositiveInt
+
+
 class ModelSpec(FileRecord):
     """A model as one real training step showed it.
 
@@ -269,6 +276,7 @@ class ModelSpec(FileRecord):
     `has_randomness` says that two forwards of one batch differ unless seeded (dropout).
     `is_deterministic` says that two seeded runs of the reference step agree bit for bit.
     `as_written` is how the user trains it; None where that is not known.
+    `mix` has the M of the first batches where their shapes differ, the captured one's first.
     `saved_bytes` is what autograd keeps from forward for backward, parameters and recomputed parts
     left out; None where it was not seen.
     """
@@ -288,6 +296,7 @@ class ModelSpec(FileRecord):
     loss: float | None
     device: str
     as_written: AsWritten | None = None
+    mix: tuple[BatchMix, ...] = ()
     saved_bytes: NonNegativeInt | None = None
 
     def layer(self, name: str) -> LayerSpec:

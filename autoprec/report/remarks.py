@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from autoprec.common.text import first_and_more
+from autoprec.model.options import FP8_MULTIPLE
 from autoprec.records import Basis, Profile, StepTiming
 from autoprec.report.formats import count_of, step_title
 from autoprec.report.runs import RunRecords
@@ -28,6 +29,8 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     if model.uncalled:
         names = first_and_more(model.uncalled, most=MOST_NAMED)
         yield f"not called in the captured step, so not timed: {names}"
+    if len(model.mix) > 1:
+        yield _mix_note(profile)
     yield from _timing_notes(profile)
     for fact, reason in profile.device.missing:
         yield f"{fact} is not known: {reason}"
@@ -38,6 +41,28 @@ def profile_notes(profile: Profile) -> Iterator[str]:
             "times are those of torch.compile; sensitivity and verification train eagerly, whose "
             "numbers differ in the order of sums"
         )
+
+
+def _mix_note(profile: Profile) -> str:
+    """Return which token counts the batches have, and of which one the times are."""
+    mix = profile.model.mix
+    batches = sum(each.batches for each in mix)
+    mean = sum(each.tokens * each.batches for each in mix) / batches
+    most = first_and_more((f"{x.tokens} in {x.batches}" for x in mix), most=MOST_NAMED)
+    uneven = sum(each.batches for each in mix if each.tokens % FP8_MULTIPLE)
+    parts = "layers" if profile.basis is Basis.MEASURED else "layers and steps"
+    own = mix[0].tokens
+    said = (
+        f"batches differ: of the first {batches}, M (tokens of the largest linear) is {most}; "
+        f"times of {parts} are those of the first one's {own}, "
+        f"{own / max(mean, 1.0):.2f} of the mean"
+    )
+    if not uneven:
+        return said
+    return (
+        f"{said}; {uneven} of them have an M that is no multiple of {FP8_MULTIPLE}, so that FP8 "
+        "layers keep grad_weight in BF16, and rows of zeros fill up whatever else comes"
+    )
 
 
 def _timing_notes(profile: Profile) -> Iterator[str]:
