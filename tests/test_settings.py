@@ -7,12 +7,13 @@ import pytest
 from torch import nn
 
 from autoprec.cli.main import main
-from autoprec.errors import DeviceError, RecordError
+from autoprec.errors import DeviceError, RecordError, SettingsError
 from autoprec.records import Constraint, Plan
 from autoprec.runtime import uniform_plan
 from autoprec.tuning.parsing import parse_memory
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
+from autoprec.verification import Terms
 
 
 @pytest.mark.parametrize("target", ["auto", "cpu", "cuda"])
@@ -135,3 +136,18 @@ def _plan_file(folder: Path, *, loss_tolerance: float = 1e-3) -> Path:
 def test_memory_is_read_with_its_unit(text: str | int, size: int) -> None:
     assert parse_memory(text) == size
     assert Settings.of(memory=text).constraint.memory_bytes == size
+
+
+@pytest.mark.parametrize("seeds", ["1", "5:3", "3:", ":4", "3:65", "many", "2.5", "-3:4"])
+def test_seeds_of_which_no_test_can_be_made_are_refused(seeds: str) -> None:
+    with pytest.raises(SettingsError, match="--seeds must be LEAST:MOST or one number"):
+        Settings.of(seeds=seeds)
+
+
+def test_the_proof_goes_as_far_as_the_settings_say() -> None:
+    assert Settings().terms == Terms()
+    found = Settings.of(seeds="29", warmup_steps=0, branch_steps=200).terms
+    assert found == Terms(seeds_min=29, seeds_max=29, warmup_steps=0, branch_steps=200)
+    assert Settings.of(seeds=(4, 6)).seeds == (4, 6)
+    with pytest.raises(SettingsError, match="--branch-steps must be at least 2"):
+        Settings.of(branch_steps=1)

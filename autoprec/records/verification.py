@@ -9,6 +9,7 @@ from autoprec.records.base import FileRecord, Record
 from autoprec.records.cost import StepTiming
 from autoprec.records.model import Basis, Option
 
+MOST_SEEDS = 64  # of a proof; beyond it longer branches are the better use of time
 ROUNDING = 1e-6  # sums of the same numbers in another order differ by less
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
+from autoprec.records.verification import MOST_SEEDS
 
 CLUSTERS = ("slurm", "local")  # that submitit knows; local are processes of this machine
 Launcher = tuple[str, tuple[tuple[str, str | int], ...]]
@@ -80,6 +81,27 @@ def parse_fraction(given: str | float) -> float:
     """
     rule = "--loss-tolerance must be a share above 0 and below 1"
     return _quantity(given, {"": 1.0, "%": 0.01}, below=1.0, rule=rule, example="0.1% or 0.001")
+
+
+def parse_seeds(given: str | int | tuple[int, int]) -> tuple[int, int]:
+    """Return the least and the most seeds of a text LEAST:MOST, or of one number.
+
+    >>> parse_seeds("5:20"), parse_seeds("8")
+    ((5, 20), (8, 8))
+
+    Raises:
+        SettingsError: it is neither, or no test can be made of such numbers.
+    """
+    text = ":".join(map(str, given)) if isinstance(given, tuple) else str(given)
+    least, colon, most = text.partition(":")
+    ends = (least, most if colon else least)
+    numbers = [int(each) if each.isdecimal() else 0 for each in ends]
+    if not 2 <= numbers[0] <= numbers[1] <= MOST_SEEDS:
+        raise SettingsError(
+            f"--seeds must be LEAST:MOST or one number, from 2 to {MOST_SEEDS}, but it is "
+            f"{shown_value(given)}; one seed alone has no spread: write e.g. 3:10"
+        )
+    return numbers[0], numbers[1]
 
 
 def parse_duration(given: str | float | None) -> float | None:

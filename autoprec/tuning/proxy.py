@@ -89,6 +89,7 @@ def verify_on_proxy(
         sensitivity=proxy.sensitivity,
         state_dir=None if proxy.is_live else settings.out / "branches",
         checkpoint=settings.checkpoint,
+        terms=settings.terms,
         workers=Workers(settings.workers, settings.launcher),
     )
     plan, small = carried[found.plan]

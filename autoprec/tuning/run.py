@@ -367,6 +367,7 @@ class Run:
             sensitivity=sensitivity,
             state_dir=None if self.is_live else self.settings.out / "branches",
             checkpoint=self.settings.checkpoint,
+            terms=self.settings.terms,
             workers=Workers(self.settings.workers, self.settings.launcher),
         )
 

@@ -21,6 +21,7 @@ from autoprec.workload.hf_config import config_file
 if TYPE_CHECKING:
     from autoprec.records import Constraint, Option
     from autoprec.records.devices import DeviceProfile
+    from autoprec.verification import Terms
 
 STAGES = ("profile", "sensitivity", "search", "verification")
 PROFILE, SENSITIVITY, SEARCH, VERIFICATION = STAGES
@@ -183,6 +184,19 @@ class Settings:
         None, "Of a config: tokens a sequence; default 4096 or what it can.", (PROFILE,), min=2
     )
     verify: bool = setting(True, "Prove the plan by training.")
+    seeds: tuple[int, int] = setting(
+        "3:10",
+        "Seeds of the proof, LEAST:MOST or one number: it ends as soon as they decide.",
+        (VERIFICATION,),
+        parse=parsing.parse_seeds,
+        metavar="LEAST:MOST",
+    )
+    warmup_steps: int = setting(
+        50, "FP32 steps of the proof before its branches.", (VERIFICATION,), min=0
+    )
+    branch_steps: int = setting(
+        25, "Steps of each branch of the proof: with the plan, and without.", (VERIFICATION,), min=2
+    )
     workers: int = setting(
         1, "Branches of the proof to train at once.", commands=(VERIFICATION,), min=1
     )
@@ -272,6 +286,15 @@ class Settings:
             memory_bytes=self.memory,
             keep=self.keep,
         )
+
+    @property
+    def terms(self) -> "Terms":
+        """How far the proof goes."""
+        from autoprec.verification import Terms
+
+        least, most = self.seeds
+        steps = {"warmup_steps": self.warmup_steps, "branch_steps": self.branch_steps}
+        return Terms(seeds_min=least, seeds_max=most, **steps)
 
     @property
     def fp8_options(self) -> "tuple[Option, ...]":

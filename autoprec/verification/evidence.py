@@ -6,12 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoprec.common.text import first_and_more
+from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
 from autoprec.records import Branch, LossGap, Plan, Sensitivity, StepTiming, Verdict, Verification
-from autoprec.records.verification import loss_gaps
+from autoprec.records.verification import MOST_SEEDS, loss_gaps
 from autoprec.sensitivity.gap import fit_loss_line, predicted_loss_gap
-from autoprec.verification.sequential import Terms, gap_interval, seeds_needed, verdict_of
+from autoprec.verification.sequential import (
+    Terms,
+    can_decide,
+    gap_interval,
+    seeds_needed,
+    smallest_tolerance,
+    verdict_of,
+)
 from autoprec.verification.session import Session
 
 MOST_LISTED = 4  # layers that a sentence names
@@ -37,6 +44,14 @@ class Evidence:
             return Verdict.INCONCLUSIVE
         return verdict_of(gap, self.loss_tolerance)
 
+    @property
+    def is_unresolved(self) -> bool:
+        """Whether the seeds that are left cannot decide, so widely do the gaps differ."""
+        gaps = self.gaps("plan")
+        if len(gaps) < self.terms.seeds_min or self.verdict is not Verdict.INCONCLUSIVE:
+            return False
+        return not can_decide(gaps, self.loss_tolerance, self.terms)
+
     def of(self, label: str) -> list[Branch]:
         """Return the branches of that label, in the order of the seeds."""
         return [branch for branch in self.branches if branch.label == label]
@@ -53,7 +68,7 @@ class Evidence:
         """Return the interval of the gap; None with fewer than two seeds, or when one diverged."""
         gaps = self.gaps(label, base)
         is_known = len(gaps) >= 2 and not self.diverged(label)
-        return gap_interval(gaps, self.terms) if is_known else None
+        return gap_interval(gaps, self.terms, tolerance=self.loss_tolerance) if is_known else None
 
     @property
     def implied_limit(self) -> float | None:
@@ -192,7 +207,7 @@ def loss_exponent(session: Session) -> float | None:
 
 
 def advice(evidence: Evidence) -> str:
-    """Return the seeds that it would take to decide; "" when it is decided."""
+    """Return what it would take to decide; "" when it is decided."""
     if branch := evidence.diverged("plan"):
         where = f"at step {branch.diverged_at} of the branch of seed {branch.seed}"
         return f"the plan diverged {where}{why_diverged(branch)}"
@@ -200,15 +215,26 @@ def advice(evidence: Evidence) -> str:
         return ""
     gaps = evidence.gaps("plan")
     needed = seeds_needed(gaps, evidence.loss_tolerance, evidence.terms)
+    ended = f"the seeds ended after {len(gaps)} seeds"
+    if evidence.is_unresolved and len(gaps) < evidence.terms.seeds_max:
+        ended = f"it stopped after {len(gaps)} seeds, since {evidence.terms.seeds_max} could not"
+    if evidence.is_unresolved:
+        at_best = smallest_tolerance(gaps, evidence.terms)
+        more = f"--seeds {needed}, " if needed and needed <= MOST_SEEDS else ""
+        return (
+            f"{ended}: gaps differ by {percent(float(np.std(gaps, ddof=1)))} from seed to seed, "
+            f"which resolves a tolerance of {percent(at_best)} at best; the way out is {more}"
+            f"--branch-steps {2 * evidence.terms.branch_steps} or longer, more evaluation batches, "
+            f"or that --loss-tolerance"
+        )
     if needed is None:
         return (
-            f"the seeds ended after {len(gaps)} seeds and the mean gap sits on the tolerance: more "
-            "seeds will not decide it; use longer branches, more evaluation batches or another "
-            "tolerance"
+            f"{ended} and the mean gap sits on the tolerance: more seeds will not decide it; use "
+            "longer branches, more evaluation batches or another tolerance"
         )
     return (
-        f"the seeds ended after {len(gaps)} seeds; about {needed} seeds would decide it at this "
-        "spread, or fewer with longer branches and more evaluation batches"
+        f"{ended}; about {needed} seeds would decide it at this spread, or fewer with longer "
+        "branches and more evaluation batches"
     )
 
 

@@ -199,7 +199,7 @@ def _try_plans(session: Session, plans: Sequence[Plan]) -> tuple[Evidence, list[
 
 
 def gather_evidence(session: Session, plan: Plan) -> Evidence:
-    """Train seed after seed until the plan is decided, or the seeds end."""
+    """Train seed after seed until the plan is decided, or the seeds end or cannot decide it."""
     variants = session.variants(plan)[1:]
     terms = session.terms
     evidence = Evidence(plan, terms, session.loss_tolerance)
@@ -212,7 +212,7 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
             train_branches(session, variants, seeds[terms.seeds_min :])
         branches = (*evidence.branches, *train_seed(session, variants, seed))
         evidence = replace(evidence, branches=branches)
-        if evidence.verdict is not Verdict.INCONCLUSIVE:
+        if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.is_unresolved:
             break
     return evidence
 
