@@ -241,3 +241,14 @@ def test_the_mix_of_shapes_that_batches_have_is_captured_and_said() -> None:
         )
         fp8 = [option for option in profile.model.layer("0").options if option.is_fp8]
         assert fp8 == [fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT)]
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused_in_one_line() -> None:
+    plain = mlp_workload()
+    names = ("build_model", "train_batches", "loss_fn")
+    functions = {name: getattr(plain, name) for name in names}
+    workload = workload_from(
+        functions | {"build_optimizer": lambda model: torch.optim.LBFGS(model.parameters())}
+    )
+    with pytest.raises(WorkloadError, match="takes no closure, but LBFGS"):
+        capture_model(Context(workload, torch.device("cpu")))

@@ -50,6 +50,7 @@ from autoprec.workload.functions import (
     tensors_in,
 )
 from autoprec.workload.optimizers import plain_parts, state_tensors
+from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         context.progress("capture", 2, 3)
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
     optimizer = workload.build_optimizer(model)
-    optimizer.step()  # makes its state, whose size is asked for
+    Training(workload, model, optimizer).update()  # makes its state, whose size is asked for
     context.progress("capture", 3, 3)
     differ = sum_over_ranks([first.fingerprint != second.fingerprint])[0]  # ranks whose steps do
     seen = ObservedStep(
