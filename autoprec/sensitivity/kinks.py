@@ -24,7 +24,7 @@ the geometric mean of the two is taken.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autoprec.sensitivity.local import Component
 
@@ -48,6 +48,8 @@ class TwoSteps:
     products: dict[Key, tuple[float, float]]
     changes: Sequence[tuple[float, float]]
     places: dict[str, int]
+    jumps: float = 0.0  # W t of the choices
+    choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
 
     def correction(self, keys: Sequence[Key]) -> float:
         """Return what the squares of one layer's errors of output have to be multiplied with."""
@@ -57,7 +59,11 @@ class TwoSteps:
             return 1.0
         crossed = self._crossed(fine, own)
         smooth = max(own - crossed, 0.0) if crossed > 0.0 else fine
-        return (smooth + math.sqrt(crossed * self._behind(name))) / own
+        kinks = math.sqrt(crossed * self._behind(name))
+        total = math.fsum(min(pair) for pair in self.changes)
+        ratio = math.sqrt(smooth / total) if total > 0.0 else 0.0
+        jumps = self.jumps * self.choices.get(name, 0.0) * ratio
+        return (smooth + kinks + jumps) / own
 
     def _behind(self, name: str) -> float:
         """Return W t of the kinks behind a layer."""

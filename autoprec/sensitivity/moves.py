@@ -21,6 +21,7 @@ from autoprec.device.ranks import (
 )
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
+from autoprec.sensitivity.choices import Choices, kept_choices
 from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import ParkedCalls
@@ -41,6 +42,7 @@ class Pass:
     index: int
     layers: dict[str, nn.Module]
     calls: dict[str, list[Call]]
+    choices: Choices
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
 
@@ -107,6 +109,7 @@ def run_moved(step: Pass, *, code: int, watched: bool, times: float = 1.0) -> Mo
     with (
         differentiated_calls(step.layers) as calls,
         _moved_weights(step, size, code=code),
+        kept_choices(step.choices),
         _parked(step),
     ):
         changes = _run(step, keep, {} if not watched else step.gradient.of)
@@ -128,6 +131,12 @@ def _parked(step: Pass) -> Iterator[None]:
         parked.come_back()
     finally:
         parked.close()
+
+
+def run_freely(step: Pass, *, code: int) -> list[float]:
+    """Run a batch as `run_moved` does, with choices of its own; return `changes`."""
+    with _moved_weights(step, _step_size(step), code=code):
+        return _run(step, (), step.gradient.of)
 
 
 def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor]) -> list[float]:

@@ -24,8 +24,9 @@ the weight. Cross terms between groups, operands and GEMMs are left out; measure
 around zero.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, OperandStatistics, Option
 from autoprec.sensitivity.casts import Sides
+from autoprec.sensitivity.choices import recorded_choices
 from autoprec.sensitivity.kinks import Key, TwoSteps
 from autoprec.sensitivity.linear import SPREADING, Linear
 from autoprec.sensitivity.local import (
@@ -59,7 +61,7 @@ from autoprec.sensitivity.local import (
     parameter_only_errors,
     replayed_errors,
 )
-from autoprec.sensitivity.moves import FINER, Moved, Pass, run_moved
+from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
 
@@ -82,6 +84,8 @@ class BatchProbe:
     parameter_errors: dict[str, dict[Sides, float]] = field(default_factory=dict)
     # the operands' ranges; of the first batch only
     statistics: list[OperandStatistics] = field(default_factory=list)
+    # layers whose calls' shapes changed with the weights: nothing is known of what they carry on
+    unlike: set[str] = field(default_factory=set)
     # the first probe at two steps; of the first batch only
     steps: TwoSteps | None = None
 
@@ -124,10 +128,11 @@ def _probe_group(
     probed: BatchProbe,
 ) -> None:
     """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
-    with differentiated_calls(layers) as calls:
+    watched = {name: reference.model.get_submodule(name) for name in reference.spec.names}
+    with differentiated_calls(layers) as calls, recorded_choices(watched) as choices:
         gradient = _reference_pass(reference, index)
     probed.squared_norm = gradient.squared_norm
-    step = Pass(reference, index, layers, calls, gradient, chunk_elements(reference.spec))
+    step = Pass(reference, index, layers, calls, choices, gradient, chunk_elements(reference.spec))
     for probe in range(probed.probes):
         # the same signs serve two batches in turn
         code = (index // 2) * probed.probes + probe
@@ -139,9 +144,17 @@ def _probe_group(
         if is_first:
             finer = run_moved(step, code=code, watched=True, times=FINER)
             fine = _products_of(step, finer, options, probed, is_first=False)
-            known = probed.steps.products if probed.steps else {}
             pairs = {key: (_square(z), _square(products[key])) for key, z in fine.items()}
-            probed.steps = TwoSteps(FINER, known | pairs, moved.beside(finer), step.places())
+            found = probed.steps or TwoSteps(FINER, {}, moved.beside(finer), step.places())
+            if choices.indices and probed.steps is None:
+                freely = math.fsum(run_freely(step, code=code))
+                found = replace(
+                    found,
+                    jumps=max(freely - math.fsum(moved.changes), 0.0),
+                    choices=choices.behind(reference.spec.names),
+                )
+            found.products.update(pairs)
+            probed.steps = found
     # one reduction for all layers and options
     own = {name: probed.parameter_errors[name] for name in layers}
     summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
@@ -220,6 +233,9 @@ def _products_of(
     with seeded(seed, reference.context.device), tf32_off():
         for name, layer in step.layers.items():
             calls, after = step.calls[name], moved.calls.pop(name)
+            if not _are_alike(calls, after):
+                probed.unlike.add(name)
+                after = calls
             run, split = _run_alone(reference, layer, called=bool(calls))
             norm = step.squared_norm(layer, run)
             if not calls:
@@ -259,6 +275,18 @@ def _mean_products(products: dict[Key, Tensor]) -> dict[Key, Tensor]:
     check_same("layers in one step", short_digest(names, sizes))
     parts = mean_over_ranks(torch.cat([z.double().flatten() for z in products.values()]))
     return dict(zip(products, torch.split(parts, sizes), strict=True))
+
+
+def _are_alike(calls: Sequence[Call], moved: Sequence[Call]) -> bool:
+    """Whether a layer was called on the same shapes in both passes, so that rows can be compared.
+
+    They differ where it depends on values, in another way than by a choice that is kept.
+    """
+
+    def shapes(found: Sequence[Call]) -> list[list[torch.Size]]:
+        return [[x.shape for x in floating_inputs(call)] for call in found]
+
+    return shapes(calls) == shapes(moved)
 
 
 def _square(z: Tensor) -> float:
