@@ -48,7 +48,8 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.sensitivity.gap import predicted_loss_gap
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import DEFAULT_BATCHES, prepare_reference
 from autoprec.verification import Terms
 from autoprec.verification.branches import train_seed

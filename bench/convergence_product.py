@@ -29,7 +29,8 @@ from autoprec.records import (
 )
 from autoprec.search import build_plan, search_plan
 from autoprec.sensitivity.gap import fit_loss_line
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification.gate import gather_evidence
 from autoprec.verification.session import Session

@@ -2,6 +2,8 @@
 
     python bench/sensitivity.py            the demo: examples/char_gpt.py, 17 linears
     python bench/sensitivity.py --deep     25 blocks of the same at a smaller width, 101 linears
+    python bench/sensitivity.py --families [NAME ...]    ratios on the families of
+                                           sensitivity_families.py, one line each
 
 Both tables are measured on one warmed-up reference: same weights, batches and preconditioner. The
 cost in step equivalents is wall time over the median FP32 training step of that reference; the
@@ -20,13 +22,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from sensitivity_families import FAMILIES
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, ModelSpec, Option, Recipe, Sensitivity, fp8_option
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.records import (
+    BF16_O2,
+    LayerSensitivity,
+    ModelSpec,
+    Option,
+    Recipe,
+    Sensitivity,
+    fp8_option,
+)
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method
+from autoprec.sensitivity.tables import Method, is_whole, make_rows
 from autoprec.workload.functions import Workload, load_workload, workload_from
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -119,11 +133,55 @@ def timed(
     return found, time.perf_counter() - started
 
 
+def show_family(name: str, *, batches: int) -> None:
+    """Print the table over the exact one for a family: as probed, and as the stage gives it."""
+    context = Context(workload_from(FAMILIES[name], name=name), CPU)
+    reference = prepare_reference(context, capture_model(context), batches=batches)
+    exact = measure_sensitivity(reference, method=Method.LAYERWISE)
+    cells = list_cells(reference.spec, None)
+    probed = make_rows(probe_batches(reference, cells, probes=1), cells)
+    found = measure_sensitivity(reference, method=Method.SIGN_CODED)
+    columns = [
+        ratios_to(exact, rows, is_fp8=is_fp8)
+        for rows, is_fp8 in ((probed, True), (found.rows, True), (found.rows, False))
+    ]
+    measured = sum("one by one" in note and note.count(",") + 1 for note in found.notes)
+    sums = [(j.predicted_grad_error - j.overlap) / j.grad_error.mean for j in found.joint]
+    print(
+        f"| {name} | {len(cells)} | "
+        + " | ".join(f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns)
+        + f" | {measured} | {found.passes} | {', '.join(f'{ratio:.2f}' for ratio in sums)} |",
+        flush=True,
+    )
+    if found.table_check:
+        print(found.table_check, flush=True)
+
+
+def ratios_to(exact: Sensitivity, rows: Sequence[LayerSensitivity], *, is_fp8: bool) -> list[float]:
+    """Return the ratio of each whole FP8 recipe's row, or of each BF16 row, to the exact one."""
+    wanted = [r for r in rows if is_whole(r.option) or not (is_fp8 or r.option.is_fp8)]
+    pairs = [(r, exact.row(r.name, r.option)) for r in wanted if r.option.is_fp8 == is_fp8]
+    return [
+        row.grad_error.mean / other.grad_error.mean
+        for row, other in pairs
+        if other is not None and other.grad_error.mean > 0.0
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--deep", action="store_true")
     parser.add_argument("--recipes", nargs="+", type=Recipe, default=list(RECIPES))
+    parser.add_argument("--families", nargs="*", choices=FAMILIES)
+    parser.add_argument("--batches", type=int, default=2, help="of a family")
     arguments = parser.parse_args()
+    if arguments.families is not None:
+        print(
+            "| family | cells | whole recipes, probed | whole recipes | BF16 | measured | passes |"
+        )
+        for name in arguments.families or FAMILIES:
+            show_family(name, batches=arguments.batches)
+        return
     workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
     spec = capture_model(Context(workload, CPU))
     recipes = tuple(arguments.recipes)

@@ -23,7 +23,8 @@ from autoprec.records import (
 from autoprec.runtime import apply, install_options, undo
 from autoprec.search import build_plan, search_plan
 from autoprec.sensitivity.islands import find_producers
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.workload.functions import Workload, workload_from
 from tests.search_tables import profile_of

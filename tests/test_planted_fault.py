@@ -28,7 +28,8 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.verification import verify_plans

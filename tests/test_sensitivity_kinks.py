@@ -1,7 +1,8 @@
 """The probes where the derivative jumps: against the exact table, and where it does not jump."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.records import Estimate, Recipe, fp8_option
+from autoprec.sensitivity.check import check_table
+from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
 from autoprec.sensitivity.local import BF16_OUTPUT, list_cells
 from autoprec.sensitivity.probes import probe_batches
@@ -22,12 +26,18 @@ CPU = torch.device("cpu")
 
 
 def prepared(activation: type[nn.Module]) -> Reference:
-    """Return a warmed-up regression of 512 points by four linears."""
+    """Return a warmed-up regression by four linears."""
 
     def build_model() -> nn.Module:
         layers = [nn.Linear(64, 128), *(nn.Linear(128, 128) for _ in range(2))]
         parts = [part for layer in layers for part in (layer, activation())]
         return nn.Sequential(*parts, nn.Linear(128, 16))
+
+    return reference_of(build_model)
+
+
+def reference_of(build_model: Callable[[], nn.Module]) -> Reference:
+    """Return a warmed-up regression of 512 points by any model."""
 
     def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         truth = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
@@ -69,3 +79,80 @@ def test_a_smooth_layer_is_left_as_it_is_and_a_kink_counts_by_what_is_behind_it(
     steps = TwoSteps(4.0, products, changes, {"kinked": 0, "smooth": 1, "unused": 1})
     assert steps.correction([keys[0]]) == pytest.approx((1.0 + (3.0 * 12.0) ** 0.5) / 4.0)
     assert [steps.correction([key]) for key in keys[1:]] == [1.0, 1.0]
+
+
+def routed() -> Reference:
+    """Return a warmed-up mixture whose experts take the rows that a router gives them."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(32, 4)
+            self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen, which = self.router(x).topk(2)
+            weights, out = chosen.softmax(-1), torch.zeros_like(x)
+            for number, expert in enumerate(self.experts):
+                rows, places = (which == number).nonzero(as_tuple=True)
+                part = weights[rows, places, None] * expert(x[rows])
+                out = out.index_add(0, rows, part.to(out.dtype))
+            return out
+
+    return reference_of(lambda: nn.Sequential(nn.Linear(64, 32), Mixture(), nn.Linear(32, 16)))
+
+
+def test_moved_passes_keep_the_experts_of_the_reference() -> None:
+    reference = routed()
+    cells = list_cells(reference.spec, None)
+    probes = probe_batches(reference, cells, probes=1)
+    assert not any(probe.unlike for probe in probes)
+    steps = probes[0].steps
+    assert steps is not None
+    assert steps.jumps > 0.0  # some rows go elsewhere where the choice is free
+    # all layers up to the router move its choice, none behind it do
+    assert steps.choices == {
+        name: float(name in ("0", "1.router")) for name in reference.spec.names
+    }
+    rows = {(r.name, r.option): r.grad_error.mean for r in make_rows(probes, cells)}
+    assert all(value > 0.0 for value in rows.values())
+
+
+def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:
+    class Positive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            (rows,) = (x[:, 0] > 0.0).nonzero(as_tuple=True)
+            return x.index_add(0, rows, self.inner(x[rows]).to(x.dtype))
+
+    reference = reference_of(
+        lambda: nn.Sequential(nn.Linear(64, 32), Positive(), nn.Linear(32, 16))
+    )
+    cells = list_cells(reference.spec, None)
+    table = make_table(reference, cells, Method.SIGN_CODED)
+    assert {cell for cell in cells if cell[0] == "1.inner"} <= set(table.refined)
+
+
+def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
+    reference = prepared(nn.SiLU)
+    cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
+    table = make_table(reference, cells, Method.SIGN_CODED)
+    meter = JointMeter(reference, batches=1)
+    for factor in (1.0, 5.0, 0.2):
+        rows = tuple(
+            row.model_copy(update={"grad_error": Estimate(mean=row.grad_error.mean * factor)})
+            for row in table.rows
+        )
+        found = check_table(meter, replace(table, rows=rows, refined=()), outside=0.0)
+        (joint,) = found.joint
+        assert 0.5 <= joint.predicted_grad_error / joint.grad_error.mean <= 2.0
+        assert found.sentence == ""
+        # rows are measured only where the table is wrong
+        assert bool(found.table.refined) == (factor != 1.0)
+    stuck = replace(table, rows=rows, method=Method.LAYERWISE)
+    found = check_table(meter, stuck, outside=0.0)
+    assert "times the joint error" in found.sentence
+    assert found.table == stuck

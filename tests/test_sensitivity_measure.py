@@ -26,7 +26,8 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search.reasons import explain_statistics
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from

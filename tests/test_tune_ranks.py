@@ -15,7 +15,8 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.parallel import parallel_workload
 from autoprec.records import BF16_O2, ModelSpec, Recipe, fp8_option
-from autoprec.sensitivity.measure import JointMeter, measure_sensitivity
+from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.verification.branches import train_seed

@@ -72,12 +72,16 @@ class Island(Record):
 
 
 class JointMeasurement(Record):
-    """The measured gradient error of a whole plan beside the sum of its rows in the table."""
+    """The measured gradient error of a whole plan beside the sum of its rows in the table.
+
+    `overlap` is what that sum has too much, as several rows' errors cross the same kinks.
+    """
 
     label: str
     options: tuple[Option, ...]  # in the order of the model's layers
     grad_error: Estimate
     predicted_grad_error: float
+    overlap: NonNegativeFloat = 0.0
 
 
 class Sensitivity(FileRecord):
@@ -90,7 +94,8 @@ class Sensitivity(FileRecord):
     activations between layers: paid once by any plan with a 16-bit layer, and without what BF16
     does to `islands`, where it is too coarse by itself. `floor` is the error
     between two runs of the reference (0 when deterministic). `loss_curve` holds (step, loss) of the
-    reference warm-up.
+    reference warm-up. `table_check` says where the table and joint measurements are more than a
+    factor of two apart; empty where they agree.
     """
 
     KIND = "sensitivity"
@@ -114,6 +119,7 @@ class Sensitivity(FileRecord):
     loss_curve: tuple[tuple[int, float], ...]
     software: dict[str, str]
     notes: tuple[str, ...] = ()
+    table_check: str = ""
     islands: tuple[Island, ...] = ()
 
     def between_layers(self, fp32: Collection[str] = ()) -> float:

@@ -15,6 +15,7 @@ from autoprec.records import (
     Check,
     Diagnosis,
     Difference,
+    JointMeasurement,
     Option,
     Plan,
     PlanCheck,
@@ -56,6 +57,8 @@ def print_summary(run: RunRecords, console: Console, *, out: Path | str | None =
     parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
     answers = (found.fp8_answer, found.compile_answer, found.memory_answer, *found.left_out)
     parts += [Line(answer, "bold") for answer in answers if answer]
+    sensitivity = found.run.sensitivity
+    parts += [Line(sensitivity.table_check)] if sensitivity and sensitivity.table_check else []
     parts += [Line(found.ceiling.sentence)] if found.ceiling else []
     parts += notes(found.notes)
     parts += [*section("Next"), *_next_lines(found, out)]
@@ -217,6 +220,7 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     method = sensitivity.method.replace("_", " ")
     return [
         Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
+        *([Line(sensitivity.table_check, "bold")] if sensitivity.table_check else []),
         Table(heads, rows, numbers=range(1, len(heads)), widest=0),
         *map(Line, and_more(len(ranked) - MOST_SHOWN, "layer", " in sensitivity.json")),
         *map(Line, _sensitivity_sentences(sensitivity)),
@@ -234,7 +238,7 @@ def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
     for joint in sensitivity.joint:
         yield (
             f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
-            f"sum of parts {formats.share(joint.predicted_grad_error)}"
+            f"sum of parts {formats.share(joint.predicted_grad_error)}{_overlap(joint)}"
         )
     yield (
         f"BF16 activations alone: {formats.grad_error(sensitivity.activation_error)}; two runs of "
@@ -242,6 +246,12 @@ def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
         f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
         "preconditioner"
     )
+
+
+def _overlap(joint: JointMeasurement) -> str:
+    if joint.overlap <= 0.0:
+        return ""
+    return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
 
 
 def _search_parts(search: Search) -> list[Part]:

@@ -54,16 +54,37 @@ class TwoSteps:
     def correction(self, keys: Sequence[Key]) -> float:
         """Return what the squares of one layer's errors of output have to be multiplied with."""
         name, _ = keys[0]
-        fine, own = (math.fsum(self.products[key][place] for key in keys) for place in range(2))
+        fine, own = self._pair(keys)
         if own <= 0.0:
             return 1.0
         crossed = self._crossed(fine, own)
         smooth = max(own - crossed, 0.0) if crossed > 0.0 else fine
-        kinks = math.sqrt(crossed * self._behind(name))
-        total = math.fsum(min(pair) for pair in self.changes)
-        ratio = math.sqrt(smooth / total) if total > 0.0 else 0.0
-        jumps = self.jumps * self.choices.get(name, 0.0) * ratio
-        return (smooth + kinks + jumps) / own
+        return (smooth + self.added(keys) + self._jumps_of(name, smooth)) / own
+
+    @property
+    def are_kinked(self) -> bool:
+        """Whether any parameter's gradient crossed kinks."""
+        return any(self._crossed(*pair) > 0.0 for pair in self.changes)
+
+    def added(self, keys: Sequence[Key]) -> float:
+        """Return F of one layer's errors of output: what kinks add to d'Pd."""
+        return math.sqrt(self._crossed(*self._pair(keys)) * self._behind(keys[0][0]))
+
+    def _pair(self, keys: Sequence[Key]) -> tuple[float, float]:
+        pairs = [self.products[key] for key in keys]
+        return math.fsum(fine for fine, _ in pairs), math.fsum(own for _, own in pairs)
+
+    def _jumps_of(self, name: str, smooth: float) -> float:
+        """Return what other choices than the reference's add to the errors of a layer's output.
+
+        A choice is changed with a probability that grows as |dy|, like a kink. There is no B of it,
+        as the choices are kept, so errors and moved weights are compared by the smooth part of what
+        they do, forward; moved weights do about half of theirs backward.
+        """
+        total = math.fsum(min(pair) for pair in self.changes) / 2.0
+        if self.jumps <= 0.0 or total <= 0.0:
+            return 0.0
+        return self.jumps * self.choices.get(name, 0.0) * math.sqrt(smooth / total)
 
     def _behind(self, name: str) -> float:
         """Return W t of the kinks behind a layer."""

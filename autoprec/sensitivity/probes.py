@@ -100,7 +100,7 @@ class BatchProbe:
 def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
     """Probe every batch; costs per batch and group of layers one pass and `probes` more.
 
-    The first batch is probed once more, at a finer step.
+    The first batch is run once more at a finer step, and probed there where that shows kinks.
 
     All layers of the spec are measured in BF16, and linears in the FP8 options of their `cells`.
     What goes through the layers of one group is held at a time, in two passes.
@@ -114,8 +114,7 @@ def probe_batches(reference: Reference, cells: Sequence[Cell], *, probes: int) -
             progress("sensitivity: probes", index * len(named) + place, total)
             _probe_group(reference, index, layers, options, probed)
         found.append(probed)
-        # two replays of every layer are about two passes; a finer step takes the outputs' only
-        reference.passes += 2 * probes + (index == 0)
+        reference.passes += 2 * probes  # two replays of every layer: about two passes
     progress("sensitivity: probes", total, total)
     return found
 
@@ -142,24 +141,44 @@ def _probe_group(
         for key, z in products.items():
             probed.add(key, z)
         if is_first:
-            finer = run_moved(step, code=code, watched=True, times=FINER)
-            fine = _products_of(step, finer, options, probed, is_first=False)
-            pairs = {key: (_square(z), _square(products[key])) for key, z in fine.items()}
-            found = probed.steps or TwoSteps(FINER, {}, moved.beside(finer), step.places())
-            if choices.indices and probed.steps is None:
-                freely = math.fsum(run_freely(step, code=code))
-                found = replace(
-                    found,
-                    jumps=max(freely - math.fsum(moved.changes), 0.0),
-                    choices=choices.behind(reference.spec.names),
-                )
-            found.products.update(pairs)
-            probed.steps = found
+            probed.steps = _at_two_steps(step, options, probed, moved, products, code=code)
     # one reduction for all layers and options
     own = {name: probed.parameter_errors[name] for name in layers}
     summed = iter(sum_over_ranks([value for errors in own.values() for value in errors.values()]))
     for name, errors in own.items():
         probed.parameter_errors[name] = {sides: next(summed) for sides in errors}
+
+
+def _at_two_steps(
+    step: Pass,
+    options: Mapping[str, Sequence[Option]],
+    probed: BatchProbe,
+    moved: Moved,
+    products: Mapping[Key, Tensor],
+    *,
+    code: int,
+) -> TwoSteps:
+    """Return what these layers showed at two steps, beside those before; pass again where needed.
+
+    The first group tells whether there are kinks or choices at all.
+    """
+    found = probed.steps
+    own = {key: (_square(z), _square(z)) for key, z in products.items()}
+    if found is None or found.are_kinked:
+        finer = run_moved(step, code=code, watched=True, times=FINER)
+        if found is None:
+            found = TwoSteps(FINER, {}, moved.beside(finer), step.places())
+            if step.choices.indices:
+                freely = math.fsum(run_freely(step, code=code))
+                behind = step.choices.behind(step.reference.spec.names)
+                jumps = max(freely - math.fsum(moved.changes), 0.0)
+                found = replace(found, jumps=jumps, choices=behind)
+        if found.are_kinked:
+            fine = _products_of(step, finer, options, probed, is_first=False)
+            own |= {key: (_square(z), _square(products[key])) for key, z in fine.items()}
+            step.reference.passes += 1  # the outputs' products take about as long
+    found.products.update(own)
+    return found
 
 
 def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[OperandStatistics]:

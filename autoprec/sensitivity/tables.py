@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from itertools import chain
@@ -59,6 +59,7 @@ class Table:
     rows: tuple[LayerSensitivity, ...]
     statistics: tuple[OperandStatistics, ...]
     refined: tuple[Cell, ...] = ()
+    kinks: Mapping[Cell, float] = field(default_factory=dict)  # the share of a row that they add
 
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
@@ -78,14 +79,61 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
     probes = _probed(reference, cells, probes=count)
     rows = make_rows(probes, cells)
-    refined = tuple(dict.fromkeys((*large_cells(rows), *uncertain_cells(rows))))
-    exact = _exact_errors(reference, refined, REFINED_BATCHES, "largest rows") if refined else {}
-    rows = tuple(
-        _refined(row, exact[cell]) if (cell := (row.name, row.option)) in exact else row
-        for row in rows
-    )
+    unlike = [cell for cell in cells if any(cell[0] in probe.unlike for probe in probes)]
+    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *uncertain_cells(rows))))
     statistics = from_first_rank(probes[0].statistics)
-    return Table(Method.SIGN_CODED, rows, tuple(statistics), refined)
+    table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _kinks_of(probes, rows))
+    return refine_table(reference, table, refined, batches=REFINED_BATCHES)
+
+
+def refine_table(
+    reference: Reference, table: Table, cells: Sequence[Cell], *, batches: int
+) -> Table:
+    """Return a table whose cells are measured one by one; a pass per cell and batch.
+
+    Options of the same layer and recipe that keep GEMMs in BF16 go along with the whole recipe,
+    unless they are measured themselves.
+    """
+    if not cells:
+        return table
+    exact = _exact_errors(reference, cells, batches, "largest rows")
+    known = {*table.refined, *exact}
+    ratios = {
+        (row.name, row.option.recipe): exact[cell].mean / row.grad_error.mean
+        for row in table.rows
+        if (cell := (row.name, row.option)) in exact and is_whole(row.option)
+        if row.grad_error.mean > 0.0
+    }
+    rows = []
+    for row in table.rows:
+        ratio = ratios.get((row.name, row.option.recipe), 1.0)
+        if (cell := (row.name, row.option)) in exact:
+            rows.append(_refined(row, exact[cell]))
+        elif cell not in known and row.option.is_fp8 and ratio != 1.0:
+            rows.append(_refined(row, _scaled(row.grad_error, ratio)))
+        else:
+            rows.append(row)
+    refined = tuple(dict.fromkeys((*table.refined, *cells)))
+    return replace(table, rows=tuple(rows), refined=refined)
+
+
+def is_whole(option: Option) -> bool:
+    """Whether an option runs all GEMMs in FP8 that its recipe does."""
+    return option.is_fp8 and not option.gemms_hp
+
+
+def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) -> dict[Cell, float]:
+    """Return the share of each row that kinks add; empty where there are none."""
+    steps, scale = probes[0].steps, probes[0].squared_norm
+    if steps is None or not steps.are_kinked:
+        return {}
+    found = {}
+    for row in rows:
+        keys = [(row.name, component) for component in components_of(row.option)[Gemm.OUTPUT]]
+        if row.grad_error.mean > 0.0:
+            share = steps.added(keys) / scale / row.grad_error.mean
+            found[row.name, row.option] = min(share, 1.0)
+    return found
 
 
 def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
@@ -202,9 +250,12 @@ def _installed(reference: Reference, name: str, option: Option) -> AbstractConte
 
 def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
     """Return a row with its exact gradient error; its GEMMs keep their proportions."""
-    ratio = exact.mean / probed.grad_error.mean
-    by_gemm = {
-        gemm: Estimate(mean=p.mean * ratio, stderr=None if p.stderr is None else p.stderr * ratio)
-        for gemm, p in probed.by_gemm.items()
-    }
+    before = probed.grad_error.mean
+    ratio = exact.mean / before if before > 0.0 else 1.0
+    by_gemm = {gemm: _scaled(part, ratio) for gemm, part in probed.by_gemm.items()}
     return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})
+
+
+def _scaled(estimate: Estimate, ratio: float) -> Estimate:
+    stderr = None if estimate.stderr is None else estimate.stderr * ratio
+    return Estimate(mean=estimate.mean * ratio, stderr=stderr)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from autoprec.model.context import Context
     from autoprec.records import Estimate, Option
-    from autoprec.sensitivity.measure import JointMeter
+    from autoprec.sensitivity.joint import JointMeter
     from autoprec.sensitivity.reference import Reference
     from autoprec.workload.functions import Workload
 
@@ -339,7 +339,7 @@ class Run:
 
     @cached_property
     def _meter(self) -> "JointMeter":
-        from autoprec.sensitivity.measure import JointMeter
+        from autoprec.sensitivity.joint import JointMeter
 
         islands = self.sensitivity.island_names
         return JointMeter(self.reference, fp32_outputs=islands)
