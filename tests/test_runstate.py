@@ -112,7 +112,7 @@ def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_pat
 
 def test_every_setting_decides_a_stage_or_is_known_to_decide_none() -> None:
     needs_a_file = {"workload", "script", "batch", "sequence"}
-    decides_none = {"out", "verify", "resume", "memory_limit", "workers", "launcher"}
+    decides_none = {"out", "verify", "resume", "memory_limit", "workers", "launcher", "worker"}
     names = {each.name for each in fields(Settings)}
     assert names == {*OTHERS, *needs_a_file, *decides_none}
     assert {name for name, known in all_settings().items() if not known.stages} == decides_none

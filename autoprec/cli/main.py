@@ -137,8 +137,16 @@ def search(
     as_json: Json = False,
     **given: Given,
 ) -> None:
-    """Search the plan again from profile.json and sensitivity.json: search.json, plan.json."""
+    """Search the plan again from profile.json and sensitivity.json: search.json, plan.json.
+
+    With --worker, only measure plans for a search that runs elsewhere on the same --storage.
+    """
     settings = Settings.of(out=out, workload=workload, **given)
+    if settings.worker:
+        from autoprec.tuning.searching import make_search
+
+        found = _run(settings, make_search, stages=("search",))
+        _finish(found, as_json=as_json)
     _finish(_run(settings, lambda run: run.plan, stages=("search",)), as_json=as_json)
 
 

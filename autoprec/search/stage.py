@@ -79,13 +79,16 @@ def search_plan(
     with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
         space = make_space(problem, plans)
         study = PlanStudy(opened, space, budget, evaluate, seed, lambda: clock() >= end_s, claims)
+        if claims.is_worker:
+            claims.check_reference()
         while True:
             interacting, notes = explore(study, exact_plan, problem_of)
             sample(study, trials, problem_of, progress=progress)
             # what others are at counts, and is done here where they are killed
             if claims.is_worker or not study.wait_for_others():
                 break
-    if (best := study.best) is None:
+        best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
+    if best is None:
         raise InfeasibleError(_all_over_budget(study))
     return _search_record(
         study, best, profile, exact_plan, expected or found, plans, trials, interacting, notes

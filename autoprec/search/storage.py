@@ -7,9 +7,11 @@ is open, and its settings are given back after.
 
 import logging
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ from autoprec.search.workers import BEAT_S, STALE_S, Claims, Team
 if TYPE_CHECKING:
     import optuna
 
+OPEN_TRIES, OPEN_WAIT_S = 10, 0.5  # tables are a dozen, and each can be made by one only
+CONNECT_S = 10  # until a server must have answered
+LOCKED_S = 60  # that another process may keep a SQLite file
 TABLES = "autoprec_tables"  # the study's user attribute that names the tables
 
 logger = logging.getLogger(__name__)
@@ -76,7 +81,7 @@ def open_study(
 
 
 def check_storage(storage: str) -> None:
-    """Check a database URL without opening it: its form, its driver, and a file's folder.
+    """Check a database URL: its form, its driver, a file's folder, and that a server answers.
 
     Raises:
         RecordError: nothing can be opened there.
@@ -85,7 +90,10 @@ def check_storage(storage: str) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        url = create_engine(storage).url
+        engine = create_engine(storage)
+        url = engine.url
+        if url.get_backend_name() == "postgresql":
+            create_engine(storage, connect_args={"connect_timeout": CONNECT_S}).connect().close()
     except (SQLAlchemyError, ImportError) as error:
         raise RecordError(_storage_problem(storage, error)) from error
     is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
@@ -95,15 +103,23 @@ def check_storage(storage: str) -> None:
 
 def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStorage":
     import optuna
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-    options = {"connect_args": {"factory": _QuickSqlite}} if storage.startswith("sqlite") else {}
+    sqlite = {"factory": _QuickSqlite, "timeout": LOCKED_S}
+    options = {"connect_args": sqlite} if storage.startswith("sqlite") else {}
+    make = partial(
+        optuna.storages.RDBStorage,
+        storage,
+        engine_kwargs=options,
+        heartbeat_interval=BEAT_S if team else None,
+        grace_period=STALE_S if team else None,
+    )
     try:
-        return optuna.storages.RDBStorage(
-            storage,
-            engine_kwargs=options,
-            heartbeat_interval=BEAT_S if team else None,
-            grace_period=STALE_S if team else None,
-        )
+        for _ in range(OPEN_TRIES - 1):
+            with suppress(IntegrityError, ProgrammingError):
+                return make()
+            time.sleep(OPEN_WAIT_S)  # another process is making the tables
+        return make()
     except (ImportError, RuntimeError, ValueError) as error:  # no driver, or another version's
         raise RecordError(_storage_problem(storage, error)) from error
 

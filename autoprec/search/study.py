@@ -163,7 +163,7 @@ class PlanStudy:
 
     def evaluate(self, options: Options, *, source: str) -> SearchTrial | None:
         """Evaluate a plan as a trial, unless it is known; None where another worker is at it."""
-        if options not in self.known:
+        if not self.is_taken(options):
             self._run(self._trial_of(options), options, source)
         return self.known.get(options)
 
@@ -180,6 +180,7 @@ class PlanStudy:
         """Evaluate a plan, or wait until another worker has done so."""
         while (plan := self.evaluate(options, source=source)) is None:
             self.claims.wait()
+            self.take_up()
         return plan
 
     def improve(self, drawn: Sequence[Options], correction: Correction) -> bool:
@@ -264,7 +265,9 @@ class PlanStudy:
         from optuna.trial import TrialState
 
         try:
-            with self.claims.claimed(trial, self._code(options)) as is_ours:
+            is_work = is_final and options not in self.known
+            plan = self._code(options) if is_work else None
+            with self.claims.claimed(trial, plan) as is_ours:
                 if is_ours:
                     self._evaluate(trial, options, source, is_final=is_final)
         except BaseException:

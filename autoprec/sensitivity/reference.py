@@ -10,8 +10,9 @@ import logging
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -40,6 +41,7 @@ from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
 from autoprec.runtime.sharded_state import load_shards, load_whole
 from autoprec.sensitivity.delayed import Amax, recorded_amax
 from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.kept_reference import digest_of, keep_reference, one_at_a_time
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.room import plan_groups
 from autoprec.workload.functions import Batch, check_loss, move_batch
@@ -89,6 +91,11 @@ class Reference:
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the weights, and of the batches that gradients are compared on."""
+        return digest_of(self.model, [self.batches, self.more])
 
     @property
     def splits_layers(self) -> bool:
@@ -208,11 +215,13 @@ def prepare_reference(
     batches: int = DEFAULT_BATCHES,
     warmup_steps: int = DEFAULT_WARMUP_STEPS,
     with_history: bool = False,
+    kept: Path | None = None,
 ) -> Reference:
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
 
     `spec` is the captured model, `checkpoint` a state dict to start from instead of fresh weights.
-    `with_history` records the operands' magnitudes, as delayed scaling needs them.
+    `with_history` records the operands' magnitudes, as delayed scaling needs them. `kept` is a file
+    from which the trained reference is read, and to which it is written where there is none.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.
@@ -229,11 +238,23 @@ def prepare_reference(
     on_device = batches if context.device.type == "cpu" else 0  # else the host keeps gradients
     groups, is_parked = plan_groups(context, spec, gradients=on_device)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
-    training = restore(context, start, warmup_steps=warmup_steps)
-    model, stream = training.model, context.workload.train_batches(context.seed)
-    watched = find_layers(model) if with_history else {}
-    with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
-        curve, step_s = _warm_up(training, context, stream, steps=warmup_steps)
+    stream, history = context.workload.train_batches(context.seed), {}
+    with one_at_a_time(kept) if kept else nullcontext() as known:
+        training = restore(context, known.checkpoint if known else start, warmup_steps=warmup_steps)
+        model = training.model
+        if known is not None:  # the batches that it was trained on are past
+            curve, step_s = known.curve, known.step_s
+            deque(step_batches(context.workload, stream, count=warmup_steps), maxlen=0)
+        else:
+            watched = find_layers(model) if with_history else {}
+            with (
+                seeded(context.seed, context.device),
+                tf32_off(),
+                recorded_amax(watched) as history,
+            ):
+                curve, step_s = _warm_up(training, context, stream, steps=warmup_steps)
+            if kept is not None:
+                keep_reference(kept, model, training.optimizer, curve=curve, step_s=step_s)
     _check_structure(model, spec)
     return Reference(
         context=context,

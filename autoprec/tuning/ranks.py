@@ -30,6 +30,11 @@ def is_launched() -> bool:
 
 def check_launch(settings: Settings) -> None:
     """Refuse several ranks for what one process does (SettingsError)."""
+    if settings.worker and is_launched():
+        raise SettingsError(
+            f"--worker is one process, but {os.environ['WORLD_SIZE']} were started; start each "
+            "worker by itself, without torchrun"
+        )
     if settings.script and is_launched():
         raise SettingsError(
             f"--script is recorded by one process, but {os.environ['WORLD_SIZE']} were started; "

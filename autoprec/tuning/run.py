@@ -30,18 +30,16 @@ from autoprec.tuning.ranks import (
     check_launch,
     check_ranks,
     is_first,
-    led_by_first,
     made_on_all,
     made_on_first,
 )
+from autoprec.tuning.searching import kept_reference, make_search
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 
 if TYPE_CHECKING:
     import torch
 
     from autoprec.model.context import Context
-    from autoprec.records import Estimate, Option
-    from autoprec.sensitivity.joint import JointMeter
     from autoprec.sensitivity.reference import Reference
     from autoprec.workload.functions import Workload
 
@@ -175,7 +173,11 @@ class Run:
 
         checkpoint, has_delayed = self.settings.checkpoint, Recipe.DELAYED in self.settings.recipes
         return prepare_reference(
-            self.context, self.spec, checkpoint=checkpoint, with_history=has_delayed
+            self.context,
+            self.spec,
+            checkpoint=checkpoint,
+            with_history=has_delayed,
+            kept=kept_reference(self),
         )
 
     # --- the stages ----------------------------------------------------------------------------
@@ -193,7 +195,7 @@ class Run:
     @cached_property
     def search(self) -> Search:
         """The plans that were looked at, and the one that was chosen."""
-        return self._staged(Search, self._make_search)
+        return self._staged(Search, lambda: make_search(self))
 
     @cached_property
     def candidates(self) -> list[Plan]:
@@ -304,46 +306,6 @@ class Run:
 
         return measure_sensitivity(self.reference, options=self.settings.measured_options)
 
-    def _make_search(self) -> Search:
-        from autoprec.search import search_plan
-
-        profile, sensitivity, settings = self.profile, self.sensitivity, self.settings
-        if sensitivity.structure != profile.model.structure:
-            raise RecordError(
-                "profile and sensitivity must be of one model, but their structures are "
-                f"{profile.model.structure} and {sensitivity.structure}; make both from the same "
-                "file"
-            )
-        has_workload = self.is_live or settings.workload or settings.script
-        can_measure = has_workload and profile.model.device != "meta" and self.proxy is None
-
-        def find(ask: "Callable[[tuple[tuple[Option, ...], int]], Estimate]") -> Search:
-            def measure(options: "tuple[Option, ...]", batches: int) -> "Estimate":
-                return ask((options, batches))
-
-            return search_plan(
-                profile,
-                sensitivity,
-                constraint=settings.constraint,
-                evaluate=measure if can_measure else None,
-                trials=settings.trials,
-                time_budget_s=settings.time_budget,
-                seed=settings.seed,
-                storage=settings.storage or f"sqlite:///{settings.out / 'study.db'}",
-                study_name=settings.study,
-                progress=self.progress,
-            )
-
-        # a resumed study may need no measurement: the reference is trained for the first one
-        return led_by_first(find, lambda asked: self._meter.measure(*asked))
-
-    @cached_property
-    def _meter(self) -> "JointMeter":
-        from autoprec.sensitivity.joint import JointMeter
-
-        islands = self.sensitivity.island_names
-        return JointMeter(self.reference, fp32_outputs=islands)
-
     def _verified(
         self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
     ) -> Verification:
@@ -357,7 +319,7 @@ class Run:
             return verify_on_proxy(self.proxy, plans, name=self.settings.proxy, model=self.spec)
         from autoprec.verification import Workers, verify_plans
 
-        for made in ("_meter", "reference"):  # nothing measures against it any more
+        for made in ("reference",):  # nothing measures against it any more
             vars(self).pop(made, None)
         return verify_plans(
             self.context,
@@ -383,11 +345,14 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder while the context is open; rank 0 holds the lock.
 
+        A worker writes nothing there, and is let in beside others.
+
         Raises:
             RecordError: another run has it; on every rank.
         """
         with ExitStack() as stack:
-            made_on_first(lambda: stack.enter_context(self.folder.locked()))
+            if not self.settings.worker:
+                made_on_first(lambda: stack.enter_context(self.folder.locked()))
             yield
 
     def _save_plan(self, plan: Plan) -> None:

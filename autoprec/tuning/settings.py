@@ -135,6 +135,12 @@ class Settings:
     seed: int = setting(0, "Seed of everything random.", STAGES)
     storage: str = setting("", "Optuna storage URL; default OUT/study.db.", (SEARCH,))
     study: str = setting("autoprec", "Name of the Optuna study.", (SEARCH,))
+    worker: bool = setting(
+        False,
+        "Only measure plans for a search on the same --storage (SQLite: on one host).",
+        commands=(SEARCH,),
+        names=("--worker",),
+    )
     checkpoint: Path | None = setting(
         None,
         "Start from this checkpoint (state dict) instead of from scratch.",
@@ -227,6 +233,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would come to nothing."""
+        self._check_worker()
         if (self.batch or self.sequence) and not self.config:
             raise WorkloadError(
                 "--batch and --sequence are for a workload that is a transformers config, but it "
@@ -258,6 +265,14 @@ class Settings:
             raise DeviceError(
                 "--meta needs a device profile as its target, since nothing is run that could be "
                 f"timed, but the target is {self.target!r}; add e.g. --target h100-sxm"
+            )
+
+    def _check_worker(self) -> None:
+        if self.worker and not (self.storage and (self.workload or self.script)):
+            raise SettingsError(
+                "a worker measures plans for a search in another process, which needs --storage "
+                f"and --workload, but they are {self.storage!r} and {self.workload!r}; give both, "
+                "as that search has them"
             )
 
     @property

@@ -1,0 +1,73 @@
+"""A warmed-up reference in a file, so that several processes measure against the same bits."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from autoprec.common.files import replace_file
+from autoprec.errors import RecordError
+from autoprec.runtime.checkpoint import Checkpoint, on_cpu, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint after the warm-up, with the warm-up's losses and the time of a step."""
+
+    checkpoint: Checkpoint
+    curve: tuple[tuple[int, float], ...]
+    step_s: float
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[Kept | None]:
+    """Give what is kept in a file, None if nothing is; others wait until it is left."""
+    with FileLock(f"{path}.lock"):
+        yield _read(path) if path.exists() else None
+
+
+def keep_reference(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    curve: tuple[tuple[int, float], ...],
+    step_s: float,
+) -> None:
+    """Write a reference to a file."""
+    content: dict[str, Any] = {  # Any: state dicts are trees of anything
+        "model": on_cpu(model.state_dict()),
+        "optimizer": on_cpu(optimizer.state_dict()),
+        "extra": {"curve": curve, "step_s": step_s},
+    }
+    replace_file(path, lambda file: torch.save(content, file))
+
+
+def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's batches
+    """Return 16 hex digits of a model's weights and buffers, and of the tensors in batches."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves([dict(model.state_dict()), batches]):
+        if isinstance(leaf, Tensor):
+            found.update(
+                leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+    return found.hexdigest()[:16]
+
+
+def _read(path: Path) -> Kept:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        curve = tuple((int(step), float(loss)) for step, loss in content["extra"]["curve"])
+        return Kept(read_checkpoint(path), curve, float(content["extra"]["step_s"]))
+    except (KeyError, TypeError) as error:
+        raise RecordError(
+            f"{path} must be a reference that a search has kept, but it is not; remove it"
+        ) from error

