@@ -58,7 +58,7 @@ def main() -> None:
         spec = captured(shape)
         most = len(spec.layers)
         steps = [step_bytes(spec, is_16_bit=low, is_foreach=not low) for low in (False, True)]
-        ways = [sensitivity_bytes(spec, groups=n, gradients=0) for n in (1, most)]
+        ways = [sensitivity_bytes(spec, groups=n, batches=0) for n in (1, most)]
         sizes = [size / 1e9 for size in (*steps, *ways)]
         need = max(sizes[0], sizes[3])
         fits = next((f"{gb} GB" for gb in DEVICES_GB if need <= USABLE * gb), "shard it")

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from autoprec.device import memory
-from autoprec.device.memory import free_bytes, is_out_of_memory
+from autoprec.device.memory import can_take, free_bytes, is_out_of_memory
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -72,6 +72,21 @@ def test_training_with_adamw_takes_16_bytes_per_parameter() -> None:
     with tracked_peak() as peak:
         train(model, x, steps=2, foreach=True)
     assert 20.0 <= peak.rise_bytes / parameters + 4 + 4 < 24.5  # .grad of the run before is there
+
+
+def test_a_gpu_is_asked_for_its_memory_and_a_cpu_for_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def give(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert (dtype, device.type) == (torch.uint8, "cuda")
+        if size > KIB:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(size)
+
+    monkeypatch.setattr(torch, "empty", give)
+    assert [can_take(torch.device("cuda"), size) for size in (KIB, KIB + 1)] == [True, False]
+    monkeypatch.setattr(memory, "free_bytes", lambda _: KIB)
+    assert [can_take(CPU, size) for size in (KIB, KIB + 1)] == [True, False]
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])

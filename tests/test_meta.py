@@ -23,7 +23,13 @@ from tests.models import conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
 
 CPU = torch.device("cpu")
-NOT_SEEN = {"loss": None, "is_deterministic": False, "device": "meta", "saved_bytes": None}
+NOT_SEEN = {
+    "loss": None,
+    "is_deterministic": False,
+    "device": "meta",
+    "saved_bytes": None,
+    "batch_bytes": None,
+}
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama_meta.py"
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from torch.distributed.tensor.parallel import (
 from autoprec.device.ranks import rank
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.memory import probing_bytes
 from autoprec.model.parallel import parallel_workload
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Recipe, fp8_option
+from autoprec.sensitivity import room, tables
 from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.probes import operand_statistics, probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
@@ -109,6 +112,17 @@ def _rows(given: Workload) -> list[LayerSensitivity]:
     return list(make_rows(probe_batches(reference, cells, probes=1), cells))
 
 
+def _rows_of_a_full_rank() -> tuple[int, list[LayerSensitivity]]:
+    """Return groups and rows where rank 1 has memory for a few layers at a time."""
+    given = workload(build_optimizer=_sgd, **OWN_BATCHES["fsdp"])
+    reference, cells = _measured(given, batches=4)
+    limit = room.MARGIN * probing_bytes(reference.spec, groups=3, batches=4)
+    reference.groups = 1
+    with mock.patch.object(room, "can_take", lambda _, size: rank() == 0 or size <= limit):
+        probes = tables._probed(reference, cells, probes=1)
+    return reference.groups, list(make_rows(probes, cells))
+
+
 def _measure(folder: Path) -> None:
     found = {
         way: _numbers(workload(parallelize=split, build_mesh=_mesh, build_optimizer=_sgd))
@@ -118,7 +132,9 @@ def _measure(folder: Path) -> None:
         name: [row.model_dump_json() for row in _rows(workload(build_optimizer=_sgd, **way))]
         for name, way in OWN_BATCHES.items()
     }
-    (folder / f"{rank()}.json").write_text(json.dumps([found, own]))
+    groups, rows = _rows_of_a_full_rank()
+    full = [groups, [row.model_dump_json() for row in rows]]
+    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full]))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +166,12 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
             for gemm, value in (row.by_gemm or {}).items():
                 _compare_own(row, gemm, value, (whole.by_gemm or {})[gemm])
+
+
+def test_a_rank_without_the_memory_makes_all_probe_fewer_layers(measured: list[Any]) -> None:
+    groups, rows = measured[2]
+    assert groups == 4  # 1, 2, 4
+    assert rows == measured[1]["fsdp"]
 
 
 def _deviation(one: Estimate, other: Estimate) -> float:

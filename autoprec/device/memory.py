@@ -25,6 +25,23 @@ def free_bytes(device: torch.device) -> int | None:
     return min((size for size in found if size is not None), default=None)
 
 
+def can_take(device: torch.device, size: int) -> bool:
+    """Whether a device gives so many bytes more.
+
+    A GPU is asked for them, in one piece. Torch keeps what it gave, so that no other process has it
+    by the time that it is needed.
+    """
+    if device.type != "cuda":
+        free = free_bytes(device)
+        return free is None or size <= free
+    torch.cuda.empty_cache()  # blocks of old sizes
+    try:
+        torch.empty(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def limit_memory(device: torch.device, limit: int) -> None:
     """Make torch's CUDA allocator give no more than `limit` bytes from now on; a CPU has none."""
     if device.type == "cuda":

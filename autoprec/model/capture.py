@@ -102,8 +102,12 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         is_deterministic=not differ,
         loss=first.loss,
     )
-    spec = make_spec(seen)
-    return spec.model_copy(update={"as_written": said_written(workload), "mix": mix})
+    more = {
+        "as_written": said_written(workload),
+        "mix": mix,
+        "batch_bytes": sum(tensor.nbytes for tensor in tensors_in(batches[0])),
+    }
+    return make_spec(seen).model_copy(update=more)
 
 
 def said_written(workload: Workload) -> AsWritten:

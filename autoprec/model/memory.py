@@ -102,23 +102,35 @@ def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = F
 
 
 def sensitivity_bytes(
-    spec: ModelSpec, *, groups: int = 1, gradients: int = 2, is_parked: bool = False
+    spec: ModelSpec, *, groups: int = 1, batches: int = 2, is_parked: bool = False
 ) -> int:
     """Return the peak of measuring sensitivity with the layers in so many groups.
 
-    `gradients` is how many reference gradients the device holds: one per batch on a CPU, none where
-    the host keeps them. The largest of three:
+    It is that of the warm-up, a training step, or of probing; see `probing_bytes`.
+    """
+    size = ModelSize.of(spec)
+    held = FP32_BYTES * (size.parameters + min(size.states, 1.0) * size.trainable)
+    probing = probing_bytes(spec, groups=groups, batches=batches, is_parked=is_parked)
+    return max(step_bytes(spec), round(held) + probing)
 
-        warm-up   a training step
-        probe     weights, moved ones, the optimizer's second moment; what autograd keeps; x and g
-                  of a group (not `is_parked`: they are elsewhere), and g again under the probe
-        products  weights, second moment; x and g of a group twice, and one layer's replays (of a
-                  linear some rows at a time)
+
+def probing_bytes(
+    spec: ModelSpec, *, groups: int = 1, batches: int = 2, is_parked: bool = False
+) -> int:
+    """Return what probing takes beyond the weights and the optimizer's second moment.
+
+    `batches` is how many of them, with their reference gradients, the device holds: all on a CPU,
+    none where the host keeps them. Beside them the larger of two:
+
+        probe     moved weights; what autograd keeps; x and g of a group (not `is_parked`: they are
+                  elsewhere), and g again under the probe
+        products  x and g of a group twice, and one layer's replays (of a linear some rows at a
+                  time)
     """
     size = ModelSize.of(spec)
     of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
     group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
-    held = FP32_BYTES * (size.parameters + (min(size.states, 1.0) + gradients) * size.trainable)
+    held = batches * (FP32_BYTES * size.trainable + (spec.batch_bytes or 0))
     recorded = PROBED_BYTES - (FP32_BYTES if is_parked else 0)
     probe = FP32_BYTES * size.trainable + size.saved + recorded * group
     probe += FP32_BYTES * size.widest
@@ -126,7 +138,7 @@ def sensitivity_bytes(
     products = 2 * FP32_BYTES * group + PRODUCT_BYTES * size.largest
     chunk = min(chunk_elements(spec), max(of_layer.values(), default=0))
     products += max(REPLAYED_BYTES * replayed, CHUNK_BYTES * chunk)
-    return round(max(step_bytes(spec), held + max(probe, products)))
+    return round(held + max(probe, products))
 
 
 def sensitivity_bar(spec: ModelSpec) -> int:

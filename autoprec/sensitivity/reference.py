@@ -235,8 +235,7 @@ def prepare_reference(
             f"{batches} and {warmup_steps}; ask for more"
         )
     started = time.perf_counter()
-    on_device = batches if context.device.type == "cpu" else 0  # else the host keeps gradients
-    groups, is_parked = plan_groups(context, spec, gradients=on_device)
+    groups, is_parked = plan_groups(context, spec, batches=batches)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     stream, history = context.workload.train_batches(context.seed), {}
     with one_at_a_time(kept) if kept else nullcontext() as known:

@@ -11,11 +11,11 @@ import logging
 from functools import partial
 
 from autoprec.common.text import shown_bytes
-from autoprec.device.memory import free_bytes
+from autoprec.device.memory import can_take, free_bytes
 from autoprec.device.ranks import largest_over_ranks
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
-from autoprec.model.memory import sensitivity_bar, sensitivity_bytes
+from autoprec.model.memory import probing_bytes, sensitivity_bar, sensitivity_bytes
 from autoprec.records import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ WORTH = 1.05  # how far above the least a peak may be where even that is too muc
 MARGIN = 1.1  # measured peaks were up to 7 % above predicted ones (docs/scale.md)
 
 
-def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> tuple[int, bool]:
+def plan_groups(context: Context, spec: ModelSpec, *, batches: int) -> tuple[int, bool]:
     """Return the number of groups of layers, and whether what is recorded is parked between passes.
 
     A line of the log says what it takes.
 
-    `gradients` is how many reference gradients the device will hold.
+    `batches` is how many are measured on.
 
     Raises:
         DeviceError: with any number of them it takes more than --memory-limit.
@@ -37,7 +37,7 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> tuple[i
     limit, free = context.memory_limit, free_bytes(context.device)
     bar = sensitivity_bar(spec)
     room = limit or min(bar, bar if free is None else free)
-    predicted = partial(sensitivity_bytes, spec, gradients=gradients)
+    predicted = partial(sensitivity_bytes, spec, batches=_held(context, batches))
     ways = [
         (predicted(groups=groups, is_parked=is_parked), groups, is_parked)
         for is_parked in (False, True)
@@ -61,3 +61,29 @@ def plan_groups(context: Context, spec: ModelSpec, *, gradients: int) -> tuple[i
     parked = ", parked while the model runs" if is_parked else ""
     log.info("%s at its peak, with the layers in %d groups%s", text, groups, parked)
     return groups, is_parked
+
+
+def agreed_groups(
+    context: Context, spec: ModelSpec, groups: int, *, batches: int, is_parked: bool
+) -> int:
+    """Return the number of groups, this one or more, for which every rank gets its memory now.
+
+    A rank that runs out of it amid what all compute together leaves the others waiting there. So
+    after the warm-up, before they begin, each asks for what probing is predicted to take. What one
+    layer at a time takes is not asked for: it is tried.
+    """
+    most, planned = len(spec.layers), groups
+    taken = partial(probing_bytes, spec, batches=_held(context, batches), is_parked=is_parked)
+    while groups < most:
+        lacks = not can_take(context.device, round(MARGIN * taken(groups=groups)))
+        if not any(largest_over_ranks([float(lacks)])):
+            break
+        groups = min(2 * groups, most)
+    if groups > planned:
+        log.warning("memory is short on a rank: the layers are probed in %d groups", groups)
+    return groups
+
+
+def _held(context: Context, batches: int) -> int:
+    """Return how many batches, with their reference gradients, the device holds."""
+    return batches if context.device.type == "cpu" else 0  # else the host has them

@@ -28,6 +28,7 @@ from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
+from autoprec.sensitivity.room import agreed_groups
 
 log = logging.getLogger(__name__)
 
@@ -137,14 +138,25 @@ def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) ->
 
 
 def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
-    """Probe all batches; where memory runs out, with the layers in twice as many groups."""
+    """Probe all batches; where memory runs out, with the layers in twice as many groups.
+
+    Of several ranks none could tell the others then, so all ask for the memory first.
+    """
+    if world_size() > 1:
+        reference.groups = agreed_groups(
+            reference.context,
+            reference.spec,
+            reference.groups,
+            batches=len(reference.batches),
+            is_parked=reference.is_parked,
+        )
     before = reference.groups
     while True:
         try:
             return probe_batches(reference, cells, probes=probes)
         except (RuntimeError, WorkloadError) as error:
             can_shrink = world_size() == 1 and reference.groups < len(reference.spec.layers)
-            if not can_shrink or not is_out_of_memory(error):  # other ranks would not know
+            if not can_shrink or not is_out_of_memory(error):
                 raise
         # here the error and its frames are gone, and what they held can be given back
         release_memory(reference.context.device)
