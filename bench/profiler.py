@@ -57,7 +57,7 @@ def compare_plans(path: str, *, plans: int, seed: int, clock: Clock) -> None:
     drawn = draw_plans(profile, count=plans, seed=seed)
     uniform = {"fp32": dict.fromkeys(spec.names, FP32), "bf16_o2": bf16_plan(spec)}
     arms: dict[str, dict[str, Option]] = {**uniform, **drawn}
-    measured = time_steps(context, arms, stopping=Stopping(SAMPLES))
+    measured, _ = time_steps(context, arms, stopping=Stopping(SAMPLES))
     errors = []
     for step in measured:
         predicted = predict_step(profile, arms[step.label])

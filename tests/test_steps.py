@@ -29,6 +29,7 @@ from autoprec.profiler.steps import (
 )
 from autoprec.records import BF16_O2, AsWritten, Option, StepTiming, Timing
 from autoprec.records.cost import ratio_error
+from autoprec.report.remarks import profile_notes
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, Workload, workload_from
 from tests.constant_clock import CPU, ConstantClock
@@ -63,7 +64,7 @@ def timed(
 ) -> dict[str, StepTiming]:  # Any: of time_steps
     context = Context(given, CPU, clock=ConstantClock())
     stopping = Stopping(samples, min(samples, 2))
-    found = time_steps(context, variants, stopping=stopping, monitor=UNWATCHED, **more)
+    found, _ = time_steps(context, variants, stopping=stopping, monitor=UNWATCHED, **more)
     return {step.label: step for step in found}
 
 
@@ -165,7 +166,7 @@ def test_what_does_not_fit_is_left_out_or_named(caplog: pytest.LogCaptureFixture
 
     found = timed(workload(loss_fn=loss_fn), {"fp32": {}, AUTOCAST: AUTOCAST})
     assert list(found) == ["fp32"]
-    assert "autocast_bf16 does not fit into memory" in caplog.text
+    assert "the step autocast_bf16 is not timed: it does not fit into memory" in caplog.text
 
     def full(model: nn.Module, batch: Batch) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -175,6 +176,43 @@ def test_what_does_not_fit_is_left_out_or_named(caplog: pytest.LogCaptureFixture
 
 
 # --- as written -------------------------------------------------------------------------------
+
+
+def test_a_baseline_that_fails_is_named_and_not_the_end() -> None:
+    class Product(torch.autograd.Function):
+        """x (a b), whose backward autocast gives BF16 beside FP32."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            ctx.save_for_backward(x, a, b)
+            return x @ (a @ b)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+            (g,), (x, a, b) = gradients, ctx.saved_tensors
+            of_product = x.t() @ g
+            return g @ (a @ b).t(), of_product @ b.t(), a.t() @ of_product
+
+    class LowRank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+            self.a, self.b = nn.Parameter(torch.ones(32, 4)), nn.Parameter(torch.ones(4, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = Product.apply(self.first(x), self.a, self.b)  # type: ignore[no-untyped-call]  # torch's own stub
+            return found
+
+    functions = {
+        "build_model": LowRank,
+        "train_batches": lambda seed: iter([torch.ones(4, 32)] * 8),
+        "loss_fn": lambda model, x: model(x).float().square().mean(),
+    }
+    context = Context(workload_from(functions), CPU, clock=ConstantClock())
+    profile = profile_model(context, capture_model(context), options=())
+    assert "to have the same dtype" in profile.steps_left_out[AUTOCAST]
+    assert profile.step("fp32") is not None
+    assert any("'autocast BF16' is not timed: it fails" in note for note in profile_notes(profile))
 
 
 def test_the_step_as_written_keeps_its_autocast_and_the_others_do_not() -> None:

@@ -93,7 +93,9 @@ def profile_model(
         )
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        steps = _time_uniform_steps(context, spec.as_written, rows, groups, step_ms, compilation)
+        steps, left_out = _time_uniform_steps(
+            context, spec.as_written, rows, groups, step_ms, compilation
+        )
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
     ms = {step.label: step.timing.median_ms for step in steps}
@@ -111,6 +113,7 @@ def profile_model(
         recompiles=compiling.recompiles,
         sum_check=check_sum(groups, rows, steps),
         compile_problem=problem,
+        steps_left_out=left_out,
     )
 
 
@@ -241,7 +244,7 @@ def _time_uniform_steps(
     groups: Sequence[Group],
     step_ms: float,
     compilation: Compilation | None,
-) -> tuple[StepTiming, ...]:
+) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     bf16, fp8 = uniform_options(groups), _feasible_fp8(groups, rows)
     is_compiled = compilation is not None
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
@@ -259,9 +262,9 @@ def _time_uniform_steps(
             variants["eager_fp8_o1"] = Eager(fp8)
     budget_ms = STEP_BUDGET * step_ms
     stopping = Stopping(STEP_SAMPLES, STEP_LEAST, budget_ms=budget_ms, rejections=STEP_LEAST)
-    steps = time_steps(context, variants, stopping=stopping, compilation=compilation)
+    steps, left_out = time_steps(context, variants, stopping=stopping, compilation=compilation)
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")
         timing = predicted_timing(base.timing.median_ms + surplus_ms)
         steps += (StepTiming(label="fp8_o1", timing=timing, peak_bytes=None),)
-    return steps
+    return steps, left_out

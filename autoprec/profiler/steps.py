@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from autoprec.common.text import error_line, first_line
+from autoprec.common.text import first_line
 from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.random_state import random_state_kept
@@ -81,12 +81,14 @@ def time_steps(
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
     fp32_outputs: Sequence[str] = (),
-) -> tuple[StepTiming, ...]:
+) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     """Time a whole training step of every variant, in turns.
+
+    With the timings come the baselines that could not run, and why: those that are no assignment
+    may be left out (autocast fails on some functions of the user's, or does not fit into memory).
 
     Without a monitor the device's own rejects dirty samples; without a compilation
     (`open_compilation`) the models run eagerly, but for one that is to be as its user wrote it.
-    A baseline that does not fit into the device's memory is left out, which the log says.
 
     Raises:
         DeviceError: FP32 or a plan does not fit into the device's memory.
@@ -99,7 +101,7 @@ def time_steps(
     with TemporaryDirectory(prefix="autoprec-") as folder:
         own = (stopping, monitor, compilation, Path(folder), tuple(fp32_outputs))
         comparison = _Comparison(context, batches, *own)
-        return comparison.time_in_turns(variants)
+        return comparison.time_in_turns(variants), comparison.left_out
 
 
 @dataclass
@@ -126,12 +128,13 @@ class _Comparison:
     folder: Path  # where variants wait for their turn
     fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
     round: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)  # baselines, and why
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
         """Time the variants, one of them in memory at a time."""
         arms: dict[str, _Arm] = {}
         for label, variant in variants.items():
-            arm = self._build_if_it_fits(label, variant)
+            arm = self._build_if_it_runs(label, variant)
             if arm is not None:
                 arms[label] = arm
         # as many turns as every variant has samples, each with its share of them
@@ -190,23 +193,25 @@ class _Comparison:
 
     # --- building --------------------------------------------------------------------------------
 
-    def _build_if_it_fits(self, label: str, variant: Variant) -> _Arm | None:
-        """Return a variant's arm, or None for a baseline that the memory does not hold."""
+    def _build_if_it_runs(self, label: str, variant: Variant) -> _Arm | None:
+        """Return a variant's arm, or None for a baseline that fails here."""
         try:
             return self._build_compiled_or_not(label, variant)
         except (RuntimeError, WorkloadError) as error:
-            if not is_out_of_memory(error):
+            is_full, is_plan = is_out_of_memory(error), isinstance(variant, Mapping)
+            if is_plan and not is_full:
                 raise
-            if isinstance(variant, Mapping):
+            if is_plan:
                 raise DeviceError(
                     f"a step must fit into the memory of {self.context.device}, but that of "
                     f"{label!r} does not; tune with a smaller batch or model, or on a larger device"
                 ) from error
             check_all_failed(f"the step {label}", error)
-            reason = error_line(error)
+            what = "it does not fit into memory" if is_full else "it fails"
+            self.left_out[label] = f"{what} ({_first_cause(error)})"
         # Here the error is gone, and with it the frames that hold the model.
         release_memory(self.context.device)
-        log.warning("%s does not fit into memory and is not timed (%s)", label, reason)
+        log.warning("the step %s is not timed: %s", label, self.left_out[label])
         return None
 
     def _build_compiled_or_not(self, label: str, variant: Variant) -> _Arm:
@@ -322,8 +327,13 @@ class _Comparison:
 
 def _failure(error: Exception) -> str:
     """Return the reason that something does not compile, in one line."""
+    return f"it does not compile ({_first_cause(error)})"
+
+
+def _first_cause(error: Exception) -> str:
+    """Return the first line of an error, or of the user's own that it wraps."""
     is_users = isinstance(error, WorkloadError) and error.__cause__ is not None
-    return f"it does not compile ({first_line((is_users and error.__cause__) or error)})"
+    return first_line((is_users and error.__cause__) or error)
 
 
 def _share(stopping: Stopping, turns: int) -> Stopping:

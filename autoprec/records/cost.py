@@ -2,7 +2,7 @@
 
 import math
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, ModelSpec, Option
@@ -192,6 +192,7 @@ class Profile(FileRecord):
     `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals.
     `speedup_error` is how far a predicted speedup of FP8 over BF16 may be too high: the logarithm
     that 90 % of published speedups do not fall short by; 0 where times are measured.
+    `steps_left_out` has the baselines that could not run, by label, and why.
     `compile_problem` says why times are eager although compiled ones were to be, "" otherwise.
     """
 
@@ -215,6 +216,7 @@ class Profile(FileRecord):
     communication: Communication | None = None  # predicted profiles under FSDP only
     speedup_error: NonNegativeFloat = 0.0
     compile_problem: str = ""
+    steps_left_out: dict[str, str] = Field(default_factory=dict)
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""

@@ -80,6 +80,8 @@ def _timing_notes(profile: Profile) -> Iterator[str]:
             f"compiled FP8 layers were timed between their neighbours ({', '.join(between)}), "
             "whose own time is taken off"
         )
+    for label, reason in profile.steps_left_out.items():
+        yield f"the step {step_title(label)!r} is not timed: {reason}"
     for step in profile.steps:
         yield from _step_notes(step)
     if check := profile.sum_check:

@@ -231,7 +231,7 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
     _, control, chosen = session.variants(plan)
     written = None if profile is None else profile.model.as_written
     with open_compilation(session.context.device, mode) as compilation:
-        return time_steps(
+        steps, _ = time_steps(  # the profile says which baselines fail
             session.context,
             {
                 **written_variants(written, compiled=compilation is not None),
@@ -244,3 +244,4 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
             compilation=compilation,
             fp32_outputs=plan.fp32_outputs,
         )
+        return steps
