@@ -19,6 +19,7 @@ from autoprec.integrations.launch import Script, record_workload
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, FP32
 from autoprec.runtime import attach_optimizer, install_options
+from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.sensitivity.reference import restore
 from autoprec.verification import branches
 from autoprec.verification.gate import open_session
@@ -197,6 +198,29 @@ def test_clipping_is_that_of_a_plan_too() -> None:
     pairs = zip(training.model.parameters(), before, strict=True)
     moved = [float((p.detach().float() - b).norm()) for p, b in pairs]
     assert 0.0 < math.hypot(*moved) <= 0.02  # lr times 1e-3, and BF16's rounding
+
+
+def test_p_takes_in_the_clipped_gradient() -> None:
+    clip = 0.01
+    workload = make(
+        clip_norm=clip, build_optimizer=lambda model: torch.optim.AdamW(model.parameters())
+    )
+    training = start_training(workload, workload.build_model())
+    for batches in step_batches(workload, workload.train_batches(0), count=3):
+        training.step(batches)
+    assert 0.0 < training.clip_scale < 0.1
+    found = read_preconditioner(training.optimizer, scale=training.clip_scale)
+    weight = next(training.model.parameters())
+    clipped = weight.grad
+    assert clipped is not None
+    # Adam's own v of the next step, if the next gradient were the last one again
+    v = training.optimizer.state[weight]["exp_avg_sq"]
+    after = (0.999 * v + 0.001 * clipped.square()) / (1 - 0.999**4)
+    wanted = (after.sqrt() + 1e-8).rsqrt()
+    given = found.weight(weight, at=clipped / training.clip_scale)
+    near = after.sqrt() > 0.1 * after.sqrt().mean()  # above the floor under eps
+    ratio = (given / wanted)[near]
+    assert float(ratio.max() / ratio.min()) < 1.02
 
 
 SCHEDULED = """

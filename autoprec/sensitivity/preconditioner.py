@@ -100,8 +100,11 @@ class Preconditioner:
         return share(parameter) * float(total)
 
 
-def read_preconditioner(optimizer: Optimizer) -> Preconditioner:
-    """Read P from an optimizer that has taken a few steps, and whose last gradients are there."""
+def read_preconditioner(optimizer: Optimizer, *, scale: float = 1.0) -> Preconditioner:
+    """Read P from an optimizer that has taken a few steps, and whose last gradients are there.
+
+    `scale` is what clipping makes of a gradient before the optimizer sees it.
+    """
     found: dict[Tensor, tuple[Rule | None, float]] = {}  # and the rate where there is no rule
     for owner, group, parameter in _trained(optimizer):
         found[parameter] = _rule_of(owner, group, parameter, seed=len(found)), _rate(group)
@@ -112,7 +115,10 @@ def read_preconditioner(optimizer: Optimizer) -> Preconditioner:
     mean = _mean_weight(rules)
     rules |= {p: Rule("identity", rate=mean or found[p][1]) for p in without}
     largest = max((rule.rate for rule in rules.values()), default=0.0) or 1.0
-    rules = {p: replace(rules[p], rate=rules[p].rate / largest) for p in found}
+    rules = {
+        p: replace(rules[p], rate=rules[p].rate / largest, take=rules[p].take * scale**2)
+        for p in found
+    }
     name = "+".join(sorted({rule.family for rule in rules.values()})) or "identity"
     return Preconditioner(name, _note(optimizer, rules, without), rules)
 

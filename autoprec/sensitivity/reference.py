@@ -261,7 +261,7 @@ def prepare_reference(
         model=model,
         batches=list(islice(stream, batches)),
         more=list(islice(stream, MORE_BATCHES)),
-        preconditioner=read_preconditioner(training.optimizer),
+        preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         history=history,
         loss_curve=curve,
         checkpoint=str(checkpoint or ""),

@@ -53,6 +53,15 @@ class Training:
     model: nn.Module
     optimizer: Optimizer
     schedule: "Schedule | None" = None
+    norm: Tensor | None = None  # of the last step's gradient before it was clipped
+
+    @property
+    def clip_scale(self) -> float:
+        """What clipping multiplied the last step's gradient by."""
+        most = self.workload.clip_norm
+        if most is None or self.norm is None:
+            return 1.0
+        return min(most / max(float(self.norm), 1e-30), 1.0)
 
     def step(self, batches: Sequence[Batch], *, rate: float = 1.0) -> Tensor:
         """Train on the batches of one optimizer step and return their mean loss, detached.
@@ -74,7 +83,7 @@ class Training:
     def update(self, *, rate: float = 1.0) -> None:
         """Clip the gradients, step the optimizer, then the schedule."""
         if self.workload.clip_norm is not None:
-            clip_gradients(self.model, self.workload.clip_norm)
+            self.norm = clip_gradients(self.model, self.workload.clip_norm)
         groups = rated_groups(self.optimizer) if rate != 1.0 else []
         rates = [_rate(group) for group in groups]
         for group, own in zip(groups, rates, strict=True):
@@ -134,8 +143,8 @@ def step_batches(
         yield list(islice(stream, workload.accumulation_steps))
 
 
-def clip_gradients(model: nn.Module, most: float) -> None:
-    """Scale the gradients so that their norm is at most this, as torch does.
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the gradients so that their norm is at most this, as torch does; return what it was.
 
     Parameters of several meshes of ranks are added up by mesh, which torch's own function is not
     made for.
@@ -151,6 +160,7 @@ def clip_gradients(model: nn.Module, most: float) -> None:
     total = nn.utils.get_total_norm(norms)
     for parameters in meshes.values():
         nn.utils.clip_grads_with_norm_(parameters, most, total)
+    return total
 
 
 def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
