@@ -107,7 +107,7 @@ def make_run(
     return RunRecords(
         plan=plan.model_copy(
             update={
-                "certificate": certificate_of(verification),
+                "certificate": Certificate.of(verification),
                 "notes": (answer, *plan.notes),
             }
         ),
@@ -647,15 +647,4 @@ def make_branches() -> tuple[Branch, ...]:
         for index in range(3)
         for label, by_seed in gaps.items()
         for gap in (by_seed[index],)
-    )
-
-
-def certificate_of(verification: Verification) -> Certificate:
-    return Certificate(
-        verdict=verification.verdict,
-        loss_tolerance=verification.loss_tolerance,
-        gap=verification.gap,
-        step_ms={s.label: s.timing.median_ms for s in verification.steps},
-        seeds=3,
-        branch_steps=verification.branch_steps,
     )

@@ -8,6 +8,7 @@ from autoprec.records import (
     BF16_O2,
     AsWritten,
     Basis,
+    ExpectedGap,
     LayerKind,
     LossGap,
     PredictedStep,
@@ -16,6 +17,7 @@ from autoprec.records import (
     Verdict,
 )
 from autoprec.report import RunRecords, formats, summary_object
+from autoprec.report.promise import Promise
 from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps, predicted_and_measured
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
@@ -118,10 +120,10 @@ def test_a_certificate_alone_gives_measured_steps_without_interval() -> None:
     speedup = plan_speedups(run)["fp32"]
     assert speedup.basis is Basis.MEASURED
     assert speedup.low is None
-    assert summarise_run(run).verdict is Verdict.VERIFIED
-    assert "within" not in summarise_run(run).verdict_sentence
-    assert summarise_run(run).verdict_sentence.startswith(
-        "verified: the loss gap to FP32 is +0.021 %"
+    assert summarise_run(run).promise.verdict is Verdict.VERIFIED
+    assert "within" not in summarise_run(run).promise.sentence
+    assert summarise_run(run).promise.sentence.startswith(
+        "verified over 75 steps (50 in FP32, 25 with the plan): the loss gap to FP32 is +0.021 %"
     )
 
 
@@ -229,8 +231,8 @@ def test_a_refuted_plan_is_called_refuted() -> None:
     assert run.verification
     fields = {"verdict": Verdict.REFUTED, "advice": "the plan diverged at step 3"}
     run = replace(run, verification=run.verification.model_copy(update=fields))
-    sentence = summarise_run(run).verdict_sentence
-    assert sentence.startswith("refuted: ")
+    sentence = summarise_run(run).promise.sentence
+    assert sentence.startswith("refuted over 75 steps (")
     assert sentence.endswith("the plan diverged at step 3")
 
 
@@ -399,3 +401,75 @@ def test_the_sum_of_layers_stands_beside_the_whole_step() -> None:
     profile = run.profile.model_copy(update={"sum_check": check})
     said = "FP8 everywhere against BF16 O2: -1.25 ms by its layers, -1 ms by whole steps"
     assert said in summarise_run(replace(run, profile=profile)).notes
+
+
+def expecting(run: RunRecords, expected: ExpectedGap | None) -> RunRecords:
+    assert run.verification
+    proof = run.verification.model_copy(update={"expected_gap": expected})
+    return replace(run, verification=proof)
+
+
+def expected_gap(mean: float | None, low: float | None, high: float | None) -> ExpectedGap:
+    return ExpectedGap(
+        steps=2000, mean=mean, low=low, high=high, confidence=0.8, reason="no loss curve"
+    )
+
+
+def test_a_verdict_says_how_far_it_reaches_wherever_it_is_shown() -> None:
+    run = make_run()
+    found = summarise_run(run)
+    assert found.headline.endswith("; its loss gap is verified over 75 steps")
+    assert found.promise.badge == "verified over 75 steps"
+    assert summary_object(run, "out")["trained_steps"] == {"fp32": 50, "plan": 25}
+    certified = summarise_run(replace(run, verification=None)).promise
+    assert certified.words == found.promise.words
+    assert certified.words == "verified over 75 steps (50 in FP32, 25 with the plan)"
+    # a certificate of before: what came before the branches is not known
+    assert run.plan
+    assert run.plan.certificate
+    old = run.plan.certificate.model_copy(update={"warmup_steps": None})
+    assert Promise.of(old, run.plan).words == "verified over 25 steps with the plan"
+
+
+@pytest.mark.parametrize(
+    ("gap", "sentence"),
+    [
+        (
+            expected_gap(0.0019, 0.0012, 0.004),
+            "after 2,000 steps with the plan a gap of +0.19 % is expected (80 % interval +0.12 % "
+            "to +0.40 %, predicted), which is above the tolerance",
+        ),
+        (
+            expected_gap(0.0009, 0.0005, 0.004),
+            "after 2,000 steps with the plan a gap of +0.090 % is expected (80 % interval +0.050 % "
+            "to +0.40 %, predicted), which may be above the tolerance",
+        ),
+        (
+            expected_gap(0.0001, 0.0, 0.001),
+            "after 2,000 steps with the plan a gap of +0.010 % is expected (80 % interval 0 % "
+            "to +0.10 %, predicted)",
+        ),
+        (
+            expected_gap(None, None, None),
+            "after 2,000 steps with the plan the gap is not known: no loss curve",
+        ),
+        (None, "what the gap is after more steps is not known; --run-steps N predicts it"),
+    ],
+)
+def test_what_is_expected_further_on_stands_beside_the_verdict(
+    gap: ExpectedGap | None, sentence: str
+) -> None:
+    run = expecting(make_run(), gap)
+    assert summarise_run(run).promise.expectation == sentence
+    found = summary_object(run, "out")["expected_gap"]
+    assert found == (gap.model_dump(mode="json") if gap else None)
+
+
+def test_fp32_everywhere_has_no_gap_to_expect() -> None:
+    assert Promise.of(None, None).expectation == ""
+    plan = make_run().plan
+    assert plan
+    layers = [each.model_copy(update={"precision": "fp32", "recipe": None}) for each in plan.layers]
+    fp32 = plan.model_copy(update={"layers": tuple(layers), "certificate": None})
+    assert Promise.of(None, fp32).expectation == ""
+    assert "--run-steps" in Promise.of(None, plan).expectation

@@ -106,7 +106,8 @@ class PredictedStep(Record):
 class Certificate(Record):
     """The verification in short; the whole is in verification.json.
 
-    With a `proxy`, it is that of a smaller model that stood for the plan's.
+    Branches trained `branch_steps` after `warmup_steps` in FP32. With a `proxy`, it is
+    that of a smaller model that stood for the plan's.
     """
 
     verdict: Verdict
@@ -117,6 +118,7 @@ class Certificate(Record):
     branch_steps: NonNegativeInt
     proxy: Proxy | None = None
     expected_gap: ExpectedGap | None = None
+    warmup_steps: NonNegativeInt | None = None
 
     @classmethod
     def of(cls, verification: Verification) -> Self:
@@ -130,6 +132,7 @@ class Certificate(Record):
             branch_steps=verification.branch_steps,
             proxy=verification.proxy,
             expected_gap=verification.expected_gap,
+            warmup_steps=verification.warmup_steps,
         )
 
 

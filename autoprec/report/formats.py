@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from autoprec.common.text import percent, significant
-from autoprec.records import Estimate, LossGap, Option, Precision, Proxy, Verdict
+from autoprec.records import Estimate, LossGap, Option, Precision
 
 UNKNOWN = "-"
 STEP_TITLES = {  # in the order in which steps are shown
@@ -136,14 +136,6 @@ def parameters(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit} parameters"
     return count_of(number, "parameter")
-
-
-def verdict_on(verdict: Verdict, proxy: Proxy | None) -> str:
-    """Return a verdict and what was trained, if that was not the plan's own model."""
-    if proxy is None:
-        return verdict.value
-    sizes = parameters(proxy.parameters), parameters(proxy.model_parameters)
-    return f"{verdict} on a proxy of {sizes[0]} (the model has {sizes[1]})"
 
 
 def _escape(character: str) -> str:

@@ -44,8 +44,9 @@ def run_html(records: RunRecords) -> str:
 
 
 def _sentences(found: Summary) -> list[str]:
-    """Return the headline, the layers per option, whether FP8 pays, memory and the verdict."""
-    said = (found.counted, found.fp8_answer, found.memory_answer, found.verdict_sentence)
+    """Return the headline, the layers per option, whether FP8 pays, memory and the promise."""
+    promise = (found.promise.sentence, found.promise.expectation)
+    said = (found.counted, found.fp8_answer, found.memory_answer, *promise)
     return [found.headline, *(line for line in said if line)]
 
 

@@ -16,16 +16,14 @@ from autoprec.records import (
     Basis,
     Estimate,
     LayerKind,
-    LossGap,
     Plan,
     Precision,
     Profile,
-    Proxy,
-    Verdict,
 )
 from autoprec.report import formats
 from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
+from autoprec.report.promise import Promise
 from autoprec.report.remarks import EAGER, run_remarks
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
@@ -35,12 +33,6 @@ if TYPE_CHECKING:
 
 FP8_PEAK_RATIO = 2.0  # FP8 against BF16 dense peak rate of tensor cores: H100, B200, MI300X sheets
 LONGEST_LOG = 3.0  # of a time beyond which a loss curve tells nothing: 20 times BF16's
-VERDICT_WORDS = {
-    Verdict.VERIFIED: "its loss gap is verified",
-    Verdict.REFUTED: "but its loss gap is refuted",
-    Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
-    Verdict.NOT_RUN: "its loss gap is not verified",
-}
 
 
 @dataclass(frozen=True)
@@ -84,11 +76,8 @@ class Summary:
     grad_error_basis: Basis
     extra_steps: float | None
     time_to_loss: Speedup | None
-    verdict: Verdict
-    verdict_sentence: str
+    promise: Promise
     bf16_sentence: str
-    gap: LossGap | None
-    loss_tolerance: float | None
     fp8_answer: str
     compile_answer: str
     memory_answer: str
@@ -143,12 +132,6 @@ class Summary:
         return "if you compile, do it here, and tune compiled first:"
 
     @property
-    def proxy(self) -> Proxy | None:
-        """The small model that was trained in the place of the plan's; None if it was the same."""
-        proof = self.run.verification or (self.run.plan.certificate if self.run.plan else None)
-        return proof.proxy if proof else None
-
-    @property
     def headline(self) -> str:
         """The result in one sentence."""
         if not any(self.counts.values()):
@@ -163,8 +146,7 @@ class Summary:
         found = f"Step speedup {', '.join(speedups)}" if speedups else plan
         if speedups and self.without:
             found += f" ({self.without})"
-        where = " on a proxy" if self.proxy else ""
-        return f"{found}; {VERDICT_WORDS[self.verdict]}{where}"
+        return f"{found}; {self.promise.headline}"
 
     @property
     def without(self) -> str:
@@ -183,7 +165,6 @@ def summarise_run(run: RunRecords) -> Summary:
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
-    constraint = plan.constraint.loss_tolerance if plan else None
     starts = ("FP8 ", "does not fit in memory", "no time is known for", "no FP8 option yet")
     answers = [_plan_note(plan, start) for start in starts]
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
@@ -198,11 +179,8 @@ def summarise_run(run: RunRecords) -> Summary:
         grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
         time_to_loss=time_to_loss,
-        verdict=proof.verdict if proof else Verdict.NOT_RUN,
-        verdict_sentence=_verdict_sentence(run),
+        promise=Promise.of(proof, plan),
         bf16_sentence=_bf16_sentence(run, speedups.get("bf16_o2")),
-        gap=proof.gap if proof else None,
-        loss_tolerance=proof.loss_tolerance if proof else constraint,
         fp8_answer=answers[0],
         compile_answer=_compile_answer(run),
         memory_answer=answers[1],
@@ -214,7 +192,7 @@ def summarise_run(run: RunRecords) -> Summary:
 def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: JSON values
     """Return the one object that `tune --json` prints; what is not known is null."""
     found = summarise_run(run)
-    steps, speedups, gap = found.steps, found.speedups, found.gap
+    steps, speedups, promise = found.steps, found.speedups, found.promise
     labels, values = ("plan", *BASELINES), {x: each.value for x, each in speedups.items()}
     unknown_gap = {"mean": None, "low": None, "high": None, "confidence": None, "seeds": 0}
     return {
@@ -226,10 +204,13 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "grad_error_basis": found.grad_error_basis.value,
         "extra_steps": found.extra_steps,
         "time_to_loss_speedup": found.time_to_loss.value if found.time_to_loss else None,
-        "loss_gap": gap.model_dump() if gap else unknown_gap,
-        "loss_tolerance": found.loss_tolerance,
-        "verdict": found.verdict.value,
-        "proxy": found.proxy.model_dump() if found.proxy else None,
+        "loss_gap": promise.gap.model_dump() if promise.gap else unknown_gap,
+        "loss_tolerance": promise.loss_tolerance,
+        "verdict": promise.verdict.value,
+        "trained_steps": promise.trained_steps,
+        "expected_gap": promise.expected.model_dump(mode="json") if promise.expected else None,
+        "promise": promise.words,
+        "proxy": promise.proxy.model_dump() if promise.proxy else None,
         "against_bf16_o2": found.bf16_sentence,
         "layers": {precision.value: count for precision, count in found.counts.items()},
         "fp8": found.fp8_answer,
@@ -261,19 +242,6 @@ def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
     # Amdahl's law: of a step of 1, `share` gets shorter
     share = min(part_ms / baseline.ms, 1.0)
     return Ceiling(baseline, len(names), share, 1.0 / (1.0 - share + share / FP8_PEAK_RATIO))
-
-
-def _verdict_sentence(run: RunRecords) -> str:
-    """Return the sentence about the proof of the plan's loss."""
-    proof = run.verification or (run.plan.certificate if run.plan else None)
-    if proof is None or proof.verdict is Verdict.NOT_RUN:
-        return "not verified: no training was compared; run `autoprec verify`"
-    known = f"the loss gap to FP32 is {formats.gap(proof.gap)}" if proof.gap else ""
-    tolerance = f"the tolerance is {formats.share(proof.loss_tolerance)}"
-    said = [known or "no loss gap is known", tolerance]
-    if run.verification and run.verification.advice:
-        said.append(clean_text(run.verification.advice))
-    return f"{formats.verdict_on(proof.verdict, proof.proxy)}: {'; '.join(said)}"
 
 
 def _tf32_parts(profile: Profile) -> list[str]:

@@ -119,7 +119,9 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
             f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
             f"{_speedup(found.time_to_loss)} (predicted)"
         )
-    yield Line(found.verdict_sentence, STYLES[found.verdict])
+    yield Line(found.promise.sentence, STYLES[found.promise.verdict])
+    if found.promise.expectation:
+        yield Line(found.promise.expectation)
     proof = found.run.verification
     if proof and proof.control_gap:
         spread = proof.seed_spread
@@ -135,7 +137,9 @@ def _nothing_pays(found: Summary, out: Path | str | None) -> list[Line]:
     others = {label: s for label, s in found.steps.items() if label not in ("plan", "fp32")}
     if plan is None or set(plan.options) != {FP32} or own is None or "bf16_o2" not in others:
         return []
-    if found.verdict is Verdict.REFUTED or any(step.ms <= own.ms for step in others.values()):
+    if found.promise.verdict is Verdict.REFUTED or any(
+        step.ms <= own.ms for step in others.values()
+    ):
         return []  # it is not time that decided
     slower = ", ".join(
         f"{found.title(label)} takes {formats.ratio(step.ms / own.ms)} as long"
@@ -155,7 +159,7 @@ def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
         yield Line("there is no plan yet: run `autoprec tune MODEL.py`")
     elif set(plan.options) == {FP32}:
         yield Line("FP32 everywhere is the answer here: there is nothing to apply")
-    elif found.verdict is Verdict.REFUTED:
+    elif found.promise.verdict is Verdict.REFUTED:
         yield Line(
             "do not train with this plan: allow a larger --loss-tolerance, fix sensitive layers "
             "with --keep 'NAME=bf16_o2', or give the search more --trials"

@@ -9,7 +9,7 @@ from autoprec.device.fp8 import fp8_self_test, fp8_support
 from autoprec.device.local import resolve_device
 from autoprec.errors import PlanMismatchError
 from autoprec.records import APPLICABLE_RECIPES, Check, Plan, PlanCheck, Precision, Verdict
-from autoprec.report.formats import verdict_on
+from autoprec.report.promise import Promise
 from autoprec.runtime import apply, check_applied, check_fit
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.workload.functions import Workload, load_workload, take_batches
@@ -34,7 +34,8 @@ def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:
     counts = ", ".join(f"{loaded.count(p)} {p}" for p in Precision if loaded.count(p))
     checks = [Check(name="file", is_good=True, detail=f"{len(loaded.layers)} layers: {counts}")]
     if proof := loaded.certificate:
-        said = f"{verdict_on(proof.verdict, proof.proxy)}: {proof.seeds} seeds"
+        promise = Promise.of(proof, loaded)
+        said = f"{promise.words}: {proof.seeds} seeds; {promise.expectation}".removesuffix("; ")
         is_good = proof.verdict is not Verdict.REFUTED
         checks.append(Check(name="certificate", is_good=is_good, detail=said))
     # with a model: does it fit, and is what runs what the plan says

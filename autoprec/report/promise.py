@@ -1,0 +1,138 @@
+"""What is promised of a plan's loss: the verdict, what was trained for it, and what is expected.
+
+Every place that shows a verdict takes its words from here, so that none leaves out how far it
+reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
+"""
+
+from dataclasses import dataclass
+
+from autoprec.records import (
+    FP32,
+    Certificate,
+    ExpectedGap,
+    LossGap,
+    Plan,
+    Proxy,
+    Verdict,
+    Verification,
+)
+from autoprec.report import formats
+from autoprec.report.formats import clean_text, count_of
+
+HEADLINES = {
+    Verdict.VERIFIED: "its loss gap is verified",
+    Verdict.REFUTED: "but its loss gap is refuted",
+    Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
+    Verdict.NOT_RUN: "its loss gap is not verified",
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A verdict and its reach. `warmup_steps` is None where an older certificate does not tell."""
+
+    verdict: Verdict = Verdict.NOT_RUN
+    loss_tolerance: float | None = None
+    gap: LossGap | None = None
+    proxy: Proxy | None = None
+    warmup_steps: int | None = None
+    branch_steps: int = 0
+    advice: str = ""
+    expected: ExpectedGap | None = None
+    has_gap: bool = False  # whether a plan is there that differs from FP32
+
+    @classmethod
+    def of(cls, proof: Verification | Certificate | None, plan: Plan | None) -> "Promise":
+        """Return the promise of a proof, in whole or in short, and of the plan that it is of."""
+        has_gap = plan is not None and set(plan.options) != {FP32}
+        if proof is None or proof.verdict is Verdict.NOT_RUN:
+            tolerance = plan.constraint.loss_tolerance if plan else None
+            expected = plan.expected_gap if plan else None
+            return cls(loss_tolerance=tolerance, expected=expected, has_gap=has_gap)
+        return cls(
+            verdict=proof.verdict,
+            loss_tolerance=proof.loss_tolerance,
+            gap=proof.gap,
+            proxy=proof.proxy,
+            warmup_steps=proof.warmup_steps,
+            branch_steps=proof.branch_steps,
+            advice=clean_text(proof.advice) if isinstance(proof, Verification) else "",
+            expected=proof.expected_gap or (plan.expected_gap if plan else None),
+            has_gap=has_gap or plan is None,
+        )
+
+    @property
+    def reach(self) -> str:
+        """How long the branches trained, `over 75 steps`; "" where none did."""
+        if self.verdict is Verdict.NOT_RUN:
+            return ""
+        return f"over {count_of((self.warmup_steps or 0) + self.branch_steps, 'step')}"
+
+    @property
+    def trained_steps(self) -> dict[str, int | None] | None:
+        """The steps of a branch before the plan and with it; None where none trained."""
+        if self.verdict is Verdict.NOT_RUN:
+            return None
+        return {"fp32": self.warmup_steps, "plan": self.branch_steps}
+
+    @property
+    def badge(self) -> str:
+        """The verdict in a few words."""
+        return self._reaching(self.verdict.value.replace("_", " "))
+
+    @property
+    def headline(self) -> str:
+        """The verdict as the end of a sentence."""
+        return self._reaching(HEADLINES[self.verdict])
+
+    def _reaching(self, said: str) -> str:
+        where = " on a proxy" if self.proxy else ""
+        return f"{said}{where} {self.reach}".rstrip()
+
+    @property
+    def words(self) -> str:
+        """The verdict, the model that trained if it was not the plan's own, and for how long."""
+        if self.verdict is Verdict.NOT_RUN:
+            return "not verified"
+        model = ""
+        if self.proxy:
+            sizes = map(formats.parameters, (self.proxy.parameters, self.proxy.model_parameters))
+            model = " on a proxy of {} (the model has {})".format(*sizes)
+        steps = "with the plan"  # of an older certificate, which does not tell what came before
+        if self.warmup_steps is not None:
+            steps = f"({self.warmup_steps:,} in FP32, {self.branch_steps:,} with the plan)"
+        return f"{self.verdict}{model} {self.reach} {steps}"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict and the measured gap."""
+        if self.verdict is Verdict.NOT_RUN:
+            return f"{self.words}: no training was compared; run `autoprec verify`"
+        known = f"the loss gap to FP32 is {formats.gap(self.gap)}" if self.gap else ""
+        tolerance = f"the tolerance is {formats.share(self.loss_tolerance)}"
+        said = (known or "no loss gap is known", tolerance, self.advice)
+        return f"{self.words}: {'; '.join(part for part in said if part)}"
+
+    @property
+    def expectation(self) -> str:
+        """What is expected of the gap further on; "" without a plan that could have one."""
+        expected, tolerance = self.expected, self.loss_tolerance
+        if not self.has_gap:
+            return ""
+        if expected is None:
+            return "what the gap is after more steps is not known; --run-steps N predicts it"
+        after = f"after {count_of(expected.steps, 'step')} with the plan"
+        if expected.mean is None or expected.low is None or expected.high is None:
+            reason = f": {clean_text(expected.reason)}" if expected.reason else ""
+            return f"{after} the gap is not known{reason}"
+        mean, low, high = (
+            formats.share(each, sign=True) for each in (expected.mean, expected.low, expected.high)
+        )
+        said = (
+            f"{after} a gap of {mean} is expected ({100 * expected.confidence:.0f} % interval "
+            f"{low} to {high}, {expected.basis})"
+        )
+        if tolerance is None or expected.high <= tolerance:
+            return said
+        above = "which is" if expected.low > tolerance else "which may be"
+        return f"{said}, {above} above the tolerance"
