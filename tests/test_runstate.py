@@ -68,6 +68,8 @@ OTHERS: dict[str, Any] = {  # Any: of the settings' own types
     "script_steps": 64,
     "target": "h200",
     "loss_tolerance": 0.01,
+    "run_steps": 2000,
+    "global_batch_tokens": 4096,
     "memory": 2**30,
     "keep": ("fc=bf16_o2",),
     "recipes": (Recipe.ROWWISE,),

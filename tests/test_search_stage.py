@@ -21,11 +21,12 @@ from autoprec.records import (
     Profile,
     Search,
     Sensitivity,
+    StepError,
 )
 from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.explore import find_interacting
-from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
+from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
 
@@ -205,10 +206,25 @@ def test_the_budget_follows_from_the_tolerance_unless_given(
     assert grad_error_budget(sensitivity, asked) == grad_error_budget_for(
         sensitivity, 1e-3, HORIZON_STEPS
     )
-    assert (
-        grad_error_budget(sensitivity, asked.model_copy(update={"grad_error_budget": 0.5})) == 0.5
-    )
+    given = asked.model_copy(update={"grad_error_budget": 0.2})
+    assert grad_error_budget(sensitivity, given) == 0.2
+    longer = asked.model_copy(update={"run_steps": 2000})
+    assert grad_error_budget(sensitivity, longer) < grad_error_budget(sensitivity, asked)
     assert run(tables, budget=None).grad_error_budget == grad_error_budget(sensitivity, asked)
+
+
+def test_no_tolerance_allows_an_error_above_the_ceiling(
+    tables: tuple[Profile, Sensitivity],
+) -> None:
+    profile, sensitivity = tables
+    search = run(tables, budget=5.0)
+    assert search.grad_error_budget == CEILING
+    assert any("2505.19115" in note for note in search.notes)
+    assert not any("2505.19115" in note for note in run(tables, budget=0.2).notes)
+    # at its largest: an error that halved since counts as it was
+    points = (StepError(step=s, grad_error=Estimate(mean=e)) for s, e in ((10, 0.02), (50, 0.01)))
+    halved = sensitivity.model_copy(update={"by_step": tuple(points)})
+    assert run((profile, halved), budget=5.0).grad_error_budget == CEILING / 2
 
 
 def test_the_horizon_is_what_verification_trains() -> None:

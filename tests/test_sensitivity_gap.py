@@ -7,15 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprec.errors import InfeasibleError
-from autoprec.records import (
-    FP32,
-    Estimate,
-    Sensitivity,
-)
+from autoprec.records import FP32, Basis, Estimate, Sensitivity, StepError
 from autoprec.sensitivity.gap import (
+    LONGEST_STEPS,
     USUAL_EXPONENT,
+    expected_gap,
     fit_loss_line,
     grad_error_budget_for,
+    growth,
     predicted_loss_gap,
 )
 
@@ -56,33 +55,74 @@ def test_fit_recovers_a_line_in_log_t() -> None:
     assert line.last_loss == pytest.approx(5.0 - 0.4 * math.log(20))
 
 
-def test_gap_is_extra_steps_times_slope_over_loss() -> None:
-    gap = predicted_loss_gap(make_sensitivity(falling(0.4)), 0.01, 20)
-    expected = 0.4 * math.log(1.01) / (5.0 - 0.4 * math.log(20))
-    assert gap == pytest.approx(expected)
+def test_a_gap_is_in_proportion_to_the_error_and_grows_with_the_run() -> None:
+    sensitivity = make_sensitivity(falling(0.4))
+    gaps = [predicted_loss_gap(sensitivity, 0.01, steps) or 0.0 for steps in (300, 2000, 20_000)]
+    assert predicted_loss_gap(sensitivity, 0.02, 300) == pytest.approx(2 * gaps[0])
+    line = fit_loss_line(falling(0.4))
+    assert line is not None
+    assert gaps[0] == pytest.approx(0.01 * line.exponent_at(300))
+    assert gaps[0] < gaps[1] < gaps[2]
 
 
 def test_gap_of_a_branch_counts_the_branch_only() -> None:
     sensitivity = make_sensitivity(falling(0.4))
     whole = predicted_loss_gap(sensitivity, 0.01, 100)
-    branch = predicted_loss_gap(sensitivity, 0.01, 50, start=50)
+    branch = predicted_loss_gap(sensitivity, 0.01, 25, start=75)
     assert whole is not None
-    assert branch is not None
-    assert branch == pytest.approx(whole / 2, rel=0.01)
+    assert branch == pytest.approx(whole / 4)
+
+
+def test_the_largest_of_the_errors_on_the_way_counts() -> None:
+    sensitivity = make_sensitivity(falling(0.4))
+    points = [StepError(step=s, grad_error=Estimate(mean=e)) for s, e in ((10, 0.03), (50, 0.02))]
+    fallen = sensitivity.model_copy(update={"by_step": tuple(points)})
+    grown = sensitivity.model_copy(update={"by_step": tuple(reversed(points))})
+    assert growth(sensitivity) == growth(grown.model_copy(update={"by_step": points[:1]})) == 1.0
+    assert growth(fallen) == pytest.approx(1.5)
+    plain, larger = (predicted_loss_gap(s, 0.01, 300) for s in (sensitivity, fallen))
+    assert plain is not None
+    assert larger == pytest.approx(1.5 * plain)
+    budgets = [grad_error_budget_for(s, 1e-3, 300) for s in (sensitivity, fallen)]
+    assert budgets[0] == pytest.approx(1.5 * budgets[1])
+
+
+def test_an_expected_gap_has_an_interval_that_widens_with_the_run() -> None:
+    sensitivity = make_sensitivity(falling(0.4))
+    near, far = (expected_gap(sensitivity, 0.01, steps) for steps in (2000, 10_000))
+    for found in (near, far):
+        assert found.basis is Basis.PREDICTED
+        assert (found.low or 0.0) < (found.mean or 0.0) < (found.high or 0.0)
+    assert (far.high or 0.0) / (far.low or 1.0) > (near.high or 0.0) / (near.low or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "grad_error", "steps", "reason"),
+    [
+        (falling(0.4), 0.01, 10**6, "runs of up to 2000 steps"),
+        (falling(0.4), None, 300, "gradient error is not known"),
+        (((1, 3.0),), 0.01, 300, "fewer than 4 points"),
+    ],
+)
+def test_what_is_not_known_has_no_number(
+    curve: tuple[tuple[int, float], ...], grad_error: float | None, steps: int, reason: str
+) -> None:
+    found = expected_gap(make_sensitivity(curve), grad_error, steps)
+    assert (found.mean, found.low, found.high, found.basis) == (None, None, None, Basis.UNKNOWN)
+    assert reason in found.reason
 
 
 @given(
     tolerance=st.floats(1e-5, 0.1),
     slope=st.floats(0.01, 1.0),
-    steps=st.integers(1, 10_000),
+    steps=st.integers(1, LONGEST_STEPS),
 )
-def test_budget_is_the_inverse_of_the_gap(tolerance: float, slope: float, steps: int) -> None:
+def test_within_the_budget_the_interval_is_within_the_tolerance(
+    tolerance: float, slope: float, steps: int
+) -> None:
     sensitivity = make_sensitivity(falling(slope))
     budget = grad_error_budget_for(sensitivity, tolerance, steps)
-    gap = predicted_loss_gap(sensitivity, budget, steps)
-    assert budget > 0
-    if budget < 1e6:  # above, the budget is cut: nothing costs that much
-        assert gap == pytest.approx(tolerance, rel=1e-6)
+    assert expected_gap(sensitivity, budget, steps).high == pytest.approx(tolerance)
 
 
 def test_beyond_the_curve_the_slope_tends_to_the_usual_one() -> None:

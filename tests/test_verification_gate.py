@@ -32,11 +32,12 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
+from autoprec.sensitivity.gap import fit_loss_line, gap_per_error
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import Terms, verify_plans
 from autoprec.verification.branches import evaluate, train_branch, train_seed
-from autoprec.verification.evidence import Evidence, advice, predicted_gap
+from autoprec.verification.evidence import Evidence, advice, expected_gap_of, predicted_gap
 from autoprec.verification.gate import gather_evidence, open_session
 from autoprec.verification.sequential import gap_interval, verdict_of
 from autoprec.verification.session import REFERENCE, Session
@@ -277,10 +278,20 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     curve = tuple(5.0 - 0.4 * math.log(step) for step in range(1, STEPS + 1))
     session.checkpoint = replace(session.checkpoint, curve=curve)
     plan = plan_of(spec, BF16_O2).model_copy(update={"grad_error": 0.01})
-    r = 0.5 * 0.4 / (5.0 - 0.4 * math.log(8)) + 0.5 * 0.1
-    expected = r * math.log1p(0.01 * 8 / 16)  # the branch is half of the steps
+    line = fit_loss_line(tuple(enumerate(curve, start=1)))
+    assert line is not None
+    assert line.exponent_at(2 * STEPS) == pytest.approx(0.2 / (5.0 - 0.4 * math.log(8)) + 0.05)
+    expected = 0.01 * gap_per_error(line, 2 * STEPS) / 2  # the branch is a half
     assert predicted_gap(session, plan, sensitivity) == pytest.approx(expected)
     assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None
+    # of the planned run, if its length is known
+    assert expected_gap_of(session, plan, sensitivity) is None
+    constraint = plan.constraint.model_copy(update={"run_steps": 2000})
+    planned = plan.model_copy(update={"constraint": constraint})
+    found = expected_gap_of(session, planned, sensitivity)
+    assert found is not None
+    assert found.steps == 2000
+    assert found.mean == pytest.approx(0.01 * gap_per_error(line, 2000))
 
 
 def test_dropout_masks_are_paired() -> None:

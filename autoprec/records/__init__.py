@@ -53,6 +53,7 @@ from autoprec.records.plan import (
     SearchTrial,
 )
 from autoprec.records.sensitivity import (
+    BatchEffect,
     Estimate,
     Island,
     JointMeasurement,
@@ -60,5 +61,6 @@ from autoprec.records.sensitivity import (
     Operand,
     OperandStatistics,
     Sensitivity,
+    StepError,
 )
 from autoprec.records.verification import Branch, ExpectedGap, LossGap, Proxy, Verdict, Verification

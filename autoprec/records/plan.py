@@ -66,7 +66,6 @@ class Constraint(Record):
     memory_bytes: NonNegativeInt | None = None
     keep: Many[str] = ()  # --keep GLOB=precision, as given
     run_steps: PositiveInt | None = None  # of the run that is planned; None: what a proof trains
-    tokens_per_step: PositiveInt | None = None  # of an optimizer step there; None: as here
 
 
 class Fingerprint(Record):

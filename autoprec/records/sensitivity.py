@@ -84,6 +84,33 @@ class JointMeasurement(Record):
     overlap: NonNegativeFloat = 0.0
 
 
+class StepError(Record):
+    """The gradient error of FP8 wherever it goes, after `step` steps of the reference's training.
+
+    It is of all layers at once, each in the first recipe that it can run.
+    """
+
+    step: NonNegativeInt
+    grad_error: Estimate
+
+
+class BatchEffect(Record):
+    """What larger batches do to a gradient error (`sensitivity.batching`).
+
+    `ratio` is the error at `tokens` per optimizer step over that of one batch of `batch_tokens`, as
+    `systematic`, the share of the squared error that all batches have in common, and `gradient`,
+    that of the squared gradient, imply. None where one of them cannot be told from zero; `reason`
+    says which.
+    """
+
+    tokens: NonNegativeInt
+    batch_tokens: NonNegativeInt
+    systematic: Estimate
+    gradient: Estimate
+    ratio: NonNegativeFloat | None = None
+    reason: str = ""
+
+
 class Sensitivity(FileRecord):
     """The table of gradient errors and what it was measured with.
 
@@ -95,7 +122,10 @@ class Sensitivity(FileRecord):
     does to `islands`, where it is too coarse by itself. `floor` is the error
     between two runs of the reference (0 when deterministic). `loss_curve` holds (step, loss) of the
     reference warm-up. `table_check` says where the table and joint measurements are more than a
-    factor of two apart; empty where they agree.
+    factor of two apart; empty where they agree. `by_step` has the gradient error at several steps
+    of the warm-up, the last one where the table was measured: how the error grows as the reference
+    learns. `batch_effect` is there where the tokens of an optimizer step of the planned run were
+    given.
     """
 
     KIND = "sensitivity"
@@ -121,6 +151,8 @@ class Sensitivity(FileRecord):
     notes: tuple[str, ...] = ()
     table_check: str = ""
     islands: tuple[Island, ...] = ()
+    by_step: tuple[StepError, ...] = ()
+    batch_effect: BatchEffect | None = None
 
     def between_layers(self, fp32: Collection[str] = ()) -> float:
         """Return the error of a 16-bit plan beyond its layers' rows, with these layers in FP32."""

@@ -21,6 +21,7 @@ from autoprec.search.costs import Costs, is_all_fp32, make_costs, nearest_plan
 from autoprec.search.notes import plan_notes
 from autoprec.search.problem import Options, make_problem
 from autoprec.search.reasons import Why, reasons
+from autoprec.sensitivity.gap import expected_gap
 
 
 def build_plan(
@@ -55,6 +56,8 @@ def build_plan(
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
+        expected_gap=constraint.run_steps
+        and expected_gap(sensitivity, grad_error, constraint.run_steps),
     )
 
 

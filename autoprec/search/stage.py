@@ -25,7 +25,12 @@ from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import Measure, PlanStudy, rank
 from autoprec.search.workers import Team
-from autoprec.sensitivity.gap import HORIZON_STEPS, grad_error_budget_for
+from autoprec.sensitivity.gap import (
+    CEILING,
+    HORIZON_STEPS,
+    grad_error_budget_for,
+    growth,
+)
 
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
 MOST_RANKED = 3  # beside the uniform plans
@@ -87,6 +92,7 @@ def search_plan(
             # what others are at counts, and is done here where they are killed
             if claims.is_worker or not study.wait_for_others():
                 break
+        notes = (*notes, *_ceiling_notes(sensitivity, budget))
         best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
     if best is None:
         raise InfeasibleError(_all_over_budget(study))
@@ -131,15 +137,27 @@ def _search_record(
 def grad_error_budget(sensitivity: Sensitivity, constraint: Constraint) -> float:
     """Return the largest gradient error allowed: as given, or what the loss tolerance leaves.
 
-    The tolerance is read as the loss gap at the end of a run of HORIZON_STEPS with the plan from
-    its first step. Verification measures at that step, but with the plan in the last third only, so
-    the budget is on the safe side of it.
+    The tolerance is read as the loss gap at the end of the planned run with the plan from its first
+    step; where nobody said how long that is, of HORIZON_STEPS. Verification measures at that step,
+    but with the plan in the last third only, so the budget is on the safe side of it. Whatever is
+    asked for, at its largest no plan's error is above the CEILING.
     """
+    most = CEILING / growth(sensitivity)
     if constraint.grad_error_budget is not None:
-        return constraint.grad_error_budget
+        return min(constraint.grad_error_budget, most)
     if sensitivity_basis(sensitivity) is Basis.UNKNOWN:
         return 0.0  # nothing is known that could be spent: every error counts as 0, the locks hold
-    return grad_error_budget_for(sensitivity, constraint.loss_tolerance, HORIZON_STEPS)
+    steps = constraint.run_steps or HORIZON_STEPS
+    return min(grad_error_budget_for(sensitivity, constraint.loss_tolerance, steps), most)
+
+
+def _ceiling_notes(sensitivity: Sensitivity, budget: float) -> list[str]:
+    if budget < CEILING / growth(sensitivity):
+        return []
+    return [
+        f"whatever the loss tolerance, no plan has a gradient error above {percent(CEILING)} at "
+        "its largest: beyond, quantised training stops being effective (arXiv 2505.19115)"
+    ]
 
 
 def measured_front(study: PlanStudy) -> tuple[FrontPoint, ...]:

@@ -4,14 +4,16 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from autoprec.common.text import percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import AutoprecError
-from autoprec.records import FP32, Estimate, Option, Recipe, Sensitivity
+from autoprec.records import FP32, BatchEffect, Estimate, Option, Recipe, Sensitivity
+from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import list_cells
-from autoprec.sensitivity.reference import DIVERGED, Reference
+from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
 from autoprec.sensitivity.tables import Method, Table, make_table
 
 CHECK_BATCHES = 1  # a table that is off by a factor of two shows on one
@@ -19,7 +21,11 @@ CHECK_BATCHES = 1  # a table that is off by a factor of two shows on one
 
 @random_state_kept()
 def measure_sensitivity(
-    reference: Reference, *, options: Sequence[Option] | None = None, method: Method | None = None
+    reference: Reference,
+    *,
+    options: Sequence[Option] | None = None,
+    method: Method | None = None,
+    run_tokens: int | None = None,
 ) -> Sensitivity:
     """Measure the gradient error of every layer x option, with standard errors.
 
@@ -27,6 +33,7 @@ def measure_sensitivity(
         reference: the warmed-up model; it carries the spec, whose options are the table's columns.
         options: the FP8 options to measure; default: all that the spec's layers list.
         method: how; default: the cheaper one.
+        run_tokens: of an optimizer step of the run that is planned, if they are to be considered.
 
     Raises:
         AutoprecError: delayed scaling is among the options, but the warm-up kept no history.
@@ -46,6 +53,12 @@ def measure_sensitivity(
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     checked = check_table(meter, table, outside=outside)
     table = checked.table
+    step = len(reference.loss_curve)
+    by_step = (*reference.early, *reference.measure_step(step))
+    batch_effect = None
+    if run_tokens is not None and by_step:
+        everywhere = fp8_everywhere(spec)
+        batch_effect = measure_batch_effect(reference, everywhere, tokens=run_tokens)
     floor = Estimate(mean=0.0)
     # nothing is run where the capture found that two runs agree bit for bit on this device
     if not (spec.is_deterministic and spec.device == str(reference.context.device)):
@@ -70,7 +83,9 @@ def measure_sensitivity(
         table_check=checked.sentence,
         loss_curve=reference.loss_curve,
         software=software_versions(),
-        notes=tuple(_notes(reference, table, floor)),
+        notes=(*_notes(reference, table, floor), *_batch_notes(batch_effect)),
+        by_step=by_step,
+        batch_effect=batch_effect,
     )
 
 
@@ -94,3 +109,16 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     if any(row.option.recipe is Recipe.DELAYED for row in table.rows):
         notes.append("delayed scaling is emulated, for comparison; no plan applies it")
     return notes
+
+
+def _batch_notes(effect: BatchEffect | None) -> list[str]:
+    if effect is None:
+        return []
+    at = f"at {effect.tokens} tokens per optimizer step"
+    if effect.ratio is None:
+        return [f"how large gradient errors are {at} is not known: {effect.reason}"]
+    return [
+        f"{at} gradient errors are taken to be {effect.ratio:.2g} times those of a batch of "
+        f"{effect.batch_tokens}: {percent(effect.systematic.mean)} of the squared error and "
+        f"{percent(effect.gradient.mean)} of the squared gradient are common to all batches"
+    ]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +36,15 @@ from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
-from autoprec.records import Estimate, ModelSpec
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    Estimate,
+    ModelSpec,
+    Option,
+    StepError,
+)
+from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
 from autoprec.runtime.sharded_state import load_shards, load_whole
 from autoprec.sensitivity.delayed import Amax, recorded_amax
@@ -52,7 +60,8 @@ UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
 DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
 MORE_BATCHES = 4  # beside them
-DEFAULT_WARMUP_STEPS = 10
+DEFAULT_WARMUP_STEPS = 50  # an error after 10 tells less of one after 300 (docs/convergence.md)
+EARLY_STEPS = 10  # where errors are measured besides, to see how they grow
 FEWEST_BATCHES = 2  # one batch gives no standard error
 
 Key = TypeVar("Key", bound=Hashable)
@@ -91,6 +100,7 @@ class Reference:
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
+    early: tuple[StepError, ...] = ()  # measured in the warm-up
 
     @property
     def digest(self) -> str:
@@ -120,10 +130,7 @@ class Reference:
         parameters = self.model.parameters() if keep is not None else ()
         dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
         hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
-        self.model.zero_grad(set_to_none=True)
-        for name, buffer in self.model.named_buffers():
-            if name in self.buffers:
-                buffer.copy_(self.buffers[name])
+        self.put_back()
         with seeded(self.context.seed * 7919 + index, self.context.device), tf32_off():
             batch = move_batch(self.batches[index], self.context.device)
             try:
@@ -133,6 +140,13 @@ class Reference:
                 for hook in hooks:
                     hook.remove()
         return loss
+
+    def put_back(self) -> None:
+        """Give the model the buffers of the warm-up, and no gradients."""
+        self.model.zero_grad(set_to_none=True)
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                buffer.copy_(self.buffers[name])
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
@@ -205,6 +219,25 @@ class Reference:
         squared = {key: [next(summed) for _ in each] for key, each in squared.items()}
         return {key: ratio_estimate(squared[key], scale) for key in settings}
 
+    @random_state_kept()
+    def measure_step(self, step: int) -> tuple[StepError, ...]:
+        """Return the error of FP8 wherever it goes at this step; none if no layer takes it."""
+        options = fp8_everywhere(self.spec)
+        if not any(option.is_fp8 for option in options.values()):
+            return ()
+        uncovered = [parameter.name for parameter in self.spec.uncovered]
+        installed = partial(install_options, self.model, options, uncovered=uncovered)
+        found = self.measure_errors({"joint": installed}, batches=len(self.batches))["joint"]
+        return (StepError(step=step, grad_error=found),)
+
+
+def fp8_everywhere(spec: ModelSpec) -> dict[str, Option]:
+    """Return FP8 wherever it goes, each layer in the first recipe that it can run; else BF16 O2."""
+    return {
+        layer.name: next((o for o in layer.options if o.recipe in APPLICABLE_RECIPES), BF16_O2)
+        for layer in spec.layers
+    }
+
 
 @random_state_kept()
 def prepare_reference(
@@ -238,6 +271,7 @@ def prepare_reference(
     groups, is_parked = plan_groups(context, spec, batches=batches)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     stream, history = context.workload.train_batches(context.seed), {}
+    early: tuple[StepError, ...] = ()
     with one_at_a_time(kept) if kept else nullcontext() as known:
         training = restore(context, known.checkpoint if known else start, warmup_steps=warmup_steps)
         model = training.model
@@ -251,7 +285,17 @@ def prepare_reference(
                 tf32_off(),
                 recorded_amax(watched) as history,
             ):
-                curve, step_s = _warm_up(training, context, stream, steps=warmup_steps)
+                steps = range(1, warmup_steps + 1)
+                first, last = steps[:EARLY_STEPS], steps[EARLY_STEPS:]
+                curve, step_s = _warm_up(training, context, stream, first, of=warmup_steps)
+                # on the batches of the next steps
+                if not watched and len(last) >= batches:
+                    drawn = list(islice(stream, batches))
+                    early = _early_error(context, spec, training, drawn)
+                    stream = chain(drawn, stream)
+                if last:
+                    later, step_s = _warm_up(training, context, stream, last, of=warmup_steps)
+                    curve = (*curve, *later)
             if kept is not None:
                 keep_reference(kept, model, training.optimizer, curve=curve, step_s=step_s)
     _check_structure(model, spec)
@@ -270,7 +314,32 @@ def prepare_reference(
         is_parked=is_parked,
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+        early=early,
     )
+
+
+def _early_error(
+    context: Context, spec: ModelSpec, training: Training, batches: list[Batch]
+) -> tuple[StepError, ...]:
+    """Return the error of FP8 everywhere where the training is now; the model stays as it is."""
+    _check_structure(training.model, spec)
+    now = Reference(
+        context=context,
+        spec=spec,
+        model=training.model,
+        batches=batches,
+        more=[],
+        preconditioner=read_preconditioner(training.optimizer),
+        history={},
+        loss_curve=(),
+        checkpoint="",
+        step_s=1.0,
+        spent_s=0.0,
+        buffers={name: buffer.clone() for name, buffer in training.model.named_buffers()},
+    )
+    found = now.measure_step(EARLY_STEPS)
+    now.put_back()
+    return found
 
 
 def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
@@ -337,20 +406,20 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
 
 
 def _warm_up(
-    training: Training, context: Context, stream: Iterator[Batch], *, steps: int
+    training: Training, context: Context, stream: Iterator[Batch], steps: Sequence[int], *, of: int
 ) -> tuple[tuple[tuple[int, float], ...], float]:
-    """Train and return the loss curve and the median time of a step in seconds."""
+    """Train these steps `of` all; return the loss curve and the median time of a step in s."""
     curve: list[tuple[int, float]] = []
     times: list[float] = []
-    drawn_by_step = step_batches(context.workload, stream, count=steps)
-    for step, drawn in enumerate(drawn_by_step, start=1):
-        context.progress("sensitivity: warm-up", step - 1, steps)
+    drawn_by_step = step_batches(context.workload, stream, count=len(steps))
+    for step, drawn in zip(steps, drawn_by_step, strict=True):
+        context.progress("sensitivity: warm-up", step - 1, of)
         batches = move_batch(drawn, context.device)
         started = time.perf_counter()  # the user's data loading is no part of a step
         loss = training.step(batches)
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
-    context.progress("sensitivity: warm-up", steps, steps)
+    context.progress("sensitivity: warm-up", steps[-1], of)
     # what is measured later is a pass of one batch
     per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps
     return tuple(curve), per_batch

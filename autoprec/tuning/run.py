@@ -304,7 +304,12 @@ class Run:
             return unknown_sensitivity(self.spec)
         from autoprec.sensitivity.measure import measure_sensitivity
 
-        return measure_sensitivity(self.reference, options=self.settings.measured_options)
+        settings = self.settings
+        return measure_sensitivity(
+            self.reference,
+            options=settings.measured_options,
+            run_tokens=settings.global_batch_tokens,
+        )
 
     def _verified(
         self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None

@@ -100,6 +100,20 @@ class Settings:
         (SEARCH, VERIFICATION),
         parse=parsing.parse_fraction,
     )
+    run_steps: int | None = setting(
+        None,
+        "Steps of the run that the plan is for: the tolerance is for its end, and the gap expected "
+        "there is told; default: the steps that the proof trains.",
+        (SEARCH, VERIFICATION),
+        min=1,
+    )
+    global_batch_tokens: int | None = setting(
+        None,
+        "Tokens of an optimizer step of that run, where they are more than of a batch here: larger "
+        "batches average out noise, but not what FP8 does to all of them.",
+        (SENSITIVITY,),
+        min=1,
+    )
     memory: int | None = setting(
         None,
         "Largest peak memory of training with the plan on one device, e.g. 40GiB.",
@@ -300,6 +314,7 @@ class Settings:
             grad_error_budget=None,
             memory_bytes=self.memory,
             keep=self.keep,
+            run_steps=self.run_steps,
         )
 
     @property

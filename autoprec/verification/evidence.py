@@ -8,9 +8,18 @@ import numpy as np
 
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
-from autoprec.records import Branch, LossGap, Plan, Sensitivity, StepTiming, Verdict, Verification
+from autoprec.records import (
+    Branch,
+    ExpectedGap,
+    LossGap,
+    Plan,
+    Sensitivity,
+    StepTiming,
+    Verdict,
+    Verification,
+)
 from autoprec.records.verification import MOST_SEEDS, loss_gaps
-from autoprec.sensitivity.gap import fit_loss_line, predicted_loss_gap
+from autoprec.sensitivity.gap import expected_gap, fit_loss_line, predicted_loss_gap
 from autoprec.verification.sequential import (
     Terms,
     can_decide,
@@ -117,6 +126,7 @@ def make_verification(
         bf16_gap=evidence.gap("plan", "bf16_o2"),
         loss_exponent=loss_exponent(session),
         notes=(*repairs, *notes(session, evidence, steps)),
+        expected_gap=expected_gap_of(session, evidence.plan, sensitivity),
     )
 
 
@@ -192,11 +202,26 @@ def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None)
     """
     if sensitivity is None or plan.grad_error is None:
         return None
-    curve = tuple(enumerate(session.checkpoint.curve, start=1))
-    if len(curve) > len(sensitivity.loss_curve):
-        sensitivity = sensitivity.model_copy(update={"loss_curve": curve})
+    sensitivity = _with_longest_curve(session, sensitivity)
     steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
     return predicted_loss_gap(sensitivity, plan.grad_error, steps, start=start)
+
+
+def expected_gap_of(
+    session: Session, plan: Plan, sensitivity: Sensitivity | None
+) -> ExpectedGap | None:
+    """Return the gap expected at the end of the planned run; None where its length is unknown."""
+    if plan.constraint.run_steps is None or sensitivity is None:
+        return plan.expected_gap
+    longer = _with_longest_curve(session, sensitivity)
+    return expected_gap(longer, plan.grad_error, plan.constraint.run_steps)
+
+
+def _with_longest_curve(session: Session, sensitivity: Sensitivity) -> Sensitivity:
+    curve = tuple(enumerate(session.checkpoint.curve, start=1))
+    if len(curve) <= len(sensitivity.loss_curve):
+        return sensitivity
+    return sensitivity.model_copy(update={"loss_curve": curve})
 
 
 def loss_exponent(session: Session) -> float | None:
