@@ -233,6 +233,16 @@ def test_a_plan_that_does_not_fit_is_said_once_in_the_answer() -> None:
     assert "does not fit" not in summary_text(predicted_run())
 
 
+def test_a_table_that_is_off_is_said_in_the_answer() -> None:
+    run = make_run(machine=H100)
+    assert run.sensitivity is not None
+    off = "the table of gradient errors is off by more than a factor of two"
+    sensitivity = run.sensitivity.model_copy(update={"table_check": off})
+    summary = summary_text(replace(run, sensitivity=sensitivity), width=140)
+    assert summary.index("Answer") < summary.index(off) < summary.index("Next\n")
+    assert record_text(sensitivity).index(off) < 200
+
+
 def test_a_difference_lists_its_rows() -> None:
     row = DifferenceRow(name="head", before="bf16_o2", after="fp8_o1:rowwise")
     text = record_text(Difference(before="a.json", after="b.json", rows=(row,)))

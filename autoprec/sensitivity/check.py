@@ -1,8 +1,9 @@
 """The table against itself: sums of its rows beside joint measurements, both ways.
 
-Two assignments tell: FP8 wherever it goes in the least precise recipe of each layer, which sets the
-table's scale, and in the most precise. Where their sum is not within a factor of two of what was
-measured, their rows are measured one by one, the largest first, until it is.
+FP8 wherever it goes, in the least precise recipe of each layer, sets the table's scale. Where the
+sum is not within a factor of two of what was measured, rows are measured one by one, the largest
+first, until it is. Where rows of it were measured one by one, their agreement says little of the
+others, and the most precise recipe of each layer is compared as well.
 
 A sum may be too high without a wrong row. Errors of several layers cross the same kinks of a ReLU,
 and what kinks add grows as the error's size, not its square (see kinks.py): n layers add up to
@@ -36,19 +37,20 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     """Compare the table with joint measurements; measure rows where they are far apart.
 
     `outside` is what a plan's error has beside its rows. Costs a pass per batch of the meter for
-    each of the two assignments, and no more where they agree; nothing where no layer takes FP8.
+    each of one or two assignments where they agree, and nothing where no layer takes FP8.
     """
     budget, joint, sentences = CHECKED_CELLS, [], []
     for label, plan in _telling_plans(meter.reference.spec.names, table).items():
         measured = meter.measure(plan)
         cells = tuple(zip(meter.reference.spec.names, plan, strict=True))
-        found = _compared(label, cells, table, outside, measured_error=measured.mean)
+        found = _compared(cells, table, outside, measured_error=measured.mean)
+        # rows are measured until sum and joint error agree, the joint error is measured once
         asked, left = 0, _unmeasured(cells, table)
         while not LEAST <= found.ratio <= MOST and left and budget:
             chosen = left[: min(AT_ONCE, budget)]
             table = refine_table(meter.reference, table, chosen, batches=1)
             budget, asked = budget - len(chosen), asked + len(chosen)
-            found = _compared(label, cells, table, outside, measured_error=measured.mean)
+            found = _compared(cells, table, outside, measured_error=measured.mean)
             left = _unmeasured(cells, table)
         joint.append(
             JointMeasurement(
@@ -64,6 +66,9 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
             sentences.append(
                 f"{label.replace('_', ' ')}: {found.ratio:.2g} times the joint error{after}"
             )
+        # where measured rows made it agree, the others are still to be looked at
+        elif not set(cells) & set(table.refined):
+            break
     return Checked(table, tuple(joint), _sentence(sentences))
 
 
@@ -80,7 +85,7 @@ class _Compared:
 
 
 def _compared(
-    label: str, cells: Sequence[Cell], table: Table, outside: float, *, measured_error: float
+    cells: Sequence[Cell], table: Table, outside: float, *, measured_error: float
 ) -> _Compared:
     rows = {(row.name, row.option): row.grad_error.mean for row in table.rows}
     # F of each row: the share that the probes found of what is now known of it
@@ -91,13 +96,13 @@ def _compared(
 
 
 def _telling_plans(names: Sequence[str], table: Table) -> dict[str, tuple[Option, ...]]:
-    """Return FP8 wherever it goes, in the most precise and in the least precise whole recipe."""
+    """Return FP8 wherever it goes, in the least precise whole recipe and in the most precise."""
     fp8 = [row for row in table.rows if row.option.recipe in APPLICABLE_RECIPES]
     ranked = sorted(fp8, key=lambda row: -row.grad_error.mean)
     # the last of each layer stays
     best = {row.name: row.option for row in ranked}
     worst = {row.name: row.option for row in reversed(ranked) if is_whole(row.option)}
-    plans = {"fp8_most_precise": best, "fp8_least_precise": {**best, **worst}}
+    plans = {"fp8_least_precise": {**best, **worst}, "fp8_most_precise": best}
     found: dict[str, tuple[Option, ...]] = {}
     for label, chosen in plans.items() if fp8 else ():
         plan = tuple(chosen.get(name, BF16_O2) for name in names)
