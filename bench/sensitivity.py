@@ -176,9 +176,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="of a family")
     arguments = parser.parse_args()
     if arguments.families is not None:
-        print(
-            "| family | cells | whole recipes, probed | whole recipes | BF16 | measured | passes |"
-        )
+        heads = ("whole recipes, probed", "whole recipes", "BF16", "measured", "passes", "sums")
+        print("| family | cells |", *(f"{head} |" for head in heads))
         for name in arguments.families or FAMILIES:
             show_family(name, batches=arguments.batches)
         return

@@ -1,6 +1,6 @@
 """Small model families for bench/sensitivity.py: smooth ones, and ones whose derivative jumps.
 
-Each takes seconds on one thread. Those in HELD_BACK were run once the code was final.
+Each takes seconds on one thread. Nothing was fitted to those in HELD_BACK.
 """
 
 from collections.abc import Callable, Iterator
