@@ -61,8 +61,8 @@ def one_killed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(t.state.is_finished() for t in study.trials)
 
 
-def many_together(url: str, folder: Path, count: int) -> float:
-    """Let so many processes search together; return the seconds from first measurement to last."""
+def many_together(url: str, folder: Path, count: int) -> None:
+    """Let so many processes search together: each measures its part, and the best is found."""
     workers = [started(url, folder, "1.0", "--worker") for _ in range(count - 1)]
     workers.append(started(url, folder, "1.0"))
     for process in workers:
@@ -73,16 +73,10 @@ def many_together(url: str, folder: Path, count: int) -> float:
     assert len(by_process) == count  # each took its part
     # two may claim a plan in the same moment; it is then measured twice
     assert len(plans) - len(set(plans)) <= count - 1
-    times = [
-        float(line.split()[0])
-        for path in folder.glob("*.txt")
-        for line in path.read_text().splitlines()
-    ]
     study = optuna.load_study(study_name="autoprec", storage=url)
     feasible = [t for t in study.trials if t.values and max(t.constraints.values()) <= 0.0]
     found = min(t.values[0] * (1.0 + t.values[1]) for t in feasible)
     assert found <= 1.01 * best_time()
-    return (max(times) - min(times) + 1.0) / len(plans)
 
 
 def test_a_killed_worker_loses_nothing_and_others_are_refused(
@@ -109,8 +103,7 @@ def test_a_server_that_does_not_answer_and_a_journal_are_refused_at_once() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_workers_share_the_measurements_on_sqlite(tmp_path: Path, count: int) -> None:
-    each_s = many_together(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, count)
-    assert each_s < 0.9  # alone 1 s and more
+    many_together(f"sqlite:///{tmp_path / 'study.db'}", tmp_path, count)
 
 
 @pytest.fixture
@@ -130,6 +123,6 @@ def test_workers_on_postgresql(
 ) -> None:
     for name in ("killed", "four"):
         (tmp_path / name).mkdir()
-    assert many_together(server, tmp_path / "four", 4) < 0.9
+    many_together(server, tmp_path / "four", 4)
     optuna.delete_study(study_name="autoprec", storage=server)
     one_killed(server, tmp_path / "killed", monkeypatch)

@@ -33,6 +33,8 @@ PARETO_KEYS = {
     "t-chosen": "chosen",
 }
 
+SOURCES = {"corrected": "exact", "front": "exact", "drawn": "sampler"}  # shown as
+
 
 def step_figure(found: Summary) -> Markup:
     """Return bars of the whole-step times with their spread; predicted ones are hatched."""
@@ -88,7 +90,7 @@ def pareto_figure(search: Search) -> Markup:
     for point in sorted(search.front, key=lambda point: point.step_ms):
         left, top = f"{x(point.step_ms):.1f}", f"{y(point.grad_error):.1f}"
         stairs += f"H{left}V{top}" if stairs else f"M{left},{top}"
-    parts.append(svg.mark("path", d=stairs, kind="front"))
+    parts += [svg.mark("path", d=stairs, kind="front"), *_measured_line(search, x, y)]
     for dot in dots:
         across, up = x(dot.step_ms), y(dot.grad_error)
         if dot.kind == "t-chosen":
@@ -99,6 +101,13 @@ def pareto_figure(search: Search) -> Markup:
             parts.append(svg.dot(across, up, radius, kind=dot.kind, tip=dot.tip))
     figure = svg.picture(WIDTH, 424.0, parts, title="Pareto front of step time and gradient error")
     return svg.legend(PARETO_KEYS.items()) + figure
+
+
+def _measured_line(search: Search, x: Scale, y: Scale) -> list[Markup]:
+    """Return the line through the measured front, from the least error to the least time."""
+    points = [(x(p.step_ms), y(p.grad_error_measured or 0.0)) for p in search.measured_front]
+    line = "L".join(f"{across:.1f},{up:.1f}" for across, up in points)
+    return [svg.mark("path", d=f"M{line}", kind="front measured")] if points else []
 
 
 def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Markup:
@@ -188,7 +197,8 @@ class _Dot(NamedTuple):
 def _pareto_dots(search: Search) -> Iterator[_Dot]:
     """Yield the plans of a search, those to be drawn above others last."""
     for trial in search.trials:
-        kind = f"t-{trial.source}" if trial.feasible else "t-infeasible"
+        source = SOURCES.get(trial.source, trial.source)
+        kind = f"t-{source}" if trial.feasible else "t-infeasible"
         kind = kind if kind in PARETO_KEYS else "t-sampler"
         name = f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'})"
         basis = trial.grad_error_basis

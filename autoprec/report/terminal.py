@@ -272,6 +272,7 @@ def _search_parts(search: Search) -> list[Part]:
     return [
         Line(title, "bold"),
         Table(heads, rows, numbers=range(6)),
+        *_measured_front_parts(search),
         Line(
             f"{count_of(len(search.trials), 'trial')}, {search.duplicates_skipped} duplicates "
             f"skipped, gradient error budget {formats.share(search.grad_error_budget)}; no plan "
@@ -279,6 +280,20 @@ def _search_parts(search: Search) -> list[Part]:
             "additive model)"
         ),
     ]
+
+
+def _measured_front_parts(search: Search) -> list[Part]:
+    """Return the measured plans that no other beats in time, gradient error and bytes."""
+    if not search.measured_front:
+        return []
+    rows = []
+    for p in search.measured_front:
+        error = formats.with_stderr(p.grad_error_measured or 0.0, p.grad_error_stderr)
+        counts = map(str, formats.precision_counts(p.options).values())
+        mark = "chosen" if p.options == search.chosen.options else ""
+        rows.append((formats.ms(p.step_ms), error, *counts, mark))
+    heads = ("step ms", "gradient error", *(p.value for p in Precision), "")
+    return [Line("measured front (joint gradient error)", "bold"), Table(heads, rows)]
 
 
 def _plan_parts(plan: Plan, width: int) -> list[Part]:

@@ -129,10 +129,14 @@ class _Cells:
         cells = [self.index[i, option] for i, option in enumerate(options)]
         return cells if is_all_fp32(options) else [*cells, len(self.table) - 1]
 
-    def log_error(self, cells: Sequence[int], parts: Floats) -> tuple[float, Floats]:
-        """Return log e of a plan, and its gradient by the parts: the sums of the shares."""
+    def log_error(self, options: Options, parts: Floats) -> tuple[float, Floats]:
+        """Return log e of a plan, and its gradient by the parts: the sums of the shares.
+
+        What islands cost was measured as a whole and stays.
+        """
+        cells, islands = self.of(options), self.costs.island_error(dict(enumerate(options)))
         errors = self.table[cells] * np.exp(parts[self._parts[0][cells]].sum(axis=1))
-        total = float(errors.sum())
+        total = float(errors.sum()) + islands
         slope = np.zeros(len(parts))
         if total > LEAST:
             shares = np.repeat(errors / total, len(SHARED))
@@ -161,7 +165,7 @@ class Correction:
 
     def guess(self, options: Options) -> Guess:
         """Return a plan's joint gradient error as far as it is known."""
-        level, slope = self.cells.log_error(self.cells.of(options), self.parts)
+        level, slope = self.cells.log_error(options, self.parts)
         across = self.slopes @ (self.before * slope)
         variance = slope @ (self.before * slope) - across @ self.inverse @ across
         return Guess(math.exp(level), math.sqrt(max(float(variance), 0.0) + NOT_ADDITIVE**2))
@@ -206,7 +210,7 @@ def _fit(cells: _Cells, seen: Sequence[Seen], width: float) -> tuple[Correction,
     parts = np.zeros(len(before))
     noise = np.array([NOT_ADDITIVE**2 + (OWN * s.stderr / s.grad_error) ** 2 for s in seen])
     measured = np.array([math.log(one.grad_error) for one in seen])
-    plans = [cells.of(one.options) for one in seen]
+    plans = [one.options for one in seen]
     slopes: Floats = np.zeros((0, len(before)))
     inverse: Floats = np.zeros((0, 0))
     target: Floats = np.zeros(0)
