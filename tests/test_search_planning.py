@@ -21,6 +21,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
+from autoprec.sensitivity.gap import expected_gap
 from tests.report_runs import (
     CPU,
     H100,
@@ -74,6 +75,20 @@ def test_a_measured_joint_e_is_the_plans() -> None:
     point = search.chosen.model_copy(update={"grad_error_measured": 5e-4})
     plan = build_plan(*tables, search, point, constraint=constraint)
     assert (plan.grad_error, plan.grad_error_basis) == (5e-4, Basis.MEASURED)
+
+
+def test_a_gap_is_expected_at_the_end_that_was_given_or_else_the_schedules() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL})
+    curve = tuple((t, 5.0 / t**0.1) for t in range(1, 21))
+    scheduled = sensitivity.model_copy(update={"loss_curve": curve, "schedule_steps": 400})
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=4e-3)
+    search, plan = planned((profile, sensitivity))
+    assert plan.expected_gap is None
+    for run_steps, steps in ((None, 400), (2000, 2000)):
+        asked = constraint.model_copy(update={"run_steps": run_steps})
+        plan = build_plan(profile, scheduled, search, search.chosen, constraint=asked)
+        assert plan.expected_gap == expected_gap(scheduled, plan.grad_error, steps)
+        assert plan.expected_gap.mean is not None
 
 
 def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None:

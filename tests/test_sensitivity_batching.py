@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -104,6 +105,7 @@ def test_a_sensitivity_counts_what_the_runs_batches_do() -> None:
         {
             "build_model": lambda: nn.Linear(16, 16),
             "train_batches": inputs,
+            "build_scheduler": lambda optimizer: LinearLR(optimizer, 1.0, 0.0, total_iters=30),
             "loss_fn": lambda model, x: (model(x) - x).square().mean(),
         },
         name="identity",
@@ -114,6 +116,7 @@ def test_a_sensitivity_counts_what_the_runs_batches_do() -> None:
     plain = measure_sensitivity(reference)
     asked = measure_sensitivity(reference, run_tokens=10**6)
     assert [point.step for point in asked.by_step] == [10, 12]
+    assert asked.schedule_steps == 30
     assert asked.batch_effect is not None
     ratio = asked.batch_effect.ratio
     assert growth(asked) == pytest.approx(growth(plain) * (1.0 if ratio is None else ratio))

@@ -32,7 +32,7 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
-from autoprec.sensitivity.gap import fit_loss_line, gap_per_error
+from autoprec.sensitivity.gap import expected_gap, fit_loss_line, gap_per_error
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import Terms, verify_plans
@@ -286,8 +286,8 @@ def test_the_predicted_gap_uses_the_warm_ups_own_curve() -> None:
     assert predicted_gap(session, plan_of(spec, BF16_O2), sensitivity) is None
     # of the planned run, if its length is known
     assert expected_gap_of(session, plan, sensitivity) is None
-    constraint = plan.constraint.model_copy(update={"run_steps": 2000})
-    planned = plan.model_copy(update={"constraint": constraint})
+    told = expected_gap(sensitivity, 0.01, 2000)
+    planned = plan.model_copy(update={"expected_gap": told})
     found = expected_gap_of(session, planned, sensitivity)
     assert found is not None
     assert found.steps == 2000

@@ -59,6 +59,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "islands": (),  # nobody knows which layers of the other model they are
             "statistics": (),
             "joint": (),
+            "schedule_steps": None,  # the small model's
             "notes": tuple(_transfer_notes(small, unmatched)),
         }
     )

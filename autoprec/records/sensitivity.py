@@ -125,7 +125,8 @@ class Sensitivity(FileRecord):
     factor of two apart; empty where they agree. `by_step` has the gradient error at several steps
     of the warm-up, the last one where the table was measured: how the error grows as the reference
     learns. `batch_effect` is there where the tokens of an optimizer step of the planned run were
-    given.
+    given, `schedule_steps` where the user's schedule has an end: the steps to where its rates are
+    about zero.
     """
 
     KIND = "sensitivity"
@@ -153,6 +154,7 @@ class Sensitivity(FileRecord):
     islands: tuple[Island, ...] = ()
     by_step: tuple[StepError, ...] = ()
     batch_effect: BatchEffect | None = None
+    schedule_steps: NonNegativeInt | None = None
 
     def between_layers(self, fp32: Collection[str] = ()) -> float:
         """Return the error of a 16-bit plan beyond its layers' rows, with these layers in FP32."""

@@ -40,6 +40,8 @@ def build_plan(
     options, basis = point.options, sensitivity_basis(sensitivity)
     why = reasons(Why(problem, search, options, sensitivity.statistics, profile.parallel))
     grad_error, grad_error_basis = _joint_error(point, basis)
+    # a schedule's end says what run is planned; the budget is for its end only where that was asked
+    run_steps = constraint.run_steps or sensitivity.schedule_steps
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     return Plan(
         layers=tuple(_assignment(costs, i, options, reason) for i, reason in enumerate(why)),
@@ -56,8 +58,7 @@ def build_plan(
             *search.notes,
             *(() if basis is Basis.MEASURED else sensitivity.notes),
         ),
-        expected_gap=constraint.run_steps
-        and expected_gap(sensitivity, grad_error, constraint.run_steps),
+        expected_gap=run_steps and expected_gap(sensitivity, grad_error, run_steps),
     )
 
 

@@ -86,6 +86,7 @@ def measure_sensitivity(
         notes=(*_notes(reference, table, floor), *_batch_notes(batch_effect)),
         by_step=by_step,
         batch_effect=batch_effect,
+        schedule_steps=reference.schedule_steps,
     )
 
 

@@ -101,6 +101,7 @@ class Reference:
     # of the batches that were run, where they are not too large to keep
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
     early: tuple[StepError, ...] = ()  # measured in the warm-up
+    schedule_steps: int | None = None  # of the user's schedule, where it has an end
 
     @property
     def digest(self) -> str:
@@ -315,6 +316,7 @@ def prepare_reference(
         spent_s=time.perf_counter() - started,
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
         early=early,
+        schedule_steps=training.schedule.length if training.schedule else None,
     )
 
 

@@ -211,10 +211,10 @@ def expected_gap_of(
     session: Session, plan: Plan, sensitivity: Sensitivity | None
 ) -> ExpectedGap | None:
     """Return the gap expected at the end of the planned run; None where its length is unknown."""
-    if plan.constraint.run_steps is None or sensitivity is None:
+    if plan.expected_gap is None or sensitivity is None:
         return plan.expected_gap
     longer = _with_longest_curve(session, sensitivity)
-    return expected_gap(longer, plan.grad_error, plan.constraint.run_steps)
+    return expected_gap(longer, plan.grad_error, plan.expected_gap.steps)
 
 
 def _with_longest_curve(session: Session, sensitivity: Sensitivity) -> Sensitivity:
