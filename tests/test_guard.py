@@ -282,6 +282,26 @@ def test_a_schedule_switches_every_layer_at_its_steps(tmp_path: Path) -> None:
     assert not run.guard.in_bf16  # the plan did it, not the guard
 
 
+def test_a_logger_hears_of_every_event_with_the_layers_that_are_left_in_fp8() -> None:
+    heard: list[tuple[str, float, int]] = []
+    schedule = (Phase(start_step=4, fp8=False), Phase(start_step=6, fp8=True))
+    limits = Limits(sample_every=10_000, quiet_steps=5, window=21)
+    run = Run(
+        plan=plan_for(Chain(), schedule=schedule), limits=limits, log=lambda *x: heard.append(x)
+    )
+    run.train(12, run.spoil("third", 2))
+    assert heard == [
+        ("guard/not_finite", 1.0, 2),
+        ("guard/fp8_layers", 2.0, 2),
+        ("guard/schedule", 2.0, 4),  # off: the third is off already
+        ("guard/fp8_layers", 0.0, 4),
+        ("guard/schedule", 2.0, 6),
+        ("guard/fp8_layers", 2.0, 6),
+        ("guard/promoted", 1.0, 7),
+        ("guard/fp8_layers", 3.0, 7),
+    ]
+
+
 def test_a_schedule_does_not_bring_back_what_the_guard_took_out() -> None:
     plan = plan_for(
         Chain(), schedule=(Phase(start_step=4, fp8=False), Phase(start_step=6, fp8=True))

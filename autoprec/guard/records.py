@@ -1,6 +1,7 @@
 """When the guard acts and how, what it remembers from step to step, and what it says happened."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from autoprec.errors import RecordError
 from autoprec.records.base import Record
 
 logger = logging.getLogger(__name__)
+Log = Callable[[str, float, int], object]  # name, value, step
 
 
 class Action(StrEnum):
@@ -96,8 +98,13 @@ class GuardEvent(Record):
     grad_norm: float | None = None
 
 
-def write_event(event: GuardEvent | None, path: Path | None) -> None:
-    """Warn of an event and append it to a file as a line of JSON, on rank 0 alone.
+def write_event(
+    event: GuardEvent | None, path: Path | None, log: Log | None = None, *, fp8_layers: int = 0
+) -> None:
+    """Warn of an event, tell a logger and append it to a file as JSON, on rank 0 alone.
+
+    `log` gets `guard/KIND`, the number of layers that changed precision (0: only the step was dealt
+    with), and `guard/fp8_layers`, those in FP8 from now on.
 
     None tries the file, so that one that cannot be written is an error now, not in an alarm.
     """
@@ -105,6 +112,9 @@ def write_event(event: GuardEvent | None, path: Path | None) -> None:
         return
     if event is not None:
         logger.warning("step %d: %s", event.step, event.message)
+    if event is not None and log is not None:
+        log(f"guard/{event.kind}", float(len(event.layers)), event.step)
+        log("guard/fp8_layers", float(fp8_layers), event.step)
     if path is None:
         return
     try:

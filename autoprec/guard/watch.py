@@ -44,6 +44,7 @@ from autoprec.guard.records import (
     GuardEvent,
     GuardState,
     Limits,
+    Log,
     write_event,
 )
 from autoprec.guard.sampling import OPERANDS, Sampler
@@ -104,6 +105,7 @@ class Guard(AbstractContextManager["Guard"]):
         on_alarm: Action | str = Action.SKIP,
         limits: Limits | None = None,
         events: Path | str | None = None,
+        log: Log | None = None,
     ) -> None:
         """Start watching.
 
@@ -114,6 +116,8 @@ class Guard(AbstractContextManager["Guard"]):
             on_alarm: what happens to a bad step.
             limits: when to act.
             events: a file to which every event is appended as a line of JSON.
+            log: called with (name, value, step) of every event on rank 0, for TensorBoard or W&B:
+                `guard/fp8_layers`, and the layers concerned as e.g. `guard/not_finite`.
 
         Raises:
             PlanMismatchError: the model's FP8 layers are not those of the plan.
@@ -122,7 +126,7 @@ class Guard(AbstractContextManager["Guard"]):
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.on_alarm, self.limits = Action(on_alarm), (limits := limits or Limits())
         self.layers = fp8_layers(model, plan)
-        self.events = None if events is None else Path(events)
+        self.events, self.log = None if events is None else Path(events), log
         write_event(None, self.events)
         self.demoted: dict[str, Demotion] = {}
         self.steps = self.demotions = self._bad_run = 0
@@ -203,9 +207,8 @@ class Guard(AbstractContextManager["Guard"]):
         pending, self._pending = self._pending, None
         self._judged, signals = pending.number, pending.reading.signals()
         is_good = True
-        for kind, suspects in list(
-            self._alarms(signals, pending.active)
-        ):  # before one changes layers
+        alarms = list(self._alarms(signals, pending.active))  # before one changes layers
+        for kind, suspects in alarms:
             is_good = kind is EventKind.RANGE
             names = [name for name in suspects if name in pending.active]
             self._act(kind, names, signals, is_good=is_good)
@@ -442,4 +445,5 @@ class Guard(AbstractContextManager["Guard"]):
         """Write an event (Any: the fields that only alarms have)."""
         step = self.steps if kind is EventKind.SCHEDULE else self._judged
         event = GuardEvent(step=step, kind=kind, message=text, layers=tuple(names), **more)
-        write_event(event, self.events)
+        active = len(self.layers) - len(self.in_bf16) if self._is_fp8(self.steps) else 0
+        write_event(event, self.events, self.log, fp8_layers=active)
