@@ -150,6 +150,23 @@ def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> Non
             )
 
 
+def test_a_step_with_a_closure_is_recorded_as_one_without(tmp_path: Path) -> None:
+    """As Lightning's automatic optimization steps: forward and backward are in the closure."""
+    step = """
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure=closure)
+"""
+    in_closure = record(tmp_path, HEAD + LOOP[: LOOP.index("    loss")] + step)
+    plain = record(tmp_path, HEAD + LOOP)
+    assert [len(in_closure.eval_batches()), first_loss(in_closure)] == [2, first_loss(plain)]
+    one, other = (w.build_optimizer(w.build_model()) for w in (in_closure, plain))
+    assert one.state_dict() == other.state_dict()
+
+
 def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: Path) -> None:
     workload = record(tmp_path, HEAD + LOOP.replace("zero_grad()", "zero_grad(set_to_none=False)"))
     net = workload.build_model()  # it has no gradients to zero
@@ -221,7 +238,12 @@ REFUSALS = {
         "or twice",
     ),
     "no step": ("optimizer.step()", "pass", "but none did"),
-    "a closure": ("optimizer.step()", "optimizer.step(lambda: loss)", "without a closure"),
+    "a line search": (
+        "optimizer.step()",
+        "torch.optim.LBFGS(model.parameters()).step("
+        "lambda: [loss := model(x).sum(), loss.backward()][0])",
+        "closure again and again",
+    ),
     "another optimizer": (
         "optimizer.step()",
         "optimizer.step(); torch.optim.SGD(model.parameters(), lr=0.1).step()",

@@ -17,10 +17,11 @@ from autoprec.integrations.launch import Script, run_with_plan
 from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
+from tests.accelerate_state import fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 from tests.plans import plan_for
 
-__all__ = ["own_main"]
+__all__ = ["fresh_accelerate", "own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")
 SAVE = "torch.save([p.float() for p in model.parameters()], sys.argv[2])\n"
 DTYPE = "print(model.first.weight.dtype)\n"
@@ -295,14 +296,50 @@ for index, state in saved["state"].items():
     assert run(tmp_path, body, "2").status == 0
 
 
-def test_a_script_without_a_fitting_model_gets_one_clear_line(tmp_path: Path) -> None:
-    body = (HEAD + LOOP).replace("nn.Linear(32, 64)", "nn.Linear(32, 64, bias=False)")
-    outcome = run(tmp_path, body, "2")
-    assert (outcome.status, outcome.was_applied) == (0, False)
-    assert "seen: Net" in outcome.message
-    assert "'first' has shapes 64x32 in the model, 64x32, 64 in the plan" in outcome.message
-    assert "\n" not in outcome.message
+def test_a_script_without_a_fitting_model_is_stopped_at_its_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Net()
+    other.first = nn.Linear(32, 64, bias=False)
+    plan = plan_for(other)
+    del other  # a model of the plan that is alive might still be trained
+    with pytest.raises(PlanMismatchError, match="seen: Net") as refused:
+        run(tmp_path, HEAD + LOOP, "2", plan=plan)
+    assert capsys.readouterr().out == ""  # no step was made
+    message = str(refused.value)
+    assert "'first' has shapes 64x32, 64 in the model, 64x32 in the plan" in message
+    assert "\n" not in message
     assert "no model was called" in run(tmp_path, "print(1)").message
+
+
+ON_THE_OBJECT = {
+    "Accelerate's": """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+model, optimizer = accelerator.prepare(model, optimizer)
+""",
+    "autocast alone": """
+model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+""",
+}
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("which", ON_THE_OBJECT)
+def test_a_forward_under_autocast_on_the_object_makes_way_for_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    losses = []
+    for wrapping in ("", ON_THE_OBJECT[which]):
+        assert run(tmp_path, HEAD + wrapping + LOOP, "3").was_applied
+        losses.append(capsys.readouterr().out)
+    assert losses[0] == losses[1]
+
+
+def test_any_other_forward_on_the_object_is_refused(tmp_path: Path) -> None:
+    other = "own = model.forward\nmodel.forward = lambda x: own(x) * 2\n"
+    with pytest.raises(PlanMismatchError, match="a forward of its own on the object"):
+        run(tmp_path, HEAD + other + LOOP, "2")
 
 
 def test_a_plan_that_cannot_be_applied_is_one_error(tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from autoprec.model.layers import plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.attach import check_optimizer
+from autoprec.runtime.classes import own_class
 from autoprec.runtime.finite import leave_first_step
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
+# Where the functions come from that `autocast(forward)` and Accelerate's `prepare` wrap one in.
+AUTOCAST_MODULES = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 
 
 def load_plan(plan: Plan | Path | str) -> Plan:
@@ -43,6 +46,26 @@ def apply_plan(
         attach_optimizer(model, optimizer)
     if is_guarded:
         leave_first_step(model)
+
+
+def remove_autocast(model: nn.Module) -> None:
+    """Take a forward off the object that does no more than run its class's own under autocast.
+
+    Accelerate's `prepare` sets one, so every `bf16=True` of a Trainer does. Within a model that
+    runs a plan autocast is off, and outputs are FP32: without the wrapper all numbers are the same.
+    Any other forward on the object stays.
+    """
+    found = getattr(vars(model).get("forward"), "__func__", vars(model).get("forward"))
+    own = own_class(model).forward
+    while found is not None and found is not own:
+        code = vars(type(found)).get("__call__") if not hasattr(found, "__globals__") else found
+        if getattr(code, "__globals__", {}).get("__name__") not in AUTOCAST_MODULES:
+            return
+        found = getattr(found, "__wrapped__", None)
+        found = getattr(found, "__func__", found)
+    if found is own:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
 
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:

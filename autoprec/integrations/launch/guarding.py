@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.guard import Guard
-from autoprec.integrations.launch.optimizers import has_closure, trains
+from autoprec.integrations.launch.optimizers import closure_of, trains
 from autoprec.integrations.launch.patches import Function
 from autoprec.integrations.plans import GuardedSteps
 from autoprec.records import Plan
@@ -47,7 +47,7 @@ class ScriptGuard:
         if self.steps.guard is None and model is not None and trains(optimizer, model):
             # of several optimizers the steps of the first one count
             self.steps.start(model, optimizer, self._plan)
-            if has_closure(args, kwargs):
+            if closure_of(args, kwargs) is not None:
                 unseen = "the guard cannot see steps that an optimizer takes with a closure"
                 logger.warning("%s; call autoprec.Guard in the script", unseen)
         if self.steps.guard is not None and optimizer is self.steps.guard.optimizer:

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.runtime.attach import HOOKS
 
+Closure = Callable[[], Any]  # Any, here and below: the user's
+Arguments = tuple[Any, ...]
+KeywordArguments = dict[str, Any]
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
 
 
@@ -26,9 +29,19 @@ def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     return not set(model.parameters()).isdisjoint(trained_by(optimizer))
 
 
-def has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments of an optimizer's step hook say that it was given a closure."""
-    return any(callable(value) for value in (*args[1:], *kwargs.values()))
+def closure_of(args: Arguments, kwargs: KeywordArguments) -> Closure | None:
+    """Return the closure that an optimizer's step is given; the arguments are its hooks'."""
+    return next((value for value in (*args[1:], *kwargs.values()) if callable(value)), None)
+
+
+def with_closure(
+    args: Arguments, kwargs: KeywordArguments, closure: Closure
+) -> tuple[Arguments, KeywordArguments]:
+    """Return the arguments of a step with another closure, as a hook before it may."""
+    first, *others = args
+    swapped = [closure if callable(value) else value for value in others]
+    named = {name: closure if callable(value) else value for name, value in kwargs.items()}
+    return (first, *swapped), named
 
 
 def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> Optimizer:

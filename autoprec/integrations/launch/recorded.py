@@ -45,6 +45,7 @@ from autoprec.integrations.launch.recorder import (
 )
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import remove_scale, replay
+from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.workload.functions import Workload, move_batch, workload_from
 from autoprec.workload.written import Written
@@ -86,7 +87,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first)
-    _remove_accelerate(first.model)
+    remove_autocast(first.model)
     batches = recorder.batches
     for batch in batches:
         remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
@@ -172,12 +173,6 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
-
-
-def _remove_accelerate(model: nn.Module) -> None:
-    """Take out the autocast that Accelerate puts into a model's forward: it is not the model's."""
-    if vars(model).pop("_original_forward", None) is not None:
-        vars(model).pop("forward", None)
 
 
 def _free(recorder: Recorder) -> None:

@@ -24,12 +24,15 @@ from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.integrations.launch.optimizers import (
+    Arguments,
+    KeywordArguments,
     SeenSchedule,
+    closure_of,
     copy_optimizer,
     find_schedule,
-    has_closure,
     rates_of,
     trained_by,
+    with_closure,
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
@@ -213,12 +216,31 @@ class Recorder:
 
     # --- the optimizer's step --------------------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
-        if has_closure(args, kwargs):
-            self.refuse(
-                "optimizer.step() must be called without a closure, but the script gives "
-                f"{type(optimizer).__name__} one"
-            )
+    def _before_step(
+        self, optimizer: Optimizer, args: Arguments, kwargs: KeywordArguments
+    ) -> tuple[Arguments, KeywordArguments] | None:
+        """Follow a closure too: forward and backward happen in it, the step after it."""
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            self._begin_step(optimizer)
+            return None
+        calls = 0
+
+        def followed() -> Any:  # Any: the user's
+            nonlocal calls
+            if calls:
+                self.refuse(
+                    "a step must take one gradient, but "
+                    f"{type(optimizer).__name__} calls its closure again and again"
+                )
+            loss = closure()
+            calls += 1
+            self._begin_step(optimizer)
+            return loss
+
+        return with_closure(args, kwargs, followed)
+
+    def _begin_step(self, optimizer: Optimizer) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
             names = f"{type(self.optimizer).__name__} and {type(optimizer).__name__}"
             self.refuse(f"one optimizer must train the model, but the script steps two ({names})")

@@ -36,7 +36,7 @@ from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.optimizers import trained_by, trains
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import Script, run_script, script_line
-from autoprec.integrations.plans import apply_plan
+from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
@@ -187,9 +187,11 @@ class Watch:
         if self._waits.get(optimizer):
             if not self.applied:
                 self._search_for(optimizer)
-            if not self.applied and self.misfits:
-                logger.warning("%s trains, but %s", type(optimizer).__name__, self.describe())
             self._waits[optimizer] = False
+            if not self.applied and self.misfits and not self._may_fit_later():
+                self.failure = PlanMismatchError(self.describe())
+                self.stop()
+                raise self.failure
             self._end_search_if_done()
         if self._guard is not None:
             self._guard.before_step(optimizer, args, kwargs)
@@ -232,6 +234,7 @@ class Watch:
         if any(applied.model() is inner for applied in self.applied):  # and is wrapped since
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
+        remove_autocast(inner)
         try:
             apply_plan(self.plan, model, *owned, is_guarded=self._guard is not None)
         except AutoprecError as error:
@@ -264,6 +267,12 @@ class Watch:
         self._until_done.close()  # or two wrappers would look
         self._until_done.enter_context(patched(nn.Module, "__call__", self._around_call))
 
+    def _may_fit_later(self) -> bool:
+        """Whether some model that is alive fits the plan, although others are trained first."""
+        gc.collect()
+        modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+        return any(_fits(self.plan, module) for module in modules)
+
     def _is_done(self) -> bool:
         """Whether a model has the plan, and no optimizer is left whose model may get it."""
         return bool(self.applied) and not any(self._waits.values())
@@ -275,10 +284,11 @@ class Watch:
 
 def _find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
     """Return `module`, or the first module within it, whose layers are those of the plan."""
-    for part in module.modules():
-        if len(find_layers(part)) == len(plan.layers) and _mismatch(plan, part) is None:
-            return part
-    return None
+    return next((part for part in module.modules() if _fits(plan, part)), None)
+
+
+def _fits(plan: Plan, module: nn.Module) -> bool:
+    return len(find_layers(module)) == len(plan.layers) and _mismatch(plan, module) is None
 
 
 def _measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
