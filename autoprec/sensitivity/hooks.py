@@ -9,18 +9,24 @@ layer's operands do not, so here they are run on g + d and on g, and the differe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from autoprec.device.ranks import sharded_tensor
+from autoprec.model.averaging import GradientAverage
 
 SMALL = 1e-2  # of the gradient: how much of a direction is added to it, in root mean squares
 
 
 def has_hooks(parameter: Tensor) -> bool:
-    """Whether a hook sees the parameter's gradient; those of a sharded one are left to passes."""
-    hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+    """Whether a hook sees the parameter's gradient; those of a sharded one are left to passes.
+
+    Averaging over ranks is none: it is for whole passes, and errors are averaged by themselves.
+    """
+    kept = (parameter._post_accumulate_grad_hooks or {}).values()
+    hooks = (parameter._backward_hooks, [hook for hook in kept if not _averages(hook)])
     return any(hooks) and not isinstance(parameter, sharded_tensor())
 
 
@@ -55,6 +61,12 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
             hooks.update(before)
 
 
+def _averages(hook: object) -> bool:
+    """Whether a hook is that of averaging over ranks, within what `install_options` puts around."""
+    inner = hook.args[-1] if isinstance(hook, partial) and hook.args else hook
+    return isinstance(getattr(inner, "__self__", None), GradientAverage)
+
+
 @torch.no_grad()
 def _hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient as its hooks leave it for the optimizer."""
@@ -65,7 +77,8 @@ def _hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
     kept, parameter.grad = parameter.grad, gradient
     try:
         for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
-            hook(parameter)
+            if not _averages(hook):
+                hook(parameter)
         left = parameter.grad
         return torch.zeros_like(gradient) if left is None else left.float()
     finally:
