@@ -18,6 +18,7 @@ from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
 from autoprec.tuning.ranks import made_on_all
 from autoprec.workload.functions import Workload
+from autoprec.workload.optimizers import plain_parts
 from tests.memory_families import convolutions, decoder, mlp
 from tests.peaks import tracked_peak
 
@@ -58,6 +59,21 @@ def test_what_was_alive_before_makes_room_when_it_dies() -> None:
         before.clear()
         torch.zeros(2 * KIB)
     assert peak.rise_bytes == 0
+
+
+class Placed(TwoTensor):
+    """Names a part that is no tensor, as a DTensor does its mesh."""
+
+    mesh = "all ranks"
+
+    def __tensor_flatten__(self) -> tuple[list[str], object]:
+        names, context = super().__tensor_flatten__()  # type: ignore[no-untyped-call]  # torch's
+        return [*names, "mesh"], context
+
+
+def test_parts_of_a_tensor_are_tensors() -> None:
+    placed = Placed(torch.ones(2), torch.zeros(2))  # type: ignore[no-untyped-call]  # torch's
+    assert [id(part) for part in plain_parts(placed)] == [id(placed.a), id(placed.b)]
 
 
 def test_training_with_adamw_takes_16_bytes_per_parameter() -> None:

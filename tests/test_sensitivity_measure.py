@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from autoprec.errors import AutoprecError, PlanMismatchError, RecordError, WorkloadError
+from autoprec.model.averaging import GradientAverage
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import (
@@ -25,7 +26,9 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
+from autoprec.runtime import install_options
 from autoprec.search.reasons import explain_statistics
+from autoprec.sensitivity.hooks import after_hooks, has_hooks
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
@@ -311,6 +314,16 @@ def test_underflow_is_put_into_words() -> None:
     text = explain_statistics(rows)
     assert "grad_output" in text
     assert "underflow under rowwise; rowwise_with_gw_hp" in text
+
+
+def test_averaging_over_ranks_is_no_hook_at_a_gradient() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    GradientAverage(list(layer.parameters()), None, 2).watch()
+    error = torch.ones(4, 4)
+    with install_options(layer, {"": BF16_O2}, root=False):  # puts casts around hooks
+        assert not has_hooks(layer.weight)
+        layer.weight.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]  # torch's
+        assert not after_hooks(layer.weight, error, at=error).any()
 
 
 def _hooked_mlp(kind: str) -> Mlp:

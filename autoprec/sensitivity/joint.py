@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
@@ -45,8 +45,12 @@ class JointMeter:
         self.fp32_outputs = tuple(fp32_outputs)
         self.batches = batches
         self._measured: dict[tuple[tuple[Option, ...], int], Estimate] = {}
-        # one set of gradients: those of the same batches are the same
-        self._longer = replace(reference, batches=[*reference.batches, *reference.more])
+
+    @cached_property
+    def _longer(self) -> Reference:
+        """The reference on all batches; gradients of the same batches are the same."""
+        reference = self.reference
+        return replace(reference, batches=[*reference.batches, *reference.more])
 
     def measure(self, options: tuple[Option, ...], batches: int | None = None) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -94,7 +94,7 @@ class Reference:
     step_s: float  # the median time of a warm-up step
     spent_s: float  # what preparing took
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
-    more: list[Batch] = field(default_factory=list)  # after those, for plans that these leave open
+    stream: Iterator[Batch]  # the batches after those
     groups: int = 1  # of layers, of which one at a time is probed
     is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
@@ -102,6 +102,11 @@ class Reference:
     gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
     early: tuple[StepError, ...] = ()  # measured in the warm-up
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
+
+    @cached_property
+    def more(self) -> list[Batch]:
+        """Further batches, for plans that the others leave open; drawn when they are asked for."""
+        return list(islice(self.stream, MORE_BATCHES))
 
     @property
     def digest(self) -> str:
@@ -305,7 +310,7 @@ def prepare_reference(
         spec=spec,
         model=model,
         batches=list(islice(stream, batches)),
-        more=list(islice(stream, MORE_BATCHES)),
+        stream=stream,
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         history=history,
         loss_curve=curve,

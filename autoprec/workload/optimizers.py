@@ -43,9 +43,13 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that have the memory of one: itself, or the parts of a quantised one."""
+    """Yield the tensors that have the memory of one: itself, or the parts of one that wraps them.
+
+    Quantised tensors and DTensors do; these name their mesh as well.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_parts(getattr(tensor, name))
+        if isinstance(part := getattr(tensor, name), Tensor):
+            yield from plain_parts(part)
