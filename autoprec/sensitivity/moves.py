@@ -154,8 +154,9 @@ def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor
     # one process takes each gradient as it arrives; of several, their mean comes at the end
     keep = keep if world_size() == 1 else {*keep, *gradients}
     reference.run(step.index, keep=keep, see=see)
-    for parameter in keep:
-        see(parameter)
+    for parameter in reference.model.parameters():  # in one order on all ranks, which a set has not
+        if parameter in keep:
+            see(parameter)
     return sum_over_ranks([found.get(p, 0.0) for p in reference.model.parameters()])
 
 
