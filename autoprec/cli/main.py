@@ -79,7 +79,8 @@ def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
         )
     made = _run(settings, lambda run: run.make())
     _print_run(settings.out, as_json=as_json)
-    raise typer.Exit(made.exit_code)
+    # rank 0's status is the tune's: where another rank fails torchrun ends all, unprinted
+    raise typer.Exit(made.exit_code if is_first() else 0)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -343,4 +344,4 @@ def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:
         from autoprec.report import print_record
 
         print_record(record, Console())
-    raise typer.Exit(0 if good else 1)
+    raise typer.Exit(0 if good or not is_first() else 1)

@@ -335,7 +335,7 @@ def _early_error(
         spec=spec,
         model=training.model,
         batches=batches,
-        more=[],
+        stream=iter(()),
         preconditioner=read_preconditioner(training.optimizer),
         history={},
         loss_curve=(),
