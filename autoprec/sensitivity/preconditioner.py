@@ -190,7 +190,7 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     sums = dict.fromkeys([(f, what) for f in families for what in ("root", "count")], 0.0)
     for parameter, rule in rules.items():
         if rule.moment is not None:
-            root = rule.root(torch.zeros_like(local_part(parameter.detach())))
+            root = rule.root(_zero(parameter))
             sums[rule.family, "root"] += share(parameter) * float(root.sum())
             sums[rule.family, "count"] += share(parameter) * float((root > 0).sum())
     totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
@@ -202,11 +202,17 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     return rules
 
 
+def _zero(parameter: Tensor) -> Tensor:
+    """Return a gradient of zeros for this rank's part of a parameter, in no memory of its size."""
+    part = local_part(parameter.detach())
+    return part.new_zeros(()).expand(part.shape)
+
+
 def _mean_weight(rules: dict[Tensor, Rule]) -> float:
     """Return the mean P of all elements that have a rule, as they are now; 0 without any."""
     total = 0.0
     for parameter, rule in rules.items():
-        weight = rule.weight(torch.zeros_like(local_part(parameter.detach())))
+        weight = rule.weight(_zero(parameter))
         total += share(parameter) * float(weight.square_().sum())
     (total,) = sum_over_ranks([total])
     return total / max(sum(parameter.numel() for parameter in rules), 1)
