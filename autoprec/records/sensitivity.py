@@ -46,7 +46,8 @@ class OperandStatistics(Record):
     value) are fractions per recipe. `outlier_channels` are channels with amax > 10x the median one.
     `mean_over_std` is the root of sum(mean^2) / sum(variance) over channels, each over all rows (of
     a weight: each output's, over its inputs): rounding is relative to the mean, what a layer learns
-    from to the spread. None: not known, or nothing varies.
+    from to the spread. `outlier_token_share` is the share of tokens whose amax is more than about
+    10x the median one's. None: not known, nothing varies, or a weight, which has no tokens.
     """
 
     name: str
@@ -59,6 +60,7 @@ class OperandStatistics(Record):
     outlier_channels: tuple[int, ...]
     channels: NonNegativeInt
     mean_over_std: NonNegativeFloat | None = None
+    outlier_token_share: NonNegativeFloat | None = None
 
 
 class Island(Record):

@@ -38,7 +38,7 @@ def build_plan(
     costs = make_costs(profile, sensitivity)
     problem = make_problem(costs, constraint)
     options, basis = point.options, sensitivity_basis(sensitivity)
-    why = reasons(Why(problem, search, options, sensitivity.statistics, profile.parallel))
+    why = reasons(Why(problem, search, options, sensitivity, profile.parallel))
     grad_error, grad_error_basis = _joint_error(point, basis)
     # a schedule's end says what run is planned; the budget is for its end only where that was asked
     run_steps = constraint.run_steps or sensitivity.schedule_steps

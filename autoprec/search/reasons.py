@@ -11,11 +11,13 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
+    Gemm,
     Operand,
     OperandStatistics,
     Option,
     Precision,
     Search,
+    Sensitivity,
 )
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
@@ -26,6 +28,12 @@ NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth 
 OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
 OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
 MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
+MOST_TOKENS = 0.125  # the same of tokens: one in 8, as the first of short sequences
+OPERANDS = {
+    Gemm.OUTPUT: (Operand.INPUT, Operand.WEIGHT),
+    Gemm.GRAD_INPUT: (Operand.GRAD_OUTPUT, Operand.WEIGHT),
+    Gemm.GRAD_WEIGHT: (Operand.GRAD_OUTPUT, Operand.INPUT),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Why:
     problem: Problem
     search: Search
     options: Options
-    statistics: Sequence[OperandStatistics]
+    sensitivity: Sensitivity
     parallel: str = ""
 
     @property
@@ -104,6 +112,8 @@ def _why_fp8(why: Why, index: int) -> str:
     if faster:
         best = min(faster, key=lambda o: prices[o].ms)
         text += f"; {short(best)} is faster still, but has gradient {_error_of(prices[best])}"
+        if prices[best].grad_error >= DOMINATES * why.search.grad_error_budget:
+            text += _cause(why, index, best)
     return text
 
 
@@ -132,7 +142,7 @@ def _why_not_fp8(why: Why, index: int) -> str:
     if layer.name in why.search.interacting:
         return (
             f"{short(best)} {compared(prices[best].ms, own)}, but together with the other layers "
-            "it adds more error than alone (found by bisection)"
+            f"it adds more error than alone (found by bisection){_cause(why, index, best)}"
         )
     return _too_harmful(why, index, best, own)
 
@@ -148,10 +158,24 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
         return f"{gain}, but what it saves is not worth its error ({cost})"
     is_over = price.grad_error > budget
     verb = "alone is over the budget" if is_over else "dominates the gradient error"
+    return f"{gain}, but {verb} ({cost}){_cause(why, index, best)}"
+
+
+def _cause(why: Why, index: int, option: Option) -> str:
+    """Return what stands out in the operands of an FP8 option; "" of other options.
+
+    The operands of the GEMMs that have a notable part of the error come first.
+    """
     name = why.costs.layers[index].name
-    cause = explain_statistics([row for row in why.statistics if row.name == name])
-    source = f"; {cause}" if cause and best.is_fp8 else ""
-    return f"{gain}, but {verb} ({cost}){source}"
+    row = why.sensitivity.row(name, option)
+    if row is None or not option.is_fp8:
+        return ""
+    gemms = [g for g, part in row.by_gemm.items() if part.mean >= DOMINATES * row.grad_error.mean]
+    first = {operand for gemm in gemms for operand in OPERANDS[gemm]}
+    own = [r for r in why.sensitivity.statistics if r.name == name]
+    parts = ([r for r in own if (r.operand in first) is is_first] for is_first in (True, False))
+    causes = [explain_statistics(part, recipe=option.recipe) for part in parts]
+    return "".join(f"; {cause}" for cause in causes if cause)
 
 
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
@@ -193,7 +217,7 @@ def _island(why: Why, index: int) -> str:
             others = [why.costs.layers[i].name for i in at if i != index]
             beside = f" and {', '.join(others)}" if others else ""
             names = {why.costs.layers[i].name for i in at}
-            rows = [row for row in why.statistics if row.name in names]
+            rows = [row for row in why.sensitivity.statistics if row.name in names]
             cause = "; ".join(f"{row.name} {_offset(row)}" for row in rows if _offset(row))
             return (
                 f"BF16 between it{beside} alone has gradient error {percent(error)}, budget "
@@ -225,40 +249,47 @@ def _than(speed: str, other: Option) -> str:
     return f"{speed} as {short(other)}" if speed == "as fast" else f"{speed} than {short(other)}"
 
 
-def explain_statistics(rows: Sequence[OperandStatistics]) -> str:
+def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None = None) -> str:
     """Return what stands out in one layer's operands: losses by FP8 casts, outliers, an offset.
 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`; "" when nothing does.
+    With a recipe losses are its own, else those of the worst one.
     """
-    by_worst = sorted(rows, key=lambda row: -max(_losses(row).values(), default=0.0))
-    found = (_worst_loss, _outliers, _offset)
-    lines = (line for row in by_worst for line in (find(row) for find in found))
+    by_worst = sorted(rows, key=lambda row: -max(_losses(row, recipe).values(), default=0.0))
+    lines = [
+        line
+        for row in by_worst
+        for line in (_worst_loss(row, recipe), _outliers(row), _offset(row))
+    ]
     return "; ".join(line for line in lines if line)
 
 
-def _losses(row: OperandStatistics) -> dict[tuple[str, str], float]:
+def _losses(row: OperandStatistics, recipe: str | None) -> dict[tuple[str, str], float]:
     """Return the share of values lost, by kind and recipe."""
     tables = (("underflow", row.underflow), ("saturation", row.saturation))
-    return {(kind, name): value for kind, table in tables for name, value in table.items()}
+    found = ((kind, name, value) for kind, table in tables for name, value in table.items())
+    return {(kind, name): value for kind, name, value in found if recipe in (None, name)}
 
 
-def _worst_loss(row: OperandStatistics) -> str:
-    losses = _losses(row)
+def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
+    losses = _losses(row, recipe)
     if max(losses.values(), default=0.0) < NOTABLE:
         return ""
-    kind, recipe = max(losses, key=lambda key: losses[key])
-    worst = losses[kind, recipe]
-    text = f"{row.operand.value}: {percent(worst)} {kind} under {recipe}"
-    others = {name: value for (k, name), value in losses.items() if k == kind}
+    kind, worst_recipe = max(losses, key=lambda key: losses[key])
+    worst = losses[kind, worst_recipe]
+    text = f"{row.operand.value}: {percent(worst)} {kind} under {worst_recipe}"
+    others = {name: value for (k, name), value in _losses(row, None).items() if k == kind}
     best = min(others, key=lambda name: others[name])
     better = others[best] <= OTHER_SHARE * worst
     return f"{text}; {best} {percent(others[best])}" if better else text
 
 
 def _outliers(row: OperandStatistics) -> str:
-    count = len(row.outlier_channels)
+    """Name outlier channels, or else tokens: in those tokens such a channel stands out as well."""
+    count, share = len(row.outlier_channels), row.outlier_token_share or 0.0
     if not 0 < count <= MOST_OUTLIERS * row.channels:
-        return ""
+        is_few = 0.0 < share <= MOST_TOKENS
+        return f"{row.operand.value}: outlier tokens ({percent(share)})" if is_few else ""
     shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
     return f"{row.operand.value}: outlier channel{'' if count == 1 else 's'} {shown}"
 

@@ -48,6 +48,8 @@ from autoprec.sensitivity.replay import floating_inputs
 COUNTED_ROWS = 4  # one row in so many is counted for underflow and saturation
 SPREADING = (Gemm.OUTPUT, Gemm.GRAD_INPUT)  # the GEMMs whose error the rest of the model carries on
 OUTLIER_RATIO = 10.0  # a channel's amax over the median channel's
+OUTLIER_BINADES = 4  # the same of tokens: 4 binades up is 8x to 32x
+LEAST_EXPONENT = -150  # of an FP32 value by `frexp`; the largest is 128
 
 
 @dataclass
@@ -314,7 +316,25 @@ def _range(
         outlier_channels=tuple(outliers.tolist()),
         channels=len(per_channel),
         mean_over_std=_mean_over_std([m.exact[rows] for m, rows in pieces], dim, split, axes),
+        outlier_token_share=None if dim else _outlier_token_share(pieces, split, axes),
     )
+
+
+def _outlier_token_share(
+    pieces: Sequence[tuple[Matrix, slice]], split: Split, axes: str
+) -> float | None:
+    """Return the share of tokens that are far larger than the median one, by the binade of amax.
+
+    Counts per binade are summed over ranks, so that all have one median. None: all are zero.
+    """
+    largest = torch.cat([m.exact[rows].abs().amax(1) for m, rows in pieces])
+    largest = split.largest(largest, over=axes[1])
+    binades = torch.frexp(largest[largest > 0.0]).exponent.long() - LEAST_EXPONENT
+    counts = torch.bincount(binades, minlength=128 - LEAST_EXPONENT + 1).double()
+    below = split.whole(counts, "", over=axes[0]).cumsum(0)
+    median = int((below < below[-1] / 2).sum())
+    reached = below[min(median + OUTLIER_BINADES, len(below)) - 1]
+    return float(1.0 - reached / below[-1]) if below[-1] > 0.0 else None
 
 
 def _mean_over_std(pieces: Sequence[Tensor], dim: int, split: Split, axes: str) -> float | None:
