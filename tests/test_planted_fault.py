@@ -140,9 +140,7 @@ def test_the_faulty_layer_alone_is_treated_for_its_cause(
     assert plan.grad_error <= BUDGET
 
 
-@pytest.mark.parametrize(
-    ("kind", "strength"), [("control", 0), ("quantised", 7), ("channel", 8)]
-)
+@pytest.mark.parametrize(("kind", "strength"), [("control", 0), ("quantised", 7), ("channel", 8)])
 def test_what_fp8_represents_well_is_not_blamed(kind: str, strength: int) -> None:
     run = run_of(kind, strength)
     plan = run.plan(run.search.chosen)
