@@ -41,7 +41,7 @@ from autoprec.records import (
 from autoprec.records.devices import DeviceProfile
 from autoprec.search import search_plan
 from autoprec.search.costs import Costs, make_costs
-from autoprec.workload.functions import load_workload
+from autoprec.workload.loading import load_workload
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "llama_meta.py"
 PARALLELS = ("", "fsdp=8", "tp=8")

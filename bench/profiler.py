@@ -22,7 +22,7 @@ from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import FP32, Basis, ModelSpec, Option, Profile
 from autoprec.search.costs import boundary_melements
-from autoprec.workload.functions import load_workload
+from autoprec.workload.loading import load_workload
 
 EXAMPLES = ("examples/char_gpt.py", "examples/digits_cnn.py")
 SAMPLES = 9

@@ -41,7 +41,8 @@ from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import Method, is_whole, make_rows
-from autoprec.workload.functions import Workload, load_workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
+from autoprec.workload.loading import load_workload
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)

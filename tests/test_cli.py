@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -320,6 +321,12 @@ def test_every_command_has_help_and_is_in_the_readme() -> None:
         for inner, sub in getattr(command, "commands", {}).items():
             assert sub.help, f"{name} {inner}"
             assert f"{name} {inner}" in readme, f"{name} {inner}"
+
+
+def test_the_version_is_told(run: Run) -> None:
+    status, out, _ = run("--version")
+    assert status == 0
+    assert re.fullmatch(r"autoprec \S+, torch \S+, torchao \S+\n", out)
 
 
 def test_doctor_is_healthy_here(run: Run) -> None:

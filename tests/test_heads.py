@@ -11,7 +11,8 @@ from autoprec.model.context import Context
 from autoprec.model.meta import capture_on_meta
 from autoprec.model.roles import head_counts
 from autoprec.records import ModelSpec
-from autoprec.workload.functions import load_workload, workload_from
+from autoprec.workload.functions import workload_from
+from autoprec.workload.loading import load_workload
 from tests.test_meta import EXAMPLE
 
 WIDTH = 64

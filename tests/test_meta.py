@@ -18,7 +18,8 @@ from autoprec.model.meta import capture_on_meta
 from autoprec.records import Basis, ModelSpec, Plan, Precision
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
-from autoprec.workload.functions import Workload, load_workload, workload_from
+from autoprec.workload.functions import Workload, workload_from
+from autoprec.workload.loading import load_workload
 from tests.models import conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
 

@@ -267,7 +267,9 @@ def test_a_diagnosis_shows_facts_checks_and_the_gemm() -> None:
     assert "NVIDIA H100 80GB HBM3" in text
     assert "FAIL" in text
     assert "fp8: 1.00 ms (20 samples, measured), 2.00x as fast as BF16" in text
-    assert "this machine is unwell" in text
+    assert "this machine is unwell\n" in text
+    slow = diagnosis.model_copy(update={"gemm_ms": {"fp32": timing(1.0), "bf16": timing(5.6)}})
+    assert "unwell, but BF16 takes 5.60x as long as FP32" in record_text(slow)
 
 
 def test_a_plan_check_says_whether_it_is_good() -> None:

@@ -269,6 +269,17 @@ def test_tied_layers_take_one_storage() -> None:
         assert (token == FP32) == (head == FP32)
 
 
+@pytest.mark.parametrize("kept", ["head", "token"])
+@pytest.mark.parametrize("option", [FP32, BF16_O2])
+def test_a_tie_follows_the_layer_that_is_kept(kept: str, option: Option) -> None:
+    poor: Row = {FP32: (4.0, 0.0), BF16_O2: (3.9, 5e-3)}
+    rows = {"token": poor, "head": TYPICAL, "fc": TYPICAL}
+    problem = problem_of(rows, f"{kept}={option.key}", tied={"head": "token"})
+    for plan in (*problem.uniform_plans, *front(problem)):
+        is_16_bit = {plan[index] != FP32 for index in (0, 1)}
+        assert is_16_bit == {option != FP32}
+
+
 def test_keeps_that_part_tied_layers_are_an_error() -> None:
     with pytest.raises(InfeasibleError, match=r"all FP32 or all 16-bit, but 'token', 'head' have"):
         problem_of(

@@ -32,7 +32,7 @@ from autoprec.verification.workers import (
     check_room_of_branches,
     train_branches,
 )
-from autoprec.workload.functions import load_workload
+from autoprec.workload.loading import load_workload
 from tests.ranks import forked_processes
 from tests.test_verification_gate import CPU, plan_of
 

@@ -12,11 +12,11 @@ from autoprec.errors import WorkloadError
 from autoprec.workload.functions import (
     MAX_EVAL_BATCHES,
     check_batches,
-    load_workload,
     move_batch,
     take_batches,
     workload_from,
 )
+from autoprec.workload.loading import load_workload
 from tests.models import mlp_workload
 
 
@@ -27,6 +27,16 @@ def workload_with(**functions: Any) -> Any:  # Any: see above
         "loss_fn": lambda model, batch: model(batch).sum(),
     }
     return workload_from(SimpleNamespace(**{**parts, **functions}), name="w.py")
+
+
+def test_a_training_script_is_not_run_as_a_workload(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it trains')")
+    with pytest.raises(WorkloadError, match=rf"if it is a training script: --script {script}"):
+        load_workload(str(script))
+    script.write_text("from elsewhere import *")  # it may define them all
+    with pytest.raises(WorkloadError, match="elsewhere"):
+        load_workload(str(script))
 
 
 def test_missing_function_is_named_with_its_signature() -> None:
@@ -113,10 +123,13 @@ def test_exception_of_the_user_names_file_and_line(tmp_path: Path) -> None:
         load_workload(str(path)).build_model()
 
 
+NAMES = "build_model = train_batches = loss_fn = None\n"
+
+
 @pytest.mark.parametrize("text", ["def build_model(:\n", "import not_there_at_all\n"])
 def test_file_that_does_not_import_is_one_clear_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.py"
-    path.write_text(text)
+    path.write_text(NAMES + text)
     with pytest.raises(WorkloadError, match=r"broken.py must give a file that imports"):
         load_workload(str(path))
 

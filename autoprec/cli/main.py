@@ -60,8 +60,23 @@ Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Given = Any  # texts and values of the settings that a command has
 
+
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
+
+
+@app.callback(invoke_without_command=True)
+def answer_version(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions in use and exit.")
+    ] = False,
+) -> None:
+    """Answer what is asked of the program as a whole."""
+    if version:
+        from autoprec.common.versions import software_versions
+
+        print(", ".join(f"{name} {own}" for name, own in software_versions().items()))
+        raise typer.Exit
 
 
 @app.command()

@@ -44,6 +44,7 @@ from autoprec.sensitivity.gap import HORIZON_STEPS
 MOST_OPTIONS = 5  # columns of the table of sensitivities
 MOST_SHOWN = 30  # rows of a stage's own table; the record has them all
 GOOD, BAD = "bold green", "bold red"
+SLOW = 1.1  # times slower than FP32, from which BF16 is worth a word
 
 
 def print_summary(run: RunRecords, console: Console, *, out: Path | str | None = None) -> None:
@@ -349,14 +350,23 @@ def _difference_parts(difference: Difference) -> list[Part]:
 def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
     """Return the abilities of this machine."""
     device, is_healthy = diagnosis.device, diagnosis.is_healthy
+    health = "healthy" if is_healthy else "unwell"
     missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
     return [
         Table(("fact", "value"), list((device_facts(device) | missing).items()), widest=1),
         _checks_table(diagnosis.checks),
         *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
         *map(Line, _gemm_sentences(diagnosis.gemm_ms)),
-        Line(f"this machine is {'healthy' if is_healthy else 'unwell'}", (BAD, GOOD)[is_healthy]),
+        Line(f"this machine is {health}{_slow_bf16(diagnosis.gemm_ms)}", (BAD, GOOD)[is_healthy]),
     ]
+
+
+def _slow_bf16(times: dict[str, Timing]) -> str:
+    fp32, bf16 = times.get("fp32"), times.get("bf16")
+    if not fp32 or not bf16 or bf16.median_ms < SLOW * fp32.median_ms:
+        return ""
+    slower = formats.ratio(bf16.median_ms / fp32.median_ms)
+    return f", but BF16 takes {slower} as long as FP32: 16-bit training does not pay here"
 
 
 def _plan_check_parts(check: PlanCheck) -> list[Part]:

@@ -68,7 +68,7 @@ class Problem:
             for index in group:
                 if all(option in options for options in allowed):
                     chosen[index] = option
-                elif option != FP32 and has_16_bit:
+                elif has_16_bit:  # a tie follows the layer that is kept in 16 bits
                     others = (o for o in self.allowed[index] if o != FP32)
                     chosen[index] = min(others, key=precision_rank)
         return self.follow_uncalled(tuple(chosen))

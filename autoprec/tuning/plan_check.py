@@ -12,7 +12,8 @@ from autoprec.records import APPLICABLE_RECIPES, Check, Plan, PlanCheck, Precisi
 from autoprec.report.promise import Promise
 from autoprec.runtime import apply, check_applied, check_fit
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.workload.functions import Workload, load_workload, take_batches
+from autoprec.workload.functions import Workload, take_batches
+from autoprec.workload.loading import load_workload
 
 
 def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:

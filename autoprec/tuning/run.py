@@ -104,7 +104,8 @@ class Run:
     @cached_property
     def workload(self) -> "Workload":
         """The user's functions: a file executed, a config read, a script recorded, once."""
-        from autoprec.workload.functions import load_workload, workload_from
+        from autoprec.workload.functions import workload_from
+        from autoprec.workload.loading import load_workload
 
         settings = self.settings
         if settings.config and settings.meta:

@@ -42,7 +42,8 @@ from autoprec.records import ModelSpec
 from autoprec.verification.branches import train_one
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import REFERENCE, BranchStore, Session, Variant, Workers
-from autoprec.workload.functions import load_workload, move_batch
+from autoprec.workload.functions import move_batch
+from autoprec.workload.loading import load_workload
 
 LOCAL = "local"  # submitit's processes on this machine
 # parameters that submitit has for every cluster; others are the cluster's own

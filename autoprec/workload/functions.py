@@ -34,17 +34,15 @@ what it must return and what it returned; the original exception is its cause.
 """
 
 import dataclasses
-import importlib.util
 import inspect
 import itertools
 import math
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -53,9 +51,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from autoprec.common.lost_ranks import is_of_lost_rank
-from autoprec.common.text import error_line, short_digest, shown_value
+from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.hf_config import META_ALONE, config_file
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -140,7 +137,7 @@ class Workload:
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         """Yield training batches without end: a finite iterator starts over."""
-        user_code = _UserCode(f"train_batches(seed={seed})", "an iterator of batches")
+        user_code = UserCode(f"train_batches(seed={seed})", "an iterator of batches")
         while True:
             with user_code:
                 iterator = self._own_batches(seed)
@@ -184,7 +181,7 @@ class Workload:
         """Return the held-out batches (at most MAX_EVAL_BATCHES)."""
         if "eval_batches" not in self._functions:
             return list(itertools.islice(self.train_batches(EVAL_SEED), DEFAULT_EVAL_BATCHES))
-        with _UserCode("eval_batches()", "an iterable of batches"):
+        with UserCode("eval_batches()", "an iterable of batches"):
             batches = list(itertools.islice(self._functions["eval_batches"](), MAX_EVAL_BATCHES))
         if not batches:
             raise WorkloadError(
@@ -245,37 +242,12 @@ class Workload:
 
     def _call(self, call: str, kind: type[T], wanted: str, *args: object) -> T:
         """Call a function, written as `name(arguments)`, and return its result of this kind."""
-        with _UserCode(call, wanted):
+        with UserCode(call, wanted):
             result = self._functions[call.partition("(")[0]](*args)
         if not isinstance(result, kind):
             got = type(result).__name__
             raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
         return result
-
-
-def load_workload(reference: str) -> Workload:
-    """Load `model.py` or `model.py:name`.
-
-    Raises:
-        WorkloadError: the file is missing, does not import, lacks a required function, or is a
-            transformers config, which only `--meta` takes.
-    """
-    if config_file(reference):
-        raise WorkloadError(META_ALONE.format(config=reference))
-    path_text, _, name = reference.partition(".py:")
-    path = Path(path_text + ".py" if name else reference)
-    if not path.is_file():
-        raise WorkloadError(
-            f"the workload must be a Python file, but {path} is not there; "
-            "give a path such as model.py or model.py:name (or, with --meta, a config.json)"
-        )
-    holder: object = _import_file(path)
-    if name:
-        if not hasattr(holder, name):
-            raise WorkloadError(f"{path} must define {name!r}, but it does not; check the name")
-        holder = getattr(holder, name)
-    digest = short_digest(path.read_bytes().hex(), name)
-    return workload_from(holder, name=reference, digest=digest)
 
 
 def workload_from(holder: object, *, name: str = "", digest: str = "") -> Workload:
@@ -401,22 +373,8 @@ def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model'
     return []
 
 
-def _import_file(path: Path) -> ModuleType:
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # the file's own imports work as when it is run as a script
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise WorkloadError(f"the workload must be a Python file, but {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickle look classes up there
-    with _UserCode(str(path), "a file that imports"):
-        spec.loader.exec_module(module)
-    return module
-
-
 @dataclass(frozen=True)
-class _UserCode(AbstractContextManager["_UserCode"]):
+class UserCode(AbstractContextManager["UserCode"]):
     """Turns any exception of the user's code inside into one WorkloadError line."""
 
     function: str
