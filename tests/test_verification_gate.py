@@ -301,6 +301,8 @@ def test_dropout_masks_are_paired() -> None:
     assert found.gap is not None
     assert abs(found.gap.mean) < 0.01
     assert any("one branch serves as plan and control" in note for note in found.notes)
+    assert found.bf16_gap is not None
+    assert (found.bf16_gap.low, found.bf16_gap.high) == (0.0, 0.0)
 
 
 def noisy(workload: Workload, noise: torch.Generator, scale: float = 1e-3) -> Workload:
@@ -378,9 +380,9 @@ def test_a_tolerance_that_no_seed_count_resolves_ends_the_proof_after_the_first_
     assert found.verdict is Verdict.INCONCLUSIVE
     assert len({branch.seed for branch in found.branches}) == terms.seeds_min
     assert re.fullmatch(
-        r"it stopped after 3 seeds, since 10 could not: gaps differ by \S+ % from seed to seed, "
-        r"which resolves a tolerance of \S+ % at best; the way out is --branch-steps 8 or longer, "
-        r"more evaluation batches, or that --loss-tolerance",
+        r"it stopped after 3 seeds, since 10 could not decide: gaps differ by \S+ % from seed to "
+        r"seed, which resolves \S+ % at best; the way out is --branch-steps 8 or longer, more "
+        r"evaluation batches, or --loss-tolerance \S+%",
         found.advice,
     )
 

@@ -63,4 +63,14 @@ from autoprec.records.sensitivity import (
     Sensitivity,
     StepError,
 )
-from autoprec.records.verification import Branch, ExpectedGap, LossGap, Proxy, Verdict, Verification
+from autoprec.records.verification import (
+    Branch,
+    ExpectedGap,
+    HorizonGap,
+    LossGap,
+    MetricGap,
+    MetricTolerance,
+    Proxy,
+    Verdict,
+    Verification,
+)

@@ -11,7 +11,14 @@ from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
 from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
-from autoprec.records.verification import ExpectedGap, LossGap, Proxy, Verdict, Verification
+from autoprec.records.verification import (
+    ExpectedGap,
+    LossGap,
+    MetricGap,
+    Proxy,
+    Verdict,
+    Verification,
+)
 
 
 class Assignment(Record):
@@ -118,6 +125,7 @@ class Certificate(Record):
     proxy: Proxy | None = None
     expected_gap: ExpectedGap | None = None
     warmup_steps: NonNegativeInt | None = None
+    metrics: Many[MetricGap] = ()
 
     @classmethod
     def of(cls, verification: Verification) -> Self:
@@ -132,6 +140,7 @@ class Certificate(Record):
             proxy=verification.proxy,
             expected_gap=verification.expected_gap,
             warmup_steps=verification.warmup_steps,
+            metrics=verification.metrics,
         )
 
 

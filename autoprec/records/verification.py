@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.cost import StepTiming
 from autoprec.records.model import Basis, Option
+from autoprec.records.sensitivity import Estimate
 
 MOST_SEEDS = 64  # of a proof; beyond it longer branches are the better use of time
 ROUNDING = 1e-6  # sums of the same numbers in another order differ by less
@@ -35,6 +36,33 @@ class LossGap(Record):
     seeds: NonNegativeInt
 
 
+class MetricTolerance(Record):
+    """How far a metric may differ with the plan from without, in its unit.
+
+    `at_least` is below zero (a metric of which more is better may fall that far), `at_most` above
+    it; both, where it may not move further either way.
+    """
+
+    name: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+class MetricGap(Record):
+    """What the plan does to one of the user's metrics, and the verdict on its tolerance.
+
+    `reference` is the metric's mean over the reference's seeds, `gap` the plan's difference from
+    it, both in its unit, and None where a branch diverged. `verdict` is `not_run` without a
+    tolerance.
+    """
+
+    name: str
+    reference: float
+    gap: LossGap | None
+    tolerance: MetricTolerance | None = None
+    verdict: Verdict = Verdict.NOT_RUN
+
+
 class ExpectedGap(Record):
     """The relative loss gap expected after `steps` steps with the plan, and an interval around it.
 
@@ -59,6 +87,7 @@ class Branch(Record):
     `label` is `reference`, `bf16_o2` (the control) or `plan`. `diverged_at` is the branch step at
     which the loss became NaN or infinite (None: it did not); `eval_loss` is then None. `not_finite`
     are the layers at fault where gradients were not finite in the first step, in forward order.
+    `metrics` are the user's, `own_loss` is the evaluation loss through the plan's own forward.
     """
 
     label: str
@@ -68,6 +97,8 @@ class Branch(Record):
     curve: tuple[float, ...]
     eval_losses: tuple[float, ...] = ()
     not_finite: tuple[str, ...] = ()
+    metrics: dict[str, float] = Field(default_factory=dict)
+    own_loss: float | None = None
 
 
 def loss_gaps(
@@ -80,6 +111,20 @@ def loss_gaps(
         for (of, seed), loss in losses.items()
         if of == label and loss is not None and (beside := losses.get((base, seed)))
     }
+
+
+class HorizonGap(Record):
+    """The plan's gap over another length of training; None where it diverged there."""
+
+    warmup_steps: NonNegativeInt
+    branch_steps: PositiveInt
+    gap: LossGap | None
+    stderr: NonNegativeFloat | None = None
+
+    @property
+    def steps(self) -> int:
+        """The whole length."""
+        return self.warmup_steps + self.branch_steps
 
 
 class BranchFile(FileRecord):
@@ -136,7 +181,10 @@ class Verification(FileRecord):
     know, e.g. that two variants are one and the same. `proxy` is there where the branches trained a
     smaller model in the place of the plan's; `refuted_plans` are the plan's model's all the same.
     `expected_gap` is that of the plan at the end of the run that the user plans, None where nobody
-    said how long it is.
+    said how long it is. `metrics` are the user's, and `verdict` the worst of theirs and the loss's.
+    `horizons` are the plan's gaps over other lengths too, and `growth` the exponent of the steps
+    with which they grow. `own_gap` is the loss gap where the plan's branches are evaluated through
+    the plan's own forward.
     """
 
     KIND = "verification"
@@ -165,3 +213,7 @@ class Verification(FileRecord):
     notes: tuple[str, ...] = ()
     proxy: Proxy | None = None
     expected_gap: ExpectedGap | None = None
+    metrics: tuple[MetricGap, ...] = ()
+    own_gap: LossGap | None = None
+    horizons: tuple[HorizonGap, ...] = ()
+    growth: Estimate | None = None

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from autoprec.records import (
     FP32,
     Certificate,
+    Estimate,
     ExpectedGap,
+    HorizonGap,
     LossGap,
+    MetricGap,
     Plan,
     Proxy,
     Verdict,
@@ -20,10 +23,10 @@ from autoprec.report import formats
 from autoprec.report.formats import clean_text, count_of
 
 HEADLINES = {
-    Verdict.VERIFIED: "its loss gap is verified",
-    Verdict.REFUTED: "but its loss gap is refuted",
-    Verdict.INCONCLUSIVE: "its loss gap is not decided yet",
-    Verdict.NOT_RUN: "its loss gap is not verified",
+    Verdict.VERIFIED: "its {} verified",
+    Verdict.REFUTED: "but its {} refuted",
+    Verdict.INCONCLUSIVE: "its {} not decided yet",
+    Verdict.NOT_RUN: "its {} not verified",
 }
 
 
@@ -39,6 +42,10 @@ class Promise:
     branch_steps: int = 0
     advice: str = ""
     expected: ExpectedGap | None = None
+    metrics: tuple[MetricGap, ...] = ()
+    own_gap: LossGap | None = None
+    horizons: tuple[HorizonGap, ...] = ()
+    growth: Estimate | None = None
     has_gap: bool = False  # whether a plan is there that differs from FP32
 
     @classmethod
@@ -58,6 +65,10 @@ class Promise:
             branch_steps=proof.branch_steps,
             advice=clean_text(proof.advice) if isinstance(proof, Verification) else "",
             expected=proof.expected_gap or (plan.expected_gap if plan else None),
+            metrics=proof.metrics,
+            own_gap=proof.own_gap if isinstance(proof, Verification) else None,
+            horizons=proof.horizons if isinstance(proof, Verification) else (),
+            growth=proof.growth if isinstance(proof, Verification) else None,
             has_gap=has_gap or plan is None,
         )
 
@@ -83,7 +94,11 @@ class Promise:
     @property
     def headline(self) -> str:
         """The verdict as the end of a sentence."""
-        return self._reaching(HEADLINES[self.verdict])
+        names = [clean_text(metric.name) for metric in self.metrics if metric.tolerance]
+        what = "loss gap is"
+        if names:  # the verdict is the worst of all
+            what = f"{', '.join(['loss gap', *names[:-1]])} and {names[-1]} are"
+        return self._reaching(HEADLINES[self.verdict].format(what))
 
     def _reaching(self, said: str) -> str:
         where = " on a proxy" if self.proxy else ""
@@ -110,7 +125,8 @@ class Promise:
             return f"{self.words}: no training was compared; run `autoprec verify`"
         known = f"the loss gap to FP32 is {formats.gap(self.gap)}" if self.gap else ""
         tolerance = f"the tolerance is {formats.share(self.loss_tolerance)}"
-        said = (known or "no loss gap is known", tolerance, self.advice)
+        metrics = [f"{clean_text(m.name)} is {m.verdict}" for m in self.metrics if m.tolerance]
+        said = (known or "no loss gap is known", tolerance, *metrics, self.advice)
         return f"{self.words}: {'; '.join(part for part in said if part)}"
 
     @property
@@ -136,3 +152,37 @@ class Promise:
             return said
         above = "which is" if expected.low > tolerance else "which may be"
         return f"{said}, {above} above the tolerance"
+
+    @property
+    def measured(self) -> list[str]:
+        """The user's metrics, and the loss through the plan's own forward, a sentence for each."""
+        found = [_metric_sentence(metric) for metric in self.metrics]
+        if self.own_gap and self.gap and self.own_gap != self.gap:
+            found.append(f"through the plan's own forward the gap is {formats.gap(self.own_gap)}")
+        if self.horizons:
+            found.append(self._by_length)
+        return found
+
+    @property
+    def _by_length(self) -> str:
+        gaps = ", ".join(
+            f"{formats.with_stderr(rung.gap.mean, rung.stderr) if rung.gap else 'diverged'} over "
+            f"{count_of(rung.steps, 'step')}"
+            for rung in self.horizons
+        )
+        growth = "how it grows is lost in the noise"
+        if self.growth and self.growth.stderr is not None:
+            growth = f"it grows as steps^{self.growth.mean:.2f} (+- {self.growth.stderr:.2f})"
+        return f"by length the gap is {gaps}; {growth}"
+
+
+def _metric_sentence(metric: MetricGap) -> str:
+    said = f"{clean_text(metric.name)} is {metric.reference:.4g} in FP32"
+    if metric.gap is not None:
+        ends = (metric.gap.mean, metric.gap.low, metric.gap.high)
+        said += ", {:+.2g} with the plan (interval {:+.2g} to {:+.2g})".format(*ends)
+    if metric.tolerance is None:
+        return f"{said}; not tested: it has no --metric-tolerance"
+    low, high = metric.tolerance.at_least, metric.tolerance.at_most
+    allowed = " and ".join(f"{end:+g}" for end in (low, high) if end is not None)
+    return f"{said}; allowed {allowed}: {metric.verdict}"

@@ -123,6 +123,7 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
     yield Line(found.promise.sentence, STYLES[found.promise.verdict])
     if found.promise.expectation:
         yield Line(found.promise.expectation)
+    yield from map(Line, found.promise.measured)
     proof = found.run.verification
     if proof and proof.control_gap:
         spread = proof.seed_spread

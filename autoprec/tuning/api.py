@@ -19,7 +19,11 @@ FUNCTIONS = (
     "train_batches",
     "loss_fn",
     "build_optimizer",
+    "build_scheduler",
+    "accumulation_steps",
+    "clip_norm",
     "eval_batches",
+    "evaluate",
     "parallelize",
     "build_mesh",
 )

@@ -1,6 +1,7 @@
 """Texts and values of settings -> what they stand for, or one line that says what is wrong."""
 
 import importlib.util
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
 from autoprec.errors import SettingsError
-from autoprec.records.verification import MOST_SEEDS
+from autoprec.records.verification import MOST_SEEDS, MetricTolerance
 
 CLUSTERS = ("slurm", "local")  # that submitit knows; local are processes of this machine
 Launcher = tuple[str, tuple[tuple[str, str | int], ...]]
@@ -104,7 +105,23 @@ def parse_seeds(given: str | int | tuple[int, int]) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def parse_duration(given: str | float | None) -> float | None:
+def parse_horizons(given: str | Sequence[int] | None) -> tuple[int, ...]:
+    """Return lengths in steps, shortest first, of a text such as `75,150,300`.
+
+    Raises:
+        SettingsError: one of them is no whole number from 4.
+    """
+    parts = given.split(",") if isinstance(given, str) else list(given or ())
+    texts = [str(part).strip() for part in parts if str(part).strip()]
+    if not all(text.isdecimal() and int(text) >= 4 for text in texts):
+        raise SettingsError(
+            "--horizons must be whole numbers of steps, from 4 and separated by commas, but it is "
+            f"{shown_value(given)}; write e.g. 75,150,300"
+        )
+    return tuple(sorted({int(text) for text in texts}))
+
+
+def parse_duration(given: str | float | None, *, option: str = "--time-budget") -> float | None:
     """Return the seconds of a text such as `20m`, `90s` or `1h`; None where none was given.
 
     >>> parse_duration("20m")
@@ -116,7 +133,7 @@ def parse_duration(given: str | float | None) -> float | None:
     if given is None or given == "":
         return None
     units = {"s": 1.0, "m": 60.0, "h": 3600.0} | ({} if isinstance(given, str) else {"": 1.0})
-    rule = "--time-budget must be a number with s, m or h"
+    rule = f"{option} must be a number with s, m or h"
     return _quantity(given, units, below=1e9, rule=rule, example="20m")
 
 
@@ -159,6 +176,46 @@ def parse_keeps(given: str | Sequence[str] | None) -> tuple[str, ...]:
     for text in texts:
         parse_keep(text)
     return texts
+
+
+def parse_metrics(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the texts of `--metric-tolerance`, each of another metric.
+
+    Raises:
+        SettingsError: one of them cannot be read, or two are of one metric.
+    """
+    texts = (given,) if isinstance(given, str) else tuple(given or ())
+    names = [parse_metric(text).name for text in texts]
+    if len(set(names)) < len(names):
+        raise SettingsError(
+            f"--metric-tolerance must name a metric once, but it got {', '.join(texts)}; give one "
+            "for each"
+        )
+    return texts
+
+
+def parse_metric(text: str) -> MetricTolerance:
+    """Return the tolerance of a metric from a text.
+
+    >>> parse_metric("accuracy>=-0.2").at_least, parse_metric("fid=0.5").at_most
+    (-0.2, 0.5)
+
+    Raises:
+        SettingsError: it is none, or would ask the plan to be better than FP32.
+    """
+    found = re.fullmatch(r"\s*(.*[^\s<>=])\s*(>=|<=|=)\s*([+-]?\d*\.?\d+(?:e[+-]?\d+)?)\s*", text)
+    size = float(found[3]) * (-1.0 if found[2] == ">=" else 1.0) if found else 0.0
+    if not found or not 0.0 < size < math.inf:
+        raise SettingsError(
+            "--metric-tolerance must be the difference from FP32 that is allowed, NAME>=-X where "
+            f"more is better, NAME<=X where less is, or NAME=X, but it is {shown_value(text)}; "
+            "write e.g. 'accuracy>=-0.2'"
+        )
+    return MetricTolerance(
+        name=found[1],
+        at_least=None if found[2] == "<=" else -size,
+        at_most=None if found[2] == ">=" else size,
+    )
 
 
 def parse_path(given: str | Path | None) -> Path | None:

@@ -85,6 +85,7 @@ def verify_on_proxy(
         proxy.context,
         [small for _, small in carried.values()],
         loss_tolerance=settings.loss_tolerance,
+        metrics=settings.metric_tolerances,
         spec=proxy.spec,
         sensitivity=proxy.sensitivity,
         state_dir=None if proxy.is_live else settings.out / "branches",

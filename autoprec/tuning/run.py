@@ -11,7 +11,7 @@ once.
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
 from autoprec.tuning.profiling import make_profile, named_profile, rows_path
+from autoprec.tuning.proof import check_evaluate, prove_plans
 from autoprec.tuning.ranks import (
     check_launch,
     check_ranks,
@@ -215,7 +216,7 @@ class Run:
         if not self.settings.verify or not can_train or "verification" not in self.stages:
             return None
         tables = (self.profile, self.sensitivity)
-        return self._staged(Verification, lambda: self._verified(self.candidates, *tables))
+        return self._staged(Verification, lambda: prove_plans(self, self.candidates, *tables))
 
     @cached_property
     def plan(self) -> Plan:
@@ -240,6 +241,7 @@ class Run:
 
     def make(self) -> "Run":
         """Make every stage in order, and the report."""
+        check_evaluate(self)
         _ = self.plan
         self.name_kernels()
         self.report()
@@ -256,9 +258,13 @@ class Run:
         The profile and sensitivity beside the plan give it a step time and a predicted gap.
         """
         plan = Plan.load(plan_path)
+        if steps := self.settings.run_steps:
+            constraint = plan.constraint.model_copy(update={"run_steps": steps})
+            plan = plan.model_copy(update={"constraint": constraint})
+        check_evaluate(self)
         profile = saved_beside(plan_path, plan, Profile)
         sensitivity = saved_beside(plan_path, plan, Sensitivity)
-        found = made_on_all(lambda: self._verified([plan], profile, sensitivity))
+        found = made_on_all(lambda: prove_plans(self, [plan], profile, sensitivity))
         made_on_first(lambda: found.save(self._path("verification")))
         self._certify(plan, found)
         return found
@@ -310,33 +316,6 @@ class Run:
             self.reference,
             options=settings.measured_options,
             run_tokens=settings.global_batch_tokens,
-        )
-
-    def _verified(
-        self, plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
-    ) -> Verification:
-        """Train with the first plan; a refuted one gives way to the next.
-
-        Finished branches are kept for a later run, but not of live functions, which have no name.
-        """
-        if self.proxy is not None:
-            from autoprec.tuning.proxy import verify_on_proxy
-
-            return verify_on_proxy(self.proxy, plans, name=self.settings.proxy, model=self.spec)
-        from autoprec.verification import Workers, verify_plans
-
-        for made in ("reference",):  # nothing measures against it any more
-            vars(self).pop(made, None)
-        return verify_plans(
-            self.context,
-            plans,
-            loss_tolerance=self.settings.loss_tolerance,
-            profile=profile,
-            sensitivity=sensitivity,
-            state_dir=None if self.is_live else self.settings.out / "branches",
-            checkpoint=self.settings.checkpoint,
-            terms=self.settings.terms,
-            workers=Workers(self.settings.workers, self.settings.launcher),
         )
 
     def _certify(self, plan: Plan, verification: Verification) -> Plan:

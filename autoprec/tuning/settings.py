@@ -19,7 +19,7 @@ from autoprec.tuning import parsing
 from autoprec.workload.hf_config import config_file
 
 if TYPE_CHECKING:
-    from autoprec.records import Constraint, Option
+    from autoprec.records import Constraint, MetricTolerance, Option
     from autoprec.records.devices import DeviceProfile
     from autoprec.verification import Terms
 
@@ -100,10 +100,19 @@ class Settings:
         (SEARCH, VERIFICATION),
         parse=parsing.parse_fraction,
     )
+    metric_tolerance: tuple[str, ...] = setting(
+        (),
+        "How far a metric of evaluate(model) may differ from FP32's, in its unit: 'accuracy>=-0.2' "
+        "(it may fall by 0.2), 'perplexity<=0.1', or NAME=0.2 (either way). May repeat.",
+        (VERIFICATION,),
+        parse=parsing.parse_metrics,
+        metavar="NAME>=-X|NAME<=X|NAME=X",
+    )
     run_steps: int | None = setting(
         None,
         "Steps of the run that the plan is for: the tolerance is for its end, and the gap expected "
-        "there is told; default: the steps that the proof trains.",
+        "there is told; default: the steps that the proof trains, and the gap expected at the end "
+        "of the scheduler, where there is one.",
         (SEARCH, VERIFICATION),
         min=1,
     )
@@ -217,6 +226,21 @@ class Settings:
     branch_steps: int = setting(
         25, "Steps of each branch of the proof: with the plan, and without.", (VERIFICATION,), min=2
     )
+    horizons: tuple[int, ...] = setting(
+        (),
+        "Lengths in steps, e.g. 75,150,300, over which the proven plan's gap is measured too: how "
+        "it grows says what to expect of longer runs.",
+        (VERIFICATION,),
+        parse=parsing.parse_horizons,
+        metavar="STEPS,...",
+    )
+    verify_budget: float | None = setting(
+        None,
+        "In place of --horizons, double the length as often as this time of the proof allows.",
+        (VERIFICATION,),
+        parse=partial(parsing.parse_duration, option="--verify-budget"),
+        metavar="TIME",
+    )
     workers: int = setting(
         1, "Branches of the proof to train at once.", commands=(VERIFICATION,), min=1
     )
@@ -258,8 +282,7 @@ class Settings:
             raise WorkloadError(
                 "--meta needs a MODEL.py, since a script is run; leave --script out"
             )
-        if self.script and self.has_workers:
-            raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script}"))
+        self._check_proof()
         if self.proxy and self.sensitivity is not None:
             raise SettingsError(
                 "--proxy measures a sensitivity of its own, but --sensitivity gives one too "
@@ -279,6 +302,15 @@ class Settings:
             raise DeviceError(
                 "--meta needs a device profile as its target, since nothing is run that could be "
                 f"timed, but the target is {self.target!r}; add e.g. --target h100-sxm"
+            )
+
+    def _check_proof(self) -> None:
+        if self.script and self.has_workers:
+            raise WorkloadError(NEEDS_FILE.format(given=f"--script {self.script}"))
+        if self.horizons and self.verify_budget:
+            raise SettingsError(
+                "--horizons says which lengths are measured, and --verify-budget how long, but got "
+                "both; leave one of them out"
             )
 
     def _check_worker(self) -> None:
@@ -318,13 +350,24 @@ class Settings:
         )
 
     @property
+    def metric_tolerances(self) -> "tuple[MetricTolerance, ...]":
+        """How far the user's metrics may differ."""
+        return tuple(map(parsing.parse_metric, self.metric_tolerance))
+
+    @property
     def terms(self) -> "Terms":
         """How far the proof goes."""
         from autoprec.verification import Terms
 
         least, most = self.seeds
-        steps = {"warmup_steps": self.warmup_steps, "branch_steps": self.branch_steps}
-        return Terms(seeds_min=least, seeds_max=most, **steps)
+        return Terms(
+            seeds_min=least,
+            seeds_max=most,
+            warmup_steps=self.warmup_steps,
+            branch_steps=self.branch_steps,
+            horizons=self.horizons,
+            budget_s=self.verify_budget,
+        )
 
     @property
     def fp8_options(self) -> "tuple[Option, ...]":

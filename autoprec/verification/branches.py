@@ -9,13 +9,14 @@ difference that is left there is what the precision did:
 Everything else is common to the branches of a seed: the checkpoint (model and optimizer state), the
 batches, and torch's generators, which are seeded anew before every step, so that dropout masks are
 paired and the comparison measures precision. Evaluation is one FP32 forward of the master weights
-in eval mode on fixed held-out batches, whatever the branch trained in.
+in eval mode on fixed held-out batches, whatever the branch trained in, and the user's `evaluate`
+where there is one. Beside it the same batches go through the branch's own forward, as it trained.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -33,6 +34,7 @@ from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.reference import restore, seeded
+from autoprec.verification.metrics import check_finite, check_names, measure_metrics
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training, step_batches
@@ -99,50 +101,81 @@ def train_branch(
     `reference` is the training curve of the seed's reference branch, the yardstick of divergence.
     """
     context, steps = session.context, session.terms.branch_steps
-    curve: list[float] = []
     losses: tuple[float, ...] = ()
-    not_finite: tuple[str, ...] = ()
-    diverged_at = None
+    metrics: dict[str, float] = {}
     with seeded(context.seed, context.device):
         training = restore(context, session.checkpoint)
-        model, optimizer = training.model, training.optimizer
-        with fast_fp8_gemms(context.device), ExitStack() as plan:
-            if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
-                plan.enter_context(tf32_off())
-            else:
-                install_options(
-                    model,
-                    variant.options,
-                    uncovered=variant.uncovered,
-                    fp32_outputs=variant.fp32_outputs,
-                )
-                attach_optimizer(model, optimizer)
-                plan.callback(undo, model, optimizer)
-            # the reference saw the same batches: what is far above its worst has diverged
-            limit = DIVERGED_RATIO * max(reference, default=math.inf)
-            first = None if variant.is_reference else StepWatch(model)
-            losses_by_step = _train(session, training, variant.label, seed=seed)
-            for step, loss in enumerate(losses_by_step):
-                if first is not None and step == 0:
-                    not_finite = first.end(model, over_ranks=True)
-                if not_finite or not math.isfinite(loss) or loss > limit:
-                    diverged_at = step
-                    break
-                curve.append(loss)
+        done = _train_with(session, training, variant, seed=seed, reference=reference)
         # the plan is taken out again: what is evaluated are the FP32 master weights
+        diverged_at = done.diverged_at
         if diverged_at is None:
-            losses = evaluate(context, model, session.evaluation)
-    if not all(map(math.isfinite, losses)):
-        diverged_at, losses = steps, ()
+            losses = evaluate(context, training.model, session.evaluation)
+            with _evaluating(training.model):
+                metrics = measure_metrics(context, training.model, seed=context.seed)
+    if not all(map(math.isfinite, (*losses, *metrics.values()))):
+        if variant.is_reference:
+            check_finite(metrics, where=f"after the branch of seed {seed}")
+        diverged_at, losses, metrics = steps, (), {}
     return Branch(
         label=variant.label,
         seed=seed,
-        eval_loss=math.fsum(losses) / len(losses) if losses else None,
+        eval_loss=mean_of(losses),
         diverged_at=diverged_at,
-        curve=tuple(curve),
+        curve=tuple(done.curve),
         eval_losses=losses,
-        not_finite=not_finite,
+        not_finite=done.not_finite,
+        metrics=metrics,
+        own_loss=done.own_loss,
     )
+
+
+@dataclass
+class _Trained:
+    """What a branch's training showed, as far as it came."""
+
+    curve: list[float] = field(default_factory=list)
+    diverged_at: int | None = None
+    not_finite: tuple[str, ...] = ()
+    own_loss: float | None = None
+
+
+def _train_with(
+    session: Session,
+    training: Training,
+    variant: Variant,
+    *,
+    seed: int,
+    reference: Sequence[float],
+) -> _Trained:
+    """Train in the variant's precisions, which are installed for it alone."""
+    context, model, optimizer = session.context, training.model, training.optimizer
+    done = _Trained()
+    with fast_fp8_gemms(context.device), ExitStack() as plan:
+        if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
+            plan.enter_context(tf32_off())
+        else:
+            install_options(
+                model,
+                variant.options,
+                uncovered=variant.uncovered,
+                fp32_outputs=variant.fp32_outputs,
+            )
+            attach_optimizer(model, optimizer)
+            plan.callback(undo, model, optimizer)
+        # the reference saw the same batches: what is far above its worst has diverged
+        limit = DIVERGED_RATIO * max(reference, default=math.inf)
+        first = None if variant.is_reference else StepWatch(model)
+        for step, loss in enumerate(_train(session, training, variant.label, seed=seed)):
+            if first is not None and step == 0:
+                done.not_finite = first.end(model, over_ranks=True)
+            if done.not_finite or not math.isfinite(loss) or loss > limit:
+                done.diverged_at = step
+                return done
+            done.curve.append(loss)
+        if not variant.is_reference:
+            own_loss = mean_of(evaluate(context, model, session.evaluation))
+            done.own_loss = own_loss if own_loss and math.isfinite(own_loss) else None
+    return done
 
 
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
@@ -151,17 +184,29 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     Of several ranks all take rank 0's buffers, such as running statistics, as DDP does.
     """
     set_as_on_first_rank(model.buffers())
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
     losses = []
-    with torch.no_grad(), tf32_off():
+    with _evaluating(model):
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
             _seed_step(context.seed, EVAL_STEP + index)
             losses.append(float(context.workload.loss_fn(model, batch)))
+    return tuple(losses)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Let the model be evaluated inside: in eval mode, in FP32, without gradients."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    with torch.no_grad(), tf32_off():
+        yield
     for module in was_training:
         module.training = True
-    return tuple(losses)
+
+
+def mean_of(losses: Sequence[float]) -> float | None:
+    """Return the mean loss of the held-out batches; None where there is none."""
+    return math.fsum(losses) / len(losses) if losses else None
 
 
 def _branch(session: Session, variant: Variant, seed: int, reference: Sequence[float]) -> Branch:
@@ -177,6 +222,7 @@ def _check_reference(session: Session, branch: Branch) -> None:
             f"the FP32 reference must train, but its loss became NaN or infinite at step "
             f"{branch.diverged_at} of the branch of seed {branch.seed}; lower the learning rate"
         )
+    check_names(session.context.workload, branch.metrics, session.metrics)
     if abs(branch.eval_loss) < SMALLEST_LOSS:
         raise WorkloadError(
             "a relative loss gap needs an evaluation loss away from zero, but the "

@@ -1,7 +1,7 @@
 """What the branches of one plan say so far, and the record that is made of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from autoprec.records import (
     Branch,
     ExpectedGap,
     LossGap,
+    MetricGap,
+    MetricTolerance,
     Plan,
     Sensitivity,
     StepTiming,
@@ -20,6 +22,7 @@ from autoprec.records import (
 )
 from autoprec.records.verification import MOST_SEEDS, loss_gaps
 from autoprec.sensitivity.gap import expected_gap, fit_loss_line, predicted_loss_gap
+from autoprec.verification.metrics import Tested, metric_interval, tested_sides
 from autoprec.verification.sequential import (
     Terms,
     can_decide,
@@ -42,24 +45,51 @@ class Evidence:
     terms: Terms
     loss_tolerance: float
     branches: tuple[Branch, ...] = ()
+    tolerances: tuple[MetricTolerance, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
-        """The answer after these seeds."""
+        """The answer after these seeds: the worst of the loss's and the tested metrics'."""
         if self.diverged("plan"):
             return Verdict.REFUTED
-        gap = self.gap("plan")
-        if gap is None or gap.seeds < self.terms.seeds_min:
+        if len(self.gaps("plan")) < self.terms.seeds_min:
             return Verdict.INCONCLUSIVE
-        return verdict_of(gap, self.loss_tolerance)
+        return self.worst(self.tested)
 
     @property
-    def is_unresolved(self) -> bool:
-        """Whether the seeds that are left cannot decide, so widely do the gaps differ."""
-        gaps = self.gaps("plan")
-        if len(gaps) < self.terms.seeds_min or self.verdict is not Verdict.INCONCLUSIVE:
-            return False
-        return not can_decide(gaps, self.loss_tolerance, self.terms)
+    def tested(self) -> list[Tested]:
+        """What the verdict is on: the loss gaps, then each metric's with a tolerance."""
+        found = [Tested(tuple(self.gaps("plan")), self.loss_tolerance)]
+        for tolerance in self.tolerances:
+            found += tested_sides(self.metric_gaps(tolerance.name), tolerance)
+        return found
+
+    def worst(self, tested: Sequence[Tested]) -> Verdict:
+        """Return the worst verdict on these gaps."""
+        verdicts = {
+            verdict_of(gap_interval(x.gaps, self.terms, tolerance=x.tolerance), x.tolerance)
+            for x in tested
+        }
+        order = (Verdict.REFUTED, Verdict.INCONCLUSIVE, Verdict.VERIFIED)
+        return next(verdict for verdict in order if verdict in verdicts)
+
+    @property
+    def unresolved(self) -> Tested | None:
+        """The first of the gaps that differ too widely for the seeds that are left, if any do."""
+        if len(self.gaps("plan")) < self.terms.seeds_min or self.diverged("plan"):
+            return None
+        undecided = (x for x in self.tested if self.worst([x]) is Verdict.INCONCLUSIVE)
+        too_wide = (x for x in undecided if not can_decide(x.gaps, x.tolerance, self.terms))
+        return next(too_wide, None)
+
+    def metric_gaps(self, name: str) -> list[float]:
+        """Return how far a metric is from the reference's, seed by seed, in its unit."""
+        beside = {branch.seed: branch.metrics for branch in self.of("reference")}
+        return [
+            branch.metrics[name] - beside[branch.seed][name]
+            for branch in self.of("plan")
+            if name in branch.metrics and name in beside.get(branch.seed, {})
+        ]
 
     def of(self, label: str) -> list[Branch]:
         """Return the branches of that label, in the order of the seeds."""
@@ -76,8 +106,11 @@ class Evidence:
     def gap(self, label: str, base: str = "reference") -> LossGap | None:
         """Return the interval of the gap; None with fewer than two seeds, or when one diverged."""
         gaps = self.gaps(label, base)
-        is_known = len(gaps) >= 2 and not self.diverged(label)
-        return gap_interval(gaps, self.terms, tolerance=self.loss_tolerance) if is_known else None
+        if len(gaps) < 2 or self.diverged(label):
+            return None
+        # the tolerance is on gaps to the reference
+        tolerance = self.loss_tolerance if base == "reference" else 0.0
+        return gap_interval(gaps, self.terms, tolerance=tolerance)
 
     @property
     def implied_limit(self) -> float | None:
@@ -122,6 +155,8 @@ def make_verification(
         software=software_versions(),
         seeds_planned=(evidence.terms.seeds_min, evidence.terms.seeds_max),
         eval_stderr=eval_stderr(evidence),
+        metrics=tuple(metric_gaps(evidence)),
+        own_gap=own_gap(evidence),
         floor=session.floor,
         bf16_gap=evidence.gap("plan", "bf16_o2"),
         loss_exponent=loss_exponent(session),
@@ -176,6 +211,37 @@ def seed_spread(evidence: Evidence) -> float | None:
     return float(np.std(losses, ddof=1)) / abs(math.fsum(losses) / len(losses))
 
 
+def metric_gaps(evidence: Evidence) -> Iterator[MetricGap]:
+    """Yield what the plan does to each of the user's metrics."""
+    tolerances = {each.name: each for each in evidence.tolerances}
+    references = [branch.metrics for branch in evidence.of("reference")]
+    for name in dict.fromkeys(name for metrics in references for name in metrics):
+        tolerance, gaps = tolerances.get(name), evidence.metric_gaps(name)
+        known = [metrics[name] for metrics in references if name in metrics]
+        is_known = len(gaps) >= 2 and not evidence.diverged("plan")
+        sides = tested_sides(gaps, tolerance) if tolerance else []
+        yield MetricGap(
+            name=name,
+            reference=math.fsum(known) / len(known),
+            gap=metric_interval(gaps, tolerance, evidence.terms) if is_known else None,
+            tolerance=tolerance,
+            verdict=evidence.worst(sides) if is_known and sides else Verdict.NOT_RUN,
+        )
+
+
+def own_gap(evidence: Evidence) -> LossGap | None:
+    """Return the loss gap with the plan's branches evaluated through the plan's own forward."""
+    beside = {branch.seed: branch.eval_loss for branch in evidence.of("reference")}
+    gaps = [
+        (branch.own_loss - loss) / abs(loss)
+        for branch in evidence.of("plan")
+        if branch.own_loss is not None and (loss := beside.get(branch.seed))
+    ]
+    if len(gaps) < 2 or len(gaps) < len(evidence.of("plan")):
+        return None
+    return gap_interval(gaps, evidence.terms, tolerance=evidence.loss_tolerance)
+
+
 def eval_stderr(evidence: Evidence) -> float | None:
     """Return the standard error of the mean gap over evaluation batches, relative to the loss.
 
@@ -211,10 +277,11 @@ def expected_gap_of(
     session: Session, plan: Plan, sensitivity: Sensitivity | None
 ) -> ExpectedGap | None:
     """Return the gap expected at the end of the planned run; None where its length is unknown."""
-    if plan.expected_gap is None or sensitivity is None:
-        return plan.expected_gap
-    longer = _with_longest_curve(session, sensitivity)
-    return expected_gap(longer, plan.grad_error, plan.expected_gap.steps)
+    before = plan.expected_gap
+    steps = plan.constraint.run_steps or (before.steps if before else None)
+    if steps is None or sensitivity is None:
+        return before
+    return expected_gap(_with_longest_curve(session, sensitivity), plan.grad_error, steps)
 
 
 def _with_longest_curve(session: Session, sensitivity: Sensitivity) -> Sensitivity:
@@ -238,28 +305,36 @@ def advice(evidence: Evidence) -> str:
         return f"the plan diverged {where}{why_diverged(branch)}"
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""
-    gaps = evidence.gaps("plan")
-    needed = seeds_needed(gaps, evidence.loss_tolerance, evidence.terms)
-    ended = f"the seeds ended after {len(gaps)} seeds"
-    if evidence.is_unresolved and len(gaps) < evidence.terms.seeds_max:
-        ended = f"it stopped after {len(gaps)} seeds, since {evidence.terms.seeds_max} could not"
-    if evidence.is_unresolved:
-        at_best = smallest_tolerance(gaps, evidence.terms)
-        more = f"--seeds {needed}, " if needed and needed <= MOST_SEEDS else ""
-        return (
-            f"{ended}: gaps differ by {percent(float(np.std(gaps, ddof=1)))} from seed to seed, "
-            f"which resolves a tolerance of {percent(at_best)} at best; the way out is {more}"
-            f"--branch-steps {2 * evidence.terms.branch_steps} or longer, more evaluation batches, "
-            f"or that --loss-tolerance"
-        )
-    if needed is None:
+    count, terms = len(evidence.gaps("plan")), evidence.terms
+    ended = f"the seeds ended after {count} seeds"
+    if wide := evidence.unresolved:
+        if count < terms.seeds_max:
+            ended = f"it stopped after {count} seeds, since {terms.seeds_max} could not decide"
+        return f"{ended}: {_out_of_reach(wide, terms)}"
+    undecided = (x for x in evidence.tested if evidence.worst([x]) is Verdict.INCONCLUSIVE)
+    needed = [seeds_needed(each.gaps, each.tolerance, terms) for each in undecided]
+    if not needed or None in needed:
         return (
             f"{ended} and the mean gap sits on the tolerance: more seeds will not decide it; use "
             "longer branches, more evaluation batches or another tolerance"
         )
     return (
-        f"{ended}; about {needed} seeds would decide it at this spread, or fewer with longer "
-        "branches and more evaluation batches"
+        f"{ended}; about {max(filter(None, needed))} seeds would decide it at this spread, or "
+        "fewer with longer branches and more evaluation batches"
+    )
+
+
+def _out_of_reach(wide: Tested, terms: Terms) -> str:
+    """Return what the seeds could resolve where gaps differ too widely, and the way out."""
+    shown = "{:.3g}".format if wide.name else percent
+    needed = seeds_needed(wide.gaps, wide.tolerance, terms)
+    more = f"--seeds {needed}, " if needed and needed <= MOST_SEEDS else ""
+    option = "--metric-tolerance" if wide.name else "--loss-tolerance"
+    return (
+        f"{wide.name and wide.name + ': '}gaps differ by {shown(float(np.std(wide.gaps, ddof=1)))} "
+        f"from seed to seed, which resolves {shown(smallest_tolerance(wide.gaps, terms))} at best; "
+        f"the way out is {more}--branch-steps {2 * terms.branch_steps} or longer, more evaluation "
+        f"batches, or {option} {shown(smallest_tolerance(wide.gaps, terms)).replace(' ', '')}"
     )
 
 

@@ -11,6 +11,7 @@ train nothing twice.
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records import (
     Basis,
+    HorizonGap,
+    MetricTolerance,
     ModelSpec,
     Plan,
     Profile,
@@ -39,6 +42,7 @@ from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.reference import restore, seeded
 from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
+from autoprec.verification.ladder import climb, with_horizons
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import BranchStore, Session, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
@@ -56,6 +60,7 @@ def verify_plans(
     plans: Sequence[Plan],
     *,
     loss_tolerance: float,
+    metrics: Sequence[MetricTolerance] = (),
     profile: Profile | None = None,
     spec: ModelSpec | None = None,
     sensitivity: Sensitivity | None = None,
@@ -74,6 +79,7 @@ def verify_plans(
         context: whose workload is trained, and where; branches use the seeds after its own.
         plans: to prove, best first.
         loss_tolerance: the largest relative loss gap that is acceptable; 0.001 is 0.1 %.
+        metrics: how far the user's metrics may differ; others are shown and not tested.
         profile: tells which layers the BF16 O2 control covers, and whether to time steps here.
         spec: the model, where there is no profile to tell it.
         sensitivity: gives the predicted gap beside the measured one.
@@ -89,18 +95,43 @@ def verify_plans(
     """
     if not plans:
         raise InfeasibleError("verification needs at least one plan, but got none; search first")
-    session = open_session(
+    began = time.monotonic()
+    reopen = partial(
+        open_session,
         context,
-        terms or Terms(),
         loss_tolerance=loss_tolerance,
+        metrics=metrics,
         spec=profile.model if profile else spec,
         state_dir=state_dir,
         checkpoint=checkpoint,
         workers=workers,
     )
+    session = reopen(terms or Terms())
     evidence, refuted, skipped = _try_plans(session, plans)
+    rungs: tuple[HorizonGap, ...] = ()
+    if evidence.verdict is not Verdict.REFUTED:
+        rungs = tuple(
+            climb(
+                session.terms,
+                lambda own: _gaps_over(reopen(own), evidence.plan),
+                spent_s=time.monotonic() - began,
+            )
+        )
     steps = time_plan(session, evidence.plan, profile)
-    return make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
+    found = make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
+    return found if not rungs else with_horizons(found, evidence, rungs)
+
+
+def _gaps_over(session: Session, plan: Plan) -> list[float] | None:
+    """Return the plan's gaps over the session's seeds; None where it diverged."""
+    variants = [session.variants(plan)[-1]]
+    evidence = Evidence(plan, session.terms, session.loss_tolerance)
+    seeds = [session.context.seed + 1 + index for index in range(session.terms.seeds_max)]
+    train_branches(session, variants, seeds)
+    for seed in seeds:
+        branches = (*evidence.branches, *train_seed(session, variants, seed))
+        evidence = replace(evidence, branches=branches)
+    return None if evidence.diverged("plan") else evidence.gaps("plan")
 
 
 def open_session(
@@ -108,6 +139,7 @@ def open_session(
     terms: Terms,
     *,
     loss_tolerance: float,
+    metrics: Sequence[MetricTolerance] = (),
     spec: ModelSpec | None = None,
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
@@ -134,6 +166,7 @@ def open_session(
     ranks = world_size()
     if ranks > 1:
         settings += [ranks, context.workload.part.ranks]
+    settings += [1] if context.workload.defines("evaluate") else []  # branches know its metrics
     setup = short_digest(workload, settings, context.device.type, digest, software_versions())
     store = BranchStore(setup, state_dir)
     common = store.find_warm_up(partial(_fresh_shards, context) if ranks > 1 else None)
@@ -152,6 +185,7 @@ def open_session(
         control=None if spec is None else spec.bf16_options,
         checkpoint_path=str(checkpoint or ""),
         workers=workers or Workers(),
+        metrics=tuple(metrics),
     )
 
 
@@ -202,7 +236,7 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
     """Train seed after seed until the plan is decided, or the seeds end or cannot decide it."""
     variants = session.variants(plan)[1:]
     terms = session.terms
-    evidence = Evidence(plan, terms, session.loss_tolerance)
+    evidence = Evidence(plan, terms, session.loss_tolerance, tolerances=session.metrics)
     seeds = [session.context.seed + 1 + index for index in range(terms.seeds_max)]
     for index, seed in enumerate(seeds):
         # workers train the seeds up to the first look at once, and then all others
@@ -212,7 +246,7 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
             train_branches(session, variants, seeds[terms.seeds_min :])
         branches = (*evidence.branches, *train_seed(session, variants, seed))
         evidence = replace(evidence, branches=branches)
-        if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.is_unresolved:
+        if evidence.verdict is not Verdict.INCONCLUSIVE or evidence.unresolved:
             break
     return evidence
 

@@ -65,6 +65,8 @@ class Terms:
         confidence: of the interval, over all looks together.
         warmup_steps: FP32 steps before the branches; none where a checkpoint has optimizer state.
         branch_steps: of each branch; the learning rates fall to nearly zero over them.
+        horizons: whole lengths over which the gap of the plan that stands is measured too.
+        budget_s: without horizons, the time of the proof within which lengths are doubled.
     """
 
     seeds_min: int = 3
@@ -72,6 +74,8 @@ class Terms:
     confidence: float = 0.95
     warmup_steps: int = 50
     branch_steps: int = 25
+    horizons: tuple[int, ...] = ()
+    budget_s: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse terms under which nothing could be decided."""
@@ -119,6 +123,12 @@ def half_widths(sd: T, count: int, p_value: float, tolerance: float = 0.0) -> tu
     below = _quantile(p_value, count) * sd * math.sqrt(1.0 / count + shared)
     unseen = 1.0 - MISSED ** (1.0 / count)
     return below, below + unseen * np.maximum(JUMP_SPREADS * sd, tolerance)
+
+
+def mean_stderr(gaps: Sequence[float]) -> float:
+    """Return the standard error of a mean gap, a warm-up's share included."""
+    shared = WARM_UP_SHARE / (1.0 - WARM_UP_SHARE)
+    return float(np.std(gaps, ddof=1)) * math.sqrt(1.0 / len(gaps) + shared)
 
 
 def verdict_of(gap: LossGap, tolerance: float) -> Verdict:

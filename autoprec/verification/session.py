@@ -23,7 +23,7 @@ from autoprec.common.text import short_digest
 from autoprec.device.ranks import made_on_first_rank, world_size
 from autoprec.errors import RecordError
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, Branch, Option, Plan, Precision
+from autoprec.records import BF16_O2, Branch, MetricTolerance, Option, Plan, Precision
 from autoprec.records.verification import BranchFile
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import read_shards, write_shards
@@ -165,6 +165,7 @@ class Session:
     control: dict[str, Option] | None  # None: every layer of the plan in BF16 O2
     checkpoint_path: str  # the user's own checkpoint, or ""
     workers: Workers = Workers()
+    metrics: tuple[MetricTolerance, ...] = ()  # those of the user's that are tested
     floor: float | None = None  # the gap between two runs of a reference, once the first has run
 
     def variants(self, plan: Plan) -> tuple[Variant, Variant, Variant]:

@@ -6,6 +6,7 @@
     def build_optimizer(model) -> torch.optim.Optimizer  # optional; default AdamW
     def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
     def build_scheduler(optimizer) -> LRScheduler        # optional; stepped after each step
+    def evaluate(model) -> float | dict[str, float]      # optional: metrics, see --metric-tolerance
     accumulation_steps = 4                               # optional: batches of an optimizer step
     clip_norm = 1.0                                      # optional: the gradient's largest norm
 
@@ -206,6 +207,11 @@ class Workload:
             )
         return self.part.joined(loss.reshape(()))
 
+    def evaluate(self, model: nn.Module) -> object:
+        """Return what the user's evaluate does, run as `loss_fn` is (`workload.metrics`)."""
+        with no_autocast(self.written), torch.compiler.set_stance("force_eager"):
+            return self._call("evaluate(model)", object, "a number, or numbers by name", model)
+
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the user's optimizer over `model`.
 
@@ -284,7 +290,8 @@ REQUIRED = {
     "train_batches": "train_batches(seed) -> iterator of batches",
     "loss_fn": "loss_fn(model, batch) -> scalar tensor",
 }
-OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "parallelize", "build_mesh")
+SPREADING = ("parallelize", "build_mesh")
+OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "evaluate", *SPREADING)
 VALUES = {"accumulation_steps": "a whole number from 1", "clip_norm": "a number above 0"}
 DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
 _END = object()

@@ -1,0 +1,58 @@
+"""A run's plans -> their proof by training, here or on the run's proxy."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from autoprec.records import Plan, Profile, Sensitivity, Verification
+from autoprec.tuning.ranks import made_on_all
+
+if TYPE_CHECKING:
+    from autoprec.tuning.run import Run
+
+
+def check_evaluate(run: "Run") -> None:
+    """Check the user's metrics before any work, where a proof will ask for them.
+
+    Raises:
+        WorkloadError: `evaluate` fails, or has no metric of the name of a tolerance.
+    """
+    trained, settings = run.proxy or run, run.settings
+    asks = settings.verify and "verification" in run.stages
+    # a resumed run may be done: nothing would be trained
+    if not asks or settings.resume or (settings.meta and run.proxy is None):
+        return
+    from autoprec.verification.metrics import check_metrics
+
+    made_on_all(lambda: check_metrics(trained.context, settings.metric_tolerances))
+
+
+def prove_plans(
+    run: "Run",
+    plans: Sequence[Plan],
+    profile: Profile | None,
+    sensitivity: Sensitivity | None,
+) -> Verification:
+    """Train with the first plan; a refuted one gives way to the next.
+
+    Finished branches are kept for a later run, but not of live functions, which have no name.
+    """
+    settings = run.settings
+    if run.proxy is not None:
+        from autoprec.tuning.proxy import verify_on_proxy
+
+        return verify_on_proxy(run.proxy, plans, name=settings.proxy, model=run.spec)
+    from autoprec.verification import Workers, verify_plans
+
+    vars(run).pop("reference", None)  # nothing measures against it any more
+    return verify_plans(
+        run.context,
+        plans,
+        loss_tolerance=settings.loss_tolerance,
+        metrics=settings.metric_tolerances,
+        profile=profile,
+        sensitivity=sensitivity,
+        state_dir=None if run.is_live else settings.out / "branches",
+        checkpoint=settings.checkpoint,
+        terms=settings.terms,
+        workers=Workers(settings.workers, settings.launcher),
+    )

@@ -1,0 +1,114 @@
+"""The gap over other lengths: which are trained, how it grows, and what to expect further on."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from autoprec.errors import SettingsError
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
+from autoprec.records import HorizonGap, Recipe, fp8_option
+from autoprec.report import RunRecords
+from autoprec.report.summary import summarise_run
+from autoprec.tuning.settings import Settings
+from autoprec.verification import Terms, verify_plans
+from autoprec.verification.ladder import climb, expected_by_growth, gap_growth, rung_terms
+from autoprec.verification.sequential import gap_interval
+from tests.models import mlp_workload
+from tests.test_verification_gate import CPU, plan_of
+
+
+def rung(steps: int, mean: float, stderr: float) -> HorizonGap:
+    gap = gap_interval([mean, mean], Terms())
+    return HorizonGap(
+        warmup_steps=steps // 2, branch_steps=steps - steps // 2, gap=gap, stderr=stderr
+    )
+
+
+def test_a_growth_is_fitted_to_the_lengths_and_carried_on() -> None:
+    rungs = [rung(steps, 1e-4 * steps**0.5, 1e-5 * steps**0.5) for steps in (75, 150, 300)]
+    growth = gap_growth(rungs)
+    assert growth is not None
+    assert growth.mean == pytest.approx(0.5)
+    # three points with errors of a tenth, a factor of 2 apart: 0.1 / (log 2 * sqrt 2)
+    assert growth.stderr == pytest.approx(0.1 / math.log(2) / math.sqrt(2))
+    expected = expected_by_growth(rungs, 3000)
+    assert expected is not None
+    assert expected.low is not None
+    assert expected.high is not None
+    assert expected.mean == pytest.approx(1e-4 * 3000**0.5)
+    nearer = expected_by_growth(rungs, 600)
+    assert nearer is not None
+    assert nearer.high is not None
+    assert nearer.mean is not None
+    assert expected.mean is not None
+    assert expected.high / expected.mean > nearer.high / nearer.mean > 1.0
+
+
+def test_gaps_within_their_noise_have_no_growth() -> None:
+    rungs = [rung(75, 1e-4, 6e-5), rung(150, 3e-4, 1e-5)]
+    assert gap_growth(rungs) is None
+    assert expected_by_growth(rungs, 300) is None
+    assert gap_growth(rungs[1:]) is None
+
+
+def test_points_that_scatter_make_the_growth_unsure() -> None:
+    straight = [rung(steps, 1e-4 * steps, 1e-6 * steps) for steps in (75, 150, 300)]
+    bent = [straight[0], rung(150, 3e-2, 3e-4), straight[2]]
+    sure, unsure = gap_growth(straight), gap_growth(bent)
+    assert sure is not None
+    assert unsure is not None
+    assert unsure.stderr is not None
+    assert sure.stderr is not None
+    assert unsure.stderr > 5 * sure.stderr
+
+
+def test_lengths_are_doubled_as_long_as_the_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("autoprec.verification.ladder.time.monotonic", lambda: clock[0])
+    trained = []
+
+    def gaps_of(own: Terms) -> Sequence[float]:
+        trained.append((own.warmup_steps, own.branch_steps))
+        clock[0] += 2.0 * (own.warmup_steps + own.branch_steps)
+        return [1e-4, 2e-4]
+
+    terms = Terms(budget_s=1200.0)
+    assert [r.steps for r in climb(terms, gaps_of, spent_s=150.0)] == [150, 300]
+    assert trained == [(100, 50), (200, 100)]  # 150 + 300 + 600 s; 1200 more would be too much
+    assert not list(climb(Terms(budget_s=100.0), gaps_of, spent_s=150.0))
+    assert not list(climb(Terms(), gaps_of, spent_s=0.0))
+
+
+def test_a_plan_that_diverges_on_the_way_ends_the_ladder() -> None:
+    found = list(climb(Terms(horizons=(80, 160, 320)), lambda own: None, spent_s=0.0))
+    assert [r.gap for r in found] == [None]
+    assert rung_terms(Terms(warmup_steps=0, branch_steps=10), 40).warmup_steps == 0
+
+
+def test_a_proof_climbs_its_horizons_with_the_plan_that_stands() -> None:
+    context = Context(mlp_workload(), CPU)
+    spec = capture_model(context)
+    plan = plan_of(spec, fp8_option(Recipe.TENSORWISE))
+    terms = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4, horizons=(8, 16))
+    found = verify_plans(context, [plan], loss_tolerance=0.9, spec=spec, terms=terms)
+    assert [(r.warmup_steps, r.branch_steps) for r in found.horizons] == [(4, 4), (8, 8)]
+    assert found.horizons[0].gap == found.gap
+    (said,) = [
+        x for x in summarise_run(RunRecords(verification=found)).promise.measured if "by" in x
+    ]
+    assert " over 8 steps, " in said
+    assert " over 16 steps; " in said
+
+
+def test_horizons_and_a_budget_are_read_and_not_both() -> None:
+    assert Settings.of(horizons="300, 75").terms.horizons == (75, 300)
+    assert Settings.of(verify_budget="30m").terms.budget_s == 1800.0
+    with pytest.raises(SettingsError, match="leave one of them out"):
+        Settings.of(horizons="75", verify_budget="30m")
+    for wrong in ("75,x", "3", "-75", "1e3"):
+        with pytest.raises(SettingsError, match="--horizons must be whole numbers of steps"):
+            Settings.of(horizons=wrong)
+    with pytest.raises(SettingsError, match="--verify-budget must be a number with s, m or h"):
+        Settings.of(verify_budget="soon")
