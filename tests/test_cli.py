@@ -134,7 +134,7 @@ def test_search_and_report_of_saved_records_need_no_torch(tuned_copy: Path) -> N
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None:
+def test_plan_show_check_and_compare(tuned: Path, run: Run, tmp_path: Path) -> None:
     plan = tuned / "plan.json"
     assert run("plan", "show", plan)[0] == 0
     status, out, _ = run("plan", "check", plan, "--model", TINY, "--json")
@@ -145,10 +145,10 @@ def test_plan_show_check_and_diff(tuned: Path, run: Run, tmp_path: Path) -> None
     first |= {"precision": other, "recipe": None, "gemms_hp": []}
     edited = tmp_path / "edited.json"
     edited.write_text(json.dumps(fields))
-    assert run("plan", "diff", plan, plan)[0] == 0
-    status, out, _ = run("plan", "diff", plan, edited, "--json")
+    assert run("compare", plan, plan, "--fail-if", "plan")[0] == 0
+    status, out, _ = run("compare", plan, edited, "--json", "--fail-if", "plan")
     assert status == 1
-    assert [row["name"] for row in json.loads(out)["rows"]] == [first["name"]]
+    assert [row["name"] for row in json.loads(out)["decisions"]] == [first["name"]]
 
 
 def test_keep_decides_a_layer(tuned_copy: Path, run: Run) -> None:

@@ -135,7 +135,7 @@ def test_a_changed_layer_has_no_evidence(run: autoprec.Run) -> None:
     assert changed["0"].option.key == "fp8_o1:rowwise"
     assert changed["2"] == run.plan["2"]
     assert (changed.grad_error, changed.predicted, changed.certificate) == (None, None, None)
-    assert [row.name for row in run.plan.diff(changed).rows] == ["0"]
+    assert [row.name for row in run.plan.diff(changed).decisions] == ["0"]
     with pytest.raises(autoprec.PlanMismatchError, match=r"'3'.*nearest"):
         run.plan.with_layer("3", "fp32")
     with pytest.raises(autoprec.PlanMismatchError, match="fp8_o1:RECIPE"):

@@ -10,8 +10,6 @@ from rich.console import Console
 from autoprec.records import (
     Check,
     Diagnosis,
-    Difference,
-    DifferenceRow,
     PlanCheck,
     Precision,
     Record,
@@ -241,16 +239,6 @@ def test_a_table_that_is_off_is_said_in_the_answer() -> None:
     summary = summary_text(replace(run, sensitivity=sensitivity), width=140)
     assert summary.index("Answer") < summary.index(off) < summary.index("Next\n")
     assert record_text(sensitivity).index(off) < 200
-
-
-def test_a_difference_lists_its_rows() -> None:
-    row = DifferenceRow(name="head", before="bf16_o2", after="fp8_o1:rowwise")
-    text = record_text(Difference(before="a.json", after="b.json", rows=(row,)))
-    assert "head" in text
-    assert "fp8_o1:rowwise" in text
-    assert "1 difference" in text
-    same = record_text(Difference(before="a.json", after="b.json", rows=()))
-    assert same.strip() == "no difference between a.json and b.json"
 
 
 def test_a_diagnosis_shows_facts_checks_and_the_gemm() -> None:

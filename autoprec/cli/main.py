@@ -20,6 +20,7 @@ from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
 from autoprec.cli.options import with_settings
+from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.tuning.ranks import is_first, joined_ranks
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-plan_app = typer.Typer(help="Show, compare, check and export plans.", no_args_is_help=True)
+plan_app = typer.Typer(help="Show, check and export plans.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan", rich_help_panel=None)
 app.add_typer(devices_app, name="devices", rich_help_panel=None)
 
@@ -54,6 +55,7 @@ Words = Annotated[
         help="The workload: FILE or FILE:NAME. With --script: the script's own arguments.",
     ),
 ]
+RunOrFile = Annotated[Path, typer.Argument(help="A run folder made by tune, or a plan or table.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -189,6 +191,36 @@ def report(out: RunFolder, as_json: Json = False) -> None:
 
 
 @app.command()
+def compare(
+    before: RunOrFile,
+    after: RunOrFile,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHANGE",
+            help="Exit 1 if AFTER shows it beyond noise: slower=2% (the plan's step), speedup=2% "
+            "(lower, over a step of its own run), grad-error=10%, verdict (weaker), plan (any "
+            "layer decided otherwise). May be repeated.",
+        ),
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print Markdown, for a pull request.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where two runs differ beyond noise: steps, layers, gradient errors, plan, verdict."""
+    from autoprec.report.compare_views import comparison_html, comparison_markdown
+    from autoprec.tuning.comparing import compare_paths
+
+    found = compare_paths(before, after, fail_if=fail_if or ())
+    if html is not None:
+        write_atomically(html, comparison_html(found))
+    if markdown:
+        print(comparison_markdown(found), end="")
+        raise typer.Exit(0 if found.is_good else 1)
+    _finish(found, as_json=as_json, good=found.is_good)
+
+
+@app.command()
 def doctor(target: Target = "auto", as_json: Json = False) -> None:
     """Say what this machine can do: versions, device, FP8 with reasons, numeric self-test."""
     from autoprec.tuning.doctor import diagnose
@@ -201,15 +233,6 @@ def doctor(target: Target = "auto", as_json: Json = False) -> None:
 def plan_show(plan: PlanFile, as_json: Json = False) -> None:
     """Print a plan: every layer, its precision and the reason."""
     _finish(_load_plan(plan), as_json=as_json)
-
-
-@plan_app.command("diff")
-def plan_diff(before: PlanFile, after: PlanFile, as_json: Json = False) -> None:
-    """Compare two plans, or two sensitivity.json files (drift); exit 1 when they differ."""
-    from autoprec.tuning.plan_diff import compare_files
-
-    difference = compare_files(before, after)
-    _finish(difference, as_json=as_json, good=not difference.rows)
 
 
 @plan_app.command("check")

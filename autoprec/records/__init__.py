@@ -5,13 +5,20 @@ cost          what it costs: times, bytes, device facts
 sensitivity   what a precision does to loss and gradient
 plan          the choice, and the search that made it
 verification  the proof
-checks        what doctor, check and diff say
+checks        what doctor, check and compare say
 """
 
 from autoprec.common.files import read_text, write_atomically
 from autoprec.common.recipes import APPLICABLE_RECIPES, RECIPE_GEMMS_HP, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.checks import Check, Diagnosis, Difference, DifferenceRow, PlanCheck
+from autoprec.records.checks import (
+    Change,
+    Check,
+    Comparison,
+    Diagnosis,
+    DifferenceRow,
+    PlanCheck,
+)
 from autoprec.records.cost import (
     Conditions,
     DeviceFacts,

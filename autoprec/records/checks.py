@@ -1,7 +1,11 @@
 """What checks say: of a machine, of a plan against a model, of one record against another."""
 
+from pydantic import NonNegativeFloat, NonNegativeInt
+
 from autoprec.records.base import Record
 from autoprec.records.cost import DeviceFacts, Timing
+from autoprec.records.model import Basis
+from autoprec.records.verification import ROUNDING, LossGap, Verdict
 
 
 class Check(Record):
@@ -50,9 +54,68 @@ class DifferenceRow(Record):
     after: str
 
 
-class Difference(Record):
-    """What differs between two plans or two sensitivities, row by row; empty when nothing does."""
+class Change(Record):
+    """One number of two runs, and the interval of `after` / `before`.
+
+    `ratio` is None where `before` is 0, the interval where the noise is not known; of two
+    predictions, which have none, both its ends are the ratio. `names` are the layers that share the
+    number, `option` what they ran in.
+    """
+
+    name: str
+    before: float
+    after: float
+    ratio: float | None
+    low: float | None
+    high: float | None
+    basis: Basis
+    names: tuple[str, ...] = ()
+    option: str = ""
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether no difference is outside the interval; a ratio of rounding is none."""
+        if self.ratio is None:
+            return self.after > 0.0
+        if self.low is None or self.high is None:
+            return False
+        return self.low > 1.0 + ROUNDING or self.high < 1.0 - ROUNDING
+
+
+class Comparison(Record):
+    """What two runs, or two records of one kind, have in common and where they differ.
+
+    `facts` are what they were made with, where that differs. `steps`, `speedup` and `grad_error`
+    are there whether they differ or not; `layer_times` and `layer_errors` are those that differ
+    beyond noise, of so many that were compared. `decisions` are the layers with another option.
+    `noise_between` is the standard deviation of log times between the runs, as the layers show it;
+    None where they cannot. `notes` say what was not compared, `checks` what was asked to hold.
+    """
 
     before: str
     after: str
-    rows: tuple[DifferenceRow, ...]
+    facts: tuple[DifferenceRow, ...]
+    steps: tuple[Change, ...]
+    speedup: Change | None
+    grad_error: Change | None
+    verdicts: tuple[Verdict, Verdict] | None
+    gaps: tuple[LossGap | None, LossGap | None]
+    decisions: tuple[DifferenceRow, ...]
+    layers_compared: NonNegativeInt
+    layer_times: tuple[Change, ...]
+    times_compared: NonNegativeInt
+    layer_errors: tuple[Change, ...]
+    errors_compared: NonNegativeInt
+    noise_between: NonNegativeFloat | None
+    notes: tuple[str, ...]
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def step(self) -> Change | None:
+        """The plan's step, if both runs know its time."""
+        return next((step for step in self.steps if step.name == "plan"), None)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether everything holds that was asked to."""
+        return all(check.is_good for check in self.checks)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_serializer, model_validator
@@ -86,7 +87,7 @@ class Option(Record):
     @model_validator(mode="before")
     @classmethod
     def _from_key(cls, value: Any) -> Any:  # Any: pydantic hands in raw input
-        return dict(cls.parse(value)) if isinstance(value, str) else value
+        return _fields_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_recipe(self) -> Self:
@@ -105,6 +106,11 @@ class Option(Record):
     @model_serializer
     def _to_key(self) -> str:
         return self.key
+
+
+@lru_cache(maxsize=1024)  # files hold few options, many times
+def _fields_of(key: str) -> dict[str, Any]:  # Any: an option's fields
+    return dict(Option.parse(key))
 
 
 FP32 = Option(precision=Precision.FP32)

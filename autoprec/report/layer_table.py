@@ -9,7 +9,7 @@ column that nothing is known for is left out.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,14 @@ def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
     for column, common in (("name", _common_name), ("reason", _common_reason)):
         folded[column] = [common(list(texts)) for _, texts in frame[column].groupby(groups)]
     return folded
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Return names, those that differ in numbers only as one: `blocks.{0-31}.qkv (x32)`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_NUMBER.sub("{}", name), []).append(name)
+    return [_common_name(alike) for alike in groups.values()]
 
 
 def total_row(frame: "pd.DataFrame") -> Row:

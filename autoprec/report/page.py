@@ -75,6 +75,11 @@ def render_html(run: RunRecords) -> str:
     )
 
 
+def page_parts() -> dict[str, Markup | str]:
+    """Return the style of a page that has no script, and the policy that keeps it so."""
+    return {"style": _asset("style.css"), "policy": _policy("")}
+
+
 def render(template: str, **values: object) -> str:
     """Return a template with its values: all escaped, hidden characters made visible."""
     return ENVIRONMENT.get_template(template).render(values)

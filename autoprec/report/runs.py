@@ -4,7 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoprec.errors import RecordError
-from autoprec.records import FileRecord, Plan, Profile, Search, Sensitivity, Verification
+from autoprec.records import (
+    FileRecord,
+    Plan,
+    Profile,
+    Search,
+    Sensitivity,
+    Verification,
+    read_text,
+)
+from autoprec.records.base import parse_object
 
 FILES: dict[str, type[FileRecord]] = {
     "plan": Plan,
@@ -41,24 +50,25 @@ class RunRecords:
         return {name: structure for name, structure in found.items() if structure is not None}
 
 
-def load_run(folder: Path | str) -> RunRecords:
-    """Read the records of a run folder.
+def load_run(path: Path | str) -> RunRecords:
+    """Read the records of a run folder, or one record's file.
 
     A record of another model than the plan's (or, without a plan, the profile's), and a
     verification of another plan, are set aside with a note: a stage was run again, later ones not.
 
     Raises:
-        RecordError: the folder has none of the records, or one that cannot be read.
+        RecordError: there are no records, or one that cannot be read.
     """
-    found = {
-        name: record.load(path)
-        for name, record in FILES.items()
-        if (path := Path(folder) / f"{name}.json").exists()
-    }
+    if Path(path).is_file():
+        kind = parse_object(read_text(Path(path), what="record"), source=str(path)).get("kind")
+        files = {str(kind): Path(path)} if kind in FILES else {}
+    else:
+        files = {name: Path(path) / f"{name}.json" for name in FILES}
+    found = {name: FILES[name].load(file) for name, file in files.items() if file.exists()}
     if not found:
         names = ", ".join(f"{name}.json" for name in FILES)
         raise RecordError(
-            f"a run folder must hold one of {names}, but {folder} has none; "
+            f"a run folder must hold one of {names}, but {path} has none; "
             "give the folder that `autoprec tune MODEL.py --out FOLDER` wrote"
         )
     return consistent_run(RunRecords(**found))  # type: ignore[arg-type]  # FILES maps the types

@@ -161,7 +161,7 @@ class Summary:
 def summarise_run(run: RunRecords) -> Summary:
     """Return the summary of a run; parts that no stage made are None."""
     plan, layers, speedups = run.plan, layers_frame(run), plan_speedups(run)
-    grad_error, vs_fp32 = _plan_grad_error(run), speedups.get("fp32")
+    grad_error, vs_fp32 = plan_grad_error(run), speedups.get("fp32")
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
@@ -327,13 +327,15 @@ def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
     )
 
 
-def _plan_grad_error(run: RunRecords) -> Estimate | None:
+def plan_grad_error(run: RunRecords) -> Estimate | None:
     """Return the plan's gradient error, with its standard error where it was measured jointly."""
     if run.plan is None or run.plan.grad_error is None:
         return None
     for joint in run.sensitivity.joint if run.sensitivity else ():
         if joint.options == run.plan.options:
             return Estimate(mean=run.plan.grad_error, stderr=joint.grad_error.stderr)
+    if run.search and run.search.chosen.options == run.plan.options:
+        return Estimate(mean=run.plan.grad_error, stderr=run.search.chosen.grad_error_stderr)
     return Estimate(mean=run.plan.grad_error)
 
 

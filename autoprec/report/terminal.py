@@ -13,8 +13,8 @@ from autoprec.records import (
     FP32,
     Basis,
     Check,
+    Comparison,
     Diagnosis,
-    Difference,
     JointMeasurement,
     Option,
     Plan,
@@ -30,6 +30,7 @@ from autoprec.records import (
 )
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
+from autoprec.report.compare_views import comparison_parts
 from autoprec.report.formats import UNKNOWN, and_more, count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
@@ -74,7 +75,7 @@ def print_record(record: Record, console: Console) -> None:
         Search: _search_parts,
         Plan: lambda plan: _plan_parts(plan, console.width),
         Verification: _verification_parts,
-        Difference: _difference_parts,
+        Comparison: comparison_parts,
         Diagnosis: _diagnosis_parts,
         PlanCheck: _plan_check_parts,
     }
@@ -332,19 +333,6 @@ def _verification_parts(verification: Verification) -> list[Part]:
         Line(""),
         *_loss_lines(found),
         *notes(verification.notes),
-    ]
-
-
-def _difference_parts(difference: Difference) -> list[Part]:
-    """Return the differences of two records, or that there is none."""
-    before, after = difference.before, difference.after
-    if not difference.rows:
-        return [Line(f"no difference between {before} and {after}")]
-    rows = [(row.name, row.before, row.after) for row in difference.rows]
-    return [
-        Line(f"{before} -> {after}", "bold"),
-        Table(("name", "before", "after"), rows, widest=0),
-        Line(count_of(len(difference.rows), "difference")),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from autoprec import records
 from autoprec.errors import PlanMismatchError
-from autoprec.records import Assignment, Basis, Difference, LayerKind, Option
+from autoprec.records import Assignment, Basis, Comparison, LayerKind, Option
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -29,7 +29,7 @@ class Plan(records.Plan):
         >>> changed = plan.with_layer("1", "bf16_o2")  # and changed.save("plan.json")
         >>> plan["1"].precision.value, changed["1"].precision.value
         ('fp8_o1', 'bf16_o2')
-        >>> [(row.name, row.before, row.after) for row in plan.diff(changed).rows]
+        >>> [(row.name, row.before, row.after) for row in plan.diff(changed).decisions]
         [('1', 'fp8_o1:tensorwise', 'bf16_o2')]
         >>> with changed.applied(model):
         ...     model[1].weight.dtype
@@ -87,11 +87,12 @@ class Plan(records.Plan):
             }
         )
 
-    def diff(self, other: records.Plan) -> Difference:
-        """Return the layers whose options differ from another plan's."""
-        from autoprec.tuning.plan_diff import diff_plans
+    def diff(self, other: records.Plan) -> Comparison:
+        """Return where another plan differs, its `decisions` among that; see `autoprec compare`."""
+        from autoprec.report.compare import compare_runs
+        from autoprec.report.runs import RunRecords
 
-        return Difference(before="this plan", after="the other", rows=diff_plans(self, other))
+        return compare_runs(RunRecords(plan=self), RunRecords(plan=other))
 
     def export(self, to: str) -> str:
         """Return the plan in the words of another framework, e.g. `megatron`.
