@@ -35,6 +35,20 @@ for x, y in batches(int(sys.argv[1])):
     print(f"{loss.item():.17g}")
 """
 
+SHARDED = f"""{HEAD}
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+store = dist.HashStore() if "RANK" not in __import__("os").environ else None
+alone = dict(store=store, rank=0, world_size=1) if store else {{}}
+dist.init_process_group("gloo", **alone)
+init_device_mesh("cpu", (dist.get_world_size(),))
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+fully_shard(model.first, mp_policy=policy)
+fully_shard(model, mp_policy=policy)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+"""
+
 
 def write_script(folder: Path, body: str, *, name: str = "train.py") -> str:
     """Write a script and return its path."""

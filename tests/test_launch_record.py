@@ -16,7 +16,7 @@ from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
 from autoprec.workload.functions import Workload, check_batches
 from tests.accelerate_state import fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, own_main, write_script
+from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
 
 __all__ = ["fresh_accelerate", "own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")
@@ -107,6 +107,60 @@ for step in range(99):
     assert len(workload.eval_batches()) == 4
     plain = record(tmp_path, HEAD + LOOP)
     assert 0.5 < first_loss(workload) / first_loss(plain) < 2
+
+
+def test_losses_that_a_step_adds_up_are_worth_their_sum(tmp_path: Path) -> None:
+    """A workload's step takes the mean of its batches, transformers' Trainer the sum."""
+    body = """
+for _ in range(99):
+    for x, y in batches(2):
+        (F.cross_entropy(model(x), y)FACTOR).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+    added, averaged = (
+        first_loss(record(tmp_path, HEAD + body.replace("FACTOR", factor)))
+        for factor in ("", "/ 2")
+    )
+    assert added == 2 * averaged
+
+
+def test_a_hook_that_only_looks_at_a_gradient_is_no_hindrance(tmp_path: Path) -> None:
+    looks = "out = model(x); out.register_hook(lambda g: print(g.dtype)); "
+    body = LOOP.replace(
+        "loss = F.cross_entropy(model(x), y)", looks + "loss = F.cross_entropy(out, y)"
+    )
+    assert first_loss(record(tmp_path, HEAD + body)) == first_loss(record(tmp_path, HEAD + LOOP))
+
+
+def test_the_wrapper_of_fabric_is_not_the_model(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+import lightning as L
+fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+model, optimizer = fabric.setup(model, optimizer)
+{LOOP.replace("loss.backward()", "fabric.backward(loss)")}"""
+    workload = record(tmp_path, body)
+    assert type(workload.build_model()).__name__ == "Net"
+    assert workload.written.script_autocast is torch.bfloat16
+    assert {t.dtype for batch in recorded(workload) for t in batch.args} == {torch.float32}
+    assert math.isfinite(first_loss(workload))
+
+
+def test_a_model_that_fsdp_shards_in_one_process_is_recorded_whole(tmp_path: Path) -> None:
+    """`record` itself repeats the first step, in the dtypes of FSDP's policy."""
+    try:
+        workload = record(tmp_path, SHARDED + LOOP)
+    finally:
+        torch.distributed.destroy_process_group()
+    model = workload.build_model()
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert [type(m).__name__ for m in (model, model.first)] == ["Net", "Linear"]
+    assert workload.written.script_autocast is torch.bfloat16
+    optimizer = workload.build_optimizer(model)
+    torch.autograd.backward(workload.loss_fn(model, next(workload.train_batches(0))))
+    optimizer.step()
+    assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
 
 
 def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.accelerate_state import fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, own_main, write_script
+from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
 from tests.plans import plan_for
 
 __all__ = ["fresh_accelerate", "own_main"]
@@ -165,18 +165,7 @@ assert plain.first.weight.dtype is torch.bfloat16
     assert ("SGD" if wraps_first else "AdamW") in outcome.message
 
 
-SHARDED = f"""{HEAD}
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-store = dist.HashStore() if "RANK" not in __import__("os").environ else None
-alone = dict(store=store, rank=0, world_size=1) if store else {{}}
-dist.init_process_group("gloo", **alone)
-init_device_mesh("cpu", (dist.get_world_size(),))
-policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-fully_shard(model.first, mp_policy=policy)
-fully_shard(model, mp_policy=policy)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+TRAINED_SHARDED = f"""{SHARDED}
 with torch.no_grad():
     model(next(iter(batches(1)))[0])  # an evaluation before training leaves the root gathered
 {LOOP}
@@ -192,7 +181,7 @@ dist.destroy_process_group()
 
 
 def test_a_sharded_model_gets_the_plan_at_its_first_call(tmp_path: Path) -> None:
-    outcome = run(tmp_path, SHARDED, "2")
+    outcome = run(tmp_path, TRAINED_SHARDED, "2")
     assert outcome.status == 0
     assert "at its first training call" in outcome.message
     assert outcome.message.endswith("optimizers AdamW")
@@ -201,7 +190,7 @@ def test_a_sharded_model_gets_the_plan_at_its_first_call(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_torchrun_gives_a_sharded_script_a_plan_of_two_dtypes(tmp_path: Path) -> None:
     plan_for(Net(), others={"norm": FP32}).save(tmp_path / "plan.json")
-    script = write_script(tmp_path, SHARDED)
+    script = write_script(tmp_path, TRAINED_SHARDED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "autoprec", "run", "--plan", str(tmp_path / "plan.json"), script, "3"]
     done = subprocess.run(

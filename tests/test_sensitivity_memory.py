@@ -7,6 +7,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
@@ -18,7 +20,7 @@ from autoprec.model.memory import (
     sensitivity_bytes,
     step_bytes,
 )
-from autoprec.model.recording import Call
+from autoprec.model.recording import Call, recorded_calls
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes
 from autoprec.sensitivity.local import list_cells
@@ -126,6 +128,24 @@ def test_what_cannot_be_written_stays(
     parked.come_back()
     assert call.args[0] is x
     parked.close()
+
+
+def test_packed_sequences_are_recorded_and_stay_where_they_are() -> None:
+    """Their constructor takes tensors alone, and nothing that stands for one."""
+    rnn = nn.GRU(4, 4)
+    packed = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    with recorded_calls({"rnn": rnn}) as calls, recorded_calls({"rnn": rnn}, keep=_shape) as shapes:
+        rnn(packed)
+    assert shapes["rnn"][0].args[0][:2] == ((5, 4), (3,))
+    parked = ParkedCalls([calls["rnn"]], held=[])
+    parked.leave()
+    parked.come_back()
+    assert torch.equal(calls["rnn"][0].args[0].data, packed.data)
+    parked.close()
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
 
 
 def test_neither_groups_nor_parking_change_a_number() -> None:

@@ -123,6 +123,20 @@ def local_copy(
     return copied, split
 
 
+def whole_copy(model: nn.Module) -> nn.Module:
+    """Return a copy on the CPU of a model that ranks hold parts of, whole and without hooks.
+
+    All ranks call it together; what FSDP has gathered must be freed before (`whole_again`).
+    """
+    memo: Memo = {}
+    for parameter in model.parameters():
+        found: Any = parameter.detach()  # Any: a DTensor where ranks divide it
+        whole = found.full_tensor() if isinstance(found, sharded_tensor()) else found
+        copied = nn.Parameter(whole.to("cpu", copy=True), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = copied
+    return _plain_copy(model, memo).to("cpu")
+
+
 def _split_of(layer: nn.Linear) -> Split:
     """Return how tensor parallelism divides a linear whose weight FSDP has gathered."""
     weight: Any = layer.weight  # Any: a DTensor where ranks divide it
@@ -158,8 +172,12 @@ def _gathering(model: nn.Module, layer: nn.Module) -> list[Any]:  # Any: FSDPMod
 
 
 def _plain_copy(module: nn.Module, memo: Memo) -> nn.Module:
+    if id(module) in memo:  # it is in several places
+        found: nn.Module = memo[id(module)]
+        return found
     cls = own_type(module)
     copied: nn.Module = cls.__new__(cls)
+    memo[id(module)] = copied
     for name, value in vars(module).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             vars(copied)[name] = type(value)()

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprec.device.ranks import local_part
 from autoprec.model.local_copy import is_divided
@@ -122,7 +123,7 @@ class _Recorder:
             if key in self._known:
                 self._known[key].count += 1
                 return
-        kept_args, kept_kwargs = tree_map_only(Tensor, self._keep, (args, kwargs))
+        kept_args, kept_kwargs = _kept(self._keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad)
         call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
@@ -141,6 +142,19 @@ class _Recorder:
                 tensor.requires_grad_()
             if tensor.requires_grad:
                 tensor.register_hook(partial(_catch, call, place, self._placed))  # type: ignore[no-untyped-call]  # torch
+
+
+def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
+    """Return the arguments with what is kept of each tensor in its place."""
+
+    def keep_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, PackedSequence):
+            return keep(leaf) if isinstance(leaf, Tensor) else leaf
+        fields: list[Any] = [None if field is None else keep(field) for field in leaf]
+        # its constructor takes tensors alone
+        return PackedSequence(*fields) if isinstance(fields[0], Tensor) else tuple(fields)
+
+    return tree_map(keep_leaf, values, is_leaf=lambda value: isinstance(value, PackedSequence))
 
 
 def _catch(call: Call, place: int, placed: bool, gradient: Tensor) -> None:

@@ -141,6 +141,16 @@ def gathers_of(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
     return {param.sharded_param: gathered_as(param) for param in _all_params(model)}
 
 
+def casts_of(model: nn.Module) -> dict[str, tuple[torch.dtype | None, torch.dtype | None]]:
+    """Return the dtypes that FSDP casts inputs and outputs of modules to, by the modules' names."""
+    names = {module: name for name, module in model.named_modules()}
+    policies = {names[module]: _state(module)._mp_policy for module in fsdp_modules(model)}
+    return {
+        name: (policy.param_dtype if policy.cast_forward_inputs else None, policy.output_dtype)
+        for name, policy in policies.items()
+    }
+
+
 def _all_params(model: nn.Module) -> Iterator[FsdpParam]:
     for module in fsdp_modules(model):
         yield from _params(_state(module))

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.device.ranks import local_part
@@ -44,7 +45,7 @@ class ParkedCalls:
         trees = [(call.args, call.kwargs, call.gradients) for call in self._calls]
         places: dict[Place, int] = {}  # layers that are called with one tensor share it again
         leaving: list[Tensor] = []
-        for tensor in tree_leaves(trees):
+        for tensor in tree_leaves(trees, is_leaf=_stays_whole):
             if self._may_leave(tensor) and _place(tensor) not in places:
                 places[_place(tensor)] = len(leaving)
                 leaving.append(tensor)
@@ -82,7 +83,9 @@ class ParkedCalls:
     def _replace(self, change: Callable[..., object], kind: type) -> None:
         for call in self._calls:
             tree = call.args, call.kwargs, call.gradients
-            call.args, call.kwargs, call.gradients = tree_map_only(kind, change, tree)
+            call.args, call.kwargs, call.gradients = tree_map_only(
+                kind, change, tree, is_leaf=_stays_whole
+            )
 
 
 class _Away:
@@ -90,6 +93,11 @@ class _Away:
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def _stays_whole(value: object) -> bool:
+    """Whether a value stays: a packed sequence can be made of tensors alone."""
+    return isinstance(value, PackedSequence)
 
 
 def _storage(tensor: Tensor) -> int:

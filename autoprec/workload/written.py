@@ -12,7 +12,7 @@ so a compiled step keeps it.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map_only
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+T = TypeVar("T")
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
 Enter = Callable[[torch.autocast], Any]  # Any: torch's own
 
@@ -110,10 +111,16 @@ def no_autocast(written: Written, *, besides: torch.autocast | None = None) -> I
             torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]  # as it was
 
 
+def in_fp32(values: T) -> T:
+    """Return nested values with their 16-bit tensors in FP32."""
+    found: T = tree_map_only(Tensor, _in_fp32, values)
+    return found
+
+
 def _cast_inputs(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # Any: whatever the model takes
-    return tree_map_only(Tensor, _in_fp32, (args, kwargs))  # type: ignore[no-any-return]  # a pair stays one
+    return in_fp32((args, kwargs))
 
 
 def _in_fp32(tensor: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class EMAModel:
 
 model = UNet().to(memory_format=torch.channels_last)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-# one-liner: import autoprec; autoprec.apply(PLAN, model, optimizer)
 ema = EMAModel(model.parameters(), decay=0.9)
+# one-liner: import autoprec; autoprec.apply(PLAN, model, optimizer)
 betas = torch.linspace(1e-4, 0.02, 100)
 alphas = (1 - betas).cumprod(0)
 images = torch.randn(64, 3, 1, 1).expand(-1, -1, 16, 16)

@@ -14,7 +14,7 @@ class Classifier(L.LightningModule):
         self.layers = nn.Sequential(
             nn.Linear(32, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 10)
         )
-        # one-liner: import autoprec; autoprec.apply(PLAN, INNER)
+        # one-liner: import autoprec; autoprec.apply(PLAN, self)
 
     def forward(self, x):
         return self.layers(x)

@@ -19,7 +19,7 @@ lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_t
 model = get_peft_model(model, lora)
 model.train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-# one-liner: import autoprec; autoprec.apply(PLAN, INNER, optimizer)
+# one-liner: import autoprec; autoprec.apply(PLAN, model, optimizer)
 for step in range(20):
     ids = torch.randint(3, (4, 24)).cumsum(1) % 64
     loss = model(input_ids=ids, labels=ids).loss

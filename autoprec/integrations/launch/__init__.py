@@ -6,6 +6,7 @@ watch       waits for the plan's model in a running script, and applies it: `run
 guarding    a Guard in a script that does not know of it
 tape        the operations between a model's output and its loss, recorded and replayed
 recorder    follows a script's first steps: model calls, backward, optimizer steps
+sharded     a model that FSDP has sharded, whole again
 optimizers  what an optimizer trains, and how it is copied to another copy of its model
 recorded    what was recorded -> a Workload: `record_workload`
 """

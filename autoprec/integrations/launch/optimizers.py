@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autoprec.device.ranks import sharded_tensor
 from autoprec.runtime.attach import HOOKS
 
 Closure = Callable[[], Any]  # Any, here and below: the user's
@@ -59,6 +60,8 @@ def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -
     other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
     for parameter, state in other.state.items():
         for name, value in state.items():
+            if isinstance(value, sharded_tensor()):
+                value = value.full_tensor()
             if isinstance(value, Tensor) and value.dim() > 0:
                 state[name] = value.to(parameter.device)
     return other

@@ -47,7 +47,7 @@ from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_
 from autoprec.integrations.launch.tape import remove_scale, replay
 from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
-from autoprec.workload.functions import Workload, move_batch, workload_from
+from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
 from autoprec.workload.written import Written
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> tor
         WorkloadError: loss or gradient differ.
     """
     model = copy.deepcopy(first.model).to(first.device).train()
+    first.policy.install(model)
     batch = move_batch(recorder.batches[0], first.device)
     seen: set[torch.dtype] = set()  # Accelerate's autocast is inside of the model's forward
     device = first.device.type
@@ -147,7 +148,7 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> tor
         if first.random_states_gpu:
             torch.cuda.set_rng_state_all(first.random_states_gpu)
         hooks = [layer.register_forward_pre_hook(note) for layer in find_layers(model).values()]
-        with first.autocast:
+        with first.autocast, UserCode("the recorded first step", "its loss again"):
             loss = recorded_loss(model, batch)
         for hook in hooks:
             hook.remove()
@@ -165,7 +166,7 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> tor
                 f"a recording must repeat the script's first step, but the {what} is {found:.6g} "
                 f"again instead of {wanted:.6g}: {cause}",
             )
-    return next(iter(seen), None)
+    return next(iter(seen), first.policy.low_dtype)
 
 
 def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch]:

@@ -12,6 +12,7 @@ in this order ends the script with the reason:
 import copy
 import inspect
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
+from autoprec.device.ranks import local_part
 from autoprec.integrations.launch.optimizers import (
     Arguments,
     KeywordArguments,
@@ -36,11 +38,13 @@ from autoprec.integrations.launch.optimizers import (
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
+from autoprec.integrations.launch.sharded import Policy, copy_sharded
 from autoprec.integrations.launch.tape import Tape, Taping, copied
 from autoprec.model.layers import unwrapped
+from autoprec.model.local_copy import is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.workload.functions import tensors_in
-from autoprec.workload.written import is_compiled
+from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
 MODEL_PY = "write a model.py instead (see the README)"
@@ -66,6 +70,7 @@ class FirstCall:
     random_states_gpu: list[Tensor]
     autocast: torch.autocast
     is_compiled: bool  # whether the script compiles the model, or parts of it
+    policy: Policy  # of FSDP
 
 
 class Recorder:
@@ -114,13 +119,17 @@ class Recorder:
 
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         is_training = self._depth == 0 and module.training and torch.is_grad_enabled()
-        if not is_training or not any(p.requires_grad for p in module.parameters()):
+        if not is_training or isinstance(module, _precision_wrappers()):
+            return call(module, *args, **kwargs)
+        if not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
-        before = copied(args), copied(kwargs)
+        before, named = copied(args), copied(kwargs)
+        if not any(p.dtype in LOW_PRECISION for p in model.parameters()):
+            before, named = in_fp32((before, named))  # a library rounds them for its autocast
         self._depth += 1
         try:
             output = call(module, *args, **kwargs)
@@ -129,7 +138,7 @@ class Recorder:
         writes_inputs = versions != [tensor._version for tensor in inputs]
         # from here on, what happens to the output is on the tape
         tape = self._mode.tape = Tape(output, model)
-        self._call = RecordedBatch(*before, tape.constants, tape.graph, writes_inputs)
+        self._call = RecordedBatch(before, named, tape.constants, tape.graph, writes_inputs)
         return output
 
     def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
@@ -162,18 +171,24 @@ class Recorder:
         device = next(model.parameters()).device
         dtype = torch.get_autocast_dtype(device.type)
         autocast = torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type))
+        policy = Policy()
         try:
-            template = copy.deepcopy(model).to("cpu")
+            if is_divided(model):
+                template, policy = copy_sharded(model)
+            else:
+                template = copy.deepcopy(model).to("cpu")
         except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
             reason = error_line(error)
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return FirstCall(template, device, torch.get_rng_state(), gpus, autocast, is_compiled)
+        state = torch.get_rng_state()
+        return FirstCall(template, device, state, gpus, autocast, is_compiled, policy)
 
     # --- backward --------------------------------------------------------------------------------
 
     def _around_backward(self, call: Function, /, *args: Any, **kwargs: Any) -> None:
+        tape = self._mode.tape
         if self._depth == 0:
             self._end_batch(*args, **kwargs)
         self._depth += 1  # checkpointing runs layers again, and backward inside of backward
@@ -181,6 +196,8 @@ class Recorder:
             call(*args, **kwargs)
         finally:
             self._depth -= 1
+        if self._depth == 0 and tape is not None and tape.has_changed_gradient:
+            self.refuse("gradients must come from the loss alone, but a gradient hook changes one")
         if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
 
@@ -273,12 +290,20 @@ class Recorder:
             raise StopScript
 
 
+def _precision_wrappers() -> tuple[Any, ...]:  # Any: classes of a library that may be imported
+    """Return the classes that only put autocast around the model: Fabric's."""
+    modules = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+    return tuple(
+        vars(sys.modules[name])["_FabricModule"] for name in modules if name in sys.modules
+    )
+
+
 def has_grad(parameter: nn.Parameter) -> bool:
     """Whether a gradient has arrived."""
     return parameter.grad is not None
 
 
 def gradient_norm(model: nn.Module) -> float:
-    """Return the norm of all gradients together."""
-    gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+    """Return the norm of all gradients together, in a process that trains alone."""
+    gradients = [local_part(p.grad.detach()) for p in model.parameters() if p.grad is not None]
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))

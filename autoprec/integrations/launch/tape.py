@@ -30,7 +30,7 @@ from autoprec.workload.functions import tensors_in
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
 READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
-GRADIENT_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+ADD_HOOK: Function = Tensor.register_hook
 FACTORS: tuple[Function, ...] = (torch.mul, Tensor.mul, torch.div, Tensor.div)
 
 
@@ -63,6 +63,7 @@ class Tape:
     def __init__(self, output: Value, model: nn.Module) -> None:
         self.constants: list[Tensor] = []
         self.graph = fx.Graph()
+        self.has_changed_gradient = False  # by a hook: no replay repeats it
         self._known: dict[int, Known] = {}  # by id
         self._device = next(model.parameters()).device
         for name, tensors in (("parameter", model.parameters()), ("output", tensors_in(output))):
@@ -79,12 +80,11 @@ class Tape:
         nodes = map_aggregate((args, kwargs), self._node)
         versions = [tensor._version for tensor in tensors]
         has_grad = torch.is_grad_enabled()
+        if function is ADD_HOOK:
+            return function(args[0], self._watched(*args[1:], **kwargs))
         result = function(*args, **kwargs)
         written = [t for t, v in zip(tensors, versions, strict=True) if t._version != v]
         made = tensors_in(result)
-        if function in GRADIENT_HOOKS:  # it changes gradients, in a way that no replay repeats
-            self._unseen("a gradient hook").meta["writes"] = True
-            return result
         if not written and not made:  # .item(), or a shape
             return result
         call = self.graph.call_function(function, *nodes)
@@ -110,6 +110,16 @@ class Tape:
         self.graph.output(self._node(root))
         _drop_unused(self.graph)
         return next((n.meta["unseen"] for n in self.graph.nodes if "unseen" in n.meta), None)
+
+    def _watched(self, hook: Function) -> Function:
+        """Return a hook that notes when it gives another gradient; many only look (Fabric's)."""
+
+        def watched(gradient: Tensor) -> Tensor | None:
+            found: Tensor | None = hook(gradient)
+            self.has_changed_gradient |= found is not None
+            return found
+
+        return watched
 
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         self._known[id(tensor)] = Known(tensor, node, tensor._version, tensor.requires_grad)
@@ -173,13 +183,22 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
 
 
 def remove_scale(graph: fx.Graph, constants: Sequence[Tensor], *, micro_steps: int) -> None:
-    """Take the loss's last factors out: accumulation's 1/n, GradScaler's scale."""
+    """Take the loss's last factors out: accumulation's 1/n, GradScaler's scale.
+
+    A step of a workload takes the mean over its batches. Where the script takes their sum, as
+    transformers' Trainer does with the tokens of all batches under each loss, a factor n goes in.
+    """
+    takes_mean = micro_steps == 1
     while (root := _root(graph)).op == "call_function" and root.target in FACTORS:
         # a product or quotient of one tensor of the graph and one factor: go back to the tensor
         sides = [value for value in root.args if not _is_factor(value, constants, micro_steps)]
         if len(root.args) != 2 or len(sides) != 1 or not isinstance(sides[0], fx.Node):
             break
+        takes_mean |= any(_is_accumulation(value, micro_steps) for value in root.args)
         graph.output_node().args = (sides[0],)
+    if not takes_mean:
+        with graph.inserting_before(graph.output_node()):
+            graph.output_node().args = (graph.call_function(torch.mul, (root, micro_steps)),)
     _drop_unused(graph)
 
 
@@ -219,5 +238,9 @@ def _is_factor(value: Value, constants: Sequence[Tensor], micro_steps: int) -> b
             return False
         scale = float(constants[index])
         return scale > 1 and math.frexp(scale)[0] == 0.5  # GradScaler's are 2^k
+    return _is_accumulation(value, micro_steps)
+
+
+def _is_accumulation(value: Value, micro_steps: int) -> bool:
     is_number = isinstance(value, int | float) and micro_steps > 1
     return is_number and value in (micro_steps, 1 / micro_steps)
