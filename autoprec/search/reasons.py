@@ -285,13 +285,15 @@ def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
 
 
 def _outliers(row: OperandStatistics) -> str:
-    """Name outlier channels, or else tokens: in those tokens such a channel stands out as well."""
+    """Name few channels and few tokens far above the others; of one value both stand out."""
     count, share = len(row.outlier_channels), row.outlier_token_share or 0.0
-    if not 0 < count <= MOST_OUTLIERS * row.channels:
-        is_few = 0.0 < share <= MOST_TOKENS
-        return f"{row.operand.value}: outlier tokens ({percent(share)})" if is_few else ""
-    shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
-    return f"{row.operand.value}: outlier channel{'' if count == 1 else 's'} {shown}"
+    found = []
+    if 0 < count <= MOST_OUTLIERS * row.channels:
+        shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
+        found.append(f"outlier channel{'' if count == 1 else 's'} {shown}")
+    if 0.0 < share <= MOST_TOKENS:
+        found.append(f"outlier tokens ({percent(share)})")
+    return f"{row.operand.value}: {', '.join(found)}" if found else ""
 
 
 def _offset(row: OperandStatistics) -> str:
