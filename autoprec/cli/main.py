@@ -182,10 +182,21 @@ def verify(workload: Workload, plan: PlanFile, as_json: Json = False, **given: G
 
 
 @app.command()
-def report(out: RunFolder, as_json: Json = False) -> None:
+def report(
+    out: RunFolder,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write the profile to this file, too, for ui.perfetto.dev."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Write report.html and layers.csv again from a run folder's records."""
+    from autoprec.report import load_run
+    from autoprec.report.timeline import trace_text
     from autoprec.tuning.run import write_report
 
+    if trace is not None:
+        write_atomically(trace, trace_text(load_run(out)))
     write_report(out, out / "report.html")
     _print_run(out, as_json=as_json)
 

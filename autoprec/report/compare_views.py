@@ -88,7 +88,7 @@ def headline(found: Comparison) -> str:
 def _plan_sentences(found: Comparison) -> Iterator[str]:
     step, speedup, error = found.step, found.speedup, found.grad_error
     if step and step.is_beyond_noise:
-        yield f"the plan's step takes {change_text(step)}"
+        yield f"the plan's step time is {change_text(step)}"
     if speedup and speedup.is_beyond_noise:
         yield f"its speedup over {formats.step_title(speedup.name)} is {change_text(speedup)}"
     if error and error.is_beyond_noise:
@@ -142,8 +142,8 @@ def change_text(change: Change) -> str:
 
 
 def _factor(value: float) -> str:
-    """Return a ratio with three decimals near 1, where differences are small."""
-    return f"{value:.3f}x" if 0.8 <= value <= 1.25 else formats.ratio(value)
+    """Return a ratio with three decimals, as differences are small; large ones with fewer."""
+    return f"{value:.3f}x" if 0.1 <= value < 2.0 else formats.ratio(value)
 
 
 def _whole_table(found: Comparison) -> Table:
