@@ -158,7 +158,9 @@ class Promise:
         """The user's metrics, and the loss through the plan's own forward, a sentence for each."""
         found = [_metric_sentence(metric) for metric in self.metrics]
         if self.own_gap and self.gap and self.own_gap != self.gap:
-            found.append(f"through the plan's own forward the gap is {formats.gap(self.own_gap)}")
+            own = formats.share(self.own_gap.mean, sign=True)
+            ends = formats.interval(self.own_gap.low, self.own_gap.high, formats.share)
+            found.append(f"through the plan's own forward the gap is {own} ({ends})")
         if self.horizons:
             found.append(self._by_length)
         return found
@@ -182,7 +184,7 @@ def _metric_sentence(metric: MetricGap) -> str:
         ends = (metric.gap.mean, metric.gap.low, metric.gap.high)
         said += ", {:+.2g} with the plan (interval {:+.2g} to {:+.2g})".format(*ends)
     if metric.tolerance is None:
-        return f"{said}; not tested: it has no --metric-tolerance"
+        return f"{said}; not tested"
     low, high = metric.tolerance.at_least, metric.tolerance.at_most
     allowed = " and ".join(f"{end:+g}" for end in (low, high) if end is not None)
     return f"{said}; allowed {allowed}: {metric.verdict}"
