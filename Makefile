@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test check fmt test-random test-gpu test-slow test-export profiles clean
+.PHONY: demo test check fmt test-random test-gpu test-slow test-export package docs profiles clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ demo: $(STAMP) ## a small GPT on this machine, then LLaMA2-7B on 8 H100, proven 
 test: $(STAMP) ## the test suite, the same in each run (under 4 minutes on two cores)
 	$(PYTEST) --durations 10
 
-check: $(STAMP) ## what CI runs: format, lint, types, tests
+check: $(STAMP) ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -48,8 +48,16 @@ test-export: ## exports against the real torchtitan, Megatron and Transformer En
 	$(VENV)-export/bin/pip install --quiet -c constraints.txt -e '.[consumers]'
 	$(VENV)-export/bin/pytest -q tests/test_export.py
 
+package: $(STAMP) ## an sdist and a wheel in dist/, once the wheel was run in a venv of its own
+	$(BIN)/pytest -q -m slow tests/test_package.py
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+docs: $(STAMP) ## the pages of docs/ as a site in site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 profiles: $(STAMP) ## fit the device profiles again from the published rows in bench/data
 	$(BIN)/python bench/fit_costmodel.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-export runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-export runs dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
