@@ -306,12 +306,12 @@ def test_help_imports_nothing_that_is_slow() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_every_command_has_help_and_is_in_the_readme() -> None:
+def test_every_command_has_help_and_is_on_the_page_on_usage() -> None:
     import typer
 
     from autoprec.cli.main import app
 
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "docs" / "usage.md").read_text()
     root = typer.main.get_command(app)
     commands = getattr(root, "commands", {})
     assert commands
