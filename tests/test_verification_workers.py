@@ -48,8 +48,8 @@ def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
-def verified(folder: Path, workers: Workers | None = None) -> Verification:
-    context = Context(load_workload(str(TINY)), CPU)
+def verified(folder: Path, workers: Workers | None = None, *, model: Path = TINY) -> Verification:
+    context = Context(load_workload(str(model)), CPU)
     plan = plan_of(capture_model(context), BF16_O2)
     return verify_plans(
         context, [plan], loss_tolerance=0.5, state_dir=folder, terms=TERMS, workers=workers
@@ -67,9 +67,18 @@ def losses(branches: tuple[Branch, ...]) -> list[tuple[str, int, tuple[float, ..
 
 def test_workers_give_the_numbers_of_one_process(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    alone = verified(tmp_path / "alone")
-    together = verified(tmp_path / "together", Workers(2))
+    model = tmp_path / "measured.py"
+    model.write_text(
+        TINY.read_text()
+        + "def evaluate(model):\n"
+        + "    return sum(p.abs().sum() for p in model.parameters()) + torch.rand(())\n"
+    )
+    alone = verified(tmp_path / "alone", model=model)
+    together = verified(tmp_path / "together", Workers(2), model=model)
     assert losses(together.branches) == losses(alone.branches)
+    assert together.metrics == alone.metrics
+    assert [metric.name for metric in alone.metrics] == ["metric"]
+    assert together.own_gap == alone.own_gap is not None
     files = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {path.name for path in (tmp_path / "together").iterdir()} == files
 
