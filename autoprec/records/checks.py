@@ -90,6 +90,7 @@ class Comparison(Record):
     beyond noise, of so many that were compared. `decisions` are the layers with another option.
     `noise_between` is the standard deviation of log times between the runs, as the layers show it;
     None where they cannot. `notes` say what was not compared, `checks` what was asked to hold.
+    `reaches` are the steps that each verdict is over, in words.
     """
 
     before: str
@@ -109,6 +110,7 @@ class Comparison(Record):
     noise_between: NonNegativeFloat | None
     notes: tuple[str, ...]
     checks: tuple[Check, ...] = ()
+    reaches: tuple[str, str] = ("", "")
 
     @property
     def step(self) -> Change | None:

@@ -38,6 +38,7 @@ from autoprec.records import (
 )
 from autoprec.records.cost import FEWEST_SPREAD, student_factor
 from autoprec.report.formats import count_of
+from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
 from autoprec.report.summary import plan_grad_error
@@ -127,6 +128,7 @@ def compare_runs(
         speedup=timed.speedup,
         grad_error=_plan_error(before, after),
         verdicts=_verdicts(before, after),
+        reaches=(_promise(before).reach, _promise(after).reach),
         gaps=(_gap(before), _gap(after)),
         decisions=tuple(_decided_otherwise(*options)) if all(options) else (),
         layers_compared=len(shared) if all(options) else 0,
@@ -352,6 +354,10 @@ def _batches(before: RunRecords, after: RunRecords) -> int:
 def _verdicts(before: RunRecords, after: RunRecords) -> tuple[Verdict, Verdict] | None:
     old, new = (_proof(run) for run in (before, after))
     return (old.verdict, new.verdict) if old and new else None
+
+
+def _promise(run: RunRecords) -> Promise:
+    return Promise.of(_proof(run), run.plan)
 
 
 def _gap(run: RunRecords) -> LossGap | None:

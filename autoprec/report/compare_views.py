@@ -94,8 +94,14 @@ def _plan_sentences(found: Comparison) -> Iterator[str]:
     if error and error.is_beyond_noise:
         yield f"its gradient error is {change_text(error)}"
     if found.verdicts and found.verdicts[0] is not found.verdicts[1]:
-        old, new = (verdict.value.replace("_", " ") for verdict in found.verdicts)
+        old, new = _verdict_texts(found)
         yield f"the verdict is {new}, not {old}"
+
+
+def _verdict_texts(found: Comparison) -> list[str]:
+    """Return both verdicts, each with the steps that it is over."""
+    pairs = zip(found.verdicts or (), found.reaches, strict=False)
+    return [f"{verdict.replace('_', ' ')} {reach}".rstrip() for verdict, reach in pairs]
 
 
 def _layer_sentences(found: Comparison) -> Iterator[str]:
@@ -162,8 +168,7 @@ def _whole_table(found: Comparison) -> Table:
         values = (formats.share(error.before), formats.share(error.after))
         rows.append((title, *values, change_text(error)))
     if found.verdicts:
-        old, new = (verdict.value.replace("_", " ") for verdict in found.verdicts)
-        rows.append(("verdict", old, new, ""))
+        rows.append(("verdict", *_verdict_texts(found), ""))
     if all(found.gaps):
         rows.append(("its loss gap to FP32", *map(_gap_text, found.gaps), ""))
     if not rows:
@@ -172,10 +177,11 @@ def _whole_table(found: Comparison) -> Table:
 
 
 def _gap_text(gap: LossGap | None) -> str:
-    """Return a gap with half its interval."""
+    """Return a gap with its interval, which reaches further up than down."""
     if gap is None:
         return formats.UNKNOWN
-    return f"{formats.share(gap.mean, sign=True)} +- {formats.share((gap.high - gap.low) / 2.0)}"
+    mean, low, high = (formats.share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
+    return f"{mean} ({low} to {high})"
 
 
 def _alike(facts: Sequence[DifferenceRow]) -> str:
