@@ -401,7 +401,8 @@ def test_the_study_is_an_ordinary_optuna_study(
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     search = run(tables, evaluate=Meter(make_costs(*tables), wobble), storage=storage)
     study = optuna.load_study(study_name="autoprec", storage=storage)
-    assert len(study.directions) == 3  # step time, gradient error, bytes
+    assert len(study.directions) == 3
+    assert study.metric_names == ["step time, ms", "gradient error", "bytes"]
     feasible = [t for t in study.trials if t.values and max(t.constraints.values()) <= 0.0]
     assert min(t.values[0] * (1.0 + t.values[1]) for t in feasible) == min(
         t.time_to_loss_ms for t in search.trials if t.feasible

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPEN_TRIES, OPEN_WAIT_S = 10, 0.5  # tables are a dozen, and each can be made by one only
 CONNECT_S = 10  # until a server must have answered
 LOCKED_S = 60  # that another process may keep a SQLite file
+OBJECTIVES = ("step time, ms", "gradient error", "bytes")
 TABLES = "autoprec_tables"  # the study's user attribute that names the tables
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def open_study(
     database = None
     try:
         with warnings.catch_warnings():
-            # TPE's `group`, which lets trials without parameters be, and heartbeats are marked so
+            # TPE's `group`, which lets trials without parameters be, heartbeats and names of
+            # metrics are marked so
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # ask and tell do not tell heartbeats by themselves, and claims do
             warnings.filterwarnings("ignore", "Heartbeat of storage")
@@ -148,9 +150,11 @@ def _study_of(
 def _created(database: "optuna.storages.RDBStorage | None", name: str) -> "optuna.Study":
     import optuna
 
-    return optuna.create_study(
+    study = optuna.create_study(
         storage=database, study_name=name, load_if_exists=True, directions=["minimize"] * 3
     )
+    study.set_metric_names(list(OBJECTIVES))  # for those who look at it, e.g. in optuna-dashboard
+    return study
 
 
 def _storage_problem(storage: str | None, error: Exception) -> str:
