@@ -133,6 +133,33 @@ def test_a_hook_that_only_looks_at_a_gradient_is_no_hindrance(tmp_path: Path) ->
     assert first_loss(record(tmp_path, HEAD + body)) == first_loss(record(tmp_path, HEAD + LOOP))
 
 
+def test_a_model_in_16_bit_is_measured_in_fp32_behind_its_output_too(tmp_path: Path) -> None:
+    body = HEAD + "model.to(torch.bfloat16)\nweights = torch.rand(16).bfloat16()\n" + LOOP
+    body = body.replace("model(x), y)", "model(x.bfloat16()) @ weights.diag(), y)")
+    workload = record(tmp_path, body)
+    assert {p.dtype for p in workload.written_model().parameters()} == {torch.bfloat16}
+    model, batch = workload.build_model(), next(workload.train_batches(0))
+    loss = workload.loss_fn(model, batch)
+    assert (loss.dtype, workload.written.dtypes) == (torch.float32, {torch.bfloat16})
+    torch.autograd.backward(loss)
+    written = workload.written_loss(workload.written_model(), batch)
+    assert written.dtype is torch.bfloat16
+
+
+TRIALS = {
+    "a dry run": "model(torch.zeros(2, 32))\n",
+    "lazy layers": "model.head = nn.LazyLinear(16)\nmodel(torch.zeros(2, 32))\n"
+    "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)\n",
+}
+
+
+@pytest.mark.parametrize("what", TRIALS)
+def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: str) -> None:
+    workload = record(tmp_path, HEAD + TRIALS[what] + LOOP)
+    assert [len(batch.args[0]) for batch in recorded(workload)] == [16] * STEPS
+    assert math.isfinite(first_loss(workload))
+
+
 def test_the_wrapper_of_fabric_is_not_the_model(tmp_path: Path) -> None:
     body = f"""{HEAD}
 import lightning as L
@@ -308,6 +335,11 @@ REFUSALS = {
         "loss = F.cross_entropy(model(x), y)",
         "loss = Doubled.apply(model(x)).sum()",
         "DoubledBackward",
+    ),
+    "lazy layers": (
+        "loss = F.cross_entropy(model(x), y)",
+        "model.head = nn.LazyLinear(16); loss = F.cross_entropy(model(x), y)",
+        "run a batch through it before",
     ),
     "a hook": (
         "loss = F.cross_entropy(model(x), y)",

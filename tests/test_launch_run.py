@@ -271,6 +271,31 @@ torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}},
     assert _flat(expected) == _flat(actual)
 
 
+@pytest.mark.parametrize("model_first", [True, False])
+def test_an_evaluation_after_a_resume_is_the_one_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *, model_first: bool
+) -> None:
+    """Weights in the checkpoint are BF16 ones; the masters beside them count."""
+    evaluate = """
+model.eval()
+with torch.no_grad():
+    print("loss", F.cross_entropy(model(torch.ones(4, 32)), torch.arange(4)).item())
+model.train()
+"""
+    save = """
+torch.save([model.state_dict(), optimizer.state_dict()], sys.argv[2])
+print(optimizer.state_dict()["state"][0]["master_weight"].double().sum().item())
+"""
+    load = ["model.load_state_dict(state[0])\n", "optimizer.load_state_dict(state[1])\n"]
+    path = str(tmp_path / "saved.pt")
+    run(tmp_path, HEAD + LOOP + evaluate + save, "3", path)
+    before = capsys.readouterr().out.splitlines()[-2:]
+    body = HEAD + "state = torch.load(sys.argv[2])\n" + "".join(load if model_first else load[::-1])
+    outcome = run(tmp_path, body + evaluate + save + LOOP, "1", path)
+    assert capsys.readouterr().out.splitlines()[:2] == before
+    assert "before AdamW loads its masters" in outcome.message
+
+
 def test_an_optimizer_made_late_loads_its_masters(tmp_path: Path) -> None:
     body = f"""{HEAD}
 {LOOP}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim import optimizer as step_hooks
 
@@ -47,6 +48,7 @@ from autoprec.workload.functions import tensors_in
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
+CALLED_TWICE = "the model must be called once before each backward, but the script calls it twice"
 MODEL_PY = "write a model.py instead (see the README)"
 
 
@@ -91,6 +93,7 @@ class Recorder:
         self.refusal: str | None = None
         self._call: RecordedBatch | None = None  # its backward is still to come
         self._batches_before = 0  # the last step
+        self._was_lazy = self._had_trial = False
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
 
@@ -123,6 +126,13 @@ class Recorder:
             return call(module, *args, **kwargs)
         if not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
+        if any(map(is_lazy, module.parameters())):
+            self._was_lazy = True  # this call gives it its shapes
+            self._depth += 1
+            try:
+                return call(module, *args, **kwargs)
+            finally:
+                self._depth -= 1
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
@@ -146,15 +156,17 @@ class Recorder:
         if self.refusal or self.steps >= self.wanted:
             raise StopScript  # again: the script caught the first one
         model = unwrapped(module, parallel=True)
+        if model is self.model and self._call is not None and not self.batches:
+            # a call on trial, before training: unless the loss needs its output as well
+            self.model = self._call = self._mode.tape = None
+            self._had_trial = True
         if self.model is None:
             self.model, self.first = model, self._first_call(model, is_compiled(module))
         elif model is not self.model:
             names = f"{type(self.model).__name__} and {type(model).__name__}"
             self.refuse(f"one model must be trained, but the script calls several ({names})")
         if self._call is not None:
-            self.refuse(
-                "the model must be called once before each backward, but the script calls it twice"
-            )
+            self.refuse(CALLED_TWICE)
         if any(t.requires_grad and not t.is_leaf for t in tensors_in(inputs)):
             self.refuse(
                 "the model's inputs must not depend on other weights, but an input of "
@@ -203,6 +215,11 @@ class Recorder:
 
     def _end_batch(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
         batch, tape = self._call, self._mode.tape
+        if batch is None and self._was_lazy and not self.batches:
+            self.refuse(
+                "a model must have its shapes before it is trained, but its lazy layers get them "
+                "in the first training call; run a batch through it before that"
+            )
         if batch is None or tape is None:
             self.refuse(
                 "each backward must follow a call of the model in training mode, but the script "
@@ -215,6 +232,8 @@ class Recorder:
         self._call = self._mode.tape = None
         unseen = tape.finish(roots[0])
         if unseen is not None:
+            if self._had_trial and not self.batches:
+                self.refuse(CALLED_TWICE)
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {unseen}, which was not seen"

@@ -15,7 +15,8 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ from torch.utils._pytree import tree_map
 
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.patches import Function
+from autoprec.runtime.activations import ActivationMode
 from autoprec.workload.functions import tensors_in
+from autoprec.workload.written import LOW_PRECISION
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
 READ_GRADIENT = getattr(Tensor.grad, "__get__", None)  # a getter in C, which has no type
@@ -154,6 +157,9 @@ class Tape:
 def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence[Tensor]) -> Tensor:
     """Run a graph on what the model returned, and return the loss.
 
+    Of a model that a script holds in 16 bit and that gives FP32 here, operands of two dtypes meet:
+    they are made FP32.
+
     Raises:
         WorkloadError: the model returns something else than when it was recorded.
     """
@@ -161,13 +167,20 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
     inputs: dict[str, Value] = {"device": parameters[0].device}
     for name, tensors in (("parameter", parameters), ("output", outputs), ("constant", constants)):
         inputs |= {f"{name}_{index}": tensor for index, tensor in enumerate(tensors)}
+    is_fp32 = not any(tensor.dtype in LOW_PRECISION for tensor in outputs)
+    has_low = any(tensor.dtype in LOW_PRECISION for tensor in constants)
+    with ActivationMode(torch.float32) if is_fp32 and has_low else nullcontext():
+        return _run(graph, inputs, len(outputs))
+
+
+def _run(graph: fx.Graph, inputs: Mapping[str, Value], outputs: int) -> Tensor:
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:  # in the order of the script, which writes in place depend on
         if node.op == "placeholder":
             if node.target not in inputs:
                 raise WorkloadError(
                     "a recorded model must return all that it returned in the script, but it gave "
-                    f"{len(outputs)} tensors and the loss needs more; write a model.py (see the "
+                    f"{outputs} tensors and the loss needs more; write a model.py (see the "
                     "README)"
                 )
             # a constant that calls write into starts afresh each time

@@ -173,6 +173,10 @@ class Watch:
 
     def _around_load(self, call: Function, optimizer: Optimizer, /, state_dict: StateDict) -> None:
         # an attached optimizer loads its masters; from any other a plain load would drop them
+        states = [state_dict, *state_dict.get("state", {}).values()]
+        if self._planned(optimizer) is None and any({STATELESS, MASTER} & {*s} for s in states):
+            # a run with the plan goes on: it has the plan before an evaluation sees BF16 weights
+            self._search_for(optimizer, f"before {type(optimizer).__name__} loads its masters")
         planned = self._planned(optimizer)
         if planned is not None and ON_OPTIMIZER not in vars(optimizer):
             attach_optimizer(planned[1], optimizer)
@@ -186,7 +190,7 @@ class Watch:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
         if self._waits.get(optimizer):
             if not self.applied:
-                self._search_for(optimizer)
+                self._search_for(optimizer, f"before {type(optimizer).__name__}'s first step")
             self._waits[optimizer] = False
             if not self.applied and self.misfits and not self._may_fit_later():
                 self.failure = PlanMismatchError(self.describe())
@@ -213,8 +217,8 @@ class Watch:
             name = type(unwrapped(module)).__name__
             self.misfits.setdefault(name, _measure_misfit(self.plan, unwrapped(module)))
 
-    def _search_for(self, optimizer: Optimizer) -> None:
-        """Apply the plan to the model of an optimizer whose step comes before any call was seen.
+    def _search_for(self, optimizer: Optimizer, moment: str) -> None:
+        """Apply the plan to the model of an optimizer before any call was seen.
 
         So it is when the step makes the call, in a closure, or a compiled function hides it.
         """
@@ -224,7 +228,7 @@ class Watch:
         for parameter in parameters:
             parameter.grad = None
         for root in _find_roots(parameters[0]):
-            self._offer(root, f"before {type(optimizer).__name__}'s first step")
+            self._offer(root, moment)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
 
