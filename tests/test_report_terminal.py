@@ -18,6 +18,7 @@ from autoprec.records import (
 )
 from autoprec.report import RunRecords, formats, print_record, print_summary
 from autoprec.report.formats import clean_text
+from autoprec.tuning.plan import Plan as PlanWithVerbs
 from tests.golden_text import check_golden
 from tests.report_runs import (
     CPU,
@@ -66,6 +67,12 @@ def test_summary_without_fp8_at_140_columns() -> None:
 @pytest.mark.parametrize("stage", ["profile", "sensitivity", "search", "plan", "verification"])
 def test_each_stage_prints_its_record(stage: str) -> None:
     check_golden(f"{stage}.txt", record_text(getattr(make_run(machine=H100), stage)))
+
+
+def test_a_plan_with_verbs_prints_as_its_record() -> None:
+    plan = make_run().plan
+    assert plan
+    assert record_text(PlanWithVerbs.of(plan)) == record_text(plan)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])

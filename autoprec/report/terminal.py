@@ -79,7 +79,8 @@ def print_record(record: Record, console: Console) -> None:
         Diagnosis: _diagnosis_parts,
         PlanCheck: _plan_check_parts,
     }
-    if view := views.get(type(record)):
+    # a subclass, as the plan with verbs, is shown as what it is
+    if view := next((views[kind] for kind in type(record).__mro__ if kind in views), None):
         print_parts(view(record), console)
     else:
         console.print_json(record.model_dump_json())
