@@ -16,11 +16,13 @@ from torch.optim import lr_scheduler as schedules
 
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
+from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, FP32
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.sensitivity.preconditioner import read_preconditioner
-from autoprec.sensitivity.reference import restore
+from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.warm_up import restore
 from autoprec.verification import branches
 from autoprec.verification.gate import open_session
 from autoprec.verification.sequential import Terms
@@ -246,3 +248,36 @@ def test_a_script_brings_clipping_and_schedule(tmp_path: Path) -> None:
     for _ in range(5):
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+def test_a_kept_reference_has_the_p_of_the_one_that_was_kept(tmp_path: Path) -> None:
+    workload = make(
+        clip_norm=0.01, build_optimizer=lambda model: Plain(model.parameters(), lr=1e-2)
+    )
+    context = Context(workload, CPU)
+    spec = capture_model(context)
+    path = tmp_path / "reference.pt"
+    made, read = (prepare_reference(context, spec, warmup_steps=4, kept=path) for _ in range(2))
+    assert read.model is not made.model
+    for one, other in zip(made.model.parameters(), read.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+        weights = (
+            r.preconditioner.weight(p, at=torch.ones_like(p))
+            for r, p in ((made, one), (read, other))
+        )
+        assert torch.equal(*weights)
+    assert made.preconditioner.note == read.preconditioner.note
+
+
+class Plain(torch.optim.Optimizer):
+    """A sign of the gradient: its P is measured from its steps, at the last gradient."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no loss comes back
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad.sign()

@@ -10,21 +10,33 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from autoprec.common.files import replace_file
 from autoprec.errors import RecordError
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu, read_checkpoint
+from autoprec.workload.training import Training
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint after the warm-up, with the warm-up's losses and the time of a step."""
+    """A checkpoint after the warm-up, with the warm-up's losses and the time of a step.
+
+    `gradients` are the last step's, by parameter, and `norm` what clipping found: P is read there.
+    """
 
     checkpoint: Checkpoint
     curve: tuple[tuple[int, float], ...]
     step_s: float
+    gradients: dict[str, Tensor]
+    norm: Tensor | None
+
+    def put_gradients(self, training: Training) -> None:
+        """Give a restored training the gradients that its optimizer saw last."""
+        for name, parameter in training.model.named_parameters():
+            if name in self.gradients:
+                parameter.grad = self.gradients[name].to(parameter.device)
+        training.norm = self.norm
 
 
 @contextmanager
@@ -35,18 +47,20 @@ def one_at_a_time(path: Path) -> Iterator[Kept | None]:
 
 
 def keep_reference(
-    path: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    curve: tuple[tuple[int, float], ...],
-    step_s: float,
+    path: Path, training: Training, *, curve: tuple[tuple[int, float], ...], step_s: float
 ) -> None:
     """Write a reference to a file."""
-    content: dict[str, Any] = {  # Any: state dicts are trees of anything
-        "model": on_cpu(model.state_dict()),
-        "optimizer": on_cpu(optimizer.state_dict()),
-        "extra": {"curve": curve, "step_s": step_s},
+    named = training.model.named_parameters()
+    extra: dict[str, Any] = {  # Any: state dicts are trees of anything
+        "curve": curve,
+        "step_s": step_s,
+        "gradients": {name: p.grad for name, p in named if p.grad is not None},
+        "norm": training.norm,
+    }
+    content = {
+        "model": on_cpu(training.model.state_dict()),
+        "optimizer": on_cpu(training.optimizer.state_dict()),
+        "extra": on_cpu(extra),
     }
     replace_file(path, lambda file: torch.save(content, file))
 
@@ -65,8 +79,10 @@ def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's b
 def _read(path: Path) -> Kept:
     content = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        curve = tuple((int(step), float(loss)) for step, loss in content["extra"]["curve"])
-        return Kept(read_checkpoint(path), curve, float(content["extra"]["step_s"]))
+        extra = content["extra"]
+        curve = tuple((int(step), float(loss)) for step, loss in extra["curve"])
+        last = (extra["gradients"], extra["norm"])
+        return Kept(read_checkpoint(path), curve, float(extra["step_s"]), *last)
     except (KeyError, TypeError) as error:
         raise RecordError(
             f"{path} must be a reference that a search has kept, but it is not; remove it"

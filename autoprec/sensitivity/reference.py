@@ -8,9 +8,7 @@ passes share their dropout masks and differ in precision only.
 
 import logging
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -45,15 +43,19 @@ from autoprec.records import (
     StepError,
 )
 from autoprec.runtime import install_options
-from autoprec.runtime.checkpoint import Checkpoint, load_state, read_checkpoint
-from autoprec.runtime.sharded_state import load_shards, load_whole
+from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.sensitivity.delayed import Amax, recorded_amax
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.sensitivity.kept_reference import digest_of, keep_reference, one_at_a_time
+from autoprec.sensitivity.kept_reference import (
+    digest_of,
+    keep_reference,
+    one_at_a_time,
+)
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.room import plan_groups
+from autoprec.sensitivity.warm_up import WarmUp, restore, restored, warm_up
 from autoprec.workload.functions import Batch, check_loss, move_batch
-from autoprec.workload.training import Training, start_training, step_batches
+from autoprec.workload.training import Training
 
 KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this are not run again
 UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
@@ -276,53 +278,62 @@ def prepare_reference(
     started = time.perf_counter()
     groups, is_parked = plan_groups(context, spec, batches=batches)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
-    stream, history = context.workload.train_batches(context.seed), {}
-    early: tuple[StepError, ...] = ()
     with one_at_a_time(kept) if kept else nullcontext() as known:
-        training = restore(context, known.checkpoint if known else start, warmup_steps=warmup_steps)
-        model = training.model
-        if known is not None:  # the batches that it was trained on are past
-            curve, step_s = known.curve, known.step_s
-            deque(step_batches(context.workload, stream, count=warmup_steps), maxlen=0)
+        if known is not None:
+            made = restored(context, known, warmup_steps=warmup_steps)
         else:
-            watched = find_layers(model) if with_history else {}
-            with (
-                seeded(context.seed, context.device),
-                tf32_off(),
-                recorded_amax(watched) as history,
-            ):
-                steps = range(1, warmup_steps + 1)
-                first, last = steps[:EARLY_STEPS], steps[EARLY_STEPS:]
-                curve, step_s = _warm_up(training, context, stream, first, of=warmup_steps)
-                # on the batches of the next steps
-                if not watched and len(last) >= batches:
-                    drawn = list(islice(stream, batches))
-                    early = _early_error(context, spec, training, drawn)
-                    stream = chain(drawn, stream)
-                if last:
-                    later, step_s = _warm_up(training, context, stream, last, of=warmup_steps)
-                    curve = (*curve, *later)
+            sizes = {"batches": batches, "steps": warmup_steps}
+            made = _trained(context, spec, start, with_history=with_history, **sizes)
             if kept is not None:
-                keep_reference(kept, model, training.optimizer, curve=curve, step_s=step_s)
-    _check_structure(model, spec)
+                keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
+    training = made.training
+    _check_structure(training.model, spec)
     return Reference(
         context=context,
         spec=spec,
-        model=model,
-        batches=list(islice(stream, batches)),
-        stream=stream,
+        model=training.model,
+        batches=list(islice(made.stream, batches)),
+        stream=made.stream,
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        history=history,
-        loss_curve=curve,
+        history=made.history,
+        loss_curve=made.curve,
         checkpoint=str(checkpoint or ""),
-        step_s=step_s,
+        step_s=made.step_s,
         groups=groups,
         is_parked=is_parked,
         spent_s=time.perf_counter() - started,
-        buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        early=early,
+        buffers={name: buffer.clone() for name, buffer in training.model.named_buffers()},
+        early=made.early,
         schedule_steps=training.schedule.length if training.schedule else None,
     )
+
+
+def _trained(
+    context: Context,
+    spec: ModelSpec,
+    start: Checkpoint | None,
+    *,
+    batches: int,
+    steps: int,
+    with_history: bool,
+) -> WarmUp:
+    """Train a reference; on the way FP8's error is measured on the batches of the next steps."""
+    training = restore(context, start, warmup_steps=steps)
+    stream = context.workload.train_batches(context.seed)
+    watched = find_layers(training.model) if with_history else {}
+    early: tuple[StepError, ...] = ()
+    with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
+        numbers = range(1, steps + 1)
+        first, last = numbers[:EARLY_STEPS], numbers[EARLY_STEPS:]
+        curve, step_s = warm_up(training, context, stream, first, of=steps)
+        if not watched and len(last) >= batches:
+            drawn = list(islice(stream, batches))
+            early = _early_error(context, spec, training, drawn)
+            stream = chain(drawn, stream)
+        if last:
+            later, step_s = warm_up(training, context, stream, last, of=steps)
+            curve = (*curve, *later)
+    return WarmUp(training, stream, curve, step_s, history, early)
 
 
 def _early_error(
@@ -336,7 +347,7 @@ def _early_error(
         model=training.model,
         batches=batches,
         stream=iter(()),
-        preconditioner=read_preconditioner(training.optimizer),
+        preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         history={},
         loss_curve=(),
         checkpoint="",
@@ -378,58 +389,6 @@ def gradient_of(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(local_part(parameter.detach()), dtype=torch.float32)
     return local_part(placed_as(parameter, parameter.grad.detach())).float()
-
-
-def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
-    """Build the user's model, optimizer and schedule, and load the checkpoint into them.
-
-    `warmup_steps` is how many steps the caller then trains to get to where it measures.
-
-    Raises:
-        RecordError: the checkpoint is of another model or optimizer.
-    """
-    is_split = world_size() > 1
-    model = context.workload.build_model(seed=context.seed).to(context.device)
-    if checkpoint is not None and not is_split:
-        load_state(model, checkpoint.model, what="model")
-    model.train()
-    training = start_training(context.workload, model, warmup_steps=warmup_steps)
-    if checkpoint is None:
-        return training
-    # a schedule at its step first: the optimizer's state has the rates of that step
-    schedule = training.schedule
-    if schedule is not None and checkpoint.schedule is not None:
-        position, schedule.pace = checkpoint.schedule
-        schedule.go_to(position)
-    elif schedule is not None and checkpoint.optimizer is not None:
-        logger.warning("the checkpoint has no schedule: its learning rates stay as they are")
-        training.schedule = None
-    if is_split:
-        load = load_shards if checkpoint.is_sharded else load_whole
-        load(checkpoint, model, training.optimizer)
-    elif checkpoint.optimizer is not None:
-        load_state(training.optimizer, checkpoint.optimizer, what="optimizer")
-    return training
-
-
-def _warm_up(
-    training: Training, context: Context, stream: Iterator[Batch], steps: Sequence[int], *, of: int
-) -> tuple[tuple[tuple[int, float], ...], float]:
-    """Train these steps `of` all; return the loss curve and the median time of a step in s."""
-    curve: list[tuple[int, float]] = []
-    times: list[float] = []
-    drawn_by_step = step_batches(context.workload, stream, count=len(steps))
-    for step, drawn in zip(steps, drawn_by_step, strict=True):
-        context.progress("sensitivity: warm-up", step - 1, of)
-        batches = move_batch(drawn, context.device)
-        started = time.perf_counter()  # the user's data loading is no part of a step
-        loss = training.step(batches)
-        curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
-        times.append(time.perf_counter() - started)
-    context.progress("sensitivity: warm-up", steps[-1], of)
-    # what is measured later is a pass of one batch
-    per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps
-    return tuple(curve), per_batch
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

@@ -33,7 +33,8 @@ from autoprec.runtime.checkpoint import Checkpoint, on_cpu
 from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_fp8_gemms
-from autoprec.sensitivity.reference import restore, seeded
+from autoprec.sensitivity.reference import seeded
+from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.metrics import check_finite, check_names, measure_metrics
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, check_loss, move_batch

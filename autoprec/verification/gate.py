@@ -39,7 +39,8 @@ from autoprec.records import (
 )
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
-from autoprec.sensitivity.reference import restore, seeded
+from autoprec.sensitivity.reference import seeded
+from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.ladder import climb, with_horizons

@@ -18,7 +18,8 @@ from autoprec.device.ranks import sum_over_ranks, world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
 from autoprec.records import LossGap, MetricTolerance
-from autoprec.sensitivity.reference import restore, seeded
+from autoprec.sensitivity.reference import seeded
+from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.sequential import Terms, gap_interval
 from autoprec.workload.functions import Workload
 from autoprec.workload.metrics import metrics_of

@@ -1,0 +1,93 @@
+"""A training to where it is measured: restored, warmed up, or read from a file."""
+
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autoprec.device.ranks import world_size
+from autoprec.model.context import Context
+from autoprec.records.sensitivity import StepError
+from autoprec.runtime.checkpoint import Checkpoint, load_state
+from autoprec.runtime.sharded_state import load_shards, load_whole
+from autoprec.sensitivity.delayed import Amax
+from autoprec.sensitivity.kept_reference import Kept
+from autoprec.workload.functions import Batch, check_loss, move_batch
+from autoprec.workload.training import Training, start_training, step_batches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A trained reference, and the stream of the batches after those that it was trained on."""
+
+    training: Training
+    stream: Iterator[Batch]
+    curve: tuple[tuple[int, float], ...]
+    step_s: float
+    history: Mapping[str, Amax] = field(default_factory=dict)
+    early: tuple[StepError, ...] = ()
+
+
+def restored(context: Context, known: Kept, *, warmup_steps: int) -> WarmUp:
+    """Return the reference of a file, past the batches that it was trained on."""
+    training = restore(context, known.checkpoint, warmup_steps=warmup_steps)
+    known.put_gradients(training)
+    stream = context.workload.train_batches(context.seed)
+    deque(step_batches(context.workload, stream, count=warmup_steps), maxlen=0)
+    return WarmUp(training, stream, known.curve, known.step_s)
+
+
+def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
+    """Build the user's model, optimizer and schedule, and load the checkpoint into them.
+
+    `warmup_steps` is how many steps the caller then trains to get to where it measures.
+
+    Raises:
+        RecordError: the checkpoint is of another model or optimizer.
+    """
+    is_split = world_size() > 1
+    model = context.workload.build_model(seed=context.seed).to(context.device)
+    if checkpoint is not None and not is_split:
+        load_state(model, checkpoint.model, what="model")
+    model.train()
+    training = start_training(context.workload, model, warmup_steps=warmup_steps)
+    if checkpoint is None:
+        return training
+    # a schedule at its step first: the optimizer's state has the rates of that step
+    schedule = training.schedule
+    if schedule is not None and checkpoint.schedule is not None:
+        position, schedule.pace = checkpoint.schedule
+        schedule.go_to(position)
+    elif schedule is not None and checkpoint.optimizer is not None:
+        logger.warning("the checkpoint has no schedule: its learning rates stay as they are")
+        training.schedule = None
+    if is_split:
+        load = load_shards if checkpoint.is_sharded else load_whole
+        load(checkpoint, model, training.optimizer)
+    elif checkpoint.optimizer is not None:
+        load_state(training.optimizer, checkpoint.optimizer, what="optimizer")
+    return training
+
+
+def warm_up(
+    training: Training, context: Context, stream: Iterator[Batch], steps: Sequence[int], *, of: int
+) -> tuple[tuple[tuple[int, float], ...], float]:
+    """Train these steps `of` all; return the loss curve and the median time of a step in s."""
+    curve: list[tuple[int, float]] = []
+    times: list[float] = []
+    drawn_by_step = step_batches(context.workload, stream, count=len(steps))
+    for step, drawn in zip(steps, drawn_by_step, strict=True):
+        context.progress("sensitivity: warm-up", step - 1, of)
+        batches = move_batch(drawn, context.device)
+        started = time.perf_counter()  # the user's data loading is no part of a step
+        loss = training.step(batches)
+        curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
+        times.append(time.perf_counter() - started)
+    context.progress("sensitivity: warm-up", steps[-1], of)
+    # what is measured later is a pass of one batch
+    per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps
+    return tuple(curve), per_batch
