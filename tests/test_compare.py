@@ -1,5 +1,6 @@
 """Two runs against each other: no difference where there is none, and those that there are."""
 
+import io
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml  # type: ignore[import-untyped]  # it ships no types
+from rich.console import Console
 from scipy.stats import t as student
 
 from autoprec.cli.main import main
@@ -26,7 +28,7 @@ from autoprec.records import (
     Verdict,
 )
 from autoprec.records.cost import student_factor
-from autoprec.report import RunRecords
+from autoprec.report import RunRecords, print_record
 from autoprec.report.compare import compare_runs
 from autoprec.report.compare_views import comparison_html, comparison_markdown, headline
 from autoprec.tuning.comparing import compare_paths, parse_condition
@@ -79,6 +81,10 @@ def test_a_comparison_as_people_see_it(folders: tuple[Path, Path]) -> None:
     found = compare_paths(*folders, fail_if=["slower=2%", "verdict", "plan"])
     named = found.model_copy(update={"before": "A", "after": "B"})
     check_golden("compare.md", comparison_markdown(named))
+    terminal = Console(file=io.StringIO(), width=80)
+    print_record(named, terminal)
+    assert isinstance(terminal.file, io.StringIO)
+    check_golden("compare_80.txt", terminal.file.getvalue())
 
 
 def test_equal_runs_differ_by_chance_in_one_comparison_of_twenty_at_most() -> None:

@@ -109,6 +109,7 @@ def compare_runs(
     Raises:
         RecordError: they have no layer in common, or no record of one kind.
     """
+    # what both have, by name: without a layer in common no time and no error means the same
     layers = [_layer_names(run) for run in (before, after)]
     options = [_decisions(run) for run in (before, after)]
     shared = [name for name in layers[0] if name in set(layers[1])]
@@ -139,6 +140,7 @@ def compare_runs(
         noise_between=timed.between,
         notes=(*notes, *timed.notes),
     )
+    # layers of one name in records of different kinds: nothing to compare after all
     is_there = (found.steps, timed.layers, errors, found.layers_compared, found.verdicts)
     if not any(is_there):
         raise RecordError(

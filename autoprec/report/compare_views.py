@@ -173,7 +173,7 @@ def _whole_table(found: Comparison) -> Table:
         rows.append(("its loss gap to FP32", *map(_gap_text, found.gaps), ""))
     if not rows:
         rows.append(("the plan as a whole", formats.UNKNOWN, formats.UNKNOWN, "not in both"))
-    return Table(("", "A", "B", "B / A"), rows, numbers=(1, 2, 3), widest=0)
+    return Table(("", "A", "B", "B / A"), rows, numbers=(3,))
 
 
 def _gap_text(gap: LossGap | None) -> str:
