@@ -296,6 +296,15 @@ print(optimizer.state_dict()["state"][0]["master_weight"].double().sum().item())
     assert "before AdamW loads its masters" in outcome.message
 
 
+def test_a_model_in_bf16_is_said_to_be_and_gets_fp32_masters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = HEAD + "model.bfloat16()\n" + LOOP.replace("model(x)", "model(x.bfloat16())")
+    body += "assert optimizer.state[model.head.weight]['exp_avg'].dtype is torch.float32\n"
+    assert run(tmp_path, body, "2").status == 0
+    assert "Net is held in bfloat16: the plan's FP32 masters start as copies" in caplog.text
+
+
 def test_an_optimizer_made_late_loads_its_masters(tmp_path: Path) -> None:
     body = f"""{HEAD}
 {LOOP}

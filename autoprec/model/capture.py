@@ -121,8 +121,8 @@ def said_written(workload: Workload) -> AsWritten:
     )
     if found.parameters:
         log.warning(
-            "build_model() gives parameters in %s: numerics are measured with FP32 ones, and only "
-            "the step as written keeps them",
+            "the model is held in %s: numerics are measured with FP32 copies of its weights, which "
+            "a plan's masters start from too, and only the step as written keeps them as they are",
             " and ".join(found.parameters),
         )
     if found.autocast:

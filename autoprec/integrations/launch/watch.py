@@ -43,6 +43,7 @@ from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.shards import whole_again
+from autoprec.workload.written import LOW_PRECISION, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,10 @@ class Watch:
             return
         owned = [optimizer for optimizer in self._waits if trains(optimizer, inner)]
         remove_autocast(inner)
+        low = {p.dtype for p in inner.parameters() if p.requires_grad} & {*LOW_PRECISION}
+        for dtype in low:
+            held = "%s is held in %s: the plan's FP32 masters start as copies of its weights"
+            logger.warning(held, type(inner).__name__, dtype_name(dtype))
         try:
             apply_plan(self.plan, model, *owned, is_guarded=self._guard is not None)
         except AutoprecError as error:
