@@ -74,9 +74,9 @@ def profile_model(
     """Measure what every layer costs in every option, and what whole steps cost.
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
-    `gemms_hp` also with one or two GEMMs in BF16, where that beats plain BF16. `compiled` times
-    under torch.compile (minutes of compiling on a CPU); None does so on a GPU that can, and where
-    the user's own model is compiled. `kept` holds rows that are timed, and gets the others.
+    `gemms_hp` also with one or two GEMMs in BF16, where that beats BF16. `compiled` times under
+    torch.compile; None does so on a GPU that can, and where the user's own model is compiled.
+    `kept` holds rows that are timed, and gets the others.
 
     Raises:
         DeviceError: torch.compile is asked for and does not work, or --memory-limit is too small.
@@ -88,9 +88,8 @@ def profile_model(
     groups = group_layers(spec, options)
     with open_compilation(device, mode) as compilation:
         started = time.perf_counter()
-        rows, cast_ms, step_ms = _time_layers(
-            context, spec, groups, gemms_hp, compilation, kept or KeptRows()
-        )
+        own = (gemms_hp, compilation, kept or KeptRows())
+        rows, cast_ms, step_ms = _time_layers(context, spec, groups, *own)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
         steps, left_out = _time_uniform_steps(
@@ -98,7 +97,7 @@ def profile_model(
         )
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
-    ms = {step.label: step.timing.median_ms for step in steps}
+    ms = {each.label: each.timing.median_ms for each in steps}
     return Profile(
         model=spec,
         device=facts.model_copy(update={"compile_mode": mode}),

@@ -52,13 +52,13 @@ def apply(
     """Make `model` run as the plan says and `optimizer` train FP32 masters, in place; return both.
 
     Call it before wrapping the model in DDP, and before loading a checkpoint into the optimizer.
-    With `fully_shard`, call it after: the FP32 shards are the masters then, the optimizer trains
-    them as it is, and FSDP gathers BF16 (shards.py). Before works where each group gets one dtype.
+    With `fully_shard`, call it after: the FP32 shards are the masters then, and FSDP gathers BF16
+    (shards.py). Before works where each group gets one dtype.
     An optimizer made later is attached with `attach_optimizer`. Frozen BF16 parameters keep no FP32
-    copy. Where `torch.distributed` runs, every rank calls it, and either all apply the same plan or
-    all raise the same error. A plan with `fp8_all_gather` makes FSDP gather FP8 weights.
-    The first training step must have finite gradients, or the optimizer's step raises an error that
-    names the layers where it begins, before anything is trained; a `Guard` looks at every step.
+    copy. Where `torch.distributed` runs, every rank calls it: all apply the same plan or all raise
+    the same error. A plan with `fp8_all_gather` makes FSDP gather FP8 weights.
+    A first step whose gradients are not finite raises an error that names the layers where it
+    begins, before anything is trained; a `Guard` looks at every step.
 
     Args:
         plan: a plan, or a plan.json's path.
@@ -84,14 +84,12 @@ def apply(
     device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
     masters = masters_of(inner)
-    masters.values |= {p: None for p in masters.values if not p.requires_grad}  # nobody trains them
+    masters.values |= {p: None for p in masters.values if not p.requires_grad}  # not trained
     keep_exact_loads(inner, masters)
     watch_optimizers()
-    _warn_of_differences(plan, device)
-    if plan.schedule:
-        logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
     if plan.fp8_all_gather:
         install_gathers(inner, installed.options)
+    _warn_of_differences(plan, device)
     _warn_of_mixed_groups(inner)
     watch_first_step(model, group=group)
     return model, optimizer
@@ -231,7 +229,9 @@ def _warn_of_mixed_groups(model: nn.Module) -> None:
 
 
 def _warn_of_differences(plan: Plan, device: torch.device) -> None:
-    """Log one warning that names all differences of software and device to the plan's."""
+    """Warn of a schedule, and once of all differences of software and device to the plan's."""
+    if plan.schedule:
+        logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
     if device.type == "meta":
         return
     made, name, here = plan.fingerprint, device_name(device), _software()

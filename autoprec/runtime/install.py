@@ -123,7 +123,7 @@ def install_options(
         root: whether `model` is what the training step calls: its floating outputs become FP32.
         uncovered: names of parameters outside of layers, to be stored in the activation dtype.
         layers: what `find_layers(model)` returns, where it is known.
-        fp32_outputs: FP32 layers whose outputs stay FP32 up to the next layer; others are left out.
+        fp32_outputs: layers whose outputs stay FP32 up to the next layer, if they are FP32.
 
     Raises:
         PlanMismatchError: a name is no layer, tied layers disagree about their storage, or a layer
@@ -133,7 +133,7 @@ def install_options(
     layers = find_layers(model) if layers is None else layers
     for name, option in options.items():
         _check_layer(name, layers, option)
-    has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
+    has_16_bit = any(option_dtype(o) is torch.bfloat16 for o in options.values())
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
@@ -146,13 +146,12 @@ def install_options(
         for module in _containers(model, layers) if has_mode else ():
             installed.set_class(module, container_class(type(module), activation_dtype, False))
         if root:
-            dtype = activation_dtype if has_16_bit else None
-            installed.set_class(model, container_class(type(model), dtype, True, has_mode))
+            own = (activation_dtype if has_16_bit else None, True, has_mode)
+            installed.set_class(model, container_class(type(model), *own))
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
         raise
-    _keep_masters(storage, installed)
-    return installed
+    return _keep_masters(storage, installed)
 
 
 def remove_plan(model: nn.Module) -> None:
@@ -266,11 +265,11 @@ def _convert_storage(storage: Storage, installed: Installed) -> None:
             set_storage(parameter, parameter.data.to(dtype))
 
 
-def _keep_masters(storage: Storage, installed: Installed) -> None:
+def _keep_masters(storage: Storage, installed: Installed) -> Installed:
     """Leave the FP32 originals on the model as the first masters, unless it has masters already."""
     model = installed.model
     if any(ON_MODEL in vars(module) for module in model.modules()):
-        return
+        return installed
     low = [p for p, (_, dtype) in storage.items() if dtype is torch.bfloat16 is p.dtype]
     originals = {p: installed.originals.get(p) for p in low}
     installed.masters = Masters(
@@ -283,6 +282,7 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
     others = dict(vars(model))
     vars(model).clear()  # masters first: a copy of the model must copy them before their hooks
     vars(model).update({ON_MODEL: installed.masters, **others})
+    return installed
 
 
 def _install_layer(name: str, layer: nn.Module, option: Option, *, installed: Installed) -> None:

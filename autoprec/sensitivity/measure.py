@@ -12,7 +12,7 @@ from autoprec.records import FP32, BatchEffect, Estimate, Option, Recipe, Sensit
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
 from autoprec.sensitivity.tables import Method, Table, make_table
 
@@ -41,11 +41,7 @@ def measure_sensitivity(
     started = time.perf_counter()
     passes, spec = reference.passes, reference.spec
     cells = list_cells(spec, options)
-    if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
-        raise AutoprecError(
-            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
-            "prepared without them; prepare it with `with_history`"
-        )
+    _check_history(reference, cells)
     table = make_table(reference, cells, method)
     meter = JointMeter(reference, batches=CHECK_BATCHES)
     activation_error, islands = meter.measure_activations(table.rows)
@@ -53,16 +49,11 @@ def measure_sensitivity(
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     checked = check_table(meter, table, outside=outside)
     table = checked.table
-    step = len(reference.loss_curve)
-    by_step = (*reference.early, *reference.measure_step(step))
+    by_step = (*reference.early, *reference.measure_step(len(reference.loss_curve)))
     batch_effect = None
     if run_tokens is not None and by_step:
-        everywhere = fp8_everywhere(spec)
-        batch_effect = measure_batch_effect(reference, everywhere, tokens=run_tokens)
-    floor = Estimate(mean=0.0)
-    # nothing is run where the capture found that two runs agree bit for bit on this device
-    if not (spec.is_deterministic and spec.device == str(reference.context.device)):
-        floor = reference.measure_errors({"again": nullcontext}, batches=1)["again"]
+        batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
+    floor = _measure_floor(reference)
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -88,6 +79,23 @@ def measure_sensitivity(
         batch_effect=batch_effect,
         schedule_steps=reference.schedule_steps,
     )
+
+
+def _check_history(reference: Reference, cells: Sequence[Cell]) -> None:
+    if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
+        raise AutoprecError(
+            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
+            "prepared without them; prepare it with `with_history`"
+        )
+
+
+def _measure_floor(reference: Reference) -> Estimate:
+    """Return the error between two runs of the reference."""
+    spec = reference.spec
+    # nothing is run where the capture found that two runs agree bit for bit on this device
+    if spec.is_deterministic and spec.device == str(reference.context.device):
+        return Estimate(mean=0.0)
+    return reference.measure_errors({"again": nullcontext}, batches=1)["again"]
 
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:

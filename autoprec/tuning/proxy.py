@@ -71,13 +71,11 @@ def verify_on_proxy(
         plans: for the model; their gradient error was transferred from the proxy's.
         name: what the user called the proxy.
         model: the model's spec.
-
     """
     from autoprec.verification import Workers, verify_plans
 
     settings = proxy.settings
-    # plans that are one on the proxy are proven once, as the best of them
-    carried: dict[str, tuple[Plan, Plan]] = {}
+    carried: dict[str, tuple[Plan, Plan]] = {}  # those that are one there: the best of them
     for plan in plans:
         small = carry_plan(plan, proxy.spec, proxy.sensitivity)
         carried.setdefault(small.digest, (plan, small))

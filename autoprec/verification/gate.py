@@ -12,7 +12,7 @@ train nothing twice.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records import (
     Basis,
-    HorizonGap,
     MetricTolerance,
     ModelSpec,
     Plan,
@@ -73,14 +72,13 @@ def verify_plans(
     """Train with plans beside the reference, in order of rank, until one is not refuted.
 
     Plans whose gradient error is too much by what a refuted one showed are passed over; when all
-    are refuted, the last one's record is returned. Costs the warm-up in FP32 steps, three branches
-    per seed (a plan that equals the control is trained once), and about 60 steps of timing.
+    are refuted, the last one's record is returned. Costs a warm-up and three branches per seed.
 
     Args:
         context: whose workload is trained, and where; branches use the seeds after its own.
         plans: to prove, best first.
         loss_tolerance: the largest relative loss gap that is acceptable; 0.001 is 0.1 %.
-        metrics: how far the user's metrics may differ; others are shown and not tested.
+        metrics: how far the user's may differ; others are shown.
         profile: tells which layers the BF16 O2 control covers, and whether to time steps here.
         spec: the model, where there is no profile to tell it.
         sensitivity: gives the predicted gap beside the measured one.
@@ -96,7 +94,6 @@ def verify_plans(
     """
     if not plans:
         raise InfeasibleError("verification needs at least one plan, but got none; search first")
-    began = time.monotonic()
     reopen = partial(
         open_session,
         context,
@@ -107,20 +104,31 @@ def verify_plans(
         checkpoint=checkpoint,
         workers=workers,
     )
-    session = reopen(terms or Terms())
+    return _prove(reopen, terms or Terms(), plans, profile, sensitivity)
+
+
+def _prove(
+    reopen: Callable[[Terms], Session],
+    terms: Terms,
+    plans: Sequence[Plan],
+    profile: Profile | None,
+    sensitivity: Sensitivity | None,
+) -> Verification:
+    """Return what became of the plans; `reopen` gives the session of any terms."""
+    began = time.monotonic()
+    session = reopen(terms)
     evidence, refuted, skipped = _try_plans(session, plans)
-    rungs: tuple[HorizonGap, ...] = ()
-    if evidence.verdict is not Verdict.REFUTED:
-        rungs = tuple(
-            climb(
-                session.terms,
-                lambda own: _gaps_over(reopen(own), evidence.plan),
-                spent_s=time.monotonic() - began,
-            )
-        )
+    spent_s = time.monotonic() - began
     steps = time_plan(session, evidence.plan, profile)
     found = make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
-    return found if not rungs else with_horizons(found, evidence, rungs)
+    if evidence.verdict is Verdict.REFUTED:
+        return found
+    # the same plan over other lengths, as far as was asked for
+    climbed = climb(
+        session.terms, lambda own: _gaps_over(reopen(own), evidence.plan), spent_s=spent_s
+    )
+    rungs = tuple(climbed)
+    return with_horizons(found, evidence, rungs) if rungs else found
 
 
 def _gaps_over(session: Session, plan: Plan) -> list[float] | None:
@@ -157,20 +165,8 @@ def open_session(
     evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     steps = 0 if start is not None and start.optimizer is not None else terms.warmup_steps
-    digest = ""
-    if checkpoint is not None:
-        with checkpoint.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    # everything that the branches share: another digest, other branches
-    workload = [context.workload.name, context.workload.digest]
-    settings = [steps, terms.branch_steps, context.seed]
-    ranks = world_size()
-    if ranks > 1:
-        settings += [ranks, context.workload.part.ranks]
-    settings += [1] if context.workload.defines("evaluate") else []  # branches know its metrics
-    setup = short_digest(workload, settings, context.device.type, digest, software_versions())
-    store = BranchStore(setup, state_dir)
-    common = store.find_warm_up(partial(_fresh_shards, context) if ranks > 1 else None)
+    store = BranchStore(_setup_of(context, terms, checkpoint, steps=steps), state_dir)
+    common = store.find_warm_up(partial(_fresh_shards, context) if world_size() > 1 else None)
     if common is None:
         common = warm_up(context, evaluation, steps=steps, start=start)
         store.add_warm_up(common)
@@ -188,6 +184,20 @@ def open_session(
         workers=workers or Workers(),
         metrics=tuple(metrics),
     )
+
+
+def _setup_of(context: Context, terms: Terms, checkpoint: Path | None, *, steps: int) -> str:
+    """Return a digest of everything that branches share: another digest, other branches."""
+    digest = ""
+    if checkpoint is not None:
+        with checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    workload = [context.workload.name, context.workload.digest]
+    settings = [steps, terms.branch_steps, context.seed]
+    if world_size() > 1:
+        settings += [world_size(), context.workload.part.ranks]
+    settings += [1] if context.workload.defines("evaluate") else []  # branches know its metrics
+    return short_digest(workload, settings, context.device.type, digest, software_versions())
 
 
 def _fresh_shards(context: Context) -> Checkpoint:
