@@ -1,7 +1,7 @@
 """Small networks with kinks, whose plans are few enough to measure every one.
 
 Probes differentiate, so that where a derivative jumps (ReLU, max pooling, top-k) a table of single
-layers may be wrong by several times. Each family has at most seven linears that are chosen.
+layers may be wrong by several times. Each family has at most six linears that are chosen.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ class ReluMlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
         self.head = nn.Linear(WIDTH, 16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,11 +92,12 @@ class TopK(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, 64) for _ in range(3))
-        self.back = nn.ModuleList(nn.Linear(64, WIDTH) for _ in range(3))
-        self.head = nn.Linear(WIDTH, 16)
+        self.enter, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 16)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 64) for _ in range(2))
+        self.back = nn.ModuleList(nn.Linear(64, WIDTH) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
         for layer, back in zip(self.layers, self.back, strict=True):
             hidden = layer(x)
             least = hidden.topk(8, dim=-1).values[:, -1:]

@@ -5,14 +5,16 @@
 Of a small network with kinks (`search_families.py`) the joint gradient error of every plan is
 measured, once; times are made up, since FP8 does not pay on a CPU. Then plans are searched with the
 default trials, for several made-up times and budgets, and compared with the best of all plans by
-the same rule (error and one standard error within the budget) and by the error alone. About 2
-minutes of one core per family.
+the same rule (error and one standard error within the budget) and by the error alone. `table alone`
+is the exact plan of the table: how often it is over the budget, else its ratio to the best. What
+was measured on two batches is the truth here, also where the search asks for six. Half a minute of
+one core per family.
 """
 
 import itertools
+import math
 import statistics
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,16 @@ from search_families import FAMILIES, HELD_BACK
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, Constraint, Estimate, ModelSpec, Option, Recipe, fp8_option
+from autoprec.records import (
+    BF16_O2,
+    Basis,
+    Constraint,
+    Estimate,
+    ModelSpec,
+    Option,
+    Recipe,
+    fp8_option,
+)
 from autoprec.search import search_plan
 from autoprec.search.costs import make_costs
 from autoprec.search.study import BATCHES
@@ -38,13 +49,13 @@ SAVES = {FP8[0]: (0.55, 0.8), FP8[1]: (0.6, 0.9)}  # of BF16's time, where betwe
 BUDGETS = (0.25, 0.4, 0.55, 0.75)  # of the largest joint error of all plans
 TIMES = 3
 
-Plans = Mapping[tuple[Option, ...], Estimate]
+Options = tuple[Option, ...]
 
 
 def main(names: list[str]) -> None:
-    print(f"{'family':12} {'plans':>6} {'found/best, same rule':>24} {'by error alone':>16} "
-          f"{'measured':>9} {'changed':>8}  source of the plan")  # fmt: skip
-    for name in names or FAMILIES:
+    print(f"{'family':12} {'plans':>6} {'table alone':>17} {'found/best, same rule':>26} "
+          f"{'by error alone':>15} {'measured':>9}  source of the plan")  # fmt: skip
+    for name in names or [*FAMILIES, *HELD_BACK]:
         compare(name)
 
 
@@ -60,7 +71,12 @@ def compare(name: str) -> None:
         for layer in spec.layers
     ]
     plans = {plan: meter.measure(plan, BATCHES) for plan in itertools.product(*choices)}
-    same, alone, counts, sources = [], [], [], []
+
+    def measure(plan: Options, batches: int) -> Estimate:
+        del batches  # the truth here, of which more batches would be another
+        return plans[plan]
+
+    table, same, alone, counts, sources = [], [], [], [], []
     for seed, share in itertools.product(range(TIMES), BUDGETS):
         profile = profile_of(spec, made_up(spec, choices, seed), fixed_bf16_ms=1.0)
         budget = share * max(error.mean for error in plans.values())
@@ -68,25 +84,29 @@ def compare(name: str) -> None:
             profile,
             sensitivity,
             constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
-            evaluate=meter.measure,
+            evaluate=measure,
         )
         costs = make_costs(profile, sensitivity)
 
-        def time_to_loss(plan: tuple[Option, ...]) -> float:
+        def time_to_loss(plan: Options) -> float:
             return costs.counted_ms(plan) * (1.0 + plans[plan].mean)  # noqa: B023  # used at once
 
-        found = time_to_loss(search.chosen.options)
+        found, exact = search.chosen.options, search.exact.options
         held = [p for p, e in plans.items() if e.mean + (e.stderr or 0.0) <= budget]
         within = [p for p, e in plans.items() if e.mean <= budget]
-        same.append(found / min(map(time_to_loss, held)))
-        alone.append(found / min(map(time_to_loss, within)))
-        counts.append(len(search.trials))
-        source = next(t.source for t in search.trials if t.options == search.chosen.options)
-        sources.append(source if search.chosen.options != search.exact.options else "unchanged")
+        best_ms = min(map(time_to_loss, held))
+        table.append(time_to_loss(exact) / best_ms if exact in held else math.inf)
+        same.append(time_to_loss(found) / best_ms)
+        alone.append(time_to_loss(found) / min(map(time_to_loss, within)))
+        counts.append(sum(t.grad_error_basis is Basis.MEASURED for t in search.trials))
+        source = next(t.source for t in search.trials if t.options == found)
+        sources.append(source if found != exact else "unchanged")
+    kept = [ratio for ratio in table if ratio < math.inf]
     print(
-        f"{name:12} {len(plans):6} {statistics.mean(same):14.4f} (max {max(same):.3f}) "
-        f"{statistics.mean(alone):15.4f} {statistics.mean(counts):10.1f} "
-        f"{sum(s != 'unchanged' for s in sources):4}/{len(sources)}  "
+        f"{name:12} {len(plans):6} {len(table) - len(kept):3} over, "
+        f"{statistics.mean(kept or [math.nan]):.3f} "
+        f"{statistics.mean(same):14.4f} (max {max(same):.3f}) {statistics.mean(alone):15.4f} "
+        f"{statistics.mean(counts):9.1f}  "
         + ", ".join(f"{s} {sources.count(s)}" for s in sorted(set(sources))),
         flush=True,
     )

@@ -1,8 +1,10 @@
-"""A process that searches made-up tables: `python search_worker.py URL FOLDER SECONDS [--worker]`.
+"""A process that searches made-up tables: `python search_worker.py URL FOLDER SECONDS [OPTIONS]`.
 
-A measurement takes SECONDS and is noted in FOLDER; with SECONDS = inf it never ends.
+A measurement waits SECONDS, as for a device of its own, and is noted in FOLDER; with SECONDS = inf
+it never ends.
 """
 
+import argparse
 import math
 import os
 import sys
@@ -24,6 +26,8 @@ ROWS: dict[str, Row] = {
     for i in range(5)
 }
 WRONG = (6.0, 0.2, 4.0, 0.5, 1.0)
+LETTERS = {BF16_O2: "B", TENSORWISE: "T", ROWWISE: "R"}
+BUDGET = 4e-3
 TABLES = tables_of(ROWS)
 COSTS = make_costs(*TABLES)
 
@@ -33,18 +37,24 @@ def truth(options: tuple[Option, ...]) -> float:
     return math.fsum(factor * part for factor, part in zip(WRONG, parts, strict=True))
 
 
+def plan_of(note: str) -> tuple[Option, ...]:
+    options = {letter: option for option, letter in LETTERS.items()}
+    return tuple(options[letter] for letter in note)
+
+
 def searched(
     url: str,
     folder: Path,
     seconds: float,
     *,
     is_worker: bool,
-    budget: float = 4e-3,
+    budget: float = BUDGET,
     reference: str = "the same bits",
     software: str = "autoprec",
+    study: str = "autoprec",
 ) -> Search:
     def measure(options: tuple[Option, ...], batches: int) -> Estimate:
-        note = "".join("BTR"[(o == TENSORWISE) + 2 * (o == ROWWISE)] for o in options)
+        note = "".join(LETTERS[option] for option in options)
         with (folder / f"{os.getpid()}.txt").open("a") as file:
             file.write(f"{time.time()} {note} {truth(options)}\n")
         while math.isinf(seconds):
@@ -57,11 +67,18 @@ def searched(
         constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
         evaluate=measure,
         storage=url,
+        study_name=study,
         team=Team(software=software, reference=lambda: reference, is_worker=is_worker),
     )
 
 
 if __name__ == "__main__":
-    url, folder, seconds = sys.argv[1:4]
-    found = searched(url, Path(folder), float(seconds), is_worker="--worker" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--worker", action="store_true")
+    parser.add_argument("--study", default="autoprec")
+    args = parser.parse_args()
+    found = searched(args.url, args.folder, args.seconds, is_worker=args.worker, study=args.study)
     sys.stdout.write(found.chosen.model_dump_json())

@@ -1,15 +1,19 @@
 """Which whole plans to evaluate, in which order.
 
 1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2
-2. the exact plan again, on the table as the measured plans correct it, until it is known
-3. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
-4. of exact plans on tables drawn from what they may be, and plans of Optuna's sampler, the one that
-promises the most; where none can win any more, plans of the front where it is least known
+2. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
+3. the plan that promises most, of exact plans on the table as the measured plans correct it and on
+tables drawn from what they may be, of plans near those, and of Optuna's sampler; where none can win
+any more, plans of the front where it is least known
+
+Steps 2 and 3 share the trials asked for. Where nothing can be measured the exact plan is the answer
+to the table, and the seeds are all.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from heapq import nlargest
 from typing import TypeVar
 
 import numpy as np
@@ -17,18 +21,17 @@ import numpy as np
 from autoprec.common.progress import Progress
 from autoprec.common.text import percent
 from autoprec.records import Option, SearchTrial
-from autoprec.search.correction import Correction
+from autoprec.search.correction import Correction, Guess
 from autoprec.search.costs import Costs
 from autoprec.search.problem import Group, Options, Problem, exact, item_of, likely, precision_rank
 from autoprec.search.study import FRONT, PlanStudy
 
-WALK_STEPS = 4
-DRAWS = 6  # of a table, for one plan to evaluate
-MOST_CHANGED = 300  # plans near them, of which each is looked up in the corrected table
+DRAWS = 3  # of a table, for one plan to evaluate
+MOST_NEAR = 40  # plans near one of them, of which each is looked up in the corrected table
+NEAR_SD = 0.3  # of log e of those, until then
 TRIES = 3  # without a plan that can win, before there is none
 FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
 FRONT_GAP = 0.2  # of log e: a front that is denser tells nothing new
-CORRECTED = "corrected"
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
 SHARE = 0.5  # of the excess, that the layers found must take away at each halving
 REPAIR_TRIES = 3
@@ -38,38 +41,23 @@ ProblemOf = Callable[[Costs], Problem]  # with other costs, and the same constra
 
 
 def explore(
-    study: PlanStudy, exact_plan: Options, problem_of: ProblemOf
+    study: PlanStudy, exact_plan: Options, problem_of: ProblemOf, *, progress: Progress
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Evaluate the seeds, walk and repair; return the interacting layers, and notes on them."""
+    """Evaluate the seeds, repair and sample; return the interacting layers, and notes on them."""
     plan = _evaluate_seeds(study, exact_plan)
-    if study.measure is not None:
-        _walk(study, problem_of)
+    interacting: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     # only where the parts do more together than apart is there something to find
-    if plan is None or plan.feasible or study.claims.is_worker or study.is_over():
-        return (), ()
-    if plan.grad_error <= EXCESS * study.problem.costs.grad_error(plan.options):
-        return (), ()
-    interacting, repaired = _repair(study, plan)
-    return interacting, (_repair_note(study, plan, interacting, repaired),)
-
-
-def sample(study: PlanStudy, trials: int, problem_of: ProblemOf, *, progress: Progress) -> None:
-    """Evaluate more plans until there are `trials` beside the seeds, the walk and the repair.
-
-    Exact plans of tables drawn from what they may be (Thompson sampling) compete with plans of
-    Optuna's sampler, by the expected improvement; where none can improve, the front is filled.
-    """
-    failed = 0
-    while not study.is_over() and failed < TRIES:
-        study.take_up()
-        progress("search: whole plans", study.sampled, trials)
-        if study.sampled >= trials:
-            break
-        correction, random = study.correction(), np.random.default_rng(study.seed + study.alive)
-        drawn = _draw(study, correction, problem_of, random) if study.measure else []
-        failed = 0 if study.improve(drawn, correction) else failed + 1
-        if failed == TRIES and _fill_front(study, correction):
-            failed = TRIES - 1
+    is_broken = plan is not None and not plan.feasible
+    if plan and is_broken and not (study.claims.is_worker or study.is_over()):
+        suspects = _more_precise(study.problem, plan.options)
+        is_more = plan.grad_error > EXCESS * study.problem.costs.grad_error(plan.options)
+        if is_more and len(suspects).bit_length() < study.left:
+            interacting, repaired = _repair(study, plan, suspects)
+            notes = (_repair_note(study, plan, interacting, repaired),)
+    if study.measure is not None:
+        _sample(study, problem_of, progress=progress)
+    return interacting, notes
 
 
 def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial | None:
@@ -83,37 +71,55 @@ def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial | None
     return evaluated
 
 
-def _walk(study: PlanStudy, problem_of: ProblemOf) -> None:
-    """Evaluate the exact plan again and again, as measurements correct the table."""
-    for _ in range(WALK_STEPS):
-        found = exact(problem_of(study.correction().costs), study.held_budget)
-        if found is None or study.is_taken(found[0]) or study.is_over():
-            return
-        study.evaluate(found[0], source=CORRECTED)
+def _sample(study: PlanStudy, problem_of: ProblemOf, *, progress: Progress) -> None:
+    """Evaluate more plans until as many as were asked for are measured, or none can win."""
+    failed = 0
+    while not study.is_over() and failed < TRIES:
+        study.take_up()
+        progress("search: whole plans", study.sampled, study.most)
+        if study.left <= 0:
+            break
+        correction, random = study.correction(), np.random.default_rng(study.seed + study.alive)
+        drawn = _draw(study, correction, problem_of, random)
+        failed = 0 if study.improve(drawn, correction) else failed + 1
+        if failed == TRIES and _fill_front(study, correction):
+            failed = TRIES - 1
 
 
 def _draw(
     study: PlanStudy, correction: Correction, problem_of: ProblemOf, random: np.random.Generator
 ) -> list[Options]:
-    """Return exact plans of tables that may be the true one, and changes of them in one group."""
-    tables = (correction.costs, *(correction.drawn(random) for _ in range(DRAWS)))
+    """Return exact plans of tables that may be the true one, and the best near them."""
     price = study.best.time_to_loss_ms if study.best else 0.0
-    found = (likely(problem_of(table), study.held_budget, price) for table in tables)
+    corrected = problem_of(correction.costs)
+    tables = (correction.drawn(random) for _ in range(DRAWS))
+    found = [likely(p, study.held_budget, price) for p in (corrected, *map(problem_of, tables))]
     plans = list(dict.fromkeys(plan for plan in found if plan))
-    near = [plan for base in plans for plan in _changed(study.problem, base)]
-    some = random.permutation(len(near))[:MOST_CHANGED]
-    return [*plans, *(near[index] for index in some)]
+    return [*plans, *(near for plan in plans for near in _near(study, plan, corrected, correction))]
 
 
-def _changed(problem: Problem, options: Options) -> Iterator[Options]:
-    """Yield the plans that differ in one group."""
-    for group in problem.groups:
+def _near(
+    study: PlanStudy, options: Options, corrected: Problem, correction: Correction
+) -> list[Options]:
+    """Return the plans that differ in one group and seem to gain most."""
+    costs, log_sd = corrected.costs, max(correction.guess(options).log_sd, NEAR_SD)
+    ms, error = costs.counted_ms(options), costs.grad_error(options)
+    found: list[tuple[float, Group, Options]] = []
+    for group in corrected.groups:
         own = tuple(options[index] for index in group.layers)
+        before = item_of(costs, group.layers, own)
         for choice in group.choices:
             if choice != own:
-                instead = dict(zip(group.layers, choice, strict=True))
-                chosen = (instead.get(index, option) for index, option in enumerate(options))
-                yield problem.follow_uncalled(tuple(chosen))
+                item = item_of(costs, group.layers, choice)
+                guess = Guess(max(error + item.grad_error - before.grad_error, 1e-12), log_sd)
+                found.append((study.gain(ms + item.ms - before.ms, guess), group, choice))
+    plans = []
+    for gain, group, choice in nlargest(MOST_NEAR, found, key=lambda change: change[0]):
+        if gain > 0.0:
+            instead = dict(zip(group.layers, choice, strict=True))
+            changed = (instead.get(index, option) for index, option in enumerate(options))
+            plans.append(corrected.follow_uncalled(tuple(changed)))
+    return plans
 
 
 def _fill_front(study: PlanStudy, correction: Correction) -> bool:
@@ -121,7 +127,7 @@ def _fill_front(study: PlanStudy, correction: Correction) -> bool:
 
     It is one that could follow a refuted plan: with an error of the budget's size.
     """
-    if study.measure is None or study.budget <= 0.0:
+    if study.budget <= 0.0:
         return False
     known = [plan.grad_error for plan in study.known.values()]
     errors = {base: correction.guess(base).grad_error for base in study.space.bases}
@@ -136,7 +142,9 @@ def _fill_front(study: PlanStudy, correction: Correction) -> bool:
     return True
 
 
-def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], SearchTrial | None]:
+def _repair(
+    study: PlanStudy, broken: SearchTrial, suspects: Sequence[Group]
+) -> tuple[tuple[str, ...], SearchTrial | None]:
     """Find the layers that make a joint error exceed the sum, and the nearest feasible plan.
 
     Finds nothing when the excess is spread over many layers.
@@ -150,7 +158,6 @@ def _repair(study: PlanStudy, broken: SearchTrial) -> tuple[tuple[str, ...], Sea
         precise = _made_precise(problem, broken.options, groups)
         return excess_of(study.wait_for(precise, source="repair"))
 
-    suspects = _more_precise(problem, broken.options)
     interacting = find_interacting(suspects, excess_of(broken), excess_without)
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
     return names, _solved_with(study, interacting) if interacting else None
@@ -161,21 +168,22 @@ def find_interacting(
 ) -> tuple[Suspect, ...]:
     """Return the few suspects that account for an excess, by bisection; () when it is spread.
 
-    Half of the suspects are made more precise and the whole plan is evaluated again; the half that
-    takes more of the excess away is searched on. Costs two evaluations per halving.
+    The first half of the suspects is made more precise and the whole plan is evaluated again; what
+    it does not take away the second half does, and the half that takes more is searched on. Costs
+    one evaluation per halving.
 
     `excess` is joint error minus the sum of the parts; `excess_without` is the same with these
     suspects made more precise. The order of `suspects` keeps neighbours together.
     """
-    interacting = tuple(suspects)
+    interacting, removed = tuple(suspects), excess  # all of them more precise leave none
     while len(interacting) > 1:
         middle = len(interacting) // 2
-        halves = (interacting[:middle], interacting[middle:])
-        removed = [excess - excess_without(half) for half in halves]
-        worst = max(range(2), key=lambda side: removed[side])
-        if removed[worst] < SHARE * excess:
+        half, by_half = interacting[:middle], excess - excess_without(interacting[:middle])
+        if by_half < removed - by_half:
+            half, by_half = interacting[middle:], removed - by_half
+        if by_half < SHARE * excess:
             break
-        interacting = halves[worst]
+        interacting, removed = half, by_half
     is_few = len(interacting) == 1 or len(interacting) <= len(suspects) // 4
     return interacting if is_few else ()
 
@@ -207,7 +215,7 @@ def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | No
     groups = tuple(instead.get(group.layers, group) for group in study.problem.groups)
     problem = replace(study.problem, groups=groups)
     budget = study.budget
-    for _ in range(REPAIR_TRIES):
+    for _ in range(min(REPAIR_TRIES, study.left)):
         if (found := exact(problem, budget)) is None:
             return None
         plan = study.wait_for(found[0], source="repair")

@@ -19,7 +19,7 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.search.costs import make_costs
-from autoprec.search.explore import EXCESS, explore, sample
+from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
@@ -59,7 +59,7 @@ def search_plan(
 
     `evaluate` measures a whole plan's gradient error on so many batches; None: the sum of the parts
     stands for it.
-    Up to `trials` sampled plans are measured, those of an earlier run of the study included, but
+    Up to `trials` plans are measured beside the seeds, those of an earlier run included, but
     none is begun after `time_budget_s` seconds of `clock` (a repair under way is finished).
     `storage` is the study's database URL, None for memory; a study of other tables is left alone.
     With a `team` other processes are on the study too: what they evaluate counts.
@@ -83,12 +83,13 @@ def search_plan(
     problem_of = partial(make_problem, constraint=constraint)
     with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
         space = make_space(problem, plans)
-        study = PlanStudy(opened, space, budget, evaluate, seed, lambda: clock() >= end_s, claims)
+        study = PlanStudy(
+            opened, space, budget, evaluate, seed, trials, lambda: clock() >= end_s, claims
+        )
         if claims.is_worker:
             claims.check_reference()
         while True:
-            interacting, notes = explore(study, exact_plan, problem_of)
-            sample(study, trials, problem_of, progress=progress)
+            interacting, notes = explore(study, exact_plan, problem_of, progress=progress)
             # what others are at counts, and is done here where they are killed
             if claims.is_worker or not study.wait_for_others():
                 break
@@ -97,7 +98,7 @@ def search_plan(
     if best is None:
         raise InfeasibleError(_all_over_budget(study))
     return _search_record(
-        study, best, profile, exact_plan, expected or found, plans, trials, interacting, notes
+        study, best, profile, exact_plan, expected or found, plans, interacting, notes
     )
 
 
@@ -108,7 +109,6 @@ def _search_record(
     exact_plan: Options,
     expected: tuple[Options, float],  # were every gain sure; and the bound of any plan's step time
     plans: Iterable[Options],
-    trials_asked: int,
     interacting: tuple[str, ...],
     notes: Sequence[str],
 ) -> Search:
@@ -126,7 +126,7 @@ def _search_record(
         seed=study.seed,
         step_equivalents=_step_equivalents(study, profile),
         duplicates_skipped=study.duplicates,
-        trials_asked=trials_asked or None,
+        trials_asked=study.most or None,
         interacting=interacting,
         expected=None if expected_plan == exact_plan else study.point(expected_plan),
         measured_front=measured_front(study),

@@ -92,10 +92,12 @@ def check_storage(storage: str) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        engine = create_engine(storage)
-        url = engine.url
+        url = create_engine(storage).url
         if url.get_backend_name() == "postgresql":
-            create_engine(storage, connect_args={"connect_timeout": CONNECT_S}).connect().close()
+            engine = create_engine(storage, connect_args={"connect_timeout": CONNECT_S})
+            with engine.connect():
+                pass
+            engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
         raise RecordError(_storage_problem(storage, error)) from error
     is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")

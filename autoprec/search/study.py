@@ -42,11 +42,10 @@ BATCHES = 2  # of a joint measurement,
 MORE_BATCHES = 6  # and of one that decides
 LEAST_RELATIVE = 0.1  # of two batches that agree by chance; seen: 4 to 20 % of the error
 UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured on more batches
-ASKS = 2  # of the sampler, for one plan to evaluate
 SURELY = 2.0  # deviations of an estimate below which a plan is not looked for
 NOTE = "autoprec"  # the trial's user attribute that holds a `_Note`
 SAMPLER, DRAWN, FRONT = "sampler", "drawn", "front"
-SAMPLED = (SAMPLER, DRAWN, FRONT)  # what counts as a trial beside the seeds
+SEEDS = ("exact", "uniform")  # plans that every search evaluates; all others count as trials
 STARTUP_TRIALS = 4  # before TPE stops drawing at random; the seeds come first and count
 FIRST_CODE = 48  # "0"; each option is one character in a note
 
@@ -80,6 +79,7 @@ class PlanStudy:
     budget: float
     measure: Measure | None
     seed: int
+    most: int  # trials beside the seeds
     is_over: Callable[[], bool]
     claims: Claims
     known: dict[Options, SearchTrial] = field(default_factory=dict)
@@ -87,6 +87,9 @@ class PlanStudy:
     measured: int = 0  # how many plans were measured here
     spent_s: float = 0.0
     alive: int = 0  # trials finished or under way, here or elsewhere
+    best: SearchTrial | None = None  # the feasible plan of the least rank
+    seen: list[Seen] = field(default_factory=list)  # the plans that were measured
+    held_budget: float = 0.0  # the gradient error that may be, less the standard errors it holds
     _notes: dict[int, _Note] = field(default_factory=dict)  # of all finished trials, here or not
     _taken: set[str] = field(default_factory=set)  # plans that other workers are measuring
 
@@ -104,37 +107,22 @@ class PlanStudy:
         self.take_up()
 
     @property
-    def best(self) -> SearchTrial | None:
-        """The feasible plan of the least rank."""
-        return min((plan for plan in self.known.values() if plan.feasible), key=rank, default=None)
-
-    @property
     def duplicates(self) -> int:
         """How many trials proposed a plan that an earlier one had."""
         return sum(note["is_duplicate"] for note in self._notes.values())
 
     @property
-    def seen(self) -> list[Seen]:
-        """The plans that were measured."""
-        return [
-            Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
-            for plan in self.known.values()
-            if plan.grad_error_basis is Basis.MEASURED and not is_all_fp32(plan.options)
-        ]
-
-    @property
-    def held_budget(self) -> float:
-        """The gradient error that a plan may have, less the standard errors that it holds."""
-        relative = [one.stderr / one.grad_error for one in self.seen if one.grad_error > 0.0]
-        return self.budget / (1.0 + DEVIATIONS * (statistics.median(relative) if relative else 0.0))
-
-    @property
     def sampled(self) -> int:
         """How many plans were evaluated beside the seeds; those under way elsewhere count."""
         return len(self._taken) + sum(
-            note["source"] in SAMPLED and note["is_final"] and not note["is_duplicate"]
+            note["source"] not in SEEDS and note["is_final"] and not note["is_duplicate"]
             for note in self._notes.values()
         )
+
+    @property
+    def left(self) -> int:
+        """How many more plans may be evaluated."""
+        return self.most - self.sampled
 
     def correction(self) -> Correction:
         """Return the table as the plans measured so far correct it."""
@@ -198,32 +186,31 @@ class PlanStudy:
             group=True,
             n_startup_trials=STARTUP_TRIALS,
         )
-        asked = [self.study.ask(self._distributions) for _ in range(ASKS)]
-        proposed = [self.space.decode(trial.params) for trial in asked]
-        gains = {plan: self.expected_gain(plan, correction) for plan in (*drawn, *proposed)}
+        asked = self.study.ask(self._distributions)
+        proposed = self.space.decode(asked.params)
+        gains = {plan: self.expected_gain(plan, correction) for plan in (*drawn, proposed)}
         best = max(gains, key=lambda plan: gains[plan])
         is_better = gains[best] > 0.0
-        for trial, plan in zip(asked, proposed, strict=True):
-            is_final = is_better and plan == best and plan not in self.known
-            self._run(trial, plan, SAMPLER, is_final=is_final)
-        if is_better and best not in self.known:
+        self._run(asked, proposed, SAMPLER, is_final=is_better and best == proposed)
+        if is_better and best != proposed:
             self.evaluate(best, source=DRAWN)
         return is_better
 
     def expected_gain(self, options: Options, correction: Correction) -> float:
-        """Return the expected gain in time to loss, in ms; 0 where a plan loses beyond its error.
+        """Return the expected gain in time to loss, in ms; 0 of a plan that is known or taken."""
+        if self.is_taken(options) or not self.problem.fits_memory(options):
+            return 0.0
+        return self.gain(self.problem.costs.counted_ms(options), correction.guess(options))
+
+    def gain(self, ms: float, guess: Guess) -> float:
+        """Return the expected gain of a plan of this step time; 0 where it loses beyond its error.
 
         That is with an error SURELY deviations below what it is taken to be.
         """
-        if self.is_taken(options) or not self.problem.fits_memory(options):
-            return 0.0
-        ms = self.problem.costs.counted_ms(options)
-        guess = correction.guess(options) if self.measure else Guess(0.0, 0.0)
-        low = guess.low(SURELY) if self.measure else self.problem.costs.grad_error(options)
-        best_ms = self.best.time_to_loss_ms if self.best else math.inf
+        low, best_ms = guess.low(SURELY), self.best.time_to_loss_ms if self.best else math.inf
         if low > self.budget or ms * (1.0 + low) >= best_ms:
             return 0.0
-        if self.measure is None or self.best is None:
+        if self.best is None:
             return 1.0 / ms
         reach = math.log(self.held_budget / guess.grad_error) / guess.log_sd
         return float(ndtr(reach)) * max(best_ms - ms * (1.0 + guess.grad_error), 1e-9 * best_ms)
@@ -246,6 +233,15 @@ class PlanStudy:
                 self.known[options] = record
                 if not note["is_duplicate"]:
                     self.trials.append(record)
+        self.best = min((p for p in self.known.values() if p.feasible), key=rank, default=None)
+        self.seen = [
+            Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
+            for plan in self.known.values()
+            if plan.grad_error_basis is Basis.MEASURED and not is_all_fp32(plan.options)
+        ]
+        relative = [one.stderr / one.grad_error for one in self.seen if one.grad_error > 0.0]
+        share = statistics.median(relative) if relative else 0.0
+        self.held_budget = self.budget / (1.0 + DEVIATIONS * share)
 
     def _trial_of(self, options: Options) -> "optuna.Trial":
         """Return a new trial of this plan; one without parameters where they cannot express it."""
