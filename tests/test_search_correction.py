@@ -65,23 +65,26 @@ def test_a_table_that_holds_is_believed_after_a_few_plans() -> None:
     assert known.guess(EVERY[-1]).grad_error == pytest.approx(wide.grad_error, rel=0.05)
 
 
-@pytest.mark.parametrize("share", [0.15, 0.4])
-def test_the_joint_optimum_is_found_on_a_wrong_table(share: float) -> None:
+def test_the_joint_optimum_is_found_on_a_wrong_table() -> None:
     tables = tables_of(ROWS)
     costs = make_costs(*tables)
-    budget = share * max(truth(costs, plan) for plan in EVERY)
-    search = search_plan(
-        *tables,
-        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
-        evaluate=lambda options, batches: Estimate(mean=truth(costs, options)),
-    )
 
     def time_to_loss(plan: Options) -> float:
         return costs.counted_ms(plan) * (1.0 + truth(costs, plan))
 
-    best = min(time_to_loss(plan) for plan in EVERY if truth(costs, plan) <= budget)
-    assert time_to_loss(search.chosen.options) <= 1.01 * best
-    assert len(search.trials) <= 20
+    ratios = []
+    for share in (0.15, 0.4, 0.6):
+        budget = share * max(truth(costs, plan) for plan in EVERY)
+        search = search_plan(
+            *tables,
+            constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
+            evaluate=lambda options, batches: Estimate(mean=truth(costs, options)),
+        )
+        assert len(search.trials) <= 12 + 3  # the default trials beside the seeds
+        best = min(time_to_loss(plan) for plan in EVERY if truth(costs, plan) <= budget)
+        ratios.append(time_to_loss(search.chosen.options) / best)
+    assert np.mean(ratios) <= 1.01
+    assert max(ratios) <= 1.03
 
 
 def test_a_plan_near_the_budget_is_measured_again_and_held_with_its_standard_error() -> None:

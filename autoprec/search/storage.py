@@ -10,7 +10,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def check_storage(storage: str) -> None:
 
 def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStorage":
     import optuna
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     sqlite = {"factory": _QuickSqlite, "timeout": LOCKED_S}
     options = {"connect_args": sqlite} if storage.startswith("sqlite") else {}
@@ -120,9 +120,13 @@ def _open_database(storage: str, team: Team | None) -> "optuna.storages.RDBStora
     )
     try:
         for _ in range(OPEN_TRIES - 1):
-            with suppress(IntegrityError, ProgrammingError):
+            try:
                 return make()
-            time.sleep(OPEN_WAIT_S)  # another process is making the tables
+            except (IntegrityError, ProgrammingError, OperationalError) as error:
+                # another process is making the tables; each backend has its own error for it
+                if isinstance(error, OperationalError) and "already exists" not in str(error):
+                    raise
+            time.sleep(OPEN_WAIT_S)
         return make()
     except (ImportError, RuntimeError, ValueError) as error:  # no driver, or another version's
         raise RecordError(_storage_problem(storage, error)) from error
