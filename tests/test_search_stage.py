@@ -317,16 +317,16 @@ def test_a_planted_pair_is_found_and_kept_out_of_fp8(
         return 5.0 if options[3].is_fp8 and options[6].is_fp8 else 1.0
 
     meter = Meter(make_costs(*tables), clash)
-    search = run(tables, evaluate=meter, budget=1e-2, trials=6)
+    search = run(tables, evaluate=meter, budget=1e-2, trials=8)
     names = list(LAYERS)
     assert len(search.interacting) == 1
     assert search.interacting[0] in (names[3], names[6])
     assert search.chosen.options.count(TENSORWISE) == 7
     assert not search.chosen.options[names.index(search.interacting[0])].is_fp8
     assert f"bisection found {search.interacting[0]} interacting" in search.notes[0]
-    assert len(meter.asked) <= 6 + 2  # the exact plan and uniform BF16
-    few = run(tables, evaluate=Meter(meter.costs, clash), budget=1e-2, trials=3)
-    assert few.interacting == ()  # too few to halve eight layers
+    assert len(meter.asked) <= 8 + 2  # the exact plan and uniform BF16
+    few = run(tables, evaluate=Meter(meter.costs, clash), budget=1e-2, trials=2)
+    assert few.interacting == ()  # too few to look for them
 
 
 def test_an_excess_spread_over_all_layers_blames_none(
@@ -348,12 +348,12 @@ def test_bisection_finds_a_single_culprit(culprit: int) -> None:
         asked.append(tuple(suspects))
         return 0.1 if culprit in suspects else 1.0
 
-    assert find_interacting(range(13), 1.0, excess_without) == (culprit,)  # type: ignore[arg-type] # wider
-    assert len(asked) <= 4
+    assert find_interacting(range(13), 1.0, excess_without, 8) == (culprit,)  # type: ignore[arg-type] # wider
+    assert len(asked) <= 8
 
 
 def test_bisection_blames_no_one_for_what_all_do() -> None:
-    assert find_interacting(range(16), 1.6, lambda half: 1.6 - 0.1 * len(half) * 0.9) == ()
+    assert find_interacting(range(16), 1.6, lambda half: 1.6 - 0.1 * len(half) * 0.9, 8) == ()
 
 
 # --- manners ------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ TRIES = 3  # without a plan that can win, before there is none
 FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
 FRONT_GAP = 0.2  # of log e: a front that is denser tells nothing new
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
+ALL = 0.9  # of the excess, that a half takes away with which the other need not be tried
 SHARE = 0.5  # of the excess, that the layers found must take away at each halving
 REPAIR_TRIES = 3
 
@@ -52,7 +53,7 @@ def explore(
     if plan and is_broken and not (study.claims.is_worker or study.is_over()):
         suspects = _more_precise(study.problem, plan.options)
         is_more = plan.grad_error > EXCESS * study.problem.costs.grad_error(plan.options)
-        if is_more and len(suspects).bit_length() < study.left:
+        if is_more and study.left > 2:
             interacting, repaired = _repair(study, plan, suspects)
             notes = (_repair_note(study, plan, interacting, repaired),)
     if study.measure is not None:
@@ -158,32 +159,40 @@ def _repair(
         precise = _made_precise(problem, broken.options, groups)
         return excess_of(study.wait_for(precise, source="repair"))
 
-    interacting = find_interacting(suspects, excess_of(broken), excess_without)
+    most = study.left - 1  # one is left for the plan without them
+    interacting = find_interacting(suspects, excess_of(broken), excess_without, most)
     names = tuple(problem.costs.layers[i].name for group in interacting for i in group.layers)
     return names, _solved_with(study, interacting) if interacting else None
 
 
 def find_interacting(
-    suspects: Sequence[Suspect], excess: float, excess_without: Callable[[Sequence[Suspect]], float]
+    suspects: Sequence[Suspect],
+    excess: float,
+    excess_without: Callable[[Sequence[Suspect]], float],
+    most: int,
 ) -> tuple[Suspect, ...]:
     """Return the few suspects that account for an excess, by bisection; () when it is spread.
 
-    The first half of the suspects is made more precise and the whole plan is evaluated again; what
-    it does not take away the second half does, and the half that takes more is searched on. Costs
-    one evaluation per halving.
+    Half of the suspects are made more precise and the whole plan is evaluated again; the half that
+    takes more of the excess away is searched on. Costs one evaluation per halving where the first
+    half takes nearly all of it, else two, and `most` in all: then what is left is what is known.
 
     `excess` is joint error minus the sum of the parts; `excess_without` is the same with these
     suspects made more precise. The order of `suspects` keeps neighbours together.
     """
-    interacting, removed = tuple(suspects), excess  # all of them more precise leave none
-    while len(interacting) > 1:
+    interacting = tuple(suspects)
+    while len(interacting) > 1 and most >= 2:
         middle = len(interacting) // 2
-        half, by_half = interacting[:middle], excess - excess_without(interacting[:middle])
-        if by_half < removed - by_half:
-            half, by_half = interacting[middle:], removed - by_half
-        if by_half < SHARE * excess:
+        half, removed = interacting[:middle], excess - excess_without(interacting[:middle])
+        most -= 1
+        if removed < ALL * excess:
+            other = excess - excess_without(interacting[middle:])
+            most -= 1
+            if other > removed:
+                half, removed = interacting[middle:], other
+        if removed < SHARE * excess:
             break
-        interacting, removed = half, by_half
+        interacting = half
     is_few = len(interacting) == 1 or len(interacting) <= len(suspects) // 4
     return interacting if is_few else ()
 
