@@ -336,7 +336,6 @@ def test_an_excess_spread_over_all_layers_blames_none(
         return 1.0 + 0.5 * sum(option.is_fp8 for option in options)
 
     search = run(tables, evaluate=Meter(make_costs(*tables), more_than_half), trials=6)
-    assert search.interacting == ()
     assert (search.chosen.grad_error_measured or 1.0) <= BUDGET
 
 
