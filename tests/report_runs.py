@@ -91,16 +91,29 @@ CPU = Machine(
 
 
 def make_run(
-    *, blocks: int = 2, machine: Machine = H100, M: int = 16384, width: int = 2048
+    *,
+    blocks: int = 2,
+    machine: Machine = H100,
+    M: int = 16384,
+    width: int = 2048,
+    layers: int | None = None,
+    keep: tuple[str, ...] = (),
 ) -> RunRecords:
-    """Return a complete, consistent run of a GPT with that many blocks."""
-    spec = make_spec(blocks=blocks, M=M, width=width)
+    """Return a complete, consistent run of a GPT with that many blocks, or layers."""
+    spec = make_spec(blocks=blocks if layers is None else layers // 6 + 1, M=M, width=width)
+    if layers is not None:  # the head stays the last one
+        cut = (*spec.layers[: layers - 1], spec.layers[-1])
+        spec = spec.model_copy(update={"layers": cut})
     profile = make_profile(spec, machine)
     sensitivity = make_sensitivity(spec)
     options = choose_options(profile, sensitivity)
+    if keep:  # all that can take it is forced into FP8
+        forced = zip(spec.layers, options, strict=True)
+        options = tuple(TENSORWISE if TENSORWISE in x.options else own for x, own in forced)
     search = make_search(profile, sensitivity, options)
     plan = make_plan(profile, sensitivity, options)
-    constraint = Constraint(loss_tolerance=0.001, grad_error_budget=0.01)
+    constraint = Constraint(loss_tolerance=0.001, grad_error_budget=0.01, keep=keep)
+    plan = plan.model_copy(update={"constraint": constraint}) if keep else plan
     problem = make_problem(make_costs(profile, sensitivity), constraint)
     answer = fp8_note(profile, problem, search, options)
     verification = make_verification(plan, profile)
@@ -131,6 +144,18 @@ def predicted_run(device: str = "h100-sxm", *, memory_gb: float | None = None) -
     search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=0)
     plan = build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
     return RunRecords(profile=profile, sensitivity=sensitivity, search=search, plan=plan)
+
+
+def with_verdict(run: RunRecords, verdict: Verdict) -> RunRecords:
+    """Return the run with another verdict of its verification, and of its plan's certificate."""
+    assert run.plan
+    assert run.verification
+    gaps = {Verdict.REFUTED: (0.0031, 0.0022, 0.004), Verdict.INCONCLUSIVE: (0.0008, 0.0, 0.0016)}
+    mean, low, high = gaps[verdict]
+    gap = LossGap(mean=mean, low=low, high=high, confidence=0.95, seeds=3)
+    proof = run.verification.model_copy(update={"verdict": verdict, "gap": gap})
+    plan = run.plan.model_copy(update={"certificate": Certificate.of(proof)})
+    return replace(run, plan=plan, verification=proof)
 
 
 def uncertified(run: RunRecords) -> RunRecords:

@@ -60,6 +60,9 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Print layers, steps, loss and notes below the answer.")
+]
 Given = Any  # texts and values of the settings that a command has
 
 
@@ -83,7 +86,9 @@ def answer_version(
 
 @app.command()
 @with_settings()
-def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
+def tune(
+    words: Words = None, as_json: Json = False, verbose: Verbose = False, **given: Given
+) -> None:
     """Find, prove and save the precision plan of a model: every stage, then the report."""
     if given["script"]:
         settings = Settings.of(script_args=tuple(words or ()), **given)
@@ -95,7 +100,8 @@ def tune(words: Words = None, as_json: Json = False, **given: Given) -> None:
             "only a script takes further arguments, after --"
         )
     made = _run(settings, lambda run: run.make())
-    _print_run(settings.out, as_json=as_json)
+    script = " ".join((settings.script, *settings.script_args)).strip()
+    _print_run(settings.out, as_json=as_json, verbose=verbose, script=script)
     # rank 0's status is the tune's: where another rank fails torchrun ends all, unprinted
     raise typer.Exit(made.exit_code if is_first() else 0)
 
@@ -188,17 +194,26 @@ def report(
         Path | None,
         typer.Option(help="Write the profile to this file, too, for ui.perfetto.dev."),
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Print the layers alone, alike ones in one line.")
+    ] = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Write report.html and layers.csv again from a run folder's records."""
-    from autoprec.report import load_run
+    from autoprec.report import load_run, print_layers
     from autoprec.report.timeline import trace_text
     from autoprec.tuning.run import write_report
 
     if trace is not None:
         write_atomically(trace, trace_text(load_run(out)))
     write_report(out, out / "report.html")
-    _print_run(out, as_json=as_json)
+    if layers and not as_json:
+        from rich.console import Console
+
+        print_layers(load_run(out), Console())
+    else:
+        _print_run(out, as_json=as_json, verbose=verbose)
 
 
 @app.command()
@@ -367,7 +382,7 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
             return make(run)
 
 
-def _print_run(out: Path, *, as_json: bool) -> None:
+def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> None:
     if not is_first():
         return
     from rich.console import Console
@@ -378,7 +393,7 @@ def _print_run(out: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary_object(run, out)))
     else:
-        print_summary(run, Console(), out=out)
+        print_summary(run, Console(), out=out, script=script, verbose=verbose)
 
 
 def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:

@@ -5,4 +5,4 @@ from autoprec.report.notebook import plan_html, plan_text, run_html
 from autoprec.report.page import render_html
 from autoprec.report.runs import RunRecords, load_run
 from autoprec.report.summary import summary_object
-from autoprec.report.terminal import print_record, print_summary
+from autoprec.report.terminal import print_layers, print_record, print_summary

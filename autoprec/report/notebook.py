@@ -46,8 +46,8 @@ def run_html(records: RunRecords) -> str:
 def _sentences(found: Summary) -> list[str]:
     """Return the headline, the layers per option, whether FP8 pays, memory and the promise."""
     promise = (found.promise.sentence, found.promise.expectation)
-    said = (found.counted, found.fp8_answer, found.memory_answer, *promise)
-    return [found.headline, *(line for line in said if line)]
+    said = (found.counted, found.answer.fp8, found.memory_answer, *promise)
+    return [found.answer.headline, *(line for line in said if line)]
 
 
 def _by_option(found: Summary) -> list[Row]:

@@ -16,9 +16,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autoprec.records import BF16_O2, Basis, Profile, Verification
+from autoprec.records import BF16_O2, Basis, LayerKind, Profile, Verification
 from autoprec.records.cost import Timing, ratio_error
-from autoprec.report.formats import STEP_TITLES
+from autoprec.report import formats
+from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
 BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
@@ -55,6 +56,21 @@ class Speedup:
     high: float | None
     basis: Basis
 
+    def __str__(self) -> str:
+        """Return `1.28x (1.26x to 1.30x)`."""
+        interval = formats.interval(self.low, self.high, formats.ratio)
+        return formats.ratio(self.value) + (f" ({interval})" if interval else "")
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the plan is faster beyond doubt: by the whole interval."""
+        return (self.value if self.low is None else self.low) > 1.0
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the plan is slower beyond doubt."""
+        return (self.value if self.high is None else self.high) < 1.0
+
     def discounted(self, extra_steps: float) -> "Speedup":
         """Return the time-to-loss speedup: the same steps take longer, or more are needed.
 
@@ -71,6 +87,34 @@ def spread_title(steps: Iterable[Step]) -> str:
     if sampled == {False}:
         return "80 % interval"
     return "spread" if len(sampled) > 1 else "p20..p80"
+
+
+def title_of(run: RunRecords, label: str) -> str:
+    """Return the name of a step, with what the user's own one is, and where FP32 is TF32."""
+    profile, details = run.profile, []
+    if label == "as_written" and profile and (written := profile.model.as_written):
+        details += [f"autocast {written.autocast}"] if written.autocast else []
+        details += [f"{dtype} parameters" for dtype in written.parameters]
+        details += ["compiled"] if written.is_compiled and _ran_compiled(run, label) else []
+    if label == "fp32" and profile and (parts := _tf32_parts(profile)):
+        details.append(f"TF32 {' and '.join(parts)}")
+    return f"{step_title(label)} ({', '.join(details)})" if details else step_title(label)
+
+
+def _ran_compiled(run: RunRecords, label: str) -> bool:
+    """Whether a step was not timed eagerly, as far as that is known."""
+    steps = [step for record in (run.verification, run.profile) if record for step in record.steps]
+    return all(step.is_compiled is not False for step in steps if step.label == label)
+
+
+def _tf32_parts(profile: Profile) -> list[str]:
+    """Return the parts of an FP32 step in TF32; a CPU has none, whatever torch's settings say."""
+    device = profile.device
+    if device.kind == "cpu":
+        return []
+    has_convolutions = any(layer.kind is LayerKind.CONV for layer in profile.model.layers)
+    parts = ["GEMMs"] if device.allow_tf32 else []
+    return parts + (["convolutions"] if device.allow_tf32_conv and has_convolutions else [])
 
 
 def plan_steps(run: RunRecords) -> dict[str, Step]:

@@ -1,7 +1,7 @@
 """What a run found: the numbers and sentences that `tune --json`, page and terminal share.
 
-Whether FP8 pays is the search's sentence, among the plan's notes: shown as the answer, it is in no
-other list, so that a report cannot say two things.
+What to do, and whether FP8 pays, is `Answer`'s: every page renders that one object, and the plan's
+notes on it are in no other list, so that a report cannot say two things.
 """
 
 import json
@@ -15,18 +15,23 @@ from typing import TYPE_CHECKING, Any
 from autoprec.records import (
     Basis,
     Estimate,
-    LayerKind,
-    Plan,
     Precision,
-    Profile,
 )
 from autoprec.report import formats
-from autoprec.report.formats import clean_text, count_of, step_title
+from autoprec.report.answer import Answer, plan_note
+from autoprec.report.formats import clean_text, count_of
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.promise import Promise
 from autoprec.report.remarks import EAGER, run_remarks
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
+from autoprec.report.step_times import (
+    BASELINES,
+    Speedup,
+    Step,
+    plan_speedups,
+    plan_steps,
+    title_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +83,7 @@ class Summary:
     time_to_loss: Speedup | None
     promise: Promise
     bf16_sentence: str
-    fp8_answer: str
+    answer: Answer
     compile_answer: str
     memory_answer: str
     left_out: tuple[str, ...]
@@ -105,21 +110,8 @@ class Summary:
         return peak, baseline, Basis.MEASURED
 
     def title(self, label: str) -> str:
-        """Return the name of a step, with what the user's own one is, and where FP32 is TF32."""
-        profile, details = self.run.profile, []
-        if label == "as_written" and profile and (written := profile.model.as_written):
-            details += [f"autocast {written.autocast}"] if written.autocast else []
-            details += [f"{dtype} parameters" for dtype in written.parameters]
-            details += ["compiled"] if written.is_compiled and self._ran_compiled(label) else []
-        if label == "fp32" and profile and (parts := _tf32_parts(profile)):
-            details.append(f"TF32 {' and '.join(parts)}")
-        return f"{step_title(label)} ({', '.join(details)})" if details else step_title(label)
-
-    def _ran_compiled(self, label: str) -> bool:
-        """Whether a step was not timed eagerly, as far as that is known."""
-        records = (self.run.verification, self.run.profile)
-        steps = [step for record in records if record for step in record.steps]
-        return all(step.is_compiled is not False for step in steps if step.label == label)
+        """Return the name of a step, with what is known of it."""
+        return title_of(self.run, label)
 
     @property
     def compile_advice(self) -> str:
@@ -130,23 +122,6 @@ class Summary:
         if not self.compile_answer:
             return ""
         return "if you compile, do it here, and tune compiled first:"
-
-    @property
-    def headline(self) -> str:
-        """The result in one sentence."""
-        if not any(self.counts.values()):
-            return "No plan yet: this page shows what was measured so far"
-        first = "as_written" if "as_written" in self.speedups else "fp32"
-        speedups = [
-            f"{formats.ratio(self.speedups[label].value)} over {self.title(label)}"
-            for label in (first, "bf16_o2")
-            if label in self.speedups
-        ]
-        plan = f"A plan for {count_of(len(self.layers), 'layer')}"
-        found = f"Step speedup {', '.join(speedups)}" if speedups else plan
-        if speedups and self.without:
-            found += f" ({self.without})"
-        return f"{found}; {self.promise.headline}"
 
     @property
     def without(self) -> str:
@@ -166,7 +141,7 @@ def summarise_run(run: RunRecords) -> Summary:
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
     starts = ("FP8 ", "does not fit in memory", "no time is known for", "no FP8 option yet")
-    answers = [_plan_note(plan, start) for start in starts]
+    answers, promise = [plan_note(plan, start) for start in starts], Promise.of(proof, plan)
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
     return Summary(
         run=run,
@@ -179,9 +154,9 @@ def summarise_run(run: RunRecords) -> Summary:
         grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
         time_to_loss=time_to_loss,
-        promise=Promise.of(proof, plan),
+        promise=promise,
         bf16_sentence=_bf16_sentence(run, speedups.get("bf16_o2")),
-        fp8_answer=answers[0],
+        answer=Answer.of(run, speedups, promise),
         compile_answer=_compile_answer(run),
         memory_answer=answers[1],
         left_out=tuple(filter(None, answers[2:])),
@@ -215,7 +190,8 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "proxy": promise.proxy.model_dump() if promise.proxy else None,
         "against_bf16_o2": found.bf16_sentence,
         "layers": {precision.value: count for precision, count in found.counts.items()},
-        "fp8": found.fp8_answer,
+        "answer": found.answer.headline,
+        "fp8": found.answer.fp8,
         "memory": found.memory_answer,
         "left_out": list(found.left_out),
         "out": str(out),
@@ -246,16 +222,6 @@ def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
     return Ceiling(baseline, len(names), share, 1.0 / (1.0 - share + share / FP8_PEAK_RATIO))
 
 
-def _tf32_parts(profile: Profile) -> list[str]:
-    """Return the parts of an FP32 step in TF32; a CPU has none, whatever torch's settings say."""
-    device = profile.device
-    if device.kind == "cpu":
-        return []
-    has_convolutions = any(layer.kind is LayerKind.CONV for layer in profile.model.layers)
-    parts = ["GEMMs"] if device.allow_tf32 else []
-    return parts + (["convolutions"] if device.allow_tf32_conv and has_convolutions else [])
-
-
 def _compile_answer(run: RunRecords) -> str:
     """Return the effect of torch.compile on the answer on a GPU; "" where nothing is known."""
     profile = run.profile
@@ -276,16 +242,12 @@ def _compile_answer(run: RunRecords) -> str:
     known = {step.label: step.timing.median_ms for step in profile.steps if step.label in labels}
     if len(known) < len(labels):
         return ""
-    eager_bf16, bf16, fp8, eager_fp8 = (known[label] for label in labels)
-    pays = "FP8 everywhere pays" if fp8 < bf16 else "FP8 everywhere does not pay"
-    if fp8 < bf16 and eager_fp8 >= eager_bf16:
-        pays = "FP8 pays only"
     shown = [formats.ms(known[label]) for label in labels]
     basis = "" if profile.basis is Basis.MEASURED else f" ({profile.basis})"
     return (
-        "{} with torch.compile: eager BF16 {} ms, compiled BF16 {} ms, compiled FP8 {} ms; "
+        "torch.compile: eager BF16 {} ms, compiled BF16 {} ms, compiled FP8 everywhere {} ms; "
         "eager FP8 {} ms{}"
-    ).format(pays, *shown, basis)
+    ).format(*shown, basis)
 
 
 def _bf16_sentence(run: RunRecords, speedup: Speedup | None) -> str:
@@ -337,12 +299,6 @@ def plan_grad_error(run: RunRecords) -> Estimate | None:
     if run.search and run.search.chosen.options == run.plan.options:
         return Estimate(mean=run.plan.grad_error, stderr=run.search.chosen.grad_error_stderr)
     return Estimate(mean=run.plan.grad_error)
-
-
-def _plan_note(plan: Plan | None, start: str) -> str:
-    """Return the plan's note that starts so; "" where it has none."""
-    notes = plan.notes if plan else ()
-    return next((clean_text(note) for note in notes if note.startswith(start)), "")
 
 
 def _interval(speedup: Speedup | None) -> list[float] | None:

@@ -1,4 +1,4 @@
-"""What the commands print: `tune` its layers, steps, loss and the line to paste, others a record.
+"""What the commands print: `tune` its answer, with `--verbose` all that it found, others a record.
 
 Each record has a function that returns its headline, its table and its remarks.
 """
@@ -10,8 +10,6 @@ from typing import Any
 from rich.console import Console
 
 from autoprec.records import (
-    FP32,
-    Basis,
     Check,
     Comparison,
     Diagnosis,
@@ -25,46 +23,63 @@ from autoprec.records import (
     Search,
     Sensitivity,
     Timing,
-    Verdict,
     Verification,
 )
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
+from autoprec.report.answer_page import print_answer
 from autoprec.report.compare_views import comparison_parts
 from autoprec.report.formats import UNKNOWN, and_more, count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.remarks import profile_notes
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import Speedup, spread_title
-from autoprec.report.summary import Summary, apply_line, summarise_run
+from autoprec.report.step_times import spread_title
+from autoprec.report.summary import Summary, summarise_run
 from autoprec.report.tables import device_facts, recipe_table
-from autoprec.report.text_table import STYLES, Line, Part, Table, notes, print_parts, section
+from autoprec.report.text_table import (
+    BAD,
+    GOOD,
+    STYLES,
+    Line,
+    Part,
+    Table,
+    notes,
+    print_parts,
+    section,
+)
 from autoprec.sensitivity.gap import HORIZON_STEPS
 
 MOST_OPTIONS = 5  # columns of the table of sensitivities
 MOST_SHOWN = 30  # rows of a stage's own table; the record has them all
-GOOD, BAD = "bold green", "bold red"
 SLOW = 1.1  # times slower than FP32, from which BF16 is worth a word
 
 
-def print_summary(run: RunRecords, console: Console, *, out: Path | str | None = None) -> None:
-    """Print what a run found; `out` is its folder, as the user will write it."""
+def print_summary(
+    run: RunRecords,
+    console: Console,
+    *,
+    out: Path | str | None = None,
+    script: str = "",
+    verbose: bool = False,
+) -> None:
+    """Print the answer of a run, and if `verbose` layers, steps, loss and notes below it.
+
+    `out` is its folder, as the user will write it, `script` the one that was tuned.
+    """
     found = summarise_run(run)
-    if short := _nothing_pays(found, out):
-        print_parts(short, console)
+    print_answer(found, console, out=out, script=script)
+    if not verbose:
         return
-    parts = layers_parts(found.layers, console.width) if len(found.layers) else []
+    ceiling = [Line(found.ceiling.sentence)] if found.ceiling else []
+    parts = [Line(""), *layers_parts(found.layers, console.width)] if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
-    parts += [*section("Answer"), *([Line(found.counted)] if found.counted else [])]
-    answers = (found.fp8_answer, found.compile_answer, found.memory_answer, *found.left_out)
-    parts += [Line(answer, "bold") for answer in answers if answer]
-    sensitivity = found.run.sensitivity
-    parts += [Line(sensitivity.table_check)] if sensitivity and sensitivity.table_check else []
-    parts += [Line(found.ceiling.sentence)] if found.ceiling else []
-    parts += notes(found.notes)
-    parts += [*section("Next"), *_next_lines(found, out)]
-    print_parts(parts, console)
+    print_parts([*parts, *ceiling, *notes(found.notes)], console)
+
+
+def print_layers(run: RunRecords, console: Console) -> None:
+    """Print the layers of a run, alike ones in one line."""
+    print_parts(layers_parts(summarise_run(run).layers, console.width), console)
 
 
 def print_record(record: Record, console: Console) -> None:
@@ -99,14 +114,9 @@ def _steps_parts(found: Summary) -> list[Part]:
         counts = (str(step.samples or UNKNOWN), step.basis.value)
         speedup = found.speedups.get(label)
         texts = (found.title(label), formats.ms(step.ms), spread, *counts)
-        rows.append((*texts, _speedup(speedup) if speedup else "")[: len(heads)])
+        rows.append((*texts, str(speedup or ""))[: len(heads)])
     below = [Line(found.without)] if found.without else []
     return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5)), *below]
-
-
-def _speedup(speedup: Speedup) -> str:
-    interval = formats.interval(speedup.low, speedup.high, formats.ratio)
-    return formats.ratio(speedup.value) + (f" ({interval})" if interval else "")
 
 
 def _loss_lines(found: Summary) -> Iterator[Line]:
@@ -120,7 +130,7 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
         yield Line(
             "time-to-loss speedup over FP32 = "
             f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
-            f"{_speedup(found.time_to_loss)} (predicted)"
+            f"{found.time_to_loss} (predicted)"
         )
     yield Line(found.promise.sentence, STYLES[found.promise.verdict])
     if found.promise.expectation:
@@ -133,61 +143,6 @@ def _loss_lines(found: Summary) -> Iterator[Line]:
         yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
     if found.bf16_sentence:
         yield Line(found.bf16_sentence)
-
-
-def _nothing_pays(found: Summary, out: Path | str | None) -> list[Line]:
-    """Return three lines where FP32 everywhere is fastest; nothing where there is more to say."""
-    plan, own = found.run.plan, found.steps.get("plan")
-    others = {label: s for label, s in found.steps.items() if label not in ("plan", "fp32")}
-    if plan is None or set(plan.options) != {FP32} or own is None or "bf16_o2" not in others:
-        return []
-    if found.promise.verdict is Verdict.REFUTED or any(
-        step.ms <= own.ms for step in others.values()
-    ):
-        return []  # it is not time that decided
-    slower = ", ".join(
-        f"{found.title(label)} takes {formats.ratio(step.ms / own.ms)} as long"
-        for label, step in others.items()
-    )
-    where = f"; all of it: {(Path(out) / 'report.html').as_posix()}" if out is not None else ""
-    return [
-        Line("FP32 everywhere is the answer here: there is nothing to apply", "bold"),
-        Line(f"a step takes {formats.ms(own.ms)} ms ({own.basis}); {slower}"),
-        Line(f"{found.fp8_answer or 'FP8 pays on no layer'}{where}", is_whole=True),
-    ]
-
-
-def _next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
-    plan = found.run.plan
-    if plan is None:
-        yield Line("there is no plan yet: run `autoprec tune MODEL.py`")
-    elif set(plan.options) == {FP32}:
-        yield Line("FP32 everywhere is the answer here: there is nothing to apply")
-    elif found.promise.verdict is Verdict.REFUTED:
-        yield Line(
-            "do not train with this plan: allow a larger --loss-tolerance, fix sensitive layers "
-            "with --keep 'NAME=bf16_o2', or give the search more --trials"
-        )
-    else:
-        step, speedups = found.steps.get("plan"), found.speedups.items()
-        faster = [label for label, each in speedups if each.high is not None and each.high < 1.0]
-        if step is not None and step.basis is not Basis.MEASURED:
-            yield Line(
-                "the plan's step time is predicted: run `autoprec verify` on the target before you "
-                "rely on it"
-            )
-        else:
-            if faster:  # beyond doubt: the whole interval
-                names = " and ".join(map(found.title, faster))
-                yield Line(f"beware: {names} took less time than this plan when measured")
-            yield Line("paste into the training script, after the optimizer is made:")
-        yield Line("  import autoprec", "bold", is_whole=True)
-        yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
-        if found.compile_advice:
-            yield Line(found.compile_advice)
-            yield Line("  model.compile()", "bold", is_whole=True)
-    if out is not None:
-        yield Line(f"report: {(Path(out) / 'report.html').as_posix()}", is_whole=True)
 
 
 def _profile_parts(profile: Profile) -> list[Part]:

@@ -15,12 +15,13 @@ from rich.text import Text
 from autoprec.records import Precision, Verdict
 from autoprec.report.formats import clean_text
 
+GOOD, BAD = "bold green", "bold red"
 STYLES = {
-    Precision.FP8_O1: "bold green",
+    Precision.FP8_O1: GOOD,
     Precision.BF16_O2: "cyan",
     Precision.FP32: "yellow",
-    Verdict.VERIFIED: "bold green",
-    Verdict.REFUTED: "bold red",
+    Verdict.VERIFIED: GOOD,
+    Verdict.REFUTED: BAD,
     Verdict.INCONCLUSIVE: "bold yellow",
     Verdict.NOT_RUN: "dim",
 }
@@ -69,7 +70,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
     """Print lines and tables one below the other."""
     for part in parts:
         if isinstance(part, Line):
-            console.print(_rich_text(part, console), highlight=False, soft_wrap=part.is_whole)
+            console.print(shown_text(part, console), highlight=False, soft_wrap=part.is_whole)
         else:
             console.print(_rich_table(part, console), highlight=False)
 
@@ -92,15 +93,15 @@ def _rich_table(table: Table, console: Console) -> RichTable:
             ratio=1 if index == table.widest else None,
         )
     for left, row in zip(reversed(range(len(table.rows))), table.rows, strict=True):
-        cells = (_rich_text(cell, console) for cell in row)
+        cells = (shown_text(cell, console) for cell in row)
         drawn.add_row(*cells, end_section=table.has_total and left == 1)
     return drawn
 
 
-def _rich_text(cell: Cell, console: Console) -> Text:
+def shown_text(cell: Cell, console: Console) -> Text:
     """Return a cell as the console's encoding can show it, hidden characters made visible."""
     if isinstance(cell, tuple):
-        return Text("\n").join(_rich_text(line, console) for line in cell)
+        return Text("\n").join(shown_text(line, console) for line in cell)
     line = cell if isinstance(cell, Line) else Line(cell)
     encoding = console.encoding
     shown = clean_text(line.text).encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,124 @@
+"""The answer of a run: what to do, decided once. Terminal, page, notebook and JSON all render it.
+
+Whole steps decide whether FP8 pays where the plan's and BF16 O2's are known, and the layers of the
+search's model only where not: what is said of the layers can then not contradict the steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from autoprec.records import BF16_O2, FP32, Basis, Plan, Verdict
+from autoprec.report import formats
+from autoprec.report.formats import clean_text
+from autoprec.report.promise import Promise
+from autoprec.report.runs import RunRecords
+from autoprec.report.step_times import Speedup, title_of
+
+PAYS, LOSES, UNSURE = "FP8 pays", "FP8 is not worth it", "Whether FP8 pays is not certain"
+LEADS = {
+    Verdict.VERIFIED: "Train with",
+    Verdict.INCONCLUSIVE: "Not proven yet:",
+    Verdict.NOT_RUN: "Not verified:",
+}
+
+
+class Advice(StrEnum):
+    """What to do with a plan."""
+
+    TUNE = "tune"  # there is none
+    DISCARD = "discard"  # its loss is refuted
+    LEAVE = "leave"  # FP32 everywhere: there is nothing to apply
+    SLOWER = "slower"  # beyond doubt slower than BF16 O2, or than what is run now
+    APPLY = "apply"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to do, in one sentence, and what FP8 has to do with it."""
+
+    advice: Advice
+    headline: str
+    fp8: str = ""
+
+    @classmethod
+    def of(cls, run: RunRecords, speedups: Mapping[str, Speedup], promise: Promise) -> "Answer":
+        """Return the answer of a run's plan."""
+        plan = run.plan
+        if plan is None:
+            return cls(Advice.TUNE, "No plan yet: what is shown was measured so far")
+        fp8 = _fp8_sentence(plan, speedups.get("bf16_o2"))
+        if promise.verdict is Verdict.REFUTED:
+            said = promise.headline.removeprefix("but ")
+            fp8 = "" if fp8.startswith(PAYS) else fp8  # at a loss that is too high nothing pays
+            return cls(Advice.DISCARD, f"Do not train with this plan: {said}", fp8)
+        if set(plan.options) == {FP32}:
+            return cls(Advice.LEAVE, "Train in FP32: there is nothing to apply", fp8)
+        bf16, now = speedups.get("bf16_o2"), speedups.get("as_written")
+        if _has_fp8(plan) and bf16 and bf16.is_loss:
+            return cls(Advice.SLOWER, f"{LOSES}: {_slower(plan, bf16)}", fp8)
+        if now and now.is_loss:
+            said = f"Keep what you run: this plan is {_fast(now)} as {_named(run, 'as_written')}"
+            return cls(Advice.SLOWER, said, fp8)
+        return cls(Advice.APPLY, _plan_sentence(run, plan, speedups, promise), fp8)
+
+
+def plan_note(plan: Plan | None, start: str) -> str:
+    """Return the plan's note that starts so; "" where it has none."""
+    notes = plan.notes if plan else ()
+    return next((clean_text(note) for note in notes if note.startswith(start)), "")
+
+
+def _plan_sentence(
+    run: RunRecords, plan: Plan, speedups: Mapping[str, Speedup], promise: Promise
+) -> str:
+    """Return what the plan is and gains against what is run now, and how far it is proven."""
+    count, lead = sum(option.is_fp8 for option in plan.options), LEADS[promise.verdict]
+    is_bf16 = set(plan.options) == {BF16_O2}
+    what = f"{'BF16 O2' if is_bf16 else 'BF16 and FP32'} and no FP8"
+    if count:
+        what = f"FP8 in {count} of {formats.count_of(len(plan.options), 'layer')}"
+        bf16 = speedups.get("bf16_o2")
+        lead = f"{UNSURE}. {lead}" if bf16 and not bf16.is_gain else lead
+    if plan_note(plan, "does not fit in memory"):
+        lead = lead.replace(":", ", and too large for the device:")
+    first = "as_written" if "as_written" in speedups else "fp32"
+    gains = [label for label in (first, "bf16_o2") if label in speedups]
+    gains = [label for label in gains if not (is_bf16 and label == "bf16_o2")]
+    said = [f"{lead} {what}", *(f"{_fast(speedups[x])} as {_named(run, x)}" for x in gains)]
+    basis = {
+        "" if speedups[x].basis is Basis.MEASURED else f" ({speedups[x].basis})" for x in gains
+    }
+    proof = "" if promise.verdict is Verdict.NOT_RUN else f"; {promise.headline}"
+    return f"{', '.join(said)}{max(basis, default='')}{proof}"
+
+
+def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:
+    """Return whether FP8 pays: by whole steps where they are known, else by the search's layers."""
+    note = plan_note(plan, "FP8 ")
+    if not _has_fp8(plan):
+        return "" if note.startswith(PAYS) else note
+    if bf16 is None:
+        return note
+    if bf16.is_loss:
+        return f"{LOSES} here: {_slower(plan, bf16)}"
+    if not bf16.is_gain:
+        return f"{UNSURE} here: the plan's speedup over BF16 O2 is {bf16}"
+    return note if note.startswith(PAYS) else f"{PAYS} here: the plan is {_fast(bf16)} as BF16 O2"
+
+
+def _named(run: RunRecords, label: str) -> str:
+    return title_of(run, label).replace("as written", "now")
+
+
+def _slower(plan: Plan, bf16: Speedup) -> str:
+    forced = any("fp8" in keep.rpartition("=")[2] for keep in plan.constraint.keep)
+    return f"the {'forced ' if forced else ''}plan is {_fast(bf16)} as BF16 O2 ({bf16.basis})"
+
+
+def _fast(speedup: Speedup) -> str:
+    return f"{formats.ratio(speedup.value)} as fast"
+
+
+def _has_fp8(plan: Plan) -> bool:
+    return any(option.is_fp8 for option in plan.options)

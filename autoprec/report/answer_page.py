@@ -1,0 +1,137 @@
+"""What `tune` prints: the answer, what it rests on and what to do next, in at most 25 lines.
+
+Every fact has at most three lines, and facts that the page has no room for are left out, the least
+needed first; `--verbose` and the report have all of them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from autoprec.records import Basis, Verdict
+from autoprec.report import formats
+from autoprec.report.answer import Advice
+from autoprec.report.summary import Summary, apply_line
+from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
+
+MOST_LINES = 25
+MOST_OF_ONE = 3  # lines of a fact
+KEY = 10  # columns of the facts' names
+CUT = " ..."
+
+
+def print_answer(
+    found: Summary, console: Console, *, out: Path | str | None = None, script: str = ""
+) -> None:
+    """Print the short page; `out` is the run's folder as the user writes it, `script` what ran."""
+    style = "bold" if found.answer.advice is Advice.APPLY else "bold yellow"
+    head = _wrapped(found.answer.headline, console, console.width, style)
+    below = [Line(""), *_next_lines(found, out, script), *_where_lines(out)]
+    left = MOST_LINES - len(head) - sum(_height(line, console) for line in below)
+    lines: list[Text] = []
+    for key, text, style in _facts(found):
+        wrapped = _wrapped(text, console, console.width - KEY, style)
+        if len(lines) + len(wrapped) <= left:
+            keys = [key, *[""] * (len(wrapped) - 1)]
+            lines += [Text(f"{k:{KEY}}").append_text(w) for k, w in zip(keys, wrapped, strict=True)]
+    for line in (*head, *lines):
+        console.print(line, highlight=False)
+    print_parts(below, console)
+
+
+def _facts(found: Summary) -> Iterator[tuple[str, str, str]]:
+    """Yield name, text and style of what the answer rests on, the most needed first."""
+    answer, promise, sensitivity = found.answer, found.promise, found.run.sensitivity
+    is_said = answer.headline.partition(":")[0] in answer.fp8  # in the headline, in short
+    has_plan = found.run.plan is not None
+    facts = [
+        ("memory", found.memory_answer, BAD),
+        ("time", _time_text(found), ""),
+        ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
+        ("further", promise.expectation if has_plan else "", ""),
+        ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
+        ("layers", found.counted.partition(": ")[2], ""),
+        *(("unknown", text, "") for text in found.left_out),
+        ("check", sensitivity.table_check if sensitivity else "", ""),
+        ("compile", found.compile_answer if has_plan else "", ""),
+    ]
+    return (fact for fact in facts if fact[1])
+
+
+def _time_text(found: Summary) -> str:
+    """Return the plan's step and its speedup over each baseline; without a plan, all steps."""
+    own = found.steps.get("plan")
+    if own is None:
+        steps = found.steps.items()
+        return ", ".join(f"{found.title(label)} {formats.ms(step.ms)} ms" for label, step in steps)
+    gains = [f"{each} over {found.title(label)}" for label, each in found.speedups.items()]
+    without = f"; {found.without}" if found.without else ""
+    return f"{formats.ms(own.ms)} ms a step ({own.basis}): {', '.join(gains)}{without}"
+
+
+def _next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[Line]:
+    """Yield what to do: lines to paste where there is a plan to apply."""
+    folder = Path(out or ".").as_posix()
+    match found.answer.advice:
+        case Advice.TUNE:
+            yield Line("run `autoprec tune MODEL.py`")
+        case Advice.DISCARD:
+            yield Line(
+                "allow a larger --loss-tolerance, fix sensitive layers with --keep "
+                "'NAME=bf16_o2', or give the search more --trials"
+            )
+        case Advice.SLOWER if found.run.plan and found.run.plan.constraint.keep:
+            yield Line("leave --keep out, and the search has the free choice")
+        case Advice.APPLY:
+            yield from _beware_lines(found)
+            run = f"autoprec run --plan {folder}/plan.json {script or 'TRAIN.py'}"
+            if script:
+                yield Line("train with it, the script as it is:")
+                yield Line(f"  {run}", "bold", is_whole=True)
+                return
+            yield Line("paste into the training script, after the optimizer is made:")
+            yield Line("  import autoprec", "bold", is_whole=True)
+            yield Line(f"  {apply_line(out)}", "bold", is_whole=True)
+            if found.compile_advice:
+                yield Line("  model.compile()", "bold", is_whole=True)
+            yield Line(f"as it is:  {run}", is_whole=True)
+            yield Line(
+                f"elsewhere: autoprec plan export {folder}/plan.json --to torchtitan", is_whole=True
+            )
+
+
+def _beware_lines(found: Summary) -> Iterator[Line]:
+    step, is_trained = found.steps.get("plan"), found.promise.verdict is not Verdict.NOT_RUN
+    if step is not None and step.basis is not Basis.MEASURED:
+        if is_trained:  # else the proof says so
+            yield Line("predicted: run `autoprec verify` on the target before you rely on it")
+    elif faster := [label for label, speedup in found.speedups.items() if speedup.is_loss]:
+        names = " and ".join(map(found.title, faster))
+        yield Line(f"beware: {names} took less time than this plan when measured")
+
+
+def _where_lines(out: Path | str | None) -> Iterator[Line]:
+    if out is not None:
+        folder = Path(out).as_posix()
+        yield Line(f"report:    {folder}/report.html", is_whole=True)
+        yield Line(f"layers:    autoprec report {folder} --layers (all: --verbose)", is_whole=True)
+
+
+def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:
+    """Return a text in lines of that width, cut after MOST_OF_ONE."""
+    lines = list(shown_text(Line(text, style), console).wrap(console, width))
+    for line in lines:
+        line.rstrip()
+    if len(lines) > MOST_OF_ONE:
+        last = lines[MOST_OF_ONE - 1]
+        last.truncate(width - len(CUT))
+        lines = [*lines[: MOST_OF_ONE - 1], last.append(CUT)]
+    return lines
+
+
+def _height(line: Line, console: Console) -> int:
+    if line.is_whole or not line.text:
+        return 1
+    return len(shown_text(line, console).wrap(console, console.width))
