@@ -36,6 +36,7 @@ def test_a_sharded_model_is_tuned_once(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["--out", "out", "--trials", "1", "--recipes", "rowwise", "--json"]
+    options += ["--loss-tolerance", "2%"]  # far above the noise of so small a model
     done = subprocess.run(
         [*torchrun, "-m", "autoprec", "tune", "model.py", *options],
         cwd=tmp_path,
