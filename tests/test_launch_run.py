@@ -305,6 +305,19 @@ def test_a_model_in_bf16_is_said_to_be_and_gets_fp32_masters(
     assert "Net is held in bfloat16: the plan's FP32 masters start as copies" in caplog.text
 
 
+def test_an_average_that_is_older_than_the_plan_stays_fp32_and_follows(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+{LOOP}
+    ema.update_parameters(model)
+average, weight = ema.module.first.weight, model.first.weight
+assert average.dtype is torch.float32 and weight.dtype is torch.bfloat16
+assert 0 < (average - weight).abs().max() < 0.02
+"""
+    assert run(tmp_path, body, "3").status == 0
+
+
 def test_an_optimizer_made_late_loads_its_masters(tmp_path: Path) -> None:
     body = f"""{HEAD}
 {LOOP}

@@ -56,8 +56,8 @@ def main():
                 optimizer.zero_grad()
                 if dist.get_rank() == 0:
                     print("loss", 2 * loss.item())
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()
