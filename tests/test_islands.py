@@ -23,10 +23,11 @@ from autoprec.records import (
 from autoprec.runtime import apply, install_options, undo
 from autoprec.search import build_plan, search_plan
 from autoprec.sensitivity.islands import find_producers
-from autoprec.sensitivity.joint import JointMeter
+from autoprec.sensitivity.joint import JointMeter, tied_with
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.workload.functions import Workload, workload_from
+from tests.models import token_workload
 from tests.search_tables import profile_of
 
 CPU = torch.device("cpu")
@@ -153,3 +154,10 @@ def test_without_an_offset_there_is_no_island() -> None:
 def test_producers_are_found_through_functions_and_not_through_other_layers(run: Run) -> None:
     found = find_producers(run.reference, ["first", "behind", "head"])
     assert found == {"first": (), "behind": ("before",), "head": ("behind",)}
+
+
+def test_an_island_is_measured_with_the_layers_that_share_its_storage() -> None:
+    spec = capture_model(Context(token_workload(), torch.device("cpu")))
+    assert tied_with(spec, ["head"]) == ["embedding", "head"]
+    assert tied_with(spec, ["embedding"]) == ["embedding", "head"]
+    assert tied_with(spec, ["mix"]) == ["mix"]

@@ -13,6 +13,7 @@ from autoprec.records import (
     Estimate,
     Island,
     LayerSensitivity,
+    ModelSpec,
     Option,
     Precision,
 )
@@ -88,7 +89,7 @@ class JointMeter:
         joint = self._measure(uniform, batches=ACTIVATION_BATCHES)
 
         def with_fp32(names: Collection[str]) -> float:
-            options = {**uniform, **dict.fromkeys(names, FP32)}
+            options = {**uniform, **dict.fromkeys(tied_with(self.reference.spec, names), FP32)}
             return self._measure(options, batches=ACTIVATION_BATCHES, fp32_outputs=names).mean
 
         islands, left = find_islands(self.reference, rows, joint.mean, with_fp32)
@@ -114,3 +115,9 @@ class JointMeter:
             install_options, reference.model, options, uncovered=uncovered, fp32_outputs=kept
         )
         return reference.measure_errors({"joint": installed}, batches=batches)["joint"]
+
+
+def tied_with(spec: ModelSpec, names: Collection[str]) -> list[str]:
+    """Return layers and all that share a parameter with one of them, which share its storage."""
+    owners = {layer.tied_to or layer.name for layer in spec.layers if layer.name in names}
+    return [layer.name for layer in spec.layers if (layer.tied_to or layer.name) in owners]
