@@ -141,12 +141,13 @@ def show_family(name: str, *, batches: int) -> None:
     exact = measure_sensitivity(reference, method=Method.LAYERWISE)
     cells = list_cells(reference.spec, None)
     probed = make_rows(probe_batches(reference, cells, probes=1), cells)
-    found = measure_sensitivity(reference, method=Method.SIGN_CODED)
+    found = measure_sensitivity(reference)
     columns = [
         ratios_to(exact, rows, is_fp8=is_fp8)
         for rows, is_fp8 in ((probed, True), (found.rows, True), (found.rows, False))
     ]
-    measured = sum("one by one" in note and note.count(",") + 1 for note in found.notes)
+    measured: object = sum("one by one" in note and note.count(",") + 1 for note in found.notes)
+    measured = "all" if found.method == Method.LAYERWISE else measured
     sums = [(j.predicted_grad_error - j.overlap) / j.grad_error.mean for j in found.joint]
     print(
         f"| {name} | {len(cells)} | "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 Activation = Callable[[Tensor], Tensor]
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
@@ -28,12 +29,13 @@ class Family:
     train_batches: Batches
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: Callable[..., torch.optim.Optimizer] = adamw
+    parameters: Callable[[nn.Module], Any] = nn.Module.parameters  # Any: or groups of them
 
     def loss_fn(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.loss(model(batch[0]), batch[1])
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return self.optimizer(model.parameters())
+        return self.optimizer(self.parameters(model))
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -285,6 +287,70 @@ class TemporalConvolutions(nn.Module):
         return found
 
 
+class PooledSet(nn.Module):
+    """A set of points: an MLP with a leaky kink at each, the largest of all, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Sequential(
+            *(nn.Linear(16, WIDTH), nn.LeakyReLU(0.01), nn.Linear(WIDTH, 2 * WIDTH)),
+            *(nn.LayerNorm(2 * WIDTH), nn.Hardswish(), nn.Linear(2 * WIDTH, 2 * WIDTH)),
+        )
+        self.all = nn.Sequential(
+            *(nn.Linear(2 * WIDTH, WIDTH), nn.PReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU6()),
+            nn.Linear(WIDTH, 16),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.each(x.movedim(1, -1)).amax(1)
+        found: Tensor = self.all(hidden)
+        return found
+
+
+class Maxout(nn.Module):
+    """A residual network whose blocks keep the larger of two linears, and soft thresholds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(768, 96)
+        self.blocks = nn.ModuleList(nn.Linear(96, 192) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(96) for _ in range(3))
+        self.head = nn.Linear(96, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.softshrink(self.first(x.flatten(1)), 0.1)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            hidden = hidden + block(norm(hidden)).unflatten(-1, (96, 2)).amax(-1)
+        found: Tensor = self.head(hidden)[:, :10]
+        return found
+
+
+def last_point_loss(found: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(found, target[..., -1], beta=0.05)
+
+
+def pruned_decoder() -> nn.Module:
+    """Return a ReLU decoder without half of its MLPs' weights, one by a mask in a hook."""
+    mlps = [Mlp(F.relu) for _ in range(2)]
+    model = Decoder(partial(next, iter(mlps)))
+    for mlp in mlps:
+        prune.l1_unstructured(mlp.up, "weight", 0.5)  # type: ignore[no-untyped-call]  # torch
+    weight = mlps[0].down.weight
+    mask = (weight.detach().abs() > weight.detach().abs().median()).float()
+    weight.data *= mask
+    weight.register_hook(lambda gradient: gradient * mask)  # type: ignore[no-untyped-call]  # torch
+    return model
+
+
+def encoder_slowly(model: nn.Module) -> list[dict[str, Any]]:  # Any: groups hold settings
+    """Return two groups: the encoder at 1e-4 of the learning rate of all else."""
+    slow = {id(p) for p in model.get_submodule("body.encoder").parameters()}
+    return [
+        {"params": [p for p in model.parameters() if id(p) not in slow]},
+        {"params": [p for p in model.parameters() if id(p) in slow], "lr": 2e-7},
+    ]
+
+
 def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
@@ -306,11 +372,17 @@ KINKED = {
     "encoder_decoder": Family(EncoderDecoder, reversed_sequences, next_token_loss),
     "convolutions": Family(convolutions, images, F.cross_entropy),
     "mixture": decoder(Mixture),
+    "pruned_decoder": Family(pruned_decoder, sequences, next_token_loss),
+    "two_rates": Family(
+        *(EncoderDecoder, reversed_sequences, next_token_loss), parameters=encoder_slowly
+    ),
     "hard_layers": Family(hard_layers, images, F.cross_entropy),
 }
 HELD_BACK = {
     "unet": Family(UNet, denoised_images, F.mse_loss),
     "squared_relu_decoder": decoder(partial(Mlp, squared_relu)),
+    "pooled_set": Family(PooledSet, series, last_point_loss),
+    "maxout": Family(Maxout, images, F.cross_entropy),
     "temporal_convolutions": Family(TemporalConvolutions, series, F.mse_loss),
 }
 FAMILIES: dict[str, Any] = {**SMOOTH, **KINKED, **HELD_BACK}  # Any: a workload's functions

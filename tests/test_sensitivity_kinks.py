@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import Estimate, Recipe, fp8_option
+from autoprec.records import Estimate, LayerSensitivity, Recipe, fp8_option
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
 from autoprec.sensitivity.local import BF16_OUTPUT, list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, make_rows, make_table
+from autoprec.sensitivity.tables import Method, guessed_cells, make_rows, make_table
 from autoprec.workload.functions import workload_from
 
 CPU = torch.device("cpu")
@@ -77,8 +77,12 @@ def test_a_smooth_layer_is_left_as_it_is_and_a_kink_counts_by_what_is_behind_it(
     products = {keys[0]: (13.0, 4.0), keys[1]: (4.0, 4.0), keys[2]: (0.0, 0.0)}
     changes = [(49.0, 13.0), (10.0, 10.0)]  # 12 and none
     steps = TwoSteps(4.0, products, changes, {"kinked": 0, "smooth": 1, "unused": 1})
-    assert steps.correction([keys[0]]) == pytest.approx((1.0 + (3.0 * 12.0) ** 0.5) / 4.0)
-    assert [steps.correction([key]) for key in keys[1:]] == [1.0, 1.0]
+    found = steps.correction([keys[0]], 4.0)
+    assert found == pytest.approx((1.0 + (3.0 * 12.0) ** 0.5) / 4.0)
+    # of a mean square 4 times as large the smooth part is, and what kinks add is twice as large
+    found = steps.correction([keys[0]], 16.0)
+    assert found == pytest.approx((4.0 + 2.0 * (3.0 * 12.0) ** 0.5) / 16.0)
+    assert [steps.correction([key], 4.0) for key in keys[1:]] == [1.0, 1.0]
 
 
 def routed() -> Reference:
@@ -134,6 +138,37 @@ def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:
     cells = list_cells(reference.spec, None)
     table = make_table(reference, cells, Method.SIGN_CODED)
     assert {cell for cell in cells if cell[0] == "1.inner"} <= set(table.refined)
+
+
+def test_each_batch_has_a_code_of_its_own() -> None:
+    """What one code exaggerates it does in all rows; two tell by how much."""
+    reference = prepared(nn.SiLU)
+    reference.batches[1] = reference.batches[0]
+    first, second = probe_batches(reference, list_cells(reference.spec, None), probes=1)
+    assert first.squared_norm == second.squared_norm
+    assert all(first.squares[key] != second.squares[key] for key in first.squares)
+
+
+def test_whole_recipes_are_measured_where_probes_are_a_guess() -> None:
+    def rows(relative: float) -> list[LayerSensitivity]:
+        return [
+            LayerSensitivity(
+                name=name,
+                option=fp8_option(recipe),
+                grad_error=Estimate(mean=mean, stderr=relative * mean),
+            )
+            for name, mean in (("small", 1e-4), ("large", 1e-3))
+            for recipe in (Recipe.ROWWISE, Recipe.TENSORWISE)
+        ]
+
+    assert guessed_cells(rows(0.1), is_kinked=False) == ()
+    for found in (
+        guessed_cells(rows(0.5), is_kinked=False),
+        guessed_cells(rows(0.1), is_kinked=True),
+    ):
+        # one of each layer first
+        assert [name for name, _ in found[:2]] == ["large", "small"]
+        assert len(found) == 4
 
 
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:

@@ -51,24 +51,29 @@ class TwoSteps:
     jumps: float = 0.0  # W t of the choices
     choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
 
-    def correction(self, keys: Sequence[Key]) -> float:
-        """Return what the squares of one layer's errors of output have to be multiplied with."""
-        name, _ = keys[0]
+    def correction(self, keys: Sequence[Key], square: float) -> float:
+        """Return what the squares of one layer's errors of output have to be multiplied with.
+
+        `square` is their mean over all batches and codes: kinks have the same part of it as here.
+        """
         fine, own = self._pair(keys)
-        if own <= 0.0:
+        if own <= 0.0 or square <= 0.0:
             return 1.0
         crossed = self._crossed(fine, own)
-        smooth = max(own - crossed, 0.0) if crossed > 0.0 else fine
-        return (smooth + self.added(keys) + self._jumps_of(name, smooth)) / own
+        left = max(own - crossed, 0.0) if crossed > 0.0 else fine
+        smooth = square * left / own
+        return (smooth + self.added(keys, square) + self._jumps_of(keys[0][0], smooth)) / square
 
     @property
     def are_kinked(self) -> bool:
         """Whether any parameter's gradient crossed kinks."""
         return any(self._crossed(*pair) > 0.0 for pair in self.changes)
 
-    def added(self, keys: Sequence[Key]) -> float:
+    def added(self, keys: Sequence[Key], square: float) -> float:
         """Return F of one layer's errors of output: what kinks add to d'Pd."""
-        return math.sqrt(self._crossed(*self._pair(keys)) * self._behind(keys[0][0]))
+        fine, own = self._pair(keys)
+        part = self._crossed(fine, own) / own if own > 0.0 else 0.0
+        return math.sqrt(min(part, 1.0) * square * self._behind(keys[0][0]))
 
     def _pair(self, keys: Sequence[Key]) -> tuple[float, float]:
         pairs = [self.products[key] for key in keys]

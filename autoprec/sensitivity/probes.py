@@ -133,8 +133,8 @@ def _probe_group(
     probed.squared_norm = gradient.squared_norm
     step = Pass(reference, index, layers, calls, choices, gradient, chunk_elements(reference.spec))
     for probe in range(probed.probes):
-        # the same signs serve two batches in turn
-        code = (index // 2) * probed.probes + probe
+        # signs of its own for each batch: what one code exaggerates, it does in all rows at once
+        code = index * probed.probes + probe
         is_first = probe == index == 0
         moved = run_moved(step, code=code, watched=is_first)
         products = _products_of(step, moved, options, probed, is_first=probe == 0)

@@ -18,7 +18,7 @@ from torch import nn
 
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
-from autoprec.device.ranks import from_first_rank, world_size
+from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.records import (
     Estimate,
@@ -40,12 +40,16 @@ from autoprec.sensitivity.room import agreed_groups
 
 log = logging.getLogger(__name__)
 
-PROBED_PASSES = 8  # what probing a batch takes, in passes (char GPT, 3 recipes, CPU)
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe, 9 found 23
 REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
 REFINED_CELLS = 2
 REFINED_BATCHES = 2
+# Where the response has few dimensions, two codes differ by more than this part of their mean in
+# all rows at once: 0.1 to 0.2 in decoders, 0.4 to 0.7 in a regression of images.
+SCATTERED = 0.3
+GUESSED_PASSES = 12  # that measure whole recipes then, or where there are kinks
+KINK_DOUBT = 0.5  # of F: what the probes make of kinks is too high by up to 1.6 (see kinks.py)
 # Probes are linear in a layer's error. A healthy layer has a gradient error below 0.3 %; in layers
 # with 1 % and more in some option (planted outliers, on a GPT), the exact one was 1 to 25 times as
 # large.
@@ -82,7 +86,9 @@ class Table:
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
     """Measure all cells, by the method that takes fewer passes unless one is given."""
     if method is None:
-        method = Method.LAYERWISE if len(cells) < PROBED_PASSES else Method.SIGN_CODED
+        one_by_one = len(cells) * len(reference.batches)
+        is_cheaper = one_by_one <= _passes_of_probing(reference)
+        method = Method.LAYERWISE if is_cheaper else Method.SIGN_CODED
     if method is Method.LAYERWISE:
         exact = _exact_errors(reference, cells, len(reference.batches), "layer by layer")
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
@@ -93,24 +99,48 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
 
 def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
-    count = min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
-    probes = _probed(reference, cells, probes=count)
+    probes = _probed(reference, cells, probes=_count_probes(reference))
     rows = make_rows(probes, cells)
     unlike = [cell for cell in cells if any(cell[0] in probe.unlike for probe in probes)]
     statistics = from_first_rank(probes[0].statistics)
-    doubtful = doubtful_cells(rows, statistics)
-    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *uncertain_cells(rows), *doubtful)))
     table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _kinks_of(probes, rows))
-    return refine_table(reference, table, refined, batches=REFINED_BATCHES)
+    guessed = guessed_cells(rows, is_kinked=_are_kinked(probes))
+    doubtful = doubtful_cells(rows, statistics)
+    uncertain = () if guessed else uncertain_cells(rows)
+    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *uncertain, *doubtful)))
+    table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
+    # the same passes measure few cells on all batches or more on one
+    left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
+    guessed = tuple(cell for cell in guessed if cell not in refined)
+    batches = REFINED_BATCHES if REFINED_BATCHES * len(guessed) <= left else 1
+    return refine_table(reference, table, guessed[:left], batches=batches, with_layer=True)
+
+
+def _count_probes(reference: Reference) -> int:
+    """Return how many probes a batch takes."""
+    return min(max(len(reference.spec.layers) // LAYERS_PER_PROBE, 1), MOST_PROBES)
+
+
+def _passes_of_probing(reference: Reference) -> int:
+    """Return what probing takes, in passes: those of probe_batches where there are kinks."""
+    probes = _count_probes(reference)
+    (groups,) = largest_over_ranks([float(reference.groups)])  # all choose the same method
+    return len(reference.batches) * (int(groups) * (1 + probes) + 2 * probes) + 2 * int(groups)
 
 
 def refine_table(
-    reference: Reference, table: Table, cells: Sequence[Cell], *, batches: int
+    reference: Reference,
+    table: Table,
+    cells: Sequence[Cell],
+    *,
+    batches: int,
+    with_layer: bool = False,
 ) -> Table:
     """Return a table whose cells are measured one by one; a pass per cell and batch.
 
     Options of the same layer and recipe that keep GEMMs in BF16 go along with the whole recipe,
-    unless they are measured themselves.
+    unless they are measured themselves. `with_layer` other recipes of the layer go half the way (on
+    a scale of factors): errors of two recipes meet the same code and kinks, in other places.
     """
     if not cells:
         return table
@@ -122,9 +152,14 @@ def refine_table(
         if (cell := (row.name, row.option)) in exact and is_whole(row.option)
         if row.grad_error.mean > 0.0
     }
+    by_layer: dict[str, list[float]] = {}
+    for (name, _), ratio in ratios.items() if with_layer else ():
+        by_layer.setdefault(name, []).append(ratio)
     rows = []
     for row in table.rows:
-        ratio = ratios.get((row.name, row.option.recipe), 1.0)
+        near = by_layer.get(row.name, [1.0])
+        shared = math.sqrt(math.fsum(near) / len(near))
+        ratio = ratios.get((row.name, row.option.recipe), shared)
         if (cell := (row.name, row.option)) in exact:
             rows.append(_refined(row, exact[cell]))
         elif cell not in known and row.option.is_fp8 and ratio != 1.0:
@@ -140,6 +175,11 @@ def is_whole(option: Option) -> bool:
     return option.is_fp8 and not option.gemms_hp
 
 
+def _are_kinked(probes: Sequence[BatchProbe]) -> bool:
+    steps = probes[0].steps
+    return steps is not None and (steps.are_kinked or steps.jumps > 0.0)
+
+
 def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) -> dict[Cell, float]:
     """Return the share of each row that kinks add; empty where there are none."""
     steps, scale = probes[0].steps, probes[0].squared_norm
@@ -149,7 +189,7 @@ def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) ->
     for row in rows:
         keys = [(row.name, component) for component in components_of(row.option)[Gemm.OUTPUT]]
         if row.grad_error.mean > 0.0:
-            share = steps.added(keys) / scale / row.grad_error.mean
+            share = steps.added(keys, _mean_square(probes, keys)) / scale / row.grad_error.mean
             found[row.name, row.option] = min(share, 1.0)
     return found
 
@@ -187,8 +227,10 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
 
     Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes,
     that of output corrected for kinks) plus what stays in the layer's own parameters. Its standard
-    error has two parts: the scatter over batches, and the probes' own noise, Var(z_k^2) =
-    2/3 E z_k^4, which batches that share a code share.
+    error has three parts: the scatter over batches and their codes, the probes' own noise if groups
+    have nothing to do with each other, Var(z_k^2) = 2/3 E z_k^4, and a part of what kinks add.
+    Where the response has few dimensions, groups do have, and two codes may agree by chance in a
+    row: no row's is taken to be below the mean of all, relative to the row.
     """
     scale, nothing = [probe.squared_norm for probe in probes], [0.0] * len(probes)
     rows = []
@@ -203,7 +245,8 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
         factors = dict.fromkeys(chain.from_iterable(spreading.values()), 1.0)
         if probes[0].steps is not None:
             output = spreading[Gemm.OUTPUT]
-            factors |= dict.fromkeys(output, probes[0].steps.correction(output))
+            square = _mean_square(probes, output)
+            factors |= dict.fromkeys(output, probes[0].steps.correction(output, square))
         by_gemm = {
             gemm: _estimate(probes, {key: factors[key] for key in keys}, nothing)
             for gemm, keys in spreading.items()
@@ -211,7 +254,30 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
         by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
         total = _estimate(probes, factors, staying)
         rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
-    return tuple(rows)
+    return _widened(rows, _kinks_of(probes, rows))
+
+
+def _widened(
+    rows: Sequence[LayerSensitivity], kinks: Mapping[Cell, float]
+) -> tuple[LayerSensitivity, ...]:
+    """Return rows with what their own standard errors do not know: of kinks, and of other rows."""
+    least = _scatter([row for row in rows if row.option.is_fp8])
+    found = []
+    for row in rows:
+        mean, stderr = row.grad_error.mean, row.grad_error.stderr
+        if stderr is not None and mean < DIVERGED:
+            stderr = mean * math.hypot(
+                max(stderr / mean if mean > 0.0 else 0.0, least),
+                KINK_DOUBT * kinks.get((row.name, row.option), 0.0),
+            )
+            row = row.model_copy(update={"grad_error": Estimate(mean=mean, stderr=stderr)})
+        found.append(row)
+    return tuple(found)
+
+
+def _mean_square(probes: Sequence[BatchProbe], keys: Sequence[Key]) -> float:
+    """Return the mean over batches of the squares of these components."""
+    return math.fsum(probe.squares[key] for probe in probes for key in keys) / len(probes)
 
 
 def _estimate(
@@ -225,7 +291,7 @@ def _estimate(
     if found.stderr is None or found.mean >= DIVERGED:
         return found
     # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
-    codes = probes[0].probes * math.ceil(len(probes) / 2)
+    codes = probes[0].probes * len(probes)
     fourth = [math.fsum(probe.fourths[k] * f * f for k, f in factors.items()) for probe in probes]
     variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
     noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
@@ -257,6 +323,28 @@ def doubtful_cells(
                 doubts[cell] = max(doubts.get(cell, 0.0), doubt)
     worst = sorted(doubts, key=lambda cell: -doubts[cell])[:DOUBTFUL_CELLS]
     return tuple(cell for cell in worst if doubts[cell] >= 1.0)
+
+
+def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple[Cell, ...]:
+    """Return the whole recipes, where probes are no more than a guess; else none.
+
+    One of each layer comes first, then those whose standard errors are the largest.
+    """
+    whole = [row for row in rows if is_whole(row.option) and row.grad_error.mean > 0.0]
+    if not is_kinked and _scatter(whole) < SCATTERED:
+        return ()
+    ranked = sorted(whole, key=lambda row: -(row.grad_error.stderr or 0.0))
+    first = {row.name: row for row in reversed(ranked)}.values()
+    rest = [row for row in ranked if row not in first]
+    ordered = [*sorted(first, key=lambda row: -row.grad_error.mean), *rest]
+    return tuple((row.name, row.option) for row in ordered)
+
+
+def _scatter(rows: Sequence[LayerSensitivity]) -> float:
+    """Return the root mean square of the rows' relative standard errors."""
+    known = [row.grad_error for row in rows if 0.0 < row.grad_error.mean < DIVERGED]
+    parts = [(error.stderr or 0.0) / error.mean for error in known]
+    return math.hypot(*parts) / math.sqrt(max(len(parts), 1))
 
 
 def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
@@ -297,6 +385,8 @@ def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
     """Return a row with its exact gradient error; its GEMMs keep their proportions."""
     before = probed.grad_error.mean
     ratio = exact.mean / before if before > 0.0 else 1.0
+    if exact.stderr is None:  # on one batch: how batches scatter is what the probes saw
+        exact = _scaled(probed.grad_error, ratio).model_copy(update={"mean": exact.mean})
     by_gemm = {gemm: _scaled(part, ratio) for gemm, part in probed.by_gemm.items()}
     return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})
 
