@@ -237,10 +237,10 @@ def test_the_horizon_is_what_verification_trains() -> None:
 def test_no_plan_is_measured_twice(tables: tuple[Profile, Sensitivity], tmp_path: Path) -> None:
     meter = Meter(make_costs(*tables), wobble)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    first = run(tables, evaluate=meter, storage=storage, trials=5)
+    first = run(tables, evaluate=meter, storage=storage, trials=2)
     assert len(set(meter.asked)) == len(meter.asked)
     assert (FP32,) * 8 not in meter.asked  # it is the reference
-    again = run(tables, evaluate=meter, storage=storage, trials=5)
+    again = run(tables, evaluate=meter, storage=storage, trials=2)
     assert len(set(meter.asked)) == len(meter.asked)
     assert again.chosen == first.chosen
     assert again.trials == first.trials
@@ -259,12 +259,12 @@ def test_a_search_killed_half_way_goes_on_where_it_was(
         return meter(options)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tables, evaluate=killed_at_second, storage=storage)
+        run(tables, evaluate=killed_at_second, storage=storage, trials=2)
     before = list(meter.asked)
-    search = run(tables, evaluate=meter, storage=storage)
+    search = run(tables, evaluate=meter, storage=storage, trials=2)
     assert meter.asked[:2] == before
     assert len(set(meter.asked)) == len(meter.asked)
-    assert search.chosen == run(tables, evaluate=Meter(meter.costs, wobble)).chosen
+    assert search.chosen == run(tables, evaluate=Meter(meter.costs, wobble), trials=2).chosen
 
 
 def test_a_study_of_other_tables_is_left_alone(
@@ -272,12 +272,12 @@ def test_a_study_of_other_tables_is_left_alone(
 ) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     meter = Meter(make_costs(*tables), wobble)
-    run(tables, evaluate=meter, storage=storage)
+    run(tables, evaluate=meter, storage=storage, trials=1)
     count = len(meter.asked)
     other = tables_of(LAYERS, activation_error=2e-5)
-    search = run(other, evaluate=meter, storage=storage)
+    search = run(other, evaluate=meter, storage=storage, trials=1)
     assert len(meter.asked) > count
-    assert search == run(other, evaluate=Meter(meter.costs, wobble))
+    assert search == run(other, evaluate=Meter(meter.costs, wobble), trials=1)
     names = optuna.get_all_study_names(storage)
     assert len(names) == 2
     assert names[0] == "autoprec"
@@ -364,7 +364,7 @@ def test_optuna_stays_silent_and_gets_its_settings_back(
     optuna.logging.set_verbosity(optuna.logging.INFO)
     root = (logging.getLogger().level, list(logging.getLogger().handlers))
     try:
-        run(tables, storage=f"sqlite:///{tmp_path / 'study.db'}")
+        run(tables, storage=f"sqlite:///{tmp_path / 'study.db'}", trials=1)
         assert optuna.logging.get_verbosity() == optuna.logging.INFO
     finally:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -401,7 +401,8 @@ def test_the_study_is_an_ordinary_optuna_study(
     tables: tuple[Profile, Sensitivity], tmp_path: Path
 ) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    search = run(tables, evaluate=Meter(make_costs(*tables), wobble), storage=storage)
+    meter = Meter(make_costs(*tables), wobble)
+    search = run(tables, evaluate=meter, storage=storage, trials=2)
     study = optuna.load_study(study_name="autoprec", storage=storage)
     assert len(study.directions) == 3
     assert study.metric_names == ["step time, ms", "gradient error", "bytes"]

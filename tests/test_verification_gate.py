@@ -202,12 +202,21 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole() -> Evidence:
+    """Return the evidence of a plan that nothing interrupted."""
+    plain = mlp_workload()
+    spec = capture_model(Context(plain, CPU))
+    return gather_evidence(opened(plain, spec), plan_of(spec, TENSORWISE))
+
+
 @pytest.mark.parametrize("kill_at", [1, STEPS + 3, 2 * STEPS + 1, 3 * STEPS + 5, 5 * STEPS])
-def test_a_kill_costs_at_most_the_branch_in_flight(tmp_path: Path, kill_at: int) -> None:
+def test_a_kill_costs_at_most_the_branch_in_flight(
+    tmp_path: Path, whole: Evidence, kill_at: int
+) -> None:
     plain = mlp_workload()
     spec = capture_model(Context(plain, CPU))
     plan = plan_of(spec, TENSORWISE)
-    whole = gather_evidence(opened(plain, spec), plan)
     steps = 0
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -328,7 +337,7 @@ def test_training_that_is_not_deterministic_has_a_floor() -> None:
 def test_the_reference_against_itself_is_refuted_in_at_most_one_of_twenty() -> None:
     """20 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
     workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
-    terms = Terms(warmup_steps=4, branch_steps=4)
+    terms = Terms(seeds_max=5, warmup_steps=4, branch_steps=4)
     session = opened(workload, capture_model(Context(workload, CPU)), terms=terms)
     session.evaluation = session.evaluation[:2]
     refuted = 0
