@@ -237,10 +237,10 @@ def test_the_horizon_is_what_verification_trains() -> None:
 def test_no_plan_is_measured_twice(tables: tuple[Profile, Sensitivity], tmp_path: Path) -> None:
     meter = Meter(make_costs(*tables), wobble)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    first = run(tables, evaluate=meter, storage=storage, trials=2)
+    first = run(tables, evaluate=meter, storage=storage, trials=5)
     assert len(set(meter.asked)) == len(meter.asked)
     assert (FP32,) * 8 not in meter.asked  # it is the reference
-    again = run(tables, evaluate=meter, storage=storage, trials=2)
+    again = run(tables, evaluate=meter, storage=storage, trials=5)
     assert len(set(meter.asked)) == len(meter.asked)
     assert again.chosen == first.chosen
     assert again.trials == first.trials
