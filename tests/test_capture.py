@@ -252,3 +252,17 @@ def test_an_optimizer_that_wants_a_closure_is_refused_in_one_line() -> None:
     )
     with pytest.raises(WorkloadError, match="takes no closure, but LBFGS"):
         capture_model(Context(workload, torch.device("cpu")))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_graph_among_the_batch_is_multiplied_and_weighed() -> None:
+    """What a step keeps of it for backward are indices and values, which have the storages."""
+    graph, x = torch.eye(16).to_sparse_csr(), torch.ones(16, 16)
+    workload = workload_with(
+        build_model=lambda: nn.Linear(16, 16),
+        train_batches=lambda seed: iter([(graph, x)] * 4),
+        loss_fn=lambda model, batch: (batch[0] @ model(batch[1])).square().mean(),
+    )
+    spec = capture_model(Context(workload, CPU))
+    indices_and_values = 17 * 8 + 16 * 8 + 16 * 4
+    assert spec.batch_bytes == indices_and_values + x.nbytes

@@ -157,9 +157,12 @@ WITHOUT_BF16_KERNEL: dict[str, Callable[[Tensor], Tensor]] = {
     "quantile": lambda x: x.quantile(0.9),
     "complex": lambda x: torch.view_as_complex(x.reshape(-1, 2)).abs(),
     "avg_pool3d": lambda x: F.avg_pool3d(x[None], 2),
+    "sparse": lambda x: torch.sparse.mm(torch.eye(48).to_sparse(), x[0]),
+    "sparse matmul": lambda x: torch.eye(48).to_sparse_csr() @ x[0],
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("name", WITHOUT_BF16_KERNEL)
 def test_functions_without_a_bf16_kernel_run_in_fp32(name: str) -> None:
     class Net(nn.Module):

@@ -38,6 +38,7 @@ def test_a_growth_is_fitted_to_the_lengths_and_carried_on() -> None:
     assert expected.low is not None
     assert expected.high is not None
     assert expected.mean == pytest.approx(1e-4 * 3000**0.5)
+    assert expected_by_growth(rungs, 3001) is None  # ten times the longest and no further
     nearer = expected_by_growth(rungs, 600)
     assert nearer is not None
     assert nearer.high is not None

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,25 @@ def test_batches_that_ignore_the_seed_are_refused() -> None:
     with pytest.raises(WorkloadError, match="batch 0 of seed 0 differs"):
         check_batches(workload, seed=0)
     check_batches(mlp_workload(), seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_batches_and_missing_values_are_compared_by_what_they_hold() -> None:
+    graph = torch.eye(4).to_sparse()
+    layouts = [graph, graph.to_sparse_csr(), graph.to_sparse_csc(), torch.tensor([1.0, math.nan])]
+    for value in layouts:
+        check_batches(workload_with(train_batches=lambda seed, v=value: iter([v.clone()])), seed=0)
+    for other in (
+        graph * 2,
+        torch.eye(4),
+        torch.eye(5).to_sparse(),
+        torch.full((2,), math.nan),
+    ):
+        for value in (graph, layouts[-1]):
+            pair = iter((value, other))
+            workload = workload_with(train_batches=lambda seed, pair=pair: iter([next(pair)]))
+            with pytest.raises(WorkloadError, match="batch 0 of seed 0 differs"):
+                check_batches(workload, seed=0, count=1)
 
 
 def test_same_seed_builds_the_same_model() -> None:

@@ -105,7 +105,9 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     more = {
         "as_written": said_written(workload),
         "mix": mix,
-        "batch_bytes": sum(tensor.nbytes for tensor in tensors_in(batches[0])),
+        "batch_bytes": sum(
+            part.nbytes for tensor in tensors_in(batches[0]) for part in plain_parts(tensor)
+        ),
     }
     return make_spec(seen).model_copy(update=more)
 
@@ -171,15 +173,16 @@ def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
     A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
     ones.
     """
-    own = {local_part(parameter).untyped_storage()._cdata for parameter in model.parameters()}
+    own = {storage._cdata for p in model.parameters() for storage in _storages(p)}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = local_part(tensor).untyped_storage()
-        whole = tensor if tensor._base is None else tensor._base
         # a parameter that FSDP has gathered is no shard, and is freed after forward
-        if storage._cdata not in own and not isinstance(whole, nn.Parameter):
-            saved[storage._cdata] = storage.nbytes()
+        if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            return tensor
+        for storage in _storages(tensor):
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -353,6 +356,12 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
     """Return every token count M that a linear was called with: the rows of its input."""
     shapes = [inputs[0].shape for inputs in map(_inputs, calls) if inputs]
     return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Return what one process holds of a tensor; of a sparse one its indices and values."""
+    parts = plain_parts(local_part(tensor))
+    return [part.untyped_storage() for part in parts if torch._C._has_storage(part)]
 
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:

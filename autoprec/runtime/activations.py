@@ -8,6 +8,7 @@ mode, on while the root's forward runs, looks at a fixed set of functions and le
     GEMMs, convolutions, attention, norms   operands of different dtypes -> the activation dtype
     index and scatter writes                the written values -> the target's dtype
     losses, and what has no BF16 kernel     16-bit among the floating arguments -> all FP32
+    products with a sparse matrix           the same: of some layouts they have no BF16 kernel
 
 Batch and instance norm are left alone: they take BF16 beside FP32 parameters, and they write their
 running statistics into arguments, so that a cast would let them write into a copy.
@@ -94,6 +95,7 @@ IN_FP32 = (
         torch.linalg,
     )
     | _functions(" ".join(torch.fft.__all__), torch.fft)
+    | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
 )
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
@@ -125,6 +127,8 @@ class ActivationMode(TorchFunctionMode):
             else:
                 dtype = self.dtype if func in UNIFORM else args[0].dtype
                 is_needed = len(found) > 1
+            if is_needed and func in UNIFORM and _has_sparse((*args, *kwargs.values())):
+                dtype = torch.float32
             if is_needed:
                 args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
         return func(*args, **kwargs)
@@ -138,6 +142,11 @@ def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
                 found.add(value.dtype)
         elif isinstance(value, tuple | list):
             _collect_dtypes(value, found)
+
+
+@_part_of_callers
+def _has_sparse(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.layout is not torch.strided for value in values)
 
 
 @_part_of_callers

@@ -9,7 +9,7 @@ least number of its seeds. Where every rung's gap is beyond its noise, the growt
     gap(steps) = gap(last) * (steps / last)^g
 
 is fitted to the logarithms, each with the weight of its error, and says what to expect of longer
-runs in the place of the prediction by the gradient error.
+runs, up to ten times as long as the last, in the place of the prediction by the gradient error.
 """
 
 import math
@@ -21,6 +21,7 @@ from scipy import stats
 
 from autoprec.device.ranks import from_first_rank
 from autoprec.records import Estimate, ExpectedGap, HorizonGap, Verification
+from autoprec.sensitivity.gap import FARTHEST
 from autoprec.verification.evidence import Evidence
 from autoprec.verification.sequential import Terms, gap_interval, mean_stderr
 
@@ -97,10 +98,15 @@ def gap_growth(rungs: Sequence[HorizonGap]) -> Estimate | None:
 
 
 def expected_by_growth(rungs: Sequence[HorizonGap], steps: int) -> ExpectedGap | None:
-    """Return the gap that the measured growth expects after so many steps; None without one."""
+    """Return the gap that the measured growth expects after so many steps.
+
+    None without one, and for runs of more than FARTHEST times the longest that was measured.
+    """
     growth, last = gap_growth(rungs), rungs[-1] if rungs else None
     if growth is None or growth.stderr is None or last is None or last.gap is None:
         return None
+    if steps > FARTHEST * last.steps:
+        return None  # a power of the length, fitted to short runs, says nothing of far longer ones
     ratio = math.log(steps / last.steps)
     mean = last.gap.mean * math.exp(growth.mean * ratio)
     own = (last.stderr or 0.0) / last.gap.mean

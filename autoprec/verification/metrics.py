@@ -117,7 +117,7 @@ def metric_interval(
     may_rise = known.at_most is None and known.at_least is not None
     may_fall = known.at_least is None and known.at_most is not None
     ends = {
-        "low": rises.low if may_fall else -falls.high,
-        "high": -falls.low if may_rise else rises.high,
+        "low": rises.low if may_fall else 0.0 - falls.high,  # no negative zero
+        "high": 0.0 - falls.low if may_rise else rises.high,
     }
     return rises.model_copy(update=ends)

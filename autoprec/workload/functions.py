@@ -54,6 +54,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
+from autoprec.workload.optimizers import plain_parts
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -329,12 +330,28 @@ def check_batches(workload: Workload, *, seed: int, count: int = 2) -> None:
     first, again = (take_batches(workload, seed=seed, count=count) for _ in range(2))
     for index, pair in enumerate(zip(first, again, strict=True)):
         one, other = map(tensors_in, pair)
-        if len(one) != len(other) or not all(map(torch.equal, one, other)):
+        if len(one) != len(other) or not all(map(_are_equal, one, other)):
             raise WorkloadError(
                 "train_batches(seed) must give the same batches for the same seed, but batch "
                 f"{index} of seed {seed} differs between two calls; draw from a generator seeded "
                 "with `seed` alone"
             )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same; NaN, of a value that is missing, is the same as NaN."""
+    parts, others = list(plain_parts(one)), list(plain_parts(other))
+    if (one.layout, one.shape, len(parts)) != (other.layout, other.shape, len(others)):
+        return False
+    return all(map(_are_equal_parts, parts, others))
+
+
+def _are_equal_parts(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def check_loss(loss: Tensor, *, where: str) -> float:

@@ -3,10 +3,21 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+_BY_ROW = ("crow_indices", "col_indices", "values")
+_BY_COLUMN = ("ccol_indices", "row_indices", "values")
+SPARSE = {  # the methods that return the tensors of a sparse one
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
+}
 
 
 def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
@@ -45,8 +56,12 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensors that have the memory of one: itself, or the parts of one that wraps them.
 
-    Quantised tensors and DTensors do; these name their mesh as well.
+    Quantised tensors and DTensors do; these name their mesh as well. Sparse ones are indices and
+    values.
     """
+    if tensor.layout in SPARSE:
+        yield from (getattr(tensor, name)() for name in SPARSE[tensor.layout])
+        return
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
