@@ -17,8 +17,9 @@ from autoprec.records import (
     Refusal,
     Verdict,
 )
-from autoprec.report import RunRecords, formats, print_record, print_summary
+from autoprec.report import RunRecords, formats, print_layers, print_record, print_summary
 from autoprec.report.formats import clean_text
+from autoprec.report.layer_table import CODES, fold_layers, reason_code
 from autoprec.report.page import render_html
 from autoprec.report.summary import summarise_run
 from autoprec.tuning.plan import Plan as PlanWithVerbs
@@ -87,6 +88,53 @@ def test_the_answer_in_every_case_at_80_and_120_columns() -> None:
 def test_the_answer_of_every_size_at_every_width() -> None:
     sizes = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
     check_golden("answer_sizes.txt", sections(sizes, WIDTHS))
+
+
+def test_the_layers_of_every_size_at_every_width() -> None:
+    runs = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
+    shown = [
+        f"----- {name}, {width} columns\n{layers_text(run, width)}"
+        for name, run in runs.items()
+        for width in WIDTHS
+    ]
+    check_golden("layer_sizes.txt", "\n".join(shown))
+
+
+def layers_text(run: RunRecords, width: int) -> str:
+    target = console(width)
+    print_layers(run, target)
+    return printed(target)
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name(width: int) -> None:
+    names = {"head": "model." + "very_long_name." * 12 + "head"}
+    lines = layers_text(renamed(make_run(blocks=40), names), width).splitlines()
+    rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))
+    rows = lines[rule + 1 : lines.index(" " * width)]
+    folded = fold_layers(summarise_run(make_run(blocks=40)).layers)
+    assert len(rows) == len(folded)
+    assert max(map(len, lines)) <= width
+    assert any(row.startswith("model.") and "..." in row and "name.head " in row for row in rows)
+
+
+def test_the_code_of_a_reason_follows_from_the_layer_s_times() -> None:
+    row = dict.fromkeys(("reason", "calls", "total_ms", "bf16_o2_total_ms", "best_fp8_total_ms"))
+    known = row | {"total_ms": 2.0, "bf16_o2_total_ms": 3.0, "best_fp8_total_ms": 2.0}
+    found = {
+        "faster": known | {"option": "fp8_o1:rowwise"},
+        "forced": known | {"option": "fp8_o1:rowwise", "bf16_o2_total_ms": 2.0},
+        "kept": known | {"option": "bf16_o2", "reason": "kept by --keep 'head=bf16_o2'"},
+        "slower": known | {"option": "bf16_o2", "best_fp8_total_ms": 2.5},
+        "costs": known | {"option": "bf16_o2", "best_fp8_total_ms": 1.5},
+        "no-fp8": row | {"option": "bf16_o2"},
+        "fp32": known | {"option": "fp32"},
+        "fp32-costs": known | {"option": "fp32", "bf16_o2_total_ms": 1.0},
+        "no-bf16": row | {"option": "fp32"},
+        "uncalled": known | {"option": "bf16_o2", "calls": 0},
+    }
+    assert {code: reason_code(each) for code, each in found.items()} == {x: x for x in CODES}
+    assert reason_code(row | {"option": None}) == ""
 
 
 def sections(runs: dict[str, RunRecords], widths: tuple[int, ...]) -> str:

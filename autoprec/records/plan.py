@@ -65,6 +65,9 @@ class Assignment(Record):
         return self
 
 
+KEPT = "kept by --keep"  # so starts the reason of a layer that a keep decides
+
+
 class Constraint(Record):
     """What the plan had to satisfy."""
 

@@ -92,7 +92,7 @@ COLUMNS = (
     *_sums(BYTES),
     Column("memory_bytes", "memory", formats.size, (View.PAGE,), is_sum=True),
     *map(Column, ("samples", "rejected", "time_basis", "grad_error_basis")),
-    Column("reason", "why", views=(View.WIDE, View.PAGE)),
+    Column("reason", "why", views=(View.PAGE,)),
 )
 
 

@@ -2,18 +2,18 @@
 
 Rows fold when their names differ in numbers only and their kind, shape and option agree. Times,
 bytes and gradient errors of a folded row are sums, so that a folded table has the totals of the
-unfolded one. A narrow terminal has the reason below the name, a wide one in a column of its own. A
-column that nothing is known for is left out.
+unfolded one. A column that nothing is known for is left out.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from autoprec.records import Option
+from autoprec.records import FP32, Option
+from autoprec.records.plan import KEPT
 from autoprec.report import formats
 from autoprec.report.formats import and_more
 from autoprec.report.layer_frame import BASELINES, COLUMNS, Row, View, columns_of, frame_rows
@@ -22,42 +22,115 @@ from autoprec.report.text_table import STYLES, Cell, Line, Part, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-FOLD_ABOVE = 40  # layers; more than a screen of rows is folded
 MOST_ROWS = 60  # after folding; the rest is in layers.csv
-WIDE_FROM = 124  # columns from which reasons get a column of their own
+WIDE_FROM = 124  # columns from which shapes and times are shown
+ONE_LINE_FROM = 100  # columns from which a row is one line, and long names lose their middle
+SHORTEST_NAME = 16
+CODE_WIDTH = 12
+GAP = 2  # columns between those of a table
+CODES = {
+    "faster": "FP8 is faster; its gradient error is in the budget, or unknown",
+    "forced": "FP8 is no faster: --keep or the memory limit asks for it",
+    "kept": "by --keep",
+    "slower": "FP8 is slower than BF16 here",
+    "costs": "FP8 seems faster, but its gain or gradient error is not good enough",
+    "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape for FP8",
+    "fp32": "BF16 is slower than FP32 here",
+    "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
+    "no-bf16": "BF16 cannot take it, or its time is not known",
+    "uncalled": "not called in the captured step: it follows the others",
+}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of the name: blocks.7.fc1, not fc1
 
 
-def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
-    """Return the table of layers for a terminal of that width, with a line of totals."""
+def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = False) -> list[Part]:
+    """Return the layers for a terminal of that width, alike ones in one line, and their totals.
+
+    Why a layer has its option is a code, said below, or its own sentence there `with_sentences`: a
+    plan alone does not know the times that codes are about.
+    """
     view = View.WIDE if width >= WIDE_FROM else View.NARROW
-    folded = fold_layers(frame) if len(frame) > FOLD_ABOVE else frame.assign(layers=1)
+    coded = frame.assign(code=[reason_code(row) for row in frame_rows(frame)])
+    folded = fold_layers(coded)
     longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
-    shown, total = frame_rows(longest.sort_index()), total_row(frame)
+    shown, total = frame_rows(longest.sort_index()), total_row(coded) | {"code": ""}
     columns = columns_of(view, [*shown, total])
-    rows = []
-    for row in (*shown, total):
-        cells: dict[str, Cell] = {column.name: column.show(row[column.name]) for column in columns}
-        name, why = Line(row["name"], "bold"), Line(row["reason"] or "", "dim")
-        cells["name"] = (name, why) if view is View.NARROW and why.text else name
-        cells["reason"] = why
-        if row["option"]:  # in the colour of its precision
-            option = Option.parse(row["option"])
-            text, style = formats.option(option), STYLES[option.precision]
-            lines = text.split(" ", 1) if view is View.NARROW else [text]
-            cells["option"] = tuple(Line(line, style) for line in lines)
-        rows.append([cells[column.name] for column in columns])
-    heads = [column.title for column in columns]
-    if view is View.NARROW:
-        heads[0] = "layer: why"
+    texts = [[column.show(row[column.name]) for column in columns] for row in (*shown, total)]
+    heads = [column.title.replace("gradient ", "gradient\n") for column in columns]
+    used = [code for code in CODES if any(row["code"] == code for row in shown)]
+    if with_sentences:
+        below = list(_sentences(shown))
+    else:
+        heads.append("why")
+        texts = [[*text, row["code"]] for text, row in zip(texts, (*shown, total), strict=True)]
+        below = [Line(f"{code:{CODE_WIDTH}}{CODES[code]}", "dim") for code in used]
+    if width >= ONE_LINE_FROM:  # what the other columns leave is the name's
+        others = [
+            max(len(part) for text in (head, *cells) for part in text.split("\n")) + GAP
+            for head, *cells in list(zip(heads, *texts, strict=True))[1:]
+        ]
+        names = [fitted(row[0], max(width - sum(others) - 1, SHORTEST_NAME)) for row in texts]
+        texts = [[name, *rest] for name, (_, *rest) in zip(names, texts, strict=True)]
+    rows = [
+        _styled(row, text, is_one_line=width >= ONE_LINE_FROM)
+        for row, text in zip((*shown, total), texts, strict=True)
+    ]
     numbers = [index for index, column in enumerate(columns) if column.is_number]
-    widest = 0 if view is View.NARROW else len(columns) - 1
     rest = len(frame) - sum(row["layers"] for row in shown)
     return [
         Line("Layers", "bold"),
-        Table(heads, rows, numbers, widest, has_total=True),
+        Table(heads, rows, numbers, widest=0, has_total=True),
         *map(Line, and_more(rest, "layer", " that take less time; see layers.csv")),
+        *below,
     ]
+
+
+def reason_code(row: Row) -> str:
+    """Return why a layer has its option, as one of CODES; "" without a plan."""
+    if not row["option"]:
+        return ""
+    if (row["reason"] or "").startswith(KEPT):
+        return "kept"
+    if row["calls"] == 0:
+        return "uncalled"
+    option, own_ms = Option.parse(row["option"]), row["total_ms"]
+    bf16_ms, fp8_ms = row["bf16_o2_total_ms"], row["best_fp8_total_ms"]
+    if option.is_fp8:
+        return "forced" if bf16_ms and own_ms and own_ms >= bf16_ms else "faster"
+    is_fp32 = option == FP32
+    ms = bf16_ms if is_fp32 else fp8_ms
+    if ms is None or own_ms is None:
+        return "no-bf16" if is_fp32 else "no-fp8"
+    if ms >= own_ms:
+        return "fp32" if is_fp32 else "slower"
+    return "fp32-costs" if is_fp32 else "costs"
+
+
+def fitted(name: str, width: int) -> str:
+    """Return a name in that many characters, without its middle if it is longer."""
+    left = width - 3
+    return name if len(name) <= width else f"{name[: left // 3]}...{name[-(left - left // 3) :]}"
+
+
+def _styled(row: Row, texts: Sequence[str], *, is_one_line: bool) -> list[Cell]:
+    """Return the cells of a row: its name in bold, its option in the colour of its precision."""
+    if not row["option"]:
+        return [Line(texts[0], "bold"), *texts[1:]]
+    option = Option.parse(row["option"])
+    shown, style = formats.option(option), STYLES[option.precision]
+    lines = [shown] if is_one_line else shown.split(" ", 1)
+    cell = tuple(Line(line, style) for line in lines)
+    return [Line(texts[0], "bold"), *(cell if text == shown else text for text in texts[1:])]
+
+
+def _sentences(rows: Iterable[Row]) -> Iterator[Line]:
+    """Yield each reason once, with the layers that have it."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["reason"] or "", []).append(row["name"])
+    for reason, own in names.items():
+        if reason:
+            yield Line(f"{', '.join(own)}: {reason}")
 
 
 def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -66,6 +139,7 @@ def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
     The column `layers` says how many layers a row stands for.
     """
     alike = [frame["name"].str.replace(_NUMBER, "{}", regex=True), "kind", "shape", "option"]
+    alike += ["code"] if "code" in frame else []
     groups = frame.groupby(alike, sort=False, dropna=False).ngroup()
     folded = _summed(frame, groups)
     for column, common in (("name", _common_name), ("reason", _common_reason)):

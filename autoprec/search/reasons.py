@@ -19,6 +19,7 @@ from autoprec.records import (
     Search,
     Sensitivity,
 )
+from autoprec.records.plan import KEPT
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
 
@@ -84,7 +85,7 @@ def _reason(why: Why, index: int) -> str:
     layer, option = why.costs.layers[index], why.options[index]
     if keep := why.problem.keeps.of_layer.get(layer.name):
         recipe = "" if keep.option else f"; {_why_fp8(why, index)}"
-        return f"kept by --keep {keep.text!r}{recipe}"
+        return f"{KEPT} {keep.text!r}{recipe}"
     if not layer.calls:
         others = "FP32" if is_all_fp32(why.options) else "BF16"
         why_not = USED_UNCALLED if layer.is_used_uncalled else "not called in the captured step"
