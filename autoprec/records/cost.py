@@ -233,7 +233,7 @@ class Profile(FileRecord):
 
     def timing(self, name: str, option: Option) -> LayerTiming | None:
         """Return the row of a layer and option, or None when it was not profiled."""
-        rows = (row for row in self.layers if row.option == option and name in row.names)
+        rows = (row for row in self.layers if name in row.names and row.option == option)
         return next(rows, None)
 
     @property
