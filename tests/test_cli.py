@@ -279,7 +279,9 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(run: Run, tmp_path: Path)
     command = [sys.executable, "-m", "autoprec", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("autoprec: interrupted")
+    *_, kept, last = ended.stderr.splitlines()
+    assert last.startswith("autoprec: interrupted")
+    assert kept.endswith("has profile.json of this run")
     assert "Traceback" not in ended.stderr
     assert (out / "profile.json").exists()
     assert not (out / "sensitivity.json").exists()

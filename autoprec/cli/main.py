@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -377,9 +378,20 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)
     with joined_ranks(), drawn_progress() as progress:
-        run = Run(settings, stages=stages, progress=progress)
+        run, since = Run(settings, stages=stages, progress=progress), time.time()
         with run.locked():
-            return make(run)
+            try:
+                return make(run)
+            except KeyboardInterrupt:
+                made = (run.folder.path / f"{stage}.json" for stage in STAGES)
+                kept = [file.name for file in made if _is_newer(file, since)]
+                said = f"{settings.out} has {', '.join(kept) or 'nothing new'} of this run"
+                print(f"autoprec: {said}", file=sys.stderr)
+                raise
+
+
+def _is_newer(file: Path, since: float) -> bool:
+    return file.exists() and file.stat().st_mtime >= since
 
 
 def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> None:
