@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def record_text(record: Record) -> str:
     return printed(target)
 
 
+@cache
+def sized(*, layers: int | None = None, blocks: int = 2) -> RunRecords:
+    return make_run(layers=layers, blocks=blocks)
+
+
+@cache
 def answers() -> dict[str, RunRecords]:
     run, cpu = make_run(), {"machine": CPU, "M": 2048, "width": 256}
     return {
@@ -86,12 +93,12 @@ def test_the_answer_in_every_case_at_80_and_120_columns() -> None:
 
 
 def test_the_answer_of_every_size_at_every_width() -> None:
-    sizes = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
+    sizes = {f"{count} layers": sized(layers=count) for count in (5, 30, 300)}
     check_golden("answer_sizes.txt", sections(sizes, WIDTHS))
 
 
 def test_the_layers_of_every_size_at_every_width() -> None:
-    runs = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
+    runs = {f"{count} layers": sized(layers=count) for count in (5, 30, 300)}
     shown = [
         f"----- {name}, {width} columns\n{layers_text(run, width)}"
         for name, run in runs.items()
@@ -109,10 +116,10 @@ def layers_text(run: RunRecords, width: int) -> str:
 @pytest.mark.parametrize("width", WIDTHS[1:])
 def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name(width: int) -> None:
     names = {"head": "model." + "very_long_name." * 12 + "head"}
-    lines = layers_text(renamed(make_run(blocks=40), names), width).splitlines()
+    lines = layers_text(renamed(sized(blocks=40), names), width).splitlines()
     rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))
     rows = lines[rule + 1 : lines.index(" " * width)]
-    folded = fold_layers(summarise_run(make_run(blocks=40)).layers)
+    folded = fold_layers(summarise_run(sized(blocks=40)).layers)
     assert len(rows) == len(folded)
     assert max(map(len, lines)) <= width
     assert any(row.startswith("model.") and "..." in row and "name.head " in row for row in rows)
@@ -206,7 +213,7 @@ def test_long_names_are_shown_whole() -> None:
 
 
 def test_many_layers_are_folded() -> None:
-    text = summary_text(make_run(blocks=40), verbose=True)
+    text = summary_text(sized(blocks=40), verbose=True)
     assert "blocks.{0-39}.fc1 (x40)" in text
     assert text.count("\n") < 90
     assert "all 243 layers" in text
