@@ -119,6 +119,9 @@ def run(
     is_module: Annotated[
         bool, typer.Option("-m", help="TRAIN.py is the name of a module, as in `python -m`.")
     ] = False,
+    first: Annotated[
+        bool, typer.Option("--tune-first", help="Tune the script first, into the plan's folder.")
+    ] = False,
     guard: Annotated[
         bool | None,
         typer.Option(
@@ -127,6 +130,13 @@ def run(
     ] = None,
 ) -> None:
     """Run an unmodified training script with a plan; its exit status is the script's."""
+    if first:
+        from autoprec.cli.first import tune_first
+
+        if is_module:
+            raise WorkloadError("--tune-first needs a script's file, but -m names a module")
+        if status := tune_first(script, rest or (), plan):
+            raise typer.Exit(status)
     loaded = _load_plan(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan
 

@@ -75,7 +75,7 @@ def _plan_sentence(
     """Return what the plan is and gains against what is run now, and how far it is proven."""
     count, lead = sum(option.is_fp8 for option in plan.options), LEADS[promise.verdict]
     is_bf16 = set(plan.options) == {BF16_O2}
-    what = f"{'BF16 O2' if is_bf16 else 'BF16 and FP32'} and no FP8"
+    what = f"{'BF16 O2' if is_bf16 else 'BF16, FP32'} and no FP8"
     if count:
         what = f"FP8 in {count} of {formats.count_of(len(plan.options), 'layer')}"
         bf16 = speedups.get("bf16_o2")
