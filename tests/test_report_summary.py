@@ -313,6 +313,24 @@ def test_the_headline_is_against_what_the_user_runs_now() -> None:
     assert "FP32" not in headline
 
 
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        (1.0, "No certain gain over FP32: FP8 in 8 of 15 layers, 1.00x"),
+        (0.8, "Keep what you run: this plan"),
+    ],
+)
+def test_what_gains_nothing_over_what_is_run_now_says_so_first(ratio: float, said: str) -> None:
+    run = make_run()
+    proof = run.verification
+    assert proof
+    plan_ms = next(each.timing.median_ms for each in proof.steps if each.label == "plan")
+    fp32 = step_of("fp32", ratio * plan_ms, H100, samples=12)
+    steps = tuple(fp32 if each.label == "fp32" else each for each in proof.steps)
+    changed = replace(run, verification=proof.model_copy(update={"steps": steps}))
+    assert summarise_run(changed).answer.headline.startswith(said)
+
+
 def test_a_step_that_is_not_the_device_s_own_time_is_said_to_be_none() -> None:
     run = make_run()
     proof = run.verification

@@ -54,11 +54,11 @@ class Answer:
             return cls(Advice.DISCARD, f"Do not train with this plan: {said}", fp8)
         if set(plan.options) == {FP32}:
             return cls(Advice.LEAVE, "Train in FP32: there is nothing to apply", fp8)
-        bf16, now = speedups.get("bf16_o2"), speedups.get("as_written")
+        bf16, now = speedups.get("bf16_o2"), speedups.get(_now(speedups))
         if _has_fp8(plan) and bf16 and bf16.is_loss:
             return cls(Advice.SLOWER, f"{LOSES}: {_slower(plan, bf16)}", fp8)
-        if now and now.is_loss:
-            said = f"Keep what you run: this plan is {_fast(now)} as {_named(run, 'as_written')}"
+        if now and now.is_loss and plan.constraint.memory_bytes is None:
+            said = f"Keep what you run: this plan is {_fast(now)} as {_named(run, _now(speedups))}"
             return cls(Advice.SLOWER, said, fp8)
         return cls(Advice.APPLY, _plan_sentence(run, plan, speedups, promise), fp8)
 
@@ -79,17 +79,19 @@ def _plan_sentence(
     if count:
         what = f"FP8 in {count} of {formats.count_of(len(plan.options), 'layer')}"
         bf16 = speedups.get("bf16_o2")
-        lead = f"{UNSURE}. {lead}" if bf16 and not bf16.is_gain else lead
+        lead = f"{UNSURE}:" if bf16 and not bf16.is_gain else lead
     if plan_note(plan, "does not fit in memory"):
         lead = lead.replace(":", ", and too large for the device:")
-    first = "as_written" if "as_written" in speedups else "fp32"
-    gains = [label for label in (first, "bf16_o2") if label in speedups]
+    now = _now(speedups)
+    if now in speedups and not speedups[now].is_gain:
+        lead = f"No certain gain over {_named(run, now)}:"
+    gains = [label for label in (now, "bf16_o2") if label in speedups]
     gains = [label for label in gains if not (is_bf16 and label == "bf16_o2")]
     said = [f"{lead} {what}", *(f"{_fast(speedups[x])} as {_named(run, x)}" for x in gains)]
     basis = {
         "" if speedups[x].basis is Basis.MEASURED else f" ({speedups[x].basis})" for x in gains
     }
-    proof = "" if promise.verdict is Verdict.NOT_RUN else f"; {promise.headline}"
+    proof = "" if lead.startswith(LEADS[Verdict.NOT_RUN][:-1]) else f"; {promise.headline}"
     return f"{', '.join(said)}{max(basis, default='')}{proof}"
 
 
@@ -105,6 +107,11 @@ def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:
     if not bf16.is_gain:
         return f"{UNSURE} here: the plan's speedup over BF16 O2 is {bf16}"
     return note if note.startswith(PAYS) else f"{PAYS} here: the plan is {_fast(bf16)} as BF16 O2"
+
+
+def _now(speedups: Mapping[str, Speedup]) -> str:
+    """Return the label of what the user runs now; FP32 where that is not known to be another."""
+    return "as_written" if "as_written" in speedups else "fp32"
 
 
 def _named(run: RunRecords, label: str) -> str:
