@@ -87,7 +87,7 @@ def test_16_bit_parameters_are_fp32_ones_in_fp32_stages_and_that_is_said(
     assert spec.as_written == AsWritten(parameters=("bfloat16",))
     assert input_dtypes(spec) == {"float32"}
     assert {p.dtype for p in spec.parameters()} == {"float32"}
-    assert "parameters in bfloat16" in caplog.text
+    assert "the model is held in bfloat16" in caplog.text
     written, plain = given.written_model(seed=3), given.build_model(seed=3)
     pairs = list(zip(plain.parameters(), written.parameters(), strict=True))
     assert all(w.dtype is torch.bfloat16 and torch.equal(p, w.float()) for p, w in pairs)
