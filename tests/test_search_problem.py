@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoprec.device.timing import timing_from
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.records import (
     BF16_O2,
@@ -14,6 +15,7 @@ from autoprec.records import (
     ModelSpec,
     Option,
     Recipe,
+    StepTiming,
     fp8_option,
 )
 from autoprec.search.costs import Costs, boundary_melements, make_costs
@@ -398,3 +400,26 @@ def test_uniform_plans_are_among_the_bases() -> None:
 def test_the_spec_of_the_tables_is_the_models() -> None:
     spec = spec_of({"a": TYPICAL})
     assert sensitivity_of(spec, {"a": TYPICAL}).structure == spec.structure
+
+
+def test_a_layer_that_was_timed_too_long_alone_leaves_no_plan_without_time() -> None:
+    rows: dict[str, Row] = {
+        "odd": {FP32: (0.5, 0.0), BF16_O2: (24.0, 1e-6)},  # more than the whole step
+        "even": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-6)},
+    }
+    profile, sensitivity = tables_of(rows)
+    step = {"fp32": 7.5, "bf16_o2": 13.0}
+    profile = profile.model_copy(
+        update={
+            "steps": tuple(
+                StepTiming(label=label, timing=timing_from([ms, ms]), peak_bytes=None)
+                for label, ms in step.items()
+            ),
+            "fixed_ms": step["fp32"] - 4.5,
+            "fixed_bf16_ms": step["bf16_o2"] - 26.0,
+        }
+    )
+    costs = make_costs(profile, sensitivity)
+    assert costs.step_ms((FP32, FP32)) == pytest.approx(7.5)
+    assert costs.step_ms((BF16_O2, BF16_O2)) == pytest.approx(13.0)
+    assert costs.step_ms((FP32, BF16_O2)) == pytest.approx(1.25)  # half of the layers' own

@@ -72,6 +72,13 @@ class Price:
     grad_error_stderr: float = 0.0  # of the measurement; a table may be wrong beyond it
     unknown: str = ""  # why no time is known; then `ms` is 0, and in no step
 
+    def scaled(self, factor: float) -> "Price":
+        """Return the price with its times multiplied."""
+        if factor == 1.0:
+            return self
+        times = ("ms", "low_ms", "high_ms", "compute_ms", "boundary_ms", "margin_ms")
+        return replace(self, **{name: getattr(self, name) * factor for name in times})
+
     @property
     def with_casts_ms(self) -> float:
         """The time where activations are BF16."""
@@ -199,7 +206,8 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     places = {layer.name: index for index, layer in enumerate(layers)}
     islands = [(tuple(map(places.__getitem__, i.names)), i.grad_error) for i in sensitivity.islands]
     priced = [_price_layer(x, timings[x.name], effects[x.name], profile) for x in layers]
-    prices = tuple(prices for prices, _ in priced)
+    scale = _layer_scale(profile)
+    prices = tuple({o: price.scaled(scale) for o, price in own.items()} for own, _ in priced)
     activation_error = max(sensitivity.activation_error.mean, 0.0)
     return Costs(
         layers=layers,
@@ -345,6 +353,20 @@ def _sampling_margin_ms(timing: Timing, baseline: Timing) -> float:
     return timing.median_ms * math.expm1(error)
 
 
+def _layer_scale(profile: Profile) -> float:
+    """Return what layers' times are multiplied by so that they are no more than their steps.
+
+    Alone, one layer may be timed at many times what it takes in the step (a busy machine); a plan
+    without it would seem to take no time at all.
+    """
+    scale = 1.0
+    for label, fixed_ms in (("fp32", profile.fixed_ms), ("bf16_o2", profile.fixed_bf16_ms)):
+        step = profile.step(label)
+        if step is not None and fixed_ms < 0.0 < step.timing.median_ms:
+            scale = min(scale, step.timing.median_ms / (step.timing.median_ms - fixed_ms))
+    return scale
+
+
 def _outside(
     profile: Profile, prices: Sequence[Mapping[Option, Price]], option: Option, *, grad_error: float
 ) -> OutsideLayers:
@@ -362,6 +384,8 @@ def _outside(
         numel = sum(parameter.held_numel for parameter in profile.model.uncovered)
         memory_bytes = int(numel * 4 * (2 + profile.model.optimizer_state_numel_ratio))
     ms = profile.fixed_ms if option == FP32 else profile.fixed_bf16_ms
+    if step is not None:  # what layers that were timed too long alone have not in the step
+        ms = step.timing.median_ms - (step.timing.median_ms - ms) * _layer_scale(profile)
     margin_ms, bf16 = 0.0, profile.step(BF16_O2.precision.value)
     if option == FP32 and step and bf16 and step.timing.samples and bf16.timing.samples:
         margin_ms = _sampling_margin_ms(step.timing, bf16.timing)
