@@ -55,7 +55,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
             "passes": 0,
             "step_equivalents": 0.0,
             "rows": tuple(row for row in rows if row.option != FP32),
-            "activation_error": Estimate(mean=small.between_layers()),
+            "activation_error": Estimate(mean=small.between_layers),
             "islands": (),  # nobody knows which layers of the other model they are
             "statistics": (),
             "joint": (),

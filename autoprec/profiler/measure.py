@@ -75,8 +75,8 @@ def profile_model(
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
     `gemms_hp` also with one or two GEMMs in BF16, where that beats BF16. `compiled` times under
-    torch.compile; None does so on a GPU that can, and where the user's own model is compiled.
-    `kept` holds rows that are timed, and gets the others.
+    torch.compile; None: on a GPU that can, and where the user's own model is compiled. `kept` holds
+    rows that are timed, and gets the others.
 
     Raises:
         DeviceError: torch.compile is asked for and does not work, or --memory-limit is too small.
@@ -88,13 +88,12 @@ def profile_model(
     groups = group_layers(spec, options)
     with open_compilation(device, mode) as compilation:
         started = time.perf_counter()
-        own = (gemms_hp, compilation, kept or KeptRows())
-        rows, cast_ms, step_ms = _time_layers(context, spec, groups, *own)
+        how = (gemms_hp, compilation, kept or KeptRows())
+        rows, cast_ms, step_ms = _time_layers(context, spec, groups, *how)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        steps, left_out = _time_uniform_steps(
-            context, spec.as_written, rows, groups, step_ms, compilation
-        )
+        own = (spec.as_written, rows, groups, step_ms, compilation)
+        steps, left_out = _time_uniform_steps(context, *own)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
     ms = {each.label: each.timing.median_ms for each in steps}

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from autoprec.common.text import first_line
@@ -295,14 +295,13 @@ class _Comparison:
         autocast = self._autocast if variant == AUTOCAST else nullcontext()
         training, count = Training(workload, model, optimizer), workload.accumulation_steps
 
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            with autocast:  # as torch advises: backward outside, in the dtypes of forward
+                return workload.written_loss(model, batch)
+
         def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            for number in range(self.round * count, (self.round + 1) * count):
-                batch = self.batches[number % len(self.batches)]
-                with autocast:  # as torch advises: backward outside, in the dtypes of forward
-                    loss = workload.written_loss(model, batch)
-                torch.autograd.backward(loss if count == 1 else loss / count)
-            training.update()
+            numbers = range(self.round * count, (self.round + 1) * count)
+            training.step([self.batches[n % len(self.batches)] for n in numbers], loss_fn=loss_fn)
 
         return step
 

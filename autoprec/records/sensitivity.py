@@ -1,6 +1,5 @@
 """What a precision does to the loss and the gradient, per layer x option, with standard errors."""
 
-from collections.abc import Collection
 from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -158,10 +157,10 @@ class Sensitivity(FileRecord):
     batch_effect: BatchEffect | None = None
     schedule_steps: NonNegativeInt | None = None
 
-    def between_layers(self, fp32: Collection[str] = ()) -> float:
-        """Return the error of a 16-bit plan beyond its layers' rows, with these layers in FP32."""
-        outside = (i.grad_error for i in self.islands if not set(i.names) <= set(fp32))
-        return max(self.activation_error.mean, 0.0) + sum(outside)
+    @property
+    def between_layers(self) -> float:
+        """The error of a plan whose islands are in 16 bits, beyond its layers' rows."""
+        return max(self.activation_error.mean, 0.0) + sum(i.grad_error for i in self.islands)
 
     @property
     def island_names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ def recipe_table(sensitivity: Sensitivity) -> Table:
         own = {row.name: row for row in sensitivity.rows if row.option == option}
         others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
         parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
-        grad_error = sensitivity.between_layers() + parts
+        grad_error = sensitivity.between_layers + parts
         gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
         title = formats.option(option)
         if option.recipe not in APPLICABLE_RECIPES:

@@ -53,12 +53,11 @@ def apply(
 
     Call it before wrapping the model in DDP, and before loading a checkpoint into the optimizer.
     With `fully_shard`, call it after: the FP32 shards are the masters then, and FSDP gathers BF16
-    (shards.py). Before works where each group gets one dtype.
-    An optimizer made later is attached with `attach_optimizer`. Frozen BF16 parameters keep no FP32
-    copy. Where `torch.distributed` runs, every rank calls it: all apply the same plan or all raise
-    the same error. A plan with `fp8_all_gather` makes FSDP gather FP8 weights.
-    A first step whose gradients are not finite raises an error that names the layers where it
-    begins, before anything is trained; a `Guard` looks at every step.
+    (shards.py). Before works where each group gets one dtype. An optimizer made later is attached
+    with `attach_optimizer`. Frozen BF16 parameters keep no FP32 copy. Where `torch.distributed`
+    runs, every rank calls it: all apply the same plan or all raise the same error. A plan with
+    `fp8_all_gather` makes FSDP gather FP8 weights. A first step whose gradients are not finite
+    raises an error that names the layers where it begins, before anything is trained.
 
     Args:
         plan: a plan, or a plan.json's path.
@@ -81,7 +80,7 @@ def apply(
         (torch.bfloat16, torch.float32)
     """
     whole_again(inner := unwrapped(model))
-    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
+    device = next((p.device for p in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
     masters = masters_of(inner)
     masters.values |= {p: None for p in masters.values if not p.requires_grad}  # not trained

@@ -19,7 +19,7 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.search.costs import make_costs
-from autoprec.search.explore import EXCESS, explore
+from autoprec.search.explore import EXCESS, ProblemOf, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
@@ -58,11 +58,10 @@ def search_plan(
     their joint gradient error. The same tables, seed and fresh storage give the same plan.
 
     `evaluate` measures a whole plan's gradient error on so many batches; None: the sum of the parts
-    stands for it.
-    Up to `trials` plans are measured beside the seeds, those of an earlier run included, but
-    none is begun after `time_budget_s` seconds of `clock` (a repair under way is finished).
-    `storage` is the study's database URL, None for memory; a study of other tables is left alone.
-    With a `team` other processes are on the study too: what they evaluate counts.
+    stands for it. Up to `trials` plans are measured beside the seeds, an earlier run's included,
+    and none is begun after `time_budget_s` seconds of `clock`, but to end a repair. `storage` is
+    the study's database URL, None for memory; a study of other tables is left alone. With a `team`
+    other processes are on the study too: what they evaluate counts.
 
     Raises:
         InfeasibleError: no plan satisfies the constraint, or the loss curve gives no budget.
@@ -82,17 +81,9 @@ def search_plan(
     end_s = math.inf if time_budget_s is None else clock() + time_budget_s
     problem_of = partial(make_problem, constraint=constraint)
     with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
-        space = make_space(problem, plans)
-        study = PlanStudy(
-            opened, space, budget, evaluate, seed, trials, lambda: clock() >= end_s, claims
-        )
-        if claims.is_worker:
-            claims.check_reference()
-        while True:
-            interacting, notes = explore(study, exact_plan, problem_of, progress=progress)
-            # what others are at counts, and is done here where they are killed
-            if claims.is_worker or not study.wait_for_others():
-                break
+        own = (evaluate, seed, trials, lambda: clock() >= end_s, claims)
+        study = PlanStudy(opened, make_space(problem, plans), budget, *own)
+        interacting, notes = _explored(study, exact_plan, problem_of, progress)
         notes = (*notes, *_ceiling_notes(sensitivity, budget))
         best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
     if best is None:
@@ -100,6 +91,22 @@ def search_plan(
     return _search_record(
         study, best, profile, exact_plan, expected or found, plans, interacting, notes
     )
+
+
+def _explored(
+    study: PlanStudy,
+    exact_plan: Options,
+    problem_of: ProblemOf,
+    progress: Progress,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Evaluate plans until there is nothing left to do here; return what `explore` found last."""
+    if study.claims.is_worker:
+        study.claims.check_reference()
+    while True:
+        found = explore(study, exact_plan, problem_of, progress=progress)
+        # what others are at counts, and is done here where they are killed
+        if study.claims.is_worker or not study.wait_for_others():
+            return found
 
 
 def _search_record(

@@ -78,7 +78,8 @@ class JointMeter:
     ) -> tuple[Estimate, tuple[Island, ...]]:
         """Return the cost of uniform BF16 beyond its layers: the error of BF16 activations.
 
-        With it come the islands where BF16 is too coarse, whose part is theirs.
+        With it come the islands where BF16 is too coarse, whose part is theirs; what is measured
+        from here on has FP32 between their layers where these are FP32.
 
         `rows` are measured with FP32 activations. Taken from the joint error of uniform BF16, the
         activations' part makes the table add up where most plans are, in deep models too: there,
@@ -93,8 +94,9 @@ class JointMeter:
             return self._measure(options, batches=ACTIVATION_BATCHES, fp32_outputs=names).mean
 
         islands, left = find_islands(self.reference, rows, joint.mean, with_fp32)
-        names = [name for island in islands for name in island.names]
-        bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in names]
+        self.fp32_outputs = tuple(name for island in islands for name in island.names)
+        inside = self.fp32_outputs
+        bf16 = [row for row in rows if row.option == BF16_O2 and row.name not in inside]
         error = max(left - math.fsum(row.grad_error.mean for row in bf16), 0.0)
         return joint.model_copy(update={"mean": error}), islands
 

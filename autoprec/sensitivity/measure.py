@@ -29,31 +29,25 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure the gradient error of every layer x option, with standard errors.
 
-    Args:
-        reference: the warmed-up model; it carries the spec, whose options are the table's columns.
-        options: the FP8 options to measure; default: all that the spec's layers list.
-        method: how; default: the cheaper one.
-        run_tokens: of an optimizer step of the run that is planned, if they are to be considered.
+    `options` are the FP8 options to measure (default: all that the spec's layers list), `method`
+    how (default: the cheaper one), and `run_tokens` those of an optimizer step of the planned run.
 
     Raises:
         AutoprecError: delayed scaling is among the options, but the warm-up kept no history.
     """
     started = time.perf_counter()
     passes, spec = reference.passes, reference.spec
-    cells = list_cells(spec, options)
-    _check_history(reference, cells)
+    cells = _checked_cells(reference, options)
     table = make_table(reference, cells, method)
     meter = JointMeter(reference, batches=CHECK_BATCHES)
     activation_error, islands = meter.measure_activations(table.rows)
-    meter.fp32_outputs = tuple(name for island in islands for name in island.names)
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     checked = check_table(meter, table, outside=outside)
     table = checked.table
     by_step = (*reference.early, *reference.measure_step(len(reference.loss_curve)))
-    batch_effect = None
+    batch_effect, floor = None, _measure_floor(reference)
     if run_tokens is not None and by_step:
         batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
-    floor = _measure_floor(reference)
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -81,12 +75,14 @@ def measure_sensitivity(
     )
 
 
-def _check_history(reference: Reference, cells: Sequence[Cell]) -> None:
+def _checked_cells(reference: Reference, options: Sequence[Option] | None) -> list[Cell]:
+    cells = list_cells(reference.spec, options)
     if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
         raise AutoprecError(
             "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
             "prepared without them; prepare it with `with_history`"
         )
+    return cells
 
 
 def _measure_floor(reference: Reference) -> Estimate:

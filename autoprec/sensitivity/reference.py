@@ -278,14 +278,8 @@ def prepare_reference(
     started = time.perf_counter()
     groups, is_parked = plan_groups(context, spec, batches=batches)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
-    with one_at_a_time(kept) if kept else nullcontext() as known:
-        if known is not None:
-            made = restored(context, known, warmup_steps=warmup_steps)
-        else:
-            sizes = {"batches": batches, "steps": warmup_steps}
-            made = _trained(context, spec, start, with_history=with_history, **sizes)
-            if kept is not None:
-                keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
+    train = partial(_trained, context, spec, start, batches=batches, with_history=with_history)
+    made = _read_or_trained(context, kept, train, steps=warmup_steps)
     training = made.training
     _check_structure(training.model, spec)
     return Reference(
@@ -306,6 +300,19 @@ def prepare_reference(
         early=made.early,
         schedule_steps=training.schedule.length if training.schedule else None,
     )
+
+
+def _read_or_trained(
+    context: Context, kept: Path | None, train: Callable[..., WarmUp], *, steps: int
+) -> WarmUp:
+    """Return the reference that a file keeps; where it keeps none, one that is trained for it."""
+    with one_at_a_time(kept) if kept else nullcontext() as known:
+        if known is not None:
+            return restored(context, known, warmup_steps=steps)
+        made = train(steps=steps)
+        if kept is not None:
+            keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
+        return made
 
 
 def _trained(

@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,6 +27,7 @@ from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.optimizers import rated_groups
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
+LossFn = Callable[[nn.Module, Batch], Tensor]
 NEARLY_ZERO = 1e-6  # of the peak rate, where a schedule is over
 
 
@@ -63,18 +64,21 @@ class Training:
             return 1.0
         return min(most / max(float(self.norm), 1e-30), 1.0)
 
-    def step(self, batches: Sequence[Batch], *, rate: float = 1.0) -> Tensor:
+    def step(
+        self, batches: Sequence[Batch], *, rate: float = 1.0, loss_fn: LossFn | None = None
+    ) -> Tensor:
         """Train on the batches of one optimizer step and return their mean loss, detached.
 
-        `rate` is a factor on the learning rates, of this step alone.
+        `rate` is a factor on the learning rates, of this step alone; `loss_fn` is run in place of
+        the workload's.
 
         Raises:
             WorkloadError: the optimizer wants a closure.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses = []
+        losses, loss_fn = [], loss_fn or self.workload.loss_fn
         for batch in batches:
-            loss = self.workload.loss_fn(self.model, batch)
+            loss = loss_fn(self.model, batch)
             torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
             losses.append(loss.detach())
         self.update(rate=rate)
