@@ -283,6 +283,11 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     assert plan.notes[0] == (
         f"{answer}; the whole step with FP8 takes 9 ms, in BF16 O2 6 ms (measured)"
     )
+    steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 5.0), ("bf16_o2", 6.0)))
+    _, plan = planned((profile.model_copy(update={"steps": steps}), sensitivity))
+    assert plan.notes[0] == (
+        f"{answer}; whole steps do not show that: with FP8 5 ms, in BF16 O2 6 ms (measured)"
+    )
 
 
 def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
