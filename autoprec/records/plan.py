@@ -244,11 +244,12 @@ class Search(FileRecord):
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
     the step time of any; `expected` would be the best if every expected gain were sure (see
-    search.costs), None where it is `exact`; `chosen` what the study preferred; `ranked` the plans
-    to try, best first, should verification refute the chosen one. `interacting` are layers that
-    were found by bisection to make the joint error larger than the sum of its parts; `notes` say
-    what the search did about it. `measured_front` are the measured plans of which no other has less
-    step time, gradient error and bytes, by increasing error.
+    search.costs), None where it is `exact`; `free` would be if nothing were kept, None where
+    nothing is; `chosen` what the study preferred; `ranked` the plans to try, best first, should
+    verification refute the chosen one. `interacting` are layers that were found by bisection to
+    make the joint error larger than the sum of its parts; `notes` say what the search did about it.
+    `measured_front` are the measured plans of which no other has less step time, gradient error
+    and bytes, by increasing error.
     """
 
     KIND = "search"
@@ -268,5 +269,6 @@ class Search(FileRecord):
     trials_asked: PositiveInt | None = None
     interacting: tuple[str, ...] = ()
     expected: FrontPoint | None = None
+    free: FrontPoint | None = None
     measured_front: tuple[FrontPoint, ...] = ()
     notes: tuple[str, ...] = ()

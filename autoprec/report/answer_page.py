@@ -52,6 +52,7 @@ def _facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
         ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
+        ("kept", found.keep_answer, ""),
         ("layers", found.counted.partition(": ")[2], ""),
         *(("unknown", text, "") for text in found.left_out),
         ("check", sensitivity.table_check if sensitivity else "", ""),

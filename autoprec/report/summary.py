@@ -86,6 +86,7 @@ class Summary:
     answer: Answer
     compile_answer: str
     memory_answer: str
+    keep_answer: str
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -140,7 +141,13 @@ def summarise_run(run: RunRecords) -> Summary:
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
     proof = run.verification or (plan.certificate if plan else None)
-    starts = ("FP8 ", "does not fit in memory", "no time is known for", "no FP8 option yet")
+    starts = (
+        "FP8 ",
+        "does not fit in memory",
+        "--keep costs",
+        "no time is known for",
+        "no FP8 option yet",
+    )
     answers, promise = [plan_note(plan, start) for start in starts], Promise.of(proof, plan)
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
     return Summary(
@@ -159,7 +166,8 @@ def summarise_run(run: RunRecords) -> Summary:
         answer=Answer.of(run, speedups, promise),
         compile_answer=_compile_answer(run),
         memory_answer=answers[1],
-        left_out=tuple(filter(None, answers[2:])),
+        keep_answer=answers[2],
+        left_out=tuple(filter(None, answers[3:])),
         notes=tuple(text for text in said if text not in answers),  # those are shown apart
     )
 
@@ -193,6 +201,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "answer": found.answer.headline,
         "fp8": found.answer.fp8,
         "memory": found.memory_answer,
+        "keep": found.keep_answer,
         "left_out": list(found.left_out),
         "out": str(out),
         "plan": str(Path(out) / "plan.json") if run.plan else None,

@@ -20,6 +20,7 @@ SHORTEST_MS = 1e-4  # what rounding leaves is no time
 SMALLEST_SHARE = 0.001  # of the weights
 MOST_NAMED = 4
 NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV)
+KEEP_COSTS = "--keep costs"
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -32,6 +33,7 @@ def plan_notes(
     parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
     notes = (
         fp8_note(profile, problem, search, options),
+        _keep_note(search),
         _unknown_note(profile),
         _no_option_note(profile),
         _unsure_note(profile, costs, search, options),
@@ -75,6 +77,25 @@ def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
         f"{_count(names)} in FP8 because of {'--keep' if is_kept else 'the memory limit'} "
         f"{'is' if len(names) == 1 else 'are'} {-sum(gains.values()):.4g} ms a step slower than in "
         f"BF16 ({first_and_more(names)})"
+    )
+
+
+def _keep_note(search: Search) -> str:
+    """Return what --keep costs against the free choice, by the same tables; "" without one."""
+    own, free = search.exact, search.free
+    if free is None:
+        return ""
+    if free.options == own.options:
+        return f"{KEEP_COSTS} nothing: the free choice is the same"
+    more_ms, more = own.step_ms - free.step_ms, own.step_ms / max(free.step_ms, SHORTEST_MS) - 1.0
+    time = f"{more_ms:.3g} ms a step ({percent(more)})"
+    if more_ms < SHORTEST_MS:  # the search waives gains that are not sure, --keep does not
+        unsure = f", and gains {-more_ms:.3g} ms that are not sure"
+        time = f"no time{unsure if more_ms < -SHORTEST_MS else ''}"
+    return (
+        f"{KEEP_COSTS} {time}, by the tables: {own.step_ms:.4g} ms at a gradient error of "
+        f"{percent(own.grad_error)}, the free choice {free.step_ms:.4g} ms at "
+        f"{percent(free.grad_error)}"
     )
 
 

@@ -74,6 +74,10 @@ def search_plan(
     exact_plan, _ = found
     hopeful = make_problem(problem.costs.without_margins(), constraint)
     expected = exact(hopeful, budget)  # with it the bound of what any plan can take
+    free = None
+    if constraint.keep:
+        is_free = constraint.model_copy(update={"keep": ()})
+        free = exact(make_problem(problem.costs, is_free), budget)
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
     # all that decides what a study's trials mean
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
@@ -88,9 +92,10 @@ def search_plan(
         best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
     if best is None:
         raise InfeasibleError(_all_over_budget(study))
-    return _search_record(
+    made = _search_record(
         study, best, profile, exact_plan, expected or found, plans, interacting, notes
     )
+    return made.model_copy(update={"free": study.point(free[0])}) if free else made
 
 
 def _explored(
