@@ -55,27 +55,29 @@ def one_linear() -> Workload:
 
 
 def recurrent() -> Workload:
-    """Return a next-step workload for an LSTM."""
+    """Return a next-token workload for an LSTM whose head is its embedding."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(16, 32, batch_first=True)
+            self.embedding = nn.Embedding(16, 32)
+            self.lstm = nn.LSTM(32, 32, batch_first=True)
             self.head = nn.Linear(32, 16)
+            self.head.weight = self.embedding.weight
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(self.lstm(x)[0])
+            out: Tensor = self.head(self.lstm(self.embedding(x))[0])
             return out
 
     def train_batches(seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield torch.randn(8, 12, 16, generator=generator).cumsum(1) / 4
+            yield torch.randint(3, (8, 13), generator=generator).cumsum(1) % 16
 
     functions = {
         "build_model": Net,
         "train_batches": train_batches,
-        "loss_fn": lambda model, x: F.mse_loss(model(x[:, :-1]), x[:, 1:]),
+        "loss_fn": lambda model, x: F.cross_entropy(model(x[:, :-1]).mT, x[:, 1:]),
     }
     return workload_from(SimpleNamespace(**functions), name="lstm")
 

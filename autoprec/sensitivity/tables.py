@@ -21,6 +21,7 @@ from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.records import (
+    BF16_O2,
     Estimate,
     Gemm,
     LayerSensitivity,
@@ -32,6 +33,7 @@ from autoprec.records import (
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
@@ -370,9 +372,13 @@ def _exact_errors(
 
 
 def _installed(reference: Reference, name: str, option: Option) -> AbstractContextManager[object]:
-    """Run one layer in one option inside, the others and all activations in FP32."""
+    """Run one layer in one option inside, the others and all activations in FP32.
+
+    Layers that share its weight have it in BF16 with it.
+    """
     if option.recipe is not Recipe.DELAYED:
-        return install_options(reference.model, {name: option}, activation_dtype=torch.float32)
+        options = {**dict.fromkeys(tied_with(reference.spec, [name]), BF16_O2), name: option}
+        return install_options(reference.model, options, activation_dtype=torch.float32)
     layer = reference.model.get_submodule(name)
     if not isinstance(layer, nn.Linear):
         raise PlanMismatchError(
