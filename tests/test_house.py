@@ -23,6 +23,7 @@ TORCH_FREE = (  # whole rooms, and modules of the others
     "records",
     "report",
     "search",
+    "sensitivity.causes",
     "sensitivity.gap",
     "tuning",
     "workload.hf_config",

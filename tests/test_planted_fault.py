@@ -19,6 +19,7 @@ from autoprec.records import (
     Constraint,
     FrontPoint,
     ModelSpec,
+    Operand,
     Plan,
     Recipe,
     Search,
@@ -28,6 +29,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
+from autoprec.sensitivity.causes import explain_statistics
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
@@ -59,8 +61,11 @@ class Mlp(nn.Module):
         return out
 
 
-def faulty_workload(kind: str, strength: int) -> Workload:
-    """Return a workload that learns what a fixed random network computes."""
+def faulty_workload(kind: str, strength: int, shift: float = 0.0) -> Workload:
+    """Return a workload that learns what a fixed random network computes.
+
+    `shift` is the mean that the faulty layer's input has anyway.
+    """
     generator = torch.Generator().manual_seed(99)
     inner, outer = (torch.randn(WIDTH, n, generator=generator) / 8 for n in (WIDTH, 16))
 
@@ -71,8 +76,13 @@ def faulty_workload(kind: str, strength: int) -> Workload:
             noise = 0.1 * torch.randn(BATCH, 16, generator=drawn)
             yield x, torch.tanh(2 * x @ inner) @ outer + noise
 
+    def build_model() -> Mlp:
+        model = Mlp()
+        torch.nn.init.constant_(model.layers.get_submodule("0").get_parameter("bias"), shift)
+        return model
+
     functions = {
-        "build_model": Mlp,
+        "build_model": build_model,
         "train_batches": train_batches,
         "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
         "build_optimizer": lambda model: torch.optim.Adam(model.parameters(), lr=3e-3),
@@ -84,8 +94,8 @@ def faulty_workload(kind: str, strength: int) -> Workload:
 class Run:
     """The records of one planted fault."""
 
-    def __init__(self, kind: str, strength: int) -> None:
-        self.workload = faulty_workload(kind, strength)
+    def __init__(self, kind: str, strength: int, shift: float = 0.0) -> None:
+        self.workload = faulty_workload(kind, strength, shift)
         self.spec: ModelSpec = capture_model(Context(self.workload, CPU))
         reference = prepare_reference(Context(self.workload, CPU), self.spec)
         self.sensitivity: Sensitivity = measure_sensitivity(reference)
@@ -134,10 +144,43 @@ def test_the_faulty_layer_alone_is_treated_for_its_cause(
     plan = run.plan(run.search.chosen)
     assert run.fault.option != fp8_option(Recipe.TENSORWISE)  # the fastest
     assert re.search(cause, run.fault.reason)
+    blamed = set(re.findall(r"(\w+): (?:mean|outlier|\d+ %)", run.fault.reason))
+    assert blamed == {cause.partition(":")[0]}  # and no other operand
+    is_island = "an island" in run.fault.reason  # then it is BF16 that is too coarse
+    assert is_island or re.search(r"\((100|9\d) % of the error\)", run.fault.reason)
     out = [layer for layer in plan.layers if not layer.option.is_fp8 and layer.name != FAULT]
     assert all("an island in FP32" in layer.reason for layer in out)  # that makes its input
     assert plan.grad_error is not None
     assert plan.grad_error <= BUDGET
+
+
+def test_a_mean_beside_the_fault_is_not_blamed() -> None:
+    run = Run("gradient", 44, shift=1.0)
+    rows = {row.operand: row for row in run.sensitivity.statistics if row.name == FAULT}
+    mean, gradient = rows[Operand.INPUT], rows[Operand.GRAD_OUTPUT]
+    assert (mean.mean_over_std or 0.0) > 1.0  # it stands out
+    assert mean.mean_share["tensorwise"] < 0.5 < gradient.bf16_share["tensorwise"]
+    assert "grad_output: " in run.fault.reason
+    assert "input: mean" not in run.fault.reason
+
+
+def test_an_offset_is_blamed_though_a_more_precise_input_would_not_help() -> None:
+    rows = run_of("offset", 16).sensitivity.statistics
+    (found,) = (r for r in rows if (r.name, r.operand) == (FAULT, Operand.INPUT))
+    assert found.mean_share["tensorwise"] > 0.9
+    (other,) = (r for r in rows if (r.name, r.operand) == (FAULT, Operand.WEIGHT))
+    assert explain_statistics([found, other], recipe="tensorwise").startswith("input: mean")
+
+
+def test_no_operand_is_blamed_if_none_takes_half_of_the_error_away() -> None:
+    rows = run_of("rows", 20).sensitivity.statistics
+    (found,) = (r for r in rows if (r.name, r.operand) == (FAULT, Operand.WEIGHT))
+    innocent = found.model_copy(update={"bf16_share": {"tensorwise": 0.3}})
+    text = explain_statistics([innocent], recipe="tensorwise")
+    assert text == "no operand alone is behind it"
+    unmeasured = found.model_copy(update={"bf16_share": {}})
+    text = explain_statistics([unmeasured], recipe="tensorwise")
+    assert text.endswith("weight: outlier channels 0, 1")
 
 
 @pytest.mark.parametrize(("kind", "strength"), [("control", 0), ("quantised", 7), ("channel", 8)])

@@ -27,7 +27,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.runtime import install_options
-from autoprec.search.reasons import explain_statistics
+from autoprec.sensitivity.causes import explain_statistics
 from autoprec.sensitivity.hooks import after_hooks, has_hooks
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity

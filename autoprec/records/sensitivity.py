@@ -47,6 +47,10 @@ class OperandStatistics(Record):
     a weight: each output's, over its inputs): rounding is relative to the mean, what a layer learns
     from to the spread. `outlier_token_share` is the share of tokens whose amax is more than about
     10x the median one's. None: not known, nothing varies, or a weight, which has no tokens.
+
+    `bf16_share` and `mean_share` are the parts of the layer's gradient error under a recipe that go
+    with this operand in BF16, and without its mean; below zero where the error grows. They are
+    there where an operand of a layer with a large error stands out.
     """
 
     name: str
@@ -60,6 +64,8 @@ class OperandStatistics(Record):
     channels: NonNegativeInt
     mean_over_std: NonNegativeFloat | None = None
     outlier_token_share: NonNegativeFloat | None = None
+    bf16_share: dict[str, float] = Field(default_factory=dict)
+    mean_share: dict[str, float] = Field(default_factory=dict)
 
 
 class Island(Record):

@@ -1,6 +1,5 @@
 """Why each layer has its precision, in one sentence for people."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprec.common.text import compared, percent
@@ -11,9 +10,6 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Basis,
-    Gemm,
-    Operand,
-    OperandStatistics,
     Option,
     Precision,
     Search,
@@ -22,19 +18,10 @@ from autoprec.records import (
 from autoprec.records.plan import KEPT
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
+from autoprec.sensitivity.causes import explain_statistics, offset_of
 
 UNSURE = "a gain within its uncertainty"
 DOMINATES = 0.25  # of the error budget: a layer with more dominates the gradient error
-NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
-OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
-OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
-MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
-MOST_TOKENS = 0.125  # the same of tokens: one in 8, as the first of short sequences
-OPERANDS = {
-    Gemm.OUTPUT: (Operand.INPUT, Operand.WEIGHT),
-    Gemm.GRAD_INPUT: (Operand.GRAD_OUTPUT, Operand.WEIGHT),
-    Gemm.GRAD_WEIGHT: (Operand.GRAD_OUTPUT, Operand.INPUT),
-}
 
 
 @dataclass(frozen=True)
@@ -163,20 +150,11 @@ def _too_harmful(why: Why, index: int, best: Option, own_ms: float) -> str:
 
 
 def _cause(why: Why, index: int, option: Option) -> str:
-    """Return what stands out in the operands of an FP8 option; "" of other options.
-
-    The operands of the GEMMs that have a notable part of the error come first.
-    """
+    """Return what causes the error of an FP8 option; "" of other options."""
     name = why.costs.layers[index].name
-    row = why.sensitivity.row(name, option)
-    if row is None or not option.is_fp8:
-        return ""
-    gemms = [g for g, part in row.by_gemm.items() if part.mean >= DOMINATES * row.grad_error.mean]
-    first = {operand for gemm in gemms for operand in OPERANDS[gemm]}
-    own = [r for r in why.sensitivity.statistics if r.name == name]
-    parts = ([r for r in own if (r.operand in first) is is_first] for is_first in (True, False))
-    causes = [explain_statistics(part, recipe=option.recipe) for part in parts]
-    return "".join(f"; {cause}" for cause in causes if cause)
+    rows = [row for row in why.sensitivity.statistics if row.name == name]
+    cause = explain_statistics(rows, recipe=option.recipe) if option.is_fp8 else ""
+    return f"; {cause}" if cause else ""
 
 
 def _bf16_to_fp32(why: Why, index: int, where: str = "") -> str:
@@ -219,7 +197,7 @@ def _island(why: Why, index: int) -> str:
             beside = f" and {', '.join(others)}" if others else ""
             names = {why.costs.layers[i].name for i in at}
             rows = [row for row in why.sensitivity.statistics if row.name in names]
-            cause = "; ".join(f"{row.name} {_offset(row)}" for row in rows if _offset(row))
+            cause = "; ".join(f"{row.name} {offset_of(row)}" for row in rows if offset_of(row))
             return (
                 f"BF16 between it{beside} alone has gradient error {percent(error)}, budget "
                 f"{percent(why.search.grad_error_budget)}: an island in FP32"
@@ -248,57 +226,3 @@ def short(option: Option) -> str:
 
 def _than(speed: str, other: Option) -> str:
     return f"{speed} as {short(other)}" if speed == "as fast" else f"{speed} than {short(other)}"
-
-
-def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None = None) -> str:
-    """Return what stands out in one layer's operands: losses by FP8 casts, outliers, an offset.
-
-    For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 %`; "" when nothing does.
-    With a recipe losses are its own, else those of the worst one.
-    """
-    by_worst = sorted(rows, key=lambda row: -max(_losses(row, recipe).values(), default=0.0))
-    lines = [
-        line
-        for row in by_worst
-        for line in (_worst_loss(row, recipe), _outliers(row), _offset(row))
-    ]
-    return "; ".join(line for line in lines if line)
-
-
-def _losses(row: OperandStatistics, recipe: str | None) -> dict[tuple[str, str], float]:
-    """Return the share of values lost, by kind and recipe."""
-    tables = (("underflow", row.underflow), ("saturation", row.saturation))
-    found = ((kind, name, value) for kind, table in tables for name, value in table.items())
-    return {(kind, name): value for kind, name, value in found if recipe in (None, name)}
-
-
-def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
-    losses = _losses(row, recipe)
-    if max(losses.values(), default=0.0) < NOTABLE:
-        return ""
-    kind, worst_recipe = max(losses, key=lambda key: losses[key])
-    worst = losses[kind, worst_recipe]
-    text = f"{row.operand.value}: {percent(worst)} {kind} under {worst_recipe}"
-    others = {name: value for (k, name), value in _losses(row, None).items() if k == kind}
-    best = min(others, key=lambda name: others[name])
-    better = others[best] <= OTHER_SHARE * worst
-    return f"{text}; {best} {percent(others[best])}" if better else text
-
-
-def _outliers(row: OperandStatistics) -> str:
-    """Name few channels and few tokens far above the others; of one value both stand out."""
-    count, share = len(row.outlier_channels), row.outlier_token_share or 0.0
-    found = []
-    if 0 < count <= MOST_OUTLIERS * row.channels:
-        shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
-        found.append(f"outlier channel{'' if count == 1 else 's'} {shown}")
-    if 0.0 < share <= MOST_TOKENS:
-        found.append(f"outlier tokens ({percent(share)})")
-    return f"{row.operand.value}: {', '.join(found)}" if found else ""
-
-
-def _offset(row: OperandStatistics) -> str:
-    ratio = row.mean_over_std or 0.0
-    if ratio < OFFSET or row.operand is Operand.WEIGHT:
-        return ""
-    return f"{row.operand.value}: mean {ratio:.2g}x its spread, which rounding is relative to"

@@ -16,8 +16,10 @@ local           what an error inside one layer is made of; any other layer's err
 replay          a layer run again alone, on what went through it
 casts           what the recipes do to an operand, in plain arithmetic
 delayed         delayed scaling, emulated where it is asked for
+causes          what stands out in a layer's operands, and which of it causes its error, in words
+repairs         how much of a layer's error goes with each suspect operand repaired
 gemm            FP8 GEMMs on a CPU, fast
 gap             from a gradient error to a loss gap, and back
 
-Importing this package imports no torch: `gap` can be had without it.
+Importing this package imports no torch: `gap` and `causes` can be had without it.
 """

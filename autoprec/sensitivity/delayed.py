@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from autoprec.device.ranks import largest_over_ranks, local_part
 from autoprec.records import Gemm, Operand, Option
-from autoprec.sensitivity.casts import Sides, cast_operand, gemm_casts, round_bf16
+from autoprec.sensitivity.casts import Cast, cast_operand, gemm_casts, round_bf16
 
 ABSENT = -1.0  # of an operand that no step had
+Casts = Mapping[Gemm, Mapping[Operand, Cast]]
 Amax = Mapping[Operand, float]  # of a linear's past; an operand not in it is scaled by its own
 
 
@@ -61,12 +62,29 @@ def _see(largest: dict[Operand, Tensor], operand: Operand, tensor: Tensor) -> No
 
 
 @contextmanager
-def emulated_layer(layer: nn.Linear, option: Option, amax: Amax) -> Iterator[None]:
-    """Run a linear with an FP8 option's casts and FP32 matmuls inside."""
-    casts = gemm_casts(option)
+def emulated_layer(
+    layer: nn.Linear,
+    option: Option,
+    amax: Amax,
+    *,
+    in_bf16: Operand | None = None,
+    without_mean: bool = False,
+) -> Iterator[None]:
+    """Run a linear with an FP8 option's casts and FP32 matmuls inside.
+
+    `in_bf16` is an operand that no GEMM casts to FP8; `without_mean` takes the mean over rows out
+    of the input before it is cast, and what it does to the results is added in FP32:
+
+        x w' = (x - m) w' + m w'        g' x = g' (x - m) + (sum of g's rows)' m
+    """
+    casts = {
+        gemm: {operand: cast for operand, cast in sides if operand is not in_bf16}
+        for gemm, sides in gemm_casts(option).items()
+    }
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _EmulatedMatmul.apply(x, layer.weight, casts, amax)  # type: ignore[no-untyped-call]
+        settings = casts, amax, without_mean
+        y: Tensor = _EmulatedMatmul.apply(x, layer.weight, *settings)  # type: ignore[no-untyped-call]
         return y if layer.bias is None else round_bf16(y + round_bf16(layer.bias))
 
     vars(layer)["forward"] = forward
@@ -81,30 +99,38 @@ class _EmulatedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, casts: dict[Gemm, Sides], amax: Amax
+        ctx: Any, x: Tensor, weight: Tensor, casts: Casts, amax: Amax, without_mean: bool
     ) -> Tensor:  # Any: autograd's context is untyped
         x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
-        ctx.save_for_backward(x_MK, weight_NK)
+        mean_K = x_MK.mean(0) * without_mean
+        ctx.save_for_backward(x_MK - mean_K, weight_NK, mean_K)
         ctx.shape, ctx.casts, ctx.amax = x.shape, casts, amax
-        left, right = _cast_sides(casts.get(Gemm.OUTPUT), amax, x_MK, weight_NK)
-        y_MN = round_bf16(left @ right.t())  # [M, K] @ [K, N] -> [M, N]
+        sides = {Operand.INPUT: x_MK - mean_K, Operand.WEIGHT: weight_NK}
+        left, right = _cast_sides(casts.get(Gemm.OUTPUT), amax, sides)
+        y_MN = round_bf16(left @ right.t() + weight_NK @ mean_K)  # [M, K] @ [K, N] -> [M, N]
         return y_MN.reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None]:
-        x_MK, weight_NK = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None, None]:
+        x_MK, weight_NK, mean_K = ctx.saved_tensors
         grad_MN = round_bf16(grad_outputs[0].reshape(-1, len(weight_NK)))
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_INPUT), ctx.amax, grad_MN, weight_NK)
+        sides = {Operand.GRAD_OUTPUT: grad_MN, Operand.WEIGHT: weight_NK}
+        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_INPUT), ctx.amax, sides)
         grad_input_MK = round_bf16(left @ right)  # [M, N] @ [N, K] -> [M, K]
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_WEIGHT), ctx.amax, grad_MN, x_MK)
-        grad_weight_NK = round_bf16(left.t() @ right)  # [N, M] @ [M, K] -> [N, K]
-        return grad_input_MK.reshape(ctx.shape), grad_weight_NK, None, None
+        sides = {Operand.GRAD_OUTPUT: grad_MN, Operand.INPUT: x_MK}
+        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_WEIGHT), ctx.amax, sides)
+        # [N, M] @ [M, K] -> [N, K]
+        grad_weight_NK = round_bf16(left.t() @ right + torch.outer(grad_MN.sum(0), mean_K))
+        return grad_input_MK.reshape(ctx.shape), grad_weight_NK, None, None, None
 
 
-def _cast_sides(sides: Sides | None, amax: Amax, *tensors: Tensor) -> tuple[Tensor, ...]:
-    if sides is None:  # this GEMM stays in BF16
-        return tensors
+def _cast_sides(
+    casts: Mapping[Operand, Cast] | None, amax: Amax, sides: Mapping[Operand, Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the operands of a GEMM as FP8 has them; those without a cast stay in BF16."""
     return tuple(
-        cast_operand(tensor, cast, amax=amax.get(operand))
-        for tensor, (operand, cast) in zip(tensors, sides, strict=True)
+        cast_operand(tensor, casts[operand], amax=amax.get(operand))
+        if casts and operand in casts
+        else tensor
+        for operand, tensor in sides.items()
     )

@@ -14,6 +14,7 @@ from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
+from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
 
 CHECK_BATCHES = 1  # a table that is off by a factor of two shows on one
@@ -44,6 +45,7 @@ def measure_sensitivity(
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     checked = check_table(meter, table, outside=outside)
     table = checked.table
+    statistics = with_shares(reference, table.rows, table.statistics)
     by_step = (*reference.early, *reference.measure_step(len(reference.loss_curve)))
     batch_effect, floor = None, _measure_floor(reference)
     if run_tokens is not None and by_step:
@@ -63,7 +65,7 @@ def measure_sensitivity(
         activation_error=activation_error,
         islands=islands,
         floor=floor,
-        statistics=table.statistics,
+        statistics=statistics,
         joint=checked.joint,
         table_check=checked.sentence,
         loss_curve=reference.loss_curve,

@@ -1,0 +1,99 @@
+"""What stands out in a linear's operands, and which of it causes the error of FP8, in words.
+
+What stands out need not hurt. Where a layer's error was measured again with each suspect repaired
+(see repairs.py), that is blamed which takes most of the error away, and nothing if none does.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from autoprec.common.text import percent
+from autoprec.records import Operand, OperandStatistics
+
+NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
+OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
+OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
+MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
+MOST_TOKENS = 0.125  # the same of tokens: one in 8, as the first of short sequences
+CAUSE = 0.5  # of the error: a repair that takes less away has not found its cause
+AS_GOOD = 0.1  # of the error: a repair that takes so much less away than the best is named too
+
+
+class Suspect(NamedTuple):
+    """What stands out in an operand, in words."""
+
+    text: str
+    is_mean: bool  # the input's, which is repaired by taking it out; all else by BF16
+    share: float | None  # of the error that its repair takes away, where it was measured
+
+
+def suspects(row: OperandStatistics, recipe: str | None) -> Iterator[Suspect]:
+    """Yield what stands out in an operand under a recipe, or under the worst one of it."""
+    lines = [text for text in (_worst_loss(row, recipe), _outliers(row)) if text]
+    if lines:
+        yield Suspect("; ".join(lines), False, row.bf16_share.get(recipe or ""))
+    if offset := offset_of(row):
+        is_input = row.operand is Operand.INPUT
+        shares = row.mean_share if is_input else row.bf16_share
+        yield Suspect(offset, is_input, shares.get(recipe or ""))
+
+
+def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None = None) -> str:
+    """Return what causes one layer's error; where that was not measured, all that stands out.
+
+    For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 % (98 % of the error)`;
+    "" when nothing stands out. With a recipe losses are its own, else those of the worst one.
+    """
+    by_worst = sorted(rows, key=lambda row: -max(_losses(row, recipe).values(), default=0.0))
+    found = [suspect for row in by_worst for suspect in suspects(row, recipe)]
+    best = max((one.share for one in found if one.share is not None), default=None)
+    if best is None:
+        return "; ".join(one.text for one in found)
+    if best < CAUSE:
+        return "no operand alone is behind it"
+    named = [(one.share or 0.0, one.text) for one in found]
+    return "; ".join(
+        f"{text} ({percent(share)} of the error)"
+        for share, text in sorted(named, reverse=True)
+        if share >= best - AS_GOOD
+    )
+
+
+def _losses(row: OperandStatistics, recipe: str | None) -> dict[tuple[str, str], float]:
+    """Return the share of values lost, by kind and recipe."""
+    tables = (("underflow", row.underflow), ("saturation", row.saturation))
+    found = ((kind, name, value) for kind, table in tables for name, value in table.items())
+    return {(kind, name): value for kind, name, value in found if recipe in (None, name)}
+
+
+def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
+    losses = _losses(row, recipe)
+    if max(losses.values(), default=0.0) < NOTABLE:
+        return ""
+    kind, worst_recipe = max(losses, key=lambda key: losses[key])
+    worst = losses[kind, worst_recipe]
+    text = f"{row.operand.value}: {percent(worst)} {kind} under {worst_recipe}"
+    others = {name: value for (k, name), value in _losses(row, None).items() if k == kind}
+    best = min(others, key=lambda name: others[name])
+    better = others[best] <= OTHER_SHARE * worst
+    return f"{text}; {best} {percent(others[best])}" if better else text
+
+
+def _outliers(row: OperandStatistics) -> str:
+    """Name few channels and few tokens far above the others; of one value both stand out."""
+    count, share = len(row.outlier_channels), row.outlier_token_share or 0.0
+    found = []
+    if 0 < count <= MOST_OUTLIERS * row.channels:
+        shown = ", ".join(map(str, row.outlier_channels[:3])) + (", ..." if count > 3 else "")
+        found.append(f"outlier channel{'' if count == 1 else 's'} {shown}")
+    if 0.0 < share <= MOST_TOKENS:
+        found.append(f"outlier tokens ({percent(share)})")
+    return f"{row.operand.value}: {', '.join(found)}" if found else ""
+
+
+def offset_of(row: OperandStatistics) -> str:
+    """Return that an operand's values sit far from zero beside their spread, or an empty string."""
+    ratio = row.mean_over_std or 0.0
+    if ratio < OFFSET or row.operand is Operand.WEIGHT:
+        return ""
+    return f"{row.operand.value}: mean {ratio:.2g}x its spread, which rounding is relative to"
