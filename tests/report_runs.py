@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.predict.transfer import unknown_sensitivity
@@ -156,6 +157,20 @@ def with_verdict(run: RunRecords, verdict: Verdict) -> RunRecords:
     proof = run.verification.model_copy(update={"verdict": verdict, "gap": gap})
     plan = run.plan.model_copy(update={"certificate": Certificate.of(proof)})
     return replace(run, plan=plan, verification=proof)
+
+
+@cache
+def answers() -> dict[str, RunRecords]:
+    """Return a run of every kind of answer."""
+    run, cpu = make_run(), {"machine": CPU, "M": 2048, "width": 256}
+    return {
+        "FP8 pays": run,
+        "FP8 does not pay": make_run(**cpu),  # type: ignore[arg-type]  # two settings, one dict
+        "forced and slower": make_run(keep=("*=fp8_o1",), **cpu),  # type: ignore[arg-type]  # same
+        "refuted": with_verdict(run, Verdict.REFUTED),
+        "inconclusive": with_verdict(run, Verdict.INCONCLUSIVE),
+        "predicted, too large": predicted_run(memory_gb=2.0),
+    }
 
 
 def uncertified(run: RunRecords) -> RunRecords:

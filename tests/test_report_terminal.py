@@ -29,13 +29,13 @@ from tests.report_runs import (
     CPU,
     GW_HP,
     H100,
+    answers,
     device_facts,
     make_run,
     predicted_run,
     renamed,
     timing,
     uncertified,
-    with_verdict,
 )
 
 WIDTHS = (80, 100, 120, 160, 200)
@@ -73,19 +73,6 @@ def record_text(record: Record) -> str:
 @cache
 def sized(*, layers: int | None = None, blocks: int = 2) -> RunRecords:
     return make_run(layers=layers, blocks=blocks)
-
-
-@cache
-def answers() -> dict[str, RunRecords]:
-    run, cpu = make_run(), {"machine": CPU, "M": 2048, "width": 256}
-    return {
-        "FP8 pays": run,
-        "FP8 does not pay": make_run(**cpu),  # type: ignore[arg-type]  # two settings, one dict
-        "forced and slower": make_run(keep=("*=fp8_o1",), **cpu),  # type: ignore[arg-type]  # same
-        "refuted": with_verdict(run, Verdict.REFUTED),
-        "inconclusive": with_verdict(run, Verdict.INCONCLUSIVE),
-        "predicted, too large": predicted_run(memory_gb=2.0),
-    }
 
 
 def test_the_answer_in_every_case_at_80_and_120_columns() -> None:

@@ -28,10 +28,10 @@ def print_answer(
     """Print the short page; `out` is the run's folder as the user writes it, `script` what ran."""
     style = "bold" if found.answer.advice is Advice.APPLY else "bold yellow"
     head = _wrapped(found.answer.headline, console, console.width, style)
-    below = [Line(""), *_next_lines(found, out, script), *_where_lines(out)]
+    below = [Line(""), *next_lines(found, out, script), *_where_lines(out)]
     left = MOST_LINES - len(head) - sum(_height(line, console) for line in below)
     lines: list[Text] = []
-    for key, text, style in _facts(found):
+    for key, text, style in answer_facts(found):
         wrapped = _wrapped(text, console, console.width - KEY, style)
         if len(lines) + len(wrapped) <= left:
             keys = [key, *[""] * (len(wrapped) - 1)]
@@ -41,7 +41,7 @@ def print_answer(
     print_parts(below, console)
 
 
-def _facts(found: Summary) -> Iterator[tuple[str, str, str]]:
+def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
     """Yield name, text and style of what the answer rests on, the most needed first."""
     answer, promise, sensitivity = found.answer, found.promise, found.run.sensitivity
     is_said = answer.headline.partition(":")[0] in answer.fp8  # in the headline, in short
@@ -72,7 +72,7 @@ def _time_text(found: Summary) -> str:
     return f"{formats.ms(own.ms)} ms a step ({own.basis}): {', '.join(gains)}{without}"
 
 
-def _next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[Line]:
+def next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[Line]:
     """Yield what to do: lines to paste where there is a plan to apply."""
     folder = Path(out or ".").as_posix()
     match found.answer.advice:

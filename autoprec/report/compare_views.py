@@ -6,14 +6,13 @@ how small a difference would have been seen, then what was not alike.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from autoprec import __version__
 from autoprec.common.text import first_and_more
 from autoprec.records import Change, Comparison, DifferenceRow, LossGap
 from autoprec.report import formats
 from autoprec.report.compare import ABSENT
 from autoprec.report.formats import and_more, clean_text, count_of
 from autoprec.report.layer_table import fold_names
-from autoprec.report.page import page_parts, render
+from autoprec.report.page import render
 from autoprec.report.text_table import Line, Part, Table, section
 
 MOST_ROWS = 20  # of one table; --json has them all
@@ -66,9 +65,7 @@ def comparison_markdown(found: Comparison) -> str:
 
 def comparison_html(found: Comparison) -> str:
     """Return a comparison as one page that loads nothing."""
-    return render(
-        "compare.html", parts=comparison_parts(found), version=__version__, **page_parts()
-    )
+    return render("compare.html", parts=comparison_parts(found))
 
 
 def headline(found: Comparison) -> str:

@@ -1,28 +1,30 @@
-"""The four figures of the page: whole steps, the Pareto front, sensitivity, paired loss gaps."""
+"""The figures of the page: what layers take and cost, whole steps, the proof, the search."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
-from autoprec.records import Basis, Option, Search, Verification
+from autoprec.records import Basis, Option, Search
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
-from autoprec.report.layer_frame import frame_rows
+from autoprec.report.formats import clean_text
+from autoprec.report.layer_frame import Row
+from autoprec.report.layer_table import SHORTEST_NAME, LayerGroup, fitted, saving_order
+from autoprec.report.step_times import BASELINES
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PLAIN = "{:,.6g}".format
 SIGNED = partial(formats.share, sign=True)
-WIDTH = 1080.0
-LABEL_PX = 190.0
+WIDTH, SIDE_WIDTH = 860.0, 400.0  # of the main figures, and of those beside the first one
+BARS_PX = (306.0, 610.0)  # where the bars of layers begin and end
+SAVED_PX, ERROR_PX = 684.0, (704.0, 776.0)
 CLIP = 2.2  # the longest bar is cut where it is more than this many times the second longest
-MOST_DOTS = 40  # layers in the sensitivity chart; the table has them all
+MOST_BARS = 12  # groups of layers; the table has them all
 PARETO_KEYS = {
     "t-front": "exact front, sum of the table (predicted)",
     "t-exact": "trial from the front",
@@ -36,33 +38,132 @@ PARETO_KEYS = {
 SOURCES = {"corrected": "exact", "front": "exact", "drawn": "sampler"}  # shown as
 
 
-def step_figure(found: Summary) -> Markup:
-    """Return bars of the whole-step times with their spread; predicted ones are hatched."""
-    steps, ceiling = found.steps, found.ceiling
+def layers_figure(groups: Sequence[LayerGroup]) -> Markup:
+    """Return each group's time in BF16 O2 and in the plan, what is saved, and its gradient error.
+
+    The groups whose time changes most are shown, the largest saving first, the others in one row.
+    """
+    timed = [group.row for group in groups if group.row["saved_vs_bf16_o2_ms"] is not None]
+    if not timed:
+        return Markup("")
+    rows = _most_changed(timed)
+    longest = max(1e-30, *(max(row["bf16_o2_total_ms"], row["total_ms"]) for row in rows))
+    x, bottom = Scale(0.0, longest, *BARS_PX), 36.0 + 26.0 * len(rows)
+    errors = Scale(0.0, max(1e-30, *(row["grad_error"] or 0.0 for row in rows)), *ERROR_PX)
+    label = f"ms per step, forward and backward ({_bases(timed, 'time_basis')})"
+    error_title = f"gradient error ({_bases(timed, 'grad_error_basis')})"
+    parts = [
+        svg.x_axis(x, 30.0, bottom, label=label, show=PLAIN),
+        svg.text(SAVED_PX, 20.0, "saved, ms", kind="tick", anchor="end"),
+        svg.text(ERROR_PX[0], 20.0, error_title, kind="tick"),
+    ]
+    for place, row in enumerate(rows):
+        parts += _layer_marks(row, 36.0 + 26.0 * place, x, errors)
+    keys = {"o-bf16_o2 pale": "all in BF16 O2"}
+    keys |= {f"o-{row['precision']}": f"this plan: {row['precision']}" for row in timed}
+    title = "Time of layers in BF16 O2 and in the plan"
+    return svg.legend(keys.items()) + svg.picture(WIDTH, bottom + 40.0, parts, title=title)
+
+
+def _most_changed(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows in order of what is saved, those that change least as one."""
+    most = sorted(rows, key=lambda row: (-abs(row["saved_vs_bf16_o2_ms"]), *saving_order(row)))
+    shown, rest = most[:MOST_BARS], most[MOST_BARS:]
+    if len(rest) == 1:
+        shown, rest = most, []
+    shown.sort(key=saving_order)
+    if rest:
+        sums = ("bf16_o2_total_ms", "total_ms", "saved_vs_bf16_o2_ms", "grad_error")
+        count = sum(row["layers"] for row in rest)
+        whole = {name: math.fsum(row[name] or 0.0 for row in rest) for name in sums}
+        about = {"name": formats.count_of(count, "other layer"), "option": "", "precision": "rest"}
+        shown.append(whole | about)
+    return shown
+
+
+def _layer_marks(row: Row, y: float, x: Scale, errors: Scale) -> Iterator[Markup]:
+    """Yield one row of the figure: the plan's bar within the pale one of BF16 O2."""
+    base_ms, own_ms, error = row["bf16_o2_total_ms"], row["total_ms"], row["grad_error"]
+    times = f"{formats.ms(base_ms)} ms in BF16 O2, {formats.ms(own_ms)} ms in the plan"
+    tip = f"{row['name']} {formats.option(row['option'])}: {times}"
+    words = _fitted(row["name"], BARS_PX[0] - 16.0)
+    yield svg.text(BARS_PX[0] - 10.0, y + 14.0, words, kind="label", anchor="end")
+    yield svg.bar(x, base_ms, y, 19.0, kind="o-bf16_o2 pale", tip=tip)
+    yield svg.bar(x, own_ms, y + 4.0, 11.0, kind=f"o-{row['precision']}", tip=tip)
+    saved = formats.ms(row["saved_vs_bf16_o2_ms"])
+    yield svg.text(SAVED_PX, y + 14.0, saved, kind="value", anchor="end")
+    if error is not None:
+        end = errors(error) + 6.0
+        yield svg.bar(errors, error, y + 4.0, 11.0, kind="error")
+        yield svg.text(end, y + 14.0, formats.share(error), kind="value")
+
+
+def _fitted(words: str, width: float) -> str:
+    """Return words without their middle if they are longer than that many px."""
+    return fitted(clean_text(words), max(int(width / svg.CHARACTER_PX), SHORTEST_NAME))
+
+
+def _bases(rows: Sequence[Row], column: str) -> str:
+    """Return the bases of a column's values; those of most rows first."""
+    found = Counter(row[column] or Basis.UNKNOWN.value for row in rows)
+    return ", ".join(basis for basis, _ in found.most_common())
+
+
+def steps_figure(found: Summary) -> Markup:
+    """Return bars of the plan's step and of its baselines, with their spread."""
+    steps = {label: found.steps[label] for label in ("plan", *BASELINES) if label in found.steps}
+    if not steps:
+        return Markup("")
     # one bar that is far longer may not make the others unreadable
     second, longest = sorted([0.0, *(step.high_ms or step.ms for step in steps.values())])[-2:]
     limit = second if longest > CLIP * second > 0.0 else longest
-    scale = Scale(0.0, limit, LABEL_PX, WIDTH - 290.0)
-    bottom = 26.0 + 38.0 * len(steps)
-    parts = [svg.x_axis(scale, 18.0, bottom, label="ms per training step", show=PLAIN)]
-    for index, (label, step) in enumerate(steps.items()):
-        y, title, speedup = 26.0 + 38.0 * index, found.title(label), found.speedups.get(label)
-        kind = f"o-{label}" if step.basis is Basis.MEASURED else f"o-{label} predicted"
-        tip = f"{title}: {formats.ms(step.ms)} ms, {step.basis}, {step.samples} samples"
-        words = f"{formats.ms(step.ms)} ms {step.basis}{' (cut)' if step.ms > limit else ''}"
+    x = Scale(0.0, limit, 4.0, SIDE_WIDTH - 12.0)
+    parts = []
+    for place, (label, step) in enumerate(steps.items()):
+        y, speedup = 14.0 + 42.0 * place, found.speedups.get(label)
+        cut = " (cut)" if step.ms > limit else ""
+        words = f"{formats.ms(step.ms)} ms {step.basis}{cut}"
         words += f", plan {formats.ratio(speedup.value)}" if speedup else ""
-        size = {"x": LABEL_PX, "y": y, "width": scale(step.ms) - LABEL_PX, "height": 26.0, "rx": 2}
-        end = scale(max(step.ms, step.high_ms or 0.0)) + 10.0
-        parts.append(svg.text(LABEL_PX - 12.0, y + 18.0, title, kind="label", anchor="end"))
-        parts.append(svg.mark("rect", kind=kind, tip=tip, **size))
-        parts.append(svg.text(end, y + 18.0, words, kind="value"))
+        room = x.end - x.start - len(words) * svg.CHARACTER_PX - 12.0
+        parts.append(svg.text(x.start, y, _fitted(found.title(label), room), kind="label"))
+        parts.append(svg.text(x.end, y, words, kind="value", anchor="end"))
+        parts.append(svg.bar(x, step.ms, y + 7.0, 16.0, kind=f"o-{label} {step.basis}", tip=words))
         if step.low_ms is not None and step.high_ms is not None:
-            parts.append(svg.whisker(scale(step.low_ms), scale(step.high_ms), y + 13.0, tip=tip))
-    if ceiling is not None:
-        ms = ceiling.baseline.ms / ceiling.limit
-        words = f"FP8's ceiling: {formats.ms(ms)} ms"
-        parts.append(svg.marker(scale(ms), 18.0, bottom, words, kind="limit", tip=ceiling.sentence))
-    return svg.picture(WIDTH, bottom + 42.0, parts, title="Time of one training step")
+            parts.append(svg.whisker(x(step.low_ms), x(step.high_ms), y + 15.0, tip=words))
+    height = 42.0 * len(steps)
+    return svg.picture(SIDE_WIDTH, height, parts, title="Time of one training step")
+
+
+def proof_figure(found: Summary) -> Markup:
+    """Return the plan's loss gap with its interval and seeds against the tolerance, and BF16's."""
+    proof, promise = found.run.verification, found.promise
+    if promise.gap is None or promise.loss_tolerance is None:
+        return Markup("")
+    gaps = {"plan": promise.gap} | ({"bf16_o2": c} if proof and (c := proof.control_gap) else {})
+    seeds = {label: loss_gaps(proof.branches, label) if proof else {} for label in gaps}
+    tolerance = promise.loss_tolerance
+    ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]
+    ends += [end for gap in gaps.values() for end in (gap.low, gap.high)]
+    x = Scale(*svg.padded(min(ends), max(ends)), 4.0, SIDE_WIDTH - 12.0)
+    bottom, at = 20.0 + 44.0 * len(gaps), x(tolerance)
+    words, anchor = f"tolerance {formats.share(tolerance)}", "end" if at > 200.0 else "start"
+    parts = [
+        svg.x_axis(x, 16.0, bottom, label="relative loss gap to FP32 (measured)", show=SIGNED),
+        svg.line(x(0.0), 16.0, x(0.0), bottom, kind="zero"),
+        svg.marker(at, 16.0, bottom, words, kind="limit", anchor=anchor),
+    ]
+    titles = {"bf16_o2": "BF16 O2, for scale", "plan": "this plan"}
+    # each has its name, its interval and the seeds of it below each other
+    for place, (label, gap) in enumerate(gaps.items()):
+        kind, tip, y = f"b-{label}", f"{titles[label]}: {formats.gap(gap)}", 44.0 * place
+        parts.append(svg.text(x.start, y + 30.0, titles[label], kind="label"))
+        for seed, value in seeds[label].items():
+            dot_tip = f"seed {seed}: {SIGNED(value)}"
+            parts.append(svg.dot(x(value), y + 51.0, 4.0, kind=f"{kind} pale", tip=dot_tip))
+        ends_px = (x(gap.low), x(gap.high))
+        parts.append(svg.whisker(*ends_px, y + 40.0, kind=f"interval {kind}", tip=tip))
+        parts.append(svg.dot(x(gap.mean), y + 40.0, 6.0, kind=kind, tip=tip))
+    return svg.picture(SIDE_WIDTH, bottom + 40.0, parts, title="Loss gap to FP32")
 
 
 def pareto_figure(search: Search) -> Markup:
@@ -110,69 +211,6 @@ def _measured_line(search: Search, x: Scale, y: Scale) -> list[Markup]:
     return [svg.mark("path", d=f"M{line}", kind="front measured")] if points else []
 
 
-def sensitivity_figure(layers: "pd.DataFrame", options: "pd.DataFrame") -> Markup:
-    """Return every option's gradient error by layer, with standard errors, largest first."""
-    seen = options[options["grad_error"] > 0.0]
-    largest = seen.groupby("name", sort=False)["grad_error"].max()
-    top = largest.sort_values(ascending=False, kind="stable").index[:MOST_DOTS]
-    seen = seen[seen["name"].isin(top)]
-    if seen.empty:
-        return Markup("")
-    low, high = seen["grad_error"].min() / 1.5, seen["grad_error"].max() * 1.6
-    # Errors of layers span orders of magnitude, hence the log scale; one line per layer.
-    x = Scale(low, high, 270.0, WIDTH - 30.0, is_log=True)
-    bottom = 16.0 + 20.0 * len(top)
-    label = "gradient error (log scale), with its standard error"
-    parts = [svg.x_axis(x, 8.0, bottom, label=label, show=formats.share)]
-    chosen = dict(zip(layers["name"], layers["option"], strict=True))
-    heights = {name: 20.0 + 20.0 * index for index, name in enumerate(top)}
-    for name, y in heights.items():
-        words = svg.fitted(name, 245.0)
-        parts.append(svg.line(x.start, y, x.end, y, kind="rule"))
-        parts.append(svg.text(x.start - 12.0, y + 4.0, words, kind="label", anchor="end"))
-    for row in frame_rows(seen):
-        y, mean, stderr = heights[row["name"]], row["grad_error"], row["grad_error_stderr"]
-        kind, option = _kind(row["option"]), formats.option(row["option"])
-        error = f"{formats.with_stderr(mean, stderr)} ({row['grad_error_basis']})"
-        tip = f"{row['name']}, {option}: gradient error {error}"
-        if stderr:
-            left, right = x(max(mean - stderr, x.low)), x(mean + stderr)
-            parts.append(svg.line(left, y, right, y, kind=f"error {kind}"))
-        kind += " ring" if row["option"] == chosen.get(row["name"]) else ""
-        parts.append(svg.dot(x(mean), y, 5.0, kind=kind, tip=tip))
-    keys = svg.legend((_kind(key), formats.option(key)) for key in seen["option"].unique())
-    return keys + svg.picture(WIDTH, bottom + 44.0, parts, title="Gradient error by layer")
-
-
-def gap_figure(verification: Verification) -> Markup:
-    """Return the paired gap of every seed, the intervals, zero and the tolerance."""
-    gaps = {"bf16_o2": verification.control_gap, "plan": verification.gap}
-    seeds = {label: loss_gaps(verification.branches, label) for label in gaps}
-    tolerance = verification.loss_tolerance
-    words = f"tolerance {formats.share(tolerance)}"
-    ends = [0.0, tolerance, *(gap for by_seed in seeds.values() for gap in by_seed.values())]
-    ends += [end for gap in gaps.values() if gap for end in (gap.low, gap.high)]
-    x = Scale(*svg.padded(min(ends), max(ends)), 190.0, WIDTH - 40.0)
-    parts = [
-        svg.x_axis(x, 24.0, 130.0, label="relative loss gap to FP32", show=SIGNED),
-        svg.marker(x(0.0), 24.0, 130.0, "FP32", kind="zero"),
-        svg.marker(x(tolerance), 24.0, 130.0, words, kind="limit"),
-    ]
-    # Each branch has its interval on one line, and the seeds below it.
-    titles = {"bf16_o2": "BF16 O2 (control)", "plan": "this plan"}
-    for y, (label, gap) in zip((52.0, 100.0), gaps.items(), strict=True):
-        kind = f"b-{label}"
-        parts.append(svg.text(178.0, y + 4.0, titles[label], kind="label", anchor="end"))
-        for seed, value in seeds[label].items():
-            tip = f"seed {seed}: {SIGNED(value)}"
-            parts.append(svg.dot(x(value), y + 12.0, 4.0, kind=f"{kind} pale", tip=tip))
-        if gap is not None:
-            tip = f"mean {formats.gap(gap)}"
-            parts.append(svg.whisker(x(gap.low), x(gap.high), y, kind=f"interval {kind}", tip=tip))
-            parts.append(svg.dot(x(gap.mean), y, 6.0, kind=kind, tip=tip))
-    return svg.picture(WIDTH, 174.0, parts, title="Paired loss gaps by seed")
-
-
 class _Dot(NamedTuple):
     """One plan of the search, as the Pareto figure shows it."""
 
@@ -210,9 +248,3 @@ def _pareto_dots(search: Search) -> Iterator[_Dot]:
     if error is None:
         error, basis = chosen.grad_error, Basis.PREDICTED
     yield _Dot("t-chosen", "chosen", chosen.step_ms, error, basis, chosen.options)
-
-
-def _kind(key: str) -> str:
-    """Return the CSS class of an option's mark."""
-    option = Option.parse(key)
-    return f"e-{option.recipe or option.precision}"

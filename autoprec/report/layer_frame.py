@@ -40,9 +40,8 @@ class View(StrEnum):
     """Where layers are shown beside layers.csv, which has every column."""
 
     NARROW = "narrow"  # a terminal
-    WIDE = "wide"
+    WIDE = "wide"  # and a notebook
     PAGE = "page"
-    NOTEBOOK = "notebook"
 
 
 @dataclass(frozen=True)
@@ -67,32 +66,31 @@ def _sums(names: Iterable[str]) -> Iterator[Column]:
 
 
 EVERYWHERE = tuple(View)
-ROOMY = (View.WIDE, View.PAGE, View.NOTEBOOK)
 COLUMNS = (
     Column("name", "layer", views=EVERYWHERE),
     *map(Column, ("kind", "type")),
-    Column("shape", "shape", views=(View.WIDE, View.NOTEBOOK)),
+    Column("shape", "shape", views=(View.WIDE,)),
     *map(Column, ("calls", "is_frozen", "tied_to")),
     Column("option", "precision", formats.option, EVERYWHERE),
     *map(Column, ("precision", "recipe", "gemms_hp")),
     *_sums(TIMES[:-1]),
-    Column("total_ms", "ms", formats.ms, ROOMY, basis="time_basis", is_sum=True),
+    Column("total_ms", "ms", formats.ms, (View.WIDE, View.PAGE), basis="time_basis", is_sum=True),
     *_sums(f"{label}_{name}" for label in BASELINES for name in TIMES),
     Column("best_fp8"),
     Column("best_fp8_total_ms", is_sum=True),
     Column("speedup_vs_bf16_o2", "vs BF16", formats.ratio, EVERYWHERE),
-    Column("speedup_vs_fp32", "vs FP32", formats.ratio, EVERYWHERE),
-    Column("saved_vs_bf16_o2_ms", "saved vs BF16, ms", formats.ms, (View.PAGE,), is_sum=True),
+    Column("speedup_vs_fp32", "vs FP32", formats.ratio, (View.NARROW, View.WIDE)),
+    Column("saved_vs_bf16_o2_ms", "saved, ms", formats.ms, (View.PAGE,), is_sum=True),
     Column("saved_vs_fp32_ms", is_sum=True),
     Column(
         "grad_error", "gradient error", formats.share, EVERYWHERE, "grad_error_basis", is_sum=True
     ),
     Column("grad_error_stderr"),
-    Column("grad_error_share", "share of it", formats.share, (View.PAGE,), is_sum=True),
+    Column("grad_error_share", is_sum=True),
     *_sums(BYTES),
     Column("memory_bytes", "memory", formats.size, (View.PAGE,), is_sum=True),
     *map(Column, ("samples", "rejected", "time_basis", "grad_error_basis")),
-    Column("reason", "why", views=(View.PAGE,)),
+    Column("reason"),
 )
 
 

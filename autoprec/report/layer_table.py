@@ -10,13 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from autoprec.records import FP32, Option
 from autoprec.records.plan import KEPT
 from autoprec.report import formats
 from autoprec.report.formats import and_more
-from autoprec.report.layer_frame import BASELINES, COLUMNS, Row, View, columns_of, frame_rows
+from autoprec.report.layer_frame import (
+    BASELINES,
+    COLUMNS,
+    PARTS,
+    Row,
+    View,
+    columns_of,
+    frame_rows,
+)
 from autoprec.report.text_table import STYLES, Cell, Line, Part, Table
 
 if TYPE_CHECKING:
@@ -40,7 +48,49 @@ CODES = {
     "no-bf16": "BF16 cannot take it, or its time is not known",
     "uncalled": "not called in the captured step: it follows the others",
 }
+OPTION_SUMS = [*(f"{part}_ms" for part in (*PARTS, "total")), "p20_ms", "p80_ms"]
+OPTION_SUMS += ["samples", "grad_error", "memory_bytes"]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of the name: blocks.7.fc1, not fc1
+
+
+class LayerGroup(NamedTuple):
+    """Alike layers: their folded row, the rows of each, and every option's sums over them."""
+
+    row: Row
+    layers: list[Row]
+    options: list[Row]
+
+    @property
+    def options_table(self) -> Table:
+        """What each option takes, without the columns that nothing is known for."""
+        bases = {row["time_basis"] for row in self.options} - {None}
+        spread = "p20..p80" if any(row["samples"] for row in self.options) else "80 % interval"
+        heads = ["option", *PARTS, "ms", spread, "gradient error", "memory", ""]
+        heads[len(PARTS) + 1] += f" ({bases.pop()})" if len(bases) == 1 else ""
+        rows = [
+            _option_texts(
+                row, is_chosen=row["option"] == self.row["option"], with_basis=bool(bases)
+            )
+            for row in self.options
+        ]
+        known = [i for i in range(len(heads)) if any(row[i] not in ("-", "") for row in rows)]
+        texts = [[row[i] for i in known] for row in rows]
+        numbers = [place for place, i in enumerate(known) if 0 < i < len(heads) - 1]
+        return Table([heads[i] for i in known], texts, numbers)
+
+    @property
+    def layers_table(self) -> Table:
+        """Each layer on its own."""
+        shown = {"ms": "total_ms", "saved, ms": "saved_vs_bf16_o2_ms"}
+        rows = [
+            (
+                row["name"],
+                *(formats.ms(row[column]) for column in shown.values()),
+                formats.share(row["grad_error"]),
+            )
+            for row in self.layers
+        ]
+        return Table(("layer", *shown, "gradient error"), rows, (1, 2, 3))
 
 
 def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = False) -> list[Part]:
@@ -50,7 +100,7 @@ def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = Fa
     plan alone does not know the times that codes are about.
     """
     view = View.WIDE if width >= WIDE_FROM else View.NARROW
-    coded = frame.assign(code=[reason_code(row) for row in frame_rows(frame)])
+    coded = with_codes(frame)
     folded = fold_layers(coded)
     longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
     shown, total = frame_rows(longest.sort_index()), total_row(coded) | {"code": ""}
@@ -83,6 +133,37 @@ def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = Fa
         *map(Line, and_more(rest, "layer", " that take less time; see layers.csv")),
         *below,
     ]
+
+
+def layer_groups(frame: "pd.DataFrame", options: "pd.DataFrame") -> list[LayerGroup]:
+    """Return the folded rows, those that the plan saves most time in first, with what is in them.
+
+    `options` are those of `options_frame`. A sum is None where a layer's own is not known.
+    """
+    coded = with_codes(frame)
+    groups = _alike(coded)
+    own = options.assign(group=options["name"].map(dict(zip(coded["name"], groups, strict=True))))
+    grouped = own.groupby(["group", "option"], sort=False)
+    sums, known = grouped[OPTION_SUMS].sum(), grouped[OPTION_SUMS].count()
+    about = grouped[["time_basis", "grad_error_basis", "infeasible"]].first()
+    summed = sums.where(known.eq(grouped.size(), axis=0)).join(about).reset_index()
+    inside = [LayerGroup(row, [], []) for row in frame_rows(fold_layers(coded))]
+    for number, row in zip(groups, frame_rows(coded), strict=True):
+        inside[number].layers.append(row)
+    for row in frame_rows(summed):
+        inside[row["group"]].options.append(row)
+    return sorted(inside, key=lambda group: saving_order(group.row))
+
+
+def saving_order(row: Row) -> tuple[float, float]:
+    """Return the key that sorts rows by what the plan saves in them, then by BF16 O2's time."""
+    saved, base = row["saved_vs_bf16_o2_ms"], row["bf16_o2_total_ms"]
+    return (math.inf if saved is None else -saved, -(base or 0.0))
+
+
+def with_codes(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the frame with a column `code`, why each layer has its option."""
+    return frame.assign(code=[reason_code(row) for row in frame_rows(frame)])
 
 
 def reason_code(row: Row) -> str:
@@ -123,6 +204,20 @@ def _styled(row: Row, texts: Sequence[str], *, is_one_line: bool) -> list[Cell]:
     return [Line(texts[0], "bold"), *(cell if text == shown else text for text in texts[1:])]
 
 
+def _option_texts(row: Row, *, is_chosen: bool, with_basis: bool) -> list[str]:
+    """Return what is shown of one option of a group."""
+    spread = formats.interval(row["p20_ms"], row["p80_ms"], formats.ms).replace(" to ", "..")
+    basis = row["time_basis"] or "" if with_basis else ""
+    return [
+        formats.option(row["option"]) + (" (chosen)" if is_chosen else ""),
+        *(formats.ms(row[f"{part}_ms"]) for part in (*PARTS, "total")),
+        spread,
+        formats.share(row["grad_error"]),
+        formats.size(row["memory_bytes"]),
+        row["infeasible"] or ("not timed" if row["total_ms"] is None else basis),
+    ]
+
+
 def _sentences(rows: Iterable[Row]) -> Iterator[Line]:
     """Yield each reason once, with the layers that have it."""
     names: dict[str, list[str]] = {}
@@ -138,13 +233,18 @@ def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
 
     The column `layers` says how many layers a row stands for.
     """
-    alike = [frame["name"].str.replace(_NUMBER, "{}", regex=True), "kind", "shape", "option"]
-    alike += ["code"] if "code" in frame else []
-    groups = frame.groupby(alike, sort=False, dropna=False).ngroup()
+    groups = _alike(frame)
     folded = _summed(frame, groups)
     for column, common in (("name", _common_name), ("reason", _common_reason)):
         folded[column] = [common(list(texts)) for _, texts in frame[column].groupby(groups)]
     return folded
+
+
+def _alike(frame: "pd.DataFrame") -> "pd.Series[int]":
+    """Return the number of each row's group, in the order of the groups' first layers."""
+    alike = [frame["name"].str.replace(_NUMBER, "{}", regex=True), "kind", "shape", "option"]
+    alike += ["code"] if "code" in frame else []
+    return frame.groupby(alike, sort=False, dropna=False).ngroup()
 
 
 def fold_names(names: Iterable[str]) -> list[str]:

@@ -39,7 +39,7 @@ def run_html(records: RunRecords) -> str:
     rows = _by_option(found)
     rest = sum(row["layers"] for row in rows[MOST_ROWS:])
     lines = [*_sentences(found), *and_more(rest, "layer")]
-    columns = columns_of(View.NOTEBOOK, rows)
+    columns = columns_of(View.WIDE, rows)
     return render("notebook.html", lines=lines, columns=columns, rows=rows[:MOST_ROWS])
 
 

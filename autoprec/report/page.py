@@ -1,28 +1,25 @@
 """report.html: one file that opens anywhere, offline, and asks nothing of any network.
 
-Everything a page needs is in it: style, charts (SVG made here) and a small script that sorts,
-filters and shows tips. Its content security policy forbids every request and every script but that
-one, by hash; so a name that smuggled markup past the escaping could still not run or send anything.
+Everything a page needs is in it: style and charts (SVG made here). It has no script, and its
+content security policy forbids any, and every request; so a name that smuggled markup past the
+escaping could still not run or send anything.
 """
 
-import base64
-import functools
-import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from autoprec import __version__
-from autoprec.report import figures, formats
-from autoprec.report.layer_frame import View, columns_of, frame_rows, options_frame
-from autoprec.report.layer_table import total_row
+from autoprec.report import figures, formats, tables
+from autoprec.report.answer_page import answer_facts, next_lines
+from autoprec.report.layer_frame import View, columns_of, options_frame
+from autoprec.report.layer_table import CODES, layer_groups, total_row
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import predicted_and_measured, spread_title
-from autoprec.report.summary import apply_line, summarise_run
-from autoprec.report.tables import device_facts, recipe_table
+from autoprec.report.summary import summarise_run
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_GROUPS = 150  # of alike layers in the table; layers.csv has every layer
 
 
 def _shown(value: object) -> object:
@@ -46,54 +43,29 @@ ENVIRONMENT = Environment(
 
 def render_html(run: RunRecords) -> str:
     """Return the report of a run as one HTML page; sections say what was not run."""
-    found, options, script = summarise_run(run), options_frame(run), _asset("script.js")
-    rows, total = frame_rows(found.layers), total_row(found.layers)
+    found = summarise_run(run)
+    groups, total = layer_groups(found.layers, options_frame(run)), total_row(found.layers)
     return render(
         "report.html",
-        # what was found, and the modules that draw it: templates call their functions
         run=run,
         found=found,
-        options=options,
-        spread=spread_title(found.steps.values()),
-        predicted=predicted_and_measured(run),
+        facts=list(answer_facts(found)),
+        next_lines=list(next_lines(found, ".", "")),
+        # the modules that draw it: templates call their functions
         figures=figures,
         formats=formats,
-        recipe_table=recipe_table,
-        device_facts=device_facts,
+        tables=tables,
         # the table of layers
-        columns=columns_of(View.PAGE, [*rows, total]),
-        rows=rows,
+        groups=groups,
+        most_groups=MOST_GROUPS,
+        columns=columns_of(View.PAGE, [*(group.row for group in groups), total]),
         total=total,
-        details={name: frame_rows(own) for name, own in options.groupby("name")},
+        codes=CODES,
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
-        # the page itself
-        apply_line=apply_line("."),
-        version=__version__,
-        style=_asset("style.css"),
-        script=script,
-        policy=_policy(script),
     )
-
-
-def page_parts() -> dict[str, Markup | str]:
-    """Return the style of a page that has no script, and the policy that keeps it so."""
-    return {"style": _asset("style.css"), "policy": _policy("")}
 
 
 def render(template: str, **values: object) -> str:
     """Return a template with its values: all escaped, hidden characters made visible."""
-    return ENVIRONMENT.get_template(template).render(values)
-
-
-@functools.cache
-def _asset(name: str) -> Markup:
-    """Return a file of ours that goes into the page as it is."""
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # ours, nothing of the run
-
-
-def _policy(script: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    )
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))  # nothing of the run
+    return ENVIRONMENT.get_template(template).render(values, style=style, version=__version__)

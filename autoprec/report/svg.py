@@ -1,7 +1,7 @@
 """SVG charts without a library: marks, scales, axes. Colours are CSS classes of style.css.
 
-Every text and attribute is escaped here, so a chart can be put into a page as it is. A mark with
-`tip` shows that text when pointed at.
+Every text and attribute is escaped here, so a chart can be put into a page as it is. A mark's `tip`
+is its SVG title, which browsers show when it is pointed at.
 """
 
 import math
@@ -18,24 +18,21 @@ NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps [low, high] to [start, end] in px, linearly or by logarithm."""
+    """Maps [low, high] to [start, end] in px."""
 
     low: float
     high: float
     start: float
     end: float
-    is_log: bool = False
 
     def __call__(self, value: float) -> float:
         """Return the position of a value, kept within the chart."""
-        low, high, at = (self._measure(each) for each in (self.low, self.high, value))
-        share = (at - low) / (high - low) if high > low else 0.5
+        wide = self.high - self.low
+        share = (value - self.low) / wide if wide > 0.0 else 0.5
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
     def ticks(self, count: int = 6) -> list[float]:
         """Return about `count` round values from low to high."""
-        if self.is_log:
-            return _log_ticks(self.low, self.high)
         raw = max((self.high - self.low) / count, 1e-300)
         magnitude = 10.0 ** math.floor(math.log10(raw))
         step = magnitude * next(nice for nice in NICE_STEPS if nice * magnitude >= raw * 0.999)
@@ -43,30 +40,34 @@ class Scale:
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
 
-    def _measure(self, value: float) -> float:
-        return math.log10(max(value, 1e-30)) if self.is_log else value
-
 
 def mark(tag: str, *content: Markup, tip: str = "", kind: str = "", **attributes: object) -> Markup:
     """Return one SVG element; `kind` is its CSS class, `_` in attribute names becomes `-`."""
-    named = {"class": kind, "data-tip": clean_text(tip), **attributes}
+    named = {"class": kind, **attributes}
     pairs = "".join(
         f' {name.replace("_", "-")}="{escape(_attribute(value))}"'
         for name, value in named.items()
         if value not in ("", None)
     )
-    return Markup(f"<{tag}{pairs}>{''.join(content)}</{tag}>")
+    title = f"<title>{escape(clean_text(tip))}</title>" if tip else ""
+    return Markup(f"<{tag}{pairs}>{title}{''.join(content)}</{tag}>")
 
 
-def text(x: float, y: float, words: object, *, kind: str = "", anchor: str = "start") -> Markup:
+def text(x: float, y: float, words: str, *, kind: str = "", anchor: str = "start") -> Markup:
     """Return a text with its baseline at y."""
-    shown = escape(clean_text(str(words)))
+    shown = escape(clean_text(words))
     return mark("text", shown, x=x, y=y, kind=kind, text_anchor=anchor)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, *, kind: str, tip: str = "") -> Markup:
     """Return a straight line."""
     return mark("line", x1=x1, y1=y1, x2=x2, y2=y2, kind=kind, tip=tip)
+
+
+def bar(scale: Scale, value: float, y: float, height: float, *, kind: str, tip: str = "") -> Markup:
+    """Return a bar from the scale's start to a value."""
+    size = {"x": scale.start, "y": y, "width": scale(value) - scale.start, "height": height}
+    return mark("rect", kind=kind, tip=tip, **size)
 
 
 def dot(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> Markup:
@@ -95,7 +96,7 @@ def x_axis(
     middle = (scale.start + scale.end) / 2
     axis = text(middle, bottom + 34, label, kind="axis-label", anchor="middle")
     for tick in scale.ticks():
-        axis += line(scale(tick), top, scale(tick), bottom, kind="grid")
+        axis += line(scale(tick), top, scale(tick), bottom, kind="grid-line")
         axis += text(scale(tick), bottom + 16, show(tick), kind="tick", anchor="middle")
     return axis
 
@@ -106,35 +107,29 @@ def y_axis(
     """Return grid lines, tick labels and the axis label above the plot's left edge."""
     axis = text(8, min(scale.start, scale.end) - 10, label, kind="axis-label")
     for tick in scale.ticks(5):
-        axis += line(left, scale(tick), right, scale(tick), kind="grid")
+        axis += line(left, scale(tick), right, scale(tick), kind="grid-line")
         axis += text(left - 8, scale(tick) + 4, show(tick), kind="tick", anchor="end")
     return axis
 
 
 def picture(width: float, height: float, content: Iterable[Markup], *, title: str) -> Markup:
     """Return the whole SVG; `title` is what a screen reader says."""
-    size = {"viewBox": f"0 0 {width:g} {height:g}", "width": width, "height": height}
-    label = clean_text(title)
-    return mark("svg", *content, kind="chart", role="img", aria_label=label, tip="", **size)
+    size = {"viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria_label": title}
+    return mark("svg", *content, kind="chart", **size)
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> Markup:
     """Return an HTML legend of (CSS class of the mark, words)."""
     items = (
-        Markup('<span class="key"><i class="swatch {}"></i>{}</span>').format(kind, words)
+        Markup('<span class="key">{}{}</span>').format(_swatch(kind), words)
         for kind, words in entries
     )
     return Markup('<div class="legend">{}</div>').format(Markup("").join(items))
 
 
-def fitted(words: str, width: float) -> str:
-    """Return `words` cut in the middle to fit `width` px."""
-    words = clean_text(words)
-    room = max(int(width / CHARACTER_PX), 5)
-    if len(words) <= room:
-        return words
-    head = room // 2 - 1
-    return f"{words[:head]}\u2026{words[len(words) - (room - head - 1) :]}"
+def _swatch(kind: str) -> Markup:
+    square = mark("rect", kind=kind, x=1, y=1, width=10, height=10, rx=2)
+    return mark("svg", square, width=12, height=12)
 
 
 def padded(low: float, high: float, *, share: float = 0.08) -> tuple[float, float]:
@@ -147,11 +142,3 @@ def padded(low: float, high: float, *, share: float = 0.08) -> tuple[float, floa
 
 def _attribute(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten, with their halves and fifths where there are few of them."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1.0,) if last - first > 3 else (1.0, 2.0, 5.0)
-    every = (factor * 10.0**power for power in range(first, last + 1) for factor in factors)
-    return [tick for tick in every if low * 0.999 <= tick <= high * 1.001]

@@ -1,10 +1,100 @@
-"""What the page and the terminal both show, but for layers and steps."""
+"""What the page and the terminal both show, but for layers."""
 
-from autoprec.records import APPLICABLE_RECIPES, BF16_O2, DeviceFacts, Sensitivity
+from collections.abc import Iterator
+
+from autoprec.records import (
+    APPLICABLE_RECIPES,
+    BF16_O2,
+    DeviceFacts,
+    JointMeasurement,
+    Sensitivity,
+    Verification,
+)
+from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
-from autoprec.report.formats import UNKNOWN
+from autoprec.report.formats import UNKNOWN, count_of
+from autoprec.report.step_times import spread_title
+from autoprec.report.summary import Summary
 from autoprec.report.text_table import Table
 from autoprec.sensitivity.gap import HORIZON_STEPS, predicted_loss_gap
+
+
+def steps_table(found: Summary) -> Table:
+    """Return the whole-step times and the plan's speedup over each baseline."""
+    heads = ["step", "ms", spread_title(found.steps.values()), "samples", "basis"]
+    heads += ["plan's speedup"] if found.speedups else []
+    rows = []
+    for label, step in found.steps.items():
+        spread = formats.interval(step.low_ms, step.high_ms, formats.ms).replace(" to ", "..")
+        spread = spread if step.low_ms != step.high_ms else ""
+        counts = (str(step.samples or UNKNOWN), step.basis.value)
+        speedup = found.speedups.get(label)
+        texts = (found.title(label), formats.ms(step.ms), spread, *counts)
+        rows.append((*texts, str(speedup or ""))[: len(heads)])
+    return Table(heads, rows, numbers=(1, 2, 3, 5))
+
+
+def loss_sentences(found: Summary) -> Iterator[str]:
+    """Yield what the plan costs in loss: predicted from its gradient error, then as proven."""
+    if found.grad_error is not None:
+        yield (
+            f"gradient error {formats.grad_error(found.grad_error)} ({found.grad_error_basis}) => "
+            f"{formats.share(found.extra_steps, sign=True)} training steps"
+        )
+    if found.time_to_loss is not None and found.extra_steps is not None:
+        yield (
+            "time-to-loss speedup over FP32 = "
+            f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
+            f"{found.time_to_loss} (predicted)"
+        )
+    yield found.promise.sentence
+    if found.promise.expectation:
+        yield found.promise.expectation
+    yield from found.promise.measured
+    proof = found.run.verification
+    if proof and proof.control_gap:
+        spread = proof.seed_spread
+        beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
+        yield f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}"
+    if found.bf16_sentence:
+        yield found.bf16_sentence
+
+
+def branch_table(verification: Verification) -> Table:
+    """Return the loss of every branch and its gap to the same seed's reference."""
+    gaps = {b.label: loss_gaps(verification.branches, b.label) for b in verification.branches}
+    rows = []
+    for branch in verification.branches:
+        loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
+        shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
+        rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
+    return Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3))
+
+
+def sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
+    """Yield what a sensitivity says of whole plans, and of its own noise."""
+    for recipe, linears, grad_error, gap in recipe_table(sensitivity).rows:
+        yield (
+            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
+            f"after {HORIZON_STEPS} steps {gap}"
+        )
+    for joint in sensitivity.joint:
+        yield (
+            f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
+            f"sum of parts {formats.share(joint.predicted_grad_error)}{_overlap(joint)}"
+        )
+    yield (
+        f"BF16 activations alone: {formats.grad_error(sensitivity.activation_error)}; two runs of "
+        f"the reference: {formats.grad_error(sensitivity.floor)}; "
+        f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
+        "preconditioner"
+    )
+
+
+def _overlap(joint: JointMeasurement) -> str:
+    if joint.overlap <= 0.0:
+        return ""
+    return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
 
 
 def recipe_table(sensitivity: Sensitivity) -> Table:

@@ -13,7 +13,6 @@ from autoprec.records import (
     Check,
     Comparison,
     Diagnosis,
-    JointMeasurement,
     Option,
     Plan,
     PlanCheck,
@@ -25,18 +24,22 @@ from autoprec.records import (
     Timing,
     Verification,
 )
-from autoprec.records.verification import loss_gaps
 from autoprec.report import formats
 from autoprec.report.answer_page import print_answer
 from autoprec.report.compare_views import comparison_parts
-from autoprec.report.formats import UNKNOWN, and_more, count_of
+from autoprec.report.formats import and_more, count_of
 from autoprec.report.layer_frame import frame_rows
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.remarks import profile_notes
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import spread_title
 from autoprec.report.summary import Summary, summarise_run
-from autoprec.report.tables import device_facts, recipe_table
+from autoprec.report.tables import (
+    branch_table,
+    device_facts,
+    loss_sentences,
+    sensitivity_sentences,
+    steps_table,
+)
 from autoprec.report.text_table import (
     BAD,
     GOOD,
@@ -48,7 +51,6 @@ from autoprec.report.text_table import (
     print_parts,
     section,
 )
-from autoprec.sensitivity.gap import HORIZON_STEPS
 
 MOST_OPTIONS = 5  # columns of the table of sensitivities
 MOST_SHOWN = 30  # rows of a stage's own table; the record has them all
@@ -109,44 +111,12 @@ def _steps_parts(found: Summary) -> list[Part]:
     """Return the whole-step times and the plan's speedup over each baseline."""
     if not found.steps:
         return []
-    heads = ["step", "ms", spread_title(found.steps.values()), "samples", "basis"]
-    heads += ["plan's speedup"] if found.speedups else []
-    rows = []
-    for label, step in found.steps.items():
-        spread = formats.interval(step.low_ms, step.high_ms, formats.ms).replace(" to ", "..")
-        spread = spread if step.low_ms != step.high_ms else ""
-        counts = (str(step.samples or UNKNOWN), step.basis.value)
-        speedup = found.speedups.get(label)
-        texts = (found.title(label), formats.ms(step.ms), spread, *counts)
-        rows.append((*texts, str(speedup or ""))[: len(heads)])
-    below = [Line(found.without)] if found.without else []
-    return [Line(""), Table(heads, rows, numbers=(1, 2, 3, 5)), *below]
+    return [Line(""), steps_table(found), *([Line(found.without)] if found.without else [])]
 
 
-def _loss_lines(found: Summary) -> Iterator[Line]:
-    """Yield what the plan costs in loss: predicted from its gradient error, then as proven."""
-    if found.grad_error is not None:
-        yield Line(
-            f"gradient error {formats.grad_error(found.grad_error)} ({found.grad_error_basis}) => "
-            f"{formats.share(found.extra_steps, sign=True)} training steps"
-        )
-    if found.time_to_loss is not None and found.extra_steps is not None:
-        yield Line(
-            "time-to-loss speedup over FP32 = "
-            f"{formats.ratio(found.speedups['fp32'].value)} / {1 + found.extra_steps:.4f} = "
-            f"{found.time_to_loss} (predicted)"
-        )
-    yield Line(found.promise.sentence, STYLES[found.promise.verdict])
-    if found.promise.expectation:
-        yield Line(found.promise.expectation)
-    yield from map(Line, found.promise.measured)
-    proof = found.run.verification
-    if proof and proof.control_gap:
-        spread = proof.seed_spread
-        beside = f"; seeds differ by {formats.share(spread)}" if spread is not None else ""
-        yield Line(f"for scale: BF16 O2's own gap is {formats.gap(proof.control_gap)}{beside}")
-    if found.bf16_sentence:
-        yield Line(found.bf16_sentence)
+def _loss_lines(found: Summary) -> list[Line]:
+    style = STYLES[found.promise.verdict]
+    return [Line(x, style if x == found.promise.sentence else "") for x in loss_sentences(found)]
 
 
 def _profile_parts(profile: Profile) -> list[Part]:
@@ -190,35 +160,10 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
         *([Line(sensitivity.table_check, "bold")] if sensitivity.table_check else []),
         Table(heads, rows, numbers=range(1, len(heads)), widest=0),
         *map(Line, and_more(len(ranked) - MOST_SHOWN, "layer", " in sensitivity.json")),
-        *map(Line, _sensitivity_sentences(sensitivity)),
+        *map(Line, sensitivity_sentences(sensitivity)),
         _cost(sensitivity.step_equivalents),
         *notes(sensitivity.notes),
     ]
-
-
-def _sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
-    for recipe, linears, grad_error, gap in recipe_table(sensitivity).rows:
-        yield (
-            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
-            f"after {HORIZON_STEPS} steps {gap}"
-        )
-    for joint in sensitivity.joint:
-        yield (
-            f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
-            f"sum of parts {formats.share(joint.predicted_grad_error)}{_overlap(joint)}"
-        )
-    yield (
-        f"BF16 activations alone: {formats.grad_error(sensitivity.activation_error)}; two runs of "
-        f"the reference: {formats.grad_error(sensitivity.floor)}; "
-        f"{count_of(sensitivity.batches, 'batch', 'batches')}, {sensitivity.preconditioner} "
-        "preconditioner"
-    )
-
-
-def _overlap(joint: JointMeasurement) -> str:
-    if joint.overlap <= 0.0:
-        return ""
-    return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
 
 
 def _search_parts(search: Search) -> list[Part]:
@@ -281,15 +226,9 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
 
 def _verification_parts(verification: Verification) -> list[Part]:
     """Return the seeds, the gaps and the verdict."""
-    gaps = {b.label: loss_gaps(verification.branches, b.label) for b in verification.branches}
-    rows = []
-    for branch in verification.branches:
-        loss, gap = branch.eval_loss, gaps[branch.label].get(branch.seed)
-        shown = f"{loss:.5f}" if loss is not None else f"diverged at {branch.diverged_at}"
-        rows.append((str(branch.seed), branch.label, shown, formats.share(gap, sign=True)))
     found = summarise_run(RunRecords(verification=verification))
     return [
-        Table(("seed", "branch", "loss", "gap"), rows, numbers=(0, 2, 3)),
+        branch_table(verification),
         *_steps_parts(found),
         Line(""),
         *_loss_lines(found),
