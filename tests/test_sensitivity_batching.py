@@ -14,6 +14,7 @@ from autoprec.records import Estimate
 from autoprec.sensitivity.batching import _common, batch_effect, measure_batch_effect
 from autoprec.sensitivity.gap import growth, predicted_loss_gap
 from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.reference import fp8_everywhere, prepare_reference
 from autoprec.workload.functions import workload_from
 
@@ -89,7 +90,9 @@ def test_the_ratio_is_that_of_batches_averaged() -> None:
     every = [*reference.batches, *reference.more]
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     apart, together = (
-        replace(reference, batches=batches, gradients={}).measure_step(12)[0].grad_error.mean
+        replace(reference, batches=InTurn(batches, CPU), gradients=InTurn((), CPU))
+        .measure_step(12)[0]
+        .grad_error.mean
         for batches in (every, [joined])
     )
     assert found.ratio == pytest.approx(together / apart, rel=0.25)

@@ -1,8 +1,11 @@
 """What measuring sensitivity takes of memory: bars, predictions, and the smaller way."""
 
 import gc
+import io
 import logging
 import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,11 +28,11 @@ from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
-from autoprec.sensitivity.parked import ParkedCalls
+from autoprec.sensitivity.parked import InTurn, Parked
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
-from autoprec.workload.functions import Workload
+from autoprec.workload.functions import Workload, workload_from
 from tests.memory_families import convolutions, decoder, mlp
 from tests.models import token_workload
 from tests.peaks import tracked_peak
@@ -38,6 +41,30 @@ CPU = torch.device("cpu")
 DEEP = decoder(width=64, depth=3, batch=1, sequence=8)
 WIDE = decoder(width=32, depth=3, batch=32)
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
+
+
+class Bagged(nn.Module):
+    """An embedding bag that holds nearly all parameters, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(4000, 32), nn.Linear(32, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.bag(tokens))  # type: ignore[no-any-return]  # a tensor
+
+    @staticmethod
+    def workload() -> Workload:
+        def train_batches(seed: int) -> Iterator[torch.Tensor]:
+            generator = torch.Generator().manual_seed(seed)
+            while True:
+                yield torch.randint(4000, (64, 8), generator=generator)
+
+        def loss_fn(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(tokens), tokens[:, 0] % 8)
+
+        functions = {"build_model": Bagged, "train_batches": train_batches, "loss_fn": loss_fn}
+        return workload_from(SimpleNamespace(**functions), name="bagged")
 
 
 def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:
@@ -65,17 +92,36 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
 
 
 @pytest.mark.parametrize(
-    "workload",
+    ("workload", "tolerance"),
     [
-        mlp(width=96, depth=10, batch=16),
-        convolutions(width=16, depth=4, batch=32),
-        token_workload(),
+        (mlp(width=96, depth=10, batch=16), 0.15),
+        (convolutions(width=16, depth=4, batch=32), 0.15),
+        (token_workload(), 0.25),  # so small that rows are not taken in parts
     ],
     ids=["mlp", "convolutions", "tied tokens"],
 )
-def test_the_peak_is_predicted_within_15_percent(workload: Workload) -> None:
+def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
     _, predicted, peak = measured_peak(workload)
-    assert predicted == pytest.approx(peak, rel=0.15)
+    assert predicted == pytest.approx(peak, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        mlp(width=128, depth=2, batch=1024),
+        Bagged.workload(),
+    ],
+    ids=["wide batch", "embedding bag"],
+)
+def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workload) -> None:
+    """Batches are a large part of a shallow MLP, and one parameter all of a bag of embeddings."""
+    context = Context(workload, CPU)
+    spec = capture_model(context)
+    gc.collect()
+    with tracked_peak() as peak:
+        reference = prepare_reference(context, spec, warmup_steps=12)  # the early error too
+        measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
+    assert peak.rise_bytes <= sensitivity_bar(spec)
 
 
 def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
@@ -93,41 +139,62 @@ def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
 
 
 def test_what_is_parked_comes_back_as_it_was() -> None:
-    x, shared, own = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 6)
-    y = shared.t()[1:3]
-    calls = [Call((x, 3), {"mask": y}, [own]), Call((shared,), {}, [None])]
-    expected = [tensor.clone() for tensor in (y, shared, own)]
+    x, shared, own, data = (torch.randn(4, 6) for _ in range(4))
+    y = shared.t()[1:5]
+    calls = [Call((x, 3), {"mask": y}, [own]), Call((shared, data[:1]), {}, [None])]
+    expected = [tensor.clone() for tensor in (y, shared, own, data[:1])]
     seen = weakref.ref(own)
-    parked = ParkedCalls([calls], held=[x])
+    parked = Parked(calls)
     parked.leave()
+    assert not isinstance(calls[0].args[0], torch.Tensor)
+    assert isinstance(calls[1].args[1], torch.Tensor)  # a part of what is somebody's data
     del shared, y, own
     assert seen() is None
-    assert calls[0].args[0] is x  # somebody else holds it
     parked.come_back()
     first, second = calls
-    back = first.kwargs["mask"], second.args[0], first.gradients[0]
+    assert first.args[0].data_ptr() == x.data_ptr()  # somebody else holds it
+    back = first.kwargs["mask"], second.args[0], first.gradients[0], second.args[1]
     assert all(map(torch.equal, expected, back))
     assert back[0].stride() == (1, 6)  # a view, as before
     assert back[0].untyped_storage()._cdata == back[1].untyped_storage()._cdata
     assert second.gradients == [None]
-    parked.close()
 
 
 def test_what_cannot_be_written_stays(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError("No space left on device")
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("autoprec.sensitivity.parked.TemporaryFile", lambda **_: Full())
     x = torch.randn(3)
     call = Call((x,), {})
-    parked = ParkedCalls([[call]], held=[])
+    parked = Parked([call])
     parked.leave()
     assert "No space left" in caplog.text
     parked.come_back()
     assert call.args[0] is x
-    parked.close()
+
+
+def test_one_value_is_in_memory_at_a_time() -> None:
+    def drawn() -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(3):
+            yield {"x": torch.full((1000,), float(number))}
+
+    with tracked_peak() as peak:
+        values = InTurn(drawn(), CPU)
+        for _ in range(2):
+            assert [float(values[n]["x"][0]) for n in range(3)] == [0.0, 1.0, 2.0]
+    assert peak.rise_bytes < 2 * 4000
+    held = values[0]["x"]
+    assert float(values[1]["x"][0]) == 1.0
+    assert values[0]["x"].data_ptr() == held.data_ptr()  # taken again, not read
+    values[1] = values[0]
+    assert len(values) == 3
+    assert torch.equal(values[1]["x"], held)
+    on_host = InTurn([torch.ones(1), torch.zeros(1)], torch.device("cuda"))
+    assert all(a is b for a, b in zip(on_host, on_host, strict=True))
 
 
 def test_packed_sequences_are_recorded_and_stay_where_they_are() -> None:
@@ -137,11 +204,10 @@ def test_packed_sequences_are_recorded_and_stay_where_they_are() -> None:
     with recorded_calls({"rnn": rnn}) as calls, recorded_calls({"rnn": rnn}, keep=_shape) as shapes:
         rnn(packed)
     assert shapes["rnn"][0].args[0][:2] == ((5, 4), (3,))
-    parked = ParkedCalls([calls["rnn"]], held=[])
+    parked = Parked(calls["rnn"])
     parked.leave()
     parked.come_back()
     assert torch.equal(calls["rnn"][0].args[0].data, packed.data)
-    parked.close()
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = F
 
 
 def sensitivity_bytes(
-    spec: ModelSpec, *, groups: int = 1, batches: int = 2, is_parked: bool = False
+    spec: ModelSpec, *, groups: int = 1, batches: int = 1, is_parked: bool = False
 ) -> int:
     """Return the peak of measuring sensitivity with the layers in so many groups.
 
@@ -115,12 +115,12 @@ def sensitivity_bytes(
 
 
 def probing_bytes(
-    spec: ModelSpec, *, groups: int = 1, batches: int = 2, is_parked: bool = False
+    spec: ModelSpec, *, groups: int = 1, batches: int = 1, is_parked: bool = False
 ) -> int:
     """Return what probing takes beyond the weights and the optimizer's second moment.
 
-    `batches` is how many of them, with their reference gradients, the device holds: all on a CPU,
-    none where the host keeps them. Beside them the larger of two:
+    `batches` is how many of them, with their reference gradients, the device holds: the one in hand
+    on a CPU, none where the host keeps them. Beside them the larger of two:
 
         probe     moved weights; what autograd keeps; x and g of a group (not `is_parked`: they are
                   elsewhere), and g again under the probe

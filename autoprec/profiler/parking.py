@@ -41,12 +41,12 @@ class Parking:
         storages = list(self._storages())
         total = sum(storage.nbytes() for storage in storages)
         if self._device.type != "cpu" and fits_the_host(total):
-            self._held = [_bytes_of(storage).cpu() for storage in storages]
+            self._held = [bytes_of(storage).cpu() for storage in storages]
         else:
             try:
                 with self.file.open("wb") as file:
                     for storage in storages:
-                        file.write(_memory(_bytes_of(storage).cpu()))
+                        file.write(memory_of(bytes_of(storage).cpu()))
             except OSError as error:
                 log.warning("a model waits in memory: %s cannot be written (%s)", self.file, error)
                 return
@@ -59,7 +59,7 @@ class Parking:
         """Bring the state back to its device."""
         for storage, size in self._away:
             storage.resize_(size)
-        targets = [_bytes_of(storage) for storage, _ in self._away]
+        targets = [bytes_of(storage) for storage, _ in self._away]
         if self._held is not None:
             for target, held in zip(targets, self._held, strict=True):
                 target.copy_(held)
@@ -71,7 +71,7 @@ class Parking:
                         if target.device.type == "cpu"
                         else torch.empty_like(target, device="cpu")
                     )
-                    file.readinto(_memory(held))
+                    file.readinto(memory_of(held))
                     target.copy_(held)
         self._away, self._held = [], None
 
@@ -114,10 +114,11 @@ def fits_the_host(total: int) -> bool:
     return free is not None and total < HOST_SHARE * free
 
 
-def _bytes_of(storage: UntypedStorage) -> Tensor:
+def bytes_of(storage: UntypedStorage) -> Tensor:
+    """Return a storage as a tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _memory(held: Tensor) -> "ctypes.Array[ctypes.c_ubyte]":
+def memory_of(held: Tensor) -> "ctypes.Array[ctypes.c_ubyte]":
     """Return the memory of a tensor of bytes on the CPU; numpy's would never be given back."""
     return (ctypes.c_ubyte * held.numel()).from_address(held.data_ptr())

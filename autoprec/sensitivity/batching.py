@@ -14,7 +14,6 @@ random projections: sums of their elements with random signs, of which inner pro
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,9 +47,8 @@ def measure_batch_effect(
         )
     uncovered = [parameter.name for parameter in reference.spec.uncovered]
     errors, gradients = [], []
-    every = [*reference.batches, *reference.more]
-    reference = replace(reference, batches=every, gradients={})
-    for index in range(len(every)):
+    reference = reference.longer()
+    for index in range(len(reference.batches)):
         exact = reference.gradient(index)
         with (
             fast_fp8_gemms(reference.context.device),

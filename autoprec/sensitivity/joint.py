@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 
 from autoprec.device.random_state import random_state_kept
@@ -49,9 +48,7 @@ class JointMeter:
 
     @cached_property
     def _longer(self) -> Reference:
-        """The reference on all batches; gradients of the same batches are the same."""
-        reference = self.reference
-        return replace(reference, batches=[*reference.batches, *reference.more])
+        return self.reference.longer()
 
     def measure(self, options: tuple[Option, ...], batches: int | None = None) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.

@@ -22,12 +22,12 @@ from autoprec.device.ranks import (
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.choices import Choices, kept_choices
-from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks
+from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_hooks
 from autoprec.sensitivity.local import Norm
-from autoprec.sensitivity.parked import ParkedCalls
+from autoprec.sensitivity.parked import Parked
+from autoprec.sensitivity.preconditioner import at_least_1d
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
-from autoprec.workload.functions import tensors_in
 
 # Mean |weight change| over median |weight|. It moves activations by about 2 %, as much as FP8 does;
 # a step FINER times smaller tells what kinks add.
@@ -122,15 +122,10 @@ def _parked(step: Pass) -> Iterator[None]:
     if not step.reference.is_parked:
         yield
         return
-    model, batch = step.reference.model, step.reference.batches[step.index]
-    held = chain(model.parameters(), model.buffers(), tensors_in(batch))
-    parked = ParkedCalls(step.calls.values(), held=held)
-    try:
-        parked.leave()
-        yield
-        parked.come_back()
-    finally:
-        parked.close()
+    parked = Parked(chain.from_iterable(step.calls.values()))
+    parked.leave()
+    yield
+    parked.come_back()
 
 
 def run_freely(step: Pass, *, code: int) -> list[float]:
@@ -180,7 +175,7 @@ def _step_size(step: Pass) -> float:
 def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
     saved: list[tuple[Tensor, Tensor]] = []
-    weight_of = step.reference.preconditioner.weight
+    preconditioner = step.reference.preconditioner
     whole_again(step.reference.model)
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
@@ -193,9 +188,14 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
             generator = torch.Generator(parameter.device).manual_seed(seed)
             # drawn for the whole tensor: of any number of ranks, each has its part of the same
             signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
-            signs.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            move = weight_of(parameter, at=at).mul_(part_like(parameter, signs))
-            data.add_(direction_after_hooks(parameter, move, at=at.to(data.device)), alpha=size)
+            signs = part_like(parameter, signs.random_(0, 2, generator=generator).mul_(2).sub_(1))
+            if has_hooks(parameter):  # they see the whole
+                move = preconditioner.weight(parameter, at=at).mul_(signs)
+                data.add_(direction_after_hooks(parameter, move, at=at.to(data.device)), alpha=size)
+                continue
+            data, signs = at_least_1d(data), at_least_1d(signs)
+            for rows, weight in preconditioner.weights(parameter, at=at):
+                data[rows].add_(weight.mul_(signs[rows]), alpha=size)
         yield
     finally:
         for data, before in saved:

@@ -1,98 +1,198 @@
-"""What went through some layers in one pass -> away from the device during the next, and back.
+"""Tensors -> away from the memory of a device while something else runs, and back.
 
 A probe runs the model while the reference's inputs and gradients of the layers in hand wait for
 their counterparts: 4 bytes per layer-I/O element beside what training keeps. Where even one layer
 at a time is too much of that, they wait elsewhere: on the host for a GPU that has room there, else
-in a file. Nothing is taken from anybody: tensors are copied and let go of, so what the model, the
-batch or the user's code also holds stays where it is.
+in a file. On a CPU the batches that are not in hand and their reference gradients do too. Nothing
+is taken from anybody: storages are let go of, and one that somebody else holds all the same is
+taken again, not read.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from tempfile import TemporaryFile, gettempdir
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprec.device.ranks import local_part
-from autoprec.model.recording import Call
-from autoprec.profiler.parking import fits_the_host
+from autoprec.profiler.parking import bytes_of, fits_the_host, memory_of
 
 log = logging.getLogger(__name__)
-Place = tuple[object, ...]  # of a tensor: its storage, and where in it
+T = TypeVar("T")
 
 
-class ParkedCalls:
-    """Recorded calls whose tensors can leave the device's memory, and come back as they were."""
+class Parked:
+    """Objects whose tensors can leave the device's memory, and come back as they were."""
 
-    def __init__(self, calls: Iterable[Sequence[Call]], *, held: Iterable[Tensor]) -> None:
-        """Take the calls; what shares memory with a tensor of `held` stays where it is."""
-        self._calls = [call for each in calls for call in each]
-        self._stays = {_storage(tensor) for tensor in held if torch._C._has_storage(tensor)}
-        self._folder = TemporaryDirectory(prefix="autoprec-")
-        self._file = Path(self._folder.name) / "calls.pt"
-        self._left: list[Tensor] | None = None  # on the host; None: in the file
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._folder.cleanup()
+    def __init__(self, objects: Iterable[object]) -> None:
+        """Take objects whose attributes are trees of tensors; trees are replaced, not changed."""
+        self._objects = list(objects)
+        self._left: dict[int, _Left] = {}  # by storage
+        self._file: Any = None  # opened when it is first needed
 
     def leave(self) -> None:
         """Let go of the tensors; where they cannot be written they stay, which the log says."""
-        trees = [(call.args, call.kwargs, call.gradients) for call in self._calls]
-        places: dict[Place, int] = {}  # layers that are called with one tensor share it again
-        leaving: list[Tensor] = []
-        for tensor in tree_leaves(trees, is_leaf=_stays_whole):
-            if self._may_leave(tensor) and _place(tensor) not in places:
-                places[_place(tensor)] = len(leaving)
-                leaving.append(tensor)
+        leaving = self._leaving()
         if not leaving:
             return
-        on_gpu = leaving[0].device.type != "cpu"
-        if on_gpu and fits_the_host(sum(tensor.nbytes for tensor in leaving)):
-            self._left = [tensor.cpu() for tensor in leaving]
-        else:
-            try:
-                torch.save(leaving, self._file)
-            except OSError as error:
-                log.warning("recorded layers wait in memory: %s (%s)", self._file, error)
-                return
-        self._device = leaving[0].device
-        self._replace(lambda t: _Away(places[_place(t)]) if self._may_leave(t) else t, Tensor)
+        total = sum(storage.nbytes() for storage in leaving.values())
+        on_host = next(iter(leaving.values())).device.type != "cpu" and fits_the_host(total)
+        left: dict[int, _Left] = {}
+        try:
+            for key, storage in leaving.items():
+                left[key] = _Left(weakref.ref(storage), storage.nbytes(), storage.device)
+                held = bytes_of(storage).cpu()
+                if on_host:
+                    left[key].on_host = held
+                else:
+                    left[key].place = self._write(held)
+        except OSError as error:
+            log.warning("recorded tensors wait in memory: %s (%s)", gettempdir(), error)
+            return
+        # all is safe elsewhere: only now is anything given up
+        self._left = left
+        self._replace(Tensor, lambda t: _Away.of(t) if _may_leave(t) and _storage(t) in left else t)
 
     def come_back(self) -> None:
         """Bring the tensors back to their device."""
-        left = self._left
-        if left is None and self._file.exists():
-            left = torch.load(self._file)
-        if left is not None:
-            back = [tensor.to(self._device) for tensor in left]
-            self._replace(lambda away: back[away.number], _Away)
-        self._left = None
-        self._file.unlink(missing_ok=True)
+        back = {key: each.again(self._file) for key, each in self._left.items()}
+        if back:
+            self._replace(_Away, lambda away: away.on(back[away.storage]))
+        self._left = {}
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.truncate()
 
-    def _may_leave(self, tensor: object) -> bool:
-        """Whether this is a tensor of bytes that nothing else is known to hold."""
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-            return False
-        return _storage(tensor) not in self._stays
+    def _leaving(self) -> dict[int, UntypedStorage]:
+        """Return the storages that leave; one of which little is used is somebody else's data."""
+        used: Counter[int] = Counter()
+        found: dict[int, UntypedStorage] = {}
+        trees = [vars(each) for each in self._objects]
+        tensors = [t for t in tree_leaves(trees, is_leaf=_stays_whole) if isinstance(t, Tensor)]
+        for tensor in {_Away.of(t): t for t in tensors if _may_leave(t)}.values():
+            used[_storage(tensor)] += tensor.nbytes
+            found[_storage(tensor)] = tensor.untyped_storage()
+        return {key: each for key, each in found.items() if 2 * used[key] >= each.nbytes() > 0}
 
-    def _replace(self, change: Callable[..., object], kind: type) -> None:
-        for call in self._calls:
-            tree = call.args, call.kwargs, call.gradients
-            call.args, call.kwargs, call.gradients = tree_map_only(
-                kind, change, tree, is_leaf=_stays_whole
-            )
+    def _write(self, held: Tensor) -> int:
+        """Write bytes behind what was written; return where they begin."""
+        if self._file is None:
+            self._file = TemporaryFile(prefix="autoprec-")  # noqa: SIM115  # closed with its owner
+            weakref.finalize(self, self._file.close)
+        place: int = self._file.seek(0, 2)
+        self._file.write(memory_of(held))
+        return place
+
+    def _replace(self, kind: type[T], change: Callable[[T], object]) -> None:
+        for each in self._objects:
+            vars(each).update(tree_map_only(kind, change, vars(each), is_leaf=_stays_whole))
 
 
+@dataclass
+class _Left:
+    """A storage that was let go of, and where its bytes are."""
+
+    seen: "weakref.ref[UntypedStorage]"  # torch keeps one Python object per storage that lives
+    size: int
+    device: torch.device
+    on_host: Tensor | None = None
+    place: int = 0  # in the file
+
+    def again(self, file: Any) -> UntypedStorage:  # Any: an open file; IO has no `readinto`
+        """Return the storage, or one with its bytes where it is gone."""
+        if (storage := self.seen()) is not None:
+            return storage
+        if self.on_host is not None:
+            return self.on_host.to(self.device).untyped_storage()
+        held = torch.empty(self.size, dtype=torch.uint8)
+        file.seek(self.place)
+        file.readinto(memory_of(held))
+        return held.to(self.device).untyped_storage()
+
+
+@dataclass(frozen=True)
 class _Away:
-    """Stands for a tensor that is away."""
+    """Stands for a tensor that is away: where it was in its storage."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    storage: int
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Away":
+        where = int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
+        return cls(_storage(tensor), *where)
+
+    def on(self, storage: UntypedStorage) -> Tensor:
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.shape, self.stride)
+
+
+@dataclass
+class _Held(Generic[T]):
+    value: T
+
+
+class InTurn(Generic[T]):
+    """Values by number; on a CPU all but the one that was asked for last wait in files.
+
+    A GPU's wait on the host as they are.
+
+    >>> values = InTurn([torch.zeros(2), torch.ones(2)], torch.device("cpu"))
+    >>> values[1]
+    tensor([1., 1.])
+    """
+
+    def __init__(self, values: Iterable[T], device: torch.device) -> None:
+        """Take the values one after the other."""
+        self._waits = device.type == "cpu"
+        self._held: dict[int, tuple[_Held[T], Parked]] = {}
+        self._in_hand = -1
+        stream = iter(values)
+        while one := [*islice(stream, 1)]:
+            self[len(self)] = one.pop()
+            self._leave()  # before the next is made
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[number] for number in range(len(self)))
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._held
+
+    def __setitem__(self, number: int, value: T) -> None:
+        self._leave()
+        held = _Held(value)
+        self._held[number], self._in_hand = (held, Parked([held])), number
+
+    def __getitem__(self, number: int) -> T:
+        if number != self._in_hand:
+            self._leave()
+            self._held[number][1].come_back()
+            self._in_hand = number
+        return self._held[number][0].value
+
+    def _leave(self) -> None:
+        if self._waits and self._in_hand in self:
+            self._held[self._in_hand][1].leave()
+        self._in_hand = -1
+
+
+def _may_leave(tensor: Tensor) -> bool:
+    """Whether a tensor is bytes and nothing else."""
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided
+    return is_plain and not tensor.requires_grad and torch._C._has_storage(tensor)
 
 
 def _stays_whole(value: object) -> bool:
@@ -101,10 +201,5 @@ def _stays_whole(value: object) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    key: int = local_part(tensor).untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
     return key
-
-
-def _place(tensor: Tensor) -> Place:
-    where = tensor.storage_offset(), tensor.shape, tensor.stride()
-    return _storage(tensor), *where, tensor.dtype

@@ -21,7 +21,7 @@ gradient 1 / (1 - momentum) times (arXiv 1212.0901), but for moving averages, wh
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -55,8 +55,8 @@ class Preconditioner:
 
     @cached_property
     def part(self) -> int:
-        """How many elements are weighed at a time: few beside those of all parameters."""
-        return max(sum(parameter.numel() for parameter in self.rules) // PARTS, SMALLEST_PART)
+        """How many elements are weighed at a time."""
+        return _part_of(self.rules)
 
     def covers(self, parameter: Tensor) -> bool:
         """Whether the optimizer updates this parameter at all."""
@@ -70,14 +70,16 @@ class Preconditioner:
         """Return P^(1/2) of this rank's part of a parameter, new and FP32, at the gradient `at`."""
         return self.rules[parameter].weight(at.to(parameter.device))
 
+    def weights(self, parameter: Tensor, *, at: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield P^(1/2) of this rank's part of a parameter, some rows at a time."""
+        rule, at = self.rules[parameter], at_least_1d(at)
+        for rows, flat in _rows_of(at, self.part):
+            yield rows, rule.weight(at[rows].to(parameter.device), part=flat)
+
     def total_weight(self, parameter: Tensor, *, at: Tensor) -> float:
         """Return this rank's share of the sum of P^(1/2) over a parameter's elements."""
-        rule, flat, total = self.rules[parameter], at.reshape(-1), 0.0
-        for start in range(0, len(flat), self.part):
-            part = slice(start, start + self.part)
-            weight = rule.weight(flat[part].to(parameter.device), part=part)
-            total += float(weight.sum(dtype=torch.float64))
-        return share(parameter) * total
+        parts = (weight for _, weight in self.weights(parameter, at=at))
+        return share(parameter) * sum(float(part.sum(dtype=torch.float64)) for part in parts)
 
     def squared_norm(
         self, parameter: Tensor, values: Tensor, *, at: Tensor, less: Tensor | None = None
@@ -189,9 +191,10 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     families = sorted({rule.family for rule in rules.values() if rule.moment is not None})
     sums = dict.fromkeys([(f, what) for f in families for what in ("root", "count")], 0.0)
     for parameter, rule in rules.items():
-        if rule.moment is not None:
-            root = rule.root(_zero(parameter))
-            sums[rule.family, "root"] += share(parameter) * float(root.sum())
+        zero = _zero(parameter)
+        for rows, flat in _rows_of(zero, _part_of(rules)) if rule.moment is not None else ():
+            root = rule.root(zero[rows], part=flat)
+            sums[rule.family, "root"] += share(parameter) * float(root.sum(dtype=torch.float64))
             sums[rule.family, "count"] += share(parameter) * float((root > 0).sum())
     totals = dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True))
     for parameter, rule in rules.items():
@@ -204,16 +207,37 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
 
 def _zero(parameter: Tensor) -> Tensor:
     """Return a gradient of zeros for this rank's part of a parameter, in no memory of its size."""
-    part = local_part(parameter.detach())
+    part = at_least_1d(local_part(parameter.detach()))
     return part.new_zeros(()).expand(part.shape)
+
+
+def at_least_1d(values: Tensor) -> Tensor:
+    """Return a view that has rows."""
+    return values if values.dim() else values[None]
+
+
+def _part_of(parameters: Collection[Tensor]) -> int:
+    """Return how many elements to take at a time: few beside those of all parameters."""
+    return max(sum(parameter.numel() for parameter in parameters) // PARTS, SMALLEST_PART)
+
+
+def _rows_of(values: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows with about so many elements, and where these are among the flat ones."""
+    width = max(values[0].numel() if len(values) else 0, 1)
+    step = max(most // width, 1)
+    for start in range(0, len(values), step):
+        stop = min(start + step, len(values))
+        yield slice(start, stop), slice(start * width, stop * width)
 
 
 def _mean_weight(rules: dict[Tensor, Rule]) -> float:
     """Return the mean P of all elements that have a rule, as they are now; 0 without any."""
     total = 0.0
     for parameter, rule in rules.items():
-        weight = rule.weight(_zero(parameter))
-        total += share(parameter) * float(weight.square_().sum())
+        zero = _zero(parameter)
+        for rows, flat in _rows_of(zero, _part_of(rules)):
+            weight = rule.weight(zero[rows], part=flat)
+            total += share(parameter) * float(weight.square_().sum(dtype=torch.float64))
     (total,) = sum_over_ranks([total])
     return total / max(sum(parameter.numel() for parameter in rules), 1)
 

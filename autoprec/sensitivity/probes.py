@@ -226,11 +226,10 @@ def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
 
 def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
     """Run the reference on a batch, so that its calls are seen; return its gradient."""
-    kept = reference.gradients.get(index)
-    if kept is None:
+    if index not in reference.gradients:
         return reference.run_gradient(index)
     reference.run(index, keep=())
-    return kept
+    return reference.gradients[index]
 
 
 def _products_of(
@@ -371,7 +370,8 @@ def _by_channel(layer: nn.Module, changes: SomeTensors, errors: Sequence[Tensor]
         if change is None or error.shape != change.shape or change.dim() == 0:
             continue
         is_second = isinstance(layer, CHANNELS_SECOND) and change.dim() > 2
-        product = (change * error).movedim(1 if is_second else -1, 0)
-        part = product.reshape(len(product), -1).sum(1)
+        channel = 1 if is_second else change.dim() - 1
+        others = [dim for dim in range(change.dim()) if dim != channel]
+        part = (change * error).sum(others) if others else change * error
         totals[len(part)] = totals.get(len(part), 0.0) + part
     return torch.cat(list(totals.values())) if totals else torch.zeros(1)

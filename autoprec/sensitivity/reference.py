@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from autoprec.sensitivity.kept_reference import (
     keep_reference,
     one_at_a_time,
 )
+from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.room import plan_groups
 from autoprec.sensitivity.warm_up import WarmUp, restore, restored, warm_up
@@ -70,8 +71,7 @@ Key = TypeVar("Key", bound=Hashable)
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ReferenceGradient:
+class ReferenceGradient(NamedTuple):
     """The reference gradient g of one batch: FP32 by parameter, and its norm g'Pg.
 
     Of a parameter that ranks hold parts of, `of` has this rank's part; the norm is that of all.
@@ -88,32 +88,37 @@ class Reference:
     context: Context
     spec: ModelSpec  # as captured; its layers' options are what can be measured
     model: nn.Module  # warmed up, FP32
-    batches: list[Batch]  # those that gradients are compared on, where they were made
+    batches: InTurn[Batch]  # those that gradients are compared on, where they were made
     preconditioner: Preconditioner
     history: Mapping[str, Amax]  # of every linear in the warm-up, by name; empty unless asked for
     loss_curve: tuple[tuple[int, float], ...]  # (step, loss) of the warm-up
     checkpoint: str  # where the warm-up started; "" for fresh weights
     step_s: float  # the median time of a warm-up step
     spent_s: float  # what preparing took
+    # of the batches that were run, where they are not too large to keep
+    gradients: InTurn[ReferenceGradient]
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
     stream: Iterator[Batch]  # the batches after those
     groups: int = 1  # of layers, of which one at a time is probed
     is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
-    # of the batches that were run, where they are not too large to keep
-    gradients: dict[int, ReferenceGradient] = field(default_factory=dict)
     early: tuple[StepError, ...] = ()  # measured in the warm-up
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
 
     @cached_property
-    def more(self) -> list[Batch]:
+    def more(self) -> InTurn[Batch]:
         """Further batches, for plans that the others leave open; drawn when they are asked for."""
-        return list(islice(self.stream, MORE_BATCHES))
+        return InTurn(islice(self.stream, MORE_BATCHES), self.context.device)
+
+    def longer(self) -> "Reference":
+        """Return this reference on all batches; gradients of the same batches are the same."""
+        every = InTurn(chain(self.batches, self.more), self.context.device)
+        return replace(self, batches=every)
 
     @property
     def digest(self) -> str:
         """A hash of the weights, and of the batches that gradients are compared on."""
-        return digest_of(self.model, [self.batches, self.more])
+        return digest_of(self.model, [*self.batches, *self.more])
 
     @property
     def splits_layers(self) -> bool:
@@ -158,7 +163,7 @@ class Reference:
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
-        return self.gradients.get(index) or self.run_gradient(index)
+        return self.gradients[index] if index in self.gradients else self.run_gradient(index)
 
     def run_gradient(self, index: int) -> ReferenceGradient:
         """Run the reference on a batch, and keep its gradient if that is not too big.
@@ -181,8 +186,8 @@ class Reference:
         free = free_bytes(torch.device("cpu")) or UNKNOWN_FREE_BYTES
         is_too_large = size * len(self.batches) > KEPT_SHARE * free
         if not any(largest_over_ranks([float(is_too_large)])):  # all keep it, or none
-            on_cpu = {p: g.to("cpu") for p, g in found.items()}
-            self.gradients[index] = ReferenceGradient(on_cpu, squared)
+            on_host = {p: g.to("cpu") for p, g in found.items()}
+            self.gradients[index] = ReferenceGradient(on_host, squared)
         return ReferenceGradient(found, squared)
 
     def squared_error(self, index: int, reference: ReferenceGradient) -> float:
@@ -276,7 +281,7 @@ def prepare_reference(
             f"{batches} and {warmup_steps}; ask for more"
         )
     started = time.perf_counter()
-    groups, is_parked = plan_groups(context, spec, batches=batches)
+    groups, is_parked = plan_groups(context, spec)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     train = partial(_trained, context, spec, start, batches=batches, with_history=with_history)
     made = _read_or_trained(context, kept, train, steps=warmup_steps)
@@ -286,7 +291,8 @@ def prepare_reference(
         context=context,
         spec=spec,
         model=training.model,
-        batches=list(islice(made.stream, batches)),
+        batches=InTurn(islice(made.stream, batches), context.device),
+        gradients=InTurn((), context.device),
         stream=made.stream,
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         history=made.history,
@@ -334,17 +340,25 @@ def _trained(
         first, last = numbers[:EARLY_STEPS], numbers[EARLY_STEPS:]
         curve, step_s = warm_up(training, context, stream, first, of=steps)
         if not watched and len(last) >= batches:
-            drawn = list(islice(stream, batches))
+            drawn = InTurn(islice(stream, batches), context.device)
             early = _early_error(context, spec, training, drawn)
-            stream = chain(drawn, stream)
+            stream = _after(drawn, stream)
+            del drawn
         if last:
             later, step_s = warm_up(training, context, stream, last, of=steps)
             curve = (*curve, *later)
     return WarmUp(training, stream, curve, step_s, history, early)
 
 
+def _after(drawn: InTurn[Batch], stream: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches that were drawn already, and then those of the stream."""
+    yield from drawn
+    del drawn  # and their memory
+    yield from stream
+
+
 def _early_error(
-    context: Context, spec: ModelSpec, training: Training, batches: list[Batch]
+    context: Context, spec: ModelSpec, training: Training, batches: InTurn[Batch]
 ) -> tuple[StepError, ...]:
     """Return the error of FP8 everywhere where the training is now; the model stays as it is."""
     _check_structure(training.model, spec)
@@ -353,6 +367,7 @@ def _early_error(
         spec=spec,
         model=training.model,
         batches=batches,
+        gradients=InTurn((), context.device),
         stream=iter(()),
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         history={},

@@ -4,7 +4,7 @@ Each group costs a reference pass and its probes again, and holds fewer of the t
 through the layers. So there are as few as fit: into --memory-limit where it is given, else into one
 and a half times what training takes, or what is free. Where a few layers hold most of what goes
 through a model no number of groups may fit; what was recorded of a group is then parked while the
-model runs.
+model runs, and where that does not fit either too: what the loss takes on its way is not predicted.
 """
 
 import logging
@@ -24,12 +24,10 @@ WORTH = 1.05  # how far above the least a peak may be where even that is too muc
 MARGIN = 1.1  # measured peaks were up to 7 % above predicted ones (docs/scale.md)
 
 
-def plan_groups(context: Context, spec: ModelSpec, *, batches: int) -> tuple[int, bool]:
+def plan_groups(context: Context, spec: ModelSpec) -> tuple[int, bool]:
     """Return the number of groups of layers, and whether what is recorded is parked between passes.
 
     A line of the log says what it takes.
-
-    `batches` is how many are measured on.
 
     Raises:
         DeviceError: with any number of them it takes more than --memory-limit.
@@ -37,16 +35,17 @@ def plan_groups(context: Context, spec: ModelSpec, *, batches: int) -> tuple[int
     limit, free = context.memory_limit, free_bytes(context.device)
     bar = sensitivity_bar(spec)
     room = limit or min(bar, bar if free is None else free)
-    predicted = partial(sensitivity_bytes, spec, batches=_held(context, batches))
+    predicted = partial(sensitivity_bytes, spec, batches=_held(context))
     ways = [
         (predicted(groups=groups, is_parked=is_parked), groups, is_parked)
         for is_parked in (False, True)
         for groups in range(1, len(spec.layers) + 1)
     ]
     least = min(size for size, _, _ in ways)
+    fitting = [way for way in ways if way[0] <= room / MARGIN]
     # where nothing fits, more groups than help are a waste
-    most = max(room / MARGIN, WORTH * least)
-    size, groups, is_parked = next(way for way in ways if way[0] <= most)
+    enough = [way for way in ways if way[2] and way[0] <= WORTH * least]
+    size, groups, is_parked = (fitting or enough)[0]
     text = f"sensitivity takes about {shown_bytes(size)} on {context.device}"
     if limit and least > limit:
         raise DeviceError(
@@ -63,9 +62,7 @@ def plan_groups(context: Context, spec: ModelSpec, *, batches: int) -> tuple[int
     return groups, is_parked
 
 
-def agreed_groups(
-    context: Context, spec: ModelSpec, groups: int, *, batches: int, is_parked: bool
-) -> int:
+def agreed_groups(context: Context, spec: ModelSpec, groups: int, *, is_parked: bool) -> int:
     """Return the number of groups, this one or more, for which every rank gets its memory now.
 
     A rank that runs out of it amid what all compute together leaves the others waiting there. So
@@ -73,7 +70,7 @@ def agreed_groups(
     layer at a time takes is not asked for: it is tried.
     """
     most, planned = len(spec.layers), groups
-    taken = partial(probing_bytes, spec, batches=_held(context, batches), is_parked=is_parked)
+    taken = partial(probing_bytes, spec, batches=_held(context), is_parked=is_parked)
     while groups < most:
         lacks = not can_take(context.device, round(MARGIN * taken(groups=groups)))
         if not any(largest_over_ranks([float(lacks)])):
@@ -84,6 +81,6 @@ def agreed_groups(
     return groups
 
 
-def _held(context: Context, batches: int) -> int:
-    """Return how many batches, with their reference gradients, the device holds."""
-    return batches if context.device.type == "cpu" else 0  # else the host has them
+def _held(context: Context) -> int:
+    """Return how many batches, with their reference gradients, the device holds: that in hand."""
+    return int(context.device.type == "cpu")  # else the host has them

@@ -206,7 +206,6 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
             reference.context,
             reference.spec,
             reference.groups,
-            batches=len(reference.batches),
             is_parked=reference.is_parked,
         )
     before = reference.groups

@@ -80,13 +80,14 @@ def warm_up(
     curve: list[tuple[int, float]] = []
     times: list[float] = []
     drawn_by_step = step_batches(context.workload, stream, count=len(steps))
-    for step, drawn in zip(steps, drawn_by_step, strict=True):
+    for step in steps:
         context.progress("sensitivity: warm-up", step - 1, of)
-        batches = move_batch(drawn, context.device)
+        batches = move_batch(next(drawn_by_step), context.device)
         started = time.perf_counter()  # the user's data loading is no part of a step
         loss = training.step(batches)
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
+        del batches  # before the next are drawn
     context.progress("sensitivity: warm-up", steps[-1], of)
     # what is measured later is a pass of one batch
     per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps

@@ -143,18 +143,18 @@ class Workload:
         while True:
             with user_code:
                 iterator = self._own_batches(seed)
-                batch = next(iterator, _END)
-            if batch is _END:
+                next_one = [*itertools.islice(iterator, 1)]
+            if not next_one:
                 ranks = self.part.ranks
                 wanted, got = ("one batch", "none") if ranks == 1 else (f"{ranks} batches", "fewer")
                 raise WorkloadError(
                     f"train_batches(seed={seed}) must yield at least {wanted}, but it yielded "
                     f"{got}; return a fresh iterator on every call"
                 )
-            while batch is not _END:
-                yield batch
+            while next_one:
+                yield next_one.pop()  # a batch that was given away takes no memory here
                 with user_code:
-                    batch = next(iterator, _END)
+                    next_one = [*itertools.islice(iterator, 1)]
 
     def _own_batches(self, seed: int) -> Iterator[Batch]:
         """Return this rank's part of one pass: every n-th batch, or what the function deals."""
