@@ -47,11 +47,13 @@ def layers_figure(groups: Sequence[LayerGroup]) -> Markup:
     if not timed:
         return Markup("")
     rows = _most_changed(timed)
-    longest = max(1e-30, *(max(row["bf16_o2_total_ms"], row["total_ms"]) for row in rows))
+    drawn = [row for row in rows if row["option"]]
+    longest = max(1e-30, *(row[t] for row in drawn for t in ("bf16_o2_total_ms", "total_ms")))
     x, bottom = Scale(0.0, longest, *BARS_PX), 36.0 + 26.0 * len(rows)
-    errors = Scale(0.0, max(1e-30, *(row["grad_error"] or 0.0 for row in rows)), *ERROR_PX)
+    known = [row for row in drawn if row["grad_error"] is not None]
+    errors = Scale(0.0, max([1e-30, *(row["grad_error"] for row in known)]), *ERROR_PX)
     label = f"ms per step, forward and backward ({_bases(timed, 'time_basis')})"
-    error_title = f"gradient error ({_bases(timed, 'grad_error_basis')})"
+    error_title = f"gradient error ({_bases(known, 'grad_error_basis')})" if known else ""
     parts = [
         svg.x_axis(x, 30.0, bottom, label=label, show=PLAIN),
         svg.text(SAVED_PX, 20.0, "saved, ms", kind="tick", anchor="end"),
@@ -73,11 +75,12 @@ def _most_changed(rows: Sequence[Row]) -> list[Row]:
         shown, rest = most, []
     shown.sort(key=saving_order)
     if rest:
-        sums = ("bf16_o2_total_ms", "total_ms", "saved_vs_bf16_o2_ms", "grad_error")
+        known = all(row["grad_error"] is not None for row in rest)
+        sums = ["bf16_o2_total_ms", "total_ms", "saved_vs_bf16_o2_ms", *["grad_error"] * known]
         count = sum(row["layers"] for row in rest)
-        whole = {name: math.fsum(row[name] or 0.0 for row in rest) for name in sums}
-        about = {"name": formats.count_of(count, "other layer"), "option": "", "precision": "rest"}
-        shown.append(whole | about)
+        whole = {name: math.fsum(row[name] for row in rest) for name in sums}
+        about = {"name": formats.count_of(count, "other layer"), "option": "", "grad_error": None}
+        shown.append(about | whole)
     return shown
 
 
@@ -85,17 +88,20 @@ def _layer_marks(row: Row, y: float, x: Scale, errors: Scale) -> Iterator[Markup
     """Yield one row of the figure: the plan's bar within the pale one of BF16 O2."""
     base_ms, own_ms, error = row["bf16_o2_total_ms"], row["total_ms"], row["grad_error"]
     times = f"{formats.ms(base_ms)} ms in BF16 O2, {formats.ms(own_ms)} ms in the plan"
-    tip = f"{row['name']} {formats.option(row['option'])}: {times}"
+    tip, base, error_px = f"{row['name']} {formats.option(row['option'])}: {times}", y + 14.0, 0.0
     words = _fitted(row["name"], BARS_PX[0] - 16.0)
-    yield svg.text(BARS_PX[0] - 10.0, y + 14.0, words, kind="label", anchor="end")
-    yield svg.bar(x, base_ms, y, 19.0, kind="o-bf16_o2 pale", tip=tip)
-    yield svg.bar(x, own_ms, y + 4.0, 11.0, kind=f"o-{row['precision']}", tip=tip)
+    yield svg.text(BARS_PX[0] - 10.0, base, words, kind="label", anchor="end")
+    if row["option"]:
+        yield svg.bar(x, base_ms, y, 19.0, kind="o-bf16_o2 pale", tip=tip)
+        yield svg.bar(x, own_ms, y + 4.0, 11.0, kind=f"o-{row['precision']}", tip=tip)
+        yield svg.bar(errors, error or 0.0, y + 4.0, 11.0, kind="error")
+        error_px = errors(error or 0.0) - errors.start
+    else:  # a sum of many, on no scale with one of them
+        yield svg.text(x.start + 6.0, base, times, kind="value")
     saved = formats.ms(row["saved_vs_bf16_o2_ms"])
-    yield svg.text(SAVED_PX, y + 14.0, saved, kind="value", anchor="end")
+    yield svg.text(SAVED_PX, base, saved, kind="value", anchor="end")
     if error is not None:
-        end = errors(error) + 6.0
-        yield svg.bar(errors, error, y + 4.0, 11.0, kind="error")
-        yield svg.text(end, y + 14.0, formats.share(error), kind="value")
+        yield svg.text(errors.start + error_px + 6.0, base, formats.share(error), kind="value")
 
 
 def _fitted(words: str, width: float) -> str:

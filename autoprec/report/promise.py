@@ -89,7 +89,8 @@ class Promise:
     @property
     def badge(self) -> str:
         """The verdict in a few words."""
-        return self._reaching(self.verdict.value.replace("_", " "))
+        is_open = self.verdict is Verdict.NOT_RUN
+        return "not verified" if is_open else self._reaching(self.verdict.value)
 
     @property
     def headline(self) -> str:
