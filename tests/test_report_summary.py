@@ -17,7 +17,7 @@ from autoprec.records import (
 )
 from autoprec.report import RunRecords, formats, summary_object
 from autoprec.report.promise import Promise
-from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps, predicted_and_measured
+from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
 from tests.report_runs import step as step_of
@@ -124,13 +124,6 @@ def test_a_certificate_alone_gives_measured_steps_without_interval() -> None:
     assert summarise_run(run).promise.sentence.startswith(
         "verified over 75 steps (50 in FP32, 25 with the plan): the loss gap to FP32 is +0.021 %"
     )
-
-
-def test_predicted_and_measured_steps_are_paired() -> None:
-    pairs = predicted_and_measured(make_run())
-    assert set(pairs) == {"plan", "fp32", "bf16_o2"}
-    predicted, step = pairs["plan"]
-    assert step.ms == pytest.approx(1.03 * predicted)
 
 
 def test_the_plans_note_on_fp8_is_the_answer_and_no_note_beside_it() -> None:

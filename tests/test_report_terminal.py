@@ -20,7 +20,8 @@ from autoprec.records import (
 )
 from autoprec.report import RunRecords, formats, print_layers, print_record, print_summary
 from autoprec.report.formats import clean_text
-from autoprec.report.layer_table import CODES, fold_layers, reason_code
+from autoprec.report.layer_frame import CODES, reason_code
+from autoprec.report.layer_table import fold_layers
 from autoprec.report.page import render_html
 from autoprec.report.summary import summarise_run
 from autoprec.tuning.plan import Plan as PlanWithVerbs

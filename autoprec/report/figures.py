@@ -4,11 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from markupsafe import Markup
 
-from autoprec.records import Basis, Option, Search
+from autoprec.records import Basis, FrontPoint, Search, SearchTrial
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
 from autoprec.report.formats import clean_text
@@ -23,19 +22,14 @@ SIGNED = partial(formats.share, sign=True)
 WIDTH, SIDE_WIDTH = 860.0, 400.0  # of the main figures, and of those beside the first one
 BARS_PX = (306.0, 610.0)  # where the bars of layers begin and end
 SAVED_PX, ERROR_PX = 684.0, (704.0, 776.0)
-CLIP = 2.2  # the longest bar is cut where it is more than this many times the second longest
+CLIP = 2.2  # times longer than the others, from which a bar is cut and a plan left out
 MOST_BARS = 12  # groups of layers; the table has them all
 PARETO_KEYS = {
-    "t-front": "exact front, sum of the table (predicted)",
-    "t-exact": "trial from the front",
-    "t-sampler": "trial of the sampler",
-    "t-repair": "repair of the exact plan",
-    "t-uniform": "uniform plan",
-    "t-infeasible": "trial outside the constraint",
-    "t-chosen": "chosen",
+    "bound": "exact front, sums of the tables (predicted)",
+    "tried": "plan tried",
+    "outside": "outside the constraint",
+    "o-plan": "chosen",
 }
-
-SOURCES = {"corrected": "exact", "front": "exact", "drawn": "sampler"}  # shown as
 
 
 def layers_figure(groups: Sequence[LayerGroup]) -> Markup:
@@ -173,84 +167,56 @@ def proof_figure(found: Summary) -> Markup:
 
 
 def pareto_figure(search: Search) -> Markup:
-    """Return step time against gradient error: front, trials, chosen plan, bound and budget."""
-    dots = list(_pareto_dots(search))
-    times, errors = [dot.step_ms for dot in dots], [dot.grad_error for dot in dots]
+    """Return step time against gradient error: the front, plans tried, the chosen one, bounds."""
+    chosen, known = search.chosen, search.chosen.grad_error_measured
+    front = [plan for plan in search.front if plan.step_ms <= CLIP * chosen.step_ms]
+    trials = [plan for plan in search.trials if plan.step_ms <= CLIP * chosen.step_ms]
+    plans: list[FrontPoint | SearchTrial] = [*front, *trials]
+    error = chosen.grad_error if known is None else known
+    times = [chosen.step_ms, *(plan.step_ms for plan in plans)]
+    errors = [error, *(plan.grad_error for plan in plans)]
     x = Scale(*svg.padded(min(times), max(times)), 84.0, WIDTH - 30.0)
-    budget, bound_ms = search.grad_error_budget, search.bound_ms
+    budget = search.grad_error_budget
     highest = max(*errors, budget if budget < 3.0 * max(errors) else 0.0)
-    y = Scale(0.0, max(highest * 1.12, 1e-12), 380.0, 34.0)
+    y = Scale(0.0, max(highest * 1.12, 1e-12), 300.0, 34.0)
     parts = [
-        svg.x_axis(x, 34.0, 380.0, label="predicted step time, ms", show=PLAIN),
+        svg.x_axis(x, 34.0, 300.0, label="predicted step time, ms", show=PLAIN),
         svg.y_axis(y, 84.0, WIDTH - 30.0, label="gradient error", show=formats.share),
     ]
-    if budget <= y.high:
-        at, words = y(budget), f"gradient error budget {formats.share(budget)}"
-        parts.append(svg.line(x.start, at, x.end, at, kind="limit"))
-        parts.append(svg.text(x.end, at - 6.0, words, kind="tick", anchor="end"))
-    if x.low <= bound_ms <= x.high:
-        tip = f"no plan within the budget is faster than {formats.ms(bound_ms)} ms (additive)"
-        at, words = x(bound_ms), "proven bound"
-        parts.append(svg.marker(at, 34.0, 380.0, words, kind="bound", tip=tip, anchor="start"))
+    parts += _limits(search, x, y)
     # the front is a staircase: between two points the left one is the best there is
     stairs = ""
-    for point in sorted(search.front, key=lambda point: point.step_ms):
+    for point in sorted(front, key=lambda point: point.step_ms):
         left, top = f"{x(point.step_ms):.1f}", f"{y(point.grad_error):.1f}"
         stairs += f"H{left}V{top}" if stairs else f"M{left},{top}"
-    parts += [svg.mark("path", d=stairs, kind="front"), *_measured_line(search, x, y)]
-    for dot in dots:
-        across, up = x(dot.step_ms), y(dot.grad_error)
-        if dot.kind == "t-chosen":
-            star = f"M{across:.1f},{up - 9:.1f}l9,9l-9,9l-9,-9z"
-            parts.append(svg.mark("path", d=star, kind=dot.kind, tip=dot.tip))
-        else:
-            radius = 3.5 if dot.kind == "t-front" else 5.0
-            parts.append(svg.dot(across, up, radius, kind=dot.kind, tip=dot.tip))
-    figure = svg.picture(WIDTH, 424.0, parts, title="Pareto front of step time and gradient error")
-    return svg.legend(PARETO_KEYS.items()) + figure
+    parts.append(svg.mark("path", d=stairs, kind="front"))
+    for trial in trials:
+        kind, basis = ("tried", "outside")[not trial.feasible], trial.grad_error_basis
+        tip = _plan_tip(f"trial {trial.number}", trial, trial.grad_error, basis)
+        parts.append(svg.dot(x(trial.step_ms), y(trial.grad_error), 5.0, kind=kind, tip=tip))
+    tip = _plan_tip("chosen", chosen, error, Basis.PREDICTED if known is None else Basis.MEASURED)
+    star = f"M{x(chosen.step_ms):.1f},{y(error) - 9:.1f}l9,9l-9,9l-9,-9z"
+    parts.append(svg.mark("path", d=star, kind="o-plan", tip=tip))
+    title = "Step time and gradient error of plans"
+    return svg.legend(PARETO_KEYS.items()) + svg.picture(WIDTH, 344.0, parts, title=title)
 
 
-def _measured_line(search: Search, x: Scale, y: Scale) -> list[Markup]:
-    """Return the line through the measured front, from the least error to the least time."""
-    points = [(x(p.step_ms), y(p.grad_error_measured or 0.0)) for p in search.measured_front]
-    line = "L".join(f"{across:.1f},{up:.1f}" for across, up in points)
-    return [svg.mark("path", d=f"M{line}", kind="front measured")] if points else []
+def _limits(search: Search, x: Scale, y: Scale) -> Iterator[Markup]:
+    """Yield the budget and the proven bound, as far as they are within the figure."""
+    budget, bound_ms = search.grad_error_budget, search.bound_ms
+    if budget <= y.high:
+        at, words = y(budget), f"gradient error budget {formats.share(budget)}"
+        yield svg.line(x.start, at, x.end, at, kind="limit")
+        yield svg.text(x.end, at - 6.0, words, kind="tick", anchor="end")
+    if x.low <= bound_ms <= x.high:
+        tip = f"no plan within the budget is faster than {formats.ms(bound_ms)} ms (additive)"
+        words = "proven bound"
+        yield svg.marker(x(bound_ms), 34.0, 300.0, words, kind="bound", tip=tip, anchor="start")
 
 
-class _Dot(NamedTuple):
-    """One plan of the search, as the Pareto figure shows it."""
-
-    kind: str  # its CSS class
-    name: str
-    step_ms: float
-    grad_error: float
-    basis: Basis
-    options: Sequence[Option]
-
-    @property
-    def tip(self) -> str:
-        """The plan in words."""
-        counts = Counter(map(formats.option, self.options))
-        layers = ", ".join(f"{count} {option}" for option, count in counts.items())
-        return (
-            f"{self.name}: {formats.ms(self.step_ms)} ms predicted, gradient error "
-            f"{formats.share(self.grad_error)} ({self.basis}), {layers}"
-        )
-
-
-def _pareto_dots(search: Search) -> Iterator[_Dot]:
-    """Yield the plans of a search, those to be drawn above others last."""
-    for trial in search.trials:
-        source = SOURCES.get(trial.source, trial.source)
-        kind = f"t-{source}" if trial.feasible else "t-infeasible"
-        kind = kind if kind in PARETO_KEYS else "t-sampler"
-        name = f"trial {trial.number} ({trial.source}{'' if trial.feasible else ', infeasible'})"
-        basis = trial.grad_error_basis
-        yield _Dot(kind, name, trial.step_ms, trial.grad_error, basis, trial.options)
-    for p in search.front:
-        yield _Dot("t-front", "front", p.step_ms, p.grad_error, Basis.PREDICTED, p.options)
-    chosen = search.chosen
-    error, basis = chosen.grad_error_measured, Basis.MEASURED
-    if error is None:
-        error, basis = chosen.grad_error, Basis.PREDICTED
-    yield _Dot("t-chosen", "chosen", chosen.step_ms, error, basis, chosen.options)
+def _plan_tip(name: str, plan: FrontPoint | SearchTrial, grad_error: float, basis: Basis) -> str:
+    """Return a plan of the search in words."""
+    counts = Counter(map(formats.option, plan.options))
+    layers = ", ".join(f"{count} {option}" for option, count in counts.items())
+    error = f"gradient error {formats.share(grad_error)} ({basis})"
+    return f"{name}: {formats.ms(plan.step_ms)} ms predicted, {error}, {layers}"

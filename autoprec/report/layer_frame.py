@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from autoprec.records import BF16_O2, FP32, Basis, LayerKind, LayerSensitivity, LayerTiming, Option
+from autoprec.records.plan import KEPT
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN
 from autoprec.report.runs import RunRecords
@@ -33,6 +34,18 @@ LAYER_COLUMNS = (
 OPTION_COLUMNS = ["name", "option", *TIMES, "p20_ms", "p80_ms", "samples", "rejected", "time_basis"]
 OPTION_COLUMNS += ["grad_error", "grad_error_stderr", "grad_error_basis"]
 OPTION_COLUMNS += [*BYTES, "memory_bytes", "kernels", "infeasible"]
+CODES = {
+    "faster": "FP8 is faster; its gradient error is in the budget, or unknown",
+    "forced": "FP8 is no faster: --keep or the memory limit asks for it",
+    "kept": "by --keep",
+    "slower": "FP8 is slower than BF16 here",
+    "costs": "FP8 seems faster, but its gain or gradient error is not good enough",
+    "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape for FP8",
+    "fp32": "BF16 is slower than FP32 here",
+    "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
+    "no-bf16": "BF16 cannot take it, or its time is not known",
+    "uncalled": "not called in the captured step: it follows the others",
+}
 COUNTS = ("calls", "samples", "rejected")
 
 
@@ -91,17 +104,15 @@ COLUMNS = (
     Column("memory_bytes", "memory", formats.size, (View.PAGE,), is_sum=True),
     *map(Column, ("samples", "rejected", "time_basis", "grad_error_basis")),
     Column("reason"),
+    Column("code", "why", views=EVERYWHERE),
 )
 
 
 def columns_of(view: View, rows: Sequence[Row]) -> list[Column]:
-    """Return the columns that a view shows, in order, without the numbers that no row knows."""
+    """Return the columns that a view shows, in order, without those that no row knows."""
     shown = (column for column in COLUMNS if view in column.views)
-    return [
-        column
-        for column in shown
-        if not column.is_number or any(column.show(row[column.name]) != UNKNOWN for row in rows)
-    ]
+    nothing = (UNKNOWN, "")
+    return [x for x in shown if any(x.show(row[x.name]) not in nothing for row in rows)]
 
 
 def layers_frame(run: RunRecords) -> "pd.DataFrame":
@@ -125,7 +136,30 @@ def layers_frame(run: RunRecords) -> "pd.DataFrame":
     frame = frame.rename(columns={"best_option": "best_fp8", "best_total_ms": "best_fp8_total_ms"})
     whole = frame["grad_error"].sum()
     frame["grad_error_share"] = frame["grad_error"] / (whole if whole > 0.0 else float("nan"))
+    # codes are about the times of the options that were not taken, which a plan does not know
+    frame["code"] = [reason_code(row) if run.profile else "" for row in frame_rows(frame)]
     return frame[[column.name for column in COLUMNS]]
+
+
+def reason_code(row: Row) -> str:
+    """Return why a layer has its option, as one of CODES; "" without a plan."""
+    if not row["option"]:
+        return ""
+    if (row["reason"] or "").startswith(KEPT):
+        return "kept"
+    if row["calls"] == 0:
+        return "uncalled"
+    option, own_ms = Option.parse(row["option"]), row["total_ms"]
+    bf16_ms, fp8_ms = row["bf16_o2_total_ms"], row["best_fp8_total_ms"]
+    if option.is_fp8:
+        return "forced" if bf16_ms and own_ms and own_ms >= bf16_ms else "faster"
+    is_fp32 = option == FP32
+    ms = bf16_ms if is_fp32 else fp8_ms
+    if ms is None or own_ms is None:
+        return "no-bf16" if is_fp32 else "no-fp8"
+    if ms >= own_ms:
+        return "fp32" if is_fp32 else "slower"
+    return "fp32-costs" if is_fp32 else "costs"
 
 
 def options_frame(run: RunRecords) -> "pd.DataFrame":

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from autoprec.records import FP32, Option
-from autoprec.records.plan import KEPT
+from autoprec.records import Option
 from autoprec.report import formats
 from autoprec.report.formats import and_more
 from autoprec.report.layer_frame import (
     BASELINES,
+    CODES,
     COLUMNS,
     PARTS,
     Row,
@@ -36,18 +36,6 @@ ONE_LINE_FROM = 100  # columns from which a row is one line, and long names lose
 SHORTEST_NAME = 16
 CODE_WIDTH = 12
 GAP = 2  # columns between those of a table
-CODES = {
-    "faster": "FP8 is faster; its gradient error is in the budget, or unknown",
-    "forced": "FP8 is no faster: --keep or the memory limit asks for it",
-    "kept": "by --keep",
-    "slower": "FP8 is slower than BF16 here",
-    "costs": "FP8 seems faster, but its gain or gradient error is not good enough",
-    "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape for FP8",
-    "fp32": "BF16 is slower than FP32 here",
-    "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
-    "no-bf16": "BF16 cannot take it, or its time is not known",
-    "uncalled": "not called in the captured step: it follows the others",
-}
 OPTION_SUMS = [*(f"{part}_ms" for part in (*PARTS, "total")), "p20_ms", "p80_ms"]
 OPTION_SUMS += ["samples", "grad_error", "memory_bytes"]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of the name: blocks.7.fc1, not fc1
@@ -93,27 +81,19 @@ class LayerGroup(NamedTuple):
         return Table(("layer", *shown, "gradient error"), rows, (1, 2, 3))
 
 
-def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = False) -> list[Part]:
+def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     """Return the layers for a terminal of that width, alike ones in one line, and their totals.
 
-    Why a layer has its option is a code, said below, or its own sentence there `with_sentences`: a
-    plan alone does not know the times that codes are about.
+    Why a layer has its option is a code, said below; its own sentence where codes are not known.
     """
-    view = View.WIDE if width >= WIDE_FROM else View.NARROW
-    coded = with_codes(frame)
-    folded = fold_layers(coded)
+    folded = fold_layers(frame)
     longest = folded.sort_values("total_ms", ascending=False, kind="stable").head(MOST_ROWS)
-    shown, total = frame_rows(longest.sort_index()), total_row(coded) | {"code": ""}
-    columns = columns_of(view, [*shown, total])
+    shown, total = frame_rows(longest.sort_index()), total_row(frame)
+    columns = columns_of(View.WIDE if width >= WIDE_FROM else View.NARROW, [*shown, total])
     texts = [[column.show(row[column.name]) for column in columns] for row in (*shown, total)]
     heads = [column.title.replace("gradient ", "gradient\n") for column in columns]
     used = [code for code in CODES if any(row["code"] == code for row in shown)]
-    if with_sentences:
-        below = list(_sentences(shown))
-    else:
-        heads.append("why")
-        texts = [[*text, row["code"]] for text, row in zip(texts, (*shown, total), strict=True)]
-        below = [Line(f"{code:{CODE_WIDTH}}{CODES[code]}", "dim") for code in used]
+    below = [Line(f"{code:{CODE_WIDTH}}{CODES[code]}", "dim") for code in used]
     if width >= ONE_LINE_FROM:  # what the other columns leave is the name's
         others = [
             max(len(part) for text in (head, *cells) for part in text.split("\n")) + GAP
@@ -131,7 +111,7 @@ def layers_parts(frame: "pd.DataFrame", width: int, *, with_sentences: bool = Fa
         Line("Layers", "bold"),
         Table(heads, rows, numbers, widest=0, has_total=True),
         *map(Line, and_more(rest, "layer", " that take less time; see layers.csv")),
-        *below,
+        *(below or _sentences(shown)),
     ]
 
 
@@ -140,15 +120,14 @@ def layer_groups(frame: "pd.DataFrame", options: "pd.DataFrame") -> list[LayerGr
 
     `options` are those of `options_frame`. A sum is None where a layer's own is not known.
     """
-    coded = with_codes(frame)
-    groups = _alike(coded)
-    own = options.assign(group=options["name"].map(dict(zip(coded["name"], groups, strict=True))))
+    groups = _alike(frame)
+    own = options.assign(group=options["name"].map(dict(zip(frame["name"], groups, strict=True))))
     grouped = own.groupby(["group", "option"], sort=False)
     sums, known = grouped[OPTION_SUMS].sum(), grouped[OPTION_SUMS].count()
     about = grouped[["time_basis", "grad_error_basis", "infeasible"]].first()
     summed = sums.where(known.eq(grouped.size(), axis=0)).join(about).reset_index()
-    inside = [LayerGroup(row, [], []) for row in frame_rows(fold_layers(coded))]
-    for number, row in zip(groups, frame_rows(coded), strict=True):
+    inside = [LayerGroup(row, [], []) for row in frame_rows(fold_layers(frame))]
+    for number, row in zip(groups, frame_rows(frame), strict=True):
         inside[number].layers.append(row)
     for row in frame_rows(summed):
         inside[row["group"]].options.append(row)
@@ -159,32 +138,6 @@ def saving_order(row: Row) -> tuple[float, float]:
     """Return the key that sorts rows by what the plan saves in them, then by BF16 O2's time."""
     saved, base = row["saved_vs_bf16_o2_ms"], row["bf16_o2_total_ms"]
     return (math.inf if saved is None else -saved, -(base or 0.0))
-
-
-def with_codes(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return the frame with a column `code`, why each layer has its option."""
-    return frame.assign(code=[reason_code(row) for row in frame_rows(frame)])
-
-
-def reason_code(row: Row) -> str:
-    """Return why a layer has its option, as one of CODES; "" without a plan."""
-    if not row["option"]:
-        return ""
-    if (row["reason"] or "").startswith(KEPT):
-        return "kept"
-    if row["calls"] == 0:
-        return "uncalled"
-    option, own_ms = Option.parse(row["option"]), row["total_ms"]
-    bf16_ms, fp8_ms = row["bf16_o2_total_ms"], row["best_fp8_total_ms"]
-    if option.is_fp8:
-        return "forced" if bf16_ms and own_ms and own_ms >= bf16_ms else "faster"
-    is_fp32 = option == FP32
-    ms = bf16_ms if is_fp32 else fp8_ms
-    if ms is None or own_ms is None:
-        return "no-bf16" if is_fp32 else "no-fp8"
-    if ms >= own_ms:
-        return "fp32" if is_fp32 else "slower"
-    return "fp32-costs" if is_fp32 else "costs"
 
 
 def fitted(name: str, width: int) -> str:
@@ -242,9 +195,10 @@ def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 def _alike(frame: "pd.DataFrame") -> "pd.Series[int]":
     """Return the number of each row's group, in the order of the groups' first layers."""
-    alike = [frame["name"].str.replace(_NUMBER, "{}", regex=True), "kind", "shape", "option"]
-    alike += ["code"] if "code" in frame else []
-    return frame.groupby(alike, sort=False, dropna=False).ngroup()
+    pattern = frame["name"].str.replace(_NUMBER, "{}", regex=True)
+    return frame.groupby(
+        [pattern, "kind", "shape", "option", "code"], sort=False, dropna=False
+    ).ngroup()
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
@@ -262,7 +216,7 @@ def total_row(frame: "pd.DataFrame") -> Row:
     summed = _summed(frame, pd.Series(0, index=frame.index))
     (row,) = frame_rows(summed) or [dict.fromkeys(frame.columns)]
     untimed = int(frame["total_ms"].fillna(frame["bf16_o2_total_ms"]).isna().sum())
-    about = dict.fromkeys(("shape", "option", "reason", "type"), "")
+    about = dict.fromkeys(("shape", "option", "reason", "code", "type"), "")
     return row | about | {"name": f"all {len(frame)} layers", "untimed": untimed}
 
 

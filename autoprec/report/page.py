@@ -13,8 +13,8 @@ from markupsafe import Markup
 from autoprec import __version__
 from autoprec.report import figures, formats, tables
 from autoprec.report.answer_page import answer_facts, next_lines
-from autoprec.report.layer_frame import View, columns_of, options_frame
-from autoprec.report.layer_table import CODES, layer_groups, total_row
+from autoprec.report.layer_frame import CODES, View, columns_of, options_frame
+from autoprec.report.layer_table import layer_groups, total_row
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import summarise_run
 

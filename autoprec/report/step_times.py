@@ -147,16 +147,6 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     }
 
 
-def predicted_and_measured(run: RunRecords) -> dict[str, tuple[float, Step]]:
-    """Return, per label, the model's step time and the measured step, where there are both."""
-    model = _model_steps(run)
-    return {
-        label: (model[label].ms, step)
-        for label, step in plan_steps(run).items()
-        if label in model and step.basis is Basis.MEASURED
-    }
-
-
 def _shared_ms(run: RunRecords) -> float:
     """Return the part of a predicted plan's step that is the same in a BF16 baseline."""
     plan = run.plan

@@ -76,7 +76,7 @@ def dot(x: float, y: float, radius: float, *, kind: str, tip: str = "") -> Marku
 
 
 def marker(
-    x: float, y1: float, y2: float, words: str, *, kind: str, tip: str = "", anchor: str = "middle"
+    x: float, y1: float, y2: float, words: str, *, kind: str, tip: str = "", anchor: str
 ) -> Markup:
     """Return a vertical line through a chart, with words above it."""
     shown = text(x, y1 - 7.0, words, kind="tick", anchor=anchor)

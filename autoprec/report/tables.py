@@ -73,10 +73,10 @@ def branch_table(verification: Verification) -> Table:
 
 def sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
     """Yield what a sensitivity says of whole plans, and of its own noise."""
-    for recipe, linears, grad_error, gap in recipe_table(sensitivity).rows:
+    for recipe, linears, grad_error, gap in recipe_costs(sensitivity):
         yield (
-            f"{recipe} in all {linears} linears: gradient error {grad_error}, predicted loss gap "
-            f"after {HORIZON_STEPS} steps {gap}"
+            f"{recipe} in all {linears} linears: gradient error {formats.share(grad_error)}, "
+            f"predicted loss gap after {HORIZON_STEPS} steps {formats.share(gap, sign=True)}"
         )
     for joint in sensitivity.joint:
         yield (
@@ -97,8 +97,8 @@ def _overlap(joint: JointMeasurement) -> str:
     return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
 
 
-def recipe_table(sensitivity: Sensitivity) -> Table:
-    """Return the cost in convergence of each FP8 recipe: FP8 wherever it goes, BF16 elsewhere."""
+def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float | None]]:
+    """Return per FP8 recipe, wherever it goes: title, linears, gradient error, predicted gap."""
     rows = []
     for option in dict.fromkeys(row.option for row in sensitivity.rows):
         if not option.is_fp8 or option.gemms_hp:
@@ -111,11 +111,8 @@ def recipe_table(sensitivity: Sensitivity) -> Table:
         title = formats.option(option)
         if option.recipe not in APPLICABLE_RECIPES:
             title += " (for comparison; no plan applies it)"
-        shares = (formats.share(grad_error), formats.share(gap, sign=True))
-        rows.append((title, str(len(own)), *shares))
-    gap_title = f"predicted loss gap, {HORIZON_STEPS} steps"
-    heads = ("recipe", "linears", "gradient error, sum of parts", gap_title)
-    return Table(heads, rows, numbers=(1, 2, 3))
+        rows.append((title, len(own), grad_error, gap))
+    return rows
 
 
 def device_facts(device: DeviceFacts) -> dict[str, str]:

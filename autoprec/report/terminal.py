@@ -74,18 +74,14 @@ def print_summary(
     if not verbose:
         return
     ceiling = [Line(found.ceiling.sentence)] if found.ceiling else []
-    parts = [Line(""), *_layers_parts(found, console.width)] if len(found.layers) else []
+    parts = [Line(""), *layers_parts(found.layers, console.width)] if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     print_parts([*parts, *ceiling, *notes(found.notes)], console)
 
 
 def print_layers(run: RunRecords, console: Console) -> None:
     """Print the layers of a run, alike ones in one line."""
-    print_parts(_layers_parts(summarise_run(run), console.width), console)
-
-
-def _layers_parts(found: Summary, width: int) -> list[Part]:
-    return layers_parts(found.layers, width, with_sentences=found.run.profile is None)
+    print_parts(layers_parts(summarise_run(run).layers, console.width), console)
 
 
 def print_record(record: Record, console: Console) -> None:
@@ -214,7 +210,7 @@ def _plan_parts(plan: Plan, width: int) -> list[Part]:
         f"outside any layer: {', '.join(plan.uncovered)}" if plan.uncovered else "",
     ]
     return [
-        *_layers_parts(found, width),
+        *layers_parts(found.layers, width),
         *_steps_parts(found),
         Line(""),
         *(Line(line) for line in lines if line),
