@@ -8,8 +8,9 @@ import pytest
 
 from autoprec.records import BF16_O2, Constraint, Estimate, Option
 from autoprec.search import search_plan
-from autoprec.search.correction import Seen, fit_correction
+from autoprec.search.correction import Cells, Seen, fit_correction
 from autoprec.search.costs import Costs, make_costs
+from autoprec.search.problem import exact, make_problem
 from tests.search_tables import ROWWISE, TENSORWISE, Row, tables_of
 
 Options = tuple[Option, ...]
@@ -41,7 +42,7 @@ def seen(costs: Costs, count: int, *, is_right: bool = False) -> list[Seen]:
 def test_a_wrong_table_is_corrected_within_the_error_that_is_said() -> None:
     costs = make_costs(*tables_of(ROWS))
     before = [math.log(costs.grad_error(plan) / truth(costs, plan)) for plan in EVERY[1:]]
-    correction = fit_correction(costs, seen(costs, 16))
+    correction = fit_correction(Cells(costs), seen(costs, 16))
     guesses = [correction.guess(plan) for plan in EVERY[1:]]
     off = [
         math.log(g.grad_error / truth(costs, plan))
@@ -52,14 +53,15 @@ def test_a_wrong_table_is_corrected_within_the_error_that_is_said() -> None:
     within = [abs(o) <= 2.0 * g.log_sd for o, g in zip(off, guesses, strict=True)]
     assert np.mean(within) > 0.9
     drawn = correction.drawn(np.random.default_rng(1))
-    off = [math.log(drawn.grad_error(plan) / truth(costs, plan)) for plan in EVERY[1:]]
+    cells = correction.cells
+    off = [math.log(drawn[cells.of(p)].sum() / truth(costs, p)) for p in EVERY[1:]]
     assert 0.05 < np.std(off) < 0.8
 
 
 def test_a_table_that_holds_is_believed_after_a_few_plans() -> None:
     costs = make_costs(*tables_of(ROWS))
-    wide = fit_correction(costs, []).guess(EVERY[-1])
-    known = fit_correction(costs, seen(costs, 5, is_right=True))
+    wide = fit_correction(Cells(costs), []).guess(EVERY[-1])
+    known = fit_correction(Cells(costs), seen(costs, 5, is_right=True))
     assert wide.grad_error == pytest.approx(costs.grad_error(EVERY[-1]))
     assert known.guess(EVERY[-1]).log_sd < 0.2 < wide.log_sd
     assert known.guess(EVERY[-1]).grad_error == pytest.approx(wide.grad_error, rel=0.05)
@@ -85,6 +87,45 @@ def test_the_joint_optimum_is_found_on_a_wrong_table() -> None:
         ratios.append(time_to_loss(search.chosen.options) / best)
     assert np.mean(ratios) <= 1.01
     assert max(ratios) <= 1.03
+
+
+def test_the_optimum_of_a_wrong_table_of_many_layers_is_neared() -> None:
+    """Each layer's error is wrong by a factor, so that the true optimum is a knapsack as well.
+
+    Twelve measurements cannot tell forty factors apart.
+    """
+    layers = 40
+    random = np.random.default_rng(layers)
+    rows: dict[str, Row] = {}
+    for i in range(layers):
+        ms, error = float(random.lognormal()), float(random.lognormal(-8.0, 1.5)) / layers**0.5
+        saves = random.uniform(0.5, 0.95, 2)
+        rows[f"blocks.{i // 4}.fc{i % 4}"] = {
+            BF16_O2: (ms, 0.0),
+            TENSORWISE: (ms * saves[0], error),
+            ROWWISE: (ms * saves[1], 0.6 * error),
+        }
+    tables = tables_of(rows)
+    costs = make_costs(*tables)
+    wrong = random.lognormal(0.0, 0.7, layers)
+    true_rows = {
+        name: {o: (ms, error * factor) for o, (ms, error) in row.items()}
+        for (name, row), factor in zip(rows.items(), wrong, strict=True)
+    }
+    true = make_costs(*tables_of(true_rows))
+    budget = 0.3 * true.grad_error((TENSORWISE,) * layers)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=budget)
+    search = search_plan(
+        *tables, constraint=constraint, evaluate=lambda p, _: Estimate(mean=true.grad_error(p))
+    )
+    best = exact(make_problem(true, constraint), budget)
+    assert best is not None
+    found_ms, best_ms = (
+        true.counted_ms(p) * (1.0 + true.grad_error(p)) for p in (search.chosen.options, best[0])
+    )
+    assert true.grad_error(search.chosen.options) <= budget
+    assert 1.0 - 1e-9 <= found_ms / best_ms <= 1.1
+    assert costs.grad_error(search.exact.options) <= budget
 
 
 def test_a_plan_near_the_budget_is_measured_again_and_held_with_its_standard_error() -> None:

@@ -20,8 +20,8 @@ from autoprec.records import (
 )
 from autoprec.search.costs import Costs, boundary_melements, make_costs
 from autoprec.search.keep import parse_keep, resolve_keep
-from autoprec.search.problem import Options, Problem, exact, front, make_problem
-from autoprec.search.space import make_space
+from autoprec.search.problem import Options, Problem, exact, front, make_problem, wide_groups
+from autoprec.search.space import make_roles
 from tests.examples import examples
 from tests.report_runs import linear, make_spec
 from tests.search_tables import (
@@ -382,19 +382,19 @@ def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
 def test_roles_gather_the_same_layer_of_every_block() -> None:
     rows = {f"blocks.{i}.{part}": TYPICAL for i in range(4) for part in ("qkv", "fc")}
     problem = problem_of(rows)
-    space = make_space(problem, front(problem))
-    assert [role.name for role in space.roles] == ["blocks.*.qkv", "blocks.*.fc"]
-    params = {**space.params(0), "blocks.*.qkv": ROWWISE.key}
-    assert space.decode(params) == (ROWWISE, FP32) * 4
-    for base, options in enumerate(space.bases):
-        assert space.decode(space.params(base)) == options
+    roles = make_roles(problem.costs.layers, problem.allowed)
+    assert list(roles) == ["blocks.*.qkv", "blocks.*.fc"]
+    assert roles["blocks.*.qkv"].value((ROWWISE, FP32) * 4) == ROWWISE.key
+    assert roles["blocks.*.qkv"].value((ROWWISE, FP32, BF16_O2, FP32) * 2) == "mixed"
 
 
-def test_uniform_plans_are_among_the_bases() -> None:
-    problem = problem_of({"a": SLOW_FP8, "b": TYPICAL})
-    bases = make_space(problem, front(problem)).bases
-    assert (FP32, FP32) in bases
-    assert (BF16_O2, BF16_O2) in bases
+def test_a_changed_table_may_take_what_the_table_rules_out() -> None:
+    slower = {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-6), ROWWISE: (1.5, 2e-3), TENSORWISE: (1.2, 1e-3)}
+    problem = problem_of({"a": slower, "b": SLOW_FP8})
+    assert (ROWWISE,) not in problem.groups[0].choices  # slower, and with more error
+    wide = wide_groups(problem)
+    assert (ROWWISE,) in wide[0].choices
+    assert set(wide[1].choices) == set(problem.groups[1].choices)  # FP8 that gains nothing
 
 
 def test_the_spec_of_the_tables_is_the_models() -> None:

@@ -223,9 +223,10 @@ class SearchTrial(Record):
 
     `time_to_loss_ms` counts the time that is sure (see search.costs) and the extra steps.
     `feasible`: the gradient error with its standard error, and the bytes, are within the limits.
-    `source` is `exact` (the knapsack's, on the table), `corrected` (on the table as measurements
-    corrected it), `front`, `uniform`, `sampler` or `repair`. `grad_error_basis` is `predicted`
-    where there was no workload to measure with, and `grad_error` is the table's sum.
+    `source` is `exact` (the knapsack's, on the table), `drawn` (what promised most on the table as
+    measurements corrected it), `front`, `uniform` or `repair` (older: `corrected`, `sampler`).
+    `grad_error_basis` is `predicted` where there was no workload to measure with, and `grad_error`
+    is the table's sum.
     """
 
     number: NonNegativeInt

@@ -4,9 +4,10 @@ costs       what a plan costs by the tables: step time, gradient error, bytes
 keep        --keep: what the user has fixed
 problem     what there is to choose, with ties and locks; the exact plan and front
 solver      the exact answer, by HiGHS
-space       the decisions of the study
+space       the names under which a study shows a plan
 storage     the Optuna study in its database
 study       whole plans, each evaluated once as a trial
+moves       plans as arrays: exchanges of one or two layers
 explore     which whole plans to evaluate, in which order; which layers interact
 stage       search_plan: all of this
 planning    build_plan: a point -> the plan; reasons (of layers) and notes put it in words

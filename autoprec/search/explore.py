@@ -2,9 +2,9 @@
 
 1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2
 2. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
-3. the plan that promises most, of exact plans on the table as the measured plans correct it and on
-tables drawn from what they may be, of plans near those, and of Optuna's sampler; where none can win
-any more, plans of the front where it is least known
+3. the plan that promises most: from those that are best on the table as the measured plans correct
+it and on tables drawn from what they may be, and from the best one measured, on by changes of one
+and two groups; where none can win any more, plans of the front where it is least known
 
 Steps 2 and 3 share the trials asked for. Where nothing can be measured the exact plan is the answer
 to the table, and the seeds are all.
@@ -13,23 +13,15 @@ to the table, and the seeds are all.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from heapq import nlargest
 from typing import TypeVar
-
-import numpy as np
 
 from autoprec.common.progress import Progress
 from autoprec.common.text import percent
 from autoprec.records import Option, SearchTrial
-from autoprec.search.correction import Correction, Guess
-from autoprec.search.costs import Costs
-from autoprec.search.problem import Group, Options, Problem, exact, item_of, likely, precision_rank
+from autoprec.search.correction import Correction
+from autoprec.search.problem import Group, Options, Problem, exact, item_of, precision_rank
 from autoprec.search.study import FRONT, PlanStudy
 
-DRAWS = 3  # of a table, for one plan to evaluate
-MOST_NEAR = 40  # plans near one of them, of which each is looked up in the corrected table
-NEAR_SD = 0.3  # of log e of those, until then
-TRIES = 3  # without a plan that can win, before there is none
 FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
 FRONT_GAP = 0.2  # of log e: a front that is denser tells nothing new
 EXCESS = 1.25  # joint error over the sum of its parts from which layers are looked for
@@ -38,11 +30,10 @@ SHARE = 0.5  # of the excess, that the layers found must take away at each halvi
 REPAIR_TRIES = 3
 
 Suspect = TypeVar("Suspect")
-ProblemOf = Callable[[Costs], Problem]  # with other costs, and the same constraint
 
 
 def explore(
-    study: PlanStudy, exact_plan: Options, problem_of: ProblemOf, *, progress: Progress
+    study: PlanStudy, exact_plan: Options, *, progress: Progress
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Evaluate the seeds, repair and sample; return the interacting layers, and notes on them."""
     plan = _evaluate_seeds(study, exact_plan)
@@ -57,70 +48,31 @@ def explore(
             interacting, repaired = _repair(study, plan, suspects)
             notes = (_repair_note(study, plan, interacting, repaired),)
     if study.measure is not None:
-        _sample(study, problem_of, progress=progress)
+        _sample(study, progress=progress)
     return interacting, notes
 
 
 def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial | None:
     """Evaluate the plans that every search looks at; return the exact one."""
     fp32, bf16 = study.problem.uniform_plans
-    if fp32 in study.space.bases:
+    if fp32 in study.bases:
         study.evaluate(fp32, source="uniform")
     evaluated = study.evaluate(exact_plan, source="exact")
-    if bf16 in study.space.bases and not study.is_over():
+    if bf16 in study.bases and not study.is_over():
         study.evaluate(bf16, source="uniform")
     return evaluated
 
 
-def _sample(study: PlanStudy, problem_of: ProblemOf, *, progress: Progress) -> None:
+def _sample(study: PlanStudy, *, progress: Progress) -> None:
     """Evaluate more plans until as many as were asked for are measured, or none can win."""
-    failed = 0
-    while not study.is_over() and failed < TRIES:
+    while not study.is_over():
         study.take_up()
         progress("search: whole plans", study.sampled, study.most)
         if study.left <= 0:
             break
-        correction, random = study.correction(), np.random.default_rng(study.seed + study.alive)
-        drawn = _draw(study, correction, problem_of, random)
-        failed = 0 if study.improve(drawn, correction) else failed + 1
-        if failed == TRIES and _fill_front(study, correction):
-            failed = TRIES - 1
-
-
-def _draw(
-    study: PlanStudy, correction: Correction, problem_of: ProblemOf, random: np.random.Generator
-) -> list[Options]:
-    """Return exact plans of tables that may be the true one, and the best near them."""
-    price = study.best.time_to_loss_ms if study.best else 0.0
-    corrected = problem_of(correction.costs)
-    tables = (correction.drawn(random) for _ in range(DRAWS))
-    found = [likely(p, study.held_budget, price) for p in (corrected, *map(problem_of, tables))]
-    plans = list(dict.fromkeys(plan for plan in found if plan))
-    return [*plans, *(near for plan in plans for near in _near(study, plan, corrected, correction))]
-
-
-def _near(
-    study: PlanStudy, options: Options, corrected: Problem, correction: Correction
-) -> list[Options]:
-    """Return the plans that differ in one group and seem to gain most."""
-    costs, log_sd = corrected.costs, max(correction.guess(options).log_sd, NEAR_SD)
-    ms, error = costs.counted_ms(options), costs.grad_error(options)
-    found: list[tuple[float, Group, Options]] = []
-    for group in corrected.groups:
-        own = tuple(options[index] for index in group.layers)
-        before = item_of(costs, group.layers, own)
-        for choice in group.choices:
-            if choice != own:
-                item = item_of(costs, group.layers, choice)
-                guess = Guess(max(error + item.grad_error - before.grad_error, 1e-12), log_sd)
-                found.append((study.gain(ms + item.ms - before.ms, guess), group, choice))
-    plans = []
-    for gain, group, choice in nlargest(MOST_NEAR, found, key=lambda change: change[0]):
-        if gain > 0.0:
-            instead = dict(zip(group.layers, choice, strict=True))
-            changed = (instead.get(index, option) for index, option in enumerate(options))
-            plans.append(corrected.follow_uncalled(tuple(changed)))
-    return plans
+        correction = study.correction()
+        if not study.improve(correction) and not _fill_front(study, correction):
+            break
 
 
 def _fill_front(study: PlanStudy, correction: Correction) -> bool:
@@ -131,7 +83,7 @@ def _fill_front(study: PlanStudy, correction: Correction) -> bool:
     if study.budget <= 0.0:
         return False
     known = [plan.grad_error for plan in study.known.values()]
-    errors = {base: correction.guess(base).grad_error for base in study.space.bases}
+    errors = {base: correction.guess(base).grad_error for base in study.bases}
     gaps = {
         base: min((abs(math.log(error / other)) for other in known if other > 0.0), default=0.0)
         for base, error in errors.items()

@@ -200,15 +200,6 @@ def exact(problem: Problem, budget: float) -> tuple[Options, float] | None:
     return options, max(min(bound for _, bound in plans), 0.0)
 
 
-def likely(problem: Problem, budget: float, price: float) -> Options | None:
-    """Return a 16-bit plan of least time + price * gradient error: `exact` but for the last bit.
-
-    With the time to loss as the price of an error it is the product's slope, to 1 + e.
-    """
-    found = problem.knapsack.minimise(price, budget)
-    return None if found is None else _options(problem, found)
-
-
 def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     """Return plans of the Pareto front of step time and gradient error, by increasing error.
 
@@ -245,6 +236,28 @@ def item_of(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
         is_16_bit=not is_all_fp32(choice) and any(costs.layers[index].calls for index in layers),
         hiding_ms=share * math.fsum(price.compute_ms + price.boundary_ms for price in prices),
     )
+
+
+def wide_groups(problem: Problem) -> tuple[Group, ...]:
+    """Return the groups with all that could win if the table of errors were wrong.
+
+    Of a single layer all options that save time against each more precise precision.
+    """
+    costs, has_limit = problem.costs, problem.memory_bytes is not None
+
+    def could_win(index: int, option: Option) -> bool:
+        own, prices = precision_rank(option), costs.prices[index]
+        higher = [o for o in problem.allowed[index] if precision_rank(o) < own and o != FP32]
+        is_faster = all(prices[option].counted_ms < prices[o].counted_ms for o in higher)
+        return is_faster or has_limit
+
+    groups = []
+    for group in problem.groups:
+        index, is_open = group.layers[0], len(group.layers) == 1 and len(group.choices) > 1
+        own = problem.allowed[index] if is_open else ()
+        more = ((option,) for option in own if could_win(index, option))
+        groups.append(Group(group.layers, tuple(dict.fromkeys((*group.choices, *more)))))
+    return tuple(groups)
 
 
 def _group(problem: Problem, layers: tuple[int, ...]) -> Group:

@@ -14,6 +14,7 @@ Each linear solve is a linear program first. Its reduced costs say which items c
 is within `gap` of its value; the integer program has these only, a quarter of them.
 """
 
+import copy
 import ctypes
 import itertools
 import math
@@ -21,7 +22,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ NEAR_BUDGET = (0.5, 0.65, 0.8, 1.25)  # and these shares of the budget
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Plan = TypeVar("Plan")
+_Relaxed = tuple[Any, Floats, csr_array, Floats, Floats]  # Any: scipy's result has no type
 
 
 class Item(NamedTuple):
@@ -139,7 +141,7 @@ class Knapsack:
         if self._plans <= COMPLETE_PLANS:  # one by one: HiGHS errs at limits just below a plan
             items = [range(start, stop) for start, stop in itertools.pairwise(self._ends)]
             plans = (np.array(chosen, dtype=np.intp) for chosen in itertools.product(*items))
-            every = (self._solution(plan) for plan in plans if self._is_16_bit[plan].any())
+            every = (self.solution(plan) for plan in plans if self._is_16_bit[plan].any())
             found = [one for one in every if one.memory <= self.memory * (1.0 + ROUNDING)]
         elif fastest:
             most = fastest.grad_error
@@ -163,20 +165,50 @@ class Knapsack:
                 return found
         return None
 
-    def _minimise(self, price: float, budget: float, memory: float) -> Solution | None:
+    def nearly(
+        self, price: float, budget: float, errors: Floats, outside_error: float
+    ) -> Indices | None:
+        """Return the items of a plan near that of least ms + price * error, with other errors.
+
+        The linear program's, which has one or two groups in parts of items: their most precise.
+        """
+        other = copy.copy(self)
+        other._error = errors
+        other.outside = self.outside._replace(grad_error=outside_error)
+        if (found := other._relaxed(price, budget, self.memory)) is None:
+            return None
+        ranked = np.where(found[0].x[:-1] > 1e-6, errors, math.inf)
+        return np.array([a + ranked[a:b].argmin() for a, b in itertools.pairwise(self._ends)])
+
+    def solution(self, chosen: Indices) -> Solution:
+        """Return the plan of these items, by their positions among all."""
+        chosen, outside = chosen[chosen < len(self._ms)], self.outside
+        wait_ms = max(outside.hidable_ms - math.fsum(self._hiding[chosen]), 0.0)
+        return Solution(
+            picks=tuple(int(item) for item in chosen - self._starts),
+            ms=max(math.fsum([outside.ms, wait_ms, *self._ms[chosen]]), 0.0),
+            grad_error=math.fsum([outside.grad_error, *self._error[chosen]]),
+            memory=math.fsum([outside.memory, *self._bytes[chosen]]),
+        )
+
+    def _relaxed(self, price: float, budget: float, memory: float) -> _Relaxed | None:
+        """Return the linear program's answer, its costs, rows, their limits and upper bounds."""
         if (limits := self._limits(budget, memory)) is None:
             return None
         rows, most, upper = limits
         cost = np.append(self._ms + price * self._error, 1.0)
         least = self._sum_of_least(cost[:-1]) + max(self.outside.hidable_ms, 0.0)
         cost *= SCALE / max(least, float(cost.max()) / SCALE)
-
         ones, bounds = np.ones(len(self._starts)), np.column_stack([np.zeros(len(cost)), upper])
         relaxed = linprog(  # type: ignore[call-overload]  # takes sparse rows; its stubs do not
             cost, A_ub=rows, b_ub=most, A_eq=self._one_each, b_eq=ones, bounds=bounds
         )
-        if relaxed.x is None:
+        return None if relaxed.x is None else (relaxed, cost, rows, most, upper)
+
+    def _minimise(self, price: float, budget: float, memory: float) -> Solution | None:
+        if (program := self._relaxed(price, budget, memory)) is None:
             return None
+        relaxed, cost, rows, most, upper = program
         # reduced cost: by how much at least a plan with that item is above the relaxed value
         duals = self._one_each.T @ relaxed.eqlin.marginals + rows.T @ relaxed.ineqlin.marginals
         reduced = np.where(upper > 0.0, cost - duals, math.inf)
@@ -202,7 +234,7 @@ class Knapsack:
                     break
             above = math.inf if answer.x is None else answer.fun - relaxed.fun
             if above <= gap or is_all:  # what was left out could not lead to less
-                return None if answer.x is None else self._solution(core[answer.x > 0.5])
+                return None if answer.x is None else self.solution(core[answer.x > 0.5])
             gap = min(above * (1.0 + ROUNDING), 10.0 * gap)
 
     def _limits(self, budget: float, memory: float) -> tuple[csr_array, Floats, Floats] | None:
@@ -233,16 +265,6 @@ class Knapsack:
         rows.append(np.append(-self._is_16_bit, 0.0))
         most.append(-1.0)
         return csr_array(np.array(rows)), np.array(most), upper
-
-    def _solution(self, chosen: Indices) -> Solution:
-        chosen, outside = chosen[chosen < len(self._ms)], self.outside
-        wait_ms = max(outside.hidable_ms - math.fsum(self._hiding[chosen]), 0.0)
-        return Solution(
-            picks=tuple(int(item) for item in chosen - self._starts),
-            ms=max(math.fsum([outside.ms, wait_ms, *self._ms[chosen]]), 0.0),
-            grad_error=math.fsum([outside.grad_error, *self._error[chosen]]),
-            memory=math.fsum([outside.memory, *self._bytes[chosen]]),
-        )
 
     def _lowest_corner(self, lines: Sequence[tuple[float, float]]) -> tuple[float, float]:
         """Return (T, g) of the least product among the corners of what the lines leave open."""

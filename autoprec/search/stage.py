@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
@@ -19,9 +18,8 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.search.costs import make_costs
-from autoprec.search.explore import EXCESS, ProblemOf, explore
+from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
-from autoprec.search.space import make_space
 from autoprec.search.storage import open_study
 from autoprec.search.study import Measure, PlanStudy, rank
 from autoprec.search.workers import Team
@@ -83,11 +81,12 @@ def search_plan(
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
     digest = short_digest(tables, budget, seed, evaluate is None)
     end_s = math.inf if time_budget_s is None else clock() + time_budget_s
-    problem_of = partial(make_problem, constraint=constraint)
+    bases = plans | dict.fromkeys(filter(problem.fits_memory, problem.uniform_plans))
+    ordered = sorted(bases, key=lambda p: (problem.costs.grad_error(p), problem.costs.step_ms(p)))
     with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
         own = (evaluate, seed, trials, lambda: clock() >= end_s, claims)
-        study = PlanStudy(opened, make_space(problem, plans), budget, *own)
-        interacting, notes = _explored(study, exact_plan, problem_of, progress)
+        study = PlanStudy(opened, problem, tuple(ordered), budget, *own)
+        interacting, notes = _explored(study, exact_plan, progress)
         notes = (*notes, *_ceiling_notes(sensitivity, budget))
         best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
     if best is None:
@@ -101,14 +100,13 @@ def search_plan(
 def _explored(
     study: PlanStudy,
     exact_plan: Options,
-    problem_of: ProblemOf,
     progress: Progress,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Evaluate plans until there is nothing left to do here; return what `explore` found last."""
     if study.claims.is_worker:
         study.claims.check_reference()
     while True:
-        found = explore(study, exact_plan, problem_of, progress=progress)
+        found = explore(study, exact_plan, progress=progress)
         # what others are at counts, and is done here where they are killed
         if study.claims.is_worker or not study.wait_for_others():
             return found
@@ -194,7 +192,7 @@ def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:
     Uniform BF16 O2 is among them wherever it has less error than the plan before it.
     Bases that were not measured are ranked by the table.
     """
-    unknown = (base for base in study.space.bases if base not in study.known)
+    unknown = (base for base in study.bases if base not in study.known)
     plans = [*study.known.values(), *map(study.estimate, unknown)]
     last, others = best, 0
     found: list[Options] = []

@@ -5,10 +5,11 @@
     chosen      the feasible plan of least time to loss, counted_ms * (1 + grad_error)
 
 (a gradient error costs extra steps per step, see sensitivity.gap). A measurement costs training
-steps, so a sampled plan that loses even with the least error that it may have, by what was measured
-so far (see correction), is only estimated: it is in the study, with a constraint that it breaks,
-and `trials` has those that were measured. A plan that would be the best, and is near the budget, is
-measured again on more batches before it is believed: the best of many noisy numbers is too good.
+steps, so a plan that loses even with the least error that it may have, by what was measured so far
+(see correction), is passed over. Optuna keeps the trials, ranks them and shares them between
+processes; its sampler proposed none of the plans that were chosen. A plan that would be the best,
+and is near the budget, is measured again on more batches before it is believed: the best of many
+noisy numbers is too good.
 
 Every finished trial keeps its plan, gradient error and basis with it, so that a study that goes on
 (after a kill, or beside other workers) measures no plan twice.
@@ -17,18 +18,21 @@ Every finished trial keeps its plan, gradient error and basis with it, so that a
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
 from scipy.special import ndtr
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
-from autoprec.search.correction import Correction, Guess, Seen, fit_correction
+from autoprec.search.correction import Cells, Correction, Floats, Seen, fit_correction
 from autoprec.search.costs import is_all_fp32
-from autoprec.search.problem import Options
+from autoprec.search.moves import Moves
+from autoprec.search.problem import Options, Problem, wide_groups
 from autoprec.search.solver import ROUNDING
-from autoprec.search.space import AS_BASE, Space
+from autoprec.search.space import make_roles
 from autoprec.search.workers import Claims
 
 if TYPE_CHECKING:
@@ -42,32 +46,29 @@ BATCHES = 2  # of a joint measurement,
 MORE_BATCHES = 6  # and of one that decides
 LEAST_RELATIVE = 0.1  # of two batches that agree by chance; seen: 4 to 20 % of the error
 UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured on more batches
-SURELY = 2.0  # deviations of an estimate below which a plan is not looked for
+SURELY = 3.0  # deviations of an estimate below which a plan is not looked for
 NOTE = "autoprec"  # the trial's user attribute that holds a `_Note`
-SAMPLER, DRAWN, FRONT = "sampler", "drawn", "front"
+DRAWN, FRONT = "drawn", "front"
 SEEDS = ("exact", "uniform")  # plans that every search evaluates; all others count as trials
-STARTUP_TRIALS = 4  # before TPE stops drawing at random; the seeds come first and count
+DRAWS = 3  # of a table, from each of which a plan is looked for
 FIRST_CODE = 48  # "0"; each option is one character in a note
 
 Measure = Callable[[Options, int], Estimate]  # of a plan, on so many batches
 
 
 class _Note(TypedDict):
-    """What a trial keeps; `is_final` where the plan was evaluated, not only estimated."""
+    """What a trial keeps."""
 
     plan: str
     grad_error: float
     stderr: float | None
     basis: str
     source: str
-    is_final: bool
-    is_duplicate: bool
 
 
-def rank(trial: SearchTrial) -> tuple[float, float, float, str]:
-    """Return the sort key of a plan: time to loss, gradient error, step time, then the options."""
-    keys = "".join(option.key for option in trial.options)
-    return trial.time_to_loss_ms, trial.grad_error, trial.step_ms, keys
+def rank(trial: SearchTrial) -> tuple[float, float, float, int]:
+    """Return the sort key of a plan: time to loss, gradient error, step time, the first of them."""
+    return trial.time_to_loss_ms, trial.grad_error, trial.step_ms, trial.number
 
 
 @dataclass(eq=False)
@@ -75,7 +76,8 @@ class PlanStudy:
     """One study in progress: evaluates whole plans against the budget, and writes them down."""
 
     study: "optuna.Study"
-    space: Space
+    problem: Problem
+    bases: tuple[Options, ...]  # of the exact front, and the uniform plans, by increasing error
     budget: float
     measure: Measure | None
     seed: int
@@ -94,30 +96,27 @@ class PlanStudy:
     _taken: set[str] = field(default_factory=set)  # plans that other workers are measuring
 
     def __post_init__(self) -> None:
-        from optuna.distributions import CategoricalDistribution, IntDistribution
+        from optuna.distributions import CategoricalDistribution
 
-        self.problem = self.space.problem
         options = {option for prices in self.problem.costs.prices for option in prices}
         self._alphabet = sorted(options, key=lambda option: option.key)
-        base = IntDistribution(0, len(self.space.bases) - 1)
-        self._distributions: dict[str, BaseDistribution] = {"base": base}
-        for role in self.space.roles:
-            values = [AS_BASE, *(option.key for option in role.options)]
-            self._distributions[role.name] = CategoricalDistribution(values)
+        self._codes = {option: chr(FIRST_CODE + i) for i, option in enumerate(self._alphabet)}
+        self._roles = make_roles(self.problem.costs.layers, self.problem.allowed)
+        self._distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution(role.keys) for name, role in self._roles.items()
+        }
         self.take_up()
 
     @property
     def duplicates(self) -> int:
-        """How many trials proposed a plan that an earlier one had."""
-        return sum(note["is_duplicate"] for note in self._notes.values())
+        """How many trials evaluated a plan that an earlier one had."""
+        return len(self._notes) - len({note["plan"] for note in self._notes.values()})
 
     @property
     def sampled(self) -> int:
         """How many plans were evaluated beside the seeds; those under way elsewhere count."""
-        return len(self._taken) + sum(
-            note["source"] not in SEEDS and note["is_final"] and not note["is_duplicate"]
-            for note in self._notes.values()
-        )
+        own = {note["plan"] for note in self._notes.values() if note["source"] not in SEEDS}
+        return len(self._taken) + len(own)
 
     @property
     def left(self) -> int:
@@ -126,7 +125,13 @@ class PlanStudy:
 
     def correction(self) -> Correction:
         """Return the table as the plans measured so far correct it."""
-        return fit_correction(self.problem.costs, self.seen)
+        return fit_correction(self.moves.cells, self.seen)
+
+    @cached_property
+    def moves(self) -> Moves:
+        """The plans that may be sampled."""
+        wide = replace(self.problem, groups=wide_groups(self.problem))
+        return Moves(wide, Cells(self.problem.costs))
 
     def is_taken(self, options: Options) -> bool:
         """Whether a plan is known, or being measured elsewhere."""
@@ -152,7 +157,7 @@ class PlanStudy:
     def evaluate(self, options: Options, *, source: str) -> SearchTrial | None:
         """Evaluate a plan as a trial, unless it is known; None where another worker is at it."""
         if not self.is_taken(options):
-            self._run(self._trial_of(options), options, source)
+            self._run(options, source)
         return self.known.get(options)
 
     def wait_for_others(self) -> bool:
@@ -171,49 +176,39 @@ class PlanStudy:
             self.take_up()
         return plan
 
-    def improve(self, drawn: Sequence[Options], correction: Correction) -> bool:
-        """Evaluate the plan that promises most, of some and of Optuna's; False where none can win.
+    def improve(self, correction: Correction) -> bool:
+        """Evaluate the plan that promises most; False where none can win."""
+        random = np.random.default_rng(self.seed + self.alive)
+        price = self.best.time_to_loss_ms if self.best else 0.0
+        tables = [correction.errors, *(correction.drawn(random) for _ in range(DRAWS))]
+        starts = [self.moves.solve(errors, self.held_budget, price) for errors in tables]
+        starts += [self.moves.picks(self.best.options)] if self.best else []
+        plans = [*self.known, *map(self._plan, self._taken)]
+        taken = {p.tobytes() for p in map(self.moves.picks, plans) if p is not None}
+        found = [
+            self.moves.climb(start, correction, self.gains, taken)
+            for start in starts
+            if start is not None
+        ]
+        gain, picks = max(found, key=lambda one: one[0], default=(0.0, None))
+        if picks is None or gain <= 0.0:
+            return False
+        self.evaluate(self.moves.options(picks), source=DRAWN)
+        return True
 
-        Optuna's follow from the seed and the trials so far: a study that goes on after a kill
-        proposes what it would have proposed, and a worker beside another, which sees that one's
-        trial at hand, something else.
+    def gains(self, ms: Floats, errors: Floats, log_sd: float) -> Floats:
+        """Return the expected gain of plans: 0 where one loses beyond its error.
+
+        That is with an error SURELY deviations below what it is taken to be. Where no plan is
+        feasible yet, what counts is the chance to be.
         """
-        import optuna
-
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=self.seed + self.alive,
-            multivariate=True,
-            group=True,
-            n_startup_trials=STARTUP_TRIALS,
-        )
-        asked = self.study.ask(self._distributions)
-        proposed = self.space.decode(asked.params)
-        gains = {plan: self.expected_gain(plan, correction) for plan in (*drawn, proposed)}
-        best = max(gains, key=lambda plan: gains[plan])
-        is_better = gains[best] > 0.0
-        self._run(asked, proposed, SAMPLER, is_final=is_better and best == proposed)
-        if is_better and best != proposed:
-            self.evaluate(best, source=DRAWN)
-        return is_better
-
-    def expected_gain(self, options: Options, correction: Correction) -> float:
-        """Return the expected gain in time to loss, in ms; 0 of a plan that is known or taken."""
-        if self.is_taken(options) or not self.problem.fits_memory(options):
-            return 0.0
-        return self.gain(self.problem.costs.counted_ms(options), correction.guess(options))
-
-    def gain(self, ms: float, guess: Guess) -> float:
-        """Return the expected gain of a plan of this step time; 0 where it loses beyond its error.
-
-        That is with an error SURELY deviations below what it is taken to be.
-        """
-        low, best_ms = guess.low(SURELY), self.best.time_to_loss_ms if self.best else math.inf
-        if low > self.budget or ms * (1.0 + low) >= best_ms:
-            return 0.0
-        if self.best is None:
-            return 1.0 / ms
-        reach = math.log(self.held_budget / guess.grad_error) / guess.log_sd
-        return float(ndtr(reach)) * max(best_ms - ms * (1.0 + guess.grad_error), 1e-9 * best_ms)
+        low = errors * math.exp(-SURELY * log_sd)
+        chance = ndtr(np.log(max(self.held_budget, 1e-300) / errors) / log_sd)
+        best_ms = self.best.time_to_loss_ms if self.best else math.inf
+        gain = np.maximum(best_ms - ms * (1.0 + errors), 1e-9 * best_ms) if self.best else 1.0 / ms
+        can_win = (low <= self.budget) & (ms * (1.0 + low) < best_ms)
+        found: Floats = np.where(can_win, chance * gain, 0.0)
+        return found
 
     def take_up(self) -> None:
         """Take up what was finished since the last time: here, before, or by other workers."""
@@ -225,14 +220,13 @@ class PlanStudy:
             if not note or not trial.state.is_finished() or trial.number in self._notes:
                 continue
             self._notes[trial.number] = note
-            if note["is_final"]:
-                options = tuple(self._alphabet[ord(code) - FIRST_CODE] for code in note["plan"])
-                error = Estimate(mean=note["grad_error"], stderr=note["stderr"])
-                basis, source = Basis(note["basis"]), note["source"]
+            options = self._plan(note["plan"])
+            error = Estimate(mean=note["grad_error"], stderr=note["stderr"])
+            basis, source = Basis(note["basis"]), note["source"]
+            if options not in self.known:
                 record = self._record(options, error, basis, trial.number, source)
                 self.known[options] = record
-                if not note["is_duplicate"]:
-                    self.trials.append(record)
+                self.trials.append(record)
         self.best = min((p for p in self.known.values() if p.feasible), key=rank, default=None)
         self.seen = [
             Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
@@ -243,29 +237,18 @@ class PlanStudy:
         share = statistics.median(relative) if relative else 0.0
         self.held_budget = self.budget / (1.0 + DEVIATIONS * share)
 
-    def _trial_of(self, options: Options) -> "optuna.Trial":
-        """Return a new trial of this plan; one without parameters where they cannot express it."""
-        import optuna
-
-        if options not in self.space.bases:
-            return self.study.ask()
-        params = self.space.params(self.space.bases.index(options))
-        any_other = optuna.samplers.RandomSampler(seed=self.seed)
-        self.study.sampler = optuna.samplers.PartialFixedSampler(params, any_other)
-        return self.study.ask(self._distributions)
-
-    def _run(
-        self, trial: "optuna.Trial", options: Options, source: str, *, is_final: bool = True
-    ) -> None:
-        """Evaluate a plan, or estimate it, and write it down; failed if broken off."""
+    def _run(self, options: Options, source: str) -> None:
+        """Evaluate a plan as a trial that names what its layers have; failed if broken off."""
+        from optuna.samplers import PartialFixedSampler, RandomSampler
         from optuna.trial import TrialState
 
+        params = {name: role.value(options) for name, role in self._roles.items()}
+        self.study.sampler = PartialFixedSampler(params, RandomSampler(seed=self.seed))
+        trial = self.study.ask(self._distributions)
         try:
-            is_work = is_final and options not in self.known
-            plan = self._code(options) if is_work else None
-            with self.claims.claimed(trial, plan) as is_ours:
+            with self.claims.claimed(trial, self._code(options)) as is_ours:
                 if is_ours:
-                    self._evaluate(trial, options, source, is_final=is_final)
+                    self._evaluate(trial, options, source)
         except BaseException:
             self.claims.tell(trial, state=TrialState.FAIL)
             raise
@@ -273,34 +256,21 @@ class PlanStudy:
             self.claims.tell(trial, state=TrialState.FAIL)
         self.take_up()
 
-    def _evaluate(
-        self, trial: "optuna.Trial", options: Options, source: str, *, is_final: bool
-    ) -> None:
-        costs, known = self.problem.costs, self.known.get(options)
-        error, basis = Estimate(mean=costs.grad_error(options)), Basis.PREDICTED
-        if known is not None:
-            error = Estimate(mean=known.grad_error, stderr=known.grad_error_stderr)
-            basis = known.grad_error_basis
-        elif is_final:
-            error, basis = self._joint_error(options)
+    def _evaluate(self, trial: "optuna.Trial", options: Options, source: str) -> None:
+        costs = self.problem.costs
+        error, basis = self._joint_error(options)
         # feasible where all are <= 0
         held = self._held(error)
         trial.set_constraint("grad_error", held / self.budget - 1.0 if self.budget else held)
-        trial.set_constraint("evaluated", 0.0 if is_final else 1.0)
         memory_bytes = costs.memory_bytes(options)
         if limit := self.problem.memory_bytes:
             trial.set_constraint("memory", memory_bytes / limit - 1.0)
-        plan = self._code(options)
-        is_seen = any(note["plan"] == plan for note in self._notes.values())
         note = _Note(
-            plan=plan,
+            plan=self._code(options),
             grad_error=error.mean,
             stderr=error.stderr,
             basis=basis.value,
             source=source,
-            is_final=is_final,
-            # a plan that was only estimated before and is measured now is no duplicate
-            is_duplicate=is_seen and (known is not None or not is_final),
         )
         trial.set_user_attr(NOTE, note)
         self.claims.tell(trial, [costs.counted_ms(options), error.mean, float(memory_bytes)])
@@ -357,5 +327,8 @@ class PlanStudy:
 
     def _code(self, options: Options) -> str:
         """Return a plan as text, one character a layer."""
-        codes = {option: chr(FIRST_CODE + code) for code, option in enumerate(self._alphabet)}
-        return "".join(codes[option] for option in options)
+        return "".join(self._codes[option] for option in options)
+
+    def _plan(self, code: str) -> Options:
+        """Return the plan of a text."""
+        return tuple(self._alphabet[ord(one) - FIRST_CODE] for one in code)
