@@ -42,16 +42,26 @@ class Planted(nn.Module):
         self.offset = strength * spread
         with torch.no_grad():
             if kind == "rows":
-                layer.weight[:2] *= self.factor
-                if layer.bias is not None:
-                    layer.bias[:2] *= self.factor
+                for parameter in layer.parameters():
+                    parameter[:2] *= self.factor
             elif kind == "channel":
                 alive = (torch.arange(layer.in_features) != 3).float()
                 layer.weight *= alive
                 layer.weight.register_hook(lambda g: g * alive.to(g.dtype))  # type: ignore[no-untyped-call]  # torch's
             elif kind == "quantised":
                 step = layer.weight.abs().max() / strength
-                layer.weight.copy_((layer.weight / step).round() * step)
+                self.lost = layer.weight - (layer.weight / step).round() * step
+                layer.weight -= self.lost
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Take the fault out where training has brought the layer; FP32 computes the same."""
+        if self.kind == "rows":
+            for parameter in self.layer.parameters():
+                parameter[:2] /= self.factor
+        elif self.kind == "quantised":
+            self.layer.weight += self.lost
+        self.kind = "control"
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor

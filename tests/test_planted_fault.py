@@ -159,7 +159,7 @@ def test_a_mean_beside_the_fault_is_not_blamed() -> None:
     rows = {row.operand: row for row in run.sensitivity.statistics if row.name == FAULT}
     mean, gradient = rows[Operand.INPUT], rows[Operand.GRAD_OUTPUT]
     assert (mean.mean_over_std or 0.0) > 1.0  # it stands out
-    assert mean.mean_share["tensorwise"] < 0.5 < gradient.bf16_share["tensorwise"]
+    assert mean.mean_share["tensorwise"] < 0.5 < gradient.range_share["tensorwise"]
     assert "grad_output: " in run.fault.reason
     assert "input: mean" not in run.fault.reason
 
@@ -172,13 +172,13 @@ def test_an_offset_is_blamed_though_a_more_precise_input_would_not_help() -> Non
     assert explain_statistics([found, other], recipe="tensorwise").startswith("input: mean")
 
 
-def test_no_operand_is_blamed_if_none_takes_half_of_the_error_away() -> None:
+def test_nothing_is_blamed_if_no_repair_takes_half_of_the_error_away() -> None:
     rows = run_of("rows", 20).sensitivity.statistics
     (found,) = (r for r in rows if (r.name, r.operand) == (FAULT, Operand.WEIGHT))
-    innocent = found.model_copy(update={"bf16_share": {"tensorwise": 0.3}})
+    innocent = found.model_copy(update={"range_share": {"tensorwise": 0.3}})
     text = explain_statistics([innocent], recipe="tensorwise")
-    assert text == "no operand alone is behind it"
-    unmeasured = found.model_copy(update={"bf16_share": {}})
+    assert text == "by rounding itself, not by a single underflow, outlier or offset"
+    unmeasured = found.model_copy(update={"range_share": {}})
     text = explain_statistics([unmeasured], recipe="tensorwise")
     assert text.endswith("weight: outlier channels 0, 1")
 

@@ -48,9 +48,10 @@ class OperandStatistics(Record):
     from to the spread. `outlier_token_share` is the share of tokens whose amax is more than about
     10x the median one's. None: not known, nothing varies, or a weight, which has no tokens.
 
-    `bf16_share` and `mean_share` are the parts of the layer's gradient error under a recipe that go
-    with this operand in BF16, and without its mean; below zero where the error grows. They are
-    there where an operand of a layer with a large error stands out.
+    `range_share` and `mean_share` are the parts of the layer's gradient error under a recipe that
+    go where this operand is rounded as in FP8, but of any range, and where its mean is taken out;
+    below zero where the error grows. They are there where an operand of a layer with a large error
+    stands out.
     """
 
     name: str
@@ -64,7 +65,7 @@ class OperandStatistics(Record):
     channels: NonNegativeInt
     mean_over_std: NonNegativeFloat | None = None
     outlier_token_share: NonNegativeFloat | None = None
-    bf16_share: dict[str, float] = Field(default_factory=dict)
+    range_share: dict[str, float] = Field(default_factory=dict)
     mean_share: dict[str, float] = Field(default_factory=dict)
 
 

@@ -23,7 +23,7 @@ class Suspect(NamedTuple):
     """What stands out in an operand, in words."""
 
     text: str
-    is_mean: bool  # the input's, which is repaired by taking it out; all else by BF16
+    is_mean: bool  # the input's, repaired by taking it out; all else by more range
     share: float | None  # of the error that its repair takes away, where it was measured
 
 
@@ -31,10 +31,10 @@ def suspects(row: OperandStatistics, recipe: str | None) -> Iterator[Suspect]:
     """Yield what stands out in an operand under a recipe, or under the worst one of it."""
     lines = [text for text in (_worst_loss(row, recipe), _outliers(row)) if text]
     if lines:
-        yield Suspect("; ".join(lines), False, row.bf16_share.get(recipe or ""))
+        yield Suspect("; ".join(lines), False, row.range_share.get(recipe or ""))
     if offset := offset_of(row):
         is_input = row.operand is Operand.INPUT
-        shares = row.mean_share if is_input else row.bf16_share
+        shares = row.mean_share if is_input else row.range_share
         yield Suspect(offset, is_input, shares.get(recipe or ""))
 
 
@@ -50,7 +50,7 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     if best is None:
         return "; ".join(one.text for one in found)
     if best < CAUSE:
-        return "no operand alone is behind it"
+        return "by rounding itself, not by a single underflow, outlier or offset"
     named = [(one.share or 0.0, one.text) for one in found]
     return "; ".join(
         f"{text} ({percent(share)} of the error)"

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from autoprec.device.ranks import largest_over_ranks, local_part
 from autoprec.records import Gemm, Operand, Option
-from autoprec.sensitivity.casts import Cast, cast_operand, gemm_casts, round_bf16
+from autoprec.sensitivity.casts import Cast, Sides, cast_operand, gemm_casts, round_bf16
 
 ABSENT = -1.0  # of an operand that no step had
-Casts = Mapping[Gemm, Mapping[Operand, Cast]]
 Amax = Mapping[Operand, float]  # of a linear's past; an operand not in it is scaled by its own
 
 
@@ -67,23 +66,20 @@ def emulated_layer(
     option: Option,
     amax: Amax,
     *,
-    in_bf16: Operand | None = None,
+    in_range: Operand | None = None,
     without_mean: bool = False,
 ) -> Iterator[None]:
     """Run a linear with an FP8 option's casts and FP32 matmuls inside.
 
-    `in_bf16` is an operand that no GEMM casts to FP8; `without_mean` takes the mean over rows out
-    of the input before it is cast, and what it does to the results is added in FP32:
+    `in_range` is an operand that loses digits as in FP8, and no range; `without_mean` takes the
+    mean over rows out of the input before it is cast, and adds what it does to the results in FP32:
 
         x w' = (x - m) w' + m w'        g' x = g' (x - m) + (sum of g's rows)' m
     """
-    casts = {
-        gemm: {operand: cast for operand, cast in sides if operand is not in_bf16}
-        for gemm, sides in gemm_casts(option).items()
-    }
+    casts = gemm_casts(option)
 
     def forward(x: Tensor) -> Tensor:
-        settings = casts, amax, without_mean
+        settings = casts, amax, in_range, without_mean
         y: Tensor = _EmulatedMatmul.apply(x, layer.weight, *settings)  # type: ignore[no-untyped-call]
         return y if layer.bias is None else round_bf16(y + round_bf16(layer.bias))
 
@@ -99,38 +95,51 @@ class _EmulatedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, casts: Casts, amax: Amax, without_mean: bool
-    ) -> Tensor:  # Any: autograd's context is untyped
+        ctx: Any,  # Any: autograd's context is untyped
+        x: Tensor,
+        weight: Tensor,
+        casts: dict[Gemm, Sides],
+        amax: Amax,
+        in_range: Operand | None,
+        without_mean: bool,
+    ) -> Tensor:
         x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
         mean_K = x_MK.mean(0) * without_mean
-        ctx.save_for_backward(x_MK - mean_K, weight_NK, mean_K)
-        ctx.shape, ctx.casts, ctx.amax = x.shape, casts, amax
-        sides = {Operand.INPUT: x_MK - mean_K, Operand.WEIGHT: weight_NK}
-        left, right = _cast_sides(casts.get(Gemm.OUTPUT), amax, sides)
+        x_MK = x_MK - mean_K
+        ctx.save_for_backward(x_MK, weight_NK, mean_K)
+        ctx.shape, ctx.casts, ctx.how = x.shape, casts, (amax, in_range)
+        left, right = _cast_sides(casts.get(Gemm.OUTPUT), ctx.how, x_MK, weight_NK)
         y_MN = round_bf16(left @ right.t() + weight_NK @ mean_K)  # [M, K] @ [K, N] -> [M, N]
         return y_MN.reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         x_MK, weight_NK, mean_K = ctx.saved_tensors
         grad_MN = round_bf16(grad_outputs[0].reshape(-1, len(weight_NK)))
-        sides = {Operand.GRAD_OUTPUT: grad_MN, Operand.WEIGHT: weight_NK}
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_INPUT), ctx.amax, sides)
+        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_INPUT), ctx.how, grad_MN, weight_NK)
         grad_input_MK = round_bf16(left @ right)  # [M, N] @ [N, K] -> [M, K]
-        sides = {Operand.GRAD_OUTPUT: grad_MN, Operand.INPUT: x_MK}
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_WEIGHT), ctx.amax, sides)
+        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_WEIGHT), ctx.how, grad_MN, x_MK)
         # [N, M] @ [M, K] -> [N, K]
         grad_weight_NK = round_bf16(left.t() @ right + torch.outer(grad_MN.sum(0), mean_K))
-        return grad_input_MK.reshape(ctx.shape), grad_weight_NK, None, None, None
+        return grad_input_MK.reshape(ctx.shape), grad_weight_NK, None, None, None, None
 
 
 def _cast_sides(
-    casts: Mapping[Operand, Cast] | None, amax: Amax, sides: Mapping[Operand, Tensor]
+    sides: Sides | None, how: tuple[Amax, Operand | None], *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Return the operands of a GEMM as FP8 has them; those without a cast stay in BF16."""
+    if sides is None:  # this GEMM stays in BF16
+        return tensors
+    amax, in_range = how
     return tuple(
-        cast_operand(tensor, casts[operand], amax=amax.get(operand))
-        if casts and operand in casts
-        else tensor
-        for operand, tensor in sides.items()
+        _rounded(tensor, cast)
+        if operand is in_range
+        else cast_operand(tensor, cast, amax=amax.get(operand))
+        for tensor, (operand, cast) in zip(tensors, sides, strict=True)
     )
+
+
+def _rounded(x: Tensor, cast: Cast) -> Tensor:
+    """Return x with as many digits as the cast's dtype keeps, however small or large it is."""
+    mantissa, exponent = torch.frexp(x)  # of magnitude 1/2 to 1
+    step = torch.finfo(cast.dtype).eps / 2
+    return torch.ldexp((mantissa / step).round_() * step, exponent)
