@@ -28,6 +28,7 @@ from autoprec.search import build_plan, search_plan
 from autoprec.search.reasons import DOMINATES
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.workload.functions import workload_from
 from tests.planted import Planted, plant, times_of
@@ -167,7 +168,7 @@ def undone_error(reference: Reference, place: str) -> float:
     cast(Planted, reference.model.get_submodule(place)).undo()
     option = {f"{place}.layer": fp8_option(Recipe.TENSORWISE)}
     run = partial(install_options, reference.model, option, activation_dtype=torch.float32)
-    clean = replace(reference, gradients={})
+    clean = replace(reference, gradients=InTurn((), torch.device("cpu")))
     return clean.measure_errors({"undone": run}, batches=len(reference.batches))["undone"].mean
 
 
