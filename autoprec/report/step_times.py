@@ -23,7 +23,6 @@ from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
 BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
-MODEL = "plan.json (model)"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Step:
 
     ms: float
     basis: Basis
-    source: str  # the file it comes from
     low_ms: float | None = None
     high_ms: float | None = None
     samples: int = 0
@@ -119,8 +117,8 @@ def _tf32_parts(profile: Profile) -> list[str]:
 
 def plan_steps(run: RunRecords) -> dict[str, Step]:
     """Return the steps by label, the plan's among them if anything is known of it."""
-    timed = _measured(run.verification, "verification.json")
-    profiled = _measured(run.profile, "profile.json")
+    timed = _measured(run.verification)
+    profiled = _measured(run.profile)
     if "plan" in timed:
         # its set is interleaved; of the profile only what is no baseline of the plan
         steps = {x: step for x, step in profiled.items() if x not in BASELINES} | timed
@@ -137,7 +135,7 @@ def plan_speedups(run: RunRecords) -> dict[str, Speedup]:
     if plan is None or plan.ms <= 0.0:
         return {}
     shared_ms: dict[str, float] = {}
-    if plan.source == MODEL:
+    if plan.basis is Basis.PREDICTED:
         steps |= _model_steps(run)
         shared_ms = dict.fromkeys(("bf16_o2", "autocast_bf16"), _shared_ms(run))
     return {
@@ -177,21 +175,20 @@ def _joint_basis(*bases: Basis) -> Basis:
     return next((basis for basis in weakest_first if basis in bases), Basis.MEASURED)
 
 
-def _measured(record: Profile | Verification | None, source: str) -> dict[str, Step]:
+def _measured(record: Profile | Verification | None) -> dict[str, Step]:
     """Return the steps that a record timed."""
     found = {}
     for step in record.steps if record else ():
         t = step.timing
         known = (t.p20_ms, t.p80_ms, t.samples, step.peak_bytes, t.turn_error)
-        found[step.label] = Step(t.median_ms, t.basis, source, *known)
+        found[step.label] = Step(t.median_ms, t.basis, *known)
     return found
 
 
 def _certified(run: RunRecords) -> dict[str, Step]:
     """Return the steps of a plan's own certificate: medians without their spread."""
     times = run.plan.certificate.step_ms if run.plan and run.plan.certificate else {}
-    source = "plan.json (certificate)"
-    steps = {label: Step(ms, Basis.MEASURED, source) for label, ms in times.items()}
+    steps = {label: Step(ms, Basis.MEASURED) for label, ms in times.items()}
     return steps if "plan" in steps else {}
 
 
@@ -201,7 +198,7 @@ def _model_steps(run: RunRecords) -> dict[str, Step]:
     if model is None:
         return {}
     return {
-        "plan": Step(model.plan_ms, Basis.PREDICTED, MODEL, model.low_ms, model.high_ms),
-        "fp32": Step(model.fp32_ms, Basis.PREDICTED, MODEL),
-        "bf16_o2": Step(model.bf16_o2_ms, Basis.PREDICTED, MODEL),
+        "plan": Step(model.plan_ms, Basis.PREDICTED, model.low_ms, model.high_ms),
+        "fp32": Step(model.fp32_ms, Basis.PREDICTED),
+        "bf16_o2": Step(model.bf16_o2_ms, Basis.PREDICTED),
     }

@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.records import (
-    Basis,
-    Estimate,
-    Precision,
-)
+from autoprec.records import Basis, Estimate, Precision
 from autoprec.report import formats
 from autoprec.report.answer import Answer, plan_note
 from autoprec.report.formats import clean_text, count_of
@@ -41,29 +37,6 @@ LONGEST_LOG = 3.0  # of a time beyond which a loss curve tells nothing: 20 times
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """How far FP8 can shorten a BF16 O2 step: `share` of it is in layers that can take FP8.
-
-    `limit` is the speedup that no plan can pass: were these layers to run at FP8's peak rate, with
-    everything else in the step, from attention to the optimizer, as it is without FP8.
-    """
-
-    baseline: Step
-    layers: int
-    share: float
-    limit: float
-
-    @property
-    def sentence(self) -> str:
-        """The ceiling in words."""
-        return (
-            f"ceiling: {count_of(self.layers, 'FP8-eligible linear')}, {100 * self.share:.0f} % of "
-            f"the BF16 O2 step => FP8 can gain at most {formats.ratio(self.limit)} "
-            f"(all of them at FP8's peak rate, {FP8_PEAK_RATIO:g}x BF16's)"
-        )
-
-
-@dataclass(frozen=True)
 class Summary:
     """What a run found. `extra_steps` are per step; `time_to_loss` is against FP32.
 
@@ -76,7 +49,7 @@ class Summary:
     counts: Mapping[Precision, int]
     steps: Mapping[str, Step]
     speedups: Mapping[str, Speedup]
-    ceiling: Ceiling | None
+    ceiling: str
     grad_error: Estimate | None
     grad_error_basis: Basis
     extra_steps: float | None
@@ -156,7 +129,7 @@ def summarise_run(run: RunRecords) -> Summary:
         counts=formats.precision_counts(plan.options if plan else ()),
         steps=plan_steps(run),
         speedups=speedups,
-        ceiling=_fp8_ceiling(run, layers),
+        ceiling=_ceiling_sentence(run, layers),
         grad_error=grad_error,
         grad_error_basis=plan.grad_error_basis if plan else Basis.UNKNOWN,
         extra_steps=extra_steps,
@@ -214,21 +187,30 @@ def apply_line(out: Path | str | None) -> str:
     return f"model, optimizer = autoprec.apply({path}, model, optimizer)"
 
 
-def _fp8_ceiling(run: RunRecords, layers: "pd.DataFrame") -> Ceiling | None:
-    """Return the most that FP8 can gain over BF16 O2; None without FP8 units, or without times."""
+def _ceiling_sentence(run: RunRecords, layers: "pd.DataFrame") -> str:
+    """Return the most that FP8 can gain over BF16 O2; "" without FP8 units, or without times.
+
+    That is were all layers that can take FP8 to run at FP8's peak rate, with everything else in the
+    step, from attention to the optimizer, as it is without FP8.
+    """
     baseline = plan_steps(run).get("bf16_o2")
     if run.profile is None or baseline is None or baseline.ms <= 0.0:
-        return None
+        return ""
     if run.profile.device.kind == "cpu":  # it has no FP8 rate that could be a limit
-        return None
+        return ""
     specs = run.profile.model.layers
     names = [layer.name for layer in specs if any(option.is_fp8 for option in layer.options)]
     part_ms = float(layers.loc[layers["name"].isin(names), "bf16_o2_total_ms"].sum())
     if part_ms <= 0.0:
-        return None
+        return ""
     # Amdahl's law: of a step of 1, `share` gets shorter
     share = min(part_ms / baseline.ms, 1.0)
-    return Ceiling(baseline, len(names), share, 1.0 / (1.0 - share + share / FP8_PEAK_RATIO))
+    limit = 1.0 / (1.0 - share + share / FP8_PEAK_RATIO)
+    return (
+        f"ceiling: {count_of(len(names), 'FP8-eligible linear')}, {100 * share:.0f} % of the BF16 "
+        f"O2 step => FP8 can gain at most {formats.ratio(limit)} (all of them at FP8's peak rate, "
+        f"{FP8_PEAK_RATIO:g}x BF16's)"
+    )
 
 
 def _compile_answer(run: RunRecords) -> str:

@@ -73,7 +73,7 @@ def print_summary(
     print_answer(found, console, out=out, script=script)
     if not verbose:
         return
-    ceiling = [Line(found.ceiling.sentence)] if found.ceiling else []
+    ceiling = [Line(found.ceiling)] if found.ceiling else []
     parts = [Line(""), *layers_parts(found.layers, console.width)] if len(found.layers) else []
     parts += [*_steps_parts(found), *section("Loss"), *_loss_lines(found)]
     print_parts([*parts, *ceiling, *notes(found.notes)], console)
