@@ -417,3 +417,27 @@ def test_experts_are_watched_or_said_not_to_be_judged(
     assert checks["1"].is_judged == is_judged
     assert checks["0"].is_judged
     assert checks["2"].is_judged
+
+
+class Routed(nn.Module):
+    """A router and experts that the same module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 2)
+        self.up = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH)
+        self.unused = nn.Parameter(torch.ones(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.up.dtype)
+        out: Tensor = grouped(x, self.up) * self.router(x).max(-1, keepdim=True).values
+        return out
+
+
+def test_experts_that_no_layer_owns_are_watched_too() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Routed())
+    autoprec.apply(plan_for(model), model)
+    checks = {check.name: check for check in autoprec.verify_applied(model, torch.ones(8, WIDTH))}
+    assert checks["1.up"].detail == "outside any layer: functional _grouped_mm bfloat16"
+    assert checks["1.up"].is_judged
+    assert not checks["1.unused"].is_judged

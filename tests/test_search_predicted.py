@@ -30,6 +30,7 @@ from autoprec.records import (
 from autoprec.records.cost import Timing
 from autoprec.records.model import with_gemms_hp
 from autoprec.records.sensitivity import Estimate
+from autoprec.report.remarks import profile_notes
 from autoprec.search import build_plan, search_plan
 from autoprec.search.costs import Costs, make_costs
 from tests.decoder_specs import decoder, linear_layer, model_of, plain_layer
@@ -409,6 +410,22 @@ def test_what_has_no_known_time_is_told_in_layer_step_and_answer() -> None:
     assert plan.predicted.left_out == pytest.approx(8 * 4096 * 1024 / spec.numel)
     assert any(note.startswith("no time is known for 33 % of the weights") for note in plan.notes)
     assert "no FP8 option yet for 33 % of the weights (other)" in plan.notes
+
+
+@pytest.mark.parametrize(("outputs", "what"), [(8, "experts"), (16, "parameters")])
+def test_experts_of_no_layer_are_told_by_their_router(outputs: int, what: str) -> None:
+    stack = ParameterSpec(name="mlp.up", shape=(8, 4096, 1024), dtype="float32", is_trainable=True)
+    router = linear_layer("mlp.router", 4096, outputs)
+    spec = model_of(linear_layer("q_proj", 8192, 8192), router)
+    profile = predicted("", spec.model_copy(update={"uncovered": (stack,)}))
+    plan = planned(profile)
+    reason = "it belongs" if what == "parameters" else "experts that belong"
+    assert profile.unknown_times["mlp.up"].startswith(f"{reason} to no layer")
+    assert f"no FP8 option yet for 33 % of the weights ({what} that belong to no layer)" in [
+        note for note in plan.notes if note.startswith("no FP8 option")
+    ]
+    (held,) = (note for note in profile_notes(profile) if note.startswith("outside any layer"))
+    assert ("(experts)" in held) == (what == "experts")
 
 
 @pytest.mark.parametrize(("error", "expected"), [(1e-6, BF16_O2), (0.5, FP32)])

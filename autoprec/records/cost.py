@@ -243,6 +243,7 @@ class Profile(FileRecord):
         if self.basis is Basis.PREDICTED:
             matrices = (p.name for p in self.model.uncovered if len(p.matrix_shape) > 1)
             found |= dict.fromkeys(matrices, "it belongs to no layer")
+            found |= dict.fromkeys(self.model.loose_experts, "experts that belong to no layer")
         return found
 
     @property

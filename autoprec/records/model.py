@@ -325,6 +325,20 @@ class ModelSpec(FileRecord):
         """The number of elements of all parameters."""
         return sum(parameter.numel for parameter in self.parameters())
 
+    @property
+    def loose_experts(self) -> tuple[str, ...]:
+        """The names of experts that no layer owns: stacked matrices, beside a router of theirs.
+
+        A router has an output for each of them, in the module that holds them or below.
+        """
+        found = []
+        for stack in (p for p in self.uncovered if len(p.matrix_shape) == 3):
+            holder = stack.name[: stack.name.rfind(".") + 1]
+            near = (p.matrix_shape for p in self.parameters() if p.name.startswith(holder))
+            if any(len(shape) == 2 and stack.matrix_shape[0] in shape for shape in near):
+                found.append(stack.name)
+        return tuple(found)
+
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""
         for layer in self.layers:

@@ -24,7 +24,9 @@ def profile_notes(profile: Profile) -> Iterator[str]:
     """Yield what a profile does not cover."""
     model = profile.model
     if model.uncovered:
-        names = first_and_more((p.name for p in model.uncovered), most=MOST_NAMED)
+        experts = dict.fromkeys(model.loose_experts, " (experts)")
+        named = (p.name + experts.get(p.name, "") for p in model.uncovered)
+        names = first_and_more(named, most=MOST_NAMED)
         yield f"outside any layer, in the plan's activation dtype: {names}"
     if model.uncalled:
         names = first_and_more(model.uncalled, most=MOST_NAMED)

@@ -15,6 +15,8 @@ routers of experts do: what its author wrote stays, and the check says so. A lay
 which none of these ran (a kernel of somebody's own) is not judged. What a parametrization does to
 make a weight (an orthogonal one factorizes in FP32) is not the layer's operation and is left out.
 
+Stacked experts that no layer owns are watched as well, in forward.
+
 A layer is looked for under the plan's name, or where what wrapped it later put it: LoRA makes
 `q_proj` to `q_proj.base_layer`, `torch.compile` of a block puts `_orig_mod` into the name.
 """
@@ -33,7 +35,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, plain_name, unwrapped
+from autoprec.model.layers import find_layers, model_layers, plain_name, unwrapped
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, own_class
@@ -107,7 +109,8 @@ def verify_applied(
             the mean of its outputs.
 
     Returns:
-        One good check per layer, saying what ran; `is_judged` is False where that cannot be told.
+        One good check per layer, and per stack of matrices outside of layers, saying what ran;
+        `is_judged` is False where that cannot be told.
 
     Raises:
         PlanMismatchError: something else ran; the message names every layer concerned.
@@ -167,7 +170,8 @@ def check_applied(
             detail += f"; weight gathered in {dtype}" if dtype else ""
         check = Check(name=name, is_good=not problem, detail=problem or detail, is_judged=is_judged)
         checks.append(check)
-    return tuple(checks)
+    loose = (_loose_check(name, p, traces[name]) for name, p in _loose_stacks(inner).items())
+    return (*checks, *loose)
 
 
 def trace_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, LayerTrace]:
@@ -175,11 +179,28 @@ def trace_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, LayerTrac
 
     Compiled code hides its operations, so `torch.compile` is off inside. Any: what a model returns.
     """
-    recorder = _LayerRecorder(find_layers(model))
+    recorder = _LayerRecorder(find_layers(model), _loose_stacks(model))
     eager, tracer = torch.compiler.set_stance("force_eager"), OperationTracer(recorder.run)
     with eager, _left_as_it_was(model), torch.enable_grad(), recorder.hooked(), tracer:
         torch.autograd.backward(_loss(step()))
     return recorder.traces
+
+
+def _loose_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the stacked matrices that no layer owns, such as experts beside their router."""
+    loose = model_layers(model).uncovered
+    return {name: parameter for name, parameter in loose.items() if parameter.squeeze().dim() > 2}
+
+
+def _loose_check(name: str, parameter: nn.Parameter, trace: LayerTrace) -> Check:
+    """Return what ran with such a parameter in forward, which must be in its own dtype."""
+    own, ran = f" {dtype_name(parameter.dtype)}", trace.functional
+    return Check(
+        name=name,
+        is_good=all(seen.endswith(own) for seen in ran),
+        detail=f"outside any layer: {trace if ran else NOT_JUDGED}",
+        is_judged=bool(ran),
+    )
 
 
 def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str]) -> str | None:
@@ -229,9 +250,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 class _LayerRecorder:
     """Gives the operations that run to layers, as the module's docstring says."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], loose: Mapping[str, nn.Parameter]) -> None:
         self.layers = layers
-        self.traces = {name: LayerTrace() for name in layers}
+        self.traces = {name: LayerTrace() for name in (*layers, *loose)}
         # In forward, with the first node of each; a parametrization (None) belongs to no layer.
         self.running: list[tuple[str | None, int]] = []
         self.nodes: list[tuple[int, int, str | None]] = []  # numbers from, to (excluded), layer
@@ -241,6 +262,8 @@ class _LayerRecorder:
             for parameter in layer.parameters()
             if type(parameter) in (nn.Parameter, GatheredInFp8)
         }
+        plain = {name: p for name, p in loose.items() if type(p) is nn.Parameter}
+        self.owners |= {p.untyped_storage().data_ptr(): name for name, p in plain.items()}
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:

@@ -276,8 +276,9 @@ def _no_option_note(profile: Profile) -> str:
         if layer.kind in NO_FP8_KINDS and not any(option.is_fp8 for option in layer.options):
             own = [p for p in layer.parameters if p.shared_with is None and len(p.matrix_shape) > 1]
             kinds[layer.type_name.rpartition(".")[2]] += sum(p.numel for p in own)
-    uncovered = (p.numel for p in model.uncovered if len(p.matrix_shape) > 1)
-    kinds["parameters that belong to no layer"] += sum(uncovered)
+    for p in (p for p in model.uncovered if len(p.matrix_shape) > 1):
+        what = "experts" if p.name in model.loose_experts else "parameters"
+        kinds[f"{what} that belong to no layer"] += p.numel
     large = {kind: share for kind, n in kinds.items() if (share := n / model.numel) >= NOTABLE}
     if not large:
         return ""
