@@ -1,13 +1,19 @@
 """FP8 with some GEMMs in BF16, as options of the search: only where the device makes them pay."""
 
+import math
+import random
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.timing import Function
 from autoprec.device.tracing import PLAIN_TENSORS
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.recording import Call
 from autoprec.predict import load_device_profile, predict_profile
+from autoprec.profiler import profile_model
 from autoprec.profiler.groups import Group
 from autoprec.profiler.layers import LayerMeter, promising_gemms_hp
 from autoprec.records import (
@@ -25,7 +31,11 @@ from autoprec.records import (
     with_gemms_hp,
 )
 from autoprec.search import search_plan
+from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import prepare_reference
 from tests.decoder_specs import linear_layer, model_of
+from tests.models import mlp_workload
 from tests.search_tables import tables_of
 
 TENSORWISE, GW_HP = fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE_WITH_GW_HP)
@@ -161,3 +171,33 @@ def test_a_gemm_stays_in_bf16_where_therror_whole_of_fp8_is_over_the_budget() ->
 
 def test_a_layer_that_fp8_breaks_keeps_no_gemm_in_it() -> None:
     assert search_of(0.2, 0.001, budget=0.005) == BF16_O2
+
+
+class Unsteady(KindToFp8):
+    """The same within 20 %: two plain GEMMs of three may seem to take as long as three."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def measure(self, fn: Function) -> float:
+        return math.sqrt(super().measure(fn)) * self.random.uniform(0.8, 1.2)
+
+
+def test_what_sensitivity_measures_does_not_depend_on_times() -> None:
+    workload, cpu, offered, found = mlp_workload(), torch.device("cpu"), set(), []
+    captured = capture_model(Context(workload, cpu))
+    for seed in range(2):
+        context = Context(workload, cpu, clock=Unsteady(seed))
+        timed = profile_model(context, captured, options=(TENSORWISE,), gemms_hp=True)
+        offered.add(tuple(layer.options for layer in timed.model.layers))
+        reference = prepare_reference(Context(workload, cpu), timed.model, warmup_steps=3)
+        found.append(measure_sensitivity(reference, options=(TENSORWISE,), gemms_hp=True))
+    assert len(offered) == 2  # the profiles differ
+    one, other = (table.model_copy(update={"step_equivalents": 0.0}) for table in found)
+    assert one == other
+    first = [row.option for row in one.rows if row.name == "first"]
+    assert first == [BF16_O2, *with_gemms_hp((TENSORWISE,))]
+    for reference_spec in (captured, timed.model):  # whichever command measures
+        assert [n for n, _ in list_cells(reference_spec, (TENSORWISE,), gemms_hp=True)] == [
+            row.name for row in one.rows
+        ]

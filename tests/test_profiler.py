@@ -334,14 +334,22 @@ def test_a_hopelessly_slow_option_is_predicted_and_not_run() -> None:
             return 1.0 + (1e3 * self.calls if gemms else 0.0)
 
     context = Context(mlp_workload(), CPU, clock=SlowFp8Clock())
-    profile = profile_model(context, capture_model(context), options=(TENSORWISE,))
+    asked = {"first": (TENSORWISE,)}
+    spec = capture_model(context)
+    profile = profile_model(context, spec, options=(TENSORWISE,), asked=asked)
     row = row_of(profile, "second", TENSORWISE)
     assert row.total is not None
     assert (row.total.basis, row.total.samples) == (Basis.PREDICTED, 0)
+    assert row.total.p20_ms < 0.6 * row.total.median_ms
+    assert row.total.p80_ms > 1.7 * row.total.median_ms
     assert "_scaled_mm float8_e4m3fn" in row.kernels
     step = profile.step("fp8_o1")
     assert step is not None
     assert step.timing.basis is Basis.PREDICTED
+    assert step.timing.p20_ms < step.timing.median_ms < step.timing.p80_ms
+    kept = row_of(profile, "first", TENSORWISE)  # a plan has it, whatever it costs
+    assert kept.total is not None
+    assert kept.total.samples > 0
 
 
 def test_fp8_operations_are_given_to_their_gemms() -> None:

@@ -288,6 +288,22 @@ def test_what_is_kept_says_its_cost_against_the_free_choice() -> None:
     assert not any("--keep" in note for note in plan.notes)
 
 
+def test_a_measured_steps_spread_is_in_the_interval_outside_layers() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL})
+    spread = [step(label, ms, CPU) for label, ms in (("fp32", 7.0), ("bf16_o2", 4.0))]
+    _, steady = planned((profile, sensitivity))
+    measured = profile.model_copy(update={"steps": tuple(spread)})
+    _, plan = planned((measured, sensitivity))
+    assert steady.predicted is not None
+    assert plan.predicted is not None
+    rest_ms = plan.predicted.plan_ms - 1.0
+    timing = spread[1].timing
+    assert timing.p20_ms < timing.median_ms < timing.p80_ms
+    assert (plan.predicted.low_ms or 0.0) == pytest.approx(
+        (steady.predicted.low_ms or 0.0) - rest_ms * (1.0 - timing.p20_ms / timing.median_ms)
+    )
+
+
 def test_a_kept_gain_that_is_not_sure_costs_no_time() -> None:
     rows = {"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 0.0), TENSORWISE: (1.99, 1e-3)}}
     search, plan = planned(tables_of(rows), keep=("a=fp8_o1",))

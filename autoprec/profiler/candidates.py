@@ -222,7 +222,8 @@ class SlowFp8:
     device: torch.device
     clock: Clock
     seed: int = 0
-    known: dict[Option, tuple[float, Attempt]] = field(default_factory=dict)  # ms per M * K * N
+    # ms per M * K * N, and beside it, of the small layer
+    known: dict[Option, tuple[float, float, Attempt]] = field(default_factory=dict)
 
     def predict(self, option: Option, calls: Sequence[Call], *, fp32_ms: float) -> Attempt | None:
         """Return the option with a predicted time if that makes it not worth timing, else None."""
@@ -230,13 +231,13 @@ class SlowFp8:
             return None
         if option not in self.known:
             self.known[option] = self._run_small(option)
-        ms_per_mac, small = self.known[option]
+        ms_per_mac, overhead_ms, small = self.known[option]
         ms = ms_per_mac * _linear_macs(calls)
         if ms <= WORTH_TIMING * fp32_ms:
             return None
-        return Attempt(option, predicted_ms=ms, kernels=small.kernels)
+        return Attempt(option, predicted_ms=ms + overhead_ms, kernels=small.kernels)
 
-    def _run_small(self, option: Option) -> tuple[float, Attempt]:
+    def _run_small(self, option: Option) -> tuple[float, float, Attempt]:
         """Time a small layer with few and with more rows; the difference has no overhead."""
         generator = torch.Generator().manual_seed(self.seed)
         elapsed: list[float] = []  # a reference kernel's grows with the rows, overhead does not
@@ -246,10 +247,10 @@ class SlowFp8:
             call = Call((x.to(self.device).requires_grad_(),), {}, [gradient.to(self.device)])
             small = try_option(option, [call], lambda: nn.Linear(WIDTH, WIDTH, device=self.device))
             if small.candidate is None:
-                return 0.0, small  # the layer's own attempt will say why
+                return 0.0, 0.0, small  # the layer's own attempt will say why
             elapsed.append(min(self.clock.measure(small.candidate.step) for _ in range(REPEATS)))
-        macs = (ROWS[1] - ROWS[0]) * WIDTH**2
-        return max(elapsed[1] - elapsed[0], 0.0) / macs, small
+        per_row = max(elapsed[1] - elapsed[0], 0.0) / (ROWS[1] - ROWS[0])
+        return per_row / WIDTH**2, max(elapsed[0] - ROWS[0] * per_row, 0.0), small
 
 
 def _linear_macs(calls: Sequence[Call]) -> float:

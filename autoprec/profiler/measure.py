@@ -12,7 +12,7 @@ What does not cancel is in `sum_check`: uniform FP8 less uniform BF16 by the lay
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,13 +70,15 @@ def profile_model(
     gemms_hp: bool = False,
     compiled: bool | None = False,
     kept: KeptRows | None = None,
+    asked: Mapping[str, Container[Option]] | None = None,
 ) -> Profile:
     """Measure what every layer costs in every option, and what whole steps cost.
 
     FP8 is considered by the recipes of `options` (default: all that the spec's layers list), with
     `gemms_hp` also with one or two GEMMs in BF16, where that beats BF16. `compiled` times under
     torch.compile; None: on a GPU that can, and where the user's own model is compiled. `kept` holds
-    rows that are timed, and gets the others.
+    rows that are timed, and gets the others. FP8 options `asked` for by a layer's name are timed
+    however slow they are; else the time of those that are far slower than FP32 is predicted.
 
     Raises:
         DeviceError: torch.compile is asked for and does not work, or --memory-limit is too small.
@@ -88,7 +90,7 @@ def profile_model(
     groups = group_layers(spec, options)
     with open_compilation(device, mode) as compilation:
         started = time.perf_counter()
-        how = (gemms_hp, compilation, kept or KeptRows())
+        how = (gemms_hp, compilation, kept or KeptRows(), asked or {})
         rows, cast_ms, step_ms = _time_layers(context, spec, groups, *how)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
@@ -156,6 +158,7 @@ def _time_layers(
     gemms_hp: bool,
     compilation: Compilation | None,
     kept: KeptRows,
+    asked: Mapping[str, Container[Option]],
 ) -> tuple[tuple[LayerTiming, ...], float, float]:
     """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
     recorded = record_groups(context, groups, in_surroundings=compilation is not None)
@@ -173,7 +176,8 @@ def _time_layers(
         context.progress("layers", number, len(groups))
         found = kept.find(group.names)
         if found is None:
-            found = tuple(meter.time_group(group, *recorded.first_of(group)))
+            own = [o for o in group.options if any(o in asked.get(n, ()) for n in group.names)]
+            found = tuple(meter.time_group(group, *recorded.first_of(group), own))
             kept.add(group.names, found)
         rows += found
     context.progress("layers", len(groups), len(groups))
@@ -263,6 +267,6 @@ def _time_uniform_steps(
     steps, left_out = time_steps(context, variants, stopping=stopping, compilation=compilation)
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")
-        timing = predicted_timing(base.timing.median_ms + surplus_ms)
+        timing = predicted_timing(surplus_ms, beside_ms=base.timing.median_ms)
         steps += (StepTiming(label="fp8_o1", timing=timing, peak_bytes=None),)
     return steps, left_out

@@ -267,8 +267,8 @@ def _step_noise(step: Step) -> Noise | None:
     """Return the noise of a step's samples, or of a sum of measured layers by its interval."""
     if step.samples >= FEWEST_SPREAD:
         return Noise(step.timing.relative_error, step.samples - 1)
-    if step.samples or not step.low_ms or not step.high_ms:
-        return None
+    if step.samples or not step.low_ms or not step.high_ms or step.low_ms == step.high_ms:
+        return None  # a single sample, or a record from before predictions had an interval
     return Noise(math.log(step.high_ms / step.low_ms) / SIGMAS_80)
 
 

@@ -165,6 +165,8 @@ def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
     if plan.samples or not plan.low_ms or not plan.high_ms or differs == 0.0:
         return Speedup(value, None, None, basis)
     # of a prediction: the plan's interval, narrowed to the part that the baseline does not share
+    if plan.low_ms == plan.high_ms:  # a record from before all predictions had an interval
+        return Speedup(value, None, None, basis)
     low, high = (plan.ms + differs * (end - plan.ms) for end in (plan.low_ms, plan.high_ms))
     return Speedup(value, base.ms / high, base.ms / low, basis)
 

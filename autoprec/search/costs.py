@@ -97,7 +97,7 @@ class OutsideLayers:
     ms: float
     grad_error: float
     memory_bytes: int
-    low: float = 1.0  # ends of a predicted time's interval, relative to it; 1 if measured
+    low: float = 1.0  # ends of the interval of the uniform step's time, relative to it
     high: float = 1.0
     margin_ms: float = 0.0  # of the all-FP32 step, within which it may be no faster than BF16
 
@@ -156,7 +156,7 @@ class Costs:
         return exposed - fsdp.exposed_ms
 
     def step_interval(self, options: Sequence[Option]) -> tuple[float, float]:
-        """Return the step time with every layer, and what is predicted outside, at either end."""
+        """Return the step time with every layer, and what is outside, at either end."""
         chosen, outside = list(self._chosen(options)), self.outside(options)
         rest_ms = self.step_ms(options) - math.fsum(price.ms for price in chosen)
         low = math.fsum(price.low_ms for price in chosen) + outside.low * rest_ms
@@ -372,7 +372,7 @@ def _outside(
 ) -> OutsideLayers:
     step = profile.step(option.precision.value)
     low = high = 1.0
-    if profile.basis is Basis.PREDICTED and step is not None and step.timing.median_ms > 0.0:
+    if step is not None and step.timing.median_ms > 0.0:
         low, high = (ms / step.timing.median_ms for ms in (step.timing.p20_ms, step.timing.p80_ms))
     if step is not None and step.peak_bytes is not None:
         # the peak of the uniform step, without its layers

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from autoprec.records import APPLICABLE_RECIPES, BF16_O2, JointMeasurement, Option
 from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.local import Cell
+from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
 
 LEAST, MOST = 0.5, 2.0  # sum over joint measurement; beyond, rows are measured
@@ -97,7 +97,9 @@ def _compared(
 
 def _telling_plans(names: Sequence[str], table: Table) -> dict[str, tuple[Option, ...]]:
     """Return FP8 wherever it goes, in the least precise whole recipe and in the most precise."""
-    fp8 = [row for row in table.rows if row.option.recipe in APPLICABLE_RECIPES]
+    along = partly_fp8((row.name, row.option) for row in table.rows)
+    applied = (row for row in table.rows if row.option.recipe in APPLICABLE_RECIPES)
+    fp8 = [row for row in applied if (row.name, row.option) not in along]
     ranked = sorted(fp8, key=lambda row: -row.grad_error.mean)
     # the last of each layer stays
     best = {row.name: row.option for row in ranked}

@@ -25,20 +25,22 @@ def measure_sensitivity(
     reference: Reference,
     *,
     options: Sequence[Option] | None = None,
+    gemms_hp: bool = False,
     method: Method | None = None,
     run_tokens: int | None = None,
 ) -> Sensitivity:
     """Measure the gradient error of every layer x option, with standard errors.
 
-    `options` are the FP8 options to measure (default: all that the spec's layers list), `method`
-    how (default: the cheaper one), and `run_tokens` those of an optimizer step of the planned run.
+    `options` are the FP8 options to measure (default: all that the spec's layers list), with
+    `gemms_hp` also with GEMMs in BF16, `method` how (default: the cheaper one), and `run_tokens`
+    those of an optimizer step of the planned run. Seed, model and these decide what is measured.
 
     Raises:
         AutoprecError: delayed scaling is among the options, but the warm-up kept no history.
     """
     started = time.perf_counter()
     passes, spec = reference.passes, reference.spec
-    cells = _checked_cells(reference, options)
+    cells = _checked_cells(reference, options, gemms_hp=gemms_hp)
     table = make_table(reference, cells, method)
     meter = JointMeter(reference, batches=CHECK_BATCHES)
     activation_error, islands = meter.measure_activations(table.rows)
@@ -77,8 +79,10 @@ def measure_sensitivity(
     )
 
 
-def _checked_cells(reference: Reference, options: Sequence[Option] | None) -> list[Cell]:
-    cells = list_cells(reference.spec, options)
+def _checked_cells(
+    reference: Reference, options: Sequence[Option] | None, *, gemms_hp: bool
+) -> list[Cell]:
+    cells = list_cells(reference.spec, options, gemms_hp=gemms_hp)
     if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
         raise AutoprecError(
             "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "

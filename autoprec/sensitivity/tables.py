@@ -35,7 +35,7 @@ from autoprec.sensitivity.casts import gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
-from autoprec.sensitivity.local import Cell, components_of
+from autoprec.sensitivity.local import Cell, components_of, partly_fp8
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
 from autoprec.sensitivity.room import agreed_groups
@@ -87,12 +87,15 @@ class Table:
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
     """Measure all cells, by the method that takes fewer passes unless one is given."""
+    partly = partly_fp8(cells)
     if method is None:
-        one_by_one = len(cells) * len(reference.batches)
+        one_by_one = (len(cells) - len(partly)) * len(reference.batches)
         is_cheaper = one_by_one <= _passes_of_probing(reference)
         method = Method.LAYERWISE if is_cheaper else Method.SIGN_CODED
     if method is Method.LAYERWISE:
-        exact = _exact_errors(reference, cells, len(reference.batches), "layer by layer")
+        whole = [cell for cell in cells if cell not in partly]
+        exact = _exact_errors(reference, whole, len(reference.batches), "layer by layer")
+        exact |= _exact_errors(reference, list(filter(partly.__contains__, cells)), 1, "GEMMs")
         rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
         statistics = from_first_rank(operand_statistics(reference, cells))
         return Table(method, tuple(rows), tuple(statistics))
@@ -304,7 +307,7 @@ def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
 
     The most precise come first: a plan may still choose them.
     """
-    fp8 = [row for row in rows if row.option.is_fp8]
+    fp8 = _on_their_own(rows)
     broken = {row.name for row in fp8 if row.grad_error.mean > LARGE_ERROR}
     large = sorted((r for r in fp8 if r.name in broken), key=lambda row: row.grad_error.mean)
     return tuple((row.name, row.option) for row in large[:LARGE_CELLS])
@@ -355,11 +358,17 @@ def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
         sums[row.option] = sums.get(row.option, 0.0) + max(row.grad_error.mean, 0.0)
     doubts = {
         (row.name, row.option): (row.grad_error.stderr or 0.0) / sums[row.option]
-        for row in rows
-        if row.option.is_fp8 and sums[row.option] > 0.0
+        for row in _on_their_own(rows)
+        if sums[row.option] > 0.0
     }
     worst = sorted(doubts, key=lambda cell: -doubts[cell])[:REFINED_CELLS]
     return tuple(cell for cell in worst if doubts[cell] > REFINED_SHARE)
+
+
+def _on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
+    """Return the FP8 rows that do not go along with another, the whole recipe's."""
+    along = partly_fp8((row.name, row.option) for row in rows)
+    return [row for row in rows if row.option.is_fp8 and (row.name, row.option) not in along]
 
 
 def _exact_errors(

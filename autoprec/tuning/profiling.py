@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprec.predict.family import check_proxy
-from autoprec.records import ModelSpec, Profile
+from autoprec.records import ModelSpec, Option, Profile
 from autoprec.tuning.ranks import is_first, made_on_first
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def make_profile(run: "Run") -> Profile:
     if run.target is None:
         from autoprec.profiler import KeptRows, profile_model
 
-        check_keep(settings, run.spec)  # a wrong one ends the run before minutes of profiling
+        asked = kept_fp8(settings, run.spec)  # a wrong one ends the run before minutes of profiling
         digest = made_on_first(lambda: run.digest("profile"))
         rows = KeptRows.of(rows_path(settings), digest, resume=settings.resume)
         return profile_model(
@@ -43,6 +43,7 @@ def make_profile(run: "Run") -> Profile:
             gemms_hp=gemms_hp,
             compiled=settings.compile,
             kept=rows,
+            asked=asked,
         )
     from autoprec.predict import parse_parallel, predict_profile
 
@@ -55,7 +56,7 @@ def make_profile(run: "Run") -> Profile:
         options=options,
         gemms_hp=gemms_hp,
     )
-    check_keep(settings, profile.model)
+    kept_fp8(settings, profile.model)
     return profile
 
 
@@ -74,13 +75,23 @@ def rows_path(settings: "Settings") -> Path:
     return settings.out / ROWS
 
 
-def check_keep(settings: "Settings", spec: ModelSpec) -> None:
-    """Check that `--keep` names layers of the model and options that they have."""
-    if settings.keep:
-        from autoprec.search.keep import resolve_keep
+def kept_fp8(settings: "Settings", spec: ModelSpec) -> dict[str, tuple[Option, ...]]:
+    """Return the FP8 options that `--keep` asks for, by layer.
 
-        options, gemms_hp = settings.fp8_options, settings.gemms_hp
-        resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp)
+    Raises:
+        RecordError, InfeasibleError: it names no layer of the model, or options they have not.
+    """
+    if not settings.keep:
+        return {}
+    from autoprec.search.keep import resolve_keep
+
+    options, gemms_hp = settings.fp8_options, settings.gemms_hp
+    keeps = resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp).of_layer
+    layers = (layer for layer in spec.layers if layer.name in keeps)
+    return {
+        layer.name: tuple(o for o in layer.options if o.is_fp8 and keeps[layer.name].allows(o))
+        for layer in layers
+    }
 
 
 def named_profile(run: "Run") -> Profile:

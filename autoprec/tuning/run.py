@@ -315,6 +315,7 @@ class Run:
         return measure_sensitivity(
             self.reference,
             options=settings.measured_options,
+            gemms_hp=settings.gemms_hp,
             run_tokens=settings.global_batch_tokens,
         )
 

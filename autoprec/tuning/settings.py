@@ -147,7 +147,9 @@ class Settings:
         (PROFILE, SENSITIVITY),
         parse=parsing.parse_recipes,
     )
-    gemms_hp: bool = setting(True, "Consider FP8 layers with some GEMMs in BF16.", (PROFILE,))
+    gemms_hp: bool = setting(
+        True, "Consider FP8 layers with some GEMMs in BF16.", (PROFILE, SENSITIVITY)
+    )
     trials: int = setting(12, "Optuna trials after the exact seeds.", (SEARCH,), min=0)
     time_budget: float | None = setting(
         None,
