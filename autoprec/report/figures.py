@@ -12,7 +12,7 @@ from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
 from autoprec.report.formats import clean_text
 from autoprec.report.layer_frame import Row
-from autoprec.report.layer_table import SHORTEST_NAME, LayerGroup, fitted, saving_order
+from autoprec.report.layer_table import LayerGroup, fitted, saving_order
 from autoprec.report.step_times import BASELINES
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
@@ -22,6 +22,7 @@ SIGNED = partial(formats.share, sign=True)
 WIDTH, SIDE_WIDTH = 860.0, 400.0  # of the main figures, and of those beside the first one
 BARS_PX = (306.0, 610.0)  # where the bars of layers begin and end
 SAVED_PX, ERROR_PX = 684.0, (704.0, 776.0)
+MOST_CHARACTERS = 43  # of a name, in the 12 px system font, left of the bars
 CLIP = 2.2  # times longer than the others, from which a bar is cut and a plan left out
 MOST_BARS = 12  # groups of layers; the table has them all
 PARETO_KEYS = {
@@ -82,10 +83,11 @@ def _layer_marks(row: Row, y: float, x: Scale, errors: Scale) -> Iterator[Markup
     """Yield one row of the figure: the plan's bar within the pale one of BF16 O2."""
     base_ms, own_ms, error = row["bf16_o2_total_ms"], row["total_ms"], row["grad_error"]
     times = f"{formats.ms(base_ms)} ms in BF16 O2, {formats.ms(own_ms)} ms in the plan"
-    tip, base, error_px = f"{row['name']} {formats.option(row['option'])}: {times}", y + 14.0, 0.0
-    words = _fitted(row["name"], BARS_PX[0] - 16.0)
-    yield svg.text(BARS_PX[0] - 10.0, base, words, kind="label", anchor="end")
+    base, error_px = y + 14.0, 0.0
+    name = fitted(clean_text(row["name"]), MOST_CHARACTERS)
+    yield svg.text(BARS_PX[0] - 10.0, base, name, kind="label", anchor="end")
     if row["option"]:
+        tip = f"{row['name']} {formats.option(row['option'])}: {times} ({row['time_basis']})"
         yield svg.bar(x, base_ms, y, 19.0, kind="o-bf16_o2 pale", tip=tip)
         yield svg.bar(x, own_ms, y + 4.0, 11.0, kind=f"o-{row['precision']}", tip=tip)
         yield svg.bar(errors, error or 0.0, y + 4.0, 11.0, kind="error")
@@ -96,11 +98,6 @@ def _layer_marks(row: Row, y: float, x: Scale, errors: Scale) -> Iterator[Markup
     yield svg.text(SAVED_PX, base, saved, kind="value", anchor="end")
     if error is not None:
         yield svg.text(errors.start + error_px + 6.0, base, formats.share(error), kind="value")
-
-
-def _fitted(words: str, width: float) -> str:
-    """Return words without their middle if they are longer than that many px."""
-    return fitted(clean_text(words), max(int(width / svg.CHARACTER_PX), SHORTEST_NAME))
 
 
 def _bases(rows: Sequence[Row], column: str) -> str:
@@ -124,8 +121,7 @@ def steps_figure(found: Summary) -> Markup:
         cut = " (cut)" if step.ms > limit else ""
         words = f"{formats.ms(step.ms)} ms {step.basis}{cut}"
         words += f", plan {formats.ratio(speedup.value)}" if speedup else ""
-        room = x.end - x.start - len(words) * svg.CHARACTER_PX - 12.0
-        parts.append(svg.text(x.start, y, _fitted(found.title(label), room), kind="label"))
+        parts.append(svg.text(x.start, y, formats.step_title(label), kind="label"))
         parts.append(svg.text(x.end, y, words, kind="value", anchor="end"))
         parts.append(svg.bar(x, step.ms, y + 7.0, 16.0, kind=f"o-{label} {step.basis}", tip=words))
         if step.low_ms is not None and step.high_ms is not None:

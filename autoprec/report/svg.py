@@ -12,7 +12,6 @@ from markupsafe import Markup, escape
 
 from autoprec.report.formats import clean_text
 
-CHARACTER_PX = 6.7  # of the 12 px system font, on average
 NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
