@@ -106,6 +106,41 @@ class TopK(nn.Module):
         return out
 
 
+class Gates(nn.Module):
+    """Clamped and hard gates on two residual paths, normalised over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.gate = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.norm, self.mix = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 64)
+        self.head = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for value, gate in zip(self.value, self.gate, strict=True):
+            x = x + value(x).clamp(-1.5, 1.5) * F.hardsigmoid(3.0 * gate(x))
+        out: Tensor = self.head(F.relu6(self.mix(self.norm(x))))
+        return out
+
+
+class MaxOut(nn.Module):
+    """The larger of several pieces, twice, and one skip around both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, 64)
+        self.pieces1, self.pieces2 = nn.Linear(32, 96), nn.Linear(32, 96)
+        self.skip, self.out = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.enter(x).view(-1, 32, 2).amax(-1)
+        for pieces in (self.pieces1, self.pieces2):
+            hidden = pieces(hidden).view(-1, 32, 3).amax(-1)
+        found: Tensor = self.head(self.out(hidden + self.skip(x)).abs())
+        return found
+
+
 def _batches(seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(WIDTH, 16, generator=torch.Generator().manual_seed(99))
@@ -142,4 +177,6 @@ FAMILIES: dict[str, Callable[[], Workload]] = {
 HELD_BACK: dict[str, Callable[[], Workload]] = {  # looked at once, when all was settled
     "relu_blocks": partial(_workload, ReluBlocks),
     "top_k": partial(_workload, TopK),
+    "gates": partial(_workload, Gates),
+    "maxout": partial(_workload, MaxOut, "sgd"),
 }

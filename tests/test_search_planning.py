@@ -304,6 +304,15 @@ def test_a_measured_steps_spread_is_in_the_interval_outside_layers() -> None:
     )
 
 
+@pytest.mark.parametrize(("ms", "is_tie"), [(0.997, True), (0.98, False)])
+def test_of_options_as_fast_the_more_precise_is_taken_and_said(ms: float, is_tie: bool) -> None:
+    row: Row = {FP32: (4.0, 0.0), BF16_O2: (2.0, 0.0), TENSORWISE: (ms, 2e-3), ROWWISE: (1.0, 1e-3)}
+    _, plan = planned(tables_of({"a": row}), budget=4e-3)
+    assert plan.options == ((ROWWISE if is_tie else TENSORWISE),)
+    said = "the 1 layer where options take the same time within 0.50 % has the one of less"
+    assert any(note.startswith(said) for note in plan.notes) is is_tie
+
+
 def test_a_kept_gain_that_is_not_sure_costs_no_time() -> None:
     rows = {"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 0.0), TENSORWISE: (1.99, 1e-3)}}
     search, plan = planned(tables_of(rows), keep=("a=fp8_o1",))

@@ -12,9 +12,9 @@ from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
-from autoprec.records import BF16_O2, Basis, LayerKind, Option, Precision, Profile, Search
+from autoprec.records import BF16_O2, FP32, Basis, LayerKind, Option, Precision, Profile, Search
 from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
-from autoprec.search.problem import Options, Problem
+from autoprec.search.problem import NEAR_TIE, Options, Problem, is_faster
 
 SHORTEST_MS = 1e-4  # what rounding leaves is no time
 SMALLEST_SHARE = 0.001  # of the weights
@@ -34,6 +34,7 @@ def plan_notes(
     notes = (
         fp8_note(profile, problem, search, options),
         _keep_note(search),
+        _tie_note(costs, options),
         _unknown_note(profile),
         _no_option_note(profile),
         _unsure_note(profile, costs, search, options),
@@ -77,6 +78,24 @@ def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
         f"{_count(names)} in FP8 because of {'--keep' if is_kept else 'the memory limit'} "
         f"{'is' if len(names) == 1 else 'are'} {-sum(gains.values()):.4g} ms a step slower than in "
         f"BF16 ({first_and_more(names)})"
+    )
+
+
+def _tie_note(costs: Costs, options: Options) -> str:
+    """Return how many layers have the more precise of options that take the same time."""
+    tied = [
+        i
+        for i, own in enumerate(options)
+        for price in (p for o, p in costs.prices[i].items() if o.is_fp8 and o != own)
+        if own != FP32 and price.counted_ms < costs.prices[i][own].counted_ms
+        if not is_faster(price, costs.prices[i][own])
+    ]
+    count = len(dict.fromkeys(tied))
+    if not count:
+        return ""
+    return (
+        f"{_count(range(count))} where options take the same time within {percent(NEAR_TIE)} "
+        + (f"ha{'s' if count == 1 else 've'} the one of less gradient error")
     )
 
 

@@ -23,6 +23,10 @@ from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.keep import Keep, Keeps, match_keeps
 from autoprec.search.solver import Item, Knapsack, Outside, Solution, undominated
 
+# Of a time, the least by which an option must be faster than a more precise one of its layer: which
+# of two within it is the faster changes from run to run.
+NEAR_TIE = 0.005
+
 Options = tuple[Option, ...]
 Choice = TypeVar("Choice")
 
@@ -248,8 +252,7 @@ def wide_groups(problem: Problem) -> tuple[Group, ...]:
     def could_win(index: int, option: Option) -> bool:
         own, prices = precision_rank(option), costs.prices[index]
         higher = [o for o in problem.allowed[index] if precision_rank(o) < own and o != FP32]
-        is_faster = all(prices[option].counted_ms < prices[o].counted_ms for o in higher)
-        return is_faster or has_limit
+        return has_limit or all(is_faster(prices[option], prices[o]) for o in higher)
 
     groups = []
     for group in problem.groups:
@@ -293,12 +296,18 @@ def _worthwhile(
     options: Sequence[Option], prices: Mapping[Option, Price], has_limit: bool
 ) -> list[Option]:
     """Return the options that beat every more precise one in time, or in bytes if limited."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)):
+        own = prices[option]
+        as_fast = [k for k in kept if not is_faster(own, prices[k])]
+        if not any(prices[k].memory_bytes <= own.memory_bytes or not has_limit for k in as_fast):
+            kept.append(option)
+    return kept
 
-    def cost(option: Option) -> tuple[float, ...]:
-        price = prices[option]
-        return (price.counted_ms, price.memory_bytes) if has_limit else (price.counted_ms,)
 
-    return _unbeaten(sorted(options, key=lambda o: (precision_rank(o), prices[o].grad_error)), cost)
+def is_faster(own: Price, other: Price) -> bool:
+    """Whether an option is faster than a more precise one by more than two runs may differ."""
+    return own.counted_ms * (1.0 + NEAR_TIE) < other.counted_ms
 
 
 def _unbeaten(
