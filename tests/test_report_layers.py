@@ -178,6 +178,19 @@ def test_folding_keeps_every_layer_and_every_total() -> None:
         assert frame[column].sum() == pytest.approx(total[column])
 
 
+def test_a_sum_is_measured_only_if_all_of_it_is() -> None:
+    frame = layers_frame(make_run(blocks=3)).set_index("name", drop=False)
+    frame.loc["blocks.1.fc1", "time_basis"] = "predicted"
+    frame.loc["blocks.2.fc2", "grad_error_basis"] = "transferred"
+    rows = {row["name"]: row for row in frame_rows(fold_layers(frame.reset_index(drop=True)))}
+    shown = [(rows[f"blocks.{{0-2}}.{x} (x3)"], x) for x in ("fc1", "fc2", "proj")]
+    assert {name: (row["time_basis"], row["grad_error_basis"]) for row, name in shown} == {
+        "fc1": ("predicted", "measured"),
+        "fc2": ("measured", "transferred"),
+        "proj": ("measured", "measured"),
+    }
+
+
 def test_rows_with_another_answer_are_not_folded() -> None:
     names = fold_layers(layers_frame(make_run(blocks=12)))["name"].tolist()
     assert "blocks.0.qkv" in names

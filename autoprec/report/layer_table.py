@@ -10,9 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autoprec.records import Option
+from autoprec.records import Basis, Option
 from autoprec.report import formats
 from autoprec.report.formats import and_more
 from autoprec.report.layer_frame import (
@@ -38,6 +38,7 @@ CODE_WIDTH = 12
 GAP = 2  # columns between those of a table
 OPTION_SUMS = [*(f"{part}_ms" for part in (*PARTS, "total")), "p20_ms", "p80_ms"]
 OPTION_SUMS += ["samples", "grad_error", "memory_bytes"]
+WEAKEST_LAST = (Basis.MEASURED, Basis.TRANSFERRED, Basis.PREDICTED)  # of what has a value
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of the name: blocks.7.fc1, not fc1
 
 
@@ -124,8 +125,9 @@ def layer_groups(frame: "pd.DataFrame", options: "pd.DataFrame") -> list[LayerGr
     own = options.assign(group=options["name"].map(dict(zip(frame["name"], groups, strict=True))))
     grouped = own.groupby(["group", "option"], sort=False)
     sums, known = grouped[OPTION_SUMS].sum(), grouped[OPTION_SUMS].count()
-    about = grouped[["time_basis", "grad_error_basis", "infeasible"]].first()
-    summed = sums.where(known.eq(grouped.size(), axis=0)).join(about).reset_index()
+    summed = sums.where(known.eq(grouped.size(), axis=0)).join(grouped[["infeasible"]].first())
+    summed["time_basis"] = _weakest(own["time_basis"], [own["group"], own["option"]])
+    summed = summed.reset_index()
     inside = [LayerGroup(row, [], []) for row in frame_rows(fold_layers(frame))]
     for number, row in zip(groups, frame_rows(frame), strict=True):
         inside[number].layers.append(row)
@@ -235,7 +237,15 @@ def _summed(frame: "pd.DataFrame", groups: "pd.Series[int]") -> "pd.DataFrame":
     squares = frame["grad_error_stderr"].pow(2).groupby(groups)
     folded["grad_error_stderr"] = squares.agg(lambda each: each.sum(skipna=False)).pow(0.5)
     folded["layers"] = grouped.size()
+    for column in ("time_basis", "grad_error_basis"):
+        folded[column] = _weakest(frame[column], groups)
     return folded
+
+
+def _weakest(bases: "pd.Series[str]", by: Any) -> "pd.Series[str]":  # Any: groupby takes it
+    """Return the basis of each group's sum: measured only if all of it is."""
+    ranks = {basis.value: rank for rank, basis in enumerate(WEAKEST_LAST)}
+    return bases.map(ranks).groupby(by, sort=False).max().map(dict(enumerate(ranks)))
 
 
 def _common_name(names: Sequence[str]) -> str:
