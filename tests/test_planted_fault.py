@@ -33,10 +33,11 @@ from autoprec.sensitivity.causes import explain_statistics
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
+from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method
 from autoprec.verification import verify_plans
 from autoprec.workload.functions import Workload, workload_from
-from tests.planted import plant, times_of
+from tests.planted import Planted, plant, times_of
 from tests.search_tables import profile_of
 
 CPU = torch.device("cpu")
@@ -189,6 +190,38 @@ def test_what_fp8_represents_well_is_not_blamed(kind: str, strength: int) -> Non
     plan = run.plan(run.search.chosen)
     assert all(layer.option == fp8_option(Recipe.TENSORWISE) for layer in plan.layers)
     assert not any(";" in layer.reason for layer in plan.layers)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "strength"), [("rows", 20), ("channel", 16), ("offset", 16)])
+def test_fp32_does_not_notice_that_a_fault_is_undone(kind: str, strength: int) -> None:
+    model = faulty_workload(kind, strength).build_model()
+    planted = model.get_submodule("layers.1")
+    assert isinstance(planted, Planted)
+    x = torch.randn(64, WIDTH)
+    before = planted(x)
+    planted.undo()
+    assert torch.allclose(planted.layer(x), planted(x))
+    difference = planted(x) - before
+    assert float(difference.norm() / before.norm()) < 1e-4
+
+
+def test_causes_are_left_out_where_memory_runs_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_of("rows", 20).sensitivity
+    workload = faulty_workload("rows", 20)
+    spec = capture_model(Context(workload, CPU))
+    reference = prepare_reference(Context(workload, CPU), spec)
+    bare = [s.model_copy(update={"range_share": {}, "mean_share": {}}) for s in found.statistics]
+    assert with_shares(reference, found.rows, bare) == found.statistics
+
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(type(reference), "measure_errors", too_large)
+    assert with_shares(reference, found.rows, bare) == tuple(bare)
+    assert "memory ran out" in caplog.text
 
 
 def test_an_error_too_large_for_probes_is_measured_exactly() -> None:

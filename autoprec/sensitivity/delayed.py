@@ -109,7 +109,8 @@ class _EmulatedMatmul(torch.autograd.Function):
         ctx.save_for_backward(x_MK, weight_NK, mean_K)
         ctx.shape, ctx.casts, ctx.how = x.shape, casts, (amax, in_range)
         left, right = _cast_sides(casts.get(Gemm.OUTPUT), ctx.how, x_MK, weight_NK)
-        y_MN = round_bf16(left @ right.t() + weight_NK @ mean_K)  # [M, K] @ [K, N] -> [M, N]
+        # [M, K] @ [K, N] -> [M, N]
+        y_MN = round_bf16((left @ right.t()).add_(weight_NK @ mean_K))
         return y_MN.reshape(*x.shape[:-1], -1)
 
     @staticmethod

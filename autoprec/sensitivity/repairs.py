@@ -11,16 +11,22 @@ Neither makes the layer more precise than FP8 on well-behaved values. An input i
 takes away 81 % of an error that outliers have no part in, and 15 % of what an offset does.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 from torch import nn
 
+from autoprec.device.memory import is_out_of_memory
+from autoprec.device.ranks import world_size
+from autoprec.errors import WorkloadError
 from autoprec.records import LayerSensitivity, Operand, OperandStatistics, Recipe
 from autoprec.sensitivity.causes import suspects
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.reference import Reference
+
+log = logging.getLogger(__name__)
 
 LARGE = 2.5e-3  # of error: a quarter of a usual budget, from which a layer's reason names causes
 MOST_LAYERS = 4  # with the largest errors; a pass each and one for every suspect, one to four
@@ -36,7 +42,8 @@ def with_shares(
 ) -> tuple[OperandStatistics, ...]:
     """Return the statistics, with what repairs take away of the largest errors.
 
-    A layer's first FP8 option is looked at; none where ranks hold parts of layers.
+    A layer's first FP8 option is looked at. Nothing is, on several ranks or where memory runs out:
+    then all that stands out in an operand is named.
     """
     first: dict[str, LayerSensitivity] = {}
     for row in rows:
@@ -50,9 +57,15 @@ def with_shares(
         for row, found in suspected[:MOST_LAYERS]
         for repair in ((None, False), *found)
     }
-    if reference.splits_layers or not settings:
+    if world_size() > 1 or not settings:
         return tuple(statistics)
-    errors = reference.measure_errors(settings, batches=BATCHES, stage="sensitivity: causes")
+    try:
+        errors = reference.measure_errors(settings, batches=BATCHES, stage="sensitivity: causes")
+    except (RuntimeError, WorkloadError) as failure:  # emulated results are FP32, of a head's size
+        if not is_out_of_memory(failure):
+            raise
+        log.warning("memory ran out: what causes the largest gradient errors is not measured")
+        return tuple(statistics)
     # what each repair takes away, into the record of its operand
     shares: dict[tuple[str, Operand], dict[str, dict[str, float]]] = {}
     for (name, (operand, is_mean)), error in errors.items():
