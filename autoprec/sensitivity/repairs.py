@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LARGE = 2.5e-3  # of error: a quarter of a usual budget, from which a layer's reason names causes
 MOST_LAYERS = 4  # with the largest errors; a pass each and one for every suspect, one to four
-BATCHES = 1  # two gave the same shares to 0.05, in kinked networks too
+BATCHES = 1  # two gave the shares of operands that were at fault to 0.02, in kinked networks too
 
 Repair = tuple[Operand | None, bool]  # of any range; whether the input's mean is out
 
