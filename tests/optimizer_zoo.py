@@ -13,6 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tests.optimizer_shapes import (
+    FromHooks,
+    HoldsModel,
+    InBackward,
+    Lookahead,
+    OwnList,
+    OwnMomentum,
+    Sam,
+)
+
 Make = Callable[[nn.Module], Optimizer]
 
 
@@ -228,6 +238,17 @@ def _muon_and(other: Callable[[Any], Optimizer]) -> Make:
     return make
 
 
+def _in_backward(model: nn.Module) -> Optimizer:
+    return InBackward(model.parameters(), torch.optim.Adam)
+
+
+def _sparse_and_dense(model: nn.Module) -> Optimizer:
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
+    known = set(tables)
+    rest = [p for p in model.parameters() if p not in known]
+    return TwoOptimizers(torch.optim.SparseAdam(tables), torch.optim.AdamW(rest))
+
+
 def _muon_with_adam(model: nn.Module) -> Optimizer:
     matrices, rest = split(model)
     groups = [
@@ -263,10 +284,15 @@ def _transformers_adafactor(model: nn.Module) -> Optimizer:
 
 @dataclass(frozen=True)
 class Kind:
-    """An optimizer by name."""
+    """An optimizer by name.
+
+    `refusal`: a part of what both `tune` and `apply` say where they refuse it.
+    """
 
     name: str
     make: Make
+    refusal: str = ""
+    is_sparse: bool = False  # made for embeddings with sparse gradients
 
 
 _O = torch.optim
@@ -286,7 +312,8 @@ ZOO = (
     Kind("RMSprop", _plain(_O.RMSprop, lr=1e-3)),
     Kind("RMSprop, centered", _plain(_O.RMSprop, lr=1e-3, centered=True, momentum=0.9)),
     Kind("Rprop", _plain(_O.Rprop, lr=1e-3)),
-    Kind("LBFGS", _plain(_O.LBFGS, lr=1e-2)),
+    Kind("LBFGS", _plain(_O.LBFGS, lr=1e-2), "again and again"),
+    Kind("SparseAdam and AdamW", _sparse_and_dense, is_sparse=True),
     Kind("Muon and AdamW", _muon_and(lambda rest: _O.AdamW(rest, lr=1e-3))),
     Kind("Muon and Lion", _muon_and(lambda rest: Lion(rest, lr=1e-4, **_BETAS))),
     Kind("MuonWithAdam", _muon_with_adam),
@@ -302,4 +329,13 @@ ZOO = (
     Kind("Shampoo", _plain(Shampoo, lr=1e-2)),
     Kind("SOAP", _plain(Soap, lr=1e-3, **_BETAS)),
     Kind("schedule-free", _plain(ScheduleFree, lr=1e-3, **_BETAS)),
+    Kind("Lookahead around AdamW", lambda model: Lookahead(_O.AdamW(model.parameters(), lr=1e-2))),
+    Kind("momentum in a dict of its own", _plain(OwnMomentum, lr=1e-2)),
+    Kind("momentum by ids", _plain(OwnMomentum, lr=1e-2, by_id=True)),
+    Kind("a list of its own, an EMA", _plain(OwnList, lr=1e-1)),
+    Kind("gradients from hooks", _plain(FromHooks, lr=1e-1)),
+    Kind("steps within backward", _in_backward, "after backward"),
+    Kind("SAM", _plain(Sam, lr=1e-1), "closure"),
+    Kind("holds the model", lambda model: HoldsModel(model, 1e-1), "holds the model"),
+    Kind("differentiable Adam", _plain(_O.Adam, differentiable=True), "differentiable"),
 )

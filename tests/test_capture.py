@@ -250,7 +250,7 @@ def test_an_optimizer_that_wants_a_closure_is_refused_in_one_line() -> None:
     workload = workload_from(
         functions | {"build_optimizer": lambda model: torch.optim.LBFGS(model.parameters())}
     )
-    with pytest.raises(WorkloadError, match="takes no closure, but LBFGS"):
+    with pytest.raises(WorkloadError, match="LBFGS must call the closure that it is given once"):
         capture_model(Context(workload, torch.device("cpu")))
 
 

@@ -441,6 +441,30 @@ def test_a_guard_runs_the_schedule_of_a_plan(
         run(tmp_path, poisoned, "2")
 
 
+CLOSURES = """
+for step in range(int(sys.argv[1])):
+    def closure(poison=step == 1):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(torch.randn(16, 32)), torch.ones(16, 16))
+        loss.backward()
+        if poison:
+            model.head.weight.grad[0] = float("nan")
+        return loss
+    optimizer.step(closure)
+assert model.head.weight.isfinite().all()
+"""
+
+
+def test_a_guard_skips_a_bad_step_that_is_taken_with_a_closure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Lightning's automatic optimization takes all of them."""
+    assert run(tmp_path, HEAD + CLOSURES, "3", guard=True).status == 0
+    assert "step skipped" in caplog.text
+    failed = run(tmp_path, HEAD + CLOSURES, "3")
+    assert failed.status == 1  # the script's own assertion
+
+
 def _flat(value: object) -> list[object]:
     if isinstance(value, Tensor):
         return [value.dtype, *value.double().flatten().tolist()]

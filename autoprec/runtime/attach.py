@@ -10,9 +10,14 @@ are not touched until the step has succeeded, so one that raises leaves no trace
     step     shadow.step()                                moments are made for m, so they are FP32
     after    state[p] = shadow.state[m],   p = bf16(m)
 
+Lists and dicts of parameters among its attributes hold masters meanwhile, and those of their ids.
+An optimizer that reaches a parameter in any other way is refused: its master would see nothing.
+
 `state_dict()` is the plain one, and beside the moments of each parameter its `master_weight`.
 """
 
+import copy
+import itertools
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +40,12 @@ from autoprec.runtime.masters import (
     masters_of,
 )
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
+from autoprec.workload.optimizers import MANY_CLOSURES, optimizer_refusal
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
 MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
+FLAG = "found_inf"  # the attribute by which torch's fused optimizers leave a step out
+CONTAINERS = frozenset({dict, defaultdict, OrderedDict, list, tuple, set})
 STATELESS = "master_weights"  # in state_dict(): masters of parameters that have no state (yet)
 HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -82,17 +90,11 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Check that masters can be given to an optimizer of the model, or raise PlanMismatchError."""
-    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, HOOKS[0]):
-        reason = f"it is a {type(optimizer).__name__}, not a torch.optim.Optimizer"
-    elif type(optimizer).__module__.startswith("torch.distributed."):
-        reason = f"{type(optimizer).__name__} keeps optimizers of its own; use a plain one"
-    elif any(group.get("differentiable", False) for group in optimizer.param_groups):
-        reason = "differentiable=True needs a graph through the parameters; turn it off"
-    elif not set(map(id, model.parameters())) & set(map(id, _parameters(optimizer))):
+    reason = optimizer_refusal(optimizer)
+    if not reason and set(model.parameters()).isdisjoint(_parameters(optimizer)):
         reason = "it trains no parameter of this model; make it from model.parameters()"
-    else:
-        return
-    raise PlanMismatchError(f"the optimizer must be one that can train FP32 masters, but {reason}")
+    if reason:
+        raise PlanMismatchError(f"the optimizer must be one that trains FP32 masters, but {reason}")
 
 
 def detach_optimizer(optimizer: Optimizer) -> None:
@@ -187,6 +189,11 @@ class Attachment:
         layout = self.stepping = self.current_layout(optimizer, is_split=step is not None)
         if layout is None:
             return None
+        if torch._C._current_graph_task_id() >= 0:
+            raise PlanMismatchError(
+                f"an optimizer must step after backward, but {type(optimizer).__name__} steps "
+                "within it, in hooks at gradients; step it after backward"
+            )
         shadow = self.cast_shadow(optimizer, layout)
         # All chunks but the last are stepped here, so that one buffer of gradients serves all.
         for chunk in layout.chunks[:-1]:
@@ -198,12 +205,16 @@ class Attachment:
         for group, params in zip(shadow.param_groups, last.groups, strict=True):
             group["params"][:] = params
 
-        # A closure runs the model in the middle of the step: what the shadow made of the masters
-        # must be in the model before it, and the new gradients at the masters after it.
+        # A closure runs the model in the middle of the step: the new gradients must be at the
+        # masters after it, and what it told the optimizer (a guard, of a bad step) at the shadow.
+        calls = itertools.count()
+
         def evaluate(closure: Callable[[], Any]) -> Any:  # Any: the loss
-            layout.copy_down()
+            if next(calls):
+                raise PlanMismatchError(f"{type(optimizer).__name__} {MANY_CLOSURES}")
             loss = closure()
             layout.give_gradients(last)
+            vars(shadow).update((k, v) for k, v in vars(optimizer).items() if k == FLAG)
             return loss
 
         rest = tuple(partial(evaluate, value) if callable(value) else value for value in args[1:])
@@ -218,9 +229,15 @@ class Attachment:
         if shadow is optimizer or layout is None:
             return
         self.stepping = None
+        if layout.was_written():
+            raise PlanMismatchError(
+                "an optimizer must step what its param_groups hold, but "
+                f"{type(optimizer).__name__} writes into the model's parameters by another way, "
+                "past their FP32 masters; let it take them from self.param_groups, and start again"
+            )
         if not _are_values_of(optimizer.state, shadow.state):
             _adopt_state(optimizer, shadow, layout.pairs)
-        _adopt_settings(optimizer, shadow)
+        _adopt_settings(optimizer, shadow, layout.pairs)
         layout.copy_down()
         layout.end_step()
 
@@ -317,18 +334,14 @@ def set_shadow(
     # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
     for name in vars(shadow).keys() - vars(optimizer).keys():  # GradScaler's come and go
         del vars(shadow)[name]
-    vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
+    own = _swapped(_settings(optimizer), pairs)
+    vars(shadow).update({**vars(optimizer), **own, "param_groups": groups, "state": state})
     attachment: Attachment = vars(shadow).pop(ON_OPTIMIZER)  # would be a reference cycle
-    lists: dict[int, list[Tensor]] = {}
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        params = lists[id(own["params"])] = group["params"]
+    for group, its in zip(groups, optimizer.param_groups, strict=True):
+        params = group["params"]
         if not has_state:
-            params[:] = [pairs.get(parameter, parameter) for parameter in own["params"]]
-        group.update({**own, "params": params})
-    # LBFGS keeps its first group's list as an attribute: it must see masters there as well.
-    for name, value in vars(optimizer).items():
-        if id(value) in lists:
-            setattr(shadow, name, lists[id(value)])
+            params[:] = [pairs.get(parameter, parameter) for parameter in its["params"]]
+        group.update({**its, "params": params})
     # Without our own hooks, which would put a shadow in the shadow's place.
     left_out = {handle.id for handle in attachment.handles}
     for name in HOOKS:
@@ -365,16 +378,57 @@ def _adopt_state(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> None:
     optimizer.state.update(made)
 
 
-def _adopt_settings(optimizer: Optimizer, shadow: Optimizer) -> None:
+def _adopt_settings(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> None:
     # A step may write into its groups (a schedule inside of the optimizer) ...
     for group, changed in zip(optimizer.param_groups, shadow.param_groups, strict=True):
         group.update({key: value for key, value in changed.items() if key != "params"})
-    # ... and into attributes, but never are lists of masters the optimizer's.
-    lists = {id(group["params"]) for group in shadow.param_groups}
-    kept = {"param_groups", "state", *HOOKS}
-    for name, value in vars(shadow).items():
-        if name not in kept and id(value) not in lists:
-            vars(optimizer)[name] = value
+    # ... and into attributes, where parameters take their places back.
+    settings = _settings(shadow)
+    for name, made in _swapped(settings, {m: p for p, m in pairs.items()}).items():
+        own = vars(optimizer).get(name)
+        if made is not own and isinstance(own, dict) and isinstance(made, dict):
+            items = dict(made)  # hooks of the user's may hold the dict itself
+            own.clear()
+            own.update(items)
+        else:
+            vars(optimizer)[name] = made
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:  # Any: whatever a subclass keeps
+    """Return the attributes that are neither groups nor state nor torch's hooks."""
+    apart = ("param_groups", "state", "defaults", ON_OPTIMIZER, *HOOKS)
+    return {name: value for name, value in vars(optimizer).items() if name not in apart}
+
+
+def _swapped(settings: dict[str, Any], pairs: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return attributes whose containers hold others for the tensors in them, and for their ids."""
+    if CONTAINERS.isdisjoint(map(type, settings.values())):
+        return settings  # as of torch's own, which are not to cost anything by the parameter
+    by_id = {id(one): other for one, other in pairs.items()}
+    return {name: _swapped_in(value, by_id) for name, value in settings.items()}
+
+
+def _swapped_in(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimizer's attribute
+    """Return a container with others in it, at any depth; itself where it has none of them."""
+    if id(value) in by_id:
+        return by_id[id(value)]
+    if type(value) is int:
+        return id(by_id[value]) if value in by_id else value
+    if isinstance(value, dict):
+        old = [part for item in value.items() for part in item]
+    elif isinstance(value, list | tuple | set):
+        old = list(value)
+    else:
+        return value
+    new = [_swapped_in(part, by_id) for part in old]
+    if all(map(operator.is_, new, old)):
+        return value
+    if isinstance(value, dict):
+        made = copy.copy(value)  # a defaultdict stays one
+        made.clear()
+        made.update(zip(new[::2], new[1::2], strict=True))
+        return made
+    return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -148,6 +148,14 @@ class Layout:
             store.begin_step(owned, stamps)
         return self._state == self._store_state()
 
+    def was_written(self) -> bool:
+        """Whether somebody has written into the parameters since the step began."""
+        for owned, stamps in zip(self._owned, self._stamps, strict=True):
+            for parameter, stamp in zip(owned, stamps, strict=True):
+                if parameter._version != stamp.version:
+                    return True
+        return False
+
     def copy_down(self) -> None:
         """Round masters into the parameters' own BF16 storage: p = bf16(m)."""
         with torch.no_grad():

@@ -54,7 +54,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.optimizers import plain_parts
+from autoprec.workload.optimizers import optimizer_refusal, plain_parts
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -226,6 +226,10 @@ class Workload:
         optimizer = self._call(
             "build_optimizer(model)", torch.optim.Optimizer, "a torch.optim.Optimizer", model
         )
+        if reason := optimizer_refusal(optimizer):
+            raise WorkloadError(
+                f"build_optimizer(model) must return one that a plan can train, but {reason}"
+            )
         listed = {p for group in optimizer.param_groups for p in group["params"]}
         if not listed <= set(model.parameters()):
             raise WorkloadError(

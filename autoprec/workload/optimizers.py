@@ -1,10 +1,15 @@
-"""What a user's optimizer is made of: optimizers inside it, and the tensors of all their states."""
+"""What a user's optimizer is made of, and whether it is one that autoprec can train with.
 
+Optimizers inside it, the tensors of all their states, and the one rule by which `tune` and `apply`
+take an optimizer or refuse it.
+"""
+
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -18,6 +23,36 @@ SPARSE = {  # the methods that return the tensors of a sparse one
     torch.sparse_csc: _BY_COLUMN,
     torch.sparse_bsc: _BY_COLUMN,
 }
+
+
+MANY_CLOSURES = (
+    "must call the closure that it is given once, but it calls it again and again, each time at "
+    "other weights, which neither tune nor a plan can follow; use a first-order optimizer"
+)
+
+
+def optimizer_refusal(optimizer: object) -> str:
+    """Return why neither `tune` nor `apply` takes an optimizer, as a clause; empty if they do."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        return f"it is a {name}, not a torch.optim.Optimizer"
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return f"{name} did not call Optimizer.__init__, so its steps have no hooks; use another"
+    if type(optimizer).__module__.startswith("torch.distributed."):
+        return f"{name} keeps optimizers of its own; use a plain one"
+    if any(group.get("differentiable", False) for group in optimizer.param_groups):
+        return "differentiable=True needs a graph through the parameters; turn it off"
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return f"{name} {MANY_CLOSURES}"
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, nn.Module) and not own.isdisjoint(value.parameters()):
+            return (
+                f"{name} holds the model itself (.{attribute}), by which it would reach past FP32 "
+                "masters; give it model.parameters()"
+            )
+    return ""
 
 
 def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:

@@ -81,6 +81,13 @@ class Training:
             loss = loss_fn(self.model, batch)
             torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
             losses.append(loss.detach())
+        groups = self.optimizer.param_groups
+        if all(p.grad is None for group in groups for p in group["params"]):
+            raise WorkloadError(
+                f"backward must leave gradients for {type(self.optimizer).__name__}, but there are "
+                "none after it: the loss must depend on the parameters, and the optimizer step "
+                "after backward, not within it in hooks at gradients"
+            )
         self.update(rate=rate)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 

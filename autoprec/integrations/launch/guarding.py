@@ -2,10 +2,9 @@
 
 backward         the losses since the last step are added up (gradient accumulation)
 clip_grad_norm_  the guard looks before gradients are clipped
-optimizer.step   or else here
+optimizer.step   or else here, after the closure if the step is given one (Lightning's always are)
 """
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.guard import Guard
-from autoprec.integrations.launch.optimizers import closure_of, trains
+from autoprec.integrations.launch.optimizers import closure_of, trains, with_closure
 from autoprec.integrations.launch.patches import Function
 from autoprec.integrations.plans import GuardedSteps
 from autoprec.records import Plan
-
-logger = logging.getLogger(__name__)
 
 
 class ScriptGuard:
@@ -41,17 +38,28 @@ class ScriptGuard:
         """Watch a model; only the first one."""
         self._model = self._model or weakref.ref(model)
 
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
-        """Look before an optimizer's step, if it trains the model."""
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
+        """Look before an optimizer's step, if it trains the model; return other arguments if any.
+
+        Gradients that a closure makes are looked at when it is done.
+        """
         model = self._model() if self._model is not None else None
         if self.steps.guard is None and model is not None and trains(optimizer, model):
             # of several optimizers the steps of the first one count
             self.steps.start(model, optimizer, self._plan)
-            if closure_of(args, kwargs) is not None:
-                unseen = "the guard cannot see steps that an optimizer takes with a closure"
-                logger.warning("%s; call autoprec.Guard in the script", unseen)
-        if self.steps.guard is not None and optimizer is self.steps.guard.optimizer:
+        if self.steps.guard is None or optimizer is not self.steps.guard.optimizer:
+            return None
+        closure = closure_of(args, kwargs)
+        if closure is None:
             self.steps.end_step()
+            return None
+
+        def looked_at() -> Any:  # Any: the loss
+            loss = closure()
+            self.steps.end_step()
+            return loss
+
+        return with_closure(args, kwargs, looked_at)
 
     def _around_backward(self, call: Function, /, tensors: Any, *args: Any, **kwargs: Any) -> None:
         # checkpointing calls backward inside of backward

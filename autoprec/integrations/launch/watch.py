@@ -191,7 +191,7 @@ class Watch:
             for index, master in state_dict[STATELESS].items():
                 optimizer.state[parameters[index]][MASTER] = master.detach().clone()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
         if self._waits.get(optimizer):
             if not self.applied:
                 self._search_for(optimizer, f"before {type(optimizer).__name__}'s first step")
@@ -201,8 +201,7 @@ class Watch:
                 self.stop()
                 raise self.failure
             self._end_search_if_done()
-        if self._guard is not None:
-            self._guard.before_step(optimizer, args, kwargs)
+        return None if self._guard is None else self._guard.before_step(optimizer, args, kwargs)
 
     # --- what it means ---------------------------------------------------------------------------
 
