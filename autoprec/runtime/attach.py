@@ -54,6 +54,7 @@ HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+APART = frozenset({"param_groups", "state", "defaults", "_optimizer_state_dict_pre_hooks", *HOOKS})
 StateDict = dict[str, Any]  # Any: torch's own
 Pairs = dict[nn.Parameter, Tensor]
 
@@ -334,8 +335,10 @@ def set_shadow(
     # All else, settings of a subclass too, is the optimizer's own, so that `step` finds it.
     for name in vars(shadow).keys() - vars(optimizer).keys():  # GradScaler's come and go
         del vars(shadow)[name]
-    own = _swapped(_settings(optimizer), pairs)
-    vars(shadow).update({**vars(optimizer), **own, "param_groups": groups, "state": state})
+    vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
+    if held := _containers(optimizer):
+        by_id = {id(parameter): master for parameter, master in pairs.items()}
+        vars(shadow).update({name: _swapped(value, by_id) for name, value in held.items()})
     attachment: Attachment = vars(shadow).pop(ON_OPTIMIZER)  # would be a reference cycle
     for group, its in zip(groups, optimizer.param_groups, strict=True):
         params = group["params"]
@@ -383,8 +386,11 @@ def _adopt_settings(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> No
     for group, changed in zip(optimizer.param_groups, shadow.param_groups, strict=True):
         group.update({key: value for key, value in changed.items() if key != "params"})
     # ... and into attributes, where parameters take their places back.
-    settings = _settings(shadow)
-    for name, made in _swapped(settings, {m: p for p, m in pairs.items()}).items():
+    settings = {k: v for k, v in vars(shadow).items() if k not in APART}
+    if held := _containers(shadow):
+        by_id = {id(master): parameter for parameter, master in pairs.items()}
+        settings |= {name: _swapped(value, by_id) for name, value in held.items()}
+    for name, made in settings.items():
         own = vars(optimizer).get(name)
         if made is not own and isinstance(own, dict) and isinstance(made, dict):
             items = dict(made)  # hooks of the user's may hold the dict itself
@@ -394,21 +400,13 @@ def _adopt_settings(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> No
             vars(optimizer)[name] = made
 
 
-def _settings(optimizer: Optimizer) -> dict[str, Any]:  # Any: whatever a subclass keeps
-    """Return the attributes that are neither groups nor state nor torch's hooks."""
-    apart = ("param_groups", "state", "defaults", ON_OPTIMIZER, *HOOKS)
-    return {name: value for name, value in vars(optimizer).items() if name not in apart}
+def _containers(optimizer: Optimizer) -> dict[str, Any]:  # Any: whatever a subclass keeps
+    """Return a subclass's own lists and dicts; torch's have none, and cost nothing by parameter."""
+    every = vars(optimizer).items()
+    return {k: v for k, v in every if type(v) in CONTAINERS and k not in APART}
 
 
-def _swapped(settings: dict[str, Any], pairs: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return attributes whose containers hold others for the tensors in them, and for their ids."""
-    if CONTAINERS.isdisjoint(map(type, settings.values())):
-        return settings  # as of torch's own, which are not to cost anything by the parameter
-    by_id = {id(one): other for one, other in pairs.items()}
-    return {name: _swapped_in(value, by_id) for name, value in settings.items()}
-
-
-def _swapped_in(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimizer's attribute
+def _swapped(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimizer's attribute
     """Return a container with others in it, at any depth; itself where it has none of them."""
     if id(value) in by_id:
         return by_id[id(value)]
@@ -420,7 +418,7 @@ def _swapped_in(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimiz
         old = list(value)
     else:
         return value
-    new = [_swapped_in(part, by_id) for part in old]
+    new = [_swapped(part, by_id) for part in old]
     if all(map(operator.is_, new, old)):
         return value
     if isinstance(value, dict):
