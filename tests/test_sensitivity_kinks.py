@@ -12,14 +12,22 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import Estimate, LayerSensitivity, Recipe, fp8_option
+from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Recipe, fp8_option
+from autoprec.sensitivity import tables
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
 from autoprec.sensitivity.local import BF16_OUTPUT, list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, guessed_cells, make_rows, make_table
+from autoprec.sensitivity.tables import (
+    Method,
+    Table,
+    guessed_cells,
+    make_rows,
+    make_table,
+    refine_table,
+)
 from autoprec.workload.functions import workload_from
 
 CPU = torch.device("cpu")
@@ -152,32 +160,56 @@ def test_each_batch_has_a_code_of_its_own() -> None:
 
 
 def test_whole_recipes_are_measured_where_probes_are_a_guess() -> None:
-    def rows(relative: float) -> list[LayerSensitivity]:
+    recipes = (Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP, Recipe.TENSORWISE)
+
+    def rows(**relative: float) -> list[LayerSensitivity]:
         return [
             LayerSensitivity(
                 name=name,
                 option=fp8_option(recipe),
-                grad_error=Estimate(mean=mean, stderr=relative * mean),
+                grad_error=Estimate(mean=1e-3, stderr=part * 1e-3),
             )
-            for name, mean in (("small", 1e-4), ("large", 1e-3))
-            for recipe in (Recipe.ROWWISE, Recipe.TENSORWISE)
+            for name, part in relative.items()
+            for recipe in recipes
         ]
 
-    assert guessed_cells(rows(0.1), is_kinked=False) == ()
+    assert guessed_cells(rows(sure=0.1, unsure=0.2), is_kinked=False) == ()
     for found in (
-        guessed_cells(rows(0.5), is_kinked=False),
-        guessed_cells(rows(0.1), is_kinked=True),
+        guessed_cells(rows(sure=0.5, unsure=0.6), is_kinked=False),
+        guessed_cells(rows(sure=0.1, unsure=0.2), is_kinked=True),
     ):
-        # one of each layer first
-        assert [name for name, _ in found[:2]] == ["large", "small"]
-        assert len(found) == 4
+        # the least certain layer first; recipes that cast alike forward once
+        assert [name for name, _ in found] == ["unsure", "unsure", "sure", "sure"]
+        assert Recipe.TENSORWISE in {option.recipe for _, option in found[:2]}
+
+
+def test_measured_rows_take_along_what_casts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of the batches a measurement goes half the way, on all of them it is the row."""
+    tensorwise, rowwise, with_gw_hp = map(
+        fp8_option, (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
+    )
+    options = (tensorwise, rowwise, with_gw_hp, BF16_O2)
+    rows = tuple(
+        LayerSensitivity(name=name, option=option, grad_error=Estimate(mean=1.0, stderr=0.1))
+        for name in ("seen", "other")
+        for option in options
+    )
+    table = Table(Method.SIGN_CODED, rows, ())
+    monkeypatch.setattr(
+        tables, "_exact_errors", lambda _, cells, *__: {c: Estimate(mean=16.0) for c in cells}
+    )
+    reference = prepared(nn.SiLU)
+    for batches, expected in ((2, (4.0, 16.0, 16.0, 1.0)), (1, (2.0, 4.0, 4.0, 1.0))):
+        found = refine_table(reference, table, [("seen", rowwise)], batches=batches)
+        means = [row.grad_error.mean for row in found.rows]
+        assert means == pytest.approx([*expected, 1.0, 1.0, 1.0, 1.0])
 
 
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     reference = prepared(nn.SiLU)
     cells = list_cells(reference.spec, [fp8_option(Recipe.ROWWISE)])
     table = make_table(reference, cells, Method.SIGN_CODED)
-    meter = JointMeter(reference, batches=1)
+    meter = JointMeter(reference)
     for factor in (1.0, 5.0, 0.2):
         rows = tuple(
             row.model_copy(update={"grad_error": Estimate(mean=row.grad_error.mean * factor)})
@@ -191,5 +223,5 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
         assert bool(found.table.refined) == (factor != 1.0)
     stuck = replace(table, rows=rows, method=Method.LAYERWISE)
     found = check_table(meter, stuck, outside=0.0)
-    assert "times the joint error" in found.sentence
+    assert "times the joint error, with all its rows measured: errors of layers" in found.sentence
     assert found.table == stuck

@@ -25,7 +25,7 @@ from autoprec.model.memory import (
 )
 from autoprec.model.recording import Call, recorded_calls
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
-from autoprec.sensitivity import probes
+from autoprec.sensitivity import probes, room
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.parked import InTurn, Parked
@@ -65,6 +65,20 @@ class Bagged(nn.Module):
 
         functions = {"build_model": Bagged, "train_batches": train_batches, "loss_fn": loss_fn}
         return workload_from(SimpleNamespace(**functions), name="bagged")
+
+
+@pytest.fixture(autouse=True)
+def every_byte_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the models here, which no device is too small for, as large ones."""
+    monkeypatch.setattr(room, "SMALL", 0)
+
+
+def test_a_small_model_is_probed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(mlp(width=64, depth=1, batch=2048, hidden=512), CPU)
+    spec = capture_model(context)
+    assert room.plan_groups(context, spec) != (1, False)
+    monkeypatch.undo()
+    assert room.plan_groups(context, spec) == (1, False)
 
 
 def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:

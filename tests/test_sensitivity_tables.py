@@ -27,7 +27,7 @@ from autoprec.sensitivity.casts import cast_operand, gemm_casts
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, large_cells, make_rows, make_table, uncertain_cells
+from autoprec.sensitivity.tables import Method, large_cells, make_rows, make_table
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 
@@ -228,7 +228,7 @@ def test_both_tables_carry_statistics_and_delayed_scaling() -> None:
             assert statistics.amax >= statistics.amin_nonzero > 0.0
 
 
-def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
+def test_rows_too_large_for_probes_are_measured_again() -> None:
     def row(name: str, grad_error: float, stderr: float) -> LayerSensitivity:
         return LayerSensitivity(
             name=name,
@@ -236,9 +236,8 @@ def test_only_uncertain_rows_that_matter_are_measured_again() -> None:
             grad_error=Estimate(mean=grad_error, stderr=stderr),
         )
 
-    rows = [row("sure", 1.0, 0.01), row("unsure", 1.0, 0.5), row("small", 0.01, 0.01)]
-    assert uncertain_cells(rows) == (("unsure", TENSORWISE),)
-    assert large_cells(rows[1:]) == (("unsure", TENSORWISE),)
+    rows = [row("broken", 1.0, 0.5), row("small", 0.01, 0.01)]
+    assert large_cells(rows) == (("broken", TENSORWISE),)
     assert large_cells([row("healthy", 0.003, 0.001)]) == ()
 
 

@@ -21,6 +21,7 @@ from autoprec.workload.functions import tensors_in
 
 TOO_COARSE = 1e-3  # of uniform BF16; networks without an offset have 1e-6 to 2e-4
 MOST_TRIED = 4  # islands, one joint measurement each
+MOST_IN_VAIN = 2  # of them: where kinks make BF16 coarse there are none
 MOST_PRODUCERS = 4  # more of them is a residual stream, whose sums no island keeps in FP32
 
 Measure = Callable[[Collection[str]], float]
@@ -43,9 +44,11 @@ def find_islands(
         return (), joint
     producers = find_producers(reference, worst)
     found: list[Island] = []
+    in_vain = 0
     for name in worst:
         names = (*producers.get(name, ()), name)
-        if joint < TOO_COARSE or any(n in island.names for n in names for island in found):
+        is_done = joint < TOO_COARSE or in_vain == MOST_IN_VAIN
+        if is_done or any(n in island.names for n in names for island in found):
             continue
         kept = [n for island in found for n in island.names]
         error = measure([*kept, *names])
@@ -53,6 +56,8 @@ def find_islands(
             extra = joint - error - sum(own.get(n, 0.0) for n in names)
             found.append(Island(names=names, grad_error=max(extra, 0.0)))
             joint = error
+        else:
+            in_vain += 1
     return tuple(found), joint
 
 

@@ -56,13 +56,10 @@ class TwoSteps:
 
         `square` is their mean over all batches and codes: kinks have the same part of it as here.
         """
-        fine, own = self._pair(keys)
-        if own <= 0.0 or square <= 0.0:
+        smooth = self._smooth(keys, square)
+        if smooth is None:
             return 1.0
-        crossed = self._crossed(fine, own)
-        left = max(own - crossed, 0.0) if crossed > 0.0 else fine
-        smooth = square * left / own
-        return (smooth + self.added(keys, square) + self._jumps_of(keys[0][0], smooth)) / square
+        return (smooth + self.added(keys, square) + self.chosen(keys, square)) / square
 
     @property
     def are_kinked(self) -> bool:
@@ -79,17 +76,25 @@ class TwoSteps:
         pairs = [self.products[key] for key in keys]
         return math.fsum(fine for fine, _ in pairs), math.fsum(own for _, own in pairs)
 
-    def _jumps_of(self, name: str, smooth: float) -> float:
-        """Return what other choices than the reference's add to the errors of a layer's output.
+    def chosen(self, keys: Sequence[Key], square: float) -> float:
+        """Return what other choices than the reference's add to one layer's errors of output.
 
         A choice is changed with a probability that grows as |dy|, like a kink. There is no B of it,
         as the choices are kept, so errors and moved weights are compared by the smooth part of what
         they do, forward; moved weights do about half of theirs backward.
         """
-        total = math.fsum(min(pair) for pair in self.changes) / 2.0
-        if self.jumps <= 0.0 or total <= 0.0:
+        smooth, total = self._smooth(keys, square), math.fsum(map(min, self.changes)) / 2.0
+        if smooth is None or self.jumps <= 0.0 or total <= 0.0:
             return 0.0
-        return self.jumps * self.choices.get(name, 0.0) * math.sqrt(smooth / total)
+        return self.jumps * self.choices.get(keys[0][0], 0.0) * math.sqrt(smooth / total)
+
+    def _smooth(self, keys: Sequence[Key], square: float) -> float | None:
+        """Return what is left of a square without kinks; None where nothing is known."""
+        fine, own = self._pair(keys)
+        if own <= 0.0 or square <= 0.0:
+            return None
+        crossed = self._crossed(fine, own)
+        return square * (max(own - crossed, 0.0) if crossed > 0.0 else fine) / own
 
     def _behind(self, name: str) -> float:
         """Return W t of the kinks behind a layer."""

@@ -8,7 +8,16 @@ from autoprec.common.text import percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import AutoprecError
-from autoprec.records import FP32, BatchEffect, Estimate, Option, Recipe, Sensitivity
+from autoprec.records import (
+    FP32,
+    BatchEffect,
+    Estimate,
+    JointMeasurement,
+    Option,
+    Recipe,
+    Sensitivity,
+    StepError,
+)
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
@@ -16,8 +25,6 @@ from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
 from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
-
-CHECK_BATCHES = 1  # a table that is off by a factor of two shows on one
 
 
 @random_state_kept()
@@ -42,13 +49,13 @@ def measure_sensitivity(
     passes, spec = reference.passes, reference.spec
     cells = _checked_cells(reference, options, gemms_hp=gemms_hp)
     table = make_table(reference, cells, method)
-    meter = JointMeter(reference, batches=CHECK_BATCHES)
+    meter = JointMeter(reference)
     activation_error, islands = meter.measure_activations(table.rows)
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     checked = check_table(meter, table, outside=outside)
     table = checked.table
     statistics = with_shares(reference, table.rows, table.statistics)
-    by_step = (*reference.early, *reference.measure_step(len(reference.loss_curve)))
+    by_step = (*reference.early, *_error_now(reference, checked.joint))
     batch_effect, floor = None, _measure_floor(reference)
     if run_tokens is not None and by_step:
         batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
@@ -89,6 +96,15 @@ def _checked_cells(
             "prepared without them; prepare it with `with_history`"
         )
     return cells
+
+
+def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple[StepError, ...]:
+    """Return the error of FP8 wherever it goes, from the table's check where that measured it."""
+    step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
+    known = next((found.grad_error for found in joint if found.options == plan), None)
+    return (
+        reference.measure_step(step) if known is None else (StepError(step=step, grad_error=known),)
+    )
 
 
 def _measure_floor(reference: Reference) -> Estimate:

@@ -20,6 +20,7 @@ from autoprec.records import ModelSpec
 
 log = logging.getLogger(__name__)
 
+SMALL = 256 * 2**20  # bytes that no device lacks: fewer groups are faster
 WORTH = 1.05  # how far above the least a peak may be where even that is too much
 MARGIN = 1.1  # measured peaks were up to 7 % above predicted ones (docs/scale.md)
 
@@ -33,7 +34,7 @@ def plan_groups(context: Context, spec: ModelSpec) -> tuple[int, bool]:
         DeviceError: with any number of them it takes more than --memory-limit.
     """
     limit, free = context.memory_limit, free_bytes(context.device)
-    bar = sensitivity_bar(spec)
+    bar = max(sensitivity_bar(spec), SMALL)
     room = limit or min(bar, bar if free is None else free)
     predicted = partial(sensitivity_bytes, spec, batches=_held(context))
     ways = [

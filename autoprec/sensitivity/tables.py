@@ -6,7 +6,8 @@ sign_coded    all of them from a few probes; the few that these leave in doubt, 
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -31,7 +32,7 @@ from autoprec.records import (
     Recipe,
 )
 from autoprec.runtime import install_options
-from autoprec.sensitivity.casts import gemm_casts
+from autoprec.sensitivity.casts import Sides, gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
@@ -44,14 +45,16 @@ log = logging.getLogger(__name__)
 
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe, 9 found 23
-REFINED_SHARE = 0.05  # a standard error above this part of its option's sum is not left at that
-REFINED_CELLS = 2
 REFINED_BATCHES = 2
 # Where the response has few dimensions, two codes differ by more than this part of their mean in
 # all rows at once: 0.1 to 0.2 in decoders, 0.4 to 0.7 in a regression of images.
 SCATTERED = 0.3
-GUESSED_PASSES = 12  # that measure whole recipes then, or where there are kinks
-KINK_DOUBT = 0.5  # of F: what the probes make of kinks is too high by up to 1.6 (see kinks.py)
+# Passes that measure whole recipes then, or where there are kinks: all of them on all batches where
+# that is enough, else the least certain on one batch.
+FEW_PASSES, GUESSED_PASSES = 20, 13
+# Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
+# that few tokens change is off by 2 to 3 on any two batches.
+KINK_DOUBT, CHOICE_DOUBT = 0.5, 1.0
 # Probes are linear in a layer's error. A healthy layer has a gradient error below 0.3 %; in layers
 # with 1 % and more in some option (planted outliers, on a GPT), the exact one was 1 to 25 times as
 # large.
@@ -89,8 +92,9 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     """Measure all cells, by the method that takes fewer passes unless one is given."""
     partly = partly_fp8(cells)
     if method is None:
-        one_by_one = (len(cells) - len(partly)) * len(reference.batches)
-        is_cheaper = one_by_one <= _passes_of_probing(reference)
+        one_by_one = (len(cells) - len(partly)) * len(reference.batches) + len(partly)
+        # where there are kinks only probes tell, and rows are then measured beside them
+        is_cheaper = one_by_one <= _passes_of_probing(reference) + FEW_PASSES
         method = Method.LAYERWISE if is_cheaper else Method.SIGN_CODED
     if method is Method.LAYERWISE:
         whole = [cell for cell in cells if cell not in partly]
@@ -111,14 +115,15 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _kinks_of(probes, rows))
     guessed = guessed_cells(rows, is_kinked=_are_kinked(probes))
     doubtful = doubtful_cells(rows, statistics)
-    uncertain = () if guessed else uncertain_cells(rows)
-    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *uncertain, *doubtful)))
+    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *doubtful)))
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
-    # the same passes measure few cells on all batches or more on one
-    left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
-    guessed = tuple(cell for cell in guessed if cell not in refined)
-    batches = REFINED_BATCHES if REFINED_BATCHES * len(guessed) <= left else 1
-    return refine_table(reference, table, guessed[:left], batches=batches, with_layer=True)
+    along = {(name, forward_casts(option)) for name, option in refined if is_whole(option)}
+    guessed = tuple(c for c in guessed if (c[0], forward_casts(c[1])) not in along)
+    batches = len(reference.batches)
+    if batches * len(guessed) > FEW_PASSES:
+        left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
+        guessed, batches = guessed[:left], 1
+    return refine_table(reference, table, guessed, batches=batches)
 
 
 def _count_probes(reference: Reference) -> int:
@@ -134,45 +139,42 @@ def _passes_of_probing(reference: Reference) -> int:
 
 
 def refine_table(
-    reference: Reference,
-    table: Table,
-    cells: Sequence[Cell],
-    *,
-    batches: int,
-    with_layer: bool = False,
+    reference: Reference, table: Table, cells: Sequence[Cell], *, batches: int
 ) -> Table:
     """Return a table whose cells are measured one by one; a pass per cell and batch.
 
-    Options of the same layer and recipe that keep GEMMs in BF16 go along with the whole recipe,
-    unless they are measured themselves. `with_layer` other recipes of the layer go half the way (on
-    a scale of factors): errors of two recipes meet the same code and kinks, in other places.
+    Options of the layer that cast alike in the forward pass go along, unless they are measured
+    themselves: what probes do not know (kinks, choices) comes of that. Others that are in FP8 go
+    half the way on a scale of factors, and so does a cell that was measured on a part of the
+    batches: the probes speak for the others.
     """
     if not cells:
         return table
     exact = _exact_errors(reference, cells, batches, "largest rows")
-    known = {*table.refined, *exact}
-    ratios = {
-        (row.name, row.option.recipe): exact[cell].mean / row.grad_error.mean
-        for row in table.rows
-        if (cell := (row.name, row.option)) in exact and is_whole(row.option)
-        if row.grad_error.mean > 0.0
-    }
-    by_layer: dict[str, list[float]] = {}
-    for (name, _), ratio in ratios.items() if with_layer else ():
-        by_layer.setdefault(name, []).append(ratio)
-    rows = []
+    share = 1.0 if batches >= len(reference.batches) else 0.5
+    ratios: dict[str, dict[Sides, float]] = {}  # of every layer, by its casts forward
     for row in table.rows:
-        near = by_layer.get(row.name, [1.0])
-        shared = math.sqrt(math.fsum(near) / len(near))
-        ratio = ratios.get((row.name, row.option.recipe), shared)
-        if (cell := (row.name, row.option)) in exact:
-            rows.append(_refined(row, exact[cell]))
-        elif cell not in known and row.option.is_fp8 and ratio != 1.0:
-            rows.append(_refined(row, _scaled(row.grad_error, ratio)))
+        found, before = exact.get((row.name, row.option)), row.grad_error.mean
+        if found is not None and is_whole(row.option) and min(found.mean, before) > 0.0:
+            ratio = (found.mean / before) ** share
+            ratios.setdefault(row.name, {})[forward_casts(row.option)] = ratio
+    known, rows = {*table.refined, *exact}, []
+    for row in table.rows:
+        cell, of_layer = (row.name, row.option), ratios.get(row.name, {})
+        if cell in exact:
+            rows.append(_refined(row, exact[cell], share=share))
+        elif cell not in known and row.option.is_fp8 and of_layer:
+            near = math.sqrt(statistics.geometric_mean(of_layer.values()))
+            rows.append(_multiplied(row, of_layer.get(forward_casts(row.option), near)))
         else:
             rows.append(row)
     refined = tuple(dict.fromkeys((*table.refined, *cells)))
     return replace(table, rows=tuple(rows), refined=refined)
+
+
+def forward_casts(option: Option) -> Sides:
+    """Return what an FP8 option's recipe casts forward, also where it keeps that GEMM in BF16."""
+    return gemm_casts(option.model_copy(update={"gemms_hp": ()}))[Gemm.OUTPUT]
 
 
 def is_whole(option: Option) -> bool:
@@ -187,14 +189,29 @@ def _are_kinked(probes: Sequence[BatchProbe]) -> bool:
 
 def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) -> dict[Cell, float]:
     """Return the share of each row that kinks add; empty where there are none."""
-    steps, scale = probes[0].steps, probes[0].squared_norm
-    if steps is None or not steps.are_kinked:
-        return {}
-    found = {}
+    steps = probes[0].steps
+    return _shares(probes, rows, steps.added) if steps and steps.are_kinked else {}
+
+
+def _choices_of(
+    probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]
+) -> dict[Cell, float]:
+    """Return the share of each row that choices add; empty where there are none."""
+    steps = probes[0].steps
+    return _shares(probes, rows, steps.chosen) if steps and steps.jumps > 0.0 else {}
+
+
+def _shares(
+    probes: Sequence[BatchProbe],
+    rows: Sequence[LayerSensitivity],
+    added: Callable[[Sequence[Key], float], float],
+) -> dict[Cell, float]:
+    """Return the part of each row that something adds to its errors of output."""
+    found, scale = {}, probes[0].squared_norm
     for row in rows:
         keys = [(row.name, component) for component in components_of(row.option)[Gemm.OUTPUT]]
         if row.grad_error.mean > 0.0:
-            share = steps.added(keys, _mean_square(probes, keys)) / scale / row.grad_error.mean
+            share = added(keys, _mean_square(probes, keys)) / scale / row.grad_error.mean
             found[row.name, row.option] = min(share, 1.0)
     return found
 
@@ -258,11 +275,11 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
         by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
         total = _estimate(probes, factors, staying)
         rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
-    return _widened(rows, _kinks_of(probes, rows))
+    return _widened(rows, _kinks_of(probes, rows), _choices_of(probes, rows))
 
 
 def _widened(
-    rows: Sequence[LayerSensitivity], kinks: Mapping[Cell, float]
+    rows: Sequence[LayerSensitivity], kinks: Mapping[Cell, float], choices: Mapping[Cell, float]
 ) -> tuple[LayerSensitivity, ...]:
     """Return rows with what their own standard errors do not know: of kinks, and of other rows."""
     least = _scatter([row for row in rows if row.option.is_fp8])
@@ -273,6 +290,7 @@ def _widened(
             stderr = mean * math.hypot(
                 max(stderr / mean if mean > 0.0 else 0.0, least),
                 KINK_DOUBT * kinks.get((row.name, row.option), 0.0),
+                CHOICE_DOUBT * choices.get((row.name, row.option), 0.0),
             )
             row = row.model_copy(update={"grad_error": Estimate(mean=mean, stderr=stderr)})
         found.append(row)
@@ -330,18 +348,20 @@ def doubtful_cells(
 
 
 def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple[Cell, ...]:
-    """Return the whole recipes, where probes are no more than a guess; else none.
+    """Return one whole recipe of each layer and casts forward, where probes only guess; else none.
 
-    One of each layer comes first, then those whose standard errors are the largest.
+    The least certain come first, by their standard errors in parts of the row.
     """
     whole = [row for row in rows if is_whole(row.option) and row.grad_error.mean > 0.0]
     if not is_kinked and _scatter(whole) < SCATTERED:
         return ()
-    ranked = sorted(whole, key=lambda row: -(row.grad_error.stderr or 0.0))
-    first = {row.name: row for row in reversed(ranked)}.values()
-    rest = [row for row in ranked if row not in first]
-    ordered = [*sorted(first, key=lambda row: -row.grad_error.mean), *rest]
-    return tuple((row.name, row.option) for row in ordered)
+    ranked = sorted(whole, key=_doubt, reverse=True)
+    first = {(row.name, forward_casts(row.option)): row for row in reversed(ranked)}.values()
+    return tuple((row.name, row.option) for row in ranked if row in first)
+
+
+def _doubt(row: LayerSensitivity) -> float:
+    return (row.grad_error.stderr or 0.0) / row.grad_error.mean
 
 
 def _scatter(rows: Sequence[LayerSensitivity]) -> float:
@@ -349,20 +369,6 @@ def _scatter(rows: Sequence[LayerSensitivity]) -> float:
     known = [row.grad_error for row in rows if 0.0 < row.grad_error.mean < DIVERGED]
     parts = [(error.stderr or 0.0) / error.mean for error in known]
     return math.hypot(*parts) / math.sqrt(max(len(parts), 1))
-
-
-def uncertain_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
-    """Return the cells whose standard error matters for their option's sum, worst first."""
-    sums: dict[Option, float] = {}
-    for row in rows:
-        sums[row.option] = sums.get(row.option, 0.0) + max(row.grad_error.mean, 0.0)
-    doubts = {
-        (row.name, row.option): (row.grad_error.stderr or 0.0) / sums[row.option]
-        for row in _on_their_own(rows)
-        if sums[row.option] > 0.0
-    }
-    worst = sorted(doubts, key=lambda cell: -doubts[cell])[:REFINED_CELLS]
-    return tuple(cell for cell in worst if doubts[cell] > REFINED_SHARE)
 
 
 def _on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
@@ -395,14 +401,23 @@ def _installed(reference: Reference, name: str, option: Option) -> AbstractConte
     return emulated_layer(layer, option, reference.history.get(name, {}))
 
 
-def _refined(probed: LayerSensitivity, exact: Estimate) -> LayerSensitivity:
-    """Return a row with its exact gradient error; its GEMMs keep their proportions."""
+def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> LayerSensitivity:
+    """Return a row with its exact gradient error, of which the probes keep a share."""
     before = probed.grad_error.mean
-    ratio = exact.mean / before if before > 0.0 else 1.0
-    if exact.stderr is None:  # on one batch: how batches scatter is what the probes saw
-        exact = _scaled(probed.grad_error, ratio).model_copy(update={"mean": exact.mean})
-    by_gemm = {gemm: _scaled(part, ratio) for gemm, part in probed.by_gemm.items()}
-    return probed.model_copy(update={"grad_error": exact, "by_gemm": by_gemm})
+    if before <= 0.0:
+        return probed.model_copy(update={"grad_error": exact})
+    # how batches scatter is what the probes saw, where it was measured on one
+    row = _multiplied(probed, (max(exact.mean, 0.0) / before) ** share)
+    if share == 1.0 and exact.stderr is not None:
+        row = row.model_copy(update={"grad_error": exact})
+    return row
+
+
+def _multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
+    """Return a row times a ratio; its GEMMs keep their proportions."""
+    by_gemm = {gemm: _scaled(part, ratio) for gemm, part in row.by_gemm.items()}
+    update = {"grad_error": _scaled(row.grad_error, ratio), "by_gemm": by_gemm}
+    return row.model_copy(update=update)
 
 
 def _scaled(estimate: Estimate, ratio: float) -> Estimate:
