@@ -190,7 +190,9 @@ def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensiti
 def test_a_memory_limit_holds_for_every_plan_that_may_be_chosen(
     tables: tuple[Profile, Sensitivity],
 ) -> None:
-    search = run(tables, evaluate=Meter(make_costs(*tables)), memory_bytes=20_000)
+    meter = Meter(make_costs(*tables), wobble)
+    search = run(tables, evaluate=meter, memory_bytes=20_000, trials=8)
+    assert all(meter.costs.memory_bytes(plan) <= 20_000 for plan in meter.asked)
     assert all((p.memory_bytes or 0) <= 20_000 for p in (search.chosen, *search.ranked))
     assert search.ranked[-1].options != (FP32,) * 8  # 32 kB
 

@@ -20,7 +20,6 @@ from autoprec.search.problem import Options, Problem, item_of
 from autoprec.search.solver import Solution
 
 PAIRED = 64  # changes that save time, and as many that save error, of which pairs are looked up
-MOST_NEAR = 32  # of the best changes, until one is no known plan
 MOST_STEPS = 20
 
 Floats = NDArray[np.float64]
@@ -107,7 +106,8 @@ class Moves:
         best, picks = 0.0, start
         for _ in range(MOST_STEPS):
             at, guess = self._priced(picks, correction)
-            if picks.tobytes() not in taken:
+            limit = self.problem.memory_bytes
+            if picks.tobytes() not in taken and (limit is None or at.memory <= limit):
                 own = gains(np.array([at.ms]), np.array([guess.grad_error]), guess.log_sd)
                 best = float(own[0])
             near = self._near(picks, at, guess, correction, gains)
@@ -151,7 +151,7 @@ class Moves:
         if limit := self.problem.memory_bytes:
             fits = after(at.memory, memory[own] - memory) <= limit
             promised = np.where(fits, promised, 0.0)
-        for position in np.argsort(-promised, kind="stable")[:MOST_NEAR]:
+        for position in np.argsort(-promised, kind="stable"):
             near = picks.copy()
             near[self._groups[first[position]]] = first[position]
             # last: where it is a change, it is of another group; else that group's own stays
