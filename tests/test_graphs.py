@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import autoprec
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
+from autoprec.runtime.finite import leave_first_step
 from tests.plans import plan_for
 
 pytestmark = [
@@ -155,7 +156,18 @@ class Broken(nn.Module):
         return self.sliced(self.inner(x), torch.tensor(2)).relu()
 
 
-@pytest.mark.parametrize("kind", [Moved, HasKnown, Broken])
+class BrokenAround(Broken):
+    """Calls its layer in the function that runs eagerly: torch.nn's own layers then do, too."""
+
+    def sliced(self, x: Tensor, place: Tensor) -> Tensor:
+        shift = (x * 2 + 1).exp()
+        return self.inner(shift[:, 4 - place : place + 4, :]).unsqueeze(0) + x.mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sliced(x, torch.tensor(2)).relu()
+
+
+@pytest.mark.parametrize("kind", [Moved, HasKnown, Broken, BrokenAround])
 def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) -> None:
     torch.compiler.allow_in_graph(Known)  # type: ignore[no-untyped-call]  # torch's own
     x = torch.randn(2, TOKENS, WIDTH)
@@ -165,6 +177,7 @@ def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) 
         model = kind()
         if option is not None:
             autoprec.apply(plan_for(model, option), model)
+            leave_first_step(model)  # its hooks at layers are a graph each in the first step
         torch._dynamo.reset()
         counter = CompileCounter()
         with torch.no_grad():
@@ -173,3 +186,16 @@ def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) 
             torch._dynamo.reset()
             assert torch.allclose(found, model(x), rtol=1e-2, atol=1e-2)
     assert counts[1] == counts[0] > 0
+
+
+def test_a_layer_that_is_compiled_alone_is_a_graph() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+    autoprec.apply(plan_for(model, BF16_O2), model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.compile(model[0], backend=counter)(torch.randn(4, WIDTH))
+    torch._dynamo.reset()
+    model[0].compile(backend=counter)
+    model(torch.randn(4, WIDTH))
+    torch._dynamo.reset()
+    assert counter.frame_count == 2

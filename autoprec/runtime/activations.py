@@ -37,11 +37,13 @@ Function = Callable[..., Any]
 AnyFunction = TypeVar("AnyFunction", bound=Function)
 
 
-def _part_of_callers(function: AnyFunction) -> AnyFunction:
+def part_of_callers(function: AnyFunction) -> AnyFunction:
     """Let dynamo compile the function where what calls it is compiled, and not by itself.
 
-    What dynamo runs eagerly (after a break) would else be a graph for every torch function.
+    What dynamo runs eagerly (after a break) would else be a graph for every torch function, and one
+    for every layer, where torch.nn's own run eagerly.
     """
+    function.__code__ = function.__code__.replace()  # of its own: closures share theirs
     skip_code(function.__code__)
     return function
 
@@ -111,7 +113,7 @@ class ActivationMode(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    @_part_of_callers
+    @part_of_callers
     def __torch_function__(
         self, func: Function, types: object, args: Any = (), kwargs: Any = None
     ) -> Any:  # Any: torch's own protocol
@@ -134,7 +136,7 @@ class ActivationMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@_part_of_callers
+@part_of_callers
 def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
     for value in values:
         if isinstance(value, Tensor):
@@ -144,12 +146,12 @@ def _collect_dtypes(values: Iterable[Any], found: set[torch.dtype]) -> None:
             _collect_dtypes(value, found)
 
 
-@_part_of_callers
+@part_of_callers
 def _has_sparse(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and value.layout is not torch.strided for value in values)
 
 
-@_part_of_callers
+@part_of_callers
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a module takes or gives
     """Return `value` with its floating tensors as `dtype`; `value` itself when nothing differs.
 
@@ -168,7 +170,7 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:  # Any: whatever a mod
     return _cast_fields(value, dtype)
 
 
-@_part_of_callers
+@part_of_callers
 def _cast_fields(value: Any, dtype: torch.dtype) -> Any:
     is_mapping = isinstance(value, Mapping)
     if is_mapping:

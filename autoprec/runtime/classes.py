@@ -32,6 +32,7 @@ from autoprec.runtime.activations import (
     is_mode_active,
     join_recomputation,
     option_dtype,
+    part_of_callers,
 )
 from autoprec.runtime.shards import refuse_mixed_storage
 from autoprec.workload.written import AUTOCAST_DEVICES
@@ -67,6 +68,10 @@ def layer_class(
             with autocast_off():
                 return run(self, args, kwargs)
         return run(self, args, kwargs)
+
+    if not option.is_fp8:  # those are worth a graph of their own: eagerly FP8 does not pay
+        for function in (run, cast_forward):
+            part_of_callers(function)
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), option.key)))
