@@ -161,7 +161,8 @@ class BrokenAround(Broken):
 
     def sliced(self, x: Tensor, place: Tensor) -> Tensor:
         shift = (x * 2 + 1).exp()
-        return self.inner(shift[:, 4 - place : place + 4, :]).unsqueeze(0) + x.mean()
+        found: Tensor = self.inner(shift[:, 4 - place : place + 4, :]).unsqueeze(0)
+        return found + x.mean()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sliced(x, torch.tensor(2)).relu()

@@ -250,11 +250,8 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)])
-@pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_of_torchs_own_modules_needs_no_mode_and_loses_no_bit(
-    name: str, option: Option, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list that gets every function that the mode is called for."""
     calls: list[object] = []
     original = ActivationMode.__torch_function__
 
@@ -263,6 +260,15 @@ def test_a_chain_of_torchs_own_modules_needs_no_mode_and_loses_no_bit(
         return original(self, func, *args)
 
     monkeypatch.setattr(ActivationMode, "__torch_function__", counting)
+    return calls
+
+
+@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_of_torchs_own_modules_needs_no_mode_and_loses_no_bit(
+    name: str, option: Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted_calls(monkeypatch)
 
     def run() -> tuple[list[torch.Tensor], int]:
         torch.manual_seed(0)
@@ -293,3 +299,54 @@ def test_user_code_between_layers_keeps_the_mode() -> None:
     assert not is_chain(chain, find_layers(chain))
     weighted = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
     assert not is_chain(weighted, find_layers(weighted))
+
+
+class Between(nn.Module):
+    """Layers of torch.nn and one of the user's, and an FP32 table that meets what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.own = nn.Linear(16, 32), nn.LayerNorm(32), Scale()
+        self.register_buffer("table", torch.randn(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.norm(self.up(x)) @ self.table)  # type: ignore[no-any-return]  # a tensor
+
+
+class Scale(nn.Module):
+    """A layer of the user's: it may mix what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.eye(16)) * self.weight
+
+
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE], ids=str)
+def test_only_layers_of_torch_run_without_the_mode(
+    option: Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, found, counts = counted_calls(monkeypatch), [], []
+    for changed in (False, True):
+        if changed:
+            monkeypatch.setattr(
+                "autoprec.runtime.classes.without_mode", lambda run, *given: run(*given)
+            )
+        torch.manual_seed(0)
+        model = Between()
+        autoprec.apply(plan_for(model, option), model)
+        calls.clear()
+        with torch.no_grad():
+            found.append(model(torch.randn(32, 16)))
+        counts.append(
+            [calls.count(function) for function in (F.linear, F.layer_norm, Tensor.matmul)]
+        )
+        with pytest.raises(RuntimeError, match=r"shapes|size"):
+            model(torch.randn(32, 15))
+        assert torch._C._len_torch_function_stack() == 0
+    assert torch.equal(*found)
+    (linear, norm, _), with_mode = counts
+    assert (linear, norm) == (1, 0)  # the user's own layer
+    assert with_mode[1] == 1

@@ -206,6 +206,22 @@ def is_mode_active() -> bool:
     )
 
 
+@part_of_callers
+def without_mode(function: Function, *args: Any) -> Any:
+    """Call a function that needs no mode without it, where it is the innermost of all.
+
+    Costs 0.5 us, less than one call of torch, or question for a dtype, under the mode.
+    """
+    depth = torch._C._len_torch_function_stack()
+    if not depth or type(torch._C._get_function_stack_at(depth - 1)) is not ActivationMode:
+        return function(*args)
+    mode = torch._C._pop_torch_function_stack()
+    try:
+        return function(*args)
+    finally:
+        torch._C._push_on_torch_function_stack(mode)
+
+
 def join_recomputation(dtype: torch.dtype) -> None:
     """Switch the mode on for the rest of this node of backward, if forward runs again in it.
 

@@ -33,6 +33,7 @@ from autoprec.runtime.activations import (
     join_recomputation,
     option_dtype,
     part_of_callers,
+    without_mode,
 )
 from autoprec.runtime.shards import refuse_mixed_storage
 from autoprec.workload.written import AUTOCAST_DEVICES
@@ -51,27 +52,7 @@ def layer_class(
     base: ModuleClass, option: Option, activation_dtype: torch.dtype, output_dtype: torch.dtype
 ) -> ModuleClass:
     """Return `base` as a layer with `option`, among activations of a dtype, outputs of another."""
-    forward = _fp8_forward() if option.is_fp8 else base.forward
-    dtype = option_dtype(option)
-
-    def run(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Written so that one right tensor costs two compares.
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dtype != dtype:
-            args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
-        return cast_floating(forward(self, *args, **kwargs), output_dtype)
-
-    @functools.wraps(base.forward)
-    def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # activation checkpointing runs forward in backward
-            join_recomputation(activation_dtype)
-        if any(torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES):
-            with autocast_off():
-                return run(self, args, kwargs)
-        return run(self, args, kwargs)
-
-    if not option.is_fp8:  # those are worth a graph of their own: eagerly FP8 does not pay
-        for function in (run, cast_forward):
-            part_of_callers(function)
+    cast_forward = _cast_forward(base, option, activation_dtype, output_dtype)
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), option.key)))
@@ -90,6 +71,44 @@ def layer_class(
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
     settings = (base, option, activation_dtype, output_dtype)
     return _subclass(layer_class, settings, bases, body)
+
+
+def _cast_forward(
+    base: ModuleClass, option: Option, activation_dtype: torch.dtype, output_dtype: torch.dtype
+) -> Callable[..., Any]:
+    """Return a layer's forward: inputs cast, the base's own or torchao's, outputs cast."""
+    forward = _fp8_forward() if option.is_fp8 else base.forward
+    dtype = option_dtype(option)
+    # torch.nn's own operands agree once inputs are cast; a parametrization is code of somebody's
+    is_own = base.__module__.startswith("torch.nn.modules.")
+
+    def run(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Written so that one right tensor costs two compares.
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dtype != dtype:
+            args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
+        return cast_floating(forward(self, *args, **kwargs), output_dtype)
+
+    @functools.wraps(base.forward)
+    def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _without_autocast(run, self, args, kwargs)
+        join_recomputation(activation_dtype)  # activation checkpointing runs forward in backward
+        if is_own:
+            return without_mode(_without_autocast, run, self, args, kwargs)
+        return _without_autocast(run, self, args, kwargs)
+
+    if option.is_fp8:  # worth a graph of its own behind a break: eagerly FP8 does not pay
+        return cast_forward
+    part_of_callers(run)
+    return part_of_callers(cast_forward)
+
+
+@part_of_callers
+def _without_autocast(run: Callable[..., Any], *given: Any) -> Any:
+    if any(torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES):
+        with autocast_off():
+            return run(*given)
+    return run(*given)
 
 
 @_cached
