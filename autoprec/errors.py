@@ -24,6 +24,10 @@ class RecordError(AutoprecError):
     """A record file is missing, truncated, edited wrongly, from elsewhere or not writable."""
 
 
+class NoRoomError(RecordError):
+    """A disk is full, or a quota used up; what was there before is as it was."""
+
+
 class PlanMismatchError(AutoprecError):
     """A plan does not fit the model, the optimizer or the device."""
 

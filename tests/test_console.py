@@ -1,28 +1,82 @@
-from autoprec.cli.console import progress_lines
+"""What is said while a command works: stages, what they are at, and what they wait for."""
+
+import pytest
+
+from autoprec.cli.console import Lines, Waits
+from autoprec.common.progress import NOW
 
 
-def test_without_a_terminal_a_stage_says_every_few_seconds_how_long_it_will_take() -> None:
-    now = [0.0]
-    lines: list[str] = []
-    show = progress_lines(lines.append, lambda: now[0])
+class Told:
+    """Lines that were written, and a clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now, self.lines = 0.0, list[str]()
+        self.show = Lines(self.lines.append, lambda: self.now)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    made = Told()
+    monkeypatch.setattr("autoprec.common.progress.time.monotonic", lambda: made.now)
+    monkeypatch.setattr(NOW, "waiting", [])
+    monkeypatch.setattr(NOW, "measures", "")
+    return made
+
+
+def test_without_a_terminal_a_stage_says_every_few_seconds_how_long_it_will_take(
+    told: Told,
+) -> None:
     for done in range(41):
-        show("layers", done, 40)
-        now[0] += 1.0
-    show("steps", 0, 3)
-    show("steps", 1, 3)  # no time has passed: no line
-    assert lines[:3] == [
+        told.show("layers", done, 40)
+        told.now += 1.0
+    told.show("steps", 0, 3)
+    told.show("steps", 1, 3)  # no time has passed: no line
+    assert told.lines[:3] == [
         "layers ...",
         "layers: 5 of 40 (12 %), about 35 s left",
         "layers: 10 of 40 (25 %), about 30 s left",
     ]
-    assert lines[-2:] == ["layers: 40 of 40 (100 %)", "steps ..."]
+    assert told.lines[-2:] == ["layers: 40 of 40 (100 %)", "steps ..."]
 
 
-def test_a_stage_that_goes_on_where_it_stood_counts_from_there() -> None:
-    now = [0.0]
+def test_a_stage_that_goes_on_where_it_stood_counts_from_there(told: Told) -> None:
+    told.show("layers", 30, 40)
+    told.now = 10.0
+    told.show("layers", 35, 40)
+    assert told.lines[-1] == "layers: 35 of 40 (88 %), about 10 s left"
+
+
+def test_a_layer_that_takes_long_is_said_though_nothing_is_reported(told: Told) -> None:
+    told.show("layers", 0, 4)
+    told.now = 2.0
+    told.show("layers", 1, 4)
+    NOW.measures = "head in fp8_o1:rowwise"
+    for told.now in range(3, 13):
+        told.show.beat()
+    assert told.lines[1:] == [
+        "layers: 1 of 4 (25 %), about 15 s left: head in fp8_o1:rowwise",
+        "layers: 1 of 4 (25 %), about 30 s left: head in fp8_o1:rowwise",
+    ]
+    told.show("layers", 4, 4)
+    said = len(told.lines)
+    told.now += 60.0
+    told.show.beat()
+    assert len(told.lines) == said  # the stage is over
+
+
+def test_what_the_users_code_waits_for_is_said_after_a_few_seconds_and_ever_less_often() -> None:
     lines: list[str] = []
-    show = progress_lines(lines.append, lambda: now[0])
-    show("layers", 30, 40)
-    now[0] = 10.0
-    show("layers", 35, 40)
-    assert lines[-1] == "layers: 35 of 40 (88 %), about 10 s left"
+    waits, now = Waits(lines.append), [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoprec.common.progress.time.monotonic", lambda: now[0])
+        patch.setattr(NOW, "waiting", [])
+        NOW.waits("train_batches(seed=0)")
+        for now[0] in range(1, 30):
+            waits.beat()
+        assert lines == [f"waiting for train_batches(seed=0) since {s} s" for s in (5, 10, 20)]
+        NOW.goes_on()
+        waits.beat()
+        NOW.waits("build_model()")
+        now[0] = 35
+        waits.beat()
+    assert lines[3:] == ["waiting for build_model() since 6 s"]

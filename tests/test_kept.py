@@ -1,14 +1,19 @@
 """A profile that is cut off: what was timed is kept, and only the rest is timed again."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autoprec.device.timing import Function
+from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.profiler import KeptRows, profile_model
+from autoprec.profiler.kept import STEP
 from autoprec.profiler.layers import LayerMeter
 from autoprec.records import Profile, ProfileRows
 from autoprec.tuning.profiling import ROWS
@@ -131,3 +136,63 @@ def test_names_are_written_into_the_profile_of_a_gpu_once(
     assert run.name_kernels() is run.profile
     assert len(asked) == 1
     assert Profile.load(tmp_path / "profile.json") == run.profile
+
+
+DEADLY = """
+import os, signal
+import torch
+from torch import nn
+from pathlib import Path
+
+class Deadly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        armed = Path(__file__).with_name("armed")
+        if x.dtype == torch.bfloat16 and armed.exists():
+            armed.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x * self.weight
+
+def build_model():
+    return nn.Sequential(nn.Linear(16, 16), Deadly())
+
+def train_batches(seed):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(16, 16, generator=generator)
+
+def loss_fn(model, x):
+    return (model(x) - x).square().mean()
+"""
+
+
+def test_a_run_that_was_killed_in_a_layer_goes_on_past_it(tmp_path: Path) -> None:
+    model, out = tmp_path / "deadly.py", tmp_path / "out"
+    model.write_text(DEADLY)
+    (tmp_path / "armed").touch()
+    words = ["profile", str(model), "--target", "cpu", "--out", str(out), "--recipes", "tensorwise"]
+    ended = subprocess.run([sys.executable, "-m", "autoprec", *words], stderr=subprocess.DEVNULL)
+    assert ended.returncode == -signal.SIGKILL
+    settings = Settings.of(
+        workload=str(model), target="cpu", out=str(out), recipes="tensorwise", resume=True
+    )
+    profile = Run(settings, stages=("profile",)).profile
+    rows = {(row.names, str(row.option)): row for row in profile.layers}
+    passed_over = rows[("1",), "bf16_o2"]
+    assert passed_over.total is None
+    assert passed_over.infeasible.startswith("the process ended while 1 was measured in bf16_o2")
+    assert rows[("1",), "fp32"].total is not None
+    assert rows[("0",), "bf16_o2"].total is not None
+    assert not list(out.glob("*.at"))
+
+
+def test_a_step_or_an_fp32_layer_that_ended_the_process_is_passed_over_too() -> None:
+    killed = (("0", "fp32"), (STEP, "autocast_bf16"))
+    profile = profiled(KeptRows(ended=killed), ConstantClock())
+    assert all(row.unknown and row.total is None for row in profile.layers if "0" in row.names)
+    assert profile.steps_left_out["autocast_bf16"].startswith("the process ended while")
+    with pytest.raises(DeviceError, match="the process ended in 'fp32', as it does when memory"):
+        profiled(KeptRows(ended=((STEP, "fp32"),)), ConstantClock())

@@ -1,5 +1,10 @@
-"""What the command line draws while it works: bars on stderr; a line every few seconds without."""
+"""What the command line draws while it works: bars on stderr; a line every few seconds without.
 
+A thread looks once a second at what the process is at, so that a layer that takes a minute, or a
+`train_batches` that waits for a network, is not silent.
+"""
+
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,50 +20,118 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from autoprec.common.progress import Progress
+from autoprec.common.progress import NOW, Progress
 
-EVERY_S = 5.0  # between two lines of one stage
+EVERY_S = 5.0  # between two lines of one stage; the user's code is waited for so long in silence
+BEAT_S = 1.0
+Clock = Callable[[], float]
 
 
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
     """Draw a bar per stage on stderr, with the time that is left; in a pipe, lines."""
     console = Console(stderr=True)
+
+    def write(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     if not console.is_terminal:
-        yield progress_lines(lambda line: console.print(line, markup=False, highlight=False))
+        lines = Lines(write)
+        with _beating(lines.beat):
+            yield lines
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     tasks: dict[str, TaskID] = {}  # by label
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+    with Bars(*columns, *times, console=console) as bars:
 
         def draw(label: str, done: int, total: int) -> None:
             if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
+                for task in tasks.values():
+                    bars.update(task, now="")
+                tasks[label] = bars.add_task(label, total=total, now="")
             bars.update(tasks[label], completed=done, total=total)
 
-        yield draw
+        waits = Waits(write)
+
+        def beat() -> None:
+            waits.beat()
+            for task in list(tasks.values())[-1:]:
+                bars.update(task, now=NOW.measures)
+
+        with _beating(beat):
+            yield draw
 
 
-def progress_lines(
-    write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-) -> Progress:
-    """Return a progress that writes a line as a stage starts, and one every EVERY_S seconds.
+@contextmanager
+def _beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Call `beat` every BEAT_S in a thread of its own while the context is open."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(BEAT_S):
+            beat()
+
+    thread = threading.Thread(target=run, daemon=True, name="autoprec-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Waits:
+    """Says what of the user's is waited for: after EVERY_S, and whenever that time has doubled."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        """Take where a line goes."""
+        self.write, self.next_s = write, EVERY_S
+
+    def beat(self) -> None:
+        """Write a line if it is time for one."""
+        what, seconds = NOW.waited()
+        if seconds < EVERY_S:
+            self.next_s = EVERY_S
+        elif seconds >= self.next_s:
+            self.next_s = 2 * seconds
+            self.write(f"waiting for {what} since {seconds:.0f} s")
+
+
+class Lines:
+    """A progress that writes a line as a stage starts, and one every EVERY_S seconds.
 
     The time left is that of the share done: left = elapsed * (total - done) / done.
     """
-    begun: dict[str, tuple[float, int]] = {}  # by label: when, and what was done by then
-    last = [float("-inf")]
 
-    def show(label: str, done: int, total: int) -> None:
-        now = clock()
-        if label not in begun:
-            begun[label], last[0] = (now, done), now
-            write(f"{label} ...")
-        elif now - last[0] >= EVERY_S:
-            last[0] = now
-            since, first = begun[label]
-            left = (now - since) * (total - done) / (done - first) if done > first else None
-            about = "" if left is None or done >= total else f", about {left:.0f} s left"
-            write(f"{label}: {done} of {total} ({100 * done / max(total, 1):.0f} %){about}")
+    def __init__(self, write: Callable[[str], None], clock: Clock = time.monotonic) -> None:
+        """Take where a line goes."""
+        self.write, self.clock, self.waits = write, clock, Waits(write)
+        self.begun: dict[str, tuple[float, int]] = {}  # by label: when, and what was done by then
+        self.at, self.last = ("", 0, 0), float("-inf")
 
-    return show
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Report progress."""
+        self.at = label, done, total
+        if label not in self.begun:
+            self.begun[label] = self.last, _ = self.clock(), done
+            self.write(f"{label} ...")
+        elif self.clock() - self.last >= EVERY_S:
+            self.say()
+
+    def say(self) -> None:
+        """Write how far the stage is, and what it is at."""
+        now, (label, done, total) = self.clock(), self.at
+        since, first = self.begun[label]
+        self.last = now
+        left = (now - since) * (total - done) / (done - first) if done > first else None
+        about = "" if left is None or done >= total else f", about {left:.0f} s left"
+        what = f": {NOW.measures}" if NOW.measures else ""
+        self.write(f"{label}: {done} of {total} ({100 * done / max(total, 1):.0f} %){about}{what}")
+
+    def beat(self) -> None:
+        """Write a line if none was written for EVERY_S, though the stage is at the same."""
+        self.waits.beat()
+        is_waiting = NOW.waited()[1] >= EVERY_S  # that is said instead
+        if self.at[1] < self.at[2] and self.clock() - self.last >= EVERY_S and not is_waiting:
+            self.say()

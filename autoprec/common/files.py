@@ -1,16 +1,19 @@
 """Files: written atomically, read within bounds."""
 
+import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from autoprec.common.text import one_line
-from autoprec.errors import RecordError
+from autoprec.common.text import one_line, shown_bytes
+from autoprec.errors import NoRoomError, RecordError
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # the largest seen (70B model, all options) is below 8 MB
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
@@ -19,15 +22,20 @@ def write_atomically(path: Path, text: str) -> Path:
 
     Raises:
         RecordError: the folder does not exist or cannot be written.
+        NoRoomError: the disk is full.
     """
-    return replace_file(path, lambda file: file.write(text.encode()))
+    data = text.encode()
+    return replace_file(path, lambda file: file.write(data), size=len(data))
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+def replace_file(path: Path, write: Callable[[IO[bytes]], object], *, size: int = 0) -> Path:
     """Let `write` fill a new file beside `path`, and put it there in one step when it is complete.
+
+    `size` is of what is written, as far as it is known: a full disk is told with it.
 
     Raises:
         RecordError: the folder does not exist or cannot be written.
+        NoRoomError: the disk is full.
     """
     try:
         handle, temporary = tempfile.mkstemp(PARTIAL, prefix=f".{path.name}.", dir=path.parent)
@@ -38,15 +46,33 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
                 os.fsync(file.fileno())  # on the disk before it has the name
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(temporary)
+            # torch.save tells its own error of what could not be written, with ours as the context
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(error, RuntimeError) and isinstance(cause, OSError):
+                raise cause from error
             raise
     except OSError as error:
-        raise RecordError(
-            f"an output file must be writable, but {one_line(str(path))} is not "
-            f"({error.strerror}); choose another folder with --out"
-        ) from error
+        raise refusal_to_write(path, error, size) from error
     return path
+
+
+def refusal_to_write(path: Path, error: OSError, size: int = 0) -> RecordError:
+    """Return what to tell of a file that cannot be written: a full disk is another's fault."""
+    name = one_line(str(path))
+    if error.errno not in NO_ROOM:
+        return RecordError(
+            f"an output file must be writable, but {name} is not "
+            f"({error.strerror}); choose another folder with --out"
+        )
+    free = ""  # beside a quota the disk's own says nothing
+    if error.errno == errno.ENOSPC:
+        free = f" and {shown_bytes(shutil.disk_usage(path.parent).free)} are free"
+    return NoRoomError(
+        f"an output file must find room, but {name} takes {shown_bytes(size)}{free} "
+        f"({error.strerror}); make room, and go on with --resume"
+    )
 
 
 def read_text(path: Path, *, what: str) -> str:

@@ -267,6 +267,7 @@ def sample_interleaved(
     stopping: Stopping,
     warmup: int = 3,
     prepare: Callable[[int], None] | None = None,
+    begin: Callable[[Name], object] = lambda name: None,
     monitor: Monitor = UNWATCHED,
     seed: int = 0,
 ) -> dict[Name, Samples]:
@@ -275,10 +276,13 @@ def sample_interleaved(
     Their tensors should be real ones: constants draw less power and run up to 15 % faster on a GPU.
     `warmup` is the unmeasured calls of each before the first round; 0 for what is warm already and
     takes longer than SHORTEST_SAMPLE_MS. `prepare` is called before every round with its number,
-    outside of the timing.
+    `begin` before every sample with the candidate's name, both outside of the timing.
     """
     # The last warm-up call says how many calls fill a sample: a shorter one is the clock's own.
-    warm = {n: _warm_up(fn, clock, warmup, prepare) for n, fn in candidates.items()}
+    warm = {}
+    for name, fn in candidates.items():
+        begin(name)
+        warm[name] = _warm_up(fn, clock, warmup, prepare)
     taken = {name: Samples() for name in candidates}
     turns = random.Random(seed)
     rounds = MOST_SAMPLES if stopping.least_ms else stopping.samples
@@ -296,6 +300,7 @@ def sample_interleaved(
             # The machine cools before a round, never within: its samples are of one state.
             pauses = monitor.settle()
             for name in active:
+                begin(name)
                 elapsed, host_ms, seen = warm[name].sample(clock, monitor)
                 taken[name].pauses += pauses
                 taken[name].add(number, elapsed, seen, limit=limit, host_ms=host_ms)

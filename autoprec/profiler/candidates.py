@@ -116,6 +116,7 @@ class Attempt:
     option: Option
     candidate: Candidate | None = None  # None: it cannot run, or is not worth timing
     infeasible: str = ""
+    unknown: str = ""  # why it has no time though it can run
     predicted_ms: float | None = None
     kernels: tuple[str, ...] = ()
     activation_bytes: int = 0

@@ -18,9 +18,10 @@ layer's too, since compiled code hides its operations.
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +35,6 @@ from autoprec.device.timing import (
     Clock,
     Function,
     Monitor,
-    Name,
     Samples,
     Stopping,
     sample_interleaved,
@@ -46,11 +46,13 @@ from autoprec.model.recording import Call
 from autoprec.profiler.candidates import Attempt, Candidate, MakeLayer, SlowFp8, try_option
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.profiler.groups import Group
+from autoprec.profiler.kept import KeptRows
 from autoprec.profiler.surrounded import surrounded_calls
 from autoprec.records import BF16_O2, FP32, Basis, Gemm, LayerTiming, Option, Timing, with_gemms_hp
 from autoprec.runtime.activations import option_dtype
 
 log = logging.getLogger(__name__)
+Key = TypeVar("Key", bound=tuple[Option, object])  # of what is sampled
 CAST = "cast"
 PARTS = (*(gemm.value for gemm in Gemm), CAST)  # the fields of a row
 SUM_ERROR = 1.1  # generous on purpose: parts share work and add up to too much, and timing decides
@@ -72,6 +74,8 @@ class LayerMeter:
     monitor: Monitor = UNWATCHED
     seed: int = 0
     compilation: Compilation | None = None  # None: eager
+    kept: KeptRows = field(default_factory=KeptRows)  # told what is in flight
+    name: str = ""  # of the layer that is timed
 
     @cached_property
     def slow_fp8(self) -> SlowFp8:
@@ -86,8 +90,11 @@ class LayerMeter:
         asked: Container[Option] = (),
     ) -> list[LayerTiming]:
         """Return a row for every option of the group; those `asked` for are run, however slow."""
-        if not calls:  # the step does not call it, so it has bytes but no time
-            return [self._row(group, Attempt(option), None, {}) for option in group.options]
+        self.name = group.first.name
+        reason = self.kept.why_ended(self.name, FP32)  # what would the others be compared with?
+        if not calls or reason:  # what the step does not call has bytes but no time
+            attempts = [Attempt(option, unknown=reason) for option in group.options]
+            return [self._row(group, attempt, None, {}) for attempt in attempts]
         between = None
         if self.compilation is not None:
             torch.compiler.reset()  # one layer's sizes must not make another's dynamic
@@ -122,6 +129,9 @@ class LayerMeter:
         between: Sequence[Call] | None = None,
     ) -> Attempt:
         """Run an option as it will be timed, and once under a trace."""
+        if reason := self.kept.why_ended(self.name, option):
+            return Attempt(option, infeasible=reason)
+        self.kept.begin(self.name, option)
         attempt = try_option(option, calls, make_layer, self.compilation, between=between)
         if attempt.infeasible:
             release_memory(self.device)  # it may be what ran out
@@ -171,12 +181,18 @@ class LayerMeter:
             if between and option.is_fp8
         }
 
-    def _sample(self, steps: Mapping[Name, Function], stopping: Stopping) -> dict[Name, Samples]:
+    def _sample(self, steps: Mapping[Key, Function], stopping: Stopping) -> dict[Key, Samples]:
         monitor = self.monitor
         if self.compilation is not None:
             monitor = GraphMonitor(self.compilation, monitor)
         return sample_interleaved(
-            steps, clock=self.clock, stopping=stopping, warmup=1, monitor=monitor, seed=self.seed
+            steps,
+            clock=self.clock,
+            stopping=stopping,
+            warmup=1,
+            begin=lambda key: self.kept.begin(self.name, key[0]),
+            monitor=monitor,
+            seed=self.seed,
         )
 
     def time_parts(self, candidates: Sequence[Candidate]) -> dict[Option, dict[str, Timing]]:
@@ -229,6 +245,7 @@ class LayerMeter:
             optimizer_bytes=sizes[2],
             activation_bytes=attempt.activation_bytes,
             infeasible=attempt.infeasible,
+            unknown=attempt.unknown,
             kernels=attempt.kernels,
             conditions=total.merged_conditions() if total else None,
             beside=self._beside(attempt),

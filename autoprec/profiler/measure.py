@@ -88,13 +88,14 @@ def profile_model(
     mode, problem = _choose_mode(device, spec, compiled)
     facts = device_facts(device)  # imports torchao, which is no part of the measurement
     groups = group_layers(spec, options)
-    with open_compilation(device, mode) as compilation:
+    kept = kept or KeptRows()
+    with open_compilation(device, mode) as compilation, kept.noting():
         started = time.perf_counter()
-        how = (gemms_hp, compilation, kept or KeptRows(), asked or {})
+        how = (gemms_hp, compilation, kept, asked or {})
         rows, cast_ms, step_ms = _time_layers(context, spec, groups, *how)
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        own = (spec.as_written, rows, groups, step_ms, compilation)
+        own = (spec.as_written, rows, groups, step_ms, compilation, kept)
         steps, left_out = _time_uniform_steps(context, *own)
         elapsed_s = time.perf_counter() - started
     compiling = compilation or Compilation(device)
@@ -107,7 +108,7 @@ def profile_model(
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
         fixed_ms=ms["fp32"] - sum_totals(rows, dict.fromkeys(spec.names, FP32)),
-        fixed_bf16_ms=ms["bf16_o2"] - sum_totals(rows, uniform_options(groups)),
+        fixed_bf16_ms=ms["bf16_o2"] - sum_totals(rows, _feasible(groups, rows)),
         step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(ms["fp32"] / 1e3, 1e-9),
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,
@@ -170,6 +171,7 @@ def _time_layers(
         monitor=find_monitor(context.device),
         seed=context.seed,
         compilation=compilation,
+        kept=kept,
     )
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
@@ -218,11 +220,19 @@ def time_boundary_cast(
     return found["cast"].timing().median_ms / CASTS_PER_SAMPLE / elements * 1e6
 
 
-def _feasible_fp8(groups: Sequence[Group], rows: Sequence[LayerTiming]) -> dict[str, Option]:
-    """Return uniform FP8, but BF16 O2 where a layer cannot run it."""
-    bf16, fp8 = uniform_options(groups), uniform_options(groups, fp8=True)
+def _feasible(
+    groups: Sequence[Group], rows: Sequence[LayerTiming], *, fp8: bool = False
+) -> dict[str, Option]:
+    """Return uniform BF16 O2, or FP8, but the next wider where a layer cannot run it."""
     broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
-    return {name: bf16[name] if (name, o) in broken else o for name, o in fp8.items()}
+    bf16 = {
+        name: FP32 if (name, option) in broken else option
+        for name, option in uniform_options(groups).items()
+    }
+    if not fp8:
+        return bf16
+    options = uniform_options(groups, fp8=True)
+    return {name: bf16[name] if (name, o) in broken else o for name, o in options.items()}
 
 
 def check_sum(
@@ -232,9 +242,9 @@ def check_sum(
     ms = {s.label: s.timing.median_ms for s in steps if s.timing.basis is Basis.MEASURED}
     if not {"fp8_o1", "bf16_o2"} <= set(ms):
         return None
-    by_option = sum_totals(rows, _feasible_fp8(groups, rows))
+    by_option = sum_totals(rows, _feasible(groups, rows, fp8=True))
     return SumCheck(
-        layers_ms=by_option - sum_totals(rows, uniform_options(groups)),
+        layers_ms=by_option - sum_totals(rows, _feasible(groups, rows)),
         steps_ms=ms["fp8_o1"] - ms["bf16_o2"],
     )
 
@@ -246,8 +256,9 @@ def _time_uniform_steps(
     groups: Sequence[Group],
     step_ms: float,
     compilation: Compilation | None,
+    kept: KeptRows,
 ) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
-    bf16, fp8 = uniform_options(groups), _feasible_fp8(groups, rows)
+    bf16, fp8 = _feasible(groups, rows), _feasible(groups, rows, fp8=True)
     is_compiled = compilation is not None
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
     variants |= written_variants(written, compiled=is_compiled)
@@ -264,7 +275,9 @@ def _time_uniform_steps(
             variants["eager_fp8_o1"] = Eager(fp8)
     budget_ms = STEP_BUDGET * step_ms
     stopping = Stopping(STEP_SAMPLES, STEP_LEAST, budget_ms=budget_ms, rejections=STEP_LEAST)
-    steps, left_out = time_steps(context, variants, stopping=stopping, compilation=compilation)
+    steps, left_out = time_steps(
+        context, variants, stopping=stopping, compilation=compilation, kept=kept
+    )
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")
         timing = predicted_timing(surplus_ms, beside_ms=base.timing.median_ms)

@@ -48,6 +48,7 @@ class Parking:
                     for storage in storages:
                         file.write(memory_of(bytes_of(storage).cpu()))
             except OSError as error:
+                self.file.unlink(missing_ok=True)  # what is half there takes room from others
                 log.warning("a model waits in memory: %s cannot be written (%s)", self.file, error)
                 return
         # all is safe elsewhere: only now is anything given up

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from autoprec.common.progress import NOW
 from autoprec.common.text import first_line
 from autoprec.device.local import find_monitor, release_memory
 from autoprec.device.memory import is_out_of_memory
@@ -38,6 +39,7 @@ from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers, plain_name, unwrapped
 from autoprec.profiler.compiling import INDUCTOR, Compilation, GraphMonitor
+from autoprec.profiler.kept import STEP, KeptRows
 from autoprec.profiler.parking import Parking
 from autoprec.records import FP32, AsWritten, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
@@ -81,6 +83,7 @@ def time_steps(
     monitor: Monitor | None = None,
     compilation: Compilation | None = None,
     fp32_outputs: Sequence[str] = (),
+    kept: KeptRows | None = None,
 ) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     """Time a whole training step of every variant, in turns.
 
@@ -100,7 +103,7 @@ def time_steps(
     monitor = monitor or find_monitor(context.device)
     with TemporaryDirectory(prefix="autoprec-") as folder:
         own = (stopping, monitor, compilation, Path(folder), tuple(fp32_outputs))
-        comparison = _Comparison(context, batches, *own)
+        comparison = _Comparison(context, batches, *own, kept or KeptRows())
         return comparison.time_in_turns(variants), comparison.left_out
 
 
@@ -127,6 +130,7 @@ class _Comparison:
     compilation: Compilation | None
     folder: Path  # where variants wait for their turn
     fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
+    kept: KeptRows = field(default_factory=KeptRows)  # told which variant is in flight
     round: int = 0
     left_out: dict[str, str] = field(default_factory=dict)  # baselines, and why
 
@@ -147,6 +151,7 @@ class _Comparison:
             for place, label in enumerate(order):
                 self.context.progress("steps", turn * len(order) + place, turns * len(order))
                 arms[label] = self._take_turn(arms[label], label, variants[label], own, turn)
+        NOW.measures = ""
         self.context.progress("steps", turns * len(order), turns * len(order))
         return tuple(_timing(label, arm) for label, arm in arms.items())
 
@@ -154,6 +159,7 @@ class _Comparison:
         self, arm: _Arm, label: str, variant: Variant, stopping: Stopping, turn: int
     ) -> _Arm:
         """Take one turn's samples of a variant; eagerly from now on if it compiles in them."""
+        self.kept.begin(STEP, label)
         first = turn * stopping.samples  # every variant sees the same batches in a turn
 
         def prepare(number: int) -> None:
@@ -195,6 +201,15 @@ class _Comparison:
 
     def _build_if_it_runs(self, label: str, variant: Variant) -> _Arm | None:
         """Return a variant's arm, or None for a baseline that fails here."""
+        if reason := self.kept.why_ended(STEP, label):
+            if isinstance(variant, Mapping):
+                raise DeviceError(
+                    f"a step must run to its end, but the process ended in {label!r}, as it does "
+                    "when memory runs out; use a smaller batch or model, and leave --resume out"
+                )
+            self.left_out[label] = reason
+            return None
+        self.kept.begin(STEP, label)
         try:
             return self._build_compiled_or_not(label, variant)
         except (RuntimeError, WorkloadError) as error:

@@ -266,10 +266,14 @@ class Profile(FileRecord):
 
 
 class ProfileRows(FileRecord):
-    """The rows of a profile that is being made; `digest` is of all that decides it."""
+    """The rows of a profile that is being made; `digest` is of all that decides it.
+
+    `ended` are what the process did not survive: layer and option, or STEP and a step's label.
+    """
 
     KIND = "profile_rows"
     REMAKE = "`autoprec profile MODEL.py`"
 
     digest: str
     rows: tuple[LayerTiming, ...]
+    ended: tuple[tuple[str, str], ...] = ()

@@ -99,7 +99,17 @@ def save_checkpoint(
         return path
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         leftover.unlink(missing_ok=True)  # of a writer that was killed
-    return replace_file(path, lambda file: torch.save(content, file))
+    return save_content(path, content)
+
+
+def save_content(path: Path, content: Mapping[str, Any]) -> Path:  # Any: a tree with tensors
+    """Write a tree of values to a file, in one step.
+
+    Raises:
+        RecordError: it cannot be written; NoRoomError: the disk is full.
+    """
+    size = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
+    return replace_file(path, lambda file: torch.save(content, file), size=size)
 
 
 def _refuse_poisoned(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:

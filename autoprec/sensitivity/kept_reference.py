@@ -12,9 +12,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprec.common.files import replace_file
 from autoprec.errors import RecordError
-from autoprec.runtime.checkpoint import Checkpoint, on_cpu, read_checkpoint
+from autoprec.runtime.checkpoint import Checkpoint, on_cpu, read_checkpoint, save_content
 from autoprec.workload.training import Training
 
 
@@ -62,7 +61,7 @@ def keep_reference(
         "optimizer": on_cpu(training.optimizer.state_dict()),
         "extra": on_cpu(extra),
     }
-    replace_file(path, lambda file: torch.save(content, file))
+    save_content(path, content)
 
 
 def digest_of(model: nn.Module, batches: list[Any]) -> str:  # Any: the user's batches

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from autoprec.common.progress import report_nothing
+from autoprec.common.progress import NOW, report_nothing
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import (
@@ -224,8 +224,10 @@ class Reference:
             # every setting against the one reference gradient of this batch
             for count, (key, installed) in enumerate(settings.items()):
                 progress(stage, index * len(settings) + count, total)
+                NOW.measures = " in ".join(map(str, key)) if isinstance(key, tuple) else str(key)
                 with fast_fp8_gemms(self.context.device), installed():
                     squared[key].append(self.squared_error(index, gradient))
+        NOW.measures = ""
         progress(stage, total, total)
         # one reduction for all layers and options
         summed = iter(sum_over_ranks([value for each in squared.values() for value in each]))

@@ -16,16 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from autoprec.common.files import replace_file
 from autoprec.common.text import short_digest
 from autoprec.device.ranks import made_on_first_rank, world_size
 from autoprec.errors import RecordError
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, Branch, MetricTolerance, Option, Plan, Precision
 from autoprec.records.verification import BranchFile
-from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
+from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint, save_content
 from autoprec.runtime.sharded_state import read_shards, write_shards
 from autoprec.verification.sequential import Terms
 from autoprec.workload.functions import Batch
@@ -107,7 +104,7 @@ class BranchStore:
         if checkpoint.is_sharded:
             write_shards(self._warm_up, checkpoint)
         else:
-            replace_file(self._warm_up, lambda file: torch.save(vars(checkpoint), file))
+            save_content(self._warm_up, vars(checkpoint))
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from autoprec.common.lost_ranks import is_of_lost_rank
+from autoprec.common.progress import NOW
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
 from autoprec.workload.optimizers import optimizer_refusal, plain_parts
@@ -408,9 +409,14 @@ class UserCode(AbstractContextManager["UserCode"]):
     function: str
     wanted: str
 
+    def __enter__(self) -> Self:
+        NOW.waits(self.function)
+        return self
+
     def __exit__(
         self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        NOW.goes_on()
         if not isinstance(error, Exception) or isinstance(error, AutoprecError):
             return
         if dist.is_available() and dist.is_initialized() and is_of_lost_rank(error):
