@@ -1,12 +1,15 @@
 """A disk that is full while a record, a checkpoint or a report is saved."""
 
 import errno
+import signal
 from pathlib import Path
 from typing import IO
 
 import pytest
 import torch
 
+from autoprec.cli.ending import terminated_as_interrupted
+from autoprec.cli.main import main
 from autoprec.common.files import replace_file, write_atomically
 from autoprec.errors import NoRoomError, RecordError
 from autoprec.profiler import KeptRows
@@ -75,3 +78,33 @@ def test_a_quota_is_no_room_and_a_read_only_disk_another_error(tmp_path: Path) -
         KeptRows(tmp_path / "gone" / "rows.json", "digest").noting(),
     ):
         pass
+
+
+def test_a_command_says_what_a_full_disk_left_and_resume_what_it_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, out = Path(__file__).parent / "workloads" / "tiny.py", tmp_path / "out"
+    words = ["tune", str(tiny), "--target", "h100-sxm", "--meta", "--out", str(out), "--no-verify"]
+    words += ["--trials", "0"]
+
+    def fail(*_: object) -> None:
+        raise NoRoomError("an output file must find room, but study.db takes 1 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autoprec.tuning.run.make_search", fail)
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+    assert ended.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert line.endswith(f"; {out} has profile.json, sensitivity.json of this run")
+    with pytest.raises(SystemExit):
+        main([*words, "--resume"])
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == ("autoprec: --resume keeps profile, sensitivity; made now: search, verification")
+
+
+def test_a_schedulers_end_is_an_interrupt_and_not_a_layers_fault() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

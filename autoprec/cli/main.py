@@ -6,13 +6,10 @@ happen inside the commands, so that `--help` answers at once. The options of a s
 settings, see `options.py`.
 """
 
-import errno
 import json
 import logging
-import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -20,10 +17,11 @@ import typer
 from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
+from autoprec.cli.ending import drop_output, one_line_of, terminated_as_interrupted
 from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
-from autoprec.errors import AutoprecError, WorkloadError
+from autoprec.errors import AutoprecError, NoRoomError, WorkloadError
 from autoprec.tuning.ranks import is_first, joined_ranks
 from autoprec.tuning.settings import STAGES, Settings
 
@@ -67,7 +65,6 @@ Verbose = Annotated[
 Given = Any  # texts and values of the settings that a command has
 
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 INTERRUPTED = 130  # typer ends a command with it on Ctrl-C
 
 
@@ -340,37 +337,6 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status or 0)  # a command that returns nothing went well
 
 
-def one_line_of(error: Exception) -> str | None:
-    """Return the line that a user is told of an error; None for one that is a fault of ours.
-
-    Its traceback is kept then; a user's error, a device out of memory and a full disk are one line.
-    """
-    if isinstance(error, AutoprecError):
-        return " ".join(str(error).split())
-    if isinstance(error, TyperException):
-        return error.format_message()
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        return (
-            f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
-            "on the disk, or write elsewhere"
-        )
-    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-        return None
-    reason = " ".join(str(error).split())[:160]
-    return (
-        f"what is run must fit into the device's memory, but {reason}; "
-        "use smaller batches or a smaller model, or a larger device"
-    )
-
-
-def drop_output() -> None:
-    """Send what stdout still holds nowhere: the interpreter would fail on it again at its end."""
-    with suppress(OSError, ValueError):  # ValueError: a stdout that is no file of the system
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _load_plan(path: Path) -> "Plan":
     from autoprec.records import Plan
 
@@ -387,15 +353,19 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
 
     if not is_first():
         logging.getLogger().setLevel(logging.ERROR)
-    with joined_ranks(), drawn_progress() as progress:
+    with terminated_as_interrupted(), joined_ranks(), drawn_progress() as progress:
         run, since = Run(settings, stages=stages, progress=progress), time.time()
         with run.locked():
             try:
+                if settings.resume and is_first():
+                    print(f"autoprec: {run.resumes}", file=sys.stderr)
                 return make(run)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, NoRoomError) as error:
                 made = (run.folder.path / f"{stage}.json" for stage in STAGES)
                 kept = [file.name for file in made if _is_newer(file, since)]
                 said = f"{settings.out} has {', '.join(kept) or 'nothing new'} of this run"
+                if isinstance(error, NoRoomError):
+                    raise NoRoomError(f"{error}; {said}") from error
                 print(f"autoprec: {said}", file=sys.stderr)
                 raise
 

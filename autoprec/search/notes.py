@@ -200,7 +200,9 @@ def _steps(profile: Profile) -> str:
     if fp8 is None or bf16 is None:
         return ""
     own, other = fp8.timing.median_ms, bf16.timing.median_ms
-    times = f"{own:.4g} ms, in BF16 O2 {other:.4g} ms ({fp8.timing.basis})"
+    bases = [each.timing.basis for each in (fp8, bf16)]
+    each_its = ["", f" ({bases[0]})"] if bases[0] == bases[1] else [f" ({b})" for b in bases]
+    times = f"{own:.4g} ms{each_its[0]}, in BF16 O2 {other:.4g} ms{each_its[1]}"
     if own < other:  # a reader would take the two for a contradiction, and be right
         return f"; whole steps do not show that: with FP8 {times}"
     return f"; the whole step with FP8 takes {times}"

@@ -368,6 +368,21 @@ class Run:
             made_on_first(lambda: rows_path(self.settings).unlink(missing_ok=True))
         return made
 
+    @property
+    def resumes(self) -> str:
+        """What `--resume` keeps of the folder and what is made again, in a sentence."""
+        kept: list[str] = []
+        for stage in self.stages:
+            if all(name in kept or name not in self.stages for name in INPUTS[stage]):
+                kept += [stage] if self.folder.has(stage, self.digest(stage)) else []
+        again = [stage for stage in self.stages if stage not in kept]
+        said = f"--resume keeps {', '.join(kept) or 'no finished stage'}"
+        if again:
+            said += f"; made now: {', '.join(again)}"
+        if "profile" in again and rows_path(self.settings).exists():
+            said += " (layers that are timed already are kept, if nothing else changed)"
+        return said
+
     def digest(self, stage: str) -> str:
         """Return a hash of what decides a stage's record; "" where live functions do."""
         if self.is_live or (self.proxy is not None and self.proxy.is_live):

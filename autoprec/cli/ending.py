@@ -1,0 +1,63 @@
+"""How a command ends that does not end well: the one line that it says, and on which signals."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from typer.exceptions import TyperException
+
+from autoprec.errors import AutoprecError
+from autoprec.tuning.ranks import is_launched
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def one_line_of(error: Exception) -> str | None:
+    """Return the line that a user is told of an error; None for one that is a fault of ours.
+
+    Its traceback is kept then; a user's error, a device out of memory and a full disk are one line.
+    """
+    if isinstance(error, AutoprecError):
+        return " ".join(str(error).split())
+    if isinstance(error, TyperException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return (
+            f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
+            "on the disk, or write elsewhere"
+        )
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        return None
+    reason = " ".join(str(error).split())[:160]
+    return (
+        f"what is run must fit into the device's memory, but {reason}; "
+        "use smaller batches or a smaller model, or a larger device"
+    )
+
+
+def drop_output() -> None:
+    """Send what stdout still holds nowhere: the interpreter would fail on it again at its end."""
+    with suppress(OSError, ValueError):  # ValueError: a stdout that is no file of the system
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """End by SIGTERM, a scheduler's, as by Ctrl-C: what is in flight is not taken for deadly."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if is_launched():  # a rank may wait for others in a collective, and torchrun ends all at once
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
