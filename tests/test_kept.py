@@ -77,11 +77,11 @@ def test_a_run_keeps_its_rows_until_the_profile_is_there(
     timed: list[tuple[str, ...]] = []
     time_group = LayerMeter.time_group
 
-    def cut_off(self: LayerMeter, group, calls, make_layer):  # type: ignore[no-untyped-def]  # as it is
+    def cut_off(self: LayerMeter, group, calls, make_layer, *asked):  # type: ignore[no-untyped-def]  # as it is
         if len(timed) == 2:
             raise KeyboardInterrupt
         timed.append(group.names)
-        return time_group(self, group, calls, make_layer)
+        return time_group(self, group, calls, make_layer, *asked)
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerMeter, "time_group", cut_off)
@@ -91,9 +91,9 @@ def test_a_run_keeps_its_rows_until_the_profile_is_there(
     assert not (tmp_path / "profile.json").exists()
     again: list[tuple[str, ...]] = []
 
-    def noted(self: LayerMeter, group, calls, make_layer):  # type: ignore[no-untyped-def]  # as it is
+    def noted(self: LayerMeter, group, calls, make_layer, *asked):  # type: ignore[no-untyped-def]  # as it is
         again.append(group.names)
-        return time_group(self, group, calls, make_layer)
+        return time_group(self, group, calls, make_layer, *asked)
 
     monkeypatch.setattr(LayerMeter, "time_group", noted)
     profile = Run(replace(settings, resume=True), stages=("profile",)).profile
