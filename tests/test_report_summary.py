@@ -405,6 +405,7 @@ def test_a_verdict_says_how_far_it_reaches_wherever_it_is_shown() -> None:
             "after 2,000 steps with the plan a gap of +0.010 % is expected (80 % interval 0 % "
             "to +0.10 %, predicted)",
         ),
+        (expected_gap(0.0, 0.0, 0.0), "after 2,000 steps with the plan a gap of 0 % is expected"),
         (
             expected_gap(None, None, None),
             "after 2,000 steps with the plan the gap is not known: no loss curve",

@@ -13,7 +13,7 @@ from autoprec.report import RunRecords
 from autoprec.report.summary import summarise_run
 from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms, verify_plans
-from autoprec.verification.ladder import climb, expected_by_growth, gap_growth, rung_terms
+from autoprec.verification.ladder import climb, gap_growth, rung_terms
 from autoprec.verification.sequential import gap_interval
 from tests.models import mlp_workload
 from tests.test_verification_gate import CPU, plan_of
@@ -33,24 +33,11 @@ def test_a_growth_is_fitted_to_the_lengths_and_carried_on() -> None:
     assert growth.mean == pytest.approx(0.5)
     # three points with errors of a tenth, a factor of 2 apart: 0.1 / (log 2 * sqrt 2)
     assert growth.stderr == pytest.approx(0.1 / math.log(2) / math.sqrt(2))
-    expected = expected_by_growth(rungs, 3000)
-    assert expected is not None
-    assert expected.low is not None
-    assert expected.high is not None
-    assert expected.mean == pytest.approx(1e-4 * 3000**0.5)
-    assert expected_by_growth(rungs, 3001) is None  # ten times the longest and no further
-    nearer = expected_by_growth(rungs, 600)
-    assert nearer is not None
-    assert nearer.high is not None
-    assert nearer.mean is not None
-    assert expected.mean is not None
-    assert expected.high / expected.mean > nearer.high / nearer.mean > 1.0
 
 
 def test_gaps_within_their_noise_have_no_growth() -> None:
     rungs = [rung(75, 1e-4, 6e-5), rung(150, 3e-4, 1e-5)]
     assert gap_growth(rungs) is None
-    assert expected_by_growth(rungs, 300) is None
     assert gap_growth(rungs[1:]) is None
 
 

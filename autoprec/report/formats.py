@@ -68,7 +68,9 @@ def interval(low: float | None, high: float | None, show: Callable[[float], str]
 
 
 def gap(gap: LossGap) -> str:
-    """Return a loss gap with its interval and seeds."""
+    """Return a loss gap with its interval and seeds; of the reference itself it has none."""
+    if gap.low == gap.high == 0.0:
+        return share(0.0)
     mean, low, high = (share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
     seeds = count_of(gap.seeds, "seed")
     return f"{mean} ({100 * gap.confidence:.0f} % interval {low} to {high}, {seeds})"

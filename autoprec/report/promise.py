@@ -5,6 +5,7 @@ reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from autoprec.records import (
     FP32,
@@ -145,6 +146,8 @@ class Promise:
         mean, low, high = (
             formats.share(each, sign=True) for each in (expected.mean, expected.low, expected.high)
         )
+        if expected.low == expected.high:
+            return f"{after} a gap of {mean} is expected"
         said = (
             f"{after} a gap of {mean} is expected ({100 * expected.confidence:.0f} % interval "
             f"{low} to {high}, {expected.basis})"
@@ -160,7 +163,9 @@ class Promise:
         found = [_metric_sentence(metric) for metric in self.metrics]
         if self.own_gap and self.gap and self.own_gap != self.gap:
             own = formats.share(self.own_gap.mean, sign=True)
-            ends = formats.interval(self.own_gap.low, self.own_gap.high, formats.share)
+            ends = formats.interval(
+                self.own_gap.low, self.own_gap.high, partial(formats.share, sign=True)
+            )
             found.append(f"through the plan's own forward the gap is {own} ({ends})")
         if self.horizons:
             found.append(self._by_length)

@@ -97,7 +97,7 @@ def _overlap(joint: JointMeasurement) -> str:
     return f", of which {formats.share(joint.overlap)} counts the same kinks more than once"
 
 
-def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float | None]]:
+def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]]:
     """Return per FP8 recipe, wherever it goes: title, linears, gradient error, predicted gap."""
     rows = []
     for option in dict.fromkeys(row.option for row in sensitivity.rows):

@@ -62,7 +62,7 @@ def search_plan(
     other processes are on the study too: what they evaluate counts.
 
     Raises:
-        InfeasibleError: no plan satisfies the constraint, or the loss curve gives no budget.
+        InfeasibleError: no plan satisfies the constraint.
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
     problem = make_problem(make_costs(profile, sensitivity), constraint)

@@ -1,42 +1,42 @@
 """From a gradient error e to the loss gap expected after N steps, and back. No torch in here.
 
-    gap(N) = r(N) * e * (N / 300)^GROWTH
+    gap(N) = LEVEL * e * (N / 300)^GROWTH
 
 Precision error is noise on top of minibatch noise: noise of relative variance e costs a fraction
-e of extra steps (McCandlish et al., "An Empirical Model of Large-Batch Training"). Loss falls about
-as a power of the steps, so with r = -d log(loss) / d log(t) they are worth r * e of the loss. What
-that argument does not have is that the gap of one plan grows with the length of the run: an error
-in the forward pass grows as the model learns, and short runs pay for little of it. GROWTH and the
-300 steps are fitted to whole runs of 75, 300 and 2000 steps (docs/convergence.md, decision 043).
+e of extra steps (McCandlish et al., "An Empirical Model of Large-Batch Training"), and loss falls
+about as a power of the steps, with an exponent near 0.1 over most of a training (0.095 in tokens:
+Kaplan et al., "Scaling Laws for Neural Language Models"); LEVEL is about that exponent. What the
+argument does not have is that the gap of one plan grows with the length of the run: an error in the
+forward pass grows as the model learns, and short runs pay for little of it. Both constants are
+fitted to whole runs of 75, 300 and 2000 steps (docs/convergence.md, decision 053); how the loss
+falls in a warm-up did not make families that were left out any better predicted, so it is not used.
 
-e is the largest of those measured along the reference's training (`growth`). A run that has the
-plan in its last n of N steps pays n / N of a whole run's gap.
+A run that has the plan in its last n of N steps pays (n / N)^BRANCH_SHARE of a whole run's gap:
+short of a third of the steps, a tenth was measured.
 
-Within the loss curve r is its slope per e-fold of steps over its last loss. Beyond it nothing is
-known but how training usually goes on: a fresh GPT falls steeply to the statistics of single
-characters, then ten times slower; a fresh classifier hardly at first, then faster. So for a run of
-n steps what the curve's m steps showed counts for the share of the run that they are, and the rest
-is taken to fall as language models do over most of their training, with the exponent 0.1 (0.095 in
-tokens: Kaplan et al., "Scaling Laws for Neural Language Models"):
-
-    r(n) = m/n * r(m) + (1 - m/n) * 0.1       for n > m
+What a verification measured corrects the prediction (`with_measured`). With theta the logarithm of
+true over predicted gap, normal with the spread that gives the interval, a gap measured over n steps
+says theta up to DRIFT * log(N / n), which is how much theta itself changes on the way to N.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoprec.errors import InfeasibleError
-from autoprec.records import Basis, ExpectedGap, Sensitivity
+from autoprec.records import Basis, ExpectedGap, HorizonGap, Sensitivity
 
 FEWEST_POINTS = 4  # of the loss curve; a line needs two, its standard error a few more
 SMALLEST_LOSS = 1e-12
 HORIZON_STEPS = 75  # 50 of warm-up and 25 of branch: what verification trains by default
-USUAL_EXPONENT = 0.1  # at step 75 of three families: 0.06, 0.19, 0.49
-GROWTH, WHOLE_STEPS = 0.75, 300  # fitted: a run of 300 steps pays r * e
-# mean / BELOW to mean * ABOVE held 8 of 10 plans above the noise, of eight families
-BELOW, ABOVE = 4.0, 3.0
+USUAL_EXPONENT = 0.1  # of the steps, by which losses fall where nothing was seen
+LEVEL, GROWTH, WHOLE_STEPS = 0.12, 0.5, 300
+BRANCH_SHARE = 2.0
+# mean / BELOW to mean * ABOVE held 8 of 10 plans above the noise, of families left out of the fit
+BELOW, ABOVE = 3.0, 3.0
+DRIFT = 0.4  # per e-fold of steps
+SHORT_MODEL = 0.25  # what a measured gap may be beside its noise, in predicted ones
 CONFIDENCE = 0.8
+QUANTILE = 1.2816  # of a normal distribution, at 0.5 + CONFIDENCE / 2
 LONGEST_STEPS = 2000  # of the runs that the constants were fitted to
 FARTHEST = 10  # times that; nothing is known beyond
 GROWTH_DOUBT = 0.5  # how far GROWTH may be off beyond: NVFP4's GEMMs have 0.3 to 0.85 (Quartet II)
@@ -66,26 +66,29 @@ class LossLine:
 def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int) -> ExpectedGap:
     """Return the relative loss gap expected after `steps` steps with the plan, and its interval.
 
-    `grad_error` is the whole plan's, where the table was measured; None: it is not known. Beyond
-    LONGEST_STEPS the interval widens, and beyond FARTHEST times that nothing is known.
+    `grad_error` is the whole plan's, where the table was measured; None: it is not known. Without
+    an error the gap is exactly 0. Beyond LONGEST_STEPS the interval widens, and beyond FARTHEST
+    times that nothing is known.
     """
-    mean = None if grad_error is None else predicted_loss_gap(sensitivity, grad_error, steps)
+    if grad_error == 0.0:  # it is the reference
+        return ExpectedGap(
+            steps=steps, mean=0.0, low=0.0, high=0.0, confidence=CONFIDENCE, basis=Basis.MEASURED
+        )
     reason = ""
     if grad_error is None:
         reason = "the plan's gradient error is not known"
-    elif mean is None:
-        reason = f"the reference's loss curve has fewer than {FEWEST_POINTS} points"
     elif steps > FARTHEST * LONGEST_STEPS:
         reason = (
             f"how a gap grows was measured over runs of up to {LONGEST_STEPS} steps, which says "
             f"nothing about more than {FARTHEST * LONGEST_STEPS}"
         )
-    if mean is None or reason:
+    if grad_error is None or reason:
         return ExpectedGap(
             steps=steps, mean=None, low=None, high=None, confidence=CONFIDENCE,
             basis=Basis.UNKNOWN, reason=reason,
         )  # fmt: skip
-    doubt = (max(steps, LONGEST_STEPS) / LONGEST_STEPS) ** GROWTH_DOUBT
+    mean = predicted_loss_gap(sensitivity, grad_error, steps)
+    doubt = _doubt(steps)
     return ExpectedGap(
         steps=steps,
         mean=mean,
@@ -97,42 +100,29 @@ def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int)
 
 def predicted_loss_gap(
     sensitivity: Sensitivity, grad_error: float, steps: int, *, start: int = 0
-) -> float | None:
+) -> float:
     """Return the relative loss gap that a gradient error predicts after `steps` steps.
 
     `grad_error` is that of the whole assignment, or of the part of it that is asked about, and
     `start` the number of steps before, in the reference's precision. The gap is a fraction of the
-    predicted loss; None when the loss curve is too short to fit.
+    predicted loss.
     """
-    line = fit_loss_line(sensitivity.loss_curve)
-    if line is None:
-        return None
-    whole = gap_per_error(line, start + steps) * grad_error * growth(sensitivity)
-    return whole * steps / max(start + steps, 1)
+    whole = gap_per_error(start + steps) * grad_error * _batch_ratio(sensitivity)
+    return whole * math.pow(steps / max(start + steps, 1), BRANCH_SHARE)
 
 
 def grad_error_budget_for(sensitivity: Sensitivity, tolerance: float, steps: int) -> float:
     """Return the largest gradient error whose gap is expected to stay within the tolerance.
 
-    That is where the upper end of the expected gap's interval is the tolerance, for errors that
-    grow as those that were measured (`growth`).
-
-    Raises:
-        InfeasibleError: the loss curve is too short or flat to say what a step is worth.
+    That is where the upper end of the expected gap's interval is the tolerance, were the largest
+    error that was measured on the way (`growth`) the one that predicts.
     """
-    line = fit_loss_line(sensitivity.loss_curve)
-    if line is None or line.slope <= 0.0:
-        raise InfeasibleError(
-            f"a loss tolerance needs a falling reference loss of at least {FEWEST_POINTS} warm-up "
-            f"steps, but the sensitivity has {len(sensitivity.loss_curve)} and no fall; measure it "
-            "with more warm-up steps"
-        )
-    return tolerance / (ABOVE * gap_per_error(line, steps) * growth(sensitivity))
+    return tolerance / (ABOVE * _doubt(steps) * gap_per_error(steps) * growth(sensitivity))
 
 
-def gap_per_error(line: LossLine, steps: int) -> float:
+def gap_per_error(steps: int) -> float:
     """Return the gap after a whole run of so many steps, per gradient error."""
-    return line.exponent_at(steps) * math.pow(steps / WHOLE_STEPS, GROWTH)
+    return LEVEL * math.pow(steps / WHOLE_STEPS, GROWTH)
 
 
 def growth(sensitivity: Sensitivity) -> float:
@@ -143,8 +133,61 @@ def growth(sensitivity: Sensitivity) -> float:
     """
     errors = [point.grad_error.mean for point in sensitivity.by_step]
     largest = max(errors) / errors[-1] if errors and errors[-1] > 0.0 else 1.0
+    return largest * _batch_ratio(sensitivity)
+
+
+def _doubt(steps: int) -> float:
+    """Return by what an interval is wider than those of the runs that were measured."""
+    return math.pow(max(steps, LONGEST_STEPS) / LONGEST_STEPS, GROWTH_DOUBT)
+
+
+def _batch_ratio(sensitivity: Sensitivity) -> float:
     effect = sensitivity.batch_effect
-    return largest if effect is None or effect.ratio is None else largest * effect.ratio
+    return 1.0 if effect is None or effect.ratio is None else effect.ratio
+
+
+def with_measured(expected: ExpectedGap, measured: HorizonGap) -> ExpectedGap:
+    """Return what is expected after the gap of a shorter run, or a branch, was measured too.
+
+    The prediction as it is where the gap is not known, or of FARTHEST times fewer steps.
+    """
+    mean, low, high, gap = expected.mean, expected.low, expected.high, measured.gap
+    if not mean or not low or not high or gap is None or measured.stderr is None:
+        return expected
+    steps = expected.steps
+    if steps > FARTHEST * measured.steps:
+        return expected
+    # what the prediction says of the short run
+    short = mean * math.pow(measured.steps / steps, GROWTH)
+    short *= math.pow(measured.branch_steps / measured.steps, BRANCH_SHARE)
+    spread = math.log(high / low) / 2.0 / QUANTILE
+    drift = DRIFT * math.log(max(steps / measured.branch_steps, 2.0))
+    noise = math.hypot(measured.stderr, SHORT_MODEL * short)
+    # p(theta | gap) on a grid of up to four spreads, its drift likewise summed over
+    thetas = [spread * i / 10 for i in range(-40, 41)]
+    drifts = [(drift * i / 5, math.exp(-0.5 * (i / 5) ** 2)) for i in range(-20, 21)]
+    weights = [
+        math.exp(-0.5 * (theta / spread) ** 2)
+        * math.fsum(
+            share * math.exp(-0.5 * ((gap.mean - short * math.exp(theta + d)) / noise) ** 2)
+            for d, share in drifts
+        )
+        for theta in thetas
+    ]
+    total = math.fsum(weights)
+    if total == 0.0:  # a gap that no theta explains
+        return expected
+    middle = math.fsum(w * t for w, t in zip(weights, thetas, strict=True)) / total
+    square = math.fsum(w * (t - middle) ** 2 for w, t in zip(weights, thetas, strict=True)) / total
+    half = QUANTILE * math.sqrt(square)
+    return expected.model_copy(
+        update={
+            "mean": mean * math.exp(middle),
+            "low": mean * math.exp(middle - half),
+            "high": mean * math.exp(middle + half),
+            "reason": f"by the gradient error and the gap measured over {measured.steps} steps",
+        }
+    )
 
 
 def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:

@@ -9,6 +9,7 @@ import numpy as np
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
 from autoprec.records import (
+    FP32,
     Branch,
     ExpectedGap,
     LossGap,
@@ -108,6 +109,11 @@ class Evidence:
         gaps = self.gaps(label, base)
         if len(gaps) < 2 or self.diverged(label):
             return None
+        if label == "plan" and base == "reference" and set(self.plan.options) == {FP32}:
+            # one branch serves both: there is nothing that no seed showed
+            return LossGap(
+                mean=0.0, low=0.0, high=0.0, confidence=self.terms.confidence, seeds=len(gaps)
+            )
         # the tolerance is on gaps to the reference
         tolerance = self.loss_tolerance if base == "reference" else 0.0
         return gap_interval(gaps, self.terms, tolerance=tolerance)
@@ -161,7 +167,7 @@ def make_verification(
         bf16_gap=evidence.gap("plan", "bf16_o2"),
         loss_exponent=loss_exponent(session),
         notes=(*repairs, *notes(session, evidence, steps)),
-        expected_gap=expected_gap_of(session, evidence.plan, sensitivity),
+        expected_gap=expected_gap_of(evidence.plan, sensitivity),
     )
 
 
@@ -262,33 +268,20 @@ def eval_stderr(evidence: Evidence) -> float | None:
 
 
 def predicted_gap(session: Session, plan: Plan, sensitivity: Sensitivity | None) -> float | None:
-    """Return the gap that the plan's gradient error predicts for such a branch.
-
-    The warm-up's own loss curve says what a step is worth, when it is the longer one.
-    """
+    """Return the gap that the plan's gradient error predicts for such a branch."""
     if sensitivity is None or plan.grad_error is None:
         return None
-    sensitivity = _with_longest_curve(session, sensitivity)
     steps, start = session.terms.branch_steps, len(session.checkpoint.curve)
     return predicted_loss_gap(sensitivity, plan.grad_error, steps, start=start)
 
 
-def expected_gap_of(
-    session: Session, plan: Plan, sensitivity: Sensitivity | None
-) -> ExpectedGap | None:
+def expected_gap_of(plan: Plan, sensitivity: Sensitivity | None) -> ExpectedGap | None:
     """Return the gap expected at the end of the planned run; None where its length is unknown."""
     before = plan.expected_gap
     steps = plan.constraint.run_steps or (before.steps if before else None)
     if steps is None or sensitivity is None:
         return before
-    return expected_gap(_with_longest_curve(session, sensitivity), plan.grad_error, steps)
-
-
-def _with_longest_curve(session: Session, sensitivity: Sensitivity) -> Sensitivity:
-    curve = tuple(enumerate(session.checkpoint.curve, start=1))
-    if len(curve) <= len(sensitivity.loss_curve):
-        return sensitivity
-    return sensitivity.model_copy(update={"loss_curve": curve})
+    return expected_gap(sensitivity, plan.grad_error, steps)
 
 
 def loss_exponent(session: Session) -> float | None:

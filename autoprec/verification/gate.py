@@ -128,7 +128,7 @@ def _prove(
         session.terms, lambda own: _gaps_over(reopen(own), evidence.plan), spent_s=spent_s
     )
     rungs = tuple(climbed)
-    return with_horizons(found, evidence, rungs) if rungs else found
+    return with_horizons(found, evidence, rungs)
 
 
 def _gaps_over(session: Session, plan: Plan) -> list[float] | None:
