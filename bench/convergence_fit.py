@@ -2,11 +2,14 @@
 
     python bench/convergence_fit.py [--rows FILE]     FILE: what bench/convergence.py wrote; it is
                                                       condensed into bench/data/convergence.csv
+    python bench/convergence_fit.py --gaps            print the gap of every plan
 
 A plan is above the noise when its mean gap is more than two standard errors, its own or half of the
-median one of its family and horizon. The rule is that of `sensitivity.gap`, gap = r e (N / n)^a; a
-and n are fitted by least absolute deviations of log(gap) over these plans, and each family is
-predicted by the fit to the others of the six that are not held back.
+median one of its family and horizon, and sharp when also the ends of its 80 % interval are less
+than a factor of 2 apart: of others nobody can say whether a prediction was within one. The rule is
+that of `sensitivity.gap`, gap = c e N^a, e after 50 steps; both are fitted by least absolute
+deviations of log(gap) over the plans, and each family is predicted by the fit to the others of the
+six that are not held back.
 """
 
 import argparse
@@ -25,7 +28,19 @@ from convergence import LAST_THIRD, POINTS
 from convergence_families import FAMILIES, HELD_BACK
 from scipy.stats import spearmanr
 
-from autoprec.sensitivity.gap import GROWTH, WHOLE_STEPS, fit_loss_line
+from autoprec.records import ExpectedGap, HorizonGap, LossGap
+from autoprec.sensitivity.gap import (
+    ABOVE,
+    BELOW,
+    BRANCH_SHARE,
+    CONFIDENCE,
+    GROWTH,
+    LEVEL,
+    QUANTILE,
+    WHOLE_STEPS,
+    fit_loss_line,
+    with_measured,
+)
 
 HERE = Path(__file__).parent
 DATA, PAGE = HERE / "data" / "convergence.csv", HERE.parent / "docs" / "convergence.md"
@@ -103,7 +118,9 @@ def read_rows() -> tuple[dict[Key, Row], dict[tuple[str, int], Row]]:
             plans[family, steps, start, row["plan"]] = row
     for (family, steps, start, _), row in plans.items():
         beside = [r["exact_se"] for k, r in plans.items() if k[:3] == (family, steps, start)]
-        row["clear"] = row["exact"] > 2 * max(row["exact_se"], statistics.median(beside) / 2)
+        row["noise"] = max(row["exact_se"], statistics.median(beside) / 2)
+        row["clear"] = row["exact"] > 2 * row["noise"]
+        row["sharp"] = row["clear"] and row["exact"] > 3 * QUANTILE * row["exact_se"]
     for (family, steps), row in references.items():
         row["slope"] = _slope(references, family, steps)
     return plans, references
@@ -124,21 +141,46 @@ def _slope(references: Mapping[tuple[str, int], Row], family: str, steps: int) -
 # --- fit -----------------------------------------------------------------------------------------
 
 
-def predict(row: Row, r: float, growth: float, whole: float) -> float:
-    error: float = max(row["e10"], row["e50"])
-    return r * error * math.pow(row["steps"] / whole, growth)
+Law = tuple[float, float]  # the gap of a whole run of 300 steps per error, and its growth
+PRODUCT: Law = (LEVEL, GROWTH)
 
 
-def fit(rows: Sequence[tuple[Row, float]]) -> tuple[float, float]:
-    """Return the growth and the whole steps that fit these plans and their r best."""
+def predict(row: Row, law: Law, steps: float | None = None, r: float = 1.0) -> float:
+    error: float = row["e50"]
+    return r * error * law[0] * math.pow((steps or row["steps"]) / WHOLE_STEPS, law[1])
+
+
+def fit(rows: Sequence[tuple[Row, float]]) -> Law:
+    """Return the law that fits these plans, each with its r, best."""
 
     def loss(growth: float) -> tuple[float, float]:
-        logs = [math.log(row["exact"] / predict(row, r, growth, 1.0)) for row, r in rows]
+        logs = [math.log(row["exact"] / predict(row, (1.0, growth), r=r)) for row, r in rows]
         middle = statistics.median(logs)
         return _mean([abs(value - middle) for value in logs]), middle
 
     growth = min(np.arange(0.3, 1.2, 0.05).tolist(), key=lambda each: loss(each)[0])
-    return growth, math.exp(-loss(growth)[1] / growth)
+    return math.exp(loss(growth)[1]), growth
+
+
+def ceiling(plans: Sequence[Row], kind: str) -> str:
+    """Return within how many measured gaps a predictor is that knows the true ones.
+
+    True gaps are taken to be the measured ones, or those predicted, and are measured again.
+    """
+    generator = np.random.default_rng(0)
+    shares = []
+    for true in ("measured", "predicted"):
+        truth = [row["exact"] if true == "measured" else predict(row, PRODUCT) for row in plans]
+        inside = chosen = 0
+        for gap, row in zip(truth, plans, strict=True):
+            again = gap + row["exact_se"] * generator.standard_t(row["seeds"] - 1, 1000)
+            kept = again > 2 * row["noise"]
+            if kind == "sharp":
+                kept &= again > 3 * QUANTILE * row["exact_se"]
+            near = (again > gap / 2) & (again < 2 * gap)
+            inside, chosen = inside + int((near & kept).sum()), chosen + int(kept.sum())
+        shares.append(f"{inside / chosen:.0%} (true gaps as {true})")
+    return " and ".join(shares)
 
 
 def agreement(pairs: Sequence[tuple[float, float]]) -> list[str]:
@@ -159,60 +201,121 @@ def tables() -> Iterator[str]:
     """Yield the page's tables."""
     plans, references = read_rows()
     whole = {k: row for k, row in plans.items() if k[2] == 0 and k[3] != "bf16"}
-    clear = {k: row for k, row in whole.items() if row["clear"]}
-    for name, of in (("the warm-up's loss curve", "r"), ("the runs themselves", "slope")):
-        r = {key: row[of] for key, row in references.items()}
-        fits = {
-            family: fit(
-                [
-                    (row, r[k[0], k[1]])
-                    for k, row in clear.items()
-                    if k[0] not in (family, *HELD_BACK)
-                ]
-            )
-            for family in FAMILIES
-        }
+    six = [row for k, row in whole.items() if k[0] not in HELD_BACK and row["exact"] > 0]
+    rows = []
+    for kind in ("sharp", "clear"):
+        kept = {k: row for k, row in whole.items() if row[kind]}
+        name = "sharp" if kind == "sharp" else "above the noise"
+        for title, of in (("e alone", ""), ("e, r of the warm-up", "r"), ("e, r of runs", "slope")):
+            rows += _agreements(f"{name}, {title}", kept, references, of)
         yield (
-            f"\nr from {name}; growth and whole steps of the fit to all six: "
-            + "{:.2f}, {:.0f}\n".format(*fits[HELD_BACK[0]])
+            f"\nCeiling, {name}: a perfect predictor would be within a factor of 2 for "
+            f"{ceiling(six, kind)}.\n"
         )
-        rows = []
-        for title, chosen in (("six families, left out in turn", False), ("two held back", True)):
-            for steps in (*HORIZONS, 0):
-                keys = [k for k in clear if (k[0] in HELD_BACK) is chosen and steps in (0, k[1])]
-                fitted = [
-                    (predict(clear[k], r[k[0], k[1]], *fits[k[0]]), clear[k]["exact"]) for k in keys
-                ]
-                used = [
-                    (predict(clear[k], r[k[0], k[1]], GROWTH, WHOLE_STEPS), clear[k]["exact"])
-                    for k in keys
-                ]
-                rows.append([title, str(steps or "all"), *agreement(fitted), *agreement(used)[1:]])
-        heads = ["plans above the noise", "steps", "plans", "Spearman", "within 2x", "ratio"]
-        yield table([*heads, "Spearman, product", "within 2x", "ratio"], rows)
-    yield "\n" + _coverage(whole, references)
-    yield "\nLoss gap in percent, mean ± standard error over seeds: FP32 forward / its own\n"
-    yield _gaps(plans, references)
+    yield table(["plans, rule", "steps", *AGREEMENT, "held back", *AGREEMENT[1:]], rows)
+    yield "\n" + _coverage(whole)
+    yield "\nGaps of shorter runs and the prediction together, sharp plans, families left out:\n"
+    yield _combined(plans)
     yield "\nGradient error of each GEMM alone at one bit, and gap / (r e) with it, by steps\n"
     yield _kinds(whole, references)
 
 
-def _coverage(whole: Mapping[Key, Row], references: Mapping[tuple[str, int], Row]) -> str:
-    ratios = {
-        key: row["exact"] / predict(row, references[key[0], key[1]]["r"], GROWTH, WHOLE_STEPS)
-        for key, row in whole.items()
+AGREEMENT = ["n", "Spearman", "within 2x", "ratio"]
+
+
+def left_out(kept: Mapping[Key, Row], r: Mapping[tuple[str, int], float]) -> dict[str, Law]:
+    """Return the law of every family, fitted to the six but it."""
+    return {
+        family: fit(
+            [(row, r[k[0], k[1]]) for k, row in kept.items() if k[0] not in (family, *HELD_BACK)]
+        )
+        for family in FAMILIES
     }
-    clear = [ratio for key, ratio in ratios.items() if whole[key]["clear"]]
-    low, high = np.quantile(clear, [0.1, 0.9])
-    top = np.quantile(list(ratios.values()), [0.8, 0.9, 0.95])
+
+
+def _agreements(
+    title: str, kept: Mapping[Key, Row], references: Mapping[tuple[str, int], Row], of: str
+) -> Iterator[list[str]]:
+    r = {key: row[of] if of else 1.0 for key, row in references.items()}
+    laws = left_out(kept, r)
+    for steps in (*HORIZONS, 0) if not of else (0,):
+        found = []
+        for held in (False, True):
+            keys = [k for k in kept if (k[0] in HELD_BACK) is held and steps in (0, k[1])]
+            pairs = [
+                (predict(kept[k], laws[k[0]], r=r[k[0], k[1]]), kept[k]["exact"]) for k in keys
+            ]
+            found += agreement(pairs)
+        yield [title, str(steps or "all"), *found]
+
+
+def _coverage(whole: Mapping[Key, Row]) -> str:
+    """Return the share of plans above the noise in the interval around a left-out prediction."""
+    kept = {k: row for k, row in whole.items() if row["clear"]}
+    laws = left_out(kept, defaultdict(lambda: 1.0))
+    ratios = {k: row["exact"] / predict(row, laws[k[0]]) for k, row in kept.items()}
+    shares = {
+        family: [1 / BELOW < ratio < ABOVE for k, ratio in ratios.items() if k[0] == family]
+        for family in FAMILIES
+    }
+    six = [x for family, inside in shares.items() if family not in HELD_BACK for x in inside]
+    product = [
+        1 / BELOW < row["exact"] / predict(row, PRODUCT) < ABOVE
+        for k, row in kept.items()
+        if k[0] in HELD_BACK
+    ]
+    each = ", ".join(f"{f} {_mean(v):.0%} of {len(v)}" for f, v in shares.items())
     return (
-        "Measured over predicted as the product does: 10 to 90 % of the plans above the noise "
-        f"{low:.2f} to {high:.2f}; of all plans 80, 90 and 95 % are below {top[0]:.2f}, "
-        f"{top[1]:.2f} and {top[2]:.2f}.\n"
+        f"The interval, a factor of {BELOW:g} either way, held {_mean(six):.0%} of the {len(six)} "
+        f"plans above the noise of families left out ({each}); the product's own constants "
+        f"{_mean(product):.0%} of those held back.\n"
     )
 
 
-def _gaps(plans: Mapping[Key, Row], references: Mapping[tuple[str, int], Row]) -> str:
+def _combined(plans: Mapping[Key, Row]) -> str:
+    """Compare what a shorter run says of a longer one with the prediction, and both together."""
+    whole = {k: row for k, row in plans.items() if k[2] == 0 and k[3] != "bf16"}
+    laws = left_out({k: row for k, row in whole.items() if row["sharp"]}, defaultdict(lambda: 1.0))
+    rows = []
+    for (short, start), steps in ((LAST_THIRD, 300), ((75, 0), 300), ((300, 0), 2000)):
+        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        inside = []
+        for key, row in whole.items():
+            beside = plans.get((key[0], short, start, key[3]))
+            if not row["sharp"] or key[1] != steps or key[0] in HELD_BACK or beside is None:
+                continue
+            alone, gap = predict(row, laws[key[0]]), beside["exact"]
+            per_run = math.pow(short / steps, laws[key[0]][1]) * (1 - start / short) ** BRANCH_SHARE
+            both = with_measured(*_records(alone, row, beside))
+            mean, low, high = both.mean or 0.0, both.low or 0.0, both.high or 0.0
+            pairs["prediction"].append((alone, row["exact"]))
+            pairs["measured, carried on"].append((max(gap / per_run, 1e-9), row["exact"]))
+            pairs["both"].append((mean, row["exact"]))
+            inside.append(low < row["exact"] < high)
+        title = f"{short}{f', from {start}' if start else ''} to {steps}"
+        for name, found in pairs.items():
+            held = f"{_mean(inside):.0%}" if name == "both" else ""
+            rows.append([title, name, *agreement(found), held])
+    return table(["steps", "by", *AGREEMENT, "in the interval"], rows)
+
+
+def _records(alone: float, row: Row, beside: Row) -> tuple[ExpectedGap, HorizonGap]:
+    expected = ExpectedGap(
+        steps=int(row["steps"]), mean=alone, low=alone / BELOW, high=alone * ABOVE,
+        confidence=CONFIDENCE,
+    )  # fmt: skip
+    gap, start = beside["exact"], int(beside["start"])
+    measured = HorizonGap(
+        warmup_steps=start,
+        branch_steps=int(beside["steps"]) - start,
+        gap=LossGap(mean=gap, low=gap, high=gap, confidence=CONFIDENCE, seeds=2),
+        stderr=beside["exact_se"],
+    )
+    return expected, measured
+
+
+def _gaps(plans: Mapping[Key, Row]) -> str:
+    """Return the loss gap in percent, FP32 forward with standard error / its own forward."""
     labels = list(dict.fromkeys(key[3] for key in plans))
     rows = []
     for family in FAMILIES:
@@ -259,7 +362,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path)
-    given: Path | None = parser.parse_args().rows
+    parser.add_argument("--gaps", action="store_true")
+    arguments = parser.parse_args()
+    given: Path | None = arguments.rows
+    if arguments.gaps:
+        print(_gaps(read_rows()[0]))
+        return
     if given is not None:
         rows = condense(given)
         heads = dict.fromkeys(itertools.chain.from_iterable(rows))

@@ -191,7 +191,9 @@ def test_a_measured_gap_corrects_the_prediction_as_far_as_it_is_sure() -> None:
 
 def test_a_far_shorter_measurement_or_none_corrects_nothing() -> None:
     before = expected_gap(make_sensitivity(()), 0.01, 2000)
-    assert with_measured(before, measured(0.01, 1e-4, steps=75, branch_steps=75)) == before
+    assert with_measured(before, measured(0.01, 1e-4, steps=150, branch_steps=150)) == before
+    far = expected_gap(make_sensitivity(()), 0.01, 3001)
+    assert with_measured(far, measured(0.01, 1e-4)) == far
     diverged = measured(0.01, 1e-4).model_copy(update={"gap": None})
     assert with_measured(before, diverged) == before
     unknown = expected_gap(make_sensitivity(()), None, 2000)
@@ -199,9 +201,9 @@ def test_a_far_shorter_measurement_or_none_corrects_nothing() -> None:
 
 
 def test_a_branch_corrects_by_the_share_of_the_run_that_had_the_plan() -> None:
-    before = expected_gap(make_sensitivity(()), 0.01, 300)
-    branch = predicted_loss_gap(make_sensitivity(()), 0.01, 25, start=50)
-    found = with_measured(before, measured(branch, branch / 10, steps=75, branch_steps=25))
+    before = expected_gap(make_sensitivity(()), 0.01, 900)
+    branch = predicted_loss_gap(make_sensitivity(()), 0.01, 100, start=200)
+    found = with_measured(before, measured(branch, branch / 10, branch_steps=100))
     assert before.mean is not None
     assert before.mean / 1.5 < (found.mean or 0.0) < 1.5 * before.mean
 

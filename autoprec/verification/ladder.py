@@ -11,7 +11,7 @@ least number of its seeds. Where every rung's gap is beyond its noise, the growt
 is fitted to the logarithms, each with the weight of its error, and shown. It does not say what to
 expect of longer runs: from 75 and 300 steps to 2000 it was within a factor of 2 for a quarter of
 the plans and 2.5 times too high. The longest rung corrects the prediction by the gradient error
-instead (`sensitivity.gap.with_measured`).
+instead, if it has 300 steps (`sensitivity.gap.with_measured`).
 """
 
 import math
