@@ -202,7 +202,7 @@ def tables() -> Iterator[str]:
     plans, references = read_rows()
     whole = {k: row for k, row in plans.items() if k[2] == 0 and k[3] != "bf16"}
     six = [row for k, row in whole.items() if k[0] not in HELD_BACK and row["exact"] > 0]
-    rows = []
+    rows: list[list[str]] = []
     for kind in ("sharp", "clear"):
         kept = {k: row for k, row in whole.items() if row[kind]}
         name = "sharp" if kind == "sharp" else "above the noise"
