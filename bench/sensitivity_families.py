@@ -325,6 +325,51 @@ class Maxout(nn.Module):
         return found
 
 
+class HardGates(nn.Module):
+    """A recurrent network: gates of hard sigmoids, a state of a clamp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, WIDTH)
+        self.gates, self.state = nn.Linear(2 * WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, hidden, found = self.first(x.movedim(1, -1)), x.new_zeros(len(x), WIDTH), []
+        for step in range(16):
+            seen = torch.cat([inputs[:, step], hidden.to(inputs.dtype)], -1)
+            update, reset = F.hardsigmoid(self.gates(seen)).chunk(2, -1)
+            seen = torch.cat([inputs[:, step], (reset * hidden).to(inputs.dtype)], -1)
+            hidden = hidden + update * (F.hardtanh(self.state(seen)) - hidden)
+            found.append(self.head(hidden))
+        return torch.stack(found, -1)
+
+
+class LargestOfNeighbours(nn.Module):
+    """A graph of points: three rounds of edge messages, of which each point takes the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, WIDTH)
+        self.messages = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(3))
+        self.updates = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        points = F.elu(self.first(x.movedim(1, -1)))
+        for message, update in zip(self.messages, self.updates, strict=True):
+            near = torch.stack([points.roll(shift, 1) for shift in (-3, -1, 1, 3)], 2)
+            pairs = torch.cat([points.unsqueeze(2).expand_as(near), near - points.unsqueeze(2)], -1)
+            most = F.relu(message(pairs)).amax(2)
+            points = points + F.elu(update(torch.cat([points, most], -1)))
+        found: Tensor = self.head(points).movedim(-1, 1)
+        return found
+
+
+def first_steps_loss(found: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(found, target[..., : found.shape[-1]])
+
+
 def last_point_loss(found: Tensor, target: Tensor) -> Tensor:
     return F.smooth_l1_loss(found, target[..., -1], beta=0.05)
 
@@ -377,12 +422,14 @@ KINKED = {
         *(EncoderDecoder, reversed_sequences, next_token_loss), parameters=encoder_slowly
     ),
     "hard_layers": Family(hard_layers, images, F.cross_entropy),
-}
-HELD_BACK = {
     "unet": Family(UNet, denoised_images, F.mse_loss),
     "squared_relu_decoder": decoder(partial(Mlp, squared_relu)),
     "pooled_set": Family(PooledSet, series, last_point_loss),
     "maxout": Family(Maxout, images, F.cross_entropy),
     "temporal_convolutions": Family(TemporalConvolutions, series, F.mse_loss),
+}
+HELD_BACK = {
+    "hard_gates": Family(HardGates, series, first_steps_loss),
+    "largest_of_neighbours": Family(LargestOfNeighbours, series, F.mse_loss),
 }
 FAMILIES: dict[str, Any] = {**SMOOTH, **KINKED, **HELD_BACK}  # Any: a workload's functions
