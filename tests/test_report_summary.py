@@ -365,10 +365,10 @@ def expecting(run: RunRecords, expected: ExpectedGap | None) -> RunRecords:
     return replace(run, verification=proof)
 
 
-def expected_gap(mean: float | None, low: float | None, high: float | None) -> ExpectedGap:
-    return ExpectedGap(
-        steps=2000, mean=mean, low=low, high=high, confidence=0.8, reason="no loss curve"
-    )
+def expected_gap(
+    mean: float | None, low: float | None, high: float | None, reason: str = ""
+) -> ExpectedGap:
+    return ExpectedGap(steps=2000, mean=mean, low=low, high=high, confidence=0.8, reason=reason)
 
 
 def test_a_verdict_says_how_far_it_reaches_wherever_it_is_shown() -> None:
@@ -401,13 +401,13 @@ def test_a_verdict_says_how_far_it_reaches_wherever_it_is_shown() -> None:
             "to +0.40 %, predicted), which may be above the tolerance",
         ),
         (
-            expected_gap(0.0001, 0.0, 0.001),
+            expected_gap(0.0001, 0.0, 0.001, "by the gradient error"),
             "after 2,000 steps with the plan a gap of +0.010 % is expected (80 % interval 0 % "
-            "to +0.10 %, predicted)",
+            "to +0.10 %, predicted by the gradient error)",
         ),
         (expected_gap(0.0, 0.0, 0.0), "after 2,000 steps with the plan a gap of 0 % is expected"),
         (
-            expected_gap(None, None, None),
+            expected_gap(None, None, None, "no loss curve"),
             "after 2,000 steps with the plan the gap is not known: no loss curve",
         ),
         (None, "what the gap is after more steps is not known; --run-steps N predicts it"),

@@ -148,9 +148,10 @@ class Promise:
         )
         if expected.low == expected.high:
             return f"{after} a gap of {mean} is expected"
+        by = f" {clean_text(expected.reason)}" if expected.reason else ""
         said = (
             f"{after} a gap of {mean} is expected ({100 * expected.confidence:.0f} % interval "
-            f"{low} to {high}, {expected.basis})"
+            f"{low} to {high}, {expected.basis}{by})"
         )
         if tolerance is None or expected.high <= tolerance:
             return said
