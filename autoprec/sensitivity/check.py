@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoprec.records import APPLICABLE_RECIPES, BF16_O2, JointMeasurement
+from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Estimate, JointMeasurement
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
@@ -50,42 +50,38 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     every = len(reference.batches)
     measured = meter.measure(plan, batches=every)
     cells = tuple(zip(names, plan, strict=True))
-    found, asked = _compared(cells, table, outside, measured.mean), 0
+    found, asked = _compared(cells, table, outside, measured), 0
     left = _unmeasured(cells, table)
-    while not LEAST <= found.ratio <= MOST and left and (asked + 1) * every <= CHECKED_PASSES:
+    while _is_off(found) and left and (asked + 1) * every <= CHECKED_PASSES:
         chosen = left[: min(AT_ONCE, CHECKED_PASSES // every - asked)]
         table, asked = refine_table(reference, table, chosen, batches=every), asked + len(chosen)
-        found, left = _compared(cells, table, outside, measured.mean), left[len(chosen) :]
-    joint = JointMeasurement(
-        label="fp8_everywhere",
-        options=plan,
-        grad_error=measured,
-        predicted_grad_error=found.summed,
-        overlap=found.overlap,
-    )
-    is_off = not LEAST <= found.ratio <= MOST
-    return Checked(table, (joint,), _sentence(found.ratio, asked, left) if is_off else "")
+        found, left = _compared(cells, table, outside, measured), left[len(chosen) :]
+    sentence = _sentence(_ratio(found), asked, left) if _is_off(found) else ""
+    return Checked(table, (found,), sentence)
 
 
-@dataclass(frozen=True)
-class _Compared:
-    summed: float
-    overlap: float  # of that sum: kinks that are counted more than once
-    measured: float
-
-    @property
-    def ratio(self) -> float:
-        found = self.summed - self.overlap
-        return found / self.measured if self.measured > 0.0 else (1.0 if found <= 0.0 else math.inf)
-
-
-def _compared(cells: Sequence[Cell], table: Table, outside: float, measured: float) -> _Compared:
+def _compared(
+    cells: Sequence[Cell], table: Table, outside: float, measured: Estimate
+) -> JointMeasurement:
     rows = {(row.name, row.option): row.grad_error.mean for row in table.rows}
     # F of each row: the share that the probes found of what is now known of it
     kinks = [table.kinks.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
-    summed = outside + math.fsum(rows.get(cell, 0.0) for cell in cells)
-    overlap = math.fsum(kinks) - math.hypot(*kinks)
-    return _Compared(summed, max(overlap, 0.0), measured)
+    return JointMeasurement(
+        label="fp8_everywhere",
+        options=tuple(option for _, option in cells),
+        grad_error=measured,
+        predicted_grad_error=outside + math.fsum(rows.get(cell, 0.0) for cell in cells),
+        overlap=max(math.fsum(kinks) - math.hypot(*kinks), 0.0),
+    )
+
+
+def _ratio(joint: JointMeasurement) -> float:
+    found, measured = joint.predicted_grad_error - joint.overlap, joint.grad_error.mean
+    return found / measured if measured > 0.0 else (1.0 if found <= 0.0 else math.inf)
+
+
+def _is_off(joint: JointMeasurement) -> bool:
+    return not LEAST <= _ratio(joint) <= MOST
 
 
 def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
