@@ -85,7 +85,14 @@ def answer_version(
 @app.command()
 @with_settings()
 def tune(
-    words: Words = None, as_json: Json = False, verbose: Verbose = False, **given: Given
+    words: Words = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    is_dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the layers and what --keep does; measure nothing."),
+    ] = False,
+    **given: Given,
 ) -> None:
     """Find, prove and save the precision plan of a model: every stage, then the report."""
     if given["script"]:
@@ -97,6 +104,14 @@ def tune(
             f"tune needs one MODEL.py, or --script TRAIN.py, but got {len(words or ())} files; "
             "only a script takes further arguments, after --"
         )
+    if is_dry:
+        from rich.console import Console
+
+        from autoprec.cli.dry_run import dry_run
+        from autoprec.report.text_table import print_parts
+
+        print_parts(dry_run(settings), Console())
+        return
     made = _run(settings, lambda run: run.make())
     script = " ".join((settings.script, *settings.script_args)).strip()
     _print_run(settings.out, as_json=as_json, verbose=verbose, script=script)

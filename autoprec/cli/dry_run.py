@@ -1,0 +1,70 @@
+"""`tune --dry-run`: which layers there are, what `--keep` and the recipes leave them, what runs.
+
+One training step is run for the shapes (with `--meta` none); nothing is timed, nothing is written.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from autoprec.cli.console import drawn_progress
+from autoprec.records import LayerSpec
+from autoprec.report.formats import count_of
+from autoprec.report.layer_table import fold_names
+from autoprec.report.text_table import Line, Part, Table
+from autoprec.search.keep import resolve_keep
+from autoprec.tuning.run import Run
+from autoprec.tuning.settings import Settings
+
+
+def dry_run(settings: Settings) -> list[Part]:
+    """Return the layers of the workload, alike ones in one line, and what a tune would do.
+
+    Raises:
+        AutoprecError: what the tune would be refused with before it measures.
+    """
+    with drawn_progress() as progress, tempfile.TemporaryDirectory() as folder:
+        run = Run(replace(settings, out=Path(folder) / "dry"), progress=progress)
+        spec, target = run.spec, run.target
+    if target is not None:
+        from autoprec.predict.parallel import Parallel, parse_parallel
+        from autoprec.predict.predict import retarget_model
+
+        parallel = parse_parallel(settings.parallel) if settings.parallel else Parallel()
+        spec = retarget_model(spec, target, settings.fp8_options, parallel)
+    options, gemms_hp = settings.fp8_options, settings.gemms_hp
+    keeps = resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp)
+    kept = {name: keep.text for name, keep in keeps.of_layer.items()}
+    recipes = {option.recipe for option in options}
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for layer in spec.layers:
+        takes = [o.key for o in layer.options if not o.is_fp8 or o.recipe in recipes]
+        weight = layer.parameters[0].shape if layer.parameters else ()
+        shape = str(layer.gemm or "x".join(map(str, weight)))
+        why = next((refusal.reason for refusal in layer.refusals), "")
+        row = (layer.kind.value, shape, kept.get(layer.name) or ", ".join(takes), why)
+        alike.setdefault(row, []).append(layer.name)
+    rows = [(name, *row[:3]) for row, names in alike.items() for name in fold_names(names)]
+    reasons: dict[str, list[str]] = {}
+    for (*_, why), names in alike.items():
+        reasons.setdefault(why, []).extend(names)
+    return [
+        Table(["layer", "kind", "shape (MxKxN)", "--keep, or what it can take"], rows, widest=3),
+        *(Line(f"no FP8: {', '.join(fold_names(n))}: {why}") for why, n in reasons.items() if why),
+        *map(Line, keeps.notes),
+        *map(Line, _plans(settings, spec.layers, fixed=len(kept))),
+    ]
+
+
+def _plans(settings: Settings, layers: Sequence[LayerSpec], *, fixed: int) -> Iterator[str]:
+    """Yield what the stages would do."""
+    kinds = len({(layer.shape_key, layer.options) for layer in layers})
+    how = "measure" if settings.is_local else "predict"
+    yield f"{count_of(len(layers), 'layer')}, {fixed} fixed by --keep; nothing was timed or written"
+    yield f"profile: {how} {count_of(kinds, 'kind')} of layers on {settings.target}"
+    yield f"search: up to {count_of(settings.trials, 'plan')} beside the exact and uniform ones"
+    least, most = settings.seeds
+    length = f"{settings.warmup_steps} + {settings.branch_steps} steps"
+    proof = f"{least} to {most} seeds of {length}" if settings.verify else "none (--no-verify)"
+    yield f"proof: {proof}; all goes to {settings.out}"
