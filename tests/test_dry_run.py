@@ -33,3 +33,34 @@ def test_a_dry_run_lists_layers_and_choices_and_leaves_nothing(
         main([*words, "--keep", "nosuch*=bf16_o2"])
     assert ended.value.code == 2
     assert "nosuch" in capsys.readouterr().err
+
+
+def test_no_device_offers_fp8_for_a_weight_that_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`apply` refuses them: a device profile is told so before the sensitivity."""
+    path = tmp_path / "normed.py"
+    path.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torch.nn.utils import parametrizations, weight_norm\n"
+        "def build_model():\n"
+        "    normed = parametrizations.weight_norm(nn.Linear(32, 32))\n"
+        "    spectral = parametrizations.spectral_norm(nn.Linear(32, 32))\n"
+        "    return nn.Sequential(normed, spectral, weight_norm(nn.Linear(32, 32)), "
+        "nn.Linear(32, 32))\n"
+        "def train_batches(seed):\n"
+        "    while True:\n"
+        "        yield torch.ones(16, 32)\n"
+        "def loss_fn(model, batch):\n"
+        "    return model(batch).square().mean()\n"
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    for more in ([], ["--meta"]):
+        with pytest.raises(SystemExit), pytest.warns(FutureWarning, match="weight_norm"):
+            main(["tune", str(path), "--dry-run", "--target", "h100-sxm", *more])
+        said = capsys.readouterr().out
+        (takes,) = [line for line in said.splitlines() if "fp8_o1" in line]
+        assert takes.startswith("3 ")
+        assert "its weight is parametrized" in said
+        assert "its weight is made anew" in said

@@ -8,6 +8,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
 from autoprec.common.text import short_digest
+from autoprec.model.options import NO_PLAIN_WEIGHT
 from autoprec.records import LayerKind
 
 KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
@@ -86,9 +87,9 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
     if not issubclass(cls, nn.Linear):
         return f"{cls.__name__} is no nn.Linear, and FP8 is for nn.Linear"
     if parametrize.is_parametrized(module):
-        return "its weight is parametrized, and torchao casts plain weights only"
+        return f"{NO_PLAIN_WEIGHT}parametrized, and torchao casts plain weights only"
     if "weight" not in module._parameters:
-        return "its weight is made anew before each call (pruned, normed); FP8 takes plain weights"
+        return f"{NO_PLAIN_WEIGHT}made anew before each call (pruned, normed); FP8 takes plain ones"
     if cls.forward is not nn.Linear.forward:
         return f"{cls.__name__} has its own forward, which FP8 would replace"
     return ""

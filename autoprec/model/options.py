@@ -25,6 +25,7 @@ from autoprec.records.cost import LayerTiming
 from autoprec.records.model import BF16_O2, FP32, GemmShape, LayerKind, ModelSpec, Option, Refusal
 
 FP8_MULTIPLE = 16  # elements; cuBLASLt and torch._scaled_mm, see the module's docstring
+NO_PLAIN_WEIGHT = "its weight is "  # begins the reasons that hold on any device
 USED_UNCALLED = (
     "its weight is used without a call of the layer, as a fused linear cross-entropy does, and FP8 "
     "runs in the layer's call"

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
-from autoprec.model.options import FP8_MULTIPLE, layer_options, without_slow_gemms_hp
+from autoprec.model.options import (
+    FP8_MULTIPLE,
+    NO_PLAIN_WEIGHT,
+    layer_options,
+    without_slow_gemms_hp,
+)
 from autoprec.predict.layers import Setting, element_bytes, predicted, time_layers
 from autoprec.predict.linear import recipe_refusal
 from autoprec.predict.parallel import Parallel, shard_gemm, unsplit_note
@@ -111,6 +116,8 @@ def _obstacle(layer: LayerSpec) -> str:
         return captured or "FP8 is for nn.Linear layers that the step calls"
     if layer.type_name != PLAIN_LINEAR and not any(option.is_fp8 for option in layer.options):
         return captured or f"{layer.type_name} is no plain nn.Linear"
+    if captured and captured.startswith(NO_PLAIN_WEIGHT):
+        return captured
     return ""
 
 
