@@ -66,10 +66,10 @@ class MetricGap(Record):
 class ExpectedGap(Record):
     """The relative loss gap expected after `steps` steps with the plan, and an interval around it.
 
-    Not measured but predicted (`sensitivity.gap`): from the plan's gradient error, its growth and
-    the reference's loss curve. `low` to `high` held the measured gap of `confidence` of the plans
-    of model families that the prediction was not fitted to. `mean` and interval are None where
-    nothing is known, and `reason` says why.
+    Not measured but predicted (`sensitivity.gap`): from the plan's gradient error, and the gap of a
+    shorter run where one was measured, as `reason` then says. `low` to `high` held the measured
+    gap of `confidence` of the plans, in the mean over model families that the prediction was not
+    fitted to. `mean` and interval are None where nothing is known, and `reason` says why.
     """
 
     steps: PositiveInt
