@@ -71,7 +71,10 @@ def _sample(study: PlanStudy, *, progress: Progress) -> None:
         if study.left <= 0:
             break
         correction = study.correction()
-        if not study.improve(correction) and not _fill_front(study, correction):
+        # what others find may show a plan that can win
+        if study.improve(correction) or study.wait_for_others():
+            continue
+        if not _fill_front(study, correction):
             break
 
 

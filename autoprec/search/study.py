@@ -124,8 +124,14 @@ class PlanStudy:
         return self.most - self.sampled
 
     def correction(self) -> Correction:
-        """Return the table as the plans measured so far correct it."""
-        return fit_correction(self.moves.cells, self.seen)
+        """Return the table as the plans measured so far correct it.
+
+        What others are measuring is taken to come out as guessed, so that each looks elsewhere.
+        """
+        found = fit_correction(self.moves.cells, self.seen)
+        guesses = {plan: found.guess(plan) for plan in map(self._plan, self._taken)}
+        others = [Seen(plan, guess.grad_error, 0.0) for plan, guess in guesses.items()]
+        return fit_correction(self.moves.cells, [*self.seen, *others]) if others else found
 
     @cached_property
     def moves(self) -> Moves:
