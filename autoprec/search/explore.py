@@ -71,10 +71,10 @@ def _sample(study: PlanStudy, *, progress: Progress) -> None:
         if study.left <= 0:
             break
         correction = study.correction()
-        # what others find may show a plan that can win
-        if study.improve(correction) or study.wait_for_others():
+        if study.improve(correction):
             continue
-        if not _fill_front(study, correction):
+        # what others find may show a plan that can win: that is waited for first
+        if study.has_others or not _fill_front(study, correction):
             break
 
 

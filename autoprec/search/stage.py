@@ -108,7 +108,7 @@ def _explored(
     while True:
         found = explore(study, exact_plan, progress=progress)
         # what others are at counts, and is done here where they are killed
-        if study.claims.is_worker or not study.wait_for_others():
+        if not study.wait_for_others():
             return found
 
 

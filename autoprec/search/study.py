@@ -139,6 +139,11 @@ class PlanStudy:
         wide = replace(self.problem, groups=wide_groups(self.problem))
         return Moves(wide, Cells(self.problem.costs))
 
+    @property
+    def has_others(self) -> bool:
+        """Whether other workers are measuring plans."""
+        return bool(self._taken)
+
     def is_taken(self, options: Options) -> bool:
         """Whether a plan is known, or being measured elsewhere."""
         return options in self.known or self._code(options) in self._taken
