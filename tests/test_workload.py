@@ -214,3 +214,13 @@ def test_the_default_optimizer_is_fused_on_a_gpu_and_only_there() -> None:
     workload = workload_with()
     assert workload.build_optimizer(on_gpu).defaults["fused"]
     assert not workload.build_optimizer(nn.Linear(4, 4)).defaults["fused"]
+
+
+def test_lazy_parameters_are_refused_before_any_work() -> None:
+    functions = {
+        "build_model": lambda: nn.Sequential(nn.LazyLinear(4)),
+        "train_batches": lambda seed: iter([torch.ones(2, 4)]),
+        "loss_fn": lambda model, batch: model(batch).sum(),
+    }
+    with pytest.raises(WorkloadError, match=r"have a shape, but 0\.weight is lazy; run a batch"):
+        workload_from(functions).build_model()

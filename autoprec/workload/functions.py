@@ -134,6 +134,12 @@ class Workload:
                 "build_model() must return a model with parameters, but "
                 f"{type(model).__name__} has none; there is nothing to train"
             )
+        lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), "")
+        if lazy:
+            raise WorkloadError(
+                f"build_model() must return parameters that have a shape, but {lazy} is lazy; run "
+                "a batch through the model before it is returned"
+            )
         self.written.dtypes |= {p.dtype for p in model.parameters()} & {*LOW_PRECISION}
         self.written.is_compiled |= is_compiled(model)
         return model
