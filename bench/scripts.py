@@ -5,7 +5,8 @@
 Each script of tests/scripts is tuned (`tune --script`, for a device profile, without its proof),
 trained under a plan (`run --plan`: what was found, with FP8 in every other linear that can take
 it), and trained with the one line that its comment `# one-liner:` has in place. The numbers that
-it prints must be the same in both of the last. DDP and FSDP2 are started by torchrun too.
+it prints must be the same in both of the last. DDP and FSDP2 are started by torchrun too. The rows
+go into bench/data/compatibility.json, and from there into docs/compatibility.md.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from compatibility import store
 
 from autoprec.model.options import shape_refusal
 from autoprec.records import LayerKind, Plan, Recipe, fp8_option
@@ -97,14 +100,19 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=None)
     given = options.parse_args()
     folder = given.out or Path(tempfile.mkdtemp())
-    print("| script | processes | `tune --script` | `run --plan` | numbers as by the one-liner |")
-    print("|---|---|---|---|---|")
     for name in given.names or SCRIPTS:
         for ranks in sorted({0, ON_RANKS.get(name, 0)}):
             found = try_script(SCRIPTS[name], folder / f"{name}-{ranks}", ranks=ranks)
             title = SCRIPTS[name].read_text().splitlines()[0].strip('"').rstrip(".")
-            row = [f"`{name}.py`: {title}", str(max(ranks, 1)), found.tuned or "yes"]
-            print("|", " | ".join([*row, found.ran or "yes", str(found.numbers)]), "|", flush=True)
+            row = {
+                "name": f"`{name}.py`: {title}",
+                "processes": str(max(ranks, 1)),
+                "tune": found.tuned or "yes",
+                "run": found.ran or "yes",
+                "numbers": str(found.numbers),
+            }
+            print(" | ".join(row.values()), flush=True)
+            store("scripts", row)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 
 import autoprec
 from autoprec.errors import PlanMismatchError, WorkloadError
+from autoprec.sensitivity.reference import gradient_of
 from autoprec.workload.functions import workload_from
 from autoprec.workload.training import start_training
 from tests.models import Mlp, mlp_workload
@@ -80,6 +81,14 @@ def test_what_tune_refuses_apply_refuses_too(kind: Kind) -> None:
 
     with pytest.raises(PlanMismatchError, match=kind.refusal):
         trained()
+
+
+def test_a_sparse_gradient_is_weighed_as_a_whole_one() -> None:
+    table = torch.nn.Embedding(8, 4, sparse=True)
+    torch.autograd.backward(table(torch.tensor([1, 1, 5])).sum())
+    expected = torch.zeros(8, 4)
+    expected[1], expected[5] = 2.0, 1.0
+    assert torch.equal(gradient_of(table.weight), expected)
 
 
 def test_a_step_past_the_masters_is_no_silence() -> None:

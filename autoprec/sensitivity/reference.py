@@ -412,7 +412,10 @@ def gradient_of(parameter: Tensor) -> Tensor:
     """Return this rank's part of the gradient in FP32; zeros where none arrived."""
     if parameter.grad is None:
         return torch.zeros_like(local_part(parameter.detach()), dtype=torch.float32)
-    return local_part(placed_as(parameter, parameter.grad.detach())).float()
+    gradient = parameter.grad.detach()
+    if gradient.layout is not torch.strided:  # an embedding's, made with sparse=True
+        gradient = gradient.to_dense()
+    return local_part(placed_as(parameter, gradient)).float()
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
