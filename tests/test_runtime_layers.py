@@ -332,7 +332,7 @@ def test_only_layers_of_torch_run_without_the_mode(
     for changed in (False, True):
         if changed:
             monkeypatch.setattr(
-                "autoprec.runtime.classes.without_mode", lambda run, *given: run(*given)
+                "autoprec.runtime.classes.without_mode", lambda _, run, *given: run(*given)
             )
         torch.manual_seed(0)
         model = Between()

@@ -94,7 +94,7 @@ def _cast_forward(
             return _without_autocast(run, self, args, kwargs)
         join_recomputation(activation_dtype)  # activation checkpointing runs forward in backward
         if is_own:
-            return without_mode(_without_autocast, run, self, args, kwargs)
+            return without_mode(dtype, _without_autocast, run, self, args, kwargs)
         return _without_autocast(run, self, args, kwargs)
 
     if option.is_fp8:  # worth a graph of its own behind a break: eagerly FP8 does not pay
