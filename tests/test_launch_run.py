@@ -305,6 +305,22 @@ def test_a_model_in_bf16_is_said_to_be_and_gets_fp32_masters(
     assert "Net is held in bfloat16: the plan's FP32 masters start as copies" in caplog.text
 
 
+@pytest.mark.parametrize("option", [BF16_O2, FP32])
+def test_a_model_in_bf16_meets_the_tensors_that_it_met_without_the_plan(
+    tmp_path: Path, option: Option
+) -> None:
+    """Inputs and a buffer of its own in BF16, and what its loss multiplies the output by."""
+    body = HEAD.replace("self.head(F.dropout(", "self.head(F.dropout(self.own *")
+    body = body.replace("model = Net()", "Net.own = torch.rand(64).bfloat16(); model = Net()")
+    body += "model.bfloat16()\nweights = torch.rand(16, 16).bfloat16()\n"
+    product = "F.linear(model(x.bfloat16()) @ weights, weights)"
+    called = product if option == BF16_O2 else "model(x.bfloat16())"
+    outcome = run(
+        tmp_path, body + LOOP.replace("model(x)", called), "2", plan=plan_for(Net(), option)
+    )
+    assert (outcome.status, outcome.was_applied) == (0, True)
+
+
 def test_an_average_that_is_older_than_the_plan_stays_fp32_and_follows(tmp_path: Path) -> None:
     body = f"""{HEAD}
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -5,6 +5,8 @@ import torch
 
 import autoprec
 from autoprec.errors import PlanMismatchError, WorkloadError
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.sensitivity.reference import gradient_of
 from autoprec.workload.functions import workload_from
 from autoprec.workload.training import start_training
@@ -13,6 +15,7 @@ from tests.optimizer_shapes import HoldsModel, OwnList
 from tests.optimizer_zoo import ZOO, Kind
 from tests.plans import plan_for
 from tests.runtime_training import batches, exact, same, train
+from tests.test_workload import workload_with
 
 KINDS = {kind.name: kind for kind in ZOO}
 SHAPES = (
@@ -42,6 +45,11 @@ def test_an_optimizer_of_any_shape_trains_the_masters(name: str) -> None:
     for value in vars(optimizer).values():  # parameters are back in their places
         held = value if isinstance(value, list | dict) else ()
         assert {id(p) for p in held if isinstance(p, torch.nn.Parameter)} <= every
+
+
+def test_capture_steps_an_optimizer_whose_hooks_keep_gradients() -> None:
+    workload = workload_with(build_optimizer=KINDS["gradients from hooks"].make)
+    assert capture_model(Context(workload, torch.device("cpu"))).optimizer == "FromHooks"
 
 
 def test_an_average_within_the_optimizer_is_of_the_masters() -> None:

@@ -65,7 +65,7 @@ NEEDS_NO_GRADIENT = (
 def capture_model(context: Context, *, target: DeviceProfile | None = None) -> ModelSpec:
     """Run one real step of the workload on the device and return what it showed.
 
-    Costs three training steps (two more than one, to see whether the step is deterministic). With a
+    Costs four training steps (two of them show whether the step is deterministic). With a
     `target` the plan is for another device: a CPU lists every recipe then, since it emulates them.
 
     Raises:
@@ -87,7 +87,8 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         context.progress("capture", 2, 3)
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
     optimizer = workload.build_optimizer(model)
-    Training(workload, model, optimizer).update()  # makes its state, whose size is asked for
+    # makes its state, whose size is asked for; hooks of its own at gradients see a backward
+    Training(workload, model, optimizer).step(batches[:1])
     context.progress("capture", 3, 3)
     differ = sum_over_ranks([first.fingerprint != second.fingerprint])[0]  # ranks whose steps do
     seen = ObservedStep(

@@ -8,7 +8,7 @@ model compiles again after an installation without being told.
 
     layer      inputs -> the option's dtype, forward, outputs -> the activation dtype
     container  the activation mode on while forward runs (see activations.py)
-    root       as container, and floating outputs -> FP32
+    root       as container, and floating outputs -> FP32, as the model that came gave them
 
 Autocast around any of these is off inside, because the plan decides.
 """
@@ -113,11 +113,15 @@ def _without_autocast(run: Callable[..., Any], *given: Any) -> Any:
 
 @_cached
 def container_class(
-    base: ModuleClass, dtype: torch.dtype | None, is_root: bool, has_mode: bool = True
+    base: ModuleClass,
+    dtype: torch.dtype | None,
+    is_root: bool,
+    has_mode: bool = True,
+    output_dtype: torch.dtype | None = None,
 ) -> ModuleClass:
     """Return `base` with the activation mode on while its forward runs, unless nothing needs it.
 
-    A root's outputs are FP32; with `dtype` None only autocast is off.
+    With `dtype` None only autocast is off; without `output_dtype` outputs stay as they are.
     """
     forward = base.forward  # dynamo reads no attribute of a class that `allow_in_graph` was told of
 
@@ -130,10 +134,11 @@ def container_class(
             return forward(self, *args, **kwargs)
         with autocast_off(), ActivationMode(dtype) if has_mode else contextlib.nullcontext():
             output = forward(self, *args, **kwargs)
-        return cast_floating(output, torch.float32) if is_root else output
+        return output if output_dtype is None else cast_floating(output, output_dtype)
 
     body = {"forward": container_forward}
-    return _subclass(container_class, (base, dtype, is_root, has_mode), (base,), body)
+    settings = (base, dtype, is_root, has_mode, output_dtype)
+    return _subclass(container_class, settings, (base,), body)
 
 
 def _subclass(

@@ -9,7 +9,8 @@ between layers:
 
 Batch and instance norms in `bf16_o2` take and give BF16 but keep FP32 parameters and statistics
 (Apex's keep_batchnorm_fp32: torch refuses BF16 weights beside FP32 statistics on a CPU, and running
-averages lose their tail in BF16). Buffers keep their dtype. The root gives FP32 back.
+averages lose their tail in BF16). Buffers keep their dtype. The root gives FP32 back, or what its
+forward gives where the model came in BF16: its loss may multiply that by BF16 tensors.
 
 Module objects, Parameter objects, names and hooks stay as they are: only a parameter's storage
 (`param.data`) and a module's class are exchanged. The originals are kept as the first FP32 masters.
@@ -60,6 +61,7 @@ class Installed(AbstractContextManager["Installed"]):
     options: dict[str, Option]
     activation_dtype: torch.dtype
     fp32_outputs: frozenset[str] = frozenset()
+    came_in_bf16: bool = False
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
     masters: Masters | None = None  # made by the first installation in a model, None if nested
@@ -120,7 +122,8 @@ def install_options(
         model: its layers that `options` does not name stay as they are.
         options: by exact layer name.
         activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
-        root: whether `model` is what the training step calls: its floating outputs become FP32.
+        root: whether `model` is what the training step calls: its floating outputs become FP32,
+            unless all its parameters are BF16 and no plan's.
         uncovered: names of parameters outside of layers, to be stored in the activation dtype.
         layers: what `find_layers(model)` returns, where it is known.
         fp32_outputs: layers whose outputs stay FP32 up to the next layer, if they are FP32.
@@ -137,17 +140,20 @@ def install_options(
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
-    installed = Installed(model, dict(options), activation_dtype, frozenset(fp32_outputs))
+    kept, came_in_bf16 = frozenset(fp32_outputs), _is_all_bf16(model)
+    installed = Installed(model, dict(options), activation_dtype, kept, came_in_bf16)
     try:
         _convert_storage(storage, installed)
         for name, option in options.items():
             _install_layer(name, layers[name], option, installed=installed)
-        has_mode = has_16_bit and not is_chain(model, layers)
+        mixes = has_16_bit or came_in_bf16  # its inputs and buffers are BF16 in an FP32 plan too
+        has_mode = mixes and not is_chain(model, layers)
         for module in _containers(model, layers) if has_mode else ():
             installed.set_class(module, container_class(type(module), activation_dtype, False))
         if root:
-            own = (activation_dtype if has_16_bit else None, True, has_mode)
-            installed.set_class(model, container_class(type(model), *own))
+            inside = activation_dtype if mixes else None
+            given = None if came_in_bf16 or not has_16_bit else torch.float32
+            installed.set_class(model, container_class(type(model), inside, True, has_mode, given))
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
         raise
@@ -268,7 +274,7 @@ def _convert_storage(storage: Storage, installed: Installed) -> None:
 def _keep_masters(storage: Storage, installed: Installed) -> Installed:
     """Leave the FP32 originals on the model as the first masters, unless it has masters already."""
     model = installed.model
-    if any(ON_MODEL in vars(module) for module in model.modules()):
+    if _has_masters(model):
         return installed
     low = [p for p, (_, dtype) in storage.items() if dtype is torch.bfloat16 is p.dtype]
     originals = {p: installed.originals.get(p) for p in low}
@@ -285,9 +291,20 @@ def _keep_masters(storage: Storage, installed: Installed) -> Installed:
     return installed
 
 
+def _is_all_bf16(model: nn.Module) -> bool:
+    """Whether a model came in BF16: not by a plan."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return dtypes == {torch.bfloat16} and not _has_masters(model)
+
+
+def _has_masters(model: nn.Module) -> bool:
+    return any(ON_MODEL in vars(module) for module in model.modules())
+
+
 def _install_layer(name: str, layer: nn.Module, option: Option, *, installed: Installed) -> None:
     own, dtype = option_dtype(option), installed.activation_dtype
-    if own is torch.float32 is dtype and not is_made_here(type(layer)):
+    is_plain = not (installed.came_in_bf16 or is_made_here(type(layer)))
+    if own is torch.float32 is dtype and is_plain:
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
     keeps = own is torch.float32 and name in installed.fp32_outputs
     cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype)
