@@ -15,7 +15,7 @@ from autoprec.model.context import Context
 from autoprec.profiler import KeptRows, profile_model
 from autoprec.profiler.kept import STEP
 from autoprec.profiler.layers import LayerMeter
-from autoprec.records import Profile, ProfileRows
+from autoprec.records import BF16_O2, FP32, Profile, ProfileRows
 from autoprec.tuning.profiling import ROWS
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
@@ -151,9 +151,11 @@ class Deadly(nn.Module):
 
     def forward(self, x):
         armed = Path(__file__).with_name("armed")
-        if x.dtype == torch.bfloat16 and armed.exists():
-            armed.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if x.dtype == torch.bfloat16:
+            if armed.exists():
+                armed.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("it would end the process again")
         return x * self.weight
 
 def build_model():
@@ -177,9 +179,18 @@ def test_a_run_that_was_killed_in_a_layer_goes_on_past_it(tmp_path: Path) -> Non
     ended = subprocess.run([sys.executable, "-m", "autoprec", *words], stderr=subprocess.DEVNULL)
     assert ended.returncode == -signal.SIGKILL
     settings = Settings.of(
-        workload=str(model), target="cpu", out=str(out), recipes="tensorwise", resume=True
+        workload=str(model),
+        target="cpu",
+        out=str(out),
+        recipes="tensorwise",
+        resume=True,
+        trials=2,
+        seeds="2",
+        warmup_steps=2,
+        branch_steps=2,
     )
-    profile = Run(settings, stages=("profile",)).profile
+    run = Run(settings)
+    profile = run.profile
     rows = {(row.names, str(row.option)): row for row in profile.layers}
     passed_over = rows[("1",), "bf16_o2"]
     assert passed_over.total is None
@@ -187,6 +198,12 @@ def test_a_run_that_was_killed_in_a_layer_goes_on_past_it(tmp_path: Path) -> Non
     assert rows[("1",), "fp32"].total is not None
     assert rows[("0",), "bf16_o2"].total is not None
     assert not list(out.glob("*.at"))
+    # no later stage runs it: where it ends the process each time, no --resume would get further
+    assert {row.name for row in run.sensitivity.rows if row.option == BF16_O2} == {"0"}
+    assert run.plan.layers[1].option == FP32
+    assert "the process ended while 1 was measured" in run.plan.layers[1].reason
+    assert run.verification is not None
+    assert "skipped   1 in bf16_o2 ended the process, so it is left out" in str(run)
 
 
 def test_a_step_or_an_fp32_layer_that_ended_the_process_is_passed_over_too() -> None:

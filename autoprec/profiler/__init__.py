@@ -13,7 +13,7 @@ proving     the CUDA kernels that really ran
 """
 
 from autoprec.profiler.compiling import open_compilation
-from autoprec.profiler.kept import KeptRows
+from autoprec.profiler.kept import KeptRows, without_ended
 from autoprec.profiler.measure import profile_model
 from autoprec.profiler.proving import name_kernels
 from autoprec.profiler.steps import time_steps, written_variants

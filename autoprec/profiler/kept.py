@@ -22,13 +22,13 @@ from autoprec.common.files import refusal_to_write
 from autoprec.common.progress import NOW
 from autoprec.device.ranks import made_on_first_rank, rank
 from autoprec.errors import RecordError
-from autoprec.records import LayerTiming, Option, ProfileRows
+from autoprec.records import FP32, LayerTiming, ModelSpec, Option, ProfileRows, Refusal
+from autoprec.records.cost import ENDED
 
 log = logging.getLogger(__name__)
 Cell = tuple[str, str]  # a layer and the key of an option, or STEP and the label of one
 STEP = "a whole step"
 CELL_BYTES = 4096  # written at once, so that none is read by half
-ENDED = "the process ended while"
 
 
 @dataclass
@@ -111,6 +111,31 @@ class KeptRows:
             record = ProfileRows(digest=self.digest, rows=every, ended=self.ended)
             path = self.path
             made_on_first_rank(lambda: record.save(path))
+
+
+def without_ended(spec: ModelSpec, rows: Sequence[LayerTiming]) -> ModelSpec:
+    """Return the spec without the options that ended a process, so that nothing runs them again.
+
+    Where that was BF16, the layer keeps FP32, and those that share its parameters with it; an FP8
+    recipe goes with all its sets of GEMMs.
+    """
+    own = [row for row in rows if row.infeasible and row.ended_process]
+    if not own:
+        return spec
+    ended = {(name, row.option.recipe): row.infeasible for row in own for name in row.names}
+    in_bf16 = {name: why for (name, recipe), why in ended.items() if recipe is None}
+    owners = {x.tied_to or x.name: in_bf16[x.name] for x in spec.layers if x.name in in_bf16}
+    layers = []
+    for layer in spec.layers:
+        whole = owners.get(layer.tied_to or layer.name, "")
+        why = {o: whole or ended.get((layer.name, o.recipe), "") for o in layer.options}
+        left = tuple(o for o in layer.options if o == FP32 or not why[o])
+        gone = {o.precision: why[o] for o in why if o not in left}
+        gone = {p: reason for p, reason in gone.items() if p not in {o.precision for o in left}}
+        refusals = [Refusal(precision=p, reason=reason) for p, reason in gone.items()]
+        update = {"options": left, "refusals": (*layer.refusals, *refusals)}
+        layers.append(layer.model_copy(update=update))
+    return spec.model_copy(update={"layers": tuple(layers)})
 
 
 def _in_flight(path: Path) -> Path:

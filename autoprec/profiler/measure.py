@@ -37,7 +37,7 @@ from autoprec.profiler.compiling import (
     open_compilation,
 )
 from autoprec.profiler.groups import Group, group_layers, record_groups, uniform_options
-from autoprec.profiler.kept import KeptRows
+from autoprec.profiler.kept import KeptRows, without_ended
 from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
 from autoprec.records import (
@@ -101,7 +101,7 @@ def profile_model(
     compiling = compilation or Compilation(device)
     ms = {each.label: each.timing.median_ms for each in steps}
     return Profile(
-        model=spec,
+        model=without_ended(spec, rows),
         device=facts.model_copy(update={"compile_mode": mode}),
         basis=Basis.MEASURED,
         layers=rows,

@@ -112,6 +112,9 @@ class Conditions(Record):
     pauses: NonNegativeInt = 0  # waits for the device to cool
 
 
+ENDED = "the process ended while"  # the start of a reason for what is passed over
+
+
 class LayerTiming(Record):
     """One option of all the layers that share a `shape_key`; times are per step and per layer.
 
@@ -145,6 +148,11 @@ class LayerTiming(Record):
     beside: tuple[str, ...] = ()
     note: str = ""
     unknown: str = ""
+
+    @property
+    def ended_process(self) -> bool:
+        """Whether it was not run as a process ended in it before."""
+        return (self.infeasible or self.unknown).startswith(ENDED)
 
 
 class SumCheck(Record):

@@ -53,6 +53,7 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
         ("kept", found.keep_answer, ""),
+        ("skipped", found.passed_over, ""),
         ("layers", found.counted.partition(": ")[2], ""),
         *(("unknown", text, "") for text in found.left_out),
         ("check", sensitivity.table_check if sensitivity else "", ""),

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprec.common.text import first_and_more
 from autoprec.records import Basis, Estimate, Precision
+from autoprec.records.cost import ENDED
 from autoprec.report import formats
 from autoprec.report.answer import Answer, plan_note
-from autoprec.report.formats import clean_text, count_of
+from autoprec.report.formats import clean_text, count_of, step_title
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.promise import Promise
 from autoprec.report.remarks import EAGER, run_remarks
@@ -96,6 +98,22 @@ class Summary:
         if not self.compile_answer:
             return ""
         return "if you compile, do it here, and tune compiled first:"
+
+    @property
+    def passed_over(self) -> str:
+        """What ended a process before, and was not run again; "" where nothing did."""
+        profile = self.run.profile
+        if profile is None:
+            return ""
+        rows = [row for row in profile.layers if row.ended_process]
+        own = {row.names[0]: formats.option(row.option) for row in rows if row.infeasible}
+        own |= {row.names[0]: "FP32" for row in rows if row.unknown}
+        found = [f"{clean_text(name)} in {option}" for name, option in own.items()]
+        left_out = profile.steps_left_out.items()
+        found += [f"the step {step_title(x)}" for x, why in left_out if why.startswith(ENDED)]
+        named = first_and_more(found, most=2)
+        again = "it is left out; tune without --resume to try it again"
+        return f"{named} ended the process, so {again}" if found else ""
 
     @property
     def without(self) -> str:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Estimate, JointMeasurement
+from autoprec.records import APPLICABLE_RECIPES, Estimate, JointMeasurement
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
@@ -46,7 +46,7 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     if not fp8:
         return Checked(table, (), "")
     first = {row.name: row.option for row in reversed(fp8)}  # the first of each layer stays
-    plan = tuple(first.get(name, BF16_O2) for name in names)
+    plan = tuple(first.get(name, bf16) for name, bf16 in reference.spec.bf16_options.items())
     every = len(reference.batches)
     measured = meter.measure(plan, batches=every)
     cells = tuple(zip(names, plan, strict=True))

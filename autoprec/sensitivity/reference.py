@@ -36,7 +36,6 @@ from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
 from autoprec.records import (
     APPLICABLE_RECIPES,
-    BF16_O2,
     Estimate,
     ModelSpec,
     Option,
@@ -248,10 +247,8 @@ class Reference:
 
 def fp8_everywhere(spec: ModelSpec) -> dict[str, Option]:
     """Return FP8 wherever it goes, each layer in the first recipe that it can run; else BF16 O2."""
-    return {
-        layer.name: next((o for o in layer.options if o.recipe in APPLICABLE_RECIPES), BF16_O2)
-        for layer in spec.layers
-    }
+    fp8 = {x.name: [o for o in x.options if o.recipe in APPLICABLE_RECIPES] for x in spec.layers}
+    return {name: next(iter(fp8[name]), other) for name, other in spec.bf16_options.items()}
 
 
 @random_state_kept()

@@ -171,12 +171,16 @@ class Run:
     @cached_property
     def reference(self) -> "Reference":
         """The FP32 model after its warm-up: sensitivity and search measure against it."""
+        from autoprec.profiler import without_ended
         from autoprec.sensitivity.reference import prepare_reference
 
         checkpoint, has_delayed = self.settings.checkpoint, Recipe.DELAYED in self.settings.recipes
+        spec = self.spec
+        if self.target is None and "profile" in self.stages:
+            spec = without_ended(spec, self.profile.layers)
         return prepare_reference(
             self.context,
-            self.spec,
+            spec,
             checkpoint=checkpoint,
             with_history=has_delayed,
             kept=kept_reference(self),

@@ -275,16 +275,18 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
     mode = plan.fingerprint.compile_mode if profile is None else profile.device.compile_mode
     _, control, chosen = session.variants(plan)
     written = None if profile is None else profile.model.as_written
+    left_out = {} if profile is None else profile.steps_left_out  # baselines that fail
     with open_compilation(session.context.device, mode) as compilation:
-        steps, _ = time_steps(  # the profile says which baselines fail
+        variants = {
+            **written_variants(written, compiled=compilation is not None),
+            "fp32": {},
+            "bf16_o2": control.options,
+            "autocast_bf16": "autocast_bf16",
+            "plan": chosen.options,
+        }
+        steps, _ = time_steps(
             session.context,
-            {
-                **written_variants(written, compiled=compilation is not None),
-                "fp32": {},
-                "bf16_o2": control.options,
-                "autocast_bf16": "autocast_bf16",
-                "plan": chosen.options,
-            },
+            {label: each for label, each in variants.items() if label not in left_out},
             stopping=Stopping(TIMING_SAMPLES),
             compilation=compilation,
             fp32_outputs=plan.fp32_outputs,
