@@ -22,6 +22,7 @@ state (`join_recomputation`).
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +45,9 @@ def part_of_callers(function: AnyFunction) -> AnyFunction:
     for every layer, where torch.nn's own run eagerly.
     """
     function.__code__ = function.__code__.replace()  # of its own: closures share theirs
-    skip_code(function.__code__)
+    for code in (function.__code__, *function.__code__.co_consts):
+        if isinstance(code, CodeType):  # and of its generators, which cannot be compiled at all
+            skip_code(code)
     return function
 
 
