@@ -6,9 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from autoprec.records import BF16_O2, Constraint, Estimate, Option
+from autoprec.records import (
+    BF16_O2,
+    Constraint,
+    Estimate,
+    JointMeasurement,
+    Option,
+    Search,
+    Sensitivity,
+)
 from autoprec.search import search_plan
-from autoprec.search.correction import Cells, Seen, fit_correction
+from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.problem import exact, make_problem
 from tests.search_tables import ROWWISE, TENSORWISE, Row, tables_of
@@ -151,3 +159,84 @@ def test_a_plan_near_the_budget_is_measured_again_and_held_with_its_standard_err
     fronts = [(p.grad_error_measured or 0.0, p.step_ms) for p in search.measured_front]
     assert fronts == sorted(fronts)
     assert [ms for _, ms in fronts] == sorted((ms for _, ms in fronts), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("factor", "trials"), [(10.0, 12), (3.0, 12), (10.0, 0), (1.0, 12), (0.1, 12)]
+)
+def test_a_joint_measurement_scales_the_table_where_no_plan_is_measured(
+    factor: float, trials: int
+) -> None:
+    """All errors are wrong by one factor, which the table's own check saw, and no plan is run."""
+    profile, sensitivity = tables_of(ROWS)
+    costs = make_costs(profile, sensitivity)
+    most = (TENSORWISE,) * 6
+    budget = 0.5 * max(factor, 1.0) * costs.grad_error(most)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=budget)
+
+    def found(sensitivity: Sensitivity) -> Search:
+        # `trials 0` measures the seeds alone
+        measure = (lambda p, _: Estimate(mean=factor * costs.grad_error(p))) if not trials else None
+        return search_plan(
+            profile, sensitivity, constraint=constraint, evaluate=measure, trials=trials
+        )
+
+    search = found(checked(sensitivity, most, factor * costs.grad_error(most)))
+    assert factor * costs.grad_error(search.chosen.options) <= budget
+    assert search.chosen == search.exact or search.chosen.grad_error_measured is not None
+    assert search.chosen.options not in (most, (BF16_O2,) * 6)
+    assert any(option.is_fp8 for option in search.chosen.options)
+    if factor > 2.0 and trials:  # the table alone breaks the budget
+        assert factor * costs.grad_error(found(sensitivity).chosen.options) > budget
+
+
+def test_errors_that_cancel_are_not_taken_for_a_table_that_is_too_high() -> None:
+    """Together 22 times less than the sum; of any part of the layers the sum is right."""
+    profile, sensitivity = tables_of(ROWS)
+    costs = make_costs(profile, sensitivity)
+    most = (TENSORWISE,) * 6
+    summed = costs.grad_error(most)
+    constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=0.5 * summed)
+    before = checked(sensitivity, most, summed / 22.0)
+    search = search_plan(profile, before, constraint=constraint, evaluate=None)
+    assert search.exact.options != most
+    assert costs.grad_error(search.chosen.options) <= 0.5 * summed
+    # nor where plans are measured: a layer alone may have all that the table says
+    correction = fit_correction(Cells(costs), seen_beside(costs, before))
+    alone = (TENSORWISE, *(BF16_O2,) * 5)
+    assert correction.guess(alone).high(1.0) > costs.grad_error(alone)
+
+
+def test_a_search_that_measures_begins_with_what_the_table_was_checked_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    profile, sensitivity = tables_of(ROWS)
+    costs = make_costs(profile, sensitivity)
+    most = (TENSORWISE,) * 6
+    given: list[list[Seen]] = []
+
+    def fit(cells: Cells, seen: list[Seen]) -> Correction:
+        given.append(list(seen))
+        return fit_correction(cells, seen)
+
+    monkeypatch.setattr("autoprec.search.study.fit_correction", fit)
+    search_plan(
+        profile,
+        checked(sensitivity, most, 10.0 * costs.grad_error(most)),
+        constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=4.0 * costs.grad_error(most)),
+        evaluate=lambda p, _: Estimate(mean=10.0 * costs.grad_error(p)),
+        trials=3,
+    )
+    # all, exact and BF16, the first of which one search measures itself
+    assert len(given[0]) == len({one.options for one in given[0]})
+    assert sum(one.options == most for one in given[0]) == 1
+
+
+def checked(sensitivity: Sensitivity, plan: Options, error: float) -> Sensitivity:
+    joint = JointMeasurement(
+        label="fp8_everywhere",
+        options=plan,
+        grad_error=Estimate(mean=error, stderr=0.05 * error),
+        predicted_grad_error=0.0,
+    )
+    return sensitivity.model_copy(update={"joint": (joint,)})

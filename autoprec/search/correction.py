@@ -20,14 +20,14 @@ taken, so that a table that holds is believed after a few plans, and one that do
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoprec.records import Option
+from autoprec.records import Option, Sensitivity
 from autoprec.search.costs import Costs, is_all_fp32
 from autoprec.search.space import alike_key
 
@@ -39,6 +39,7 @@ WIDTHS = (0.05, 0.15, 0.5, 1.5)  # standard deviations of a part that all, or wh
 ASSUMED = 0.5  # the width before anything is measured, and the one that is a little preferred
 PREFERENCE = 1.0  # log width about ASSUMED: the standard deviation of what is taken before
 SHARED = {"all": 1.0, "recipe": 0.3, "role": 0.7, "layer": 0.7, "cell": 0.3}  # in widths
+CANCELS = 2.0  # the sum over the joint error, from which errors may cancel
 FITS = 12  # Newton steps; 3 to 6 are needed
 LARGEST_STEP = 1.0  # of log e in one of them
 LEAST = 1e-12  # a gradient error below is none
@@ -62,9 +63,9 @@ class Guess(NamedTuple):
     grad_error: float
     log_sd: float
 
-    def low(self, deviations: float) -> float:
-        """Return the gradient error so many standard deviations below."""
-        return self.grad_error * math.exp(-deviations * self.log_sd)
+    def high(self, deviations: float) -> float:
+        """Return the gradient error so many standard deviations above."""
+        return self.grad_error * math.exp(deviations * self.log_sd)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,18 @@ class Correction:
         return self.cells.errors(self.parts)
 
     @cached_property
+    def costs(self) -> Costs:
+        """The costs where no plan is measured: errors as corrected, but none below the table."""
+        errors = np.maximum(self.cells.table, self.errors).tolist()
+        costs, index = self.cells.costs, self.cells.index
+        prices = (
+            {o: replace(price, grad_error=errors[own[o]]) for o, price in row.items()}
+            for own, row in zip(index, costs.prices, strict=True)
+        )
+        outside = replace(costs.outside_bf16, grad_error=errors[-1])
+        return replace(costs, prices=tuple(prices), outside_bf16=outside)
+
+    @cached_property
     def _weighted(self) -> Floats:
         return self.slopes * self.before
 
@@ -191,6 +204,20 @@ class Correction:
         moved = self.slopes @ drawn + noise
         drawn -= self.before * (self.slopes.T @ (self.inverse @ moved))
         return self.cells.errors(self.parts + drawn)
+
+
+def seen_beside(costs: Costs, sensitivity: Sensitivity) -> tuple[Seen, ...]:
+    """Return the plans that the table was checked with, where all their cells have a price.
+
+    None whose error is far below its sum: the table is too high, or errors cancel, which those of
+    fewer layers need not do. One measurement does not tell which, so the table stands.
+    """
+    return tuple(
+        Seen(one.options, one.grad_error.mean, one.grad_error.stderr or 0.0)
+        for one in sensitivity.joint
+        if all(o in row for o, row in zip(one.options, costs.prices, strict=True))
+        and costs.grad_error(one.options) - one.overlap <= CANCELS * one.grad_error.mean
+    )
 
 
 def fit_correction(cells: Cells, seen: Sequence[Seen]) -> Correction:

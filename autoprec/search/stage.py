@@ -17,11 +17,12 @@ from autoprec.records import (
     SearchTrial,
     Sensitivity,
 )
+from autoprec.search.correction import Cells, Correction, fit_correction, seen_beside
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
 from autoprec.search.storage import open_study
-from autoprec.search.study import Measure, PlanStudy, rank
+from autoprec.search.study import DEVIATIONS, Measure, PlanStudy, rank
 from autoprec.search.workers import Team
 from autoprec.sensitivity.gap import (
     CEILING,
@@ -30,6 +31,7 @@ from autoprec.sensitivity.gap import (
     growth,
 )
 
+HOLD_TRIES = 5
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
 MOST_RANKED = 3  # beside the uniform plans
 PASSES_PER_PLAN = 2  # of a joint measurement, where the step time here is not known
@@ -65,27 +67,32 @@ def search_plan(
         InfeasibleError: no plan satisfies the constraint.
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
-    problem = make_problem(make_costs(profile, sensitivity), constraint)
+    costs, scale = make_costs(profile, sensitivity), None
+    before = seen_beside(costs, sensitivity)
+    if before and not (evaluate and trials):  # what was measured with the table is all there is
+        scale = fit_correction(Cells(costs), before)
+        costs = scale.costs
+    problem = make_problem(costs, constraint)
     budget = grad_error_budget(sensitivity, constraint)
-    if (found := exact(problem, budget)) is None:
-        raise InfeasibleError(_infeasible(problem, budget))
+    found, limit = _exact_within(problem, budget, scale)
     exact_plan, _ = found
-    hopeful = make_problem(problem.costs.without_margins(), constraint)
-    expected = exact(hopeful, budget)  # with it the bound of what any plan can take
+    hopeful = make_problem(costs.without_margins(), constraint)
+    expected = exact(hopeful, limit)  # with it the bound of what any plan can take
     free = None
     if constraint.keep:
         is_free = constraint.model_copy(update={"keep": ()})
-        free = exact(make_problem(problem.costs, is_free), budget)
+        free = exact(make_problem(costs, is_free), limit)
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
     # all that decides what a study's trials mean
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
-    digest = short_digest(tables, budget, seed, evaluate is None)
+    digest = short_digest(
+        tables, budget, seed, evaluate is None, *([repr(before)] if scale else [])
+    )
     end_s = math.inf if time_budget_s is None else clock() + time_budget_s
-    bases = plans | dict.fromkeys(filter(problem.fits_memory, problem.uniform_plans))
-    ordered = sorted(bases, key=lambda p: (problem.costs.grad_error(p), problem.costs.step_ms(p)))
+    bases = _bases(problem, plans)
     with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
         own = (evaluate, seed, trials, lambda: clock() >= end_s, claims)
-        study = PlanStudy(opened, problem, tuple(ordered), budget, *own)
+        study = PlanStudy(opened, problem, bases, budget, *own, before, scale)
         interacting, notes = _explored(study, exact_plan, progress)
         notes = (*notes, *_ceiling_notes(sensitivity, budget))
         best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
@@ -95,6 +102,31 @@ def search_plan(
         study, best, profile, exact_plan, expected or found, plans, interacting, notes
     )
     return made.model_copy(update={"free": study.point(free[0])}) if free else made
+
+
+def _exact_within(
+    problem: Problem, budget: float, scale: Correction | None
+) -> tuple[tuple[Options, float], float]:
+    """Return the exact plan, its bound, and the budget of its sum, which is less with a `scale`.
+
+    It is then that of a plan which keeps the budget with the error of the correction.
+    """
+    if (found := exact(problem, budget)) is None:
+        raise InfeasibleError(_infeasible(problem, budget))
+    limit = budget
+    for _ in range(HOLD_TRIES if scale else 0):
+        held = scale.guess(found[0]).high(DEVIATIONS) if scale else 0.0
+        if held <= budget or (nearer := exact(problem, limit * budget / held)) is None:
+            break
+        found, limit = nearer, limit * budget / held
+    return found, limit
+
+
+def _bases(problem: Problem, plans: Iterable[Options]) -> tuple[Options, ...]:
+    """Return these plans and the uniform ones, by increasing gradient error."""
+    uniform = filter(problem.fits_memory, problem.uniform_plans)
+    costs, found = problem.costs, dict.fromkeys((*plans, *uniform))
+    return tuple(sorted(found, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan))))
 
 
 def _explored(
@@ -218,9 +250,10 @@ def _step_equivalents(study: PlanStudy, profile: Profile) -> float:
 def _table_notes(study: PlanStudy, best: SearchTrial) -> list[str]:
     summed = study.problem.costs.grad_error(best.options)
     if best.grad_error_basis is not Basis.MEASURED:
+        beyond = "; it keeps the budget with the error that one joint measurement leaves"
         return [
             "the gradient error of whole plans is the sum of the table's: none was measured, as "
-            "the model was not run for the search"
+            f"the model was not run for the search{beyond if best.grad_error_stderr else ''}"
         ]
     if summed > 0.0 and best.grad_error > EXCESS * summed:
         return [

@@ -84,6 +84,8 @@ class PlanStudy:
     most: int  # trials beside the seeds
     is_over: Callable[[], bool]
     claims: Claims
+    before: tuple[Seen, ...] = ()  # plans that were measured with the table
+    scale: Correction | None = None  # the problem's costs are its own, where plans are not measured
     known: dict[Options, SearchTrial] = field(default_factory=dict)
     trials: list[SearchTrial] = field(default_factory=list)  # the first to evaluate their plan
     measured: int = 0  # how many plans were measured here
@@ -163,7 +165,7 @@ class PlanStudy:
 
     def estimate(self, options: Options) -> SearchTrial:
         """Return a plan by the table alone, as a trial that was not made."""
-        return self._record(options, Estimate(mean=self.problem.costs.grad_error(options)))
+        return self._record(options, self._summed(options))
 
     def evaluate(self, options: Options, *, source: str) -> SearchTrial | None:
         """Evaluate a plan as a trial, unless it is known; None where another worker is at it."""
@@ -239,7 +241,8 @@ class PlanStudy:
                 self.known[options] = record
                 self.trials.append(record)
         self.best = min((p for p in self.known.values() if p.feasible), key=rank, default=None)
-        self.seen = [
+        self.seen = [one for one in self.before if one.options not in self.known]
+        self.seen += [
             Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
             for plan in self.known.values()
             if plan.grad_error_basis is Basis.MEASURED and not is_all_fp32(plan.options)
@@ -291,7 +294,10 @@ class PlanStudy:
         if is_all_fp32(options):
             return Estimate(mean=0.0), Basis.MEASURED  # it is the reference
         if self.measure is None:
-            return Estimate(mean=self.problem.costs.grad_error(options)), Basis.PREDICTED
+            known = next((one for one in self.before if one.options == options), None)
+            if known is None:
+                return self._summed(options), Basis.PREDICTED
+            return Estimate(mean=known.grad_error, stderr=known.stderr), Basis.MEASURED
         self.claims.check_reference()
         started = time.perf_counter()
         estimate = self.measure(options, BATCHES)
@@ -300,6 +306,14 @@ class PlanStudy:
         self.spent_s += time.perf_counter() - started
         self.measured += 1
         return estimate.model_copy(update={"mean": max(estimate.mean, 0.0)}), Basis.MEASURED
+
+    def _summed(self, options: Options) -> Estimate:
+        """Return a plan's error by the table, and how far beyond its correction may have it."""
+        summed = self.problem.costs.grad_error(options)
+        if self.scale is None or is_all_fp32(options):
+            return Estimate(mean=summed)
+        beyond = self.scale.guess(options).high(DEVIATIONS) - summed
+        return Estimate(mean=summed, stderr=max(beyond, 0.0) / DEVIATIONS)
 
     def _is_undecided(self, options: Options, error: Estimate) -> bool:
         """Whether a plan would be the best if it were feasible, and chance decides that."""
