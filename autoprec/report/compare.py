@@ -40,7 +40,14 @@ from autoprec.records.cost import FEWEST_SPREAD, student_factor
 from autoprec.report.formats import count_of
 from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import BASELINES, Speedup, Step, plan_speedups, plan_steps
+from autoprec.report.step_times import (
+    BASELINES,
+    Speedup,
+    Step,
+    plan_speedups,
+    plan_steps,
+    profile_steps,
+)
 from autoprec.report.summary import plan_grad_error
 
 ABSENT = "absent"
@@ -252,15 +259,16 @@ def _timing_noise(before: Timing, after: Timing) -> Noise | None:
 
 def _step_pairs(before: RunRecords, after: RunRecords) -> Iterator[_Pair]:
     """Yield the whole steps that both runs have, measured or predicted in both."""
-    steps, others = plan_steps(before), plan_steps(after)
+    own = [(plan_steps(run), profile_steps(run)) for run in (before, after)]
+    steps, others = (beside | apart | beside for beside, apart in own)  # the plan's come first
     is_predicted = _is_predicted(before)
-    for label, own in steps.items():
+    for label, old in steps.items():
         new = others.get(label)
-        if new is None or new.basis is not own.basis or own.ms <= 0.0:
+        if new is None or new.basis is not old.basis or old.ms <= 0.0:
             continue
-        noises = [Noise(0.0) if is_predicted else _step_noise(step) for step in (own, new)]
+        noises = [Noise(0.0) if is_predicted else _step_noise(step) for step in (old, new)]
         noise = noises[0].plus(noises[1]) if noises[0] and noises[1] else None
-        yield _Pair(label, own.ms, new.ms, noise, own.basis)
+        yield _Pair(label, old.ms, new.ms, noise, old.basis)
 
 
 def _step_noise(step: Step) -> Noise | None:

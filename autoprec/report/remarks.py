@@ -8,6 +8,7 @@ from autoprec.model.options import FP8_MULTIPLE
 from autoprec.records import Basis, Profile, StepTiming
 from autoprec.report.formats import count_of, step_title
 from autoprec.report.runs import RunRecords
+from autoprec.report.step_times import apart_notes
 
 EAGER = "eager"  # the compile mode of records that were timed without torch.compile
 MOST_NAMED = 8  # parameters or layers in one sentence
@@ -108,6 +109,7 @@ def run_remarks(run: RunRecords) -> Iterator[str]:
     yield from (f"no {n}.json: {said}" for n, said in MISSING.items() if getattr(run, n) is None)
     if run.profile:
         yield from profile_notes(run.profile)
+        yield from apart_notes(run)
     if run.sensitivity:
         yield from run.sensitivity.notes
         if run.sensitivity.batches == 1:

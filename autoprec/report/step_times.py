@@ -1,8 +1,9 @@
 """Whole training steps and what follows from them: times, speedups, and what they are worth.
 
-Only times of one interleaved set are compared: those of the verification (plan and baselines in
-turn) when it timed the plan; else the search's model of the plan against its model of the same
-uniform plan, so that the model's own error cancels. Each speedup says which.
+Only times of one interleaved set are shown and compared: those of the verification (plan and
+baselines in turn) when it timed the plan; else those of the profile, with the search's model of the
+plan against its model of the same uniform plan, so that the model's own error cancels. Each speedup
+says which. What the other set alone has is said as a ratio to its own BF16 O2.
 
 The interval of a measured speedup is the 95 % one of a ratio of two medians
 (`records.cost.ratio_error`).
@@ -13,7 +14,7 @@ factor in both. A plan that is the baseline has no interval.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, Basis, LayerKind, Profile, Verification
@@ -22,6 +23,7 @@ from autoprec.report import formats
 from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
+DRIFT = 1.2  # between two sets of the same step, from which it is worth a word
 BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
 
 
@@ -116,16 +118,33 @@ def _tf32_parts(profile: Profile) -> list[str]:
 
 
 def plan_steps(run: RunRecords) -> dict[str, Step]:
-    """Return the steps by label, the plan's among them if anything is known of it."""
+    """Return the steps of one set by label, the plan's among them if anything is known of it."""
     timed = _measured(run.verification)
-    profiled = _measured(run.profile)
-    if "plan" in timed:
-        # its set is interleaved; of the profile only what is no baseline of the plan
-        steps = {x: step for x, step in profiled.items() if x not in BASELINES} | timed
-    else:
-        predicted = {label: step for label, step in _model_steps(run).items() if label == "plan"}
-        steps = profiled | (_certified(run) or predicted)
+    steps = timed if "plan" in timed else _certified(run) or profile_steps(run)
     return {label: steps[label] for label in (*STEP_TITLES, *steps) if label in steps}
+
+
+def profile_steps(run: RunRecords) -> dict[str, Step]:
+    """Return the steps that were timed with the layers, and the model's of the plan."""
+    predicted = {label: step for label, step in _model_steps(run).items() if label == "plan"}
+    return _measured(run.profile) | predicted
+
+
+def apart_notes(run: RunRecords) -> Iterator[str]:
+    """Yield what was timed with the layers and not beside the plan, in BF16 O2's time then."""
+    beside, apart = plan_steps(run), _measured(run.profile)
+    now, then = beside.get("bf16_o2"), apart.get("bf16_o2")
+    if now is None or then is None or now == then:
+        return
+    others = [label for label in STEP_TITLES if label in apart and label not in beside]
+    ratios = [
+        f"{step_title(x)} {formats.ratio(apart[x].ms / then.ms)} ({apart[x].basis})" for x in others
+    ]
+    if ratios:
+        yield f"timed with the layers, in times of BF16 O2's step there: {', '.join(ratios)}"
+    if not 1.0 / DRIFT < then.ms / now.ms < DRIFT:
+        took = formats.ratio(then.ms / now.ms)
+        yield f"a step in BF16 O2 took {took} as long when the layers were timed as beside the plan"
 
 
 def plan_speedups(run: RunRecords) -> dict[str, Speedup]:

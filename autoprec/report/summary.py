@@ -28,6 +28,7 @@ from autoprec.report.step_times import (
     Step,
     plan_speedups,
     plan_steps,
+    profile_steps,
     title_of,
 )
 
@@ -211,7 +212,7 @@ def _ceiling_sentence(run: RunRecords, layers: "pd.DataFrame") -> str:
     That is were all layers that can take FP8 to run at FP8's peak rate, with everything else in the
     step, from attention to the optimizer, as it is without FP8.
     """
-    baseline = plan_steps(run).get("bf16_o2")
+    baseline = profile_steps(run).get("bf16_o2")
     if run.profile is None or baseline is None or baseline.ms <= 0.0:
         return ""
     if run.profile.device.kind == "cpu":  # it has no FP8 rate that could be a limit
@@ -251,11 +252,12 @@ def _compile_answer(run: RunRecords) -> str:
     known = {step.label: step.timing.median_ms for step in profile.steps if step.label in labels}
     if len(known) < len(labels):
         return ""
-    shown = [formats.ms(known[label]) for label in labels]
+    base = max(known.pop("bf16_o2"), 1e-9)
+    shown = [formats.ratio(known[label] / base) for label in labels if label in known]
     basis = "" if profile.basis is Basis.MEASURED else f" ({profile.basis})"
     return (
-        "torch.compile: eager BF16 {} ms, compiled BF16 {} ms, compiled FP8 everywhere {} ms; "
-        "eager FP8 {} ms{}"
+        "torch.compile: in times of compiled BF16, eager BF16 takes {}, compiled FP8 everywhere "
+        "{}; eager FP8 {}{}"
     ).format(*shown, basis)
 
 

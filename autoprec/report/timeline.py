@@ -21,7 +21,7 @@ from autoprec.records import FP32, LayerSpec, LayerTiming, Option, Profile, Timi
 from autoprec.report import formats
 from autoprec.report.layer_frame import PARTS
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import Step, plan_steps
+from autoprec.report.step_times import Step, profile_steps
 
 US_PER_MS = 1000.0
 PROCESS = 1
@@ -59,7 +59,7 @@ def trace_text(run: RunRecords) -> str:
 
 def _arms(run: RunRecords, profile: Profile) -> Iterator[Arm]:
     """Yield the uniform arms and the plan's; of FP8 those recipes that a layer can take."""
-    specs, steps = profile.model.layers, plan_steps(run)
+    specs, steps = profile.model.layers, profile_steps(run)  # of the layers' own turn
     yield Arm("FP32", {layer.name: FP32 for layer in specs}, steps.get("fp32"))
     yield Arm(formats.step_title("bf16_o2"), profile.model.bf16_options, steps.get("bf16_o2"))
     if run.plan:
