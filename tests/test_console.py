@@ -46,6 +46,24 @@ def test_a_stage_that_goes_on_where_it_stood_counts_from_there(told: Told) -> No
     assert told.lines[-1] == "layers: 35 of 40 (88 %), about 10 s left"
 
 
+@pytest.mark.parametrize("first", [0, 25])
+def test_a_stage_that_starts_over_does_not_count_the_time_since_it_ended(
+    told: Told, first: int
+) -> None:
+    for done in (1, 25):  # a branch of the proof, and its like at a longer horizon
+        told.show("verify: plan, seed 2", done, 25)
+    told.show("verify: plan, seed 3", 1, 25)
+    told.now = 600.0
+    for done in range(first + 1, first + 8):
+        told.show("verify: plan, seed 2", done, first + 25)
+        told.now += 1.0
+    assert told.lines[-2:] == [
+        "verify: plan, seed 2 ...",
+        f"verify: plan, seed 2: {first + 6} of {first + 25} ({100 * (first + 6) // (first + 25)} %)"
+        ", about 19 s left",
+    ]
+
+
 def test_a_layer_that_takes_long_is_said_though_nothing_is_reported(told: Told) -> None:
     told.show("layers", 0, 4)
     told.now = 2.0

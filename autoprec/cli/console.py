@@ -43,6 +43,7 @@ def drawn_progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     tasks: dict[str, TaskID] = {}  # by label
+    reached: dict[str, tuple[int, int]] = {}
     with Bars(*columns, *times, console=console) as bars:
 
         def draw(label: str, done: int, total: int) -> None:
@@ -50,6 +51,9 @@ def drawn_progress() -> Iterator[Progress]:
                 for task in tasks.values():
                     bars.update(task, now="")
                 tasks[label] = bars.add_task(label, total=total, now="")
+            elif starts_over(reached[label], done, total):
+                bars.reset(tasks[label], total=total, now="")
+            reached[label] = done, total
             bars.update(tasks[label], completed=done, total=total)
 
         waits = Waits(write)
@@ -81,6 +85,14 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
+def starts_over(reached: tuple[int, int] | None, done: int, total: int) -> bool:
+    """Return whether a stage begins: anew, or again after it went so far (a longer horizon)."""
+    if reached is None:
+        return True
+    last, last_total = reached
+    return done < last or (last >= last_total and done < total)
+
+
 class Waits:
     """Says what of the user's is waited for: after EVERY_S, and whenever that time has doubled."""
 
@@ -108,12 +120,14 @@ class Lines:
         """Take where a line goes."""
         self.write, self.clock, self.waits = write, clock, Waits(write)
         self.begun: dict[str, tuple[float, int]] = {}  # by label: when, and what was done by then
+        self.reached: dict[str, tuple[int, int]] = {}
         self.at, self.last = ("", 0, 0), float("-inf")
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Report progress."""
         self.at = label, done, total
-        if label not in self.begun:
+        before, self.reached[label] = self.reached.get(label), (done, total)
+        if starts_over(before, done, total):
             self.begun[label] = self.last, _ = self.clock(), done
             self.write(f"{label} ...")
         elif self.clock() - self.last >= EVERY_S:
