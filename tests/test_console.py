@@ -1,8 +1,9 @@
 """What is said while a command works: stages, what they are at, and what they wait for."""
 
 import pytest
+from rich.progress import Progress as Bars
 
-from autoprec.cli.console import Lines, Waits
+from autoprec.cli.console import Drawn, Lines, Waits
 from autoprec.common.progress import NOW
 
 
@@ -62,6 +63,18 @@ def test_a_stage_that_starts_over_does_not_count_the_time_since_it_ended(
         f"verify: plan, seed 2: {first + 6} of {first + 25} ({100 * (first + 6) // (first + 25)} %)"
         ", about 19 s left",
     ]
+
+
+def test_a_stage_that_starts_over_has_a_new_bar() -> None:
+    bars = Bars()
+    drawn = Drawn(bars)
+    for label, done in [("seed 1", 25), ("seed 2", 25), ("seed 1", 1)]:
+        drawn(label, done, 25)
+    assert [(task.description, task.completed) for task in bars.tasks] == [
+        ("seed 2", 25),
+        ("seed 1", 1),
+    ]
+    assert bars.tasks[-1].finished_time is None
 
 
 def test_a_layer_that_takes_long_is_said_though_nothing_is_reported(told: Told) -> None:

@@ -151,3 +151,7 @@ def test_the_proof_goes_as_far_as_the_settings_say() -> None:
     assert Settings.of(seeds=(4, 6)).seeds == (4, 6)
     with pytest.raises(SettingsError, match="--branch-steps must be at least 2"):
         Settings.of(branch_steps=1)
+    with pytest.raises(SettingsError, match="--seed must be at least 0, but it is -1"):
+        Settings.of(seed=-1)
+    with pytest.raises(SettingsError, match="--seed must be at most 2147483647"):
+        Settings.of(seed=2**32)

@@ -42,29 +42,15 @@ def drawn_progress() -> Iterator[Progress]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    tasks: dict[str, TaskID] = {}  # by label
-    reached: dict[str, tuple[int, int]] = {}
     with Bars(*columns, *times, console=console) as bars:
-
-        def draw(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                for task in tasks.values():
-                    bars.update(task, now="")
-                tasks[label] = bars.add_task(label, total=total, now="")
-            elif starts_over(reached[label], done, total):
-                bars.reset(tasks[label], total=total, now="")
-            reached[label] = done, total
-            bars.update(tasks[label], completed=done, total=total)
-
-        waits = Waits(write)
+        drawn, waits = Drawn(bars), Waits(write)
 
         def beat() -> None:
             waits.beat()
-            for task in list(tasks.values())[-1:]:
-                bars.update(task, now=NOW.measures)
+            drawn.beat()
 
         with _beating(beat):
-            yield draw
+            yield drawn
 
 
 @contextmanager
@@ -85,12 +71,44 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def starts_over(reached: tuple[int, int] | None, done: int, total: int) -> bool:
-    """Return whether a stage begins: anew, or again after it went so far (a longer horizon)."""
-    if reached is None:
-        return True
-    last, last_total = reached
-    return done < last or (last >= last_total and done < total)
+class Begins:
+    """Says when a stage begins: at first, and again after it ended (the proof's next length)."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.reached: dict[str, tuple[int, int]] = {}  # by label: done, total
+
+    def __call__(self, label: str, done: int, total: int) -> bool:
+        """Note how far a stage is, and return whether it begins with that."""
+        known, self.reached[label] = self.reached.get(label), (done, total)
+        if known is None:
+            return True
+        last, end = known
+        return done < last or (last >= end and done < total)
+
+
+class Drawn:
+    """A progress that is a bar for each stage."""
+
+    def __init__(self, bars: Bars) -> None:
+        """Take where the bars are."""
+        self.bars, self.begins = bars, Begins()
+        self.tasks: dict[str, TaskID] = {}  # by label; the last is the one at work
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Report progress."""
+        if self.begins(label, done, total):
+            for task in self.tasks.values():
+                self.bars.update(task, now="")
+            if label in self.tasks:
+                self.bars.remove_task(self.tasks.pop(label))
+            self.tasks[label] = self.bars.add_task(label, total=total, now="")
+        self.bars.update(self.tasks[label], completed=done, total=total)
+
+    def beat(self) -> None:
+        """Say what the stage is at."""
+        for task in list(self.tasks.values())[-1:]:
+            self.bars.update(task, now=NOW.measures)
 
 
 class Waits:
@@ -120,14 +138,13 @@ class Lines:
         """Take where a line goes."""
         self.write, self.clock, self.waits = write, clock, Waits(write)
         self.begun: dict[str, tuple[float, int]] = {}  # by label: when, and what was done by then
-        self.reached: dict[str, tuple[int, int]] = {}
+        self.begins = Begins()
         self.at, self.last = ("", 0, 0), float("-inf")
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Report progress."""
         self.at = label, done, total
-        before, self.reached[label] = self.reached.get(label), (done, total)
-        if starts_over(before, done, total):
+        if self.begins(label, done, total):
             self.begun[label] = self.last, _ = self.clock(), done
             self.write(f"{label} ...")
         elif self.clock() - self.last >= EVERY_S:

@@ -29,6 +29,7 @@ NEEDS_FILE = (
     "--workers and --launcher train in other processes, which need the workload as a file "
     "MODEL.py, but it is {given}; leave them out"
 )
+SEED_MAX = 2**31 - 1  # numpy's end at 2^32 - 1, and stages count on from the seed
 LOCAL_TARGET = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -157,7 +158,7 @@ class Settings:
         (SEARCH,),
         parse=parsing.parse_duration,
     )
-    seed: int = setting(0, "Seed of everything random.", STAGES)
+    seed: int = setting(0, "Seed of everything random.", STAGES, min=0, max=SEED_MAX)
     storage: str = setting("", "Optuna storage URL; default OUT/study.db.", (SEARCH,))
     study: str = setting("autoprec", "Name of the Optuna study.", (SEARCH,))
     worker: bool = setting(
@@ -402,9 +403,12 @@ def all_settings() -> dict[str, Setting]:
 def _read(name: str, known: Setting, given: Any) -> Any:  # Any: texts and values of any type
     """Return the value of a setting, from a text or a value of its type."""
     value = known.parse(given) if known.parse else given
-    least = known.option.get("min")
-    if least is not None and value is not None and value < least:
-        raise SettingsError(
-            f"--{name.replace('_', '-')} must be at least {least}, but it is {shown_value(given)}"
-        )
+    for end, limit in (("least", known.option.get("min")), ("most", known.option.get("max"))):
+        if limit is None or value is None:
+            continue
+        if value < limit if end == "least" else value > limit:
+            raise SettingsError(
+                f"--{name.replace('_', '-')} must be at {end} {limit}, but it is "
+                f"{shown_value(given)}"
+            )
     return value
