@@ -190,6 +190,24 @@ def test_a_model_that_fsdp_shards_in_one_process_is_recorded_whole(tmp_path: Pat
     assert all(len(optimizer.state[p]) == 3 for p in model.parameters())
 
 
+def test_a_gradient_that_fsdp_reduces_with_a_later_one_is_the_first_one_s(tmp_path: Path) -> None:
+    """`record` compares the first backward's gradient, which FSDP keeps back here."""
+    loop = """
+for step in range(9):
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        x, y = next(batches(1))
+        (0.5 * F.cross_entropy(model(x), y)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+    try:
+        workload = record(tmp_path, SHARDED + loop)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert workload.accumulation_steps == 2
+
+
 def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> None:
     loss = """
     logits = model(x)

@@ -151,6 +151,17 @@ def casts_of(model: nn.Module) -> dict[str, tuple[torch.dtype | None, torch.dtyp
     }
 
 
+def kept_gradients(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the whole gradients that FSDP has not reduced yet (set_requires_gradient_sync)."""
+    for param in _all_params(model):
+        whole = vars(param).get("_unsharded_param")
+        found = param.unsharded_accumulated_grad
+        if found is None and whole is not None:
+            found = whole.grad
+        if found is not None:
+            yield found
+
+
 def _all_params(model: nn.Module) -> Iterator[FsdpParam]:
     for module in fsdp_modules(model):
         yield from _params(_state(module))

@@ -44,6 +44,7 @@ from autoprec.integrations.launch.tape import Tape, Taping, copied
 from autoprec.model.layers import unwrapped
 from autoprec.model.local_copy import is_divided
 from autoprec.runtime.masters import ON_MODEL
+from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
@@ -324,5 +325,6 @@ def has_grad(parameter: nn.Parameter) -> bool:
 
 def gradient_norm(model: nn.Module) -> float:
     """Return the norm of all gradients together, in a process that trains alone."""
-    gradients = [local_part(p.grad.detach()) for p in model.parameters() if p.grad is not None]
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    own = (p.grad for p in model.parameters() if p.grad is not None)
+    gradients = {id(g): local_part(g.detach()) for g in (*own, *kept_gradients(model))}
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
