@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import autoprec
+from autoprec.runtime.averages import _warn_of_average
 from autoprec.runtime.masters import LIVE
 from tests.models import Mlp
 from tests.plans import plan_for
-from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train
+from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train, weights
 
 
 def test_a_grad_scaler_is_harmless() -> None:
@@ -110,3 +111,87 @@ def test_a_copied_layer_gets_masters_of_its_own_and_comes_back() -> None:
     assert not torch.equal(master, model.head.weight.float())
     autoprec.undo(model, optimizer)
     assert torch.equal(model.head.weight, master)
+
+
+UPDATES: dict[str, Any] = {
+    "lerp_": lambda a, p: a.lerp_(p, 0.01),
+    "lerp_ by name": lambda a, p: a.lerp_(end=p, weight=0.01),
+    "lerp_ of data": lambda a, p: a.data.lerp_(p.data, 0.01),
+    "lerp_ of detached": lambda a, p: a.detach().lerp_(p.detach(), weight=0.01),
+    "foreach": lambda a, p: torch._foreach_lerp_([a.detach()], [p.detach()], 0.01),
+}
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+@pytest.mark.parametrize("update", UPDATES.values(), ids=list(UPDATES))
+def test_an_average_by_hand_is_of_the_masters(update: Any, *, is_older: bool) -> None:
+    """A copy that is older than the plan stays FP32; one of the planned model has masters."""
+    torch.manual_seed(0)
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # steps that BF16 would lose
+    average = copy.deepcopy(model) if is_older else model
+    autoprec.apply(plan_for(model), model, optimizer)
+    average = copy.deepcopy(average).requires_grad_(False)
+    expected = exact(model)
+    for step in range(3):
+        train(model, optimizer, 1, first=step)
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            with torch.no_grad():
+                update(a, p)
+        torch._foreach_lerp_(expected, exact(model), 0.01)
+    found = weights(average) if is_older else exact(average)
+    assert same(found, expected)
+    assert not same(expected, exact(model))
+    assert same(
+        [value.to(p.dtype) for value, p in zip(found, average.parameters(), strict=True)],
+        weights(average),
+    )
+
+
+def test_an_average_in_bf16_is_said_to_lose_small_changes(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = applied()
+    _warn_of_average.cache_clear()
+    weight = next(model.parameters()).detach()
+    weight.clone().lerp_(weight, 0.01)
+    assert "an average of a plan's weights is kept in BF16" in caplog.text
+    copied = copy.deepcopy(model)
+    train(model, optimizer, 3)
+    assert caplog.text.count("a copy of a model with a plan is not trained") == 1
+    del copied
+
+
+class Codebook(nn.Module):
+    """An average of activations within forward, and a `lerp_` with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.register_buffer("average", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        self.get_buffer("average").lerp_(y.detach().mean(0), 0.1)
+        return (x * 1).lerp_(y, 0.5)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_an_average_within_forward_is_as_before(*, is_compiled: bool) -> None:
+    model: Any = Codebook()
+    autoprec.apply(plan_for(model), model)
+    run = torch.compile(model, backend="eager") if is_compiled else model
+    x = torch.ones(4, 16)
+    out = run(x)
+    y = F.linear(x.bfloat16(), model.layer.weight, model.layer.bias).float()
+    assert torch.allclose(model.average, 0.1 * y.mean(0), atol=1e-2)
+    assert torch.allclose(out, (x + y) / 2, atol=1e-2)
+    torch.autograd.backward(out.sum())
+    assert model.layer.weight.grad is not None
+
+
+def test_lerp_is_torchs_own_for_all_else() -> None:
+    applied()
+    a, b = torch.zeros(4), torch.ones(4, requires_grad=True)
+    torch.autograd.backward((a * b).lerp_(b, 0.5).sum())
+    assert torch.equal(b.grad, torch.full((4,), 0.5))  # type: ignore[arg-type]  # there
+    with pytest.raises(RuntimeError, match="expected dtype"):
+        a.lerp_(b.detach().double(), 0.5)

@@ -102,6 +102,7 @@ IN_FP32 = (
     | _functions(" ".join(torch.fft.__all__), torch.fft)
     | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
 )
+LERP = Tensor.lerp_  # another function stands there from the first plan on, see averages.py
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
 _PARSE, _COMPARE = torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type
@@ -122,6 +123,8 @@ class ActivationMode(TorchFunctionMode):
     ) -> Any:  # Any: torch's own protocol
         """Call `func`, with its arguments cast when it is one of the functions above."""
         kwargs = kwargs or {}
+        if func is Tensor.lerp_:
+            func = LERP
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
         elif func is not _PARSE and func is not _COMPARE and func in LISTED:

@@ -26,6 +26,7 @@ from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.model.layers import model_layers, plain_name, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
+from autoprec.runtime.averages import follow_averages
 from autoprec.runtime.finite import leave_first_step, watch_first_step
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
@@ -86,6 +87,7 @@ def apply(
     masters.values |= {p: None for p in masters.values if not p.requires_grad}  # not trained
     keep_exact_loads(inner, masters)
     watch_optimizers()
+    follow_averages()
     if plan.fp8_all_gather:
         install_gathers(inner, installed.options)
     _warn_of_differences(plan, device)

@@ -70,6 +70,7 @@ class Masters:
     stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys
     steps: int = 0
     is_watching: bool = False
+    is_idle_copy: bool = False  # that no optimizer and no average has stepped yet
     changes: int = 0  # of `values`: a parameter came or went, or got another master
     _looks: list[LateValues] = field(default_factory=list)  # what close looks found, to be heard
 
@@ -80,7 +81,7 @@ class Masters:
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: the fields
         """Restore a copy or a pickle, whose parameters have stamps of their own."""
         vars(self).update(state)
-        self.agreed, self._looks = {}, []
+        self.agreed, self._looks, self.is_idle_copy = {}, [], True
         LIVE.add(self)
 
     @torch.no_grad()
@@ -110,12 +111,21 @@ class Masters:
         stamp = self.agreed.setdefault(parameter, _stamp(parameter))
         stamp.version, stamp.pointer = parameter._version, parameter.data_ptr()
 
+    @torch.no_grad()
+    def round_down(self, parameter: nn.Parameter) -> None:
+        """Round a master that was changed, of an average, into its parameter."""
+        self.is_idle_copy = False
+        self.stepped[parameter] = True
+        parameter.copy_(self.values[parameter])  # type: ignore[arg-type]  # it is there
+        self._agree(parameter)
+
     def begin_step(self, parameters: Sequence[nn.Parameter], stamps: Sequence[Stamp]) -> None:
         """Take over what was written into parameters since their stamps, before a step of them.
 
         The device is not asked for anything: a close look merges what it finds without telling.
         """
         self.steps += 1
+        self.is_idle_copy = False
         pairs = zip(parameters, stamps, strict=True)
         changed = [p for p, s in pairs if p._version != s.version or p.data_ptr() != s.pointer]
         if self.loaded:
@@ -126,6 +136,8 @@ class Masters:
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
         if is_due or self.is_watching:
             self._look_closer(parameters)
+        if is_due and self.steps >= CLOSE_LOOKS:
+            self._look_for_averages()
         if len(self.stepped) < len(self.values):
             self.stepped |= dict.fromkeys(parameters, True)
 
@@ -158,6 +170,15 @@ class Masters:
                 "torch.no_grad() to avoid that)"
             )
         self.is_watching = True
+
+    def _look_for_averages(self) -> None:
+        for store in [store for store in LIVE if store.is_idle_copy and store.values]:
+            store.is_idle_copy = False
+            logger.warning(
+                "a copy of a model with a plan is not trained: if it is an average of weights "
+                "(EMA), update it by lerp_, as torch.optim.swa_utils does, or make it of "
+                "autoprec.master_view(model); other updates of its BF16 weights lose small changes"
+            )
 
     def refresh(self, model: nn.Module) -> None:
         """Take in parameters that replaced others of the same name, e.g. shards of them."""

@@ -7,8 +7,6 @@ applied three things of torch are wrapped:
     Module.__call__                     the first call that trains a model that fits is the moment
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
-(and `_foreach_lerp_`, by which averages of weights take no two dtypes).
-
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
 
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -110,7 +108,6 @@ class Watch:
             (Optimizer, "__init__", self._around_optimizer),
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
-            (torch, "_foreach_lerp_", _around_average),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -291,14 +288,6 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
-
-
-def _around_average(
-    call: Function, averages: list[Tensor], weights: list[Tensor], /, *args: Any, **kwargs: Any
-) -> None:
-    """Let an FP32 average (EMA) that was made before the plan follow BF16 weights."""
-    pairs = zip(averages, weights, strict=True)
-    call(averages, [weight.to(average.dtype) for average, weight in pairs], *args, **kwargs)
 
 
 def _find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:

@@ -1,0 +1,116 @@
+"""Averages of weights (EMA) that a script keeps itself -> averages of the FP32 masters.
+
+An average in FP32 that is older than the plan meets BF16 parameters, of which `lerp_` takes none;
+one that is a copy of a model with a plan is BF16 itself, where small changes are lost. So from the
+first plan on `Tensor.lerp_` and `torch._foreach_lerp_` (as torch.optim.swa_utils calls it) take the
+masters of BF16 parameters, and of what shares their storage, in their place:
+
+    a <- a + weight (m - a)      a the FP32 average, or the average's own master, then rounded
+
+Code that torch.compile traces, what has a graph, and other dtypes see torch's own.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.trace_rules import get_tensor_method
+
+from autoprec.runtime.masters import LIVE, Masters
+
+logger = logging.getLogger(__name__)
+Function = Callable[..., Any]  # Any, here and below: as torch's functions take it
+Planned = tuple[Masters, nn.Parameter]
+PLAIN = (Tensor, nn.Parameter)  # shards are their own masters
+
+
+@functools.cache
+def follow_averages() -> None:
+    """Let averages that are taken from now on follow masters."""
+    get_tensor_method()  # dynamo lists torch's methods, and follows what it listed
+    own: Any = _wrapped(Tensor.lerp_, _follow_one)
+    Tensor.lerp_ = own  # type: ignore[method-assign]  # that is the point
+    torch._foreach_lerp_ = _wrapped(torch._foreach_lerp_, _follow)
+
+
+def _wrapped(original: Function, follow: Function) -> Function:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not args:
+            return original(*args, **kwargs)
+        return follow(original, *args, **kwargs)
+
+    return wrapper
+
+
+def _follow_one(original: Function, average: Any, /, *args: Any, **kwargs: Any) -> Any:
+    end = args[0] if args else kwargs.get("end")
+    if not _meets_bf16(average, end):
+        return original(average, *args, **kwargs)
+    rest = {k: v for k, v in kwargs.items() if k != "end"}
+
+    def call(averages: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+        original(averages[0], ends[0], *args[1:], **rest)
+
+    _follow(call, [average], [end])
+    return average
+
+
+def _follow(original: Function, averages: Any, ends: Any, /, *args: Any, **kwargs: Any) -> None:
+    if not any(map(_meets_bf16, averages, ends)):
+        original(averages, ends, *args, **kwargs)
+        return
+    found = _planned([*averages, *ends])
+    taken = [_exact(average, found.get(id(average))) for average in averages]
+    given = [_exact(end, found.get(id(end))) for end in ends]
+    # BF16 weights without a master here (a copy on another device) are taken as they are
+    given = [
+        exact.to(average.dtype) if end.dtype is torch.bfloat16 else exact
+        for average, end, exact in zip(taken, ends, given, strict=True)
+    ]
+    original(taken, given, *args, **kwargs)
+    for average in averages:
+        if id(average) in found:
+            store, parameter = found[id(average)]
+            store.round_down(parameter)
+        elif average.dtype is torch.bfloat16 and found:
+            _warn_of_average()
+
+
+def _planned(tensors: Iterable[Tensor]) -> dict[int, Planned]:
+    """Return the parameters with masters that tensors are or share storage with, by their id."""
+    low = [tensor for tensor in tensors if tensor.dtype is torch.bfloat16]
+    found = {id(t): (store, t) for t in low for store in LIVE if t in store.values}
+    if rest := [tensor for tensor in low if id(tensor) not in found]:  # `p.data`, `p.detach()`
+        every = [(store, p) for store in LIVE for p in store.values if type(p) in PLAIN]
+        places = {(p.data_ptr(), p.shape): (store, p) for store, p in every if p.data_ptr()}
+        at = {id(tensor): (tensor.data_ptr(), tensor.shape) for tensor in rest}
+        found |= {key: places[place] for key, place in at.items() if place in places}
+    return found  # type: ignore[return-value]  # what is among the values is a parameter
+
+
+@functools.cache
+def _warn_of_average() -> None:
+    logger.warning(
+        "an average of a plan's weights is kept in BF16, where it loses small changes; start it "
+        "from FP32 ones (weight.float(), or autoprec.master_view(model))"
+    )
+
+
+def _exact(tensor: Tensor, planned: Planned | None) -> Tensor:
+    if planned is None:
+        return tensor
+    store, parameter = planned
+    return store.current(parameter, looks_closer=False)
+
+
+def _meets_bf16(average: Any, end: Any) -> bool:
+    """Whether an average without a graph has BF16, or is updated from it."""
+    if type(average) not in PLAIN or type(end) not in PLAIN:
+        return False
+    if torch.bfloat16 not in (average.dtype, end.dtype):
+        return False
+    return not (torch.is_grad_enabled() and (average.requires_grad or end.requires_grad))
