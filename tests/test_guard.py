@@ -455,14 +455,14 @@ def test_a_band_never_alarms_within_its_values_and_always_far_above(
 ) -> None:
     band = RunningBand(64, width, floor=floor)
     for value in values:
-        band.add(value)
-    assert not band.add(sorted(values)[len(values) // 2])
-    assert band.add(2 + width * max(1.5, floor) + 1)
+        band.add(value, is_above=value > band.upper)
+    assert sorted(values)[len(values) // 2] <= band.upper
+    assert 2 + width * max(1.5, floor) + 1 > band.upper
 
 
 def test_a_band_follows_a_lasting_change_of_level() -> None:
     band = RunningBand(32, 6, relative_floor=0.01)
-    runs = [band.add(value) for value in [1.0] * 32 + [5.0] * 40]
+    runs = [band.add(value, is_above=value > band.upper) for value in [1.0] * 32 + [5.0] * 40]
     assert runs.index(1) == 32
     assert not any(runs[32 + 17 :])
 

@@ -42,7 +42,6 @@ FAILURE_PATIENCE_S = 300.0  # compiling takes one rank minutes longer than anoth
 FAILURE_POLL_S = 0.05
 MOST_LISTED = 8  # ranks named in a message
 _failures = 0  # of this process, as `check_all_failed` counts them
-_NOTHING: tuple[object, AutoprecError | None] = (None, None)  # overwritten by what rank 0 sends
 
 
 @contextlib.contextmanager
@@ -237,18 +236,7 @@ def made_on_first_rank(make: Callable[[], T]) -> T:
     Raises:
         AutoprecError: what `make` raised, the same on every rank.
     """
-    if rank() > 0:
-        made, failure = from_first_rank(_NOTHING)
-        if failure is not None:
-            raise failure
-        return cast("T", made)
-    try:
-        made = make()
-    except AutoprecError as error:
-        from_first_rank((None, type(error)(str(error))))
-        raise
-    from_first_rank((made, None))
-    return made
+    return led_by_first_rank(lambda _: make(), lambda _: None)
 
 
 def check_same(what: str, digest: str) -> None:
@@ -316,7 +304,7 @@ def led_by_first_rank(lead: Callable[[Callable[[Q], T]], R], answer: Callable[[Q
     # the others answer what rank 0 asks until it has made its result, or failed
     if rank() > 0:
         while True:
-            kind, sent = from_first_rank(("", _NOTHING))
+            kind, sent = from_first_rank(("", None))  # overwritten by what rank 0 sends
             if kind == "ask":
                 answer(cast("Q", sent))
             elif kind == "failed":

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from autoprec.workload.optimizers import trained_by
+
 logger = logging.getLogger(__name__)
 FLAG = "found_inf"  # torch's name for the attribute that fused optimizers read
 # Adagrad's fused kernel for GPUs is younger than the oldest torch that is supported.
@@ -43,7 +45,7 @@ def take_fused(optimizer: Optimizer) -> bool:
 
     Moments stay as they are. Call it with the gradients there: fused kernels take no sparse ones.
     """
-    every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    every: list[Tensor] = [*trained_by(optimizer)]
     fits = (
         inspect.unwrap(type(optimizer).step) in FUSED
         and all(map(_is_left_to_torch, optimizer.param_groups))

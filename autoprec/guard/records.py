@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import torch.distributed as dist
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from autoprec.device.ranks import rank
 from autoprec.errors import RecordError
 from autoprec.records.base import Record
 
@@ -108,7 +108,7 @@ def write_event(
 
     None tries the file, so that one that cannot be written is an error now, not in an alarm.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if rank() != 0:
         return
     if event is not None:
         logger.warning("step %d: %s", event.step, event.message)

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.utils.hooks import RemovableHandle
 
 from autoprec.device.ranks import local_part
+from autoprec.workload.written import is_compiled
 
 OPERANDS = ("input", "weight", "grad_output")
 MOST_ELEMENTS = 1 << 16  # of an operand; the standard error of a share is then below 0.2 %
@@ -44,10 +44,7 @@ class Sampler:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:  # Any: FP8 layers
         self.layers = layers
-        self.hooks_stay = any(
-            isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-            for module in model.modules()
-        )
+        self.hooks_stay = is_compiled(model)
         self._handles: list[RemovableHandle] = []
         self._seen = {
             name: torch.zeros(len(OPERANDS), 2, device=layer.weight.device)  # underflow, saturated

@@ -138,12 +138,8 @@ class RunningBand:
         self.values: deque[float] = deque(maxlen=window)
         self.run = 0  # values in a row above the band
 
-    def add(self, value: float, *, is_above: bool | None = None) -> int:
-        """Take a finite value in; return how many in a row, it included, lay above the band.
-
-        `is_above` is the answer of whoever compared it already.
-        """
-        is_above = value > self.upper if is_above is None else is_above
+    def add(self, value: float, *, is_above: bool) -> int:
+        """Take a finite value in; return how many in a row, it included, lay above the band."""
         self.run = self.run + 1 if is_above else 0
         self.values.append(value)
         return self.run

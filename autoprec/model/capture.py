@@ -49,7 +49,7 @@ from autoprec.workload.functions import (
     take_batches,
     tensors_in,
 )
-from autoprec.workload.optimizers import plain_parts, state_tensors
+from autoprec.workload.optimizers import plain_parts, state_tensors, trained_by
 from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
@@ -368,7 +368,7 @@ def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:
     """Return state elements per parameter element, scalars (step counters) left out."""
     state = sum(x.numel() * _share_of_fp32(x) for x in state_tensors(optimizer) if x.dim() > 0)
-    parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    parameters = sum(parameter.numel() for parameter in trained_by(optimizer))
     return float(state / max(parameters, 1))
 
 

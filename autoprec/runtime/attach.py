@@ -20,9 +20,9 @@ import copy
 import itertools
 import operator
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,7 +40,14 @@ from autoprec.runtime.masters import (
     masters_of,
 )
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
-from autoprec.workload.optimizers import MANY_CLOSURES, optimizer_refusal
+from autoprec.workload.optimizers import (
+    MANY_CLOSURES,
+    closure_of,
+    optimizer_refusal,
+    trained_by,
+    trains,
+    with_closure,
+)
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
 MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
@@ -92,7 +99,7 @@ def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Check that masters can be given to an optimizer of the model, or raise PlanMismatchError."""
     reason = optimizer_refusal(optimizer)
-    if not reason and set(model.parameters()).isdisjoint(_parameters(optimizer)):
+    if not reason and not trains(optimizer, model):
         reason = "it trains no parameter of this model; make it from model.parameters()"
     if reason:
         raise PlanMismatchError(f"the optimizer must be one that trains FP32 masters, but {reason}")
@@ -112,7 +119,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
     vars(optimizer)[ON_OPTIMIZER] = attachment
     others = [store for store in attachment.stores if store is not masters and store.values]
     attachment.stores = [*others, masters]
-    for parameter in _parameters(optimizer):
+    for parameter in trained_by(optimizer):
         if parameter in masters.values and MASTER in optimizer.state.get(parameter, {}):
             # The state was loaded before the optimizer was attached.
             masters.loaded[parameter] = optimizer.state[parameter].pop(MASTER), None
@@ -121,7 +128,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
 
 def _check_moments(masters: Masters, optimizer: Optimizer) -> None:
     """Give FP32 to the moments of parameters that were BF16 before the plan; refuse lost bits."""
-    for parameter in (p for p in _parameters(optimizer) if p in masters.values):
+    for parameter in (p for p in trained_by(optimizer) if p in masters.values):
         state = optimizer.state.get(parameter, {})
         low = [k for k, v in state.items() if isinstance(v, Tensor) and v.dtype is parameter.dtype]
         if low and masters.values[parameter] is not None:
@@ -152,7 +159,7 @@ def _look_at(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch
         hooks.move_to_end(attachment.handles[0].id)
         return changed
     for masters in list(LIVE):
-        if any(parameter in masters.values for parameter in _parameters(optimizer)):
+        if any(parameter in masters.values for parameter in trained_by(optimizer)):
             attach(masters, optimizer)
     return changed
 
@@ -179,14 +186,14 @@ class Attachment:
 
     def masters(self, optimizer: Optimizer) -> Pairs:
         """Return the masters of the optimizer's parameters, of those that have one."""
-        every = list(_parameters(optimizer))
+        every = trained_by(optimizer)
         return {p: store.current(p) for store in self.stores for p in every if p in store.values}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
         """Put the shadow, with FP32 masters and gradients, in the optimizer's place."""
-        has_closure = any(map(callable, (*args[1:], kwargs.get("closure"))))
-        step = None if has_closure else raw_step(optimizer)
+        closure = closure_of(args, kwargs)
+        step = None if closure else raw_step(optimizer)
         layout = self.stepping = self.current_layout(optimizer, is_split=step is not None)
         if layout is None:
             return None
@@ -205,12 +212,14 @@ class Attachment:
         layout.give_gradients(last)
         for group, params in zip(shadow.param_groups, last.groups, strict=True):
             group["params"][:] = params
+        if closure is None:
+            return (shadow, *args[1:]), kwargs
 
         # A closure runs the model in the middle of the step: the new gradients must be at the
         # masters after it, and what it told the optimizer (a guard, of a bad step) at the shadow.
         calls = itertools.count()
 
-        def evaluate(closure: Callable[[], Any]) -> Any:  # Any: the loss
+        def evaluate() -> Any:  # Any: the loss
             if next(calls):
                 raise PlanMismatchError(f"{type(optimizer).__name__} {MANY_CLOSURES}")
             loss = closure()
@@ -218,10 +227,7 @@ class Attachment:
             vars(shadow).update((k, v) for k, v in vars(optimizer).items() if k == FLAG)
             return loss
 
-        rest = tuple(partial(evaluate, value) if callable(value) else value for value in args[1:])
-        if callable(kwargs.get("closure")):
-            kwargs = {**kwargs, "closure": partial(evaluate, kwargs["closure"])}
-        return (shadow, *rest), kwargs
+        return with_closure((shadow, *args[1:]), kwargs, evaluate)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook
@@ -427,11 +433,6 @@ def _swapped(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimizer'
         made.update(zip(new[::2], new[1::2], strict=True))
         return made
     return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _indexed(optimizer: Optimizer, groups: list[StateDict]) -> Iterator[tuple[int, nn.Parameter]]:

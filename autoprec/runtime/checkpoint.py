@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_only
 
 from autoprec.common.files import PARTIAL, replace_file
 from autoprec.common.text import error_line, first_and_more
+from autoprec.device.ranks import rank
 from autoprec.errors import RecordError
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.finite import not_finite
@@ -95,7 +95,7 @@ def save_checkpoint(
         )
     if must_be_finite:
         _refuse_poisoned(path, unwrapped(model, parallel=True), content["optimizer"])
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if rank() != 0:
         return path
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         leftover.unlink(missing_ok=True)  # of a writer that was killed

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -26,9 +25,16 @@ from autoprec.common.text import first_and_more
 from autoprec.device.ranks import Group, gathered, local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
+from autoprec.workload.optimizers import (
+    Arguments,
+    KeywordArguments,
+    closure_of,
+    trains,
+    with_closure,
+)
+from autoprec.workload.written import is_compiled
 
 K = TypeVar("K")
-Arguments = tuple[Any, ...]  # Any: whatever an optimizer's step is given
 FIRST: "weakref.WeakKeyDictionary[nn.Module, StepWatch]" = weakref.WeakKeyDictionary()  # to come
 
 
@@ -49,7 +55,7 @@ class StepWatch:
             )
             for parameter, name in taps.items()
         ]
-        if any(isinstance(m, OptimizedModule) or m._compiled_call_impl for m in model.modules()):
+        if is_compiled(model):
             return  # compiled code is guarded on hooks: it would compile again without them
         for name, layer in find_layers(inner).items():
             hook = _Outputs(self.outputs, plain_name(name))
@@ -119,7 +125,9 @@ def forget_step(model: nn.Module) -> None:
         FIRST[model].forget()
 
 
-def check_first_step(optimizer: Optimizer, args: Arguments, kwargs: dict[str, Any]) -> Any:
+def check_first_step(
+    optimizer: Optimizer, args: Arguments, kwargs: KeywordArguments
+) -> tuple[Arguments, KeywordArguments] | None:
     """End the watch of the model that an optimizer is about to train, with these arguments.
 
     Returns:
@@ -130,27 +138,20 @@ def check_first_step(optimizer: Optimizer, args: Arguments, kwargs: dict[str, An
     """
     _check_gradients(optimizer)
 
-    def looked_at(value: Any) -> Any:
-        if not callable(value):
-            return value
-
-        def closure() -> Any:
-            loss = value()
-            _check_gradients(optimizer)
-            return loss
-
-        return closure
-
-    # a closure makes the gradients within the step
-    given = [*args[1:], *kwargs.values()]
-    if not FIRST or not any(map(callable, given)):
+    closure = closure_of(args, kwargs)
+    if not FIRST or closure is None:
         return None
-    return (args[0], *map(looked_at, args[1:])), {k: looked_at(v) for k, v in kwargs.items()}
+
+    def looked_at() -> Any:  # it makes the gradients within the step
+        loss = closure()
+        _check_gradients(optimizer)
+        return loss
+
+    return with_closure(args, kwargs, looked_at)
 
 
 def _check_gradients(optimizer: Optimizer) -> None:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in [m for m in FIRST if any(id(p) in owned for p in m.parameters())]:
+    for model in [model for model in FIRST if trains(optimizer, model)]:
         parameters = list(model.parameters())
         if all(parameter.grad is None for parameter in parameters):
             continue

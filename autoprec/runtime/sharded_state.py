@@ -29,6 +29,7 @@ from autoprec.common.text import error_line
 from autoprec.device.ranks import made_on_first_rank
 from autoprec.errors import RecordError
 from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint
+from autoprec.workload.optimizers import trained_by
 
 LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
 PARTS = ("model", "optimizer")
@@ -107,6 +108,6 @@ def _by_name(
 ) -> dict[str, Any]:  # Any: an optimizer's state dict
     """Return an optimizer's state dict with parameters' names in the place of their numbers."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    order = [names[parameter] for parameter in trained_by(optimizer)]
     groups = [{**g, "params": [order[n] for n in g["params"]]} for g in state["param_groups"]]
     return {"state": {order[n]: v for n, v in state["state"].items()}, "param_groups": groups}

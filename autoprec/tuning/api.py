@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from autoprec.common.progress import Progress, report_nothing
@@ -14,19 +13,6 @@ from autoprec.tuning.settings import Settings
 if TYPE_CHECKING:
     from autoprec.workload.functions import Workload
 
-FUNCTIONS = (
-    "build_model",
-    "train_batches",
-    "loss_fn",
-    "build_optimizer",
-    "build_scheduler",
-    "accumulation_steps",
-    "clip_norm",
-    "eval_batches",
-    "evaluate",
-    "parallelize",
-    "build_mesh",
-)
 LIVE_PROXY = "the proxy given"
 Source = str | Path | Mapping[str, Callable[..., Any]] | object  # Any: the user's own functions
 
@@ -85,7 +71,9 @@ def tune(
 
 def _one_workload(source: Source, given: dict[str, Any]) -> Source:  # Any: see `tune`
     """Return the workload that was given; functions among the settings are taken out of these."""
-    functions = {name: given.pop(name) for name in FUNCTIONS if name in given}
+    from autoprec.workload.functions import DEFINED
+
+    functions = {name: given.pop(name) for name in DEFINED if name in given}
     if (source is None) == (not functions and not given.get("script")):
         raise SettingsError(
             "tune needs one workload: a MODEL.py, or build_model, train_batches and loss_fn as "
@@ -100,5 +88,4 @@ def _live_workload(source: Source, name: str) -> "Workload | None":
         return None
     from autoprec.workload.functions import workload_from
 
-    holder = SimpleNamespace(**source) if isinstance(source, Mapping) else source
-    return workload_from(holder, name=name)
+    return workload_from(source, name=name)

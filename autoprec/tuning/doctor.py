@@ -11,10 +11,12 @@ from collections.abc import Callable
 import torch
 
 from autoprec.device.fp8 import fp8_self_test, fp8_support
-from autoprec.device.local import device_facts, e4m3_dtype, resolve_device
+from autoprec.device.local import device_facts, resolve_device
 from autoprec.device.timing import make_clock, time_interleaved
 from autoprec.device.torchao import import_torchao
-from autoprec.records import Check, Diagnosis, GemmShape, Timing
+from autoprec.predict.gemm import Kernel
+from autoprec.predict.measure import gemm_candidates
+from autoprec.records import Check, Diagnosis, GemmShape, Recipe, Timing
 
 GEMM = GemmShape(M=2048, K=1024, N=1024)
 GPU_GEMM = GemmShape(M=8192, K=4096, N=4096)  # far longer than Python needs to launch it
@@ -67,17 +69,7 @@ def time_gemms(shape: GemmShape, device: torch.device) -> tuple[dict[str, Timing
 
 def gemm_functions(shape: GemmShape, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return [M, K] @ [K, N] -> [M, N] in FP32, BF16 and (where it runs) FP8."""
-    a_MK = torch.randn(shape.M, shape.K, device=device)
-    b_NK = torch.randn(shape.N, shape.K, device=device)
-    a_bf16, b_bf16 = a_MK.bfloat16(), b_NK.bfloat16()
-    functions: dict[str, Callable[[], object]] = {
-        "fp32": lambda: a_MK @ b_NK.T,
-        "bf16": lambda: a_bf16 @ b_bf16.T,
-    }
-    if fp8_support(device).recipes:
-        one = torch.ones((), device=device)
-        a_fp8, b_fp8 = (x.to(e4m3_dtype(device)) for x in (a_bf16, b_bf16))
-        functions["fp8"] = lambda: torch._scaled_mm(
-            a_fp8, b_fp8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
-        )
-    return functions
+    recipes = [Recipe.TENSORWISE] if fp8_support(device).recipes else []
+    found = gemm_candidates(device, (shape.M, shape.K, shape.N), recipes)
+    names = {"fp32": Kernel.FP32, "bf16": Kernel.BF16, "fp8": Kernel.FP8_FAST}
+    return {name: found[kernel] for name, kernel in names.items() if kernel in found}

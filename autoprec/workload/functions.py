@@ -55,7 +55,7 @@ from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.progress import NOW
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.optimizers import optimizer_refusal, plain_parts
+from autoprec.workload.optimizers import optimizer_refusal, plain_parts, trained_by
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -237,7 +237,7 @@ class Workload:
             raise WorkloadError(
                 f"build_optimizer(model) must return one that a plan can train, but {reason}"
             )
-        listed = {p for group in optimizer.param_groups for p in group["params"]}
+        listed = set(trained_by(optimizer))
         if not listed <= set(model.parameters()):
             raise WorkloadError(
                 "build_optimizer(model) must optimise parameters of the model it is given, but it "
@@ -274,16 +274,15 @@ def workload_from(holder: object, *, name: str = "", digest: str = "") -> Worklo
     Raises:
         WorkloadError: a required function is missing, one is none, or a mapping has others.
     """
-    every = (*REQUIRED, *OPTIONAL, *VALUES)
     if not isinstance(holder, Mapping):
         name = name or type(holder).__name__
-        holder = {each: getattr(holder, each, None) for each in every}
+        holder = {each: getattr(holder, each, None) for each in DEFINED}
     name = name or "the workload"
     functions = {each: found for each, found in holder.items() if found is not None}
     readme = "see the README for the functions of a workload"
     for each, found in functions.items():
-        if each not in every:
-            may = f"{name} may define {', '.join(every)}"
+        if each not in DEFINED:
+            may = f"{name} may define {', '.join(DEFINED)}"
             raise WorkloadError(f"{may}, but it defines {shown_value(each)}; {readme}")
         if each in VALUES:
             _check_value(each, found)
@@ -305,6 +304,7 @@ REQUIRED = {
 SPREADING = ("parallelize", "build_mesh")
 OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "evaluate", *SPREADING)
 VALUES = {"accumulation_steps": "a whole number from 1", "clip_norm": "a number above 0"}
+DEFINED = (*REQUIRED, *OPTIONAL, *VALUES)
 DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
 _END = object()
 

@@ -5,7 +5,7 @@ take an optimizer or refuse it.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+Closure = Callable[[], Any]  # Any: the user's loss
+Arguments = tuple[Any, ...]  # Any: whatever an optimizer's step is given
+KeywordArguments = dict[str, Any]
 _BY_ROW = ("crow_indices", "col_indices", "values")
 _BY_COLUMN = ("ccol_indices", "row_indices", "values")
 SPARSE = {  # the methods that return the tensors of a sparse one
@@ -31,6 +34,31 @@ MANY_CLOSURES = (
 )
 
 
+def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def trains(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer has a parameter of a model."""
+    return not set(model.parameters()).isdisjoint(trained_by(optimizer))
+
+
+def closure_of(args: Arguments, kwargs: KeywordArguments) -> Closure | None:
+    """Return the closure that an optimizer's step is given; the arguments are its hooks'."""
+    return next((value for value in (*args[1:], *kwargs.values()) if callable(value)), None)
+
+
+def with_closure(
+    args: Arguments, kwargs: KeywordArguments, closure: Closure
+) -> tuple[Arguments, KeywordArguments]:
+    """Return the arguments of a step with another closure, as a hook before it may."""
+    first, *others = args
+    swapped = [closure if callable(value) else value for value in others]
+    named = {name: closure if callable(value) else value for name, value in kwargs.items()}
+    return (first, *swapped), named
+
+
 def optimizer_refusal(optimizer: object) -> str:
     """Return why neither `tune` nor `apply` takes an optimizer, as a clause; empty if they do."""
     name = type(optimizer).__name__
@@ -45,7 +73,7 @@ def optimizer_refusal(optimizer: object) -> str:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         return f"{name} {MANY_CLOSURES}"
-    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    own = set(trained_by(optimizer))
     for attribute, value in vars(optimizer).items():
         if isinstance(value, nn.Module) and not own.isdisjoint(value.parameters()):
             return (

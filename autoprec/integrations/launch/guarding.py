@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoprec.guard import Guard
-from autoprec.integrations.launch.optimizers import closure_of, trains, with_closure
 from autoprec.integrations.launch.patches import Function
 from autoprec.integrations.plans import GuardedSteps
 from autoprec.records import Plan
+from autoprec.workload.optimizers import closure_of, trains, with_closure
 
 
 class ScriptGuard:

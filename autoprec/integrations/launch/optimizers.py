@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,35 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from autoprec.device.ranks import sharded_tensor
 from autoprec.runtime.attach import HOOKS
 
-Closure = Callable[[], Any]  # Any, here and below: the user's
-Arguments = tuple[Any, ...]
-KeywordArguments = dict[str, Any]
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
-
-
-def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of an optimizer, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimizer has a parameter of a model."""
-    return not set(model.parameters()).isdisjoint(trained_by(optimizer))
-
-
-def closure_of(args: Arguments, kwargs: KeywordArguments) -> Closure | None:
-    """Return the closure that an optimizer's step is given; the arguments are its hooks'."""
-    return next((value for value in (*args[1:], *kwargs.values()) if callable(value)), None)
-
-
-def with_closure(
-    args: Arguments, kwargs: KeywordArguments, closure: Closure
-) -> tuple[Arguments, KeywordArguments]:
-    """Return the arguments of a step with another closure, as a hook before it may."""
-    first, *others = args
-    swapped = [closure if callable(value) else value for value in others]
-    named = {name: closure if callable(value) else value for name, value in kwargs.items()}
-    return (first, *swapped), named
 
 
 def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> Optimizer:
@@ -53,7 +25,7 @@ def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -
     """
     # deepcopy takes what its memo has under an object's id for that object's copy
     pairs = zip(source.parameters(), target.parameters(), strict=True)
-    memo: dict[int, Any] = {id(one): other for one, other in pairs}
+    memo: dict[int, Any] = {id(one): other for one, other in pairs}  # Any: copies of anything
     own = {k: v for k, v in vars(optimizer).items() if k not in HOOKS and not callable(v)}
     other: Optimizer = object.__new__(type(optimizer))
     vars(other).update(copy.deepcopy(own, memo))

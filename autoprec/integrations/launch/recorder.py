@@ -25,17 +25,12 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
-from autoprec.device.ranks import local_part
+from autoprec.device.ranks import local_part, world_size
 from autoprec.integrations.launch.optimizers import (
-    Arguments,
-    KeywordArguments,
     SeenSchedule,
-    closure_of,
     copy_optimizer,
     find_schedule,
     rates_of,
-    trained_by,
-    with_closure,
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
@@ -46,6 +41,13 @@ from autoprec.model.local_copy import is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
+from autoprec.workload.optimizers import (
+    Arguments,
+    KeywordArguments,
+    closure_of,
+    trained_by,
+    with_closure,
+)
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
@@ -178,9 +180,8 @@ class Recorder:
     def _first_call(self, model: nn.Module, is_compiled: bool) -> FirstCall:
         if ON_MODEL in vars(model):
             self.refuse("the script must train plainly, but it applies a plan itself")
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if is_distributed and (ranks := torch.distributed.get_world_size()) > 1:
-            self.refuse(f"one process must train, but there are {ranks}")
+        if world_size() > 1:
+            self.refuse(f"one process must train, but there are {world_size()}")
         device = next(model.parameters()).device
         dtype = torch.get_autocast_dtype(device.type)
         autocast = torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type))

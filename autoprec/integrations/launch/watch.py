@@ -33,7 +33,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError, PlanMismatchError
 from autoprec.integrations.launch.guarding import ScriptGuard
-from autoprec.integrations.launch.optimizers import trained_by, trains
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import Script, run_script, script_line
 from autoprec.integrations.plans import apply_plan, remove_autocast
@@ -43,6 +42,7 @@ from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.shards import whole_again
+from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
 logger = logging.getLogger(__name__)
