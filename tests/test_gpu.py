@@ -33,9 +33,9 @@ from autoprec.device.local import (
 from autoprec.device.timing import (
     Stopping,
     make_clock,
-    relative_error,
     sample_interleaved,
     time_interleaved,
+    timing_from,
 )
 from autoprec.errors import DeviceError
 from autoprec.guard import Guard, Limits
@@ -244,7 +244,7 @@ def test_the_clock_is_stable(device: torch.device) -> None:
     found = sample_interleaved(same, clock=CudaClock(device), stopping=Stopping(30))
     medians = [taken.timing().median_ms for taken in found.values()]
     assert max(medians) < 1.05 * min(medians)
-    assert all(relative_error(taken.clean) < 0.02 for taken in found.values())
+    assert all(timing_from(taken.clean).relative_error < 0.02 for taken in found.values())
     assert not any(taken.is_host_bound for taken in found.values())
 
 

@@ -21,7 +21,6 @@ from autoprec.device.timing import (
     Stopping,
     last_level_cache_bytes,
     make_clock,
-    relative_error,
     sample_interleaved,
     timing_from,
 )
@@ -220,7 +219,7 @@ def test_percentiles_are_in_order_and_within_the_samples(samples: list[float]) -
 
 def test_the_error_of_a_median_is_that_of_normal_samples() -> None:
     generator = np.random.default_rng(0)
-    errors = [relative_error(list(generator.normal(100, 5, 25))) for _ in range(300)]
+    errors = [timing_from(list(generator.normal(100, 5, 25))).relative_error for _ in range(300)]
     medians = [float(np.median(generator.normal(100, 5, 25))) for _ in range(300)]
     assert np.mean(errors) == pytest.approx(np.std(medians) / 100, rel=0.15)
 

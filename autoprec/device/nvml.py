@@ -90,11 +90,7 @@ def _reason_bits(handle: object) -> int:
 
 
 def open_sensor(uuid: str) -> Sensor:
-    """Return the sensor of the GPU with this UUID, as torch or nvidia-smi says it.
-
-    Raises:
-        DeviceError: NVML is not here, or does not show the GPU.
-    """
+    """Return the sensor of the GPU with this UUID, as torch or nvidia-smi says it."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

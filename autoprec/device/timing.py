@@ -159,7 +159,9 @@ class Stopping:
             return True
         if len(samples) < self.least:
             return False
-        return sum(samples) >= self.budget_ms or relative_error(samples) < self.precision
+        return (
+            sum(samples) >= self.budget_ms or timing_from(samples).relative_error < self.precision
+        )
 
 
 @dataclass
@@ -311,11 +313,6 @@ def timing_from(samples: Sequence[float], *, rejected: int = 0) -> Timing:
     """Return the timing of a list of samples in ms."""
     p20, median, p80 = map(float, np.percentile(samples, [20, 50, 80]))
     return Timing(median_ms=median, p20_ms=p20, p80_ms=p80, samples=len(samples), rejected=rejected)
-
-
-def relative_error(samples: Sequence[float]) -> float:
-    """Return the standard error of the median over the median, from the p20 to p80 spread."""
-    return timing_from(samples).relative_error
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

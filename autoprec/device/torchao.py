@@ -43,9 +43,6 @@ def float8_config(option: Option) -> Any:  # Any: torchao ships no types
     """Return the torchao `Float8LinearConfig` of an FP8 option.
 
     GEMMs in `gemms_hp` get both operands disabled; the other GEMMs keep the recipe's casts.
-
-    Raises:
-        PlanMismatchError: the option is not FP8, or its recipe is one torchao does not have.
     """
     if option.recipe not in APPLICABLE_RECIPES:
         raise PlanMismatchError(

@@ -83,12 +83,7 @@ class PlanPrecision(Precision):
         self.model: nn.Module | None = None
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Apply the plan, once.
-
-        Raises:
-            PlanMismatchError: the plan does not fit, or the strategy shards the module; it is as
-                it was.
-        """
+        """Apply the plan, once."""
         if isinstance(module, L.LightningModule):
             _check_strategy(module.trainer.strategy)
         try:

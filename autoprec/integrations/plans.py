@@ -35,9 +35,6 @@ def apply_plan(
 
     The first step must then have finite gradients, or it raises before it trains anything; a guard,
     where there is one, looks at every step itself.
-
-    Raises:
-        PlanMismatchError: as `autoprec.apply` and `autoprec.attach_optimizer`.
     """
     for optimizer in optimizers:
         check_optimizer(model, optimizer)

@@ -232,11 +232,7 @@ class ObservedStep:
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
-    """Return the spec of the model of a step.
-
-    Raises:
-        CaptureError: no layer ran.
-    """
+    """Return the spec of the model of a step."""
     names: dict[int, str] = {}  # of parameters, where each came first
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):

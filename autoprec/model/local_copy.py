@@ -96,9 +96,6 @@ def local_copy(
 
     With `placed` the parameters that tensor parallelism divides stay DTensors; else they are plain,
     and of a linear whose inputs are divided the bias is this rank's part of the sum.
-
-    Raises:
-        WorkloadError: two dimensions of a mesh divide a linear.
     """
     gathering = _gathering(model, layer)
     for module in gathering:

@@ -130,11 +130,7 @@ def _mean_loss(loss: Tensor) -> Tensor:
 def _spread_model(
     device: torch.device, spread: Spread, workload: Workload, model: nn.Module
 ) -> nn.Module:
-    """Spread the model that was built over the ranks; all have the same weights before.
-
-    Raises:
-        WorkloadError: the ranks' weights differ, or `parallelize` does not do what it must.
-    """
+    """Spread the model that was built over the ranks; all have the same weights before."""
     before = _shapes(model)
     ranks.check_same("initial weights (build_model must draw from torch's generator)", _sums(model))
     if workload.defines("parallelize"):

@@ -76,9 +76,6 @@ def calibrate_profile(
     """Return `base` with the constants that were measured, each labelled so.
 
     `software` is what ran, by default what `base` assumes: it says what a rowwise GEMM was.
-
-    Raises:
-        DeviceError: a measured constant lies outside what is believable.
     """
     base = base.model_copy(update={"software": software or base.software})
     bandwidth = max(base.value("memory_bandwidth_tbs"), measured.copied_tbs)

@@ -83,11 +83,7 @@ def software_here() -> Software:
 
 
 def base_profile(name: str, capability: tuple[int, int]) -> DeviceProfile:
-    """Return the shipped profile of that name, else the first of that compute capability.
-
-    Raises:
-        DeviceError: there is neither.
-    """
+    """Return the shipped profile of that name, else the first of that compute capability."""
     try:
         return find_profile(name)
     except DeviceError as error:
@@ -106,18 +102,17 @@ def take_measurements(
     *,
     clock: Clock,
     shapes: Sequence[Shape],
-    small: Shape = SMALL,
     copied_bytes: int = COPIED_BYTES,
     cast: tuple[int, int] = CAST,
     samples: int = SAMPLES,
     monitor: Monitor = UNWATCHED,
     backend: Backend = INDUCTOR,
 ) -> Measured:
-    """Time GEMMs of `shapes`, one of the shape `small`, a copy, an empty kernel and casts."""
+    """Time GEMMs of `shapes` and a small one, a copy, an empty kernel and casts."""
     recipes = fp8_support(device).recipes
     meter = Meter(device, clock, samples, monitor)
     timed = {shape: meter.microseconds(gemm_candidates(device, shape, recipes)) for shape in shapes}
-    smallest = meter.microseconds(gemm_candidates(device, small, recipes), SHORT_CALLS)
+    smallest = meter.microseconds(gemm_candidates(device, SMALL, recipes), SHORT_CALLS)
     # What bounds all other kernels: streaming, and launching nothing.
     source = torch.empty(copied_bytes, dtype=torch.uint8, device=device)
     target, one = torch.empty_like(source), torch.ones((), device=device)

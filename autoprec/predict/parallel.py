@@ -94,11 +94,7 @@ def split_axis(layer: LayerSpec, parallel: Parallel) -> str:
 
 
 def shard_gemm(layer: LayerSpec, parallel: Parallel) -> GemmShape:
-    """Return the layer's GEMM on one device.
-
-    Raises:
-        DeviceError: the tensor-parallel degree does not divide the layer, or its heads.
-    """
+    """Return the layer's GEMM on one device."""
     gemm = layer.gemm
     if gemm is None:
         raise DeviceError(f"a layer must have been called to be sharded, but {layer.name} was not")

@@ -33,11 +33,7 @@ _DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")  # many devices
 
 
 def profiles_folder() -> Path:
-    """Return the folder of the shipped profiles.
-
-    Raises:
-        DeviceError: the installation has none.
-    """
+    """Return the folder of the shipped profiles."""
     for folder in (_PACKAGE / "profiles", _PACKAGE.parent / "profiles"):
         if folder.is_dir():
             return folder
@@ -49,11 +45,7 @@ def profiles_folder() -> Path:
 
 @cache
 def list_device_profiles() -> tuple[DeviceProfile, ...]:
-    """Return the shipped profiles, by name.
-
-    Raises:
-        RecordError: one of the files is damaged.
-    """
+    """Return the shipped profiles, by name."""
     return tuple(DeviceProfile.load(path) for path in sorted(profiles_folder().glob("*.json")))
 
 
@@ -86,11 +78,7 @@ def profile_digest(profile: DeviceProfile) -> str:
 
 
 def find_profile(text: str) -> DeviceProfile:
-    """Return the shipped profile that a spelling means.
-
-    Raises:
-        DeviceError: it means none.
-    """
+    """Return the shipped profile that a spelling means."""
     profiles = list_device_profiles()
     for reading in (device_words(text), device_words(re.sub(r"\([^)]*\)", " ", text))):
         for profile in profiles:

@@ -19,11 +19,7 @@ _NO = frozenset(["no", "n", "false", "f", "0", "eager", "none"])
 
 
 def parse_recipe(recipe: Recipe | str) -> Recipe:
-    """Return the recipe that a name or a published table's wording means.
-
-    Raises:
-        DeviceError: the cost model does not price it.
-    """
+    """Return the recipe that a name or a published table's wording means."""
     text = str(recipe).strip().lower()
     if text in tuple(Recipe):
         return Recipe(text)
@@ -38,11 +34,7 @@ def parse_recipe(recipe: Recipe | str) -> Recipe:
 
 
 def parse_compiled(text: str, *, default: bool) -> bool:
-    """Return whether a table's word means torch.compile; an empty one means `default`.
-
-    Raises:
-        DeviceError: the word says neither.
-    """
+    """Return whether a table's word means torch.compile; an empty one means `default`."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     if not words:
         return default

@@ -39,11 +39,7 @@ class Arm:
 
 
 def trace_text(run: RunRecords) -> str:
-    """Return the trace of a run's profile as JSON.
-
-    Raises:
-        RecordError: the run has no profile.
-    """
+    """Return the trace of a run's profile as JSON."""
     if run.profile is None:
         raise RecordError(
             "a trace is drawn of a profile, but the run has no profile.json; make it with "

@@ -199,11 +199,7 @@ def _position(content: dict[str, Any]) -> tuple[int, int] | None:  # Any: whatev
 
 
 def load_state(target: nn.Module | Optimizer, state: dict[str, Any], *, what: str) -> None:
-    """Load a copy of a state dict into a model or an optimizer; `what` names it in errors.
-
-    Raises:
-        RecordError: the state is of another model or optimizer.
-    """
+    """Load a copy of a state dict into a model or an optimizer; `what` names it in errors."""
     try:
         target.load_state_dict(on_cpu(state))
     except BROKEN_STATE as error:

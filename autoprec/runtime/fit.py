@@ -23,11 +23,7 @@ MOST_LISTED = 8  # differences that an error spells out
 
 
 def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None) -> None:
-    """Check that a plan names every layer of a model, as it is; `found` if they are known.
-
-    Raises:
-        PlanMismatchError: it does not; the message names what differs.
-    """
+    """Check that a plan names every layer of a model, as it is; `found` if they are known."""
     differences = list(_differences(plan, found or model_layers(model)))
     if differences:
         raise PlanMismatchError(
@@ -39,7 +35,7 @@ def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None)
 
 def check_untouched(model: nn.Module, found: ModelLayers) -> None:
     """Check that nothing else has changed or wrapped the model (PlanMismatchError)."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp1_class())
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes()[:1])
     for module in model.modules():
         if ON_MODEL in vars(module) or is_made_here(type(module)):
             raise PlanMismatchError(
@@ -118,12 +114,8 @@ def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
     return one_line(", ".join(sizes)) or "none"
 
 
-def _fsdp1_class() -> tuple[type, ...]:
-    module = sys.modules.get("torch.distributed.fsdp")  # if not, nothing can be an instance
-    return () if module is None else (module.FullyShardedDataParallel,)
-
-
 def _fsdp_classes() -> tuple[type, ...]:
+    """Return the classes of FSDP1 and FSDP2; none while nobody imported them."""
     module = sys.modules.get("torch.distributed.fsdp")
     return () if module is None else (module.FullyShardedDataParallel, module.FSDPModule)
 

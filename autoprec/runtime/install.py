@@ -73,11 +73,7 @@ class Installed(AbstractContextManager["Installed"]):
         module.__class__ = cls
 
     def undo(self) -> None:
-        """Take everything out again; parameters that nobody changed get their exact values back.
-
-        Raises:
-            PlanMismatchError: something else changed a module's class since.
-        """
+        """Take everything out again; parameters that nobody changed get their exact values back."""
         for module, _ in self.classes:
             if not is_made_here(type(module)):
                 raise PlanMismatchError(

@@ -86,11 +86,7 @@ class Masters:
 
     @torch.no_grad()
     def current(self, parameter: nn.Parameter, *, looks_closer: bool = True) -> Tensor:
-        """Return the parameter's master after taking over whatever was written into the parameter.
-
-        Raises:
-            PlanMismatchError: the parameter is not BF16 any more.
-        """
+        """Return the parameter's master, after taking over what was written into the parameter."""
         self._check_dtype(parameter)
         master = self.values[parameter]
         if master is None or master.is_meta:

@@ -64,11 +64,7 @@ def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
-    """Return this rank's part of what a folder holds; `like` is of the same model, its values lost.
-
-    Raises:
-        RecordError: the folder is of another model, or not whole.
-    """
+    """Return this rank's part of what a folder holds, in the place of the values in `like`."""
     states = {part: getattr(like, part) for part in PARTS}
     try:
         load(states, checkpoint_id=folder)
@@ -83,11 +79,7 @@ def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
 
 
 def load_whole(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load whole tensors, which every rank has read, into a sharded model and its optimizer.
-
-    Raises:
-        RecordError: they are of another model or optimizer.
-    """
+    """Load whole tensors, which every rank has read, into a sharded model and its optimizer."""
     whole = StateDictOptions(full_state_dict=True)
     what = "model"
     try:

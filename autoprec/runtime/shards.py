@@ -98,11 +98,7 @@ def mixed_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def refuse_mixed_storage(model: nn.Module) -> None:
-    """Check that each FSDP group of a model, to which a plan was applied first, has one dtype.
-
-    Raises:
-        PlanMismatchError: one has BF16 parameters and FP32 ones.
-    """
+    """Check that each FSDP group of a model, to which a plan was applied first, has one dtype."""
     for group, dtypes in _names_by_dtype(model, lambda param: param.sharded_param.dtype):
         if len(dtypes) > 1:
             listed = ", ".join(

@@ -63,9 +63,6 @@ def parse_condition(text: str) -> Condition:
 
     >>> parse_condition("slower=2%").limit
     0.02
-
-    Raises:
-        SettingsError: it is none.
     """
     name, is_given, limit = text.partition("=")
     try:

@@ -26,11 +26,7 @@ HOPELESS = 20.0  # times slower than BF16: an FP8 kernel that no plan can use is
 
 
 def diagnose(target: str) -> Diagnosis:
-    """Look at the machine; takes a few seconds.
-
-    Raises:
-        DeviceError: the target is not here.
-    """
+    """Look at the machine; takes a few seconds."""
     device = resolve_device(target)
     shape = GPU_GEMM if device.type == "cuda" else GEMM
     timings, speed = time_gemms(shape, device)

@@ -66,9 +66,6 @@ class Folder:
         """Keep every other process from writing into the folder while the context is open.
 
         The lock is the operating system's: it ends with the process, however that ends.
-
-        Raises:
-            RecordError: another process holds it.
         """
         lock = FileLock(self.path / LOCK)
         try:

@@ -1,4 +1,7 @@
-"""Texts and values of settings -> what they stand for, or one line that says what is wrong."""
+"""Texts and values of settings -> what they stand for, or a SettingsError that says what is wrong.
+
+Texts of `--keep` are read by the search, and raise a RecordError.
+"""
 
 import importlib.util
 import math
@@ -23,9 +26,6 @@ def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
 
     >>> parse_recipes("tensorwise, rowwise")
     (<Recipe.TENSORWISE: 'tensorwise'>, <Recipe.ROWWISE: 'rowwise'>)
-
-    Raises:
-        SettingsError: a name is no recipe, or none of them can be applied.
     """
     words = given.split(",") if isinstance(given, str) else given
     names = [str(name).strip() for name in words if str(name).strip()]
@@ -44,9 +44,6 @@ def parse_launcher(given: str | Launcher | None) -> Launcher | None:
 
     >>> parse_launcher("slurm:partition=gpu,timeout_min=60")
     ('slurm', (('partition', 'gpu'), ('timeout_min', 60)))
-
-    Raises:
-        SettingsError: the cluster is unknown or not here, or a parameter has no value.
     """
     if not given or not isinstance(given, str):
         return given or None
@@ -76,9 +73,6 @@ def parse_fraction(given: str | float) -> float:
 
     >>> parse_fraction("0.1%"), parse_fraction(0.002)
     (0.001, 0.002)
-
-    Raises:
-        SettingsError: it is not a number between 0 and 1.
     """
     rule = "--loss-tolerance must be a share above 0 and below 1"
     return _quantity(given, {"": 1.0, "%": 0.01}, below=1.0, rule=rule, example="0.1% or 0.001")
@@ -89,9 +83,6 @@ def parse_seeds(given: str | int | tuple[int, int]) -> tuple[int, int]:
 
     >>> parse_seeds("5:20"), parse_seeds("8")
     ((5, 20), (8, 8))
-
-    Raises:
-        SettingsError: it is neither, or no test can be made of such numbers.
     """
     text = ":".join(map(str, given)) if isinstance(given, tuple) else str(given)
     least, colon, most = text.partition(":")
@@ -106,11 +97,7 @@ def parse_seeds(given: str | int | tuple[int, int]) -> tuple[int, int]:
 
 
 def parse_horizons(given: str | Sequence[int] | None) -> tuple[int, ...]:
-    """Return lengths in steps, shortest first, of a text such as `75,150,300`.
-
-    Raises:
-        SettingsError: one of them is no whole number from 4.
-    """
+    """Return lengths in steps, shortest first, of a text such as `75,150,300`."""
     parts = given.split(",") if isinstance(given, str) else list(given or ())
     texts = [str(part).strip() for part in parts if str(part).strip()]
     if not all(text.isdecimal() and int(text) >= 4 for text in texts):
@@ -126,9 +113,6 @@ def parse_duration(given: str | float | None, *, option: str = "--time-budget") 
 
     >>> parse_duration("20m")
     1200.0
-
-    Raises:
-        SettingsError: it is not a positive number with s, m or h.
     """
     if given is None or given == "":
         return None
@@ -142,9 +126,6 @@ def parse_memory(given: str | float | None, *, option: str = "--memory") -> int 
 
     >>> parse_memory("1.5GiB")
     1610612736
-
-    Raises:
-        SettingsError: it is not a positive number with a unit of bytes.
     """
     if given is None or given == "":
         return None
@@ -165,11 +146,7 @@ def _quantity(
 
 
 def parse_keeps(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the texts of `--keep`, each of which says GLOB=PRECISION[:RECIPE].
-
-    Raises:
-        RecordError: one of them cannot be read.
-    """
+    """Return the texts of `--keep`, each of which says GLOB=PRECISION[:RECIPE]."""
     from autoprec.search.keep import parse_keep
 
     texts = (given,) if isinstance(given, str) else tuple(given or ())
@@ -179,11 +156,7 @@ def parse_keeps(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def parse_metrics(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the texts of `--metric-tolerance`, each of another metric.
-
-    Raises:
-        SettingsError: one of them cannot be read, or two are of one metric.
-    """
+    """Return the texts of `--metric-tolerance`, each of another metric."""
     texts = (given,) if isinstance(given, str) else tuple(given or ())
     names = [parse_metric(text).name for text in texts]
     if len(set(names)) < len(names):
@@ -199,9 +172,6 @@ def parse_metric(text: str) -> MetricTolerance:
 
     >>> parse_metric("accuracy>=-0.2").at_least, parse_metric("fid=0.5").at_most
     (-0.2, 0.5)
-
-    Raises:
-        SettingsError: it is none, or would ask the plan to be better than FP32.
     """
     found = re.fullmatch(r"\s*(.*[^\s<>=])\s*(>=|<=|=)\s*([+-]?\d*\.?\d+(?:e[+-]?\d+)?)\s*", text)
     size = float(found[3]) * (-1.0 if found[2] == ">=" else 1.0) if found else 0.0

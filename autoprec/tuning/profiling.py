@@ -76,11 +76,7 @@ def rows_path(settings: "Settings") -> Path:
 
 
 def kept_fp8(settings: "Settings", spec: ModelSpec) -> dict[str, tuple[Option, ...]]:
-    """Return the FP8 options that `--keep` asks for, by layer.
-
-    Raises:
-        RecordError, InfeasibleError: it names no layer of the model, or options they have not.
-    """
+    """Return the FP8 options that `--keep` asks for, by layer."""
     if not settings.keep:
         return {}
     from autoprec.search.keep import resolve_keep

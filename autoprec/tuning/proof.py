@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autoprec.records import Plan, Profile, Sensitivity, Verification
+from autoprec.records import ModelSpec, Plan, Profile, Sensitivity, Verification
 from autoprec.tuning.ranks import made_on_all
 
 if TYPE_CHECKING:
@@ -11,11 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_evaluate(run: "Run") -> None:
-    """Check the user's metrics before any work, where a proof will ask for them.
-
-    Raises:
-        WorkloadError: `evaluate` fails, or has no metric of the name of a tolerance.
-    """
+    """Check the user's metrics before any work, where a proof will ask for them."""
     trained, settings = run.proxy or run, run.settings
     asks = settings.verify and "verification" in run.stages
     # a resumed run may be done: nothing would be trained
@@ -32,24 +28,37 @@ def prove_plans(
     profile: Profile | None,
     sensitivity: Sensitivity | None,
 ) -> Verification:
-    """Train with the first plan; a refuted one gives way to the next.
-
-    Finished branches are kept for a later run, but not of live functions, which have no name.
-    """
-    settings = run.settings
+    """Train with the first plan; a refuted one gives way to the next."""
     if run.proxy is not None:
         from autoprec.tuning.proxy import verify_on_proxy
 
-        return verify_on_proxy(run.proxy, plans, name=settings.proxy, model=run.spec)
+        return verify_on_proxy(run.proxy, plans, name=run.settings.proxy, model=run.spec)
+    vars(run).pop("reference", None)  # nothing measures against it any more
+    return train_plans(run, plans, profile=profile, sensitivity=sensitivity)
+
+
+def train_plans(
+    run: "Run",
+    plans: Sequence[Plan],
+    *,
+    sensitivity: Sensitivity | None,
+    profile: Profile | None = None,
+    spec: ModelSpec | None = None,
+) -> Verification:
+    """Prove or refute plans of a run's own model, as its settings say.
+
+    Finished branches are kept for a later run, but not of live functions, which have no name.
+    """
     from autoprec.verification import Workers, verify_plans
 
-    vars(run).pop("reference", None)  # nothing measures against it any more
+    settings = run.settings
     return verify_plans(
         run.context,
         plans,
         loss_tolerance=settings.loss_tolerance,
         metrics=settings.metric_tolerances,
         profile=profile,
+        spec=spec,
         sensitivity=sensitivity,
         state_dir=None if run.is_live else settings.out / "branches",
         checkpoint=settings.checkpoint,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from autoprec.common.progress import Progress
 from autoprec.predict.carry import carry_plan
 from autoprec.records import Certificate, ModelSpec, Option, Plan, Proxy, Verdict, Verification
+from autoprec.tuning.proof import train_plans
 from autoprec.tuning.ranks import is_first
 from autoprec.tuning.settings import Settings
 
@@ -72,30 +73,18 @@ def verify_on_proxy(
         name: what the user called the proxy.
         model: the model's spec.
     """
-    from autoprec.verification import Workers, verify_plans
-
-    settings = proxy.settings
+    folder = proxy.settings.out
     carried: dict[str, tuple[Plan, Plan]] = {}  # those that are one there: the best of them
     for plan in plans:
         small = carry_plan(plan, proxy.spec, proxy.sensitivity)
         carried.setdefault(small.digest, (plan, small))
-    found = verify_plans(
-        proxy.context,
-        [small for _, small in carried.values()],
-        loss_tolerance=settings.loss_tolerance,
-        metrics=settings.metric_tolerances,
-        spec=proxy.spec,
-        sensitivity=proxy.sensitivity,
-        state_dir=None if proxy.is_live else settings.out / "branches",
-        checkpoint=settings.checkpoint,
-        terms=settings.terms,
-        workers=Workers(settings.workers, settings.launcher),
-    )
+    smalls = [small for _, small in carried.values()]
+    found = train_plans(proxy, smalls, spec=proxy.spec, sensitivity=proxy.sensitivity)
     plan, small = carried[found.plan]
     certified = small.model_copy(update={"certificate": Certificate.of(found)})
     if is_first():
-        certified.save(settings.out / "plan.json")
-        found.save(settings.out / "verification.json")
+        certified.save(folder / "plan.json")
+        found.save(folder / "verification.json")
     facts = Proxy(
         name=name,
         structure=proxy.spec.structure,

@@ -73,11 +73,7 @@ def made_on_first(make: Callable[[], T]) -> T:
 
 
 def made_on_all(make: Callable[[], T]) -> T:
-    """Return rank 0's of what every rank makes, so that all go on from the same.
-
-    Raises:
-        DeviceError: memory ran out.
-    """
+    """Return rank 0's of what every rank makes, so that all go on from the same."""
     try:
         made = make()
     except (RuntimeError, WorkloadError) as error:

@@ -336,9 +336,6 @@ class Run:
         """Keep other runs out of the folder while the context is open; rank 0 holds the lock.
 
         A worker writes nothing there, and is let in beside others.
-
-        Raises:
-            RecordError: another run has it; on every rank.
         """
         with ExitStack() as stack:
             if not self.settings.worker:

@@ -259,11 +259,7 @@ class Settings:
 
     @classmethod
     def of(cls, **given: Any) -> Self:  # Any: texts, or values of the settings' types
-        """Return the settings of texts or values by name.
-
-        Raises:
-            SettingsError: a name is no setting, or a value is not one that it takes.
-        """
+        """Return the settings of texts or values by name."""
         known = all_settings()
         if unknown := [name for name in given if name not in known]:
             raise SettingsError(
@@ -385,11 +381,7 @@ class Settings:
         return tuple(fp8_option(recipe) for recipe in self.recipes)
 
     def device_profile(self) -> "DeviceProfile | None":
-        """Return the device profile that the target names; None for the machine at hand.
-
-        Raises:
-            DeviceError: it is neither a device here nor a profile.
-        """
+        """Return the device profile that the target names; None for the machine at hand."""
         from autoprec.predict.registry import load_device_profile
 
         return None if self.is_local else load_device_profile(self.target)

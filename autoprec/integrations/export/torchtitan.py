@@ -17,11 +17,7 @@ RESERVED = "auto_filter_small_kn"  # a word with a meaning of its own in filter_
 
 
 def titan_filters(plan: Plan) -> dict[Option, list[str]]:
-    """Return for each FP8 option the `filter_fqns` with which exactly its layers are converted.
-
-    Raises:
-        PlanMismatchError: a name that must be filtered is part of one that must not.
-    """
+    """Return for each FP8 option the `filter_fqns` with which exactly its layers are converted."""
     converted = [layer for layer in plan.layers if _is_converted(layer)]
     filters: dict[Option, list[str]] = {}
     for option, wanted in fp8_choices(plan).items():

@@ -22,11 +22,7 @@ PREFIX = r"(?:model\.)?(?:module\.)*"  # what infer_and_assign_layer_names and D
 
 
 def engine_sections(plan: Plan) -> dict[str, object]:
-    """Return the recipe, the pattern of all modules but the FP8 layers, and those of single GEMMs.
-
-    Raises:
-        PlanMismatchError: two names cannot be told apart.
-    """
+    """Return the recipe, the pattern of all but the FP8 layers, and those of single GEMMs."""
     _require_distinct(plan)
     choices = fp8_choices(plan)
     return {

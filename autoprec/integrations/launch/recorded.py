@@ -127,11 +127,7 @@ def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
 
 
 def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> torch.dtype | None:
-    """Run the first batch again as the script did, and compare; return its layers' autocast.
-
-    Raises:
-        WorkloadError: loss or gradient differ.
-    """
+    """Run the first batch again as the script did, and compare; return its layers' autocast."""
     model = copy.deepcopy(first.model).to(first.device).train()
     first.policy.install(model)
     batch = move_batch(recorder.batches[0], first.device)

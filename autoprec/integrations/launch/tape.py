@@ -159,9 +159,6 @@ def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence
 
     Of a model that a script holds in 16 bit and that gives FP32 here, operands of two dtypes meet:
     they are made FP32.
-
-    Raises:
-        WorkloadError: the model returns something else than when it was recorded.
     """
     parameters, outputs = list(model.parameters()), tensors_in(output)
     inputs: dict[str, Value] = {"device": parameters[0].device}
