@@ -20,6 +20,7 @@ from autoprec.errors import (
     CaptureError,
     DeviceError,
     InfeasibleError,
+    NoRoomError,
     PlanMismatchError,
     RecordError,
     SettingsError,
@@ -42,9 +43,9 @@ __version__ = "0.2.0"
 
 __all__ = ["Guard", "Limits", "Plan", "Run", "apply", "attach_optimizer", "load_checkpoint"]
 __all__ += ["master_view", "save_checkpoint", "tune", "undo", "verify_applied"]
-__all__ += ["AutoprecError", "CaptureError", "DeviceError", "InfeasibleError", "PlanMismatchError"]
-__all__ += ["RecordError", "SettingsError", "TrainingStoppedError", "WorkerError"]
-__all__ += ["WorkloadError"]
+__all__ += ["AutoprecError", "CaptureError", "DeviceError", "InfeasibleError", "NoRoomError"]
+__all__ += ["PlanMismatchError", "RecordError", "SettingsError", "TrainingStoppedError"]
+__all__ += ["WorkerError", "WorkloadError"]
 _HOMES = {  # modules -> what is imported from them when it is first asked for
     "autoprec.guard": ("Guard", "Limits"),
     "autoprec.runtime": ("apply", "attach_optimizer", "master_view", "undo", "verify_applied"),
