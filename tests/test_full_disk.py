@@ -1,19 +1,24 @@
 """A disk that is full while a record, a checkpoint or a report is saved."""
 
 import errno
+import resource
 import signal
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import optuna
 import pytest
 import torch
+import torch.distributed as dist
 
 from autoprec.cli.ending import terminated_as_interrupted
 from autoprec.cli.main import main
 from autoprec.common.files import replace_file, write_atomically
 from autoprec.errors import NoRoomError, RecordError
 from autoprec.profiler import KeptRows
-from autoprec.runtime.checkpoint import save_content
+from autoprec.runtime.checkpoint import Checkpoint, save_content
+from autoprec.runtime.sharded_state import write_shards
+from autoprec.search.storage import _QuickSqlite, open_study
 
 
 @pytest.fixture
@@ -59,6 +64,52 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
     ):  # torch's own error wraps it
         save_content(tmp_path / "branch.pt", {"model": {"weight": torch.zeros(10_000)}})
     assert [each.name for each in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+    shards = Checkpoint({"weight": torch.ones(100_000)}, {"state": {}}, is_sharded=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(NoRoomError, match=r"find room, but \S+warm_up takes 390.6 KiB and "):
+            write_shards(tmp_path / "warm_up", shards)
+        assert not list(tmp_path.iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        write_shards(tmp_path / "warm_up", shards)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        dist.destroy_process_group()
+    assert [each.name for each in tmp_path.iterdir()] == ["warm_up"]
+
+
+def test_a_study_that_does_not_fit_is_one_line_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    with open_study(url, "autoprec", tables="same") as (study, _):
+        study.add_trial(optuna.trial.create_trial(values=[1.0, 1.0, 1.0]))
+
+    class Full(_QuickSqlite):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.execute("PRAGMA max_page_count=1").close()  # SQLite takes what there is
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autoprec.search.storage._QuickSqlite", Full)
+        says = r"a study must find room to grow, but sqlite:\S+ has none .*full.; make room"
+        with (
+            pytest.raises(NoRoomError, match=says),
+            open_study(url, "autoprec", tables="same") as (study, _),
+        ):
+            study.set_user_attr("long", "x" * 50_000)
+        with (
+            pytest.raises(NoRoomError, match=says),
+            open_study(f"sqlite:///{tmp_path / 'new.db'}", "autoprec", tables="same"),
+        ):
+            pass
+    with open_study(url, "autoprec", tables="same") as (study, _):
+        assert len(study.trials) == 1
 
 
 def test_a_quota_is_no_room_and_a_read_only_disk_another_error(tmp_path: Path) -> None:

@@ -117,6 +117,27 @@ def wide_workload() -> Workload:
     return workload_from({**functions, "loss_fn": lambda model, x: F.mse_loss(model(x), x)})
 
 
+def test_building_a_variant_is_progress_too() -> None:
+    """It takes as long as a turn, with a compiler longer: a pipe must not fall silent."""
+    seen: list[tuple[int, int, bool]] = []
+    built: list[int] = []
+
+    def build() -> Mlp:
+        built.append(1)
+        return Mlp()
+
+    def progress(label: str, done: int, total: int) -> None:
+        assert label == "steps"
+        seen.append((done, total, bool(built)))
+
+    context = Context(workload(build), CPU, clock=ConstantClock(), progress=progress)
+    variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": BF16}
+    time_steps(context, variants, stopping=Stopping(4, 2), monitor=UNWATCHED)
+    assert seen[0] == (0, 6, False)  # two are built, and have two turns each
+    assert [done for done, *_ in seen] == list(range(7))
+    assert {total for _, total, _ in seen} == {6}
+
+
 def test_steps_take_the_memory_of_one_of_them() -> None:
     bf16 = dict.fromkeys(find_layers(Wide()), BF16_O2)
     with tracked_peak() as alone:

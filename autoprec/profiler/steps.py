@@ -136,23 +136,26 @@ class _Comparison:
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
         """Time the variants, one of them in memory at a time."""
+        # as many turns as every variant has samples, each with its share of them
+        turns = max(min(TURNS, self.stopping.least), 1)
         arms: dict[str, _Arm] = {}
-        for label, variant in variants.items():
+        built = len(variants)  # each takes about as long as a turn
+        for place, (label, variant) in enumerate(variants.items()):
+            self.context.progress("steps", place, built + turns * built)
             arm = self._build_if_it_runs(label, variant)
             if arm is not None:
                 arms[label] = arm
-        # as many turns as every variant has samples, each with its share of them
-        turns = max(min(TURNS, self.stopping.least), 1)
         least_ms = LEAST_ON_GPU_MS if self.context.device.type == "cuda" else 0.0
         own = _share(replace(self.stopping, least_ms=least_ms), turns)
         order, draw = list(arms), random.Random(self.context.seed)
+        total = built + turns * len(order)
         for turn in range(turns):
             draw.shuffle(order)
             for place, label in enumerate(order):
-                self.context.progress("steps", turn * len(order) + place, turns * len(order))
+                self.context.progress("steps", built + turn * len(order) + place, total)
                 arms[label] = self._take_turn(arms[label], label, variants[label], own, turn)
         NOW.measures = ""
-        self.context.progress("steps", turns * len(order), turns * len(order))
+        self.context.progress("steps", total, total)
         return tuple(_timing(label, arm) for label, arm in arms.items())
 
     def _take_turn(

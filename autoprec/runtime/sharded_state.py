@@ -5,6 +5,7 @@ In memory a rank keeps its own shards on its host; on disk they are a distribute
 a run of other ranks) reads what it needs. Its folder must be one that all ranks see.
 """
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprec.common.files import PARTIAL, refusal_to_write, write_atomically
 from autoprec.common.text import error_line
-from autoprec.device.ranks import made_on_first_rank
+from autoprec.device.ranks import local_part, made_on_first_rank
 from autoprec.errors import RecordError
 from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint
 from autoprec.workload.optimizers import trained_by
@@ -50,17 +52,46 @@ def load_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) 
 
 
 def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the parts of all ranks into a folder, which appears when it is complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    made_on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))  # what a killed run left
-    save({part: getattr(checkpoint, part) for part in PARTS}, checkpoint_id=partial)
+    """Write the parts of all ranks into a folder, which appears when it is complete.
+
+    Raises:
+        RecordError: it cannot be written; NoRoomError: the disk is full. On every rank.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+
+    def drop() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
 
     def finish() -> None:
         plain = {name: getattr(checkpoint, name) for name in PLAIN}
-        (partial / LOSSES).write_text(json.dumps(plain))
-        partial.rename(folder)
+        write_atomically(partial / LOSSES, json.dumps(plain))
+        try:
+            partial.rename(folder)
+        except OSError as error:
+            raise refusal_to_write(folder, error) from error
 
-    made_on_first_rank(finish)
+    made_on_first_rank(drop)  # what a killed run left
+    try:
+        save({part: getattr(checkpoint, part) for part in PARTS}, checkpoint_id=partial)
+        made_on_first_rank(finish)
+    except CheckpointException as error:  # every rank has it, with what each one met
+        made_on_first_rank(drop)
+        raise _unwritten(folder, error, checkpoint) from error
+    except RecordError:
+        made_on_first_rank(drop)
+        raise
+
+
+def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint) -> Exception:
+    """Return what to tell of a folder that ranks could not write."""
+    causes = [cause for cause, _ in error.failures.values()]
+    own = next((cause for cause in causes if isinstance(cause, OSError)), None)
+    # torch's writer has an error of its own for what did not fit, and drops the system's
+    if own is None and any("inline_container" in str(cause) for cause in causes):
+        own = OSError(errno.ENOSPC, "a rank could not write its part")
+    leaves = tree_leaves((checkpoint.model, checkpoint.optimizer))
+    size = sum(local_part(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    return error if own is None else refusal_to_write(folder, own, size)
 
 
 def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:

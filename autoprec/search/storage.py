@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprec.errors import RecordError
+from autoprec.errors import NoRoomError, RecordError
 from autoprec.search.workers import BEAT_S, STALE_S, Claims, Team
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OPEN_TRIES, OPEN_WAIT_S = 10, 0.5  # tables are a dozen, and each can be made by one only
 CONNECT_S = 10  # until a server must have answered
+FULL = ("disk is full", "No space left", "disk full")  # as SQLite and PostgreSQL say it
 LOCKED_S = 60  # that another process may keep a SQLite file
 OBJECTIVES = ("step time, ms", "gradient error", "bytes")
 TABLES = "autoprec_tables"  # the study's user attribute that names the tables
@@ -74,6 +75,11 @@ def open_study(
             claims.free_stale()
             yield study, claims
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        if any(said in str(error.__cause__ or error) for said in FULL):
+            raise NoRoomError(
+                f"a study must find room to grow, but {storage} has none "
+                f"({_first_line(error)}); make room, and go on with --resume"
+            ) from error
         raise RecordError(_storage_problem(storage, error)) from error
     finally:
         if database is not None:
@@ -164,8 +170,13 @@ def _created(database: "optuna.storages.RDBStorage | None", name: str) -> "optun
 
 
 def _storage_problem(storage: str | None, error: Exception) -> str:
-    reason = str(getattr(error, "orig", None) or error).strip().splitlines() or [repr(error)]
     return (
         f"--storage must be a database URL that Optuna can open, but {storage} is not "
-        f"({reason[0]}); write e.g. sqlite:///study.db in a folder that exists, or leave it out"
+        f"({_first_line(error)}); write e.g. sqlite:///study.db in a folder that exists, or leave "
+        "it out"
     )
+
+
+def _first_line(error: Exception) -> str:
+    said = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()
+    return said[0] if said else repr(error)
