@@ -69,7 +69,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
 def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     shards = Checkpoint({"weight": torch.ones(100_000)}, {"state": {}}, is_sharded=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
         with pytest.raises(NoRoomError, match=r"find room, but \S+warm_up takes 390.6 KiB and "):

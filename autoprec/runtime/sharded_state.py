@@ -82,7 +82,7 @@ def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
         raise
 
 
-def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint) -> Exception:
+def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint) -> BaseException:
     """Return what to tell of a folder that ranks could not write."""
     causes = [cause for cause, _ in error.failures.values()]
     own = next((cause for cause in causes if isinstance(cause, OSError)), None)
