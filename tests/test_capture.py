@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +135,31 @@ def test_refusals_say_why() -> None:
     conv = capture_model(Context(conv_workload(), CPU)).layer("conv")
     assert conv.refusal(Precision.FP8_O1) is not None
     assert conv.refusal(Precision.BF16_O2) is None
+
+
+def slope_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x = batch[0].detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    loss: Tensor = slope.square().mean()
+    return loss
+
+
+def each_by_itself_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(torch.vmap(model)(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "reason"),
+    [(slope_loss, "differentiated again"), (each_by_itself_loss, "transform")],
+)
+def test_layers_that_fp8_could_not_run_in_say_so(
+    loss_fn: Callable[..., Tensor], reason: str
+) -> None:
+    plain = mlp_workload()
+    workload = replace(plain, _functions={**plain._functions, "loss_fn": loss_fn})
+    for layer in capture_model(Context(workload, CPU)).layers:
+        assert reason in str(layer.refusal(Precision.FP8_O1))
+        assert layer.refusal(Precision.BF16_O2) is None
 
 
 def test_short_last_batch_counts_for_fp8() -> None:

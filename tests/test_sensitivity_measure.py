@@ -366,3 +366,72 @@ def test_what_a_mask_or_a_hook_keeps_still_weighs_nothing(kind: str) -> None:
     assert min(ratios) > 0.7
     assert max(ratios) < 1.4
     assert max(row.grad_error.mean for row in exact.rows) < 0.01
+
+
+class Following(nn.Module):
+    """A network, and a frozen one of its shape that every call moves towards it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = nn.Linear(32, 16), nn.Linear(32, 16)
+        self.target.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for own, trained in zip(
+                self.target.parameters(), self.online.parameters(), strict=True
+            ):
+                own.lerp_(trained, 0.1)
+        return F.mse_loss(self.online(x), self.target(x.roll(1, 0)))
+
+
+def test_a_network_that_follows_the_trained_one_is_the_same_in_every_pass() -> None:
+    workload = changed(
+        mlp_workload(), build_model=Following, loss_fn=lambda model, batch: model(batch[0][:, :32])
+    )
+    reference = warmed_up(workload, captured(workload))
+    before = {name: p.clone() for name, p in reference.model.named_parameters()}
+    assert reference.squared_error(0, reference.gradient(0)) == 0.0
+    reference.put_back()
+    for name, parameter in reference.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+class SparseAndDouble(nn.Module):
+    """A table with sparse gradients, and a head in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = (
+            nn.EmbeddingBag(64, 32, mode="mean", sparse=True),
+            nn.Linear(32, 32),
+        )
+        self.head = nn.Linear(32, 16).double()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(F.gelu(self.inner(self.table(ids))).double())
+        return F.cross_entropy(logits, ids.sum(1) % 16)
+
+
+def test_sparse_gradients_and_parts_in_float64_are_measured_as_they_are_one_by_one() -> None:
+    def batches(seed: int) -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randint(64, (128, 3), generator=generator)
+
+    workload = changed(
+        mlp_workload(),
+        build_model=SparseAndDouble,
+        train_batches=batches,
+        loss_fn=lambda model, ids: model(ids),
+        build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    spec = captured(workload)
+    exact, probed = (
+        measure_sensitivity(
+            warmed_up(workload, spec, warmup_steps=6), options=[TENSORWISE], method=method
+        )
+        for method in (Method.LAYERWISE, Method.SIGN_CODED)
+    )
+    for one, other in zip(exact.rows, probed.rows, strict=True):
+        assert 0.6 < other.grad_error.mean / one.grad_error.mean < 1.6, (one, other)

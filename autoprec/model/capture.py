@@ -158,6 +158,7 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     for parameter in model.parameters():
         if parameter.grad is not None:
             own = local_part(parameter.grad.detach())
+            own = torch.view_as_real(own) if own.is_complex() else own
             digest.update(own.double().sum().cpu().numpy().tobytes())
     return StepResult(value, digest.hexdigest(), used_randomness)
 
@@ -270,6 +271,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
     is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
     obstacle = USED_UNCALLED if is_used_uncalled else ""
+    obstacle = next((call.obstacle for call in calls if call.obstacle), obstacle)
     if kind is LayerKind.OTHER and any(p.squeeze().dim() > 2 for p in layer.parameters()):
         obstacle = HAS_EXPERTS
     options, refusals = layer_options(

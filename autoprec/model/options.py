@@ -34,6 +34,10 @@ HAS_EXPERTS = (
     "its matrices share one parameter of three dimensions, as experts of a mixture do, and FP8 is "
     "for nn.Linear"
 )
+TWICE_DIFFERENTIATED = (
+    "its gradient is differentiated again (create_graph=True), and those of FP8 GEMMs cannot be"
+)
+IN_TRANSFORM = "it is called within a transform of torch.func, which FP8 GEMMs have no rule for"
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from autoprec.device.ranks import local_part
 from autoprec.model.local_copy import is_divided
 from autoprec.model.neighbours import NeighbourWatch, Surroundings, own_kernel
+from autoprec.model.options import IN_TRANSFORM, TWICE_DIFFERENTIATED
 
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
 Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
@@ -46,6 +47,7 @@ class Call:
     surroundings: Surroundings | None = None  # what is beside it, where that was watched
     output_elements: int = 0  # of its floating outputs
     made_by: str = ""  # a kernel of somebody's own that made its input (`own_kernel`)
+    obstacle: str = ""  # why FP8 could not run in its place
 
 
 def detached(tensor: Tensor) -> Tensor:
@@ -127,16 +129,22 @@ class _Recorder:
         call = Call(kept_args, kept_kwargs, with_grad=with_grad)
         call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            call.obstacle = IN_TRANSFORM
         if self._known is not None:
             self._known[key] = call
         self.calls.append(call)
         if self._neighbours is not None and isinstance(output, Tensor) and args:
             call.surroundings = self._neighbours.surround(args[0], output)
-        if with_grad and self._gradients is not Gradients.NONE:
+        if with_grad and not call.obstacle:
             self._watch(call, output)
 
     def _watch(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
         for place, tensor in enumerate(output_tensors(output)):
+            if self._gradients is Gradients.NONE:
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_see_graph, call))  # type: ignore[no-untyped-call]  # torch
+                continue
             call.gradients.append(None)
             if self._gradients is Gradients.ALL and not tensor.requires_grad:
                 tensor.requires_grad_()
@@ -161,6 +169,12 @@ def _catch(call: Call, place: int, placed: bool, gradient: Tensor) -> None:
     own = gradient.detach()
     before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own
+
+
+def _see_graph(call: Call, _: Tensor) -> None:
+    """See whether a backward pass records itself, to be differentiated too: `create_graph`."""
+    if torch.is_grad_enabled():
+        call.obstacle = TWICE_DIFFERENTIATED
 
 
 def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes

@@ -143,8 +143,8 @@ class Linear:
         rows = max(chunk // width // COUNTED_ROWS, 1) * COUNTED_ROWS
         self.layer, self.options = layer, options
         # taken now: inside `in_bf16` the layer has others
-        self.weight_NK = layer.weight.detach()
-        self.bias_N = None if layer.bias is None else layer.bias.detach()
+        self.weight_NK = layer.weight.detach().float()
+        self.bias_N = None if layer.bias is None else layer.bias.detach().float()
         self.weight = self._matrix(self.weight_NK, rows, "NK", amax.get(Operand.WEIGHT))
         pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
         self.calls = [
@@ -403,8 +403,8 @@ def _operands(layer: nn.Linear, calls: Sequence[Call]) -> list[tuple[Tensor, Ten
     """Return x_MK and grad_MN of each call that a gradient came back to."""
     return [
         (
-            local_part(floating_inputs(call)[0]).reshape(-1, layer.in_features),
-            local_part(call.gradients[0]).reshape(-1, layer.out_features),
+            local_part(floating_inputs(call)[0]).float().reshape(-1, layer.in_features),
+            local_part(call.gradients[0]).float().reshape(-1, layer.out_features),
         )
         for call in calls
         if call.gradients[0] is not None

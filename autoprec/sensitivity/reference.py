@@ -103,6 +103,8 @@ class Reference:
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     early: tuple[StepError, ...] = ()  # measured in the warm-up
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
+    # frozen parameters that a pass changes, as a target network that follows the trained one
+    followers: dict[str, Tensor] | None = None  # as they were before; None until a pass is seen
 
     @cached_property
     def more(self) -> InTurn[Batch]:
@@ -143,6 +145,7 @@ class Reference:
         dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
         hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.put_back()
+        before = None if self.followers is not None else _frozen_state(self.model)
         with seeded(self.context.seed * 7919 + index, self.context.device), tf32_off():
             batch = move_batch(self.batches[index], self.context.device)
             try:
@@ -151,14 +154,20 @@ class Reference:
             finally:
                 for hook in hooks:
                     hook.remove()
+        if before is not None:
+            own = dict(self.model.named_parameters())
+            changed = {n: p for n, (version, p) in before.items() if own[n]._version != version}
+            self.followers = changed
         return loss
 
     def put_back(self) -> None:
-        """Give the model the buffers of the warm-up, and no gradients."""
+        """Give the model the buffers and followers of the warm-up, and no gradients."""
         self.model.zero_grad(set_to_none=True)
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 buffer.copy_(self.buffers[name])
+        for name, own in (self.followers or {}).items():
+            local_part(self.model.get_parameter(name).detach()).copy_(own)
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
@@ -243,6 +252,12 @@ class Reference:
         installed = partial(install_options, self.model, options, uncovered=uncovered)
         found = self.measure_errors({"joint": installed}, batches=len(self.batches))["joint"]
         return (StepError(step=step, grad_error=found),)
+
+
+def _frozen_state(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """Return the version and a copy, on the host, of every parameter that is not trained."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return {n: (p._version, local_part(p.detach()).to("cpu", copy=True)) for n, p in frozen.items()}
 
 
 def fp8_everywhere(spec: ModelSpec) -> dict[str, Option]:

@@ -76,7 +76,9 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             roots, gradients = zip(*pairs, strict=True)
             with without_hooks(layer):  # the norm of its errors runs them, see hooks.py
                 given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
-            found = {t: g for t, g in zip(wanted, given, strict=True) if g is not None}
+            arrived = ((t, g) for t, g in zip(wanted, given, strict=True) if g is not None)
+            # an embedding's, made with sparse=True, is not strided
+            found = {t: g.to_dense() if g.is_sparse else g for t, g in arrived}
         outputs += [y.detach().float() for y in produced]
         input_gradients += [found[x].float() if x in found else None for x in inputs]
         passed = {g.untyped_storage()._cdata for _, g in pairs}
