@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from autoprec import __version__
-from autoprec.records import Verdict
+from autoprec.records import Operand, Verdict
 from autoprec.report import RunRecords, formats, print_layers, render_html
 from autoprec.report.answer import Advice
 from autoprec.report.answer_page import answer_facts
@@ -227,6 +227,22 @@ def test_layers_are_folded_as_in_the_terminal(run: RunRecords) -> None:
         line = next(x for x in printed.splitlines() if x.startswith(f"{group.row['name']} "))
         assert line.split()[-1] == group.row["code"]
     assert sum(len(group.layers) for group in groups) == len(layers)
+
+
+def test_a_layer_says_that_an_operand_is_far_from_zero_whatever_its_reason() -> None:
+    run = make_run(machine=CPU, M=2048, width=256)  # time alone decides
+    assert run.sensitivity
+    first, *others = run.sensitivity.statistics
+    assert first.operand is Operand.INPUT
+    update = {"mean_over_std": 12.0, "mean_share": {"tensorwise": 0.81, "rowwise": -0.1}}
+    far = (first.model_copy(update=update), *others)
+    told = replace(run, sensitivity=run.sensitivity.model_copy(update={"statistics": far}))
+    line = (
+        f"p: {first.name}, input: mean 12x its spread, which rounding is relative to "
+        "(81 % of tensorwise's error)"
+    )
+    assert [words for words in Page(render_html(told)).words if "its spread" in words] == [line]
+    assert "its spread" not in render_html(run)
 
 
 def test_options_of_a_group_are_sums_of_those_that_are_all_known() -> None:

@@ -17,6 +17,7 @@ from autoprec.report.layer_frame import CODES, View, columns_of, options_frame
 from autoprec.report.layer_table import layer_groups, total_row
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import summarise_run
+from autoprec.sensitivity.causes import offset_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_GROUPS = 150  # of alike layers in the table; layers.csv has every layer
@@ -61,8 +62,20 @@ def render_html(run: RunRecords) -> str:
         columns=columns_of(View.PAGE, [*(group.row for group in groups), total]),
         total=total,
         codes=CODES,
+        offsets=_offsets(run),
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
     )
+
+
+def _offsets(run: RunRecords) -> dict[str, str]:
+    """Return what is said of operands far from zero, by layer: time alone may be its reason."""
+    found: dict[str, list[str]] = {}
+    for row in run.sensitivity.statistics if run.sensitivity else ():
+        if said := offset_of(row):
+            shares = (row.mean_share or row.range_share).items()
+            parts = [f"{formats.share(x)} of {recipe}'s error" for recipe, x in shares if x > 0.0]
+            found.setdefault(row.name, []).append(f"{said} ({', '.join(parts)})" if parts else said)
+    return {name: "; ".join(each) for name, each in found.items()}
 
 
 def render(template: str, **values: object) -> str:
