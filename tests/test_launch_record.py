@@ -15,6 +15,7 @@ from autoprec.integrations.launch import Script, record_workload
 from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
 from autoprec.workload.functions import Workload, check_batches
+from autoprec.workload.training import Training
 from tests.accelerate_state import fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
 
@@ -158,6 +159,23 @@ def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: s
     workload = record(tmp_path, HEAD + TRIALS[what] + LOOP)
     assert [len(batch.args[0]) for batch in recorded(workload)] == [16] * STEPS
     assert math.isfinite(first_loss(workload))
+
+
+def test_a_model_that_keeps_what_has_no_copy_is_recorded(tmp_path: Path) -> None:
+    body = HEAD + (
+        "import threading\n"
+        "class Config(dict):\n"
+        "    __getattr__ = dict.__getitem__\n"  # so it has no __deepcopy__, with a KeyError
+        "model.config, model.head.lock = Config(width=64), threading.Lock()\n"
+    )
+    workload = record(tmp_path, body + LOOP)
+    one, other = workload.build_model(), workload.build_model()
+    assert one.config is other.config
+    assert all(a is not b for a, b in _parameters(one, other))
+    Training(workload, one, workload.build_optimizer(one)).step(
+        list(islice(workload.train_batches(0), 1))
+    )
+    assert not torch.equal(one.head.weight, other.head.weight)  # type: ignore[union-attr,arg-type]
 
 
 def test_the_wrapper_of_fabric_is_not_the_model(tmp_path: Path) -> None:
@@ -363,6 +381,11 @@ REFUSALS = {
         "loss = F.cross_entropy(model(x), y)",
         "out = model(x); out.register_hook(lambda g: 2 * g); loss = F.cross_entropy(out, y)",
         "gradient hook",
+    ),
+    "a batch without a copy": (
+        "loss = F.cross_entropy(model(x), y)",
+        "import threading; model(x, threading.Lock()); loss = F.cross_entropy(model(x), y)",
+        "can be copied",
     ),
     "hidden inputs": (
         "loss = F.cross_entropy(model(x), y)",

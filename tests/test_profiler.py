@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
+import autoprec
 from autoprec.device.tracing import Operation, traced
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -41,6 +43,7 @@ from autoprec.records import (
     Recipe,
     TensorSpec,
 )
+from autoprec.runtime.fit import uniform_plan
 from autoprec.workload.functions import Workload, take_batches, workload_from
 from tests.constant_clock import CPU, RUNS_FP8, TENSORWISE, ConstantClock, needs_fp8
 from tests.models import WIDTH, conv_workload, mlp_workload, token_workload
@@ -137,6 +140,25 @@ def test_a_group_norm_of_channels_last_images_does_not_end_the_process() -> None
     row = row_of(profile, "1", BF16_O2)
     assert row.total is not None
     assert row.grad_weight is None  # asked for alone, torch 2.13 crashes
+
+
+def test_what_is_wrapped_for_checkpointing_is_profiled_under_plain_names() -> None:
+    """Whole steps install options by the names of the spec, which are those of a plan."""
+    plain = mlp_workload()
+
+    def build_model() -> nn.Module:
+        model: Any = plain.build_model()
+        model.first = checkpoint_wrapper(model.first)
+        return checkpoint_wrapper(model)
+
+    functions = {"train_batches": plain.train_batches, "loss_fn": plain.loss_fn}
+    context = Context(workload_from({"build_model": build_model, **functions}), CPU)
+    spec = capture_model(context)
+    assert spec.names == capture_model(Context(plain, CPU)).names
+    profile = profile_model(context, spec, options=())
+    assert {name for row in profile.layers for name in row.names} == set(spec.names)
+    assert all(step.timing.samples for step in profile.steps)
+    autoprec.apply(uniform_plan(build_model(), BF16_O2), build_model())
 
 
 def test_layers_of_one_shape_are_timed_once() -> None:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from autoprec.errors import PlanMismatchError
 from autoprec.guard import Guard
-from autoprec.model.layers import plain_name, unwrapped
+from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
 from autoprec.runtime.attach import check_optimizer
@@ -68,9 +68,7 @@ def remove_autocast(model: nn.Module) -> None:
 def runs_plan(model: nn.Module, plan: Plan) -> bool:
     """Whether this very plan is applied to the model already."""
     masters, options = vars(unwrapped(model)).get(ON_MODEL), {x.name: x.option for x in plan.layers}
-    return masters is not None and options == {
-        plain_name(name): option for name, option in masters.options.items()
-    }
+    return masters is not None and options == masters.options
 
 
 def foreign_precision(setting: str, *, fix: str) -> PlanMismatchError:

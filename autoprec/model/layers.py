@@ -27,8 +27,8 @@ WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")  # of torch.compile 
 class ModelLayers:
     """The layers of a model, and which parameters they share or leave over."""
 
-    modules: Mapping[str, nn.Module]  # by exact name, in module order; a shared module once
-    uncovered: Mapping[str, nn.Parameter]  # those that no layer owns, by name
+    modules: Mapping[str, nn.Module]  # as `find_layers` returns them
+    uncovered: Mapping[str, nn.Parameter]  # those that no layer owns, by plain name
     ties: Mapping[str, str]  # layer -> the earlier one that it shares a parameter with
 
     @property
@@ -52,12 +52,12 @@ def model_layers(model: nn.Module) -> ModelLayers:
             first = owners.setdefault(id(parameter), name)
             if first != name:  # tied to a tied layer: to the first of them all
                 ties[name] = ties.get(first, first)
-    uncovered = {n: p for n, p in model.named_parameters() if id(p) not in owners}
+    uncovered = {plain_name(name): p for name, p in model.named_parameters() if id(p) not in owners}
     return ModelLayers(layers, uncovered, ties)
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a model by exact name, in module order; a shared module once."""
+    """Return the layers of a model by plain name, in module order; a shared module once."""
     layers: dict[str, nn.Module] = {}
     inside_opaque: set[int] = set()
     for name, module in model.named_modules():
@@ -67,8 +67,16 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
         if is_opaque:  # what is in it only makes sense there
             inside_opaque.update(id(child) for child in module.modules())
         if is_opaque or _is_leaf(module):
-            layers[name] = module
+            layers[plain_name(name)] = module
     return layers
+
+
+def layer_named(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer of a plain name; wrappers hand on what they do not have themselves."""
+    found = model.get_submodule(name)
+    while wrapper := next((own for own in WRAPPER_NAMES if own in found._modules), None):
+        found = found.get_submodule(wrapper)
+    return found
 
 
 def layer_kind(module: nn.Module) -> LayerKind:

@@ -19,6 +19,9 @@ from autoprec.errors import WorkloadError
 from autoprec.model.layers import own_type
 
 MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")
+STATE = ("_parameters", "_buffers", "_modules")
+# A lock has no copy; a config whose `__getattr__` is a look-up in its dict has no `__deepcopy__`.
+REFUSALS = (TypeError, AttributeError, LookupError, copy.Error)
 Memo = dict[int, Any]  # Any: `deepcopy` finds its copies there, by the originals' ids
 
 
@@ -118,6 +121,31 @@ def local_copy(
         if split.axis == "K" and copied.bias is not None:  # as DTensor makes it a partial sum
             copied.bias.data.div_(split.mesh.size())
     return copied, split
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; it shares what refuses to be copied (a lock, some configs).
+
+    Raises:
+        RuntimeError: it keeps a tensor that has a graph.
+    """
+    try:
+        return copy.deepcopy(model)
+    except REFUSALS:
+        own = [item for module in model.modules() for item in vars(module).items()]
+        kept = [value for name, value in own if name not in STATE and not _can_be_copied(value)]
+        # what `deepcopy` finds in its memo it takes as it is
+        return copy.deepcopy(model, {id(value): value for value in kept})
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except REFUSALS:
+        return False
+    except RuntimeError:  # a tensor with a graph, which two models must not share
+        pass
+    return True
 
 
 def whole_copy(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.capture import run_step
 from autoprec.model.context import Context
-from autoprec.model.layers import find_layers
+from autoprec.model.layers import find_layers, layer_named
 from autoprec.model.local_copy import is_divided, local_copy
 from autoprec.model.neighbours import Neighbour, NeighbourWatch, Surroundings
 from autoprec.model.recording import Call, recorded_calls
@@ -206,4 +206,4 @@ def copy_layer(layer: nn.Module, build_model: Callable[[], nn.Module], name: str
     try:
         return copy.deepcopy(layer)
     except (RuntimeError, TypeError):  # e.g. torch's older weight_norm keeps a computed weight
-        return build_model().get_submodule(name)
+        return layer_named(build_model(), name)

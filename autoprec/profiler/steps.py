@@ -37,7 +37,7 @@ from autoprec.device.ranks import check_all_failed
 from autoprec.device.timing import Function, Monitor, Samples, Stopping, sample_interleaved
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.layers import find_layers, model_layers, plain_name, unwrapped
+from autoprec.model.layers import model_layers, unwrapped
 from autoprec.profiler.compiling import INDUCTOR, Compilation, GraphMonitor
 from autoprec.profiler.kept import STEP, KeptRows
 from autoprec.profiler.parking import Parking
@@ -295,11 +295,8 @@ class _Comparison:
         options = variant.variant if isinstance(variant, Eager) else variant
         if isinstance(options, Mapping) and any(option != FP32 for option in options.values()):
             inner = unwrapped(model)
-            names = {plain_name(name): name for name in find_layers(inner)}
-            own = {names[name]: option for name, option in options.items()}
-            kept = [names[name] for name in self.fp32_outputs]
             uncovered = model_layers(inner).uncovered
-            install_options(inner, own, uncovered=uncovered, fp32_outputs=kept)
+            install_options(inner, options, uncovered=uncovered, fp32_outputs=self.fp32_outputs)
             attach_optimizer(inner, optimizer)
         if asked and not compiled and (not is_written or workload.written.script_compiles):
             model.compile(backend=self.compilation.backend if self.compilation else INDUCTOR)

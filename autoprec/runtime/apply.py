@@ -23,7 +23,7 @@ from autoprec.common.versions import software_versions
 from autoprec.device.local import device_name
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.model.layers import model_layers, plain_name, unwrapped
+from autoprec.model.layers import model_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
 from autoprec.runtime.averages import follow_averages
@@ -204,14 +204,13 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     check_fit(plan, model, found=found)
     if optimizer is not None:
         check_optimizer(model, optimizer)
-    names = {plain_name(name): name for name in found.modules}
-    options = {names[layer.name]: layer.option for layer in plan.layers}
+    options = {layer.name: layer.option for layer in plan.layers}
     return install_options(
         model,
         options,
         uncovered=found.uncovered,
         layers=found.modules,
-        fp32_outputs=[names[name] for name in plan.fp32_outputs if name in names],
+        fp32_outputs=[name for name in plan.fp32_outputs if name in options],
     )
 
 

@@ -58,7 +58,7 @@ class StepWatch:
         if is_compiled(model):
             return  # compiled code is guarded on hooks: it would compile again without them
         for name, layer in find_layers(inner).items():
-            hook = _Outputs(self.outputs, plain_name(name))
+            hook = _Outputs(self.outputs, name)
             self.handles[hook] = layer.register_forward_hook(hook)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from torch._dynamo import OptimizedModule
 from autoprec.common.text import first_and_more, one_line
 from autoprec.device.ranks import sharded_tensor
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, plain_name
+from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
 from autoprec.runtime.classes import is_made_here, own_class
@@ -82,7 +82,7 @@ def check_removable(model: nn.Module) -> None:
 
 def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
     """Yield every difference between a plan's layers and a model's; the plan's text is foreign."""
-    layers = {plain_name(name): module for name, module in found.modules.items()}
+    layers = found.modules
     planned = {layer.name: layer for layer in plan.layers}
     yield from _one_sided("layer", planned, layers)
     for name in (name for name in layers if name in planned):
@@ -92,8 +92,7 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
         if shapes != planned[name].shapes:
             there = f"{_listed(planned[name].shapes)} in the plan"
             yield f"layer {name!r} has shapes {_listed(shapes)} in the model, {there}"
-    uncovered = dict.fromkeys(map(plain_name, found.uncovered))
-    yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), uncovered)
+    yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), found.uncovered)
 
 
 def _one_sided(
@@ -148,7 +147,7 @@ def uniform_plan(
         can_take = not wanted.is_fp8 or not fp8_refusal(layer)
         chosen = (others or {}).get(name, wanted if can_take else BF16_O2)
         kind, shapes = layer_kind(layer), _shapes(layer)
-        layers.append(Assignment(name=plain_name(name), kind=kind, shapes=shapes, **dict(chosen)))
+        layers.append(Assignment(name=name, kind=kind, shapes=shapes, **dict(chosen)))
     # Nothing was measured, so nothing is claimed: no evidence, no device.
     return Plan(
         layers=tuple(layers),

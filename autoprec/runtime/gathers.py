@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map_only
 from autoprec.common.text import first_and_more
 from autoprec.device.torchao import import_torchao
 from autoprec.errors import PlanMismatchError
+from autoprec.model.layers import layer_named
 from autoprec.records import Option, Recipe
 from autoprec.runtime.shards import change_shard, fsdp_modules, gathers_of, plain_shards
 from autoprec.workload.written import dtype_name
@@ -63,7 +64,7 @@ def install_gathers(model: nn.Module, options: Mapping[str, Option]) -> None:
     in_fp8 = {name: option for name, option in options.items() if option.is_fp8}
     kept: list[str] = []
     for name, option in in_fp8.items():
-        layer: Any = model.get_submodule(name)  # Any: a linear
+        layer: Any = layer_named(model, name)  # Any: a linear
         reason = _refusal(option, layer, owners, shards)
         if reason:
             kept.append(f"{name!r} ({reason})")

@@ -116,7 +116,7 @@ def install_options(
 
     Args:
         model: its layers that `options` does not name stay as they are.
-        options: by exact layer name.
+        options: by layer name.
         activation_dtype: between layers; default BF16 if any option is 16-bit or FP8, else FP32.
         root: whether `model` is what the training step calls: its floating outputs become FP32,
             unless all its parameters are BF16 and no plan's.

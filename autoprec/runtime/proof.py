@@ -35,7 +35,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, model_layers, plain_name, unwrapped
+from autoprec.model.layers import find_layers, model_layers, unwrapped
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, own_class
@@ -207,12 +207,10 @@ def _present_name(planned: str, layers: Mapping[str, nn.Module], called: Set[str
     """Return the name that a planned layer has now, None if that cannot be told."""
     if planned in layers:
         return planned
-    plain = {plain_name(name): name for name in layers}
-    own = plain_name(planned)
-    inside = [plain[name] for name in plain if name.startswith(f"{own}.")]
+    inside = [name for name in layers if name.startswith(f"{planned}.")]
     ours = [name for name in inside if is_made_here(type(layers[name]))]
     running = [name for name in ours if name in called] or ours  # PEFT keeps copies of a layer
-    return running[0] if len(running) == 1 else plain.get(own)
+    return running[0] if len(running) == 1 else None
 
 
 def _loss(result: Any) -> Tensor:  # Any: what a model returns

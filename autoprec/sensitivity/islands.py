@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from autoprec.model.layers import layer_named
 from autoprec.records import BF16_O2, Island, LayerSensitivity
 from autoprec.sensitivity.reference import Reference
 from autoprec.workload.functions import tensors_in
@@ -71,7 +72,7 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
     found: dict[str, set[str]] = {}
     hooks = []
     for name in reference.spec.names:
-        layer = reference.model.get_submodule(name)
+        layer = layer_named(reference.model, name)
 
         def note_inputs(
             _: nn.Module, args: object, kwargs: Mapping[str, object], name: str = name

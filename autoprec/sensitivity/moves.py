@@ -19,6 +19,7 @@ from autoprec.device.ranks import (
     whole,
     world_size,
 )
+from autoprec.model.layers import layer_named
 from autoprec.model.recording import Call
 from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.choices import Choices, kept_choices
@@ -76,7 +77,7 @@ class Pass:
         found: dict[str, int] = {}
         place = 0
         for name in self.reference.spec.names:
-            place = min((order[p] for p in model.get_submodule(name).parameters()), default=place)
+            place = min((order[p] for p in layer_named(model, name).parameters()), default=place)
             found[name] = place
         return found
 

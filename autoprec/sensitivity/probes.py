@@ -42,7 +42,7 @@ from autoprec.device.ranks import (
     world_size,
 )
 from autoprec.device.tf32 import tf32_off
-from autoprec.model.layers import linear_refusal
+from autoprec.model.layers import layer_named, linear_refusal
 from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
@@ -127,7 +127,7 @@ def _probe_group(
     probed: BatchProbe,
 ) -> None:
     """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
-    watched = {name: reference.model.get_submodule(name) for name in reference.spec.names}
+    watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
     with differentiated_calls(layers) as calls, recorded_choices(watched) as choices:
         gradient = _reference_pass(reference, index)
     probed.squared_norm = gradient.squared_norm
@@ -219,7 +219,7 @@ def _run_alone(
 def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
     """Return the layers by name, in the groups whose tensors are held at a time."""
     return [
-        {name: reference.model.get_submodule(name) for name in names}
+        {name: layer_named(reference.model, name) for name in names}
         for names in layer_groups(reference.spec, reference.groups)
     ]
 

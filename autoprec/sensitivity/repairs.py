@@ -21,6 +21,7 @@ from torch import nn
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import world_size
 from autoprec.errors import WorkloadError
+from autoprec.model.layers import layer_named
 from autoprec.records import LayerSensitivity, Operand, OperandStatistics, Recipe
 from autoprec.sensitivity.causes import suspects
 from autoprec.sensitivity.delayed import emulated_layer
@@ -92,6 +93,6 @@ def _repaired(
     reference: Reference, row: LayerSensitivity, repair: Repair
 ) -> AbstractContextManager[None]:
     """Run one layer in emulated FP8 inside, with an operand repaired."""
-    layer, (operand, is_mean) = reference.model.get_submodule(row.name), repair
+    layer, (operand, is_mean) = layer_named(reference.model, row.name), repair
     assert isinstance(layer, nn.Linear)  # noqa: S101  it has an FP8 option
     return emulated_layer(layer, row.option, {}, in_range=operand, without_mean=is_mean)

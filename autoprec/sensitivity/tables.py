@@ -21,6 +21,7 @@ from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
 from autoprec.errors import PlanMismatchError, WorkloadError
+from autoprec.model.layers import layer_named
 from autoprec.records import (
     BF16_O2,
     Estimate,
@@ -393,7 +394,7 @@ def _installed(reference: Reference, name: str, option: Option) -> AbstractConte
     if option.recipe is not Recipe.DELAYED:
         options = {**dict.fromkeys(tied_with(reference.spec, [name]), BF16_O2), name: option}
         return install_options(reference.model, options, activation_dtype=torch.float32)
-    layer = reference.model.get_submodule(name)
+    layer = layer_named(reference.model, name)
     if not isinstance(layer, nn.Linear):
         raise PlanMismatchError(
             f"{option.key} is for nn.Linear, but {name!r} is {type(layer).__name__}; leave it out"

@@ -15,7 +15,6 @@ the step as written has: the dtype that its layers saw, and whether the script c
 """
 
 import contextlib
-import copy
 import gc
 import logging
 import math
@@ -47,6 +46,7 @@ from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_
 from autoprec.integrations.launch.tape import remove_scale, replay
 from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
+from autoprec.model.local_copy import copy_model
 from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
 from autoprec.workload.written import Written
 
@@ -93,7 +93,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
     held_out = max(2, len(batches) // HELD_OUT)
     functions: dict[str, Any] = {  # Any: functions and numbers
-        "build_model": lambda: copy.deepcopy(first.model),
+        "build_model": lambda: copy_model(first.model),
         "train_batches": lambda seed: _shuffled(batches[:-held_out], seed),
         "loss_fn": recorded_loss,
         "build_optimizer": lambda model: copy_optimizer(optimizer, first.model, model),
@@ -128,7 +128,7 @@ def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
 
 def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> torch.dtype | None:
     """Run the first batch again as the script did, and compare; return its layers' autocast."""
-    model = copy.deepcopy(first.model).to(first.device).train()
+    model = copy_model(first.model).to(first.device).train()
     first.policy.install(model)
     batch = move_batch(recorder.batches[0], first.device)
     seen: set[torch.dtype] = set()  # Accelerate's autocast is inside of the model's forward

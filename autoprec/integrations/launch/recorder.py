@@ -9,7 +9,6 @@ in this order ends the script with the reason:
     optimizer.step()        ends a step; after the last one that is wanted, the script is stopped
 """
 
-import copy
 import inspect
 import math
 import sys
@@ -37,7 +36,7 @@ from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.sharded import Policy, copy_sharded
 from autoprec.integrations.launch.tape import Tape, Taping, copied
 from autoprec.model.layers import unwrapped
-from autoprec.model.local_copy import is_divided
+from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
@@ -140,7 +139,11 @@ class Recorder:
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
-        before, named = copied(args), copied(kwargs)
+        try:
+            before, named = copied(args), copied(kwargs)
+        except REFUSALS as error:
+            reason = error_line(error)
+            self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
         if not any(p.dtype in LOW_PRECISION for p in model.parameters()):
             before, named = in_fp32((before, named))  # a library rounds them for its autocast
         self._depth += 1
@@ -190,8 +193,8 @@ class Recorder:
             if is_divided(model):
                 template, policy = copy_sharded(model)
             else:
-                template = copy.deepcopy(model).to("cpu")
-        except (RuntimeError, TypeError, AttributeError, copy.Error) as error:
+                template = copy_model(model).to("cpu")
+        except (RuntimeError, *REFUSALS) as error:
             reason = error_line(error)
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)

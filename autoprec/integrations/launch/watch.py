@@ -36,7 +36,7 @@ from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import Script, run_script, script_line
 from autoprec.integrations.plans import apply_plan, remove_autocast
-from autoprec.model.layers import find_layers, plain_name, unwrapped
+from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
@@ -301,8 +301,8 @@ def _fits(plan: Plan, module: nn.Module) -> bool:
 
 def _measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
     """Return the number of layers that only one of the two has, and the reason of the misfit."""
-    names = {plain_name(name) for name in find_layers(module)}
-    return len(names ^ {layer.name for layer in plan.layers}), _mismatch(plan, module) or "it fits"
+    differing = find_layers(module).keys() ^ {layer.name for layer in plan.layers}
+    return len(differing), _mismatch(plan, module) or "it fits"
 
 
 def _find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:
