@@ -26,6 +26,7 @@ from autoprec.model.memory import probing_bytes
 from autoprec.model.parallel import parallel_workload
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Recipe, fp8_option
 from autoprec.sensitivity import room, tables
+from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.probes import operand_statistics, probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
@@ -113,6 +114,15 @@ def _rows(given: Workload) -> list[LayerSensitivity]:
     return list(make_rows(probe_batches(reference, cells, probes=1), cells))
 
 
+def _effect(given: Workload) -> list[float]:
+    """Return what a batch of all ranks has in common with others: of the error, the gradient."""
+    reference, _ = _measured(given, batches=4)
+    options = {**reference.spec.bf16_options, **dict.fromkeys((*UP, *DOWN), OPTIONS[1])}
+    found = measure_batch_effect(reference, options, tokens=10**4)
+    parts = (found.systematic, found.gradient)
+    return [found.batch_tokens, *(x for e in parts for x in (e.mean, e.stderr or 0.0))]
+
+
 def _rows_of_a_full_rank() -> tuple[int, list[LayerSensitivity]]:
     """Return groups and rows where rank 1 has memory for a few layers at a time."""
     given = workload(build_optimizer=_sgd, **OWN_BATCHES["fsdp"])
@@ -135,7 +145,10 @@ def _measure(folder: Path) -> None:
     }
     groups, rows = _rows_of_a_full_rank()
     full = [groups, [row.model_dump_json() for row in rows]]
-    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full]))
+    tp: dict[str, Callable[..., Any]] = {"parallelize": _split, "build_mesh": _mesh}
+    ways = {"tp": tp, **OWN_BATCHES}
+    effects = {name: _effect(workload(build_optimizer=_sgd, **way)) for name, way in ways.items()}
+    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full, effects]))
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +180,16 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
             for gemm, value in (row.by_gemm or {}).items():
                 _compare_own(row, gemm, value, (whole.by_gemm or {})[gemm])
+
+
+def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:
+    for way, ranks in (("tp", 1), ("ddp", RANKS), ("fsdp", RANKS)):
+        tokens, *shares = measured[3][way]
+        expected = _effect(workload_of(ranks, build_optimizer=_sgd))
+        assert tokens == expected[0]
+        assert shares[2:] == pytest.approx(expected[3:], rel=1e-2), way  # the gradient's
+        # the error's: rounded alone, two gradients of half the tokens have another
+        assert abs(shares[0] - expected[1]) < 3 * math.hypot(shares[1], expected[2]), way
 
 
 def test_a_rank_without_the_memory_makes_all_probe_fewer_layers(measured: list[Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.ranks import world_size
+from autoprec.device.ranks import share, sum_over_ranks
 from autoprec.records import BatchEffect, Estimate, Option
 from autoprec.runtime import install_options
 from autoprec.sensitivity.gemm import fast_fp8_gemms
@@ -38,13 +38,8 @@ def measure_batch_effect(
 
     Costs two passes for each of the reference's batches, those that are there beside included.
     """
-    here = max(reference.spec.tokens_per_step, 1)
-    nothing = Estimate(mean=0.0)
-    if world_size() > 1:
-        reason = "batches are compared where one process trains"
-        return BatchEffect(
-            tokens=tokens, batch_tokens=here, systematic=nothing, gradient=nothing, reason=reason
-        )
+    # ranks with batches of their own average their gradients: a batch here is that of all of them
+    here = max(reference.spec.tokens_per_step, 1) * reference.context.workload.part.ranks
     uncovered = [parameter.name for parameter in reference.spec.uncovered]
     errors, gradients = [], []
     reference = reference.longer()
@@ -94,33 +89,40 @@ def batch_effect(
 
 def _common(vectors: Sequence[Tensor]) -> Estimate:
     """Return the share that vectors have in common, with the jackknife's standard error."""
-    gram = torch.stack(list(vectors)) @ torch.stack(list(vectors)).t()
+    own_gram = torch.stack(list(vectors)) @ torch.stack(list(vectors)).t()
+    # of parts that ranks hold the inner products add up, whatever their signs
+    gram = torch.tensor(sum_over_ranks(own_gram.flatten().tolist()), dtype=torch.float64).reshape(
+        own_gram.shape
+    )
 
-    def share(kept: Sequence[int]) -> float:
+    def common(kept: Sequence[int]) -> float:
         part = gram[list(kept)][:, list(kept)]
         own = float(part.diagonal().sum())
         return (float(part.sum()) - own) / (len(kept) - 1) / own
 
     count = len(vectors)
     if count < 3:  # a jackknife leaves one out, and a pair must be left
-        return Estimate(mean=share(range(count)))
-    without = [share([i for i in range(count) if i != left]) for left in range(count)]
+        return Estimate(mean=common(range(count)))
+    without = [common([i for i in range(count) if i != left]) for left in range(count)]
     middle = math.fsum(without) / count
     spread = math.fsum((each - middle) ** 2 for each in without) * (count - 1) / count
-    return Estimate(mean=share(range(count)), stderr=math.sqrt(spread))
+    return Estimate(mean=common(range(count)), stderr=math.sqrt(spread))
 
 
 def _projected(
     reference: Reference, values: Mapping[Tensor, Tensor], at: ReferenceGradient
 ) -> Tensor:
-    """Return the random projection of P^(1/2) times values by parameter, in FP64 on the CPU."""
+    """Return the random projection of P^(1/2) times values by parameter, in FP64 on the CPU.
+
+    Of several ranks it is that of this one's part; what all of them hold counts once in their sum.
+    """
     total = torch.zeros(WIDTH, dtype=torch.float64)
     for number, (parameter, value) in enumerate(values.items()):
         gradient = at.of[parameter]
         weighed = reference.preconditioner.apply(parameter, value, at=gradient).flatten().cpu()
         generator = torch.Generator().manual_seed(number)
         signs = torch.randint(0, 2, weighed.shape, generator=generator, dtype=torch.int8)
-        signed = weighed.double() * (2 * signs - 1)
+        signed = weighed.double() * (2 * signs - 1) * math.sqrt(share(parameter))
         places = torch.arange(len(signed)).remainder_(WIDTH)
         total.index_add_(0, (places + number * 7919) % WIDTH, signed)
     return total
