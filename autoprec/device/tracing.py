@@ -22,11 +22,9 @@ RunOperation = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]  # Any: tor
 
 
 class OperationTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Hands every operation inside to `run(func, args, kwargs)`, which runs it.
+    """Hands every operation inside to `run(func, args, kwargs)`, which runs and returns it.
 
-    Args:
-        run: calls `func(*args, **kwargs)`, looks at what it likes, and returns the result.
-        plain: the tensor classes that are no subclass to take apart.
+    Tensor classes that are not `plain` are taken apart first.
     """
 
     def __init__(self, run: RunOperation, *, plain: tuple[type, ...] = PLAIN_TENSORS) -> None:

@@ -11,7 +11,6 @@ the captured model, so that it is known before a stage starts; tests hold it aga
 (docs/scale.md).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -75,14 +74,8 @@ class ModelSize:
 
 def io_elements(layer: LayerSpec) -> int:
     """Return the elements of a layer's floating inputs and outputs in one step, over all calls."""
-    inputs = sum(
-        call.count * math.prod(tensor.shape)
-        for call in layer.calls
-        for tensor in call.inputs
-        if tensor.dtype.startswith(("float", "bfloat"))
-    )
-    outputs = inputs if layer.output_elements is None else layer.output_elements
-    return inputs + outputs
+    inputs, outputs = layer.input_elements, layer.output_elements
+    return inputs + (inputs if outputs is None else outputs)
 
 
 def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = False) -> int:

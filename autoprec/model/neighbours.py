@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from autoprec.workload.functions import tensors_in
 
 # By the names that torch functions and tensor methods have without underscores.
 FUSED: dict[str, Callable[..., Tensor]] = {
@@ -81,9 +83,8 @@ class NeighbourWatch(TorchFunctionMode):
         """Run the function and note it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        own = {_storage(tensor) for tensor in given}
+        made = tensors_in(result)
+        own = {_storage(tensor) for tensor in tensors_in((args, kwargs))}
         if made and not any(_storage(tensor) in own for tensor in made):  # no view, no property
             self._note(func, args, kwargs, made[0] if made[0] is result else None)
         return result

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from autoprec.device.ranks import local_part
 from autoprec.model.local_copy import is_divided
 from autoprec.model.neighbours import NeighbourWatch, Surroundings, own_kernel
 from autoprec.model.options import IN_TRANSFORM, TWICE_DIFFERENTIATED
+from autoprec.workload.functions import tensors_in
 
 NO_BACKWARD = -1  # the autograd engine's task where it runs none
 Keep = Callable[[Tensor], Any]  # Any: what stays of an argument tensor
@@ -57,8 +58,7 @@ def detached(tensor: Tensor) -> Tensor:
 
 def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
     """Return the floating tensors of a layer's output, in order."""
-    leaves = tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 @contextmanager
@@ -178,5 +178,5 @@ def _see_graph(call: Call, _: Tensor) -> None:
 
 
 def _shapes(arguments: Any) -> tuple[object, ...]:  # Any: whatever the layer takes
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    tensors = tensors_in(arguments)
     return tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors)

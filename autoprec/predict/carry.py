@@ -38,13 +38,7 @@ Votes = Mapping[str, Mapping[Option, float]]  # of the proxy's layers, by name
 
 
 def carry_plan(plan: Plan, proxy: ModelSpec, sensitivity: Sensitivity) -> Plan:
-    """Return the plan for a proxy that stands for the plan of a larger model.
-
-    Args:
-        plan: for the large model; its gradient error was transferred from `sensitivity`.
-        proxy: the small model, as captured where it is going to be trained.
-        sensitivity: measured on the proxy.
-    """
+    """Return the plan for a proxy, by its own sensitivity, that stands for a larger model's."""
     table = _Table(proxy, sensitivity)
     votes = _votes(plan, proxy)
     chosen = {layer.name: _most_voted(layer, votes, table, plan) for layer in proxy.layers}

@@ -227,10 +227,4 @@ def _saved_elements(layer: LayerSpec, parallel: Parallel) -> float:
     Tensor parallelism with its sequence-parallel norms splits them as it splits the work.
     """
     share = 1 / parallel.tp if layer.kind is LayerKind.NORM else parameter_share(layer, parallel)
-    inputs = sum(
-        call.count * math.prod(tensor.shape)
-        for call in layer.calls
-        for tensor in call.inputs
-        if tensor.dtype.startswith(("float", "bfloat"))
-    )
-    return (1 - parallel.recomputed) * share * inputs
+    return (1 - parallel.recomputed) * share * layer.input_elements

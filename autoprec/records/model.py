@@ -234,6 +234,16 @@ class LayerSpec(Record):
         return sum(call.count for call in self.calls)
 
     @property
+    def input_elements(self) -> int:
+        """The elements of its floating inputs in one step, over all calls."""
+        return sum(
+            call.count * math.prod(tensor.shape)
+            for call in self.calls
+            for tensor in call.inputs
+            if tensor.dtype.startswith(("float", "bfloat"))
+        )
+
+    @property
     def shape_key(self) -> str:
         """What decides its time: equal keys are timed once (class, settings, inputs, frozen)."""
         shapes = ";".join(

@@ -203,10 +203,15 @@ def load_state(target: nn.Module | Optimizer, state: dict[str, Any], *, what: st
     try:
         target.load_state_dict(on_cpu(state))
     except BROKEN_STATE as error:
-        raise RecordError(
-            f"the checkpoint must fit the {what} that the workload builds, but it does not "
-            f"({error_line(error)}); give a checkpoint of this workload"
-        ) from error
+        raise misfit(what, error) from error
+
+
+def misfit(what: str, error: Exception) -> RecordError:
+    """Return the error of a state that is of another model or optimizer."""
+    return RecordError(
+        f"the checkpoint must fit the {what} that the workload builds, but it does not "
+        f"({error_line(error)}); give a checkpoint of this workload"
+    )
 
 
 def on_cpu(state: dict[str, Any]) -> dict[str, Any]:  # Any: a state dict is a tree of anything

@@ -25,13 +25,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.ranks import Group, gathered, local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
-from autoprec.workload.optimizers import (
-    Arguments,
-    KeywordArguments,
-    closure_of,
-    trains,
-    with_closure,
-)
+from autoprec.workload.optimizers import StepArguments, closure_of, trains, with_closure
 from autoprec.workload.written import is_compiled
 
 K = TypeVar("K")
@@ -125,9 +119,9 @@ def forget_step(model: nn.Module) -> None:
         FIRST[model].forget()
 
 
-def check_first_step(
-    optimizer: Optimizer, args: Arguments, kwargs: KeywordArguments
-) -> tuple[Arguments, KeywordArguments] | None:
+def check_first_step(  # Any: whatever a step is given
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StepArguments | None:
     """End the watch of the model that an optimizer is about to train, with these arguments.
 
     Returns:

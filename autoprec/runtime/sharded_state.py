@@ -30,7 +30,7 @@ from autoprec.common.files import PARTIAL, refusal_to_write, write_atomically
 from autoprec.common.text import error_line
 from autoprec.device.ranks import local_part, made_on_first_rank
 from autoprec.errors import RecordError
-from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint
+from autoprec.runtime.checkpoint import BROKEN_STATE, Checkpoint, misfit
 from autoprec.workload.optimizers import trained_by
 
 LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
@@ -120,10 +120,7 @@ def load_whole(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
             named = _by_name(checkpoint.optimizer, model, optimizer)
             set_optimizer_state_dict(model, optimizer, named, options=whole)
     except BROKEN_STATE as error:
-        raise RecordError(
-            f"the checkpoint must fit the {what} that the workload builds, but it does not "
-            f"({error_line(error)}); give a checkpoint of this workload"
-        ) from error
+        raise misfit(what, error) from error
 
 
 def _by_name(

@@ -1,6 +1,6 @@
 """`autoprec compare`: two folders or files of records -> what differs, and whether that may be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -39,14 +39,9 @@ class Condition(NamedTuple):
 
 
 def compare_paths(before: Path, after: Path, *, fail_if: Sequence[str] = ()) -> Comparison:
-    """Compare two run folders, plans or sensitivities, and check what may not be.
+    """Compare two run folders, or files of them, and check the conditions of `fail_if`.
 
     A condition fails where the whole interval is beyond its limit.
-
-    Args:
-        before: a folder of `autoprec tune`, or one of its files.
-        after: the same of the run in question.
-        fail_if: `slower=2%`, `speedup=2%`, `grad-error=10%`, `verdict`, `plan`.
 
     Raises:
         SettingsError: a condition cannot be read, or the runs do not tell.
@@ -80,22 +75,18 @@ def parse_condition(text: str) -> Condition:
 
 def _check(found: Comparison, condition: Condition) -> Check:
     """Return whether a condition holds; one that cannot be judged is an error, no silent pass."""
-    judges: dict[FailIf, Callable[[Comparison, float], tuple[bool, str] | None]] = {
-        FailIf.SLOWER: lambda found, limit: _is_below(found.step, limit),
-        FailIf.SPEEDUP: lambda found, limit: _is_above(found.speedup, limit),
-        FailIf.GRAD_ERROR: lambda found, limit: _is_below(found.grad_error, limit),
-        FailIf.VERDICT: lambda found, _: _is_kept(found),
-        FailIf.PLAN: lambda found, _: _is_same_plan(found),
-    }
-    judged = judges[condition.kind](found, condition.limit)
+    limit = condition.limit
+    what, judged = {
+        FailIf.SLOWER: ("the plan's step time, with its noise,", _is_below(found.step, limit)),
+        FailIf.SPEEDUP: ("the plan's speedup, with its noise,", _is_above(found.speedup, limit)),
+        FailIf.GRAD_ERROR: (
+            "the plan's gradient error, with its noise,",
+            _is_below(found.grad_error, limit),
+        ),
+        FailIf.VERDICT: ("a verdict", _is_kept(found)),
+        FailIf.PLAN: ("a plan", _is_same_plan(found)),
+    }[condition.kind]
     if judged is None:
-        what = {
-            FailIf.SLOWER: "the plan's step time, with its noise,",
-            FailIf.SPEEDUP: "the plan's speedup, with its noise,",
-            FailIf.GRAD_ERROR: "the plan's gradient error, with its noise,",
-            FailIf.VERDICT: "a verdict",
-            FailIf.PLAN: "a plan",
-        }[condition.kind]
         raise SettingsError(
             f"--fail-if {condition.kind} needs {what} in both runs, measured alike, but "
             f"{found.before} and {found.after} do not both have it; leave the condition out, or "

@@ -19,16 +19,8 @@ from autoprec.workload.loading import load_workload
 def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:
     """Check that a plan file is valid, and with a workload that it fits and is what runs.
 
-    Args:
-        plan: the path of a plan.json.
-        model: the workload, as `model.py` or `model.py:name`; empty: only the file and the
-            device's FP8 are checked.
-        target: the device to check on.
-
-    Raises:
-        RecordError: the file is no plan.
-        DeviceError: the target is not here.
-        WorkloadError: the workload breaks its contract.
+    Without a `model` (`model.py` or `model.py:name`) only the file and the target's FP8 are looked
+    at. What cannot be read or is not here is an AutoprecError, no check that failed.
     """
     loaded = Plan.load(plan)
     device = resolve_device(target)

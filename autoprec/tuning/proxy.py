@@ -64,14 +64,8 @@ def verify_on_proxy(
 ) -> Verification:
     """Prove or refute a model's plans, best first, by training its proxy with what they are there.
 
-    The verification is of the model's plan, with both models in it. Writes plan.json and
-    verification.json of the proxy to its own folder.
-
-    Args:
-        proxy: its run.
-        plans: for the model; their gradient error was transferred from the proxy's.
-        name: what the user called the proxy.
-        model: the model's spec.
+    The verification is of the model's plan, with both models in it, and the user's `name` of the
+    proxy. Writes plan.json and verification.json of the proxy to its own folder.
     """
     folder = proxy.settings.out
     carried: dict[str, tuple[Plan, Plan]] = {}  # those that are one there: the best of them

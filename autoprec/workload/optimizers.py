@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 Closure = Callable[[], Any]  # Any: the user's loss
-Arguments = tuple[Any, ...]  # Any: whatever an optimizer's step is given
-KeywordArguments = dict[str, Any]
+StepArguments = tuple[tuple[Any, ...], dict[str, Any]]  # Any: whatever a step is given
 _BY_ROW = ("crow_indices", "col_indices", "values")
 _BY_COLUMN = ("ccol_indices", "row_indices", "values")
 SPARSE = {  # the methods that return the tensors of a sparse one
@@ -44,14 +43,12 @@ def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     return not set(model.parameters()).isdisjoint(trained_by(optimizer))
 
 
-def closure_of(args: Arguments, kwargs: KeywordArguments) -> Closure | None:
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     """Return the closure that an optimizer's step is given; the arguments are its hooks'."""
     return next((value for value in (*args[1:], *kwargs.values()) if callable(value)), None)
 
 
-def with_closure(
-    args: Arguments, kwargs: KeywordArguments, closure: Closure
-) -> tuple[Arguments, KeywordArguments]:
+def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure) -> StepArguments:
     """Return the arguments of a step with another closure, as a hook before it may."""
     first, *others = args
     swapped = [closure if callable(value) else value for value in others]

@@ -40,13 +40,7 @@ from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
-from autoprec.workload.optimizers import (
-    Arguments,
-    KeywordArguments,
-    closure_of,
-    trained_by,
-    with_closure,
-)
+from autoprec.workload.optimizers import StepArguments, closure_of, trained_by, with_closure
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
@@ -257,9 +251,7 @@ class Recorder:
 
     # --- the optimizer's step --------------------------------------------------------------------
 
-    def _before_step(
-        self, optimizer: Optimizer, args: Arguments, kwargs: KeywordArguments
-    ) -> tuple[Arguments, KeywordArguments] | None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
         """Follow a closure too: forward and backward happen in it, the step after it."""
         closure = closure_of(args, kwargs)
         if closure is None:
