@@ -71,8 +71,8 @@ def test_a_predicted_plan_that_is_a_baseline_has_no_interval_against_it() -> Non
     run = predicted_run("a100")
     speedups, steps = plan_speedups(run), plan_steps(run)
     plan, bf16 = steps["plan"], steps["bf16_o2"]
-    assert (plan.low_ms, plan.ms, plan.high_ms) == pytest.approx(
-        (bf16.low_ms, bf16.ms, bf16.high_ms)
+    assert (plan.timing.p20_ms, plan.ms, plan.timing.p80_ms) == pytest.approx(
+        (bf16.timing.p20_ms, bf16.ms, bf16.timing.p80_ms)
     )
     assert speedups["bf16_o2"].value == pytest.approx(1.0)
     assert speedups["bf16_o2"].low is speedups["bf16_o2"].high is None
@@ -109,7 +109,8 @@ def test_verification_s_steps_are_compared_among_themselves() -> None:
     run = make_run()
     assert run.verification
     steps = plan_steps(run)
-    assert {12} == {steps[x].samples for x in ("plan", "fp32", "bf16_o2")}  # the verification's
+    samples = {steps[x].timing.samples for x in ("plan", "fp32", "bf16_o2")}
+    assert samples == {12}  # the verification's
     # what was timed with the layers alone, on a machine that may have been busy then, is a ratio
     assert "fp8_o1" not in steps
     said = [note for note in summarise_run(run).notes if "timed with the layers" in note]

@@ -19,11 +19,7 @@ from autoprec.tuning.settings import Settings
 
 
 def dry_run(settings: Settings) -> list[Part]:
-    """Return the layers of the workload, alike ones in one line, and what a tune would do.
-
-    Raises:
-        AutoprecError: what the tune would be refused with before it measures.
-    """
+    """Return the layers of the workload, alike ones in one line, and what a tune would do."""
     with drawn_progress() as progress, tempfile.TemporaryDirectory() as folder:
         run = Run(replace(settings, out=Path(folder) / "dry"), progress=progress)
         spec, target = run.spec, run.target

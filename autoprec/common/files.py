@@ -18,12 +18,7 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` to `path` so that readers see the old file or the new one, never a part.
-
-    Raises:
-        RecordError: the folder does not exist or cannot be written.
-        NoRoomError: the disk is full.
-    """
+    """Write `text` to `path` so that readers see the old file or the new one, never a part."""
     data = text.encode()
     return replace_file(path, lambda file: file.write(data), size=len(data))
 

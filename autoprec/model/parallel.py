@@ -58,11 +58,7 @@ class Spread:
 
 
 def parallel_workload(workload: Workload, device: torch.device) -> Workload:
-    """Return the workload as this rank runs it; itself where the process is alone.
-
-    Raises:
-        WorkloadError: the mesh does not take all ranks, or a dimension of it has no known name.
-    """
+    """Return the workload as this rank runs it; itself where the process is alone."""
     if ranks.world_size() == 1:
         return workload
     spread = make_spread(workload, device)

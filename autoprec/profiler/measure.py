@@ -133,11 +133,7 @@ def _choose_mode(device: torch.device, spec: ModelSpec, compiled: bool | None) -
 
 
 def check_room(context: Context, spec: ModelSpec) -> None:
-    """Say what a whole step takes of the device's memory, before anything is timed.
-
-    Raises:
-        DeviceError: it is more than --memory-limit.
-    """
+    """Say what a whole step takes of the device's memory, before anything is timed."""
     limit, free = context.memory_limit, free_bytes(context.device)
     steps = (step_bytes(spec, is_16_bit=is_16_bit) for is_16_bit in (False, True))
     size = max(steps)  # variants take turns, so that the largest of them is the peak

@@ -189,6 +189,16 @@ class StepTiming(Record):
     is_compiled: bool | None = None
     note: str = ""
 
+    @property
+    def ms(self) -> float:
+        """The median time."""
+        return self.timing.median_ms
+
+    @property
+    def basis(self) -> Basis:
+        """Where the time comes from."""
+        return self.timing.basis
+
 
 class Communication(Record):
     """FSDP's communication in a step with BF16 activations, in ms, and what hides it.

@@ -43,7 +43,6 @@ from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import (
     BASELINES,
     Speedup,
-    Step,
     plan_speedups,
     plan_steps,
     profile_steps,
@@ -266,18 +265,18 @@ def _step_pairs(before: RunRecords, after: RunRecords) -> Iterator[_Pair]:
         new = others.get(label)
         if new is None or new.basis is not old.basis or old.ms <= 0.0:
             continue
-        noises = [Noise(0.0) if is_predicted else _step_noise(step) for step in (old, new)]
+        noises = [Noise(0.0) if is_predicted else _step_noise(x.timing) for x in (old, new)]
         noise = noises[0].plus(noises[1]) if noises[0] and noises[1] else None
         yield _Pair(label, old.ms, new.ms, noise, old.basis)
 
 
-def _step_noise(step: Step) -> Noise | None:
+def _step_noise(timing: Timing) -> Noise | None:
     """Return the noise of a step's samples, or of a sum of measured layers by its interval."""
-    if step.samples >= FEWEST_SPREAD:
-        return Noise(step.timing.relative_error, step.samples - 1)
-    if step.samples or not step.low_ms or not step.high_ms or step.low_ms == step.high_ms:
+    if timing.samples >= FEWEST_SPREAD:
+        return Noise(timing.relative_error, timing.samples - 1)
+    if timing.samples or not 0.0 < timing.p20_ms < timing.p80_ms:
         return None  # a single sample, or a record from before predictions had an interval
-    return Noise(math.log(step.high_ms / step.low_ms) / SIGMAS_80)
+    return Noise(math.log(timing.p80_ms / timing.p20_ms) / SIGMAS_80)
 
 
 def _speedup(before: RunRecords, after: RunRecords) -> Change | None:

@@ -112,7 +112,7 @@ def steps_figure(found: Summary) -> Markup:
     if not steps:
         return Markup("")
     # one bar that is far longer may not make the others unreadable
-    second, longest = sorted([0.0, *(step.high_ms or step.ms for step in steps.values())])[-2:]
+    second, longest = sorted([0.0, *(step.timing.p80_ms for step in steps.values())])[-2:]
     limit = second if longest > CLIP * second > 0.0 else longest
     x = Scale(0.0, limit, 4.0, SIDE_WIDTH - 12.0)
     parts = []
@@ -124,8 +124,9 @@ def steps_figure(found: Summary) -> Markup:
         parts.append(svg.text(x.start, y, formats.step_title(label), kind="label"))
         parts.append(svg.text(x.end, y, words, kind="value", anchor="end"))
         parts.append(svg.bar(x, step.ms, y + 7.0, 16.0, kind=f"o-{label} {step.basis}", tip=words))
-        if step.low_ms is not None and step.high_ms is not None:
-            parts.append(svg.whisker(x(step.low_ms), x(step.high_ms), y + 15.0, tip=words))
+        low, high = step.timing.p20_ms, step.timing.p80_ms
+        if low < high:
+            parts.append(svg.whisker(x(low), x(high), y + 15.0, tip=words))
     height = 42.0 * len(steps)
     return svg.picture(SIDE_WIDTH, height, parts, title="Time of one training step")
 

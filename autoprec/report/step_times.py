@@ -18,33 +18,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, Basis, LayerKind, Profile, Verification
-from autoprec.records.cost import Timing, ratio_error
+from autoprec.records.cost import StepTiming, Timing, ratio_error
 from autoprec.report import formats
 from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
 DRIFT = 1.2  # between two sets of the same step, from which it is worth a word
 BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
-
-
-@dataclass(frozen=True)
-class Step:
-    """The time of one whole step, in ms, with its spread (p20, p80) or prediction interval."""
-
-    ms: float
-    basis: Basis
-    low_ms: float | None = None
-    high_ms: float | None = None
-    samples: int = 0
-    peak_bytes: int | None = None
-    turn_error: float = 0.0  # as in `Timing`
-
-    @property
-    def timing(self) -> Timing:
-        """The time as a record."""
-        low, high = self.ms if self.low_ms is None else self.low_ms, self.high_ms or self.ms
-        found = Timing(median_ms=self.ms, p20_ms=low, p80_ms=high, samples=self.samples)
-        return found.model_copy(update={"turn_error": self.turn_error})
 
 
 @dataclass(frozen=True)
@@ -81,9 +61,9 @@ class Speedup:
         return Speedup(self.value / factor, low, high, _joint_basis(self.basis, Basis.PREDICTED))
 
 
-def spread_title(steps: Iterable[Step]) -> str:
-    """Return the name of the range `low_ms` to `high_ms`: of samples, of a prediction, of both."""
-    sampled = {step.samples > 0 for step in steps if step.low_ms is not None}
+def spread_title(steps: Iterable[StepTiming]) -> str:
+    """Return the name of the range p20 to p80: of samples, of a prediction, of both."""
+    sampled = {x.timing.samples > 0 for x in steps if x.timing.p20_ms < x.timing.p80_ms}
     if sampled == {False}:
         return "80 % interval"
     return "spread" if len(sampled) > 1 else "p20..p80"
@@ -117,14 +97,14 @@ def _tf32_parts(profile: Profile) -> list[str]:
     return parts + (["convolutions"] if device.allow_tf32_conv and has_convolutions else [])
 
 
-def plan_steps(run: RunRecords) -> dict[str, Step]:
+def plan_steps(run: RunRecords) -> dict[str, StepTiming]:
     """Return the steps of one set by label, the plan's among them if anything is known of it."""
     timed = _measured(run.verification)
     steps = timed if "plan" in timed else _certified(run) or profile_steps(run)
     return {label: steps[label] for label in (*STEP_TITLES, *steps) if label in steps}
 
 
-def profile_steps(run: RunRecords) -> dict[str, Step]:
+def profile_steps(run: RunRecords) -> dict[str, StepTiming]:
     """Return the steps that were timed with the layers, and the model's of the plan."""
     predicted = {label: step for label, step in _model_steps(run).items() if label == "plan"}
     return _measured(run.profile) | predicted
@@ -173,7 +153,7 @@ def _shared_ms(run: RunRecords) -> float:
     return max(plan.predicted.plan_ms - others, 0.0)
 
 
-def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
+def _speedup(base: StepTiming, plan: StepTiming, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
     basis = _joint_basis(base.basis, plan.basis)
     error = ratio_error(base.timing, plan.timing)
@@ -181,12 +161,11 @@ def _speedup(base: Step, plan: Step, shared_ms: float) -> Speedup:
         spread = math.exp(error)
         return Speedup(value, value / spread, value * spread, basis)
     differs = max(plan.ms - shared_ms, 0.0) / plan.ms
-    if plan.samples or not plan.low_ms or not plan.high_ms or differs == 0.0:
+    ends = (plan.timing.p20_ms, plan.timing.p80_ms)
+    if plan.timing.samples or not 0.0 < ends[0] < ends[1] or differs == 0.0:
         return Speedup(value, None, None, basis)
     # of a prediction: the plan's interval, narrowed to the part that the baseline does not share
-    if plan.low_ms == plan.high_ms:  # a record from before all predictions had an interval
-        return Speedup(value, None, None, basis)
-    low, high = (plan.ms + differs * (end - plan.ms) for end in (plan.low_ms, plan.high_ms))
+    low, high = (plan.ms + differs * (end - plan.ms) for end in ends)
     return Speedup(value, base.ms / high, base.ms / low, basis)
 
 
@@ -196,30 +175,32 @@ def _joint_basis(*bases: Basis) -> Basis:
     return next((basis for basis in weakest_first if basis in bases), Basis.MEASURED)
 
 
-def _measured(record: Profile | Verification | None) -> dict[str, Step]:
+def _measured(record: Profile | Verification | None) -> dict[str, StepTiming]:
     """Return the steps that a record timed."""
-    found = {}
-    for step in record.steps if record else ():
-        t = step.timing
-        known = (t.p20_ms, t.p80_ms, t.samples, step.peak_bytes, t.turn_error)
-        found[step.label] = Step(t.median_ms, t.basis, *known)
-    return found
+    return {step.label: step for step in (record.steps if record else ())}
 
 
-def _certified(run: RunRecords) -> dict[str, Step]:
+def _certified(run: RunRecords) -> dict[str, StepTiming]:
     """Return the steps of a plan's own certificate: medians without their spread."""
     times = run.plan.certificate.step_ms if run.plan and run.plan.certificate else {}
-    steps = {label: Step(ms, Basis.MEASURED) for label, ms in times.items()}
+    steps = {label: _step(label, ms, Basis.MEASURED) for label, ms in times.items()}
     return steps if "plan" in steps else {}
 
 
-def _model_steps(run: RunRecords) -> dict[str, Step]:
+def _model_steps(run: RunRecords) -> dict[str, StepTiming]:
     """Return the steps that the search's model gives: of the plan and of the uniform plans."""
     model = run.plan.predicted if run.plan else None
     if model is None:
         return {}
-    return {
-        "plan": Step(model.plan_ms, Basis.PREDICTED, model.low_ms, model.high_ms),
-        "fp32": Step(model.fp32_ms, Basis.PREDICTED),
-        "bf16_o2": Step(model.bf16_o2_ms, Basis.PREDICTED),
-    }
+    uniform = {"fp32": model.fp32_ms, "bf16_o2": model.bf16_o2_ms}
+    plan = _step("plan", model.plan_ms, Basis.PREDICTED, model.low_ms, model.high_ms)
+    return {"plan": plan} | {x: _step(x, ms, Basis.PREDICTED) for x, ms in uniform.items()}
+
+
+def _step(
+    label: str, ms: float, basis: Basis, low: float | None = None, high: float | None = None
+) -> StepTiming:
+    """Return a step that was not timed here; without an interval its ends are the time."""
+    ends = {"p20_ms": ms if low is None else low, "p80_ms": high or ms}
+    timing = Timing(median_ms=ms, **ends, samples=0, basis=basis)
+    return StepTiming(label=label, timing=timing, peak_bytes=None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoprec.common.text import first_and_more
 from autoprec.records import Basis, Estimate, Precision
-from autoprec.records.cost import ENDED
+from autoprec.records.cost import ENDED, StepTiming
 from autoprec.report import formats
 from autoprec.report.answer import Answer, plan_note
 from autoprec.report.formats import clean_text, count_of, step_title
@@ -25,7 +25,6 @@ from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import (
     BASELINES,
     Speedup,
-    Step,
     plan_speedups,
     plan_steps,
     profile_steps,
@@ -50,7 +49,7 @@ class Summary:
     run: RunRecords
     layers: "pd.DataFrame"
     counts: Mapping[Precision, int]
-    steps: Mapping[str, Step]
+    steps: Mapping[str, StepTiming]
     speedups: Mapping[str, Speedup]
     ceiling: str
     grad_error: Estimate | None

@@ -25,9 +25,9 @@ def steps_table(found: Summary) -> Table:
     heads += ["plan's speedup"] if found.speedups else []
     rows = []
     for label, step in found.steps.items():
-        spread = formats.interval(step.low_ms, step.high_ms, formats.ms).replace(" to ", "..")
-        spread = spread if step.low_ms != step.high_ms else ""
-        counts = (str(step.samples or UNKNOWN), step.basis.value)
+        low, high = step.timing.p20_ms, step.timing.p80_ms
+        spread = f"{formats.ms(low)}..{formats.ms(high)}" if low < high else ""
+        counts = (str(step.timing.samples or UNKNOWN), step.basis.value)
         speedup = found.speedups.get(label)
         texts = (found.title(label), formats.ms(step.ms), spread, *counts)
         rows.append((*texts, str(speedup or ""))[: len(heads)])

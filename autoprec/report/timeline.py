@@ -17,11 +17,11 @@ from typing import Any
 
 from autoprec import __version__
 from autoprec.errors import RecordError
-from autoprec.records import FP32, LayerSpec, LayerTiming, Option, Profile, Timing
+from autoprec.records import FP32, LayerSpec, LayerTiming, Option, Profile, StepTiming, Timing
 from autoprec.report import formats
 from autoprec.report.layer_frame import PARTS
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import Step, profile_steps
+from autoprec.report.step_times import profile_steps
 
 US_PER_MS = 1000.0
 PROCESS = 1
@@ -35,7 +35,7 @@ class Arm:
 
     title: str
     options: Mapping[str, Option]
-    step: Step | None
+    step: StepTiming | None
 
 
 def trace_text(run: RunRecords) -> str:

@@ -91,12 +91,9 @@ class Folder:
         return is_same and (self.path / f"{stage}.json").exists()
 
     def keep(self, made: FileRecord, digest: str) -> None:
-        """Write a stage's record, and note that the stage is finished."""
-        made.save(self.path / f"{made.KIND}.json")
-        self.finish(made.KIND, digest)
-
-    def finish(self, stage: str, digest: str) -> None:
-        """Note that a stage is finished; those after it are no more, as they were of another."""
+        """Write a stage's record, and note that the stage is finished; later ones are no more."""
+        stage = made.KIND
+        made.save(self.path / f"{stage}.json")
         earlier = STAGES[: STAGES.index(stage)]
         done = {name: value for name, value in self.finished().items() if name in earlier}
         RunState(stages={**done, stage: digest}).save(self.path / "run.json")

@@ -33,9 +33,6 @@ def open_proxy(settings: Settings, *, workload: "Workload | None", progress: Pro
     """Return the proxy's own run, of a model's settings; its functions are loaded.
 
     `workload` are live functions in the place of the file that `settings.proxy` names.
-
-    Raises:
-        WorkloadError: the proxy is missing, or lacks a function.
     """
     from autoprec.tuning.run import Run  # it imports this module
 

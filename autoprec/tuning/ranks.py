@@ -65,11 +65,7 @@ def joined_ranks() -> Iterator[None]:
 
 def made_on_first(make: Callable[[], T]) -> T:
     """Return rank 0's result on every rank; its error is theirs."""
-    if not _is_distributed():
-        return make()
-    from autoprec.device.ranks import made_on_first_rank
-
-    return made_on_first_rank(make)
+    return led_by_first(lambda _: make(), lambda _: None)
 
 
 def made_on_all(make: Callable[[], T]) -> T:

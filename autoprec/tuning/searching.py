@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 
 
 def make_search(run: "Run") -> Search:
-    """Return the plans that were looked at, and the chosen one; of a worker, those so far.
-
-    Raises:
-        RecordError: profile and sensitivity are of two models; the study cannot be used.
-        InfeasibleError: no plan satisfies the constraint.
-    """
+    """Return the plans that were looked at, and the chosen one; of a worker, those so far."""
     from autoprec.search import search_plan
 
     profile, sensitivity, settings = run.profile, run.sensitivity, run.settings

@@ -333,11 +333,7 @@ def take_batches(
 
 
 def check_batches(workload: Workload, *, seed: int, count: int = 2) -> None:
-    """Check that the same seed gives the same batches.
-
-    Raises:
-        WorkloadError: two fresh iterators of one seed differ.
-    """
+    """Check that the same seed gives the same batches."""
     first, again = (take_batches(workload, seed=seed, count=count) for _ in range(2))
     for index, pair in enumerate(zip(first, again, strict=True)):
         one, other = map(tensors_in, pair)
@@ -366,11 +362,7 @@ def _are_equal_parts(one: Tensor, other: Tensor) -> bool:
 
 
 def check_loss(loss: Tensor, *, where: str) -> float:
-    """Return the loss as a float.
-
-    Raises:
-        WorkloadError: it is NaN or infinite.
-    """
+    """Return the loss as a float."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise WorkloadError(

@@ -127,11 +127,7 @@ class ConfigModel:
     sequence: int
 
     def build_model(self) -> "nn.Module":
-        """Build the decoder; it is the caller's default device that keeps its weights away.
-
-        Raises:
-            WorkloadError: it has experts, whose grouped GEMMs the cost model does not price.
-        """
+        """Build the decoder; it is the caller's default device that keeps its weights away."""
         import torch
         from transformers import AutoModelForCausalLM
 

@@ -40,11 +40,7 @@ def load_workload(reference: str) -> Workload:
 
 
 def _check_text(path: Path, names: Sequence[str]) -> None:
-    """Refuse a file in whose text a function's name is nowhere: a script would train when imported.
-
-    Raises:
-        WorkloadError: as said.
-    """
+    """Refuse a file whose text lacks a function's name: a script would train when imported."""
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError):

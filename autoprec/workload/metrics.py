@@ -23,9 +23,6 @@ def metrics_of(workload: Workload, model: nn.Module) -> dict[str, float]:
     ... })
     >>> metrics_of(workload, workload.build_model())
     {'weights': 5.0}
-
-    Raises:
-        WorkloadError: it fails, or returns what is no number.
     """
     if not workload.defines("evaluate"):
         return {}
