@@ -2,7 +2,7 @@
 
 FP8 wherever it goes, each layer in the first recipe that it can run, sets the table's scale. Where
 the sum is not within a factor of two of what was measured, rows are measured one by one, the
-largest first, until it is.
+largest first, until it is near: of a table that was so far off, what is left is no better.
 
 A sum may be off without a wrong row. Errors of several layers cross the same kinks of a ReLU, and
 what kinks add grows as the error's size, not its square (see kinks.py): n layers add up to
@@ -19,7 +19,8 @@ from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
 
-LEAST, MOST = 0.5, 2.0  # sum over joint measurement; beyond, rows are measured
+MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
+NEAR = 1.25  # and then until it is within this
 CHECKED_PASSES = 12  # that measure rows at most
 AT_ONCE = 3
 
@@ -52,7 +53,9 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     cells = tuple(zip(names, plan, strict=True))
     found, asked = _compared(cells, table, outside, measured), 0
     left = _unmeasured(cells, table)
-    while _is_off(found) and left and (asked + 1) * every <= CHECKED_PASSES:
+    while (
+        _is_off(found, NEAR if asked else MOST) and left and (asked + 1) * every <= CHECKED_PASSES
+    ):
         chosen = left[: min(AT_ONCE, CHECKED_PASSES // every - asked)]
         table, asked = refine_table(reference, table, chosen, batches=every), asked + len(chosen)
         found, left = _compared(cells, table, outside, measured), left[len(chosen) :]
@@ -80,8 +83,8 @@ def _ratio(joint: JointMeasurement) -> float:
     return found / measured if measured > 0.0 else (1.0 if found <= 0.0 else math.inf)
 
 
-def _is_off(joint: JointMeasurement) -> bool:
-    return not LEAST <= _ratio(joint) <= MOST
+def _is_off(joint: JointMeasurement, most: float = MOST) -> bool:
+    return not 1.0 / most <= _ratio(joint) <= most
 
 
 def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
