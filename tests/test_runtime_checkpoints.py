@@ -2,9 +2,12 @@ import copy
 import io
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import autoprec
@@ -14,6 +17,7 @@ from tests.models import Mlp
 from tests.runtime_training import (
     OPTIMIZERS,
     applied,
+    batches,
     exact,
     same,
     train,
@@ -47,6 +51,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, order: st
     assert train(other, other_optimizer, 3, first=3) == losses
     assert same(exact(other), exact(model))
     assert same(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_an_evaluation_before_the_first_step_after_a_resume_is_the_saved_runs(
+    tmp_path: Path,
+) -> None:
+    """Of the model, of a view of its masters that is older than the resume, and of a new one."""
+
+    def evaluated(model: nn.Module) -> float:
+        x, y = next(batches(7))
+        with torch.no_grad():
+            return F.mse_loss(model(x), y).item()
+
+    model, optimizer = applied()
+    train(model, optimizer, 3)
+    autoprec.save_checkpoint(tmp_path / "run.pt", model, optimizer)
+    other, other_optimizer = applied()
+    view = autoprec.master_view(other)
+    stale = evaluated(view)
+    autoprec.load_checkpoint(tmp_path / "run.pt", other, other_optimizer)
+    in_fp32 = evaluated(view)
+    assert in_fp32 == evaluated(autoprec.master_view(model)) != stale
+    assert evaluated(other) == evaluated(model)
+    assert evaluated(autoprec.master_view(other)) == in_fp32
 
 
 def test_the_state_dict_is_the_plain_one_and_the_masters() -> None:

@@ -309,6 +309,8 @@ class Attachment:
             is_own = saved.get(index) is pairs.get(parameter)  # Accelerate loads what it just read
             if index in saved and parameter in pairs and not is_own:
                 self._load_master(parameter, saved[index])
+        for store in self.stores:
+            store.take_loaded()
 
     def _load_master(self, parameter: nn.Parameter, saved: Tensor) -> None:
         if saved.shape != parameter.shape:

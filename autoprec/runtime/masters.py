@@ -210,6 +210,15 @@ class Masters:
             )
         return master.copy_(torch.where(loaded.to(written.dtype) == written, loaded, master))
 
+    def take_loaded(self) -> None:
+        """Take in loaded masters whose weights are in the model, so that views show them at once.
+
+        The others wait for weights that may be loaded after them.
+        """
+        for parameter, (loaded, _) in list(self.loaded.items()):
+            if _is_rounded(loaded.to(parameter.device), parameter.detach()):
+                self.current(parameter, looks_closer=False)
+
     def _check_dtype(self, parameter: nn.Parameter) -> None:
         if parameter.dtype is torch.bfloat16:
             return
