@@ -291,6 +291,32 @@ def test_hooks_and_parametrizations_of_the_user_keep_working() -> None:
     assert nn.utils.parametrize.is_parametrized(model.second)
 
 
+@pytest.mark.parametrize("option", [BF16_O2, TENSORWISE])
+@pytest.mark.parametrize("place", ["first", "second", "norm", "0"])
+def test_hooks_at_modules_may_return_fp32_gradients(place: str, option: Option) -> None:
+    """An FP32 mask, at layers and at the model in a parent, before and after its backward."""
+    masks = {size: (torch.rand(size) > 0.5).float() for size in (10, 32, 64)}
+
+    def halved(_: nn.Module, gradients: Any, *__: Any) -> Any:
+        return tuple(None if g is None else g * masks[g.shape[-1]] for g in gradients)
+
+    def gradients(*, is_planned: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Mlp(), nn.Identity())
+        at = model if place == "0" else model[0]
+        at.get_submodule(place).register_full_backward_hook(halved)
+        at.get_submodule(place).register_full_backward_pre_hook(halved)
+        if is_planned:
+            autoprec.apply(plan_for(model, option), model)
+        x = torch.randn(48, 32, requires_grad=True)
+        torch.autograd.backward(model(x).square().mean())
+        return [p.grad.float() for p in (x, *model.parameters()) if p.grad is not None]
+
+    pairs = list(zip(gradients(is_planned=False), gradients(is_planned=True), strict=True))
+    off = [float((found - plain).norm() / plain.norm()) for plain, found in pairs]
+    assert max(off) < 0.2, off
+
+
 def test_experts_with_3d_weights_are_one_layer() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

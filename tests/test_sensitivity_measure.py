@@ -1,6 +1,6 @@
 """The stage from end to end, the joint meter, the shared reference, and bad input."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -314,11 +314,25 @@ def test_averaging_over_ranks_is_no_hook_at_a_gradient() -> None:
         assert not after_hooks(layer.weight, error, at=error).any()
 
 
+AT_MODULES: dict[str, Callable[[Mlp, torch.Tensor], object]] = {  # where a part of a gradient stays
+    "before a layer": lambda model, mask: model.second.register_full_backward_hook(
+        lambda _m, got, _: (got[0] * mask[0],)
+    ),
+    "behind a layer": lambda model, mask: model.second.register_full_backward_pre_hook(
+        lambda _m, got: (got[0] * mask[:, 0],)
+    ),
+    "behind all": lambda model, mask: model.register_full_backward_pre_hook(
+        lambda _m, got: (got[0] * mask[:10, 1],)
+    ),
+}
+
+
 def _hooked_mlp(kind: str) -> Mlp:
     """Return the Mlp, four fifths of whose second weight are kept still, by one of these kinds."""
     model = Mlp()
     weight, generator = model.second.weight, torch.Generator().manual_seed(3)
     mask = (torch.rand(weight.shape, generator=generator) > 0.8).float()
+    model.head.register_full_backward_hook(lambda _m, got, _: None)  # one that looks
     if kind == "prune":
         prune.random_unstructured(model.second, "weight", 0.8)  # type: ignore[no-untyped-call]  # torch
     elif kind == "parametrize":
@@ -332,6 +346,8 @@ def _hooked_mlp(kind: str) -> Mlp:
             parameter.grad = None if parameter.grad is None else parameter.grad * mask
 
         weight.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]  # torch's
+    elif kind in AT_MODULES:
+        AT_MODULES[kind](model, mask)
     return model
 
 
@@ -345,7 +361,11 @@ class Masked(nn.Module):
         return weight * mask.to(weight.dtype)
 
 
-@pytest.mark.parametrize("kind", ["gradient", "held", "parametrize", "prune"])
+KINDS = ["gradient", "held", "parametrize", "prune", *AT_MODULES]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # of the whole model, whose input has none
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_mask_or_a_hook_keeps_still_weighs_nothing(kind: str) -> None:
     """Weight decay gives masked elements moments in Adam; their errors do not reach it."""
     workload = changed(
@@ -435,3 +455,5 @@ def test_sparse_gradients_and_parts_in_float64_are_measured_as_they_are_one_by_o
     )
     for one, other in zip(exact.rows, probed.rows, strict=True):
         assert 0.6 < other.grad_error.mean / one.grad_error.mean < 1.6, (one, other)
+    # hooks that hand back other gradients than derivatives: probes were off by 0.3 to 38 times
+    assert (probed.method == Method.LAYERWISE) is (kind in AT_MODULES)

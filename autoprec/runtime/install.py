@@ -146,6 +146,9 @@ def install_options(
         has_mode = mixes and not is_chain(model, layers)
         for module in _containers(model, layers) if has_mode else ():
             installed.set_class(module, container_class(type(module), activation_dtype, False))
+        for module in model.modules():
+            _put_around(module._backward_hooks, _cast_gradients)
+            _put_around(module._backward_pre_hooks, _cast_gradients)
         if root:
             inside = activation_dtype if mixes else None
             given = None if came_in_bf16 or not has_16_bit else torch.float32
@@ -179,14 +182,14 @@ def set_storage(parameter: nn.Parameter, data: Any) -> None:
     if gradient is not None:
         parameter.grad = gradient.to(data.dtype)
     # the user's hooks at the gradient, made for the dtype that it had
-    kinds: Any = (  # Any: dicts of two kinds of functions
-        (parameter._backward_hooks, _cast_gradient),
-        (parameter._post_accumulate_grad_hooks, _cast_held_gradient),
-    )
-    for hooks, cast in kinds:
-        for key, hook in (hooks or {}).items():
-            if getattr(hook, "func", None) is not cast:
-                hooks[key] = partial(cast, hook)
+    _put_around(parameter._backward_hooks, _cast_gradient)
+    _put_around(parameter._post_accumulate_grad_hooks, _cast_held_gradient)
+
+
+def _put_around(hooks: Any, cast: Callable[..., Any]) -> None:  # Any: dicts of many functions
+    for key, hook in (hooks or {}).items():
+        if getattr(hook, "func", None) is not cast:
+            hooks[key] = partial(cast, hook)
 
 
 def _cast_gradient(hook: Callable[[Tensor], Tensor | None], gradient: Tensor) -> Tensor | None:
@@ -204,6 +207,18 @@ def _cast_held_gradient(hook: Callable[[nn.Parameter], None], parameter: nn.Para
             parameter.grad = parameter.grad.to(parameter.dtype)
     finally:
         parameter.grad_dtype = parameter.dtype
+
+
+def _cast_gradients(
+    hook: Callable[..., Any], module: nn.Module, gradients: tuple[Tensor | None, ...], *rest: Any
+) -> Any:  # Any: torch's own
+    """Run a hook at a module's backward, which may return gradients of any dtype."""
+    found = hook(module, gradients, *rest)
+    several = found if isinstance(found, tuple) else (found,)
+    if found is None or len(several) != len(gradients):  # torch says so
+        return found
+    pairs = zip(several, gradients, strict=True)
+    return tuple(new if new is None or old is None else new.to(old.dtype) for new, old in pairs)
 
 
 def _check_layer(name: str, layers: Mapping[str, nn.Module], option: Option) -> None:

@@ -7,9 +7,10 @@ layer's operands do not, so here they are run on g + d and on g, and the differe
     d -> h(g + d) - h(g)        M d for a hook that multiplies by M
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,33 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for hooks, before in zip(held, kept, strict=True):
             hooks.update(before)
+
+
+def change_backward(model: nn.Module, run: Callable[[], object]) -> bool:
+    """Whether hooks at modules' backward give other gradients than they get, in a pass of `run`.
+
+    What is handed on is no derivative then, which is what probes take it for.
+    """
+    every = [hooks for m in model.modules() for hooks in (m._backward_hooks, m._backward_pre_hooks)]
+    held: list[Any] = [hooks for hooks in every if hooks]  # Any: hooks of two kinds
+    if not held:
+        return False
+    changed: list[bool] = []
+
+    def watched(hook: Callable[..., Any], *given: Any) -> Any:
+        found = hook(*given)
+        changed.append(found is not None)
+        return found
+
+    kept = [dict(hooks) for hooks in held]
+    for hooks in held:
+        hooks.update({key: partial(watched, hook) for key, hook in hooks.items()})
+    try:
+        run()
+    finally:
+        for hooks, before in zip(held, kept, strict=True):
+            hooks.update(before)
+    return any(changed)
 
 
 def _averages(hook: object) -> bool:

@@ -35,6 +35,7 @@ from autoprec.records import (
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Sides, gemm_casts
 from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.hooks import change_backward
 from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of, partly_fp8
@@ -90,8 +91,18 @@ class Table:
 
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
-    """Measure all cells, by the method that takes fewer passes unless one is given."""
+    """Measure all cells, by the method that takes fewer passes unless one is given.
+
+    Where hooks change what modules hand back, no probe is right: layer by layer then.
+    """
     partly = partly_fp8(cells)
+    if change_backward(reference.model, lambda: reference.run(0, keep=())):
+        log.warning(
+            "hooks at modules' backward change gradients, which no probe sees: every layer is "
+            "measured by itself, in %d passes",
+            (len(cells) - len(partly)) * len(reference.batches) + len(partly),
+        )
+        method = Method.LAYERWISE
     if method is None:
         one_by_one = (len(cells) - len(partly)) * len(reference.batches) + len(partly)
         # where there are kinks only probes tell, and rows are then measured beside them
