@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from autoprec.device.timing import Function
 from autoprec.errors import DeviceError
@@ -15,10 +17,11 @@ from autoprec.model.context import Context
 from autoprec.profiler import KeptRows, profile_model
 from autoprec.profiler.kept import STEP
 from autoprec.profiler.layers import LayerMeter
-from autoprec.records import BF16_O2, FP32, Profile, ProfileRows
+from autoprec.records import BF16_O2, FP32, Precision, Profile, ProfileRows
 from autoprec.tuning.profiling import ROWS
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
+from autoprec.workload.functions import workload_from
 from tests.constant_clock import CPU, ConstantClock
 from tests.models import mlp_workload
 
@@ -203,7 +206,7 @@ def test_a_run_that_was_killed_in_a_layer_goes_on_past_it(tmp_path: Path) -> Non
     assert run.plan.layers[1].option == FP32
     assert "the process ended while 1 was measured" in run.plan.layers[1].reason
     assert run.verification is not None
-    assert "skipped   1 in bf16_o2 ended the process, so it is left out" in str(run)
+    assert "skipped   left out, as the process ended in it: 1 in bf16_o2; tune without" in str(run)
 
 
 def test_a_step_or_an_fp32_layer_that_ended_the_process_is_passed_over_too() -> None:
@@ -213,3 +216,32 @@ def test_a_step_or_an_fp32_layer_that_ended_the_process_is_passed_over_too() -> 
     assert profile.steps_left_out["autocast_bf16"].startswith("the process ended while")
     with pytest.raises(DeviceError, match="the process ended in 'fp32', as it does when memory"):
         profiled(KeptRows(ended=((STEP, "fp32"),)), ConstantClock())
+
+
+def test_what_shares_a_parameter_with_what_ended_the_process_keeps_fp32_too() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.inner = nn.Embedding(32, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.inner(self.embed(tokens)))
+            return logits
+
+    functions = {
+        "build_model": Tied,
+        "train_batches": lambda _: iter([torch.arange(32).reshape(2, 16)] * 99),
+        "loss_fn": lambda model, tokens: model(tokens).float().logsumexp(-1).mean(),
+    }
+    context = Context(workload_from(functions), CPU, clock=ConstantClock())
+    spec, kept = capture_model(context), KeptRows(ended=(("embed", "bf16_o2"),))
+    profile = profile_model(context, spec, kept=kept)
+    options = {layer.name: layer.options for layer in profile.model.layers}
+    assert options["embed"] == options["head"] == (FP32,)
+    assert options["inner"] == spec.layer("inner").options
+    for precision in (Precision.BF16_O2, Precision.FP8_O1):
+        reason = profile.model.layer("head").refusal(precision) or ""
+        assert reason.startswith("the process ended while embed was measured in bf16_o2")
+    assert {step.label for step in profile.steps} >= {"fp32", "bf16_o2"}

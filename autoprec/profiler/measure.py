@@ -221,14 +221,16 @@ def _feasible(
 ) -> dict[str, Option]:
     """Return uniform BF16 O2, or FP8, but the next wider where a layer cannot run it."""
     broken = {(name, row.option) for row in rows if row.infeasible for name in row.names}
-    bf16 = {
-        name: FP32 if (name, option) in broken else option
-        for name, option in uniform_options(groups).items()
-    }
+    options = uniform_options(groups)
+    owners = {x.name: x.tied_to or x.name for group in groups for x in group.layers}
+    # layers that share a parameter have it in one dtype
+    fp32 = {owners[name] for name, option in options.items() if (name, option) in broken}
+    bf16 = {name: FP32 if owners[name] in fp32 else option for name, option in options.items()}
     if not fp8:
         return bf16
     options = uniform_options(groups, fp8=True)
-    return {name: bf16[name] if (name, o) in broken else o for name, o in options.items()}
+    is_wide = {name: bf16[name] == FP32 or (name, o) in broken for name, o in options.items()}
+    return {name: bf16[name] if is_wide[name] else o for name, o in options.items()}
 
 
 def check_sum(

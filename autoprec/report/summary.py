@@ -112,8 +112,8 @@ class Summary:
         left_out = profile.steps_left_out.items()
         found += [f"the step {step_title(x)}" for x, why in left_out if why.startswith(ENDED)]
         named = first_and_more(found, most=2)
-        again = "it is left out; tune without --resume to try it again"
-        return f"{named} ended the process, so {again}" if found else ""
+        again = "tune without --resume to try again"
+        return f"left out, as the process ended in it: {named}; {again}" if found else ""
 
     @property
     def without(self) -> str:
