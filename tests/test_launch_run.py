@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from autoprec.cli.main import main
 from autoprec.errors import PlanMismatchError, WorkloadError
 from autoprec.integrations.launch import Script, run_with_plan
+from autoprec.integrations.launch.script import run_script
 from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
@@ -144,6 +145,37 @@ for fold in range(2):
     outcome = run(tmp_path, body, "2")
     assert outcome.status == 0
     assert outcome.message.count("plan applied to Net") == 2
+
+
+@pytest.mark.parametrize("head", [HEAD, SHARDED])
+def test_a_second_model_gets_the_plan_before_torchs_checkpoints_step_its_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    """`get_state_dict` makes the state of a new optimizer by a step, before any call."""
+    path = tmp_path / "plan.json"
+    plan_for(Net()).save(path)
+    shard = "fully_shard(model.first, mp_policy=policy); fully_shard(model, mp_policy=policy)"
+    again = f"""
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+{LOOP}
+saved = get_state_dict(model, optimizer)
+model = Net()
+{shard if head is SHARDED else ""}
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+HAND
+get_state_dict(model, optimizer)
+set_state_dict(model, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+{LOOP}
+if "dist" in globals(): dist.destroy_process_group()
+"""
+    line = f"import autoprec; autoprec.apply({str(path)!r}, model, optimizer)\n"
+    outcome = run(tmp_path, head + again.replace("HAND", ""), "3", plan=Plan.load(path))
+    assert outcome.message.count("plan applied to") == 2
+    printed = capsys.readouterr().out
+    by_hand = Script(write_script(tmp_path, head + line + again.replace("HAND", line)), ("3",))
+    assert run_script(by_hand) == 0
+    assert printed == capsys.readouterr().out
+    assert len(printed.splitlines()) == 6
 
 
 @pytest.mark.parametrize("wraps_first", [True, False])

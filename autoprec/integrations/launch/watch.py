@@ -173,6 +173,9 @@ class Watch:
             planned[0].optimizers.append(type(optimizer).__name__)
 
     def _around_load(self, call: Function, optimizer: Optimizer, /, state_dict: StateDict) -> None:
+        if optimizer not in self._waits:  # the runtime's own, which loads an attached one's state
+            call(optimizer, state_dict)
+            return
         # an attached optimizer loads its masters; from any other a plain load would drop them
         states = [state_dict, *state_dict.get("state", {}).values()]
         if self._planned(optimizer) is None and any({STATELESS, MASTER} & {*s} for s in states):
@@ -190,7 +193,7 @@ class Watch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
         if self._waits.get(optimizer):
-            if not self.applied:
+            if self._planned(optimizer) is None:  # of a second model too: get_state_dict steps it
                 self._search_for(optimizer, f"before {type(optimizer).__name__}'s first step")
             self._waits[optimizer] = False
             if not self.applied and self.misfits and not self._may_fit_later():
