@@ -24,12 +24,13 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.memory import probing_bytes
 from autoprec.model.parallel import parallel_workload
-from autoprec.records import Estimate, Gemm, LayerSensitivity, Recipe, fp8_option
+from autoprec.records import Estimate, Gemm, LayerSensitivity, Option, Recipe, fp8_option
 from autoprec.sensitivity import room, tables
 from autoprec.sensitivity.batching import measure_batch_effect
-from autoprec.sensitivity.local import Cell, list_cells
-from autoprec.sensitivity.probes import operand_statistics, probe_batches
-from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.casts import gemm_casts
+from autoprec.sensitivity.local import Cell, components_of, list_cells
+from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
+from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
 from autoprec.sensitivity.tables import make_rows
 from autoprec.workload.functions import Workload
 from tests.rank_workloads import shard_blocks, workload, workload_of
@@ -101,17 +102,32 @@ def _numbers(given: Workload) -> dict[str, Any]:  # Any: JSON values
     return {
         "passes": passes,
         "rows": [
-            (row.name, row.option.key, gemm, value.mean)
-            for row in make_rows(probes, cells)
-            for gemm, value in (row.by_gemm or {}).items()
+            (name, option.key, gemm, value.mean)
+            for name, option in cells
+            for gemm, value in _by_gemm(probes, name, option).items()
         ],
         "ranges": {name: json.loads(each.model_dump_json()) for name, each in ranges.items()},
     }
 
 
-def _rows(given: Workload) -> list[LayerSensitivity]:
+def _by_gemm(probes: list[BatchProbe], name: str, option: Option) -> dict[Gemm, Estimate]:
+    """Return the parts of a row, without what kinks change."""
+    spreading = components_of(option).items()
+    nothing, scale = [0.0] * len(probes), [probe.squared_norm for probe in probes]
+    found = {
+        gemm: tables._estimate(probes, {(name, one): 1.0 for one in components}, nothing)
+        for gemm, components in spreading
+    }
+    sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
+    staying = [probe.parameter_errors[name].get(sides, 0.0) for probe in probes]
+    return found | {Gemm.GRAD_WEIGHT: ratio_estimate(staying, scale)}
+
+
+def _rows(given: Workload) -> list[tuple[LayerSensitivity, dict[Gemm, Estimate]]]:
     reference, cells = _measured(given, batches=4)
-    return list(make_rows(probe_batches(reference, cells, probes=1), cells))
+    probes = probe_batches(reference, cells, probes=1)
+    parts = [_by_gemm(probes, *cell) for cell in cells]
+    return list(zip(make_rows(probes, cells), parts, strict=True))
 
 
 def _effect(given: Workload) -> list[float]:
@@ -140,7 +156,10 @@ def _measure(folder: Path) -> None:
         for way, split in WAYS.items()
     }
     own = {
-        name: [row.model_dump_json() for row in _rows(workload(build_optimizer=_sgd, **way))]
+        name: [
+            (row.model_dump_json(), {gemm: part.model_dump_json() for gemm, part in parts.items()})
+            for row, parts in _rows(workload(build_optimizer=_sgd, **way))
+        ]
         for name, way in OWN_BATCHES.items()
     }
     groups, rows = _rows_of_a_full_rank()
@@ -174,12 +193,12 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
     """Two ranks' gradients are twice as large each, which rounds alike; their scales are theirs."""
     expected = _rows(workload_of(RANKS, build_optimizer=_sgd))
     for way in OWN_BATCHES:
-        rows = [LayerSensitivity.model_validate_json(row) for row in measured[1][way]]
-        for row, whole in zip(rows, expected, strict=True):
+        for (text, parts), (whole, own) in zip(measured[1][way], expected, strict=True):
+            row = LayerSensitivity.model_validate_json(text)
             assert (row.name, row.option) == (whole.name, whole.option)
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
-            for gemm, value in (row.by_gemm or {}).items():
-                _compare_own(row, gemm, value, (whole.by_gemm or {})[gemm])
+            for gemm, value in own.items():
+                _compare_own(row, gemm, Estimate.model_validate_json(parts[gemm]), value)
 
 
 def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:
@@ -195,7 +214,7 @@ def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[An
 def test_a_rank_without_the_memory_makes_all_probe_fewer_layers(measured: list[Any]) -> None:
     groups, rows = measured[2]
     assert groups == 4  # 1, 2, 4
-    assert rows == measured[1]["fsdp"]
+    assert rows == [row for row, _ in measured[1]["fsdp"]]
 
 
 def _deviation(one: Estimate, other: Estimate) -> float:

@@ -4,8 +4,7 @@ from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from autoprec.common.recipes import Gemm
-from autoprec.records.base import FileRecord, Record
+from autoprec.records.base import FileRecord, Record, without
 from autoprec.records.model import Basis, Option
 
 
@@ -27,15 +26,14 @@ class Operand(StrEnum):
 class LayerSensitivity(Record):
     """One layer x option against the reference.
 
-    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR), and `by_gemm` the
-    share of it that each GEMM adds where it was measured apart.
+    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR).
     """
 
     name: str
     option: Option
     grad_error: Estimate
-    by_gemm: dict[Gemm, Estimate] = Field(default_factory=dict)
     basis: Basis = Basis.MEASURED
+    _older = without("by_gemm")
 
 
 class OperandStatistics(Record):

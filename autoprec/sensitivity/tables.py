@@ -265,7 +265,6 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
     Where the response has few dimensions, groups do have, and two codes may agree by chance in a
     row: no row's is taken to be below the mean of all, relative to the row.
     """
-    scale, nothing = [probe.squared_norm for probe in probes], [0.0] * len(probes)
     rows = []
     for name, option in cells:
         spreading = {
@@ -280,13 +279,8 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
             output = spreading[Gemm.OUTPUT]
             square = _mean_square(probes, output)
             factors |= dict.fromkeys(output, probes[0].steps.correction(output, square))
-        by_gemm = {
-            gemm: _estimate(probes, {key: factors[key] for key in keys}, nothing)
-            for gemm, keys in spreading.items()
-        }
-        by_gemm[Gemm.GRAD_WEIGHT] = ratio_estimate(staying, scale)
         total = _estimate(probes, factors, staying)
-        rows.append(LayerSensitivity(name=name, option=option, grad_error=total, by_gemm=by_gemm))
+        rows.append(LayerSensitivity(name=name, option=option, grad_error=total))
     return _widened(rows, _kinks_of(probes, rows), _choices_of(probes, rows))
 
 
@@ -426,12 +420,7 @@ def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> Laye
 
 
 def _multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
-    """Return a row times a ratio; its GEMMs keep their proportions."""
-    by_gemm = {gemm: _scaled(part, ratio) for gemm, part in row.by_gemm.items()}
-    update = {"grad_error": _scaled(row.grad_error, ratio), "by_gemm": by_gemm}
-    return row.model_copy(update=update)
-
-
-def _scaled(estimate: Estimate, ratio: float) -> Estimate:
-    stderr = None if estimate.stderr is None else estimate.stderr * ratio
-    return Estimate(mean=estimate.mean * ratio, stderr=stderr)
+    """Return a row times a ratio."""
+    mean, stderr = row.grad_error.mean, row.grad_error.stderr
+    error = Estimate(mean=mean * ratio, stderr=None if stderr is None else stderr * ratio)
+    return row.model_copy(update={"grad_error": error})
