@@ -186,9 +186,7 @@ def main() -> None:
     workload = deep_workload() if arguments.deep else load_workload(str(EXAMPLES / "char_gpt.py"))
     spec = capture_model(Context(workload, CPU))
     recipes = tuple(arguments.recipes)
-    reference = prepare_reference(
-        Context(workload, CPU), spec, with_history=Recipe.DELAYED in recipes
-    )
+    reference = prepare_reference(Context(workload, CPU), spec)
     depth_free, spent_s = timed(reference, Method.SIGN_CODED, recipes)
     print(
         f"depth-free: {depth_free.passes} passes, {depth_free.step_equivalents:.1f} step "

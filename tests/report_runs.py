@@ -484,10 +484,7 @@ def statistics_of(name: str, operand: Operand) -> OperandStatistics:
         name=name,
         operand=operand,
         amax=2.4e-4 if gradient else 11.0,
-        amin_nonzero=1e-9,
-        dynamic_range_bits=17.8 if gradient else 33.4,
         underflow={"tensorwise": 0.031 if gradient else 0.004, "rowwise": 0.002},
-        saturation={"tensorwise": 0.0, "rowwise": 0.0},
         outlier_channels=(7, 129) if operand is Operand.INPUT else (),
         channels=2048,
     )

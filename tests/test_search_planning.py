@@ -171,10 +171,7 @@ def test_a_layer_that_dominates_the_error_is_named_with_the_cause() -> None:
         name="a",
         operand=Operand.GRAD_OUTPUT,
         amax=1.0,
-        amin_nonzero=1e-9,
-        dynamic_range_bits=30.0,
         underflow={"tensorwise": 0.31, "rowwise": 0.004},
-        saturation={},
         outlier_channels=(),
         channels=32,
     )

@@ -14,9 +14,7 @@ from autoprec.records import (
     LayerKind,
     ModelSpec,
     Option,
-    Recipe,
     StepTiming,
-    fp8_option,
 )
 from autoprec.search.costs import Costs, boundary_melements, make_costs
 from autoprec.search.keep import parse_keep, resolve_keep
@@ -30,7 +28,6 @@ from tests.search_tables import (
     TYPICAL,
     Row,
     called,
-    layer_timing,
     replaced_layer,
     sensitivity_of,
     spec_of,
@@ -88,12 +85,10 @@ def test_options_without_time_or_e_have_no_price_but_a_reason() -> None:
     profile, sensitivity = tables_of({"a": TYPICAL})
     rows = [row for row in profile.layers if row.option != ROWWISE]
     rows[-1] = rows[-1].model_copy(update={"infeasible": "out of memory"})
-    delayed = layer_timing("a", fp8_option(Recipe.DELAYED), 0.1)
-    costs = make_costs(profile.model_copy(update={"layers": (*rows, delayed)}), sensitivity)
+    costs = make_costs(profile.model_copy(update={"layers": tuple(rows)}), sensitivity)
     assert list(costs.prices[0]) == [FP32, BF16_O2]
     assert costs.missing[0][TENSORWISE] == "out of memory"
     assert costs.missing[0][ROWWISE] == "it was not timed"
-    assert "emulated" in costs.missing[0][fp8_option(Recipe.DELAYED)]
     unmeasured = sensitivity.model_copy(update={"rows": sensitivity.rows[:1]})
     assert "was not measured" in make_costs(profile, unmeasured).missing[0][ROWWISE]
 

@@ -1,22 +1,15 @@
 """The emulated casts and GEMMs against torchao's own and torch's own."""
 
 import warnings
-from types import MappingProxyType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autoprec.device.torchao import float8_config, import_torchao
-from autoprec.records import Operand, Option, Recipe, fp8_option, with_gemms_hp
-from autoprec.sensitivity.casts import (
-    Cast,
-    cast_operand,
-    fp8_to_float,
-    gemm_casts,
-    scale_of,
-)
-from autoprec.sensitivity.delayed import Amax, emulated_layer
+from autoprec.records import Option, Recipe, fp8_option, with_gemms_hp
+from autoprec.sensitivity.casts import fp8_to_float
+from autoprec.sensitivity.emulation import emulated_layer
 from autoprec.sensitivity.gemm import fast_fp8_gemms, scaled_mm
 
 M, K, N = 48, 64, 32
@@ -51,13 +44,11 @@ def run_torchao(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y.detach(), x.grad, layer.weight.grad, layer.bias.grad
 
 
-def run_emulated(
-    option: Option, amax: Amax = MappingProxyType({})
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_emulated(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, grad = (t.float() for t in operands())
     linear = nn.Linear(K, N)
     linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-    with emulated_layer(linear, option, amax):
+    with emulated_layer(linear, option):
         y = linear(x.requires_grad_())
     torch.autograd.backward(y, grad)
     assert x.grad is not None
@@ -119,31 +110,3 @@ def test_scaled_mm_takes_a_bias_and_a_result_scale() -> None:
 def test_the_table_holds_every_fp8_value(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(dtype)
     assert torch.equal(fp8_to_float(codes.t()).nan_to_num(7e9), codes.t().float().nan_to_num(7e9))
-
-
-def test_delayed_scaling_uses_the_history_and_saturates() -> None:
-    cast = Cast(dtype=torch.float8_e4m3fn, dim=None, is_delayed=True)
-    x = torch.tensor([0.5, 1.0, 4.0])
-    assert float(scale_of(x, cast, amax=1.0)) == 448.0
-    assert cast_operand(x, cast, amax=1.0).tolist() == [0.5, 1.0, 1.0]  # 4 is cut to the old amax
-    assert cast_operand(x, cast).tolist() == [0.5, 1.0, 4.0]  # no history: the current amax
-
-
-def test_delayed_is_e4m3_forward_and_e5m2_backward() -> None:
-    casts = gemm_casts(fp8_option(Recipe.DELAYED))
-    dtypes = {operand: cast.dtype for sides in casts.values() for operand, cast in sides}
-    assert len(casts) == 3
-    assert dtypes[Operand.GRAD_OUTPUT] is torch.float8_e5m2
-    assert dtypes[Operand.INPUT] is dtypes[Operand.WEIGHT] is torch.float8_e4m3fn
-
-
-def test_a_stale_history_makes_delayed_scaling_worse_than_a_current_one() -> None:
-    x, weight, bias, _ = (t.float() for t in operands())
-    exact = x @ weight.t() + bias
-    amax = {Operand.INPUT: float(x.abs().max()), Operand.WEIGHT: float(weight.abs().max())}
-    stale = {operand: value / 4 for operand, value in amax.items()}
-    errors = [
-        float((run_emulated(fp8_option(Recipe.DELAYED), history)[0] - exact).norm())
-        for history in (amax, stale)
-    ]
-    assert errors[1] > 3 * errors[0]

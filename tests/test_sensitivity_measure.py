@@ -247,20 +247,6 @@ def test_broken_checkpoints_are_one_clear_line(tmp_path: Path, content: object, 
     assert "\n" not in str(caught.value)
 
 
-def test_delayed_scaling_needs_the_warm_ups_history() -> None:
-    workload = mlp_workload()
-    options = [TENSORWISE, fp8_option(Recipe.DELAYED)]
-    with pytest.raises(AutoprecError, match="prepare it with `with_history`"):
-        measure_sensitivity(warmed_up(workload, captured(workload)), options=options)
-    reference = warmed_up(workload, captured(workload), with_history=True)
-    found = measure_sensitivity(reference, options=options)
-    row = found.row("first", fp8_option(Recipe.DELAYED))
-    assert row is not None
-    assert row.grad_error.mean > 0.0
-    assert any("no plan applies it" in note for note in found.notes)
-    assert all(option.recipe is not Recipe.DELAYED for option in found.joint[0].options)
-
-
 def test_the_random_state_of_the_process_is_not_moved() -> None:
     workload = token_workload(dropout=0.5)
     spec = captured(workload)

@@ -252,13 +252,13 @@ def _compare_rows(found: list[Any], expected: list[Any], partial: set[Any], way:
 
 
 def _compare_ranges(found: dict[str, Any], expected: dict[str, Any], way: str) -> None:
-    """Compare whole records; smallest magnitudes have rounding noise in them."""
+    """Compare whole records."""
     assert len(found) == (15 if way == "tp" else 12)
     for name, record in found.items():
         whole = expected[name]
         assert record.pop("amax") == pytest.approx(whole["amax"], rel=1e-5), (way, name)
-        for key in ("amin_nonzero", "dynamic_range_bits", "mean_over_std"):
-            assert record.pop(key) == pytest.approx(whole[key], rel=1e-2), (way, name)
+        ratio = record.pop("mean_over_std")
+        assert ratio == pytest.approx(whole["mean_over_std"], rel=1e-2), (way, name)
         if way == "tokens" and name.startswith("blocks.1.up"):  # other tokens of them are counted
             assert record.pop("underflow") == pytest.approx(whole["underflow"], abs=0.02), name
         assert record == {key: whole[key] for key in record}, (way, name)

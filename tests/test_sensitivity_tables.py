@@ -101,9 +101,7 @@ def frozen_first() -> Workload:
 
 def prepared(workload: Workload, *, batches: int = 2) -> tuple[ModelSpec, Reference]:
     spec = capture_model(Context(workload, CPU))
-    reference = prepare_reference(
-        Context(workload, CPU), spec, batches=batches, warmup_steps=6, with_history=True
-    )
+    reference = prepare_reference(Context(workload, CPU), spec, batches=batches, warmup_steps=6)
     return spec, reference
 
 
@@ -206,10 +204,10 @@ def test_a_frozen_layer_has_no_grad_weight_error() -> None:
     assert sum(probed.squares[key] for key in probed.squares if key[0] == "first") > 0.0
 
 
-def test_both_tables_carry_statistics_and_delayed_scaling() -> None:
+def test_both_tables_carry_statistics() -> None:
     spec, reference = prepared(mlp_workload())
-    cells = list_cells(spec, [TENSORWISE, fp8_option(Recipe.DELAYED)])
-    assert {option.recipe for _, option in cells} == {None, Recipe.TENSORWISE, Recipe.DELAYED}
+    cells = list_cells(spec, [TENSORWISE])
+    assert {option.recipe for _, option in cells} == {None, Recipe.TENSORWISE}
     for table in (make_table(reference, cells, method) for method in Method):
         assert [(row.name, row.option) for row in table.rows] == cells
         assert {(s.name, s.operand) for s in table.statistics} == {
@@ -217,7 +215,7 @@ def test_both_tables_carry_statistics_and_delayed_scaling() -> None:
         }
         for statistics in table.statistics:
             assert 0.0 <= statistics.underflow["tensorwise"] < 0.5
-            assert statistics.amax >= statistics.amin_nonzero > 0.0
+            assert statistics.amax > 0.0
 
 
 def test_rows_too_large_for_probes_are_measured_again() -> None:

@@ -25,7 +25,7 @@ class Gemm(StrEnum):
 class Recipe(StrEnum):
     """FP8 scaling settings: torchao's by its names, then three that no plan here applies.
 
-    `delayed` (scales from earlier steps) can be emulated, and all are priced for other devices.
+    All are priced for other devices; `delayed` takes scales from earlier steps.
     """
 
     TENSORWISE = "tensorwise"

@@ -39,12 +39,12 @@ class LayerSensitivity(Record):
 class OperandStatistics(Record):
     """The range of one operand of one layer, and what a recipe would do to it.
 
-    `underflow` (non-zero values that become zero) and `saturation` (values beyond the largest FP8
-    value) are fractions per recipe. `outlier_channels` are channels with amax > 10x the median one.
-    `mean_over_std` is the root of sum(mean^2) / sum(variance) over channels, each over all rows (of
-    a weight: each output's, over its inputs): rounding is relative to the mean, what a layer learns
-    from to the spread. `outlier_token_share` is the share of tokens whose amax is more than about
-    10x the median one's. None: not known, nothing varies, or a weight, which has no tokens.
+    `underflow`, the non-zero values that become zero, is a fraction per recipe. `outlier_channels`
+    are channels with amax > 10x the median one. `mean_over_std` is the root of
+    sum(mean^2) / sum(variance) over channels, each over all rows (of a weight: each output's, over
+    its inputs): rounding is relative to the mean, what a layer learns from to the spread.
+    `outlier_token_share` is the share of tokens whose amax is more than about 10x the median one's.
+    None: not known, nothing varies, or a weight, which has no tokens.
 
     `range_share` and `mean_share` are the parts of the layer's gradient error under a recipe that
     go where this operand is rounded as in FP8, but of any range, and where its mean is taken out;
@@ -55,16 +55,14 @@ class OperandStatistics(Record):
     name: str
     operand: Operand
     amax: NonNegativeFloat
-    amin_nonzero: NonNegativeFloat
-    dynamic_range_bits: NonNegativeFloat
     underflow: dict[str, float]
-    saturation: dict[str, float]
     outlier_channels: tuple[int, ...]
     channels: NonNegativeInt
     mean_over_std: NonNegativeFloat | None = None
     outlier_token_share: NonNegativeFloat | None = None
     range_share: dict[str, float] = Field(default_factory=dict)
     mean_share: dict[str, float] = Field(default_factory=dict)
+    _older = without("saturation", "amin_nonzero", "dynamic_range_bits")
 
 
 class Island(Record):

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from autoprec.records import (
-    APPLICABLE_RECIPES,
     BF16_O2,
     DeviceFacts,
     JointMeasurement,
@@ -109,8 +108,6 @@ def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]
         grad_error = sensitivity.between_layers + parts
         gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
         title = formats.option(option)
-        if option.recipe not in APPLICABLE_RECIPES:
-            title += " (for comparison; no plan applies it)"
         rows.append((title, len(own), grad_error, gap))
     return rows
 

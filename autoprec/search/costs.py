@@ -43,7 +43,6 @@ from autoprec.records import (
     Option,
     Precision,
     Profile,
-    Recipe,
     Sensitivity,
 )
 from autoprec.records.cost import Communication, Timing, ratio_error
@@ -286,8 +285,6 @@ def _price_layer(
 def _why_missing(
     layer: LayerSpec, option: Option, timing: LayerTiming | None, effect: LayerSensitivity | None
 ) -> str:
-    if option.recipe is Recipe.DELAYED:
-        return "it is emulated for comparison, and no plan applies it"
     if not layer.calls:
         return "" if not option.is_fp8 else "the step did not call it"
     if timing is not None and timing.infeasible:

@@ -15,7 +15,7 @@ linear          a linear's errors in every option, its products with a probe, it
 local           what an error inside one layer is made of; any other layer's error in BF16
 replay          a layer run again alone, on what went through it
 casts           what the recipes do to an operand, in plain arithmetic
-delayed         delayed scaling, emulated where it is asked for
+emulation       a linear in FP8 of plain arithmetic
 causes          what stands out in a layer's operands, and which of it causes its error, in words
 repairs         how much of a layer's error goes with each suspect operand repaired
 gemm            FP8 GEMMs on a CPU, fast

@@ -5,8 +5,6 @@
 
 The operands come in as BF16, as in the real layer. Which cast each operand gets is read from
 torchao's own config, so that another torchao cannot mean something else by a recipe's name.
-`delayed` is Transformer Engine's: e4m3 forward and e5m2 backward, tensorwise, the amax the largest
-of the last steps instead of the current one (its `margin`, 0 by default, is left out).
 """
 
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from autoprec.device.ranks import sharded_tensor
 from autoprec.device.torchao import float8_config
-from autoprec.records import Gemm, Operand, Option, Recipe
+from autoprec.records import Gemm, Operand, Option
 
 EPS = 1e-12  # the smallest amax, torchao.float8.float8_utils.EPS
 
@@ -30,7 +28,6 @@ class Cast:
     dtype: torch.dtype
     dim: int | None
     is_power_of_2: bool = False
-    is_delayed: bool = False
 
 
 Sides = tuple[tuple[Operand, Cast], ...]  # the two operands of a GEMM
@@ -49,21 +46,12 @@ _SIDES: dict[Gemm, tuple[tuple[Operand, str, int], ...]] = {
         (Operand.INPUT, "input_for_grad_weight", 0),
     ),
 }
-_E4M3 = Cast(torch.float8_e4m3fn, dim=None, is_delayed=True)
-_E5M2 = Cast(torch.float8_e5m2, dim=None, is_delayed=True)
-_DELAYED = {Operand.INPUT: _E4M3, Operand.WEIGHT: _E4M3, Operand.GRAD_OUTPUT: _E5M2}
 
 
 def gemm_casts(option: Option) -> dict[Gemm, Sides]:
     """Return the two casts of each GEMM that an option runs in FP8; none for other precisions."""
     if not option.is_fp8:
         return {}
-    if option.recipe is Recipe.DELAYED:
-        return {
-            gemm: tuple((operand, _DELAYED[operand]) for operand, _, _ in sides)
-            for gemm, sides in _SIDES.items()
-            if gemm not in option.gemms_hp
-        }
     config = float8_config(option)
     return {
         gemm: tuple((operand, _current_cast(config, field, dim)) for operand, field, dim in sides)
@@ -72,17 +60,8 @@ def gemm_casts(option: Option) -> dict[Gemm, Sides]:
     }
 
 
-def scale_of(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
-    """Return the scale of a tensor; `amax` is the history's, for a delayed cast."""
-    if cast.is_delayed and amax is not None:
-        largest = torch.tensor(amax, dtype=torch.float64, device=x.device)
-    else:
-        largest = largest_of(x, cast)
-    return scale_from(largest, cast)
-
-
 def largest_of(x: Tensor, cast: Cast) -> Tensor:
-    """Return the amax that a cast with current scaling takes of a tensor."""
+    """Return the amax that a cast takes of a tensor."""
     return x.abs().amax() if cast.dim is None else x.abs().amax(cast.dim, keepdim=True)
 
 
@@ -92,18 +71,14 @@ def scale_from(largest: Tensor, cast: Cast) -> Tensor:
     return torch.exp2(torch.floor(torch.log2(scale))) if cast.is_power_of_2 else scale
 
 
-def cast_operand(x: Tensor, cast: Cast, *, amax: float | None = None) -> Tensor:
+def cast_operand(x: Tensor, cast: Cast) -> Tensor:
     """Return a BF16-rounded operand after its cast to FP8, in FP32."""
-    return cast_scaled(x, cast, scale_of(x, cast, amax=amax))
+    return cast_scaled(x, cast, scale_from(largest_of(x, cast), cast))
 
 
 def cast_scaled(x: Tensor, cast: Cast, scale: Tensor) -> Tensor:
     """Return a BF16-rounded operand, or some rows of it, after its cast to FP8 with this scale."""
-    scaled = x * scale
-    if cast.is_delayed:  # only a scale from the past lets values be too large
-        largest = torch.finfo(cast.dtype).max
-        scaled = scaled.clamp_(-largest, largest)
-    return fp8_to_float(scaled.to(cast.dtype)).div_(scale)
+    return fp8_to_float((x * scale).to(cast.dtype)).div_(scale)
 
 
 def fp8_to_float(x_fp8: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from autoprec.common.text import percent
 from autoprec.records import Operand, OperandStatistics
 
-NOTABLE = 0.01  # a fraction of underflow or saturation below this is not worth a word
+NOTABLE = 0.01  # a fraction of underflow below this is not worth a word
 OTHER_SHARE = 0.5  # another recipe is named when it has at most this part of the worst one's
 OFFSET = 1.0  # |mean| / std from which an operand's own size is what is rounded, not its spread
 MOST_OUTLIERS = 0.05  # more channels than this part are no outliers but the distribution
@@ -44,7 +44,7 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     For example `grad_output: 31 % underflow under tensorwise; rowwise 0.4 % (98 % of the error)`;
     "" when nothing stands out. With a recipe losses are its own, else those of the worst one.
     """
-    by_worst = sorted(rows, key=lambda row: -max(_losses(row, recipe).values(), default=0.0))
+    by_worst = sorted(rows, key=lambda row: -_most_lost(row, recipe))
     found = [suspect for row in by_worst for suspect in suspects(row, recipe)]
     best = max((one.share for one in found if one.share is not None), default=None)
     if best is None:
@@ -59,24 +59,20 @@ def explain_statistics(rows: Sequence[OperandStatistics], *, recipe: str | None 
     )
 
 
-def _losses(row: OperandStatistics, recipe: str | None) -> dict[tuple[str, str], float]:
-    """Return the share of values lost, by kind and recipe."""
-    tables = (("underflow", row.underflow), ("saturation", row.saturation))
-    found = ((kind, name, value) for kind, table in tables for name, value in table.items())
-    return {(kind, name): value for kind, name, value in found if recipe in (None, name)}
+def _most_lost(row: OperandStatistics, recipe: str | None) -> float:
+    return max((v for name, v in row.underflow.items() if recipe in (None, name)), default=0.0)
 
 
 def _worst_loss(row: OperandStatistics, recipe: str | None) -> str:
-    losses = _losses(row, recipe)
-    if max(losses.values(), default=0.0) < NOTABLE:
+    lost = row.underflow
+    named = {name: share for name, share in lost.items() if recipe in (None, name)}
+    if max(named.values(), default=0.0) < NOTABLE:
         return ""
-    kind, worst_recipe = max(losses, key=lambda key: losses[key])
-    worst = losses[kind, worst_recipe]
-    text = f"{row.operand.value}: {percent(worst)} {kind} under {worst_recipe}"
-    others = {name: value for (k, name), value in _losses(row, None).items() if k == kind}
-    best = min(others, key=lambda name: others[name])
-    better = others[best] <= OTHER_SHARE * worst
-    return f"{text}; {best} {percent(others[best])}" if better else text
+    worst = max(named, key=lambda name: named[name])
+    best = min(lost, key=lambda name: lost[name])
+    text = f"{row.operand.value}: {percent(lost[worst])} underflow under {worst}"
+    better = lost[best] <= OTHER_SHARE * lost[worst]
+    return f"{text}; {best} {percent(lost[best])}" if better else text
 
 
 def _outliers(row: OperandStatistics) -> str:

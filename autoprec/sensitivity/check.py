@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoprec.records import APPLICABLE_RECIPES, Estimate, JointMeasurement
+from autoprec.records import Estimate, JointMeasurement
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
@@ -42,8 +42,8 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     """
     reference, names = meter.reference, meter.reference.spec.names
     along = partly_fp8((row.name, row.option) for row in table.rows)
-    applied = (row for row in table.rows if row.option.recipe in APPLICABLE_RECIPES)
-    fp8 = [row for row in applied if (row.name, row.option) not in along]
+    own = (row for row in table.rows if row.option.is_fp8)
+    fp8 = [row for row in own if (row.name, row.option) not in along]
     if not fp8:
         return Checked(table, (), "")
     first = {row.name: row.option for row in reversed(fp8)}  # the first of each layer stays

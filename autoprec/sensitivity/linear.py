@@ -32,9 +32,7 @@ from autoprec.sensitivity.casts import (
     largest_of,
     round_bf16,
     scale_from,
-    scale_of,
 )
-from autoprec.sensitivity.delayed import Amax
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
     BF16_OUTPUT,
@@ -45,7 +43,7 @@ from autoprec.sensitivity.local import (
 )
 from autoprec.sensitivity.replay import floating_inputs
 
-COUNTED_ROWS = 4  # one row in so many is counted for underflow and saturation
+COUNTED_ROWS = 4  # one row in so many is counted for underflow
 SPREADING = (Gemm.OUTPUT, Gemm.GRAD_INPUT)  # the GEMMs whose error the rest of the model carries on
 OUTLIER_RATIO = 10.0  # a channel's amax over the median channel's
 OUTLIER_BINADES = 4  # the same of tokens: 4 binades up is 8x to 32x
@@ -60,7 +58,6 @@ class Matrix:
     chunk: int  # rows
     axes: str = ""  # of M, N and K: what rows and columns are
     split: Split = WHOLE  # of the linear: ranks may have parts of the operand
-    amax: float | None = None  # of the past, for delayed scaling
     _scales: dict[Cast, Tensor] = field(default_factory=dict)
 
     def chunks(self) -> Iterator[slice]:
@@ -82,14 +79,12 @@ class Matrix:
         DTensor reduces an amax over the ranks that have parts of the operand; so does this.
         """
         if cast not in self._scales:
-            if cast.is_delayed and self.amax is not None:
-                self._scales[cast] = scale_of(self.exact, cast, amax=self.amax)
-            else:  # rounding keeps the order of magnitudes: the largest of all, then rounded
-                parts = [largest_of(self.exact[rows], cast) for rows in self.chunks()]
-                largest = torch.cat(parts) if cast.dim == 1 else torch.stack(parts).amax(0)
-                over = self.axes if cast.dim is None else self.axes[cast.dim : cast.dim + 1]
-                largest = self.split.largest(round_bf16(largest), over=over)
-                self._scales[cast] = scale_from(largest, cast)
+            # rounding keeps the order of magnitudes: the largest of all, then rounded
+            parts = [largest_of(self.exact[rows], cast) for rows in self.chunks()]
+            largest = torch.cat(parts) if cast.dim == 1 else torch.stack(parts).amax(0)
+            over = self.axes if cast.dim is None else self.axes[cast.dim : cast.dim + 1]
+            largest = self.split.largest(round_bf16(largest), over=over)
+            self._scales[cast] = scale_from(largest, cast)
         return self._scales[cast][rows] if cast.dim == 1 else self._scales[cast]
 
     def counted(self, rows: slice) -> slice:
@@ -129,7 +124,6 @@ class Linear:
         options: Sequence[Option],
         *,
         moved: Sequence[Call] = (),
-        amax: Amax | None = None,
         split: Split = WHOLE,
         chunk: int,
     ) -> None:
@@ -137,7 +131,6 @@ class Linear:
 
         Of a linear that ranks divide, `layer` is this rank's part and `split` says which.
         """
-        amax = amax or {}
         self.split = split.seen_in(floating_inputs(calls[0])[0]) if calls else split
         width = layer.in_features + layer.out_features
         rows = max(chunk // width // COUNTED_ROWS, 1) * COUNTED_ROWS
@@ -145,19 +138,16 @@ class Linear:
         # taken now: inside `in_bf16` the layer has others
         self.weight_NK = layer.weight.detach().float()
         self.bias_N = None if layer.bias is None else layer.bias.detach().float()
-        self.weight = self._matrix(self.weight_NK, rows, "NK", amax.get(Operand.WEIGHT))
+        self.weight = Matrix(self.weight_NK, rows, "NK", self.split)
         pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
         self.calls = [
             ProbedCall(
-                self._matrix(x, rows, "MK", amax.get(Operand.INPUT)),
-                self._matrix(g, rows, "MN", amax.get(Operand.GRAD_OUTPUT)),
+                Matrix(x, rows, "MK", self.split),
+                Matrix(g, rows, "MN", self.split),
                 *probed,
             )
             for (x, g), probed in pairs
         ]
-
-    def _matrix(self, exact: Tensor, rows: int, axes: str, amax: float | None) -> Matrix:
-        return Matrix(exact, rows, axes, self.split, amax)
 
     def products(self, gemms: Sequence[Gemm] = SPREADING) -> dict[Component, Tensor]:
         """Return z per group for every component of these GEMMs' errors, of all ranks' parts."""
@@ -300,19 +290,12 @@ def _range(
     per_channel = split.largest(per_channel, over=axes[dim])
     per_channel = split.whole(per_channel, axes[1 - dim], over=axes[1 - dim])
     amax = float(per_channel.max())
-    magnitudes = (m.exact[rows].abs() for m, rows in pieces)
-    least = torch.stack([torch.where(t > 0, t, torch.inf).min() for t in magnitudes]).min()
-    smallest = -float(split.largest(-least, over=axes))
-    amin = smallest if math.isfinite(smallest) else 0.0  # 0: all are zero
     outliers = (per_channel > OUTLIER_RATIO * float(per_channel.median())).nonzero().flatten()
     return OperandStatistics(
         name=name,
         operand=operand,
         amax=amax,
-        amin_nonzero=amin,
-        dynamic_range_bits=math.log2(amax / amin) if amin > 0.0 else 0.0,
         underflow={k: max(_underflow(matrices, c) for c in v) for k, v in casts.items()},
-        saturation={k: max(_saturation(matrices, c) for c in v) for k, v in casts.items()},
         outlier_channels=tuple(outliers.tolist()),
         channels=len(per_channel),
         mean_over_std=_mean_over_std([m.exact[rows] for m, rows in pieces], dim, split, axes),
@@ -368,20 +351,6 @@ def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
             left += int(matrix.cast(cast, rows).count_nonzero())
     there, left = _of_all_ranks(matrices, there, left)
     return 1.0 - left / there if there else 0.0
-
-
-def _saturation(matrices: Sequence[Matrix], cast: Cast) -> float:
-    """Return the fraction of values beyond the largest FP8 value; current scaling has none."""
-    if not cast.is_delayed:
-        return 0.0
-    beyond = count = 0
-    for matrix in matrices:
-        for rows in map(matrix.counted, matrix.chunks()):
-            scaled = matrix.exact[rows] * matrix.scale(cast, rows)
-            beyond += int((scaled.abs() > torch.finfo(cast.dtype).max).sum())
-            count += scaled.numel()
-    beyond, count = _of_all_ranks(matrices, beyond, count)
-    return beyond / max(count, 1)
 
 
 def _of_all_ranks(matrices: Sequence[Matrix], *counts: int) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from autoprec.device.ranks import whole
 from autoprec.model.recording import Call
-from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, Recipe, with_gemms_hp
+from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, with_gemms_hp
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
 from autoprec.sensitivity.replay import replay
@@ -117,9 +117,8 @@ def list_cells(
 ) -> list[Cell]:
     """Return the cells to measure: every layer in each of its options but FP32.
 
-    `options` limits the FP8 recipes; `delayed` is added to every layer that takes FP8 at all.
-    `gemms_hp` adds each whole recipe with GEMMs in BF16, all of them: which of those a profile has
-    is decided by times, and what is measured here must not be.
+    `options` limits the FP8 recipes. `gemms_hp` adds each whole recipe with GEMMs in BF16, all of
+    them: which of those a profile has is decided by times, and what is measured here must not be.
     """
     cells: list[Cell] = []
     recipes = None if options is None else {None, *(option.recipe for option in options)}
@@ -127,11 +126,8 @@ def list_cells(
         own = [o for o in layer.options if recipes is None or o.recipe in recipes]
         timed = partly_fp8((layer.name, option) for option in own)
         chosen = [option for option in own if (layer.name, option) not in timed]
-        if any(option.is_fp8 for option in layer.options):
-            chosen += [o for o in options or () if o.recipe is Recipe.DELAYED and o not in chosen]
         added = with_gemms_hp(chosen) if gemms_hp else chosen
-        applied = (o for o in added if not o.gemms_hp or o.recipe is not Recipe.DELAYED)
-        cells += [(layer.name, option) for option in applied if option != FP32]
+        cells += [(layer.name, option) for option in added if option != FP32]
     return cells
 
 

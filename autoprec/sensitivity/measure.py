@@ -7,21 +7,19 @@ from contextlib import nullcontext
 from autoprec.common.text import percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
-from autoprec.errors import AutoprecError
 from autoprec.records import (
     FP32,
     BatchEffect,
     Estimate,
     JointMeasurement,
     Option,
-    Recipe,
     Sensitivity,
     StepError,
 )
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.check import check_table
 from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.local import Cell, list_cells
+from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
 from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
@@ -41,14 +39,10 @@ def measure_sensitivity(
     `options` are the FP8 options to measure (default: all that the spec's layers list), with
     `gemms_hp` also with GEMMs in BF16, `method` how (default: the cheaper one), and `run_tokens`
     those of an optimizer step of the planned run. Seed, model and these decide what is measured.
-
-    Raises:
-        AutoprecError: delayed scaling is among the options, but the warm-up kept no history.
     """
     started = time.perf_counter()
     passes, spec = reference.passes, reference.spec
-    cells = _checked_cells(reference, options, gemms_hp=gemms_hp)
-    table = make_table(reference, cells, method)
+    table = make_table(reference, list_cells(spec, options, gemms_hp=gemms_hp), method)
     meter = JointMeter(reference)
     activation_error, islands = meter.measure_activations(table.rows)
     outside = activation_error.mean + sum(island.grad_error for island in islands)
@@ -86,18 +80,6 @@ def measure_sensitivity(
     )
 
 
-def _checked_cells(
-    reference: Reference, options: Sequence[Option] | None, *, gemms_hp: bool
-) -> list[Cell]:
-    cells = list_cells(reference.spec, options, gemms_hp=gemms_hp)
-    if not reference.history and any(option.recipe is Recipe.DELAYED for _, option in cells):
-        raise AutoprecError(
-            "delayed scaling needs the operands' magnitudes in the warm-up, but the reference was "
-            "prepared without them; prepare it with `with_history`"
-        )
-    return cells
-
-
 def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple[StepError, ...]:
     """Return the error of FP8 wherever it goes, from the table's check where that measured it."""
     step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
@@ -133,8 +115,6 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     if table.refined:
         cells = ", ".join(f"{name} {option.key}" for name, option in table.refined)
         notes.append(f"measured one by one after the probes: {cells}")
-    if any(row.option.recipe is Recipe.DELAYED for row in table.rows):
-        notes.append("delayed scaling is emulated, for comparison; no plan applies it")
     return notes
 
 

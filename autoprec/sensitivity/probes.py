@@ -193,12 +193,9 @@ def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[Oper
             _reference_pass(reference, 0)
         for name, linear in linears.items():
             if calls[name]:
-                amax = reference.history.get(name)
                 run, split = _run_alone(reference, linear)
                 if isinstance(run, nn.Linear):
-                    seen = Linear(
-                        run, calls[name], options[name], amax=amax, split=split, chunk=chunk
-                    )
+                    seen = Linear(run, calls[name], options[name], split=split, chunk=chunk)
                     found += seen.statistics(name)
     return found
 
@@ -259,10 +256,8 @@ def _products_of(
             if not calls:
                 products, errors = _uncalled_products(step, layer, run, norm)
             elif isinstance(run, nn.Linear) and not linear_refusal(run):
-                fp8, amax = options.get(name, ()), reference.history.get(name)
-                linear = Linear(
-                    run, calls, fp8, moved=after, amax=amax, split=split, chunk=step.chunk
-                )
+                fp8 = options.get(name, ())
+                linear = Linear(run, calls, fp8, moved=after, split=split, chunk=step.chunk)
                 products = linear.products(gemms)
                 errors = linear.parameter_errors(norm) if is_first else {}
                 if is_first and step.index == 0 and fp8:

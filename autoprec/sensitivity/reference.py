@@ -33,7 +33,7 @@ from autoprec.device.ranks import (
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.layers import find_layers, model_layers
+from autoprec.model.layers import model_layers
 from autoprec.records import (
     APPLICABLE_RECIPES,
     Estimate,
@@ -43,7 +43,6 @@ from autoprec.records import (
 )
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.delayed import Amax, recorded_amax
 from autoprec.sensitivity.gemm import fast_fp8_gemms
 from autoprec.sensitivity.kept_reference import (
     digest_of,
@@ -89,7 +88,6 @@ class Reference:
     model: nn.Module  # warmed up, FP32
     batches: InTurn[Batch]  # those that gradients are compared on, where they were made
     preconditioner: Preconditioner
-    history: Mapping[str, Amax]  # of every linear in the warm-up, by name; empty unless asked for
     loss_curve: tuple[tuple[int, float], ...]  # (step, loss) of the warm-up
     checkpoint: str  # where the warm-up started; "" for fresh weights
     step_s: float  # the median time of a warm-up step
@@ -274,14 +272,13 @@ def prepare_reference(
     checkpoint: Path | None = None,
     batches: int = DEFAULT_BATCHES,
     warmup_steps: int = DEFAULT_WARMUP_STEPS,
-    with_history: bool = False,
     kept: Path | None = None,
 ) -> Reference:
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
 
     `spec` is the captured model, `checkpoint` a state dict to start from instead of fresh weights.
-    `with_history` records the operands' magnitudes, as delayed scaling needs them. `kept` is a file
-    from which the trained reference is read, and to which it is written where there is none.
+    `kept` is a file from which the trained reference is read, and to which it is written where
+    there is none.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.
@@ -297,7 +294,7 @@ def prepare_reference(
     started = time.perf_counter()
     groups, is_parked = plan_groups(context, spec)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
-    train = partial(_trained, context, spec, start, batches=batches, with_history=with_history)
+    train = partial(_trained, context, spec, start, batches=batches)
     made = _read_or_trained(context, kept, train, steps=warmup_steps)
     training = made.training
     _check_structure(training.model, spec)
@@ -309,7 +306,6 @@ def prepare_reference(
         gradients=InTurn((), context.device),
         stream=made.stream,
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        history=made.history,
         loss_curve=made.curve,
         checkpoint=str(checkpoint or ""),
         step_s=made.step_s,
@@ -342,18 +338,16 @@ def _trained(
     *,
     batches: int,
     steps: int,
-    with_history: bool,
 ) -> WarmUp:
     """Train a reference; on the way FP8's error is measured on the batches of the next steps."""
     training = restore(context, start, warmup_steps=steps)
     stream = context.workload.train_batches(context.seed)
-    watched = find_layers(training.model) if with_history else {}
     early: tuple[StepError, ...] = ()
-    with seeded(context.seed, context.device), tf32_off(), recorded_amax(watched) as history:
+    with seeded(context.seed, context.device), tf32_off():
         numbers = range(1, steps + 1)
         first, last = numbers[:EARLY_STEPS], numbers[EARLY_STEPS:]
         curve, step_s = warm_up(training, context, stream, first, of=steps)
-        if not watched and len(last) >= batches:
+        if len(last) >= batches:
             drawn = InTurn(islice(stream, batches), context.device)
             early = _early_error(context, spec, training, drawn)
             stream = _after(drawn, stream)
@@ -361,7 +355,7 @@ def _trained(
         if last:
             later, step_s = warm_up(training, context, stream, last, of=steps)
             curve = (*curve, *later)
-    return WarmUp(training, stream, curve, step_s, history, early)
+    return WarmUp(training, stream, curve, step_s, early)
 
 
 def _after(drawn: InTurn[Batch], stream: Iterator[Batch]) -> Iterator[Batch]:
@@ -384,7 +378,6 @@ def _early_error(
         gradients=InTurn((), context.device),
         stream=iter(()),
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        history={},
         loss_curve=(),
         checkpoint="",
         step_s=1.0,

@@ -22,9 +22,9 @@ from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.layers import layer_named
-from autoprec.records import LayerSensitivity, Operand, OperandStatistics, Recipe
+from autoprec.records import LayerSensitivity, Operand, OperandStatistics
 from autoprec.sensitivity.causes import suspects
-from autoprec.sensitivity.delayed import emulated_layer
+from autoprec.sensitivity.emulation import emulated_layer
 from autoprec.sensitivity.reference import Reference
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def with_shares(
     """
     first: dict[str, LayerSensitivity] = {}
     for row in rows:
-        if row.option.is_fp8 and row.option.recipe is not Recipe.DELAYED:
+        if row.option.is_fp8:
             first.setdefault(row.name, row)
     large = [row for row in first.values() if row.grad_error.mean >= LARGE]
     large.sort(key=lambda row: -row.grad_error.mean)
@@ -95,4 +95,4 @@ def _repaired(
     """Run one layer in emulated FP8 inside, with an operand repaired."""
     layer, (operand, is_mean) = layer_named(reference.model, row.name), repair
     assert isinstance(layer, nn.Linear)  # noqa: S101  it has an FP8 option
-    return emulated_layer(layer, row.option, {}, in_range=operand, without_mean=is_mean)
+    return emulated_layer(layer, row.option, in_range=operand, without_mean=is_mean)

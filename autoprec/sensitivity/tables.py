@@ -15,13 +15,11 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import nn
 
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
-from autoprec.errors import PlanMismatchError, WorkloadError
-from autoprec.model.layers import layer_named
+from autoprec.errors import WorkloadError
 from autoprec.records import (
     BF16_O2,
     Estimate,
@@ -30,11 +28,9 @@ from autoprec.records import (
     Operand,
     OperandStatistics,
     Option,
-    Recipe,
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Sides, gemm_casts
-from autoprec.sensitivity.delayed import emulated_layer
 from autoprec.sensitivity.hooks import change_backward
 from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
@@ -396,15 +392,8 @@ def _installed(reference: Reference, name: str, option: Option) -> AbstractConte
 
     Layers that share its weight have it in BF16 with it.
     """
-    if option.recipe is not Recipe.DELAYED:
-        options = {**dict.fromkeys(tied_with(reference.spec, [name]), BF16_O2), name: option}
-        return install_options(reference.model, options, activation_dtype=torch.float32)
-    layer = layer_named(reference.model, name)
-    if not isinstance(layer, nn.Linear):
-        raise PlanMismatchError(
-            f"{option.key} is for nn.Linear, but {name!r} is {type(layer).__name__}; leave it out"
-        )
-    return emulated_layer(layer, option, reference.history.get(name, {}))
+    options = {**dict.fromkeys(tied_with(reference.spec, [name]), BF16_O2), name: option}
+    return install_options(reference.model, options, activation_dtype=torch.float32)
 
 
 def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> LayerSensitivity:

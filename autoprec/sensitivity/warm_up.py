@@ -4,15 +4,14 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from autoprec.device.ranks import world_size
 from autoprec.model.context import Context
 from autoprec.records.sensitivity import StepError
 from autoprec.runtime.checkpoint import Checkpoint, load_state
 from autoprec.runtime.sharded_state import load_shards, load_whole
-from autoprec.sensitivity.delayed import Amax
 from autoprec.sensitivity.kept_reference import Kept
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training, start_training, step_batches
@@ -28,7 +27,6 @@ class WarmUp:
     stream: Iterator[Batch]
     curve: tuple[tuple[int, float], ...]
     step_s: float
-    history: Mapping[str, Amax] = field(default_factory=dict)
     early: tuple[StepError, ...] = ()
 
 

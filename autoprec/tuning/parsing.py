@@ -29,12 +29,10 @@ def parse_recipes(given: str | Sequence[str]) -> tuple[Recipe, ...]:
     """
     words = given.split(",") if isinstance(given, str) else given
     names = [str(name).strip() for name in words if str(name).strip()]
-    wrong = set(names) - {*APPLICABLE_RECIPES, Recipe.DELAYED}  # that one can be emulated
-    if wrong or not set(names) & set(APPLICABLE_RECIPES):
+    if not names or set(names) - {*APPLICABLE_RECIPES}:
         raise SettingsError(
-            f"--recipes must be among {', '.join(APPLICABLE_RECIPES)} (and {Recipe.DELAYED} beside "
-            f"these, for comparison: no plan applies it), but it is {shown_value(given)}; "
-            "separate several with commas"
+            f"--recipes must be among {', '.join(APPLICABLE_RECIPES)}, but it is "
+            f"{shown_value(given)}; separate several with commas"
         )
     return tuple(Recipe(name) for name in dict.fromkeys(names))
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from autoprec.common.files import write_atomically
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.errors import RecordError, WorkloadError
-from autoprec.records import Certificate, ModelSpec, Profile, Recipe, Search, Sensitivity
+from autoprec.records import Certificate, ModelSpec, Profile, Search, Sensitivity
 from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
@@ -174,7 +174,7 @@ class Run:
         from autoprec.profiler import without_ended
         from autoprec.sensitivity.reference import prepare_reference
 
-        checkpoint, has_delayed = self.settings.checkpoint, Recipe.DELAYED in self.settings.recipes
+        checkpoint = self.settings.checkpoint
         spec = self.spec
         if self.target is None and "profile" in self.stages:
             spec = without_ended(spec, self.profile.layers)
@@ -182,7 +182,6 @@ class Run:
             self.context,
             spec,
             checkpoint=checkpoint,
-            with_history=has_delayed,
             kept=kept_reference(self),
         )
 
@@ -318,7 +317,7 @@ class Run:
         settings = self.settings
         return measure_sensitivity(
             self.reference,
-            options=settings.measured_options,
+            options=settings.fp8_options,
             gemms_hp=settings.gemms_hp,
             run_tokens=settings.global_batch_tokens,
         )

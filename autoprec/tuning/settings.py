@@ -144,7 +144,7 @@ class Settings:
     )
     recipes: tuple[Recipe, ...] = setting(
         ",".join(APPLICABLE_RECIPES),
-        "FP8 recipes to consider, separated by commas; delayed is measured for comparison.",
+        "FP8 recipes to consider, separated by commas.",
         (PROFILE, SENSITIVITY),
         parse=parsing.parse_recipes,
     )
@@ -370,12 +370,7 @@ class Settings:
 
     @property
     def fp8_options(self) -> "tuple[Option, ...]":
-        """The FP8 options that a plan may take: those of the recipes that can be applied."""
-        return tuple(o for o in self.measured_options if o.recipe in APPLICABLE_RECIPES)
-
-    @property
-    def measured_options(self) -> "tuple[Option, ...]":
-        """The FP8 options whose effect is measured: `delayed` too where it was asked for."""
+        """The FP8 options of the recipes to consider."""
         from autoprec.records import fp8_option
 
         return tuple(fp8_option(recipe) for recipe in self.recipes)
