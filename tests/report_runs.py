@@ -611,7 +611,6 @@ def make_search(profile: Profile, sensitivity: Sensitivity, options: tuple[Optio
         seed=0,
         step_equivalents=18.0,
         duplicates_skipped=2,
-        trials_asked=12,
     )
 
 
@@ -661,7 +660,6 @@ def make_verification(plan: Plan, profile: Profile) -> Verification:
         branches=make_branches(),
         steps=tuple(step(label, value, machine, samples=12) for label, value in ms.items()),
         software=SOFTWARE,
-        seeds_planned=(3, 5),
         eval_stderr=0.00008,
         floor=0.0,
     )

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
-from autoprec.records.base import FileRecord, Many, Record
+from autoprec.records.base import FileRecord, Many, Record, without
 from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
 from autoprec.records.verification import (
     ExpectedGap,
@@ -267,9 +267,9 @@ class Search(FileRecord):
     seed: int
     step_equivalents: NonNegativeFloat
     duplicates_skipped: NonNegativeInt = 0
-    trials_asked: PositiveInt | None = None
     interacting: tuple[str, ...] = ()
     expected: FrontPoint | None = None
     free: FrontPoint | None = None
     measured_front: tuple[FrontPoint, ...] = ()
     notes: tuple[str, ...] = ()
+    _older = without("trials_asked")

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from autoprec.records.base import FileRecord, Record
+from autoprec.records.base import FileRecord, Record, without
 from autoprec.records.cost import StepTiming
 from autoprec.records.model import Basis, Option
 from autoprec.records.sensitivity import Estimate
@@ -174,17 +174,16 @@ class Verification(FileRecord):
     `predicted_gap` comes from the gradient error and that curve. `steps` are the
     whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
     plans that were tried before this one. `advice` is what it would take when inconclusive.
-    `plan` is the plan's digest (`Plan.digest`). `seeds_planned` are the smallest and largest number
-    of seeds the test was planned for. `eval_stderr` is the standard error that the finite number of
-    evaluation batches leaves on the mean gap, `floor` the relative gap between two runs of the
-    reference with one seed (0.0 when training is deterministic). `notes` say what the reader must
-    know, e.g. that two variants are one and the same. `proxy` is there where the branches trained a
-    smaller model in the place of the plan's; `refuted_plans` are the plan's model's all the same.
-    `expected_gap` is that of the plan at the end of the run that the user plans, None where nobody
-    said how long it is. `metrics` are the user's, and `verdict` the worst of theirs and the loss's.
-    `horizons` are the plan's gaps over other lengths too, and `growth` the exponent of the steps
-    with which they grow. `own_gap` is the loss gap where the plan's branches are evaluated through
-    the plan's own forward.
+    `plan` is the plan's digest (`Plan.digest`). `eval_stderr` is the standard error that the finite
+    number of evaluation batches leaves on the mean gap, `floor` the relative gap between two runs
+    of the reference with one seed (0.0 when training is deterministic). `notes` say what the reader
+    must know, e.g. that two variants are one and the same. `proxy` is there where the branches
+    trained a smaller model in the place of the plan's; `refuted_plans` are the plan's model's all
+    the same. `expected_gap` is that of the plan at the end of the run that the user plans, None
+    where nobody said how long it is. `metrics` are the user's, and `verdict` the worst of theirs
+    and the loss's. `horizons` are the plan's gaps over other lengths too, and `growth` the exponent
+    of the steps with which they grow. `own_gap` is the loss gap where the plan's branches are
+    evaluated through the plan's own forward.
     """
 
     KIND = "verification"
@@ -205,7 +204,6 @@ class Verification(FileRecord):
     checkpoint: str = ""
     advice: str = ""
     software: dict[str, str] = Field(default_factory=dict)
-    seeds_planned: tuple[NonNegativeInt, NonNegativeInt] | None = None
     eval_stderr: NonNegativeFloat | None = None
     floor: NonNegativeFloat | None = None
     bf16_gap: LossGap | None = None
@@ -217,3 +215,4 @@ class Verification(FileRecord):
     own_gap: LossGap | None = None
     horizons: tuple[HorizonGap, ...] = ()
     growth: Estimate | None = None
+    _older = without("seeds_planned")

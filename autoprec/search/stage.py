@@ -168,7 +168,6 @@ def _search_record(
         seed=study.seed,
         step_equivalents=_step_equivalents(study, profile),
         duplicates_skipped=study.duplicates,
-        trials_asked=study.most or None,
         interacting=interacting,
         expected=None if expected_plan == exact_plan else study.point(expected_plan),
         measured_front=measured_front(study),

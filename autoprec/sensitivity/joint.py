@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
@@ -14,9 +14,7 @@ from autoprec.records import (
     LayerSensitivity,
     ModelSpec,
     Option,
-    Precision,
 )
-from autoprec.runtime import install_options
 from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.reference import Reference
 
@@ -107,13 +105,8 @@ class JointMeter:
     ) -> Estimate:
         is_longer = batches > len(self.reference.batches)
         reference = self._longer if is_longer else self.reference
-        is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
-        uncovered = [p.name for p in reference.spec.uncovered] if is_16_bit else []
         kept = self.fp32_outputs if fp32_outputs is None else fp32_outputs
-        installed = partial(
-            install_options, reference.model, options, uncovered=uncovered, fp32_outputs=kept
-        )
-        return reference.measure_errors({"joint": installed}, batches=batches)["joint"]
+        return reference.measure_joint(options, batches=batches, fp32_outputs=kept)
 
 
 def tied_with(spec: ModelSpec, names: Collection[str]) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from autoprec.records import (
     Estimate,
     ModelSpec,
     Option,
+    Precision,
     StepError,
 )
 from autoprec.runtime import install_options
@@ -88,14 +89,14 @@ class Reference:
     model: nn.Module  # warmed up, FP32
     batches: InTurn[Batch]  # those that gradients are compared on, where they were made
     preconditioner: Preconditioner
-    loss_curve: tuple[tuple[int, float], ...]  # (step, loss) of the warm-up
-    checkpoint: str  # where the warm-up started; "" for fresh weights
-    step_s: float  # the median time of a warm-up step
-    spent_s: float  # what preparing took
     # of the batches that were run, where they are not too large to keep
     gradients: InTurn[ReferenceGradient]
     buffers: dict[str, Tensor]  # the model's after the warm-up; every pass starts from them
-    stream: Iterator[Batch]  # the batches after those
+    stream: Iterator[Batch] = field(default_factory=lambda: iter(()))  # the batches after those
+    loss_curve: tuple[tuple[int, float], ...] = ()  # (step, loss) of the warm-up
+    checkpoint: str = ""  # where the warm-up started; "" for fresh weights
+    step_s: float = 1.0  # the median time of a warm-up step
+    spent_s: float = 0.0  # what preparing took
     groups: int = 1  # of layers, of which one at a time is probed
     is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
@@ -240,15 +241,24 @@ class Reference:
         squared = {key: [next(summed) for _ in each] for key, each in squared.items()}
         return {key: ratio_estimate(squared[key], scale) for key in settings}
 
+    def measure_joint(
+        self, options: Mapping[str, Option], *, batches: int, fp32_outputs: Collection[str] = ()
+    ) -> Estimate:
+        """Return the gradient error of the model in these options, all at once."""
+        is_16_bit = any(o.precision is not Precision.FP32 for o in options.values())
+        uncovered = [p.name for p in self.spec.uncovered] if is_16_bit else []
+        installed = partial(
+            install_options, self.model, options, uncovered=uncovered, fp32_outputs=fp32_outputs
+        )
+        return self.measure_errors({"joint": installed}, batches=batches)["joint"]
+
     @random_state_kept()
     def measure_step(self, step: int) -> tuple[StepError, ...]:
         """Return the error of FP8 wherever it goes at this step; none if no layer takes it."""
         options = fp8_everywhere(self.spec)
         if not any(option.is_fp8 for option in options.values()):
             return ()
-        uncovered = [parameter.name for parameter in self.spec.uncovered]
-        installed = partial(install_options, self.model, options, uncovered=uncovered)
-        found = self.measure_errors({"joint": installed}, batches=len(self.batches))["joint"]
+        found = self.measure_joint(options, batches=len(self.batches))
         return (StepError(step=step, grad_error=found),)
 
 
@@ -296,25 +306,19 @@ def prepare_reference(
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     train = partial(_trained, context, spec, start, batches=batches)
     made = _read_or_trained(context, kept, train, steps=warmup_steps)
-    training = made.training
-    _check_structure(training.model, spec)
-    return Reference(
-        context=context,
-        spec=spec,
-        model=training.model,
-        batches=InTurn(islice(made.stream, batches), context.device),
-        gradients=InTurn((), context.device),
+    return replace(
+        _measuring(
+            context, spec, made.training, InTurn(islice(made.stream, batches), context.device)
+        ),
         stream=made.stream,
-        preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
         loss_curve=made.curve,
         checkpoint=str(checkpoint or ""),
         step_s=made.step_s,
         groups=groups,
         is_parked=is_parked,
         spent_s=time.perf_counter() - started,
-        buffers={name: buffer.clone() for name, buffer in training.model.named_buffers()},
         early=made.early,
-        schedule_steps=training.schedule.length if training.schedule else None,
+        schedule_steps=made.training.schedule.length if made.training.schedule else None,
     )
 
 
@@ -369,24 +373,26 @@ def _early_error(
     context: Context, spec: ModelSpec, training: Training, batches: InTurn[Batch]
 ) -> tuple[StepError, ...]:
     """Return the error of FP8 everywhere where the training is now; the model stays as it is."""
+    now = _measuring(context, spec, training, batches)
+    found = now.measure_step(EARLY_STEPS)
+    now.put_back()
+    return found
+
+
+def _measuring(
+    context: Context, spec: ModelSpec, training: Training, batches: InTurn[Batch]
+) -> Reference:
+    """Return a training where it is now, to be measured on these batches."""
     _check_structure(training.model, spec)
-    now = Reference(
+    return Reference(
         context=context,
         spec=spec,
         model=training.model,
         batches=batches,
         gradients=InTurn((), context.device),
-        stream=iter(()),
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        loss_curve=(),
-        checkpoint="",
-        step_s=1.0,
-        spent_s=0.0,
         buffers={name: buffer.clone() for name, buffer in training.model.named_buffers()},
     )
-    found = now.measure_step(EARLY_STEPS)
-    now.put_back()
-    return found
 
 
 def _check_structure(model: nn.Module, spec: ModelSpec) -> None:

@@ -159,7 +159,6 @@ def make_verification(
         checkpoint=session.checkpoint_path,
         advice=advice(evidence),
         software=software_versions(),
-        seeds_planned=(evidence.terms.seeds_min, evidence.terms.seeds_max),
         eval_stderr=eval_stderr(evidence),
         metrics=tuple(metric_gaps(evidence)),
         own_gap=own_gap(evidence),
