@@ -281,7 +281,7 @@ def _group(problem: Problem, layers: tuple[int, ...]) -> Group:
             options = _worthwhile(same, costs.prices[index], problem.memory_bytes is not None)
             combined = [(*before, option) for before in combined for option in options]
             if len(layers) > 1:  # alone, the worthwhile options are the choices
-                combined = _unbeaten(sorted(combined, key=cost), cost)
+                combined = unbeaten(combined, cost)
         choices += combined
     if not choices:
         names = ", ".join(repr(costs.layers[index].name) for index in layers)
@@ -310,12 +310,12 @@ def is_faster(own: Price, other: Price) -> bool:
     return own.counted_ms * (1.0 + NEAR_TIE) < other.counted_ms
 
 
-def _unbeaten(
+def unbeaten(
     choices: Iterable[Choice], cost: Callable[[Choice], tuple[float, ...]]
 ) -> list[Choice]:
-    """Return the choices of which no earlier one costs as little in every way."""
+    """Return the choices of which no other costs as little in every way, by cost."""
     kept: list[Choice] = []
-    for choice in choices:
+    for choice in sorted(choices, key=cost):
         own = cost(choice)
         if not any(all(a <= b for a, b in zip(cost(k), own, strict=True)) for k in kept):
             kept.append(choice)

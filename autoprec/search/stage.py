@@ -20,7 +20,7 @@ from autoprec.records import (
 from autoprec.search.correction import Cells, Correction, fit_correction, seen_beside
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
-from autoprec.search.problem import Options, Problem, exact, front, make_problem
+from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
 from autoprec.search.storage import open_study
 from autoprec.search.study import DEVIATIONS, Measure, PlanStudy, rank
 from autoprec.search.workers import Team
@@ -210,11 +210,7 @@ def measured_front(study: PlanStudy) -> tuple[FrontPoint, ...]:
         counted_ms = study.problem.costs.counted_ms(point.options)
         return point.grad_error_measured or 0.0, counted_ms, point.memory_bytes or 0
 
-    kept: list[FrontPoint] = []
-    for point in sorted(measured, key=cost):
-        if not any(all(a <= b for a, b in zip(cost(k), cost(point), strict=True)) for k in kept):
-            kept.append(point)
-    return tuple(kept)
+    return tuple(unbeaten(measured, cost))
 
 
 def _ranked(study: PlanStudy, best: SearchTrial) -> list[Options]:

@@ -119,7 +119,8 @@ def _projected(
     total = torch.zeros(WIDTH, dtype=torch.float64)
     for number, (parameter, value) in enumerate(values.items()):
         gradient = at.of[parameter]
-        weighed = reference.preconditioner.apply(parameter, value, at=gradient).flatten().cpu()
+        weight = reference.preconditioner.weight(parameter, at=gradient)
+        weighed = (value.to(weight.device) * weight).flatten().cpu()
         generator = torch.Generator().manual_seed(number)
         signs = torch.randint(0, 2, weighed.shape, generator=generator, dtype=torch.int8)
         signed = weighed.double() * (2 * signs - 1) * math.sqrt(share(parameter))

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoprec.device.ranks import whole
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, with_gemms_hp
 from autoprec.runtime import install_options
-from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
+from autoprec.sensitivity.casts import Cast, Sides, gemm_casts
 from autoprec.sensitivity.replay import replay
 
 KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
@@ -63,14 +62,6 @@ def components_of(option: Option) -> dict[Gemm, list[Component]]:
         bf16.gemm: [Component(bf16.gemm, *side) for side in casts.get(bf16.gemm, ())] or [bf16]
         for bf16 in (BF16_OUTPUT, BF16_GRAD_INPUT)
     }
-
-
-def parameter_only_errors(gradients: Mapping[Tensor, Tensor], norm: Norm) -> LocalErrors:
-    """Return the BF16 errors of a layer whose parameters are used without calling it."""
-    return LocalErrors(
-        errors={BF16_OUTPUT: [whole(round_bf16(p.detach()) - p.detach()) for p in gradients]},
-        parameter_errors={(): norm({p: round_bf16(g) - g for p, g in gradients.items()})},
-    )
 
 
 def replayed_errors(

@@ -58,14 +58,6 @@ class Preconditioner:
         """How many elements are weighed at a time."""
         return _part_of(self.rules)
 
-    def covers(self, parameter: Tensor) -> bool:
-        """Whether the optimizer updates this parameter at all."""
-        return parameter in self.rules
-
-    def apply(self, parameter: Tensor, values: Tensor, *, at: Tensor) -> Tensor:
-        """Return P^(1/2) times values of a parameter's shape, P at the reference gradient `at`."""
-        return values * self.rules[parameter].weight(at.to(values.device))
-
     def weight(self, parameter: Tensor, *, at: Tensor) -> Tensor:
         """Return P^(1/2) of this rank's part of a parameter, new and FP32, at the gradient `at`."""
         return self.rules[parameter].weight(at.to(parameter.device))

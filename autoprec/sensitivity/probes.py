@@ -47,7 +47,7 @@ from autoprec.model.local_copy import WHOLE, Split, is_divided, local_copy
 from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, OperandStatistics, Option
-from autoprec.sensitivity.casts import Sides
+from autoprec.sensitivity.casts import Sides, round_bf16
 from autoprec.sensitivity.choices import recorded_choices
 from autoprec.sensitivity.kinks import Key, TwoSteps
 from autoprec.sensitivity.linear import SPREADING, Linear
@@ -58,7 +58,6 @@ from autoprec.sensitivity.local import (
     Component,
     Norm,
     fp8_options,
-    parameter_only_errors,
     replayed_errors,
 )
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
@@ -319,8 +318,9 @@ def _uncalled_products(
         before = torch.zeros_like(local_part(p.detach())) if g is None else g.to(p.device)
         gradients[own] = whole_like(p, before.float())  # zeros where it is not updated
         changes[own] = whole_like(p, gradient_of(p)) - gradients[own]
-    local = parameter_only_errors(gradients, norm)
-    return _by_row(changes, local.errors[BF16_OUTPUT]), local.parameter_errors
+    errors = [whole(round_bf16(p.detach()) - p.detach()) for p in gradients]
+    rounding = norm({p: round_bf16(g) - g for p, g in gradients.items()})
+    return _by_row(changes, errors), {(): rounding}
 
 
 def _products(

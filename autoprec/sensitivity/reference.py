@@ -179,8 +179,10 @@ class Reference:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
         check_loss(self.run(index), where=f"on measured batch {index}")
-        updated = filter(self.preconditioner.covers, self.model.parameters())
-        found: dict[Tensor, Tensor] = {p: gradient_of(p) for p in updated}
+        updated = self.preconditioner.rules
+        found: dict[Tensor, Tensor] = {
+            p: gradient_of(p) for p in self.model.parameters() if p in updated
+        }
         norm = self.preconditioner.squared_norm
         (squared,) = sum_over_ranks([sum(norm(p, g, at=g) for p, g in found.items())])
         if not squared > 0.0:

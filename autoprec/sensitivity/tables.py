@@ -120,7 +120,7 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     rows = make_rows(probes, cells)
     unlike = [cell for cell in cells if any(cell[0] in probe.unlike for probe in probes)]
     statistics = from_first_rank(probes[0].statistics)
-    table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _kinks_of(probes, rows))
+    table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _added(probes, rows)[0])
     guessed = guessed_cells(rows, is_kinked=_are_kinked(probes))
     doubtful = doubtful_cells(rows, statistics)
     refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *doubtful)))
@@ -195,18 +195,14 @@ def _are_kinked(probes: Sequence[BatchProbe]) -> bool:
     return steps is not None and (steps.are_kinked or steps.jumps > 0.0)
 
 
-def _kinks_of(probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]) -> dict[Cell, float]:
-    """Return the share of each row that kinks add; empty where there are none."""
-    steps = probes[0].steps
-    return _shares(probes, rows, steps.added) if steps and steps.are_kinked else {}
-
-
-def _choices_of(
+def _added(
     probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]
-) -> dict[Cell, float]:
-    """Return the share of each row that choices add; empty where there are none."""
+) -> tuple[dict[Cell, float], dict[Cell, float]]:
+    """Return the shares of each row that kinks and choices add; empty where there are none."""
     steps = probes[0].steps
-    return _shares(probes, rows, steps.chosen) if steps and steps.jumps > 0.0 else {}
+    kinks = _shares(probes, rows, steps.added) if steps and steps.are_kinked else {}
+    choices = _shares(probes, rows, steps.chosen) if steps and steps.jumps > 0.0 else {}
+    return kinks, choices
 
 
 def _shares(
@@ -277,7 +273,7 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
             factors |= dict.fromkeys(output, probes[0].steps.correction(output, square))
         total = _estimate(probes, factors, staying)
         rows.append(LayerSensitivity(name=name, option=option, grad_error=total))
-    return _widened(rows, _kinks_of(probes, rows), _choices_of(probes, rows))
+    return _widened(rows, *_added(probes, rows))
 
 
 def _widened(
