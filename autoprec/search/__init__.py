@@ -6,6 +6,8 @@ problem     what there is to choose, with ties and locks; the exact plan and fro
 solver      the exact answer, by HiGHS
 space       the names under which a study shows a plan
 storage     the Optuna study in its database
+workers     many processes on one study: who measures which plan
+correction  what measured plans say of the table, the one of its own check first
 study       whole plans, each evaluated once as a trial
 moves       plans as arrays: exchanges of one or two layers
 explore     which whole plans to evaluate, in which order; which layers interact

@@ -1,12 +1,17 @@
 """What each option does to the gradient, per layer: the gradient error.
 
 measure         the stage: warmed-up reference -> Sensitivity
-joint           whole assignments, measured jointly
-check           the table beside joint measurements; rows measured one by one where they differ
-room            how much memory it may take, and in how many groups of layers it goes then
+
+    what it is measured against
 reference       warmed-up weights, batches and reference gradients
-preconditioner  how the optimizer weighs a gradient
-tables          the two ways to the table, exact and by probes, and the choice between them
+warm_up         a training to where it is measured; kept_reference has it in a file
+preconditioner  how the optimizer weighs a gradient: read from its state (moments), or from its
+                steps (response); hooks says what a gradient's own hooks leave of an error
+room            how much memory it may take, and in how many groups of layers it goes then
+parked          tensors that wait away from the device
+
+    the table
+tables          the two ways to it, exact and by probes, and the choice between them
 probes          the depth-free way: all layers and options from a few sign-coded probes
 moves           a pass with the weights moved along a probe's signs
 choices         top-k and argmax, kept in moved passes as the reference chose
@@ -15,10 +20,15 @@ linear          a linear's errors in every option, its products with a probe, it
 local           what an error inside one layer is made of; any other layer's error in BF16
 replay          a layer run again alone, on what went through it
 casts           what the recipes do to an operand, in plain arithmetic
-emulation       a linear in FP8 of plain arithmetic
+emulation       a linear in FP8 of that arithmetic; gemm has FP8 GEMMs on a CPU, fast
+
+    what it says
+joint           whole assignments, measured jointly
+islands         where BF16 itself is too coarse
+check           the table beside joint measurements; rows measured one by one where they differ
+batching        what larger batches do to an error
 causes          what stands out in a layer's operands, and which of it causes its error, in words
 repairs         how much of a layer's error goes with each suspect operand repaired
-gemm            FP8 GEMMs on a CPU, fast
 gap             from a gradient error to a loss gap, and back
 
 Importing this package imports no torch: `gap` and `causes` can be had without it.
