@@ -29,25 +29,15 @@ SAVED_BYTES = 3.3  # per layer-I/O element, where the capture did not see what a
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What decides the memory of a model's training, on one device.
+    """What decides the memory of a model's training, on one device."""
 
-    Attributes:
-        trainable: elements of the parameters that are trained.
-        frozen: of the others.
-        largest: of the largest parameter: what an operation makes beside it is of its size.
-        states: optimizer state elements per trainable one.
-        elements: the floating inputs and outputs of all layers in one step.
-        widest: of the layer with the most of them, a half: one tensor beside what autograd keeps.
-        saved: the bytes that autograd keeps from forward for backward in FP32.
-    """
-
-    trainable: int
-    frozen: int
-    largest: int
-    states: float
-    elements: int
-    widest: int
-    saved: int
+    trainable: int  # elements of the parameters that are trained
+    frozen: int  # of the others
+    largest: int  # of the largest parameter: what an operation makes beside it is of its size
+    states: float  # optimizer state elements per trainable one
+    elements: int  # the floating inputs and outputs of all layers in one step
+    widest: int  # of the layer with the most, a half: one tensor beside what autograd keeps
+    saved: int  # the bytes that autograd keeps from forward for backward in FP32
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Self:

@@ -128,7 +128,8 @@ def _spread_model(
 ) -> nn.Module:
     """Spread the model that was built over the ranks; all have the same weights before."""
     before = _shapes(model)
-    ranks.check_same("initial weights (build_model must draw from torch's generator)", _sums(model))
+    digest = short_digest(list(_sums(model)))
+    ranks.check_same("initial weights (build_model must draw from torch's generator)", digest)
     if workload.defines("parallelize"):
         # The model is on the CPU (or on meta): sharding moves it part by part, so that a rank's
         # device never holds the whole of it.
@@ -199,12 +200,8 @@ def _shape_text(shapes: dict[str, list[int]], name: str) -> str:
     return str(shapes[name]) if name in shapes else "absent"
 
 
-def _sums(model: nn.Module) -> str:
-    """Return a digest of the sums of all parameters, of those on meta the shapes."""
-    return short_digest(list(_each_sum(model)))
-
-
-def _each_sum(model: nn.Module) -> Iterator[list[Any]]:  # Any: names, shapes and sums
+def _sums(model: nn.Module) -> Iterator[list[Any]]:  # Any: names, shapes and sums
+    """Yield the sum of every parameter; of those on meta the shape alone."""
     for name, parameter in model.named_parameters():
         total = None if parameter.is_meta else float(parameter.detach().double().sum())
         yield [name, list(parameter.shape), total]

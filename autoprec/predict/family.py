@@ -127,11 +127,7 @@ def _takes_fp8(layer: LayerSpec) -> bool:
 
 
 def _linears(spec: ModelSpec) -> list[str]:
-    return [layer.name for layer in spec.layers if _is_linear(layer)]
-
-
-def _is_linear(layer: LayerSpec) -> bool:
-    return layer.kind is LayerKind.LINEAR and bool(layer.calls)
+    return [x.name for x in spec.layers if x.kind is LayerKind.LINEAR and x.calls]
 
 
 def _roles(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """What a run found, for people: terminal, HTML, CSV and notebooks. Needs no torch."""
 
 from autoprec.report.layer_frame import layers_frame
-from autoprec.report.notebook import plan_html, plan_text, run_html
+from autoprec.report.notebook import plan_text, run_html
 from autoprec.report.page import render_html
 from autoprec.report.runs import RunRecords, load_run
 from autoprec.report.summary import summary_object

@@ -31,9 +31,7 @@ from autoprec.records import (
     Comparison,
     DifferenceRow,
     Estimate,
-    LossGap,
     Timing,
-    Verdict,
     Verification,
 )
 from autoprec.records.cost import FEWEST_SPREAD, student_factor
@@ -91,14 +89,7 @@ class _Pair:
 
     def change(self, numbers: int) -> Change:
         """Return it with its interval, as one of so many in a table."""
-        fields = {
-            "name": self.name,
-            "before": self.before,
-            "after": self.after,
-            "basis": self.basis,
-            "names": self.names,
-            "option": self.option,
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "noise"}
         if self.before <= 0.0 or self.after < 0.0:
             return Change(**fields, ratio=None, low=None, high=None)
         ratio = self.after / self.before
@@ -124,6 +115,7 @@ def compare_runs(
             f"runs are compared layer by layer, but {names[0]} and {names[1]} have no layer of one "
             "name; give two runs of one model"
         )
+    old, new = _proof(before), _proof(after)
     timed = _Times.of(before, after)
     notes = () if all(options) else tuple(_layers_apart(layers, names))
     errors = _changes(_error_pairs(before, after))
@@ -134,9 +126,9 @@ def compare_runs(
         steps=timed.steps,
         speedup=timed.speedup,
         grad_error=_plan_error(before, after),
-        verdicts=_verdicts(before, after),
-        reaches=(_promise(before).reach, _promise(after).reach),
-        gaps=(_gap(before), _gap(after)),
+        verdicts=(old.verdict, new.verdict) if old and new else None,
+        reaches=(Promise.of(old, before.plan).reach, Promise.of(new, after.plan).reach),
+        gaps=(old.gap if old else None, new.gap if new else None),
         decisions=tuple(_decided_otherwise(*options)) if all(options) else (),
         layers_compared=len(shared) if all(options) else 0,
         layer_times=_different(timed.layers),
@@ -358,20 +350,6 @@ def _estimate_noise(old: Estimate, new: Estimate, batches: int) -> Noise | None:
 def _batches(before: RunRecords, after: RunRecords) -> int:
     """Return the batches that the standard errors of gradient errors are known by."""
     return min(run.sensitivity.batches if run.sensitivity else 0 for run in (before, after))
-
-
-def _verdicts(before: RunRecords, after: RunRecords) -> tuple[Verdict, Verdict] | None:
-    old, new = (_proof(run) for run in (before, after))
-    return (old.verdict, new.verdict) if old and new else None
-
-
-def _promise(run: RunRecords) -> Promise:
-    return Promise.of(_proof(run), run.plan)
-
-
-def _gap(run: RunRecords) -> LossGap | None:
-    proof = _proof(run)
-    return proof.gap if proof else None
 
 
 def _proof(run: RunRecords) -> Verification | Certificate | None:

@@ -221,14 +221,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> It
 
 
 def _markdown_table(table: Table) -> Iterator[str]:
-    cells = [list(map(_cell, row)) for row in table.rows]
     yield f"| {' | '.join(table.heads)} |"
     yield f"|{'|'.join('---:' if i in table.numbers else '---' for i in range(len(table.heads)))}|"
-    yield from (f"| {' | '.join(row)} |" for row in cells)
-
-
-def _cell(value: object) -> str:
-    return _escaped(str(value))
+    for row in table.rows:
+        yield f"| {' | '.join(_escaped(str(cell)) for cell in row)} |"
 
 
 def _escaped(text: str) -> str:

@@ -28,11 +28,6 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(map(clean_text, [*_sentences(found), *layers, *more]))
 
 
-def plan_html(plan: Plan) -> str:
-    """Return a plan as a fragment of HTML, for a notebook."""
-    return run_html(RunRecords(plan=plan))
-
-
 def run_html(records: RunRecords) -> str:
     """Return the findings of a run as a fragment of HTML, for a notebook."""
     found = summarise_run(records)

@@ -67,7 +67,8 @@ def check_removable(model: nn.Module) -> None:
     was_split = masters_of(model).was_split
     for name, module in model.named_modules():
         cls = type(module)
-        if not was_split and (issubclass(cls, _fsdp_classes()) or _is_split(module)):
+        is_split = any(isinstance(p, sharded_tensor()) for p in module._parameters.values())
+        if not was_split and (issubclass(cls, _fsdp_classes()) or is_split):
             raise PlanMismatchError(
                 "a plan can be taken out while a model is as whole as when the plan came, but "
                 f"{name or 'this model'!r} is sharded over ranks; save its state (the optimizer's "
@@ -117,11 +118,6 @@ def _fsdp_classes() -> tuple[type, ...]:
     """Return the classes of FSDP1 and FSDP2; none while nobody imported them."""
     module = sys.modules.get("torch.distributed.fsdp")
     return () if module is None else (module.FullyShardedDataParallel, module.FSDPModule)
-
-
-def _is_split(module: nn.Module) -> bool:
-    """Whether this rank has parts of the module's own parameters."""
-    return any(isinstance(p, sharded_tensor()) for p in module._parameters.values())
 
 
 def fp8_refusal(layer: nn.Module) -> str:

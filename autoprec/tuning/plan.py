@@ -136,9 +136,9 @@ class Plan(records.Plan):
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-        from autoprec.report import plan_html
+        from autoprec.report import RunRecords, run_html
 
-        return plan_html(self)
+        return run_html(RunRecords(plan=self))
 
     def _position(self, name: str) -> int:
         names = [layer.name for layer in self.layers]

@@ -19,27 +19,16 @@ GEMM_KINDS = (LayerKind.LINEAR, LayerKind.CONV, LayerKind.ATTENTION, LayerKind.R
 
 @dataclass(frozen=True)
 class Target:
-    """How the text for a framework is written, and which parts of a plan it has words for.
+    """How the text for a framework is written, and which parts of a plan it has words for."""
 
-    Attributes:
-        template: its file in templates/.
-        words: makes what the template needs beside the plan.
-        recipes: the FP8 recipes that it knows.
-        one_recipe: whether all FP8 layers must have the same one.
-        gemms_hp: whether single GEMMs of an FP8 layer can stay in BF16.
-        all_gather: whether FSDP can be told to gather FP8 weights.
-        other_gemms: what it does with all other GEMMs, where that rules out FP32 layers.
-        has_root: whether it converts a model that is itself one linear layer.
-    """
-
-    template: str
-    words: Callable[[Plan], Mapping[str, object]] = lambda _: {}
-    recipes: tuple[Recipe, ...] = APPLICABLE_RECIPES
-    one_recipe: bool = False
-    gemms_hp: bool = False
-    all_gather: bool = False
-    other_gemms: str = ""
-    has_root: bool = True
+    template: str  # its file in templates/
+    words: Callable[[Plan], Mapping[str, object]] = lambda _: {}  # what it needs beside the plan
+    recipes: tuple[Recipe, ...] = APPLICABLE_RECIPES  # those that it knows
+    one_recipe: bool = False  # whether all FP8 layers must have the same one
+    gemms_hp: bool = False  # whether single GEMMs of an FP8 layer can stay in BF16
+    all_gather: bool = False  # whether FSDP can be told to gather FP8 weights
+    other_gemms: str = ""  # what it does with all other GEMMs, where that rules out FP32 layers
+    has_root: bool = True  # whether it converts a model that is itself one linear layer
 
 
 TARGETS = {

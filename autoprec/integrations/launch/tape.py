@@ -141,16 +141,13 @@ class Tape:
             if not is_written and (known.requires_grad or not value.requires_grad):
                 return known.node
         if value.requires_grad:  # it hangs on weights, and no call that was seen made it
-            return self._unseen(value.grad_fn.name() if value.grad_fn else "another parameter")
+            node = self.graph.placeholder("unseen")
+            node.meta["unseen"] = value.grad_fn.name() if value.grad_fn else "another parameter"
+            return node
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
         node.meta["constant"] = len(self.constants)
         self.constants.append(copied(value))
         self._name(value, node)
-        return node
-
-    def _unseen(self, name: str) -> fx.Node:
-        node = self.graph.placeholder("unseen")
-        node.meta["unseen"] = name
         return node
 
 

@@ -213,7 +213,7 @@ class Watch:
         if not self._is_new(module) or any(map(is_lazy, module.parameters())):
             return  # a lazy parameter waits for its first input to get a shape
         self._seen.update(module.modules())
-        found = _find_fitting(self.plan, module)
+        found = next((part for part in module.modules() if _fits(self.plan, part)), None)
         if found is not None:
             self._apply(found, moment)
         elif any(parameter.requires_grad for parameter in module.parameters()):
@@ -291,11 +291,6 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
-
-
-def _find_fitting(plan: Plan, module: nn.Module) -> nn.Module | None:
-    """Return `module`, or the first module within it, whose layers are those of the plan."""
-    return next((part for part in module.modules() if _fits(plan, part)), None)
 
 
 def _fits(plan: Plan, module: nn.Module) -> bool:
