@@ -106,6 +106,16 @@ def test_a_wrong_argument_ends_a_tune_before_it_profiles(
     assert not (out / "profile.json").exists()
 
 
+def test_a_plan_of_another_model_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["verify", TINY, str(_plan_file(tmp_path)), "--out", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leaving.value.code == 2
+    assert "must name every layer" in line
+
+
 def test_verify_takes_the_tolerance_that_the_plan_was_made_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,10 +260,13 @@ class Run:
 
         The profile and sensitivity beside the plan give it a step time and a predicted gap.
         """
-        plan = Plan.load(plan_path)
+        from autoprec.runtime.fit import check_fit
+
+        plan, context = Plan.load(plan_path), self.context
         if steps := self.settings.run_steps:
             constraint = plan.constraint.model_copy(update={"run_steps": steps})
             plan = plan.model_copy(update={"constraint": constraint})
+        made_on_all(lambda: check_fit(plan, context.workload.build_model(seed=context.seed)))
         check_evaluate(self)
         profile = saved_beside(plan_path, plan, Profile)
         sensitivity = saved_beside(plan_path, plan, Sensitivity)
