@@ -178,5 +178,7 @@ def _storage_problem(storage: str | None, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    said = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()
+    # Optuna wraps what a database says; of a driver that lacks it says itself what to install
+    cause = None if isinstance(error, ImportError) else error.__cause__
+    said = str(getattr(error, "orig", None) or cause or error).strip().splitlines()
     return said[0] if said else repr(error)
