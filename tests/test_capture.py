@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,27 @@ def slope_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def each_by_itself_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(torch.vmap(model)(batch[0]), batch[1])
+
+
+def test_a_layer_that_runs_without_gradients_alone_is_told_so() -> None:
+    class Taught(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.student = nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted: Tensor = self.teacher(x)
+            return nn.functional.mse_loss(self.student(x), wanted)
+
+    plain = mlp_workload()
+    own: dict[str, Callable[..., Any]] = {
+        "build_model": Taught,
+        "loss_fn": lambda model, batch: model(batch[0]),
+    }
+    spec = capture_model(Context(replace(plain, _functions={**plain._functions, **own}), CPU))
+    assert "no_grad" in str(spec.layer("teacher").refusal(Precision.FP8_O1))
+    assert spec.layer("student").refusal(Precision.FP8_O1) is None
 
 
 @pytest.mark.parametrize(

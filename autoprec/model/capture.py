@@ -25,7 +25,7 @@ from autoprec.errors import CaptureError
 from autoprec.model.context import Context
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
 from autoprec.model.local_copy import computed_features
-from autoprec.model.options import HAS_EXPERTS, USED_UNCALLED, layer_options
+from autoprec.model.options import HAS_EXPERTS, USED_UNCALLED, WITHOUT_GRAD, layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
 from autoprec.records import (
@@ -271,6 +271,8 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
     is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
     obstacle = USED_UNCALLED if is_used_uncalled else ""
+    if kind is LayerKind.LINEAR and calls and not in_step:
+        obstacle = WITHOUT_GRAD
     obstacle = next((call.obstacle for call in calls if call.obstacle), obstacle)
     if kind is LayerKind.OTHER and any(p.squeeze().dim() > 2 for p in layer.parameters()):
         obstacle = HAS_EXPERTS

@@ -37,6 +37,7 @@ HAS_EXPERTS = (
 TWICE_DIFFERENTIATED = (
     "its gradient is differentiated again (create_graph=True), and those of FP8 GEMMs cannot be"
 )
+WITHOUT_GRAD = "it runs under no_grad alone, as a teacher does, and FP8 is for what is trained"
 IN_TRANSFORM = "it is called within a transform of torch.func, which FP8 GEMMs have no rule for"
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
