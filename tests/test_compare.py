@@ -203,6 +203,15 @@ def test_versions_that_differ_are_facts() -> None:
     assert rows == [("torch", "2.13.0", "2.14.0")]
 
 
+def test_plans_of_which_one_was_forced_are_not_made_alike() -> None:
+    run = make_run()
+    assert run.plan
+    limits = run.plan.constraint.model_copy(update={"keep": ()})
+    free = replace(run, plan=run.plan.model_copy(update={"constraint": limits}))
+    rows = [(row.name, row.before, row.after) for row in compare_runs(free, run).facts]
+    assert rows == [("--keep", "nothing", "head=bf16_o2")]
+
+
 def test_predictions_are_compared_with_each_other_and_exactly() -> None:
     found = compare_runs(predicted_run("h100-sxm"), predicted_run("h200"))
     assert found.step

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import HorizonGap, Recipe, fp8_option
 from autoprec.report import RunRecords
+from autoprec.report.promise import Promise
 from autoprec.report.summary import summarise_run
 from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms, verify_plans
@@ -39,6 +41,16 @@ def test_gaps_within_their_noise_have_no_growth() -> None:
     rungs = [rung(75, 1e-4, 6e-5), rung(150, 3e-4, 1e-5)]
     assert gap_growth(rungs) is None
     assert gap_growth(rungs[1:]) is None
+
+
+def test_a_longer_length_that_was_trained_is_told_with_what_is_expected_further_on() -> None:
+    proof = Promise(warmup_steps=30, branch_steps=45, has_gap=True)
+    expected = "what the gap is after more steps is not known; --run-steps N predicts it"
+    assert proof.expectation == expected
+    assert replace(proof, horizons=(rung(75, 1e-4, 1e-5),)).expectation == expected
+    longer = replace(proof, horizons=(rung(75, 1e-4, 1e-5), rung(300, 2e-4, 1e-5)))
+    seen = "over 300 steps the gap is 0.020 % +- 0.0010 % (measured)"
+    assert longer.expectation == f"{seen}; {expected}"
 
 
 def test_points_that_scatter_make_the_growth_unsure() -> None:

@@ -369,6 +369,7 @@ def _facts(run: RunRecords) -> dict[str, str]:
         found |= {"device": made.device, "model": made.structure, "parallel": made.parallel}
         found |= {"compile mode": made.compile_mode, "tokens per step": str(made.tokens_per_step)}
         found |= {"loss tolerance": percent(run.plan.constraint.loss_tolerance), **made.software}
+        found |= {"--keep": ", ".join(run.plan.constraint.keep) or "nothing"}
     if run.profile:
         device, model = run.profile.device, run.profile.model
         tf32 = "allowed" if device.allow_tf32 else "off"

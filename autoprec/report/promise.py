@@ -138,7 +138,8 @@ class Promise:
         if not self.has_gap:
             return ""
         if expected is None:
-            return "what the gap is after more steps is not known; --run-steps N predicts it"
+            unknown = "what the gap is after more steps is not known; --run-steps N predicts it"
+            return f"{self._furthest}{unknown}"
         after = f"after {count_of(expected.steps, 'step')} with the plan"
         if expected.mean is None or expected.low is None or expected.high is None:
             reason = f": {clean_text(expected.reason)}" if expected.reason else ""
@@ -157,6 +158,19 @@ class Promise:
             return said
         above = "which is" if expected.low > tolerance else "which may be"
         return f"{said}, {above} above the tolerance"
+
+    @property
+    def _furthest(self) -> str:
+        """The gap over the longest length that was trained, where that is not the proof's own."""
+        rung = max(self.horizons, key=lambda rung: rung.steps, default=None)
+        if (
+            rung is None
+            or rung.gap is None
+            or rung.steps <= (self.warmup_steps or 0) + self.branch_steps
+        ):
+            return ""
+        mean = formats.with_stderr(rung.gap.mean, rung.stderr)
+        return f"over {count_of(rung.steps, 'step')} the gap is {mean} (measured); "
 
     @property
     def measured(self) -> list[str]:
