@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from autoprec.device.ranks import rank
+from autoprec.errors import WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.memory import probing_bytes
@@ -85,6 +86,17 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.5)
 
 
+def _adafactor(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(model.parameters())
+
+
+def _muon(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
+
+
+BY_MATRIX = {"adafactor": _adafactor, "muon": _muon}  # whose P of an element depends on the others
+
+
 def _measured(given: Workload, *, batches: int = 2) -> tuple[Reference, list[Cell]]:
     context = Context(parallel_workload(given, CPU), CPU, 3)
     spec = capture_model(context)
@@ -130,6 +142,13 @@ def _rows(given: Workload) -> list[tuple[LayerSensitivity, dict[Gemm, Estimate]]
     return list(zip(make_rows(probes, cells), parts, strict=True))
 
 
+def _rows_or_refusal(given: Workload) -> list[LayerSensitivity] | str:
+    try:
+        return _rows(given)
+    except WorkloadError as error:
+        return str(error)
+
+
 def _effect(given: Workload) -> list[float]:
     """Return what a batch of all ranks has in common with others: of the error, the gradient."""
     reference, _ = _measured(given, batches=4)
@@ -167,7 +186,16 @@ def _measure(folder: Path) -> None:
     tp: dict[str, Callable[..., Any]] = {"parallelize": _split, "build_mesh": _mesh}
     ways = {"tp": tp, **OWN_BATCHES}
     effects = {name: _effect(workload(build_optimizer=_sgd, **way)) for name, way in ways.items()}
-    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full, effects]))
+    by_matrix = {
+        f"{name} {way}": _rows_or_refusal(workload(build_optimizer=make, **given))
+        for name, make in BY_MATRIX.items()
+        for way, given in OWN_BATCHES.items()
+    }
+    dumped = {
+        key: rows if isinstance(rows, str) else [row.model_dump_json() for row in rows]
+        for key, rows in by_matrix.items()
+    }
+    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full, effects, dumped]))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +227,21 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
             for gemm, value in own.items():
                 _compare_own(row, gemm, Estimate.model_validate_json(parts[gemm]), value)
+
+
+def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured: list[Any]) -> None:
+    """Adafactor's means over rows and columns, Muon's orthogonal update; or a refusal in a line."""
+    found = dict(measured[4])
+    refused = found.pop("adafactor fsdp")
+    assert "torch's DTensor refused what Adafactor does" in refused
+    assert "\n" not in refused
+    for key, rows in found.items():
+        expected = _rows(workload_of(RANKS, build_optimizer=BY_MATRIX[key.split()[0]]))
+        for row, whole in zip(
+            map(LayerSensitivity.model_validate_json, rows), expected, strict=True
+        ):
+            least = 0.7 if row.option.is_fp8 else 0.4  # two gradients rounded to BF16 alone
+            assert least < row.grad_error.mean / whole.grad_error.mean < 1.4, (key, row.name)
 
 
 def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:

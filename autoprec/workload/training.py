@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autoprec.common.text import error_line
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.optimizers import rated_groups
@@ -105,6 +106,14 @@ class Training:
             raise WorkloadError(
                 "build_optimizer(model) must return an optimizer whose step() takes no closure, "
                 f"but {type(self.optimizer).__name__} refused ({error}); use a first-order one"
+            ) from error
+        except RuntimeError as error:
+            if "harding" not in str(error):  # DTensor's: it has no such propagation, or no strategy
+                raise
+            raise WorkloadError(
+                "build_optimizer(model) must return an optimizer that can step sharded parameters, "
+                f"but torch's DTensor refused what {type(self.optimizer).__name__} does "
+                f"({error_line(error)}); use AdamW, or DDP in place of fully_shard"
             ) from error
         for group, own in zip(groups, rates, strict=True):
             _set_rate(group, own)  # many schedules go on from the rate that they find
