@@ -18,7 +18,7 @@ from autoprec.records import (
     Sensitivity,
 )
 from autoprec.search.correction import Cells, Correction, fit_correction, seen_beside
-from autoprec.search.costs import make_costs
+from autoprec.search.costs import Costs, make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
 from autoprec.search.storage import open_study
@@ -67,21 +67,17 @@ def search_plan(
         InfeasibleError: no plan satisfies the constraint.
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
-    costs, scale = make_costs(profile, sensitivity), None
+    costs = make_costs(profile, sensitivity)
     before = seen_beside(costs, sensitivity)
-    if before and not (evaluate and trials):  # what was measured with the table is all there is
-        scale = fit_correction(Cells(costs), before)
-        costs = scale.costs
+    # where no plan is measured, what was measured with the table is all there is
+    scale = fit_correction(Cells(costs), before) if before and not (evaluate and trials) else None
+    costs = scale.costs if scale else costs
     problem = make_problem(costs, constraint)
     budget = grad_error_budget(sensitivity, constraint)
     found, limit = _exact_within(problem, budget, scale)
     exact_plan, _ = found
     hopeful = make_problem(costs.without_margins(), constraint)
     expected = exact(hopeful, limit)  # with it the bound of what any plan can take
-    free = None
-    if constraint.keep:
-        is_free = constraint.model_copy(update={"keep": ()})
-        free = exact(make_problem(costs, is_free), limit)
     plans = dict.fromkeys((*front(problem, budget), exact_plan))
     # all that decides what a study's trials mean
     tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
@@ -101,7 +97,16 @@ def search_plan(
     made = _search_record(
         study, best, profile, exact_plan, expected or found, plans, interacting, notes
     )
-    return made.model_copy(update={"free": study.point(free[0])}) if free else made
+    free = _free_choice(costs, constraint, limit)
+    return made.model_copy(update={"free": study.point(free)}) if free else made
+
+
+def _free_choice(costs: Costs, constraint: Constraint, budget: float) -> Options | None:
+    """Return the exact plan without what is kept; None where nothing is."""
+    if not constraint.keep:
+        return None
+    free = exact(make_problem(costs, constraint.model_copy(update={"keep": ()})), budget)
+    return free[0] if free else None
 
 
 def _exact_within(
