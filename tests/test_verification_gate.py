@@ -32,6 +32,7 @@ from autoprec.records import (
     Verification,
     fp8_option,
 )
+from autoprec.report.step_times import _speedup
 from autoprec.sensitivity.gap import expected_gap, gap_per_error
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
@@ -140,6 +141,13 @@ def test_a_plan_of_fp32_is_the_reference_itself_and_moves_no_random_state() -> N
     assert (found.gap.low, found.gap.mean, found.gap.high) == (0.0, 0.0, 0.0)
     assert any("FP32 reference" in note for note in found.notes)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_uniform_plan_takes_what_its_baseline_takes() -> None:
+    steps = {step.label: step for step in verified(mlp_workload(), BF16_O2, tolerance=0.5).steps}
+    assert steps["plan"].timing == steps["bf16_o2"].timing != steps["fp32"].timing
+    same = _speedup(steps["bf16_o2"], steps["plan"], shared_ms=0.0)
+    assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
 
 
 def overflowing(workload: Workload) -> Workload:

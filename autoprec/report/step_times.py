@@ -156,6 +156,8 @@ def _shared_ms(run: RunRecords) -> float:
 def _speedup(base: StepTiming, plan: StepTiming, shared_ms: float) -> Speedup:
     value = base.ms / plan.ms
     basis = _joint_basis(base.basis, plan.basis)
+    if base.timing == plan.timing:  # one step, timed once: a plan that is uniform
+        return Speedup(1.0, 1.0, 1.0, basis)
     error = ratio_error(base.timing, plan.timing)
     if error is not None:
         spread = math.exp(error)

@@ -26,6 +26,7 @@ from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records import (
+    FP32,
     Basis,
     MetricTolerance,
     ModelSpec,
@@ -266,8 +267,7 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
     """Time the step as the user runs it, FP32, BF16 O2, autocast and the plan, in turn.
 
     Nothing is timed when the target is not the device at hand. Steps are compiled if the profile's
-    are. A plan that equals uniform BF16 O2 is timed as a variant of its own all the same: the two
-    intervals then show how well equal ones agree.
+    are. A plan that equals FP32 or BF16 O2 throughout takes what that takes.
     """
     basis = plan.fingerprint.time_basis if profile is None else profile.basis
     if basis is not Basis.MEASURED:
@@ -282,8 +282,11 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
             "fp32": {},
             "bf16_o2": control.options,
             "autocast_bf16": "autocast_bf16",
-            "plan": chosen.options,
         }
+        uniform = {"fp32": dict.fromkeys(chosen.options, FP32), "bf16_o2": control.options}
+        same = next((label for label, each in uniform.items() if each == chosen.options), None)
+        if same is None or same in left_out or plan.fp32_outputs:
+            variants["plan"] = chosen.options
         steps, _ = time_steps(
             session.context,
             {label: each for label, each in variants.items() if label not in left_out},
@@ -291,4 +294,5 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
             compilation=compilation,
             fp32_outputs=plan.fp32_outputs,
         )
-        return steps
+    equal = (step.model_copy(update={"label": "plan"}) for step in steps if step.label == same)
+    return steps if "plan" in variants else (*steps, *equal)
