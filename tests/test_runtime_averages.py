@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import autoprec
-from autoprec.runtime.averages import _warn_of_average
+from autoprec.integrations.launch.patches import patched
+from autoprec.runtime.averages import _warn_of_average, around_lerp
 from autoprec.runtime.masters import LIVE
 from tests.models import Mlp
 from tests.plans import plan_for
@@ -136,7 +137,7 @@ def test_an_average_by_hand_is_of_the_masters(update: Any, *, is_older: bool) ->
     for step in range(3):
         train(model, optimizer, 1, first=step)
         for a, p in zip(average.parameters(), model.parameters(), strict=True):
-            with torch.no_grad():
+            with torch.no_grad(), patched(torch.Tensor, "lerp_", around_lerp):
                 update(a, p)
         torch._foreach_lerp_(expected, exact(model), 0.01)
     found = weights(average) if is_older else exact(average)
@@ -152,7 +153,7 @@ def test_an_average_in_bf16_is_said_to_lose_small_changes(caplog: pytest.LogCapt
     model, optimizer = applied()
     _warn_of_average.cache_clear()
     weight = next(model.parameters()).detach()
-    weight.clone().lerp_(weight, 0.01)
+    torch._foreach_lerp_([weight.clone()], [weight], 0.01)
     assert "an average of a plan's weights is kept in BF16" in caplog.text
     copied = copy.deepcopy(model)
     train(model, optimizer, 3)
@@ -190,8 +191,11 @@ def test_an_average_within_forward_is_as_before(*, is_compiled: bool) -> None:
 
 def test_lerp_is_torchs_own_for_all_else() -> None:
     applied()
+    own = torch.Tensor.lerp_
     a, b = torch.zeros(4), torch.ones(4, requires_grad=True)
-    torch.autograd.backward((a * b).lerp_(b, 0.5).sum())
-    assert torch.equal(b.grad, torch.full((4,), 0.5))  # type: ignore[arg-type]  # there
-    with pytest.raises(RuntimeError, match="expected dtype"):
-        a.lerp_(b.detach().double(), 0.5)
+    with patched(torch.Tensor, "lerp_", around_lerp):
+        torch.autograd.backward((a * b).lerp_(b, 0.5).sum())
+        assert torch.equal(b.grad, torch.full((4,), 0.5))  # type: ignore[arg-type]  # there
+        with pytest.raises(RuntimeError, match="expected dtype"):
+            a.lerp_(b.detach().double(), 0.5)
+    assert torch.Tensor.lerp_ is own

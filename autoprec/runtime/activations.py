@@ -102,7 +102,7 @@ IN_FP32 = (
     | _functions(" ".join(torch.fft.__all__), torch.fft)
     | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
 )
-LERP = Tensor.lerp_  # another function stands there from the first plan on, see averages.py
+LERP = Tensor.lerp_  # in scripts that run with a plan another stands there, see averages.py
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
 _PARSE, _COMPARE = torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type

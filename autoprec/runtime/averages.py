@@ -2,8 +2,9 @@
 
 An average in FP32 that is older than the plan meets BF16 parameters, of which `lerp_` takes none;
 one that is a copy of a model with a plan is BF16 itself, where small changes are lost. So from the
-first plan on `Tensor.lerp_` and `torch._foreach_lerp_` (as torch.optim.swa_utils calls it) take the
-masters of BF16 parameters, and of what shares their storage, in their place:
+first plan on `torch._foreach_lerp_` (as torch.optim.swa_utils calls it) takes the masters of BF16
+parameters, and of what shares their storage, in their place; and `Tensor.lerp_` does in scripts
+that run with a plan (integrations/launch), until they end:
 
     a <- a + weight (m - a)      a the FP32 average, or the average's own master, then rounded
 
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.trace_rules import get_tensor_method
 
 from autoprec.runtime.masters import LIVE, Masters
 
@@ -30,23 +30,19 @@ PLAIN = (Tensor, nn.Parameter)  # shards are their own masters
 @functools.cache
 def follow_averages() -> None:
     """Let averages that are taken from now on follow masters."""
-    get_tensor_method()  # dynamo lists torch's methods, and follows what it listed
-    own: Any = _wrapped(Tensor.lerp_, _follow_one)
-    Tensor.lerp_ = own  # type: ignore[method-assign]  # that is the point
-    torch._foreach_lerp_ = _wrapped(torch._foreach_lerp_, _follow)
+    original = torch._foreach_lerp_
 
-
-def _wrapped(original: Function, follow: Function) -> Function:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not args:
             return original(*args, **kwargs)
-        return follow(original, *args, **kwargs)
+        return _follow(original, *args, **kwargs)
 
-    return wrapper
+    torch._foreach_lerp_ = wrapper
 
 
-def _follow_one(original: Function, average: Any, /, *args: Any, **kwargs: Any) -> Any:
+def around_lerp(original: Function, average: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Call `Tensor.lerp_`, with masters in the place of BF16 parameters."""
     end = args[0] if args else kwargs.get("end")
     if not _meets_bf16(average, end):
         return original(average, *args, **kwargs)

@@ -172,7 +172,7 @@ class Masters:
             store.is_idle_copy = False
             logger.warning(
                 "a copy of a model with a plan is not trained: if it is an average of weights "
-                "(EMA), update it by lerp_, as torch.optim.swa_utils does, or make it of "
+                "(EMA), let torch.optim.swa_utils.AveragedModel update it, or make it of "
                 "autoprec.master_view(model); other updates of its BF16 weights lose small changes"
             )
 

@@ -14,7 +14,8 @@ Function = Callable[..., Any]  # Any, here and in what wraps one: as torch's fun
 @contextmanager
 def patched(owner: object, name: str, around: Function) -> Iterator[None]:
     """Let calls of a class's or module's function go to `around(function, *args, **kwargs)`."""
-    original: Function = vars(owner)[name]
+    is_own = name in vars(owner)  # else inherited
+    original: Function = vars(owner)[name] if is_own else getattr(owner, name)
     is_open, process = True, os.getpid()
 
     @functools.wraps(original)
@@ -31,4 +32,6 @@ def patched(owner: object, name: str, around: Function) -> Iterator[None]:
     finally:
         is_open = False
         if vars(owner).get(name) is wrapper:  # else somebody has replaced the wrapper since
-            setattr(owner, name, original)
+            delattr(owner, name)
+            if is_own:
+                setattr(owner, name, original)

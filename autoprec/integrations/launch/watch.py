@@ -7,6 +7,8 @@ applied three things of torch are wrapped:
     Module.__call__                     the first call that trains a model that fits is the moment
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
+(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py).
+
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
 
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -40,6 +42,7 @@ from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
+from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.shards import whole_again
 from autoprec.workload.optimizers import trained_by, trains
@@ -108,6 +111,7 @@ class Watch:
             (Optimizer, "__init__", self._around_optimizer),
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
+            (Tensor, "lerp_", around_lerp),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
