@@ -114,7 +114,7 @@ class Promise:
         model = ""
         if self.proxy:
             sizes = map(formats.parameters, (self.proxy.parameters, self.proxy.model_parameters))
-            model = " on a proxy of {} (the model has {})".format(*sizes)
+            model = " on a proxy of {} (for {})".format(*sizes)
         steps = "with the plan"  # of an older certificate, which does not tell what came before
         if self.warmup_steps is not None:
             steps = f"({self.warmup_steps:,} in FP32, {self.branch_steps:,} with the plan)"
