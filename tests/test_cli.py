@@ -210,6 +210,9 @@ def test_a_wrong_target_or_folder_gets_one_clear_line(run: Run, tmp_path: Path) 
     status, _, err = run("tune", tmp_path / "nowhere.py")
     assert status == 2
     assert _is_one_line(err, "nowhere.py")
+    status, _, err = run("report", tmp_path / "file")
+    assert status == 2
+    assert _is_one_line(err, f"give {tmp_path}")
 
 
 @pytest.mark.parametrize(

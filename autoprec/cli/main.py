@@ -21,7 +21,7 @@ from autoprec.cli.ending import drop_output, one_line_of, terminated_as_interrup
 from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
-from autoprec.errors import AutoprecError, NoRoomError, WorkloadError
+from autoprec.errors import AutoprecError, NoRoomError, RecordError, WorkloadError
 from autoprec.tuning.ranks import is_first, joined_ranks
 from autoprec.tuning.settings import STAGES, Settings
 
@@ -228,6 +228,8 @@ def report(
     from autoprec.report.timeline import trace_text
     from autoprec.tuning.run import write_report
 
+    if out.is_file():
+        raise RecordError(f"report needs a run folder, but {out} is a file; give {out.parent}")
     if trace is not None:
         write_atomically(trace, trace_text(load_run(out)))
     write_report(out, out / "report.html")

@@ -79,8 +79,8 @@ def _load_file(script: Script) -> tuple[CodeType, ModuleType]:
     path = Path(script.name)
     if not path.is_file():
         raise WorkloadError(
-            f"the script must be a Python file, but {path} is not there; give its path, or -m and "
-            "a module's name"
+            f"the script must be a Python file, but {path} is not there; give its path (`run` "
+            "takes -m and a module's name too)"
         )
     _enter(script.name, script.args, folder=str(path.resolve().parent))
     full = os.path.abspath(path)
