@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -40,14 +41,19 @@ def measured_by(folder: Path) -> dict[int, list[str]]:
     }
 
 
-def stored_trials(url: str) -> list[optuna.trial.FrozenTrial]:
-    """The study's trials, by a connection that is closed again."""
+@contextmanager
+def opened(url: str) -> Iterator[optuna.storages.RDBStorage]:
     database = optuna.storages.RDBStorage(url)
     try:
-        return optuna.load_study(study_name="autoprec", storage=database).trials
-    finally:
+        yield database
+    finally:  # Optuna leaves its connections to the garbage collector
         database.remove_session()
         database.engine.dispose()
+
+
+def stored_trials(url: str) -> list[optuna.trial.FrozenTrial]:
+    with opened(url) as database:
+        return optuna.load_study(study_name="autoprec", storage=database).trials
 
 
 def one_killed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,13 +131,12 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-# Optuna's own engine, of `load_study` here, is closed by the garbage collector
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_on_postgresql(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("killed", "four"):
         (tmp_path / name).mkdir()
     many_together(server, tmp_path / "four", 4)
-    optuna.delete_study(study_name="autoprec", storage=server)
+    with opened(server) as database:
+        optuna.delete_study(study_name="autoprec", storage=database)
     one_killed(server, tmp_path / "killed", monkeypatch)

@@ -63,8 +63,7 @@ def open_study(
     database = None
     try:
         with warnings.catch_warnings():
-            # TPE's `group`, which lets trials without parameters be, heartbeats and names of
-            # metrics are marked so
+            # heartbeats and names of metrics are marked so
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # ask and tell do not tell heartbeats by themselves, and claims do
             warnings.filterwarnings("ignore", "Heartbeat of storage")
