@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.trace_rules import clear_lru_cache, get_tensor_method
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -106,6 +107,8 @@ class Watch:
     def start(self) -> None:
         """Wrap what a script shows itself by."""
         watch_optimizers()  # not later from a hook: torch is iterating over its hooks then
+        get_tensor_method()  # dynamo lists torch's own once, `lerp_` among them
+        self._until_end.callback(clear_lru_cache)  # and again, where it was told to meanwhile
         parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
         functions: list[tuple[object, str, Function]] = [
             (Optimizer, "__init__", self._around_optimizer),
