@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
@@ -17,8 +18,8 @@ from autoprec.records import (
     SearchTrial,
     Sensitivity,
 )
-from autoprec.search.correction import Cells, Correction, fit_correction, seen_beside
-from autoprec.search.costs import Costs, make_costs
+from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside
+from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
 from autoprec.search.storage import open_study
@@ -67,46 +68,75 @@ def search_plan(
         InfeasibleError: no plan satisfies the constraint.
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
+    known = _solve_tables(profile, sensitivity, constraint, is_measured=bool(evaluate and trials))
+    digest = known.digest(seed, evaluate is None)
+    end_s = math.inf if time_budget_s is None else clock() + time_budget_s
+    with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
+        own = (evaluate, seed, trials, lambda: clock() >= end_s, claims)
+        study = PlanStudy(
+            opened, known.problem, known.bases, known.budget, *own, known.before, known.scale
+        )
+        interacting, notes = _explored(study, known.exact, progress)
+        best = study.best or (study.estimate(known.exact) if claims.is_worker else None)
+    if best is None:
+        raise InfeasibleError(_all_over_budget(study))
+    notes = (*notes, *_ceiling_notes(sensitivity, known.budget))
+    return _search_record(study, best, profile, known, interacting, notes)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What the tables say before any plan is evaluated."""
+
+    problem: Problem
+    budget: float
+    before: tuple[Seen, ...]  # plans that were measured with the table
+    scale: Correction | None  # by them, where no others are measured
+    exact: Options
+    expected: Options  # were every gain sure
+    bound_ms: float  # of any plan's step time
+    free: Options | None  # the exact plan without what is kept, where something is
+    front: tuple[Options, ...]  # and the exact plan
+
+    @property
+    def bases(self) -> tuple[Options, ...]:
+        """The front and the uniform plans, by increasing gradient error."""
+        uniform = filter(self.problem.fits_memory, self.problem.uniform_plans)
+        costs, found = self.problem.costs, dict.fromkeys((*self.front, *uniform))
+        return tuple(sorted(found, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan))))
+
+    def digest(self, seed: int, is_table: bool) -> str:
+        """Return a digest of all that decides what a study's trials mean."""
+        problem, before = self.problem, [repr(self.before)] if self.scale else []
+        tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
+        return short_digest(tables, self.budget, seed, is_table, *before)
+
+
+def _solve_tables(
+    profile: Profile, sensitivity: Sensitivity, constraint: Constraint, *, is_measured: bool
+) -> _Solved:
     costs = make_costs(profile, sensitivity)
     before = seen_beside(costs, sensitivity)
     # where no plan is measured, what was measured with the table is all there is
-    scale = fit_correction(Cells(costs), before) if before and not (evaluate and trials) else None
+    scale = fit_correction(Cells(costs), before) if before and not is_measured else None
     costs = scale.costs if scale else costs
     problem = make_problem(costs, constraint)
     budget = grad_error_budget(sensitivity, constraint)
     found, limit = _exact_within(problem, budget, scale)
-    exact_plan, _ = found
-    hopeful = make_problem(costs.without_margins(), constraint)
-    expected = exact(hopeful, limit)  # with it the bound of what any plan can take
-    plans = dict.fromkeys((*front(problem, budget), exact_plan))
-    # all that decides what a study's trials mean
-    tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
-    digest = short_digest(
-        tables, budget, seed, evaluate is None, *([repr(before)] if scale else [])
+    hopeful = exact(make_problem(costs.without_margins(), constraint), limit) or found
+    unkept = constraint.model_copy(update={"keep": ()})
+    free = exact(make_problem(costs, unkept), limit) if constraint.keep else None
+    return _Solved(
+        problem=problem,
+        budget=budget,
+        before=before,
+        scale=scale,
+        exact=found[0],
+        expected=hopeful[0],
+        bound_ms=hopeful[1],
+        free=free[0] if free else None,
+        front=tuple(dict.fromkeys((*front(problem, budget), found[0]))),
     )
-    end_s = math.inf if time_budget_s is None else clock() + time_budget_s
-    bases = _bases(problem, plans)
-    with open_study(storage, study_name, tables=digest, team=team) as (opened, claims):
-        own = (evaluate, seed, trials, lambda: clock() >= end_s, claims)
-        study = PlanStudy(opened, problem, bases, budget, *own, before, scale)
-        interacting, notes = _explored(study, exact_plan, progress)
-        notes = (*notes, *_ceiling_notes(sensitivity, budget))
-        best = study.best or (study.estimate(exact_plan) if claims.is_worker else None)
-    if best is None:
-        raise InfeasibleError(_all_over_budget(study))
-    made = _search_record(
-        study, best, profile, exact_plan, expected or found, plans, interacting, notes
-    )
-    free = _free_choice(costs, constraint, limit)
-    return made.model_copy(update={"free": study.point(free)}) if free else made
-
-
-def _free_choice(costs: Costs, constraint: Constraint, budget: float) -> Options | None:
-    """Return the exact plan without what is kept; None where nothing is."""
-    if not constraint.keep:
-        return None
-    free = exact(make_problem(costs, constraint.model_copy(update={"keep": ()})), budget)
-    return free[0] if free else None
 
 
 def _exact_within(
@@ -125,13 +155,6 @@ def _exact_within(
             break
         found, limit = nearer, limit * budget / held
     return found, limit
-
-
-def _bases(problem: Problem, plans: Iterable[Options]) -> tuple[Options, ...]:
-    """Return these plans and the uniform ones, by increasing gradient error."""
-    uniform = filter(problem.fits_memory, problem.uniform_plans)
-    costs, found = problem.costs, dict.fromkeys((*plans, *uniform))
-    return tuple(sorted(found, key=lambda plan: (costs.grad_error(plan), costs.step_ms(plan))))
 
 
 def _explored(
@@ -153,20 +176,17 @@ def _search_record(
     study: PlanStudy,
     best: SearchTrial,
     profile: Profile,
-    exact_plan: Options,
-    expected: tuple[Options, float],  # were every gain sure; and the bound of any plan's step time
-    plans: Iterable[Options],
+    known: _Solved,
     interacting: tuple[str, ...],
     notes: Sequence[str],
 ) -> Search:
-    expected_plan, bound_ms = expected
-    by_error = sorted(plans, key=study.problem.costs.grad_error)
+    by_error = sorted(known.front, key=study.problem.costs.grad_error)
     return Search(
         structure=profile.model.structure,
         grad_error_budget=study.budget,
         front=tuple(map(study.point, by_error)),
-        exact=study.point(exact_plan),
-        bound_ms=bound_ms,
+        exact=study.point(known.exact),
+        bound_ms=known.bound_ms,
         chosen=study.point(best.options),
         ranked=tuple(study.point(plan) for plan in _ranked(study, best)),
         trials=tuple(study.trials),
@@ -174,7 +194,8 @@ def _search_record(
         step_equivalents=_step_equivalents(study, profile),
         duplicates_skipped=study.duplicates,
         interacting=interacting,
-        expected=None if expected_plan == exact_plan else study.point(expected_plan),
+        expected=None if known.expected == known.exact else study.point(known.expected),
+        free=study.point(known.free) if known.free else None,
         measured_front=measured_front(study),
         notes=(*notes, *(_table_notes(study, best) if study.budget else ())),
     )
