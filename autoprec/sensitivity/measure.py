@@ -50,9 +50,8 @@ def measure_sensitivity(
     table = checked.table
     statistics = with_shares(reference, table.rows, table.statistics)
     by_step = (*reference.early, *_error_now(reference, checked.joint))
-    batch_effect, floor = None, _measure_floor(reference)
-    if run_tokens is not None and by_step:
-        batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
+    batch_effect = _batch_effect(reference, run_tokens) if by_step else None
+    floor = _measure_floor(reference)
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -87,6 +86,13 @@ def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple
     return (
         reference.measure_step(step) if known is None else (StepError(step=step, grad_error=known),)
     )
+
+
+def _batch_effect(reference: Reference, run_tokens: int | None) -> BatchEffect | None:
+    """Return how errors change at the run's tokens per step; None where they are not known."""
+    if run_tokens is None:
+        return None
+    return measure_batch_effect(reference, fp8_everywhere(reference.spec), tokens=run_tokens)
 
 
 def _measure_floor(reference: Reference) -> Estimate:
