@@ -6,7 +6,6 @@ Tracked at the dispatch level (tests/peaks.py); the table of docs/scale.md. The 
 and keep to the bars here as large models do.
 """
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -27,7 +26,7 @@ from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from
 from tests.memory_families import convolutions, decoder, mlp
-from tests.peaks import tracked_peak
+from tests.peaks import tracked_peak, training_peak
 
 CPU = torch.device("cpu")
 STEPS = 13  # of the warm-up: beyond those after which the early error is measured
@@ -160,16 +159,7 @@ def show(name: str) -> None:
     workload = FAMILIES[name]
     context = Context(workload, CPU)
     spec = capture_model(context)
-    gc.collect()
-    with tracked_peak() as training:
-        model = workload.build_model()
-        optimizer, batches = workload.build_optimizer(model), workload.train_batches(0)
-        for _ in range(2):
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(workload.loss_fn(model, next(batches)))
-            optimizer.step()
-    del model, optimizer, batches
-    gc.collect()
+    training = training_peak(workload)
     with tracked_peak() as whole:
         reference = prepare_reference(context, spec, warmup_steps=STEPS)
         measure_sensitivity(

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from autoprec.workload.functions import Workload
+
 
 @dataclass
 class Peak:
@@ -51,6 +53,18 @@ def tracked_peak() -> Iterator[Peak]:
     """
     with _StorageCounter() as counter, _resizes_counted(counter):
         yield counter.peak
+
+
+def training_peak(workload: Workload) -> Peak:
+    """Return the peak of a model's first two training steps, the model's own tensors included."""
+    with tracked_peak() as peak:
+        model = workload.build_model()
+        optimizer, batches = workload.build_optimizer(model), workload.train_batches(0)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(workload.loss_fn(model, next(batches)))
+            optimizer.step()
+    return peak
 
 
 class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

@@ -20,7 +20,7 @@ from autoprec.tuning.ranks import made_on_all
 from autoprec.workload.functions import Workload
 from autoprec.workload.optimizers import plain_parts
 from tests.memory_families import convolutions, decoder, mlp
-from tests.peaks import tracked_peak
+from tests.peaks import tracked_peak, training_peak
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -236,11 +236,4 @@ def test_a_full_device_is_told_from_other_errors(fill: Callable[[], None]) -> No
 )
 def test_a_steps_peak_is_predicted_within_15_percent(workload: Workload) -> None:
     spec = capture_model(Context(workload, CPU))
-    with tracked_peak() as peak:
-        model = workload.build_model()
-        optimizer, batches = workload.build_optimizer(model), workload.train_batches(0)
-        for _ in range(2):
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(workload.loss_fn(model, next(batches)))
-            optimizer.step()
-    assert step_bytes(spec) == pytest.approx(peak.rise_bytes, rel=0.15)
+    assert step_bytes(spec) == pytest.approx(training_peak(workload).rise_bytes, rel=0.15)

@@ -348,6 +348,17 @@ class Masked(nn.Module):
         return weight * mask.to(weight.dtype)
 
 
+def measured_both_ways(workload: Workload) -> list[Sensitivity]:
+    """Return the sensitivity to TENSORWISE, layer by layer and by probes."""
+    spec = captured(workload)
+    return [
+        measure_sensitivity(
+            warmed_up(workload, spec, warmup_steps=6), options=[TENSORWISE], method=method
+        )
+        for method in (Method.LAYERWISE, Method.SIGN_CODED)
+    ]
+
+
 KINDS = ["gradient", "held", "parametrize", "prune", *AT_MODULES]
 
 
@@ -360,13 +371,7 @@ def test_what_a_mask_or_a_hook_keeps_still_weighs_nothing(kind: str) -> None:
         build_model=lambda: _hooked_mlp(kind),
         build_optimizer=lambda model: torch.optim.Adam(model.parameters(), weight_decay=0.01),
     )
-    spec = captured(workload)
-    exact, probed = (
-        measure_sensitivity(
-            warmed_up(workload, spec, warmup_steps=6), options=[TENSORWISE], method=method
-        )
-        for method in (Method.LAYERWISE, Method.SIGN_CODED)
-    )
+    exact, probed = measured_both_ways(workload)
     ratios = [
         p.grad_error.mean / e.grad_error.mean for e, p in zip(exact.rows, probed.rows, strict=True)
     ]
@@ -435,12 +440,6 @@ def test_sparse_gradients_and_parts_in_float64_are_measured_as_they_are_one_by_o
         loss_fn=lambda model, ids: model(ids),
         build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     )
-    spec = captured(workload)
-    exact, probed = (
-        measure_sensitivity(
-            warmed_up(workload, spec, warmup_steps=6), options=[TENSORWISE], method=method
-        )
-        for method in (Method.LAYERWISE, Method.SIGN_CODED)
-    )
+    exact, probed = measured_both_ways(workload)
     for one, other in zip(exact.rows, probed.rows, strict=True):
         assert 0.6 < other.grad_error.mean / one.grad_error.mean < 1.6, (one, other)
