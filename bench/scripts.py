@@ -1,6 +1,6 @@
 """Scripts as people write them, unmodified, through both commands: a table of compatibility.
 
-    python bench/scripts.py [NAME ...] [--out FOLDER]
+    python bench/scripts.py [NAME ...] [--out FOLDER] [--no-store]
 
 Each script of tests/scripts is tuned (`tune --script`, for a device profile, without its proof),
 trained under a plan (`run --plan`: what was found, with FP8 in every other linear that can take
@@ -98,6 +98,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("names", nargs="*", choices=[*SCRIPTS, []])
     options.add_argument("--out", type=Path, default=None)
+    options.add_argument("--no-store", action="store_true", help="print the rows alone")
     given = options.parse_args()
     folder = given.out or Path(tempfile.mkdtemp())
     for name in given.names or SCRIPTS:
@@ -112,7 +113,8 @@ def main() -> None:
                 "numbers": str(found.numbers),
             }
             print(" | ".join(row.values()), flush=True)
-            store("scripts", row)
+            if not given.no_store:
+                store("scripts", row)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_a_script_is_recorded_and_trains_with_a_plan_as_by_the_one_liner(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_goes_through_both_commands(name: str) -> None:
-    command = [sys.executable, str(HERE.parent / "bench" / "scripts.py"), name]
+    command = [sys.executable, str(HERE.parent / "bench" / "scripts.py"), name, "--no-store"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = done.stdout.splitlines()
     assert rows, done.stderr
