@@ -81,15 +81,13 @@ def apply(
         (torch.bfloat16, torch.float32)
     """
     whole_again(inner := unwrapped(model))
-    device = next((p.device for p in inner.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in inner.parameters()), torch.device("cpu"))
     plan, installed = _install_on_all_ranks(plan, inner, optimizer, device, group)
-    masters = masters_of(inner)
-    masters.values |= {p: None for p in masters.values if not p.requires_grad}  # not trained
-    keep_exact_loads(inner, masters)
-    watch_optimizers()
-    follow_averages()
+    _start_masters(inner)
     if plan.fp8_all_gather:
         install_gathers(inner, installed.options)
+    if plan.schedule:
+        logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
     _warn_of_differences(plan, device)
     _warn_of_mixed_groups(inner)
     watch_first_step(model, group=group)
@@ -214,6 +212,15 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     )
 
 
+def _start_masters(model: nn.Module) -> None:
+    """Let masters follow what will train, load and average the parameters of an applied model."""
+    masters = masters_of(model)
+    masters.values |= {p: None for p in masters.values if not p.requires_grad}  # nobody trains them
+    keep_exact_loads(model, masters)
+    watch_optimizers()
+    follow_averages()
+
+
 def _warn_of_mixed_groups(model: nn.Module) -> None:
     """Log one warning that names the FSDP groups of two dtypes, and what they cost."""
     groups = mixed_groups(model)
@@ -229,9 +236,7 @@ def _warn_of_mixed_groups(model: nn.Module) -> None:
 
 
 def _warn_of_differences(plan: Plan, device: torch.device) -> None:
-    """Warn of a schedule, and once of all differences of software and device to the plan's."""
-    if plan.schedule:
-        logger.warning("the plan has a precision schedule: call autoprec.Guard's step to run it")
+    """Log one warning that names all differences of software and device to the plan's."""
     if device.type == "meta":
         return
     made, name, here = plan.fingerprint, device_name(device), _software()

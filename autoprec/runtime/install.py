@@ -132,7 +132,7 @@ def install_options(
     layers = find_layers(model) if layers is None else layers
     for name, option in options.items():
         _check_layer(name, layers, option)
-    has_16_bit = any(option_dtype(o) is torch.bfloat16 for o in options.values())
+    has_16_bit = any(option_dtype(option) is torch.bfloat16 for option in options.values())
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
@@ -140,23 +140,12 @@ def install_options(
     installed = Installed(model, dict(options), activation_dtype, kept, came_in_bf16)
     try:
         _convert_storage(storage, installed)
-        for name, option in options.items():
-            _install_layer(name, layers[name], option, installed=installed)
-        mixes = has_16_bit or came_in_bf16  # its inputs and buffers are BF16 in an FP32 plan too
-        has_mode = mixes and not is_chain(model, layers)
-        for module in _containers(model, layers) if has_mode else ():
-            installed.set_class(module, container_class(type(module), activation_dtype, False))
-        for module in model.modules():
-            _put_around(module._backward_hooks, _cast_gradients)
-            _put_around(module._backward_pre_hooks, _cast_gradients)
-        if root:
-            inside = activation_dtype if mixes else None
-            given = None if came_in_bf16 or not has_16_bit else torch.float32
-            installed.set_class(model, container_class(type(model), inside, True, has_mode, given))
+        _set_classes(layers, installed, has_16_bit=has_16_bit, root=root)
     except BaseException:  # out of memory, Ctrl-C: leave the model as it was
         installed.undo()
         raise
-    return _keep_masters(storage, installed)
+    _keep_masters(storage, installed)
+    return installed
 
 
 def remove_plan(model: nn.Module) -> None:
@@ -282,11 +271,11 @@ def _convert_storage(storage: Storage, installed: Installed) -> None:
             set_storage(parameter, parameter.data.to(dtype))
 
 
-def _keep_masters(storage: Storage, installed: Installed) -> Installed:
+def _keep_masters(storage: Storage, installed: Installed) -> None:
     """Leave the FP32 originals on the model as the first masters, unless it has masters already."""
     model = installed.model
     if _has_masters(model):
-        return installed
+        return
     low = [p for p, (_, dtype) in storage.items() if dtype is torch.bfloat16 is p.dtype]
     originals = {p: installed.originals.get(p) for p in low}
     installed.masters = Masters(
@@ -299,7 +288,6 @@ def _keep_masters(storage: Storage, installed: Installed) -> Installed:
     others = dict(vars(model))
     vars(model).clear()  # masters first: a copy of the model must copy them before their hooks
     vars(model).update({ON_MODEL: installed.masters, **others})
-    return installed
 
 
 def _is_all_bf16(model: nn.Module) -> bool:
@@ -310,6 +298,27 @@ def _is_all_bf16(model: nn.Module) -> bool:
 
 def _has_masters(model: nn.Module) -> bool:
     return any(ON_MODEL in vars(module) for module in model.modules())
+
+
+def _set_classes(
+    layers: Mapping[str, nn.Module], installed: Installed, *, has_16_bit: bool, root: bool
+) -> None:
+    """Give the layers, the modules between them and the root the classes that run the options."""
+    model, dtype = installed.model, installed.activation_dtype
+    for name, option in installed.options.items():
+        _install_layer(name, layers[name], option, installed=installed)
+    # a model that came in BF16 has BF16 inputs and buffers, which meet the layers of an FP32 plan
+    mixes = has_16_bit or installed.came_in_bf16
+    has_mode = mixes and not is_chain(model, layers)
+    for module in _containers(model, layers) if has_mode else ():
+        installed.set_class(module, container_class(type(module), dtype, False))
+    for module in model.modules():  # hooks of the user's, made for gradients in FP32
+        _put_around(module._backward_hooks, _cast_gradients)
+        _put_around(module._backward_pre_hooks, _cast_gradients)
+    if root:
+        inside = dtype if mixes else None
+        given = None if installed.came_in_bf16 or not has_16_bit else torch.float32
+        installed.set_class(model, container_class(type(model), inside, True, has_mode, given))
 
 
 def _install_layer(name: str, layer: nn.Module, option: Option, *, installed: Installed) -> None:
