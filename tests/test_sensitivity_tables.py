@@ -239,3 +239,28 @@ def test_few_cells_are_measured_one_by_one_and_many_by_probes() -> None:
     table = make_table(reference, cells * 8)  # as many as a deeper model has
     assert table.method is Method.SIGN_CODED
     assert reference.passes - before < len(cells * 8) * len(reference.batches)
+
+
+def test_a_layer_that_no_loss_reads_has_no_error_in_any_option() -> None:
+    """As the pooler of an encoder whose last hidden states are all that is taken of it."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.pooler = nn.Linear(32, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.body(x).tanh()
+            return y, self.pooler(y)
+
+    plain = one_linear()
+    functions = {
+        "build_model": Pooled,
+        "train_batches": plain.train_batches,
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch[0])[0], batch[1]),
+    }
+    exact, probed = both(workload_from(SimpleNamespace(**functions), name="pooled"))
+    assert {option for name, option in exact if name == "pooler"} > {BF16_O2, ROWWISE}
+    for rows in (exact, probed):
+        assert all(row.grad_error.mean == 0.0 for (n, _), row in rows.items() if n == "pooler")
+        assert all(row.grad_error.mean > 0.0 for (n, _), row in rows.items() if n == "body")

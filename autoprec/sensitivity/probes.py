@@ -27,6 +27,7 @@ around zero.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ from autoprec.sensitivity.local import (
     Cell,
     Component,
     Norm,
+    components_of,
     fp8_options,
     replayed_errors,
 )
@@ -254,6 +256,9 @@ def _products_of(
             norm = step.squared_norm(layer, run)
             if not calls:
                 products, errors = _uncalled_products(step, layer, run, norm)
+                # called all the same (a pooler that no loss reads): its casts reach nothing
+                casts = [components_of(o)[gemm] for o in options.get(name, ()) for gemm in gemms]
+                products = dict.fromkeys(chain.from_iterable(casts), torch.zeros(1)) | products
             elif isinstance(run, nn.Linear) and not linear_refusal(run):
                 fp8 = options.get(name, ())
                 linear = Linear(run, calls, fp8, moved=after, split=split, chunk=step.chunk)
