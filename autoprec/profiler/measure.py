@@ -12,7 +12,8 @@ What does not cancel is in `sum_check`: uniform FP8 less uniform BF16 by the lay
 
 import logging
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,7 +43,6 @@ from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
 from autoprec.records import (
     FP32,
-    AsWritten,
     Basis,
     LayerTiming,
     ModelSpec,
@@ -84,22 +84,18 @@ def profile_model(
         DeviceError: torch.compile is asked for and does not work, or --memory-limit is too small.
     """
     check_room(context, spec)
-    device = context.device
-    mode, problem = _choose_mode(device, spec, compiled)
-    facts = device_facts(device)  # imports torchao, which is no part of the measurement
+    mode, problem = _choose_mode(context.device, spec, compiled)
+    facts = device_facts(context.device)  # imports torchao, which is no part of the measurement
     groups = group_layers(spec, options)
-    kept = kept or KeptRows()
-    with open_compilation(device, mode) as compilation, kept.noting():
+    with _open_meter(context, spec, mode, gemms_hp, kept or KeptRows()) as meter:
         started = time.perf_counter()
-        how = (gemms_hp, compilation, kept, asked or {})
-        rows, cast_ms, step_ms = _time_layers(context, spec, groups, *how)
+        rows, cast_ms, step_ms = _time_layers(context, meter, groups, asked or {})
         if gemms_hp:
             spec, rows = without_slow_gemms_hp(spec, rows)
-        own = (spec.as_written, rows, groups, step_ms, compilation, kept)
-        steps, left_out = _time_uniform_steps(context, *own)
+        steps, left_out = _time_uniform_steps(context, meter, spec, groups, rows, step_ms)
         elapsed_s = time.perf_counter() - started
-    compiling = compilation or Compilation(device)
-    ms = {each.label: each.timing.median_ms for each in steps}
+    compiling = meter.compilation or Compilation(context.device)
+    ms = {step.label: step.ms for step in steps}
     return Profile(
         model=without_ended(spec, rows),
         device=facts.model_copy(update={"compile_mode": mode}),
@@ -148,35 +144,40 @@ def check_room(context: Context, spec: ModelSpec) -> None:
     log.info("%s; steps are timed one model at a time", text)
 
 
+@contextmanager
+def _open_meter(
+    context: Context, spec: ModelSpec, mode: str, gemms_hp: bool, kept: KeptRows
+) -> Iterator[LayerMeter]:
+    """Give what times layers, compiled or not; `kept` is told what is in flight until the end."""
+    with open_compilation(context.device, mode) as compilation, kept.noting():
+        yield LayerMeter(
+            context.device,
+            context.timer,
+            spec.optimizer_state_numel_ratio,
+            gemms_hp=gemms_hp,
+            monitor=find_monitor(context.device),
+            seed=context.seed,
+            compilation=compilation,
+            kept=kept,
+        )
+
+
 def _time_layers(
     context: Context,
-    spec: ModelSpec,
+    meter: LayerMeter,
     groups: Sequence[Group],
-    gemms_hp: bool,
-    compilation: Compilation | None,
-    kept: KeptRows,
     asked: Mapping[str, Container[Option]],
 ) -> tuple[tuple[LayerTiming, ...], float, float]:
     """Return the rows of all groups, the ms of a boundary cast, and the ms of the recorded step."""
-    recorded = record_groups(context, groups, in_surroundings=compilation is not None)
-    meter = LayerMeter(
-        context.device,
-        context.timer,
-        spec.optimizer_state_numel_ratio,
-        gemms_hp=gemms_hp,
-        monitor=find_monitor(context.device),
-        seed=context.seed,
-        compilation=compilation,
-        kept=kept,
-    )
+    recorded = record_groups(context, groups, in_surroundings=meter.compilation is not None)
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
         context.progress("layers", number, len(groups))
-        found = kept.find(group.names)
+        found = meter.kept.find(group.names)
         if found is None:
             own = [o for o in group.options if any(o in asked.get(n, ()) for n in group.names)]
             found = tuple(meter.time_group(group, *recorded.first_of(group), own))
-            kept.add(group.names, found)
+            meter.kept.add(group.names, found)
         rows += found
     context.progress("layers", len(groups), len(groups))
     calls = recorded.calls.values()  # of a cast their size alone matters
@@ -237,7 +238,7 @@ def check_sum(
     groups: Sequence[Group], rows: Sequence[LayerTiming], steps: Sequence[StepTiming]
 ) -> SumCheck | None:
     """Return the cost of FP8 beyond BF16 by the layers, and by whole steps."""
-    ms = {s.label: s.timing.median_ms for s in steps if s.timing.basis is Basis.MEASURED}
+    ms = {s.label: s.ms for s in steps if s.basis is Basis.MEASURED}
     if not {"fp8_o1", "bf16_o2"} <= set(ms):
         return None
     by_option = sum_totals(rows, _feasible(groups, rows, fp8=True))
@@ -249,17 +250,16 @@ def check_sum(
 
 def _time_uniform_steps(
     context: Context,
-    written: AsWritten | None,
-    rows: Sequence[LayerTiming],
+    meter: LayerMeter,
+    spec: ModelSpec,
     groups: Sequence[Group],
+    rows: Sequence[LayerTiming],
     step_ms: float,
-    compilation: Compilation | None,
-    kept: KeptRows,
 ) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     bf16, fp8 = _feasible(groups, rows), _feasible(groups, rows, fp8=True)
-    is_compiled = compilation is not None
+    is_compiled = meter.compilation is not None
     variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": bf16, AUTOCAST: AUTOCAST}
-    variants |= written_variants(written, compiled=is_compiled)
+    variants |= written_variants(spec.as_written, compiled=is_compiled)
     if is_compiled:
         variants["eager_bf16_o2"] = Eager(bf16)
     # By its layers a uniform FP8 step takes this much longer than a BF16 one; on a CPU without FP8
@@ -274,10 +274,10 @@ def _time_uniform_steps(
     budget_ms = STEP_BUDGET * step_ms
     stopping = Stopping(STEP_SAMPLES, STEP_LEAST, budget_ms=budget_ms, rejections=STEP_LEAST)
     steps, left_out = time_steps(
-        context, variants, stopping=stopping, compilation=compilation, kept=kept
+        context, variants, stopping=stopping, compilation=meter.compilation, kept=meter.kept
     )
     if has_fp8 and is_slow:
         base = next(step for step in steps if step.label == "bf16_o2")
-        timing = predicted_timing(surplus_ms, beside_ms=base.timing.median_ms)
+        timing = predicted_timing(surplus_ms, beside_ms=base.ms)
         steps += (StepTiming(label="fp8_o1", timing=timing, peak_bytes=None),)
     return steps, left_out
