@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 
 from typer.exceptions import TyperException
 
+from autoprec.common.files import NO_ROOM
 from autoprec.errors import AutoprecError
 from autoprec.tuning.ranks import is_launched
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+CANNOT_WRITE = (*NO_ROOM, errno.EIO)
 
 
 def one_line_of(error: Exception) -> str | None:

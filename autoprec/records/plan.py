@@ -137,7 +137,7 @@ class Certificate(Record):
             verdict=verification.verdict,
             loss_tolerance=verification.loss_tolerance,
             gap=verification.gap,
-            step_ms={step.label: step.timing.median_ms for step in verification.steps},
+            step_ms={step.label: step.ms for step in verification.steps},
             seeds=verification.gap.seeds if verification.gap else 0,
             branch_steps=verification.branch_steps,
             proxy=verification.proxy,

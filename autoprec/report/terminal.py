@@ -28,7 +28,7 @@ from autoprec.report import formats
 from autoprec.report.answer_page import print_answer
 from autoprec.report.compare_views import comparison_parts
 from autoprec.report.formats import and_more, count_of
-from autoprec.report.layer_frame import frame_rows
+from autoprec.report.layer_frame import frame_rows, layers_frame
 from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.remarks import profile_notes
 from autoprec.report.runs import RunRecords
@@ -81,7 +81,7 @@ def print_summary(
 
 def print_layers(run: RunRecords, console: Console) -> None:
     """Print the layers of a run, alike ones in one line."""
-    print_parts(layers_parts(summarise_run(run).layers, console.width), console)
+    print_parts(layers_parts(layers_frame(run), console.width), console)
 
 
 def print_record(record: Record, console: Console) -> None:
