@@ -17,7 +17,6 @@ An optimizer that reaches a parameter in any other way is refused: its master wo
 """
 
 import copy
-import itertools
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
@@ -42,11 +41,11 @@ from autoprec.runtime.masters import (
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
 from autoprec.workload.optimizers import (
     MANY_CLOSURES,
+    after_closure,
     closure_of,
     optimizer_refusal,
     trained_by,
     trains,
-    with_closure,
 )
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
@@ -192,8 +191,7 @@ class Attachment:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
         """Put the shadow, with FP32 masters and gradients, in the optimizer's place."""
-        closure = closure_of(args, kwargs)
-        step = None if closure else raw_step(optimizer)
+        step = None if closure_of(args, kwargs) else raw_step(optimizer)
         layout = self.stepping = self.current_layout(optimizer, is_split=step is not None)
         if layout is None:
             return None
@@ -212,22 +210,18 @@ class Attachment:
         layout.give_gradients(last)
         for group, params in zip(shadow.param_groups, last.groups, strict=True):
             group["params"][:] = params
-        if closure is None:
-            return (shadow, *args[1:]), kwargs
 
         # A closure runs the model in the middle of the step: the new gradients must be at the
         # masters after it, and what it told the optimizer (a guard, of a bad step) at the shadow.
-        calls = itertools.count()
-
-        def evaluate() -> Any:  # Any: the loss
-            if next(calls):
-                raise PlanMismatchError(f"{type(optimizer).__name__} {MANY_CLOSURES}")
-            loss = closure()
+        def take_over() -> None:
             layout.give_gradients(last)
             vars(shadow).update((k, v) for k, v in vars(optimizer).items() if k == FLAG)
-            return loss
 
-        return with_closure((shadow, *args[1:]), kwargs, evaluate)
+        def refuse() -> None:
+            raise PlanMismatchError(f"{type(optimizer).__name__} {MANY_CLOSURES}")
+
+        args = (shadow, *args[1:])
+        return after_closure(args, kwargs, take_over, again=refuse) or (args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def after_step(self, optimizer: Optimizer, args: Any, _: Any) -> None:  # Any: torch's hook

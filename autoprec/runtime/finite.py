@@ -25,7 +25,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.ranks import Group, gathered, local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
-from autoprec.workload.optimizers import StepArguments, closure_of, trains, with_closure
+from autoprec.workload.optimizers import StepArguments, after_closure, trains
 from autoprec.workload.written import is_compiled
 
 K = TypeVar("K")
@@ -131,17 +131,9 @@ def check_first_step(  # Any: whatever a step is given
         PlanMismatchError: gradients are not finite. Nothing was trained then.
     """
     _check_gradients(optimizer)
-
-    closure = closure_of(args, kwargs)
-    if not FIRST or closure is None:
+    if not FIRST:
         return None
-
-    def looked_at() -> Any:  # it makes the gradients within the step
-        loss = closure()
-        _check_gradients(optimizer)
-        return loss
-
-    return with_closure(args, kwargs, looked_at)
+    return after_closure(args, kwargs, lambda: _check_gradients(optimizer))
 
 
 def _check_gradients(optimizer: Optimizer) -> None:

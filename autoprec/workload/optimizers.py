@@ -5,6 +5,7 @@ take an optimizer or refuse it.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,8 +26,6 @@ SPARSE = {  # the methods that return the tensors of a sparse one
     torch.sparse_csc: _BY_COLUMN,
     torch.sparse_bsc: _BY_COLUMN,
 }
-
-
 MANY_CLOSURES = (
     "must call the closure that it is given once, but it calls it again and again, each time at "
     "other weights, which neither tune nor a plan can follow; use a first-order optimizer"
@@ -48,11 +47,31 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
     return next((value for value in (*args[1:], *kwargs.values()) if callable(value)), None)
 
 
-def with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Closure) -> StepArguments:
-    """Return the arguments of a step with another closure, as a hook before it may."""
+def after_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    then: Callable[[], object],
+    *,
+    again: Callable[[], object] = lambda: None,
+) -> StepArguments | None:
+    """Return a step's arguments with a closure that calls `then` when it is done, for a hook.
+
+    None where it has no closure. `again` is called before the closure is called once more.
+    """
+    closure, calls = closure_of(args, kwargs), itertools.count()
+    if closure is None:
+        return None
+
+    def followed() -> Any:  # Any: the user's loss
+        if next(calls):
+            again()
+        loss = closure()
+        then()
+        return loss
+
     first, *others = args
-    swapped = [closure if callable(value) else value for value in others]
-    named = {name: closure if callable(value) else value for name, value in kwargs.items()}
+    swapped = [followed if callable(value) else value for value in others]
+    named = {name: followed if callable(value) else value for name, value in kwargs.items()}
     return (first, *swapped), named
 
 

@@ -17,7 +17,7 @@ from autoprec.guard import Guard
 from autoprec.integrations.launch.patches import Function
 from autoprec.integrations.plans import GuardedSteps
 from autoprec.records import Plan
-from autoprec.workload.optimizers import closure_of, trains, with_closure
+from autoprec.workload.optimizers import StepArguments, after_closure, trains
 
 
 class ScriptGuard:
@@ -38,7 +38,7 @@ class ScriptGuard:
         """Watch a model; only the first one."""
         self._model = self._model or weakref.ref(model)
 
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
         """Look before an optimizer's step, if it trains the model; return other arguments if any.
 
         Gradients that a closure makes are looked at when it is done.
@@ -49,17 +49,10 @@ class ScriptGuard:
             self.steps.start(model, optimizer, self._plan)
         if self.steps.guard is None or optimizer is not self.steps.guard.optimizer:
             return None
-        closure = closure_of(args, kwargs)
-        if closure is None:
+        changed = after_closure(args, kwargs, self.steps.end_step)
+        if changed is None:
             self.steps.end_step()
-            return None
-
-        def looked_at() -> Any:  # Any: the loss
-            loss = closure()
-            self.steps.end_step()
-            return loss
-
-        return with_closure(args, kwargs, looked_at)
+        return changed
 
     def _around_backward(self, call: Function, /, tensors: Any, *args: Any, **kwargs: Any) -> None:
         # checkpointing calls backward inside of backward

@@ -40,7 +40,7 @@ from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
-from autoprec.workload.optimizers import StepArguments, closure_of, trained_by, with_closure
+from autoprec.workload.optimizers import StepArguments, after_closure, trained_by
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
@@ -253,25 +253,20 @@ class Recorder:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
         """Follow a closure too: forward and backward happen in it, the step after it."""
-        closure = closure_of(args, kwargs)
-        if closure is None:
-            self._begin_step(optimizer)
-            return None
-        calls = 0
 
-        def followed() -> Any:  # Any: the user's
-            nonlocal calls
-            if calls:
-                self.refuse(
-                    "a step must take one gradient, but "
-                    f"{type(optimizer).__name__} calls its closure again and again"
-                )
-            loss = closure()
-            calls += 1
+        def begin() -> None:
             self._begin_step(optimizer)
-            return loss
 
-        return with_closure(args, kwargs, followed)
+        def refuse() -> None:
+            name = type(optimizer).__name__
+            self.refuse(
+                f"a step must take one gradient, but {name} calls its closure again and again"
+            )
+
+        changed = after_closure(args, kwargs, begin, again=refuse)
+        if changed is None:
+            begin()
+        return changed
 
     def _begin_step(self, optimizer: Optimizer) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
