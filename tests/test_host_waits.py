@@ -14,11 +14,12 @@ from torch import Tensor
 from autoprec.device.late import LateValues
 from autoprec.errors import RecordError, TrainingStoppedError
 from autoprec.guard import Guard, Limits, watch
-from autoprec.guard.holding import FLAG, HeldSteps, can_hold, take_fused
+from autoprec.guard.holding import HeldSteps, can_hold, take_fused
 from autoprec.records import APPLICABLE_RECIPES, BF16_O2, Option, fp8_option
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.checkpoint import save_checkpoint
 from autoprec.runtime.masters import CLOSE_LOOKS
+from autoprec.workload.optimizers import FLAG
 from tests.host_waits import HostWaits
 from tests.test_guard import QUIET, Chain, Run, lines, plan_for
 

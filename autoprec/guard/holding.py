@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
-from autoprec.workload.optimizers import trained_by
+from autoprec.workload.optimizers import FLAG, trained_by
 
 logger = logging.getLogger(__name__)
-FLAG = "found_inf"  # torch's name for the attribute that fused optimizers read
 # Adagrad's fused kernel for GPUs is younger than the oldest torch that is supported.
 FUSED = frozenset(inspect.unwrap(kind.step) for kind in (Adam, AdamW, SGD))
 

@@ -19,7 +19,7 @@ An optimizer that reaches a parameter in any other way is refused: its master wo
 import copy
 import operator
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -32,14 +32,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autoprec.errors import PlanMismatchError
 from autoprec.runtime.finite import FIRST, check_first_step
 from autoprec.runtime.gathers import check_gathers
-from autoprec.runtime.masters import (
-    LIVE,
-    Masters,
-    keep_exact_loads,
-    masters_of,
-)
+from autoprec.runtime.masters import LIVE, Masters, keep_exact_loads, masters_of
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
 from autoprec.workload.optimizers import (
+    FLAG,
     MANY_CLOSURES,
     after_closure,
     closure_of,
@@ -50,7 +46,6 @@ from autoprec.workload.optimizers import (
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
 MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
-FLAG = "found_inf"  # the attribute by which torch's fused optimizers leave a step out
 CONTAINERS = frozenset({dict, defaultdict, OrderedDict, list, tuple, set})
 STATELESS = "master_weights"  # in state_dict(): masters of parameters that have no state (yet)
 HOOKS = (
@@ -338,9 +333,7 @@ def set_shadow(
     for name in vars(shadow).keys() - vars(optimizer).keys():  # GradScaler's come and go
         del vars(shadow)[name]
     vars(shadow).update(vars(optimizer), param_groups=groups, state=state)
-    if held := _containers(optimizer):
-        by_id = {id(parameter): master for parameter, master in pairs.items()}
-        vars(shadow).update({name: _swapped(value, by_id) for name, value in held.items()})
+    vars(shadow).update(_containers(optimizer, pairs.items()))
     attachment: Attachment = vars(shadow).pop(ON_OPTIMIZER)  # would be a reference cycle
     for group, its in zip(groups, optimizer.param_groups, strict=True):
         params = group["params"]
@@ -389,9 +382,7 @@ def _adopt_settings(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> No
         group.update({key: value for key, value in changed.items() if key != "params"})
     # ... and into attributes, where parameters take their places back.
     settings = {k: v for k, v in vars(shadow).items() if k not in APART}
-    if held := _containers(shadow):
-        by_id = {id(master): parameter for parameter, master in pairs.items()}
-        settings |= {name: _swapped(value, by_id) for name, value in held.items()}
+    settings |= _containers(shadow, ((master, parameter) for parameter, master in pairs.items()))
     for name, made in settings.items():
         own = vars(optimizer).get(name)
         if made is not own and isinstance(own, dict) and isinstance(made, dict):
@@ -402,10 +393,17 @@ def _adopt_settings(optimizer: Optimizer, shadow: Optimizer, pairs: Pairs) -> No
             vars(optimizer)[name] = made
 
 
-def _containers(optimizer: Optimizer) -> dict[str, Any]:  # Any: whatever a subclass keeps
-    """Return a subclass's own lists and dicts; torch's have none, and cost nothing by parameter."""
+def _containers(
+    optimizer: Optimizer, pairs: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:  # Any: whatever a subclass keeps
+    """Return a subclass's own lists and dicts, with the second of each pair for the first.
+
+    torch's optimizers have none, and cost nothing by parameter.
+    """
     every = vars(optimizer).items()
-    return {k: v for k, v in every if type(v) in CONTAINERS and k not in APART}
+    held = {k: v for k, v in every if type(v) in CONTAINERS and k not in APART}
+    by_id = {id(old): new for old, new in pairs} if held else {}
+    return {name: _swapped(value, by_id) for name, value in held.items()}
 
 
 def _swapped(value: Any, by_id: Mapping[int, Any]) -> Any:  # Any: an optimizer's attribute

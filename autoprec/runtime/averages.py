@@ -13,7 +13,7 @@ Code that torch.compile traces, what has a graph, and other dtypes see torch's o
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,11 @@ def _follow(original: Function, averages: Any, ends: Any, /, *args: Any, **kwarg
         original(averages, ends, *args, **kwargs)
         return
     found = _planned([*averages, *ends])
-    taken = [_exact(average, found.get(id(average))) for average in averages]
-    given = [_exact(end, found.get(id(end))) for end in ends]
+    taken = [_exact(average, found) for average in averages]
     # BF16 weights without a master here (a copy on another device) are taken as they are
     given = [
-        exact.to(average.dtype) if end.dtype is torch.bfloat16 else exact
-        for average, end, exact in zip(taken, ends, given, strict=True)
+        _exact(end, found).to(average.dtype) if end.dtype is torch.bfloat16 else end
+        for average, end in zip(taken, ends, strict=True)
     ]
     original(taken, given, *args, **kwargs)
     for average in averages:
@@ -96,10 +95,10 @@ def _warn_of_average() -> None:
     )
 
 
-def _exact(tensor: Tensor, planned: Planned | None) -> Tensor:
-    if planned is None:
+def _exact(tensor: Tensor, found: Mapping[int, Planned]) -> Tensor:
+    if id(tensor) not in found:
         return tensor
-    store, parameter = planned
+    store, parameter = found[id(tensor)]
     return store.current(parameter, looks_closer=False)
 
 

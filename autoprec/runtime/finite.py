@@ -25,7 +25,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.ranks import Group, gathered, local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
 from autoprec.model.layers import find_layers, plain_name, unwrapped
-from autoprec.workload.optimizers import StepArguments, after_closure, trains
+from autoprec.workload.optimizers import FLAG, StepArguments, after_closure, trains
 from autoprec.workload.written import is_compiled
 
 K = TypeVar("K")
@@ -143,7 +143,7 @@ def _check_gradients(optimizer: Optimizer) -> None:
             continue
         # each rank of a sharded model looks at its own parts, and all stop together
         over_ranks = any(isinstance(each, sharded_tensor()) for each in parameters)
-        is_scaled = getattr(optimizer, "found_inf", None) is not None
+        is_scaled = getattr(optimizer, FLAG, None) is not None
         if is_scaled and FIRST[model].look(model, over_ranks=over_ranks):
             FIRST[model].forget()  # GradScaler lowers its scale, and the optimizer skips this step
             continue

@@ -26,6 +26,7 @@ SPARSE = {  # the methods that return the tensors of a sparse one
     torch.sparse_csc: _BY_COLUMN,
     torch.sparse_bsc: _BY_COLUMN,
 }
+FLAG = "found_inf"  # the attribute by which torch's fused optimizers leave a step out
 MANY_CLOSURES = (
     "must call the closure that it is given once, but it calls it again and again, each time at "
     "other weights, which neither tune nor a plan can follow; use a first-order optimizer"
