@@ -36,10 +36,8 @@ class OwnMomentum(Optimizer):
     def __init__(self, params: Any, lr: float, *, by_id: bool = False) -> None:  # Any: as torch's
         super().__init__(params, {"lr": lr})
         every = [p for group in self.param_groups for p in group["params"]]
-        self.by_id, self.momentum = (
-            by_id,
-            {id(p) if by_id else p: torch.zeros_like(p) for p in every},
-        )
+        self.by_id = by_id
+        self.momentum = {id(p) if by_id else p: torch.zeros_like(p) for p in every}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # Any: torch overloads it

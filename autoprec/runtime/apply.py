@@ -135,8 +135,8 @@ def master_view(model: nn.Module) -> nn.Module:
 
     The view shares storage with the masters, buffers and FP32 parameters of `model`, so it follows
     the training. Use it for an FP32 checkpoint (`view.state_dict()`), for evaluation in FP32, or
-    for averages: `AveragedModel(view)`, then `ema.update_parameters(view)` after every step,
-    because an average kept in BF16 does not move. Write into the model, not into the view.
+    for an average in FP32: `AveragedModel(view)`, then `ema.update_parameters(view)` after every
+    step. Write into the model, not into the view.
 
     Raises:
         PlanMismatchError: no plan is applied to the model, or FSDP2 has sharded it.

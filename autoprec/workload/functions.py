@@ -306,7 +306,6 @@ OPTIONAL = ("build_optimizer", "build_scheduler", "eval_batches", "evaluate", *S
 VALUES = {"accumulation_steps": "a whole number from 1", "clip_norm": "a number above 0"}
 DEFINED = (*REQUIRED, *OPTIONAL, *VALUES)
 DEALING = {"rank", "world_size"}  # arguments of a train_batches that deals batches to ranks itself
-_END = object()
 
 
 def _check_value(name: str, value: Any) -> None:  # Any: the user's

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from autoprec.common.text import error_line
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import Batch, Workload
-from autoprec.workload.optimizers import rated_groups
+from autoprec.workload.optimizers import rated_groups, trained_by
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
 LossFn = Callable[[nn.Module, Batch], Tensor]
@@ -74,7 +74,7 @@ class Training:
         the workload's.
 
         Raises:
-            WorkloadError: the optimizer wants a closure.
+            WorkloadError: backward left no gradients, or the optimizer cannot step them.
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses, loss_fn = [], loss_fn or self.workload.loss_fn
@@ -82,8 +82,7 @@ class Training:
             loss = loss_fn(self.model, batch)
             torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
             losses.append(loss.detach())
-        groups = self.optimizer.param_groups
-        if all(p.grad is None for group in groups for p in group["params"]):
+        if all(parameter.grad is None for parameter in trained_by(self.optimizer)):
             raise WorkloadError(
                 f"backward must leave gradients for {type(self.optimizer).__name__}, but there are "
                 "none after it: the loss must depend on the parameters, and the optimizer step "

@@ -9,7 +9,7 @@ An autocast that is switched on inside a forward which the user compiles is trac
 so a compiled step keeps it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_map_only
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 T = TypeVar("T")
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
-Enter = Callable[[torch.autocast], Any]  # Any: torch's own
 
 
 @dataclass
