@@ -3,7 +3,7 @@
 import pytest
 from rich.progress import Progress as Bars
 
-from autoprec.cli.console import Drawn, Lines, Waits
+from autoprec.cli.console import Drawn, Lines, Waits, drawn_progress
 from autoprec.common.progress import NOW
 
 
@@ -111,3 +111,10 @@ def test_what_the_users_code_waits_for_is_said_after_a_few_seconds_and_ever_less
         now[0] = 35
         waits.beat()
     assert lines[3:] == ["waiting for build_model() since 6 s"]
+
+
+def test_a_line_in_a_pipe_is_one_line_however_long(capsys: pytest.CaptureFixture[str]) -> None:
+    label = "layers of a name that is longer than a terminal of eighty columns would be " * 2
+    with drawn_progress() as show:
+        show(label.strip(), 0, 3)
+    assert capsys.readouterr().err == f"{label.strip()} ...\n"

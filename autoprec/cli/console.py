@@ -33,7 +33,7 @@ def drawn_progress() -> Iterator[Progress]:
     console = Console(stderr=True)
 
     def write(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if not console.is_terminal:
         lines = Lines(write)
