@@ -12,18 +12,16 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from autoprec.search.correction import Cells, Correction, Guess
+from autoprec.search.correction import Cells, Correction, Floats, Guess, Ints
 from autoprec.search.problem import Options, Problem, item_of
 from autoprec.search.solver import Solution
 
 PAIRED = 64  # changes that save time, and as many that save error, of which pairs are looked up
 MOST_STEPS = 20
 
-Floats = NDArray[np.float64]
-Picks = NDArray[np.intp]
+Picks = Ints
 Gains = Callable[[Floats, Floats, float], Floats]  # of times, errors, and the errors' deviation
 
 
@@ -93,7 +91,7 @@ class Moves:
     def solve(self, errors: Floats, budget: float, price: float) -> Picks | None:
         """Return a plan near the best one if these were the errors of the cells."""
         _, _, islands, where = self._table
-        outside = float(errors[-1]) + self._loose_error
+        outside = float(errors[-1]) + self.problem.loose_error
         return self.problem.knapsack.nearly(price, budget, where @ errors + islands, outside)
 
     def climb(
@@ -121,13 +119,8 @@ class Moves:
     def _priced(self, picks: Picks, correction: Correction) -> tuple[Solution, Guess]:
         where = self._table.where
         cells = np.append(where[picks].indices, len(self.cells.table) - 1)
-        islands = float(self._table.islands[picks].sum()) + self._loose_error
+        islands = float(self._table.islands[picks].sum()) + self.problem.loose_error
         return self.problem.knapsack.solution(picks), correction.guess_cells(cells, islands)
-
-    @cached_property
-    def _loose_error(self) -> float:
-        """What is in every 16-bit plan beside the activations' error: islands no group holds."""
-        return self.problem.knapsack.outside.grad_error - float(self.cells.table[-1])
 
     def _near(
         self, picks: Picks, at: Solution, guess: Guess, correction: Correction, gains: Gains

@@ -5,7 +5,7 @@ The one place that says whether FP8 is worth it; the report shows these notes.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 
 from autoprec.common.text import compared, first_and_more, percent
 from autoprec.model.roles import Role, role_of
@@ -83,19 +83,18 @@ def _forced_note(problem: Problem, gains: Mapping[int, float]) -> str:
 
 def _tie_note(costs: Costs, options: Options) -> str:
     """Return how many layers have the more precise of options that take the same time."""
-    tied = [
+    tied = {
         i
         for i, own in enumerate(options)
         for price in (p for o, p in costs.prices[i].items() if o.is_fp8 and o != own)
         if own != FP32 and price.counted_ms < costs.prices[i][own].counted_ms
         if not is_faster(price, costs.prices[i][own])
-    ]
-    count = len(dict.fromkeys(tied))
-    if not count:
+    }
+    if not tied:
         return ""
     return (
-        f"{_count(range(count))} where options take the same time within {percent(NEAR_TIE)} "
-        + (f"ha{'s' if count == 1 else 've'} the one of less gradient error")
+        f"{_count(tied)} where options take the same time within {percent(NEAR_TIE)} "
+        f"ha{'s' if len(tied) == 1 else 've'} the one of less gradient error"
     )
 
 
@@ -161,6 +160,7 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
     faster = [i for i in eligible if best[i] < own[i]]
     sure = {i: min(p.counted_ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
+    gain = sum(own[i] - best[i] for i in faster)
     # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
         return (
@@ -168,13 +168,11 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
             f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms{_steps(profile)}"
         )
     if all(sure[i] >= own[i] for i in faster):
-        gain = sum(own[i] - best[i] for i in faster)
         return (
             f"on {_count(faster)} where it seems faster ({gain:.4g} ms a step in all) the gain is "
             f"within its uncertainty{_steps(profile)}"
         )
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
-    gain = sum(own[i] - best[i] for i in faster)
     return f"it is faster on {_count(faster)} ({gain:.4g} ms a step in all), but " + (
         f"{first_and_more(costs.layers[i].name for i in closed)} may not take it (--keep, or "
         "unknown gradient error)"
@@ -308,5 +306,5 @@ def _no_option_note(profile: Profile) -> str:
     return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
 
 
-def _count(layers: Sequence[object]) -> str:
+def _count(layers: Sized) -> str:
     return "the 1 layer" if len(layers) == 1 else f"the {len(layers)} layers"

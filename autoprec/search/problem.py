@@ -2,11 +2,11 @@
 
 A group is one layer, or the layers that share a parameter and hence one storage, or those of an
 island, between which BF16 is too coarse: each combination of their options that is FP32 throughout
-or 16-bit throughout is one choice. Options that cannot win
-in time are locked: an FP8 option that is not for sure faster than BF16 (its margin counts, see
-costs), or takes no less than another of less error, is left out, whatever noise says about its
-error. BF16 that is slower than FP32 stays: one such layer may be what lets all others pass BF16
-activations. Layers that the step did not call follow.
+or 16-bit throughout is one choice. Options that cannot win in time are locked: an FP8 option that
+is not for sure faster than BF16 (its margin counts, see costs), or takes no less than another of
+less error, is left out, whatever noise says about its error. BF16 that is slower than FP32 stays:
+one such layer may be what lets all others pass BF16 activations. Layers that the step did not call
+follow.
 
 The all-FP32 plan has FP32 activations and stands beside the knapsack of all others.
 """
@@ -109,15 +109,15 @@ class Problem:
             [[item_of(costs, group.layers, c) for c in group.choices] for group in self.groups],
             Outside(
                 ms=outside.ms - (fsdp.exposed_ms if fsdp else 0.0),
-                grad_error=outside.grad_error + self._loose_error,
+                grad_error=outside.grad_error + self.loose_error,
                 memory=outside.memory_bytes,
                 hidable_ms=fsdp.moved_ms - fsdp.share * fsdp.between_ms if fsdp else 0.0,
             ),
             memory=math.inf if self.memory_bytes is None else self.memory_bytes,
         )
 
-    @property
-    def _loose_error(self) -> float:
+    @cached_property
+    def loose_error(self) -> float:
         """What islands cost that no group holds: they cannot be in FP32 as a whole."""
         held = [set(group.layers) for group in self.groups]
         islands = self.costs.islands

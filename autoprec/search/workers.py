@@ -75,16 +75,14 @@ class Claims:
         return {str(t.user_attrs[PLAN]) for t in running if PLAN in t.user_attrs}
 
     @contextmanager
-    def claimed(self, trial: "optuna.Trial", plan: str | None) -> Iterator[bool]:
+    def claimed(self, trial: "optuna.Trial", plan: str) -> Iterator[bool]:
         """Claim a plan for a trial while the context is open; gives False where another has it.
-
-        None is claimed for a trial that measures nothing.
 
         A claim can be lost to another process that took this one for dead: what it wrote counts.
         """
         from optuna.exceptions import UpdateFinishedTrialError
 
-        if self._team is None or plan is None:
+        if self._team is None:
             yield True
             return
         trial_id = trial._trial_id  # heartbeats go by it; Optuna has no public name for it
