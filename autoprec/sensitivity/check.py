@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from autoprec.records import Estimate, JointMeasurement
 from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.local import Cell, partly_fp8
-from autoprec.sensitivity.tables import Method, Table, is_whole, refine_table
+from autoprec.sensitivity.local import Cell
+from autoprec.sensitivity.tables import Method, Table, is_whole, on_their_own, refine_table
 
 MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
 NEAR = 1.25  # and then until it is within this
@@ -41,9 +41,7 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     where they agree, and nothing where no layer takes FP8.
     """
     reference, names = meter.reference, meter.reference.spec.names
-    along = partly_fp8((row.name, row.option) for row in table.rows)
-    own = (row for row in table.rows if row.option.is_fp8)
-    fp8 = [row for row in own if (row.name, row.option) not in along]
+    fp8 = on_their_own(table.rows)
     if not fp8:
         return Checked(table, (), "")
     first = {row.name: row.option for row in reversed(fp8)}  # the first of each layer stays

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprec.errors import RecordError
-from autoprec.runtime.checkpoint import Checkpoint, on_cpu, read_checkpoint, save_content
+from autoprec.runtime.checkpoint import Checkpoint, on_cpu, save_content
 from autoprec.workload.training import Training
 
 
@@ -80,8 +80,9 @@ def _read(path: Path) -> Kept:
     try:
         extra = content["extra"]
         curve = tuple((int(step), float(loss)) for step, loss in extra["curve"])
+        checkpoint = Checkpoint(model=content["model"], optimizer=content["optimizer"])
         last = (extra["gradients"], extra["norm"])
-        return Kept(read_checkpoint(path), curve, float(extra["step_s"]), *last)
+        return Kept(checkpoint, curve, float(extra["step_s"]), *last)
     except (KeyError, TypeError) as error:
         raise RecordError(
             f"{path} must be a reference that a search has kept, but it is not; remove it"

@@ -25,6 +25,7 @@ the geometric mean of the two is taken.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from autoprec.sensitivity.local import Component
 
@@ -64,7 +65,12 @@ class TwoSteps:
     @property
     def are_kinked(self) -> bool:
         """Whether any parameter's gradient crossed kinks."""
-        return any(self._crossed(*pair) > 0.0 for pair in self.changes)
+        return any(self._crossings)
+
+    @cached_property
+    def _crossings(self) -> list[float]:
+        """What kinks add to the changes of each parameter."""
+        return [self._crossed(*pair) for pair in self.changes]
 
     def added(self, keys: Sequence[Key], square: float) -> float:
         """Return F of one layer's errors of output: what kinks add to d'Pd."""
@@ -98,7 +104,7 @@ class TwoSteps:
 
     def _behind(self, name: str) -> float:
         """Return W t of the kinks behind a layer."""
-        found = [self._crossed(*pair) for pair in self.changes]
+        found = self._crossings
         return math.sqrt(math.fsum(found) * math.fsum(found[self.places[name] :]))
 
     def _crossed(self, fine: float, own: float) -> float:

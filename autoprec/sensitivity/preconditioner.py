@@ -182,9 +182,10 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
     """Return the rules with FLOOR under their eps: a part of their family's mean sqrt(v)."""
     families = sorted({rule.family for rule in rules.values() if rule.moment is not None})
     sums = dict.fromkeys([(f, what) for f in families for what in ("root", "count")], 0.0)
+    part = _part_of(rules)
     for parameter, rule in rules.items():
         zero = _zero(parameter)
-        for rows, flat in _rows_of(zero, _part_of(rules)) if rule.moment is not None else ():
+        for rows, flat in _rows_of(zero, part) if rule.moment is not None else ():
             root = rule.root(zero[rows], part=flat)
             sums[rule.family, "root"] += share(parameter) * float(root.sum(dtype=torch.float64))
             sums[rule.family, "count"] += share(parameter) * float((root > 0).sum())
@@ -224,10 +225,10 @@ def _rows_of(values: Tensor, most: int) -> Iterator[tuple[slice, slice]]:
 
 def _mean_weight(rules: dict[Tensor, Rule]) -> float:
     """Return the mean P of all elements that have a rule, as they are now; 0 without any."""
-    total = 0.0
+    total, part = 0.0, _part_of(rules)
     for parameter, rule in rules.items():
         zero = _zero(parameter)
-        for rows, flat in _rows_of(zero, _part_of(rules)):
+        for rows, flat in _rows_of(zero, part):
             weight = rule.weight(zero[rows], part=flat)
             total += share(parameter) * float(weight.square_().sum(dtype=torch.float64))
     (total,) = sum_over_ranks([total])

@@ -92,15 +92,15 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
     Where hooks change what modules hand back, no probe is right: layer by layer then.
     """
     partly = partly_fp8(cells)
+    one_by_one = (len(cells) - len(partly)) * len(reference.batches) + len(partly)
     if change_backward(reference.model, lambda: reference.run(0, keep=())):
         log.warning(
             "hooks at modules' backward change gradients, which no probe sees: every layer is "
             "measured by itself, in %d passes",
-            (len(cells) - len(partly)) * len(reference.batches) + len(partly),
+            one_by_one,
         )
         method = Method.LAYERWISE
     if method is None:
-        one_by_one = (len(cells) - len(partly)) * len(reference.batches) + len(partly)
         # where there are kinks only probes tell, and rows are then measured beside them
         is_cheaper = one_by_one <= _passes_of_probing(reference) + FEW_PASSES
         method = Method.LAYERWISE if is_cheaper else Method.SIGN_CODED
@@ -323,7 +323,7 @@ def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
 
     The most precise come first: a plan may still choose them.
     """
-    fp8 = _on_their_own(rows)
+    fp8 = on_their_own(rows)
     broken = {row.name for row in fp8 if row.grad_error.mean > LARGE_ERROR}
     large = sorted((r for r in fp8 if r.name in broken), key=lambda row: row.grad_error.mean)
     return tuple((row.name, row.option) for row in large[:LARGE_CELLS])
@@ -369,7 +369,7 @@ def _scatter(rows: Sequence[LayerSensitivity]) -> float:
     return math.hypot(*parts) / math.sqrt(max(len(parts), 1))
 
 
-def _on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
+def on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
     """Return the FP8 rows that do not go along with another, the whole recipe's."""
     along = partly_fp8((row.name, row.option) for row in rows)
     return [row for row in rows if row.option.is_fp8 and (row.name, row.option) not in along]

@@ -125,11 +125,10 @@ def _prove(
     if evidence.verdict is Verdict.REFUTED:
         return found
     # the same plan over other lengths, as far as was asked for
-    climbed = climb(
+    rungs = climb(
         session.terms, lambda own: _gaps_over(reopen(own), evidence.plan), spent_s=spent_s
     )
-    rungs = tuple(climbed)
-    return with_horizons(found, evidence, rungs)
+    return with_horizons(found, evidence, tuple(rungs))
 
 
 def _gaps_over(session: Session, plan: Plan) -> list[float] | None:
