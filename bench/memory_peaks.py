@@ -7,10 +7,7 @@ and keep to the bars here as large models do.
 """
 
 import sys
-from collections.abc import Callable, Iterator
 from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,35 +21,16 @@ from autoprec.sensitivity import room
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.tables import Method
-from autoprec.workload.functions import Workload, workload_from
-from tests.memory_families import convolutions, decoder, mlp
+from tests.memory_families import convolutions, decoder, family, mlp, tokens, values
 from tests.peaks import tracked_peak, training_peak
 
 CPU = torch.device("cpu")
 STEPS = 13  # of the warm-up: beyond those after which the early error is measured
 
 
-def family(build: Callable[[], nn.Module], draw: Any, loss: Any = None) -> Workload:
-    """Return a workload whose batches `draw(generator)` makes; loss: the output's square."""
-
-    def train_batches(seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield draw(generator)
-
-    loss = loss or (lambda model, x: model(x).square().mean())
-    functions = {"build_model": build, "train_batches": train_batches, "loss_fn": loss}
-    return workload_from(SimpleNamespace(**functions), name="family")
-
-
-def values(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Return what draws normal values."""
-    return lambda generator: torch.randn(shape, generator=generator)
-
-
-def tokens(classes: int, *shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Return what draws tokens."""
-    return lambda generator: torch.randint(classes, shape, generator=generator)
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the mean square of the output."""
+    return model(x).square().mean()  # type: ignore[no-any-return]  # a tensor
 
 
 def rebuilt(model: nn.Module, x: Tensor) -> Tensor:
@@ -122,17 +100,23 @@ FAMILIES = {
         values(4096, 64),
         lambda model, x: F.cross_entropy(model(x), (x[:, 0] > 0).long()),
     ),
-    "one linear, 256 to 256, 8192 rows": family(lambda: linears(256, 256), values(8192, 256)),
-    "one linear, 32 to 1024, 2048 rows": family(lambda: linears(32, 1024), values(2048, 32)),
-    "one linear, 1024 to 8, 2048 rows": family(lambda: linears(1024, 8), values(2048, 1024)),
+    "one linear, 256 to 256, 8192 rows": family(
+        lambda: linears(256, 256), values(8192, 256), mean_square
+    ),
+    "one linear, 32 to 1024, 2048 rows": family(
+        lambda: linears(32, 1024), values(2048, 32), mean_square
+    ),
+    "one linear, 1024 to 8, 2048 rows": family(
+        lambda: linears(1024, 8), values(2048, 1024), mean_square
+    ),
     "one convolution, 3 to 64 channels": family(
-        lambda: nn.Sequential(nn.Conv2d(3, 64, 3, padding=1)), values(16, 3, 32, 32)
+        lambda: nn.Sequential(nn.Conv2d(3, 64, 3, padding=1)), values(16, 3, 32, 32), mean_square
     ),
     "autoencoder of 6 linears": family(
         lambda: linears(256, 128, 64, 16, 64, 128, 256), values(2048, 256), rebuilt
     ),
     "convolutional autoencoder": family(folded, values(16, 3, 32, 32), rebuilt),
-    "residual convolutions, 16 channels": family(residual, values(16, 3, 16, 16)),
+    "residual convolutions, 16 channels": family(residual, values(16, 3, 16, 16), mean_square),
     "2 convolutions of 64 channels": convolutions(width=64, depth=2, batch=8, side=16),
     "embedding bag, 1.28 M parameters": family(
         lambda: nn.Sequential(nn.EmbeddingBag(20_000, 64), nn.Linear(64, 8)),

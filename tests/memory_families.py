@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from autoprec.workload.functions import Workload, workload_from
 
+Draw = Callable[[torch.Generator], Tensor]  # a batch
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
 
 class Block(nn.Module):
     """A transformer block: fused qkv, attention, and a GELU of four times the width."""
@@ -44,19 +47,37 @@ class Decoder(nn.Module):
         return logits
 
 
-def decoder(*, width: int, depth: int, batch: int, sequence: int = 16) -> Workload:
-    """Return a next-token workload."""
-    classes = 64
+def family(build_model: Callable[[], nn.Module], draw: Draw, loss_fn: Loss) -> Workload:
+    """Return a workload whose batches `draw` makes."""
 
     def train_batches(seed: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield torch.randint(classes, (batch, sequence + 1), generator=generator)
+            yield draw(generator)
+
+    functions = {"build_model": build_model, "train_batches": train_batches, "loss_fn": loss_fn}
+    return workload_from(SimpleNamespace(**functions), name="family")
+
+
+def values(*shape: int) -> Draw:
+    """Return what draws normal values."""
+    return lambda generator: torch.randn(shape, generator=generator)
+
+
+def tokens(classes: int, *shape: int) -> Draw:
+    """Return what draws tokens."""
+    return lambda generator: torch.randint(classes, shape, generator=generator)
+
+
+def decoder(*, width: int, depth: int, batch: int, sequence: int = 16) -> Workload:
+    """Return a next-token workload."""
+    classes = 64
 
     def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    return _workload(lambda: Decoder(width, depth, classes), train_batches, loss_fn)
+    draw = tokens(classes, batch, sequence + 1)
+    return family(lambda: Decoder(width, depth, classes), draw, loss_fn)
 
 
 def mlp(*, width: int, depth: int, batch: int, hidden: int | None = None) -> Workload:
@@ -68,7 +89,7 @@ def mlp(*, width: int, depth: int, batch: int, hidden: int | None = None) -> Wor
         layers = [f for ends in pairs for f in (nn.Linear(*ends), nn.GELU())]
         return nn.Sequential(*layers, nn.Linear(widths[-1], 16))
 
-    return _workload(build_model, _images((batch, width)), _mean_square)
+    return family(build_model, values(batch, width), _mean_square)
 
 
 def convolutions(*, width: int, depth: int, batch: int, side: int = 8) -> Workload:
@@ -81,23 +102,9 @@ def convolutions(*, width: int, depth: int, batch: int, side: int = 8) -> Worklo
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 16))
 
-    return _workload(build_model, _images((batch, 3, side, side)), _mean_square)
+    return family(build_model, values(batch, 3, side, side), _mean_square)
 
 
 def _mean_square(model: nn.Module, x: Tensor) -> Tensor:
     loss: Tensor = (model(x) - x.flatten(1)[:, :16]).square().mean()
     return loss
-
-
-def _images(shape: tuple[int, ...]) -> Callable[[int], Iterator[Tensor]]:
-    def train_batches(seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield torch.randn(shape, generator=generator)
-
-    return train_batches
-
-
-def _workload(build_model: object, train_batches: object, loss_fn: object) -> Workload:
-    functions = {"build_model": build_model, "train_batches": train_batches, "loss_fn": loss_fn}
-    return workload_from(SimpleNamespace(**functions), name="family")

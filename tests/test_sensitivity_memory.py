@@ -5,7 +5,6 @@ import io
 import logging
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,8 +31,8 @@ from autoprec.sensitivity.parked import InTurn, Parked
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
-from autoprec.workload.functions import Workload, workload_from
-from tests.memory_families import convolutions, decoder, mlp
+from autoprec.workload.functions import Workload
+from tests.memory_families import convolutions, decoder, family, mlp, tokens
 from tests.models import token_workload
 from tests.peaks import tracked_peak
 
@@ -53,18 +52,9 @@ class Bagged(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.bag(tokens))  # type: ignore[no-any-return]  # a tensor
 
-    @staticmethod
-    def workload() -> Workload:
-        def train_batches(seed: int) -> Iterator[torch.Tensor]:
-            generator = torch.Generator().manual_seed(seed)
-            while True:
-                yield torch.randint(4000, (64, 8), generator=generator)
 
-        def loss_fn(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(model(tokens), tokens[:, 0] % 8)
-
-        functions = {"build_model": Bagged, "train_batches": train_batches, "loss_fn": loss_fn}
-        return workload_from(SimpleNamespace(**functions), name="bagged")
+def bagged_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(tokens), tokens[:, 0] % 8)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +113,7 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
     "workload",
     [
         mlp(width=128, depth=2, batch=1024),
-        Bagged.workload(),
+        family(Bagged, tokens(4000, 64, 8), bagged_loss),
     ],
     ids=["wide batch", "embedding bag"],
 )
