@@ -145,9 +145,9 @@ Law = tuple[float, float]  # the gap of a whole run of 300 steps per error, and 
 PRODUCT: Law = (LEVEL, GROWTH)
 
 
-def predict(row: Row, law: Law, steps: float | None = None, r: float = 1.0) -> float:
+def predict(row: Row, law: Law, r: float = 1.0) -> float:
     error: float = row["e50"]
-    return r * error * law[0] * math.pow((steps or row["steps"]) / WHOLE_STEPS, law[1])
+    return r * error * law[0] * math.pow(row["steps"] / WHOLE_STEPS, law[1])
 
 
 def fit(rows: Sequence[tuple[Row, float]]) -> Law:

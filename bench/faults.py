@@ -212,12 +212,12 @@ def main() -> None:
     for family, place, kind, strength in wanted(arguments.held_back):
         if arguments.family not in (None, family) or arguments.kind not in (None, kind):
             continue
-        row = known.get((family, kind, strength)) or measure(family, place, kind, strength)
-        if row is not known.get((family, kind, strength)):
+        row = known.get((family, kind, strength))
+        if row is None:
+            row = measure(family, place, kind, strength)
             with ROWS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         errors = ", ".join(f"{e:.2%}" for e in row["errors"].values())
-        known[family, kind, strength] = row
         cells = (f"{family} | {kind} {strength}", errors, f"{row['undone']:.2%}", row["option"])
         print(f"| {' | '.join(cells)} | {row['joint']:.2%} | {verdict(row)} |", flush=True)
 

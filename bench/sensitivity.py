@@ -27,6 +27,7 @@ from sensitivity_families import FAMILIES
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import (
+    APPLICABLE_RECIPES,
     BF16_O2,
     LayerSensitivity,
     ModelSpec,
@@ -45,7 +46,6 @@ from autoprec.workload.functions import Workload, workload_from
 from autoprec.workload.loading import load_workload
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
 CPU = torch.device("cpu")
 SUBSETS = 12
 
@@ -173,7 +173,7 @@ def ratios_to(exact: Sensitivity, rows: Sequence[LayerSensitivity], *, is_fp8: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--deep", action="store_true")
-    parser.add_argument("--recipes", nargs="+", type=Recipe, default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", type=Recipe, default=list(APPLICABLE_RECIPES))
     parser.add_argument("--families", nargs="*", choices=FAMILIES)
     parser.add_argument("--batches", type=int, default=2, help="of a family")
     arguments = parser.parse_args()

@@ -125,5 +125,4 @@ def ms_of(option: Option) -> float:
 
 def times_of(layer: LayerSpec) -> dict[Option, tuple[float, float]]:
     """Return ms of every option that a plan can apply."""
-    options = [o for o in layer.options if o.recipe is not Recipe.DELAYED]
-    return {option: (ms_of(option), 0.0) for option in options}
+    return {option: (ms_of(option), 0.0) for option in layer.options}

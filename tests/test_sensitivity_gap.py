@@ -22,9 +22,7 @@ from autoprec.sensitivity.gap import (
 )
 
 
-def make_sensitivity(
-    curve: tuple[tuple[int, float], ...],
-) -> Sensitivity:
+def make_sensitivity() -> Sensitivity:
     zero = Estimate(mean=0.0)
     return Sensitivity(
         structure="s",
@@ -34,7 +32,7 @@ def make_sensitivity(
         batches=4,
         passes=1,
         step_equivalents=1.0,
-        warmup_steps=len(curve),
+        warmup_steps=0,
         checkpoint="",
         seed=0,
         rows=(),
@@ -42,7 +40,7 @@ def make_sensitivity(
         floor=zero,
         statistics=(),
         joint=(),
-        loss_curve=curve,
+        loss_curve=(),
         software={},
     )
 
@@ -59,7 +57,7 @@ def test_fit_recovers_a_line_in_log_t() -> None:
 
 
 def test_a_gap_is_in_proportion_to_the_error_and_grows_with_the_run() -> None:
-    sensitivity = make_sensitivity(())
+    sensitivity = make_sensitivity()
     gaps = [predicted_loss_gap(sensitivity, 0.01, steps) for steps in (300, 1200)]
     assert predicted_loss_gap(sensitivity, 0.02, 300) == pytest.approx(2 * gaps[0])
     assert gaps[0] == pytest.approx(0.01 * LEVEL)
@@ -67,14 +65,14 @@ def test_a_gap_is_in_proportion_to_the_error_and_grows_with_the_run() -> None:
 
 
 def test_gap_of_a_branch_counts_the_branch_only() -> None:
-    sensitivity = make_sensitivity(())
+    sensitivity = make_sensitivity()
     whole = predicted_loss_gap(sensitivity, 0.01, 100)
     branch = predicted_loss_gap(sensitivity, 0.01, 25, start=75)
     assert branch == pytest.approx(whole / 16)
 
 
 def test_the_largest_of_the_errors_on_the_way_is_held_to_the_budget() -> None:
-    sensitivity = make_sensitivity(())
+    sensitivity = make_sensitivity()
     points = [StepError(step=s, grad_error=Estimate(mean=e)) for s, e in ((10, 0.03), (50, 0.02))]
     fallen = sensitivity.model_copy(update={"by_step": tuple(points)})
     grown = sensitivity.model_copy(update={"by_step": tuple(reversed(points))})
@@ -87,7 +85,7 @@ def test_the_largest_of_the_errors_on_the_way_is_held_to_the_budget() -> None:
 
 
 def test_an_expected_gap_has_an_interval_that_widens_with_the_run() -> None:
-    sensitivity = make_sensitivity(())
+    sensitivity = make_sensitivity()
     near, far = (expected_gap(sensitivity, 0.01, steps) for steps in (2000, 10_000))
     for found in (near, far):
         assert found.basis is Basis.PREDICTED
@@ -103,7 +101,7 @@ def test_an_expected_gap_has_an_interval_that_widens_with_the_run() -> None:
     ],
 )
 def test_what_is_not_known_has_no_number(grad_error: float | None, steps: int, reason: str) -> None:
-    found = expected_gap(make_sensitivity(()), grad_error, steps)
+    found = expected_gap(make_sensitivity(), grad_error, steps)
     assert (found.mean, found.low, found.high, found.basis) == (None, None, None, Basis.UNKNOWN)
     assert reason in found.reason
 
@@ -115,7 +113,7 @@ def test_what_is_not_known_has_no_number(grad_error: float | None, steps: int, r
 def test_within_the_budget_the_interval_is_within_the_tolerance(
     tolerance: float, steps: int
 ) -> None:
-    sensitivity = make_sensitivity(())
+    sensitivity = make_sensitivity()
     budget = grad_error_budget_for(sensitivity, tolerance, steps)
     assert expected_gap(sensitivity, budget, steps).high == pytest.approx(tolerance)
 
@@ -159,7 +157,7 @@ def test_noisy_curve_is_not_taken_for_flat() -> None:
 
 
 def test_without_an_error_the_gap_is_nothing_whatever_the_length() -> None:
-    found = expected_gap(make_sensitivity(()), 0.0, 10**6)
+    found = expected_gap(make_sensitivity(), 0.0, 10**6)
     assert (found.mean, found.low, found.high, found.basis) == (0.0, 0.0, 0.0, Basis.MEASURED)
 
 
@@ -171,7 +169,7 @@ def measured(mean: float, stderr: float, steps: int = 300, branch_steps: int = 3
 
 
 def test_a_measured_gap_corrects_the_prediction_as_far_as_it_is_sure() -> None:
-    before = expected_gap(make_sensitivity(()), 0.01, 2000)
+    before = expected_gap(make_sensitivity(), 0.01, 2000)
     short = 0.01 * gap_per_error(300)
     assert before.mean is not None
     sure, unsure = (with_measured(before, measured(3 * short, se)) for se in (1e-6, 10 * short))
@@ -190,19 +188,19 @@ def test_a_measured_gap_corrects_the_prediction_as_far_as_it_is_sure() -> None:
 
 
 def test_a_far_shorter_measurement_or_none_corrects_nothing() -> None:
-    before = expected_gap(make_sensitivity(()), 0.01, 2000)
+    before = expected_gap(make_sensitivity(), 0.01, 2000)
     assert with_measured(before, measured(0.01, 1e-4, steps=150, branch_steps=150)) == before
-    far = expected_gap(make_sensitivity(()), 0.01, 3001)
+    far = expected_gap(make_sensitivity(), 0.01, 3001)
     assert with_measured(far, measured(0.01, 1e-4)) == far
     diverged = measured(0.01, 1e-4).model_copy(update={"gap": None})
     assert with_measured(before, diverged) == before
-    unknown = expected_gap(make_sensitivity(()), None, 2000)
+    unknown = expected_gap(make_sensitivity(), None, 2000)
     assert with_measured(unknown, measured(0.01, 1e-4)) == unknown
 
 
 def test_a_branch_corrects_by_the_share_of_the_run_that_had_the_plan() -> None:
-    before = expected_gap(make_sensitivity(()), 0.01, 900)
-    branch = predicted_loss_gap(make_sensitivity(()), 0.01, 100, start=200)
+    before = expected_gap(make_sensitivity(), 0.01, 900)
+    branch = predicted_loss_gap(make_sensitivity(), 0.01, 100, start=200)
     found = with_measured(before, measured(branch, branch / 10, branch_steps=100))
     assert before.mean is not None
     assert before.mean / 1.5 < (found.mean or 0.0) < 1.5 * before.mean
