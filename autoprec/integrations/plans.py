@@ -49,8 +49,8 @@ def remove_autocast(model: nn.Module) -> None:
     """Take a forward off the object that does no more than run its class's own under autocast.
 
     Accelerate's `prepare` sets one, so every `bf16=True` of a Trainer does. Within a model that
-    runs a plan autocast is off, and outputs are FP32: without the wrapper all numbers are the same.
-    Any other forward on the object stays.
+    runs a plan autocast is off, and outputs are FP32, as with the wrapper, unless the model came in
+    BF16. Any other forward on the object stays.
     """
     found = getattr(vars(model).get("forward"), "__func__", vars(model).get("forward"))
     own = own_class(model).forward

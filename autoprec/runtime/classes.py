@@ -8,7 +8,7 @@ model compiles again after an installation without being told.
 
     layer      inputs -> the option's dtype, forward, outputs -> the activation dtype
     container  the activation mode on while forward runs (see activations.py)
-    root       as container, and floating outputs -> FP32, as the model that came gave them
+    root       as container, and floating outputs -> FP32, unless the model came in BF16
 
 Autocast around any of these is off inside, because the plan decides.
 """

@@ -44,6 +44,7 @@ from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
 from autoprec.runtime.masters import masters_of
 from autoprec.runtime.shards import gathers_of, whole_again
+from autoprec.workload.training import LossFn
 from autoprec.workload.written import dtype_name
 
 aten = torch.ops.aten
@@ -75,7 +76,6 @@ OPERANDS = {  # of every operation with a precision of its own, those whose dtyp
 }
 NOT_JUDGED = "not judged: none of the operations whose dtype is looked at ran in it"
 NO_NODE = 2**62  # sequence numbers of nodes that forward did not make are above it
-LossFn = Callable[[nn.Module, Any], Tensor]  # Any: a batch, whatever the step needs
 
 
 @dataclass
