@@ -49,7 +49,7 @@ from autoprec.workload.functions import (
     take_batches,
     tensors_in,
 )
-from autoprec.workload.optimizers import plain_parts, state_tensors, trained_by
+from autoprec.workload.optimizers import plain_parts, state_tensors, storages, trained_by
 from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
@@ -175,14 +175,14 @@ def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
     A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
     ones.
     """
-    own = {storage._cdata for p in model.parameters() for storage in _storages(p)}
+    own = {storage._cdata for p in model.parameters() for storage in storages(p)}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         # a parameter that FSDP has gathered is no shard, and is freed after forward
         if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             return tensor
-        for storage in _storages(tensor):
+        for storage in storages(tensor):
             if storage._cdata not in own:
                 saved[storage._cdata] = storage.nbytes()
         return tensor
@@ -357,12 +357,6 @@ def _all_tokens(calls: Sequence[Call]) -> list[int]:
     """Return every token count M that a linear was called with: the rows of its input."""
     shapes = [inputs[0].shape for inputs in map(_inputs, calls) if inputs]
     return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
-
-
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """Return what one process holds of a tensor; of a sparse one its indices and values."""
-    parts = plain_parts(local_part(tensor))
-    return [part.untyped_storage() for part in parts if torch._C._has_storage(part)]
 
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.device.memory import free_bytes
 from autoprec.runtime.masters import ON_MODEL, Masters
-from autoprec.workload.optimizers import plain_parts, state_tensors
+from autoprec.workload.optimizers import state_tensors, storages
 
 HOST_SHARE = 0.5  # of the host's free memory that a waiting state may take
 log = logging.getLogger(__name__)
@@ -86,10 +86,7 @@ class Parking:
         for tensor in self._tensors():
             gradient = tensor.grad if tensor.is_leaf else None
             whole = (tensor,) if gradient is None else (tensor, gradient)
-            for part in chain.from_iterable(plain_parts(each) for each in whole):
-                if not torch._C._has_storage(part):
-                    continue
-                storage = part.untyped_storage()
+            for storage in chain.from_iterable(map(storages, whole)):
                 # What lies elsewhere takes no memory of the device; a mapped file or another
                 # library's memory cannot be given back.
                 is_here = storage.device.type == self._device.type and storage.resizable()

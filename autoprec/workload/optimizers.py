@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -148,3 +148,9 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     for name in tensor.__tensor_flatten__()[0]:
         if isinstance(part := getattr(tensor, name), Tensor):
             yield from plain_parts(part)
+
+
+def storages(tensor: Tensor) -> Iterator[UntypedStorage]:
+    """Yield the memory that this process holds of a tensor; of a sparse one indices and values."""
+    parts = (part for part in plain_parts(tensor) if torch._C._has_storage(part))
+    yield from (part.untyped_storage() for part in parts)
