@@ -236,7 +236,7 @@ class LayerMeter:
         if attempt.predicted_ms is not None:
             timing = predicted_timing(attempt.predicted_ms)
         return LayerTiming(
-            names=tuple(layer.name for layer in group.layers),
+            names=group.names,
             option=attempt.option,
             **{part: parts.get(part) for part in PARTS},
             total=timing,

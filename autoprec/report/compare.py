@@ -26,13 +26,11 @@ from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records import (
     Basis,
-    Certificate,
     Change,
     Comparison,
     DifferenceRow,
     Estimate,
     Timing,
-    Verification,
 )
 from autoprec.records.cost import FEWEST_SPREAD, student_factor
 from autoprec.report.formats import count_of
@@ -115,7 +113,7 @@ def compare_runs(
             f"runs are compared layer by layer, but {names[0]} and {names[1]} have no layer of one "
             "name; give two runs of one model"
         )
-    old, new = _proof(before), _proof(after)
+    old, new = before.proof, after.proof
     timed = _Times.of(before, after)
     notes = () if all(options) else tuple(_layers_apart(layers, names))
     errors = _changes(_error_pairs(before, after))
@@ -350,10 +348,6 @@ def _estimate_noise(old: Estimate, new: Estimate, batches: int) -> Noise | None:
 def _batches(before: RunRecords, after: RunRecords) -> int:
     """Return the batches that the standard errors of gradient errors are known by."""
     return min(run.sensitivity.batches if run.sensitivity else 0 for run in (before, after))
-
-
-def _proof(run: RunRecords) -> Verification | Certificate | None:
-    return run.verification or (run.plan.certificate if run.plan else None)
 
 
 # --- what is not alike --------------------------------------------------------------------------

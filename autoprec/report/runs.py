@@ -5,6 +5,7 @@ from pathlib import Path
 
 from autoprec.errors import RecordError
 from autoprec.records import (
+    Certificate,
     FileRecord,
     Plan,
     Profile,
@@ -37,6 +38,11 @@ class RunRecords:
     search: Search | None = None
     verification: Verification | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def proof(self) -> Verification | Certificate | None:
+        """The verification, or what the plan says of one."""
+        return self.verification or (self.plan.certificate if self.plan else None)
 
     @property
     def structures(self) -> dict[str, str]:

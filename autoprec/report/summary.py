@@ -131,7 +131,6 @@ def summarise_run(run: RunRecords) -> Summary:
     grad_error, vs_fp32 = plan_grad_error(run), speedups.get("fp32")
     extra_steps = None if grad_error is None else max(grad_error.mean, 0.0)
     time_to_loss = vs_fp32.discounted(extra_steps or 0.0) if vs_fp32 and grad_error else None
-    proof = run.verification or (plan.certificate if plan else None)
     starts = (
         "FP8 ",
         "does not fit in memory",
@@ -139,7 +138,7 @@ def summarise_run(run: RunRecords) -> Summary:
         "no time is known for",
         "no FP8 option yet",
     )
-    answers, promise = [plan_note(plan, start) for start in starts], Promise.of(proof, plan)
+    answers, promise = [plan_note(plan, start) for start in starts], Promise.of(run.proof, plan)
     said = map(clean_text, dict.fromkeys(run_remarks(run)))
     return Summary(
         run=run,

@@ -131,11 +131,11 @@ def _swatch(kind: str) -> Markup:
     return mark("svg", square, width=12, height=12)
 
 
-def padded(low: float, high: float, *, share: float = 0.08) -> tuple[float, float]:
+def padded(low: float, high: float) -> tuple[float, float]:
     """Return the range widened on both sides, and never empty."""
     if high <= low:
         low, high = low - abs(low) * 0.1 - 1e-12, high + abs(high) * 0.1 + 1e-12
-    margin = (high - low) * share
+    margin = (high - low) * 0.08
     return low - margin, high + margin
 
 
