@@ -120,6 +120,9 @@ UPDATES: dict[str, Any] = {
     "lerp_ of data": lambda a, p: a.data.lerp_(p.data, 0.01),
     "lerp_ of detached": lambda a, p: a.detach().lerp_(p.detach(), weight=0.01),
     "foreach": lambda a, p: torch._foreach_lerp_([a.detach()], [p.detach()], 0.01),
+    "foreach by name": lambda a, p: torch._foreach_lerp_(
+        [a.detach()], tensors1=[p.detach()], weight=0.01
+    ),
 }
 
 

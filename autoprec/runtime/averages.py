@@ -33,10 +33,10 @@ def follow_averages() -> None:
     original = torch._foreach_lerp_
 
     @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not args:
-            return original(*args, **kwargs)
-        return _follow(original, *args, **kwargs)
+    def wrapper(self: Any, tensors1: Any, *args: Any, **kwargs: Any) -> Any:  # by torch's names
+        if torch.compiler.is_compiling():
+            return original(self, tensors1, *args, **kwargs)
+        return _follow(original, self, tensors1, *args, **kwargs)
 
     torch._foreach_lerp_ = wrapper
 
