@@ -25,10 +25,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoprec.records import Option, Sensitivity
 from autoprec.search.costs import Costs, is_all_fp32
+from autoprec.search.problem import Options
+from autoprec.search.solver import Floats, Indices
 from autoprec.search.space import alike_key
 
 # Of log e, what adding up leaves: the sum of the best single cells misses all plans of seven small
@@ -43,10 +44,6 @@ CANCELS = 2.0  # the sum over the joint error, from which errors may cancel
 FITS = 12  # Newton steps; 3 to 6 are needed
 LARGEST_STEP = 1.0  # of log e in one of them
 LEAST = 1e-12  # a gradient error below is none
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.intp]
-Options = tuple[Option, ...]
 
 
 class Seen(NamedTuple):
@@ -90,12 +87,12 @@ class Cells:
         return np.array([*prices, self.costs.outside_bf16.grad_error])
 
     @cached_property
-    def parts_of(self) -> Ints:
+    def parts_of(self) -> Indices:
         """The columns of each cell's parts, one per kind."""
         return self._columns[0]
 
     @cached_property
-    def _columns(self) -> tuple[Ints, list[tuple[str, float]]]:
+    def _columns(self) -> tuple[Indices, list[tuple[str, float]]]:
         """The columns of each cell, and the kind and stated error of each column."""
         columns: dict[tuple[str, object], int] = {}
         stated: list[tuple[str, float]] = []
@@ -122,7 +119,7 @@ class Cells:
         kinds = self._columns[1]
         return np.array([(SHARED[kind] * width) ** 2 + error**2 for kind, error in kinds])
 
-    def of(self, options: Options) -> Ints:
+    def of(self, options: Options) -> Indices:
         """Return the cells of a plan."""
         cells = [row[option] for row, option in zip(self.index, options, strict=True)]
         outside = () if is_all_fp32(options) else (len(self.table) - 1,)
@@ -133,7 +130,7 @@ class Cells:
         found: Floats = self.table * np.exp(parts[self.parts_of].sum(axis=1))
         return found
 
-    def log_error(self, cells: Ints, errors: Floats, islands: float) -> tuple[float, Floats]:
+    def log_error(self, cells: Indices, errors: Floats, islands: float) -> tuple[float, Floats]:
         """Return log e of a plan, and its gradient by the parts: the sums of the shares.
 
         What islands cost was measured as a whole and stays.
@@ -188,7 +185,7 @@ class Correction:
         islands = self.cells.costs.island_error(dict(enumerate(options)))
         return self.guess_cells(self.cells.of(options), islands)
 
-    def guess_cells(self, cells: Ints, islands: float) -> Guess:
+    def guess_cells(self, cells: Indices, islands: float) -> Guess:
         """Return the joint gradient error of a plan by its cells."""
         level, slope = self.cells.log_error(cells, self.errors, islands)
         across = self._weighted @ slope
@@ -235,7 +232,7 @@ def fit_correction(cells: Cells, seen: Sequence[Seen]) -> Correction:
 
 
 def _fit(
-    cells: Cells, seen: Sequence[tuple[Ints, float, Seen]], width: float, apart: float
+    cells: Cells, seen: Sequence[tuple[Indices, float, Seen]], width: float, apart: float
 ) -> tuple[Correction, float]:
     """Return the most likely correction of parts this wide, and how likely the widths are."""
     before = cells.variances(width)

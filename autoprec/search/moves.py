@@ -14,14 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from autoprec.search.correction import Cells, Correction, Floats, Guess, Ints
+from autoprec.search.correction import Cells, Correction, Guess
 from autoprec.search.problem import Options, Problem, item_of
-from autoprec.search.solver import Solution
+from autoprec.search.solver import Floats, Indices, Solution
 
 PAIRED = 64  # changes that save time, and as many that save error, of which pairs are looked up
 MOST_STEPS = 20
 
-Picks = Ints
 Gains = Callable[[Floats, Floats, float], Floats]  # of times, errors, and the errors' deviation
 
 
@@ -47,7 +46,7 @@ class Moves:
         return [(number, choice) for number, group in groups for choice in group.choices]
 
     @cached_property
-    def _groups(self) -> Picks:
+    def _groups(self) -> Indices:
         return np.array([number for number, _ in self._items], dtype=np.intp)
 
     @cached_property
@@ -72,7 +71,7 @@ class Moves:
     def _positions(self) -> dict[tuple[int, Options], int]:
         return {item: position for position, item in enumerate(self._items)}
 
-    def options(self, picks: Picks) -> Options:
+    def options(self, picks: Indices) -> Options:
         """Return the plan of these items."""
         plan = [allowed[0] for allowed in self.problem.allowed]
         for pick in picks.tolist():
@@ -81,22 +80,22 @@ class Moves:
                 plan[index] = option
         return tuple(plan)
 
-    def picks(self, options: Options) -> Picks | None:
+    def picks(self, options: Options) -> Indices | None:
         """Return the items of a plan; None where a group has no such choice."""
         groups = enumerate(self.problem.groups)
         keys = ((number, tuple(options[i] for i in group.layers)) for number, group in groups)
         found = [self._positions.get(key) for key in keys]
         return np.array(found, dtype=np.intp) if None not in found else None
 
-    def solve(self, errors: Floats, budget: float, price: float) -> Picks | None:
+    def solve(self, errors: Floats, budget: float, price: float) -> Indices | None:
         """Return a plan near the best one if these were the errors of the cells."""
         _, _, islands, where = self._table
         outside = float(errors[-1]) + self.problem.loose_error
         return self.problem.knapsack.nearly(price, budget, where @ errors + islands, outside)
 
     def climb(
-        self, start: Picks, correction: Correction, gains: Gains, taken: AbstractSet[bytes]
-    ) -> tuple[float, Picks]:
+        self, start: Indices, correction: Correction, gains: Gains, taken: AbstractSet[bytes]
+    ) -> tuple[float, Indices]:
         """Return the plan that promises most from `start` on, by changes of one or two groups.
 
         `taken` are the plans, as bytes, that promise nothing, since they are known.
@@ -116,15 +115,15 @@ class Moves:
             best, picks = promised, other
         return best, picks
 
-    def _priced(self, picks: Picks, correction: Correction) -> tuple[Solution, Guess]:
+    def _priced(self, picks: Indices, correction: Correction) -> tuple[Solution, Guess]:
         where = self._table.where
         cells = np.append(where[picks].indices, len(self.cells.table) - 1)
         islands = float(self._table.islands[picks].sum()) + self.problem.loose_error
         return self.problem.knapsack.solution(picks), correction.guess_cells(cells, islands)
 
     def _near(
-        self, picks: Picks, at: Solution, guess: Guess, correction: Correction, gains: Gains
-    ) -> Iterator[tuple[float, Picks]]:
+        self, picks: Indices, at: Solution, guess: Guess, correction: Correction, gains: Gains
+    ) -> Iterator[tuple[float, Indices]]:
         """Yield the changes of a plan that seem to gain most, and how much."""
         ms, memory, islands, where = self._table
         errors = where @ correction.errors + islands
@@ -152,7 +151,9 @@ class Moves:
                 near[self._groups[second[position]]] = second[position]
             yield float(promised[position]), near
 
-    def _pairs(self, changed: Picks, less_ms: Floats, less_error: Floats) -> tuple[Picks, Picks]:
+    def _pairs(
+        self, changed: Indices, less_ms: Floats, less_error: Floats
+    ) -> tuple[Indices, Indices]:
         """Return pairs of changes: one saves time, the other error, each at the least of it."""
         faster, finer = changed[less_ms[changed] > 0.0], changed[less_error[changed] > 0.0]
         by_ms = less_ms[faster] / np.maximum(-less_error[faster], 1e-12)

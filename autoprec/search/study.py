@@ -27,11 +27,11 @@ import numpy as np
 from scipy.special import ndtr
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
-from autoprec.search.correction import Cells, Correction, Floats, Seen, fit_correction
+from autoprec.search.correction import Cells, Correction, Seen, fit_correction
 from autoprec.search.costs import is_all_fp32
 from autoprec.search.moves import Moves
 from autoprec.search.problem import Options, Problem, wide_groups
-from autoprec.search.solver import ROUNDING
+from autoprec.search.solver import ROUNDING, Floats
 from autoprec.search.space import make_roles
 from autoprec.search.workers import Claims
 
