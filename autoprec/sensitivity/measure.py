@@ -11,15 +11,16 @@ from autoprec.records import (
     FP32,
     BatchEffect,
     Estimate,
+    Island,
     JointMeasurement,
     Option,
     Sensitivity,
     StepError,
 )
 from autoprec.sensitivity.batching import measure_batch_effect
-from autoprec.sensitivity.check import check_table
+from autoprec.sensitivity.check import Checked, check_table
 from autoprec.sensitivity.joint import JointMeter
-from autoprec.sensitivity.local import list_cells
+from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
 from autoprec.sensitivity.repairs import with_shares
 from autoprec.sensitivity.tables import Method, Table, make_table
@@ -42,16 +43,14 @@ def measure_sensitivity(
     """
     started = time.perf_counter()
     passes, spec = reference.passes, reference.spec
-    table = make_table(reference, list_cells(spec, options, gemms_hp=gemms_hp), method)
-    meter = JointMeter(reference)
-    activation_error, islands = meter.measure_activations(table.rows)
-    outside = activation_error.mean + sum(island.grad_error for island in islands)
-    checked = check_table(meter, table, outside=outside)
+    cells = list_cells(spec, options, gemms_hp=gemms_hp)
+    checked, activation_error, islands = _measure_table(reference, cells, method)
     table = checked.table
     statistics = with_shares(reference, table.rows, table.statistics)
     by_step = (*reference.early, *_error_now(reference, checked.joint))
-    batch_effect = _batch_effect(reference, run_tokens) if by_step else None
-    floor = _measure_floor(reference)
+    batch_effect, floor = None, _measure_floor(reference)
+    if run_tokens is not None and by_step:
+        batch_effect = measure_batch_effect(reference, fp8_everywhere(spec), tokens=run_tokens)
     return Sensitivity(
         structure=spec.structure,
         reference=FP32,
@@ -79,6 +78,16 @@ def measure_sensitivity(
     )
 
 
+def _measure_table(
+    reference: Reference, cells: Sequence[Cell], method: Method | None
+) -> tuple[Checked, Estimate, tuple[Island, ...]]:
+    """Measure the table and what plans pay beside it, and check their sum."""
+    table, meter = make_table(reference, cells, method), JointMeter(reference)
+    activation_error, islands = meter.measure_activations(table.rows)
+    outside = activation_error.mean + sum(island.grad_error for island in islands)
+    return check_table(meter, table, outside=outside), activation_error, islands
+
+
 def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple[StepError, ...]:
     """Return the error of FP8 wherever it goes, from the table's check where that measured it."""
     step, plan = len(reference.loss_curve), tuple(fp8_everywhere(reference.spec).values())
@@ -86,13 +95,6 @@ def _error_now(reference: Reference, joint: Sequence[JointMeasurement]) -> tuple
     return (
         reference.measure_step(step) if known is None else (StepError(step=step, grad_error=known),)
     )
-
-
-def _batch_effect(reference: Reference, run_tokens: int | None) -> BatchEffect | None:
-    """Return how errors change at the run's tokens per step; None where they are not known."""
-    if run_tokens is None:
-        return None
-    return measure_batch_effect(reference, fp8_everywhere(reference.spec), tokens=run_tokens)
 
 
 def _measure_floor(reference: Reference) -> Estimate:
