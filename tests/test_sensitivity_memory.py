@@ -1,6 +1,5 @@
 """What measuring sensitivity takes of memory: bars, predictions, and the smaller way."""
 
-import gc
 import io
 import logging
 import weakref
@@ -75,7 +74,6 @@ def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:
     """Return the size of a model, the bytes that were predicted, and those of the whole stage."""
     context = Context(workload, CPU)
     spec = capture_model(context)
-    gc.collect()
     with tracked_peak() as peak:
         reference = prepare_reference(context, spec, warmup_steps=2)
         measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
@@ -121,7 +119,6 @@ def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workl
     """Batches are a large part of a shallow MLP, and one parameter all of a bag of embeddings."""
     context = Context(workload, CPU)
     spec = capture_model(context)
-    gc.collect()
     with tracked_peak() as peak:
         reference = prepare_reference(context, spec, warmup_steps=12)  # the early error too
         measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
@@ -132,7 +129,6 @@ def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
     """Training alone is at the bar: no number of groups keeps within it."""
     workload = mlp(width=64, depth=1, batch=2048, hidden=512)
     spec = capture_model(Context(workload, CPU))
-    gc.collect()
     with tracked_peak() as peak:
         reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=2)
         training = peak.rise_bytes
