@@ -143,7 +143,9 @@ def test_a_certificate_alone_gives_measured_steps_without_interval() -> None:
 
 def test_the_plans_note_on_fp8_is_the_answer_and_no_note_beside_it() -> None:
     run = make_run(machine=H100)
-    answer = "FP8 pays on 8 of 10 linear layers: 14.2 ms a step less in them than in BF16"
+    answer = (
+        "FP8 pays on 8 of 10 linear layers: 14.2 ms a step less in them than in BF16 (measured)"
+    )
     assert summarise_run(run).answer.fp8 == answer
     assert run.plan
     assert answer in run.plan.notes

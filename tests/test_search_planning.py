@@ -251,7 +251,7 @@ def test_a_guilty_layer_says_so() -> None:
 def test_fp8_that_pays_says_on_how_many_layers() -> None:
     _, plan = planned(tables_of({"a": TYPICAL, "b": SLOW_FP8}))
     assert plan.notes[0] == (
-        "FP8 pays on 1 of 2 linear layers: 1 ms a step less in them than in BF16"
+        "FP8 pays on 1 of 2 linear layers: 1 ms a step less in them than in BF16 (measured)"
     )
 
 
@@ -260,7 +260,7 @@ def test_forced_fp8_that_is_slower_never_pays(has_faster: bool) -> None:
     rows = {"a": SLOW_FP8, "b": SLOW_FP8, **({"c": TYPICAL} if has_faster else {})}
     _, plan = planned(tables_of(rows), keep=("*=fp8_o1:tensorwise",))
     forced = "the 2 layers in FP8 because of --keep are 2.4 ms a step slower than in BF16 (a, b)"
-    pays = "FP8 pays on 1 of 3 linear layers: 1 ms a step less in them than in BF16"
+    pays = "FP8 pays on 1 of 3 linear layers: 1 ms a step less in them than in BF16 (measured)"
     assert plan.notes[0] == (
         f"{pays}; {forced}" if has_faster else f"FP8 is not worth it here: {forced}"
     )
@@ -323,7 +323,7 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     _, plan = planned((profile, sensitivity))
     answer = (
         "FP8 is not worth it here: on the 2 layers that can take it the fastest recipe needs "
-        "6.4 ms, the plan 4 ms"
+        "6.4 ms, the plan 4 ms (measured)"
     )
     assert plan.notes[0] == answer
     steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 9.0), ("bf16_o2", 6.0)))
@@ -342,8 +342,8 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
 def test_fp8_that_costs_too_much_error_is_not_worth_it() -> None:
     _, plan = planned(tables_of({"a": TYPICAL}), budget=5e-4)
     assert plan.notes[0] == (
-        "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all), but not by "
-        "enough for the gradient error it adds (budget 0.050 %)"
+        "FP8 is not worth it here: it is faster on the 1 layer (1 ms a step in all, measured), but "
+        "not by enough for the gradient error it adds (budget 0.050 %)"
     )
 
 

@@ -62,7 +62,7 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
     linears = sum(layer.kind is LayerKind.LINEAR for layer in costs.layers)
     pays = (
         f"FP8 pays on {len(saved)} of {linears} linear layer{'' if linears == 1 else 's'}: "
-        f"{sum(saved):.3g} ms a step less in them than in BF16"
+        f"{sum(saved):.3g} ms a step less in them than in BF16 ({profile.basis})"
     )
     return f"{pays}; {forced}" if forced else pays
 
@@ -160,20 +160,21 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
     faster = [i for i in eligible if best[i] < own[i]]
     sure = {i: min(p.counted_ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
-    gain = sum(own[i] - best[i] for i in faster)
+    gain = f"{sum(own[i] - best[i] for i in faster):.4g} ms a step in all, {profile.basis}"
     # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
         return (
             f"on {_count(eligible)} that can take it the fastest recipe needs "
-            f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms{_steps(profile)}"
+            f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms ({profile.basis})"
+            f"{_steps(profile)}"
         )
     if all(sure[i] >= own[i] for i in faster):
         return (
-            f"on {_count(faster)} where it seems faster ({gain:.4g} ms a step in all) the gain is "
+            f"on {_count(faster)} where it seems faster ({gain}) the gain is "
             f"within its uncertainty{_steps(profile)}"
         )
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
-    return f"it is faster on {_count(faster)} ({gain:.4g} ms a step in all), but " + (
+    return f"it is faster on {_count(faster)} ({gain}), but " + (
         f"{first_and_more(costs.layers[i].name for i in closed)} may not take it (--keep, or "
         "unknown gradient error)"
         if len(closed) == len(faster)
