@@ -24,7 +24,6 @@ METADATA = {  # of the format's metadata events, and the argument that each has
     "thread_name": ("name", str),
     "thread_sort_index": ("sort_index", int),
 }
-US = 1e-3  # slack of nesting, in us: far below a clock's tick
 
 
 def trace_problems(text: str) -> list[str]:
@@ -66,14 +65,18 @@ def _is_time(value: object) -> bool:
 
 
 def _not_nested(track: list[Event]) -> list[Event]:
-    """Return the complete events that reach out of the one they began in."""
-    open_until: list[float] = []
+    """Return the complete events that reach out of the one they began in, be it by a ns.
+
+    Perfetto drops those; it takes times in whole ns, cut off.
+    """
+    open_until: list[int] = []
     found = []
     for event in sorted(track, key=lambda each: (each["ts"], -each["dur"])):
-        end = event["ts"] + event["dur"]
-        while open_until and open_until[-1] <= event["ts"] + US:
+        begin = int(event["ts"] * 1e3)
+        end = begin + int(event["dur"] * 1e3)
+        while open_until and open_until[-1] <= begin:
             open_until.pop()
-        if open_until and end > open_until[-1] + US:
+        if open_until and end > open_until[-1]:
             found.append(event)
         open_until.append(end)
     return found
@@ -121,9 +124,9 @@ def test_there_is_a_track_for_every_arm_with_all_layers_in_order() -> None:
         "FP32",
         "BF16 O2",
         "this plan",
-        "fp8_o1 tensorwise where eligible",
-        "fp8_o1 rowwise where eligible",
-        "fp8_o1 rowwise_with_gw_hp where eligible",
+        "fp8_o1 tensorwise",
+        "fp8_o1 rowwise",
+        "fp8_o1 rowwise_with_gw_hp",
     ]
     for events in tracks.values():
         layers = [event["name"] for event in events if event["cat"] == "layer"]
@@ -139,7 +142,7 @@ def test_slices_have_the_times_of_the_profile() -> None:
     assert row
     assert row.total
     assert row.output
-    assert layer["dur"] == pytest.approx(row.total.median_ms * 1000.0)
+    assert layer["dur"] == pytest.approx(row.total.median_ms * 1000.0, abs=1 / 8)
     assert layer["args"]["ms"] == row.total.median_ms
     assert (layer["args"]["basis"], layer["args"]["shape"]) == ("measured", "16384x2048x50304")
     inside = [e for e in bf16 if layer["ts"] <= e["ts"] < layer["ts"] + layer["dur"]][1:]
@@ -149,7 +152,7 @@ def test_slices_have_the_times_of_the_profile() -> None:
     assert step
     assert bf16[-1]["name"] == "outside the layers"
     whole = sum(e["dur"] for e in bf16 if e["cat"] in ("layer", "outside"))
-    assert whole == pytest.approx(bf16[-1]["args"]["step_ms"] * 1000.0)
+    assert whole == pytest.approx(bf16[-1]["args"]["step_ms"] * 1000.0, abs=1 / 8)
 
 
 def test_a_layer_without_a_time_is_an_instant_that_says_why() -> None:
@@ -163,7 +166,7 @@ def test_a_layer_without_a_time_is_an_instant_that_says_why() -> None:
     )
     unknown = replace(run, profile=run.profile.model_copy(update={"layers": rows}))
     assert trace_problems(trace_text(unknown)) == []
-    track = next(events for name, events in tracks_of(unknown).items() if "rowwise where" in name)
+    track = next(events for name, events in tracks_of(unknown).items() if name.endswith("rowwise"))
     head = next(event for event in track if event["name"] == "head")
     assert (head["ph"], head["args"]["no time"]) == ("i", "no such kernel")
 
@@ -179,7 +182,8 @@ def test_parts_that_take_longer_alone_are_drawn_within_their_layer() -> None:
     assert trace_problems(trace_text(halved)) == []
     gemm = next(e for e in next(iter(tracks_of(halved).values())) if e["cat"] == "gemm")
     assert gemm["args"]["drawn_at"] < 1.0
-    assert gemm["dur"] == pytest.approx(gemm["args"]["ms"] * 1000.0 * gemm["args"]["drawn_at"])
+    shorter = gemm["args"]["ms"] * 1000.0 * gemm["args"]["drawn_at"]
+    assert gemm["dur"] == pytest.approx(shorter, abs=1 / 8)
 
 
 def test_a_run_without_a_profile_has_no_trace() -> None:

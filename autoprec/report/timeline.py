@@ -24,7 +24,8 @@ from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import profile_steps
 
 US_PER_MS = 1000.0
-PROCESS = 1
+TICKS = 8  # in a us: of eighths, sums are exact in us and in ns, which viewers make of them
+PROCESS = 1  # a track of the same number would be shown as its main thread
 OUTSIDE = "attention, activations, loss, optimizer: the step less its layers"
 Event = dict[str, Any]  # Any: JSON values of the Trace Event Format
 
@@ -46,7 +47,7 @@ def trace_text(run: RunRecords) -> str:
             "`autoprec profile MODEL.py`"
         )
     events = [_metadata("process_name", 0, "name", formats.clean_text(run.profile.device.name))]
-    for track, arm in enumerate(_arms(run, run.profile), start=1):
+    for track, arm in enumerate(_arms(run, run.profile), start=PROCESS + 1):
         events += _Track(run.profile, arm, track).events()
     about = {"autoprec": __version__, "basis": run.profile.basis.value}
     trace = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
@@ -67,8 +68,7 @@ def _arms(run: RunRecords, profile: Profile) -> Iterator[Arm]:
         own = {layer.name: option for layer in specs if option in layer.options}
         # the profiler's uniform FP8 step has the first recipe
         step = steps.get("fp8_o1") if place == 0 else None
-        title = f"{formats.option(option)} where eligible"
-        yield Arm(title, {**profile.model.bf16_options, **own}, step)
+        yield Arm(formats.option(option), {**profile.model.bf16_options, **own}, step)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _Track:
     def events(self) -> list[Event]:
         """Return the track's name and place, then its slices."""
         step, title = self.arm.step, self.arm.title
-        said = f", step {formats.ms(step.ms)} ms {step.basis}" if step else ""
+        said = f", {formats.ms(step.ms)} ms {step.basis}" if step else ""
         self.made += [
             _metadata("thread_name", self.track, "name", f"{title}{said}"),
             _metadata("thread_sort_index", self.track, "sort_index", self.track),
@@ -133,9 +133,9 @@ class _Track:
         self.now_us = after
 
     def _add(self, name: str, kind: str, ms: float, about: Event, *, scale: float = 1.0) -> None:
-        lasts = ms * US_PER_MS * scale
-        self.made.append({**self._place(name, kind), "ph": "X", "dur": lasts, "args": about})
-        self.now_us += lasts
+        place, end_us = self._place(name, kind), self.now_us + ms * US_PER_MS * scale
+        self.made.append({**place, "ph": "X", "dur": _ticked(end_us) - place["ts"], "args": about})
+        self.now_us = end_us
 
     def _place(self, name: str, kind: str) -> Event:
         return {
@@ -143,8 +143,13 @@ class _Track:
             "cat": kind,
             "pid": PROCESS,
             "tid": self.track,
-            "ts": self.now_us,
+            "ts": _ticked(self.now_us),
         }
+
+
+def _ticked(us: float) -> float:
+    """Return the nearest tick: a slice that reaches over another's end by a rounding is dropped."""
+    return round(us * TICKS) / TICKS
 
 
 def _timing_facts(timing: Timing) -> Event:
