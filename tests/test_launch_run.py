@@ -18,7 +18,7 @@ from autoprec.integrations.launch.script import run_script
 from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
-from tests.accelerate_state import fresh_accelerate
+from tests.accelerate_state import forget_accelerators, fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
 from tests.plans import plan_for
 
@@ -413,11 +413,18 @@ model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
 def test_a_forward_under_autocast_on_the_object_makes_way_for_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
 ) -> None:
+    """And the outputs of a model in BF16 stay FP32 where Accelerate makes them so."""
     losses = []
     for wrapping in ("", ON_THE_OBJECT[which]):
         assert run(tmp_path, HEAD + wrapping + LOOP, "3").was_applied
         losses.append(capsys.readouterr().out)
     assert losses[0] == losses[1]
+    forget_accelerators()
+    seen = "model.register_forward_hook(lambda m, a, out: print(out.dtype, file=sys.stderr))\n"
+    plain = "with torch.no_grad(): model(torch.ones(1, 32))\n"
+    run(tmp_path, HEAD + "model.bfloat16()\n" + ON_THE_OBJECT[which] + seen + plain + LOOP, "1")
+    before, within = re.findall(r"torch\.\w+", capsys.readouterr().err)
+    assert before == within == ("torch.float32" if "Acc" in which else "torch.bfloat16")
 
 
 def test_any_other_forward_on_the_object_is_refused(tmp_path: Path) -> None:

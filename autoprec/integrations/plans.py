@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,9 +13,11 @@ from autoprec.guard import Guard
 from autoprec.model.layers import unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import apply, attach_optimizer
+from autoprec.runtime.activations import cast_floating
 from autoprec.runtime.attach import check_optimizer
 from autoprec.runtime.classes import own_class
 from autoprec.runtime.finite import leave_first_step
+from autoprec.runtime.install import is_all_bf16
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
@@ -49,12 +52,14 @@ def remove_autocast(model: nn.Module) -> None:
     """Take a forward off the object that does no more than run its class's own under autocast.
 
     Accelerate's `prepare` sets one, so every `bf16=True` of a Trainer does. Within a model that
-    runs a plan autocast is off, and outputs are FP32, as with the wrapper, unless the model came in
-    BF16. Any other forward on the object stays.
+    runs a plan autocast is off, and outputs are FP32, as with Accelerate's; a model in BF16, whose
+    outputs a plan leaves as they are, casts them as that did. Any other forward on the object
+    stays.
     """
     found = getattr(vars(model).get("forward"), "__func__", vars(model).get("forward"))
-    own = own_class(model).forward
+    own, gives_fp32 = own_class(model).forward, False
     while found is not None and found is not own:
+        gives_fp32 |= type(found).__name__ == "ConvertOutputsToFp32"
         code = vars(type(found)).get("__call__") if not hasattr(found, "__globals__") else found
         if getattr(code, "__globals__", {}).get("__name__") not in AUTOCAST_MODULES:
             return
@@ -63,6 +68,12 @@ def remove_autocast(model: nn.Module) -> None:
     if found is own:
         for name in ("forward", "_original_forward"):
             vars(model).pop(name, None)
+        if gives_fp32 and is_all_bf16(model):
+            model.register_forward_hook(_give_fp32, prepend=True)  # before the script's own
+
+
+def _give_fp32(_model: nn.Module, _args: object, output: Any) -> Any:  # Any: the model's own
+    return cast_floating(output, torch.float32)
 
 
 def runs_plan(model: nn.Module, plan: Plan) -> bool:

@@ -136,7 +136,7 @@ def install_options(
     activation_dtype = activation_dtype or (torch.bfloat16 if has_16_bit else torch.float32)
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
-    kept, came_in_bf16 = frozenset(fp32_outputs), _is_all_bf16(model)
+    kept, came_in_bf16 = frozenset(fp32_outputs), is_all_bf16(model)
     installed = Installed(model, dict(options), activation_dtype, kept, came_in_bf16)
     try:
         _convert_storage(storage, installed)
@@ -290,7 +290,7 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
     vars(model).update({ON_MODEL: installed.masters, **others})
 
 
-def _is_all_bf16(model: nn.Module) -> bool:
+def is_all_bf16(model: nn.Module) -> bool:
     """Whether a model came in BF16: not by a plan."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return dtypes == {torch.bfloat16} and not _has_masters(model)

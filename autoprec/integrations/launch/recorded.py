@@ -204,8 +204,8 @@ def _ended_early(script: Script, recorder: Recorder, status: int) -> WorkloadErr
         )
     if recorder.steps > 0:
         return WorkloadError(
-            f"{rule} (--script-steps), but {script.name} ended after {recorder.steps}; ask for "
-            "fewer, or let it train longer"
+            f"{rule} (--script-steps), but {script.name} trained its model for {recorder.steps}; "
+            "ask for fewer, or let it train longer"
         )
     reason = "an optimizer of torch.optim must step, but none did"
     if recorder.model is None:

@@ -163,6 +163,8 @@ class Recorder:
         if self.model is None:
             self.model, self.first = model, self._first_call(model, is_compiled(module))
         elif model is not self.model:
+            if type(model) is type(self.model) and self.steps > 1:
+                raise StopScript  # the next fold, or the same run resumed: the first has ended
             names = f"{type(self.model).__name__} and {type(model).__name__}"
             self.refuse(f"one model must be trained, but the script calls several ({names})")
         if self._call is not None:
