@@ -116,11 +116,11 @@ def test_exception_of_the_user_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "import torch\n"
-        "def build_model():\n    raise ValueError('no\\nweights')\n"
+        "def build_model():\n    raise ValueError('no\\nweights') from OSError('not found')\n"
         "def train_batches(seed):\n    yield 1\n"
         "def loss_fn(model, batch):\n    return model(batch)\n"
     )
-    with pytest.raises(WorkloadError, match=r"raised ValueError at mine.py:3: no weights"):
+    with pytest.raises(WorkloadError, match=r"mine.py:3: no weights \(from OSError: not found\)"):
         load_workload(str(path)).build_model()
 
 
