@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprec.common.progress import NOW
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import (
@@ -212,9 +214,13 @@ def test_causes_are_left_out_where_memory_runs_out(
     found = run_of("rows", 20).sensitivity
     workload = faulty_workload("rows", 20)
     spec = capture_model(Context(workload, CPU))
+    shown: list[str] = []
     reference = prepare_reference(Context(workload, CPU), spec)
+    telling = Context(workload, CPU, progress=lambda *_: shown.append(NOW.measures))
+    reference = replace(reference, context=telling)
     bare = [s.model_copy(update={"range_share": {}, "mean_share": {}}) for s in found.statistics]
     assert with_shares(reference, found.rows, bare) == found.statistics
+    assert "layers.1.layer in FP8 with any range of weight" in shown
 
     def too_large(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")

@@ -232,8 +232,8 @@ class Reference:
             scale.append(gradient.squared_norm)
             # every setting against the one reference gradient of this batch
             for count, (key, installed) in enumerate(settings.items()):
-                progress(stage, index * len(settings) + count, total)
                 NOW.measures = " in ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+                progress(stage, index * len(settings) + count, total)
                 with fast_fp8_gemms(self.context.device), installed():
                     squared[key].append(self.squared_error(index, gradient))
         NOW.measures = ""

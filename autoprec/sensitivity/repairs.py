@@ -15,6 +15,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import NamedTuple
 
 from torch import nn
 
@@ -33,7 +34,17 @@ LARGE = 2.5e-3  # of error: a quarter of a usual budget, from which a layer's re
 MOST_LAYERS = 4  # with the largest errors; a pass each and one for every suspect, one to four
 BATCHES = 1  # two gave the shares of operands that were at fault to 0.02, in kinked networks too
 
-Repair = tuple[Operand | None, bool]  # of any range; whether the input's mean is out
+
+class Repair(NamedTuple):
+    """What is mended in a layer's FP8, if anything."""
+
+    operand: Operand | None = None  # it has any range
+    is_mean: bool = False  # the mean of its input is taken out
+
+    def __str__(self) -> str:
+        if self.is_mean:
+            return "FP8 without the input's mean"
+        return f"FP8 with any range of {self.operand}" if self.operand else "FP8"
 
 
 def with_shares(
@@ -56,7 +67,7 @@ def with_shares(
     settings = {
         (row.name, repair): partial(_repaired, reference, row, repair)
         for row, found in suspected[:MOST_LAYERS]
-        for repair in ((None, False), *found)
+        for repair in (Repair(), *found)
     }
     if world_size() > 1 or not settings:
         return tuple(statistics)
@@ -69,19 +80,19 @@ def with_shares(
         return tuple(statistics)
     # what each repair takes away, into the record of its operand
     shares: dict[tuple[str, Operand], dict[str, dict[str, float]]] = {}
-    for (name, (operand, is_mean)), error in errors.items():
-        before = errors[name, (None, False)].mean
-        if (operand or is_mean) and before > 0.0:
-            field = "mean_share" if is_mean else "range_share"
+    for (name, repair), error in errors.items():
+        before = errors[name, Repair()].mean
+        if repair != Repair() and before > 0.0:
+            field = "mean_share" if repair.is_mean else "range_share"
             share = {str(first[name].option.recipe): 1.0 - error.mean / before}
-            shares.setdefault((name, operand or Operand.INPUT), {})[field] = share
+            shares.setdefault((name, repair.operand or Operand.INPUT), {})[field] = share
     return tuple(s.model_copy(update=shares.get((s.name, s.operand), {})) for s in statistics)
 
 
 def _repairs(row: LayerSensitivity, statistics: Sequence[OperandStatistics]) -> list[Repair]:
     """Return the repairs of all that stands out in a layer's operands under its recipe."""
     found = [
-        (None, True) if suspect.is_mean else (own.operand, False)
+        Repair(is_mean=True) if suspect.is_mean else Repair(own.operand)
         for own in statistics
         if own.name == row.name
         for suspect in suspects(own, str(row.option.recipe))
@@ -93,6 +104,6 @@ def _repaired(
     reference: Reference, row: LayerSensitivity, repair: Repair
 ) -> AbstractContextManager[None]:
     """Run one layer in emulated FP8 inside, with an operand repaired."""
-    layer, (operand, is_mean) = layer_named(reference.model, row.name), repair
+    layer = layer_named(reference.model, row.name)
     assert isinstance(layer, nn.Linear)  # noqa: S101  it has an FP8 option
-    return emulated_layer(layer, row.option, in_range=operand, without_mean=is_mean)
+    return emulated_layer(layer, row.option, in_range=repair.operand, without_mean=repair.is_mean)

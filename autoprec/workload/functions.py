@@ -421,7 +421,7 @@ class UserCode(AbstractContextManager["UserCode"]):
         # The innermost frame of the user's own code; the first is ours, libraries' are no help.
         inside = [f for f in traceback.extract_tb(trace)[1:] if "site-packages" not in f.filename]
         where = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
-        root = error
+        root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         cause = "" if root is error else f" (from {type(root).__name__}: {error_line(root)})"
