@@ -36,12 +36,13 @@ from autoprec.records import (
     Sensitivity,
     fp8_option,
 )
+from autoprec.sensitivity.doubts import is_whole
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, is_whole, make_rows
+from autoprec.sensitivity.tables import Method, make_rows
 from autoprec.workload.functions import Workload, workload_from
 from autoprec.workload.loading import load_workload
 

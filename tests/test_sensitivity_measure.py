@@ -1,6 +1,7 @@
 """The stage from end to end, the joint meter, the shared reference, and bad input."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -359,29 +360,6 @@ def measured_both_ways(workload: Workload) -> list[Sensitivity]:
     ]
 
 
-KINDS = ["gradient", "held", "parametrize", "prune", *AT_MODULES]
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook")  # of the whole model, whose input has none
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_a_mask_or_a_hook_keeps_still_weighs_nothing(kind: str) -> None:
-    """Weight decay gives masked elements moments in Adam; their errors do not reach it."""
-    workload = changed(
-        mlp_workload(),
-        build_model=lambda: _hooked_mlp(kind),
-        build_optimizer=lambda model: torch.optim.Adam(model.parameters(), weight_decay=0.01),
-    )
-    exact, probed = measured_both_ways(workload)
-    ratios = [
-        p.grad_error.mean / e.grad_error.mean for e, p in zip(exact.rows, probed.rows, strict=True)
-    ]
-    assert min(ratios) > 0.7
-    assert max(ratios) < 1.4
-    assert max(row.grad_error.mean for row in exact.rows) < 0.01
-    # hooks that hand back other gradients than derivatives: probes were off by 0.3 to 38 times
-    assert (probed.method == Method.LAYERWISE) is (kind in AT_MODULES)
-
-
 class Following(nn.Module):
     """A network, and a frozen one of its shape that every call moves towards it."""
 
@@ -427,19 +405,95 @@ class SparseAndDouble(nn.Module):
         return F.cross_entropy(logits, ids.sum(1) % 16)
 
 
-def test_sparse_gradients_and_parts_in_float64_are_measured_as_they_are_one_by_one() -> None:
+class Apart(nn.Module):
+    """A network whose layers act on its loss otherwise than by the gradients that come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 16)
+        self.teacher, self.cut = nn.Linear(32, 16).requires_grad_(False), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved = x.clone().requires_grad_()
+        # a step along a gradient, on the way to the loss
+        (step,) = torch.autograd.grad(self.second(F.gelu(self.first(moved))).sum(), moved)
+        with torch.no_grad():
+            target = self.teacher(x + step).float()
+        y = self.second(F.gelu(self.first(x)))
+        return F.mse_loss(y, target + self.cut(x.roll(1, 0)).detach())
+
+
+class Spectral(nn.Module):
+    """Complex weights between two linears, without a layer of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 16)
+        self.modes = nn.Parameter(torch.randn(17, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.fft.irfft(torch.fft.rfft(self.first(x).float()) * self.modes)
+        return F.mse_loss(self.second(F.gelu(mixed)), x[:, 16:])
+
+
+def _of_inputs(build_model: Callable[[], nn.Module]) -> Workload:
+    """Return a workload of a model that makes its loss of 32 inputs itself."""
+    return changed(
+        mlp_workload(),
+        build_model=build_model,
+        loss_fn=lambda model, batch: model(batch[0][:, :32]),
+    )
+
+
+def _hooked(kind: str) -> Workload:
+    """Weight decay gives masked elements moments in Adam; their errors do not reach it."""
+    return changed(
+        mlp_workload(),
+        build_model=lambda: _hooked_mlp(kind),
+        build_optimizer=lambda model: torch.optim.Adam(model.parameters(), weight_decay=0.01),
+    )
+
+
+def _sparse_and_double() -> Workload:
     def batches(seed: int) -> Iterator[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield torch.randint(64, (128, 3), generator=generator)
 
-    workload = changed(
+    return changed(
         mlp_workload(),
         build_model=SparseAndDouble,
         train_batches=batches,
         loss_fn=lambda model, ids: model(ids),
         build_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     )
-    exact, probed = measured_both_ways(workload)
+
+
+UNLIKE: dict[str, Callable[[], Workload]] = {  # networks that are no plain chain of layers
+    **{k: partial(_hooked, k) for k in ("gradient", "held", "parametrize", "prune", *AT_MODULES)},
+    "no_grad, detached, sampled": partial(_of_inputs, Apart),
+    "complex": partial(_of_inputs, Spectral),
+    "sparse and double": _sparse_and_double,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # of the whole model, whose input has none
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_both_ways_measure_the_same_of_any_network(kind: str) -> None:
+    exact, probed = measured_both_ways(UNLIKE[kind]())
     for one, other in zip(exact.rows, probed.rows, strict=True):
         assert 0.6 < other.grad_error.mean / one.grad_error.mean < 1.6, (one, other)
+    assert max(row.grad_error.mean for row in exact.rows) < 0.03
+    # hooks that hand back other gradients than derivatives: probes were off by 0.3 to 38 times
+    assert (probed.method == Method.LAYERWISE) is (kind in AT_MODULES)
+
+
+def test_complex_weights_count_with_both_parts() -> None:
+    workload = _of_inputs(Spectral)
+    reference = warmed_up(workload, captured(workload))
+    weight, found = reference.model.get_parameter("modes"), reference.gradient(0).of
+    reference.run(0)
+    assert weight.grad is not None
+    assert torch.equal(torch.view_as_complex(found[weight]), weight.grad)
+    assert reference.preconditioner.name == "adam"  # of the state's own complex moments
+    assert reference.preconditioner.weight(weight, at=found[weight]).shape == (17, 2)

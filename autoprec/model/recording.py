@@ -45,6 +45,7 @@ class Call:
     gradients: list[Tensor | None] = field(default_factory=list)
     count: int = 1  # how many calls were like it, where equal ones are merged
     with_grad: bool = True  # whether autograd recorded it
+    in_backward: bool = False  # computed again there, as activation checkpointing does
     surroundings: Surroundings | None = None  # what is beside it, where that was watched
     output_elements: int = 0  # of its floating outputs
     made_by: str = ""  # a kernel of somebody's own that made its input (`own_kernel`)
@@ -117,16 +118,16 @@ class _Recorder:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # Any: the layer's own
         with_grad = torch.is_grad_enabled()
+        is_in_backward = torch._C._current_graph_task_id() != NO_BACKWARD
         if self._known is not None:
             # Activation checkpointing calls a layer twice: in forward and, to compute it again,
             # within backward. A gradient comes back to one of the two only, so they stay apart.
-            is_in_backward = torch._C._current_graph_task_id() != NO_BACKWARD
             key = (with_grad, is_in_backward, _shapes((args, kwargs)))
             if key in self._known:
                 self._known[key].count += 1
                 return
         kept_args, kept_kwargs = _kept(self._keep, (args, kwargs))
-        call = Call(kept_args, kept_kwargs, with_grad=with_grad)
+        call = Call(kept_args, kept_kwargs, with_grad=with_grad, in_backward=is_in_backward)
         call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -166,6 +167,7 @@ def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
 
 
 def _catch(call: Call, place: int, placed: bool, gradient: Tensor) -> None:
+    _see_graph(call, gradient)
     own = gradient.detach()
     before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own

@@ -12,6 +12,7 @@ parked          tensors that wait away from the device
 
     the table
 tables          the two ways to it, exact and by probes, and the choice between them
+doubts          which rows of the probes are measured by themselves after them
 probes          the depth-free way: all layers and options from a few sign-coded probes
 moves           a pass with the weights moved along a probe's signs
 choices         top-k and argmax, kept in moved passes as the reference chose

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprec.records import Estimate, JointMeasurement
+from autoprec.sensitivity.doubts import is_whole, on_their_own
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
-from autoprec.sensitivity.tables import Method, Table, is_whole, on_their_own, refine_table
+from autoprec.sensitivity.tables import Method, Table, refine_table
 
 MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
 NEAR = 1.25  # and then until it is within this

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.device.ranks import sharded_tensor
+from autoprec.device.ranks import real_view, sharded_tensor
 from autoprec.model.averaging import GradientAverage
 
 SMALL = 1e-2  # of the gradient: how much of a direction is added to it, in root mean squares
@@ -89,6 +89,13 @@ def change_backward(model: nn.Module, run: Callable[[], object]) -> bool:
     return any(changed)
 
 
+def of_dtype(numbers: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient's real numbers (`real_view`) as the parameter's own dtype has them."""
+    if parameter.is_complex():
+        numbers = torch.view_as_complex(numbers)
+    return numbers.to(parameter.dtype)
+
+
 def _averages(hook: object) -> bool:
     """Whether a hook is that of averaging over ranks, within what `install_options` puts around."""
     inner = hook.args[-1] if isinstance(hook, partial) and hook.args else hook
@@ -98,7 +105,7 @@ def _averages(hook: object) -> bool:
 @torch.no_grad()
 def _hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient as its hooks leave it for the optimizer."""
-    gradient = gradient.to(parameter.dtype, copy=True)
+    gradient = of_dtype(gradient.clone(), parameter)
     for hook in list((parameter._backward_hooks or {}).values()):
         returned = hook(gradient)
         gradient = gradient if returned is None else returned
@@ -108,6 +115,6 @@ def _hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
             if not _averages(hook):
                 hook(parameter)
         left = parameter.grad
-        return torch.zeros_like(gradient) if left is None else left.float()
+        return real_view(torch.zeros_like(gradient) if left is None else left).float()
     finally:
         parameter.grad = kept

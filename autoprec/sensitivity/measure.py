@@ -120,6 +120,11 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     rows = [f"{r.name} {r.option.key}" for r in table.rows if r.grad_error.mean >= DIVERGED]
     if rows:
         notes.append(f"not finite, so set to {DIVERGED:g}: the gradient error of {', '.join(rows)}")
+    if table.together:
+        notes.append(
+            "measured with their neighbours, as no gradient of the loss tells all that they do "
+            f"(no_grad, detached, differentiated again): {', '.join(table.together)}"
+        )
     if table.refined:
         cells = ", ".join(f"{name} {option.key}" for name, option in table.refined)
         notes.append(f"measured one by one after the probes: {cells}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprec.device.ranks import local_part
+from autoprec.device.ranks import local_part, real_view
 
 Part = slice | None
 Moment = Callable[[Part], Tensor]  # of a parameter's flat elements, FP32
@@ -82,7 +82,7 @@ class Rule:
 
 def moment_rule(state: State, group: State, parameter: Tensor) -> Rule | None:
     """Return the rule that a parameter's state holds; None where it holds no moment known here."""
-    shape = local_part(parameter.detach()).shape
+    shape = real_view(local_part(parameter.detach())).shape
     steps, eps = number(state.get("step"), 1.0), group.get("eps")
     # transformers' and torch's Adafactor have two eps, and forget by t^(-0.8)
     is_factored_class = isinstance(eps, tuple | list)
@@ -139,7 +139,7 @@ def shape_rules(state: State, parameter: Tensor) -> list[Rule]:
 
     Only of tensors of the parameter's shape without a negative value.
     """
-    shape, rules = local_part(parameter.detach()).shape, []
+    shape, rules = real_view(local_part(parameter.detach())).shape, []
     for name, moment in _moments_of(state, shape).items():
         if float(moment(None).min()) >= 0.0:
             rules += [Rule(name, moment=moment, power=power) for power in (0.5, 1.0)]
@@ -155,7 +155,7 @@ def _moments_of(state: State, shape: torch.Size) -> dict[str, Moment]:
     """Return the tensors of a parameter's shape in its state, dequantised, by name."""
     found: dict[str, Moment] = {}
     for name, value in state.items():
-        own = local_part(value.detach()) if isinstance(value, Tensor) else None
+        own = real_view(local_part(value.detach())) if isinstance(value, Tensor) else None
         if name == "step" or own is None or own.shape != shape or not own.is_floating_point():
             continue
         if type(own) is not Tensor and hasattr(own, "dequantize"):  # torchao's 8 and 4 bits, FP8

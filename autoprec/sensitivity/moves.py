@@ -3,7 +3,7 @@
 See probes.py for why, and kinks.py for the two steps t.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +15,7 @@ from autoprec.device.ranks import (
     local_part,
     mean_over_ranks,
     part_like,
+    real_view,
     sum_over_ranks,
     whole,
     world_size,
@@ -87,7 +88,7 @@ class Moved:
     """What one moved pass showed.
 
     `calls` is what went through some layers, `size` is t, and `changes` has |P^(1/2) D|^2 with D
-    the change of the gradient, by parameter in the order of the model's; zeros if not `watched`.
+    the change of the gradient, by parameter in the order of the model's; zeros if not asked for.
     """
 
     calls: dict[str, list[Call]]
@@ -101,20 +102,21 @@ class Moved:
         return [(f * scale, own) for f, own in zip(finer.changes, self.changes, strict=True)]
 
 
-def run_moved(step: Pass, *, code: int, watched: bool, times: float = 1.0) -> Moved:
+def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -> Moved:
     """Run a batch with the weights moved along the signs of a code, at a step so much finer."""
     size = _step_size(step) / times
     # a layer whose parameters are used without a call (an attention's out_proj) is seen by them
     uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
     keep = {parameter for layer in uncalled for parameter in layer.parameters()}
     with (
-        differentiated_calls(step.layers) as calls,
+        differentiated_calls(step.layers) as watched,
         _moved_weights(step, size, code=code),
         kept_choices(step.choices),
         _parked(step),
     ):
-        changes = _run(step, keep, {} if not watched else step.gradient.of)
-    return Moved(calls, size, changes, is_finer=times != 1.0)
+        gradients = step.gradient.of if are_changes else {}
+        changes = _run(step, keep, gradients, watched.begin_backward)
+    return Moved(watched.calls, size, changes, is_finer=times != 1.0)
 
 
 @contextmanager
@@ -135,7 +137,12 @@ def run_freely(step: Pass, *, code: int) -> list[float]:
         return _run(step, (), step.gradient.of)
 
 
-def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor]) -> list[float]:
+def _run(
+    step: Pass,
+    keep: Collection[Tensor],
+    gradients: Mapping[Tensor, Tensor],
+    begin_backward: Callable[[], None] = lambda: None,
+) -> list[float]:
     """Run the model as it stands; return |P^(1/2) D|^2 by parameter, D the change of gradients.
 
     The gradients of `keep` stay on the model.
@@ -149,7 +156,7 @@ def _run(step: Pass, keep: Collection[Tensor], gradients: Mapping[Tensor, Tensor
 
     # one process takes each gradient as it arrives; of several, their mean comes at the end
     keep = keep if world_size() == 1 else {*keep, *gradients}
-    reference.run(step.index, keep=keep, see=see)
+    reference.run(step.index, keep=keep, see=see, begin_backward=begin_backward)
     for parameter in reference.model.parameters():  # in one order on all ranks, which a set has not
         if parameter in keep:
             see(parameter)
@@ -164,7 +171,7 @@ def _step_size(step: Pass) -> float:
     """
     weight = scale = 0.0
     for parameter, g in step.gradient.of.items():
-        sizes = whole(parameter.detach()).abs().flatten()
+        sizes = real_view(whole(parameter.detach())).abs().flatten()
         sizes = sizes if float(sizes.median()) else sizes[sizes > 0]
         weight += float(sizes.median()) * len(sizes) if len(sizes) else 0.0
         scale += step.reference.preconditioner.total_weight(parameter, at=g)
@@ -183,12 +190,13 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
             if (at := step.gradient.of.get(parameter)) is None:
                 continue
             # in place: FSDP gathers from the storage that it knows
-            data = local_part(parameter.detach())
+            data = real_view(local_part(parameter.detach()))
             saved.append((data, data.clone()))
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             # drawn for the whole tensor: of any number of ranks, each has its part of the same
-            signs = torch.empty(parameter.shape, dtype=torch.int8, device=parameter.device)
+            shape = real_view(parameter.detach()).shape
+            signs = torch.empty(shape, dtype=torch.int8, device=parameter.device)
             signs = part_like(parameter, signs.random_(0, 2, generator=generator).mul_(2).sub_(1))
             if has_hooks(parameter):  # they see the whole
                 move = preconditioner.weight(parameter, at=at).mul_(signs)

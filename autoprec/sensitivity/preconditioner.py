@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autoprec.device.ranks import local_part, share, sum_over_ranks
+from autoprec.device.ranks import local_part, real_view, share, sum_over_ranks
 from autoprec.sensitivity.moments import STILL, Rule, State, moment_rule, number
 from autoprec.sensitivity.response import measured_rule
 from autoprec.workload.optimizers import optimizers_in
@@ -200,7 +200,7 @@ def _floored(rules: dict[Tensor, Rule]) -> dict[Tensor, Rule]:
 
 def _zero(parameter: Tensor) -> Tensor:
     """Return a gradient of zeros for this rank's part of a parameter, in no memory of its size."""
-    part = at_least_1d(local_part(parameter.detach()))
+    part = at_least_1d(real_view(local_part(parameter.detach())))
     return part.new_zeros(()).expand(part.shape)
 
 
@@ -232,7 +232,7 @@ def _mean_weight(rules: dict[Tensor, Rule]) -> float:
             weight = rule.weight(zero[rows], part=flat)
             total += share(parameter) * float(weight.square_().sum(dtype=torch.float64))
     (total,) = sum_over_ranks([total])
-    return total / max(sum(parameter.numel() for parameter in rules), 1)
+    return total / max(sum(real_view(parameter.detach()).numel() for parameter in rules), 1)
 
 
 def _note(optimizer: Optimizer, rules: dict[Tensor, Rule], without: list[Tensor]) -> str:

@@ -64,7 +64,7 @@ from autoprec.sensitivity.local import (
 )
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
-from autoprec.sensitivity.replay import differentiated_calls, floating_inputs
+from autoprec.sensitivity.replay import Watched, differentiated_calls, floating_inputs
 
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -85,8 +85,9 @@ class BatchProbe:
     parameter_errors: dict[str, dict[Sides, float]] = field(default_factory=dict)
     # the operands' ranges; of the first batch only
     statistics: list[OperandStatistics] = field(default_factory=list)
-    # layers whose calls' shapes changed with the weights: nothing is known of what they carry on
-    unlike: set[str] = field(default_factory=set)
+    # layers that act on the loss otherwise than by what is seen here, too (see replay.Watched), or
+    # whose calls' shapes changed with the weights
+    unseen: set[str] = field(default_factory=set)
     # the first probe at two steps; of the first batch only
     steps: TwoSteps | None = None
 
@@ -129,15 +130,17 @@ def _probe_group(
 ) -> None:
     """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
-    with differentiated_calls(layers) as calls, recorded_choices(watched) as choices:
-        gradient = _reference_pass(reference, index)
+    with differentiated_calls(layers) as found, recorded_choices(watched) as choices:
+        gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
-    step = Pass(reference, index, layers, calls, choices, gradient, chunk_elements(reference.spec))
+    probed.unseen |= found.unseen
+    chunk = chunk_elements(reference.spec)
+    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk)
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
         code = index * probed.probes + probe
         is_first = probe == index == 0
-        moved = run_moved(step, code=code, watched=is_first)
+        moved = run_moved(step, code=code, are_changes=is_first)
         products = _products_of(step, moved, options, probed, is_first=probe == 0)
         for key, z in products.items():
             probed.add(key, z)
@@ -166,7 +169,7 @@ def _at_two_steps(
     found = probed.steps
     own = {key: (_square(z), _square(z)) for key, z in products.items()}
     if found is None or found.are_kinked:
-        finer = run_moved(step, code=code, watched=True, times=FINER)
+        finer = run_moved(step, code=code, are_changes=True, times=FINER)
         if found is None:
             found = TwoSteps(FINER, {}, moved.beside(finer), step.places())
             if step.choices.indices:
@@ -190,13 +193,13 @@ def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[Oper
         linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
         if not linears:
             continue
-        with differentiated_calls(linears) as calls:
-            _reference_pass(reference, 0)
+        with differentiated_calls(linears) as watched:
+            _reference_pass(reference, 0, watched)
         for name, linear in linears.items():
-            if calls[name]:
+            if calls := watched.calls[name]:
                 run, split = _run_alone(reference, linear)
                 if isinstance(run, nn.Linear):
-                    seen = Linear(run, calls[name], options[name], split=split, chunk=chunk)
+                    seen = Linear(run, calls, options[name], split=split, chunk=chunk)
                     found += seen.statistics(name)
     return found
 
@@ -222,11 +225,11 @@ def _grouped_layers(reference: Reference) -> list[dict[str, nn.Module]]:
     ]
 
 
-def _reference_pass(reference: Reference, index: int) -> ReferenceGradient:
+def _reference_pass(reference: Reference, index: int, watched: Watched) -> ReferenceGradient:
     """Run the reference on a batch, so that its calls are seen; return its gradient."""
     if index not in reference.gradients:
-        return reference.run_gradient(index)
-    reference.run(index, keep=())
+        return reference.run_gradient(index, watched.begin_backward)
+    reference.run(index, keep=(), begin_backward=watched.begin_backward)
     return reference.gradients[index]
 
 
@@ -250,7 +253,7 @@ def _products_of(
         for name, layer in step.layers.items():
             calls, after = step.calls[name], moved.calls.pop(name)
             if not _are_alike(calls, after):
-                probed.unlike.add(name)
+                probed.unseen.add(name)
                 after = calls
             run, split = _run_alone(reference, layer, called=bool(calls))
             norm = step.squared_norm(layer, run)
@@ -315,7 +318,7 @@ def _uncalled_products(
 ) -> tuple[dict[Component, Tensor], dict[Sides, float]]:
     """Return z and d'Pd of a layer whose parameters are used without calling it."""
     pairs = list(zip(run.parameters(), layer.parameters(), strict=True))
-    trained = [(own, p) for own, p in pairs if p.requires_grad]
+    trained = [(own, p) for own, p in pairs if p.requires_grad and p.is_floating_point()]
     gradients: dict[Tensor, Tensor] = {}
     changes: dict[Tensor, Tensor] = {}
     for own, p in trained:

@@ -27,6 +27,7 @@ from autoprec.device.ranks import (
     largest_over_ranks,
     local_part,
     placed_as,
+    real_view,
     sum_over_ranks,
     world_size,
 )
@@ -131,13 +132,14 @@ class Reference:
         *,
         keep: Collection[Tensor] | None = None,
         see: Callable[[Tensor], None] | None = None,
+        begin_backward: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; with `keep` those of other parameters are dropped as they
-        arrive, once `see` was called with the parameter. Buffers and random generators are put back
-        first. FP32 is FP32 here: with cuDNN's TF32 every convolution would have an error in the
-        reference too.
+        arrive, once `see` was called with the parameter; `begin_backward` is called once the loss
+        is there. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
+        TF32 every convolution would have an error in the reference too.
         """
         self.passes += 1
         parameters = self.model.parameters() if keep is not None else ()
@@ -149,6 +151,7 @@ class Reference:
             batch = move_batch(self.batches[index], self.context.device)
             try:
                 loss: Tensor = self.context.workload.loss_fn(self.model, batch)
+                begin_backward()
                 torch.autograd.backward(loss)
             finally:
                 for hook in hooks:
@@ -172,13 +175,16 @@ class Reference:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
         return self.gradients[index] if index in self.gradients else self.run_gradient(index)
 
-    def run_gradient(self, index: int) -> ReferenceGradient:
+    def run_gradient(
+        self, index: int, begin_backward: Callable[[], None] = lambda: None
+    ) -> ReferenceGradient:
         """Run the reference on a batch, and keep its gradient if that is not too big.
 
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
-        check_loss(self.run(index), where=f"on measured batch {index}")
+        loss = self.run(index, begin_backward=begin_backward)
+        check_loss(loss, where=f"on measured batch {index}")
         updated = self.preconditioner.rules
         found: dict[Tensor, Tensor] = {
             p: gradient_of(p) for p in self.model.parameters() if p in updated
@@ -422,13 +428,14 @@ def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return this rank's part of the gradient in FP32; zeros where none arrived."""
+    """Return this rank's part of the gradient, its real numbers in FP32; zeros where none came."""
     if parameter.grad is None:
-        return torch.zeros_like(local_part(parameter.detach()), dtype=torch.float32)
+        part = real_view(local_part(parameter.detach()))
+        return torch.zeros_like(part, dtype=torch.float32)
     gradient = parameter.grad.detach()
     if gradient.layout is not torch.strided:  # an embedding's, made with sparse=True
         gradient = gradient.to_dense()
-    return local_part(placed_as(parameter, gradient)).float()
+    return real_view(local_part(placed_as(parameter, gradient))).float()
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

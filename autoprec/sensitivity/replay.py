@@ -6,12 +6,14 @@ its own error, nothing carried over from other layers.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autoprec.device.ranks import real_view
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
 
@@ -27,8 +29,25 @@ class Replayed:
     parameter_gradients: dict[Tensor, Tensor]
 
 
+@dataclass
+class Watched:
+    """What went through layers in a pass, by layer name.
+
+    `unseen` has the layers that act on the loss otherwise, too, than by what the gradients tell:
+    called under no_grad, for an output that is detached, for a gradient that the loss is made of.
+    """
+
+    calls: dict[str, list[Call]]
+    unseen: set[str] = field(default_factory=set)
+
+    def begin_backward(self) -> None:
+        """Forget the gradients until now, which `loss_fn` took of something else on its way."""
+        for call in chain.from_iterable(self.calls.values()):
+            call.gradients = [None] * len(call.gradients)
+
+
 @contextmanager
-def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[Watched]:
     """Record every layer's calls inside; on leaving, only those that a gradient came back to.
 
     Activation checkpointing calls a layer twice; the call that has no gradient is dropped. Frozen
@@ -36,9 +55,13 @@ def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, 
     """
     recording = recorded_calls(layers, keep=Tensor.detach, gradients=Gradients.ALL, placed=True)
     with recording as calls:
-        yield calls
+        watched = Watched(calls)
+        yield watched
     for name, found in calls.items():
         calls[name] = [c for c in found if any(g is not None for g in c.gradients)]
+        are_again = any(call.in_backward for call in found)
+        if (len(calls[name]) < len(found) and not are_again) or any(c.obstacle for c in found):
+            watched.unseen.add(name)
 
 
 def floating_inputs(call: Call) -> list[Tensor]:
@@ -78,7 +101,7 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
                 given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
             arrived = ((t, g) for t, g in zip(wanted, given, strict=True) if g is not None)
             # an embedding's, made with sparse=True, is not strided
-            found = {t: g.to_dense() if g.is_sparse else g for t, g in arrived}
+            found = {t: real_view(g.to_dense() if g.is_sparse else g) for t, g in arrived}
         outputs += [y.detach().float() for y in produced]
         input_gradients += [found[x].float() if x in found else None for x in inputs]
         passed = {g.untyped_storage()._cdata for _, g in pairs}
@@ -93,5 +116,5 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
                     passed.add(key)
     for parameter in trained:
         if parameter not in totals:
-            totals[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            totals[parameter] = real_view(torch.zeros_like(parameter)).float()
     return Replayed(outputs, input_gradients, totals)

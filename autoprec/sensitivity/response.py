@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from autoprec.device.ranks import local_part
+from autoprec.device.ranks import local_part, real_view
+from autoprec.sensitivity.hooks import of_dtype
 from autoprec.sensitivity.moments import Rule, State, moment_rule, number, outer, shape_rules
 
 SIZE = 0.5  # of d, in root mean squares of g
@@ -53,7 +54,7 @@ def measured_rule(
     """
     if parameter.grad is None:
         return None
-    g = local_part(parameter.grad.detach().to_dense()).float()
+    g = real_view(local_part(parameter.grad.detach().to_dense())).float()
     generator = torch.Generator(g.device).manual_seed(seed)
     products, squares = [], []
     for _ in range(2):
@@ -87,7 +88,7 @@ def _scatter(g: Tensor) -> Tensor:
 def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the parameter after one step of a copy of the optimizer, at a learning rate of 1."""
     own = local_part(parameter.detach()).clone().requires_grad_()
-    own.grad = gradient.to(own.dtype)
+    own.grad = of_dtype(gradient, own)
     # other parameters, in attributes of the optimizer, stay themselves
     memo: dict[int, Any] = {
         id(p): own if p is parameter else p for g in optimizer.param_groups for p in g["params"]
@@ -112,7 +113,7 @@ def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Te
     with torch.random.fork_rng(devices=[own.device] if own.device.type == "cuda" else []):
         torch.manual_seed(0)  # stochastic rounding is the same in all copies
         other.step()
-    return own.detach().float()
+    return real_view(own.detach()).float()
 
 
 def _fitting(

@@ -7,7 +7,7 @@ sign_coded    all of them from a few probes; the few that these leave in doubt, 
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -25,12 +25,19 @@ from autoprec.records import (
     Estimate,
     Gemm,
     LayerSensitivity,
-    Operand,
     OperandStatistics,
     Option,
 )
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Sides, gemm_casts
+from autoprec.sensitivity.doubts import (
+    doubtful_cells,
+    forward_casts,
+    guessed_cells,
+    large_cells,
+    on_their_own,
+    scatter,
+)
 from autoprec.sensitivity.hooks import change_backward
 from autoprec.sensitivity.joint import tied_with
 from autoprec.sensitivity.kinks import Key
@@ -44,28 +51,12 @@ log = logging.getLogger(__name__)
 LAYERS_PER_PROBE = 16  # in deep models layers are alike: their order takes more probes
 MOST_PROBES = 9  # per batch; 101 linears: 4 found 21 of the top 25 of a recipe, 9 found 23
 REFINED_BATCHES = 2
-# Where the response has few dimensions, two codes differ by more than this part of their mean in
-# all rows at once: 0.1 to 0.2 in decoders, 0.4 to 0.7 in a regression of images.
-SCATTERED = 0.3
 # Passes that measure whole recipes then, or where there are kinks: all of them on all batches where
 # that is enough, else the least certain on one batch.
 FEW_PASSES, GUESSED_PASSES = 20, 13
 # Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
 # that few tokens change is off by 2 to 3 on any two batches.
 KINK_DOUBT, CHOICE_DOUBT = 0.5, 1.0
-# Probes are linear in a layer's error. A healthy layer has a gradient error below 0.3 %; in layers
-# with 1 % and more in some option (planted outliers, on a GPT), the exact one was 1 to 25 times as
-# large.
-LARGE_ERROR = 0.01
-LARGE_CELLS = 24
-# Probes add the squares of channels, as if their errors were independent, and take backward for
-# the derivative of forward. A step of e4m3 is 1/16 to 1/8 of a value: from a mean of 4 spreads on
-# it is half a spread, and channels round alike (an offset of 16: 5 times the probed error). What
-# backward scales up again (straight-through estimators, scaled gradients) no probe sees: of a
-# recipe that lost 35 % of the gradients 40 to 600 times the probed error.
-ALIKE = 4.0  # |mean| / std
-LOST = 0.1  # of an operand's values, by underflow
-DOUBTFUL_CELLS = 8  # of many, in a deep model
 
 
 class Method(StrEnum):
@@ -83,6 +74,7 @@ class Table:
     rows: tuple[LayerSensitivity, ...]
     statistics: tuple[OperandStatistics, ...]
     refined: tuple[Cell, ...] = ()
+    together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
     kinks: Mapping[Cell, float] = field(default_factory=dict)  # the share of a row that they add
 
 
@@ -118,14 +110,16 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
     probes = _probed(reference, cells, probes=_count_probes(reference))
     rows = make_rows(probes, cells)
-    unlike = [cell for cell in cells if any(cell[0] in probe.unlike for probe in probes)]
+    unseen = {name for probe in probes for name in probe.unseen}
     statistics = from_first_rank(probes[0].statistics)
-    table = Table(Method.SIGN_CODED, rows, tuple(statistics), (), _added(probes, rows)[0])
-    guessed = guessed_cells(rows, is_kinked=_are_kinked(probes))
-    doubtful = doubtful_cells(rows, statistics)
-    refined = tuple(dict.fromkeys((*unlike, *large_cells(rows), *doubtful)))
+    kinks = _added(probes, rows)[0]
+    table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks)
+    table = measure_unseen(reference, table, unseen) if unseen else table
+    seen = [row for row in table.rows if row.name not in unseen]
+    guessed = guessed_cells(seen, is_kinked=_are_kinked(probes))
+    refined = tuple(dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics))))
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
-    along = {(name, forward_casts(option)) for name, option in refined if is_whole(option)}
+    along = {(name, forward_casts(option)) for name, option in refined}
     guessed = tuple(c for c in guessed if (c[0], forward_casts(c[1])) not in along)
     batches = len(reference.batches)
     if batches * len(guessed) > FEW_PASSES:
@@ -159,11 +153,52 @@ def refine_table(
     if not cells:
         return table
     exact = _exact_errors(reference, cells, batches, "largest rows")
-    share = 1.0 if batches >= len(reference.batches) else 0.5
+    return _with_exact(table, exact, share=1.0 if batches >= len(reference.batches) else 0.5)
+
+
+def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -> Table:
+    """Return a table whose rows of layers that probes do not see, or not whole, are measured.
+
+    BF16 and one whole recipe of each casts forward: one by one where GUESSED_PASSES are enough for
+    that, else neighbours together, whose rows are scaled to what they have jointly.
+    """
+    kinds: dict[Sides, dict[str, Option]] = {}
+    alone = {(row.name, row.option) for row in on_their_own(table.rows)}
+    for row in table.rows:
+        if row.name in names and ((row.name, row.option) in alone or not row.option.is_fp8):
+            kinds.setdefault(forward_casts(row.option), {}).setdefault(row.name, row.option)
+    count, batches = sum(map(len, kinds.values())), len(reference.batches)
+    batches = batches if count * batches <= GUESSED_PASSES else 1
+    most = count if count <= GUESSED_PASSES else GUESSED_PASSES // len(kinds)
+    groups = [
+        tuple(cells[n * len(cells) // most : (n + 1) * len(cells) // most])
+        for cells in ([*kind.items()] for kind in kinds.values())
+        for n in range(most)
+    ]
+    settings = {group: partial(_installed, reference, *group) for group in groups if group}
+    found = reference.measure_errors(settings, batches=batches, stage="sensitivity: unseen layers")
+    before = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    exact: dict[Cell, Estimate] = {}
+    for group, error in found.items():
+        total = math.fsum(before[cell] for cell in group)
+        for cell in group:
+            part = before[cell] / total if total > 0.0 else 1.0 / len(group)
+            scatter = None if error.stderr is None else error.stderr * part
+            exact[cell] = Estimate(mean=error.mean * part, stderr=scatter)
+    table = _with_exact(table, exact, share=1.0)
+    if most == count:
+        return table
+    return replace(table, refined=(), together=tuple(sorted(names)))
+
+
+def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -> Table:
+    """Return a table with exact rows, of which the probes keep a share."""
     ratios: dict[str, dict[Sides, float]] = {}  # of every layer, by its casts forward
+    alone = {(row.name, row.option) for row in on_their_own(table.rows)}
     for row in table.rows:
         found, before = exact.get((row.name, row.option)), row.grad_error.mean
-        if found is not None and is_whole(row.option) and min(found.mean, before) > 0.0:
+        is_own = (row.name, row.option) in alone
+        if found is not None and is_own and min(found.mean, before) > 0.0:
             ratio = (found.mean / before) ** share
             ratios.setdefault(row.name, {})[forward_casts(row.option)] = ratio
     known, rows = {*table.refined, *exact}, []
@@ -176,18 +211,8 @@ def refine_table(
             rows.append(_multiplied(row, of_layer.get(forward_casts(row.option), near)))
         else:
             rows.append(row)
-    refined = tuple(dict.fromkeys((*table.refined, *cells)))
+    refined = tuple(dict.fromkeys((*table.refined, *exact)))
     return replace(table, rows=tuple(rows), refined=refined)
-
-
-def forward_casts(option: Option) -> Sides:
-    """Return what an FP8 option's recipe casts forward, also where it keeps that GEMM in BF16."""
-    return gemm_casts(option.model_copy(update={"gemms_hp": ()}))[Gemm.OUTPUT]
-
-
-def is_whole(option: Option) -> bool:
-    """Whether an option runs all GEMMs in FP8 that its recipe does."""
-    return option.is_fp8 and not option.gemms_hp
 
 
 def _are_kinked(probes: Sequence[BatchProbe]) -> bool:
@@ -280,7 +305,7 @@ def _widened(
     rows: Sequence[LayerSensitivity], kinks: Mapping[Cell, float], choices: Mapping[Cell, float]
 ) -> tuple[LayerSensitivity, ...]:
     """Return rows with what their own standard errors do not know: of kinks, and of other rows."""
-    least = _scatter([row for row in rows if row.option.is_fp8])
+    least = scatter([row for row in rows if row.option.is_fp8])
     found = []
     for row in rows:
         mean, stderr = row.grad_error.mean, row.grad_error.stderr
@@ -318,77 +343,21 @@ def _estimate(
     return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
 
 
-def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
-    """Return the FP8 cells of layers whose error is too large for probes to be linear in it.
-
-    The most precise come first: a plan may still choose them.
-    """
-    fp8 = on_their_own(rows)
-    broken = {row.name for row in fp8 if row.grad_error.mean > LARGE_ERROR}
-    large = sorted((r for r in fp8 if r.name in broken), key=lambda row: row.grad_error.mean)
-    return tuple((row.name, row.option) for row in large[:LARGE_CELLS])
-
-
-def doubtful_cells(
-    rows: Sequence[LayerSensitivity], statistics: Sequence[OperandStatistics]
-) -> tuple[Cell, ...]:
-    """Return the whole recipes whose operands are not what probes assume, at any size of a row."""
-    doubts: dict[Cell, float] = {}  # in parts of what makes a cell doubtful
-    for row in (row for row in rows if is_whole(row.option)):
-        for found in statistics:
-            if found.name == row.name and found.operand is not Operand.WEIGHT:
-                lost = found.underflow.get(str(row.option.recipe), 0.0) / LOST
-                doubt = max((found.mean_over_std or 0.0) / ALIKE, lost)
-                cell = row.name, row.option
-                doubts[cell] = max(doubts.get(cell, 0.0), doubt)
-    worst = sorted(doubts, key=lambda cell: -doubts[cell])[:DOUBTFUL_CELLS]
-    return tuple(cell for cell in worst if doubts[cell] >= 1.0)
-
-
-def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple[Cell, ...]:
-    """Return one whole recipe of each layer and casts forward, where probes only guess; else none.
-
-    The least certain come first, by their standard errors in parts of the row.
-    """
-    whole = [row for row in rows if is_whole(row.option) and row.grad_error.mean > 0.0]
-    if not is_kinked and _scatter(whole) < SCATTERED:
-        return ()
-    ranked = sorted(whole, key=_doubt, reverse=True)
-    first = {(row.name, forward_casts(row.option)): row for row in reversed(ranked)}.values()
-    return tuple((row.name, row.option) for row in ranked if row in first)
-
-
-def _doubt(row: LayerSensitivity) -> float:
-    return (row.grad_error.stderr or 0.0) / row.grad_error.mean
-
-
-def _scatter(rows: Sequence[LayerSensitivity]) -> float:
-    """Return the root mean square of the rows' relative standard errors."""
-    known = [row.grad_error for row in rows if 0.0 < row.grad_error.mean < DIVERGED]
-    parts = [(error.stderr or 0.0) / error.mean for error in known]
-    return math.hypot(*parts) / math.sqrt(max(len(parts), 1))
-
-
-def on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
-    """Return the FP8 rows that do not go along with another, the whole recipe's."""
-    along = partly_fp8((row.name, row.option) for row in rows)
-    return [row for row in rows if row.option.is_fp8 and (row.name, row.option) not in along]
-
-
 def _exact_errors(
     reference: Reference, cells: Sequence[Cell], batches: int, stage: str
 ) -> dict[Cell, Estimate]:
     """Return the gradient error of every cell on the first `batches`."""
-    settings = {cell: partial(_installed, reference, *cell) for cell in cells}
+    settings = {cell: partial(_installed, reference, cell) for cell in cells}
     return reference.measure_errors(settings, batches=batches, stage=f"sensitivity: {stage}")
 
 
-def _installed(reference: Reference, name: str, option: Option) -> AbstractContextManager[object]:
-    """Run one layer in one option inside, the others and all activations in FP32.
+def _installed(reference: Reference, *cells: Cell) -> AbstractContextManager[object]:
+    """Run layers in their options inside, the others and all activations in FP32.
 
-    Layers that share its weight have it in BF16 with it.
+    Layers that share a weight with one of them have it in BF16 with it.
     """
-    options = {**dict.fromkeys(tied_with(reference.spec, [name]), BF16_O2), name: option}
+    own = dict(cells)
+    options = {**dict.fromkeys(tied_with(reference.spec, own), BF16_O2), **own}
     return install_options(reference.model, options, activation_dtype=torch.float32)
 
 
