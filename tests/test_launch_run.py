@@ -307,7 +307,7 @@ torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}},
 def test_an_evaluation_after_a_resume_is_the_one_before_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], *, model_first: bool
 ) -> None:
-    """Weights in the checkpoint are BF16 ones; the masters beside them count."""
+    """The checkpoint's weights are FP32 ones, rounded here as by `apply`; the masters count."""
     evaluate = """
 model.eval()
 with torch.no_grad():
@@ -315,7 +315,11 @@ with torch.no_grad():
 model.train()
 """
     save = """
-torch.save([model.state_dict(), optimizer.state_dict()], sys.argv[2])
+weights, masters = model.state_dict(), optimizer.state_dict()["state"]
+assert torch.equal(weights["first.weight"], masters[0]["master_weight"])
+assert model.first.state_dict(keep_vars=True)["weight"] is model.first.weight
+rounded = {name: value.bfloat16() for name, value in weights.items()}
+torch.save([rounded, optimizer.state_dict()], sys.argv[2])
 print(optimizer.state_dict()["state"][0]["master_weight"].double().sum().item())
 """
     load = ["model.load_state_dict(state[0])\n", "optimizer.load_state_dict(state[1])\n"]

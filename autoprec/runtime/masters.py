@@ -107,6 +107,14 @@ class Masters:
         stamp = self.agreed.setdefault(parameter, _stamp(parameter))
         stamp.version, stamp.pointer = parameter._version, parameter.data_ptr()
 
+    def saved(self, parameter: nn.Parameter) -> Tensor:
+        """Return the FP32 values that a parameter is rounded from, or else its own."""
+        values = [self.loaded[parameter][0]] if parameter in self.loaded else []
+        values += [value for value in (self.values[parameter],) if value is not None]
+        own = local_part(parameter.detach())
+        exact = (value for value in values if _is_rounded(local_part(value), own))
+        return next(exact, parameter.detach().float())
+
     @torch.no_grad()
     def round_down(self, parameter: nn.Parameter) -> None:
         """Round a master that was changed, of an average, into its parameter."""
@@ -172,8 +180,9 @@ class Masters:
             store.is_idle_copy = False
             logger.warning(
                 "a copy of a model with a plan is not trained: if it is an average of weights "
-                "(EMA), let torch.optim.swa_utils.AveragedModel update it, or make it of "
-                "autoprec.master_view(model); other updates of its BF16 weights lose small changes"
+                "(EMA), let torch.optim.swa_utils.AveragedModel update it by a multi_avg_fn (not "
+                "an avg_fn), or make it of autoprec.master_view(model); other updates of its BF16 "
+                "weights lose small changes"
             )
 
     def refresh(self, model: nn.Module) -> None:
@@ -304,6 +313,22 @@ class ExactLoads:
             if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
                 exact = value.detach().to(torch.float32, copy=True)
                 self.masters.loaded[parameter] = exact, parameter._version + 1  # torch copies next
+
+
+def save_exactly(modules: Iterable[nn.Module]) -> None:
+    """Make `state_dict` have FP32 masters in the place of these modules' BF16 parameters."""
+    for module in modules:
+        module.register_state_dict_post_hook(_give_masters)  # type: ignore[no-untyped-call]  # torch
+
+
+def _give_masters(module: nn.Module, state: Any, prefix: str, _: object) -> None:  # Any: see above
+    for name, parameter in module._parameters.items():
+        held = state.get(prefix + name)
+        if parameter is None or held is None or held is parameter:
+            continue  # not there, or asked for as the parameter that it is
+        store = next((store for store in LIVE if parameter in store.values), None)  # of BF16 ones
+        if store is not None and not store.is_idle_copy:  # which may be averaged through its state
+            state[prefix + name] = store.saved(parameter)
 
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:

@@ -45,6 +45,7 @@ from autoprec.runtime import attach_optimizer
 from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
+from autoprec.runtime.masters import save_exactly
 from autoprec.runtime.shards import whole_again
 from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
@@ -253,12 +254,14 @@ class Watch:
         for dtype in low:
             held = "%s is held in %s: the plan's FP32 masters start as copies of its weights"
             logger.warning(held, type(inner).__name__, dtype_name(dtype))
+        in_fp32 = [part for part in inner.modules() if _holds_fp32(part)]
         try:
             apply_plan(self.plan, model, *owned, is_guarded=self._guard is not None)
         except AutoprecError as error:
             self.failure = error
             self.stop()
             raise
+        save_exactly(in_fp32)  # the script's checkpoints are those of its FP32 model
         where = f"{type(inner).__name__} at {script_line()} ({moment})"
         self.applied.append(
             Applied(weakref.ref(inner), where, [type(one).__name__ for one in owned])
@@ -298,6 +301,10 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
+
+
+def _holds_fp32(module: nn.Module) -> bool:
+    return any(p is not None and p.dtype is torch.float32 for p in module._parameters.values())
 
 
 def _fits(plan: Plan, module: nn.Module) -> bool:
