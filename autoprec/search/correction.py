@@ -47,11 +47,15 @@ LEAST = 1e-12  # a gradient error below is none
 
 
 class Seen(NamedTuple):
-    """A plan and its measured joint gradient error, with the standard error."""
+    """A plan and its measured joint gradient error, with the standard error.
+
+    `overlap` is what several layers' kinks, counted once, are less than the table's sum.
+    """
 
     options: Options
     grad_error: float
     stderr: float
+    overlap: float = 0.0
 
 
 class Guess(NamedTuple):
@@ -204,16 +208,24 @@ class Correction:
 
 
 def seen_beside(costs: Costs, sensitivity: Sensitivity) -> tuple[Seen, ...]:
-    """Return the plans that the table was checked with, where all their cells have a price.
+    """Return the plans that the table was checked with, where all their cells have a price."""
+    return tuple(
+        Seen(one.options, one.grad_error.mean, one.grad_error.stderr or 0.0, one.overlap)
+        for one in sensitivity.joint
+        if all(o in row for o, row in zip(one.options, costs.prices, strict=True))
+    )
+
+
+def telling(costs: Costs, seen: Sequence[Seen]) -> tuple[Seen, ...]:
+    """Return the plans among those of the table's check that say something of others.
 
     None whose error is far below its sum: the table is too high, or errors cancel, which those of
     fewer layers need not do. One measurement does not tell which, so the table stands.
     """
     return tuple(
-        Seen(one.options, one.grad_error.mean, one.grad_error.stderr or 0.0)
-        for one in sensitivity.joint
-        if all(o in row for o, row in zip(one.options, costs.prices, strict=True))
-        and costs.grad_error(one.options) - one.overlap <= CANCELS * one.grad_error.mean
+        one
+        for one in seen
+        if costs.grad_error(one.options) - one.overlap <= CANCELS * one.grad_error
     )
 
 

@@ -1,6 +1,7 @@
 """Which whole plans to evaluate, in which order.
 
-1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2
+1. FP32 (free: it is the reference), the exact plan of the budget, uniform BF16 O2, and what the
+table was checked with, FP8 wherever it goes, if that keeps the budget: the table may be too high
 2. repair, where the exact plan's joint error breaks the budget that the sum of its parts kept
 3. the plan that promises most: from those that are best on the table as the measured plans correct
 it and on tables drawn from what they may be, and from the best one measured, on by changes of one
@@ -60,6 +61,10 @@ def _evaluate_seeds(study: PlanStudy, exact_plan: Options) -> SearchTrial | None
     evaluated = study.evaluate(exact_plan, source="exact")
     if bf16 in study.bases and not study.is_over():
         study.evaluate(bf16, source="uniform")
+    for seen in study.before:
+        plan = study.moves.nearest(seen.options)
+        if study.may_win(plan, seen) and not study.is_over():
+            study.evaluate(plan, source="checked")
     return evaluated
 
 

@@ -87,6 +87,17 @@ class Moves:
         found = [self._positions.get(key) for key in keys]
         return np.array(found, dtype=np.intp) if None not in found else None
 
+    def nearest(self, options: Options) -> Options:
+        """Return a plan, with the fastest choice of each group that has no such one."""
+        plan = list(options)
+        for group in self.problem.groups:
+            if tuple(options[i] for i in group.layers) not in group.choices:
+                costs = self.problem.costs
+                fastest = min(group.choices, key=lambda c: item_of(costs, group.layers, c).ms)
+                for index, option in zip(group.layers, fastest, strict=True):
+                    plan[index] = option
+        return tuple(plan)
+
     def solve(self, errors: Floats, budget: float, price: float) -> Indices | None:
         """Return a plan near the best one if these were the errors of the cells."""
         _, _, islands, where = self._table

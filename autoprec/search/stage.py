@@ -18,7 +18,7 @@ from autoprec.records import (
     SearchTrial,
     Sensitivity,
 )
-from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside
+from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside, telling
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
@@ -107,7 +107,7 @@ class _Solved:
 
     def digest(self, seed: int, is_table: bool) -> str:
         """Return a digest of all that decides what a study's trials mean."""
-        problem, before = self.problem, [repr(self.before)] if self.scale else []
+        problem, before = self.problem, [repr(self.before)] if self.before else []
         tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
         return short_digest(tables, self.budget, seed, is_table, *before)
 
@@ -118,7 +118,8 @@ def _solve_tables(
     costs = make_costs(profile, sensitivity)
     before = seen_beside(costs, sensitivity)
     # where no plan is measured, what was measured with the table is all there is
-    scale = fit_correction(Cells(costs), before) if before and not is_measured else None
+    others = telling(costs, before)
+    scale = fit_correction(Cells(costs), others) if others and not is_measured else None
     costs = scale.costs if scale else costs
     problem = make_problem(costs, constraint)
     budget = grad_error_budget(sensitivity, constraint)

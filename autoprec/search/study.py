@@ -27,7 +27,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from autoprec.records import Basis, Estimate, FrontPoint, SearchTrial
-from autoprec.search.correction import Cells, Correction, Seen, fit_correction
+from autoprec.search.correction import Cells, Correction, Seen, fit_correction, telling
 from autoprec.search.costs import is_all_fp32
 from autoprec.search.moves import Moves
 from autoprec.search.problem import Options, Problem, wide_groups
@@ -49,7 +49,7 @@ UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured 
 SURELY = 3.0  # deviations of an estimate below which a plan is not looked for
 NOTE = "autoprec"  # the trial's user attribute that holds a `_Note`
 DRAWN, FRONT = "drawn", "front"
-SEEDS = ("exact", "uniform")  # plans that every search evaluates; all others count as trials
+SEEDS = ("exact", "uniform", "checked")  # that every search evaluates; others count as trials
 DRAWS = 3  # of a table, from each of which a plan is looked for
 FIRST_CODE = 48  # "0"; each option is one character in a note
 
@@ -173,6 +173,16 @@ class PlanStudy:
             self._run(options, source)
         return self.known.get(options)
 
+    def may_win(self, options: Options, seen: Seen) -> bool:
+        """Whether a plan would be the best with what was measured of a like one.
+
+        Where nothing is measured, of the very same.
+        """
+        error = Estimate(mean=seen.grad_error, stderr=seen.stderr)
+        found = self._record(options, error)
+        is_it = self.measure is not None or options == seen.options
+        return is_it and found.feasible and (self.best is None or rank(found) < rank(self.best))
+
     def wait_for_others(self) -> bool:
         """Wait until another worker has finished a plan, or is gone; False where none is at one."""
         self.take_up()
@@ -241,7 +251,8 @@ class PlanStudy:
                 self.known[options] = record
                 self.trials.append(record)
         self.best = min((p for p in self.known.values() if p.feasible), key=rank, default=None)
-        self.seen = [one for one in self.before if one.options not in self.known]
+        before = telling(self.problem.costs, self.before)
+        self.seen = [one for one in before if one.options not in self.known]
         self.seen += [
             Seen(plan.options, plan.grad_error, plan.grad_error_stderr or 0.0)
             for plan in self.known.values()
