@@ -233,6 +233,39 @@ def test_a_wrong_argument_gets_one_clear_line(arguments: tuple[str, ...], run: R
     assert _is_one_line(err)
 
 
+def test_a_command_that_is_written_wrongly_is_told_how_it_is_written(run: Run) -> None:
+    told = {
+        ("compare", "a"): (
+            "a command is `autoprec compare [OPTIONS] BEFORE AFTER`, but 'AFTER' is missing; see "
+            "`autoprec compare --help`"
+        ),
+        ("doctor", "--tagret"): (
+            "a command is `autoprec doctor [OPTIONS]`, but no such option: --tagret; near to it: "
+            "--target; see `autoprec doctor --help`"
+        ),
+        ("plan", "shw"): (
+            "a command is `autoprec plan [OPTIONS] COMMAND [ARGS]...`, but no such command 'shw'; "
+            "near to it: show; see `autoprec plan --help`"
+        ),
+        ("search", "x", "--trials", "two"): (
+            "'--trials' must be a valid integer, but it is 'two'; see `autoprec search --help`"
+        ),
+        ("report", "a", "b"): (
+            "a command is `autoprec report [OPTIONS] FOLDER`, but got unexpected extra argument(s) "
+            "(b); see `autoprec report --help`"
+        ),
+        ("doctor", "--target"): (
+            "a command is `autoprec COMMAND [OPTIONS] ...`, but option '--target' requires an "
+            "argument; see `autoprec COMMAND --help`"
+        ),
+    }
+    for arguments, line in told.items():
+        assert run(*arguments) == (2, "", f"autoprec: error: {line}\n")
+    status, _, err = run("plan")
+    assert status == 2
+    assert err.startswith("Usage: autoprec plan")
+
+
 EDITS: dict[str, Callable[[str], str]] = {
     "an unknown field": lambda text: text.replace('"layers"', '"colour": 1, "layers"', 1),
     "an unknown version": lambda text: text.replace('"version": 2', '"version": 99', 1),

@@ -34,17 +34,17 @@ def test_without_a_terminal_a_stage_says_every_few_seconds_how_long_it_will_take
     told.show("steps", 1, 3)  # no time has passed: no line
     assert told.lines[:3] == [
         "layers ...",
-        "layers: 5 of 40 (12 %), about 35 s left",
-        "layers: 10 of 40 (25 %), about 30 s left",
+        "layers: 5 of 40 (12 %), 5 s, about 35 s left",
+        "layers: 10 of 40 (25 %), 10 s, about 30 s left",
     ]
-    assert told.lines[-2:] == ["layers: 40 of 40 (100 %)", "steps ..."]
+    assert told.lines[-2:] == ["layers: 40 of 40 (100 %), 40 s", "steps ..."]
 
 
 def test_a_stage_that_goes_on_where_it_stood_counts_from_there(told: Told) -> None:
     told.show("layers", 30, 40)
     told.now = 10.0
     told.show("layers", 35, 40)
-    assert told.lines[-1] == "layers: 35 of 40 (88 %), about 10 s left"
+    assert told.lines[-1] == "layers: 35 of 40 (88 %), 10 s, about 10 s left"
 
 
 @pytest.mark.parametrize("first", [0, 25])
@@ -61,7 +61,7 @@ def test_a_stage_that_starts_over_does_not_count_the_time_since_it_ended(
     assert told.lines[-2:] == [
         "verify: plan, seed 2 ...",
         f"verify: plan, seed 2: {first + 6} of {first + 25} ({100 * (first + 6) // (first + 25)} %)"
-        ", about 19 s left",
+        ", 5 s, about 19 s left",
     ]
 
 
@@ -82,11 +82,16 @@ def test_a_layer_that_takes_long_is_said_though_nothing_is_reported(told: Told) 
     told.now = 2.0
     told.show("layers", 1, 4)
     NOW.measures = "head in fp8_o1:rowwise"
-    for told.now in range(3, 13):
+    for told.now in range(3, 50):
         told.show.beat()
-    assert told.lines[1:] == [
-        "layers: 1 of 4 (25 %), about 15 s left: head in fp8_o1:rowwise",
-        "layers: 1 of 4 (25 %), about 30 s left: head in fp8_o1:rowwise",
+        if told.now == 40.0:
+            NOW.measures = "head in bf16_o2"
+    of = "layers: 1 of 4 (25 %)"
+    assert told.lines[1:] == [  # ever less often, until there is something new
+        f"{of}, 5 s, about 15 s left: head in fp8_o1:rowwise",
+        f"{of}, 15 s, about 45 s left: head in fp8_o1:rowwise",
+        f"{of}, 35 s, about 105 s left: head in fp8_o1:rowwise",
+        f"{of}, 41 s, about 123 s left: head in bf16_o2",
     ]
     told.show("layers", 4, 4)
     said = len(told.lines)

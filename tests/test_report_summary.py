@@ -16,6 +16,7 @@ from autoprec.records import (
     Verdict,
 )
 from autoprec.report import RunRecords, formats, summary_object
+from autoprec.report.answer_page import next_lines
 from autoprec.report.promise import Promise
 from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps
 from autoprec.report.summary import apply_line, summarise_run
@@ -332,21 +333,35 @@ def test_the_headline_is_against_what_the_user_runs_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "said"),
+    ("ratios", "said"),
     [
-        (1.0, "No certain gain over FP32: FP8 in 8 of 15 layers, 1.00x"),
-        (0.8, "Keep what you run: this plan"),
+        (
+            {"fp32": 1.01},
+            "No certain gain over FP32: FP8 in 8 of 15 layers, 1.01x (0.99x to 1.03x) as fast",
+        ),
+        ({"fp32": 0.8}, "Keep what you run: this plan is 0.80x as fast as FP32 (measured)"),
+        ({"fp32": 0.995}, "Keep what you run: this plan is 0.99x (0.98x to 1.01x) as fast"),
+        ({"as_written": 2.0, "fp32": 0.8}, "Train in FP32: this plan is 0.80x as fast as FP32"),
+        ({"as_written": 0.9, "fp32": 2.0}, "Keep what you run: this plan is 0.90x as fast as now"),
+        ({"bf16_o2": 1.01}, "Whether FP8 pays is not certain: FP8 in 8 of 15 layers"),
+        ({"bf16_o2": 0.995}, "FP8 is not worth it: the plan is 0.99x (0.98x to 1.01x) as fast"),
     ],
 )
-def test_what_gains_nothing_over_what_is_run_now_says_so_first(ratio: float, said: str) -> None:
+def test_what_gains_nothing_over_what_needs_no_plan_is_not_offered(
+    ratios: dict[str, float], said: str
+) -> None:
     run = make_run()
     proof = run.verification
     assert proof
-    plan_ms = next(each.timing.median_ms for each in proof.steps if each.label == "plan")
-    fp32 = step_of("fp32", ratio * plan_ms, H100, samples=12)
-    steps = tuple(fp32 if each.label == "fp32" else each for each in proof.steps)
-    changed = replace(run, verification=proof.model_copy(update={"steps": steps}))
-    assert summarise_run(changed).answer.headline.startswith(said)
+    steps = {each.label: each for each in proof.steps}
+    plan_ms = steps["plan"].timing.median_ms
+    steps |= {x: step_of(x, ratio * plan_ms, H100, samples=12) for x, ratio in ratios.items()}
+    proof = proof.model_copy(update={"steps": tuple(steps.values())})
+    found = summarise_run(replace(run, verification=proof))
+    assert found.answer.headline.startswith(said)
+    is_offered = any("apply" in line.text for line in next_lines(found, "out", ""))
+    assert is_offered is all(ratio > 1.0 for ratio in ratios.values())
+    assert found.answer.fp8.startswith("FP8 pays") is (is_offered and "bf16_o2" not in ratios)
 
 
 def test_a_step_that_is_not_the_device_s_own_time_is_said_to_be_none() -> None:

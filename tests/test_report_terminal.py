@@ -90,7 +90,7 @@ def test_the_layers_of_every_size_at_every_width() -> None:
     shown = [
         f"----- {name}, {width} columns\n{layers_text(run, width)}"
         for name, run in runs.items()
-        for width in WIDTHS
+        for width in (60, *WIDTHS)
     ]
     check_golden("layer_sizes.txt", "\n".join(shown))
 

@@ -273,8 +273,8 @@ def test_what_is_kept_says_its_cost_against_the_free_choice() -> None:
     assert search.free is not None
     assert search.free.options == (TENSORWISE, TENSORWISE)
     said = (
-        "--keep costs 1 ms a step (25 %), by the tables: 5 ms at a gradient error of 0.10 %, "
-        "the free choice 4 ms at 0.20 %"
+        "--keep costs 25 % of a step, by its layers' times; its gradient error is 0.10 %, "
+        "the free choice's 0.20 %"
     )
     assert said in plan.notes
     search, plan = planned(tables, keep=("a=fp8_o1",))
@@ -315,7 +315,7 @@ def test_a_kept_gain_that_is_not_sure_costs_no_time() -> None:
     search, plan = planned(tables_of(rows), keep=("a=fp8_o1",))
     assert search.free is not None
     assert search.free.options == (BF16_O2,)
-    assert any("no time, and gains 0.01 ms that are not sure" in note for note in plan.notes)
+    assert any("no time, and gains 0.25 % that are not sure" in note for note in plan.notes)
 
 
 def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:

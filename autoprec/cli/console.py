@@ -1,4 +1,4 @@
-"""What the command line draws while it works: bars on stderr; a line every few seconds without.
+"""What the command line draws while it works: bars on stderr; lines of what is new without.
 
 A thread looks once a second at what the process is at, so that a layer that takes a minute, or a
 `train_batches` that waits for a network, is not silent.
@@ -129,7 +129,7 @@ class Waits:
 
 
 class Lines:
-    """A progress that writes a line as a stage starts, and one every EVERY_S seconds.
+    """A progress that writes a line as a stage starts, and at most one every EVERY_S seconds.
 
     The time left is that of the share done: left = elapsed * (total - done) / done.
     """
@@ -139,30 +139,37 @@ class Lines:
         self.write, self.clock, self.waits = write, clock, Waits(write)
         self.begun: dict[str, tuple[float, int]] = {}  # by label: when, and what was done by then
         self.begins = Begins()
-        self.at, self.last = ("", 0, 0), float("-inf")
+        self.at, self.last, self.pause_s = ("", 0, 0), float("-inf"), EVERY_S
+        self.said = (self.at, "")
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Report progress."""
         self.at = label, done, total
         if self.begins(label, done, total):
             self.begun[label] = self.last, _ = self.clock(), done
+            self.said, self.pause_s = (self.at, NOW.measures), EVERY_S
             self.write(f"{label} ...")
         elif self.clock() - self.last >= EVERY_S:
             self.say()
 
     def say(self) -> None:
-        """Write how far the stage is, and what it is at."""
+        """Write how far the stage is, for how long by now, and what it is at."""
         now, (label, done, total) = self.clock(), self.at
         since, first = self.begun[label]
-        self.last = now
+        self.last, self.said = now, (self.at, NOW.measures)
         left = (now - since) * (total - done) / (done - first) if done > first else None
         about = "" if left is None or done >= total else f", about {left:.0f} s left"
         what = f": {NOW.measures}" if NOW.measures else ""
-        self.write(f"{label}: {done} of {total} ({100 * done / max(total, 1):.0f} %){about}{what}")
+        share = f"{100 * done / max(total, 1):.0f} %"
+        self.write(f"{label}: {done} of {total} ({share}), {now - since:.0f} s{about}{what}")
 
     def beat(self) -> None:
-        """Write a line if none was written for EVERY_S, though the stage is at the same."""
+        """Write a line every EVERY_S where there is news, and else whenever that has doubled."""
         self.waits.beat()
         is_waiting = NOW.waited()[1] >= EVERY_S  # that is said instead
-        if self.at[1] < self.at[2] and self.clock() - self.last >= EVERY_S and not is_waiting:
-            self.say()
+        has_news = self.said != (self.at, NOW.measures)
+        self.pause_s = EVERY_S if has_news else self.pause_s
+        if self.at[1] >= self.at[2] or is_waiting or self.clock() - self.last < self.pause_s:
+            return
+        self.pause_s *= 2
+        self.say()

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from autoprec.common.files import NO_ROOM
+from autoprec.common.text import shown_value
 from autoprec.errors import AutoprecError
 from autoprec.tuning.ranks import is_launched
 
@@ -24,7 +26,8 @@ def one_line_of(error: Exception) -> str | None:
     if isinstance(error, AutoprecError):
         return " ".join(str(error).split())
     if isinstance(error, TyperException):
-        return error.format_message()
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        return error.format_message() if is_help else _line_of_usage(error)
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         return (
             f"output must have somewhere to go, but writing failed ({error.strerror}); make room "
@@ -37,6 +40,25 @@ def one_line_of(error: Exception) -> str | None:
         f"what is run must fit into the device's memory, but {reason}; "
         "use smaller batches or a smaller model, or a larger device"
     )
+
+
+def _line_of_usage(error: TyperException) -> str:
+    """Return typer's words on a command line as ours: how it is written, what came, the way out."""
+    context, kind, cause = getattr(error, "ctx", None), type(error).__name__, error.__cause__
+    command = context.command_path if context else "autoprec COMMAND"
+    said, _, near = error.format_message().strip(" .").partition(" (Possible options: ")
+    said, _, close = said.partition(". Did you mean ")
+    near = (near or close).strip("?)").replace("'", "")
+    way_out = f"{f'near to it: {near}; ' if near else ''}see `{command} --help`"
+    if isinstance(cause, ValidationError):  # of one value
+        option, _, rule = said.removeprefix("Invalid value for ").partition(": Input should ")
+        came = shown_value(cause.errors()[0]["input"])
+        return f"{option} must {rule.partition(',')[0]}, but it is {came}; {way_out}"
+    if kind == "MissingParameter":
+        said = f"{said.split(' ', 2)[2]} is missing"
+    usage = " ".join(context.get_usage().split()[1:]) if context else f"{command} [OPTIONS] ..."
+    usage = usage.replace("{", "").replace("}", "").replace("[[ARGS]...]...", "[ARGS]...")
+    return f"a command is `{usage}`, but {said[:1].lower()}{said[1:]}; {way_out}"
 
 
 def drop_output() -> None:

@@ -50,12 +50,12 @@ Workload = Annotated[
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MODEL.py] [-- ARGS]",
+        metavar="MODEL.py | -- ARGS",
         help="The workload: FILE or FILE:NAME. With --script: the script's own arguments.",
     ),
 ]
-RunOrFile = Annotated[Path, typer.Argument(help="A run folder made by tune, or a plan or table.")]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder made by tune.")]
+RUN_OR_FILE = "A run folder made by tune, or a plan or table."
+RunFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A run folder made by tune.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan.")]
 Target = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -243,8 +243,8 @@ def report(
 
 @app.command()
 def compare(
-    before: RunOrFile,
-    after: RunOrFile,
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help=RUN_OR_FILE)],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help=RUN_OR_FILE)],
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -254,7 +254,9 @@ def compare(
             "layer decided otherwise). May be repeated.",
         ),
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="Print Markdown, for a pull request.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file, too.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -341,7 +343,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if isinstance(error, OSError):
             drop_output()
-        print(f"autoprec: error: {message}", file=sys.stderr)
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        print(f"{'' if is_help else 'autoprec: error: '}{message}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED

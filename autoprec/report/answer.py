@@ -29,7 +29,7 @@ class Advice(StrEnum):
     TUNE = "tune"  # there is none
     DISCARD = "discard"  # its loss is refuted
     LEAVE = "leave"  # FP32 everywhere: there is nothing to apply
-    SLOWER = "slower"  # beyond doubt slower than BF16 O2, or than what is run now
+    SLOWER = "slower"  # no faster than what needs no plan, or than BF16 O2 where it has FP8
     APPLY = "apply"
 
 
@@ -47,20 +47,39 @@ class Answer:
         plan = run.plan
         if plan is None:
             return cls(Advice.TUNE, "No plan yet: what is shown was measured so far")
-        fp8 = _fp8_sentence(plan, speedups.get("bf16_o2"))
+        fp8, rival = _fp8_sentence(plan, speedups.get("bf16_o2")), _rival(plan, speedups)
+        if rival or promise.verdict is Verdict.REFUTED:  # of what is slow or harmful nothing pays
+            fp8 = "" if fp8.startswith(PAYS) else fp8
         if promise.verdict is Verdict.REFUTED:
             said = promise.headline.removeprefix("but ")
-            fp8 = "" if fp8.startswith(PAYS) else fp8  # at a loss that is too high nothing pays
             return cls(Advice.DISCARD, f"Do not train with this plan: {said}", fp8)
         if set(plan.options) == {FP32}:
             return cls(Advice.LEAVE, "Train in FP32: there is nothing to apply", fp8)
-        bf16, now = speedups.get("bf16_o2"), speedups.get(_now(speedups))
-        if _has_fp8(plan) and bf16 and bf16.is_loss:
-            return cls(Advice.SLOWER, f"{LOSES}: {_slower(plan, bf16)}", fp8)
-        if now and now.is_loss and plan.constraint.memory_bytes is None:
-            said = f"Keep what you run: this plan is {_fast(now)} as {_named(run, _now(speedups))}"
-            return cls(Advice.SLOWER, said, fp8)
+        if rival:
+            return cls(Advice.SLOWER, _rival_sentence(run, plan, speedups, rival), fp8)
         return cls(Advice.APPLY, _plan_sentence(run, plan, speedups, promise), fp8)
+
+
+def _rival(plan: Plan, speedups: Mapping[str, Speedup]) -> str:
+    """Return the fastest step that the plan is no faster than, of those to run in its place.
+
+    Those are what is run now, FP32, and BF16 O2 in the place of FP8; "" where the plan beats them.
+    """
+    labels = ["bf16_o2"] if _has_fp8(plan) else []
+    if plan.constraint.memory_bytes is None:  # else the others may not fit
+        labels += [_now(speedups), "fp32"]
+    faster = [x for x in labels if x in speedups and speedups[x].value <= 1.0]
+    return min(faster, key=lambda label: speedups[label].value, default="")
+
+
+def _rival_sentence(
+    run: RunRecords, plan: Plan, speedups: Mapping[str, Speedup], rival: str
+) -> str:
+    speedup = speedups[rival]
+    if rival == "bf16_o2":
+        return f"{LOSES}: {_slower(plan, speedup)}"
+    advice = "Keep what you run" if rival == _now(speedups) else "Train in FP32"
+    return f"{advice}: this plan is {_fast(speedup)} as {_named(run, rival)} ({speedup.basis})"
 
 
 def plan_note(plan: Plan | None, start: str) -> str:
@@ -102,7 +121,7 @@ def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:
         return "" if note.startswith(PAYS) else note
     if bf16 is None:
         return note
-    if bf16.is_loss:
+    if bf16.value <= 1.0:
         return f"{LOSES} here: {_slower(plan, bf16)}"
     if not bf16.is_gain:
         return f"{UNSURE} here: the plan's speedup over BF16 O2 is {bf16}"
@@ -124,7 +143,9 @@ def _slower(plan: Plan, bf16: Speedup) -> str:
 
 
 def _fast(speedup: Speedup) -> str:
-    return f"{formats.ratio(speedup.value)} as fast"
+    """Return `1.28x as fast`, with the interval where that has both sides of 1 in it."""
+    is_sure = speedup.is_gain or speedup.is_loss
+    return f"{formats.ratio(speedup.value) if is_sure else speedup} as fast"
 
 
 def _has_fp8(plan: Plan) -> bool:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from autoprec.records import Basis, Verdict
 from autoprec.report import formats
-from autoprec.report.answer import Advice
+from autoprec.report.answer import LOSES, Advice
 from autoprec.report.summary import Summary, apply_line
 from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
 
@@ -55,7 +55,7 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("kept", found.keep_answer, ""),
         ("skipped", found.passed_over, ""),
         ("layers", found.counted.partition(": ")[2], ""),
-        *(("unknown", text, "") for text in found.left_out),
+        *(("left out", text, "") for text in found.left_out),
         ("check", sensitivity.table_check if sensitivity else "", ""),
         ("compile", found.compile_answer if has_plan else "", ""),
     ]
@@ -86,6 +86,8 @@ def next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[
             )
         case Advice.SLOWER if found.run.plan and found.run.plan.constraint.keep:
             yield Line("leave --keep out, and the search has the free choice")
+        case Advice.SLOWER if found.answer.headline.startswith(LOSES):
+            yield Line("for BF16 O2 in its place, tune with --keep '*=bf16_o2' --resume")
         case Advice.APPLY:
             yield from _beware_lines(found)
             run = f"autoprec run --plan {folder}/plan.json {script or 'TRAIN.py'}"
@@ -129,6 +131,7 @@ def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:
     if len(lines) > MOST_OF_ONE:
         last = lines[MOST_OF_ONE - 1]
         last.truncate(width - len(CUT))
+        last.rstrip()
         lines = [*lines[: MOST_OF_ONE - 1], last.append(CUT)]
     return lines
 

@@ -13,19 +13,19 @@ from autoprec.report.compare import ABSENT
 from autoprec.report.formats import and_more, clean_text, count_of
 from autoprec.report.layer_table import fold_names
 from autoprec.report.page import render
-from autoprec.report.text_table import Line, Part, Table, section
+from autoprec.report.text_table import BAD, GOOD, Line, Part, Table, notes, section
 
 MOST_ROWS = 20  # of one table; --json has them all
-GOOD, BAD = "bold green", "bold red"
 
 
 def comparison_parts(found: Comparison) -> list[Part]:
     """Return a comparison as lines and tables, the answer first."""
-    parts: list[Part] = [
-        Line(headline(found), "bold"),
-        Line(f"A: {found.before}; B: {found.after}"),
-    ]
-    parts += [Line(_alike(found.facts))]
+    parts: list[Part] = [Line(headline(found), "bold")]
+    for check in found.checks:
+        words = "passes" if check.is_good else "FAILS"
+        style = GOOD if check.is_good else BAD
+        parts.append(Line(f"{check.name}: {words} ({check.detail})", style))
+    parts += [Line(f"A: {found.before}; B: {found.after}"), Line(_alike(found.facts))]
     parts += [Line(""), _whole_table(found)]
     if rows := _decision_rows(found.decisions):
         parts += [
@@ -39,13 +39,7 @@ def comparison_parts(found: Comparison) -> list[Part]:
         heads = ("layer", "in", "A", "B", "B / A")
         parts += [*section("Gradient errors of layers"), *_table(heads, rows, "gradient error")]
     parts += [Line(""), Line(compared_text(found))]
-    parts += [Line(f"note: {clean_text(note)}", "dim") for note in found.notes]
-    for check in found.checks:
-        words = "passes" if check.is_good else "FAILS"
-        parts.append(
-            Line(f"{check.name}: {words} ({check.detail})", GOOD if check.is_good else BAD)
-        )
-    return parts
+    return [*parts, *notes(map(clean_text, found.notes))]
 
 
 def comparison_markdown(found: Comparison) -> str:
@@ -85,11 +79,12 @@ def headline(found: Comparison) -> str:
 def _plan_sentences(found: Comparison) -> Iterator[str]:
     step, speedup, error = found.step, found.speedup, found.grad_error
     if step and step.is_beyond_noise:
-        yield f"the plan's step time is {change_text(step)}"
+        yield f"the plan's step takes {change_text(step)} as long"
     if speedup and speedup.is_beyond_noise:
-        yield f"its speedup over {formats.step_title(speedup.name)} is {change_text(speedup)}"
+        over = formats.step_title(speedup.name)
+        yield f"its speedup over {over} is {change_text(speedup)} of A's"
     if error and error.is_beyond_noise:
-        yield f"its gradient error is {change_text(error)}"
+        yield f"its gradient error is {change_text(error)} of A's"
     if found.verdicts and found.verdicts[0] is not found.verdicts[1]:
         old, new = _verdict_texts(found)
         yield f"the verdict is {new}, not {old}"

@@ -162,6 +162,12 @@ def reason_code(row: Row) -> str:
     return "fp32-costs" if is_fp32 else "costs"
 
 
+def used_codes(rows: Iterable[Row]) -> dict[str, str]:
+    """Return what the codes of rows mean."""
+    used = {row["code"] for row in rows}
+    return {code: said for code, said in CODES.items() if code in used}
+
+
 def options_frame(run: RunRecords) -> "pd.DataFrame":
     """Return one row per layer and option that the records know of, with OPTION_COLUMNS."""
     import pandas as pd

@@ -17,15 +17,15 @@ from autoprec.report import formats
 from autoprec.report.formats import and_more
 from autoprec.report.layer_frame import (
     BASELINES,
-    CODES,
     COLUMNS,
     PARTS,
     Row,
     View,
     columns_of,
     frame_rows,
+    used_codes,
 )
-from autoprec.report.text_table import STYLES, Cell, Line, Part, Table
+from autoprec.report.text_table import GAP, STYLES, Cell, Line, Part, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,6 @@ WIDE_FROM = 124  # columns from which shapes and times are shown
 ONE_LINE_FROM = 100  # columns from which a row is one line, and long names lose their middle
 SHORTEST_NAME = 16
 CODE_WIDTH = 12
-GAP = 2  # columns between those of a table
 OPTION_SUMS = [*(f"{part}_ms" for part in (*PARTS, "total")), "p20_ms", "p80_ms"]
 OPTION_SUMS += ["samples", "grad_error", "memory_bytes"]
 WEAKEST_LAST = (Basis.MEASURED, Basis.TRANSFERRED, Basis.PREDICTED)  # of what has a value
@@ -93,8 +92,8 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
     columns = columns_of(View.WIDE if width >= WIDE_FROM else View.NARROW, [*shown, total])
     texts = [[column.show(row[column.name]) for column in columns] for row in (*shown, total)]
     heads = [column.title.replace("gradient ", "gradient\n") for column in columns]
-    used = [code for code in CODES if any(row["code"] == code for row in shown)]
-    below = [Line(f"{code:{CODE_WIDTH}}{CODES[code]}", "dim") for code in used]
+    used = used_codes(shown).items()
+    below = [Line(f"{code:{CODE_WIDTH}}{said}", "dim") for code, said in used]
     if width >= ONE_LINE_FROM:  # what the other columns leave is the name's
         others = [
             max(len(part) for text in (head, *cells) for part in text.split("\n")) + GAP

@@ -6,7 +6,7 @@ The HTML is a fragment of its own: no script, no class of a page's style sheet, 
 from autoprec.records import Plan
 from autoprec.report import formats
 from autoprec.report.formats import and_more, clean_text
-from autoprec.report.layer_frame import Row, View, columns_of, frame_rows
+from autoprec.report.layer_frame import Row, View, columns_of, frame_rows, used_codes
 from autoprec.report.layer_table import fold_layers
 from autoprec.report.page import render
 from autoprec.report.runs import RunRecords
@@ -34,8 +34,9 @@ def run_html(records: RunRecords) -> str:
     rows = _by_option(found)
     rest = sum(row["layers"] for row in rows[MOST_ROWS:])
     lines = [*_sentences(found), *and_more(rest, "layer")]
-    columns = columns_of(View.WIDE, rows)
-    return render("notebook.html", lines=lines, columns=columns, rows=rows[:MOST_ROWS])
+    columns, rows = columns_of(View.WIDE, rows), rows[:MOST_ROWS]
+    codes = used_codes(rows)
+    return render("notebook.html", lines=lines, columns=columns, rows=rows, codes=codes)
 
 
 def _sentences(found: Summary) -> list[str]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from autoprec import __version__
 from autoprec.report import figures, formats, tables
 from autoprec.report.answer_page import answer_facts, next_lines
-from autoprec.report.layer_frame import CODES, View, columns_of, options_frame
+from autoprec.report.layer_frame import View, columns_of, options_frame, used_codes
 from autoprec.report.layer_table import layer_groups, total_row
 from autoprec.report.runs import RunRecords
 from autoprec.report.summary import summarise_run
@@ -61,7 +61,7 @@ def render_html(run: RunRecords) -> str:
         most_groups=MOST_GROUPS,
         columns=columns_of(View.PAGE, [*(group.row for group in groups), total]),
         total=total,
-        codes=CODES,
+        codes=used_codes(group.row for group in groups),
         offsets=_offsets(run),
         refusals={x.name: x.refusals for x in run.profile.model.layers} if run.profile else {},
     )

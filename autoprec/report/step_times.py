@@ -38,7 +38,8 @@ class Speedup:
 
     def __str__(self) -> str:
         """Return `1.28x (1.26x to 1.30x)`."""
-        interval = formats.interval(self.low, self.high, formats.ratio)
+        low, high = (None, None) if self.low == self.high else (self.low, self.high)
+        interval = formats.interval(low, high, formats.ratio)
         return formats.ratio(self.value) + (f" ({interval})" if interval else "")
 
     @property

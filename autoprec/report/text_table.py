@@ -4,17 +4,21 @@ Every cell becomes a rich `Text`: nothing in a name is markup. Output is ASCII a
 named and from rich's box, which turns ASCII by itself where the terminal cannot show lines.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from autoprec.records import Precision, Verdict
-from autoprec.report.formats import clean_text
+from autoprec.report.formats import UNKNOWN, clean_text
 
+GAP = 2  # columns between those of a table
+INDENT = (0, 0, 0, 2)  # of a row's numbers, where they stand below it
+NARROWEST = 14  # columns that a text may be folded into
 GOOD, BAD = "bold green", "bold red"
 STYLES = {
     Precision.FP8_O1: GOOD,
@@ -71,8 +75,46 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
     for part in parts:
         if isinstance(part, Line):
             console.print(shown_text(part, console), highlight=False, soft_wrap=part.is_whole)
-        else:
+        elif _least_width(part) <= console.width:
             console.print(_rich_table(part, console), highlight=False)
+        else:
+            for head, numbers in _stacked(part):
+                print_parts([head], console)
+                if numbers.text:
+                    console.print(Padding(shown_text(numbers, console), INDENT), highlight=False)
+
+
+def _least_width(table: Table) -> int:
+    """Return the columns of a terminal below which a table is not readable."""
+    texts = [[_plain(row[i]).split("\n") for row in table.rows] for i in range(len(table.heads))]
+    longest = [max((len(line) for cell in column for line in cell), default=0) for column in texts]
+    heads = [max(map(len, head.split("\n"))) for head in table.heads]
+    widths = [
+        max(own, head) if index in table.numbers else min(max(own, head), NARROWEST)
+        for index, (own, head) in enumerate(zip(longest, heads, strict=True))
+    ]
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _stacked(table: Table) -> Iterator[tuple[Line, Line]]:
+    """Yield two lines a row: what it is about and its texts, then its numbers by their names."""
+    for row in table.rows:
+        texts, numbers = [], []
+        for i, cell in enumerate(row[1:], start=1):
+            text = " ".join(_plain(cell).split())
+            if text in ("", UNKNOWN):
+                continue
+            is_number, head = i in table.numbers, " ".join(table.heads[i].split())
+            (numbers if is_number else texts).append(f"{head} {text}" if is_number else text)
+        first = row[0] if isinstance(row[0], Line) else Line(_plain(row[0]))
+        said = f"{first.text}: {', '.join(texts)}" if texts else first.text
+        yield Line(said, first.style), Line(", ".join(numbers))
+
+
+def _plain(cell: Cell) -> str:
+    if isinstance(cell, tuple):
+        return "\n".join(line.text for line in cell)
+    return cell.text if isinstance(cell, Line) else cell
 
 
 def _rich_table(table: Table, console: Console) -> RichTable:

@@ -105,15 +105,14 @@ def _keep_note(search: Search) -> str:
         return ""
     if free.options == own.options:
         return f"{KEEP_COSTS} nothing: the free choice is the same"
-    more_ms, more = own.step_ms - free.step_ms, own.step_ms / max(free.step_ms, SHORTEST_MS) - 1.0
-    time = f"{more_ms:.3g} ms a step ({percent(more)})"
-    if more_ms < SHORTEST_MS:  # the search waives gains that are not sure, --keep does not
-        unsure = f", and gains {-more_ms:.3g} ms that are not sure"
-        time = f"no time{unsure if more_ms < -SHORTEST_MS else ''}"
+    # shares and no ms: whole steps are timed too, and their ms are others
+    more = own.step_ms / max(free.step_ms, SHORTEST_MS) - 1.0
+    time = f"{percent(more)} of a step"
+    if own.step_ms - free.step_ms < SHORTEST_MS:  # the search waives gains that are not sure
+        time = f"no time, and gains {percent(-more)} that are not sure" if more < 0.0 else "no time"
     return (
-        f"{KEEP_COSTS} {time}, by the tables: {own.step_ms:.4g} ms at a gradient error of "
-        f"{percent(own.grad_error)}, the free choice {free.step_ms:.4g} ms at "
-        f"{percent(free.grad_error)}"
+        f"{KEEP_COSTS} {time}, by its layers' times; its gradient error is "
+        f"{percent(own.grad_error)}, the free choice's {percent(free.grad_error)}"
     )
 
 
