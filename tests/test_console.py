@@ -65,16 +65,17 @@ def test_a_stage_that_starts_over_does_not_count_the_time_since_it_ended(
     ]
 
 
-def test_a_stage_that_starts_over_has_a_new_bar() -> None:
-    bars = Bars()
-    drawn = Drawn(bars)
-    for label, done in [("seed 1", 25), ("seed 2", 25), ("seed 1", 1)]:
+def test_a_terminal_has_one_bar_and_a_line_for_each_stage_that_ended() -> None:
+    bars, lines, now = Bars(), list[str](), [0.0]
+    drawn = Drawn(bars, lines.append, lambda: now[0])
+    ends = [("layers", 25), ("verify: seed 1", 25), ("verify: seed 2", 3), ("verify: seed 1", 1)]
+    for label, done in ends:
         drawn(label, done, 25)
-    assert [(task.description, task.completed) for task in bars.tasks] == [
-        ("seed 2", 25),
-        ("seed 1", 1),
-    ]
-    assert bars.tasks[-1].finished_time is None
+        now[0] += 10.0
+    (bar,) = bars.tasks
+    assert (bar.description, bar.completed, bar.visible) == ("verify: seed 1", 1, True)
+    drawn.end_for()
+    assert (bar.visible, lines) == (False, ["layers: 10 s", "verify: 30 s"])
 
 
 def test_a_layer_that_takes_long_is_said_though_nothing_is_reported(told: Told) -> None:

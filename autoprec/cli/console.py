@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,7 +28,7 @@ Clock = Callable[[], float]
 
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
-    """Draw a bar per stage on stderr, with the time that is left; in a pipe, lines."""
+    """Draw the bar of what is at work on stderr, with the time left; in a pipe, lines."""
     console = Console(stderr=True)
 
     def write(line: str) -> None:
@@ -42,15 +41,18 @@ def drawn_progress() -> Iterator[Progress]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    with Bars(*columns, *times, console=console) as bars:
-        drawn, waits = Drawn(bars), Waits(write)
+    with Bars(*columns, *times, console=console, transient=True) as bars:
+        drawn, waits = Drawn(bars, write, time.monotonic), Waits(write)
 
         def beat() -> None:
             waits.beat()
             drawn.beat()
 
         with _beating(beat):
-            yield drawn
+            try:
+                yield drawn
+            finally:
+                drawn.end_for()
 
 
 @contextmanager
@@ -88,27 +90,38 @@ class Begins:
 
 
 class Drawn:
-    """A progress that is a bar for each stage."""
+    """A progress that is one bar, of what is at work; a stage that has ended is a line above it.
 
-    def __init__(self, bars: Bars) -> None:
-        """Take where the bars are."""
-        self.bars, self.begins = bars, Begins()
-        self.tasks: dict[str, TaskID] = {}  # by label; the last is the one at work
+    Bars of all that was done would be more than a terminal has lines for.
+    """
+
+    def __init__(self, bars: Bars, write: Callable[[str], None], clock: Clock) -> None:
+        """Take where the bar and the lines are."""
+        self.bars, self.write, self.clock = bars, write, clock
+        self.begins, self.label, self.since = Begins(), "", clock()
+        self.bar = bars.add_task("", visible=False, now="")
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """Report progress."""
-        if self.begins(label, done, total):
-            for task in self.tasks.values():
-                self.bars.update(task, now="")
-            if label in self.tasks:
-                self.bars.remove_task(self.tasks.pop(label))
-            self.tasks[label] = self.bars.add_task(label, total=total, now="")
-        self.bars.update(self.tasks[label], completed=done, total=total)
+        if self.begins(label, done, total) or label != self.label:
+            self.end_for(label)
+            self.bars.reset(self.bar, description=label, visible=True, now="")
+        self.bars.update(self.bar, completed=done, total=total)
+
+    def end_for(self, label: str = "") -> None:
+        """Say how long the stage at work took, if `label` is of another; "": hide the bar."""
+        ended, begun = (each.partition(":")[0] for each in (self.label, label))
+        self.label = label
+        self.bars.update(self.bar, visible=bool(label))
+        if ended != begun:
+            now, since = self.clock(), self.since
+            self.since = now
+            if ended:
+                self.write(f"{ended}: {now - since:.0f} s")
 
     def beat(self) -> None:
         """Say what the stage is at."""
-        for task in list(self.tasks.values())[-1:]:
-            self.bars.update(task, now=NOW.measures)
+        self.bars.update(self.bar, now=NOW.measures)
 
 
 class Waits:

@@ -99,7 +99,7 @@ def _least_width(table: Table) -> int:
 def _stacked(table: Table) -> Iterator[tuple[Line, Line]]:
     """Yield two lines a row: what it is about and its texts, then its numbers by their names."""
     for row in table.rows:
-        texts, numbers = [], []
+        texts, numbers = list[str](), list[str]()
         for i, cell in enumerate(row[1:], start=1):
             text = " ".join(_plain(cell).split())
             if text in ("", UNKNOWN):
