@@ -64,7 +64,7 @@ E_SCALE = {BF16_O2: 0.02, TENSORWISE: 1.0, ROWWISE: 0.7, GW_HP: 0.45}
 SOFTWARE = {"python": "3.11.2", "torch": "2.13.0", "torchao": "0.18.0", "autoprec": "0.1.0"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as an argument that is remembered
 class Machine:
     """Rates in billions of multiply-adds per ms, and what FP8 costs beside its GEMMs."""
 
@@ -91,6 +91,7 @@ CPU = Machine(
 )
 
 
+@cache
 def make_run(
     *,
     blocks: int = 2,
@@ -132,6 +133,7 @@ def make_run(
     )
 
 
+@cache
 def predicted_run(device: str = "h100-sxm", *, memory_gb: float | None = None) -> RunRecords:
     """Return the profile and the plan of a small decoder for a device that is not here."""
     profile = predict_profile(

@@ -15,6 +15,7 @@ import pytest
 
 from autoprec.cli.main import main
 from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
+from autoprec.tuning import doctor
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
 Run = Callable[..., tuple[int, str, str]]
@@ -311,7 +312,7 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(run: Run, tmp_path: Path)
     """The interrupt comes from the workload, in the stage after the profile, and not by a clock."""
     out = tmp_path / "run"
     arguments = ["tune", str(_workload(tmp_path, loss_fn=INTERRUPTED_ONCE)), "--out", str(out)]
-    arguments += ["--trials", "0", "--no-verify", "--json"]
+    arguments += ["--trials", "0", "--no-verify", "--json", "--target", "h100-sxm"]
     command = [sys.executable, "-m", "autoprec", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 130, ended.stderr
@@ -367,7 +368,8 @@ def test_the_version_is_told(run: Run) -> None:
     assert re.fullmatch(r"autoprec \S+, torch \S+, torchao \S+\n", out)
 
 
-def test_doctor_is_healthy_here(run: Run) -> None:
+def test_doctor_is_healthy_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "GEMM", doctor.SMALL_GEMM)
     status, out, _ = run("doctor", "--json")
     found = json.loads(out)
     assert status == 0

@@ -1,36 +1,57 @@
-"""`autoprec devices` as a user runs it: in a process of its own, output and exit status."""
+"""`autoprec devices` as a user runs it: output and exit status."""
 
 import csv
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-CODE = (
-    "import sys; from autoprec.cli.devices import devices_app as app; "
-    "from autoprec.errors import AutoprecError\n"
-    "try: app(standalone_mode=False)\n"
-    "except AutoprecError as error: print(error, file=sys.stderr); sys.exit(2)\n"
-    "sys.exit('torch' in sys.modules)"
-)
+from autoprec.cli.main import main
 
 
-def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a devices command without torch; exit status 1 would mean that torch was imported."""
-    command = [sys.executable, "-c", CODE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+class Done(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: str, status: int = 0) -> Done:
+        with pytest.raises(SystemExit) as leaving:
+            main(["devices", *arguments])
+        found = capsys.readouterr()
+        assert leaving.value.code == status, found.err
+        return Done(found.out, found.err)
+
+    return call
+
+
+def test_no_command_but_measure_needs_torch(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("device,M,K,N\nh200,4096,8192,1024\n")
+    code = (
+        "import sys; from autoprec.cli.devices import devices_app as app\n"
+        "for words in (['list'], ['show', 'h100'], ['predict', '--csv', sys.argv[1]]):\n"
+        "    app(words, standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(table)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def rows(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_list_and_show_name_every_device_and_source() -> None:
+def test_list_and_show_name_every_device_and_source(run: Run) -> None:
     listed = run("list").stdout
     assert "h100-sxm" in listed
     assert "no FP8: the A100" in listed
@@ -43,7 +64,7 @@ def test_list_and_show_name_every_device_and_source() -> None:
     assert json.loads(run("show", "h100-sxm", "--json").stdout)["kind"] == "device_profile"
 
 
-def test_predict_prints_times_and_speedups_with_intervals() -> None:
+def test_predict_prints_times_and_speedups_with_intervals(run: Run) -> None:
     text = run("predict", "h100-sxm", "--shape", "8192x4096x14336").stdout
     for word in (
         "output",
@@ -65,7 +86,7 @@ def test_predict_prints_times_and_speedups_with_intervals() -> None:
     )
 
 
-def test_predict_says_why_fp8_cannot_run() -> None:
+def test_predict_says_why_fp8_cannot_run(run: Run) -> None:
     text = run("predict", "h100-sxm", "--shape", "8192x4096x10").stdout
     assert "N=10 is not a multiple of 16" in text
     found = json.loads(run("predict", "a100", "--shape", "64x64x64", "--eager", "--json").stdout)
@@ -91,14 +112,18 @@ def test_predict_says_why_fp8_cannot_run() -> None:
         (("predict", "--csv", "/nowhere.csv", "--shape", "16x16x16"), "--shape came with it"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments: tuple[str, ...], words: str) -> None:
+def test_bad_input_is_one_line_and_status_2(
+    run: Run, arguments: tuple[str, ...], words: str
+) -> None:
     done = run(*arguments, status=2)
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
 
 
-def test_a_csv_keeps_its_columns_order_and_rows(tmp_path: Path) -> None:
+def test_a_csv_keeps_its_columns_order_and_rows(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     table = tmp_path / "rows.csv"
     table.write_text(
         "tag,device,M,K,N,recipe,compiled\n"
@@ -125,10 +150,10 @@ def test_a_csv_keeps_its_columns_order_and_rows(tmp_path: Path) -> None:
     assert found[4]["bf16_total_ms"] == ""
     assert float(found[5]["speedup"]) > 1
     assert "K must be a positive whole number" in found[6]["refusal"]
-    assert "2 of 7 rows not predicted" in done.stderr
+    assert "2 of 7 rows not predicted" in caplog.text
 
 
-def test_a_csv_says_the_same_as_a_single_prediction(tmp_path: Path) -> None:
+def test_a_csv_says_the_same_as_a_single_prediction(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N\nh200,4096,8192,1024\n")
     row = rows(run("predict", "--csv", str(table), "--recipe", "rowwise").stdout)[0]
@@ -138,13 +163,13 @@ def test_a_csv_says_the_same_as_a_single_prediction(tmp_path: Path) -> None:
     assert float(row["fp8_cast_ms"]) == pytest.approx(single["fp8"]["cast_ms"], rel=1e-4)
 
 
-def test_a_csv_without_its_columns_is_an_error(tmp_path: Path) -> None:
+def test_a_csv_without_its_columns_is_an_error(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K\nh100,16,16\n")
     assert "lacks N" in run("predict", "--csv", str(table), status=2).stderr
 
 
-def test_a_csv_of_which_nothing_is_predicted_still_has_its_rows(tmp_path: Path) -> None:
+def test_a_csv_of_which_nothing_is_predicted_still_has_its_rows(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N\nZ80,16,16,16\n/nowhere.json,16,16,16\nh100,16,16,16,16\n")
     done = run("predict", "--csv", str(table), status=2)
@@ -155,7 +180,7 @@ def test_a_csv_of_which_nothing_is_predicted_still_has_its_rows(tmp_path: Path) 
         assert words in row["refusal"]
 
 
-def test_a_name_is_for_rows_without_a_device(tmp_path: Path) -> None:
+def test_a_name_is_for_rows_without_a_device(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N\n,4096,4096,4096\nb200,4096,4096,4096\n")
     found = rows(run("predict", "h200", "--csv", str(table)).stdout)
@@ -164,7 +189,9 @@ def test_a_name_is_for_rows_without_a_device(tmp_path: Path) -> None:
     assert rows(run("predict", "h200", "--csv", str(table)).stdout)[0]["profile"] == "h200"
 
 
-def test_a_column_that_the_input_has_is_told_from_the_predicted_one(tmp_path: Path) -> None:
+def test_a_column_that_the_input_has_is_told_from_the_predicted_one(
+    run: Run, tmp_path: Path
+) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N,Speedup,profile\nh200,4096,4096,4096,9.5,mine\n")
     text = run("predict", "--csv", str(table)).stdout
@@ -192,7 +219,7 @@ def test_a_full_disk_is_one_line() -> None:
     assert "No space left on device" in done.stderr
 
 
-def test_an_empty_table_is_its_header_alone(tmp_path: Path) -> None:
+def test_an_empty_table_is_its_header_alone(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N,recipe,compiled\n")
     assert rows(run("predict", "--csv", str(table)).stdout) == []

@@ -224,7 +224,7 @@ def titan_converters(text: str) -> list[TitanConverter.Config]:
     return converters
 
 
-@examples(50)
+@examples(20)
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, ROWWISE, BF16_O2]), min_size=1))
 def test_torchtitan_filters_are_exact_or_refused(options: dict[str, Option]) -> None:
     options = {name: option for name, option in options.items() if not name.endswith("norm")}
@@ -278,7 +278,7 @@ def megatron_config(file: dict[str, Any], name: str) -> str:  # Any: YAML values
     raise AssertionError("nothing fits")
 
 
-@examples(50)
+@examples(20)
 @given(st.dictionaries(NAMES, st.sampled_from([TENSORWISE, BF16_O2]), min_size=1), NAMES)
 def test_megatron_matchers_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"every other module": TENSORWISE, **options}
@@ -313,7 +313,7 @@ def test_megatron_refuses_what_its_file_has_no_word_for() -> None:
         export_plan(plan({"a": TENSORWISE}, fp8_all_gather=True), "megatron")
 
 
-@examples(50)
+@examples(20)
 @given(NAMES, NAMES)
 def test_an_exact_glob_fits_its_name_only(name: str, other: str) -> None:
     assert fnmatch.fnmatch(name, exact_glob(name))
@@ -346,7 +346,7 @@ def engine_feature(option: Option) -> list[Any]:  # Any: YAML values
     }.get(option, [OFF])
 
 
-@examples(50)
+@examples(20)
 @given(st.dictionaries(NAMES, FP8_OR_NOT, min_size=1), NAMES)
 def test_transformer_engine_patterns_are_exact(options: dict[str, Option], stranger: str) -> None:
     options = {"layers.1": TENSORWISE, **options}
@@ -417,7 +417,7 @@ def test_an_unknown_target_is_named_with_the_known_ones() -> None:
         export_plan(plan(TRAPS), "deepspeed")
 
 
-@examples(50)
+@examples(20)
 @given(st.text(st.characters(codec="utf-8")))
 def test_yaml_strings_read_back_to_the_character(text: str) -> None:
     assert yaml.safe_load(yaml_string(text)) == text

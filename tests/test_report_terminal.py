@@ -3,9 +3,9 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -18,12 +18,14 @@ from autoprec.records import (
     Refusal,
     Verdict,
 )
-from autoprec.report import RunRecords, formats, print_layers, print_record, print_summary
+from autoprec.report import RunRecords, formats, layers_frame, print_record, print_summary
+from autoprec.report.answer_page import print_answer
 from autoprec.report.formats import clean_text
 from autoprec.report.layer_frame import CODES, reason_code
-from autoprec.report.layer_table import fold_layers
+from autoprec.report.layer_table import fold_layers, layers_parts
 from autoprec.report.page import render_html
-from autoprec.report.summary import summarise_run
+from autoprec.report.summary import Summary, summarise_run
+from autoprec.report.text_table import print_parts
 from autoprec.tuning.plan import Plan as PlanWithVerbs
 from tests.golden_text import check_golden
 from tests.report_runs import (
@@ -71,46 +73,42 @@ def record_text(record: Record) -> str:
     return printed(target)
 
 
-@cache
-def sized(*, layers: int | None = None, blocks: int = 2) -> RunRecords:
-    return make_run(layers=layers, blocks=blocks)
-
-
 def test_the_answer_in_every_case_at_80_and_120_columns() -> None:
     check_golden("answers.txt", sections(answers(), (80, 120)))
 
 
 def test_the_answer_of_every_size_at_every_width() -> None:
-    sizes = {f"{count} layers": sized(layers=count) for count in (5, 30, 300)}
+    sizes = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
     check_golden("answer_sizes.txt", sections(sizes, WIDTHS))
 
 
 def test_the_layers_of_every_size_at_every_width() -> None:
-    runs = {f"{count} layers": sized(layers=count) for count in (5, 30, 300)}
+    runs = {f"{count} layers": make_run(layers=count) for count in (5, 30, 300)}
     shown = [
-        f"----- {name}, {width} columns\n{layers_text(run, width)}"
-        for name, run in runs.items()
+        f"----- {name}, {width} columns\n{layers_text(frame, width)}"
+        for name, frame in ((name, layers_frame(run)) for name, run in runs.items())
         for width in (60, *WIDTHS)
     ]
     check_golden("layer_sizes.txt", "\n".join(shown))
 
 
-def layers_text(run: RunRecords, width: int) -> str:
+def layers_text(frame: pd.DataFrame, width: int) -> str:
     target = console(width)
-    print_layers(run, target)
+    print_parts(layers_parts(frame, width), target)
     return printed(target)
 
 
-@pytest.mark.parametrize("width", WIDTHS[1:])
-def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name(width: int) -> None:
+def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name() -> None:
     names = {"head": "model." + "very_long_name." * 12 + "head"}
-    lines = layers_text(renamed(sized(blocks=40), names), width).splitlines()
-    rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))
-    rows = lines[rule + 1 : lines.index(" " * width)]
-    folded = fold_layers(summarise_run(sized(blocks=40)).layers)
-    assert len(rows) == len(folded)
-    assert max(map(len, lines)) <= width
-    assert any(row.startswith("model.") and "..." in row and "name.head " in row for row in rows)
+    frame = layers_frame(renamed(make_run(blocks=40), names))
+    for width in WIDTHS[1:]:
+        lines = layers_text(frame, width).splitlines()
+        rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))
+        rows = lines[rule + 1 : lines.index(" " * width)]
+        assert len(rows) == len(fold_layers(frame))
+        assert max(map(len, lines)) <= width
+        heads = [row for row in rows if row.startswith("model.") and "name.head " in row]
+        assert any("..." in row for row in heads)
 
 
 def test_the_code_of_a_reason_follows_from_the_layer_s_times() -> None:
@@ -134,10 +132,16 @@ def test_the_code_of_a_reason_follows_from_the_layer_s_times() -> None:
 
 def sections(runs: dict[str, RunRecords], widths: tuple[int, ...]) -> str:
     return "\n".join(
-        f"----- {name}, {width} columns\n{summary_text(run, width=width, out='autoprec-out')}"
-        for name, run in runs.items()
+        f"----- {name}, {width} columns\n{answer_text(found, width)}"
+        for name, found in ((name, summarise_run(run)) for name, run in runs.items())
         for width in widths
     )
+
+
+def answer_text(found: Summary, width: int) -> str:
+    target = console(width)
+    print_answer(found, target, out="autoprec-out")
+    return printed(target)
 
 
 def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None:
@@ -145,7 +149,7 @@ def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None
     drawn = random.Random(0)
     for run in answers().values():
         assert run.plan
-        for width in (*WIDTHS, 81, 97, 133):
+        for width in (80, 97, 133, 200):
             words = " ".join("word" * drawn.randint(1, 5) for _ in range(drawn.randint(0, 150)))
             notes = [f"{start}{words}" for start in ("no time is known for ", "FP8 is not ")]
             plan = run.plan.model_copy(update={"notes": (*notes, *run.plan.notes)})
@@ -153,11 +157,11 @@ def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None
             changed = renamed(run, names) if drawn.random() < 0.5 else replace(run, plan=plan)
             if drawn.random() < 0.3:
                 changed = replace(changed, profile=None, sensitivity=None)
-            lines = summary_text(changed, width=width).splitlines()
+            found = summarise_run(changed)
+            lines = answer_text(found, width).splitlines()
             assert len(lines) <= 25
             assert max(map(len, lines)) <= width
-            answer = summarise_run(changed).answer.headline
-            assert answer in squeezed("\n".join(lines[:10]))
+            assert found.answer.headline in squeezed("\n".join(lines[:10]))
 
 
 def test_a_forced_plan_that_is_slower_is_never_said_to_pay() -> None:
@@ -201,7 +205,7 @@ def test_long_names_are_shown_whole() -> None:
 
 
 def test_many_layers_are_folded() -> None:
-    text = summary_text(sized(blocks=40), verbose=True)
+    text = summary_text(make_run(blocks=40), verbose=True)
     assert "blocks.{0-39}.fc1 (x40)" in text
     assert text.count("\n") < 90
     assert "all 243 layers" in text

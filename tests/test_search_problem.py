@@ -349,7 +349,7 @@ def model_rows(draw: st.DrawFn) -> dict[str, Row]:
     cast_ms=st.sampled_from([0.0, 300.0]),
     share=st.floats(0.0, 1.2),
 )
-@examples(40)
+@examples(20)
 def test_exact_plan_and_front_equal_brute_force_over_whole_plans(
     rows: dict[str, Row], is_tied: bool, activation_error: float, cast_ms: float, share: float
 ) -> None:

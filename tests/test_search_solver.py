@@ -71,7 +71,7 @@ FALSELY_INFEASIBLE: Groups = [  # by HiGHS's presolve, for a budget just below a
     memory_share=st.one_of(st.just(math.inf), st.floats(0.2, 1.0)),
 )
 @example(groups=WHOLE_ERRORS, outside=Outside(), share=5e-324, memory_share=math.inf)
-@examples(120)
+@examples(60)
 def test_the_soonest_plan_equals_brute_force(
     groups: Groups, outside: Outside, share: float, memory_share: float
 ) -> None:
@@ -99,7 +99,7 @@ def test_the_soonest_plan_equals_brute_force(
 @example(groups=ONE_ROUNDING_APART, outside=Outside())
 @example(groups=WHOLE_ERRORS, outside=Outside())
 @example(groups=FALSELY_INFEASIBLE, outside=Outside())
-@examples(60)
+@examples(30)
 def test_the_front_equals_brute_force(groups: Groups, outside: Outside) -> None:
     plans = every_plan(groups, outside)
     front = Knapsack(groups, outside).front()

@@ -60,7 +60,7 @@ def run(
     evaluate: Callable[[Options, int], Estimate] | None = None,
     budget: float | None = BUDGET,
     keep: tuple[str, ...] = (),
-    trials: int = 4,
+    trials: int = 2,
     time_budget_s: float | None = None,
     seed: int = 0,
     storage: str | None = None,

@@ -65,7 +65,7 @@ def predict_table(
             answers.append({"refusal": str(error)})
     # The file's own columns stay as they are: filled up where a row is short, names kept apart.
     own = pd.DataFrame([[*row, *[""] * width][:width] for row in rows], columns=header)
-    added = pd.DataFrame(answers, columns=list(ADDED)).fillna("")
+    added = pd.DataFrame(answers, columns=list(ADDED), dtype=object).fillna("")
     added.columns = pd.Index(added_names(header))
     return pd.concat([own, added], axis=1)
 
