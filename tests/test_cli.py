@@ -18,6 +18,7 @@ from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
 from autoprec.tuning import doctor
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
+QUICK = ("--trials", "3", "--recipes", "tensorwise", "--seeds", "2", "--json")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -39,7 +40,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of one whole `tune` of the tiny workload; its JSON is in tune.json."""
     out = tmp_path_factory.mktemp("tuned") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as leaving:
-        main(["tune", TINY, "--out", str(out), "--trials", "3", "--json"])
+        main(["tune", TINY, "--out", str(out), *QUICK])
     assert leaving.value.code in (0, 1)
     (out / "tune.json").write_text(said.getvalue())
     return out
@@ -106,7 +107,7 @@ def test_tune_leaves_every_record_and_report(tuned: Path) -> None:
 def test_resume_repeats_no_finished_stage(tuned: Path, run: Run) -> None:
     names = ("profile", "sensitivity", "search", "verification")
     before = {name: (tuned / f"{name}.json").stat().st_mtime_ns for name in names}
-    status, _, err = run("tune", TINY, "--out", tuned, "--trials", "3", "--resume", "--json")
+    status, _, err = run("tune", TINY, "--out", tuned, *QUICK, "--resume")
     assert status in (0, 1)
     assert "..." not in err  # no stage drew progress
     assert {name: (tuned / f"{name}.json").stat().st_mtime_ns for name in names} == before

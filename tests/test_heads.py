@@ -8,12 +8,9 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.model.meta import capture_on_meta
 from autoprec.model.roles import head_counts
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import workload_from
-from autoprec.workload.loading import load_workload
-from tests.test_meta import EXAMPLE
 
 WIDTH = 64
 
@@ -93,10 +90,3 @@ def test_projections_alone_have_heads() -> None:
 def test_a_count_that_does_not_fit_the_width_is_none_of_this_layer() -> None:
     spec = captured(Block(Attention(num_heads=7)))
     assert {layer.heads for layer in spec.layers} == {None}
-
-
-def test_a_transformers_model_says_its_heads() -> None:
-    spec = capture_on_meta(load_workload(f"{EXAMPLE}:llama3_8b"))
-    heads = {layer.name.rpartition(".")[2]: layer.heads for layer in spec.layers}
-    assert [heads[f"{name}_proj"] for name in "qkvo"] == [32, 8, 8, 32]
-    assert (heads["up_proj"], heads["lm_head"]) == (None, None)

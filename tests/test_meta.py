@@ -72,6 +72,9 @@ def llama_workload(blocks: int = 2, *, tied: bool = False) -> Workload:
 def test_a_llama_has_the_same_spec_on_meta_as_for_real(tied: bool) -> None:
     real = capture_model(Context(llama_workload(tied=tied), CPU))
     check_same(capture_on_meta(llama_workload(tied=tied)), real)
+    heads = {layer.name.rpartition(".")[2]: layer.heads for layer in real.layers}
+    assert [heads[f"{name}_proj"] for name in "qkvo"] == [2, 1, 1, 2]
+    assert (heads["up_proj"], heads["lm_head"]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +196,11 @@ def test_the_examples_have_the_published_sizes() -> None:
 
 
 def llama_settings(out: Path, *, resume: bool = False) -> Settings:
+    """Return the settings of a tune of two blocks of Llama 3 8B."""
+    model = out.with_name("model.py")
+    model.write_text(f"{EXAMPLE.read_text()}\nshort = llama(4096, 14336, 2, 32, 8, 128256)\n")
     return Settings(
-        workload=f"{EXAMPLE}:llama3_8b",
+        workload=f"{model}:short",
         target="h100-sxm",
         out=out,
         meta=True,

@@ -155,7 +155,7 @@ def check_applying(plan: Plan) -> None:
 # --- fuzzing: 1,000 plans, and 20,000 others in `make test-random` ------------------------------
 
 
-@examples(600)
+@examples(250)
 @given(mutations)
 def test_a_mutated_plan_is_a_plan_or_one_line(changes: list[Mutation]) -> None:
     check_reading(lambda: Plan.from_json(mutated(changes)))
@@ -166,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated")
 
 
-@examples(250)
+@examples(120)
 @given(st.lists(cuts, min_size=1, max_size=4))
 def test_mutated_bytes_are_a_plan_or_one_line(
     folder: Path, changes: list[tuple[int, int, bytes]]
@@ -180,7 +180,7 @@ def test_mutated_bytes_are_a_plan_or_one_line(
     check_reading(lambda: Plan.load(path))
 
 
-@examples(150)
+@examples(80)
 @given(st.sampled_from(["layers", "uncovered", "schedule", "fingerprint"]), mutations)
 def test_a_mutated_plan_applies_or_leaves_all_as_it_was(
     inside: str, changes: list[Mutation]

@@ -107,7 +107,11 @@ class Run:
         self.constraint = Constraint(loss_tolerance=TOLERANCE, grad_error_budget=BUDGET)
         meter = JointMeter(reference, fp32_outputs=self.sensitivity.island_names)
         self.search: Search = search_plan(
-            self.profile, self.sensitivity, constraint=self.constraint, evaluate=meter.measure
+            self.profile,
+            self.sensitivity,
+            constraint=self.constraint,
+            evaluate=meter.measure,
+            trials=2,
         )
 
     @property

@@ -384,7 +384,7 @@ def test_a_step_beyond_the_limit_is_refused_before_anything_is_timed(
     clock = ConstantClock()
     context = Context(wide_workload(), CPU, clock=clock, memory_limit=2**20)
     spec = capture_model(context)
-    with pytest.raises(DeviceError, match=r"--memory-limit 1.0 MiB, but a training step takes"):
+    with pytest.raises(DeviceError, match=r"--memory-limit 1.00 MiB, but a training step takes"):
         profile_model(context, spec, options=())
     assert clock.calls == 0
     caplog.set_level(logging.INFO)

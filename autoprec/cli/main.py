@@ -382,16 +382,12 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
                 return make(run)
             except (KeyboardInterrupt, NoRoomError) as error:
                 made = (run.folder.path / f"{stage}.json" for stage in STAGES)
-                kept = [file.name for file in made if _is_newer(file, since)]
+                kept = [f.name for f in made if f.exists() and f.stat().st_mtime >= since]
                 said = f"{settings.out} has {', '.join(kept) or 'nothing new'} of this run"
                 if isinstance(error, NoRoomError):
                     raise NoRoomError(f"{error}; {said}") from error
                 print(f"autoprec: {said}", file=sys.stderr)
                 raise
-
-
-def _is_newer(file: Path, since: float) -> bool:
-    return file.exists() and file.stat().st_mtime >= since
 
 
 def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> None:

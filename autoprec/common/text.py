@@ -83,13 +83,13 @@ def short_digest(*parts: object) -> str:
 
 
 def shown_bytes(size: float) -> str:
-    """Return a number of bytes in the largest unit that it fills.
+    """Return bytes in the largest unit that leaves a number of at least 1.
 
     >>> shown_bytes(3 * 2**30), shown_bytes(2_500_000)
-    ('3.0 GiB', '2.4 MiB')
+    ('3.00 GiB', '2.38 MiB')
     """
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024.0 or unit == "TiB":
+            break
+        size /= 1024.0
+    return f"{size:.0f} B" if unit == "B" else f"{significant(size, 3)} {unit}"

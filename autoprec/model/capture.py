@@ -28,7 +28,8 @@ from autoprec.model.local_copy import computed_features
 from autoprec.model.options import HAS_EXPERTS, USED_UNCALLED, WITHOUT_GRAD, layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
-from autoprec.records import (
+from autoprec.records.devices import DeviceProfile
+from autoprec.records.model import (
     AsWritten,
     BatchMix,
     CallSpec,
@@ -40,7 +41,6 @@ from autoprec.records import (
     TensorSpec,
     fp8_option,
 )
-from autoprec.records.devices import DeviceProfile
 from autoprec.workload.functions import (
     Batch,
     Workload,

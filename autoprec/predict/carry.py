@@ -21,17 +21,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autoprec.predict.family import depth_weights, find_places
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Assignment,
-    Basis,
-    LayerSpec,
-    ModelSpec,
-    Option,
-    Plan,
-    Sensitivity,
-)
+from autoprec.records.model import BF16_O2, FP32, Basis, LayerSpec, ModelSpec, Option
+from autoprec.records.plan import Assignment, Plan
+from autoprec.records.sensitivity import Sensitivity
 from autoprec.records.verification import ROUNDING
 
 Votes = Mapping[str, Mapping[Option, float]]  # of the proxy's layers, by name

@@ -41,16 +41,8 @@ from autoprec.profiler.groups import Group, group_layers, record_groups, uniform
 from autoprec.profiler.kept import KeptRows, without_ended
 from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
-from autoprec.records import (
-    FP32,
-    Basis,
-    LayerTiming,
-    ModelSpec,
-    Option,
-    Profile,
-    StepTiming,
-    SumCheck,
-)
+from autoprec.records.cost import LayerTiming, Profile, StepTiming, SumCheck
+from autoprec.records.model import FP32, Basis, ModelSpec, Option
 
 log = logging.getLogger(__name__)
 STEP_SAMPLES, STEP_LEAST = 4, 2

@@ -8,7 +8,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from autoprec.common.text import percent, significant
+from autoprec.common.text import percent, shown_bytes, significant
 from autoprec.records import Estimate, LossGap, Option, Precision
 
 UNKNOWN = "-"
@@ -86,14 +86,8 @@ def ratio(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Return bytes in the largest unit that leaves a number of at least 1."""
-    if value is None:
-        return UNKNOWN
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024.0 or unit == "TiB":
-            break
-        value /= 1024.0
-    return f"{value:.0f} B" if unit == "B" else f"{significant(value, 3)} {unit}"
+    """Return bytes in the largest unit that leaves a number of at least 1, `-` for None."""
+    return UNKNOWN if value is None else shown_bytes(value)
 
 
 def text(value: object) -> str:

@@ -7,15 +7,14 @@ reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 from dataclasses import dataclass
 from functools import partial
 
-from autoprec.records import (
-    FP32,
-    Certificate,
-    Estimate,
+from autoprec.records.model import FP32
+from autoprec.records.plan import Certificate, Plan
+from autoprec.records.sensitivity import Estimate
+from autoprec.records.verification import (
     ExpectedGap,
     HorizonGap,
     LossGap,
     MetricGap,
-    Plan,
     Proxy,
     Verdict,
     Verification,

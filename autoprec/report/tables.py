@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator
 
-from autoprec.records import (
-    BF16_O2,
-    DeviceFacts,
-    JointMeasurement,
-    Sensitivity,
-    Verification,
-)
-from autoprec.records.verification import loss_gaps
+from autoprec.records.cost import DeviceFacts
+from autoprec.records.model import BF16_O2
+from autoprec.records.sensitivity import JointMeasurement, Sensitivity
+from autoprec.records.verification import Verification, loss_gaps
 from autoprec.report import formats
 from autoprec.report.formats import UNKNOWN, count_of
 from autoprec.report.step_times import spread_title

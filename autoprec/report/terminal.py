@@ -9,21 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from autoprec.records import (
-    Check,
-    Comparison,
-    Diagnosis,
-    Option,
-    Plan,
-    PlanCheck,
-    Precision,
-    Profile,
-    Record,
-    Search,
-    Sensitivity,
-    Timing,
-    Verification,
-)
+from autoprec.common.recipes import Precision
+from autoprec.records.base import Record
+from autoprec.records.checks import Check, Comparison, Diagnosis, PlanCheck
+from autoprec.records.cost import Profile, Timing
+from autoprec.records.model import Option
+from autoprec.records.plan import Plan, Search
+from autoprec.records.sensitivity import Sensitivity
+from autoprec.records.verification import Verification
 from autoprec.report import formats
 from autoprec.report.answer_page import print_answer
 from autoprec.report.compare_views import comparison_parts

@@ -28,24 +28,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from autoprec.common.recipes import Precision
 from autoprec.errors import RecordError
 from autoprec.predict.step import unhidden
 from autoprec.predict.transfer import default_locks, sensitivity_basis
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    CallSpec,
-    LayerKind,
-    LayerSensitivity,
-    LayerSpec,
-    LayerTiming,
-    Option,
-    Precision,
-    Profile,
-    Sensitivity,
-)
-from autoprec.records.cost import Communication, Timing, ratio_error
+from autoprec.records.cost import Communication, LayerTiming, Profile, Timing, ratio_error
+from autoprec.records.model import BF16_O2, FP32, Basis, CallSpec, LayerKind, LayerSpec, Option
+from autoprec.records.sensitivity import LayerSensitivity, Sensitivity
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.

@@ -3,20 +3,18 @@
 from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.parallel import gathers_fp8
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import (
-    BF16_O2,
-    FP32,
+from autoprec.records.cost import Profile
+from autoprec.records.model import BF16_O2, FP32, Basis
+from autoprec.records.plan import (
     Assignment,
-    Basis,
     Constraint,
     Fingerprint,
     FrontPoint,
     Plan,
     PredictedStep,
-    Profile,
     Search,
-    Sensitivity,
 )
+from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.costs import Costs, is_all_fp32, make_costs, nearest_plan
 from autoprec.search.notes import plan_notes
 from autoprec.search.problem import Options, make_problem

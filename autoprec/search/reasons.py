@@ -2,20 +2,14 @@
 
 from dataclasses import dataclass
 
+from autoprec.common.recipes import Precision
 from autoprec.common.text import compared, percent
 from autoprec.model.options import USED_UNCALLED
 from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import shard_gemm
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Basis,
-    Option,
-    Precision,
-    Search,
-    Sensitivity,
-)
-from autoprec.records.plan import KEPT
+from autoprec.records.model import BF16_O2, FP32, Basis, Option
+from autoprec.records.plan import KEPT, Search
+from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.problem import Options, Problem, tied_groups
 from autoprec.sensitivity.causes import explain_statistics, offset_of

@@ -9,15 +9,10 @@ from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
-from autoprec.records import (
-    Basis,
-    Constraint,
-    FrontPoint,
-    Profile,
-    Search,
-    SearchTrial,
-    Sensitivity,
-)
+from autoprec.records.cost import Profile
+from autoprec.records.model import Basis
+from autoprec.records.plan import Constraint, FrontPoint, Search, SearchTrial
+from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside, telling
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore

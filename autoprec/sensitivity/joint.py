@@ -6,15 +6,8 @@ from functools import cached_property
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import PlanMismatchError
-from autoprec.records import (
-    BF16_O2,
-    FP32,
-    Estimate,
-    Island,
-    LayerSensitivity,
-    ModelSpec,
-    Option,
-)
+from autoprec.records.model import BF16_O2, FP32, ModelSpec, Option
+from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity
 from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.reference import Reference
 

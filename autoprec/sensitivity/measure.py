@@ -7,13 +7,12 @@ from contextlib import nullcontext
 from autoprec.common.text import percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
-from autoprec.records import (
-    FP32,
+from autoprec.records.model import FP32, Option
+from autoprec.records.sensitivity import (
     BatchEffect,
     Estimate,
     Island,
     JointMeasurement,
-    Option,
     Sensitivity,
     StepError,
 )

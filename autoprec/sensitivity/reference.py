@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.common.progress import NOW, report_nothing
+from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import (
@@ -35,14 +36,8 @@ from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers
-from autoprec.records import (
-    APPLICABLE_RECIPES,
-    Estimate,
-    ModelSpec,
-    Option,
-    Precision,
-    StepError,
-)
+from autoprec.records.model import ModelSpec, Option
+from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.sensitivity.gemm import fast_fp8_gemms

@@ -16,18 +16,13 @@ from itertools import chain
 
 import torch
 
+from autoprec.common.recipes import Gemm
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
 from autoprec.errors import WorkloadError
-from autoprec.records import (
-    BF16_O2,
-    Estimate,
-    Gemm,
-    LayerSensitivity,
-    OperandStatistics,
-    Option,
-)
+from autoprec.records.model import BF16_O2, Option
+from autoprec.records.sensitivity import Estimate, LayerSensitivity, OperandStatistics
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Sides, gemm_casts
 from autoprec.sensitivity.doubts import (

@@ -8,20 +8,21 @@ import numpy as np
 
 from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
-from autoprec.records import (
-    FP32,
+from autoprec.records.cost import StepTiming
+from autoprec.records.model import FP32
+from autoprec.records.plan import Plan
+from autoprec.records.sensitivity import Sensitivity
+from autoprec.records.verification import (
+    MOST_SEEDS,
     Branch,
     ExpectedGap,
     LossGap,
     MetricGap,
     MetricTolerance,
-    Plan,
-    Sensitivity,
-    StepTiming,
     Verdict,
     Verification,
+    loss_gaps,
 )
-from autoprec.records.verification import MOST_SEEDS, loss_gaps
 from autoprec.sensitivity.gap import expected_gap, fit_loss_line, predicted_loss_gap
 from autoprec.verification.metrics import Tested, metric_interval, tested_sides
 from autoprec.verification.sequential import (

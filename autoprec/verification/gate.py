@@ -25,18 +25,11 @@ from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
-from autoprec.records import (
-    FP32,
-    Basis,
-    MetricTolerance,
-    ModelSpec,
-    Plan,
-    Profile,
-    Sensitivity,
-    StepTiming,
-    Verdict,
-    Verification,
-)
+from autoprec.records.cost import Profile, StepTiming
+from autoprec.records.model import FP32, Basis, ModelSpec
+from autoprec.records.plan import Plan
+from autoprec.records.sensitivity import Sensitivity
+from autoprec.records.verification import MetricTolerance, Verdict, Verification
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.reference import seeded
