@@ -167,8 +167,8 @@ def answers() -> dict[str, RunRecords]:
     run, cpu = make_run(), {"machine": CPU, "M": 2048, "width": 256}
     return {
         "FP8 pays": run,
-        "FP8 does not pay": make_run(**cpu),  # type: ignore[arg-type]  # two settings, one dict
-        "forced and slower": make_run(keep=("*=fp8_o1",), **cpu),  # type: ignore[arg-type]  # same
+        "FP8 does not pay": make_run(**cpu),  # two settings, one dict
+        "forced and slower": make_run(keep=("*=fp8_o1",), **cpu),  # same
         "refuted": with_verdict(run, Verdict.REFUTED),
         "inconclusive": with_verdict(run, Verdict.INCONCLUSIVE),
         "predicted, too large": predicted_run(memory_gb=2.0),

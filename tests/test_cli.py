@@ -119,18 +119,20 @@ def tuned_copy(tuned: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tuned, tmp_path / "copy"))
 
 
-def test_search_and_report_of_saved_records_need_no_torch(tuned_copy: Path) -> None:
+def test_search_and_report_of_saved_records_are_quick_and_need_no_torch(tuned_copy: Path) -> None:
     folder = str(tuned_copy)
     code = textwrap.dedent(
         f"""
-        import sys
+        import sys, time
         from autoprec.cli.main import main
-        for arguments in (["search", {folder!r}, "--json"], ["report", {folder!r}]):
+        for arguments in (["report", {folder!r}], ["search", {folder!r}, "--json"]):
             try:
                 main(arguments)
             except SystemExit as leaving:
                 assert leaving.code == 0, leaving.code
-        assert "torch" not in sys.modules
+            assert not {{"torch", "plotly"}} & set(sys.modules)
+            assert ("optuna" in sys.modules) == (arguments[0] == "search")
+        assert time.process_time() < 12.0  # 3 s here, of the processor: also where it is busy
         """
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

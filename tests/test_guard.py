@@ -389,7 +389,8 @@ def test_a_compiled_model_has_two_graphs_for_each_set_of_layers(
     sees_compiled: bool, steps: int, expected: list[int]
 ) -> None:
     limits = Limits(sample_every=3, quiet_steps=4, window=22)
-    run, eager = Run(limits=limits), Run(limits=limits)
+    plan = uniform_plan(Chain(), BF16_O2, dict.fromkeys(("second", "third"), ROWWISE))
+    run, eager = (Run(limits=limits, plan=plan) for _ in range(2))
     torch._dynamo.reset()
     graphs: list[int] = []
 
@@ -401,7 +402,7 @@ def test_a_compiled_model_has_two_graphs_for_each_set_of_layers(
     run.model = torch.compile(inner, backend=backend, fullgraph=True)
     if sees_compiled:
         run.guard.close()
-        run.guard = Guard(run.model, run.optimizer, plan_for(Chain()), limits=limits)
+        run.guard = Guard(run.model, run.optimizer, plan, limits=limits)
     for each in (run, eager):
         each.train(steps, each.spoil("third", 14))
     assert graphs == expected

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -124,8 +125,9 @@ class Run:
             self.profile, self.sensitivity, self.search, point, constraint=self.constraint
         )
 
-    def verify(self, plan: Plan) -> Verification:
-        return verify_plans(Context(self.workload, CPU), [plan], loss_tolerance=TOLERANCE)
+    def verify(self, plan: Plan, folder: Path) -> Verification:
+        context = Context(self.workload, CPU)
+        return verify_plans(context, [plan], loss_tolerance=TOLERANCE, state_dir=folder)
 
 
 @cache
@@ -249,12 +251,12 @@ def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
     assert probed.grad_error.mean == pytest.approx(exact.grad_error.mean, rel=1e-6)
 
 
-def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted() -> None:
+def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted(tmp_path: Path) -> None:
     run = run_of("rows", 20)
-    assert run.verify(run.plan(run.search.chosen)).verdict is Verdict.VERIFIED
+    assert run.verify(run.plan(run.search.chosen), tmp_path).verdict is Verdict.VERIFIED
     fp8 = tuple(
         next((option for option in layer.options if option.is_fp8), BF16_O2)
         for layer in run.spec.layers
     )
     everywhere = run.plan(FrontPoint(options=fp8, step_ms=0.0, grad_error=0.0))
-    assert run.verify(everywhere).verdict is Verdict.REFUTED
+    assert run.verify(everywhere, tmp_path).verdict is Verdict.REFUTED

@@ -31,10 +31,12 @@ from autoprec.records import (
 from autoprec.report import load_run, render_html
 from tests import proxy_models
 from tests.decoder_specs import linear_layer, model_of
+from tests.examples import examples
 from tests.search_tables import ROWWISE, TENSORWISE, sensitivity_of
 
 MODELS = Path(proxy_models.__file__)
 ON_H100: dict[str, Any] = {"meta": True, "target": "h100-sxm", "recipes": "tensorwise", "trials": 0}
+SHORT: dict[str, Any] = {"seeds": 2, "warmup_steps": 8, "branch_steps": 4, "loss_tolerance": 0.5}
 OPTIONS = (FP32, BF16_O2, TENSORWISE, ROWWISE)
 Errors = dict[str, dict[Option, float]]
 
@@ -146,6 +148,7 @@ def test_tied_layers_share_their_storage_on_the_proxy() -> None:
     assert carried["layers.1.up"] == FP32
 
 
+@examples(40)
 @given(
     small=st.integers(1, 5),
     large=st.integers(1, 12),
@@ -187,7 +190,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> autoprec.Run:
         f"{MODELS}:large",
         proxy=f"{MODELS}:small",
         out=tmp_path_factory.mktemp("proxy"),
-        loss_tolerance=0.5,
+        **SHORT,
         **ON_H100,
     )
 
@@ -224,7 +227,7 @@ def test_a_finished_run_is_resumed_without_training(
 
     monkeypatch.setattr("autoprec.verification.verify_plans", fail)
     monkeypatch.setattr("autoprec.sensitivity.measure.measure_sensitivity", fail)
-    given = {**ON_H100, "proxy": f"{MODELS}:small", "loss_tolerance": 0.5, "resume": True}
+    given = {**ON_H100, **SHORT, "proxy": f"{MODELS}:small", "resume": True}
     again = autoprec.tune(f"{MODELS}:large", out=run.settings.out, **given)
     assert again.plan == run.plan
 
@@ -299,7 +302,7 @@ def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
         target="h100-sxm",
         recipes="tensorwise",
         trials=0,
-        loss_tolerance=0.5,
+        **SHORT,
     )
     assert run.verification is not None
     assert run.verification.proxy is not None
@@ -308,9 +311,7 @@ def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
 
 def test_a_model_without_fp8_layers_gets_a_bf16_plan_that_is_proven(tmp_path: Path) -> None:
     model = proxy_models.Family(1000, 2, 64)  # 1000 is no multiple of 16
-    run = autoprec.tune(
-        model, proxy=proxy_models.small, out=tmp_path, **{**ON_H100, "loss_tolerance": 0.5}
-    )
+    run = autoprec.tune(model, proxy=proxy_models.small, out=tmp_path, **SHORT, **ON_H100)
     assert {layer.option for layer in run.plan.layers} <= {BF16_O2, FP32}
     assert run.verification is not None
     assert run.verification.verdict is Verdict.VERIFIED

@@ -2,8 +2,6 @@ import itertools
 import logging
 import math
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -414,28 +412,3 @@ def test_the_study_is_an_ordinary_optuna_study(
     measured = {point.grad_error_measured for point in search.measured_front}
     assert {trial.values[1] for trial in study.best_trials} <= measured
     assert sqlite3.connect(tmp_path / "study.db").execute("select count(*) from trials")
-
-
-def test_searching_saved_records_is_quick_and_needs_no_torch(
-    tables: tuple[Profile, Sensitivity], tmp_path: Path
-) -> None:
-    profile, sensitivity = tables
-    profile.save(tmp_path / "profile.json")
-    sensitivity.save(tmp_path / "sensitivity.json")
-    code = f"""
-import sys, time
-from autoprec.records import Constraint, Profile, Sensitivity
-from autoprec.search import build_plan, search_plan
-constraint = Constraint(loss_tolerance=1e-3, grad_error_budget=None)
-profile = Profile.load({str(tmp_path / "profile.json")!r})
-sensitivity = Sensitivity.load({str(tmp_path / "sensitivity.json")!r})
-search = search_plan(profile, sensitivity, constraint=constraint, evaluate=None, trials=12,
-                     storage={f"sqlite:///{tmp_path / 'study.db'}"!r})
-build_plan(profile, sensitivity, search, search.chosen, constraint=constraint)
-print(time.process_time(), "torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, has_torch = done.stdout.split()
-    assert has_torch == "False"
-    assert float(seconds) < 10.0  # 2 s here, of the processor: also where it is busy
-    assert done.stderr == ""
