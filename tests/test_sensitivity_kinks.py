@@ -14,7 +14,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Recipe, fp8_option
 from autoprec.sensitivity import tables
-from autoprec.sensitivity.check import check_table
+from autoprec.sensitivity.check import bf16_within, check_table
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
@@ -226,3 +226,19 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     found = check_table(meter, stuck, outside=0.0)
     assert "times the joint error, with all its rows measured: errors of layers" in found.sentence
     assert found.table == stuck
+
+
+def test_bf16_rows_add_up_to_no_more_than_twice_their_joint_error() -> None:
+    rows = tuple(
+        LayerSensitivity(name=name, option=option, grad_error=Estimate(mean=mean))
+        for name, mean in {"known": 0.125, "high": 2.0, "higher": 8.0}.items()
+        for option in (BF16_O2, fp8_option(Recipe.ROWWISE))
+    )
+    table = Table(Method.SIGN_CODED, rows, ())
+    assert bf16_within(table, Estimate(mean=5.1)) == table
+    means = [row.grad_error.mean for row in bf16_within(table, Estimate(mean=1.125)).rows]
+    assert means == [0.125, 0.125, 0.5, 2.0, 0.5, 8.0]
+    kinked = replace(table, kinks={("high", BF16_O2): 1.0, ("higher", BF16_O2): 1.0})
+    assert bf16_within(kinked, Estimate(mean=4.2)) == kinked  # kinks in common count once
+    exact = replace(table, method=Method.LAYERWISE)
+    assert bf16_within(exact, Estimate(mean=0.5)) == exact

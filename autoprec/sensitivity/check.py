@@ -12,13 +12,13 @@ sign: they cancel, or add up to more than their squares.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoprec.records import Estimate, JointMeasurement
+from autoprec.records import BF16_O2, Estimate, JointMeasurement
 from autoprec.sensitivity.doubts import is_whole, on_their_own
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
-from autoprec.sensitivity.tables import Method, Table, refine_table
+from autoprec.sensitivity.tables import Method, Table, multiplied, refine_table
 
 MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
 NEAR = 1.25  # and then until it is within this
@@ -62,18 +62,49 @@ def check_table(meter: JointMeter, table: Table, *, outside: float) -> Checked:
     return Checked(table, (found,), sentence)
 
 
-def _compared(
-    cells: Sequence[Cell], table: Table, outside: float, measured: Estimate
-) -> JointMeasurement:
+def bf16_within(table: Table, joint: Estimate) -> Table:
+    """Return a table whose BF16 rows add up to no more than MOST times their joint error.
+
+    What kinks and choices add to errors as small as BF16's the probes guess from larger ones. So
+    the largest rows are cut to one size, at which the sum is the joint error.
+    """
+    own = {(r.name, r.option): r.grad_error.mean for r in table.rows if r.option == BF16_O2}
+    summed, overlap = _summed(list(own), table)
+    if table.method is Method.LAYERWISE or summed - overlap <= MOST * joint.mean:
+        return table
+    cut, left = math.inf, joint.mean * summed / (summed - overlap)
+    for place, value in enumerate(sorted(own.values())):
+        cut = left / (len(own) - place)
+        if value >= cut:
+            break
+        left -= value
+    high = {cell for cell, value in own.items() if value > cut} - set(table.refined)
+    rows = (
+        multiplied(r, cut / own[r.name, r.option]) if (r.name, r.option) in high else r
+        for r in table.rows
+    )
+    return replace(table, rows=tuple(rows))
+
+
+def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
+    """Return the sum of rows, and what kinks that several of them cross are less."""
     rows = {(row.name, row.option): row.grad_error.mean for row in table.rows}
     # F of each row: the share that the probes found of what is now known of it
     kinks = [table.kinks.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
+    total = math.fsum(rows.get(cell, 0.0) for cell in cells)
+    return total, max(math.fsum(kinks) - math.hypot(*kinks), 0.0)
+
+
+def _compared(
+    cells: Sequence[Cell], table: Table, outside: float, measured: Estimate
+) -> JointMeasurement:
+    total, overlap = _summed(cells, table)
     return JointMeasurement(
         label="fp8_everywhere",
         options=tuple(option for _, option in cells),
         grad_error=measured,
-        predicted_grad_error=outside + math.fsum(rows.get(cell, 0.0) for cell in cells),
-        overlap=max(math.fsum(kinks) - math.hypot(*kinks), 0.0),
+        predicted_grad_error=outside + total,
+        overlap=overlap,
     )
 
 

@@ -61,21 +61,24 @@ class JointMeter:
             self._measured[options, batches] = self._measure(by_name, batches=batches)
         return self._measured[options, batches]
 
+    def measure_uniform(self) -> Estimate:
+        """Return the joint gradient error of uniform BF16."""
+        return self._measure(self.reference.spec.bf16_options, batches=ACTIVATION_BATCHES)
+
     def measure_activations(
-        self, rows: Sequence[LayerSensitivity]
+        self, rows: Sequence[LayerSensitivity], joint: Estimate
     ) -> tuple[Estimate, tuple[Island, ...]]:
         """Return the cost of uniform BF16 beyond its layers: the error of BF16 activations.
 
         With it come the islands where BF16 is too coarse, whose part is theirs; what is measured
         from here on has FP32 between their layers where these are FP32.
 
-        `rows` are measured with FP32 activations. Taken from the joint error of uniform BF16, the
+        `rows` are measured with FP32 activations. Taken from `joint`, that of uniform BF16, the
         activations' part makes the table add up where most plans are, in deep models too: there,
         the errors of layers and activations are not independent (25 blocks: 40 % of the joint
         error of small subsets).
         """
         uniform = self.reference.spec.bf16_options
-        joint = self._measure(uniform, batches=ACTIVATION_BATCHES)
 
         def with_fp32(names: Collection[str]) -> float:
             options = {**uniform, **dict.fromkeys(tied_with(self.reference.spec, names), FP32)}

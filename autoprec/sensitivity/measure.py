@@ -17,7 +17,7 @@ from autoprec.records.sensitivity import (
     StepError,
 )
 from autoprec.sensitivity.batching import measure_batch_effect
-from autoprec.sensitivity.check import Checked, check_table
+from autoprec.sensitivity.check import Checked, bf16_within, check_table
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell, list_cells
 from autoprec.sensitivity.reference import DIVERGED, Reference, fp8_everywhere
@@ -82,7 +82,9 @@ def _measure_table(
 ) -> tuple[Checked, Estimate, tuple[Island, ...]]:
     """Measure the table and what plans pay beside it, and check their sum."""
     table, meter = make_table(reference, cells, method), JointMeter(reference)
-    activation_error, islands = meter.measure_activations(table.rows)
+    uniform = meter.measure_uniform()
+    table = bf16_within(table, uniform)
+    activation_error, islands = meter.measure_activations(table.rows, uniform)
     outside = activation_error.mean + sum(island.grad_error for island in islands)
     return check_table(meter, table, outside=outside), activation_error, islands
 

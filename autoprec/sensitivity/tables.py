@@ -203,7 +203,7 @@ def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -
             rows.append(_refined(row, exact[cell], share=share))
         elif cell not in known and row.option.is_fp8 and of_layer:
             near = math.sqrt(statistics.geometric_mean(of_layer.values()))
-            rows.append(_multiplied(row, of_layer.get(forward_casts(row.option), near)))
+            rows.append(multiplied(row, of_layer.get(forward_casts(row.option), near)))
         else:
             rows.append(row)
     refined = tuple(dict.fromkeys((*table.refined, *exact)))
@@ -362,13 +362,13 @@ def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> Laye
     if before <= 0.0:
         return probed.model_copy(update={"grad_error": exact})
     # how batches scatter is what the probes saw, where it was measured on one
-    row = _multiplied(probed, (max(exact.mean, 0.0) / before) ** share)
+    row = multiplied(probed, (max(exact.mean, 0.0) / before) ** share)
     if share == 1.0 and exact.stderr is not None:
         row = row.model_copy(update={"grad_error": exact})
     return row
 
 
-def _multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
+def multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
     """Return a row times a ratio."""
     mean, stderr = row.grad_error.mean, row.grad_error.stderr
     error = Estimate(mean=mean * ratio, stderr=None if stderr is None else stderr * ratio)
