@@ -226,6 +226,12 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     found = check_table(meter, stuck, outside=0.0)
     assert "times the joint error, with all its rows measured: errors of layers" in found.sentence
     assert found.table == stuck
+    # where what was measured shows that probes guess, rows that were not are said to be guesses
+    cells = [(row.name, row.option) for row in table.rows]
+    for ratios in ((3.0, 1.0, 1.0, 0.1), (1.9, 1.0, 0.6, 1.0)):
+        tested = replace(table, refined=(), ratios=dict(zip(cells, ratios, strict=False)))
+        found = check_table(meter, tested, outside=0.0)
+        assert ("holds in sum, but single rows" in found.sentence) is (3.0 in ratios)
 
 
 def test_bf16_rows_add_up_to_no_more_than_twice_their_joint_error() -> None:

@@ -71,6 +71,7 @@ class Table:
     refined: tuple[Cell, ...] = ()
     together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
     kinks: Mapping[Cell, float] = field(default_factory=dict)  # the share of a row that they add
+    ratios: Mapping[Cell, float] = field(default_factory=dict)  # of refined rows to those probed
 
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
@@ -148,6 +149,9 @@ def refine_table(
     if not cells:
         return table
     exact = _exact_errors(reference, cells, batches, "largest rows")
+    before = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    ratios = {cell: e.mean / before[cell] for cell, e in exact.items() if before[cell] > 0.0}
+    table = replace(table, ratios={**table.ratios, **ratios})
     return _with_exact(table, exact, share=1.0 if batches >= len(reference.batches) else 0.5)
 
 
