@@ -1,4 +1,5 @@
 import io
+import itertools
 import random
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name() -> N
     for width in WIDTHS[1:]:
         lines = layers_text(frame, width).splitlines()
         rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))
-        rows = lines[rule + 1 : lines.index(" " * width)]
+        rows = list(itertools.takewhile(str.strip, lines[rule + 1 :]))
         assert len(rows) == len(fold_layers(frame))
         assert max(map(len, lines)) <= width
         heads = [row for row in rows if row.startswith("model.") and "name.head " in row]
@@ -112,7 +113,8 @@ def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name() -> N
 
 
 def test_the_code_of_a_reason_follows_from_the_layer_s_times() -> None:
-    row = dict.fromkeys(("reason", "calls", "total_ms", "bf16_o2_total_ms", "best_fp8_total_ms"))
+    times = [f"{label}total_ms" for label in ("", "bf16_o2_", "fp32_", "best_fp8_")]
+    row = dict.fromkeys(("reason", "calls", *times))
     known = row | {"total_ms": 2.0, "bf16_o2_total_ms": 3.0, "best_fp8_total_ms": 2.0}
     found = {
         "faster": known | {"option": "fp8_o1:rowwise"},
@@ -120,6 +122,7 @@ def test_the_code_of_a_reason_follows_from_the_layer_s_times() -> None:
         "kept": known | {"option": "bf16_o2", "reason": "kept by --keep 'head=bf16_o2'"},
         "slower": known | {"option": "bf16_o2", "best_fp8_total_ms": 2.5},
         "costs": known | {"option": "bf16_o2", "best_fp8_total_ms": 1.5},
+        "unsure": known | {"option": "bf16_o2", "fp32_total_ms": 1.5},
         "no-fp8": row | {"option": "bf16_o2"},
         "fp32": known | {"option": "fp32"},
         "fp32-costs": known | {"option": "fp32", "bf16_o2_total_ms": 1.0},

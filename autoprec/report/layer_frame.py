@@ -40,6 +40,7 @@ CODES = {
     "kept": "by --keep",
     "slower": "FP8 is slower than BF16 here",
     "costs": "FP8 seems faster, but its gain or gradient error is not good enough",
+    "unsure": "FP32 seems faster here, but its gain is not sure",
     "no-fp8": "FP8 cannot take it: no linear layer, or not of a shape for FP8",
     "fp32": "BF16 is slower than FP32 here",
     "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
@@ -153,7 +154,9 @@ def reason_code(row: Row) -> str:
     bf16_ms, fp8_ms = row["bf16_o2_total_ms"], row["best_fp8_total_ms"]
     if option.is_fp8:
         return "forced" if bf16_ms and own_ms and own_ms >= bf16_ms else "faster"
-    is_fp32 = option == FP32
+    is_fp32, fp32_ms = option == FP32, row["fp32_total_ms"]
+    if not is_fp32 and own_ms and fp32_ms is not None and fp32_ms < own_ms:
+        return "unsure"
     ms = bf16_ms if is_fp32 else fp8_ms
     if ms is None or own_ms is None:
         return "no-bf16" if is_fp32 else "no-fp8"

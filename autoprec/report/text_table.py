@@ -4,6 +4,7 @@ Every cell becomes a rich `Text`: nothing in a name is markup. Output is ASCII a
 named and from rich's box, which turns ASCII by itself where the terminal cannot show lines.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ Cell = str | Line | tuple[Line, ...]  # several lines stand below each other
 class Table:
     """Cells under headings. Columns of `numbers` are right-aligned and never wrapped.
 
-    The `widest` column takes up the width that is left; `has_total`: the last row sums the others.
+    The `widest` column is what is folded where a table is wider than the terminal; `has_total`: the
+    last row sums the others.
     """
 
     heads: Sequence[str]
@@ -75,7 +77,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
     for part in parts:
         if isinstance(part, Line):
             console.print(shown_text(part, console), highlight=False, soft_wrap=part.is_whole)
-        elif _least_width(part) <= console.width:
+        elif _width(part, NARROWEST) <= console.width:
             console.print(_rich_table(part, console), highlight=False)
         else:
             for head, numbers in _stacked(part):
@@ -84,15 +86,13 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
                     console.print(Padding(shown_text(numbers, console), INDENT), highlight=False)
 
 
-def _least_width(table: Table) -> int:
-    """Return the columns of a terminal below which a table is not readable."""
-    texts = [[_plain(row[i]).split("\n") for row in table.rows] for i in range(len(table.heads))]
-    longest = [max((len(line) for cell in column for line in cell), default=0) for column in texts]
-    heads = [max(map(len, head.split("\n"))) for head in table.heads]
-    widths = [
-        max(own, head) if index in table.numbers else min(max(own, head), NARROWEST)
-        for index, (own, head) in enumerate(zip(longest, heads, strict=True))
-    ]
+def _width(table: Table, most: float = math.inf) -> float:
+    """Return the columns that a table takes if its texts are folded into `most` each."""
+    widths = []
+    for index, head in enumerate(table.heads):
+        lines = [line for row in table.rows for line in _plain(row[index]).split("\n")]
+        longest = max(map(len, (*lines, *head.split("\n"))))
+        widths.append(longest if index in table.numbers else min(longest, most))
     return sum(widths) + GAP * (len(widths) - 1)
 
 
@@ -123,7 +123,7 @@ def _rich_table(table: Table, console: Console) -> RichTable:
         pad_edge=False,
         padding=(0, 1, 0, 0),
         show_edge=False,
-        expand=table.widest is not None,
+        expand=table.widest is not None and _width(table) > console.width,
     )
     for index, head in enumerate(table.heads):
         is_number = index in table.numbers

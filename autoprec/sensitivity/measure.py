@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from autoprec.common.text import percent
+from autoprec.common.text import first_and_more, percent
 from autoprec.common.versions import software_versions
 from autoprec.device.random_state import random_state_kept
 from autoprec.records.model import FP32, Option
@@ -120,15 +120,17 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
         )
     rows = [f"{r.name} {r.option.key}" for r in table.rows if r.grad_error.mean >= DIVERGED]
     if rows:
-        notes.append(f"not finite, so set to {DIVERGED:g}: the gradient error of {', '.join(rows)}")
+        notes.append(
+            f"not finite, so set to {DIVERGED:g}: the gradient error of {first_and_more(rows)}"
+        )
     if table.together:
         notes.append(
             "measured with their neighbours, as no gradient of the loss tells all that they do "
-            f"(no_grad, detached, differentiated again): {', '.join(table.together)}"
+            f"(no_grad, detached, differentiated again): {first_and_more(table.together)}"
         )
     if table.refined:
-        cells = ", ".join(f"{name} {option.key}" for name, option in table.refined)
-        notes.append(f"measured one by one after the probes: {cells}")
+        cells = [f"{name} {option.key}" for name, option in table.refined]
+        notes.append(f"measured one by one after the probes: {first_and_more(cells)}")
     return notes
 
 
