@@ -91,6 +91,10 @@ def test_the_recorded_loss_is_that_of_the_script(tmp_path: Path) -> None:
     hf_style = record(tmp_path, HF_STYLE + returned)
     assert first_loss(hf_style) == first_loss(plain)
     assert [node.op for node in recorded(hf_style)[0].graph.nodes] == ["placeholder", "output"]
+    frozen = HEAD.replace("nn.LayerNorm(64)", "nn.BatchNorm1d(64).eval()")  # the rest trains
+    built = record(tmp_path, frozen + LOOP).build_model()
+    assert built.training
+    assert not built.get_submodule("norm").training
 
 
 def test_accumulation_and_scaling_are_taken_out_of_the_loss(tmp_path: Path) -> None:
@@ -355,6 +359,11 @@ REFUSALS = {
         "or twice",
     ),
     "no step": ("optimizer.step()", "pass", "but none did"),
+    "steps by hand": (
+        "optimizer.step()",
+        "[p.data.sub_(p.grad) for p in model.parameters()]",
+        "none did in 4 batches",
+    ),
     "a line search": (
         "optimizer.step()",
         "torch.optim.LBFGS(model.parameters()).step("
@@ -416,7 +425,7 @@ Net.forward = forward
 def test_a_script_that_cannot_be_recorded_gets_one_clear_line(case: str, tmp_path: Path) -> None:
     before, after, word = REFUSALS[case]
     with pytest.raises(WorkloadError, match=word) as refused:
-        record(tmp_path, HEAD + EXTRA + LOOP.replace(before, after), "10")
+        record(tmp_path, HEAD + EXTRA + LOOP.replace(before, after), "10", steps=4)
     assert "\n" not in str(refused.value)
     assert type(nn.Module.__call__).__name__ == "function"
     assert nn.Module.__call__ is nn.Module._wrapped_call_impl

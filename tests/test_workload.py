@@ -199,6 +199,17 @@ def test_same_seed_builds_the_same_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_a_built_model_is_in_training_mode_but_for_parts_that_are_frozen() -> None:
+    frozen, loaded = (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)) for _ in range(2))
+    frozen[0].eval()
+    loaded.eval()  # as from_pretrained gives it
+    modes = []
+    for model in (frozen, loaded):
+        built = workload_with(build_model=[model].pop).build_model()
+        modes.append([part.training for part in built.modules()])
+    assert modes == [[True, False, True], [True, True, True]]
+
+
 def test_move_batch_keeps_the_structure() -> None:
     batch = {"x": torch.ones(1), "meta": ["a", (torch.zeros(2), 3)]}
     moved = move_batch(batch, torch.device("meta"))

@@ -74,7 +74,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     """
     workload, seed, device = context.workload, context.seed, context.device
     check_batches(workload, seed=seed)
-    model = workload.build_model(seed=seed).to(device).train()
+    model = workload.build_model(seed=seed).to(device)
     batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
     context.progress("capture", 0, 3)
     first = run_step(context, model, batches[0])

@@ -65,7 +65,7 @@ def capture_on_meta(
     drawn = take_batches(workload, seed=seed, count=capture.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
     with _without_storage():
-        model = _moved_to_meta(workload.build_model(seed=seed)).train()
+        model = _moved_to_meta(workload.build_model(seed=seed))
         batches = [_batch_on_meta(batch) for batch in drawn]
         with _seeded_noted() as seeded:
             workload.loss_fn(model, batches[0])

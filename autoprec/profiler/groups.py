@@ -100,7 +100,7 @@ class RecordedStep:
             return calls, lambda: copy.deepcopy(own)
 
         def build_model() -> nn.Module:
-            return self.context.workload.build_model().to(device).train()
+            return self.context.workload.build_model().to(device)
 
         return calls, lambda: copy_layer(layer, build_model, name).to(device)
 
@@ -133,7 +133,7 @@ def record_groups(
     in a step of its own.
     """
     workload, device = context.workload, context.device
-    model = workload.build_model(seed=context.seed).to(device).train()
+    model = workload.build_model(seed=context.seed).to(device)
     batch = take_batches(workload, seed=context.seed, count=1, device=device)[0]
     recorded = RecordedStep(context, model, batch, in_surroundings)
     started = time.perf_counter()

@@ -290,7 +290,7 @@ class _Comparison:
         if keeps and not is_written and workload.written.dtypes:  # not known until it was built
             model = workload.build_model(seed=seed)
         compiled = asked and is_compiled(model)
-        model = model.to(self.context.device).train()
+        model = model.to(self.context.device)
         optimizer = workload.build_optimizer(model)
         options = variant.variant if isinstance(variant, Eager) else variant
         if isinstance(options, Mapping) and any(option != FP32 for option in options.values()):

@@ -51,7 +51,6 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
     model = context.workload.build_model(seed=context.seed).to(context.device)
     if checkpoint is not None and not is_split:
         load_state(model, checkpoint.model, what="model")
-    model.train()
     training = start_training(context.workload, model, warmup_steps=warmup_steps)
     if checkpoint is None:
         return training

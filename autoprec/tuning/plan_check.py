@@ -40,7 +40,7 @@ def check_plan(plan: Path, *, model: str, target: str) -> PlanCheck:
 
 
 def _model_checks(plan: Plan, workload: Workload, device: torch.device) -> list[Check]:
-    model = workload.build_model().to(device).train()
+    model = workload.build_model().to(device)
     batch = take_batches(workload, seed=0, count=1, device=device)[0]
     try:
         with torch.no_grad():

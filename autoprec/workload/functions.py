@@ -113,7 +113,7 @@ class Workload:
     clip_norm: float | None = None
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
-        """Build the model in FP32 and not compiled: same seed, same initial weights."""
+        """Build the model in FP32, for training, not compiled: same seed, same initial weights."""
         # FP32 before it is sharded; what compiles its parts may be the sharding function
         return plain_model(self._spread(plain_model(self._build(seed))))
 
@@ -140,6 +140,8 @@ class Workload:
                 f"build_model() must return parameters that have a shape, but {lazy} is lazy; run "
                 "a batch through the model before it is returned"
             )
+        if not model.training:  # else parts in eval mode are meant so (frozen norms)
+            model.train()
         self.written.dtypes |= {p.dtype for p in model.parameters()} & {*LOW_PRECISION}
         self.written.is_compiled |= is_compiled(model)
         return model

@@ -128,7 +128,7 @@ def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
 
 def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> torch.dtype | None:
     """Run the first batch again as the script did, and compare; return its layers' autocast."""
-    model = copy_model(first.model).to(first.device).train()
+    model = copy_model(first.model).to(first.device)
     first.policy.install(model)
     batch = move_batch(recorder.batches[0], first.device)
     seen: set[torch.dtype] = set()  # Accelerate's autocast is inside of the model's forward

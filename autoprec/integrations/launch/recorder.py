@@ -89,6 +89,7 @@ class Recorder:
         self.refusal: str | None = None
         self._call: RecordedBatch | None = None  # its backward is still to come
         self._batches_before = 0  # the last step
+        self._dropped = 0  # times since then that gradients were gone before a backward
         self._was_lazy = self._had_trial = False
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
@@ -231,6 +232,7 @@ class Recorder:
         if len(roots) != 1 or roots[0].numel() != 1 or any(g is not None for g in given):
             self.refuse("the loss must be one scalar, but backward starts from something else")
         self._call = self._mode.tape = None
+        self._count_dropped()
         unseen = tape.finish(roots[0])
         if unseen is not None:
             if self._had_trial and not self.batches:
@@ -241,6 +243,16 @@ class Recorder:
             )
         self.batches.append(batch)
         self.losses.append(float(roots[0].detach()))
+
+    def _count_dropped(self) -> None:
+        """End a script that trains without an optimizer: it drops gradients that none has seen."""
+        model = self.model
+        if model is None or any(map(has_grad, model.parameters())) or [*kept_gradients(model)]:
+            return
+        self._dropped += 1  # or the first one of all
+        if self._dropped > self.wanted:
+            reason = "an optimizer of torch.optim must step, but none did in %d batches"
+            self.refuse(reason % self.wanted)
 
     def _around_clip(self, call: Function, parameters: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -298,7 +310,7 @@ class Recorder:
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
         self.steps += 1
-        self._batches_before = len(self.batches)
+        self._batches_before, self._dropped = len(self.batches), 0
         if self.steps >= self.wanted:
             raise StopScript
 
