@@ -24,6 +24,7 @@ from autoprec.records import (
 from autoprec.search import grad_error_budget, search_plan
 from autoprec.search.costs import Costs, make_costs
 from autoprec.search.explore import find_interacting
+from autoprec.search.storage import open_study
 from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for
 from autoprec.verification import Terms
 from tests.search_tables import ROWWISE, TENSORWISE, TYPICAL, Row, tables_of
@@ -237,10 +238,10 @@ def test_the_horizon_is_what_verification_trains() -> None:
 def test_no_plan_is_measured_twice(tables: tuple[Profile, Sensitivity], tmp_path: Path) -> None:
     meter = Meter(make_costs(*tables), wobble)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    first = run(tables, evaluate=meter, storage=storage, trials=5)
+    first = run(tables, evaluate=meter, storage=storage)
     assert len(set(meter.asked)) == len(meter.asked)
     assert (FP32,) * 8 not in meter.asked  # it is the reference
-    again = run(tables, evaluate=meter, storage=storage, trials=5)
+    again = run(tables, evaluate=meter, storage=storage)
     assert len(set(meter.asked)) == len(meter.asked)
     assert again.chosen == first.chosen
     assert again.trials == first.trials
@@ -379,21 +380,21 @@ def test_optuna_stays_silent_and_gets_its_settings_back(
         ("mysql://host/db", "Failed to import DB access module"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_one_clear_line(
-    tables: tuple[Profile, Sensitivity], storage: str, match: str
-) -> None:
-    with pytest.raises(RecordError, match=match) as caught:
-        run(tables, storage=storage)
+def test_a_storage_that_cannot_be_opened_is_one_clear_line(storage: str, match: str) -> None:
+    with pytest.raises(RecordError, match=match) as caught, open_study(storage, "one", tables=""):
+        pass
     assert "\n" not in str(caught.value)
     assert "--storage must be a database URL" in str(caught.value)
 
 
-def test_a_storage_file_that_is_no_database_is_one_clear_line(
-    tables: tuple[Profile, Sensitivity], tmp_path: Path
-) -> None:
+def test_a_storage_file_that_is_no_database_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_text("not a database " * 100)
-    with pytest.raises(RecordError, match="file is not a database"):
-        run(tables, storage=f"sqlite:///{tmp_path / 'study.db'}")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    with (
+        pytest.raises(RecordError, match="file is not a database"),
+        open_study(storage, "one", tables=""),
+    ):
+        pass
 
 
 def test_the_study_is_an_ordinary_optuna_study(
