@@ -194,9 +194,16 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
 
 def frame_rows(frame: "pd.DataFrame") -> list[Row]:
     """Return the rows as dicts of plain values, None where nothing is known."""
-    plain = frame.astype(object)
-    rows: list[Row] = plain.where(frame.notna(), None).to_dict("records")  # type: ignore[assignment]  # the stubs say Hashable keys
-    return rows
+    # column by column: pandas takes three to four times as long for a whole frame
+    known = frame.notna()
+    columns = {
+        str(name): [
+            value if is_known else None
+            for value, is_known in zip(frame[name].tolist(), known[name], strict=True)
+        ]
+        for name in frame.columns
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _layer_facts(run: RunRecords) -> Iterator[Row]:
