@@ -46,7 +46,7 @@ def dry_run(settings: Settings) -> list[Part]:
     for (*_, why), names in alike.items():
         reasons.setdefault(why, []).extend(names)
     return [
-        Table(["layer", "kind", "shape (MxKxN)", "--keep, or what it can take"], rows, widest=3),
+        Table(["layer", "kind", "shape (MxKxN)", "--keep, or what it can take"], rows),
         *(Line(f"no FP8: {', '.join(fold_names(n))}: {why}") for why, n in reasons.items() if why),
         *map(Line, keeps.notes),
         *map(Line, _plans(settings, spec.layers, fixed=len(kept))),

@@ -211,7 +211,7 @@ def _option(key: str) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], noun: str) -> Iterator[Part]:
     numbers = range(2, len(heads)) if len(heads) > 3 else ()
-    yield Table(heads, rows[:MOST_ROWS], numbers=numbers, widest=0)
+    yield Table(heads, rows[:MOST_ROWS], numbers=numbers)
     yield from map(Line, and_more(len(rows) - MOST_ROWS, noun, " in --json"))
 
 

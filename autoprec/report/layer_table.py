@@ -101,15 +101,12 @@ def layers_parts(frame: "pd.DataFrame", width: int) -> list[Part]:
         ]
         names = [fitted(row[0], max(width - sum(others) - 1, SHORTEST_NAME)) for row in texts]
         texts = [[name, *rest] for name, (_, *rest) in zip(names, texts, strict=True)]
-    rows = [
-        _styled(row, text, is_one_line=width >= ONE_LINE_FROM)
-        for row, text in zip((*shown, total), texts, strict=True)
-    ]
+    rows = [_styled(row, text) for row, text in zip((*shown, total), texts, strict=True)]
     numbers = [index for index, column in enumerate(columns) if column.is_number]
     rest = len(frame) - sum(row["layers"] for row in shown)
     return [
         Line("Layers", "bold"),
-        Table(heads, rows, numbers, widest=0, has_total=True),
+        Table(heads, rows, numbers, has_total=True),
         *map(Line, and_more(rest, "layer", " that take less time; see layers.csv")),
         *(below or _sentences(shown)),
     ]
@@ -147,15 +144,14 @@ def fitted(name: str, width: int) -> str:
     return name if len(name) <= width else f"{name[: left // 3]}...{name[-(left - left // 3) :]}"
 
 
-def _styled(row: Row, texts: Sequence[str], *, is_one_line: bool) -> list[Cell]:
+def _styled(row: Row, texts: Sequence[str]) -> list[Cell]:
     """Return the cells of a row: its name in bold, its option in the colour of its precision."""
     if not row["option"]:
         return [Line(texts[0], "bold"), *texts[1:]]
     option = Option.parse(row["option"])
     shown, style = formats.option(option), STYLES[option.precision]
-    lines = [shown] if is_one_line else shown.split(" ", 1)
-    cell = tuple(Line(line, style) for line in lines)
-    return [Line(texts[0], "bold"), *(cell if text == shown else text for text in texts[1:])]
+    others = (Line(text, style) if text == shown else text for text in texts[1:])
+    return [Line(texts[0], "bold"), *others]
 
 
 def _option_texts(row: Row, *, is_chosen: bool, with_basis: bool) -> list[str]:

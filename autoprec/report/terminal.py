@@ -122,7 +122,7 @@ def _profile_parts(profile: Profile) -> list[Part]:
     heads = ("layer", "best FP8 recipe", "FP32 ms", "BF16 ms", "FP8 ms", "FP8 vs BF16")
     return [
         Line(f"{profile.device.name}: {count_of(len(profile.model.layers), 'layer')}", "bold"),
-        Table(heads, rows, numbers=range(2, 6), widest=0),
+        Table(heads, rows, numbers=range(2, 6)),
         *map(Line, and_more(len(folded) - MOST_SHOWN, "row", " in profile.json")),
         *_steps_parts(found),
         *notes(profile_notes(profile)),
@@ -147,7 +147,7 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     return [
         Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
         *([Line(sensitivity.table_check, "bold")] if sensitivity.table_check else []),
-        Table(heads, rows, numbers=range(1, len(heads)), widest=0),
+        Table(heads, rows, numbers=range(1, len(heads))),
         *map(Line, and_more(len(ranked) - MOST_SHOWN, "layer", " in sensitivity.json")),
         *map(Line, sensitivity_sentences(sensitivity)),
         _cost(sensitivity.step_equivalents),
@@ -231,7 +231,7 @@ def _diagnosis_parts(diagnosis: Diagnosis) -> list[Part]:
     health = "healthy" if is_healthy else "unwell"
     missing = {fact: f"not known: {reason}" for fact, reason in device.missing}
     return [
-        Table(("fact", "value"), list((device_facts(device) | missing).items()), widest=1),
+        Table(("fact", "value"), list((device_facts(device) | missing).items())),
         _checks_table(diagnosis.checks),
         *section(f"GEMM {diagnosis.gemm} (MxKxN)"),
         *map(Line, _gemm_sentences(diagnosis.gemm_ms)),
@@ -256,7 +256,7 @@ def _plan_check_parts(check: PlanCheck) -> list[Part]:
 def _checks_table(checks: Sequence[Check]) -> Table:
     words = {True: Line("ok", "green"), False: Line("FAIL", BAD)}
     rows = [(check.name, words[check.is_good], check.detail) for check in checks]
-    return Table(("check", "", "seen"), rows, widest=2)
+    return Table(("check", "", "seen"), rows)
 
 
 def _gemm_sentences(times: dict[str, Timing]) -> Iterator[str]:

@@ -4,7 +4,6 @@ Every cell becomes a rich `Text`: nothing in a name is markup. Output is ASCII a
 named and from rich's box, which turns ASCII by itself where the terminal cannot show lines.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,21 +40,20 @@ class Line:
     is_whole: bool = False
 
 
-Cell = str | Line | tuple[Line, ...]  # several lines stand below each other
+Cell = str | Line
 
 
 @dataclass(frozen=True)
 class Table:
     """Cells under headings. Columns of `numbers` are right-aligned and never wrapped.
 
-    The `widest` column is what is folded where a table is wider than the terminal; `has_total`: the
-    last row sums the others.
+    Where a table is wider than the terminal its longest texts are folded. `has_total`: the last row
+    sums the others.
     """
 
     heads: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     numbers: Collection[int] = ()
-    widest: int | None = None
     has_total: bool = False
 
 
@@ -77,7 +75,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
     for part in parts:
         if isinstance(part, Line):
             console.print(shown_text(part, console), highlight=False, soft_wrap=part.is_whole)
-        elif _width(part, NARROWEST) <= console.width:
+        elif _least_width(part) <= console.width:
             console.print(_rich_table(part, console), highlight=False)
         else:
             for head, numbers in _stacked(part):
@@ -86,13 +84,13 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
                     console.print(Padding(shown_text(numbers, console), INDENT), highlight=False)
 
 
-def _width(table: Table, most: float = math.inf) -> float:
-    """Return the columns that a table takes if its texts are folded into `most` each."""
+def _least_width(table: Table) -> int:
+    """Return the columns that a table takes if its texts are folded into NARROWEST each."""
     widths = []
     for index, head in enumerate(table.heads):
-        lines = [line for row in table.rows for line in _plain(row[index]).split("\n")]
-        longest = max(map(len, (*lines, *head.split("\n"))))
-        widths.append(longest if index in table.numbers else min(longest, most))
+        cells = (_plain(row[index]) for row in table.rows)
+        longest = max(map(len, (*cells, *head.split("\n"))))
+        widths.append(longest if index in table.numbers else min(longest, NARROWEST))
     return sum(widths) + GAP * (len(widths) - 1)
 
 
@@ -112,8 +110,6 @@ def _stacked(table: Table) -> Iterator[tuple[Line, Line]]:
 
 
 def _plain(cell: Cell) -> str:
-    if isinstance(cell, tuple):
-        return "\n".join(line.text for line in cell)
     return cell.text if isinstance(cell, Line) else cell
 
 
@@ -123,7 +119,6 @@ def _rich_table(table: Table, console: Console) -> RichTable:
         pad_edge=False,
         padding=(0, 1, 0, 0),
         show_edge=False,
-        expand=table.widest is not None and _width(table) > console.width,
     )
     for index, head in enumerate(table.heads):
         is_number = index in table.numbers
@@ -132,7 +127,6 @@ def _rich_table(table: Table, console: Console) -> RichTable:
             justify="right" if is_number else "left",
             no_wrap=is_number,
             overflow="fold",
-            ratio=1 if index == table.widest else None,
         )
     for left, row in zip(reversed(range(len(table.rows))), table.rows, strict=True):
         cells = (shown_text(cell, console) for cell in row)
@@ -142,8 +136,6 @@ def _rich_table(table: Table, console: Console) -> RichTable:
 
 def shown_text(cell: Cell, console: Console) -> Text:
     """Return a cell as the console's encoding can show it, hidden characters made visible."""
-    if isinstance(cell, tuple):
-        return Text("\n").join(shown_text(line, console) for line in cell)
     line = cell if isinstance(cell, Line) else Line(cell)
     encoding = console.encoding
     shown = clean_text(line.text).encode(encoding, "backslashreplace").decode(encoding)
