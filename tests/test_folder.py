@@ -34,6 +34,8 @@ def test_a_second_process_gets_one_line_and_writes_nothing(tmp_path: Path) -> No
         first.communicate()
     with Folder(tmp_path).locked():  # free again
         pass
+    with Folder(tmp_path / "new").locked():  # nothing is finished in it
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,6 +52,7 @@ def test_a_proven_plan_alone_is_trained_with_after_three_lines(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert lines[2].startswith(f"autoprec: {said}")
+    assert lines[2].endswith("it now" if status == 0 else "train.py --lr 1")
 
 
 def test_a_tuning_that_failed_has_said_why(

@@ -5,6 +5,7 @@ modules that the script imports, and its device memory is free again when it end
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ def tune_first(script: str, arguments: Sequence[str], plan: Path) -> int:
     found = summarise_run(load_run(plan.parent))
     is_worth = found.answer.advice in (Advice.APPLY, Advice.LEAVE)
     is_proven = found.promise.verdict is Verdict.VERIFIED
-    anyway = f"not trained; to train with it all the same: autoprec run --plan {plan} {script}"
+    same = shlex.join(["autoprec", "run", "--plan", str(plan), script, *arguments])
+    anyway = f"not trained; to train with it all the same: {same}"
     print(f"autoprec: {found.answer.headline}", file=sys.stderr)
     print(f"autoprec: report: {plan.parent / 'report.html'}", file=sys.stderr)
     goes_on = is_worth and is_proven

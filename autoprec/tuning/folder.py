@@ -5,7 +5,7 @@ has not changed instead of making it again.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -50,6 +50,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".autoprec-probe"
@@ -74,6 +75,9 @@ class Folder:
                     yield
                 finally:  # while it is held: whoever opened it before sees that it is gone
                     (self.path / LOCK).unlink(missing_ok=True)
+                    if self._is_new:
+                        with suppress(OSError):  # not empty: something was finished
+                            self.path.rmdir()
         except Timeout as error:
             raise RecordError(
                 f"a folder takes one run at a time, but another is writing to {self.path}; "
