@@ -106,7 +106,10 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     """Measure all cells with probes, then the few that these leave in doubt one by one."""
     probes = _probed(reference, cells, probes=_count_probes(reference))
     rows = make_rows(probes, cells)
-    unseen = {name for probe in probes for name in probe.unseen}
+    names = reference.spec.names
+    # of any rank's batches: all measure the same
+    marks = largest_over_ranks([float(any(n in p.unseen for p in probes)) for n in names])
+    unseen = {name for name, mark in zip(names, marks, strict=True) if mark}
     statistics = from_first_rank(probes[0].statistics)
     kinks = _added(probes, rows)[0]
     table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks)
