@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.memory import sensitivity_bar
-from autoprec.records import Recipe, fp8_option
 from autoprec.sensitivity import room
-from autoprec.sensitivity.measure import measure_sensitivity
-from autoprec.sensitivity.reference import prepare_reference
-from autoprec.sensitivity.tables import Method
 from tests.memory_families import convolutions, decoder, family, mlp, tokens, values
-from tests.peaks import tracked_peak, training_peak
+from tests.peaks import sensitivity_peak, training_peak
 
 CPU = torch.device("cpu")
 STEPS = 13  # of the warm-up: beyond those after which the early error is measured
@@ -144,11 +140,7 @@ def show(name: str) -> None:
     context = Context(workload, CPU)
     spec = capture_model(context)
     training = training_peak(workload)
-    with tracked_peak() as whole:
-        reference = prepare_reference(context, spec, warmup_steps=STEPS)
-        measure_sensitivity(
-            reference, options=[fp8_option(Recipe.TENSORWISE)], method=Method.SIGN_CODED
-        )
+    reference, whole = sensitivity_peak(context, spec, steps=STEPS)
     shares = [f"{peak.rise_bytes / sensitivity_bar(spec):.2f}" for peak in (training, whole)]
     parked = "yes" if reference.is_parked else "no"
     of = f"{reference.groups} of {len(spec.layers)}, {parked}"

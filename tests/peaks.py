@@ -20,6 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from autoprec.model.context import Context
+from autoprec.records import ModelSpec, Recipe, fp8_option
+from autoprec.sensitivity.measure import measure_sensitivity
+from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload
 
 
@@ -65,6 +70,15 @@ def training_peak(workload: Workload) -> Peak:
             torch.autograd.backward(workload.loss_fn(model, next(batches)))
             optimizer.step()
     return peak
+
+
+def sensitivity_peak(context: Context, spec: ModelSpec, *, steps: int) -> tuple[Reference, Peak]:
+    """Return the reference and the peak of the whole stage, after so many steps of warm-up."""
+    with tracked_peak() as peak:
+        reference = prepare_reference(context, spec, warmup_steps=steps)
+        options = [fp8_option(Recipe.TENSORWISE)]
+        measure_sensitivity(reference, options=options, method=Method.SIGN_CODED)
+    return reference, peak
 
 
 class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own

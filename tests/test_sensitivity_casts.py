@@ -48,7 +48,7 @@ def run_emulated(option: Option) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, grad = (t.float() for t in operands())
     linear = nn.Linear(K, N)
     linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
-    with emulated_layer(linear, option):
+    with emulated_layer(linear, option, chunk=7 * (K + N)):
         y = linear(x.requires_grad_())
     torch.autograd.backward(y, grad)
     assert x.grad is not None

@@ -25,15 +25,14 @@ from autoprec.model.recording import Call, recorded_calls
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes, room
 from autoprec.sensitivity.local import list_cells
-from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.parked import InTurn, Parked
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
 from autoprec.workload.functions import Workload
-from tests.memory_families import convolutions, decoder, family, mlp, tokens
+from tests.memory_families import convolutions, decoder, family, mlp, tokens, values
 from tests.models import token_workload
-from tests.peaks import tracked_peak
+from tests.peaks import sensitivity_peak, tracked_peak, training_peak
 
 CPU = torch.device("cpu")
 DEEP = decoder(width=64, depth=3, batch=1, sequence=8)
@@ -50,6 +49,26 @@ class Bagged(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.bag(tokens))  # type: ignore[no-any-return]  # a tensor
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose replay holds most of what training does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(150, 48), nn.Linear(48, 150)
+        self.lstm = nn.LSTM(48, 48, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.embedding(tokens))[0])  # type: ignore[no-any-return]  # a tensor
+
+
+def next_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+
+def square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()  # type: ignore[no-any-return]  # a tensor
 
 
 def bagged_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,9 +93,7 @@ def measured_peak(workload: Workload) -> tuple[ModelSize, int, int]:
     """Return the size of a model, the bytes that were predicted, and those of the whole stage."""
     context = Context(workload, CPU)
     spec = capture_model(context)
-    with tracked_peak() as peak:
-        reference = prepare_reference(context, spec, warmup_steps=2)
-        measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
+    reference, peak = sensitivity_peak(context, spec, steps=2)
     predicted = sensitivity_bytes(spec, groups=reference.groups, is_parked=reference.is_parked)
     return ModelSize.of(spec), predicted, peak.rise_bytes
 
@@ -98,7 +115,7 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
     [
         (mlp(width=96, depth=10, batch=16), 0.15),
         (convolutions(width=16, depth=4, batch=32), 0.15),
-        (token_workload(), 0.25),  # so small that rows are not taken in parts
+        (token_workload(), 0.3),  # so small that rows are not taken in parts
     ],
     ids=["mlp", "convolutions", "tied tokens"],
 )
@@ -111,18 +128,18 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
     "workload",
     [
         mlp(width=128, depth=2, batch=1024),
+        family(lambda: nn.Sequential(nn.Linear(512, 8)), values(512, 512), square),
         family(Bagged, tokens(4000, 64, 8), bagged_loss),
+        family(Recurrent, tokens(150, 8, 12), next_loss),
     ],
-    ids=["wide batch", "embedding bag"],
+    ids=["wide batch", "one linear", "embedding bag", "lstm"],
 )
 def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workload) -> None:
-    """Batches are a large part of a shallow MLP, and one parameter all of a bag of embeddings."""
+    """Batches are a large part of shallow models, one parameter all of a bag of embeddings."""
     context = Context(workload, CPU)
     spec = capture_model(context)
-    with tracked_peak() as peak:
-        reference = prepare_reference(context, spec, warmup_steps=12)  # the early error too
-        measure_sensitivity(reference, options=[TENSORWISE], method=Method.SIGN_CODED)
-    assert peak.rise_bytes <= sensitivity_bar(spec)
+    _, peak = sensitivity_peak(context, spec, steps=12)  # the early error too
+    assert peak.rise_bytes <= max(sensitivity_bar(spec), 1.1 * training_peak(workload).rise_bytes)
 
 
 def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
@@ -150,8 +167,8 @@ def test_what_is_parked_comes_back_as_it_was() -> None:
     assert isinstance(calls[1].args[1], torch.Tensor)  # a part of what is somebody's data
     del shared, y, own
     assert seen() is None
-    parked.come_back()
-    first, second = calls
+    first, second = map(parked.back, calls)
+    assert not isinstance(calls[0].args[0], torch.Tensor)
     assert first.args[0].data_ptr() == x.data_ptr()  # somebody else holds it
     back = first.kwargs["mask"], second.args[0], first.gradients[0], second.args[1]
     assert all(map(torch.equal, expected, back))
@@ -173,8 +190,7 @@ def test_what_cannot_be_written_stays(
     parked = Parked([call])
     parked.leave()
     assert "No space left" in caplog.text
-    parked.come_back()
-    assert call.args[0] is x
+    assert parked.back(call).args[0] is x
 
 
 def test_one_value_is_in_memory_at_a_time() -> None:
@@ -206,8 +222,7 @@ def test_packed_sequences_are_recorded_and_stay_where_they_are() -> None:
     assert shapes["rnn"][0].args[0][:2] == ((5, 4), (3,))
     parked = Parked(calls["rnn"])
     parked.leave()
-    parked.come_back()
-    assert torch.equal(calls["rnn"][0].args[0].data, packed.data)
+    assert torch.equal(parked.back(calls["rnn"][0]).args[0].data, packed.data)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

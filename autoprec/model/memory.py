@@ -105,21 +105,25 @@ def probing_bytes(
     `batches` is how many of them, with their reference gradients, the device holds: the one in hand
     on a CPU, none where the host keeps them. Beside them the larger of two:
 
-        probe     moved weights; what autograd keeps; x and g of a group (not `is_parked`: they are
-                  elsewhere), and g again under the probe
-        products  x and g of a group twice, and one layer's replays (of a linear some rows at a
-                  time)
+        probe     the weights before they moved, and x and g of a group (both elsewhere where they
+                  are parked); what autograd keeps; and g again under the probe
+        products  x and g of a group twice (once of one layer only where they are parked), and one
+                  layer's replays (of a linear some rows at a time)
     """
     size = ModelSize.of(spec)
     of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
     group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
+    most = max(of_layer.values(), default=0)
     held = batches * (FP32_BYTES * size.trainable + (spec.batch_bytes or 0))
-    recorded = PROBED_BYTES - (FP32_BYTES if is_parked else 0)
-    probe = FP32_BYTES * size.trainable + size.saved + recorded * group
-    probe += FP32_BYTES * size.widest
+    probe: float = size.saved + FP32_BYTES * size.widest
+    if is_parked:
+        probe += (PROBED_BYTES - FP32_BYTES) * group
+    else:
+        probe += FP32_BYTES * size.trainable + PROBED_BYTES * group
     replayed = max((of_layer[each.name] for each in spec.layers if each.gemm is None), default=0)
-    products = 2 * FP32_BYTES * group + PRODUCT_BYTES * size.largest
-    chunk = min(chunk_elements(spec), max(of_layer.values(), default=0))
+    products = FP32_BYTES * (group + (most if is_parked else group))
+    products += PRODUCT_BYTES * size.largest
+    chunk = min(chunk_elements(spec), most)
     products += max(REPLAYED_BYTES * replayed, CHUNK_BYTES * chunk)
     return round(held + max(probe, products))
 

@@ -41,7 +41,7 @@ from autoprec.profiler.groups import Group, group_layers, record_groups, uniform
 from autoprec.profiler.kept import KeptRows, without_ended
 from autoprec.profiler.layers import LayerMeter, predicted_timing
 from autoprec.profiler.steps import AUTOCAST, Eager, Variant, time_steps, written_variants
-from autoprec.records.cost import LayerTiming, Profile, StepTiming, SumCheck
+from autoprec.records.cost import DeviceFacts, LayerTiming, Profile, StepTiming, SumCheck
 from autoprec.records.model import FP32, Basis, ModelSpec, Option
 
 log = logging.getLogger(__name__)
@@ -77,20 +77,34 @@ def profile_model(
     """
     check_room(context, spec)
     mode, problem = _choose_mode(context.device, spec, compiled)
-    facts = device_facts(context.device)  # imports torchao, which is no part of the measurement
+    # imports torchao, which is no part of the measurement
+    facts = device_facts(context.device).model_copy(update={"compile_mode": mode})
     groups = group_layers(spec, options)
     with _open_meter(context, spec, mode, gemms_hp, kept or KeptRows()) as meter:
-        started = time.perf_counter()
-        rows, cast_ms, step_ms = _time_layers(context, meter, groups, asked or {})
-        if gemms_hp:
-            spec, rows = without_slow_gemms_hp(spec, rows)
-        steps, left_out = _time_uniform_steps(context, meter, spec, groups, rows, step_ms)
-        elapsed_s = time.perf_counter() - started
+        profile = _measure(context, meter, spec, groups, asked or {}, facts)
+    return profile.model_copy(update={"compile_problem": problem})
+
+
+def _measure(
+    context: Context,
+    meter: LayerMeter,
+    spec: ModelSpec,
+    groups: Sequence[Group],
+    asked: Mapping[str, Container[Option]],
+    facts: DeviceFacts,
+) -> Profile:
+    """Time all layers, then whole steps, and put both together."""
+    started = time.perf_counter()
+    rows, cast_ms, step_ms = _time_layers(context, meter, groups, asked)
+    if meter.gemms_hp:
+        spec, rows = without_slow_gemms_hp(spec, rows)
+    steps, left_out = _time_uniform_steps(context, meter, spec, groups, rows, step_ms)
+    elapsed_s = time.perf_counter() - started
     compiling = meter.compilation or Compilation(context.device)
     ms = {step.label: step.ms for step in steps}
     return Profile(
         model=without_ended(spec, rows),
-        device=facts.model_copy(update={"compile_mode": mode}),
+        device=facts,
         basis=Basis.MEASURED,
         layers=rows,
         steps=steps,
@@ -101,7 +115,6 @@ def profile_model(
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,
         sum_check=check_sum(groups, rows, steps),
-        compile_problem=problem,
         steps_left_out=left_out,
     )
 

@@ -18,6 +18,7 @@ from autoprec.device.ranks import sharded_tensor
 from autoprec.device.torchao import float8_config
 from autoprec.records import Gemm, Operand, Option
 
+PART = 1 << 16  # elements that are looked up at a time
 EPS = 1e-12  # the smallest amax, torchao.float8.float8_utils.EPS
 
 
@@ -89,8 +90,11 @@ def fp8_to_float(x_fp8: Tensor) -> Tensor:
     """
     if x_fp8.device.type != "cpu" or isinstance(x_fp8, sharded_tensor()):
         return x_fp8.float()
-    codes = x_fp8.contiguous().view(torch.uint8)
-    return _all_values(x_fp8.dtype).index_select(0, codes.flatten().int()).view(x_fp8.shape)
+    codes, values = x_fp8.contiguous().view(torch.uint8).flatten(), _all_values(x_fp8.dtype)
+    found = torch.empty(codes.shape)
+    for part, into in zip(torch.split(codes, PART), torch.split(found, PART), strict=True):
+        torch.index_select(values, 0, part.int(), out=into)
+    return found.view(x_fp8.shape)
 
 
 def round_bf16(x: Tensor) -> Tensor:

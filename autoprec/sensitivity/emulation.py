@@ -7,13 +7,25 @@ the order of sums.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoprec.records import Gemm, Operand, Option
-from autoprec.sensitivity.casts import Cast, Sides, cast_operand, gemm_casts, round_bf16
+from autoprec.sensitivity.casts import Cast, Sides, gemm_casts, round_bf16
+from autoprec.sensitivity.linear import Matrix
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """What a linear runs in: casts per GEMM, and how."""
+
+    casts: dict[Gemm, Sides]
+    in_range: Operand | None
+    without_mean: bool
+    chunk: int  # elements of rows that are cast and multiplied at a time
 
 
 @contextmanager
@@ -23,19 +35,19 @@ def emulated_layer(
     *,
     in_range: Operand | None = None,
     without_mean: bool = False,
+    chunk: int,
 ) -> Iterator[None]:
-    """Run a linear with an FP8 option's casts and FP32 matmuls inside.
+    """Run a linear with an FP8 option's casts and FP32 matmuls inside, `chunk` elements at a time.
 
     `in_range` is an operand that loses digits as in FP8, and no range; `without_mean` takes the
     mean over rows out of the input before it is cast, and adds what it does to the results in FP32:
 
         x w' = (x - m) w' + m w'        g' x = g' (x - m) + (sum of g's rows)' m
     """
-    casts = gemm_casts(option)
+    how = Emulation(gemm_casts(option), in_range, without_mean, chunk)
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _EmulatedMatmul.apply(x, layer.weight, casts, in_range, without_mean)  # type: ignore[no-untyped-call]
-        return y if layer.bias is None else round_bf16(y + round_bf16(layer.bias))
+        return _EmulatedLinear.apply(x, layer.weight, layer.bias, how)  # type: ignore[no-untyped-call,no-any-return]  # torch's
 
     vars(layer)["forward"] = forward
     try:
@@ -44,49 +56,66 @@ def emulated_layer(
         del vars(layer)["forward"]
 
 
-class _EmulatedMatmul(torch.autograd.Function):
-    """x_MK @ weight_NK.t() with each of the three GEMMs on its own casts; results are BF16."""
+class _Rows(Matrix):
+    """An operand of one GEMM, in BF16 or cast, some rows at a time."""
+
+    def taken(self, sides: Sides | None, side: int, rows: slice, how: Emulation) -> Tensor:
+        """Return these rows as they are on one side of a GEMM; in BF16 where it has no casts."""
+        if sides is None:
+            return round_bf16(self.exact[rows])
+        operand, cast = sides[side]
+        if operand is how.in_range:
+            return _rounded(round_bf16(self.exact[rows]), cast)
+        return self.cast(cast, rows)
+
+
+class _EmulatedLinear(torch.autograd.Function):
+    """x_MK @ weight_NK.t() + bias_N, each of the three GEMMs on its own casts; results are BF16."""
 
     @staticmethod
-    def forward(
-        ctx: Any,  # Any: autograd's context is untyped
-        x: Tensor,
-        weight: Tensor,
-        casts: dict[Gemm, Sides],
-        in_range: Operand | None,
-        without_mean: bool,
-    ) -> Tensor:
-        x_MK, weight_NK = round_bf16(x.reshape(-1, x.shape[-1])), round_bf16(weight)
-        mean_K = x_MK.mean(0) * without_mean
-        x_MK = x_MK - mean_K
-        ctx.save_for_backward(x_MK, weight_NK, mean_K)
-        ctx.shape, ctx.casts, ctx.in_range = x.shape, casts, in_range
-        left, right = _cast_sides(casts.get(Gemm.OUTPUT), ctx.in_range, x_MK, weight_NK)
-        # [M, K] @ [K, N] -> [M, N]
-        y_MN = round_bf16((left @ right.t()).add_(weight_NK @ mean_K))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Emulation) -> Tensor:
+        # Any: autograd's context is untyped
+        x_MK = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        mean_K = x_MK.mean(0, dtype=torch.float32) * how.without_mean
+        if how.without_mean:
+            x_MK = torch.sub(x_MK, mean_K, out=torch.empty_like(x_MK))
+        ctx.save_for_backward(x_MK, weight, mean_K)
+        ctx.shape, ctx.how, ctx.has_bias = x.shape, how, bias is not None
+        left, right = _matrices(how, weight, x_MK)
+        sides = how.casts.get(Gemm.OUTPUT)
+        w_NK, shift_N = right.taken(sides, 1, slice(None), how), round_bf16(weight) @ mean_K
+        y_MN = x.new_empty(len(x_MK), len(weight), dtype=torch.float32)
+        for rows in left.chunks():
+            # [M, K] @ [K, N] -> [M, N]
+            y = round_bf16((left.taken(sides, 0, rows, how) @ w_NK.t()).add_(shift_N))
+            y_MN[rows] = y if bias is None else round_bf16(y + round_bf16(bias))
         return y_MN.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        x_MK, weight_NK, mean_K = ctx.saved_tensors
-        grad_MN = round_bf16(grad_outputs[0].reshape(-1, len(weight_NK)))
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_INPUT), ctx.in_range, grad_MN, weight_NK)
-        grad_input_MK = round_bf16(left @ right)  # [M, N] @ [N, K] -> [M, K]
-        left, right = _cast_sides(ctx.casts.get(Gemm.GRAD_WEIGHT), ctx.in_range, grad_MN, x_MK)
-        # [N, M] @ [M, K] -> [N, K]
-        grad_weight_NK = round_bf16(left.t() @ right + torch.outer(grad_MN.sum(0), mean_K))
-        return grad_input_MK.reshape(ctx.shape), grad_weight_NK, None, None, None
+        how = ctx.how
+        x_MK, weight, mean_K = ctx.saved_tensors
+        grad, w = _matrices(how, weight, grad_outputs[0].reshape(-1, len(weight)))
+        x, _ = _matrices(how, weight, x_MK)
+        inner, outer = (how.casts.get(gemm) for gemm in (Gemm.GRAD_INPUT, Gemm.GRAD_WEIGHT))
+        w_NK = w.taken(inner, 1, slice(None), how)
+        grad_input_MK = mean_K.new_empty(x_MK.shape)
+        grad_weight_NK, grad_bias_N = torch.zeros_like(w_NK), w_NK.new_zeros(len(weight))
+        for rows in grad.chunks():
+            # [M, N] @ [N, K] -> [M, K]
+            grad_input_MK[rows] = round_bf16(grad.taken(inner, 0, rows, how) @ w_NK)
+            # [N, M] @ [M, K] -> [N, K]
+            grad_weight_NK.addmm_(grad.taken(outer, 0, rows, how).t(), x.taken(outer, 1, rows, how))
+            grad_bias_N += grad.taken(None, 0, rows, how).sum(0)
+        grad_weight_NK.addr_(grad_bias_N, mean_K)
+        grad_bias = round_bf16(grad_bias_N) if ctx.has_bias else None
+        return grad_input_MK.reshape(ctx.shape), round_bf16(grad_weight_NK), grad_bias, None
 
 
-def _cast_sides(
-    sides: Sides | None, in_range: Operand | None, *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    if sides is None:  # this GEMM stays in BF16
-        return tensors
-    return tuple(
-        _rounded(tensor, cast) if operand is in_range else cast_operand(tensor, cast)
-        for tensor, (operand, cast) in zip(tensors, sides, strict=True)
-    )
+def _matrices(how: Emulation, weight: Tensor, tokens: Tensor) -> tuple[_Rows, _Rows]:
+    """Return an operand whose rows are tokens and the weight, in chunks of as many rows."""
+    rows = max(how.chunk // sum(weight.shape), 1)
+    return _Rows(tokens, rows), _Rows(weight.detach(), rows)
 
 
 def _rounded(x: Tensor, cast: Cast) -> Tensor:

@@ -6,7 +6,6 @@ See probes.py for why, and kinks.py for the two steps t.
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.choices import Choices, kept_choices
 from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_hooks
 from autoprec.sensitivity.local import Norm
-from autoprec.sensitivity.parked import Parked
+from autoprec.sensitivity.parked import InTurn, Parked
 from autoprec.sensitivity.preconditioner import at_least_1d
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
+from autoprec.workload.functions import Batch
 
 # Mean |weight change| over median |weight|. It moves activations by about 2 %, as much as FP8 does;
 # a step FINER times smaller tells what kinks add.
@@ -43,10 +43,16 @@ class Pass:
     reference: Reference
     index: int
     layers: dict[str, nn.Module]
-    calls: dict[str, list[Call]]
+    calls: dict[str, list[Call]]  # where they are parked, `recorded` brings them back
     choices: Choices
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
+    batch: Batch  # held: what layers are called with may be of it, in every pass the same
+    parked: Parked
+
+    def recorded(self, name: str) -> list[Call]:
+        """Return a layer's calls with their tensors on the device."""
+        return [self.parked.back(call) for call in self.calls[name]]
 
     def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
         """Return the norm of a layer's errors, by the parameters of the module that was run for it.
@@ -112,23 +118,10 @@ def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -
         differentiated_calls(step.layers) as watched,
         _moved_weights(step, size, code=code),
         kept_choices(step.choices),
-        _parked(step),
     ):
         gradients = step.gradient.of if are_changes else {}
         changes = _run(step, keep, gradients, watched.begin_backward)
     return Moved(watched.calls, size, changes, is_finer=times != 1.0)
-
-
-@contextmanager
-def _parked(step: Pass) -> Iterator[None]:
-    """Let what was recorded wait away from the device inside, where memory is short."""
-    if not step.reference.is_parked:
-        yield
-        return
-    parked = Parked(chain.from_iterable(step.calls.values()))
-    parked.leave()
-    yield
-    parked.come_back()
 
 
 def run_freely(step: Pass, *, code: int) -> list[float]:
@@ -182,8 +175,11 @@ def _step_size(step: Pass) -> float:
 @contextmanager
 def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
-    saved: list[tuple[Tensor, Tensor]] = []
-    preconditioner = step.reference.preconditioner
+    is_parked, preconditioner = step.reference.is_parked, step.reference.preconditioner
+    before: dict[int, Tensor] | InTurn[Tensor] = {}
+    if is_parked:
+        before = InTurn((), step.reference.context.device)
+    moved: list[Tensor] = []
     whole_again(step.reference.model)
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
@@ -191,7 +187,8 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
                 continue
             # in place: FSDP gathers from the storage that it knows
             data = real_view(local_part(parameter.detach()))
-            saved.append((data, data.clone()))
+            before[len(moved)] = data.to("cpu", copy=True) if is_parked else data.clone()
+            moved.append(data)
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             # drawn for the whole tensor: of any number of ranks, each has its part of the same
@@ -207,5 +204,5 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
                 data[rows].add_(weight.mul_(signs[rows]), alpha=size)
         yield
     finally:
-        for data, before in saved:
-            data.copy_(before)
+        for number, data in enumerate(moved):
+            data.copy_(before[number])

@@ -3,16 +3,16 @@
 A probe runs the model while the reference's inputs and gradients of the layers in hand wait for
 their counterparts: 4 bytes per layer-I/O element beside what training keeps. Where even one layer
 at a time is too much of that, they wait elsewhere: on the host for a GPU that has room there, else
-in a file. On a CPU the batches that are not in hand and their reference gradients do too. Nothing
-is taken from anybody: storages are let go of, and one that somebody else holds all the same is
-taken again, not read.
+in a file; so do the weights as they were before a probe. On a CPU batches and reference gradients
+always do, but while they are used. Nothing is taken from anybody: storages are let go of, and one
+that somebody else holds all the same is taken again, not read.
 """
 
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from tempfile import TemporaryFile, gettempdir
 from typing import Any, Generic, TypeVar
@@ -29,54 +29,59 @@ T = TypeVar("T")
 
 
 class Parked:
-    """Objects whose tensors can leave the device's memory, and come back as they were."""
+    """Objects whose tensors leave the device's memory, and come back as they were while in use."""
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        """Take objects whose attributes are trees of tensors; trees are replaced, not changed."""
-        self._objects = list(objects)
-        self._left: dict[int, _Left] = {}  # by storage
+    def __init__(self, objects: Iterable[Any] = ()) -> None:  # Any: dataclasses
+        """Take dataclasses whose fields are trees of tensors; trees are replaced, not changed."""
+        self.objects = list(objects)
+        self._left: list[_Left] = []
         self._file: Any = None  # opened when it is first needed
 
     def leave(self) -> None:
-        """Let go of the tensors; where they cannot be written they stay, which the log says."""
+        """Let go of what is here; where it cannot be written it stays, which the log says."""
         leaving = self._leaving()
         if not leaving:
             return
         total = sum(storage.nbytes() for storage in leaving.values())
         on_host = next(iter(leaving.values())).device.type != "cpu" and fits_the_host(total)
-        left: dict[int, _Left] = {}
+        left: list[_Left] = []
         try:
-            for key, storage in leaving.items():
-                left[key] = _Left(weakref.ref(storage), storage.nbytes(), storage.device)
+            for storage in leaving.values():
+                left.append(_Left(weakref.ref(storage), storage.nbytes(), storage.device))
                 held = bytes_of(storage).cpu()
                 if on_host:
-                    left[key].on_host = held
+                    left[-1].on_host = held
                 else:
-                    left[key].place = self._write(held)
+                    left[-1].place = self._write(held)
         except OSError as error:
             log.warning("recorded tensors wait in memory: %s (%s)", gettempdir(), error)
             return
         # all is safe elsewhere: only now is anything given up
-        self._left = left
-        self._replace(Tensor, lambda t: _Away.of(t) if _may_leave(t) and _storage(t) in left else t)
+        places = {key: len(self._left) + number for number, key in enumerate(leaving)}
+        self._left += left
 
-    def come_back(self) -> None:
-        """Bring the tensors back to their device."""
-        back = {key: each.again(self._file) for key, each in self._left.items()}
-        if back:
-            self._replace(_Away, lambda away: away.on(back[away.storage]))
-        self._left = {}
-        if self._file is not None:
-            self._file.seek(0)
-            self._file.truncate()
+        def away(tensor: Tensor) -> "Tensor | _Away":
+            place = places.get(_storage(tensor)) if _may_leave(tensor) else None
+            return tensor if place is None else _Away.of(tensor, place)
+
+        for each in self.objects:
+            vars(each).update(_replaced(Tensor, away, vars(each)))
+
+    def back(self, one: T) -> T:
+        """Return one of the objects with its tensors on their device; the object stays away."""
+
+        def here(away: _Away) -> Tensor:
+            return away.on(self._left[away.place].again(self._file))
+
+        return replace(one, **_replaced(_Away, here, vars(one)))  # type: ignore[type-var]  # a dataclass
 
     def _leaving(self) -> dict[int, UntypedStorage]:
         """Return the storages that leave; one of which little is used is somebody else's data."""
         used: Counter[int] = Counter()
         found: dict[int, UntypedStorage] = {}
-        trees = [vars(each) for each in self._objects]
+        trees = [vars(each) for each in self.objects]
         tensors = [t for t in tree_leaves(trees, is_leaf=_stays_whole) if isinstance(t, Tensor)]
-        for tensor in {_Away.of(t): t for t in tensors if _may_leave(t)}.values():
+        for tensor in {_Away.of(t, _storage(t)): t for t in tensors if _may_leave(t)}.values():
             used[_storage(tensor)] += tensor.nbytes
             found[_storage(tensor)] = tensor.untyped_storage()
         return {key: each for key, each in found.items() if 2 * used[key] >= each.nbytes() > 0}
@@ -89,10 +94,6 @@ class Parked:
         place: int = self._file.seek(0, 2)
         self._file.write(memory_of(held))
         return place
-
-    def _replace(self, kind: type[T], change: Callable[[T], object]) -> None:
-        for each in self._objects:
-            vars(each).update(tree_map_only(kind, change, vars(each), is_leaf=_stays_whole))
 
 
 @dataclass
@@ -109,28 +110,29 @@ class _Left:
         """Return the storage, or one with its bytes where it is gone."""
         if (storage := self.seen()) is not None:
             return storage
-        if self.on_host is not None:
-            return self.on_host.to(self.device).untyped_storage()
-        held = torch.empty(self.size, dtype=torch.uint8)
-        file.seek(self.place)
-        file.readinto(memory_of(held))
-        return held.to(self.device).untyped_storage()
+        if (held := self.on_host) is None:
+            held = torch.empty(self.size, dtype=torch.uint8)
+            file.seek(self.place)
+            file.readinto(memory_of(held))
+        storage = held.to(self.device).untyped_storage()
+        self.seen = weakref.ref(storage)
+        return storage
 
 
 @dataclass(frozen=True)
 class _Away:
-    """Stands for a tensor that is away: where it was in its storage."""
+    """Stands for a tensor that is away: where its storage is among those, and it in that."""
 
-    storage: int
+    place: int
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Away":
+    def of(cls, tensor: Tensor, place: int) -> "_Away":
         where = int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
-        return cls(_storage(tensor), *where)
+        return cls(place, *where)
 
     def on(self, storage: UntypedStorage) -> Tensor:
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
@@ -143,7 +145,7 @@ class _Held(Generic[T]):
 
 
 class InTurn(Generic[T]):
-    """Values by number; on a CPU all but the one that was asked for last wait in files.
+    """Values by number; on a CPU they wait in a file, and are in memory while somebody has them.
 
     A GPU's wait on the host as they are.
 
@@ -155,12 +157,11 @@ class InTurn(Generic[T]):
     def __init__(self, values: Iterable[T], device: torch.device) -> None:
         """Take the values one after the other."""
         self._waits = device.type == "cpu"
-        self._held: dict[int, tuple[_Held[T], Parked]] = {}
-        self._in_hand = -1
+        self._held: dict[int, _Held[T]] = {}
+        self._parked = Parked()
         stream = iter(values)
-        while one := [*islice(stream, 1)]:
+        while one := [*islice(stream, 1)]:  # gone before the next is made
             self[len(self)] = one.pop()
-            self._leave()  # before the next is made
 
     def __len__(self) -> int:
         return len(self._held)
@@ -172,21 +173,13 @@ class InTurn(Generic[T]):
         return number in self._held
 
     def __setitem__(self, number: int, value: T) -> None:
-        self._leave()
-        held = _Held(value)
-        self._held[number], self._in_hand = (held, Parked([held])), number
+        self._held[number] = held = _Held(value)
+        if self._waits:
+            self._parked.objects.append(held)
+            self._parked.leave()
 
     def __getitem__(self, number: int) -> T:
-        if number != self._in_hand:
-            self._leave()
-            self._held[number][1].come_back()
-            self._in_hand = number
-        return self._held[number][0].value
-
-    def _leave(self) -> None:
-        if self._waits and self._in_hand in self:
-            self._held[self._in_hand][1].leave()
-        self._in_hand = -1
+        return self._parked.back(self._held[number]).value
 
 
 def _may_leave(tensor: Tensor) -> bool:
@@ -203,3 +196,11 @@ def _stays_whole(value: object) -> bool:
 def _storage(tensor: Tensor) -> int:
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+def _replaced(
+    kind: type[T], change: Callable[[T], object], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a dataclass's fields with every leaf of a kind changed."""
+    changed: dict[str, Any] = tree_map_only(kind, change, fields, is_leaf=_stays_whole)
+    return changed

@@ -63,6 +63,7 @@ from autoprec.sensitivity.local import (
     replayed_errors,
 )
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
+from autoprec.sensitivity.parked import Parked
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import Watched, differentiated_calls, floating_inputs
 
@@ -130,12 +131,15 @@ def _probe_group(
 ) -> None:
     """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
+    batch, chunk = reference.batches[index], chunk_elements(reference.spec)
     with differentiated_calls(layers) as found, recorded_choices(watched) as choices:
         gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen
-    chunk = chunk_elements(reference.spec)
-    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk)
+    parked = Parked(chain.from_iterable(found.calls.values()))
+    if reference.is_parked:
+        parked.leave()
+    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch, parked)
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
         code = index * probed.probes + probe
@@ -247,39 +251,56 @@ def _products_of(
     A finer step shows the outputs' products only.
     """
     reference, seed = step.reference, step.reference.context.seed * 104_729 + step.index
-    gemms = (Gemm.OUTPUT,) if moved.is_finer else SPREADING
     found: dict[Key, Tensor] = {}
     with seeded(seed, reference.context.device), tf32_off():
-        for name, layer in step.layers.items():
-            calls, after = step.calls[name], moved.calls.pop(name)
-            if not _are_alike(calls, after):
-                probed.unseen.add(name)
-                after = calls
-            run, split = _run_alone(reference, layer, called=bool(calls))
-            norm = step.squared_norm(layer, run)
-            if not calls:
-                products, errors = _uncalled_products(step, layer, run, norm)
-                # called all the same (a pooler that no loss reads): its casts reach nothing
-                casts = [components_of(o)[gemm] for o in options.get(name, ()) for gemm in gemms]
-                products = dict.fromkeys(chain.from_iterable(casts), torch.zeros(1)) | products
-            elif isinstance(run, nn.Linear) and not linear_refusal(run):
-                fp8 = options.get(name, ())
-                linear = Linear(run, calls, fp8, moved=after, split=split, chunk=step.chunk)
-                products = linear.products(gemms)
-                errors = linear.parameter_errors(norm) if is_first else {}
-                if is_first and step.index == 0 and fp8:
-                    probed.statistics += linear.statistics(name)
-            else:
-                local = replayed_errors(run, calls, norm, seed=seed)
-                errors = local.parameter_errors
-                products = _products(run, list(zip(calls, after, strict=True)), local.errors)
-            if is_first:
-                probed.parameter_errors[name] = errors
+        for name in step.layers:  # what is made of one layer is gone before the next comes back
+            fp8 = options.get(name, ())
+            products = _products_of_layer(
+                step, name, moved, fp8, probed, is_first=is_first, seed=seed
+            )
             for component, z in products.items():
                 # changes over t are derivatives
                 found[name, component] = whole(z).cpu() / moved.size
     reference.model.zero_grad(set_to_none=True)
     return _mean_products(found)
+
+
+def _products_of_layer(
+    step: Pass,
+    name: str,
+    moved: Moved,
+    fp8: Sequence[Option],
+    probed: BatchProbe,
+    *,
+    is_first: bool,
+    seed: int,
+) -> dict[Component, Tensor]:
+    """Return one layer's products by component, each t times too large."""
+    gemms = (Gemm.OUTPUT,) if moved.is_finer else SPREADING
+    layer, calls, after = step.layers[name], step.recorded(name), moved.calls.pop(name)
+    if not _are_alike(calls, after):
+        probed.unseen.add(name)
+        after = calls
+    run, split = _run_alone(step.reference, layer, called=bool(calls))
+    norm = step.squared_norm(layer, run)
+    if not calls:
+        products, errors = _uncalled_products(step, layer, run, norm)
+        # called all the same (a pooler that no loss reads): its casts reach nothing
+        casts = [components_of(option)[gemm] for option in fp8 for gemm in gemms]
+        products = dict.fromkeys(chain.from_iterable(casts), torch.zeros(1)) | products
+    elif isinstance(run, nn.Linear) and not linear_refusal(run):
+        linear = Linear(run, calls, fp8, moved=after, split=split, chunk=step.chunk)
+        products = linear.products(gemms)
+        errors = linear.parameter_errors(norm) if is_first else {}
+        if is_first and step.index == 0 and fp8:
+            probed.statistics += linear.statistics(name)
+    else:
+        local = replayed_errors(run, calls, norm, seed=seed)
+        errors = local.parameter_errors
+        products = _products(run, list(zip(calls, after, strict=True)), local.errors)
+    if is_first:
+        probed.parameter_errors[name] = errors
+    return products
 
 
 def _mean_products(products: dict[Key, Tensor]) -> dict[Key, Tensor]:

@@ -146,15 +146,15 @@ class Reference:
             batch = move_batch(self.batches[index], self.context.device)
             try:
                 loss: Tensor = self.context.workload.loss_fn(self.model, batch)
+                del batch  # of which a pass in 16 bits has a copy
                 begin_backward()
                 torch.autograd.backward(loss)
             finally:
                 for hook in hooks:
                     hook.remove()
         if before is not None:
-            own = dict(self.model.named_parameters())
-            changed = {n: p for n, (version, p) in before.items() if own[n]._version != version}
-            self.followers = changed
+            now = {n: p._version for n, p in self.model.named_parameters()}
+            self.followers = {n: p for n, (version, p) in before.items() if now[n] != version}
         return loss
 
     def put_back(self) -> None:

@@ -23,6 +23,7 @@ from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.layers import layer_named
+from autoprec.model.memory import chunk_elements
 from autoprec.records import LayerSensitivity, Operand, OperandStatistics
 from autoprec.sensitivity.causes import suspects
 from autoprec.sensitivity.emulation import emulated_layer
@@ -106,4 +107,10 @@ def _repaired(
     """Run one layer in emulated FP8 inside, with an operand repaired."""
     layer = layer_named(reference.model, row.name)
     assert isinstance(layer, nn.Linear)  # noqa: S101  it has an FP8 option
-    return emulated_layer(layer, row.option, in_range=repair.operand, without_mean=repair.is_mean)
+    return emulated_layer(
+        layer,
+        row.option,
+        in_range=repair.operand,
+        without_mean=repair.is_mean,
+        chunk=chunk_elements(reference.spec),
+    )
