@@ -322,15 +322,17 @@ def _outlier_token_share(
 
 def _mean_over_std(pieces: Sequence[Tensor], dim: int, split: Split, axes: str) -> float | None:
     """Return how far values are from zero beside their spread, over all channels together."""
-    moments = [torch.var_mean(piece, dim, correction=0) for piece in pieces]
+    moments = (torch.var_mean(piece, dim, correction=0) for piece in pieces)
     if dim:  # of a weight each piece has whole channels, of the others whole rows
         within, means = (torch.cat(each).double() for each in zip(*moments, strict=True))
-    else:  # of all rows: the pieces' own variances, and that of their means
-        share = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64)[:, None]
-        share = (share / share.sum()).to(pieces[0].device)
-        within, parts = (torch.stack(each).double() for each in zip(*moments, strict=True))
-        means = (share * parts).sum(0)
-        within = (share * (within + (parts - means).square())).sum(0)
+    else:  # of all rows: the pieces' own variances, and that of their means, one piece at a time
+        rows, within, means = 0, torch.zeros(()).double(), torch.zeros(()).double()
+        for piece, (variance, mean) in zip(pieces, moments, strict=True):
+            rows += len(piece)
+            share, apart = len(piece) / rows, mean.double() - means.to(mean.device)
+            spread = variance.double() + (1.0 - share) * apart.square()
+            within = (1.0 - share) * within.to(mean.device) + share * spread
+            means = means.to(mean.device) + share * apart
     # over the parts of ranks alike: their means, and channels of their own
     channel, other = axes[1 - dim], axes[dim]
     count = pieces[0].shape[1] if dim else sum(len(piece) for piece in pieces)
@@ -338,8 +340,8 @@ def _mean_over_std(pieces: Sequence[Tensor], dim: int, split: Split, axes: str) 
     centre = split.whole(own * means, channel, over=other)
     within = split.whole(own * (within + (means - centre).square()), channel, over=other)
     sums = torch.stack([within.sum(), centre.square().sum()])
-    spread, size = split.whole(sums, "", over=channel).tolist()
-    return math.sqrt(size / spread) if spread > 0.0 else None
+    variances, size = split.whole(sums, "", over=channel).tolist()
+    return math.sqrt(size / variances) if variances > 0.0 else None
 
 
 def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
