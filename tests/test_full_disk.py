@@ -55,7 +55,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text("old")
-    needs = r"an output file must find room, but \S+profile.json takes 2.0 KiB and .* are free "
+    needs = r"an output file must find room, but \S+profile.json takes 2.00 KiB and .* are free "
     with pytest.raises(NoRoomError, match=needs + r"\(No space.*--resume"):
         write_atomically(path, "x" * 2048)
     assert path.read_text() == "old"
@@ -74,7 +74,7 @@ def test_shards_that_do_not_fit_are_one_line_and_leave_nothing(tmp_path: Path) -
     )
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        with pytest.raises(NoRoomError, match=r"find room, but \S+warm_up takes 390.6 KiB and "):
+        with pytest.raises(NoRoomError, match=r"find room, but \S+warm_up takes 391 KiB and "):
             write_shards(tmp_path / "warm_up", shards)
         assert not list(tmp_path.iterdir())
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -121,7 +121,7 @@ def test_a_quota_is_no_room_and_a_read_only_disk_another_error(tmp_path: Path) -
 
         return replace_file(tmp_path / "a.json", write, size=10)
 
-    with pytest.raises(NoRoomError, match=r"takes 10 bytes \(told by the system\)"):
+    with pytest.raises(NoRoomError, match=r"takes 10 B \(told by the system\)"):
         fail(errno.EDQUOT)
     with pytest.raises(RecordError, match="choose another folder") as found:
         fail(errno.EROFS)
