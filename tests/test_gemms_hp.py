@@ -112,6 +112,7 @@ def test_the_parts_tell_which_gemms_in_bf16_are_worth_timing() -> None:
     assert fp8_option(Recipe.TENSORWISE, Gemm.GRAD_WEIGHT) in found
     assert all(Gemm.GRAD_WEIGHT in option.gemms_hp for option in found)
     assert promising_gemms_hp([plain]) == []
+    assert promising_gemms_hp([timed(FP32, (1.0, 1.0, 1.0)), plain, fast]) == []
 
 
 class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so

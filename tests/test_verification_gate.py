@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autoprec.errors import InfeasibleError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.profiler.layers import predicted_timing
 from autoprec.records import (
     BF16_O2,
     FP32,
@@ -27,7 +28,9 @@ from autoprec.records import (
     ModelSpec,
     Option,
     Plan,
+    PredictedStep,
     Recipe,
+    StepTiming,
     Verdict,
     Verification,
     fp8_option,
@@ -45,6 +48,7 @@ from autoprec.verification.session import REFERENCE, Session
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import Mlp, mlp_workload, token_workload
 from tests.plans import plan_for
+from tests.search_tables import profile_of
 
 CPU = torch.device("cpu")
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
@@ -141,6 +145,27 @@ def test_a_plan_of_fp32_is_the_reference_itself_and_moves_no_random_state() -> N
     assert (found.gap.low, found.gap.mean, found.gap.high) == (0.0, 0.0, 0.0)
     assert any("FP32 reference" in note for note in found.notes)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_where_bf16_is_slower_it_is_neither_trained_nor_timed_beside_a_plan_of_fp32() -> None:
+    context = Context(mlp_workload(), CPU)
+    spec = capture_model(context)
+    slower = PredictedStep(plan_ms=1.0, fp32_ms=1.0, bf16_o2_ms=22.0)
+    steps = tuple(
+        StepTiming(label=label, timing=predicted_timing(ms), peak_bytes=None)
+        for label, ms in {"fp32": 1.0, "bf16_o2": 22.0, "fp8_o1": 3.0}.items()
+    )
+    found = verify_plans(
+        context,
+        [plan_of(spec, FP32).model_copy(update={"predicted": slower})],
+        loss_tolerance=0.05,
+        profile=profile_of(spec, {}).model_copy(update={"steps": steps}),
+        terms=TERMS,
+    )
+    assert {branch.label for branch in found.branches} == {"reference", "plan"}
+    assert found.control_gap is None
+    plan = steps[0].model_copy(update={"label": "plan"})
+    assert found.steps == (*steps[:2], plan)
 
 
 def test_a_uniform_plan_takes_what_its_baseline_takes() -> None:

@@ -335,7 +335,7 @@ def sum_parts(operations: Sequence[Operation]) -> dict[str, float]:
 
 
 def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:
-    """Return the options with GEMMs kept in BF16 that should beat BF16, by the parts of the others.
+    """Return the options with GEMMs kept in BF16 that should beat BF16 and FP32, by others' parts.
 
     A GEMM kept in BF16 takes BF16's time for it instead of FP8's, and saves its share of the casts.
     What is timed then, decides.
@@ -343,6 +343,7 @@ def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:
     bf16 = next((row for row in rows if row.option == BF16_O2), None)
     if bf16 is None or bf16.total is None:
         return []
+    least_ms = min(row.total.median_ms for row in rows if row.total and not row.option.is_fp8)
     known = [row.option for row in rows]
     in_fp8 = {row.option.recipe: row for row in rows if row.option.is_fp8 and row.total}
     return [
@@ -350,7 +351,7 @@ def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:
         for option in with_gemms_hp(known)
         if option not in known
         and option.recipe in in_fp8
-        and _guessed_ms(in_fp8[option.recipe], bf16, option) < SUM_ERROR * bf16.total.median_ms
+        and _guessed_ms(in_fp8[option.recipe], bf16, option) < SUM_ERROR * least_ms
     ]
 
 

@@ -42,6 +42,7 @@ from autoprec.verification.session import BranchStore, Session, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 
+BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
 STATE_RTOL = 1e-3  # a saved warm-up must evaluate to what it did, up to another thread count
 
@@ -238,8 +239,10 @@ def _try_plans(session: Session, plans: Sequence[Plan]) -> tuple[Evidence, list[
 
 def gather_evidence(session: Session, plan: Plan) -> Evidence:
     """Train seed after seed until the plan is decided, or the seeds end or cannot decide it."""
-    variants = session.variants(plan)[1:]
-    terms = session.terms
+    _, control, chosen = session.variants(plan)
+    terms, predicted, variants = session.terms, plan.predicted, [control, chosen]
+    if chosen.is_reference and predicted and predicted.bf16_o2_ms >= predicted.fp32_ms:
+        variants = [chosen]  # nobody asks what BF16 would do to the loss: it is no faster
     evidence = Evidence(plan, terms, session.loss_tolerance, tolerances=session.metrics)
     seeds = [session.context.seed + 1 + index for index in range(terms.seeds_max)]
     for index, seed in enumerate(seeds):
@@ -259,7 +262,8 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
     """Time the step as the user runs it, FP32, BF16 O2, autocast and the plan, in turn.
 
     Nothing is timed when the target is not the device at hand. Steps are compiled if the profile's
-    are. A plan that equals FP32 or BF16 O2 throughout takes what that takes.
+    are. A plan that equals FP32 or BF16 O2 throughout takes what that takes; nothing is timed again
+    for one that is FP32, whose rivals may be slower by far.
     """
     basis = plan.fingerprint.time_basis if profile is None else profile.basis
     if basis is not Basis.MEASURED:
@@ -268,6 +272,10 @@ def time_plan(session: Session, plan: Plan, profile: Profile | None) -> tuple[St
     _, control, chosen = session.variants(plan)
     written = None if profile is None else profile.model.as_written
     left_out = {} if profile is None else profile.steps_left_out  # baselines that fail
+    known = () if profile is None else profile.steps
+    profiled = {step.label: step for step in known if step.label in BASELINES}
+    if chosen.is_reference and "fp32" in profiled:
+        return (*profiled.values(), profiled["fp32"].model_copy(update={"label": "plan"}))
     with open_compilation(session.context.device, mode) as compilation:
         variants = {
             **written_variants(written, compiled=compilation is not None),
