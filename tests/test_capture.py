@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
+import autoprec
 from autoprec.device.fp8 import Fp8Support
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.capture import capture_model
@@ -15,6 +19,8 @@ from autoprec.model.meta import capture_on_meta
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import (
     APPLICABLE_RECIPES,
+    BF16_O2,
+    FP32,
     Gemm,
     GemmShape,
     LayerKind,
@@ -24,6 +30,7 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.report.remarks import profile_notes
+from autoprec.runtime import uniform_plan, verify_applied
 from autoprec.workload.functions import workload_from
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
 from tests.test_workload import workload_with
@@ -316,3 +323,43 @@ def test_a_sparse_graph_among_the_batch_is_multiplied_and_weighed() -> None:
     spec = capture_model(Context(workload, CPU))
     indices_and_values = 17 * 8 + 16 * 8 + 16 * 4
     assert spec.batch_bytes == indices_and_values + x.nbytes
+
+
+class _Gain(nn.Module):
+    """A factor for each feature, in the shape that broadcasts over images: (1, 1, 1, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.ones(1, 1, 1, 16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+def test_sharded_parameters_of_one_wide_dimension_are_no_experts() -> None:
+    """FSDP2 shards the first dimension, and a DTensor does not squeeze one that is sharded."""
+
+    def sharded() -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 16), _Gain())
+        fully_shard(model)
+        return model
+
+    workload = workload_from(
+        {
+            "build_model": sharded,
+            "train_batches": lambda seed: iter(torch.ones(8, 2, 4, 4, 16)),
+            "loss_fn": lambda model, batch: F.mse_loss(model(batch), batch),
+        }
+    )
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
+    try:
+        spec = capture_model(Context(workload, CPU))
+        model = sharded()
+        autoprec.apply(uniform_plan(model, BF16_O2), model)
+        checks = verify_applied(model, torch.randn(2, 4, 4, 16))
+    finally:
+        dist.destroy_process_group()
+    assert spec.layer("1").options == (FP32, BF16_O2)
+    assert [check.is_judged for check in checks] == [True, True]

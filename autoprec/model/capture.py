@@ -23,7 +23,14 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import local_part, share, sum_over_ranks, world_size
 from autoprec.errors import CaptureError
 from autoprec.model.context import Context
-from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers, type_name
+from autoprec.model.layers import (
+    ModelLayers,
+    layer_kind,
+    linear_refusal,
+    model_layers,
+    type_name,
+    wide_dims,
+)
 from autoprec.model.local_copy import computed_features
 from autoprec.model.options import HAS_EXPERTS, USED_UNCALLED, WITHOUT_GRAD, layer_options
 from autoprec.model.recording import Call, Gradients, recorded_calls
@@ -274,7 +281,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     if kind is LayerKind.LINEAR and calls and not in_step:
         obstacle = WITHOUT_GRAD
     obstacle = next((call.obstacle for call in calls if call.obstacle), obstacle)
-    if kind is LayerKind.OTHER and any(p.squeeze().dim() > 2 for p in layer.parameters()):
+    if kind is LayerKind.OTHER and any(wide_dims(p) > 2 for p in layer.parameters()):
         obstacle = HAS_EXPERTS
     options, refusals = layer_options(
         kind=kind,

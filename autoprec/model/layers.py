@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
@@ -101,6 +101,15 @@ def linear_refusal(module: nn.Module, cls: type[nn.Module] | None = None) -> str
     if cls.forward is not nn.Linear.forward:
         return f"{cls.__name__} has its own forward, which FP8 would replace"
     return ""
+
+
+def wide_dims(parameter: Tensor) -> int:
+    """Return how many dimensions are wider than 1; `squeeze` would gather some of a DTensor's.
+
+    >>> wide_dims(torch.zeros(1, 3, 1, 4))
+    2
+    """
+    return sum(size > 1 for size in parameter.shape)
 
 
 def type_name(module: nn.Module) -> str:

@@ -35,7 +35,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
-from autoprec.model.layers import find_layers, model_layers, unwrapped
+from autoprec.model.layers import find_layers, model_layers, unwrapped, wide_dims
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, own_class
@@ -189,7 +189,7 @@ def trace_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, LayerTrac
 def _loose_stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the stacked matrices that no layer owns, such as experts beside their router."""
     loose = model_layers(model).uncovered
-    return {name: parameter for name, parameter in loose.items() if parameter.squeeze().dim() > 2}
+    return {name: parameter for name, parameter in loose.items() if wide_dims(parameter) > 2}
 
 
 def _loose_check(name: str, parameter: nn.Parameter, trace: LayerTrace) -> Check:
@@ -331,7 +331,7 @@ def _backward_name(seen: str, packet: Any, args: tuple[Any, ...], layer: nn.Modu
 
 def _is_judged(layer: nn.Module, trace: LayerTrace) -> bool:
     """Whether what ran in a layer was seen: something must, where it has a matrix and is called."""
-    has_matrix = any(parameter.squeeze().dim() > 1 for parameter in layer.parameters())
+    has_matrix = any(wide_dims(parameter) > 1 for parameter in layer.parameters())
     seen = trace.forward or trace.backward or trace.functional
     return bool(seen or not trace.calls or not has_matrix)
 
