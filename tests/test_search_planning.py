@@ -323,7 +323,7 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     _, plan = planned((profile, sensitivity))
     answer = (
         "FP8 is not worth it here: on the 2 layers that can take it the fastest recipe needs "
-        "6.4 ms, the plan 4 ms (measured)"
+        "6.4 ms (measured), the plan 4 ms (measured)"
     )
     assert plan.notes[0] == answer
     steps = tuple(step(label, ms, CPU) for label, ms in (("fp8_o1", 9.0), ("bf16_o2", 6.0)))
@@ -336,6 +336,24 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     assert plan.notes[0] == (
         f"{answer}; whole steps do not show that: with FP8 they take 0.833x as long as in "
         "BF16 O2 (measured)"
+    )
+
+
+def test_where_fp32_is_the_plan_fp8_is_beside_fp32_and_its_own_times_say_their_basis() -> None:
+    row: Row = {FP32: (1.0, 0.0), BF16_O2: (22.0, 1e-5), TENSORWISE: (3.0, 1e-3)}
+    profile, sensitivity = tables_of({"a": row})
+    *others, fp8 = profile.layers
+    total = timing(3.0).model_copy(update={"basis": Basis.PREDICTED})
+    rows = (*others, fp8.model_copy(update={"total": total}))
+    ms = {"fp32": 4.0, "bf16_o2": 40.0, "fp8_o1": 5.0}
+    steps = tuple(step(label, each, CPU) for label, each in ms.items())
+    profile = profile.model_copy(update={"steps": steps, "layers": rows})
+    _, plan = planned((profile, sensitivity))
+    assert plan.options == (FP32,)
+    assert plan.notes[0] == (
+        "FP8 is not worth it here: on the 1 layer that can take it the fastest recipe needs "
+        "3 ms (predicted), the plan 1 ms (measured); the whole step with FP8 takes 1.25x as long "
+        "as in FP32 (measured)"
     )
 
 

@@ -5,7 +5,7 @@ The one place that says whether FP8 is worth it; the report shows these notes.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 
 from autoprec.common.text import compared, first_and_more, percent
 from autoprec.model.roles import Role, role_of
@@ -13,7 +13,7 @@ from autoprec.predict import Parallel, parse_parallel
 from autoprec.predict.memory import memory_note
 from autoprec.predict.parallel import unsplit_note
 from autoprec.records import BF16_O2, FP32, Basis, LayerKind, Option, Precision, Profile, Search
-from autoprec.search.costs import Costs, is_all_fp32, nearest_plan
+from autoprec.search.costs import Costs, Price, is_all_fp32, nearest_plan
 from autoprec.search.problem import NEAR_TIE, Options, Problem, is_faster
 
 SHORTEST_MS = 1e-4  # what rounding leaves is no time
@@ -54,15 +54,18 @@ def fp8_note(profile: Profile, problem: Problem, search: Search, options: Option
     if not any(option.is_fp8 for option in options):
         return f"FP8 is not worth it here: {_why_no_fp8(profile, problem, search, options)}"
     costs = problem.costs
-    gains = {i: _gain_ms(costs, i, options) for i, option in enumerate(options) if option.is_fp8}
-    saved = [gain for gain in gains.values() if gain > 0.0]
+    in_fp8 = [i for i, option in enumerate(options) if option.is_fp8]
+    pairs = {i: (_baseline(costs, i), costs.prices[i][options[i]]) for i in in_fp8}
+    gains = {i: before.with_casts_ms - own.ms for i, (before, own) in pairs.items()}
+    saved = [i for i, gain in gains.items() if gain > 0.0]
     forced = _forced_note(problem, {i: gain for i, gain in gains.items() if gain <= 0.0})
     if not saved:
         return f"FP8 is not worth it here: {forced}"
     linears = sum(layer.kind is LayerKind.LINEAR for layer in costs.layers)
     pays = (
         f"FP8 pays on {len(saved)} of {linears} linear layer{'' if linears == 1 else 's'}: "
-        f"{sum(saved):.3g} ms a step less in them than in BF16 ({profile.basis})"
+        f"{sum(gains[i] for i in saved):.3g} ms a step less in them than in BF16 "
+        f"({_basis(price for i in saved for price in pairs[i])})"
     )
     return f"{pays}; {forced}" if forced else pays
 
@@ -116,11 +119,10 @@ def _keep_note(search: Search) -> str:
     )
 
 
-def _gain_ms(costs: Costs, index: int, options: Options) -> float:
-    """Return the time that a layer's FP8 option saves against its BF16 (else FP32)."""
+def _baseline(costs: Costs, index: int) -> Price:
+    """Return the price of the layer's BF16, else of its first option, FP32."""
     prices = costs.prices[index]
-    baseline = BF16_O2 if BF16_O2 in prices else next(iter(prices))
-    return prices[baseline].with_casts_ms - prices[options[index]].ms
+    return prices[BF16_O2 if BF16_O2 in prices else next(iter(prices))]
 
 
 def _unsure_note(profile: Profile, costs: Costs, search: Search, options: Options) -> str:
@@ -155,22 +157,25 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     eligible = [i for i, row in enumerate(costs.prices) if any(o.is_fp8 for o in row)]
     if not eligible:
         return _why_ineligible(costs)
-    best = {i: min(p.ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
-    own = {i: costs.prices[i][options[i]].with_casts_ms for i in eligible}
-    faster = [i for i in eligible if best[i] < own[i]]
-    sure = {i: min(p.counted_ms for o, p in costs.prices[i].items() if o.is_fp8) for i in eligible}
-    gain = f"{sum(own[i] - best[i] for i in faster):.4g} ms a step in all, {profile.basis}"
+    fp8 = {i: [p for o, p in costs.prices[i].items() if o.is_fp8] for i in eligible}
+    best = {i: min(prices, key=lambda price: price.ms) for i, prices in fp8.items()}
+    own = {i: costs.prices[i][options[i]] for i in eligible}
+    gains = {i: own[i].with_casts_ms - best[i].ms for i in eligible}
+    faster = [i for i in eligible if gains[i] > 0.0]
+    basis = _basis(price for i in faster for price in (best[i], own[i]))
+    gain = f"{sum(gains[i] for i in faster):.4g} ms a step in all, {basis}"
     # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
+        best_ms, own_ms = (sum(p.with_casts_ms for p in x.values()) for x in (best, own))
         return (
-            f"on {_count(eligible)} that can take it the fastest recipe needs "
-            f"{sum(best.values()):.4g} ms, the plan {sum(own.values()):.4g} ms ({profile.basis})"
-            f"{_steps(profile)}"
+            f"on {_count(eligible)} that can take it the fastest recipe needs {best_ms:.4g} ms "
+            f"({_basis(best.values())}), the plan {own_ms:.4g} ms ({_basis(own.values())})"
+            f"{_steps(profile, options)}"
         )
-    if all(sure[i] >= own[i] for i in faster):
+    if all(min(p.counted_ms for p in fp8[i]) >= own[i].with_casts_ms for i in faster):
         return (
             f"on {_count(faster)} where it seems faster ({gain}) the gain is "
-            f"within its uncertainty{_steps(profile)}"
+            f"within its uncertainty{_steps(profile, options)}"
         )
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
     return f"it is faster on {_count(faster)} ({gain}), but " + (
@@ -192,16 +197,23 @@ def _why_ineligible(costs: Costs) -> str:
     return "no FP8 option was profiled" if linears else "the model has no linear layer"
 
 
-def _steps(profile: Profile) -> str:
-    """Return the whole step's time in FP8 over BF16 O2's, where both were timed.
+def _basis(prices: Iterable[Price]) -> Basis:
+    """Return MEASURED where all times were, else PREDICTED."""
+    is_measured = all(price.time_basis is Basis.MEASURED for price in prices)
+    return Basis.MEASURED if is_measured else Basis.PREDICTED
 
-    A ratio, as the plan may be timed later beside another BF16 O2, when the machine is less busy.
+
+def _steps(profile: Profile, options: Options) -> str:
+    """Return the whole step's time in FP8 over what it has in its place, where both were timed.
+
+    A ratio, as the plan may be timed later beside another such step, when the machine is less busy.
     """
-    fp8, bf16 = profile.step("fp8_o1"), profile.step("bf16_o2")
-    if fp8 is None or bf16 is None or bf16.timing.median_ms <= 0.0:
+    label, title = ("fp32", "FP32") if is_all_fp32(options) else ("bf16_o2", "BF16 O2")
+    fp8, other = profile.step("fp8_o1"), profile.step(label)
+    if fp8 is None or other is None or other.timing.median_ms <= 0.0:
         return ""
-    ratio = fp8.timing.median_ms / bf16.timing.median_ms
-    took = f"{ratio:.3g}x as long as in BF16 O2 ({fp8.timing.basis})"
+    ratio = fp8.timing.median_ms / other.timing.median_ms
+    took = f"{ratio:.3g}x as long as in {title} ({fp8.timing.basis})"
     if ratio < 1.0:  # a reader would take the two for a contradiction, and be right
         return f"; whole steps do not show that: with FP8 they take {took}"
     return f"; the whole step with FP8 takes {took}"
