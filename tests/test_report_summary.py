@@ -15,10 +15,11 @@ from autoprec.records import (
     SumCheck,
     Verdict,
 )
+from autoprec.records.cost import BASELINES
 from autoprec.report import RunRecords, formats, summary_object
 from autoprec.report.answer_page import next_lines
 from autoprec.report.promise import Promise
-from autoprec.report.step_times import BASELINES, plan_speedups, plan_steps
+from autoprec.report.step_times import plan_speedups, plan_steps
 from autoprec.report.summary import apply_line, summarise_run
 from tests.report_runs import CPU, H100, make_run, predicted_run, total_ms, uncertified
 from tests.report_runs import step as step_of

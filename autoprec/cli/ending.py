@@ -18,16 +18,22 @@ from autoprec.tuning.ranks import is_launched
 CANNOT_WRITE = (*NO_ROOM, errno.EIO)
 
 
-def one_line_of(error: Exception) -> str | None:
-    """Return the line that a user is told of an error; None for one that is a fault of ours.
+def told_of(error: Exception) -> str | None:
+    """Return what a user is told of an error; None for one that is a fault of ours.
 
     Its traceback is kept then; a user's error, a device out of memory and a full disk are one line.
     """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error)
+    line = _line_of(error)
+    return f"autoprec: error: {line}" if line else None
+
+
+def _line_of(error: Exception) -> str | None:
     if isinstance(error, AutoprecError):
         return " ".join(str(error).split())
     if isinstance(error, TyperException):
-        is_help = type(error).__name__ == "NoArgsIsHelpError"
-        return error.format_message() if is_help else _line_of_usage(error)
+        return _line_of_usage(error)
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         return (
             f"output must have somewhere to go, but writing failed ({error.strerror}); make room "

@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from autoprec.cli.devices import devices_app
-from autoprec.cli.ending import drop_output, one_line_of, terminated_as_interrupted
+from autoprec.cli.ending import drop_output, terminated_as_interrupted, told_of
 from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
@@ -338,13 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
         drop_output()
         status = 1
     except (AutoprecError, TyperException, RuntimeError, OSError) as error:
-        message = one_line_of(error)
+        message = told_of(error)
         if message is None:
             raise
         if isinstance(error, OSError):
             drop_output()
-        is_help = type(error).__name__ == "NoArgsIsHelpError"
-        print(f"{'' if is_help else 'autoprec: error: '}{message}", file=sys.stderr)
+        print(message, file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED

@@ -137,15 +137,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
-def real_view(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor's real numbers; of a complex one both parts, in a last dimension.
-
-    >>> real_view(torch.zeros(3, dtype=torch.complex64)).shape
-    torch.Size([3, 2])
-    """
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 def share(tensor: Tensor) -> float:
     """Return one over the number of ranks that hold the same elements as this one.
 

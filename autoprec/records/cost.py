@@ -12,6 +12,7 @@ from autoprec.records.model import Basis, ModelSpec, Option
 P80_SIGMAS = 0.8416  # the 80th percentile of a normal distribution, in standard deviations
 MEDIAN_FACTOR = 1.2533  # standard error of a median over that of a mean, sqrt(pi / 2)
 FEWEST_SPREAD = 2  # samples; a single one shows no spread
+BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
 
 
 class Timing(Record):

@@ -40,6 +40,7 @@ class Answer:
     advice: Advice
     headline: str
     fp8: str = ""
+    rival: str = ""  # the label of the step to run in its place, where the advice is SLOWER
 
     @classmethod
     def of(cls, run: RunRecords, speedups: Mapping[str, Speedup], promise: Promise) -> "Answer":
@@ -56,7 +57,7 @@ class Answer:
         if set(plan.options) == {FP32}:
             return cls(Advice.LEAVE, "Train in FP32: there is nothing to apply", fp8)
         if rival:
-            return cls(Advice.SLOWER, _rival_sentence(run, plan, speedups, rival), fp8)
+            return cls(Advice.SLOWER, _rival_sentence(run, plan, speedups, rival), fp8, rival)
         return cls(Advice.APPLY, _plan_sentence(run, plan, speedups, promise), fp8)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from autoprec.records import Basis, Verdict
 from autoprec.report import formats
-from autoprec.report.answer import LOSES, Advice
+from autoprec.report.answer import Advice
 from autoprec.report.summary import Summary, apply_line
 from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
 
@@ -86,7 +86,7 @@ def next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[
             )
         case Advice.SLOWER if found.run.plan and found.run.plan.constraint.keep:
             yield Line("leave --keep out, and the search has the free choice")
-        case Advice.SLOWER if found.answer.headline.startswith(LOSES):
+        case Advice.SLOWER if found.answer.rival == "bf16_o2":
             yield Line("for BF16 O2 in its place, tune with --keep '*=bf16_o2' --resume")
         case Advice.APPLY:
             yield from _beware_lines(found)

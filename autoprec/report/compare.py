@@ -25,14 +25,13 @@ from dataclasses import dataclass, replace
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records.checks import Change, Comparison, DifferenceRow
-from autoprec.records.cost import FEWEST_SPREAD, Timing, student_factor
+from autoprec.records.cost import BASELINES, FEWEST_SPREAD, Timing, student_factor
 from autoprec.records.model import Basis
 from autoprec.records.sensitivity import Estimate
 from autoprec.report.formats import count_of
 from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import (
-    BASELINES,
     Speedup,
     plan_speedups,
     plan_steps,

@@ -8,12 +8,12 @@ from functools import partial
 from markupsafe import Markup
 
 from autoprec.records import Basis, FrontPoint, Search, SearchTrial
+from autoprec.records.cost import BASELINES
 from autoprec.records.verification import loss_gaps
 from autoprec.report import formats, svg
 from autoprec.report.formats import clean_text
 from autoprec.report.layer_frame import Row
 from autoprec.report.layer_table import LayerGroup, fitted, saving_order
-from autoprec.report.step_times import BASELINES
 from autoprec.report.summary import Summary
 from autoprec.report.svg import Scale
 

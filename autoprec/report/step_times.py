@@ -18,13 +18,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autoprec.records import BF16_O2, Basis, LayerKind, Profile, Verification
-from autoprec.records.cost import StepTiming, Timing, ratio_error
+from autoprec.records.cost import BASELINES, StepTiming, Timing, ratio_error
 from autoprec.report import formats
 from autoprec.report.formats import STEP_TITLES, step_title
 from autoprec.report.runs import RunRecords
 
 DRIFT = 1.2  # between two sets of the same step, from which it is worth a word
-BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")  # what users run now comes first
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoprec.common.text import first_and_more
 from autoprec.records import Basis, Estimate, Precision
-from autoprec.records.cost import ENDED, StepTiming
+from autoprec.records.cost import BASELINES, ENDED, StepTiming
 from autoprec.report import formats
 from autoprec.report.answer import Answer, plan_note
 from autoprec.report.formats import clean_text, count_of, step_title
@@ -23,7 +23,6 @@ from autoprec.report.promise import Promise
 from autoprec.report.remarks import EAGER, run_remarks
 from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import (
-    BASELINES,
     Speedup,
     plan_speedups,
     plan_steps,

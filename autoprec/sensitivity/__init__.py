@@ -7,6 +7,7 @@ reference       warmed-up weights, batches and reference gradients
 warm_up         a training to where it is measured; kept_reference has it in a file
 preconditioner  how the optimizer weighs a gradient: read from its state (moments), or from its
                 steps (response); hooks says what a gradient's own hooks leave of an error
+real            complex parameters as real numbers
 room            how much memory it may take, and in how many groups of layers it goes then
 parked          tensors that wait away from the device
 

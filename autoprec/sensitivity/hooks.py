@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprec.device.ranks import real_view, sharded_tensor
+from autoprec.device.ranks import sharded_tensor
 from autoprec.model.averaging import GradientAverage
+from autoprec.sensitivity.real import of_dtype, real_view
 
 SMALL = 1e-2  # of the gradient: how much of a direction is added to it, in root mean squares
 
@@ -87,13 +88,6 @@ def change_backward(model: nn.Module, run: Callable[[], object]) -> bool:
         for hooks, before in zip(held, kept, strict=True):
             hooks.update(before)
     return any(changed)
-
-
-def of_dtype(numbers: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient's real numbers (`real_view`) as the parameter's own dtype has them."""
-    if parameter.is_complex():
-        numbers = torch.view_as_complex(numbers)
-    return numbers.to(parameter.dtype)
 
 
 def _averages(hook: object) -> bool:

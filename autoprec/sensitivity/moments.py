@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoprec.device.ranks import local_part, real_view
+from autoprec.device.ranks import local_part
+from autoprec.sensitivity.real import real_view
 
 Part = slice | None
 Moment = Callable[[Part], Tensor]  # of a parameter's flat elements, FP32

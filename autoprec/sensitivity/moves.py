@@ -14,7 +14,6 @@ from autoprec.device.ranks import (
     local_part,
     mean_over_ranks,
     part_like,
-    real_view,
     sum_over_ranks,
     whole,
     world_size,
@@ -27,6 +26,7 @@ from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_h
 from autoprec.sensitivity.local import Norm
 from autoprec.sensitivity.parked import InTurn, Parked
 from autoprec.sensitivity.preconditioner import at_least_1d
+from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.workload.functions import Batch

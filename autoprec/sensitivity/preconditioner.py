@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from autoprec.device.ranks import local_part, real_view, share, sum_over_ranks
+from autoprec.device.ranks import local_part, share, sum_over_ranks
 from autoprec.sensitivity.moments import STILL, Rule, State, moment_rule, number
+from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.response import measured_rule
 from autoprec.workload.optimizers import optimizers_in
 

@@ -28,7 +28,6 @@ from autoprec.device.ranks import (
     largest_over_ranks,
     local_part,
     placed_as,
-    real_view,
     sum_over_ranks,
     world_size,
 )
@@ -48,6 +47,7 @@ from autoprec.sensitivity.kept_reference import (
 )
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
+from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
 from autoprec.sensitivity.warm_up import WarmUp, restore, restored, warm_up
 from autoprec.workload.functions import Batch, check_loss, move_batch

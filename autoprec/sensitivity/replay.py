@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autoprec.device.ranks import real_view
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
+from autoprec.sensitivity.real import real_view
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from autoprec.device.ranks import local_part, real_view
-from autoprec.sensitivity.hooks import of_dtype
+from autoprec.device.ranks import local_part
 from autoprec.sensitivity.moments import Rule, State, moment_rule, number, outer, shape_rules
+from autoprec.sensitivity.real import of_dtype, real_view
 
 SIZE = 0.5  # of d, in root mean squares of g
 FIT = 0.8  # cosine; of a matrix Adam's own v reaches 0.9 and more, one of another basis 0.3 to 0.7

@@ -25,7 +25,7 @@ from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
-from autoprec.records.cost import Profile, StepTiming
+from autoprec.records.cost import BASELINES, Profile, StepTiming
 from autoprec.records.model import FP32, Basis, ModelSpec
 from autoprec.records.plan import Plan
 from autoprec.records.sensitivity import Sensitivity
@@ -42,7 +42,6 @@ from autoprec.verification.session import BranchStore, Session, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 
-BASELINES = ("as_written", "fp32", "bf16_o2", "autocast_bf16")
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
 STATE_RTOL = 1e-3  # a saved warm-up must evaluate to what it did, up to another thread count
 
