@@ -250,6 +250,8 @@ def test_a_missing_compiler_is_one_line() -> None:
 
 def test_a_reason_is_the_line_that_tells() -> None:
     assert first_line(RuntimeError("backend='inductor' raised:\nE: no\nmore")) == "E: no"
+    dynamo = "RuntimeError when making fake tensor call\n  Explanation: got RuntimeError('no fake')"
+    assert first_line(RuntimeError(dynamo)) == "got RuntimeError('no fake')"
     assert first_line(ValueError("")) == "ValueError('')"
 
 

@@ -280,6 +280,17 @@ def test_what_torch_compile_does_to_fp8_is_said_in_ms_unless_bf16_was_timed_twic
     )
 
 
+def test_steps_that_did_not_compile_are_in_the_answer() -> None:
+    run = with_steps(make_run(machine=CPU), "default", bf16_o2=80.0, fp32=90.0)
+    assert run.profile
+    first, *others = run.profile.steps
+    steps = (first.model_copy(update={"note": "it does not compile (no fake)"}), *others)
+    run = replace(run, plan=None, verification=None)
+    run = replace(run, profile=run.profile.model_copy(update={"steps": steps}))
+    said = "torch.compile: timed eagerly: BF16 O2; it does not compile (no fake)"
+    assert summarise_run(run).compile_answer == said
+
+
 def test_an_eager_answer_on_a_gpu_says_so_and_one_on_a_cpu_says_nothing() -> None:
     eager = summarise_run(with_steps(make_run(), "eager", bf16_o2=80.0))
     assert "judged without torch.compile" in eager.compile_answer

@@ -27,8 +27,9 @@ def error_line(error: BaseException, *, most: int = 4 * SHOWN) -> str:
 def first_line(error: BaseException) -> str:
     """Return the line of an error that says what went wrong; a compiler's wraps it in others."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    explained = [line.partition(": ")[2] for line in lines if line.startswith("Explanation: ")]
     telling = [line for line in lines if not line.startswith("backend=")]
-    return (telling or lines or [repr(error)])[0]
+    return (explained or telling or lines or [repr(error)])[0]
 
 
 def shown_value(value: object) -> str:

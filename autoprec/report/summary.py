@@ -92,6 +92,8 @@ class Summary:
     def compile_advice(self) -> str:
         """What to know before the line that compiles; "" where that is no question."""
         mode = self.run.plan.fingerprint.compile_mode if self.run.plan else EAGER
+        if (step := self.steps.get("plan")) and step.note:
+            return ""  # it does not compile
         if mode not in ("", EAGER):
             return "then compile, since the times are compiled ones:"
         if not self.compile_answer:
@@ -230,8 +232,12 @@ def _ceiling_sentence(run: RunRecords, layers: "pd.DataFrame") -> str:
 
 
 def _compile_answer(run: RunRecords) -> str:
-    """Return the effect of torch.compile on the answer on a GPU; "" where nothing is known."""
+    """Return what torch.compile did to the steps: failed, or on a GPU its gains; "" if unknown."""
     profile = run.profile
+    failed = {label: step.note for label, step in plan_steps(run).items() if step.note}
+    if failed:
+        names, reason = ", ".join(map(step_title, failed)), next(iter(failed.values()))
+        return f"torch.compile: timed eagerly: {names}; {clean_text(reason)}"
     if profile is None or profile.device.kind == "cpu":
         return ""
     has_fp8 = any(row.option.is_fp8 for row in profile.layers)
