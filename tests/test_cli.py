@@ -331,6 +331,20 @@ def test_an_interrupt_ends_with_130_and_resume_goes_on(run: Run, tmp_path: Path)
     assert (out / "profile.json").read_bytes() == profile
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_says_that_all_were_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autoprec.cli.main.app", interrupt)
+    for name in LAUNCHED_BY:
+        monkeypatch.setenv(name, str(rank) if name == "RANK" else "2")
+    status, _, err = run("tune")
+    assert (status, "interrupted" in err) == (130, rank == 0)
+
+
 def test_help_imports_nothing_that_is_slow() -> None:
     code = textwrap.dedent(
         """

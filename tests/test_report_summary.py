@@ -285,8 +285,8 @@ def test_steps_that_did_not_compile_are_in_the_answer() -> None:
     assert run.profile
     first, *others = run.profile.steps
     steps = (first.model_copy(update={"note": "it does not compile (no fake)"}), *others)
-    run = replace(run, plan=None, verification=None)
-    run = replace(run, profile=run.profile.model_copy(update={"steps": steps}))
+    profile = run.profile.model_copy(update={"steps": steps})
+    run = replace(run, plan=None, verification=None, profile=profile)
     said = "torch.compile: timed eagerly: BF16 O2; it does not compile (no fake)"
     assert summarise_run(run).compile_answer == said
 

@@ -349,7 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
         status = INTERRUPTED
     if status == INTERRUPTED:
         kept = "what is finished is kept; start again to go on (tune: with --resume)"
-        print(f"autoprec: interrupted; {kept}", file=sys.stderr)
+        if is_first():
+            print(f"autoprec: interrupted; {kept}", file=sys.stderr)
         # Under `python -m` CPython remembers an interrupt that passed through exec() of a string
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
@@ -385,7 +386,8 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
                 said = f"{settings.out} has {', '.join(kept) or 'nothing new'} of this run"
                 if isinstance(error, NoRoomError):
                     raise NoRoomError(f"{error}; {said}") from error
-                print(f"autoprec: {said}", file=sys.stderr)
+                if is_first():
+                    print(f"autoprec: {said}", file=sys.stderr)
                 raise
 
 
