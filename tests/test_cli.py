@@ -16,6 +16,7 @@ import pytest
 from autoprec.cli.main import main
 from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
 from autoprec.tuning import doctor
+from autoprec.tuning.ranks import LAUNCHED_BY
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
 QUICK = ("--trials", "3", "--recipes", "tensorwise", "--seeds", "2", "--json")

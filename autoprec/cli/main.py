@@ -348,9 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
     if status == INTERRUPTED:
-        kept = "what is finished is kept; start again to go on (tune: with --resume)"
-        if is_first():
-            print(f"autoprec: interrupted; {kept}", file=sys.stderr)
+        _say("interrupted; what is finished is kept; start again to go on (tune: with --resume)")
         # Under `python -m` CPython remembers an interrupt that passed through exec() of a string
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
@@ -377,8 +375,8 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
         run, since = Run(settings, stages=stages, progress=progress), time.time()
         with run.locked():
             try:
-                if settings.resume and is_first():
-                    print(f"autoprec: {run.resumes}", file=sys.stderr)
+                if settings.resume:
+                    _say(run.resumes)
                 return make(run)
             except (KeyboardInterrupt, NoRoomError) as error:
                 made = (run.folder.path / f"{stage}.json" for stage in STAGES)
@@ -386,9 +384,14 @@ def _run(settings: Settings, make: "Callable[[Run], T]", stages: tuple[str, ...]
                 said = f"{settings.out} has {', '.join(kept) or 'nothing new'} of this run"
                 if isinstance(error, NoRoomError):
                     raise NoRoomError(f"{error}; {said}") from error
-                if is_first():
-                    print(f"autoprec: {said}", file=sys.stderr)
+                _say(said)
                 raise
+
+
+def _say(text: str) -> None:
+    """Print a line to stderr, once for all ranks."""
+    if is_first():
+        print(f"autoprec: {text}", file=sys.stderr)
 
 
 def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> None:
