@@ -17,7 +17,8 @@ from autoprec.sensitivity.gemm import fast_fp8_gemms
 PRELOADED = (
     *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("torchao.float8", "hypothesis", "pytest", "autoprec", "autoprec.verification"),
-    *("tests.rank_workloads", "tests.plans"),
+    *("autoprec.cli.main", "autoprec.profiler", "autoprec.tuning.run"),
+    *("tests.rank_workloads", "tests.plans", "tests.runtime_training"),
 )
 
 
@@ -55,6 +56,21 @@ def forked_processes() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context
+
+
+def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
+    """Run `main` in one such process, which may end itself, and return how it ended."""
+    process = forked_processes().Process(target=_in_process, args=(main, args))  # type: ignore[attr-defined]  # of contexts
+    process.start()
+    process.join()
+    code: int | None = process.exitcode
+    return code
+
+
+def _in_process(main: Callable[..., None], args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    with every_recipe():
+        main(*args)
 
 
 def _run_rank(rank: int, body: Callable[[Path], None], folder: str, ranks: int) -> None:

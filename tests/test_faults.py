@@ -1,10 +1,13 @@
 """Faults of long runs, on a language model that trains on real text: survived, or refused."""
 
 import argparse
+import io
+import itertools
 import json
 import math
-import subprocess
-import sys
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from autoprec.records import BF16_O2, Gemm, Option, Plan, Recipe, fp8_option
 from autoprec.runtime.classes import is_made_here
 from tests.models import Mlp
 from tests.plans import plan_for
+from tests.ranks import exit_code_of
 from tests.runtime_training import exact, same, train
 
 WIDTH, LENGTH, BATCH, HEADS, STEPS, WHEN = 32, 32, 8, 4, 80, 20
@@ -190,86 +194,88 @@ def test_a_plan_edited_to_the_wrong_layer_is_refused_by_name_and_changes_nothing
 
 KILLED_SAVE, ALL_STEPS = 3, 6
 POINTS = {"optimizer": 2, "bytes": 2, "fsync": 2, "replace": 2, "afterwards": 3}
-KILLING = """
-import os, signal, sys, time
-sys.path.insert(0, sys.argv[2])
-import torch
-import autoprec
-from autoprec.runtime.checkpoint import save_checkpoint
-from tests.runtime_training import applied, train
-torch.set_num_threads(1)
-folder, saves = sys.argv[1], 0
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
 
-def dying(function, before=True):
-    def call(*args, **kwargs):
-        if saves == 3 and before:
-            die()
-        result = function(*args, **kwargs)
-        if saves == 3:
-            die()
-        return result
-    return call
-
-def save_torn(content, file):
-    whole = os.path.join(folder, f"whole-{os.getpid()}")
-    torch_save(content, whole)
-    data = open(whole, "rb").read()
-    os.unlink(whole)
-    file.write(data[: len(data) // 2] if saves == 3 else data)
-    file.flush()
-    if saves == 3:
-        die()
-
-torch_save = torch.save
-for point in sys.argv[3].split(","):
-    if pid := os.fork():
+def save_and_die(folder: Path) -> None:
+    """Save at each step, and be killed at a point of the third save, or at any moment."""
+    for point in POINTS:
+        if not (pid := os.fork()):
+            _die_in_a_save(folder, point)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-        continue
-    model, optimizer = applied()
-    if point == "optimizer":
-        optimizer.register_state_dict_pre_hook(dying(lambda _: None))
-    if point == "bytes":
-        torch.save = save_torn
-    if point == "fsync":
-        os.fsync = dying(os.fsync)
-    if point == "replace":
-        os.replace = dying(os.replace)
-    if point == "afterwards":
-        os.replace = dying(os.replace, before=False)
-    for step in range(6):
+    path = folder / "any.pt"
+    for number in range(3):
+        if not (pid := os.fork()):
+            model, optimizer = _applied(seed=0)
+            for step in itertools.count():
+                train(model, optimizer, 1, first=step % 5)
+                autoprec.save_checkpoint(path, model, optimizer, step=step + 1)
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.2 + 0.0137 * number)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        autoprec.load_checkpoint(path, *_applied(seed=0))
+
+
+Function = Callable[..., Any]  # Any: what is patched takes and returns
+IsDue = Callable[[], bool]
+
+
+def _die_in_a_save(folder: Path, point: str) -> None:
+    model, optimizer = _applied(seed=0)
+    saves = 0
+    _kill_at(point, optimizer, lambda: saves == KILLED_SAVE)
+    for step in range(ALL_STEPS):
         train(model, optimizer, 1, first=step)
         saves += 1
-        save_checkpoint(os.path.join(folder, point + ".pt"), model, optimizer, step=step + 1)
+        autoprec.save_checkpoint(folder / f"{point}.pt", model, optimizer, step=step + 1)
     os._exit(0)
 
-for number in range(3):
-    if not (pid := os.fork()):
-        model, optimizer = applied()
-        for step in range(10_000):
-            train(model, optimizer, 1, first=step % 5)
-            save_checkpoint(os.path.join(folder, "any.pt"), model, optimizer, step=step + 1)
-    while not os.path.exists(os.path.join(folder, "any.pt")):
-        time.sleep(0.01)
-    time.sleep(0.2 + 0.0137 * number)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    autoprec.load_checkpoint(os.path.join(folder, "any.pt"), *applied())
-print("done")
-"""
+
+def _kill_at(point: str, optimizer: torch.optim.Optimizer, is_due: IsDue) -> None:
+    """End this process at a point of a save that is due."""
+    match point:
+        case "optimizer":
+            optimizer.register_state_dict_pre_hook(_deadly(lambda _: None, is_due))
+        case "bytes":
+            torch.save = _torn(torch.save, is_due)
+        case "fsync":
+            os.fsync = _deadly(os.fsync, is_due)
+        case "replace":
+            os.replace = _deadly(os.replace, is_due)
+        case "afterwards":
+            os.replace = _deadly(os.replace, is_due, before=False)
+
+
+def _deadly(function: Function, is_due: IsDue, *, before: bool = True) -> Function:
+    def call(*args: Any, **kwargs: Any) -> Any:  # Any: what the function takes
+        if is_due() and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if is_due():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return call
+
+
+def _torn(save: Function, is_due: IsDue) -> Function:
+    def call(content: object, file: Any) -> None:  # Any: a binary file
+        whole = io.BytesIO()
+        save(content, whole)
+        data = whole.getvalue()
+        file.write(data[: len(data) // 2] if is_due() else data)
+        file.flush()
+        if is_due():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
 
 
 def test_kill_9_at_any_moment_of_a_save_leaves_a_pair_that_resumes_bit_for_bit(
     tmp_path: Path,
 ) -> None:
-    torch.manual_seed(0)
-    root = str(Path(__file__).parent.parent)
-    code = KILLING.replace("applied()", "(torch.manual_seed(0), applied())[1]")
-    command = [sys.executable, "-c", code, str(tmp_path), root, ",".join(POINTS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "done\n", done.stderr[-2000:]
+    assert exit_code_of(save_and_die, tmp_path) == 0
     whole, whole_optimizer = _applied(seed=0)
     losses = train(whole, whole_optimizer, ALL_STEPS)
     for point, expected in POINTS.items():

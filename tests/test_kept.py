@@ -1,8 +1,6 @@
 """A profile that is cut off: what was timed is kept, and only the rest is timed again."""
 
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprec.cli.main import main
 from autoprec.device.timing import Function
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
@@ -24,6 +23,7 @@ from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import workload_from
 from tests.constant_clock import CPU, ConstantClock
 from tests.models import mlp_workload
+from tests.ranks import exit_code_of
 
 TINY = Path(__file__).parent / "workloads" / "tiny.py"
 
@@ -179,8 +179,7 @@ def test_a_run_that_was_killed_in_a_layer_goes_on_past_it(tmp_path: Path) -> Non
     model.write_text(DEADLY)
     (tmp_path / "armed").touch()
     words = ["profile", str(model), "--target", "cpu", "--out", str(out), "--recipes", "tensorwise"]
-    ended = subprocess.run([sys.executable, "-m", "autoprec", *words], stderr=subprocess.DEVNULL)
-    assert ended.returncode == -signal.SIGKILL
+    assert exit_code_of(main, words) == -signal.SIGKILL
     settings = Settings.of(
         workload=str(model),
         target="cpu",

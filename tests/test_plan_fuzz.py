@@ -1,10 +1,12 @@
 """A plan file is hostile input: whatever is in it, it is a valid plan or one error of one line."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import traceback
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from autoprec.runtime.classes import is_made_here
 from tests.examples import examples
 from tests.models import Mlp
 from tests.plans import plan_for
+from tests.ranks import exit_code_of
 
 Json = Any  # Any: JSON values, objects as `Pairs`
 Mutation = tuple[str, int, Json]
@@ -214,45 +217,39 @@ def test_any_precision_in_any_layer_applies_or_leaves_all_as_it_was(
 
 # --- nothing in it runs ------------------------------------------------------------------------
 
-WATCHED = """
-import os, sys, pathlib, traceback
-sys.path.insert(0, sys.argv[2])
-from autoprec.errors import AutoprecError
-from autoprec.records import Plan
-from autoprec.runtime import apply
-from tests.models import Mlp
+FORBIDDEN = {
+    *("import", "exec", "compile", "open", "os", "subprocess", "socket"),
+    *("ctypes", "shutil", "pickle", "marshal", "code", "urllib"),
+}
 
-folder = pathlib.Path(sys.argv[1])
-paths = sorted(str(path) for path in folder.glob("*.json"))
-is_watching = False
 
-def watch(event, args):
-    global is_watching
-    reads = event == "open" and args[1] in ("r", "rb")
-    harmless = reads and args[0] in (*paths, "/proc/cpuinfo")  # the device's name
-    forbidden = event.split(".")[0] in ("import", "exec", "compile", "open", "os", "subprocess",
-        "socket", "ctypes", "shutil", "pickle", "marshal", "code", "urllib")
-    if is_watching and forbidden and not harmless:
-        is_watching = False
-        traceback.print_stack()
-        os.write(1, f"{event} {args}\\n".encode())
-        os._exit(1)
+def use_watched(folder: Path) -> None:
+    """Use every plan of a folder; end with what Python is asked for that a plan must not do."""
+    paths = sorted(str(path) for path in folder.glob("*.json"))
+    is_watching = False
 
-def use(path):
-    try:
-        apply(Plan.load(path), Mlp())
-    except AutoprecError:
-        pass
+    def watch(event: str, args: Any) -> None:  # Any: an audit hook's
+        nonlocal is_watching
+        reads = event == "open" and args[1] in ("r", "rb")
+        harmless = reads and args[0] in (*paths, "/proc/cpuinfo")  # the device's name
+        if is_watching and event.split(".")[0] in FORBIDDEN and not harmless:
+            is_watching = False
+            traceback.print_stack()
+            (folder / "used").write_text(f"{event} {args}")
+            os._exit(1)
 
-for path in (str(folder / "good.json"), str(folder / "bad.json"), str(folder / "unfit.json")):
-    use(path)  # what is imported lazily is imported now
-sys.addaudithook(watch)
-is_watching = True
-for path in paths:
-    use(path)
-is_watching = False
-print(len(paths), "read")
-"""
+    def use(path: str) -> None:
+        with contextlib.suppress(AutoprecError):
+            autoprec.apply(Plan.load(path), Mlp())
+
+    for name in ("good", "bad", "unfit"):
+        use(str(folder / f"{name}.json"))  # what is imported lazily is imported now
+    sys.addaudithook(watch)
+    is_watching = True
+    for path in paths:
+        use(path)
+    is_watching = False
+    (folder / "used").write_text(f"{len(paths)} read")
 
 
 def test_nothing_in_a_plan_is_imported_or_run(tmp_path: Path) -> None:
@@ -266,10 +263,8 @@ def test_nothing_in_a_plan_is_imported_or_run(tmp_path: Path) -> None:
         texts[f"{place}-name"] = mutated([("rename", place, CODE)])
     for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
-    root = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", WATCHED, str(tmp_path), root]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == f"{len(texts)} read\n", done.stderr
+    ended = exit_code_of(use_watched, tmp_path)  # a hook stays for good
+    assert ((tmp_path / "used").read_text(), ended) == (f"{len(texts)} read", 0)
     assert not (tmp_path / "owned").exists()
 
 

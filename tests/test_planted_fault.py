@@ -44,7 +44,7 @@ from tests.planted import Planted, plant, times_of
 from tests.search_tables import profile_of
 
 CPU = torch.device("cpu")
-WIDTH, BATCH = 64, 128
+WIDTH, BATCH = 64, 64
 FAULT = "layers.1.layer"
 TOLERANCE = 0.01
 BUDGET = 0.05  # healthy layers in FP8 have 0.02 together

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from autoprec.records import Timing
 from autoprec.report.step_times import plan_speedups
@@ -17,7 +17,7 @@ def test_the_interval_of_a_speedup_follows_from_the_spread_of_the_samples() -> N
     assert run.verification
     sigma = 2 * 0.012 / (2 * 0.8416)  # the steps of the test run spread by +- 1.2 %
     error = math.sqrt(2) * 1.2533 * sigma / math.sqrt(12)
-    factor = float(student.ppf(0.975, 11))  # of twelve samples
+    factor = float(stdtrit(11, 0.975))  # of twelve samples
     speedup = plan_speedups(run)["fp32"]
     assert speedup.high
     assert math.log(speedup.high / speedup.value) == pytest.approx(factor * error, rel=2e-3)

@@ -40,7 +40,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import chdtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import LossGap, Verdict
@@ -160,7 +160,7 @@ def seeds_needed(gaps: Sequence[float], tolerance: float, terms: Terms) -> int |
 
 @lru_cache(maxsize=4096)
 def _quantile(p_value: float, count: int) -> float:
-    return float(stats.t.ppf(1.0 - p_value / 2.0, count - 1))
+    return float(stdtrit(count - 1, 1.0 - p_value / 2.0))
 
 
 def can_decide(gaps: Sequence[float], tolerance: float, terms: Terms) -> bool:
@@ -169,7 +169,7 @@ def can_decide(gaps: Sequence[float], tolerance: float, terms: Terms) -> bool:
     That is the lower end of its one-sided interval, of the confidence of the terms.
     """
     values, left = np.asarray(gaps, dtype=np.float64), len(gaps) - 1
-    least = math.sqrt(left / float(stats.chi2.ppf(terms.confidence, left)))
+    least = math.sqrt(left / float(chdtri(left, 1.0 - terms.confidence)))
     sd, mean = least * float(values.std(ddof=1)), float(values.mean())
     below, above = half_widths(sd, terms.seeds_max, terms.p_value, tolerance)
     return min(mean, 0.0) + above <= tolerance or mean - below > tolerance
@@ -199,5 +199,5 @@ def _common_p_value(first: int, last: int, confidence: float) -> float:
         # Student's t of mu = 0 after `count` gaps, and the p-value of this look
         variance = (squares - total * total / count) / (count - 1)
         t_value = np.abs(total) / np.sqrt(count * variance)
-        np.minimum(smallest, 2.0 * stats.t.sf(t_value, count - 1), out=smallest)
+        np.minimum(smallest, 2.0 * stdtr(count - 1, -t_value), out=smallest)
     return float(np.quantile(smallest, 1.0 - confidence))

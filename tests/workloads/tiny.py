@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH, BATCH = 64, 256
+WIDTH, BATCH = 64, 32
 
 
 def build_model() -> nn.Module:
