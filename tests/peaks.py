@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from autoprec.model.context import Context
 from autoprec.records import ModelSpec, Recipe, fp8_option
@@ -90,7 +90,8 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.peak = Peak()
         self._live = 0
-        self._sizes: dict[weakref.ref[UntypedStorage], int] = {}
+        self._sizes: dict[int, int] = {}  # of storages that live, by their ids
+        self._alive: dict[int, weakref.ref[UntypedStorage]] = {}
         gc.collect()  # what is dead but not yet freed would be taken to be alive
         for held in gc.get_objects():
             if issubclass(type(held), Tensor):
@@ -107,10 +108,18 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         # operands too: a storage that came from elsewhere (numpy, a file) was not yet seen
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        self.see_all((args, kwargs, result))
         return result
+
+    def see_all(self, values: object) -> None:
+        """Count what the tensors among values hold, within lists and dictionaries too."""
+        if isinstance(values, Tensor):
+            self.see(values)
+        elif isinstance(values, list | tuple):
+            for value in values:
+                self.see_all(value)
+        elif isinstance(values, dict):
+            self.see_all(list(values.values()))
 
     def see(self, tensor: Tensor) -> None:
         """Count the storage of a tensor; of a tensor that wraps others, theirs."""
@@ -130,14 +139,18 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     def count(self, storage: UntypedStorage) -> None:
         """Count a storage at its present size, once."""
         # torch keeps one Python object per storage, the same one for as long as the storage lives
-        key = weakref.ref(storage, self._forget)
-        size = storage.nbytes()
-        self._live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
+        size, known = storage.nbytes(), self._sizes.get(id(storage), 0)
+        if size == known:
+            return
+        if not known:
+            self._alive[id(storage)] = weakref.ref(storage, partial(self._forget, id(storage)))
+        self._live += size - known
+        self._sizes[id(storage)] = size
         self.peak.peak_bytes = max(self.peak.peak_bytes, self._live)
 
-    def _forget(self, key: "weakref.ref[UntypedStorage]") -> None:
-        self._live -= self._sizes.pop(key, 0)
+    def _forget(self, key: int, _: object) -> None:
+        self._live -= self._sizes.pop(key)
+        del self._alive[key]
 
 
 @contextmanager

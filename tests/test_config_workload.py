@@ -10,7 +10,9 @@ import pytest
 
 from autoprec.cli.main import main
 from autoprec.model.meta import capture_on_meta
-from autoprec.records import Basis, ModelSpec, Plan, Profile
+from autoprec.records import Basis, ModelSpec, Plan
+from autoprec.tuning.run import Run
+from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import workload_from
 from autoprec.workload.hf_config import config_file, config_model
 
@@ -19,13 +21,14 @@ TINY = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
     "torch_dtype": "bfloat16",
 }
-META = ("--meta", "--target", "h100-sxm")
+TARGET = "h100-sxm"
+META = ("--meta", "--target", TARGET)
 
 
 @pytest.fixture(autouse=True)
@@ -58,23 +61,18 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
-def test_tune_plans_a_config(
-    is_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = config_in(tmp_path / "cfg")
-    given = file.parent if is_folder else file
-    out = tmp_path / "run"
+def test_tune_plans_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = config_in(tmp_path / "cfg").parent, tmp_path / "run"
     options = ("--batch", "2", "--sequence", "16", "--trials", "0", "--json")
     with pytest.raises(SystemExit) as leaving:
-        main(["tune", str(given), *META, *options, "--out", str(out)])
+        main(["tune", str(folder), *META, *options, "--out", str(out)])
     assert not leaving.value.code
     found = json.loads(capsys.readouterr().out)
     assert (found["grad_error_basis"], found["verdict"]) == ("unknown", "not_run")
     plan = Plan.load(out / "plan.json")
     assert plan.fingerprint.tokens_per_step == 32
     assert plan.fingerprint.time_basis is Basis.PREDICTED
-    assert {"lm_head", "model.layers.1.mlp.down_proj"} <= {layer.name for layer in plan.layers}
+    assert {"lm_head", "model.layers.0.mlp.down_proj"} <= {layer.name for layer in plan.layers}
 
 
 def test_the_assumed_shape_of_a_step_is_told_and_in_the_answer(
@@ -113,19 +111,21 @@ def test_the_decoder_is_the_one_that_its_own_class_builds(tmp_path: Path) -> Non
 
 
 def test_resuming_with_another_shape_or_config_predicts_again(tmp_path: Path) -> None:
-    def tokens(*options: str) -> tuple[int, int]:
-        path = tmp_path / "run" / "profile.json"
-        with pytest.raises(SystemExit) as leaving:
-            main(["tune", str(tmp_path), *META, "--out", str(path.parent), "--trials=0", *options])
-        assert not leaving.value.code
-        return Profile.load(path).model.tokens_per_step, path.stat().st_mtime_ns
+    out = tmp_path / "run"
+
+    def tokens(batch: int, *, resume: bool = True) -> tuple[int, int]:
+        settings = Settings.of(
+            workload=str(tmp_path), meta=True, target=TARGET, out=out, batch=batch, resume=resume
+        )
+        found = Run(settings).profile.model.tokens_per_step
+        return found, (out / "profile.json").stat().st_mtime_ns
 
     config_in(tmp_path)
-    first = tokens("--batch=2")
-    assert tokens("--batch=2", "--resume") == first
-    assert tokens("--batch=3", "--resume")[0] == 96
+    first = tokens(2, resume=False)
+    assert tokens(2) == first
+    assert tokens(3)[0] == 96
     config_in(tmp_path, max_position_embeddings=16)
-    assert tokens("--batch=3", "--resume")[0] == 48
+    assert tokens(3)[0] == 48
 
 
 def test_without_meta_a_config_is_refused(

@@ -80,6 +80,12 @@ def run(
     )
 
 
+@pytest.fixture(autouse=True)
+def short_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solve for few points of the front, which test_search_problem.py has against brute force."""
+    monkeypatch.setattr("autoprec.search.solver.FRONT_POINTS", 2)
+
+
 @pytest.fixture
 def tables() -> tuple[Profile, Sensitivity]:
     return tables_of(LAYERS, activation_error=1e-5)

@@ -36,7 +36,7 @@ from tests.peaks import sensitivity_peak, tracked_peak, training_peak
 
 CPU = torch.device("cpu")
 DEEP = decoder(width=64, depth=3, batch=1, sequence=8)
-WIDE = decoder(width=32, depth=3, batch=32)
+WIDE = decoder(width=32, depth=2, batch=16)
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 
 
@@ -82,7 +82,7 @@ def every_byte_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_small_model_is_probed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = Context(mlp(width=64, depth=1, batch=2048, hidden=512), CPU)
+    context = Context(mlp(width=32, depth=1, batch=1024, hidden=256), CPU)
     spec = capture_model(context)
     assert room.plan_groups(context, spec) != (1, False)
     monkeypatch.undo()
@@ -113,8 +113,8 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
 @pytest.mark.parametrize(
     ("workload", "tolerance"),
     [
-        (mlp(width=96, depth=10, batch=16), 0.15),
-        (convolutions(width=16, depth=4, batch=32), 0.15),
+        (mlp(width=64, depth=6, batch=16), 0.15),
+        (convolutions(width=16, depth=3, batch=16), 0.15),
         (token_workload(), 0.3),  # so small that rows are not taken in parts
     ],
     ids=["mlp", "convolutions", "tied tokens"],
@@ -127,7 +127,7 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "workload",
     [
-        mlp(width=128, depth=2, batch=1024),
+        mlp(width=64, depth=2, batch=512),
         family(lambda: nn.Sequential(nn.Linear(512, 8)), values(512, 512), square),
         family(Bagged, tokens(4000, 64, 8), bagged_loss),
         family(Recurrent, tokens(150, 8, 12), next_loss),
@@ -144,7 +144,7 @@ def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workl
 
 def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
     """Training alone is at the bar: no number of groups keeps within it."""
-    workload = mlp(width=64, depth=1, batch=2048, hidden=512)
+    workload = mlp(width=32, depth=1, batch=1024, hidden=256)
     spec = capture_model(Context(workload, CPU))
     with tracked_peak() as peak:
         reference = prepare_reference(Context(workload, CPU), spec, warmup_steps=2)
