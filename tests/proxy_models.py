@@ -54,7 +54,7 @@ class Family:
         return loss
 
 
-large = Family(4096, 6, 4096)
+large = Family(4096, 3, 4096)
 small = Family(32, 2, 32)
 other = Family(32, 2, 32, head="unembed")
 odd = Family(20, 2, 32)  # 20 is no multiple of 16

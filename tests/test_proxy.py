@@ -204,7 +204,7 @@ def test_the_plan_is_for_the_model_and_proven_on_the_proxy(run: autoprec.Run) ->
     assert proof.proxy is not None
     sizes = (proof.proxy.parameters, proof.proxy.model_parameters)
     own = [2 * (w * 2 * w) + 3 * w + 2 * w for w in (32, 4096)]
-    assert sizes == (2 * own[0] + 32 * 33, 6 * own[1] + 4096 * 4097)
+    assert sizes == (2 * own[0] + 32 * 33, 3 * own[1] + 4096 * 4097)
     assert proof.proxy.model_structure == run.plan.fingerprint.structure
     assert proof.proxy.shows_enough
     assert run.plan.certificate is not None
@@ -280,7 +280,7 @@ def test_a_refuted_proof_is_the_models_and_ends_with_1(
     assert "refuted on a proxy" in " ".join(capsys.readouterr().out.split())
     proof = Verification.load(tmp_path / "verification.json")
     assert all(len(plan.layers) == 7 for plan in tried)
-    assert all(len(options) == 19 for options in proof.refuted_plans)  # the model's
+    assert all(len(options) == 10 for options in proof.refuted_plans)  # the model's
     assert proof.plan == Plan.load(tmp_path / "plan.json").digest
     assert len(tried) == len({plan.digest for plan in tried})
 

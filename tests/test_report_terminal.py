@@ -101,7 +101,7 @@ def layers_text(frame: pd.DataFrame, width: int) -> str:
 
 def test_a_group_of_layers_is_one_line_from_100_columns_whatever_its_name() -> None:
     names = {"head": "model." + "very_long_name." * 12 + "head"}
-    frame = layers_frame(renamed(make_run(blocks=40), names))
+    frame = layers_frame(renamed(make_run(blocks=8), names))
     for width in WIDTHS[1:]:
         lines = layers_text(frame, width).splitlines()
         rule = next(index for index, line in enumerate(lines) if line.startswith("\u2500"))

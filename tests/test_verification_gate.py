@@ -362,7 +362,7 @@ def test_training_that_is_not_deterministic_has_a_floor() -> None:
 def test_the_reference_against_itself_is_refuted_in_at_most_one_of_ten() -> None:
     """10 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
     workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
-    terms = Terms(seeds_max=5, warmup_steps=4, branch_steps=4)
+    terms = Terms(seeds_max=4, warmup_steps=2, branch_steps=2)
     session = opened(workload, capture_model(Context(workload, CPU)), terms=terms)
     session.evaluation = session.evaluation[:2]
     refuted = 0
