@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.records import (
     APPLICABLE_RECIPES,
@@ -19,7 +20,7 @@ from autoprec.records import (
     fp8_option,
     with_gemms_hp,
 )
-from autoprec.runtime import install_options
+from autoprec.runtime import install_options, uniform_plan
 
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 
@@ -317,3 +318,50 @@ def test_fp8_on_what_torchao_cannot_replace_is_refused() -> None:
         install_options(Doubling(16, 16), {"": TENSORWISE})
     with pytest.raises(PlanMismatchError, match=r"LayerNorm is no nn\.Linear"):
         install_options(MixingNet(), {"norm": TENSORWISE})
+
+
+class _Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+def test_models_that_share_an_activation_take_a_plan_each() -> None:
+    """As in transformers, whose OpenAI GPTs share one object of all activations."""
+
+    class Branch(nn.Module):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.act = nn.Linear(16, 16), shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.act(self.layer(x))
+            return out
+
+    shared, x = _Squared(), torch.randn(16, 16)
+    first, second = Branch(shared), Branch(shared)
+    with install_options(first, {"layer": BF16_O2}):
+        assert type(shared) is _Squared
+        assert torch.equal(second(x), F.relu(second.layer(x)).square())
+        autoprec.apply(uniform_plan(second, TENSORWISE), second)
+        assert second(x).dtype is torch.float32
+        autoprec.undo(second)
+
+
+class _BackProjection(nn.Module):
+    """Projects by another layer's weight, as Perceiver's decoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(32))
+
+    def forward(self, x: Tensor, other: nn.Module) -> Tensor:
+        return x @ other.get_parameter("weight") + self.bias
+
+
+def test_a_layer_of_user_code_makes_its_operands_agree_when_it_runs_alone() -> None:
+    layer, other, x = _BackProjection(), nn.Linear(32, 16), torch.randn(4, 16)
+    with install_options(layer, {"": BF16_O2}, activation_dtype=torch.float32, root=False):
+        found = layer(x, other)
+    expected = (x.bfloat16() @ other.weight.bfloat16()).float()
+    assert found.dtype is torch.float32
+    assert torch.equal(found, expected)

@@ -423,6 +423,25 @@ class Apart(nn.Module):
         return F.mse_loss(y, target + self.cut(x.roll(1, 0)).detach())
 
 
+class Cached(nn.Linear):
+    """Gives another shape where its cache is filled, as it is when the layer is run again."""
+
+    def forward(self, x: torch.Tensor, cache: list[int]) -> torch.Tensor:  # type: ignore[override]
+        cache.append(len(x))
+        return super().forward(x if len(cache) == 1 else x[:1])
+
+
+class HandedOn(nn.Module):
+    """A network whose layers take more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(32, 16), Cached(16, 16), nn.Linear(16, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.third(self.second(F.gelu(self.first(x)), [])).float(), x)
+
+
 class Spectral(nn.Module):
     """Complex weights between two linears, without a layer of their own."""
 
@@ -473,6 +492,7 @@ UNLIKE: dict[str, Callable[[], Workload]] = {  # networks that are no plain chai
     **{k: partial(_hooked, k) for k in ("gradient", "held", "parametrize", "prune", *AT_MODULES)},
     "no_grad, detached, sampled": partial(_of_inputs, Apart),
     "complex": partial(_of_inputs, Spectral),
+    "a cache": partial(_of_inputs, HandedOn),
     "sparse and double": _sparse_and_double,
 }
 

@@ -90,12 +90,14 @@ def _cast_forward(
 
     @functools.wraps(base.forward)
     def cast_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            join_recomputation(activation_dtype)  # activation checkpointing: forward in backward
+            if is_own:
+                return without_mode(dtype, _without_autocast, run, self, args, kwargs)
+        if is_own or is_mode_active():
             return _without_autocast(run, self, args, kwargs)
-        join_recomputation(activation_dtype)  # activation checkpointing runs forward in backward
-        if is_own:
-            return without_mode(dtype, _without_autocast, run, self, args, kwargs)
-        return _without_autocast(run, self, args, kwargs)
+        with ActivationMode(dtype):  # somebody's code, run without the model around it
+            return _without_autocast(run, self, args, kwargs)
 
     if option.is_fp8:  # worth a graph of its own behind a break: eagerly FP8 does not pay
         return cast_forward

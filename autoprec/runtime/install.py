@@ -355,11 +355,14 @@ def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[n
     """Yield the modules that run user code between layers, the root left out.
 
     And the parametrizations of layers: reading `layer.weight` runs them, inside the root or not.
+    An activation that holds nothing is left alone: a library's one object may serve many models.
     """
     inside = {module for layer in layers.values() for module in layer.modules()}
     for module in model.modules():
         runs_code = type(module).forward is not nn.Module.forward and "forward" not in vars(module)
-        is_plain = type(module).__module__.startswith("torch.nn.") and not any(module.children())
+        is_torchs = type(module).__module__.startswith("torch.nn.")
+        holds_nothing = is_torchs or not (module._parameters or module._buffers)
+        is_plain = holds_nothing and not module._modules
         is_between = module not in inside or isinstance(module, ParametrizationList)
         if is_between and module is not model and runs_code and not is_plain:
             yield module

@@ -65,7 +65,12 @@ from autoprec.sensitivity.local import (
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
 from autoprec.sensitivity.parked import Parked
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
-from autoprec.sensitivity.replay import Watched, differentiated_calls, floating_inputs
+from autoprec.sensitivity.replay import (
+    OtherwiseAloneError,
+    Watched,
+    differentiated_calls,
+    floating_inputs,
+)
 
 CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -295,9 +300,14 @@ def _products_of_layer(
         if is_first and step.index == 0 and fp8:
             probed.statistics += linear.statistics(name)
     else:
-        local = replayed_errors(run, calls, norm, seed=seed)
-        errors = local.parameter_errors
-        products = _products(run, list(zip(calls, after, strict=True)), local.errors)
+        try:
+            local = replayed_errors(run, calls, norm, seed=seed)
+            errors = local.parameter_errors
+            products = _products(run, list(zip(calls, after, strict=True)), local.errors)
+        except OtherwiseAloneError:
+            probed.unseen.add(name)
+            errors = {(): 0.0}
+            products = {BF16_OUTPUT: torch.zeros(1), BF16_GRAD_INPUT: torch.zeros(1)}
     if is_first:
         probed.parameter_errors[name] = errors
     return products

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autoprec.device.memory import is_out_of_memory
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
 from autoprec.sensitivity.real import real_view
@@ -64,6 +66,10 @@ def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[Watched]:
             watched.unseen.add(name)
 
 
+class OtherwiseAloneError(Exception):
+    """A layer does otherwise when it is run again: its arguments or it have changed since."""
+
+
 def floating_inputs(call: Call) -> list[Tensor]:
     """Return the floating tensors among a call's arguments, in order."""
     return output_tensors((call.args, call.kwargs))
@@ -73,6 +79,9 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
     """Run a layer forward and backward on recorded calls, as it stands now.
 
     The same seed draws the same dropout masks, so two replays differ in precision only.
+
+    Raises:
+        OtherwiseAloneError: it fails, or gives other shapes: a cache was filled since, say.
     """
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     totals: dict[Tensor, Tensor] = {}
@@ -87,7 +96,7 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             (call.args, call.kwargs),
         )
         inputs = output_tensors((args, kwargs))
-        produced = output_tensors(layer(*args, **kwargs))
+        produced = _outputs_again(layer, call, args, kwargs)
         # the loss's own gradient goes in at every output that it came back to in the pass
         pairs = [
             (y, g.to(y.dtype))
@@ -118,3 +127,21 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
         if parameter not in totals:
             totals[parameter] = real_view(torch.zeros_like(parameter)).float()
     return Replayed(outputs, input_gradients, totals)
+
+
+def _outputs_again(
+    layer: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:  # Any: whatever the layer takes
+    """Return the floating outputs of a layer that is run again, in the shapes that they had."""
+    try:
+        produced = output_tensors(layer(*args, **kwargs))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise OtherwiseAloneError from error
+    shapes = [None if g is None else g.shape for g in call.gradients]
+    if len(produced) != len(shapes) or any(
+        shape is not None and shape != y.shape for y, shape in zip(produced, shapes, strict=True)
+    ):
+        raise OtherwiseAloneError
+    return produced
