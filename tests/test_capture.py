@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,3 +364,43 @@ def test_sharded_parameters_of_one_wide_dimension_are_no_experts() -> None:
         dist.destroy_process_group()
     assert spec.layer("1").options == (FP32, BF16_O2)
     assert [check.is_judged for check in checks] == [True, True]
+
+
+class _Routed(nn.Module):
+    """A model whose code holds its router in FP32, as the routers of Switch and NLLB are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.head = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.head = self.head.to(x.device)
+        self.router = self.router.to(torch.float32)
+        h = self.first(x)
+        out: Tensor = self.head(h * self.router(h.float()).softmax(-1).to(h.dtype))
+        return out
+
+
+def test_what_the_models_own_code_converts_stays_in_fp32(tmp_path: Path) -> None:
+    functions = {
+        "build_model": _Routed,
+        "train_batches": lambda seed: iter(torch.ones(64, 32, 16)),
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch).float(), batch),
+    }
+    spec = capture_model(Context(workload_from(functions), CPU))
+    assert [layer.options[:2] for layer in spec.layers] == [
+        (FP32, BF16_O2),
+        (FP32,),
+        (FP32, BF16_O2),
+    ]
+    assert "moves it" in str(spec.layer("router").refusal(Precision.BF16_O2))
+    run = autoprec.tune(
+        functions, out=tmp_path, keep=("first=bf16_o2",), trials=0, verify=False, target="h100-sxm"
+    )
+    assert run.plan
+    assert [layer.option for layer in run.plan.layers][1] == FP32
+    model = _Routed()
+    optimizer = torch.optim.AdamW(model.parameters())
+    _, optimizer = autoprec.apply(run.plan, model, optimizer)
+    model(torch.ones(32, 16)).sum().backward()
+    optimizer.step()

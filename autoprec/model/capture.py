@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,13 @@ from autoprec.model.layers import (
     wide_dims,
 )
 from autoprec.model.local_copy import computed_features
-from autoprec.model.options import HAS_EXPERTS, USED_UNCALLED, WITHOUT_GRAD, layer_options
+from autoprec.model.options import (
+    CONVERTED,
+    HAS_EXPERTS,
+    USED_UNCALLED,
+    WITHOUT_GRAD,
+    layer_options,
+)
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
 from autoprec.records.devices import DeviceProfile
@@ -170,9 +176,44 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     return StepResult(value, digest.hexdigest(), used_randomness)
 
 
-def recorded_shapes(layers: ModelLayers) -> AbstractContextManager[dict[str, list[Call]]]:
-    """Record the shapes of every layer's calls while the context is open; no tensor is kept."""
-    return recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
+@contextmanager
+def recorded_shapes(layers: ModelLayers) -> Iterator[dict[str, list[Call]]]:
+    """Record the shapes of every layer's calls while the context is open; no tensor is kept.
+
+    On leaving, the calls of layers that were moved from BF16 to another dtype inside say so.
+    """
+    found = recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
+    with found as calls, _conversions() as converted:
+        yield calls
+    for name, layer in layers.modules.items():
+        if not converted.isdisjoint(layer.modules()):
+            for call in calls[name]:
+                call.obstacle = CONVERTED
+
+
+@contextmanager
+def _conversions() -> Iterator[set[nn.Module]]:
+    """Collect the modules that are moved inside as one in BF16 would be to another dtype.
+
+    `to`, `float`, `half` and the like end in `Module._apply`; in FP32 itself that changes nothing.
+    """
+    converted: set[nn.Module] = set()
+    apply = nn.Module._apply
+
+    def noted(module: nn.Module, function: Callable[[Tensor], Tensor], *more: bool) -> nn.Module:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                low = torch.empty(0, dtype=torch.bfloat16, device=parameter.device)
+                if function(low).dtype is not torch.bfloat16:
+                    converted.add(module)
+        moved: nn.Module = apply(module, function, *more)  # type: ignore[no-untyped-call]  # torch
+        return moved
+
+    try:
+        nn.Module._apply = noted  # type: ignore[method-assign]
+        yield converted
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager

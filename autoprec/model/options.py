@@ -39,6 +39,10 @@ TWICE_DIFFERENTIATED = (
 )
 WITHOUT_GRAD = "it runs under no_grad alone, as a teacher does, and FP8 is for what is trained"
 IN_TRANSFORM = "it is called within a transform of torch.func, which FP8 GEMMs have no rule for"
+CONVERTED = (
+    "the model's own code moves it to another dtype in forward, as a router's that is to be in "
+    "FP32, and so out of a plan's"
+)
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",
@@ -55,7 +59,7 @@ def layer_options(
     obstacle: str = "",
     unavailable: str = "",
 ) -> tuple[tuple[Option, ...], tuple[Refusal, ...]]:
-    """Return the options of a layer, and why FP8 is not among them if it is not.
+    """Return the options of a layer, and why FP8 (or BF16 too) is not among them if it is not.
 
     Args:
         kind: what the layer computes.
@@ -66,6 +70,9 @@ def layer_options(
         obstacle: what else keeps the layer out of FP8, e.g. its class.
         unavailable: why the device runs none, if it does not.
     """
+    if obstacle == CONVERTED:
+        ways = (Precision.BF16_O2, Precision.FP8_O1)
+        return (FP32,), tuple(Refusal(precision=way, reason=obstacle) for way in ways)
     reason = obstacle or _refusal(kind, gemm)
     fitting: tuple[Option, ...] = ()
     if gemm is not None and not reason:
