@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from autoprec.device.torchao import import_torchao
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.architecture_checks import DEVICE, Outcome, try_architecture
+from tests.architecture_checks import Outcome, try_architecture
 from tests.architecture_zoo import ARCHITECTURES, Architecture
 
 WIDTHS = "{:16} {:44} {:>6} {:>6} {:>6}  {}"
@@ -66,7 +66,7 @@ def main() -> int:
         chosen = [a for a in chosen if any(part in a.name for part in arguments.names)]
     print(WIDTHS.format("family", "architecture", "layers", "fp8", "s", "result"))
     outcomes = []
-    with fast_fp8_gemms(DEVICE):
+    with fast_gemms():
         for architecture in chosen:
             for seed in range(arguments.seeds):
                 outcomes.append(show(architecture, seed=seed, is_verbose=arguments.verbose))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 
 PRELOADED = (
     *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
@@ -28,11 +28,10 @@ def every_recipe() -> Iterator[None]:
 
     A process that a test starts enters it too, or its numbers are other ones than the test's.
     """
-    cpu = torch.device("cpu")
-    if TENSOR_SCALES not in fp8_support(cpu).reason:
+    if TENSOR_SCALES not in fp8_support(torch.device("cpu")).reason:
         yield
         return
-    with fast_fp8_gemms(cpu):
+    with fast_gemms():
         yield
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from autoprec.device.torchao import import_torchao
-from autoprec.sensitivity.gemm import fast_fp8_gemms
-from tests.architecture_checks import DEVICE, try_architecture
+from autoprec.sensitivity.gemm import fast_gemms
+from tests.architecture_checks import try_architecture
 from tests.architecture_zoo import ARCHITECTURES
 
 pytest.importorskip("transformers")
@@ -28,7 +28,7 @@ def _fast() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     import_torchao()
-    with fast_fp8_gemms(DEVICE):
+    with fast_gemms():
         yield
     torch.set_num_threads(threads)
 

@@ -26,7 +26,7 @@ from autoprec.device.local import (
 from autoprec.device.timing import UNWATCHED
 from autoprec.errors import DeviceError
 from autoprec.records import APPLICABLE_RECIPES, Recipe
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GPU = SimpleNamespace(
@@ -130,7 +130,7 @@ def test_recipes_that_fail_alike_are_named_in_one_line(monkeypatch: pytest.Monke
 def test_every_recipe_runs_on_emulated_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     none = Fp8Support((), "no kernel")
     monkeypatch.setattr(fp8, "tried_recipes", lambda _: none)
-    with fast_fp8_gemms(CPU):
+    with fast_gemms():
         assert fp8.fp8_support(CPU) == Fp8Support(APPLICABLE_RECIPES, "")
         assert fp8.fp8_support(CUDA) == none
 

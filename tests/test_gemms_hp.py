@@ -34,6 +34,7 @@ from autoprec.search import search_plan
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
+from tests.constant_clock import WithoutBf16
 from tests.decoder_specs import linear_layer, model_of
 from tests.models import mlp_workload
 from tests.search_tables import tables_of
@@ -113,6 +114,25 @@ def test_the_parts_tell_which_gemms_in_bf16_are_worth_timing() -> None:
     assert all(Gemm.GRAD_WEIGHT in option.gemms_hp for option in found)
     assert promising_gemms_hp([plain]) == []
     assert promising_gemms_hp([timed(FP32, (1.0, 1.0, 1.0)), plain, fast]) == []
+
+
+def test_of_a_layer_that_is_far_slower_in_bf16_no_part_is_timed_in_it() -> None:
+    layer = linear_layer("a", 16, 16, shape=(2, 16), options=(FP32, BF16_O2))
+    call = Call(
+        args=(torch.randn(32, 16).requires_grad_(),), kwargs={}, gradients=[torch.randn(32, 16)]
+    )
+    for gemm_ms, has_parts in ((1.0, True), (2.0, False)):  # three GEMMs beside 1 ms
+        meter = LayerMeter(torch.device("cpu"), WithoutBf16(1.0, gemm_ms), state_ratio=2.0)
+        fp32, bf16 = meter.time_group(
+            Group((layer,), layer.options), [call], lambda: nn.Linear(16, 16, bias=False)
+        )
+        assert fp32.grad_input is not None
+        assert bf16.total is not None
+        assert bf16.total.median_ms == 1.0 + 3 * gemm_ms
+        assert (bf16.grad_input is not None) == has_parts
+    none = bf16.model_copy(update={"total": timing(18.1)})
+    rows = [timed(FP32, (1.0, 1.0, 1.0)), none, timed(TENSORWISE, (0.1, 0.1, 0.1))]
+    assert promising_gemms_hp(rows) == []
 
 
 class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so

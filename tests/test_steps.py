@@ -32,7 +32,7 @@ from autoprec.records.cost import ratio_error
 from autoprec.report.remarks import profile_notes
 from autoprec.runtime import attach_optimizer, install_options
 from autoprec.workload.functions import Batch, Workload, workload_from
-from tests.constant_clock import CPU, ConstantClock
+from tests.constant_clock import CPU, ConstantClock, WithoutBf16
 from tests.models import Mlp, mlp_workload
 from tests.peaks import tracked_peak
 
@@ -94,6 +94,33 @@ def test_variants_take_turns_on_the_same_batches() -> None:
         assert len({block[0][0] for block in blocks}) == 3
         assert len({tuple(batch for _, batch in block) for block in blocks}) == 1
     assert len({batch for _, batch in turns}) == 4  # all of them, over the turns
+
+
+@pytest.mark.parametrize("gemm_ms", [1.0, 700.0])
+def test_where_bf16_is_far_slower_it_takes_few_steps_and_autocast_none(gemm_ms: float) -> None:
+    steps: list[torch.dtype] = []
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        steps.append(next(model.parameters()).dtype)
+        return mse(model, batch)
+
+    context = Context(workload(loss_fn=loss_fn), CPU, clock=WithoutBf16(300.0, gemm_ms))
+    variants: dict[str, Variant] = {"fp32": {}, "bf16_o2": BF16, AUTOCAST: AUTOCAST}
+    found, left_out = time_steps(
+        context, variants, stopping=Stopping(4, 2, budget_ms=1200.0), monitor=UNWATCHED
+    )
+    samples = {step.label: step.timing.samples for step in found}
+    if gemm_ms == 1.0:
+        assert samples == {"fp32": 4, "bf16_o2": 4, AUTOCAST: 4}
+        assert left_out == {}
+        return
+    assert samples == {"fp32": 4, "bf16_o2": 2}
+    assert steps.count(torch.bfloat16) == 1 + 2  # a first one and the samples: nothing is warmed up
+    gemms = round((found[1].ms - 300.0) / 700.0)
+    assert left_out == {
+        AUTOCAST: "it runs the GEMMs of BF16 O2, whose first step took "
+        f"{(300 + 700 * gemms) / 1e3:.2g} s, and FP32's 0.3 s"
+    }
 
 
 class Wide(nn.Module):

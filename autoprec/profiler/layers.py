@@ -43,7 +43,14 @@ from autoprec.device.timing import (
 from autoprec.device.tracing import Operation
 from autoprec.errors import DeviceError
 from autoprec.model.recording import Call
-from autoprec.profiler.candidates import Attempt, Candidate, MakeLayer, SlowFp8, try_option
+from autoprec.profiler.candidates import (
+    WORTH_TIMING,
+    Attempt,
+    Candidate,
+    MakeLayer,
+    SlowFp8,
+    try_option,
+)
 from autoprec.profiler.compiling import Compilation, GraphMonitor
 from autoprec.profiler.groups import Group
 from autoprec.profiler.kept import KeptRows
@@ -145,7 +152,8 @@ class LayerMeter:
         """Return the rows of attempts; `others` are timed with them, for their neighbours' time."""
         candidates = [attempt.candidate for attempt in attempts if attempt.candidate]
         totals = self._sample_totals([*others, *attempts]) if candidates else {}
-        parts = self.time_parts(candidates)
+        slow = far_slower_than_fp32({o: taken.timing().median_ms for o, taken in totals.items()})
+        parts = self.time_parts([own for own in candidates if own.option not in slow])
         for option, own in parts.items():
             if self.compilation is not None and option.is_fp8:
                 # What the compiled layer takes beyond its GEMMs, which are library calls.
@@ -291,6 +299,12 @@ def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function
     return {key: step for key, step in steps.items() if not key[1]}
 
 
+def far_slower_than_fp32(total_ms: Mapping[Option, float]) -> set[Option]:
+    """Return the options that nobody would take for their speed; none where FP32 has no time."""
+    limit_ms = WORTH_TIMING * total_ms.get(FP32, math.inf)
+    return {option for option, ms in total_ms.items() if ms > limit_ms}
+
+
 def predicted_timing(ms: float, *, beside_ms: float = 0.0) -> Timing:
     """Return the timing of what was not run; `beside_ms` of it were measured."""
     low, high = (beside_ms + factor * ms for factor in (1.0 / EXTRAPOLATED, EXTRAPOLATED))
@@ -338,12 +352,13 @@ def promising_gemms_hp(rows: Sequence[LayerTiming]) -> list[Option]:
     """Return the options with GEMMs kept in BF16 that should beat BF16 and FP32, by others' parts.
 
     A GEMM kept in BF16 takes BF16's time for it instead of FP8's, and saves its share of the casts.
-    What is timed then, decides.
+    What is timed then, decides. None should where BF16 is far slower than FP32.
     """
     bf16 = next((row for row in rows if row.option == BF16_O2), None)
-    if bf16 is None or bf16.total is None:
+    total_ms = {row.option: row.total.median_ms for row in rows if row.total}
+    if bf16 is None or bf16.total is None or BF16_O2 in far_slower_than_fp32(total_ms):
         return []
-    least_ms = min(row.total.median_ms for row in rows if row.total and not row.option.is_fp8)
+    least_ms = min(ms for option, ms in total_ms.items() if not option.is_fp8)
     known = [row.option for row in rows]
     in_fp8 = {row.option.recipe: row for row in rows if row.option.is_fp8 and row.total}
     return [

@@ -38,6 +38,7 @@ from autoprec.device.timing import Function, Monitor, Samples, Stopping, sample_
 from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers, unwrapped
+from autoprec.profiler.candidates import WORTH_TIMING
 from autoprec.profiler.compiling import INDUCTOR, Compilation, GraphMonitor
 from autoprec.profiler.kept import STEP, KeptRows
 from autoprec.profiler.parking import Parking
@@ -62,6 +63,7 @@ Variant = Mapping[str, Option] | str | Eager
 BATCHES = 4  # different ones, taken in turn
 LEAST_ON_GPU_MS = 1000.0  # of samples for each variant: it slows down under a load that lasts
 TURNS = 3  # of each variant, if it shall have as many samples
+LONG_STEP_MS = 1000.0  # a step this long is dear, and needs no warm-up
 # What compiling may end in; so does a lack of memory, which is told apart.
 COMPILE_ERRORS = (RuntimeError, FailOnRecompileLimitHit, WorkloadError, DeviceError)
 log = logging.getLogger(__name__)
@@ -87,8 +89,9 @@ def time_steps(
 ) -> tuple[tuple[StepTiming, ...], dict[str, str]]:
     """Time a whole training step of every variant, in turns.
 
-    With the timings come the baselines that could not run, and why: those that are no assignment
-    may be left out (autocast fails on some functions of the user's, or does not fit into memory).
+    With the timings come the baselines that were not timed, and why: those that are no assignment
+    may be left out (autocast fails on some functions of the user's, does not fit into memory, or
+    is hopeless where a step in BF16 O2 takes many times as long as in FP32).
 
     Without a monitor the device's own rejects dirty samples; without a compilation
     (`open_compilation`) the models run eagerly, but for one that is to be as its user wrote it.
@@ -114,6 +117,7 @@ class _Arm:
     step: Function
     parking: Parking
     is_compiled: bool
+    first_ms: float  # of a CPU's first step, if eager, which makes the optimizer's state; else 0
     note: str = ""
     peak_bytes: int | None = None
     samples: list[Samples] = field(default_factory=list)  # by turn
@@ -142,6 +146,9 @@ class _Comparison:
         built = len(variants)  # each takes about as long as a turn
         for place, (label, variant) in enumerate(variants.items()):
             self.context.progress("steps", place, built + turns * built)
+            if variant == AUTOCAST and (reason := why_hopeless(arms)):
+                self.left_out[label] = reason
+                continue
             arm = self._build_if_it_runs(label, variant)
             if arm is not None:
                 arms[label] = arm
@@ -175,7 +182,8 @@ class _Comparison:
                     {label: arm.step},
                     clock=self.context.timer,
                     stopping=stopping,
-                    warmup=1,  # after it came back, caches and allocator are cold
+                    # after it came back, caches and allocator are cold: milliseconds of a step
+                    warmup=0 if arm.first_ms > LONG_STEP_MS else 1,
                     prepare=prepare,
                     monitor=self._monitor(arm.is_compiled),
                     seed=self.context.seed,
@@ -257,7 +265,7 @@ class _Comparison:
         before = torch.cuda.memory_allocated(device) if on_cuda else 0
         model, optimizer, compiled = self._make_model(variant, eagerly=eagerly)
         step = self._make_step(model, optimizer, variant)
-        peak = None
+        peak, first_ms = None, 0.0
         with self._around(variant, compiled):
             # The first step makes the optimizer's state, which the peak of a later one includes.
             if compiled:
@@ -265,8 +273,10 @@ class _Comparison:
                 for number in range(len(self.batches)):
                     self.round = number
                     compilation.run_first(step)
-            else:
+            elif on_cuda:
                 step()
+            else:
+                first_ms = self.context.timer.measure(step)
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
                 step()
@@ -275,7 +285,7 @@ class _Comparison:
         parking = Parking(unwrapped(model), optimizer, self.folder / label)
         parking.leave()
         release_memory(device)
-        return _Arm(step, parking, compiled, peak_bytes=peak)
+        return _Arm(step, parking, compiled, first_ms, peak_bytes=peak)
 
     def _make_model(
         self, variant: Variant, *, eagerly: bool
@@ -337,6 +347,18 @@ class _Comparison:
             if not compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
+
+
+def why_hopeless(arms: Mapping[str, _Arm]) -> str:
+    """Return why autocast needs no timing, by the first steps of FP32 and BF16 O2; "" if it does.
+
+    A CPU without BF16 instructions takes 22 times as long in BF16 as in FP32 (a GPT on AVX2).
+    """
+    fp32, bf16 = (arms[x].first_ms if x in arms else 0.0 for x in ("fp32", "bf16_o2"))
+    if not fp32 or bf16 < max(WORTH_TIMING * fp32, LONG_STEP_MS):
+        return ""
+    took = f"{bf16 / 1e3:.2g} s, and FP32's {fp32 / 1e3:.2g} s"
+    return f"it runs the GEMMs of BF16 O2, whose first step took {took}"
 
 
 def _failure(error: Exception) -> str:

@@ -220,7 +220,7 @@ class Profile(FileRecord):
     `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals.
     `speedup_error` is how far a predicted speedup of FP8 over BF16 may be too high: the logarithm
     that 90 % of published speedups do not fall short by; 0 where times are measured.
-    `steps_left_out` has the baselines that could not run, by label, and why.
+    `steps_left_out` has the baselines that were not timed, by label, and why.
     `compile_problem` says why times are eager although compiled ones were to be, "" otherwise.
     """
 

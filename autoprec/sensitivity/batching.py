@@ -23,7 +23,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import share, sum_over_ranks
 from autoprec.records import BatchEffect, Estimate, Option
 from autoprec.runtime import install_options
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 
 WIDTH = 1 << 16
@@ -46,7 +46,7 @@ def measure_batch_effect(
     for index in range(len(reference.batches)):
         exact = reference.gradient(index)
         with (
-            fast_fp8_gemms(reference.context.device),
+            fast_gemms(),
             install_options(reference.model, options, uncovered=uncovered),
         ):
             reference.run(index)

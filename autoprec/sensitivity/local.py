@@ -12,8 +12,8 @@ options share them where their recipes cast alike. Errors of any other layer in 
 its outputs, input gradients and parameters instead, from a replay in BF16 against one in FP32.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, with_gemms_hp
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Cast, Sides, gemm_casts
+from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.replay import replay
 
 KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
@@ -98,9 +99,12 @@ def _differences(
     return found
 
 
-def in_bf16(layer: nn.Module) -> AbstractContextManager[object]:
+@contextmanager
+def in_bf16(layer: nn.Module) -> Iterator[None]:
     """Run one layer in BF16 among FP32 activations inside; the rest of its model is not touched."""
-    return install_options(layer, {"": BF16_O2}, activation_dtype=torch.float32, root=False)
+    among_fp32 = install_options(layer, {"": BF16_O2}, activation_dtype=torch.float32, root=False)
+    with fast_gemms(), among_fp32:
+        yield
 
 
 def list_cells(

@@ -39,7 +39,7 @@ from autoprec.records.model import ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.kept_reference import (
     digest_of,
     keep_reference,
@@ -235,7 +235,7 @@ class Reference:
             for count, (key, installed) in enumerate(settings.items()):
                 NOW.measures = " in ".join(map(str, key)) if isinstance(key, tuple) else str(key)
                 progress(stage, index * len(settings) + count, total)
-                with fast_fp8_gemms(self.context.device), installed():
+                with fast_gemms(), installed():
                     squared[key].append(self.squared_error(index, gradient))
         NOW.measures = ""
         progress(stage, total, total)

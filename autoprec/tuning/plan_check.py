@@ -11,7 +11,7 @@ from autoprec.errors import PlanMismatchError
 from autoprec.records import APPLICABLE_RECIPES, Check, Plan, PlanCheck, Precision, Verdict
 from autoprec.report.promise import Promise
 from autoprec.runtime import apply, check_applied, check_fit
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.workload.functions import Workload, take_batches
 from autoprec.workload.loading import load_workload
 
@@ -50,7 +50,7 @@ def _model_checks(plan: Plan, workload: Workload, device: torch.device) -> list[
     except PlanMismatchError as error:
         return [Check(name="fits the model", is_good=False, detail=str(error))]
     fits = Check(name="fits the model", is_good=True, detail="every layer by name, kind and shape")
-    with fast_fp8_gemms(device):
+    with fast_gemms():
         ran = check_applied(model, batch, loss_fn=workload.loss_fn)
     return [fits, *(c.model_copy(update={"name": f"runs: {c.name or 'the model'}"}) for c in ran)]
 

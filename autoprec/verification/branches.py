@@ -32,7 +32,7 @@ from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
 from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
-from autoprec.sensitivity.gemm import fast_fp8_gemms
+from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.reference import seeded
 from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.metrics import check_finite, check_names, measure_metrics
@@ -151,7 +151,7 @@ def _train_with(
     """Train in the variant's precisions, which are installed for it alone."""
     context, model, optimizer = session.context, training.model, training.optimizer
     done = _Trained()
-    with fast_fp8_gemms(context.device), ExitStack() as plan:
+    with fast_gemms(), ExitStack() as plan:
         if variant.is_reference:  # the plan's FP32 layers run as the process has TF32
             plan.enter_context(tf32_off())
         else:

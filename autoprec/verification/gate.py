@@ -42,6 +42,7 @@ from autoprec.verification.session import BranchStore, Session, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
 
+FEWEST_SEEDS = 2  # of a plan that no seed can show a gap of; one alone has no spread
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
 STATE_RTOL = 1e-3  # a saved warm-up must evaluate to what it did, up to another thread count
 
@@ -242,6 +243,7 @@ def gather_evidence(session: Session, plan: Plan) -> Evidence:
     terms, predicted, variants = session.terms, plan.predicted, [control, chosen]
     if chosen.is_reference and predicted and predicted.bf16_o2_ms >= predicted.fp32_ms:
         variants = [chosen]  # nobody asks what BF16 would do to the loss: it is no faster
+        terms = replace(terms, seeds_min=FEWEST_SEEDS)  # the reference's branch is the plan's
     evidence = Evidence(plan, terms, session.loss_tolerance, tolerances=session.metrics)
     seeds = [session.context.seed + 1 + index for index in range(terms.seeds_max)]
     for index, seed in enumerate(seeds):
