@@ -47,6 +47,10 @@ def _only_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def _unchanged(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return model
+
+
 def _tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(model, mesh, {"head": ColwiseParallel()})
 
@@ -75,6 +79,11 @@ CASES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {  # Any: function
         {"parallelize": _only_blocks},
         "parallelize(model, mesh) must shard every layer, but it leaves 2 whole, whose gradients "
         "nothing averages: embed, head; end it with fully_shard",
+    ),
+    "nothing": (
+        {"parallelize": _unchanged},
+        "parallelize(model, mesh) must shard the model or wrap it, but it returned the model as "
+        "it was; call fully_shard or parallelize_module in it, or leave it out",
     ),
     "parallel over data": (
         {"parallelize": _tensor_parallel},
@@ -108,8 +117,24 @@ def _build(way: dict[str, Callable[..., Any]]) -> nn.Module:  # Any: as above
     return parallel_workload(workload(**way), CPU).build_model()
 
 
+def _on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Decoder()
+
+
+def _weighted(model: nn.Module, _: DeviceMesh) -> nn.Module:
+    model.to_empty(device=CPU)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
 def _fail_in_every_way(folder: Path) -> None:
     told = {case: _raised(partial(_build, way)) for case, (way, _) in CASES.items()}
+    # data parallel: by torch's own wrapper, and where only the weights are given here
+    wrapped = {"parallelize": lambda model, _: nn.parallel.DistributedDataParallel(model)}
+    assert isinstance(_build(wrapped), Decoder)
+    assert isinstance(_build({"build_model": _on_meta, "parallelize": _weighted}), Decoder)
     out, own = folder / "out", dist.get_rank()
     told["seeds"] = _raised(lambda: autoprec.tune(FUNCTIONS, out=out, seed=own))
     model = folder / f"model{own}.py"

@@ -55,6 +55,24 @@ def test_an_edited_device_profile_is_predicted_again(target: Path, resumed: Resu
     assert resumed()
 
 
+def test_resuming_on_another_device_says_why(
+    tmp_path: Path, resumed: Resumed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not resumed()
+
+    def said(target: str) -> str:
+        settings = Settings(workload="none.py", target=target, out=tmp_path, resume=True)
+        return Run(settings, stages=("profile",)).resumes
+
+    start = "--resume keeps no finished stage; made now: profile"
+    assert said("h200") == f"{start} (profile.json was made for h100-sxm, and this is h200)"
+    monkeypatch.setattr("autoprec.device.local.device_name", lambda _: "a CPU")
+    assert said("cpu") == f"{start} (profile.json was made for h100-sxm, and this is a CPU)"
+    assert said("h100-sxm") == start  # the card's file changed, and the device did not
+    (tmp_path / "profile.json").unlink()
+    assert said("h200") == start
+
+
 def test_a_device_profile_that_is_gone_is_an_error(target: Path, resumed: Resumed) -> None:
     assert not resumed()
     target.unlink()

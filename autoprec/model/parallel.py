@@ -133,8 +133,16 @@ def _spread_model(
     if workload.defines("parallelize"):
         # The model is on the CPU (or on meta): sharding moves it part by part, so that a rank's
         # device never holds the whole of it.
-        model = unwrapped(workload.parallelize(model, spread.mesh), parallel=True)
+        built, marks = model, _marks(model)
+        returned = workload.parallelize(model, spread.mesh)
+        model = unwrapped(returned, parallel=True)
         _check_same_model(before, _shapes(model))
+        if returned is built and _marks(model) == marks:
+            raise WorkloadError(
+                "parallelize(model, mesh) must shard the model or wrap it, but it returned the "
+                "model as it was; call fully_shard or parallelize_module in it, or leave it out: "
+                "without parallelize the ranks train as under DDP"
+            )
     model = model.to(device)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise WorkloadError(
@@ -143,6 +151,12 @@ def _spread_model(
         )
     _average_what_is_left(model, spread)
     return model
+
+
+def _marks(model: nn.Module) -> list[object]:
+    """Return what a model's parallelization, wrappers and first weights leave on it."""
+    hooked = [(type(m), len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    return [*hooked, *((type(p.data), p.is_meta) for p in model.parameters())]
 
 
 def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]]) -> None:

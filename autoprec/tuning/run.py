@@ -12,7 +12,7 @@ once.
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -382,19 +382,35 @@ class Run:
         said = f"--resume keeps {', '.join(kept) or 'no finished stage'}"
         if again:
             said += f"; made now: {', '.join(again)}"
+        if "profile" in again:
+            said += self._moved
         if "profile" in again and rows_path(self.settings).exists():
             said += " (layers that are timed already are kept, if nothing else changed)"
         return said
+
+    @property
+    def _moved(self) -> str:
+        """What device the folder's profile is of, where that is another one than this run's."""
+        with suppress(RecordError):  # one that cannot be read is made again
+            before, now = Profile.load(self._path("profile")).device.name, self._device_name()
+            if before != now:
+                return f" (profile.json was made for {before}, and this is {now})"
+        return ""
+
+    def _device_name(self) -> str:
+        """Return the name of the device that times are measured on, or predicted for."""
+        if self.target is not None:
+            return self.target.name
+        from autoprec.device.local import device_name
+
+        return device_name(self.device)
 
     def digest(self, stage: str) -> str:
         """Return a hash of what decides a stage's record; "" where live functions do."""
         if self.is_live or (self.proxy is not None and self.proxy.is_live):
             return ""
-        device = ""
-        if self.target is None and stage == "profile":
-            from autoprec.device.local import device_name
-
-            device = device_name(self.device)
+        is_measured = self.target is None and stage == "profile"
+        device = self._device_name() if is_measured else ""
         return self.folder.digest(stage, self.settings, self.target, device=device)
 
     def _known(self, record: type[R]) -> tuple[R | None, str]:
