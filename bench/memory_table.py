@@ -47,7 +47,7 @@ def captured(shape: tuple[int, int, int, int]) -> ModelSpec:
         path.write_text(json.dumps(config.to_dict(), default=str))
         model = config_model(path, batch=1, sequence=TOKENS)
         spec = capture_on_meta(workload_from(model, name="llama"))
-    return spec.model_copy(update={"saved_bytes": None})
+    return spec.model_copy(update={"saved_bytes": None, "backward_bytes": None})
 
 
 def main() -> None:

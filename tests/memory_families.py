@@ -47,6 +47,20 @@ class Decoder(nn.Module):
         return logits
 
 
+class Scored(nn.Module):
+    """Attention that is written out: no layer's inputs and outputs tell of its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], 4, 8)
+        q, k, v = (part.reshape(shape).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # a tensor
+
+
 def family(build_model: Callable[[], nn.Module], draw: Draw, loss_fn: Loss) -> Workload:
     """Return a workload whose batches `draw` makes."""
 

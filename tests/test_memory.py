@@ -19,7 +19,7 @@ from autoprec.model.memory import step_bytes
 from autoprec.tuning.ranks import made_on_all
 from autoprec.workload.functions import Workload
 from autoprec.workload.optimizers import plain_parts
-from tests.memory_families import convolutions, decoder, mlp
+from tests.memory_families import Scored, convolutions, decoder, family, mlp, values
 from tests.peaks import tracked_peak, training_peak
 
 CPU = torch.device("cpu")
@@ -231,8 +231,22 @@ def test_a_full_device_is_told_from_other_errors(fill: Callable[[], None]) -> No
         mlp(width=64, depth=4, batch=4096),
         convolutions(width=32, depth=6, batch=1, side=4),
         convolutions(width=16, depth=4, batch=32),
+        family(Scored, values(2, 128, 32), lambda model, x: model(x).square().mean()),
+        family(
+            lambda: nn.Sequential(nn.Linear(16, 1000)),
+            values(256, 16),
+            lambda model, x: F.cross_entropy(model(x), (x[:, 0] > 0).long()),
+        ),
     ],
-    ids=["deep decoder", "wide decoder", "wide mlp", "deep convolutions", "wide convolutions"],
+    ids=[
+        "deep decoder",
+        "wide decoder",
+        "wide mlp",
+        "deep convolutions",
+        "wide convolutions",
+        "attention's scores",
+        "many classes",
+    ],
 )
 def test_a_steps_peak_is_predicted_within_15_percent(workload: Workload) -> None:
     spec = capture_model(Context(workload, CPU))

@@ -29,6 +29,7 @@ NOT_SEEN = {
     "is_deterministic": False,
     "device": "meta",
     "saved_bytes": None,
+    "backward_bytes": None,
     "batch_bytes": None,
 }
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")

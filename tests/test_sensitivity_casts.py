@@ -1,14 +1,18 @@
 """The emulated casts and GEMMs against torchao's own and torch's own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import Option, Recipe, fp8_option, with_gemms_hp
+from autoprec.sensitivity import gemm
 from autoprec.sensitivity.casts import fp8_to_float
 from autoprec.sensitivity.emulation import emulated_layer
-from autoprec.sensitivity.gemm import fast_gemms
+from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
+from tests.peaks import tracked_peak
 
 M, K, N = 48, 64, 32
 RECIPES = (Recipe.TENSORWISE, Recipe.ROWWISE, Recipe.ROWWISE_WITH_GW_HP)
@@ -75,6 +79,43 @@ def test_fast_gemms_give_what_the_real_kernel_gives(option: Option) -> None:
     for one, other in zip(real, fast, strict=True):
         difference = (one.float() - other.float()).norm() / one.float().norm()
         assert float(difference) < 2e-4
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (2, 20, 24)])
+@pytest.mark.parametrize("dim", [None, 0, -1])
+def test_casts_in_parts_give_torchaos_bits(
+    shape: tuple[int, ...], dim: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "SMALLEST_PART", 8)
+    torchao = import_torchao()
+    cast = torchao.float8_scaling_utils.hp_tensor_to_float8_dynamic
+    granularity = torchao.config.ScalingGranularity
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kind = granularity.TENSORWISE if dim is None else granularity.AXISWISE
+    how = {"scaling_granularity": kind, "axiswise_dim": dim, "round_scales_to_power_of_2": True}
+    for laid_out in (x, x.transpose(0, -1), x[:, ::2]):
+        expected = cast(laid_out, torch.float8_e4m3fn, None, **how)
+        with casts_in_parts():
+            found = cast(laid_out, torch.float8_e4m3fn, None, **how)
+        assert torch.equal(found._data.view(torch.uint8), expected._data.view(torch.uint8))
+        assert found._data.stride() == expected._data.stride()
+        assert torch.equal(found._scale, expected._scale)
+        assert vars(found).keys() == vars(expected).keys()
+
+
+def test_a_cast_takes_little_beside_its_result() -> None:
+    layer = import_torchao().float8_linear.Float8Linear.from_float(
+        nn.Linear(512, 16, dtype=torch.bfloat16), float8_config(fp8_option(Recipe.TENSORWISE))
+    )
+    x = torch.randn(2048, 512).bfloat16().requires_grad_()
+    peaks = []
+    for cast in (nullcontext(), casts_in_parts()):
+        with fast_gemms(), cast, tracked_peak() as peak:
+            torch.autograd.backward(layer(x).square().mean())
+        peaks.append(peak.rise_bytes / x.numel())
+    whole, in_parts = peaks
+    # x again in FP8 and FP32 for grad_weight, and of grad_input its BF16
+    assert in_parts < 8.0 < whole
 
 
 @pytest.mark.parametrize("dtype", FP8_DTYPES)

@@ -118,11 +118,16 @@ def test_fast_gemms_nest_and_leave_the_real_kernels_behind(
     assert after == first
 
 
-def test_scaled_mm_takes_a_bias_and_a_result_scale() -> None:
+@pytest.mark.parametrize("count", [16, 4])
+def test_scaled_mm_takes_a_bias_and_a_result_scale(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the larger operand a part at a time."""
+    monkeypatch.setattr(gemm, "SMALLEST_PART", 64)
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(16, 32, generator=generator).to(torch.float8_e4m3fn)
+    a = torch.randn(count, 32, generator=generator).to(torch.float8_e4m3fn)
     b = torch.randn(8, 32, generator=generator).to(torch.float8_e4m3fn).t()
-    rows, columns, bias = (torch.rand(s, generator=generator) for s in ((16, 1), (1, 8), (8,)))
+    rows, columns, bias = (torch.rand(s, generator=generator) for s in ((count, 1), (1, 8), (8,)))
     found = scaled_mm(a, b, rows, columns, bias, torch.tensor(2.0), torch.float32)
     expected = 2 * ((a.double() * rows) @ (b.double() * columns) + bias)
     assert torch.allclose(found.double(), expected, atol=1e-5)

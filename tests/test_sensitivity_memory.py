@@ -25,7 +25,7 @@ from autoprec.model.recording import Call, recorded_calls
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes, room
 from autoprec.sensitivity.local import list_cells
-from autoprec.sensitivity.parked import InTurn, Parked
+from autoprec.sensitivity.parked import InTurn, Parked, back
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
@@ -131,8 +131,25 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
         family(lambda: nn.Sequential(nn.Linear(512, 8)), values(512, 512), square),
         family(Bagged, tokens(4000, 64, 8), bagged_loss),
         family(Recurrent, tokens(150, 8, 12), next_loss),
+        family(
+            lambda: nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 32)),
+            values(512, 128),
+            square,
+        ),
+        family(
+            lambda: nn.Sequential(nn.Conv1d(4, 16, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.Flatten()),
+            values(16, 4, 64),
+            square,
+        ),
     ],
-    ids=["wide batch", "one linear", "embedding bag", "lstm"],
+    ids=[
+        "wide batch",
+        "one linear",
+        "embedding bag",
+        "lstm",
+        "large operands in FP8",
+        "a norm that holds most",
+    ],
 )
 def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workload) -> None:
     """Batches are a large part of shallow models, one parameter all of a bag of embeddings."""
@@ -158,23 +175,54 @@ def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
 def test_what_is_parked_comes_back_as_it_was() -> None:
     x, shared, own, data = (torch.randn(4, 6) for _ in range(4))
     y = shared.t()[1:5]
-    calls = [Call((x, 3), {"mask": y}, [own]), Call((shared, data[:1]), {}, [None])]
-    expected = [tensor.clone() for tensor in (y, shared, own, data[:1])]
-    seen = weakref.ref(own)
-    parked = Parked(calls)
-    parked.leave()
+    calls = [Call((x, 3), {"mask": y}, [own]), Call((shared, data[:, :1]), {}, [None])]
+    expected = [tensor.clone() for tensor in (y, shared, own, data[:, :1])]
+    seen = [weakref.ref(each) for each in (own, data)]
+    Parked().leave(calls)
     assert not isinstance(calls[0].args[0], torch.Tensor)
-    assert isinstance(calls[1].args[1], torch.Tensor)  # a part of what is somebody's data
-    del shared, y, own
-    assert seen() is None
-    first, second = map(parked.back, calls)
+    del shared, y, own, data
+    assert [each() for each in seen] == [None, None]
+    first, second = map(back, calls)
     assert not isinstance(calls[0].args[0], torch.Tensor)
     assert first.args[0].data_ptr() == x.data_ptr()  # somebody else holds it
-    back = first.kwargs["mask"], second.args[0], first.gradients[0], second.args[1]
-    assert all(map(torch.equal, expected, back))
-    assert back[0].stride() == (1, 6)  # a view, as before
-    assert back[0].untyped_storage()._cdata == back[1].untyped_storage()._cdata
+    returned = first.kwargs["mask"], second.args[0], first.gradients[0], second.args[1]
+    assert all(map(torch.equal, expected, returned))
+    assert returned[0].stride() == (1, 6)  # a view, as before
+    assert returned[0].untyped_storage()._cdata == returned[1].untyped_storage()._cdata
+    assert returned[3].untyped_storage().nbytes() == 4 * 4  # a small part of a tensor is alone
     assert second.gradients == [None]
+
+
+def test_what_leaves_bit_by_bit_is_written_once() -> None:
+    x, kept = torch.randn(4, 6), torch.randn(2)
+    calls = [Call((x,), {}, [kept]), Call((x[1:], kept), {}, [])]
+    parked = Parked()
+    for _ in range(2):
+        for call in calls:
+            parked.leave([call])
+    expected = x.clone()
+    del x
+    first, second = map(back, calls)
+    assert torch.equal(first.args[0], expected)
+    assert second.args[0].untyped_storage()._cdata == first.args[0].untyped_storage()._cdata
+    assert second.args[1].data_ptr() == kept.data_ptr()
+    # a gradient is added to in place, as autograd does where nobody has it, and is somebody's then
+    passed = torch.ones(3)
+    one, other = (Call((), {}, [passed]) for _ in range(2))
+    parked.leave([one], passing="gradients")
+    passed += 1
+    parked.leave([other], passing="gradients")
+    passed += 1
+    gradients = [gradient for call in (one, other) for gradient in back(call).gradients]
+    assert [None if g is None else float(g.sum()) for g in gradients] == [3.0, 6.0]
+    # another gradient comes to one that left
+    (before,) = calls[0].gradients
+    assert before is not None
+    calls[0].gradients[0] = before + kept
+    parked.leave(calls)
+    (total,) = back(calls[0]).gradients
+    assert total is not None
+    assert torch.equal(total, 2 * kept)
 
 
 def test_what_cannot_be_written_stays(
@@ -187,10 +235,9 @@ def test_what_cannot_be_written_stays(
     monkeypatch.setattr("autoprec.sensitivity.parked.TemporaryFile", lambda **_: Full())
     x = torch.randn(3)
     call = Call((x,), {})
-    parked = Parked([call])
-    parked.leave()
+    Parked().leave([call])
     assert "No space left" in caplog.text
-    assert parked.back(call).args[0] is x
+    assert back(call).args[0] is x
 
 
 def test_one_value_is_in_memory_at_a_time() -> None:
@@ -220,9 +267,8 @@ def test_packed_sequences_are_recorded_and_stay_where_they_are() -> None:
     with recorded_calls({"rnn": rnn}) as calls, recorded_calls({"rnn": rnn}, keep=_shape) as shapes:
         rnn(packed)
     assert shapes["rnn"][0].args[0][:2] == ((5, 4), (3,))
-    parked = Parked(calls["rnn"])
-    parked.leave()
-    assert torch.equal(parked.back(calls["rnn"][0]).args[0].data, packed.data)
+    Parked().leave(calls["rnn"])
+    assert torch.equal(back(calls["rnn"][0]).args[0].data, packed.data)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -297,10 +343,10 @@ def test_a_full_device_means_smaller_groups_and_one_warning(
     weights = [parameter.clone() for parameter in reference.model.parameters()]
     recorded = differentiated_calls
 
-    def full(layers: dict[str, torch.nn.Module]) -> object:
+    def full(layers: dict[str, torch.nn.Module], *, is_parked: bool) -> object:
         if len(layers) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return recorded(layers)
+        return recorded(layers, is_parked=is_parked)
 
     monkeypatch.setattr(probes, "differentiated_calls", full)
     assert make_table(reference, cells, Method.SIGN_CODED) == whole

@@ -41,6 +41,7 @@ from autoprec.model.options import (
 )
 from autoprec.model.recording import Call, Gradients, recorded_calls
 from autoprec.model.roles import attention_heads
+from autoprec.model.saved import Saved, saved_for_backward
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
@@ -62,7 +63,7 @@ from autoprec.workload.functions import (
     take_batches,
     tensors_in,
 )
-from autoprec.workload.optimizers import plain_parts, state_tensors, storages, trained_by
+from autoprec.workload.optimizers import plain_parts, state_tensors, trained_by
 from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
@@ -95,7 +96,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     # first, seed and all: other gradients are the device's own doing.
     layers = model_layers(model)
     with recorded_shapes(layers) as calls:
-        with saved_for_backward(model) as saved:
+        with saved_for_backward(model, batches[0]) as saved:
             second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
@@ -111,7 +112,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         optimizer,
         EVERY_RECIPE if target and device.type == "cpu" else fp8_support(device),
         str(device),
-        saved_bytes=sum(saved.values()),
+        saved=saved,
         has_randomness=first.used_randomness,
         is_deterministic=not differ,
         loss=first.loss,
@@ -216,29 +217,6 @@ def _conversions() -> Iterator[set[nn.Module]]:
         nn.Module._apply = apply  # type: ignore[method-assign]
 
 
-@contextmanager
-def saved_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect the bytes of each storage that autograd keeps inside, parameters left out.
-
-    A part of the model that is recomputed in backward keeps nothing: its own hooks are the inner
-    ones.
-    """
-    own = {storage._cdata for p in model.parameters() for storage in storages(p)}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # a parameter that FSDP has gathered is no shard, and is freed after forward
-        if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            return tensor
-        for storage in storages(tensor):
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-
-
 def scan_shapes(
     layers: ModelLayers, forward: Callable[[Batch], object], batches: Sequence[Batch]
 ) -> tuple[BatchMix, ...]:
@@ -276,7 +254,7 @@ class ObservedStep:
     has_randomness: bool  # whether the forward pass drew random numbers
     is_deterministic: bool = False  # whether the same step again gave the same bits
     loss: float | None = None  # None where nothing was computed
-    saved_bytes: int | None = None  # what autograd kept for backward
+    saved: Saved | None = None  # what autograd kept for backward
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
 
 
@@ -301,7 +279,8 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         is_deterministic=seen.is_deterministic,
         loss=seen.loss,
         device=seen.device,
-        saved_bytes=seen.saved_bytes,
+        saved_bytes=seen.saved and seen.saved.total,
+        backward_bytes=seen.saved and seen.saved.peak,
     )
 
 

@@ -3,12 +3,13 @@
 A step in FP32 with an optimizer of r states per parameter (2 for Adam), n parameters, s bytes that
 autograd keeps from forward for backward:
 
-    weights 4n + states 4rn + the larger of  s, and one tensor more    where backward begins
+    weights 4n + states 4rn + the larger of  s, and two tensors more   in backward
                                              gradients 4n              in the optimizer's step
 
-BF16 O2 keeps BF16 weights and gradients beside FP32 masters and half of s. Everything comes from
-the captured model, so that it is known before a stage starts; tests hold it against measured peaks
-(docs/scale.md).
+Where backward comes to a tensor, what was kept until that one is there, and the gradients of an
+output and of an input of its size: of logits, or of attention's scores. BF16 O2 keeps BF16 weights
+and gradients beside FP32 masters and half of s. Everything comes from the captured model, so that
+it is known before a stage starts; tests hold it against measured peaks (docs/scale.md).
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from autoprec.records import LayerSpec, ModelSpec
 FP32_BYTES = 4
 BF16_BYTES = 2
 PROBED_BYTES = 4.5  # per layer-I/O element of a group: 4 of the reference, and some of the probe
-REPLAYED_BYTES = 10  # per layer-I/O element of the widest layer that is replayed whole
+REPLAYED_BYTES = 8  # per layer-I/O element of the widest layer that is replayed whole
 CHUNK_BYTES = 12  # of the rows that a linear takes at a time: six tensors of inputs or outputs
 PRODUCT_BYTES = 12  # per element of the largest parameter: three tensors
 CHUNKS = 64
@@ -36,8 +37,8 @@ class ModelSize:
     largest: int  # of the largest parameter: what an operation makes beside it is of its size
     states: float  # optimizer state elements per trainable one
     elements: int  # the floating inputs and outputs of all layers in one step
-    widest: int  # of the layer with the most, a half: one tensor beside what autograd keeps
     saved: int  # the bytes that autograd keeps from forward for backward in FP32
+    backward: int  # the most of these, and of the gradients that are there with them
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Self:
@@ -51,10 +52,13 @@ class ModelSize:
             held[parameter.is_trainable] += parameter.held_numel
             largest = max(largest, parameter.numel)
         of_layers = [io_elements(layer) for layer in spec.layers]
-        elements, widest = sum(of_layers), max(of_layers, default=0) // 2
+        elements, states = sum(of_layers), spec.optimizer_state_numel_ratio
         saved = round(SAVED_BYTES * elements) if spec.saved_bytes is None else spec.saved_bytes
-        states = spec.optimizer_state_numel_ratio
-        return cls(held[True], held[False], largest, states, elements, widest, saved)
+        backward = spec.backward_bytes
+        if backward is None:
+            backward = saved + FP32_BYTES * max(of_layers, default=0) // 2
+        backward = max(saved, backward)
+        return cls(held[True], held[False], largest, states, elements, saved, backward)
 
     @property
     def parameters(self) -> int:
@@ -80,8 +84,8 @@ def step_bytes(spec: ModelSpec, *, is_16_bit: bool = False, is_foreach: bool = F
         held += FP32_BYTES * size.trainable
     passing = FP32_BYTES * (size.trainable if is_foreach else size.largest)
     gradients = weight * size.trainable
-    saved = (size.saved + FP32_BYTES * size.widest) * weight / FP32_BYTES
-    return round(held + max(saved, gradients + passing))
+    backward = size.backward * weight / FP32_BYTES
+    return round(held + max(backward, gradients + passing))
 
 
 def sensitivity_bytes(
@@ -106,26 +110,27 @@ def probing_bytes(
     on a CPU, none where the host keeps them. Beside them the larger of two:
 
         probe     the weights before they moved, and x and g of a group (both elsewhere where they
-                  are parked); what autograd keeps; and g again under the probe
-        products  x and g of a group twice (once of one layer only where they are parked), and one
-                  layer's replays (of a linear some rows at a time)
+                  are parked); what autograd keeps; and g again under the probe (elsewhere too)
+        products  x and g of a group twice, and one layer's replays, of a linear some rows at a
+                  time; where they are parked those of one layer, which is replayed beside x and g
     """
     size = ModelSize.of(spec)
     of_layer = {layer.name: io_elements(layer) for layer in spec.layers}
-    group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
-    most = max(of_layer.values(), default=0)
     held = batches * (FP32_BYTES * size.trainable + (spec.batch_bytes or 0))
-    probe: float = size.saved + FP32_BYTES * size.widest
+    probe: float = size.backward
+    chunk = min(chunk_elements(spec), max(of_layer.values(), default=0))
+    linears = {layer.name for layer in spec.layers if layer.gemm is not None}
+    most = max((of_layer[name] for name in linears), default=0)
+    replayed = max((of_layer[name] for name in of_layer.keys() - linears), default=0)
     if is_parked:
-        probe += (PROBED_BYTES - FP32_BYTES) * group
+        products = max(
+            (REPLAYED_BYTES + FP32_BYTES) * replayed, 2 * FP32_BYTES * most + CHUNK_BYTES * chunk
+        )
     else:
+        group = max(sum(of_layer[name] for name in names) for names in layer_groups(spec, groups))
         probe += FP32_BYTES * size.trainable + PROBED_BYTES * group
-    replayed = max((of_layer[each.name] for each in spec.layers if each.gemm is None), default=0)
-    products = FP32_BYTES * (group + (most if is_parked else group))
-    products += PRODUCT_BYTES * size.largest
-    chunk = min(chunk_elements(spec), most)
-    products += max(REPLAYED_BYTES * replayed, CHUNK_BYTES * chunk)
-    return round(held + max(probe, products))
+        products = 2 * FP32_BYTES * group + max(REPLAYED_BYTES * replayed, CHUNK_BYTES * chunk)
+    return round(held + max(probe, products + PRODUCT_BYTES * size.largest))
 
 
 def sensitivity_bar(spec: ModelSpec) -> int:

@@ -26,6 +26,7 @@ from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture
 from autoprec.model.layers import model_layers
+from autoprec.model.saved import saved_for_backward
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
     Batch,
@@ -72,7 +73,7 @@ def capture_on_meta(
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
         with (
-            capture.saved_for_backward(model) as saved,
+            saved_for_backward(model, batches[0]) as saved,
             capture.recorded_shapes(layers) as calls,
         ):
             loss = workload.loss_fn(model, batches[0])
@@ -93,7 +94,7 @@ def capture_on_meta(
         EVERY_RECIPE,  # shapes decide
         str(META),
         has_randomness=any(seeded),
-        saved_bytes=sum(saved.values()),
+        saved=saved,
         has_gradients=has_gradients,
     )
     spec = capture.make_spec(seen)

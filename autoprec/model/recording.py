@@ -71,15 +71,16 @@ def recorded_calls(
     merged: bool = False,
     watch: NeighbourWatch | None = None,
     placed: bool = False,
+    arrived: Callable[[Call], None] = lambda _: None,
 ) -> Iterator[dict[str, list[Call]]]:
     """Record the calls of layers while the context is open, by layer name.
 
     `merged` keeps only the first of calls with equal shapes, with their number. A `watch` that is
     entered around the step tells what is beside each call. `placed` records divided layers inside
-    the hooks of tensor parallelism, gradients as DTensors.
+    the hooks of tensor parallelism, gradients as DTensors. `arrived` is called when a gradient has.
     """
     recorders = {
-        name: _Recorder(keep, gradients, merged=merged, watch=watch, placed=placed)
+        name: _Recorder(keep, gradients, merged=merged, watch=watch, placed=placed, arrived=arrived)
         for name in layers
     }
     handles = [
@@ -106,6 +107,7 @@ class _Recorder:
         merged: bool,
         watch: NeighbourWatch | None,
         placed: bool,
+        arrived: Callable[[Call], None],
     ) -> None:
         self.calls: list[Call] = []
         self._keep = keep
@@ -113,6 +115,7 @@ class _Recorder:
         self._known: dict[object, Call] | None = {} if merged else None
         self._neighbours = watch
         self._placed = placed
+        self._arrived = arrived
 
     def after_forward(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -150,7 +153,8 @@ class _Recorder:
             if self._gradients is Gradients.ALL and not tensor.requires_grad:
                 tensor.requires_grad_()
             if tensor.requires_grad:
-                tensor.register_hook(partial(_catch, call, place, self._placed))  # type: ignore[no-untyped-call]  # torch
+                catch = partial(_catch, call, place, self._placed, self._arrived)
+                tensor.register_hook(catch)  # type: ignore[no-untyped-call]  # torch
 
 
 def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
@@ -166,11 +170,14 @@ def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
     return tree_map(keep_leaf, values, is_leaf=lambda value: isinstance(value, PackedSequence))
 
 
-def _catch(call: Call, place: int, placed: bool, gradient: Tensor) -> None:
+def _catch(
+    call: Call, place: int, placed: bool, arrived: Callable[[Call], None], gradient: Tensor
+) -> None:
     _see_graph(call, gradient)
     own = gradient.detach()
     before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own
+    arrived(call)
 
 
 def _see_graph(call: Call, _: Tensor) -> None:

@@ -294,7 +294,8 @@ class ModelSpec(FileRecord):
     `as_written` is how the user trains it; None where that is not known.
     `mix` has the M of the first batches where their shapes differ, the captured one's first.
     `saved_bytes` is what autograd keeps from forward for backward, parameters and recomputed parts
-    left out; None where it was not seen. `batch_bytes` is a batch's tensors.
+    left out, and `backward_bytes` the most of it with gradients beside it; None where it was not
+    seen. `batch_bytes` is a batch's tensors.
     """
 
     KIND = "model"
@@ -314,6 +315,7 @@ class ModelSpec(FileRecord):
     as_written: AsWritten | None = None
     mix: tuple[BatchMix, ...] = ()
     saved_bytes: NonNegativeInt | None = None
+    backward_bytes: NonNegativeInt | None = None
     batch_bytes: NonNegativeInt | None = None
 
     def layer(self, name: str) -> LayerSpec:

@@ -23,7 +23,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import share, sum_over_ranks
 from autoprec.records import BatchEffect, Estimate, Option
 from autoprec.runtime import install_options
-from autoprec.sensitivity.gemm import fast_gemms
+from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 
 WIDTH = 1 << 16
@@ -47,6 +47,7 @@ def measure_batch_effect(
         exact = reference.gradient(index)
         with (
             fast_gemms(),
+            casts_in_parts(),
             install_options(reference.model, options, uncovered=uncovered),
         ):
             reference.run(index)

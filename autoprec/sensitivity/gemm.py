@@ -1,4 +1,4 @@
-"""FP8 and BF16 GEMMs on a CPU, at the speed of FP32 ones.
+"""FP8 and BF16 GEMMs on a CPU at the speed of FP32 ones, and torchao's casts part by part.
 
 torch's CPU build has `_scaled_mm`, but on many CPUs oneDNN runs its reference loop for it: 30 s for
 [2048, 256] @ [256, 768] on a Xeon with AMX, where FP32 takes 20 ms (torch 2.13.0). On a CPU without
@@ -11,6 +11,9 @@ FP32 kernels:
 
 A product of two FP8 or BF16 values is exact in FP32, so the two differ by the order of the sum
 only. It is for numbers, never for times.
+
+In eager mode torchao casts by way of two FP32 tensors of the operand's size, and takes its amax of
+a copy. Each element's cast is its own, so parts give the same bits.
 """
 
 import functools
@@ -24,8 +27,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from autoprec.device.fp8 import emulates_gemms
+from autoprec.device.torchao import import_torchao
 from autoprec.sensitivity.casts import fp8_to_float
 
+PARTS = 64  # of an operand, cast or taken back one at a time
+SMALLEST_PART = 1 << 15  # elements
 # Attention's own kernels are not among these: what they round to BF16 within must stay rounded.
 BF16_OPERATIONS = (
     "mm",
@@ -89,6 +95,43 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value
 
 
+@contextmanager
+def casts_in_parts() -> Iterator[None]:
+    """Cast to FP8 as torchao does inside, with little memory beside the result."""
+    torchao = import_torchao()
+    made_by, utils = torchao.float8_training_tensor, torchao.float8_utils
+    function, amax = made_by._ToFloat8ConstrFunc, utils.tensor_to_amax
+    whole = function.forward
+
+    def forward(ctx: Any, x: Tensor, scale: Tensor, dtype: torch.dtype, *how: Any) -> Any:
+        # Any: torchao is untyped
+        if not _is_large(x):
+            return whole(ctx, x, scale, dtype, *how)
+        x_fp8, dim = torch.empty_like(x, dtype=dtype), max(range(x.dim()), key=x.size)
+        scales = scale.expand(x.shape)  # one, or one for each row or column
+        parts = [torch.split(each, _part(x, dim), dim) for each in (x, scales, x_fp8)]
+        for own, at, into in zip(*parts, strict=True):
+            into.copy_(whole(ctx, own, at, dtype)._data)
+        names = ("linear_mm_config", "gemm_input_role", "axiswise_dim")
+        given = dict(zip(names, how, strict=True))
+        return made_by.Float8TrainingTensor(x_fp8, scale, x.dtype, **given)
+
+    def tensor_to_amax(x: Tensor, *how: Any) -> Any:
+        along = how[3] if len(how) > 3 else None  # reduced over ranks, their mesh, the kind, a dim
+        if not _is_large(x) or any(how[:1]):
+            return amax(x, *how)
+        dims = [dim for dim in range(x.dim()) if along is None or dim != along % x.dim()]
+        dim = max(dims, key=x.size)
+        found = [amax(own, *how) for own in torch.split(x, _part(x, dim), dim)]
+        return torch.stack(found).amax() if along is None else torch.cat(found, dim)
+
+    function.forward, utils.tensor_to_amax = staticmethod(forward), tensor_to_amax
+    try:
+        yield
+    finally:
+        function.forward, utils.tensor_to_amax = staticmethod(whole), amax
+
+
 def scaled_mm(
     a: Tensor,
     b: Tensor,
@@ -99,11 +142,36 @@ def scaled_mm(
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> Tensor:
-    """Return the result of `torch._scaled_mm`; scales are one number, or [M, 1] and [1, N]."""
-    b = fp8_to_float(b.t()).t()  # it comes column-major, and so it stays
-    out = (fp8_to_float(a) @ b).mul_(scale_a).mul_(scale_b)  # [M, K] @ [K, N] -> [M, N]
-    if bias is not None:
-        out += bias
-    if scale_result is not None:
-        out *= scale_result
-    return out.to(out_dtype or a.dtype)
+    """Return the result of `torch._scaled_mm`; scales are one number, or [M, 1] and [1, N].
+
+    Of the larger operand some rows of a, or columns of b, are in FP32 at a time.
+    """
+    out = torch.empty(len(a), b.shape[1], dtype=out_dtype or a.dtype)
+    of_rows, of_columns = scale_a.reshape(-1, 1), scale_b.reshape(1, -1)
+    of_rows, of_columns = of_rows.expand(len(out), 1), of_columns.expand(1, out.shape[1])
+    every, is_left = slice(None), a.numel() >= b.numel()
+    moving, held = (a, fp8_to_float(b.t()).t()) if is_left else (b.t(), fp8_to_float(a))
+    step = _part(moving, 0)
+    for start in range(0, len(moving), step):
+        part = slice(start, start + step)
+        some = fp8_to_float(moving[part])
+        rows, columns = (part, every) if is_left else (every, part)
+        own = some @ held if is_left else held @ some.t()  # [M, K] @ [K, N] -> [M, N]
+        own.mul_(of_rows[rows]).mul_(of_columns[:, columns])
+        if bias is not None:
+            own += bias[columns]
+        if scale_result is not None:
+            own *= scale_result
+        out[rows, columns] = own
+    return out
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether to take an operand in parts; those of a DTensor are elsewhere."""
+    return type(x) is Tensor and x.dim() > 1 and x.numel() > SMALLEST_PART
+
+
+def _part(x: Tensor, dim: int) -> int:
+    """Return how many rows, columns, ... of an operand to take at a time."""
+    width = max(x.numel() // max(x.shape[dim], 1), 1)
+    return max(-(-x.shape[dim] // PARTS), SMALLEST_PART // width, 1)

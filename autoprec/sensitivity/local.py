@@ -26,8 +26,6 @@ from autoprec.sensitivity.casts import Cast, Sides, gemm_casts
 from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.replay import replay
 
-KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
-
 
 @dataclass(frozen=True)
 class Component:
@@ -71,32 +69,12 @@ def replayed_errors(
     """Return a layer's errors in BF16, from a replay in FP32 and one in BF16."""
     exact = replay(layer, calls, seed=seed)
     with in_bf16(layer):
-        rounded = replay(layer, calls, seed=seed)
-    errors = {
-        BF16_OUTPUT: _differences(exact.outputs, rounded.outputs),
-        BF16_GRAD_INPUT: _differences(exact.input_gradients, rounded.input_gradients),
-    }
+        rounded = replay(layer, calls, seed=seed, exact=exact)
     own = exact.parameter_gradients  # the sign of a difference does not matter
     for p, g in rounded.parameter_gradients.items():
         own[p] = own[p].sub_(g) if type(g) is Tensor else own[p] - g  # DTensors may be partial sums
-    del rounded
+    errors = {BF16_OUTPUT: rounded.outputs, BF16_GRAD_INPUT: rounded.input_gradients}
     return LocalErrors(errors, {(): norm(own)})
-
-
-def _differences(
-    exact: list[Tensor | None] | list[Tensor], rounded: list[Tensor | None] | list[Tensor]
-) -> list[Tensor]:
-    """Return rounded minus exact of each pair; both lists are empty then."""
-    found: list[Tensor] = []
-    while exact:
-        a, b = exact.pop(0), rounded.pop(0)
-        if a is None or b is None:
-            found.append(torch.zeros(()))
-        elif type(a) is not Tensor:  # a DTensor
-            found.append((b - a).to(KEEP))
-        else:  # not in place: a layer may hand on what it was given
-            found.append(torch.sub(b, a, out=torch.empty_like(a, dtype=KEEP)))
-    return found
 
 
 @contextmanager

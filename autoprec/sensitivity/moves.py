@@ -24,7 +24,7 @@ from autoprec.runtime.shards import whole_again
 from autoprec.sensitivity.choices import Choices, kept_choices
 from autoprec.sensitivity.hooks import after_hooks, direction_after_hooks, has_hooks
 from autoprec.sensitivity.local import Norm
-from autoprec.sensitivity.parked import InTurn, Parked
+from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import at_least_1d
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
@@ -43,16 +43,11 @@ class Pass:
     reference: Reference
     index: int
     layers: dict[str, nn.Module]
-    calls: dict[str, list[Call]]  # where they are parked, `recorded` brings them back
+    calls: dict[str, list[Call]]  # where they are parked, `back` brings them back
     choices: Choices
     gradient: ReferenceGradient
     chunk: int  # elements that a linear takes at a time
     batch: Batch  # held: what layers are called with may be of it, in every pass the same
-    parked: Parked
-
-    def recorded(self, name: str) -> list[Call]:
-        """Return a layer's calls with their tensors on the device."""
-        return [self.parked.back(call) for call in self.calls[name]]
 
     def squared_norm(self, layer: nn.Module, run: nn.Module) -> Norm:
         """Return the norm of a layer's errors, by the parameters of the module that was run for it.
@@ -115,7 +110,7 @@ def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -
     uncalled = [layer for name, layer in step.layers.items() if not step.calls[name]]
     keep = {parameter for layer in uncalled for parameter in layer.parameters()}
     with (
-        differentiated_calls(step.layers) as watched,
+        differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
         _moved_weights(step, size, code=code),
         kept_choices(step.choices),
     ):

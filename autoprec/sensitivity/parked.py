@@ -1,17 +1,18 @@
 """Tensors -> away from the memory of a device while something else runs, and back.
 
 A probe runs the model while the reference's inputs and gradients of the layers in hand wait for
-their counterparts: 4 bytes per layer-I/O element beside what training keeps. Where even one layer
-at a time is too much of that, they wait elsewhere: on the host for a GPU that has room there, else
-in a file; so do the weights as they were before a probe. On a CPU batches and reference gradients
-always do, but while they are used. Nothing is taken from anybody: storages are let go of, and one
-that somebody else holds all the same is taken again, not read.
+their counterparts: 4 bytes per layer-I/O element beside what training keeps, and 4 more where the
+counterparts outlive what autograd lets go of. Where even one layer at a time is too much of that,
+both wait elsewhere from the moment at which a layer's gradient arrives: on the host for a GPU that
+has room there, else in a file; so do the weights as they were before a probe. On a CPU batches and
+reference gradients always do, but while they are used. Nothing is taken from anybody: storages are
+let go of, and one that somebody else holds all the same is taken again, not read.
 """
 
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from tempfile import TemporaryFile, gettempdir
@@ -29,64 +30,110 @@ T = TypeVar("T")
 
 
 class Parked:
-    """Objects whose tensors leave the device's memory, and come back as they were while in use."""
+    """Where tensors wait away from their device's memory: on the host, or in a file."""
 
-    def __init__(self, objects: Iterable[Any] = ()) -> None:  # Any: dataclasses
-        """Take dataclasses whose fields are trees of tensors; trees are replaced, not changed."""
-        self.objects = list(objects)
-        self._left: list[_Left] = []
-        self._file: Any = None  # opened when it is first needed
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._file = _File()
+        self._left: dict[Hashable, _Left] = {}  # by the storage, or part of one, that left
+        self._on_host = 0  # bytes
+        self._is_full = False
 
-    def leave(self) -> None:
-        """Let go of what is here; where it cannot be written it stays, which the log says."""
-        leaving = self._leaving()
-        if not leaving:
-            return
-        total = sum(storage.nbytes() for storage in leaving.values())
-        on_host = next(iter(leaving.values())).device.type != "cpu" and fits_the_host(total)
-        left: list[_Left] = []
+    def leave(self, objects: Iterable[Any], *, passing: str = "") -> None:  # Any: dataclasses
+        """Let go of the tensors in dataclasses, whose fields are trees; `back` brings them back.
+
+        Trees are replaced, not changed. What cannot be written stays, which the log says once. In
+        the field `passing` are tensors that may become others in place once nobody here has them,
+        as a gradient that autograd adds to.
+        """
+        every = [(vars(each), name) for each in objects for name in vars(each)]
+        self._leave([place for place in every if place[1] != passing], is_lasting=True)
+        self._leave([place for place in every if place[1] == passing], is_lasting=False)
+
+    def _leave(self, fields: Sequence[tuple[dict[str, Any], str]], *, is_lasting: bool) -> None:
+        leaving = {} if self._is_full else self._leaving([own[name] for own, name in fields])
         try:
-            for storage in leaving.values():
-                left.append(_Left(weakref.ref(storage), storage.nbytes(), storage.device))
-                held = bytes_of(storage).cpu()
-                if on_host:
-                    left[-1].on_host = held
-                else:
-                    left[-1].place = self._write(held)
+            left = {
+                key: self._known(key) or self._away(key, each, is_lasting=is_lasting)
+                for key, each in leaving.items()
+            }
         except OSError as error:
+            self._is_full = True
             log.warning("recorded tensors wait in memory: %s (%s)", gettempdir(), error)
             return
-        # all is safe elsewhere: only now is anything given up
-        places = {key: len(self._left) + number for number, key in enumerate(leaving)}
-        self._left += left
+        if is_lasting:
+            self._left |= left  # all is safe elsewhere: only now is anything given up
 
         def away(tensor: Tensor) -> "Tensor | _Away":
-            place = places.get(_storage(tensor)) if _may_leave(tensor) else None
-            return tensor if place is None else _Away.of(tensor, place)
+            if not _may_leave(tensor):
+                return tensor
+            if (whole := left.get(_key(tensor))) is not None:
+                return _Away.of(tensor, whole)
+            alone = left.get(_place(tensor))
+            return tensor if alone is None else _Away.of(tensor, alone, is_alone=True)
 
-        for each in self.objects:
-            vars(each).update(_replaced(Tensor, away, vars(each)))
+        for own, name in fields if left else ():
+            own[name] = _replaced(Tensor, away, own[name])
 
-    def back(self, one: T) -> T:
-        """Return one of the objects with its tensors on their device; the object stays away."""
+    def _leaving(self, trees: Sequence[Any]) -> dict[Hashable, Tensor]:  # Any: trees
+        """Return what leaves: by storage, or by place the parts of one of which little is used."""
+        used: Counter[Hashable] = Counter()
+        leaves = tree_leaves(trees, is_leaf=_stays_whole)
+        tensors = {_place(t): t for t in leaves if isinstance(t, Tensor) and _may_leave(t)}
+        for tensor in tensors.values():
+            used[_key(tensor)] += tensor.nbytes
+        found: dict[Hashable, Tensor] = {}
+        for place, tensor in tensors.items():
+            key, size = _key(tensor), tensor.untyped_storage().nbytes()
+            if self._known(key) is not None or 2 * used[key] >= size > 0:
+                found[key] = tensor
+            elif size:
+                found[place] = tensor
+        return found
 
-        def here(away: _Away) -> Tensor:
-            return away.on(self._left[away.place].again(self._file))
+    def _known(self, key: Hashable) -> "_Left | None":
+        """Return what was written of a storage, if it is that one still."""
+        left = self._left.get(key)
+        storage = None if left is None else left.storage
+        return left if storage is not None and storage._cdata == key else None
 
-        return replace(one, **_replaced(_Away, here, vars(one)))  # type: ignore[type-var]  # a dataclass
+    def _away(self, key: Hashable, tensor: Tensor, *, is_lasting: bool) -> "_Left":
+        """Return where the bytes of a tensor's storage are now, too, or its own."""
+        own = tensor if key == _key(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        storage = own.untyped_storage()
+        size, device = storage.nbytes(), storage.device
+        held, left = bytes_of(storage).cpu(), _Left(size, device, self._file)
+        left.seen = weakref.ref(storage) if is_lasting else None
+        # so that all that wait there take no more of it than they may
+        if device.type != "cpu" and fits_the_host(size + self._on_host // 2):
+            left.on_host = held
+            self._on_host += size
+        else:
+            left.place = self._file.write(held)
+        return left
 
-    def _leaving(self) -> dict[int, UntypedStorage]:
-        """Return the storages that leave; one of which little is used is somebody else's data."""
-        used: Counter[int] = Counter()
-        found: dict[int, UntypedStorage] = {}
-        trees = [vars(each) for each in self.objects]
-        tensors = [t for t in tree_leaves(trees, is_leaf=_stays_whole) if isinstance(t, Tensor)]
-        for tensor in {_Away.of(t, _storage(t)): t for t in tensors if _may_leave(t)}.values():
-            used[_storage(tensor)] += tensor.nbytes
-            found[_storage(tensor)] = tensor.untyped_storage()
-        return {key: each for key, each in found.items() if 2 * used[key] >= each.nbytes() > 0}
 
-    def _write(self, held: Tensor) -> int:
+def back(one: T) -> T:
+    """Return a dataclass with its tensors on their device; itself it stays away."""
+    return replace(one, **_replaced(_Away, _Away.here, vars(one)))  # type: ignore[type-var]  # a dataclass
+
+
+def floating_shapes(values: Any) -> list[torch.Size]:  # Any: a tree
+    """Return the shapes of a tree's floating tensors, those that are away too."""
+    return [
+        each.shape
+        for each in tree_leaves(values)
+        if isinstance(each, Tensor | _Away) and each.dtype.is_floating_point
+    ]
+
+
+class _File:
+    """Bytes without a name in the temporary folder, opened when it is first needed."""
+
+    def __init__(self) -> None:
+        self._file: Any = None  # IO has no `readinto`
+
+    def write(self, held: Tensor) -> int:
         """Write bytes behind what was written; return where they begin."""
         if self._file is None:
             self._file = TemporaryFile(prefix="autoprec-")  # noqa: SIM115  # closed with its owner
@@ -95,48 +142,65 @@ class Parked:
         self._file.write(memory_of(held))
         return place
 
+    def read(self, place: int, size: int) -> Tensor:
+        """Return so many bytes from there on."""
+        held = torch.empty(size, dtype=torch.uint8)
+        self._file.seek(place)
+        self._file.readinto(memory_of(held))
+        return held
 
-@dataclass
+
+@dataclass(eq=False)
 class _Left:
     """A storage that was let go of, and where its bytes are."""
 
-    seen: "weakref.ref[UntypedStorage]"  # torch keeps one Python object per storage that lives
     size: int
     device: torch.device
+    file: _File
+    # torch keeps one Python object per storage that lives; None: it may have other bytes by now
+    seen: "weakref.ref[UntypedStorage] | None" = None
     on_host: Tensor | None = None
     place: int = 0  # in the file
 
-    def again(self, file: Any) -> UntypedStorage:  # Any: an open file; IO has no `readinto`
+    @property
+    def storage(self) -> UntypedStorage | None:
+        """The storage, while it lives and has these bytes."""
+        return None if self.seen is None else self.seen()
+
+    def again(self) -> UntypedStorage:
         """Return the storage, or one with its bytes where it is gone."""
-        if (storage := self.seen()) is not None:
+        if (storage := self.storage) is not None:
             return storage
-        if (held := self.on_host) is None:
-            held = torch.empty(self.size, dtype=torch.uint8)
-            file.seek(self.place)
-            file.readinto(memory_of(held))
-        storage = held.to(self.device).untyped_storage()
-        self.seen = weakref.ref(storage)
-        return storage
+        held = self.file.read(self.place, self.size) if self.on_host is None else self.on_host
+        again: UntypedStorage = held.to(self.device).untyped_storage()
+        self.seen = None if self.seen is None else weakref.ref(again)
+        return again
 
 
 @dataclass(frozen=True)
 class _Away:
-    """Stands for a tensor that is away: where its storage is among those, and it in that."""
+    """Stands for a tensor that is away: its storage, and where in that it lies."""
 
-    place: int
+    left: _Left
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor, place: int) -> "_Away":
-        where = int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
-        return cls(place, *where)
+    def of(cls, tensor: Tensor, left: _Left, *, is_alone: bool = False) -> "_Away":
+        if is_alone:
+            tensor = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+        return cls(left, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype)
 
-    def on(self, storage: UntypedStorage) -> Tensor:
+    def here(self) -> Tensor:
+        storage = self.left.again()
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         return empty.set_(storage, self.offset, self.shape, self.stride)
+
+    def __add__(self, other: Tensor) -> Tensor:
+        """Return the sum where another gradient comes to a tensor that has left."""
+        return self.here() + other
 
 
 @dataclass
@@ -175,11 +239,10 @@ class InTurn(Generic[T]):
     def __setitem__(self, number: int, value: T) -> None:
         self._held[number] = held = _Held(value)
         if self._waits:
-            self._parked.objects.append(held)
-            self._parked.leave()
+            self._parked.leave([held])
 
     def __getitem__(self, number: int) -> T:
-        return self._parked.back(self._held[number]).value
+        return back(self._held[number]).value
 
 
 def _may_leave(tensor: Tensor) -> bool:
@@ -193,14 +256,18 @@ def _stays_whole(value: object) -> bool:
     return isinstance(value, PackedSequence)
 
 
-def _storage(tensor: Tensor) -> int:
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Return what tells a tensor from others."""
+    where = int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
+    return _key(tensor), *where
+
+
+def _key(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others that live."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
-def _replaced(
-    kind: type[T], change: Callable[[T], object], fields: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a dataclass's fields with every leaf of a kind changed."""
-    changed: dict[str, Any] = tree_map_only(kind, change, fields, is_leaf=_stays_whole)
-    return changed
+def _replaced(kind: type[T], change: Callable[[T], object], tree: Any) -> Any:  # Any: a tree
+    """Return a tree with every leaf of a kind changed."""
+    return tree_map_only(kind, change, tree, is_leaf=_stays_whole)

@@ -25,7 +25,7 @@ around zero.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -63,7 +63,7 @@ from autoprec.sensitivity.local import (
     replayed_errors,
 )
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
-from autoprec.sensitivity.parked import Parked
+from autoprec.sensitivity.parked import back, floating_shapes
 from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
 from autoprec.sensitivity.replay import (
     OtherwiseAloneError,
@@ -137,14 +137,12 @@ def _probe_group(
     """Add to what a batch showed what it shows of some layers; nothing recorded outlives this."""
     watched = {name: layer_named(reference.model, name) for name in reference.spec.names}
     batch, chunk = reference.batches[index], chunk_elements(reference.spec)
-    with differentiated_calls(layers) as found, recorded_choices(watched) as choices:
+    recording = differentiated_calls(layers, is_parked=reference.is_parked)
+    with recording as found, recorded_choices(watched) as choices:
         gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
     probed.unseen |= found.unseen
-    parked = Parked(chain.from_iterable(found.calls.values()))
-    if reference.is_parked:
-        parked.leave()
-    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch, parked)
+    step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch)
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once
         code = index * probed.probes + probe
@@ -202,10 +200,10 @@ def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[Oper
         linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
         if not linears:
             continue
-        with differentiated_calls(linears) as watched:
+        with differentiated_calls(linears, is_parked=reference.is_parked) as watched:
             _reference_pass(reference, 0, watched)
         for name, linear in linears.items():
-            if calls := watched.calls[name]:
+            if calls := [back(call) for call in watched.calls[name]]:
                 run, split = _run_alone(reference, linear)
                 if isinstance(run, nn.Linear):
                     seen = Linear(run, calls, options[name], split=split, chunk=chunk)
@@ -282,7 +280,7 @@ def _products_of_layer(
 ) -> dict[Component, Tensor]:
     """Return one layer's products by component, each t times too large."""
     gemms = (Gemm.OUTPUT,) if moved.is_finer else SPREADING
-    layer, calls, after = step.layers[name], step.recorded(name), moved.calls.pop(name)
+    layer, calls, after = step.layers[name], step.calls[name], moved.calls.pop(name)
     if not _are_alike(calls, after):
         probed.unseen.add(name)
         after = calls
@@ -294,16 +292,17 @@ def _products_of_layer(
         casts = [components_of(option)[gemm] for option in fp8 for gemm in gemms]
         products = dict.fromkeys(chain.from_iterable(casts), torch.zeros(1)) | products
     elif isinstance(run, nn.Linear) and not linear_refusal(run):
-        linear = Linear(run, calls, fp8, moved=after, split=split, chunk=step.chunk)
+        x_and_g, probed_too = [back(call) for call in calls], [back(call) for call in after]
+        linear = Linear(run, x_and_g, fp8, moved=probed_too, split=split, chunk=step.chunk)
         products = linear.products(gemms)
         errors = linear.parameter_errors(norm) if is_first else {}
         if is_first and step.index == 0 and fp8:
             probed.statistics += linear.statistics(name)
     else:
         try:
-            local = replayed_errors(run, calls, norm, seed=seed)
+            local = replayed_errors(run, [back(call) for call in calls], norm, seed=seed)
             errors = local.parameter_errors
-            products = _products(run, list(zip(calls, after, strict=True)), local.errors)
+            products = _products(run, calls, after, local.errors)
         except OtherwiseAloneError:
             probed.unseen.add(name)
             errors = {(): 0.0}
@@ -335,7 +334,7 @@ def _are_alike(calls: Sequence[Call], moved: Sequence[Call]) -> bool:
     """
 
     def shapes(found: Sequence[Call]) -> list[list[torch.Size]]:
-        return [[x.shape for x in floating_inputs(call)] for call in found]
+        return [floating_shapes((call.args, call.kwargs)) for call in found]
 
     return shapes(calls) == shapes(moved)
 
@@ -364,20 +363,31 @@ def _uncalled_products(
 
 def _products(
     layer: nn.Module,
-    pairs: Sequence[tuple[Call, Call]],
-    errors: Mapping[Component, Sequence[Tensor]],
+    calls: Sequence[Call],
+    after: Sequence[Call],
+    errors: dict[Component, list[Tensor]],
 ) -> dict[Component, Tensor]:
     """Return z per group for a layer's errors in BF16, from calls before and after."""
-    gradients = [g for call, _ in pairs for g in call.gradients]
-    inputs = [x for call, _ in pairs for x in floating_inputs(call)]
-    # v: the change of the output gradient; c: the change of the input
-    v = _changes(gradients, [g for _, moved in pairs for g in moved.gradients])
-    c = _changes(inputs, [x for _, moved in pairs for x in floating_inputs(moved)])
-    # <v, Dy> and <c, Dgx>
     return {
-        BF16_OUTPUT: _by_channel(layer, v, errors[BF16_OUTPUT]),
-        BF16_GRAD_INPUT: _by_channel(layer, c, errors[BF16_GRAD_INPUT]),
+        # <v, Dy>, v: the change of the output gradient
+        BF16_OUTPUT: _by_channel(
+            layer, _changes(calls, after, _gradients), errors.pop(BF16_OUTPUT)
+        ),
+        # <c, Dgx>, c: the change of the input
+        BF16_GRAD_INPUT: _by_channel(
+            layer, _changes(calls, after, _inputs), errors.pop(BF16_GRAD_INPUT)
+        ),
     }
+
+
+def _gradients(call: Call) -> SomeTensors:
+    """Return a call's output gradients on the device, and nothing else."""
+    return back(replace(call, args=(), kwargs={})).gradients
+
+
+def _inputs(call: Call) -> SomeTensors:
+    """Return a call's floating inputs on the device, and nothing else."""
+    return floating_inputs(back(replace(call, gradients=[])))
 
 
 def _by_row(changes: Mapping[Tensor, Tensor], errors: Sequence[Tensor]) -> dict[Component, Tensor]:
@@ -390,14 +400,18 @@ def _by_row(changes: Mapping[Tensor, Tensor], errors: Sequence[Tensor]) -> dict[
     return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
 
 
-def _changes(before: SomeTensors, after: SomeTensors) -> list[Tensor | None]:
-    return [
-        None if a is None or b is None else (b - a).float()
-        for a, b in zip(before, after, strict=True)
-    ]
+def _changes(
+    calls: Sequence[Call], after: Sequence[Call], taken: Callable[[Call], SomeTensors]
+) -> Iterator[Tensor | None]:
+    """Yield what the probe changed, of one call at a time."""
+    for call, moved in zip(calls, after, strict=True):
+        for a, b in zip(taken(call), taken(moved), strict=True):
+            yield None if a is None or b is None else (b - a).float()
 
 
-def _by_channel(layer: nn.Module, changes: SomeTensors, errors: Sequence[Tensor]) -> Tensor:
+def _by_channel(
+    layer: nn.Module, changes: Iterable[Tensor | None], errors: Sequence[Tensor]
+) -> Tensor:
     """Return the products of changes and errors, summed over all but the channels."""
     totals: dict[int, Tensor] = {}
     for change, error in zip(changes, errors, strict=True):
@@ -406,6 +420,8 @@ def _by_channel(layer: nn.Module, changes: SomeTensors, errors: Sequence[Tensor]
         is_second = isinstance(layer, CHANNELS_SECOND) and change.dim() > 2
         channel = 1 if is_second else change.dim() - 1
         others = [dim for dim in range(change.dim()) if dim != channel]
-        part = (change * error).sum(others) if others else change * error
+        # a DTensor may be a partial sum
+        product = change.mul_(error) if type(change) is Tensor else change * error
+        part = product.sum(others) if others else product
         totals[len(part)] = totals.get(len(part), 0.0) + part
     return torch.cat(list(totals.values())) if totals else torch.zeros(1)

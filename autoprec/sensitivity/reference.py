@@ -39,7 +39,7 @@ from autoprec.records.model import ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
-from autoprec.sensitivity.gemm import fast_gemms
+from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
 from autoprec.sensitivity.kept_reference import (
     digest_of,
     keep_reference,
@@ -200,12 +200,13 @@ class Reference:
             self.gradients[index] = ReferenceGradient(on_host, squared)
         return ReferenceGradient(found, squared)
 
-    def squared_error(self, index: int, reference: ReferenceGradient) -> float:
+    def squared_error(self, index: int, held: ReferenceGradient | None) -> float:
         """Run the model as it stands on a batch; return d'Pd with d = gradient - reference's.
 
-        Of several ranks it is this one's share: their sum is d'Pd.
+        The reference's is `held` or kept. Of several ranks it is this one's share of d'Pd.
         """
         self.run(index)
+        reference = held or self.gradients[index]
         norm = self.preconditioner.squared_norm
         return sum(norm(p, gradient_of(p), at=g, less=g) for p, g in reference.of.items())
 
@@ -218,10 +219,8 @@ class Reference:
     ) -> dict[Key, Estimate]:
         """Return the gradient error of the model as it stands inside each setting's context.
 
-        Costs a pass per batch for the reference, where its gradient was not kept, and one per batch
-        and setting. Batches are the outer loop: one reference gradient is held at a time.
-
-        The first `batches` are taken, or all if there are fewer; progress is reported as `stage`.
+        Costs a pass per batch and setting, and one per batch whose gradient was not kept. The first
+        `batches` are taken, or all if there are fewer; progress is reported as `stage`.
         """
         progress = self.context.progress if stage else report_nothing
         batches = min(batches, len(self.batches))
@@ -231,12 +230,13 @@ class Reference:
         for index in range(batches):
             gradient = self.gradient(index)
             scale.append(gradient.squared_norm)
-            # every setting against the one reference gradient of this batch
+            held = None if index in self.gradients else gradient  # read after each pass
+            del gradient
             for count, (key, installed) in enumerate(settings.items()):
                 NOW.measures = " in ".join(map(str, key)) if isinstance(key, tuple) else str(key)
                 progress(stage, index * len(settings) + count, total)
-                with fast_gemms(), installed():
-                    squared[key].append(self.squared_error(index, gradient))
+                with fast_gemms(), casts_in_parts(), installed():
+                    squared[key].append(self.squared_error(index, held))
         NOW.measures = ""
         progress(stage, total, total)
         # one reduction for all layers and options

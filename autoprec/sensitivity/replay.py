@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from autoprec.device.memory import is_out_of_memory
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
+from autoprec.sensitivity.parked import Parked
 from autoprec.sensitivity.real import real_view
+
+KEEP = torch.bfloat16  # how errors are stored: 0.2 % off, a half of the memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Replayed:
     """What a layer's calls gave, one after the other: outputs, input and parameter gradients."""
 
     outputs: list[Tensor]
-    input_gradients: list[Tensor | None]
+    input_gradients: list[Tensor]  # of no dimension where none came
     # by parameter, summed over the calls; that of one call has the parameter's dtype, and memory of
     # its own
     parameter_gradients: dict[Tensor, Tensor]
@@ -49,14 +53,25 @@ class Watched:
 
 
 @contextmanager
-def differentiated_calls(layers: Mapping[str, nn.Module]) -> Iterator[Watched]:
+def differentiated_calls(
+    layers: Mapping[str, nn.Module], *, is_parked: bool = False
+) -> Iterator[Watched]:
     """Record every layer's calls inside; on leaving, only those that a gradient came back to.
+
+    Where they are parked, a call's tensors leave as soon as its gradient is there.
 
     Activation checkpointing calls a layer twice; the call that has no gradient is dropped. Frozen
     layers are watched as well: their errors change the gradients of others.
     """
-    recording = recorded_calls(layers, keep=Tensor.detach, gradients=Gradients.ALL, placed=True)
-    with recording as calls:
+    parked = Parked()
+
+    def arrived(call: Call) -> None:
+        if is_parked:
+            parked.leave([call], passing="gradients")
+
+    with recorded_calls(
+        layers, keep=Tensor.detach, gradients=Gradients.ALL, placed=True, arrived=arrived
+    ) as calls:
         watched = Watched(calls)
         yield watched
     for name, found in calls.items():
@@ -75,10 +90,13 @@ def floating_inputs(call: Call) -> list[Tensor]:
     return output_tensors((call.args, call.kwargs))
 
 
-def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
+def replay(
+    layer: nn.Module, calls: Sequence[Call], *, seed: int, exact: Replayed | None = None
+) -> Replayed:
     """Run a layer forward and backward on recorded calls, as it stands now.
 
-    The same seed draws the same dropout masks, so two replays differ in precision only.
+    The same seed draws the same dropout masks, so two replays differ in precision only. Where an
+    `exact` one is given, outputs and input gradients are returned less its own, which it loses.
 
     Raises:
         OtherwiseAloneError: it fails, or gives other shapes: a cache was filled since, say.
@@ -86,7 +104,9 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     totals: dict[Tensor, Tensor] = {}
     outputs: list[Tensor] = []
-    input_gradients: list[Tensor | None] = []
+    input_gradients: list[Tensor] = []
+    exact_outputs = None if exact is None else exact.outputs
+    exact_gradients = None if exact is None else exact.input_gradients
     for number, call in enumerate(calls):
         torch.manual_seed(seed + number)
         # leaves of their own graph; floating ones always get a gradient
@@ -99,10 +119,12 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
         produced = _outputs_again(layer, call, args, kwargs)
         # the loss's own gradient goes in at every output that it came back to in the pass
         pairs = [
-            (y, g.to(y.dtype))
+            (_root(y), g.to(y.dtype))
             for y, g in zip(produced, call.gradients, strict=True)
             if g is not None and y.requires_grad
         ]
+        outputs += [_less(exact_outputs, y.detach().float()) for y in produced]
+        del produced
         found: dict[Tensor, Tensor] = {}
         if pairs and (wanted := [*inputs, *trained]):
             roots, gradients = zip(*pairs, strict=True)
@@ -111,18 +133,10 @@ def replay(layer: nn.Module, calls: Sequence[Call], *, seed: int) -> Replayed:
             arrived = ((t, g) for t, g in zip(wanted, given, strict=True) if g is not None)
             # an embedding's, made with sparse=True, is not strided
             found = {t: real_view(g.to_dense() if g.is_sparse else g) for t, g in arrived}
-        outputs += [y.detach().float() for y in produced]
-        input_gradients += [found[x].float() if x in found else None for x in inputs]
-        passed = {g.untyped_storage()._cdata for _, g in pairs}
-        for parameter in trained:
-            if parameter in found:  # one call: kept as it is, no sum beside it
-                own, before = found[parameter], totals.get(parameter)
-                if before is not None:
-                    totals[parameter] = before.float() + own
-                else:  # what is added to the output has its very gradient, or two have the same
-                    key = own.untyped_storage()._cdata
-                    totals[parameter] = own.clone() if key in passed else own
-                    passed.add(key)
+            del given, arrived
+        of_inputs = (found.pop(x).float() if x in found else torch.zeros(()) for x in inputs)
+        input_gradients += [_less(exact_gradients, g) for g in of_inputs]
+        _add_up(totals, found, passed={g.untyped_storage()._cdata for _, g in pairs})
     for parameter in trained:
         if parameter not in totals:
             totals[parameter] = real_view(torch.zeros_like(parameter)).float()
@@ -145,3 +159,33 @@ def _outputs_again(
     ):
         raise OtherwiseAloneError
     return produced
+
+
+def _add_up(totals: dict[Tensor, Tensor], found: dict[Tensor, Tensor], passed: set[int]) -> None:
+    """Add a call's parameter gradients; `passed` are the storages of what came in."""
+    for parameter, own in found.items():
+        if (before := totals.get(parameter)) is not None:
+            totals[parameter] = before.float() + own
+        else:  # one call: kept as it is, no sum beside it
+            # what is added to the output has its very gradient, or two have the same
+            key = own.untyped_storage()._cdata
+            totals[parameter] = own.clone() if key in passed else own
+            passed.add(key)
+
+
+def _root(y: Tensor) -> Tensor | GradientEdge:
+    """Return where a backward pass begins; it needs no more of what a plain tensor holds."""
+    return get_gradient_edge(y) if type(y) is Tensor and y.grad_fn is not None else y
+
+
+def _less(exact: list[Tensor] | None, rounded: Tensor) -> Tensor:
+    """Return a tensor, or its difference from the first of the exact ones, which is taken out."""
+    if exact is None:
+        return rounded
+    own = exact.pop(0)
+    if own.shape != rounded.shape:  # no gradient came in one of the two
+        return torch.zeros(())
+    if type(own) is not Tensor:  # a DTensor
+        return (rounded - own).to(KEEP)
+    # not in place: a layer may hand on what it was given
+    return torch.sub(rounded, own, out=torch.empty_like(own, dtype=KEEP))

@@ -3,8 +3,8 @@
 Each group costs a reference pass and its probes again, and holds fewer of the tensors that go
 through the layers. So there are as few as fit: into --memory-limit where it is given, else into one
 and a half times what training takes, or what is free. Where a few layers hold most of what goes
-through a model no number of groups may fit; what was recorded of a group is then parked while the
-model runs, and where that does not fit either too: what the loss takes on its way is not predicted.
+through a model no number of groups may fit; what is recorded of all layers is then parked while the
+model runs, and where that does not fit either too.
 """
 
 import logging
@@ -21,7 +21,6 @@ from autoprec.records import ModelSpec
 log = logging.getLogger(__name__)
 
 SMALL = 256 * 2**20  # bytes that no device lacks: fewer groups are faster
-WORTH = 1.05  # how far above the least a peak may be where even that is too much
 MARGIN = 1.1  # measured peaks were up to 7 % above predicted ones (docs/scale.md)
 
 
@@ -37,16 +36,10 @@ def plan_groups(context: Context, spec: ModelSpec) -> tuple[int, bool]:
     bar = max(sensitivity_bar(spec), SMALL)
     room = limit or min(bar, bar if free is None else free)
     predicted = partial(sensitivity_bytes, spec, batches=_held(context))
-    ways = [
-        (predicted(groups=groups, is_parked=is_parked), groups, is_parked)
-        for is_parked in (False, True)
-        for groups in range(1, len(spec.layers) + 1)
-    ]
-    least = min(size for size, _, _ in ways)
-    fitting = [way for way in ways if way[0] <= room / MARGIN]
-    # where nothing fits, more groups than help are a waste
-    enough = [way for way in ways if way[2] and way[0] <= WORTH * least]
-    size, groups, is_parked = (fitting or enough)[0]
+    ways = [(predicted(groups=n), n, False) for n in range(1, len(spec.layers) + 1)]
+    last = (predicted(is_parked=True), 1, True)  # fewer layers at a time would take as much
+    size, groups, is_parked = next((way for way in ways if way[0] <= room / MARGIN), last)
+    least = min(way[0] for way in (*ways, last))
     text = f"sensitivity takes about {shown_bytes(size)} on {context.device}"
     if limit and least > limit:
         raise DeviceError(
