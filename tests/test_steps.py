@@ -17,7 +17,7 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
 from autoprec.profiler import open_compilation, profile_model, time_steps
-from autoprec.profiler.measure import check_room
+from autoprec.profiler.measure import check_room, sum_totals
 from autoprec.profiler.parking import Parking
 from autoprec.profiler.steps import (
     AS_WRITTEN,
@@ -115,12 +115,32 @@ def test_where_bf16_is_far_slower_it_takes_few_steps_and_autocast_none(gemm_ms: 
         assert left_out == {}
         return
     assert samples == {"fp32": 4, "bf16_o2": 2}
-    assert steps.count(torch.bfloat16) == 1 + 2  # a first one and the samples: nothing is warmed up
+    assert steps.count(torch.bfloat16) == 2  # the first one is a sample, and nothing is warmed up
     gemms = round((found[1].ms - 300.0) / 700.0)
     assert left_out == {
         AUTOCAST: "it runs the GEMMs of BF16 O2, whose first step took "
         f"{(300 + 700 * gemms) / 1e3:.2g} s, and FP32's 0.3 s"
     }
+
+
+@pytest.mark.parametrize(("gemm_ms", "is_known"), [(0.1, True), (90.0, False)])
+def test_far_slower_bf16_steps_do_not_tell_what_is_outside_of_layers(
+    gemm_ms: float, is_known: bool
+) -> None:
+    class SlowerAlone(WithoutBf16):
+        """A layer takes longer alone than within a step."""
+
+        def measure(self, fn: Callable[[], object]) -> float:
+            count = (super().measure(fn) - self.base_ms) / self.gemm_ms
+            return self.base_ms + self.gemm_ms * (count if count < 3.5 else 0.9 * count)
+
+    context = Context(mlp_workload(), CPU, clock=SlowerAlone(1.0, gemm_ms))
+    profile = profile_model(context, capture_model(context), options=())
+    step = profile.step("bf16_o2")
+    assert step is not None
+    own = step.ms - sum_totals(profile.layers, profile.model.bf16_options)
+    assert own != profile.fixed_ms
+    assert profile.fixed_bf16_ms == pytest.approx(own if is_known else profile.fixed_ms)
 
 
 class Wide(nn.Module):

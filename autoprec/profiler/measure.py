@@ -7,7 +7,9 @@ The search adds up layer totals, so what the sum leaves out must be a constant:
 
 Each holds attention, activations, loss, optimizer and Python's share, and also what an isolated
 layer runs faster or slower than one within its step: their common part cancels in the fixed time.
-What does not cancel is in `sum_check`: uniform FP8 less uniform BF16 by the layers, and by steps.
+Of a BF16 step that takes many times as long as FP32's the difference is noise of the layers, larger
+than a whole step: FP32's is taken. What does not cancel is in `sum_check`: uniform FP8 less uniform
+BF16 by the layers, and by steps.
 """
 
 import logging
@@ -30,6 +32,7 @@ from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
 from autoprec.model.options import without_slow_gemms_hp
 from autoprec.model.recording import Call
+from autoprec.profiler.candidates import WORTH_TIMING
 from autoprec.profiler.compiling import (
     COMPILED,
     EAGER,
@@ -102,6 +105,10 @@ def _measure(
     elapsed_s = time.perf_counter() - started
     compiling = meter.compilation or Compilation(context.device)
     ms = {step.label: step.ms for step in steps}
+    fixed_ms = ms["fp32"] - sum_totals(rows, dict.fromkeys(spec.names, FP32))
+    fixed_bf16_ms = ms["bf16_o2"] - sum_totals(rows, _feasible(groups, rows))
+    if ms["bf16_o2"] > WORTH_TIMING * ms["fp32"]:
+        fixed_bf16_ms = fixed_ms
     return Profile(
         model=without_ended(spec, rows),
         device=facts,
@@ -109,8 +116,8 @@ def _measure(
         layers=rows,
         steps=steps,
         boundary_cast_ms_per_melement=cast_ms,
-        fixed_ms=ms["fp32"] - sum_totals(rows, dict.fromkeys(spec.names, FP32)),
-        fixed_bf16_ms=ms["bf16_o2"] - sum_totals(rows, _feasible(groups, rows)),
+        fixed_ms=fixed_ms,
+        fixed_bf16_ms=fixed_bf16_ms,
         step_equivalents=max(elapsed_s - compiling.seconds, 0.0) / max(ms["fp32"] / 1e3, 1e-9),
         compile_s=compiling.seconds,
         recompiles=compiling.recompiles,

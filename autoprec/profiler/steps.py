@@ -122,6 +122,14 @@ class _Arm:
     peak_bytes: int | None = None
     samples: list[Samples] = field(default_factory=list)  # by turn
 
+    def is_hopeless(self, fp32: "_Arm | None") -> bool:
+        """Whether a step takes seconds, and many times as long as in FP32.
+
+        A CPU without BF16 instructions takes 22 times as long in BF16 (a GPT on AVX2).
+        """
+        least_ms = WORTH_TIMING * fp32.first_ms if fp32 else math.inf
+        return self.first_ms > max(least_ms, LONG_STEP_MS)
+
 
 @dataclass
 class _Comparison:
@@ -152,6 +160,8 @@ class _Comparison:
             arm = self._build_if_it_runs(label, variant)
             if arm is not None:
                 arms[label] = arm
+                if arm.is_hopeless(arms.get("fp32")):  # its first step is its first turn
+                    arm.samples.append(Samples([arm.first_ms]))
         least_ms = LEAST_ON_GPU_MS if self.context.device.type == "cuda" else 0.0
         own = _share(replace(self.stopping, least_ms=least_ms), turns)
         order, draw = list(arms), random.Random(self.context.seed)
@@ -160,6 +170,8 @@ class _Comparison:
             draw.shuffle(order)
             for place, label in enumerate(order):
                 self.context.progress("steps", built + turn * len(order) + place, total)
+                if len(arms[label].samples) > turn:
+                    continue
                 arms[label] = self._take_turn(arms[label], label, variants[label], own, turn)
         NOW.measures = ""
         self.context.progress("steps", total, total)
@@ -350,14 +362,11 @@ class _Comparison:
 
 
 def why_hopeless(arms: Mapping[str, _Arm]) -> str:
-    """Return why autocast needs no timing, by the first steps of FP32 and BF16 O2; "" if it does.
-
-    A CPU without BF16 instructions takes 22 times as long in BF16 as in FP32 (a GPT on AVX2).
-    """
-    fp32, bf16 = (arms[x].first_ms if x in arms else 0.0 for x in ("fp32", "bf16_o2"))
-    if not fp32 or bf16 < max(WORTH_TIMING * fp32, LONG_STEP_MS):
+    """Return why autocast needs no timing, by first steps of FP32 and BF16 O2; "" if it does."""
+    fp32, bf16 = arms.get("fp32"), arms.get("bf16_o2")
+    if fp32 is None or bf16 is None or not bf16.is_hopeless(fp32):
         return ""
-    took = f"{bf16 / 1e3:.2g} s, and FP32's {fp32 / 1e3:.2g} s"
+    took = f"{bf16.first_ms / 1e3:.2g} s, and FP32's {fp32.first_ms / 1e3:.2g} s"
     return f"it runs the GEMMs of BF16 O2, whose first step took {took}"
 
 

@@ -217,7 +217,8 @@ class Profile(FileRecord):
     `boundary_cast_ms_per_melement` is the time to cast a million elements between FP32 and BF16,
     there and back (forward and backward), paid where FP32 layers meet BF16 ones.
     `fixed_ms` is the FP32 step's time outside the layers (attention, activations, loss, glue), and
-    `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals.
+    `fixed_bf16_ms` the same with BF16 activations; both are step minus the sum of layer totals
+    (`profiler/measure.py`).
     `speedup_error` is how far a predicted speedup of FP8 over BF16 may be too high: the logarithm
     that 90 % of published speedups do not fall short by; 0 where times are measured.
     `steps_left_out` has the baselines that were not timed, by label, and why.
