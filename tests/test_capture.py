@@ -192,6 +192,18 @@ def test_layers_that_fp8_could_not_run_in_say_so(
         assert layer.refusal(Precision.BF16_O2) is None
 
 
+@pytest.mark.parametrize("loss_fn", [slope_loss, each_by_itself_loss])
+def test_losses_made_of_gradients_or_in_transforms_are_tuned_and_verified(
+    loss_fn: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """The loss is evaluated without gradients, which the first cannot be."""
+    functions = {**mlp_workload()._functions, "loss_fn": loss_fn}
+    few: dict[str, Any] = {"trials": 0, "warmup_steps": 4, "branch_steps": 4, "seeds": "2:2"}
+    run = autoprec.tune(functions, out=tmp_path, loss_tolerance="50%", **few)
+    assert run.verification
+    assert all(branch.eval_losses for branch in run.verification.branches)
+
+
 def test_short_last_batch_counts_for_fp8() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

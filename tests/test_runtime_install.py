@@ -365,3 +365,30 @@ def test_a_layer_of_user_code_makes_its_operands_agree_when_it_runs_alone() -> N
     expected = (x.bfloat16() @ other.weight.bfloat16()).float()
     assert found.dtype is torch.float32
     assert torch.equal(found, expected)
+
+
+def test_a_buffer_that_forward_binds_anew_has_its_dtype_back_without_the_plan() -> None:
+    """As CTRL's table of positions, which its forward casts, or a state that goes on."""
+
+    class Positioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            self.table = nn.Buffer(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)
+            self.table = nn.Buffer(self.table.to(out.dtype))
+            total: Tensor = out + self.table
+            return total
+
+    model, x = Positioned(), torch.randn(4, 16)
+    with install_options(model, {"layer": BF16_O2}):
+        model(x)
+        assert model.table.dtype is torch.bfloat16
+    assert model.table.dtype is torch.float32
+    autoprec.apply(uniform_plan(model, BF16_O2), model)
+    model(x)
+    table = model.table.clone()
+    autoprec.undo(model)
+    assert torch.equal(model.table, table.float())

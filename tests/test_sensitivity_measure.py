@@ -442,6 +442,20 @@ class HandedOn(nn.Module):
         return F.mse_loss(self.third(self.second(F.gelu(self.first(x)), [])).float(), x)
 
 
+class Stateful(nn.Module):
+    """A network that binds its state to a buffer in each step, in the dtype of its activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell, self.last = nn.Linear(32, 16), nn.GRUCell(16, 16), nn.Linear(16, 32)
+        self.state = nn.Buffer(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.cell(F.gelu(self.first(x)), self.state.expand(len(x), 16))
+        self.state = nn.Buffer(state.detach().mean(0))
+        return F.mse_loss(self.last(state).float(), x)
+
+
 class Spectral(nn.Module):
     """Complex weights between two linears, without a layer of their own."""
 
@@ -493,6 +507,7 @@ UNLIKE: dict[str, Callable[[], Workload]] = {  # networks that are no plain chai
     "no_grad, detached, sampled": partial(_of_inputs, Apart),
     "complex": partial(_of_inputs, Spectral),
     "a cache": partial(_of_inputs, HandedOn),
+    "a state": partial(_of_inputs, Stateful),
     "sparse and double": _sparse_and_double,
 }
 

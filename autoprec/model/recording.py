@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from autoprec.device.ranks import local_part
 from autoprec.model.local_copy import is_divided
@@ -54,7 +54,9 @@ class Call:
 
 def detached(tensor: Tensor) -> Tensor:
     """Return this rank's tensor without its history; it needs a gradient if it did."""
-    return local_part(tensor.detach()).requires_grad_(tensor.requires_grad)
+    found = local_part(tensor.detach())
+    found.requires_grad = tensor.requires_grad  # no `requires_grad_`: transforms refuse that
+    return found
 
 
 def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
@@ -129,11 +131,14 @@ class _Recorder:
             if key in self._known:
                 self._known[key].count += 1
                 return
+        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if is_transformed:
+            args, kwargs, output = tree_map_only(Tensor, _untransformed, (args, kwargs, output))
         kept_args, kept_kwargs = _kept(self._keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad, in_backward=is_in_backward)
         call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed:
             call.obstacle = IN_TRANSFORM
         if self._known is not None:
             self._known[key] = call
@@ -155,6 +160,15 @@ class _Recorder:
             if tensor.requires_grad:
                 catch = partial(_catch, call, place, self._placed, self._arrived)
                 tensor.register_hook(catch)  # type: ignore[no-untyped-call]  # torch
+
+
+def _untransformed(tensor: Tensor) -> Tensor:
+    """Return the values that transforms of torch.func have wrapped, a dimension of vmap's first."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        is_batched, inner = functorch.is_batchedtensor(tensor), functorch.get_unwrapped(tensor)
+        tensor = inner.movedim(functorch.maybe_get_bdim(tensor), 0) if is_batched else inner
+    return tensor
 
 
 def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments

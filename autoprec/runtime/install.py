@@ -32,6 +32,7 @@ from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
+from autoprec.model.buffers import buffer_dtypes, put_back_dtypes
 from autoprec.model.layers import find_layers
 from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
@@ -152,7 +153,8 @@ def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
     plain_gathers(model)
-    vars(model).pop(ON_MODEL, None)
+    if masters := vars(model).pop(ON_MODEL, None):
+        put_back_dtypes(model, masters.buffer_dtypes)
     for module in model.modules():
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)
@@ -283,6 +285,7 @@ def _keep_masters(storage: Storage, installed: Installed) -> None:
         values={p: None if data is None else data.float() for p, data in originals.items()},
         names={name: p for name, p in model.named_parameters() if p in originals},
         was_split=any(isinstance(p, sharded_tensor()) for p in model.parameters()),
+        buffer_dtypes=buffer_dtypes(model),
         gather_as_before=installed.gather_as_before,
     )
     others = dict(vars(model))

@@ -64,6 +64,7 @@ class Masters:
     values: dict[nn.Parameter, Tensor | None]
     names: dict[str, nn.Parameter]
     was_split: bool = False
+    buffer_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # before the plan
     gather_as_before: Callable[[], None] = nothing_sharded
     loaded: dict[nn.Parameter, tuple[Tensor, int | None]] = field(default_factory=dict)
     agreed: dict[nn.Parameter, Stamp] = field(default_factory=dict)

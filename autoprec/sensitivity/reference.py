@@ -33,6 +33,7 @@ from autoprec.device.ranks import (
 )
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
+from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers
 from autoprec.records.model import ModelSpec, Option
@@ -160,9 +161,7 @@ class Reference:
     def put_back(self) -> None:
         """Give the model the buffers and followers of the warm-up, and no gradients."""
         self.model.zero_grad(set_to_none=True)
-        for name, buffer in self.model.named_buffers():
-            if name in self.buffers:
-                buffer.copy_(self.buffers[name])
+        put_back_buffers(self.model, self.buffers)
         for name, own in (self.followers or {}).items():
             local_part(self.model.get_parameter(name).detach()).copy_(own)
 
@@ -394,7 +393,7 @@ def _measuring(
         batches=batches,
         gradients=InTurn((), context.device),
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        buffers={name: buffer.clone() for name, buffer in training.model.named_buffers()},
+        buffers=kept_buffers(training.model),
     )
 
 

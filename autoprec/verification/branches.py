@@ -14,7 +14,7 @@ where there is one. Beside it the same batches go through the branch's own forwa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +46,7 @@ DIVERGED_RATIO = 3.0
 SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
 SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
+NEEDS_GRADIENTS = "does not require grad"  # torch's words where a loss is made of gradients
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
@@ -189,9 +190,22 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     with _evaluating(model):
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
-            _seed_step(context.seed, EVAL_STEP + index)
-            losses.append(float(context.workload.loss_fn(model, batch)))
+            seed = partial(_seed_step, context.seed, EVAL_STEP + index)
+            losses.append(_loss(context, model, batch, seed))
     return tuple(losses)
+
+
+def _loss(context: Context, model: nn.Module, batch: Batch, seed: Callable[[], None]) -> float:
+    """Return a loss without gradients; with them where it is made of some (a penalty on them)."""
+    seed()
+    try:
+        return float(context.workload.loss_fn(model, batch))
+    except WorkloadError as error:
+        if NEEDS_GRADIENTS not in str(error.__cause__):
+            raise
+    seed()
+    with torch.enable_grad():
+        return float(context.workload.loss_fn(model, batch).detach())
 
 
 @contextmanager
