@@ -1,6 +1,7 @@
 """How the processes of a distributed test start and end."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -47,7 +48,8 @@ def start_ranks(main: Callable[..., None], *args: object, ranks: int) -> None:
     5 s of a core to import it again.
     """
     forked_processes()
-    start_processes(main, args, ranks, start_method="forkserver")  # type: ignore[no-untyped-call]  # torch's
+    given = (main, *args)
+    start_processes(_started, given, ranks, start_method="forkserver")  # type: ignore[no-untyped-call]  # torch's
 
 
 def forked_processes() -> BaseContext:
@@ -59,14 +61,20 @@ def forked_processes() -> BaseContext:
 
 def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
     """Run `main` in one such process, which may end itself, and return how it ended."""
-    process = forked_processes().Process(target=_in_process, args=(main, args))  # type: ignore[attr-defined]  # of contexts
+    process = forked_processes().Process(target=_in_process, args=(main, *args))  # type: ignore[attr-defined]  # of contexts
     process.start()
     process.join()
     code: int | None = process.exitcode
     return code
 
 
-def _in_process(main: Callable[..., None], args: tuple[object, ...]) -> None:
+def _started(rank: int, main: Callable[..., None], *args: object) -> None:
+    gc.freeze()  # what was imported, which each collection would look at
+    main(rank, *args)
+
+
+def _in_process(main: Callable[..., None], *args: object) -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     with every_recipe():
         main(*args)

@@ -29,7 +29,7 @@ from tests.plans import plan_for
 from tests.ranks import run_ranks
 
 Style = Callable[[], ParallelStyle]
-RANKS, STEPS, HEADS = 2, 6, 2
+RANKS, STEPS, HEADS = 2, 3, 2
 OPTIONS = (BF16_O2, fp8_option(Recipe.TENSORWISE), fp8_option(Recipe.ROWWISE))
 
 
