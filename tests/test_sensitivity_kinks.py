@@ -37,21 +37,21 @@ def prepared(activation: type[nn.Module]) -> Reference:
     """Return a warmed-up regression by four linears."""
 
     def build_model() -> nn.Module:
-        layers = [nn.Linear(64, 64) for _ in range(3)]
+        layers = [nn.Linear(64, 128), *(nn.Linear(128, 128) for _ in range(2))]
         parts = [part for layer in layers for part in (layer, activation())]
-        return nn.Sequential(*parts, nn.Linear(64, 16))
+        return nn.Sequential(*parts, nn.Linear(128, 16))
 
     return reference_of(build_model)
 
 
 def reference_of(build_model: Callable[[], nn.Module]) -> Reference:
-    """Return a warmed-up regression of 256 points by any model."""
+    """Return a warmed-up regression of 512 points by any model."""
 
     def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         truth = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(seed)
         while True:
-            x = torch.randn(256, 64, generator=generator)
+            x = torch.randn(512, 64, generator=generator)
             yield x, (x @ truth / 4).sin()
 
     functions = {
