@@ -18,6 +18,7 @@ from autoprec.records import (
     Search,
     Sensitivity,
     StepTiming,
+    Timing,
     fp8_option,
 )
 from autoprec.search import build_plan, search_plan
@@ -466,3 +467,22 @@ def without_spread(row: LayerTiming) -> LayerTiming:
     assert row.total is not None
     total = timing(row.total.median_ms, spread=0.0)
     return row.model_copy(update={"total": total})
+
+
+def test_a_noisy_bf16_step_far_above_fp32_keeps_no_layer_in_bf16() -> None:
+    """What is outside of layers is FP32's there: no spread of BF16's step makes it doubtful."""
+    rows: Row = {FP32: (50.0, 0.0), BF16_O2: (950.0, 0.0)}
+    norm: Row = {FP32: (1.0, 0.0), BF16_O2: (1.1, 0.0)}
+    profile, sensitivity = tables_of({"a": rows, "b": norm})
+    spread = {"fp32": (99.0, 100.0, 101.0, 4), "bf16_o2": (800.0, 1000.0, 1200.0, 2)}
+    steps = tuple(
+        StepTiming(
+            label=label,
+            timing=Timing(p20_ms=low, median_ms=ms, p80_ms=high, samples=samples),
+            peak_bytes=None,
+        )
+        for label, (low, ms, high, samples) in spread.items()
+    )
+    fixed = {"steps": steps, "fixed_ms": 49.0, "fixed_bf16_ms": 49.0}
+    _, plan = planned((profile.model_copy(update=fixed), sensitivity))
+    assert set(plan.options) == {FP32}

@@ -373,7 +373,15 @@ def _outside(
     if step is not None:  # what layers that were timed too long alone have not in the step
         ms = step.timing.median_ms - (step.timing.median_ms - ms) * _layer_scale(profile)
     margin_ms, bf16 = 0.0, profile.step(BF16_O2.precision.value)
-    if option == FP32 and step and bf16 and step.timing.samples and bf16.timing.samples:
+    is_apart = profile.fixed_ms != profile.fixed_bf16_ms  # else BF16's is FP32's: no gain to doubt
+    if (
+        option == FP32
+        and is_apart
+        and step
+        and bf16
+        and step.timing.samples
+        and bf16.timing.samples
+    ):
         margin_ms = _sampling_margin_ms(step.timing, bf16.timing)
     return OutsideLayers(ms, grad_error, memory_bytes, low=low, high=high, margin_ms=margin_ms)
 
