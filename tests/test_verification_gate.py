@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprec.errors import InfeasibleError, RecordError, WorkloadError
 from autoprec.model.capture import capture_model
@@ -42,7 +44,7 @@ from autoprec.sensitivity.reference import prepare_reference
 from autoprec.verification import Terms, verify_plans
 from autoprec.verification.branches import evaluate, train_branch, train_seed
 from autoprec.verification.evidence import Evidence, advice, expected_gap_of, predicted_gap
-from autoprec.verification.gate import gather_evidence, open_session
+from autoprec.verification.gate import gather_evidence, keep_warm_up, open_session
 from autoprec.verification.sequential import gap_interval, verdict_of
 from autoprec.verification.session import REFERENCE, Session
 from autoprec.workload.functions import Workload, workload_from
@@ -470,3 +472,21 @@ def test_terms_that_decide_nothing_are_refused(arguments: dict[str, Any], rule: 
 def test_no_plan_is_an_error() -> None:
     with pytest.raises(InfeasibleError, match="at least one plan"):
         verified(mlp_workload())
+
+
+def test_sensitivitys_reference_is_the_start_of_the_proof_bit_for_bit(tmp_path: Path) -> None:
+    """With dropout, whose draws are the steps' own; errors measured on the way change nothing."""
+    context, terms = Context(token_workload(dropout=0.1), CPU), Terms(warmup_steps=14)
+    keep = partial(keep_warm_up, context, terms, tmp_path)
+    prepare_reference(context, capture_model(context), warmup_steps=14, on_warm=keep)
+    (file,) = tmp_path.iterdir()
+    written = file.stat().st_mtime_ns
+    kept, own = (
+        open_session(context, terms, loss_tolerance=0.01, state_dir=folder).checkpoint
+        for folder in (tmp_path, None)
+    )
+    assert [file.stat().st_mtime_ns] == [written]
+    assert (kept.curve, kept.eval_losses) == (own.curve, own.eval_losses)
+    for one, other in ((kept.model, own.model), (kept.optimizer, own.optimizer)):
+        pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -41,16 +41,12 @@ from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.sensitivity.gemm import casts_in_parts, fast_gemms
-from autoprec.sensitivity.kept_reference import (
-    digest_of,
-    keep_reference,
-    one_at_a_time,
-)
+from autoprec.sensitivity.kept_reference import digest_of
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
-from autoprec.sensitivity.warm_up import WarmUp, restore, restored, warm_up
+from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, warm_up
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training
 
@@ -285,12 +281,13 @@ def prepare_reference(
     batches: int = DEFAULT_BATCHES,
     warmup_steps: int = DEFAULT_WARMUP_STEPS,
     kept: Path | None = None,
+    on_warm: OnWarm | None = None,
 ) -> Reference:
     """Train the FP32 reference for `warmup_steps` and take the next `batches` to measure on.
 
     `spec` is the captured model, `checkpoint` a state dict to start from instead of fresh weights.
     `kept` is a file from which the trained reference is read, and to which it is written where
-    there is none.
+    there is none. `on_warm` is given a reference that was trained here, and its losses.
 
     Raises:
         WorkloadError: too few batches or steps, or a loss that is not finite.
@@ -307,7 +304,7 @@ def prepare_reference(
     groups, is_parked = plan_groups(context, spec)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     train = partial(_trained, context, spec, start, batches=batches)
-    made = _read_or_trained(context, kept, train, steps=warmup_steps)
+    made = read_or_trained(context, kept, train, on_warm, steps=warmup_steps)
     return replace(
         _measuring(
             context, spec, made.training, InTurn(islice(made.stream, batches), context.device)
@@ -322,19 +319,6 @@ def prepare_reference(
         early=made.early,
         schedule_steps=made.training.schedule.length if made.training.schedule else None,
     )
-
-
-def _read_or_trained(
-    context: Context, kept: Path | None, train: Callable[..., WarmUp], *, steps: int
-) -> WarmUp:
-    """Return the reference that a file keeps; where it keeps none, one that is trained for it."""
-    with one_at_a_time(kept) if kept else nullcontext() as known:
-        if known is not None:
-            return restored(context, known, warmup_steps=steps)
-        made = train(steps=steps)
-        if kept is not None:
-            keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
-        return made
 
 
 def _trained(

@@ -4,17 +4,24 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from autoprec.device.ranks import world_size
 from autoprec.model.context import Context
 from autoprec.records.sensitivity import StepError
 from autoprec.runtime.checkpoint import Checkpoint, load_state
 from autoprec.runtime.sharded_state import load_shards, load_whole
-from autoprec.sensitivity.kept_reference import Kept
+from autoprec.sensitivity.kept_reference import Kept, keep_reference, one_at_a_time
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training, start_training, step_batches
+
+OnWarm = Callable[[Training, Sequence[tuple[int, float]]], None]  # with the losses by step
+SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +37,27 @@ class WarmUp:
     early: tuple[StepError, ...] = ()
 
 
-def restored(context: Context, known: Kept, *, warmup_steps: int) -> WarmUp:
+def read_or_trained(
+    context: Context,
+    kept: Path | None,
+    train: Callable[..., WarmUp],
+    on_warm: OnWarm | None,
+    *,
+    steps: int,
+) -> WarmUp:
+    """Return the reference that a file keeps; where it keeps none, one that is trained for it."""
+    with one_at_a_time(kept) if kept else nullcontext() as known:
+        if known is not None:
+            return _restored(context, known, warmup_steps=steps)
+        made = train(steps=steps)
+        if kept is not None:
+            keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
+        if on_warm is not None:
+            on_warm(made.training, made.curve)
+        return made
+
+
+def _restored(context: Context, known: Kept, *, warmup_steps: int) -> WarmUp:
     """Return the reference of a file, past the batches that it was trained on."""
     training = restore(context, known.checkpoint, warmup_steps=warmup_steps)
     known.put_gradients(training)
@@ -70,6 +97,11 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
     return training
 
 
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's generators for a step of a training, so that it draws the same in any other."""
+    torch.manual_seed((seed * SEED_STRIDE + step) % 2**63)
+
+
 def warm_up(
     training: Training, context: Context, stream: Iterator[Batch], steps: Sequence[int], *, of: int
 ) -> tuple[tuple[tuple[int, float], ...], float]:
@@ -80,6 +112,7 @@ def warm_up(
     for step in steps:
         context.progress("sensitivity: warm-up", step - 1, of)
         batches = move_batch(next(drawn_by_step), context.device)
+        seed_step(context.seed, step - 1)
         started = time.perf_counter()  # the user's data loading is no part of a step
         loss = training.step(batches)
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))

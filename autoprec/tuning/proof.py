@@ -1,12 +1,14 @@
 """A run's plans -> their proof by training, here or on the run's proxy."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from autoprec.records import ModelSpec, Plan, Profile, Sensitivity, Verification
 from autoprec.tuning.ranks import made_on_all
 
 if TYPE_CHECKING:
+    from autoprec.sensitivity.warm_up import OnWarm
     from autoprec.tuning.run import Run
 
 
@@ -35,6 +37,16 @@ def prove_plans(
         return verify_on_proxy(run.proxy, plans, name=run.settings.proxy, model=run.spec)
     vars(run).pop("reference", None)  # nothing measures against it any more
     return train_plans(run, plans, profile=profile, sensitivity=sensitivity)
+
+
+def keeper_of_warm_up(run: "Run") -> "OnWarm | None":
+    """Return what keeps sensitivity's reference for the proof; None where that trains its own."""
+    settings = run.settings
+    if not run.proves or run.is_live or settings.checkpoint is not None:
+        return None
+    from autoprec.verification import keep_warm_up
+
+    return partial(keep_warm_up, run.context, settings.terms, settings.out / "branches")
 
 
 def train_plans(

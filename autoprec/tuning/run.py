@@ -26,7 +26,7 @@ from autoprec.records.verification import Verdict, Verification
 from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
 from autoprec.tuning.profiling import make_profile, named_profile, rows_path
-from autoprec.tuning.proof import check_evaluate, prove_plans
+from autoprec.tuning.proof import check_evaluate, keeper_of_warm_up, prove_plans
 from autoprec.tuning.ranks import (
     check_launch,
     check_ranks,
@@ -88,6 +88,7 @@ class Run:
             from autoprec.search.storage import check_storage
 
             check_storage(settings.storage)
+        self.proves = settings.verify and "verification" in stages  # trains plans, in the end
         self.is_live = workload is not None
         if self.is_live and settings.has_workers:
             raise WorkloadError(NEEDS_FILE.format(given="made of live functions"))
@@ -99,6 +100,7 @@ class Run:
             from autoprec.tuning.proxy import open_proxy
 
             self.proxy = open_proxy(self.settings, workload=proxy, progress=progress)
+            self.proxy.proves = self.proves
 
     # --- what the stages are made of -----------------------------------------------------------
 
@@ -183,6 +185,7 @@ class Run:
             spec,
             checkpoint=checkpoint,
             kept=kept_reference(self),
+            on_warm=keeper_of_warm_up(self),
         )
 
     # --- the stages ----------------------------------------------------------------------------

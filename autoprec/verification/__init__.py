@@ -10,7 +10,7 @@ evidence    the branches of a plan -> the record
 gate        open a session; the loop: verify_plans
 """
 
-from autoprec.verification.gate import verify_plans
+from autoprec.verification.gate import keep_warm_up, verify_plans
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import Workers
 from autoprec.verification.workers import check_room_of_branches

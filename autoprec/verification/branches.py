@@ -34,7 +34,7 @@ from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.reference import seeded
-from autoprec.sensitivity.warm_up import restore
+from autoprec.sensitivity.warm_up import restore, seed_step
 from autoprec.verification.metrics import check_finite, check_names, measure_metrics
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, check_loss, move_batch
@@ -43,7 +43,6 @@ from autoprec.workload.training import Training, step_batches
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents
 DIVERGED_RATIO = 3.0
-SEED_STRIDE = 1_000_003  # a prime, so that (seed, step) pairs do not meet for any usual step count
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
 SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
 NEEDS_GRADIENTS = "does not require grad"  # torch's words where a loss is made of gradients
@@ -80,19 +79,26 @@ def warm_up(
     """
     with seeded(context.seed, context.device), tf32_off():
         training = restore(context, start, warmup_steps=steps)
-        model, optimizer, schedule = training.model, training.optimizer, training.schedule
         curve = []
         for step, batches in _seeded_batches(context, context.seed, steps):
             loss = training.step(batches)
             curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
             context.progress("verify: warm-up", step + 1, steps)
-        losses = evaluate(context, model, evaluation)  # first: it makes buffers the same
-        if world_size() > 1:
-            state = shards_of(model, optimizer)
-        else:
-            state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
-        position = None if schedule is None else (schedule.position, schedule.pace)
-        return replace(state, curve=tuple(curve), eval_losses=losses, schedule=position)
+        return state_of(context, training, evaluation, curve)
+
+
+def state_of(
+    context: Context, training: Training, evaluation: Sequence[Batch], curve: Sequence[float]
+) -> Checkpoint:
+    """Return the state of a reference that was warmed up with these losses, and evaluate it."""
+    model, optimizer, schedule = training.model, training.optimizer, training.schedule
+    losses = evaluate(context, model, evaluation)  # first: it makes buffers the same
+    if world_size() > 1:
+        state = shards_of(model, optimizer)
+    else:
+        state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
+    position = None if schedule is None else (schedule.position, schedule.pace)
+    return replace(state, curve=tuple(curve), eval_losses=losses, schedule=position)
 
 
 def train_branch(
@@ -190,7 +196,7 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     with _evaluating(model):
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
-            seed = partial(_seed_step, context.seed, EVAL_STEP + index)
+            seed = partial(seed_step, context.seed, EVAL_STEP + index)
             losses.append(_loss(context, model, batch, seed))
     return tuple(losses)
 
@@ -282,9 +288,5 @@ def _seeded_batches(context: Context, seed: int, count: int) -> Iterator[tuple[i
     stream = step_batches(workload, workload.train_batches(seed), count=count)
     for step, batches in enumerate(stream):
         moved = move_batch(batches, context.device)
-        _seed_step(seed, step)
+        seed_step(seed, step)
         yield step, moved
-
-
-def _seed_step(seed: int, step: int) -> None:
-    torch.manual_seed((seed * SEED_STRIDE + step) % 2**63)

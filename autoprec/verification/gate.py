@@ -23,6 +23,7 @@ from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import InfeasibleError, RecordError
+from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records.cost import BASELINES, Profile, StepTiming
@@ -34,13 +35,20 @@ from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.reference import seeded
 from autoprec.sensitivity.warm_up import restore
-from autoprec.verification.branches import SMALLEST_LOSS, evaluate, train_seed, warm_up
+from autoprec.verification.branches import (
+    SMALLEST_LOSS,
+    evaluate,
+    state_of,
+    train_seed,
+    warm_up,
+)
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.ladder import climb, with_horizons
 from autoprec.verification.sequential import Terms
 from autoprec.verification.session import BranchStore, Session, Workers
 from autoprec.verification.workers import check_room_of_branches, train_branches
 from autoprec.workload.functions import Batch, check_batches, move_batch
+from autoprec.workload.training import Training
 
 FEWEST_SEEDS = 2  # of a plan that no seed can show a gap of; one alone has no spread
 TIMING_SAMPLES = 12  # per variant; the median's interval is then about the 3rd to the 10th sample
@@ -178,6 +186,27 @@ def open_session(
         workers=workers or Workers(),
         metrics=tuple(metrics),
     )
+
+
+def keep_warm_up(
+    context: Context,
+    terms: Terms,
+    state_dir: Path,
+    training: Training,
+    curve: Sequence[tuple[int, float]],
+) -> None:
+    """Keep sensitivity's reference for a proof whose warm-up is the same, step by step.
+
+    The training is left as it is. One process's alone: ranks share their buffers in a proof.
+    """
+    if world_size() > 1 or len(curve) != terms.warmup_steps:
+        return
+    buffers = kept_buffers(training.model)
+    evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
+    with seeded(context.seed, context.device):
+        state = state_of(context, training, evaluation, [loss for _, loss in curve])
+    put_back_buffers(training.model, buffers)
+    BranchStore(_setup_of(context, terms, None, steps=len(curve)), state_dir).add_warm_up(state)
 
 
 def _setup_of(context: Context, terms: Terms, checkpoint: Path | None, *, steps: int) -> str:
