@@ -160,18 +160,17 @@ class _Comparison:
             arm = self._build_if_it_runs(label, variant)
             if arm is not None:
                 arms[label] = arm
-                if arm.is_hopeless(arms.get("fp32")):  # its first step is its first turn
+                if arm.is_hopeless(arms.get("fp32")):  # its first step tells enough
                     arm.samples.append(Samples([arm.first_ms]))
         least_ms = LEAST_ON_GPU_MS if self.context.device.type == "cuda" else 0.0
         own = _share(replace(self.stopping, least_ms=least_ms), turns)
-        order, draw = list(arms), random.Random(self.context.seed)
+        order = [label for label, arm in arms.items() if not arm.samples]
+        draw = random.Random(self.context.seed)
         total = built + turns * len(order)
         for turn in range(turns):
             draw.shuffle(order)
             for place, label in enumerate(order):
                 self.context.progress("steps", built + turn * len(order) + place, total)
-                if len(arms[label].samples) > turn:
-                    continue
                 arms[label] = self._take_turn(arms[label], label, variants[label], own, turn)
         NOW.measures = ""
         self.context.progress("steps", total, total)
