@@ -41,7 +41,7 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 SEED = 3
-TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=2, branch_steps=2)
+TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=3)
 Way = dict[str, Callable[..., Any]]  # Any: functions of the contract
 WAYS: dict[int, dict[str, Way]] = {  # by the number of ranks
     2: {"ddp": {}, "fsdp": {"parallelize": shard_blocks}},
@@ -102,7 +102,7 @@ def _numbers(given: Workload, *, measured: bool) -> dict[str, Any]:  # Any: JSON
 
 
 def _reference(context: Context, spec: ModelSpec) -> Reference:
-    return prepare_reference(context, spec, warmup_steps=2)
+    return prepare_reference(context, spec, warmup_steps=4)
 
 
 def _measure(folder: Path) -> None:
