@@ -338,6 +338,16 @@ def test_a_sparse_graph_among_the_batch_is_multiplied_and_weighed() -> None:
     assert spec.batch_bytes == indices_and_values + x.nbytes
 
 
+def test_a_model_in_float64_is_refused_with_the_way_out() -> None:
+    functions = {
+        "build_model": lambda: nn.Linear(16, 16).double(),
+        "train_batches": lambda seed: iter(torch.ones(8, 4, 16).double()),
+        "loss_fn": lambda model, batch: F.mse_loss(model(batch), batch),
+    }
+    with pytest.raises(WorkloadError, match=r"are float64, .* return model.float\(\)"):
+        capture_model(Context(workload_from(functions), CPU))
+
+
 class _Gain(nn.Module):
     """A factor for each feature, in the shape that broadcasts over images: (1, 1, 1, features)."""
 

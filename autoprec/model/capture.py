@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import local_part, share, sum_over_ranks, world_size
-from autoprec.errors import CaptureError
+from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import (
     ModelLayers,
@@ -260,6 +260,12 @@ class ObservedStep:
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
     """Return the spec of the model of a step."""
+    if {p.dtype for p in seen.model.parameters() if p.is_floating_point()} == {torch.float64}:
+        raise WorkloadError(
+            "build_model() must return a model in FP32, BF16 or FP16, but all of its parameters "
+            "are float64, of which a plan's FP32 masters would be less; return model.float(), and "
+            "batches in FP32"
+        )
     names: dict[int, str] = {}  # of parameters, where each came first
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
     if not any(layer.calls for layer in layers):
