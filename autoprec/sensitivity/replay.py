@@ -125,15 +125,7 @@ def replay(
         ]
         outputs += [_less(exact_outputs, y.detach().float()) for y in produced]
         del produced
-        found: dict[Tensor, Tensor] = {}
-        if pairs and (wanted := [*inputs, *trained]):
-            roots, gradients = zip(*pairs, strict=True)
-            with without_hooks(layer):  # the norm of its errors runs them, see hooks.py
-                given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
-            arrived = ((t, g) for t, g in zip(wanted, given, strict=True) if g is not None)
-            # an embedding's, made with sparse=True, is not strided
-            found = {t: real_view(g.to_dense() if g.is_sparse else g) for t, g in arrived}
-            del given, arrived
+        found = _gradients(layer, pairs, [*inputs, *trained])
         of_inputs = (found.pop(x).float() if x in found else torch.zeros(()) for x in inputs)
         input_gradients += [_less(exact_gradients, g) for g in of_inputs]
         _add_up(totals, found, passed={g.untyped_storage()._cdata for _, g in pairs})
@@ -141,6 +133,20 @@ def replay(
         if parameter not in totals:
             totals[parameter] = real_view(torch.zeros_like(parameter)).float()
     return Replayed(outputs, input_gradients, totals)
+
+
+def _gradients(
+    layer: nn.Module, pairs: Sequence[tuple[Any, Tensor]], wanted: Sequence[Tensor]
+) -> dict[Tensor, Tensor]:  # Any: tensors, or edges of autograd
+    """Return the gradients that arrive, from outputs and the loss's gradients there."""
+    if not pairs or not wanted:
+        return {}
+    roots, gradients = zip(*pairs, strict=True)
+    with without_hooks(layer):  # the norm of its errors runs them, see hooks.py
+        given = torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
+    arrived = ((t, g) for t, g in zip(wanted, given, strict=True) if g is not None)
+    # an embedding's, made with sparse=True, is not strided
+    return {t: real_view(g.to_dense() if g.is_sparse else g) for t, g in arrived}
 
 
 def _outputs_again(
