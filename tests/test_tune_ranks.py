@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autoprec
 from autoprec.device.ranks import rank, world_size
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -185,3 +186,32 @@ def test_two_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
 def test_four_ranks_measure_what_one_process_does(tmp_path: Path) -> None:
     run_ranks(_measure, tmp_path, ranks=4)
     _compare(tmp_path, 4)
+
+
+class _Routed(nn.Module):
+    """An expert that has one token on the first rank, and many on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.expert = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.first(x)[: 1 if rank() == 0 else 32]
+        out: Tensor = self.expert(own)
+        return out
+
+
+def _tune_routed(folder: Path) -> None:
+    functions = {
+        "build_model": _Routed,
+        "train_batches": lambda seed: iter(torch.ones(64, 32, 16)),
+        "loss_fn": lambda model, batch: model(batch).float().square().mean(),
+    }
+    run = autoprec.tune(functions, out=folder / "out", trials=0, verify=False)
+    assert run.profile
+    (folder / f"{rank()}").write_text(run.profile.model_dump_json())
+
+
+def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_path: Path) -> None:
+    run_ranks(_tune_routed, tmp_path, ranks=2)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()

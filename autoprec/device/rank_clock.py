@@ -53,3 +53,10 @@ class SlowestQueueingClock:
         ms, host_ms, late, disturbed = largest_over_ranks(seen)
         known = None if own.host_ms is None else host_ms
         return Sample(ms, known, is_ahead=not late, is_disturbed=disturbed > 0)
+
+
+def own_clock(clock: Clock) -> Clock:
+    """Return this rank's own clock, for what ranks do not all do alike."""
+    if isinstance(clock, (SlowestClock, SlowestQueueingClock)):
+        return clock.own
+    return clock

@@ -23,7 +23,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoprec.common.text import first_line
-from autoprec.device.ranks import gathered
+from autoprec.device.ranks import gathered, largest_over_ranks
 from autoprec.device.timing import Clock, Function
 from autoprec.device.tracing import Operation, traced
 from autoprec.errors import PlanMismatchError
@@ -233,7 +233,8 @@ class SlowFp8:
         if option not in self.known:
             self.known[option] = self._run_small(option)
         ms_per_mac, overhead_ms, small = self.known[option]
-        ms = ms_per_mac * _linear_macs(calls)
+        (macs,) = largest_over_ranks([_linear_macs(calls)])  # an expert has tokens by the rank
+        ms = ms_per_mac * macs
         if ms <= WORTH_TIMING * fp32_ms:
             return None
         return Attempt(option, predicted_ms=ms + overhead_ms, kernels=small.kernels)

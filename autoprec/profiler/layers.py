@@ -29,7 +29,8 @@ from torch import nn
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
-from autoprec.device.ranks import check_all_failed
+from autoprec.device.rank_clock import own_clock
+from autoprec.device.ranks import check_all_failed, from_first_rank, gathered, largest_over_ranks
 from autoprec.device.timing import (
     UNWATCHED,
     Clock,
@@ -67,6 +68,7 @@ SUM_ERROR = 1.1  # generous on purpose: parts share work and add up to too much,
 # torch 2.13.0; 16 to 34 million of them), less for smaller ones: the interval goes both ways.
 EXTRAPOLATED = 2.0
 TOTAL = Stopping(samples=9, least=3, precision=0.02, budget_ms=30.0, rejections=3)
+CALLED_OTHERWISE = "ranks call it in different numbers, as those of experts"
 PART = Stopping(samples=5, least=2, precision=0.1, budget_ms=15.0, rejections=1)
 
 
@@ -99,6 +101,7 @@ class LayerMeter:
         """Return a row for every option of the group; those `asked` for are run, however slow."""
         self.name = group.first.name
         reason = self.kept.why_ended(self.name, FP32)  # what would the others be compared with?
+        reason = reason or _unlike_calls(calls)
         if not calls or reason:  # what the step does not call has bytes but no time
             attempts = [Attempt(option, unknown=reason) for option in group.options]
             return [self._row(group, attempt, None, {}) for attempt in attempts]
@@ -152,7 +155,8 @@ class LayerMeter:
         """Return the rows of attempts; `others` are timed with them, for their neighbours' time."""
         candidates = [attempt.candidate for attempt in attempts if attempt.candidate]
         totals = self._sample_totals([*others, *attempts]) if candidates else {}
-        slow = far_slower_than_fp32({o: taken.timing().median_ms for o, taken in totals.items()})
+        medians = {option: taken.timing().median_ms for option, taken in totals.items()}
+        slow = from_first_rank(far_slower_than_fp32(medians))
         parts = self.time_parts([own for own in candidates if own.option not in slow])
         for option, own in parts.items():
             if self.compilation is not None and option.is_fp8:
@@ -229,7 +233,9 @@ class LayerMeter:
 
     def _time_fp8_parts(self, candidate: Candidate) -> dict[str, Timing]:
         """Time every operation of one run: by now the layer is warm, and FP8 has a dozen casts."""
-        parts = sum_parts(candidate.trace_step(self.clock))
+        # ranks may copy where others need not, by their numbers of tokens: sums alone are compared
+        own = sum_parts(candidate.trace_step(own_clock(self.clock)))
+        parts = dict(zip(own, largest_over_ranks(list(own.values())), strict=True))
         if not candidate.inputs:  # torchao multiplies all the same; the step does not need it
             del parts[Gemm.GRAD_INPUT]
         if not candidate.parameters:
@@ -297,6 +303,11 @@ def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function
     if any(between and option.is_fp8 for option, between in steps):
         return steps
     return {key: step for key, step in steps.items() if not key[1]}
+
+
+def _unlike_calls(calls: Sequence[Call]) -> str:
+    """Return why a layer is not timed where ranks would wait for each other's calls; else ""."""
+    return CALLED_OTHERWISE if len(set(gathered(len(calls)))) > 1 else ""
 
 
 def far_slower_than_fp32(total_ms: Mapping[Option, float]) -> set[Option]:
