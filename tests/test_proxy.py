@@ -285,6 +285,23 @@ def test_a_refuted_proof_is_the_models_and_ends_with_1(
     assert len(tried) == len({plan.digest for plan in tried})
 
 
+@pytest.mark.slow
+def test_a_fault_that_sets_in_late_is_refuted_by_the_proxys_training(tmp_path: Path) -> None:
+    run = autoprec.tune(
+        proxy_models.late_large,
+        proxy=proxy_models.late_small,
+        out=tmp_path,
+        loss_tolerance=0.001,
+        seeds="3:4",
+        **ON_H100,
+    )
+    proof = run.verification
+    assert proof is not None and proof.proxy is not None
+    (before,) = proof.refuted_plans
+    assert sum(o.is_fp8 for o in before) > sum(o.is_fp8 for o in run.plan.options)
+    assert proof.notes[0].startswith("on the proxy, a plan with ")
+
+
 def test_live_functions_are_a_proxy_too(tmp_path: Path) -> None:
     run = autoprec.tune(
         proxy_models.large, proxy=proxy_models.small, out=tmp_path, verify=False, **ON_H100

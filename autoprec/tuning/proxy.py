@@ -97,7 +97,8 @@ def _of_model(
     of_model: Mapping[tuple[Option, ...], tuple[Option, ...]],  # the proxy's -> the model's
 ) -> Verification:
     """Return the proxy's verification as that of the model's plan."""
-    verdict, notes = found.verdict, found.notes
+    verdict = found.verdict
+    notes = tuple(f"on the proxy, {note}" for note in found.notes)  # its layers, its counts
     if not facts.shows_enough and verdict is Verdict.VERIFIED:
         # what was tried is milder than what is claimed: no proof of it
         verdict = Verdict.INCONCLUSIVE
