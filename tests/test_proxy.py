@@ -296,7 +296,8 @@ def test_a_fault_that_sets_in_late_is_refuted_by_the_proxys_training(tmp_path: P
         **ON_H100,
     )
     proof = run.verification
-    assert proof is not None and proof.proxy is not None
+    assert proof is not None
+    assert proof.proxy is not None
     (before,) = proof.refuted_plans
     assert sum(o.is_fp8 for o in before) > sum(o.is_fp8 for o in run.plan.options)
     assert proof.notes[0].startswith("on the proxy, a plan with ")
