@@ -57,6 +57,8 @@ class Family:
 class LateOutlier(nn.Module):
     """A linear that from training step 55 on sees one token 2^24 times as large as the others."""
 
+    steps: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width, bias=False)

@@ -338,13 +338,27 @@ def test_a_sparse_graph_among_the_batch_is_multiplied_and_weighed() -> None:
     assert spec.batch_bytes == indices_and_values + x.nbytes
 
 
-def test_a_model_in_float64_is_refused_with_the_way_out() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_parameters_in_float64_are_refused_with_the_way_out(place: int) -> None:
+    def build_model() -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        model[place].double()
+        return model
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        assert isinstance(model, nn.Sequential)
+        for layer in model:
+            batch = layer(batch.to(next(layer.parameters()).dtype))
+        return batch.square().mean()
+
     functions = {
-        "build_model": lambda: nn.Linear(16, 16).double(),
-        "train_batches": lambda seed: iter(torch.ones(8, 4, 16).double()),
-        "loss_fn": lambda model, batch: F.mse_loss(model(batch), batch),
+        "build_model": build_model,
+        "train_batches": lambda seed: iter(torch.ones(8, 4, 16)),
+        "loss_fn": loss_fn,
     }
-    with pytest.raises(WorkloadError, match=r"are float64, .* return model.float\(\)"):
+    with pytest.raises(
+        WorkloadError, match=f"in float64, .* are {place}.weight, {place}.bias; make"
+    ):
         capture_model(Context(workload_from(functions), CPU))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import local_part, share, sum_over_ranks, world_size
@@ -260,11 +261,11 @@ class ObservedStep:
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
     """Return the spec of the model of a step."""
-    if {p.dtype for p in seen.model.parameters() if p.is_floating_point()} == {torch.float64}:
+    wide = [n for n, p in seen.model.named_parameters() if p.dtype is torch.float64]
+    if wide:
         raise WorkloadError(
-            "build_model() must return a model in FP32, BF16 or FP16, but all of its parameters "
-            "are float64, of which a plan's FP32 masters would be less; return model.float(), and "
-            "batches in FP32"
+            "parameters must be in FP32, BF16 or FP16, but in float64, of which a plan's FP32 "
+            f"masters would be less, are {first_and_more(wide)}; make them FP32, or buffers"
         )
     names: dict[int, str] = {}  # of parameters, where each came first
     layers = tuple(_layer_spec(name, seen, names=names) for name in seen.calls)
