@@ -185,7 +185,7 @@ def test_kept_layers_stay_as_they_were_asked_for(tables: tuple[Profile, Sensitiv
 
 
 def test_keeps_that_no_budget_allows_are_an_error(tables: tuple[Profile, Sensitivity]) -> None:
-    with pytest.raises(InfeasibleError, match=r"at most 0.0010 %.* precise plan has 0.1.*--keep"):
+    with pytest.raises(InfeasibleError, match=r"at most 0.0010 %.* has 0.1.* or drop a --keep$"):
         run(tables, budget=1e-5, keep=("blocks.0.qkv=fp8_o1:tensorwise",))
     meter = Meter(make_costs(*tables), lambda _: 1e3)
     with pytest.raises(InfeasibleError, match=r"the least of the \d+ plans measured is"):
@@ -200,6 +200,8 @@ def test_a_memory_limit_holds_for_every_plan_that_may_be_chosen(
     assert all(meter.costs.memory_bytes(plan) <= 20_000 for plan in meter.asked)
     assert all((p.memory_bytes or 0) <= 20_000 for p in (search.chosen, *search.ranked))
     assert search.ranked[-1].options != (FP32,) * 8  # 32 kB
+    with pytest.raises(InfeasibleError, match=r"raise --loss-tolerance or raise --memory$"):
+        run(tables, budget=1e-5, memory_bytes=20_000)
 
 
 # --- the budget ---------------------------------------------------------------------------------
@@ -416,6 +418,8 @@ def test_the_study_is_an_ordinary_optuna_study(
     assert min(t.values[0] * (1.0 + t.values[1]) for t in feasible) == min(
         t.time_to_loss_ms for t in search.trials if t.feasible
     )
+    # the unnamed list, by which optuna-dashboard tells infeasible trials
+    assert all(t.constraints["0"] == t.constraints["grad_error"] for t in feasible)
     measured = {point.grad_error_measured for point in search.measured_front}
     assert {trial.values[1] for trial in study.best_trials} <= measured
     assert sqlite3.connect(tmp_path / "study.db").execute("select count(*) from trials")

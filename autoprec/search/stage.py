@@ -284,8 +284,7 @@ def _infeasible(problem: Problem, budget: float) -> str:
     least = min(problem.costs.grad_error(plan) for plan in front(problem))
     return (
         f"a plan's gradient error must be at most {percent(budget)} for this loss tolerance, but "
-        f"with what is kept the most precise plan has {percent(least)}; raise --loss-tolerance "
-        "or drop a --keep"
+        f"the most precise plan that is left to choose has {percent(least)}; {_way_out(problem)}"
     )
 
 
@@ -294,5 +293,13 @@ def _all_over_budget(study: PlanStudy) -> str:
     return (
         f"a plan's joint gradient error must be at most {percent(study.budget)} for this loss "
         f"tolerance, but the least of the {len(study.known)} plans measured is "
-        f"{percent(least)}; raise --loss-tolerance or drop a --keep"
+        f"{percent(least)}; {_way_out(study.problem)}"
     )
+
+
+def _way_out(problem: Problem) -> str:
+    """Name the settings that leave out more precise plans."""
+    ways = ["raise --loss-tolerance"]
+    ways += ["raise --memory"] if problem.memory_bytes else []
+    ways += ["drop a --keep"] if problem.keeps.of_layer else []
+    return " or ".join(ways)

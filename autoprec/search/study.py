@@ -284,12 +284,12 @@ class PlanStudy:
     def _evaluate(self, trial: "optuna.Trial", options: Options, source: str) -> None:
         costs = self.problem.costs
         error, basis = self._joint_error(options)
-        # feasible where all are <= 0
         held = self._held(error)
-        trial.set_constraint("grad_error", held / self.budget - 1.0 if self.budget else held)
+        constraints = {"grad_error": held / self.budget - 1.0 if self.budget else held}
         memory_bytes = costs.memory_bytes(options)
         if limit := self.problem.memory_bytes:
-            trial.set_constraint("memory", memory_bytes / limit - 1.0)
+            constraints["memory"] = memory_bytes / limit - 1.0
+        self.claims.constrain(trial, constraints)
         note = _Note(
             plan=self._code(options),
             grad_error=error.mean,

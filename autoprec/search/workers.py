@@ -12,7 +12,7 @@ optimizer state and batches to the study, and of its packages; who has another i
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,6 +99,17 @@ class Claims:
             stopped.set()
             if beats.is_alive():
                 beats.join()
+
+    def constrain(self, trial: "optuna.Trial", constraints: Mapping[str, float]) -> None:
+        """Note a trial's constraints, which hold where they are <= 0.
+
+        optuna-dashboard (0.21) reads the unnamed list of Optuna before 5, so a file has both.
+        """
+        for name, value in constraints.items():
+            trial.set_constraint(name, value)
+        if self._database is not None:
+            unnamed = list(constraints.values())
+            self._database.set_trial_system_attr(trial._trial_id, "constraints", unnamed)
 
     def tell(
         self,
