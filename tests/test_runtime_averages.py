@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import (
+    SWALR,
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    update_bn,
+)
 
 import autoprec
 from autoprec.integrations.launch.patches import patched
@@ -150,6 +156,33 @@ def test_an_average_by_hand_is_of_the_masters(update: Any, *, is_older: bool) ->
         [value.to(p.dtype) for value, p in zip(found, average.parameters(), strict=True)],
         weights(average),
     )
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+@pytest.mark.parametrize("kind", ["avg_fn", "multi_avg_fn", "mean"])
+def test_an_averaged_model_is_of_the_masters_from_its_first_copy(
+    kind: str, *, is_older: bool
+) -> None:
+    """Torch copies the weights at first, and gives pairs of BF16 weights to an `avg_fn`."""
+    torch.manual_seed(0)
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # steps that BF16 would lose
+    made: dict[str, Any] = {"avg_fn": get_ema_avg_fn, "multi_avg_fn": get_ema_multi_avg_fn}
+    options = {kind: made[kind](0.99)} if kind in made else {}
+    average: Any = AveragedModel(model, **options) if is_older else None
+    autoprec.apply(plan_for(model), model, optimizer)
+    average = average or AveragedModel(model, **options)
+    expected: list[torch.Tensor] = []
+    for step in range(4):
+        train(model, optimizer, 1, first=step)
+        average.update_parameters(model)
+        expected = expected or exact(model)
+        torch._foreach_lerp_(expected, exact(model), 0.01 if options else 1 / (step + 1))
+    found = weights(average.module) if is_older else exact(average.module)
+    moved = max((a - b).abs().max() for a, b in zip(exact(model), expected, strict=True))
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 0.01 * moved
+    assert average.multi_avg_fn is options.get("multi_avg_fn")
 
 
 def test_an_average_in_bf16_is_said_to_lose_small_changes(caplog: pytest.LogCaptureFixture) -> None:

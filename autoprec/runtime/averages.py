@@ -3,8 +3,9 @@
 An average in FP32 that is older than the plan meets BF16 parameters, of which `lerp_` takes none;
 one that is a copy of a model with a plan is BF16 itself, where small changes are lost. So from the
 first plan on `torch._foreach_lerp_` (as torch.optim.swa_utils calls it) takes the masters of BF16
-parameters, and of what shares their storage, in their place; and `Tensor.lerp_` does in scripts
-that run with a plan (integrations/launch), until they end:
+parameters, and of what shares their storage, in their place, and so does the `avg_fn` of an
+`AveragedModel`; and `Tensor.lerp_` does in scripts that run with a plan (integrations/launch),
+until they end:
 
     a <- a + weight (m - a)      a the FP32 average, or the average's own master, then rounded
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from autoprec.runtime.masters import LIVE, Masters
 
@@ -39,6 +41,38 @@ def follow_averages() -> None:
         return _follow(original, self, tensors1, *args, **kwargs)
 
     torch._foreach_lerp_ = wrapper
+    updates = AveragedModel.update_parameters
+
+    @functools.wraps(updates)
+    def update_parameters(self: Any, model: nn.Module) -> None:
+        _update_average(updates, self, model)
+
+    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def _update_average(updates: Function, average: Any, model: nn.Module) -> None:
+    """Update an AveragedModel: an `avg_fn` and the first copy know no masters by themselves."""
+    pairs = zip(average.module.parameters(), model.parameters(), strict=False)  # as torch does
+    met = [pair for pair in pairs if _meets_bf16(*pair)]
+    is_first, own = bool(average.n_averaged == 0), average.multi_avg_fn
+    if met and own is None:
+        by_one = average.avg_fn and functools.partial(_average_each, average.avg_fn)
+        average.multi_avg_fn = by_one or get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+    try:
+        updates(average, model)
+    finally:
+        average.multi_avg_fn = own
+    if met and is_first:
+        _follow(torch._foreach_copy_, *map(list, zip(*met, strict=True)))
+
+
+def _average_each(own: Function, averages: Any, ends: Any, count: Tensor) -> None:
+    def call(averages: Sequence[Tensor], ends: Sequence[Tensor]) -> None:
+        for average, end in zip(averages, ends, strict=True):
+            average.copy_(own(average, end, count))
+
+    _follow(call, averages, ends)
 
 
 def around_lerp(original: Function, average: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -181,9 +181,8 @@ class Masters:
             store.is_idle_copy = False
             logger.warning(
                 "a copy of a model with a plan is not trained: if it is an average of weights "
-                "(EMA), let torch.optim.swa_utils.AveragedModel update it by a multi_avg_fn (not "
-                "an avg_fn), or make it of autoprec.master_view(model); other updates of its BF16 "
-                "weights lose small changes"
+                "(EMA), let torch.optim.swa_utils.AveragedModel update it, or make it of "
+                "autoprec.master_view(model); other updates of its BF16 weights lose small changes"
             )
 
     def refresh(self, model: nn.Module) -> None:
