@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
+from autoprec.device.ranks import world_size
 from autoprec.workload.functions import Workload, workload_from
 
 WIDTH, TOKENS, ROWS, CUT = 32, 16, 4, 8
@@ -78,6 +85,23 @@ def split_and_shard(model: nn.Module, mesh: Any) -> nn.Module:  # Any: as above
     for block in model.get_submodule("blocks").children():
         parallelize_module(block, mesh["tp"], plan)
     return shard_blocks(model, mesh["dp"])
+
+
+def split_tokens(model: nn.Module, mesh: Any) -> nn.Module:  # Any: as above
+    """Divide linears and vocabulary, and between the linears the tokens: sequence parallelism."""
+    plan = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "blocks.*.norm": SequenceParallel(),
+        "blocks.*.up": ColwiseParallel(input_layouts=Shard(1)),
+        "blocks.*.down": RowwiseParallel(output_layouts=Shard(1)),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def all_tp(device_type: str) -> Any:  # Any: as above
+    """Return a mesh of all ranks for tensor parallelism."""
+    return init_device_mesh(device_type, (world_size(),), mesh_dim_names=("tp",))
 
 
 def two_by_two(device_type: str) -> Any:  # Any: as above

@@ -15,7 +15,8 @@ from autoprec.device.ranks import rank, world_size
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.parallel import parallel_workload
-from autoprec.records import BF16_O2, ModelSpec, Recipe, fp8_option
+from autoprec.profiler import profile_model
+from autoprec.records import BF16_O2, FP32, GemmShape, ModelSpec, Profile, Recipe, fp8_option
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import Reference, prepare_reference
@@ -31,8 +32,10 @@ from tests.rank_workloads import (
     TOKENS,
     WIDTH,
     Decoder,
+    all_tp,
     shard_blocks,
     split_and_shard,
+    split_tokens,
     train_batches,
     two_by_two,
     workload,
@@ -201,10 +204,19 @@ class _Routed(nn.Module):
         return out
 
 
+def _longer_on_others(seed: int, rank: int, world_size: int) -> Iterator[Tensor]:
+    """Yield 32 tokens, and on all ranks but the first 40 in every other batch."""
+    del seed, world_size
+    while True:
+        yield torch.ones(32, 16)
+        yield torch.ones(40 if rank else 32, 16)
+
+
 def _tune_routed(folder: Path) -> None:
     functions = {
         "build_model": _Routed,
-        "train_batches": lambda seed: iter(torch.ones(64, 32, 16)),
+        "train_batches": _longer_on_others,
+        "eval_batches": lambda: [torch.ones(32, 16)],
         "loss_fn": lambda model, batch: model(batch).float().square().mean(),
     }
     run = autoprec.tune(functions, out=folder / "out", trials=0, verify=False)
@@ -215,3 +227,20 @@ def _tune_routed(folder: Path) -> None:
 def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_path: Path) -> None:
     run_ranks(_tune_routed, tmp_path, ranks=2)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+def _profile_split_tokens(folder: Path) -> None:
+    given = workload(parallelize=split_tokens, build_mesh=all_tp)
+    context = Context(parallel_workload(given, CPU), CPU, SEED)
+    options = (FP32, BF16_O2, fp8_option(Recipe.TENSORWISE))
+    profile = profile_model(context, capture_model(context), options=options)
+    (folder / f"{rank()}").write_text(profile.model_dump_json())
+
+
+def test_a_divided_vocabulary_and_divided_tokens_are_timed_and_trained(tmp_path: Path) -> None:
+    run_ranks(_profile_split_tokens, tmp_path, ranks=2)
+    profile = Profile.model_validate_json((tmp_path / "0").read_text())
+    assert not [(row.names, row.infeasible) for row in profile.layers if row.infeasible]
+    gemms = {layer.name: layer.gemm for layer in profile.model.layers}
+    assert gemms["blocks.0.down"] == GemmShape(M=ROWS * CUT, K=WIDTH, N=WIDTH)
+    assert {"fp32", "bf16_o2"} <= {step.label for step in profile.steps}

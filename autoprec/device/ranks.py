@@ -133,8 +133,12 @@ def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that may be a DTensor, of a sparse one the values."""
     if tensor.is_sparse:
         return tensor.coalesce().values()
-    part: Tensor = tensor.to_local() if isinstance(tensor, sharded_tensor()) else tensor
-    return part
+    if not isinstance(tensor, sharded_tensor()):
+        return tensor
+    placed: Any = tensor  # Any: a DTensor, whose class may not be imported
+    part = placed.to_local()
+    arrived: Tensor = part.wait() if hasattr(part, "wait") else part  # from other ranks
+    return arrived
 
 
 def share(tensor: Tensor) -> float:

@@ -7,10 +7,11 @@ uncovered.
 """
 
 import hashlib
+import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +22,14 @@ from torch.utils._pytree import tree_leaves
 from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept
-from autoprec.device.ranks import local_part, share, sum_over_ranks, world_size
+from autoprec.device.ranks import (
+    gathered,
+    largest_over_ranks,
+    local_part,
+    share,
+    sum_over_ranks,
+    world_size,
+)
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import (
@@ -101,6 +109,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
             second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
+    found = gathered((workload.part.rank, mix, {n: _all_tokens(own) for n, own in calls.items()}))
     optimizer = workload.build_optimizer(model)
     # makes its state, whose size is asked for; hooks of its own at gradients see a backward
     Training(workload, model, optimizer).step(batches[:1])
@@ -117,10 +126,11 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         has_randomness=first.used_randomness,
         is_deterministic=not differ,
         loss=first.loss,
+        tokens=[tokens for _, _, tokens in found],
     )
     more = {
         "as_written": said_written(workload),
-        "mix": mix,
+        "mix": _mix_of_all({rank: mix for rank, mix, _ in found}.values()),
         "batch_bytes": sum(
             part.nbytes for tensor in tensors_in(batches[0]) for part in plain_parts(tensor)
         ),
@@ -223,13 +233,16 @@ def scan_shapes(
 ) -> tuple[BatchMix, ...]:
     """Run forward on batches whose shapes differ from the first's, such as a short last one.
 
+    Where ranks have other shapes each runs it as often as the one that has most of them.
+
     Returns:
         How many of the batches have which largest M of a linear, the first's first; none where all
         have the first's shapes.
     """
     shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
     counts = Counter(shapes)
-    if len(counts) == 1:
+    runs = int(largest_over_ranks([len(counts)])[0])
+    if runs == 1:
         return ()
     mix: Counter[int] = Counter()
     for shape, count in counts.items():
@@ -237,7 +250,18 @@ def scan_shapes(
             forward(batches[shapes.index(shape)])
         linears = (c for name, c in calls.items() if isinstance(layers.modules[name], nn.Linear))
         mix[max((m for found in linears for m in _all_tokens(found)), default=0)] += count
+    for _ in range(runs - len(counts)):
+        with torch.no_grad():
+            forward(batches[0])
     return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in mix.items())
+
+
+def _mix_of_all(mixes: Iterable[Sequence[BatchMix]]) -> tuple[BatchMix, ...]:
+    """Return the mix of the batches of all ranks that have their own; none where all are alike."""
+    total: Counter[int] = Counter()
+    for each in itertools.chain.from_iterable(mixes):
+        total[each.tokens] += each.batches
+    return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in total.items())
 
 
 @dataclass(frozen=True)
@@ -257,6 +281,7 @@ class ObservedStep:
     loss: float | None = None  # None where nothing was computed
     saved: Saved | None = None  # what autograd kept for backward
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
+    tokens: Sequence[Mapping[str, Sequence[int]]] = ()  # each rank's every M of its layers
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -299,6 +324,8 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     for call in in_step:
         counts[_inputs(call)] += call.count
     tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
+    if tokens:
+        tokens = sorted({*tokens, *(m for of_rank in seen.tokens for m in of_rank.get(name, ()))})
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
         K, N = computed_features(seen.model, layer)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from autoprec.device.ranks import local_part, placed_like, sharded_tensor
 from autoprec.errors import WorkloadError
@@ -116,11 +117,25 @@ def local_copy(
     copied = _plain_copy(layer, memo)
     for module in gathering:
         module.reshard()
-    if isinstance(copied, nn.Linear) and not placed:
-        copied.out_features, copied.in_features = copied.weight.shape
-        if split.axis == "K" and copied.bias is not None:  # as DTensor makes it a partial sum
-            copied.bias.data.div_(split.mesh.size())
+    if not placed:
+        _fit_parts(copied, split)
     return copied, split
+
+
+def _fit_parts(layer: nn.Module, split: Split) -> None:
+    """Make a layer's other attributes fit the part of its weights that it has."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+        if split.axis == "K" and layer.bias is not None:  # as DTensor makes it a partial sum
+            layer.bias.data.div_(split.mesh.size())
+    elif isinstance(layer, nn.Embedding) and len(layer.weight) < layer.num_embeddings:
+        layer.num_embeddings, layer.padding_idx = len(layer.weight), None
+        layer.register_forward_pre_hook(_own_rows, with_kwargs=True)
+
+
+def _own_rows(part: nn.Embedding, args: Any, kwargs: Any) -> Any:  # Any: whatever it is called with
+    """Return the call with row numbers of the whole table as such of this rank's part."""
+    return tree_map_only(Tensor, lambda rows: rows % part.num_embeddings, (args, kwargs))
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -78,8 +78,9 @@ def recorded_calls(
     """Record the calls of layers while the context is open, by layer name.
 
     `merged` keeps only the first of calls with equal shapes, with their number. A `watch` that is
-    entered around the step tells what is beside each call. `placed` records divided layers inside
-    the hooks of tensor parallelism, gradients as DTensors. `arrived` is called when a gradient has.
+    entered around the step tells what is beside each call. Divided layers are recorded inside the
+    hooks of tensor parallelism, with `placed` gradients as DTensors. `arrived` is called when a
+    gradient has.
     """
     recorders = {
         name: _Recorder(keep, gradients, merged=merged, watch=watch, placed=placed, arrived=arrived)
@@ -87,7 +88,7 @@ def recorded_calls(
     }
     handles = [
         layer.register_forward_hook(
-            recorders[name].after_forward, with_kwargs=True, prepend=placed and is_divided(layer)
+            recorders[name].after_forward, with_kwargs=True, prepend=is_divided(layer)
         )
         for name, layer in layers.items()
     ]
@@ -136,15 +137,16 @@ class _Recorder:
             args, kwargs, output = tree_map_only(Tensor, _untransformed, (args, kwargs, output))
         kept_args, kept_kwargs = _kept(self._keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad, in_backward=is_in_backward)
-        call.output_elements = sum(tensor.numel() for tensor in output_tensors(output))
+        call.output_elements = sum(local_part(each).numel() for each in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
         if is_transformed:
             call.obstacle = IN_TRANSFORM
         if self._known is not None:
             self._known[key] = call
         self.calls.append(call)
-        if self._neighbours is not None and isinstance(output, Tensor) and args:
-            call.surroundings = self._neighbours.surround(args[0], output)
+        is_plain = isinstance(output, Tensor) and bool(args) and isinstance(args[0], Tensor)
+        if self._neighbours is not None and is_plain:
+            call.surroundings = self._neighbours.surround(local_part(args[0]), local_part(output))
         if with_grad and not call.obstacle:
             self._watch(call, output)
 

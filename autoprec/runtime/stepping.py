@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoprec.device.ranks import local_part, placed_like, sharded_tensor
+from autoprec.device.ranks import local_part, placed_as, placed_like, sharded_tensor
 from autoprec.runtime.masters import Masters
 
 CHUNK_BYTES = 2**28  # of FP32 gradients; an H100 steps through them in half a millisecond
@@ -80,7 +80,7 @@ class Chunk:
                 continue
             if master.grad is not self.views[place]:
                 master.grad = self.views[place]
-            sources.append(gradient)
+            sources.append(placed_as(self.views[place], gradient))
             targets.append(self.targets[place])
         if sources:
             torch._foreach_copy_(targets, _locals(sources))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autoprec.common.progress import NOW, report_nothing
 from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
+from autoprec.common.text import first_and_more
 from autoprec.device.memory import free_bytes
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.ranks import (
@@ -228,7 +229,7 @@ class Reference:
             held = None if index in self.gradients else gradient  # read after each pass
             del gradient
             for count, (key, installed) in enumerate(settings.items()):
-                NOW.measures = " in ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+                NOW.measures = _shown(key)
                 progress(stage, index * len(settings) + count, total)
                 with fast_gemms(), casts_in_parts(), installed():
                     squared[key].append(self.squared_error(index, held))
@@ -258,6 +259,14 @@ class Reference:
             return ()
         found = self.measure_joint(options, batches=len(self.batches))
         return (StepError(step=step, grad_error=found),)
+
+
+def _shown(key: object) -> str:
+    """Return in words what is measured: `head in fp32`, and how many more with it."""
+    if not isinstance(key, tuple):
+        return str(key)
+    is_group = isinstance(key[0], tuple)
+    return first_and_more(map(_shown, key), most=1) if is_group else " in ".join(map(str, key))
 
 
 def _frozen_state(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
