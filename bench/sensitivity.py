@@ -13,6 +13,7 @@ depth-free table's includes warming up and all else that `measure_sensitivity` d
 import argparse
 import importlib
 import random
+import re
 import statistics
 import sys
 import time
@@ -147,8 +148,10 @@ def show_family(name: str, *, batches: int) -> None:
         ratios_to(exact, rows, is_fp8=is_fp8)
         for rows, is_fp8 in ((probed, True), (found.rows, True), (found.rows, False))
     ]
-    measured: object = sum("one by one" in note and note.count(",") + 1 for note in found.notes)
-    measured = "all" if found.method == Method.LAYERWISE else measured
+    of_rows = [note for note in found.notes if "one by one" in note]
+    more = [int(count) for note in of_rows for count in re.findall(r"and (\d+) more", note)]
+    named = sum(note.count(",") + 1 for note in of_rows)
+    measured = "all" if found.method == Method.LAYERWISE else str(named + sum(more))
     sums = [(j.predicted_grad_error - j.overlap) / j.grad_error.mean for j in found.joint]
     print(
         f"| {name} | {len(cells)} | "

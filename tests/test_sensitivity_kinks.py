@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import BF16_O2, Estimate, LayerSensitivity, Recipe, fp8_option
+from autoprec.records import (
+    BF16_O2,
+    Estimate,
+    Gemm,
+    LayerSensitivity,
+    Operand,
+    Recipe,
+    fp8_option,
+)
 from autoprec.sensitivity import tables
 from autoprec.sensitivity.check import bf16_within, check_table
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
-from autoprec.sensitivity.local import BF16_OUTPUT, list_cells
+from autoprec.sensitivity.local import BF16_OUTPUT, Component, list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import (
@@ -91,6 +99,25 @@ def test_a_smooth_layer_is_left_as_it_is_and_a_kink_counts_by_what_is_behind_it(
     found = steps.correction([keys[0]], 16.0)
     assert found == pytest.approx((4.0 + 2.0 * (3.0 * 12.0) ** 0.5) / 16.0)
     assert [steps.correction([key], 4.0) for key in keys[1:]] == [1.0, 1.0]
+
+
+def test_all_casts_of_a_layer_tell_together_which_part_of_their_squares_kinks_are() -> None:
+    x, weight, other = (
+        ("layer", Component(gemm, operand))
+        for gemm, operand in (
+            (Gemm.OUTPUT, Operand.INPUT),
+            (Gemm.OUTPUT, Operand.WEIGHT),
+            (Gemm.GRAD_INPUT, Operand.WEIGHT),
+        )
+    )
+    changes = [(49.0, 13.0)]
+    for fine in (13.0, 4.4):  # 9 of 8 more in all, or 0.4 of 8: less than what makes a kink
+        products = {x: (fine, 4.0), weight: (4.0, 4.0), other: (100.0, 100.0)}
+        steps = TwoSteps(4.0, products, changes, {"layer": 0})
+        part = (fine - 4.0) / 8.0 / 3.0
+        for key in (x, weight):
+            assert steps.added([key], 4.0) == pytest.approx((part * 4.0 * 12.0) ** 0.5)
+    assert replace(steps, changes=[(13.0, 13.0)]).added([x], 4.0) == 0.0  # a smooth network
 
 
 def routed() -> Reference:

@@ -27,10 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from autoprec.common.recipes import Gemm
 from autoprec.sensitivity.local import Component
 
-# A finer step shows as much more of a product's square where kinks are crossed; a smooth network's
-# differ by less, and its products are then left as they are.
+# A finer step shows as much more of a gradient's squared change where kinks are crossed; a smooth
+# network's differ by less, and its products are then left as they are.
 CROSSED = 1.2
 
 Key = tuple[str, Component]  # a layer's name and one source of its error
@@ -74,9 +75,8 @@ class TwoSteps:
 
     def added(self, keys: Sequence[Key], square: float) -> float:
         """Return F of one layer's errors of output: what kinks add to d'Pd."""
-        fine, own = self._pair(keys)
-        part = self._crossed(fine, own) / own if own > 0.0 else 0.0
-        return math.sqrt(min(part, 1.0) * square * self._behind(keys[0][0]))
+        name = keys[0][0]
+        return math.sqrt(self._parts[name] * square * self._behind(name))
 
     def _pair(self, keys: Sequence[Key]) -> tuple[float, float]:
         pairs = [self.products[key] for key in keys]
@@ -99,8 +99,27 @@ class TwoSteps:
         fine, own = self._pair(keys)
         if own <= 0.0 or square <= 0.0:
             return None
-        crossed = self._crossed(fine, own)
-        return square * (max(own - crossed, 0.0) if crossed > 0.0 else fine) / own
+        part = self._parts[keys[0][0]]
+        return square * (1.0 - part if part > 0.0 else fine / own)
+
+    @cached_property
+    def _parts(self) -> dict[str, float]:
+        """The part that kinks are of the squares of each layer's errors of output.
+
+        A and B both grow as dy^2, so it is one for all casts, whose squares tell it together. Where
+        kinks are crossed at all, a little counts too: F is its root.
+        """
+        keys: dict[str, list[Key]] = {}
+        for key in self.products:
+            if key[1].gemm is Gemm.OUTPUT:
+                keys.setdefault(key[0], []).append(key)
+        pairs = {name: self._pair(own) for name, own in keys.items()}
+        return {
+            name: min(max(fine / own - 1.0, 0.0) / (self.ratio - 1.0), 1.0)
+            if own > 0.0 and self.are_kinked
+            else 0.0
+            for name, (fine, own) in pairs.items()
+        }
 
     def _behind(self, name: str) -> float:
         """Return W t of the kinks behind a layer."""
