@@ -12,10 +12,11 @@ from autoprec.records import (
     Estimate,
     JointMeasurement,
     Option,
+    ParameterSpec,
     Search,
     Sensitivity,
 )
-from autoprec.search import search_plan
+from autoprec.search import default_trials, search_plan
 from autoprec.search.correction import (
     Cells,
     Correction,
@@ -102,6 +103,44 @@ def test_the_joint_optimum_is_found_on_a_wrong_table() -> None:
         ratios.append(time_to_loss(search.chosen.options) / best)
     assert np.mean(ratios) <= 1.01
     assert max(ratios) <= 1.03
+
+
+def test_plans_that_no_table_foretells_are_looked_for_where_many_may_be_measured() -> None:
+    """Each plan's joint error is off by 25 %, in a way that no sum of layers explains."""
+    tables = tables_of(ROWS)
+    costs = make_costs(*tables)
+    random = np.random.default_rng(0)
+    errors = {p: costs.grad_error(p) * math.exp(0.25 * random.standard_normal()) for p in EVERY}
+    budget = 0.6 * costs.grad_error((TENSORWISE,) * 6)
+
+    def time_to_loss(plan: Options) -> float:
+        return costs.counted_ms(plan) * (1.0 + errors[plan])
+
+    few, many = (
+        search_plan(
+            *tables,
+            constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
+            evaluate=lambda options, _: Estimate(mean=errors[options]),
+            trials=trials,
+        )
+        for trials in (12, 36)
+    )
+    best = min(time_to_loss(plan) for plan in EVERY if errors[plan] <= budget)
+    assert len(few.trials) < len(many.trials) <= 36 + 3
+    assert time_to_loss(many.chosen.options) == pytest.approx(best)
+    assert time_to_loss(few.chosen.options) > 1.003 * best
+
+
+def test_more_plans_are_measured_by_default_where_a_pass_takes_next_to_no_time() -> None:
+    layers = tables_of(ROWS)[0].model.layers
+    assert default_trials(layers) == 12  # how much they compute is not known
+    weight = ParameterSpec(name="w", shape=(64, 64), dtype="float32", is_trainable=True)
+    for outputs, expected in ((64 * 256, 36), (64 * 16384, 12)):
+        known = {"output_elements": outputs, "parameters": (weight,)}
+        sized = [layer.model_copy(update=known) for layer in layers]
+        assert default_trials(sized) == expected
+    assert default_trials([sized[0].model_copy(update={"output_elements": 1})] * 6) == 36
+    assert default_trials([sized[0].model_copy(update={"output_elements": 1})] * 60) == 12
 
 
 def test_the_optimum_of_a_wrong_table_of_many_layers_is_neared() -> None:

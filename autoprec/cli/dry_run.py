@@ -13,6 +13,7 @@ from autoprec.records import LayerSpec
 from autoprec.report.formats import count_of
 from autoprec.report.layer_table import fold_names
 from autoprec.report.text_table import Line, Part, Table
+from autoprec.search import default_trials
 from autoprec.search.keep import resolve_keep
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
@@ -59,7 +60,8 @@ def _plans(settings: Settings, layers: Sequence[LayerSpec], *, fixed: int) -> It
     how = "measure" if settings.is_local else "predict"
     yield f"{count_of(len(layers), 'layer')}, {fixed} fixed by --keep; nothing was timed or written"
     yield f"profile: {how} {count_of(kinds, 'kind')} of layers on {settings.target}"
-    yield f"search: up to {count_of(settings.trials, 'plan')} beside the exact and uniform ones"
+    trials = default_trials(layers) if settings.trials is None else settings.trials
+    yield f"search: up to {count_of(trials, 'plan')} beside the exact and uniform ones"
     least, most = settings.seeds
     length = f"{settings.warmup_steps} + {settings.branch_steps} steps"
     proof = f"{least} to {most} seeds of {length}" if settings.verify else "none (--no-verify)"

@@ -10,7 +10,7 @@ from autoprec.common.text import percent, short_digest
 from autoprec.errors import InfeasibleError
 from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records.cost import Profile
-from autoprec.records.model import Basis
+from autoprec.records.model import Basis, LayerSpec
 from autoprec.records.plan import Constraint, FrontPoint, Search, SearchTrial
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside, telling
@@ -18,7 +18,7 @@ from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
 from autoprec.search.storage import open_study
-from autoprec.search.study import DEVIATIONS, Measure, PlanStudy, rank
+from autoprec.search.study import DEVIATIONS, FEW_TRIALS, Measure, PlanStudy, rank
 from autoprec.search.workers import Team
 from autoprec.sensitivity.gap import (
     CEILING,
@@ -31,6 +31,11 @@ HOLD_TRIES = 5
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
 MOST_RANKED = 3  # beside the uniform plans
 PASSES_PER_PLAN = 2  # of a joint measurement, where the step time here is not known
+# Plans that are measured at most by default, beside FEW_TRIALS of other models: 24 more take some
+# seconds of one core there, and searches stop before where none can win.
+TRIALS_OF_SMALL = 36
+SMALL = 2e8  # multiply-adds of the layers' forward passes
+CALL = 5e6  # what a call itself takes, in multiply-adds
 
 
 def search_plan(
@@ -39,7 +44,7 @@ def search_plan(
     *,
     constraint: Constraint,
     evaluate: Measure | None,
-    trials: int = 12,
+    trials: int | None = None,
     time_budget_s: float | None = None,
     seed: int = 0,
     storage: str | None = None,
@@ -54,15 +59,16 @@ def search_plan(
     their joint gradient error. The same tables, seed and fresh storage give the same plan.
 
     `evaluate` measures a whole plan's gradient error on so many batches; None: the sum of the parts
-    stands for it. Up to `trials` plans are measured beside the seeds, an earlier run's included,
-    and none is begun after `time_budget_s` seconds of `clock`, but to end a repair. `storage` is
-    the study's database URL, None for memory; a study of other tables is left alone. With a `team`
-    other processes are on the study too: what they evaluate counts.
+    stands for it. Up to `trials` plans (else `default_trials`) are measured beside the seeds, an
+    earlier run's included, and none is begun after `time_budget_s` seconds of `clock`, but to end a
+    repair. `storage` is the study's database URL, None for memory; a study of other tables is left
+    alone. With a `team` other processes are on the study too: what they evaluate counts.
 
     Raises:
         InfeasibleError: no plan satisfies the constraint.
         RecordError: a layer has no price, a keep matches nothing, the storage cannot be used.
     """
+    trials = default_trials(profile.model.layers) if trials is None else trials
     known = _solve_tables(profile, sensitivity, constraint, is_measured=bool(evaluate and trials))
     digest = known.digest(seed, evaluate is None)
     end_s = math.inf if time_budget_s is None else clock() + time_budget_s
@@ -77,6 +83,18 @@ def search_plan(
         raise InfeasibleError(_all_over_budget(study))
     notes = (*notes, *_ceiling_notes(sensitivity, known.budget))
     return _search_record(study, best, profile, known, interacting, notes)
+
+
+def default_trials(layers: Sequence[LayerSpec]) -> int:
+    """Return how many plans to measure beside the seeds: more where a pass takes no time."""
+    work = 0.0
+    for layer in layers:
+        if layer.output_elements is None and layer.calls:
+            return FEW_TRIALS  # how much it computes is not known
+        inputs = (p.numel / max(p.shape[0], 1) for p in layer.parameters if p.shape)
+        work += layer.calls_per_step * CALL
+        work += (layer.output_elements or 0) * max(inputs, default=0.0)
+    return TRIALS_OF_SMALL if work <= SMALL else FEW_TRIALS
 
 
 @dataclass(frozen=True)

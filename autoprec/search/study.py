@@ -46,7 +46,9 @@ BATCHES = 2  # of a joint measurement,
 MORE_BATCHES = 6  # and of one that decides
 LEAST_RELATIVE = 0.1  # of two batches that agree by chance; seen: 4 to 20 % of the error
 UNDECIDED = 2.0  # standard errors about the budget in which a plan is measured on more batches
-SURELY = 3.0  # deviations of an estimate below which a plan is not looked for
+SURELY = 3.0  # deviations of an estimate below which a plan is not looked for,
+MORE_SURELY = 6.0  # and with more than so many trials: estimates are too sure where layers interact
+FEW_TRIALS = 12
 NOTE = "autoprec"  # the trial's user attribute that holds a `_Note`
 DRAWN, FRONT = "drawn", "front"
 SEEDS = ("exact", "uniform", "checked")  # that every search evaluates; others count as trials
@@ -222,10 +224,11 @@ class PlanStudy:
     def gains(self, ms: Floats, errors: Floats, log_sd: float) -> Floats:
         """Return the expected gain of plans: 0 where one loses beyond its error.
 
-        That is with an error SURELY deviations below what it is taken to be. Where no plan is
-        feasible yet, what counts is the chance to be.
+        That is with an error SURELY or MORE_SURELY deviations below what it is taken to be. Where
+        no plan is feasible yet, what counts is the chance to be.
         """
-        low = errors * math.exp(-SURELY * log_sd)
+        deviations = SURELY if self.most <= FEW_TRIALS else MORE_SURELY
+        low = errors * math.exp(-deviations * log_sd)
         chance = ndtr(np.log(max(self.held_budget, 1e-300) / errors) / log_sd)
         best_ms = self.best.time_to_loss_ms if self.best else math.inf
         gain = np.maximum(best_ms - ms * (1.0 + errors), 1e-9 * best_ms) if self.best else 1.0 / ms

@@ -151,7 +151,12 @@ class Settings:
     gemms_hp: bool = setting(
         True, "Consider FP8 layers with some GEMMs in BF16.", (PROFILE, SENSITIVITY)
     )
-    trials: int = setting(12, "Optuna trials after the exact seeds.", (SEARCH,), min=0)
+    trials: int | None = setting(
+        None,
+        "Optuna trials after the exact seeds; default 12, of a small model 36.",
+        (SEARCH,),
+        min=0,
+    )
     time_budget: float | None = setting(
         None,
         "Time limit of the search, e.g. 20m, 90s or 1h.",
