@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import autoprec
 from autoprec.errors import AutoprecError, SettingsError
@@ -59,6 +60,17 @@ def _mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> dict[str, Any]:  # 
     return {"build_mesh": lambda device: init_device_mesh(device, sizes, mesh_dim_names=names)}
 
 
+def _tied() -> nn.Module:
+    model = Decoder()
+    model.head.weight = model.embed.weight
+    return model
+
+
+def _divide_tied(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
 def _unseeded() -> nn.Module:
     torch.manual_seed(dist.get_rank())
     return Decoder()
@@ -74,6 +86,11 @@ CASES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {  # Any: function
         {"parallelize": _other_model},
         "parallelize(model, mesh) must return the model that it was given, but 16 parameters "
         "differ, among them 'embed.weight' ([16, 32] before, absent after)",
+    ),
+    "ties lost": (
+        {"build_model": _tied, "parallelize": _divide_tied, **_mesh((2,), ("tp",))},
+        "differ, among them 'head.weight' (absent before, [16, 32] after); parallelize_module "
+        "divides tied weights apart: set head.weight to the other one again",
     ),
     "layers left": (
         {"parallelize": _only_blocks},

@@ -163,12 +163,18 @@ def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]])
     """Refuse a `parallelize` that gave another model."""
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if differ:
-        name = differ[0]
+        name = one_line(differ[0])
+        way = (
+            "shard it in place, with fully_shard or parallelize_module, and end with `return model`"
+        )
+        if not before.keys() & set(differ):  # it was another name of a parameter that is tied
+            way = (
+                f"parallelize_module divides tied weights apart: set {name} to the other one again"
+            )
         raise WorkloadError(
             "parallelize(model, mesh) must return the model that it was given, but "
-            f"{len(differ)} parameters differ, among them {one_line(name)!r} "
-            f"({_shape_text(before, name)} before, {_shape_text(after, name)} after); shard it in "
-            "place, with fully_shard or parallelize_module, and end with `return model`"
+            f"{len(differ)} parameters differ, among them {name!r} "
+            f"({_shape_text(before, differ[0])} before, {_shape_text(after, differ[0])} after); {way}"
         )
 
 
