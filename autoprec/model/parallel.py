@@ -174,7 +174,8 @@ def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]])
         raise WorkloadError(
             "parallelize(model, mesh) must return the model that it was given, but "
             f"{len(differ)} parameters differ, among them {name!r} "
-            f"({_shape_text(before, differ[0])} before, {_shape_text(after, differ[0])} after); {way}"
+            f"({_shape_text(before, differ[0])} before, {_shape_text(after, differ[0])} after); "
+            f"{way}"
         )
 
 
