@@ -11,11 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from autoprec.device.random_state import seed_generators
 from tests.examples import MORE
 from tests.ranks import every_recipe
 
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS"):
     os.environ.pop(name, None)  # a terminal has none of them, a runner of CI has some
+
+FORKS = {"run_ranks", "start_ranks", "exit_code_of"}  # a file that has one of them from tests.ranks
 
 # What a newcomer and CI run is the same every time; `make test-random` looks for more, for long.
 # Nothing depends on how busy the machine is: no deadline, no check for slow examples.
@@ -33,12 +36,17 @@ settings.register_profile(
 settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the files that start ranks to one worker, the first: their server imports once then."""
+    items.sort(key=lambda item: FORKS.isdisjoint(vars(item.module)))  # type: ignore[attr-defined]  # of a function
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Run alone on a core: two busy OpenMP threads on two busy cores wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    seed_generators(0)
     yield
     torch.set_num_threads(threads)
 

@@ -398,10 +398,10 @@ class SparseAndDouble(nn.Module):
             nn.EmbeddingBag(64, 32, mode="mean", sparse=True),
             nn.Linear(32, 32),
         )
-        self.head = nn.Linear(32, 16).double()
+        self.head = nn.Linear(32, 16)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(F.gelu(self.inner(self.table(ids))).double())
+        logits: torch.Tensor = self.head(F.gelu(self.inner(self.table(ids)))).double()
         return F.cross_entropy(logits, ids.sum(1) % 16)
 
 

@@ -12,6 +12,18 @@ from contextlib import contextmanager
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch's global generators, as `torch.manual_seed` does.
+
+    Without an accelerator that keeps three printed stacks of calls, for CUDA, MTIA and XPU if they
+    ever start: 1 to 4 ms (torch 2.13), as much as a step of a small model.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put the global generators of torch (CPU and CUDA), numpy and `random` back at the end.

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
-from autoprec.device.random_state import random_state_kept
+from autoprec.device.random_state import random_state_kept, seed_generators
 from autoprec.device.ranks import (
     gathered,
     largest_over_ranks,
@@ -170,7 +170,7 @@ class StepResult:
 def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     """Run forward and backward of one batch with seeded generators; gradients stay on the model."""
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(context.seed)
+    seed_generators(context.seed)
     before = _generator_states()
     loss = context.workload.loss_fn(model, batch)
     after = _generator_states()

@@ -24,7 +24,7 @@ from autoprec.common.progress import NOW, report_nothing
 from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
 from autoprec.common.text import first_and_more
 from autoprec.device.memory import free_bytes
-from autoprec.device.random_state import random_state_kept
+from autoprec.device.random_state import random_state_kept, seed_generators
 from autoprec.device.ranks import (
     largest_over_ranks,
     local_part,
@@ -404,7 +404,7 @@ def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators inside, and restore them on leaving."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        seed_generators(seed)
         yield
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from autoprec.device.memory import is_out_of_memory
+from autoprec.device.random_state import seed_generators
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
 from autoprec.sensitivity.parked import Parked
@@ -108,7 +109,7 @@ def replay(
     exact_outputs = None if exact is None else exact.outputs
     exact_gradients = None if exact is None else exact.input_gradients
     for number, call in enumerate(calls):
-        torch.manual_seed(seed + number)
+        seed_generators(seed + number)
         # leaves of their own graph; floating ones always get a gradient
         args, kwargs = tree_map_only(
             Tensor,

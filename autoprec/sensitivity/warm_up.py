@@ -9,8 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from autoprec.device.random_state import seed_generators
 from autoprec.device.ranks import world_size
 from autoprec.model.context import Context
 from autoprec.records.sensitivity import StepError
@@ -99,7 +98,7 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch's generators for a step of a training, so that it draws the same in any other."""
-    torch.manual_seed((seed * SEED_STRIDE + step) % 2**63)
+    seed_generators((seed * SEED_STRIDE + step) % 2**63)
 
 
 def warm_up(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from autoprec.device.random_state import seed_generators
 from autoprec.device.ranks import sum_over_ranks, world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
@@ -39,7 +40,7 @@ def measure_metrics(context: Context, model: nn.Module, *, seed: int) -> dict[st
 
     Every generator that the user's code may draw from is seeded alike for every branch.
     """
-    torch.manual_seed(seed)
+    seed_generators(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         np.random.seed(seed % 2**32)
