@@ -38,12 +38,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, two blocks, and a head."""
+    """Embedding, two blocks or as many as given, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.head = nn.Linear(WIDTH, TOKENS, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -52,6 +52,11 @@ class Decoder(nn.Module):
             x = block(x)
         logits: Tensor = self.head(x)
         return logits
+
+
+def shallow() -> Decoder:
+    """Return a decoder of one block, for where depth changes nothing."""
+    return Decoder(depth=1)
 
 
 def train_batches(seed: int) -> Iterator[Tensor]:

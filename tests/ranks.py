@@ -20,6 +20,10 @@ PRELOADED = (
     *("torchao.float8", "hypothesis", "pytest", "autoprec", "autoprec.verification"),
     *("autoprec.cli.main", "autoprec.profiler", "autoprec.tuning.run"),
     *("tests.rank_workloads", "tests.plans", "tests.runtime_training"),
+    # what a first compilation imports, a search and a report
+    *("torch._inductor.compile_fx", "torch._dynamo.backends.debugging", "functorch.compile"),
+    *("networkx", "fsspec", "torch.profiler", "autoprec.report", "autoprec.search"),
+    *("optuna.storages._rdb.models", "alembic.command", "pandas"),
 )
 
 

@@ -34,7 +34,7 @@ from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_ba
 from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
 from autoprec.sensitivity.tables import make_rows
 from autoprec.workload.functions import Workload
-from tests.rank_workloads import shard_blocks, workload, workload_of
+from tests.rank_workloads import shallow, shard_blocks, workload, workload_of
 from tests.ranks import run_ranks
 
 RANKS = 2
@@ -97,6 +97,17 @@ def _muon(model: nn.Module) -> torch.optim.Optimizer:
 BY_MATRIX = {"adafactor": _adafactor, "muon": _muon}  # whose P of an element depends on the others
 
 
+ONE_BLOCK: dict[str, Callable[..., Any]] = {"build_model": shallow, "build_optimizer": _sgd}
+
+
+def _plain(**more: Callable[..., Any]) -> Workload:
+    return workload(**ONE_BLOCK | more)
+
+
+def _joined(ranks: int, **more: Callable[..., Any]) -> Workload:
+    return workload_of(ranks, **ONE_BLOCK | more)
+
+
 def _measured(given: Workload, *, batches: int = 2) -> tuple[Reference, list[Cell]]:
     context = Context(parallel_workload(given, CPU), CPU, 3)
     spec = capture_model(context)
@@ -135,8 +146,9 @@ def _by_gemm(probes: list[BatchProbe], name: str, option: Option) -> dict[Gemm, 
     return found | {Gemm.GRAD_WEIGHT: ratio_estimate(staying, scale)}
 
 
-def _rows(given: Workload) -> list[tuple[LayerSensitivity, dict[Gemm, Estimate]]]:
-    reference, cells = _measured(given, batches=4)
+def _rows(
+    reference: Reference, cells: list[Cell]
+) -> list[tuple[LayerSensitivity, dict[Gemm, Estimate]]]:
     probes = probe_batches(reference, cells, probes=1)
     parts = [_by_gemm(probes, *cell) for cell in cells]
     return list(zip(make_rows(probes, cells), parts, strict=True))
@@ -144,24 +156,23 @@ def _rows(given: Workload) -> list[tuple[LayerSensitivity, dict[Gemm, Estimate]]
 
 def _rows_or_refusal(given: Workload) -> list[LayerSensitivity] | str:
     try:
-        return [row for row, _ in _rows(given)]
+        return [row for row, _ in _rows(*_measured(given, batches=4))]
     except WorkloadError as error:
         return str(error)
 
 
-def _effect(given: Workload) -> list[float]:
+def _effect(reference: Reference) -> list[float]:
     """Return what a batch of all ranks has in common with others: of the error, the gradient."""
-    reference, _ = _measured(given, batches=4)
-    options = {**reference.spec.bf16_options, **dict.fromkeys((*UP, *DOWN), OPTIONS[1])}
+    options = {**reference.spec.bf16_options, **dict.fromkeys((UP[0], DOWN[0]), OPTIONS[1])}
     found = measure_batch_effect(reference, options, tokens=10**4)
     parts = (found.systematic, found.gradient)
     return [found.batch_tokens, *(x for e in parts for x in (e.mean, e.stderr or 0.0))]
 
 
-def _rows_of_a_full_rank() -> tuple[int, list[LayerSensitivity]]:
+def _rows_of_a_full_rank(
+    reference: Reference, cells: list[Cell]
+) -> tuple[int, list[LayerSensitivity]]:
     """Return groups and rows where rank 1 has memory for a few layers at a time."""
-    given = workload(build_optimizer=_sgd, **OWN_BATCHES["fsdp"])
-    reference, cells = _measured(given, batches=4)
     limit = room.MARGIN * probing_bytes(reference.spec, groups=3)
     reference.groups = 1
     with mock.patch.object(room, "can_take", lambda _, size: rank() == 0 or size <= limit):
@@ -174,20 +185,22 @@ def _measure(folder: Path) -> None:
         way: _numbers(workload(parallelize=split, build_mesh=_mesh, build_optimizer=_sgd))
         for way, split in WAYS.items()
     }
+    tp: dict[str, Callable[..., Any]] = {"parallelize": _split, "build_mesh": _mesh}
+    shallow = {
+        name: _measured(_plain(**way), batches=4) for name, way in {"tp": tp, **OWN_BATCHES}.items()
+    }
     own = {
         name: [
             (row.model_dump_json(), {gemm: part.model_dump_json() for gemm, part in parts.items()})
-            for row, parts in _rows(workload(build_optimizer=_sgd, **way))
+            for row, parts in _rows(*shallow[name])
         ]
-        for name, way in OWN_BATCHES.items()
+        for name in OWN_BATCHES
     }
-    groups, rows = _rows_of_a_full_rank()
+    effects = {name: _effect(reference) for name, (reference, _) in shallow.items()}
+    groups, rows = _rows_of_a_full_rank(*shallow["fsdp"])
     full = [groups, [row.model_dump_json() for row in rows]]
-    tp: dict[str, Callable[..., Any]] = {"parallelize": _split, "build_mesh": _mesh}
-    ways = {"tp": tp, **OWN_BATCHES}
-    effects = {name: _effect(workload(build_optimizer=_sgd, **way)) for name, way in ways.items()}
     by_matrix = {
-        f"{name} {way}": _rows_or_refusal(workload(build_optimizer=make, **given))
+        f"{name} {way}": _rows_or_refusal(_plain(build_optimizer=make, **given))
         for name, make in BY_MATRIX.items()
         for way, given in OWN_BATCHES.items()
     }
@@ -219,7 +232,7 @@ def test_divided_layers_are_probed_as_whole_ones(measured: list[Any]) -> None:
 
 def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list[Any]) -> None:
     """Two ranks' gradients are twice as large each, which rounds alike; their scales are theirs."""
-    expected = _rows(workload_of(RANKS, build_optimizer=_sgd))
+    expected = _rows(*_measured(_joined(RANKS), batches=4))
     for way in OWN_BATCHES:
         for (text, parts), (whole, own) in zip(measured[1][way], expected, strict=True):
             row = LayerSensitivity.model_validate_json(text)
@@ -236,7 +249,8 @@ def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured:
     assert "torch's DTensor refused what Adafactor does" in refused
     assert "\n" not in refused
     for key, rows in found.items():
-        expected = _rows(workload_of(RANKS, build_optimizer=BY_MATRIX[key.split()[0]]))
+        make = BY_MATRIX[key.split()[0]]
+        expected = _rows(*_measured(_joined(RANKS, build_optimizer=make), batches=4))
         for row, (whole, _) in zip(
             map(LayerSensitivity.model_validate_json, rows), expected, strict=True
         ):
@@ -247,7 +261,7 @@ def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured:
 def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:
     for way, ranks in (("tp", 1), ("ddp", RANKS), ("fsdp", RANKS)):
         tokens, *shares = measured[3][way]
-        expected = _effect(workload_of(ranks, build_optimizer=_sgd))
+        expected = _effect(_measured(_joined(ranks), batches=4)[0])
         assert tokens == expected[0]
         assert shares[2:] == pytest.approx(expected[3:], rel=1e-2), way  # the gradient's
         # the error's: rounded alone, two gradients of half the tokens have another

@@ -31,8 +31,8 @@ from tests.rank_workloads import (
     ROWS,
     TOKENS,
     WIDTH,
-    Decoder,
     all_tp,
+    shallow,
     shard_blocks,
     split_and_shard,
     split_tokens,
@@ -55,6 +55,7 @@ WAYS: dict[int, dict[str, Way]] = {  # by the number of ranks
         "fsdp x tp": {"parallelize": split_and_shard, "build_mesh": two_by_two},
     },
 }
+SHALLOW: Way = {"build_model": shallow}
 MEASURED = ("ddp", "fsdp", "fsdp x tp")  # ways whose sensitivity is compared
 
 
@@ -112,9 +113,11 @@ def _reference(context: Context, spec: ModelSpec) -> Reference:
 def _measure(folder: Path) -> None:
     """Write this rank's numbers, with batches of its own and with those of all."""
     ways = WAYS[world_size()]
-    own = {name: _losses(workload(**way), folder / name) for name, way in ways.items()}
+    own = {name: _losses(workload(**SHALLOW, **way), folder / name) for name, way in ways.items()}
     same = {
-        name: _numbers(workload(train_batches=_same_batches, **way), measured=name in MEASURED)
+        name: _numbers(
+            workload(**SHALLOW, train_batches=_same_batches, **way), measured=name in MEASURED
+        )
         for name, way in ways.items()
     }
     if world_size() == 2:  # running statistics differ by rank, and a finished warm-up is read again
@@ -123,7 +126,7 @@ def _measure(folder: Path) -> None:
 
 
 def _normed() -> nn.Module:
-    model = Decoder()
+    model = shallow()
     model.head = nn.Sequential(nn.BatchNorm1d(CUT), model.head)  # type: ignore[assignment]  # a user's
     return model
 
@@ -135,8 +138,10 @@ def _compare(folder: Path, ranks: int) -> None:
     own, same = first
     # ranks of one tensor-parallel group have the same batches
     parts = {way: ranks // 2 if "tp" in way else ranks for way in WAYS[ranks]}
-    losses = {n: _losses(workload_of(n), folder / f"one of {n}") for n in set(parts.values())}
-    numbers = _numbers(workload(), measured=True)
+    losses = {
+        n: _losses(workload_of(n, **SHALLOW), folder / f"one of {n}") for n in set(parts.values())
+    }
+    numbers = _numbers(workload(**SHALLOW), measured=True)
     assert numbers.pop("notes") == []
     for way in WAYS[ranks]:
         for label, expected in losses[parts[way]].items():
@@ -174,9 +179,8 @@ def _compare_specs(
         return
     gemms = {layer["name"]: layer["gemm"] for layer in found["layers"] if layer["gemm"]}
     M = ROWS * CUT
-    for block in ("blocks.0", "blocks.1"):
-        assert gemms[f"{block}.up"] == {"M": M, "K": WIDTH, "N": WIDTH}
-        assert gemms[f"{block}.down"] == {"M": M, "K": WIDTH, "N": WIDTH}
+    assert gemms["blocks.0.up"] == {"M": M, "K": WIDTH, "N": WIDTH}
+    assert gemms["blocks.0.down"] == {"M": M, "K": WIDTH, "N": WIDTH}
     assert gemms["head"] == {"M": M, "K": WIDTH, "N": TOKENS}
 
 
@@ -230,7 +234,7 @@ def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_pat
 
 
 def _profile_split_tokens(folder: Path) -> None:
-    given = workload(parallelize=split_tokens, build_mesh=all_tp)
+    given = workload(**SHALLOW, parallelize=split_tokens, build_mesh=all_tp)
     context = Context(parallel_workload(given, CPU), CPU, SEED)
     options = (FP32, BF16_O2, fp8_option(Recipe.TENSORWISE))
     profile = profile_model(context, capture_model(context), options=options)
