@@ -440,3 +440,25 @@ def test_what_the_models_own_code_converts_stays_in_fp32(tmp_path: Path) -> None
     _, optimizer = autoprec.apply(run.plan, model, optimizer)
     model(torch.ones(32, 16)).sum().backward()
     optimizer.step()
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:  # Any: autograd's context is untyped
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Any) -> Any:  # Any: as above
+        raise ValueError("no way back")
+
+
+def test_a_backward_pass_that_fails_is_one_line() -> None:
+    no_way_back: Any = _NoBackward.apply  # Any: torch's own has no types
+    functions = {
+        "build_model": lambda: nn.Linear(16, 16),
+        "train_batches": lambda seed: iter(torch.ones(8, 4, 16)),
+        "loss_fn": lambda model, batch: no_way_back(model(batch)).mean(),
+    }
+    wanted = "backward, once loss_fn has returned, must give gradients, but it raised ValueError"
+    with pytest.raises(WorkloadError, match=f"{wanted} .*no way back"):
+        capture_model(Context(workload_from(functions), CPU))

@@ -66,6 +66,7 @@ from autoprec.records.model import (
 )
 from autoprec.workload.functions import (
     Batch,
+    UserCode,
     Workload,
     check_batches,
     check_loss,
@@ -178,7 +179,8 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     value = check_loss(loss, where="in the first step")
     if not loss.requires_grad:
         raise CaptureError(NEEDS_NO_GRADIENT)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
+    with UserCode("backward, once loss_fn has returned,", "gradients"):
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     digest = hashlib.sha256(str(value).encode())
     for parameter in model.parameters():
         if parameter.grad is not None:

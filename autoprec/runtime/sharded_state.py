@@ -88,7 +88,7 @@ def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint)
     own = next((cause for cause in causes if isinstance(cause, OSError)), None)
     # torch's writer has an error of its own for what did not fit, and drops the system's
     if own is None and any("inline_container" in str(cause) for cause in causes):
-        own = OSError(errno.ENOSPC, "a rank could not write its part")
+        own = OSError(errno.ENOSPC, "a rank was stopped as it wrote its part, or could not")
     leaves = tree_leaves((checkpoint.model, checkpoint.optimizer))
     size = sum(local_part(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
     return error if own is None else refusal_to_write(folder, own, size)
