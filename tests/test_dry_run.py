@@ -35,6 +35,32 @@ def test_a_dry_run_lists_layers_and_choices_and_leaves_nothing(
     assert "nosuch" in capsys.readouterr().err
 
 
+def test_a_layer_that_shares_a_parameter_with_a_kept_one_is_said_to_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tied.py"
+    path.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def build_model():\n"
+        "    model = nn.Sequential(nn.Embedding(32, 32), nn.Linear(32, 32))\n"
+        "    model[1].weight = model[0].weight\n"
+        "    return model\n"
+        "def train_batches(seed):\n"
+        "    while True:\n"
+        "        yield torch.arange(16)\n"
+        "def loss_fn(model, batch):\n"
+        "    return model(batch).square().mean()\n"
+    )
+    monkeypatch.setenv("COLUMNS", "150")
+    with pytest.raises(SystemExit):
+        main(["tune", str(path), "--dry-run", "--target", "cpu", "--keep", "1=bf16_o2"])
+    said = capsys.readouterr().out
+    (follows,) = [line for line in said.splitlines() if line.startswith("0 ")]
+    assert follows.rstrip().endswith("tied to 1: 1=bf16_o2")
+    assert "2 layers, 2 fixed by --keep" in said
+
+
 def test_no_device_offers_fp8_for_a_weight_that_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

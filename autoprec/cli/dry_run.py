@@ -4,7 +4,7 @@ One training step is run for the shapes (with `--meta` none); nothing is timed, 
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from autoprec.report.layer_table import fold_names
 from autoprec.report.text_table import Line, Part, Table
 from autoprec.search import default_trials
 from autoprec.search.keep import resolve_keep
+from autoprec.search.problem import tied_groups
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 
@@ -34,6 +35,7 @@ def dry_run(settings: Settings) -> list[Part]:
     keeps = resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp)
     kept = {name: keep.text for name, keep in keeps.of_layer.items()}
     recipes = {option.recipe for option in options}
+    kept |= {name: f"tied to {lead}: {kept[lead]}" for name, lead in _tied(spec.layers, kept)}
     alike: dict[tuple[str, ...], list[str]] = {}
     for layer in spec.layers:
         takes = [o.key for o in layer.options if not o.is_fp8 or o.recipe in recipes]
@@ -52,6 +54,13 @@ def dry_run(settings: Settings) -> list[Part]:
         *map(Line, keeps.notes),
         *map(Line, _plans(settings, spec.layers, fixed=len(kept))),
     ]
+
+
+def _tied(layers: Sequence[LayerSpec], kept: Container[str]) -> list[tuple[str, str]]:
+    """Return the layers that share a parameter with a kept one, which they follow, and that one."""
+    groups = [[layers[i].name for i in group] for group in tied_groups(layers)]
+    leads = [(next((name for name in group if name in kept), ""), group) for group in groups]
+    return [(name, lead) for lead, group in leads if lead for name in group if name not in kept]
 
 
 def _plans(settings: Settings, layers: Sequence[LayerSpec], *, fixed: int) -> Iterator[str]:
