@@ -114,6 +114,25 @@ for step in range(99):
     assert 0.5 < first_loss(workload) / first_loss(plain) < 2
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_steps_that_a_scaler_skips_at_first_are_no_part_of_a_step(
+    tmp_path: Path, *, to_none: bool
+) -> None:
+    body = f"""{HEAD}
+scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+for step in range(99):
+    for x, y in batches(2):
+        loss = F.cross_entropy(100 * model(x), y) / 2
+        scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update(1024.0)
+    optimizer.zero_grad(set_to_none={to_none})
+"""
+    workload = record(tmp_path, body)
+    assert workload.accumulation_steps == 2
+    assert len(recorded(workload)) == STEPS + 4 - 2
+
+
 def test_losses_that_a_step_adds_up_are_worth_their_sum(tmp_path: Path) -> None:
     """A workload's step takes the mean of its batches, transformers' Trainer the sum."""
     body = """
@@ -362,7 +381,13 @@ REFUSALS = {
     "steps by hand": (
         "optimizer.step()",
         "[p.data.sub_(p.grad) for p in model.parameters()]",
-        "none did in 4 batches",
+        "takes the next at other weights",
+    ),
+    "a sharpness-aware step": (
+        "loss.backward()",
+        "loss.backward(); [p.data.add_(p.grad, alpha=0.1) for p in model.parameters()]; "
+        "optimizer.zero_grad(); loss = F.cross_entropy(model(x), y); loss.backward()",
+        "or SAM",
     ),
     "a line search": (
         "optimizer.step()",

@@ -88,7 +88,8 @@ class Recorder:
         self.first_norm = math.nan  # of the first batch's gradient
         self.refusal: str | None = None
         self._call: RecordedBatch | None = None  # its backward is still to come
-        self._batches_before = 0  # the last step
+        self._batches_before = 0  # the last step, or the first gradient that came to it
+        self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
         self._was_lazy = self._had_trial = False
         self._depth = 0  # above 0: inside of the model's forward, or of backward
@@ -243,16 +244,30 @@ class Recorder:
             )
         self.batches.append(batch)
         self.losses.append(float(roots[0].detach()))
+        if self.optimizer is None and self.model is not None:
+            self._weights = sum_of_weights(self.model)
 
     def _count_dropped(self) -> None:
-        """End a script that trains without an optimizer: it drops gradients that none has seen."""
-        model = self.model
-        if model is None or any(map(has_grad, model.parameters())) or [*kept_gradients(model)]:
+        """See to gradients that no optimizer has seen: the script dropped them.
+
+        Where a scaler skips its first steps, their batches are no part of the one that it takes.
+        """
+        model, is_first = self.model, self.optimizer is None and bool(self.batches)
+        if model is None or [*kept_gradients(model)]:
+            return
+        if any(map(has_grad, model.parameters())) and not (is_first and gradient_norm(model) == 0):
             return
         self._dropped += 1  # or the first one of all
         if self._dropped > self.wanted:
             reason = "an optimizer of torch.optim must step, but none did in %d batches"
             self.refuse(reason % self.wanted)
+        if is_first:
+            self._batches_before = len(self.batches)
+            if sum_of_weights(model) != self._weights:
+                self.refuse(
+                    "an optimizer of torch.optim alone must change weights, but the script drops a "
+                    "gradient and takes the next at other weights (steps by hand, or SAM)"
+                )
 
     def _around_clip(self, call: Function, parameters: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -306,7 +321,7 @@ class Recorder:
         self.optimizer = optimizer
         self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
         self.schedule = find_schedule(optimizer, self.first_optimizer)
-        self.micro_steps = len(self.batches)
+        self.micro_steps = len(self.batches) - self._batches_before
 
     def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
         self.steps += 1
@@ -326,6 +341,11 @@ def _precision_wrappers() -> tuple[Any, ...]:  # Any: classes of a library that 
 def has_grad(parameter: nn.Parameter) -> bool:
     """Whether a gradient has arrived."""
     return parameter.grad is not None
+
+
+def sum_of_weights(model: nn.Module) -> float:
+    """Return the sum of all parameters, in a process that trains alone."""
+    return sum(float(local_part(p.detach()).double().sum()) for p in model.parameters())
 
 
 def gradient_norm(model: nn.Module) -> float:
