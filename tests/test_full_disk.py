@@ -153,7 +153,7 @@ def test_a_command_says_what_a_full_disk_left_and_resume_what_it_keeps(
     with pytest.raises(SystemExit):
         main([*words, "--resume"])
     said = capsys.readouterr().err.splitlines()[0]
-    assert said == ("autoprec: --resume keeps profile, sensitivity; made now: search, verification")
+    assert said == ("autoprec: --resume keeps profile, sensitivity; made now: search")
 
 
 def test_a_schedulers_end_is_an_interrupt_and_not_a_layers_fault() -> None:

@@ -381,7 +381,8 @@ class Run:
         for stage in self.stages:
             if all(name in kept or name not in self.stages for name in INPUTS[stage]):
                 kept += [stage] if self.folder.has(stage, self.digest(stage)) else []
-        again = [stage for stage in self.stages if stage not in kept]
+        asked = [stage for stage in self.stages if stage != "verification" or self.settings.verify]
+        again = [stage for stage in asked if stage not in kept]
         said = f"--resume keeps {', '.join(kept) or 'no finished stage'}"
         if again:
             said += f"; made now: {', '.join(again)}"
