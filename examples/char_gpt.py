@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 128  # characters per sequence
-BATCH = 16  # sequences per batch
+BATCH = 8  # sequences per batch
 WIDTH, HEADS, DEPTH = 256, 4, 4
 
 
@@ -87,7 +87,7 @@ def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def eval_batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    return [sample(generator, text()[int(0.9 * len(text())) :]) for _ in range(8)]
+    return [sample(generator, text()[int(0.9 * len(text())) :]) for _ in range(16)]
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
