@@ -141,6 +141,60 @@ class MaxOut(nn.Module):
         return found
 
 
+class ReluAttention(nn.Module):
+    """Attention over eight pieces of the input, weighed by ReLU, and a ReLU MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 32) for _ in range(3))
+        self.up, self.down, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.cat([x.view(-1, 4, 8), x.view(-1, 8, 4).transpose(1, 2)], -1)
+        weights = F.relu(self.q(pieces) @ self.k(pieces).transpose(1, 2))
+        hidden = weights @ self.v(pieces) / 4
+        hidden = hidden + self.down(F.relu(self.up(hidden)))
+        out: Tensor = self.head(hidden.mean(1))
+        return out
+
+
+class LargestMessage(nn.Module):
+    """Two rounds of messages on a ring, of which each point takes the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(16, 32)
+        self.tell = nn.ModuleList(nn.Linear(64, 32) for _ in range(2))
+        self.take = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        points = torch.cat([x.view(-1, 4, 8), x.flip(1).view(-1, 4, 8)], -1)
+        hidden = F.leaky_relu(self.enter(points), 0.2)
+        for tell, take in zip(self.tell, self.take, strict=True):
+            told = [tell(torch.cat([hidden, hidden.roll(s, 1)], -1)) for s in (1, 2, 3)]
+            hidden = hidden + F.relu(take(torch.stack(told).amax(0)))
+        out: Tensor = self.head(hidden.amax(1))
+        return out
+
+
+class Margins(nn.Module):
+    """Absolute values, soft thresholds, clamped gates; for a hinge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(WIDTH, 48)
+        self.mix1, self.mix2 = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.gate = nn.Linear(WIDTH, 48)
+        self.back, self.head = nn.Linear(48, WIDTH), nn.Linear(WIDTH, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.softshrink(self.mix1(self.enter(x).abs()), 0.2) * F.hardtanh(self.gate(x))
+        hidden = hidden + F.relu6(self.mix2(hidden))
+        out: Tensor = self.head(F.celu(self.back(hidden)))
+        return out
+
+
 def _batches(seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(WIDTH, 16, generator=torch.Generator().manual_seed(99))
@@ -153,17 +207,27 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+def _hinge(model: nn.Module, batch: Batch) -> Tensor:
+    return F.multi_margin_loss(model(batch[0]), batch[1])
+
+
 def _optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    if kind == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), lr=2e-3)
     if kind == "sgd":
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-def _workload(model: Callable[[], nn.Module], optimizer: str = "adamw") -> Workload:
+def _workload(
+    model: Callable[[], nn.Module],
+    optimizer: str = "adamw",
+    loss: Callable[[nn.Module, Batch], Tensor] = _loss,
+) -> Workload:
     functions = {
         "build_model": model,
         "train_batches": _batches,
-        "loss_fn": _loss,
+        "loss_fn": loss,
         "build_optimizer": partial(_optimizer, kind=optimizer),
     }
     return workload_from(SimpleNamespace(**functions), name=model.__name__)
@@ -179,4 +243,7 @@ HELD_BACK: dict[str, Callable[[], Workload]] = {  # looked at once, when all was
     "top_k": partial(_workload, TopK),
     "gates": partial(_workload, Gates),
     "maxout": partial(_workload, MaxOut, "sgd"),
+    "relu_attention": partial(_workload, ReluAttention),
+    "largest_message": partial(_workload, LargestMessage, "sgd"),
+    "margins": partial(_workload, Margins, "rmsprop", _hinge),
 }

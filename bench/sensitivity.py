@@ -3,7 +3,7 @@
     python bench/sensitivity.py            the demo: examples/char_gpt.py, 17 linears
     python bench/sensitivity.py --deep     25 blocks of the same at a smaller width, 101 linears
     python bench/sensitivity.py --families [NAME ...]    ratios on the families of
-                                           sensitivity_families.py, one line each
+                                           sensitivity_families.py and _attention.py, one line each
 
 Both tables are measured on one warmed-up reference: same weights, batches and preconditioner. The
 cost in step equivalents is wall time over the median FP32 training step of that reference; the
@@ -23,7 +23,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from sensitivity_families import FAMILIES
+from sensitivity_attention import FAMILIES as ATTENTION
+from sensitivity_families import FAMILIES as OTHERS
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -48,6 +49,7 @@ from autoprec.workload.functions import Workload, workload_from
 from autoprec.workload.loading import load_workload
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+FAMILIES = {**OTHERS, **ATTENTION}
 CPU = torch.device("cpu")
 SUBSETS = 12
 
