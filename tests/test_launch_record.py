@@ -184,6 +184,11 @@ def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: s
     assert math.isfinite(first_loss(workload))
 
 
+def test_a_parametrized_weight_that_is_read_is_no_model(tmp_path: Path) -> None:
+    read = "nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)).weight\n"
+    record(tmp_path, HEAD + read + LOOP)
+
+
 def test_a_model_that_keeps_what_has_no_copy_is_recorded(tmp_path: Path) -> None:
     body = HEAD + (
         "import threading\n"

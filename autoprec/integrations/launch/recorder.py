@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.optim import optimizer as step_hooks
 
@@ -120,7 +121,8 @@ class Recorder:
 
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         is_training = self._depth == 0 and module.training and torch.is_grad_enabled()
-        if not is_training or isinstance(module, _precision_wrappers()):
+        # a parametrized weight is made where it is read, as at its registration
+        if not is_training or isinstance(module, (*_precision_wrappers(), ParametrizationList)):
             return call(module, *args, **kwargs)
         if not any(p.requires_grad for p in module.parameters()):
             return call(module, *args, **kwargs)
