@@ -90,7 +90,7 @@ CASES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {  # Any: function
     "ties lost": (
         {"build_model": _tied, "parallelize": _divide_tied, **_mesh((2,), ("tp",))},
         "differ, among them 'head.weight' (absent before, [16, 32] after); parallelize_module "
-        "divides tied weights apart: set head.weight to the other one again",
+        "divides tied weights apart: tie head.weight again behind it",
     ),
     "layers left": (
         {"parallelize": _only_blocks},

@@ -7,24 +7,19 @@ uncovered.
 """
 
 import hashlib
-import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import EVERY_RECIPE, Fp8Support, fp8_support
 from autoprec.device.random_state import random_state_kept, seed_generators
 from autoprec.device.ranks import (
-    gathered,
-    largest_over_ranks,
     local_part,
     share,
     sum_over_ranks,
@@ -42,19 +37,25 @@ from autoprec.model.layers import (
 )
 from autoprec.model.local_copy import computed_features
 from autoprec.model.options import (
-    CONVERTED,
     HAS_EXPERTS,
     USED_UNCALLED,
     WITHOUT_GRAD,
     layer_options,
 )
-from autoprec.model.recording import Call, Gradients, recorded_calls
+from autoprec.model.recording import Call
 from autoprec.model.roles import attention_heads
 from autoprec.model.saved import Saved, saved_for_backward
+from autoprec.model.shapes import (
+    SCANNED_BATCHES,
+    all_tokens,
+    call_inputs,
+    joined_over_ranks,
+    recorded_shapes,
+    scan_shapes,
+)
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
-    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -78,7 +79,6 @@ from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
 log = logging.getLogger(__name__)
-SCANNED_BATCHES = 16  # batches looked at for other shapes, e.g. a short last one
 NEEDS_NO_GRADIENT = (
     "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
     "compute it from model(batch) without no_grad or detach"
@@ -110,7 +110,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
             second = run_step(context, model, batches[0])
         context.progress("capture", 2, 3)
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
-    found = gathered((workload.part.rank, mix, {n: _all_tokens(own) for n, own in calls.items()}))
+    mix, tokens = joined_over_ranks(workload, mix, calls)
     optimizer = workload.build_optimizer(model)
     # makes its state, whose size is asked for; hooks of its own at gradients see a backward
     Training(workload, model, optimizer).step(batches[:1])
@@ -127,14 +127,12 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         has_randomness=first.used_randomness,
         is_deterministic=not differ,
         loss=first.loss,
-        tokens=[tokens for _, _, tokens in found],
+        tokens=tokens,
     )
     more = {
         "as_written": said_written(workload),
-        "mix": _mix_of_all({rank: mix for rank, mix, _ in found}.values()),
-        "batch_bytes": sum(
-            part.nbytes for tensor in tensors_in(batches[0]) for part in plain_parts(tensor)
-        ),
+        "mix": mix,
+        "batch_bytes": sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     }
     return make_spec(seen).model_copy(update=more)
 
@@ -190,82 +188,6 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     return StepResult(value, digest.hexdigest(), used_randomness)
 
 
-@contextmanager
-def recorded_shapes(layers: ModelLayers) -> Iterator[dict[str, list[Call]]]:
-    """Record the shapes of every layer's calls while the context is open; no tensor is kept.
-
-    On leaving, the calls of layers that were moved from BF16 to another dtype inside say so.
-    """
-    found = recorded_calls(layers.modules, keep=_tensor_spec, gradients=Gradients.NONE, merged=True)
-    with found as calls, _conversions() as converted:
-        yield calls
-    for name, layer in layers.modules.items():
-        if not converted.isdisjoint(layer.modules()):
-            for call in calls[name]:
-                call.obstacle = CONVERTED
-
-
-@contextmanager
-def _conversions() -> Iterator[set[nn.Module]]:
-    """Collect the modules that are moved inside as one in BF16 would be to another dtype.
-
-    `to`, `float`, `half` and the like end in `Module._apply`; in FP32 itself that changes nothing.
-    """
-    converted: set[nn.Module] = set()
-    apply = nn.Module._apply
-
-    def noted(module: nn.Module, function: Callable[[Tensor], Tensor], *more: bool) -> nn.Module:
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                low = torch.empty(0, dtype=torch.bfloat16, device=parameter.device)
-                if function(low).dtype is not torch.bfloat16:
-                    converted.add(module)
-        moved: nn.Module = apply(module, function, *more)  # type: ignore[no-untyped-call]  # torch
-        return moved
-
-    try:
-        nn.Module._apply = noted  # type: ignore[method-assign]
-        yield converted
-    finally:
-        nn.Module._apply = apply  # type: ignore[method-assign]
-
-
-def scan_shapes(
-    layers: ModelLayers, forward: Callable[[Batch], object], batches: Sequence[Batch]
-) -> tuple[BatchMix, ...]:
-    """Run forward on batches whose shapes differ from the first's, such as a short last one.
-
-    Where ranks have other shapes each runs it as often as the one that has most of them.
-
-    Returns:
-        How many of the batches have which largest M of a linear, the first's first; none where all
-        have the first's shapes.
-    """
-    shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
-    counts = Counter(shapes)
-    runs = int(largest_over_ranks([len(counts)])[0])
-    if runs == 1:
-        return ()
-    mix: Counter[int] = Counter()
-    for shape, count in counts.items():
-        with recorded_shapes(layers) as calls, torch.no_grad():
-            forward(batches[shapes.index(shape)])
-        linears = (c for name, c in calls.items() if isinstance(layers.modules[name], nn.Linear))
-        mix[max((m for found in linears for m in _all_tokens(found)), default=0)] += count
-    for _ in range(runs - len(counts)):
-        with torch.no_grad():
-            forward(batches[0])
-    return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in mix.items())
-
-
-def _mix_of_all(mixes: Iterable[Sequence[BatchMix]]) -> tuple[BatchMix, ...]:
-    """Return the mix of the batches of all ranks that have their own; none where all are alike."""
-    total: Counter[int] = Counter()
-    for each in itertools.chain.from_iterable(mixes):
-        total[each.tokens] += each.batches
-    return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in total.items())
-
-
 @dataclass(frozen=True)
 class ObservedStep:
     """One training step as it was seen."""
@@ -283,7 +205,7 @@ class ObservedStep:
     loss: float | None = None  # None where nothing was computed
     saved: Saved | None = None  # what autograd kept for backward
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
-    tokens: Sequence[Mapping[str, Sequence[int]]] = ()  # each rank's every M of its layers
+    tokens: Mapping[str, list[int]] | None = None  # by layer every M, of all ranks' calls
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -324,10 +246,10 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     in_step = [call for call in calls if call.with_grad]  # the others are of the shape scan
     counts: Counter[tuple[TensorSpec, ...]] = Counter()  # calls, computed again or not
     for call in in_step:
-        counts[_inputs(call)] += call.count
-    tokens = _all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
-    if tokens:
-        tokens = sorted({*tokens, *(m for of_rank in seen.tokens for m in of_rank.get(name, ()))})
+        counts[call_inputs(call)] += call.count
+    tokens = all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
+    if tokens and seen.tokens:
+        tokens = seen.tokens[name]
     gemm = None
     if isinstance(layer, nn.Linear) and tokens:
         K, N = computed_features(seen.model, layer)
@@ -385,7 +307,7 @@ def _has_gradient(layer: nn.Linear, seen: ObservedStep) -> bool:
         return gradient is not None
     if gradient.is_meta:
         return False
-    looked_up = sum(math.prod(_inputs(call)[0].shape) * call.count for call in others)
+    looked_up = sum(math.prod(call_inputs(call)[0].shape) * call.count for call in others)
     return int(local_part(gradient).ne(0).any(dim=1).sum()) > looked_up
 
 
@@ -399,27 +321,6 @@ def _parameter(name: str, parameter: nn.Parameter, names: dict[int, str]) -> Par
         shared_with=None if first == name else first,
         shards=round(share(parameter) * world_size()),
     )
-
-
-def _tensor_spec(tensor: Tensor) -> TensorSpec:
-    tensor = local_part(tensor)
-    return TensorSpec(
-        shape=tuple(tensor.shape),
-        stride=tuple(tensor.stride()),
-        dtype=dtype_name(tensor.dtype),
-        requires_grad=tensor.requires_grad,
-    )
-
-
-def _inputs(call: Call) -> tuple[TensorSpec, ...]:
-    leaves = tree_leaves((call.args, call.kwargs))
-    return tuple(leaf for leaf in leaves if isinstance(leaf, TensorSpec))
-
-
-def _all_tokens(calls: Sequence[Call]) -> list[int]:
-    """Return every token count M that a linear was called with: the rows of its input."""
-    shapes = [inputs[0].shape for inputs in map(_inputs, calls) if inputs]
-    return sorted({math.prod(shape) // max(shape[-1], 1) for shape in shapes} - {0})
 
 
 def _state_ratio(optimizer: torch.optim.Optimizer) -> float:

@@ -24,7 +24,7 @@ from autoprec.device.fp8 import EVERY_RECIPE
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
-from autoprec.model import capture
+from autoprec.model import capture, shapes
 from autoprec.model.layers import model_layers
 from autoprec.model.saved import saved_for_backward
 from autoprec.records import ModelSpec
@@ -63,7 +63,7 @@ def capture_on_meta(
         WorkloadError: the user's functions break their contract.
     """
     check_batches(workload, seed=seed)
-    drawn = take_batches(workload, seed=seed, count=capture.SCANNED_BATCHES)
+    drawn = take_batches(workload, seed=seed, count=shapes.SCANNED_BATCHES)
     progress("capture on meta", 0, 3)
     with _without_storage():
         model = _moved_to_meta(workload.build_model(seed=seed))
@@ -74,13 +74,13 @@ def capture_on_meta(
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
         with (
             saved_for_backward(model, batches[0]) as saved,
-            capture.recorded_shapes(layers) as calls,
+            shapes.recorded_shapes(layers) as calls,
         ):
             loss = workload.loss_fn(model, batches[0])
         has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
-        with capture.recorded_shapes(layers) as scanned:
-            mix = capture.scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
+        with shapes.recorded_shapes(layers) as scanned:
+            mix = shapes.scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
         calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = workload.build_optimizer(model)
     # Its count of steps is real outside: Adam reads it as a number (torch 2.11).

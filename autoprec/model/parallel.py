@@ -164,13 +164,9 @@ def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]])
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if differ:
         name = one_line(differ[0])
-        way = (
-            "shard it in place, with fully_shard or parallelize_module, and end with `return model`"
-        )
+        way = "shard it in place, with fully_shard or parallelize_module, and return it"
         if not before.keys() & set(differ):  # it was another name of a parameter that is tied
-            way = (
-                f"parallelize_module divides tied weights apart: set {name} to the other one again"
-            )
+            way = f"parallelize_module divides tied weights apart: tie {name} again behind it"
         raise WorkloadError(
             "parallelize(model, mesh) must return the model that it was given, but "
             f"{len(differ)} parameters differ, among them {name!r} "
