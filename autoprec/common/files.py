@@ -66,7 +66,7 @@ def refusal_to_write(path: Path, error: OSError, size: int = 0) -> RecordError:
         free = f" and {shown_bytes(shutil.disk_usage(path.parent).free)} are free"
     return NoRoomError(
         f"an output file must find room, but {name} takes {shown_bytes(size)}{free} "
-        f"({error.strerror}); make room, and go on with --resume"
+        f"({error.strerror}); make room, then start again (tune: with --resume)"
     )
 
 

@@ -166,11 +166,13 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     gain = f"{sum(gains[i] for i in faster):.4g} ms a step in all, {basis}"
     # slower everywhere, faster within the noise, kept out, or too harmful: the first that holds
     if not faster:
+        steps = _steps(profile, options)
         best_ms, own_ms = (sum(p.with_casts_ms for p in x.values()) for x in (best, own))
+        if steps and _basis(best.values()) is Basis.PREDICTED:  # a measured step knows it better
+            return f"no FP8 recipe seems faster on {_count(eligible)} that can take it{steps}"
         return (
             f"on {_count(eligible)} that can take it the fastest recipe needs {best_ms:.4g} ms "
-            f"({_basis(best.values())}), the plan {own_ms:.4g} ms ({_basis(own.values())})"
-            f"{_steps(profile, options)}"
+            f"({_basis(best.values())}), the plan {own_ms:.4g} ms ({_basis(own.values())}){steps}"
         )
     if all(min(p.counted_ms for p in fp8[i]) >= own[i].with_casts_ms for i in faster):
         return (

@@ -77,7 +77,7 @@ def open_study(
         if any(said in str(error.__cause__ or error) for said in FULL):
             raise NoRoomError(
                 f"a study must find room to grow, but {storage} has none "
-                f"({_first_line(error)}); make room, and go on with --resume"
+                f"({_first_line(error)}); make room, then start again (tune: with --resume)"
             ) from error
         raise RecordError(_storage_problem(storage, error)) from error
     finally:
