@@ -85,7 +85,7 @@ def test_the_recorded_loss_is_that_of_the_script(tmp_path: Path) -> None:
     batch = next(plain.train_batches(0))
     torch.manual_seed(3)
     target = batch.constants[0]
-    expected = nn.functional.cross_entropy(net(*batch.args), target)
+    expected = nn.functional.cross_entropy(net(*batch.calls[0].args), target)
     assert first_loss(plain) == float(expected.detach())
     returned = LOOP.replace("F.cross_entropy(model(x), y)", "model(x, labels=y)['loss']")
     hf_style = record(tmp_path, HF_STYLE + returned)
@@ -180,8 +180,27 @@ TRIALS = {
 @pytest.mark.parametrize("what", TRIALS)
 def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: str) -> None:
     workload = record(tmp_path, HEAD + TRIALS[what] + LOOP)
-    assert [len(batch.args[0]) for batch in recorded(workload)] == [16] * STEPS
+    assert [len(args[0]) for batch in recorded(workload) for args, *_ in batch.calls.values()] == [
+        16
+    ] * STEPS
     assert math.isfinite(first_loss(workload))
+
+
+def test_calls_that_one_loss_compares_are_one_batch(tmp_path: Path) -> None:
+    """`record` runs the first step again: dropout must draw what it drew in each call."""
+    views = "a, b = model(x), model(x + torch.rand_like(x)); loss = F.cross_entropy(a + b, y)"
+    both = views + " + F.mse_loss(a, b)"
+    body = "model(torch.zeros(2, 32))\n" + LOOP.replace("loss = F.cross_entropy(model(x), y)", both)
+    workload = record(tmp_path, HEAD + body)
+    batches = recorded(workload)
+    assert [[len(call.args[0]) for call in batch.calls.values()] for batch in batches] == [
+        [16, 16]
+    ] * STEPS
+    net, batch = workload.build_model().eval(), batches[0]
+    a, b = (net(*call.args) for call in batch.calls.values())
+    y = next(c for c in batch.constants if c.dtype is torch.int64)
+    expected = nn.functional.cross_entropy(a + b, y) + nn.functional.mse_loss(a, b)
+    torch.testing.assert_close(workload.loss_fn(net, batch), expected)
 
 
 def test_a_parametrized_weight_that_is_read_is_no_model(tmp_path: Path) -> None:
@@ -215,7 +234,7 @@ model, optimizer = fabric.setup(model, optimizer)
     workload = record(tmp_path, body)
     assert type(workload.build_model()).__name__ == "Net"
     assert workload.written.script_autocast is torch.bfloat16
-    assert {t.dtype for batch in recorded(workload) for t in batch.args} == {torch.float32}
+    assert {t.dtype for batch in recorded(workload) for t in batch.calls[0].args} == {torch.float32}
     assert math.isfinite(first_loss(workload))
 
 
@@ -280,7 +299,10 @@ def test_what_happens_between_output_and_loss_is_repeated(tmp_path: Path) -> Non
                 parameter.mul_(scale)
         net.eval()
         batch = recorded(workload)[0]
-        logits, y = net(*batch.args), next(c for c in batch.constants if c.dtype is torch.int64)
+        logits, y = (
+            net(*batch.calls[0].args),
+            next(c for c in batch.constants if c.dtype is torch.int64),
+        )
         y = next(c for c in batch.constants if c.dtype is torch.int64 and (c.diff() != 1).any())
         picked = logits[torch.arange(16), y] * torch.tensor([2.0] + [1.0] * 15)
         weight = logits.detach().softmax(-1).amax(-1)
@@ -366,10 +388,15 @@ def test_checkpointing_and_a_compiled_model_are_recorded(tmp_path: Path) -> None
 
 
 REFUSALS = {
-    "two forward passes": (
+    "its own output as an input": (
         "loss = F.cross_entropy(model(x), y)",
-        "loss = F.mse_loss(model(x), model(x + 1))",
-        "calls it twice",
+        "loss = F.cross_entropy(model(x + model(x).sum()), y)",
+        "weights, its own or others",
+    ),
+    "too many calls": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = sum(F.cross_entropy(model(x), y) for _ in range(17))",
+        "at most 16 times before a backward",
     ),
     "two models": (
         "loss = F.cross_entropy(model(x), y)",

@@ -340,7 +340,9 @@ def test_fp8_that_is_slower_everywhere_is_not_worth_it() -> None:
     )
 
 
-def test_where_fp32_is_the_plan_fp8_is_beside_fp32_and_measured_steps_beat_predicted_layers() -> None:
+def test_where_fp32_is_the_plan_fp8_is_beside_fp32_and_measured_steps_beat_predicted_layers() -> (
+    None
+):
     row: Row = {FP32: (1.0, 0.0), BF16_O2: (22.0, 1e-5), TENSORWISE: (3.0, 1e-3)}
     profile, sensitivity = tables_of({"a": row})
     *others, fp8 = profile.layers

@@ -168,7 +168,9 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
     if not faster:
         steps = _steps(profile, options)
         best_ms, own_ms = (sum(p.with_casts_ms for p in x.values()) for x in (best, own))
-        if steps and _basis(best.values()) is Basis.PREDICTED:  # a measured step knows it better
+        whole = profile.step("fp8_o1")
+        is_known = bool(steps) and whole is not None and whole.timing.basis is Basis.MEASURED
+        if is_known and _basis(best.values()) is Basis.PREDICTED:  # the step is the better witness
             return f"no FP8 recipe seems faster on {_count(eligible)} that can take it{steps}"
         return (
             f"on {_count(eligible)} that can take it the fastest recipe needs {best_ms:.4g} ms "

@@ -37,7 +37,6 @@ from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.optimizers import copy_optimizer, copy_schedule, set_peak_rates
 from autoprec.integrations.launch.recorder import (
     MODEL_PY,
-    FirstCall,
     RecordedBatch,
     Recorder,
     gradient_norm,
@@ -77,16 +76,16 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         status = run_script(script)
-    first, optimizer = recorder.first, recorder.first_optimizer
+    firsts, optimizer = recorder.firsts, recorder.first_optimizer
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
-    if first is None or optimizer is None or recorder.steps < recorder.wanted:
+    if not firsts or optimizer is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
-    autocast = check_recording(script, recorder, first)
+    first, autocast = firsts[0], check_recording(script, recorder)
     remove_autocast(first.model)
     batches = recorder.batches
     for batch in batches:
@@ -120,14 +119,17 @@ def _around_steps(recorder: Recorder, optimizer: Optimizer) -> dict[str, Any]:  
 
 def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
     """Return the loss of a recorded batch for the model as it is now."""
-    args, kwargs = batch.args, batch.kwargs
-    if batch.writes_inputs:
-        args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    return replay(batch.graph, model, model(*args, **kwargs), batch.constants)
+    outputs = {}
+    for number, (args, kwargs, writes_inputs) in batch.calls.items():
+        if writes_inputs:
+            args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        outputs[number] = model(*args, **kwargs)
+    return replay(batch.graph, model, outputs, batch.constants)
 
 
-def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> torch.dtype | None:
+def check_recording(script: Script, recorder: Recorder) -> torch.dtype | None:
     """Run the first batch again as the script did, and compare; return its layers' autocast."""
+    first, states = recorder.firsts[0], iter(recorder.firsts)
     model = copy_model(first.model).to(first.device)
     first.policy.install(model)
     batch = move_batch(recorder.batches[0], first.device)
@@ -140,9 +142,7 @@ def check_recording(script: Script, recorder: Recorder, first: FirstCall) -> tor
 
     with random_state_kept():
         # as in the script: the random numbers of its dropout, and its autocast
-        torch.set_rng_state(first.random_state)
-        if first.random_states_gpu:
-            torch.cuda.set_rng_state_all(first.random_states_gpu)
+        model.register_forward_pre_hook(lambda *_: next(states).draw_again())
         hooks = [layer.register_forward_pre_hook(note) for layer in find_layers(model).values()]
         with first.autocast, UserCode("the recorded first step", "its loss again"):
             loss = recorded_loss(model, batch)
@@ -175,7 +175,7 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
 
 def _free(recorder: Recorder) -> None:
     """Let the script's own model and optimizer leave the accelerator."""
-    if recorder.model is not None and recorder.first and recorder.first.device.type != "cpu":
+    if recorder.model is not None and recorder.firsts[0].device.type != "cpu":
         recorder.model.zero_grad(set_to_none=True)
         recorder.model.to("cpu")
         if recorder.optimizer is not None:

@@ -3,8 +3,8 @@
 The script must train one model in the usual order, which is followed call by call; whatever is not
 in this order ends the script with the reason:
 
-    output = model(...)     the outermost call in training mode of a module with weights
-    loss = f(output, ...)   on a tape
+    output = model(...)     outermost calls in training mode of a module with weights: one or more
+    loss = f(output, ...)   on a tape; calls before the first that it depends on were on trial
     loss.backward()         ends a batch; several batches make a step (gradient accumulation)
     optimizer.step()        ends a step; after the last one that is wanted, the script is stopped
 """
@@ -45,23 +45,29 @@ from autoprec.workload.optimizers import StepArguments, after_closure, trained_b
 from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
-CALLED_TWICE = "the model must be called once before each backward, but the script calls it twice"
+MOST_CALLS = 16  # before one backward: outputs and copies of all of them are kept until then
 MODEL_PY = "write a model.py instead (see the README)"
 
 
-class RecordedBatch(NamedTuple):
-    """One call of the model and the way from its output to the loss; tensors on the CPU."""
+class RecordedCall(NamedTuple):
+    """What the script gave its model; tensors on the CPU."""
 
-    args: tuple[Any, ...]  # Any: whatever the script gives its model
+    args: tuple[Any, ...]  # Any: whatever it was
     kwargs: dict[str, Any]
+    writes_inputs: bool  # whether the model writes into its own arguments
+
+
+class RecordedBatch(NamedTuple):
+    """Calls of the model by their number, and the way from their outputs to the loss."""
+
+    calls: dict[int, RecordedCall]
     constants: list[Tensor]
     graph: fx.Graph
-    writes_inputs: bool  # whether the model writes into its own arguments
 
 
 @dataclass(frozen=True)
 class FirstCall:
-    """What it takes to repeat the first batch exactly."""
+    """What it takes to repeat a call of the first batch exactly."""
 
     model: nn.Module  # a copy on the CPU from before the call
     device: torch.device
@@ -71,6 +77,12 @@ class FirstCall:
     is_compiled: bool  # whether the script compiles the model, or parts of it
     policy: Policy  # of FSDP
 
+    def draw_again(self) -> None:
+        """Let the generators give what they gave in this call."""
+        torch.set_rng_state(self.random_state)
+        if self.random_states_gpu:
+            torch.cuda.set_rng_state_all(self.random_states_gpu)
+
 
 class Recorder:
     """Follows one script."""
@@ -78,7 +90,7 @@ class Recorder:
     def __init__(self, steps: int) -> None:
         self.wanted, self.steps, self.micro_steps = steps, 0, 1
         self.model: nn.Module | None = None  # the script's own
-        self.first: FirstCall | None = None
+        self.firsts: list[FirstCall] = []  # the calls of the first batch
         self.optimizer: Optimizer | None = None  # the script's own
         self.first_optimizer: Optimizer | None = None  # before its first step, over `first.model`
         self.schedule: SeenSchedule | None = None
@@ -88,11 +100,12 @@ class Recorder:
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
         self.refusal: str | None = None
-        self._call: RecordedBatch | None = None  # its backward is still to come
+        self._calls: dict[int, RecordedCall] = {}  # their backward is still to come
+        self._firsts: dict[int, FirstCall] = {}  # of these, before the first backward
         self._batches_before = 0  # the last step, or the first gradient that came to it
         self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
-        self._was_lazy = self._had_trial = False
+        self._was_lazy = False
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
 
@@ -144,15 +157,19 @@ class Recorder:
             self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
         if not any(p.dtype in LOW_PRECISION for p in model.parameters()):
             before, named = in_fp32((before, named))  # a library rounds them for its autocast
+        tape, self._mode.tape = (
+            self._mode.tape or Tape(model),
+            None,
+        )  # not what the model does itself
         self._depth += 1
         try:
             output = call(module, *args, **kwargs)
         finally:
             self._depth -= 1
+            self._mode.tape = tape
         writes_inputs = versions != [tensor._version for tensor in inputs]
         # from here on, what happens to the output is on the tape
-        tape = self._mode.tape = Tape(output, model)
-        self._call = RecordedBatch(before, named, tape.constants, tape.graph, writes_inputs)
+        self._calls[tape.add(output)] = RecordedCall(before, named, writes_inputs)
         return output
 
     def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
@@ -160,23 +177,25 @@ class Recorder:
         if self.refusal or self.steps >= self.wanted:
             raise StopScript  # again: the script caught the first one
         model = unwrapped(module, parallel=True)
-        if model is self.model and self._call is not None and not self.batches:
-            # a call on trial, before training: unless the loss needs its output as well
-            self.model = self._call = self._mode.tape = None
-            self._had_trial = True
         if self.model is None:
-            self.model, self.first = model, self._first_call(model, is_compiled(module))
+            self.model = model
         elif model is not self.model:
             if type(model) is type(self.model) and self.steps > 1:
                 raise StopScript  # the next fold, or the same run resumed: the first has ended
             names = f"{type(self.model).__name__} and {type(model).__name__}"
             self.refuse(f"one model must be trained, but the script calls several ({names})")
-        if self._call is not None:
-            self.refuse(CALLED_TWICE)
+        if len(self._calls) == MOST_CALLS:
+            oldest = min(self._calls)  # on trial, unless the loss depends on it
+            del self._calls[oldest]
+            self._firsts.pop(oldest, None)
+        if not self.batches:
+            tape = self._mode.tape
+            number = 0 if tape is None else tape.calls
+            self._firsts[number] = self._first_call(model, is_compiled(module))
         if any(t.requires_grad and not t.is_leaf for t in tensors_in(inputs)):
             self.refuse(
-                "the model's inputs must not depend on other weights, but an input of "
-                f"{type(model).__name__} has a gradient"
+                "the model's inputs must not depend on weights, its own or others, but an input "
+                f"of {type(model).__name__} has a gradient"
             )
         return model
 
@@ -219,13 +238,13 @@ class Recorder:
             self.first_norm = gradient_norm(self.model)
 
     def _end_batch(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
-        batch, tape = self._call, self._mode.tape
-        if batch is None and self._was_lazy and not self.batches:
+        tape = self._mode.tape
+        if not self._calls and self._was_lazy and not self.batches:
             self.refuse(
                 "a model must have its shapes before it is trained, but its lazy layers get them "
                 "in the first training call; run a batch through it before that"
             )
-        if batch is None or tape is None:
+        if not self._calls or tape is None:
             self.refuse(
                 "each backward must follow a call of the model in training mode, but the script "
                 "calls backward without one, or twice"
@@ -234,17 +253,25 @@ class Recorder:
         given = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors or ()
         if len(roots) != 1 or roots[0].numel() != 1 or any(g is not None for g in given):
             self.refuse("the loss must be one scalar, but backward starts from something else")
-        self._call = self._mode.tape = None
+        self._mode.tape = None
         self._count_dropped()
         unseen = tape.finish(roots[0])
         if unseen is not None:
-            if self._had_trial and not self.batches:
-                self.refuse(CALLED_TWICE)
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {unseen}, which was not seen"
             )
-        self.batches.append(batch)
+        first = min(tape.used_calls(), default=0)
+        if first not in self._calls:
+            self.refuse(
+                f"the model must be called at most {MOST_CALLS} times before a backward, but the "
+                "script calls it more often"
+            )
+        calls = {number: call for number, call in self._calls.items() if number >= first}
+        if not self.batches:
+            self.firsts = [self._firsts[number] for number in calls]
+        self._calls, self._firsts = {}, {}
+        self.batches.append(RecordedBatch(calls, tape.constants, tape.graph))
         self.losses.append(float(roots[0].detach()))
         if self.optimizer is None and self.model is not None:
             self._weights = sum_of_weights(self.model)
@@ -303,12 +330,12 @@ class Recorder:
         if self.optimizer is not None and optimizer is not self.optimizer:
             names = f"{type(self.optimizer).__name__} and {type(optimizer).__name__}"
             self.refuse(f"one optimizer must train the model, but the script steps two ({names})")
-        if self.model is None or self.first is None or len(self.batches) == self._batches_before:
+        if self.model is None or len(self.batches) == self._batches_before:
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
                 "neither was seen before it"
             )
-        if self._call is not None:
+        if self._calls:
             self.refuse("each call of the model must have its backward, but one had none")
         own = rates_of(optimizer)
         self.rates = list(map(max, own, self.rates or own))
@@ -321,7 +348,7 @@ class Recorder:
                 f"{type(optimizer).__name__} has others"
             )
         self.optimizer = optimizer
-        self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
+        self.first_optimizer = copy_optimizer(optimizer, self.model, self.firsts[0].model)
         self.schedule = find_schedule(optimizer, self.first_optimizer)
         self.micro_steps = len(self.batches) - self._batches_before
 

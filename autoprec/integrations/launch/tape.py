@@ -1,9 +1,9 @@
-"""The operations between a model's output and its loss -> a torch.fx graph to run on other outputs.
+"""The operations between a model's outputs and its loss -> a torch.fx graph to run on others.
 
-While a `Tape` is open, every call of a torch function that has the model's output in its arguments,
+While a `Tape` is open, every call of a torch function that has such an output in its arguments,
 or a result of such a call, becomes a node of the graph. What no node made is one of its inputs:
 
-    output_I      tensor I of what the model returned
+    output_C_I    tensor I of what call C of the model returned
     parameter_I   parameter I of the model (a penalty on the weights, a tied head)
     constant_I    any other tensor (targets, masks), copied when it is first used
     device        the device that the model is on
@@ -15,6 +15,7 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -61,17 +62,25 @@ class Taping(TorchFunctionMode):
 
 
 class Tape:
-    """Records what happens to one output of a model."""
+    """Records what happens to the outputs of a model."""
 
-    def __init__(self, output: Value, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.calls = 0  # so far
         self.constants: list[Tensor] = []
         self.graph = fx.Graph()
         self.has_changed_gradient = False  # by a hook: no replay repeats it
         self._known: dict[int, Known] = {}  # by id
-        self._device = next(model.parameters()).device
-        for name, tensors in (("parameter", model.parameters()), ("output", tensors_in(output))):
+        self._model, self._device = model, next(model.parameters()).device
+
+    def add(self, output: Value) -> int:
+        """Record what happens to the output of one more call, and return the call's number."""
+        number = self.calls
+        self.calls += 1
+        named = {"parameter": self._model.parameters(), f"output_{number}": tensors_in(output)}
+        for name, tensors in named.items():
             for index, tensor in enumerate(tensors):
                 self._name(tensor, self.graph.placeholder(f"{name}_{index}"))
+        return number
 
     def run(self, function: Function, args: Any, kwargs: Any) -> Value:
         """Run a function and record it if the output plays a part in it."""
@@ -114,6 +123,11 @@ class Tape:
         _drop_unused(self.graph)
         return next((n.meta["unseen"] for n in self.graph.nodes if "unseen" in n.meta), None)
 
+    def used_calls(self) -> set[int]:
+        """Return the numbers of the calls on whose outputs the finished graph depends."""
+        found = (re.fullmatch(r"output_(\d+)_\d+", str(node.target)) for node in self.graph.nodes)
+        return {int(match[1]) for match in found if match}
+
     def _watched(self, hook: Function) -> Function:
         """Return a hook that notes when it gives another gradient; many only look (Fabric's)."""
 
@@ -151,20 +165,23 @@ class Tape:
         return node
 
 
-def replay(graph: fx.Graph, model: nn.Module, output: Value, constants: Sequence[Tensor]) -> Tensor:
-    """Run a graph on what the model returned, and return the loss.
+def replay(
+    graph: fx.Graph, model: nn.Module, returned: Mapping[int, Value], constants: Sequence[Tensor]
+) -> Tensor:
+    """Run a graph on what each call of the model returned, and return the loss.
 
     Of a model that a script holds in 16 bit and that gives FP32 here, operands of two dtypes meet:
     they are made FP32.
     """
-    parameters, outputs = list(model.parameters()), tensors_in(output)
+    parameters = list(model.parameters())
     inputs: dict[str, Value] = {"device": parameters[0].device}
-    for name, tensors in (("parameter", parameters), ("output", outputs), ("constant", constants)):
+    outputs = {f"output_{number}": tensors_in(output) for number, output in returned.items()}
+    for name, tensors in ({"parameter": parameters, "constant": constants} | outputs).items():
         inputs |= {f"{name}_{index}": tensor for index, tensor in enumerate(tensors)}
-    is_fp32 = not any(tensor.dtype in LOW_PRECISION for tensor in outputs)
+    is_fp32 = not any(t.dtype in LOW_PRECISION for tensors in outputs.values() for t in tensors)
     has_low = any(tensor.dtype in LOW_PRECISION for tensor in constants)
     with ActivationMode(torch.float32) if is_fp32 and has_low else nullcontext():
-        return _run(graph, inputs, len(outputs))
+        return _run(graph, inputs, sum(map(len, outputs.values())))
 
 
 def _run(graph: fx.Graph, inputs: Mapping[str, Value], outputs: int) -> Tensor:
