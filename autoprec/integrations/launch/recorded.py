@@ -47,7 +47,7 @@ from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
 from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
-from autoprec.workload.written import Written
+from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
 
 logger = logging.getLogger(__name__)
 HELD_OUT = 4  # one batch in four is for evaluation
@@ -88,6 +88,9 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     first, autocast = firsts[0], check_recording(script, recorder)
     remove_autocast(first.model)
     batches = recorder.batches
+    if not any(p.dtype in LOW_PRECISION for p in first.model.parameters()):
+        # a library rounds a model's inputs for its autocast
+        batches = [batch._replace(calls=in_fp32(batch.calls)) for batch in batches]
     for batch in batches:
         remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
     held_out = max(2, len(batches) // HELD_OUT)

@@ -42,7 +42,7 @@ from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
 from autoprec.workload.optimizers import StepArguments, after_closure, trained_by
-from autoprec.workload.written import LOW_PRECISION, in_fp32, is_compiled
+from autoprec.workload.written import is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
 MOST_CALLS = 16  # before one backward: outputs and copies of all of them are kept until then
@@ -155,8 +155,6 @@ class Recorder:
         except REFUSALS as error:
             reason = error_line(error)
             self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
-        if not any(p.dtype in LOW_PRECISION for p in model.parameters()):
-            before, named = in_fp32((before, named))  # a library rounds them for its autocast
         tape, self._mode.tape = (
             self._mode.tape or Tape(model),
             None,
