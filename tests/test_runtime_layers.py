@@ -94,6 +94,32 @@ def test_torchs_whole_transformer_trains_with_causal_masks(option: Option) -> No
         assert is_close(model(x), autoprec.master_view(model)(x), 0.1)
 
 
+# --- in place --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [8, 5])  # of 4 sequences: 20 rows are padded to 32
+def test_a_models_code_changes_in_place_what_an_fp8_layer_without_bias_gives(tokens: int) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Linear(32, 32, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = F.relu(self.up(x), inplace=True)
+            output = self.down(hidden)
+            output += x
+            return output
+
+    model, x = InPlace(), torch.randn(4, tokens, 32)
+    expected = model(x).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    autoprec.apply(plan_for(model, TENSORWISE), model, optimizer)
+    output = model(x)
+    assert is_close(output, expected, 0.1)
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 # --- recurrence ------------------------------------------------------------------------------
 
 
