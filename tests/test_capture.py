@@ -17,6 +17,8 @@ from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
 from autoprec.model.meta import capture_on_meta
+from autoprec.model.neighbours import NeighbourWatch
+from autoprec.model.recording import recorded_calls
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import (
     APPLICABLE_RECIPES,
@@ -462,3 +464,32 @@ def test_a_backward_pass_that_fails_is_one_line() -> None:
     wanted = "backward, once loss_fn has returned, must give gradients, but it raised ValueError"
     with pytest.raises(WorkloadError, match=f"{wanted} .*no way back"):
         capture_model(Context(workload_from(functions), CPU))
+
+
+class _Gated(torch.autograd.Function):
+    """Multiplies, and has no gradient for the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:  # Any: as above
+        ctx.save_for_backward(gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:  # Any: as above
+        return gradients[0] * ctx.saved_tensors[0], None
+
+
+def test_an_autograd_function_may_have_no_gradient_for_what_a_layer_gives() -> None:
+    layers = {"value": nn.Linear(16, 16), "gate": nn.Linear(16, 16)}
+    gated: Any = _Gated.apply  # Any: torch's own has no types
+    x = torch.ones(4, 16)
+    watch = NeighbourWatch()
+    with recorded_calls(layers, watch=watch) as calls, watch:
+        gate = torch.relu(layers["gate"](x))
+        torch.autograd.backward(gated(layers["value"](x), gate).sum())
+    (value,), (blind,) = calls["value"], calls["gate"]
+    assert value.gradients[0] is not None
+    assert blind.gradients == [None]
+    assert blind.surroundings is not None
+    assert blind.surroundings.behind is not None
+    assert blind.surroundings.behind.gradient is None

@@ -124,8 +124,9 @@ class NeighbourWatch(TorchFunctionMode):
 class _Catch:
     neighbour: Neighbour
 
-    def __call__(self, gradient: Tensor) -> None:
-        self.neighbour.gradient = gradient.detach()
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # not of an autograd function that has none
+            self.neighbour.gradient = gradient.detach()
 
 
 def own_kernel(x: Any) -> str:  # Any: whatever a layer is called with

@@ -187,8 +187,10 @@ def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
 
 
 def _catch(
-    call: Call, place: int, placed: bool, arrived: Callable[[Call], None], gradient: Tensor
+    call: Call, place: int, placed: bool, arrived: Callable[[Call], None], gradient: Tensor | None
 ) -> None:
+    if gradient is None:  # of an autograd function that has none for what the layer gives
+        return
     _see_graph(call, gradient)
     own = gradient.detach()
     before, own = call.gradients[place], own if placed else local_part(own)
@@ -196,7 +198,7 @@ def _catch(
     arrived(call)
 
 
-def _see_graph(call: Call, _: Tensor) -> None:
+def _see_graph(call: Call, _: Tensor | None) -> None:
     """See whether a backward pass records itself, to be differentiated too: `create_graph`."""
     if torch.is_grad_enabled():
         call.obstacle = TWICE_DIFFERENTIATED
