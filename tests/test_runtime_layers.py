@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,22 @@ def test_a_model_may_ask_for_the_dtype_of_a_weight(option: Option) -> None:
     model = Asking()
     trained(model, torch.randn(16, 32), option=option)
     assert set(model.asked) == {torch.float32 if option is FP32 else torch.bfloat16}
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, lambda x: x.cpu().numpy()])
+def test_a_model_may_give_activations_to_numpy_as_matchers_do(as_array: Any) -> None:
+    class Matched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.first(x)
+            costs = as_array(hidden.detach())
+            assert costs.dtype == np.float32
+            return self.second(hidden[torch.from_numpy(costs.argsort(0)[:, 0])])
+
+    trained(Matched(), torch.randn(16, 32), option=BF16_O2)
 
 
 @pytest.mark.parametrize("order", ["layout first", "plan first"])

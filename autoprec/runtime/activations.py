@@ -101,6 +101,7 @@ IN_FP32 = (
     )
     | _functions(" ".join(torch.fft.__all__), torch.fft)
     | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
+    | _functions("numpy __array__", Tensor)  # of which scipy's assignments are made
 )
 LERP = Tensor.lerp_  # in scripts that run with a plan another stands there, see averages.py
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
