@@ -155,6 +155,13 @@ def test_a_plan_for_another_model_is_refused_and_nothing_is_prepared() -> None:
     assert accelerator._models == []
 
 
+def test_an_optimizer_that_accelerate_has_wrapped_is_refused_with_the_way_out() -> None:
+    model = Mlp()
+    wrapped = Accelerator(cpu=True).prepare(_adamw(model))
+    with pytest.raises(PlanMismatchError, match=r"AcceleratedOptimizer .* give it AdamW itself"):
+        autoprec.apply(_mixed_plan(), model, wrapped)
+
+
 def test_a_precision_of_accelerates_own_is_refused() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[AORecipeKwargs()])
     model = Mlp()

@@ -438,7 +438,22 @@ REFUSALS = {
     "an unseen function": (
         "loss = F.cross_entropy(model(x), y)",
         "loss = Doubled.apply(model(x)).sum()",
-        "DoubledBackward",
+        "DoubledBackward, of an autograd function of its own",
+    ),
+    "a learned weight of the loss": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = other.bias[:4].exp().sum() * F.cross_entropy(model(x), y)",
+        r"also depends on a tensor of shape \(16,\) .* is not the model's",
+    ),
+    "a penalty from before the call": (
+        "loss = F.cross_entropy(model(x), y)",
+        "penalty = model.head.weight.square().sum(); loss = F.cross_entropy(model(x), y) + penalty",
+        "SumBackward0 of the model's weights, from before the model's call",
+    ),
+    "a scripted model": (
+        "loss = F.cross_entropy(model(x), y)",
+        "model = torch.jit.script(nn.Linear(32, 16)); loss = F.cross_entropy(model(x), y)",
+        "torch.jit has scripted it",
     ),
     "lazy layers": (
         "loss = F.cross_entropy(model(x), y)",

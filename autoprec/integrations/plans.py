@@ -57,7 +57,7 @@ def remove_autocast(model: nn.Module) -> None:
     stays.
     """
     found = getattr(vars(model).get("forward"), "__func__", vars(model).get("forward"))
-    own, gives_fp32 = own_class(model).forward, False
+    own, gives_fp32 = getattr(own_class(model), "forward", None), False  # scripted ones have none
     while found is not None and found is not own:
         gives_fp32 |= type(found).__name__ == "ConvertOutputsToFp32"
         code = vars(type(found)).get("__call__") if not hasattr(found, "__globals__") else found

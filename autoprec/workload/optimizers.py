@@ -82,7 +82,9 @@ def optimizer_refusal(optimizer: object) -> str:
     if not isinstance(optimizer, Optimizer):
         return f"it is a {name}, not a torch.optim.Optimizer"
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        return f"{name} did not call Optimizer.__init__, so its steps have no hooks; use another"
+        wrapped = vars(optimizer).get("optimizer")  # as Accelerate's prepare wraps one
+        way_out = "use another" if wrapped is None else f"give it {type(wrapped).__name__} itself"
+        return f"{name} did not call Optimizer.__init__, so its steps have no hooks; {way_out}"
     if type(optimizer).__module__.startswith("torch.distributed."):
         return f"{name} keeps optimizers of its own; use a plain one"
     if any(group.get("differentiable", False) for group in optimizer.param_groups):

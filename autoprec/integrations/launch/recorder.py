@@ -202,6 +202,8 @@ class Recorder:
             self.refuse("the script must train plainly, but it applies a plan itself")
         if world_size() > 1:
             self.refuse(f"one process must train, but there are {world_size()}")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            self.refuse("a plan must be able to change the model, but torch.jit has scripted it")
         device = next(model.parameters()).device
         dtype = torch.get_autocast_dtype(device.type)
         autocast = torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type))
@@ -257,7 +259,7 @@ class Recorder:
         if unseen is not None:
             self.refuse(
                 "the loss must come from the model's output through torch functions, but it also "
-                f"depends on {unseen}, which was not seen"
+                f"depends on {unseen}"
             )
         first = min(tape.used_calls(), default=0)
         if first not in self._calls:

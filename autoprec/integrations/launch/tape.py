@@ -128,6 +128,20 @@ class Tape:
         found = (re.fullmatch(r"output_(\d+)_\d+", str(node.target)) for node in self.graph.nodes)
         return {int(match[1]) for match in found if match}
 
+    def _unseen(self, value: Tensor) -> str:
+        """Say what a tensor with a gradient hangs on, if no call that was seen made it."""
+        for leaf in _leaves(value):
+            if id(leaf) not in self._known:
+                shape = f"of shape {tuple(leaf.shape)}" if leaf.ndim else "that is one number"
+                return f"a tensor {shape} that requires gradients and is not the model's"
+        name = value.grad_fn.name() if value.grad_fn else "a parameter"
+        if isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
+            return f"{name}, of an autograd function of its own"
+        return (
+            f"{name} of the model's weights, from before the model's call, or from within it and "
+            "not returned (an attribute, a hook, an object that is no container)"
+        )
+
     def _watched(self, hook: Function) -> Function:
         """Return a hook that notes when it gives another gradient; many only look (Fabric's)."""
 
@@ -156,13 +170,28 @@ class Tape:
                 return known.node
         if value.requires_grad:  # it hangs on weights, and no call that was seen made it
             node = self.graph.placeholder("unseen")
-            node.meta["unseen"] = value.grad_fn.name() if value.grad_fn else "another parameter"
+            node.meta["unseen"] = self._unseen(value)
             return node
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
         node.meta["constant"] = len(self.constants)
         self.constants.append(copied(value))
         self._name(value, node)
         return node
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """Return what a tensor's gradient goes to: parameters, and inputs that ask for one."""
+    if tensor.grad_fn is None:
+        return [tensor]
+    found, seen, waiting = [], {tensor.grad_fn}, [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        new = {behind for behind, _ in node.next_functions if behind is not None} - seen
+        seen |= new
+        waiting += new
+    return found
 
 
 def replay(
