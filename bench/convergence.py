@@ -42,7 +42,7 @@ from torch.func import functional_call, vmap
 
 from autoprec.common.recipes import Gemm, Recipe
 from autoprec.records import fp8_option
-from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.casts import cast_scaled, gemm_casts, largest_of, scale_from
 from autoprec.sensitivity.preconditioner import read_preconditioner
 
 SEEDS = {75: 6, 300: 4, 2000: 2}  # by horizon; they train side by side
@@ -139,7 +139,8 @@ def check_casts() -> None:
             for side, (_, cast) in enumerate(sides):
                 own = torch.tensor(here[SIDES.index((gemm, side))])[None]
                 found = quantize(x[None], own, 2 if cast.dim is None else cast.dim + 1)[0]
-                if not torch.equal(found, cast_operand(x, cast)):
+                scale = scale_from(largest_of(x, cast), cast)
+                if not torch.equal(found, cast_scaled(x, cast, scale)):
                     raise SystemExit(f"{recipe} casts {gemm} otherwise than the bench does")
 
 

@@ -23,7 +23,7 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
-from autoprec.sensitivity.casts import cast_operand, gemm_casts
+from autoprec.sensitivity.casts import Cast, cast_scaled, gemm_casts, largest_of, scale_from
 from autoprec.sensitivity.doubts import large_cells
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.probes import probe_batches
@@ -116,6 +116,10 @@ def both(workload: Workload, *, batches: int = 4, probes: int = 4) -> tuple[Rows
     cells = list_cells(spec, None)
     exact = by_cell(make_table(reference, cells, Method.LAYERWISE).rows)
     return exact, by_cell(make_rows(probe_batches(reference, cells, probes=probes), cells))
+
+
+def cast_operand(x: Tensor, cast: Cast) -> Tensor:
+    return cast_scaled(x, cast, scale_from(largest_of(x, cast), cast))
 
 
 def gradient_by_hand(x: Tensor, target: Tensor, weight: Tensor, option: Option) -> Tensor:

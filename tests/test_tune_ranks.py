@@ -95,7 +95,7 @@ def _numbers(given: Workload, *, measured: bool) -> dict[str, Any]:  # Any: JSON
     probed = measure_sensitivity(
         reference, options=[fp8_option(Recipe.ROWWISE)], method=Method.SIGN_CODED
     )
-    uniform = JointMeter(reference).measure((BF16_O2,) * len(spec.layers))
+    uniform = JointMeter(reference).measure((BF16_O2,) * len(spec.layers), 2)
     return {
         **found,
         "rows": {f"{row.name} {row.option.key}": row.grad_error.mean for row in table.rows},

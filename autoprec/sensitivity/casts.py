@@ -72,11 +72,6 @@ def scale_from(largest: Tensor, cast: Cast) -> Tensor:
     return torch.exp2(torch.floor(torch.log2(scale))) if cast.is_power_of_2 else scale
 
 
-def cast_operand(x: Tensor, cast: Cast) -> Tensor:
-    """Return a BF16-rounded operand after its cast to FP8, in FP32."""
-    return cast_scaled(x, cast, scale_from(largest_of(x, cast), cast))
-
-
 def cast_scaled(x: Tensor, cast: Cast, scale: Tensor) -> Tensor:
     """Return a BF16-rounded operand, or some rows of it, after its cast to FP8 with this scale."""
     return fp8_to_float((x * scale).to(cast.dtype)).div_(scale)

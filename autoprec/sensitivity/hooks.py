@@ -53,14 +53,10 @@ def direction_after_hooks(parameter: Tensor, direction: Tensor, *, at: Tensor) -
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Run no hooks at the gradients of a module's parameters inside."""
     held = [p._backward_hooks for p in module.parameters() if p._backward_hooks]
-    kept = [dict(hooks) for hooks in held]
-    for hooks in held:
-        hooks.clear()
-    try:
+    with _put_back(held):
+        for hooks in held:
+            hooks.clear()
         yield
-    finally:
-        for hooks, before in zip(held, kept, strict=True):
-            hooks.update(before)
 
 
 def change_backward(model: nn.Module, run: Callable[[], object]) -> bool:
@@ -79,15 +75,21 @@ def change_backward(model: nn.Module, run: Callable[[], object]) -> bool:
         changed.append(found is not None)
         return found
 
-    kept = [dict(hooks) for hooks in held]
-    for hooks in held:
-        hooks.update({key: partial(watched, hook) for key, hook in hooks.items()})
-    try:
+    with _put_back(held):
+        for hooks in held:
+            hooks.update({key: partial(watched, hook) for key, hook in hooks.items()})
         run()
+    return any(changed)
+
+
+@contextmanager
+def _put_back(held: list[Any]) -> Iterator[None]:  # Any: hooks of any kind, by their keys
+    kept = [dict(hooks) for hooks in held]
+    try:
+        yield
     finally:
         for hooks, before in zip(held, kept, strict=True):
             hooks.update(before)
-    return any(changed)
 
 
 def _averages(hook: object) -> bool:

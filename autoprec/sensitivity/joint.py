@@ -5,13 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from autoprec.device.random_state import random_state_kept
-from autoprec.errors import PlanMismatchError
 from autoprec.records.model import BF16_O2, FP32, ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, Island, LayerSensitivity
 from autoprec.sensitivity.islands import find_islands
 from autoprec.sensitivity.reference import Reference
 
-JOINT_BATCHES = 2  # of these, for each assignment: the search measures a dozen
 ACTIVATION_BATCHES = 1  # the activations' own error is far smaller than that of any FP8 plan
 
 
@@ -21,43 +19,26 @@ class JointMeter:
     Costs one pass per batch for each new assignment and nothing for one seen before.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        *,
-        batches: int = JOINT_BATCHES,
-        fp32_outputs: Sequence[str] = (),
-    ) -> None:
-        """Take a reference that is warmed up, and how many of its batches to measure on.
-
-        `fp32_outputs` are the layers of the sensitivity's islands.
-        """
+    def __init__(self, reference: Reference, *, fp32_outputs: Sequence[str] = ()) -> None:
+        """Take a reference that is warmed up, and the layers of the sensitivity's islands."""
         self.reference = reference
         self.fp32_outputs = tuple(fp32_outputs)
-        self.batches = batches
         self._measured: dict[tuple[tuple[Option, ...], int], Estimate] = {}
 
     @cached_property
     def _longer(self) -> Reference:
         return self.reference.longer()
 
-    def measure(self, options: tuple[Option, ...], batches: int | None = None) -> Estimate:
+    def measure(self, options: tuple[Option, ...], batches: int) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.
 
-        On so many batches, or on all that there are; by default on the meter's own.
+        On so many batches, or on all that there are.
 
         Raises:
-            PlanMismatchError: not one option per layer, or a layer cannot run its option.
+            PlanMismatchError: a layer cannot run its option.
         """
-        names = self.reference.spec.names
-        if len(options) != len(names):
-            raise PlanMismatchError(
-                f"an assignment has one option per layer, {len(names)}, but {len(options)} came; "
-                "give them in the order of the model spec"
-            )
-        batches = batches or self.batches
         if (options, batches) not in self._measured:
-            by_name = dict(zip(names, options, strict=True))
+            by_name = dict(zip(self.reference.spec.names, options, strict=True))
             self._measured[options, batches] = self._measure(by_name, batches=batches)
         return self._measured[options, batches]
 

@@ -70,13 +70,18 @@ class TwoSteps:
 
     @cached_property
     def _crossings(self) -> list[float]:
-        """What kinks add to the changes of each parameter."""
-        return [self._crossed(*pair) for pair in self.changes]
+        """What kinks add to the changes of each parameter, B/t of A + B/t at the own step."""
+        return [
+            (fine - own) / (self.ratio - 1.0) if fine > CROSSED * own else 0.0
+            for fine, own in self.changes
+        ]
 
     def added(self, keys: Sequence[Key], square: float) -> float:
         """Return F of one layer's errors of output: what kinks add to d'Pd."""
-        name = keys[0][0]
-        return math.sqrt(self._parts[name] * square * self._behind(name))
+        name, found = keys[0][0], self._crossings
+        # W t of the kinks behind the layer
+        behind = math.sqrt(math.fsum(found) * math.fsum(found[self.places[name] :]))
+        return math.sqrt(self._parts[name] * square * behind)
 
     def _pair(self, keys: Sequence[Key]) -> tuple[float, float]:
         pairs = [self.products[key] for key in keys]
@@ -120,12 +125,3 @@ class TwoSteps:
             else 0.0
             for name, (fine, own) in pairs.items()
         }
-
-    def _behind(self, name: str) -> float:
-        """Return W t of the kinks behind a layer."""
-        found = self._crossings
-        return math.sqrt(math.fsum(found) * math.fsum(found[self.places[name] :]))
-
-    def _crossed(self, fine: float, own: float) -> float:
-        """Return B/t of A + B/t at the own step."""
-        return (fine - own) / (self.ratio - 1.0) if fine > CROSSED * own else 0.0

@@ -351,15 +351,11 @@ def _underflow(matrices: Sequence[Matrix], cast: Cast) -> float:
         for rows in map(matrix.counted, matrix.chunks()):
             there += int(matrix.exact[rows].count_nonzero())
             left += int(matrix.cast(cast, rows).count_nonzero())
-    there, left = _of_all_ranks(matrices, there, left)
-    return 1.0 - left / there if there else 0.0
-
-
-def _of_all_ranks(matrices: Sequence[Matrix], *counts: int) -> list[int]:
-    """Return counts of an operand's values summed over the ranks that have parts of it."""
+    # over the ranks that have parts of the operand
     first = matrices[0]
-    own = torch.tensor(counts, dtype=torch.float64, device=first.exact.device)
-    return [round(float(each)) for each in first.split.whole(own, "", over=first.axes)]
+    counts = torch.tensor([there, left], dtype=torch.float64, device=first.exact.device)
+    there, left = map(round, first.split.whole(counts, "", over=first.axes).tolist())
+    return 1.0 - left / there if there else 0.0
 
 
 def _group_axis(component: Component) -> str:

@@ -119,19 +119,25 @@ def _other_rule(found: Mapping[str, Moment], group: State, eps: float) -> Rule |
             keep=rho,
             take=1.0 - rho,
             inner_eps=eps,
-            gain=partial(_root_of, updates, eps),
+            gain=lambda part: (updates(part).float() + eps).sqrt(),
         )
     if "square_avg" in found:
         alpha, square = number(group.get("alpha"), 0.99), found["square_avg"]
-        mean = found.get("grad_avg")
-        moment = square if mean is None else partial(_variance, square, mean)
-        return Rule("rmsprop", moment=moment, keep=alpha, take=1.0 - alpha, eps=eps)
+        if (mean := found.get("grad_avg")) is not None:  # centered: E g^2 - (E g)^2
+            square = partial(_variance, square, mean)
+        return Rule("rmsprop", moment=square, keep=alpha, take=1.0 - alpha, eps=eps)
     if "sum" in found:
         return Rule("adagrad", moment=found["sum"], take=1.0, eps=eps)
     if "exp_inf" in found:
         largest, beta2 = found["exp_inf"], number(group.get("betas", (0.9, 0.999))[1], 0.999)
-        squared = partial(_square_above, largest, eps)
-        return Rule("adamax", moment=squared, keep=beta2**2, take=1.0, holds_largest=True)
+        return Rule(
+            "adamax",
+            # Adamax adds eps to every |g| that u is the largest of
+            moment=lambda part: (largest(part).float() - eps).clamp_min(0.0).square(),
+            keep=beta2**2,
+            take=1.0,
+            holds_largest=True,
+        )
     return None
 
 
@@ -170,17 +176,7 @@ def _flat_part(flat: Tensor, part: Part) -> Tensor:
 
 
 def _variance(square: Moment, mean: Moment, part: Part) -> Tensor:
-    """Return E g^2 - (E g)^2."""
     return (square(part) - mean(part).square()).clamp_min(0.0)
-
-
-def _square_above(largest: Moment, eps: float, part: Part) -> Tensor:
-    """Return u^2 without the eps that Adamax adds to every |g| that u is the largest of."""
-    return (largest(part).float() - eps).clamp_min(0.0).square()
-
-
-def _root_of(updates: Moment, eps: float, part: Part) -> Tensor:
-    return (updates(part).float() + eps).sqrt()
 
 
 def _fit(rows: Tensor, columns: Tensor, shape: torch.Size) -> bool:

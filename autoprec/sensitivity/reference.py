@@ -58,7 +58,6 @@ DEFAULT_BATCHES = 2  # a pair has a standard error
 MORE_BATCHES = 4  # beside them
 DEFAULT_WARMUP_STEPS = 50  # an error after 10 tells less of one after 300 (docs/convergence.md)
 EARLY_STEPS = 10  # where errors are measured besides, to see how they grow
-FEWEST_BATCHES = 2  # one batch gives no standard error
 
 Key = TypeVar("Key", bound=Hashable)
 logger = logging.getLogger(__name__)
@@ -299,16 +298,11 @@ def prepare_reference(
     there is none. `on_warm` is given a reference that was trained here, and its losses.
 
     Raises:
-        WorkloadError: too few batches or steps, or a loss that is not finite.
+        WorkloadError: a loss is not finite.
         CaptureError: the workload's model is not the one that `spec` describes.
         RecordError: the checkpoint is unreadable or of another model.
         DeviceError: it takes more memory than it may.
     """
-    if batches < FEWEST_BATCHES or warmup_steps < 1:
-        raise WorkloadError(
-            f"sensitivity needs at least {FEWEST_BATCHES} batches and 1 warm-up step, but got "
-            f"{batches} and {warmup_steps}; ask for more"
-        )
     started = time.perf_counter()
     groups, is_parked = plan_groups(context, spec)
     start = None if checkpoint is None else read_checkpoint(checkpoint)
@@ -348,9 +342,11 @@ def _trained(
         curve, step_s = warm_up(training, context, stream, first, of=steps)
         if len(last) >= batches:
             drawn = InTurn(islice(stream, batches), context.device)
-            early = _early_error(context, spec, training, drawn)
+            now = _measuring(context, spec, training, drawn)
+            early = now.measure_step(EARLY_STEPS)
+            now.put_back()  # the model stays as it is
             stream = _after(drawn, stream)
-            del drawn
+            del drawn, now
         if last:
             later, step_s = warm_up(training, context, stream, last, of=steps)
             curve = (*curve, *later)
@@ -362,16 +358,6 @@ def _after(drawn: InTurn[Batch], stream: Iterator[Batch]) -> Iterator[Batch]:
     yield from drawn
     del drawn  # and their memory
     yield from stream
-
-
-def _early_error(
-    context: Context, spec: ModelSpec, training: Training, batches: InTurn[Batch]
-) -> tuple[StepError, ...]:
-    """Return the error of FP8 everywhere where the training is now; the model stays as it is."""
-    now = _measuring(context, spec, training, batches)
-    found = now.measure_step(EARLY_STEPS)
-    now.put_back()
-    return found
 
 
 def _measuring(

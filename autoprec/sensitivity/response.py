@@ -70,7 +70,9 @@ def measured_rule(
     if not math.isfinite(total) or total == 0.0:
         return None
     rule = _fitting(optimizer.state.get(parameter, {}), group, parameter, g, products, squares)
-    rule = rule or _separable(products, squares)
+    if rule is None:  # P as a mean over rows times a mean over columns
+        rows, columns = (_profile(products, squares, dim=dim) for dim in (1, 0))
+        rule = Rule("measured", gain=outer(rows[None], columns[None]))
     explained = sum(float((rule.weight(g).square_() * square).sum()) for square in squares)
     momentum = number(group.get("momentum", group.get("betas", (0.0,))[0]), 0.0)
     at_once = (1.0 - momentum) * (1.0 + momentum * bool(group.get("nesterov", False)))
@@ -134,12 +136,6 @@ def _fitting(
         if abs(float(torch.cosine_similarity(seen, expected, dim=0))) > least:
             return rule
     return None
-
-
-def _separable(products: list[Tensor], squares: list[Tensor]) -> Rule:
-    """Return P as a mean over rows times a mean over columns."""
-    rows, columns = (_profile(products, squares, dim=dim) for dim in (1, 0))
-    return Rule("measured", gain=outer(rows[None], columns[None]))
 
 
 def _profile(products: list[Tensor], squares: list[Tensor], *, dim: int) -> Tensor:

@@ -115,7 +115,9 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks)
     table = measure_unseen(reference, table, unseen) if unseen else table
     seen = [row for row in table.rows if row.name not in unseen]
-    guessed = guessed_cells(seen, is_kinked=_are_kinked(probes))
+    steps = probes[0].steps
+    is_kinked = steps is not None and (steps.are_kinked or steps.jumps > 0.0)
+    guessed = guessed_cells(seen, is_kinked=is_kinked)
     refined = tuple(dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics))))
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
     along = {(name, forward_casts(option)) for name, option in refined}
@@ -215,11 +217,6 @@ def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -
             rows.append(row)
     refined = tuple(dict.fromkeys((*table.refined, *exact)))
     return replace(table, rows=tuple(rows), refined=refined)
-
-
-def _are_kinked(probes: Sequence[BatchProbe]) -> bool:
-    steps = probes[0].steps
-    return steps is not None and (steps.are_kinked or steps.jumps > 0.0)
 
 
 def _added(

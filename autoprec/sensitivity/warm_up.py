@@ -15,7 +15,7 @@ from autoprec.model.context import Context
 from autoprec.records.sensitivity import StepError
 from autoprec.runtime.checkpoint import Checkpoint, load_state
 from autoprec.runtime.sharded_state import load_shards, load_whole
-from autoprec.sensitivity.kept_reference import Kept, keep_reference, one_at_a_time
+from autoprec.sensitivity.kept_reference import keep_reference, one_at_a_time
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training, start_training, step_batches
 
@@ -47,22 +47,18 @@ def read_or_trained(
     """Return the reference that a file keeps; where it keeps none, one that is trained for it."""
     with one_at_a_time(kept) if kept else nullcontext() as known:
         if known is not None:
-            return _restored(context, known, warmup_steps=steps)
+            training = restore(context, known.checkpoint, warmup_steps=steps)
+            known.put_gradients(training)
+            # past the batches that it was trained on
+            stream = context.workload.train_batches(context.seed)
+            deque(step_batches(context.workload, stream, count=steps), maxlen=0)
+            return WarmUp(training, stream, known.curve, known.step_s)
         made = train(steps=steps)
         if kept is not None:
             keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
         if on_warm is not None:
             on_warm(made.training, made.curve)
         return made
-
-
-def _restored(context: Context, known: Kept, *, warmup_steps: int) -> WarmUp:
-    """Return the reference of a file, past the batches that it was trained on."""
-    training = restore(context, known.checkpoint, warmup_steps=warmup_steps)
-    known.put_gradients(training)
-    stream = context.workload.train_batches(context.seed)
-    deque(step_batches(context.workload, stream, count=warmup_steps), maxlen=0)
-    return WarmUp(training, stream, known.curve, known.step_s)
 
 
 def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
