@@ -38,7 +38,7 @@ from autoprec.sensitivity.gap import (
     LEVEL,
     QUANTILE,
     WHOLE_STEPS,
-    fit_loss_line,
+    loss_exponent,
     with_measured,
 )
 
@@ -73,8 +73,7 @@ def condense(path: Path) -> list[Row]:
         row["seeds"] = len(runs)
         if plan == "reference":
             curve = np.mean([run["curve"] for run in runs], 0)
-            fitted = fit_loss_line(tuple(enumerate(curve[:WARMUP_STEPS].tolist(), start=1)))
-            own = 0.0 if fitted is None else fitted.exponent_at(steps)
+            own = loss_exponent(curve[:WARMUP_STEPS].tolist(), steps) or 0.0
             losses = [run["exact"] for run in runs]
             row |= {"loss": _mean(losses), "spread": statistics.stdev(losses), "r": own}
         else:

@@ -18,10 +18,10 @@ import torch
 from autoprec.device.timing import MOST_CPU_CACHE_BYTES, Clock, Stopping, make_clock
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.memory import io_elements
 from autoprec.profiler import profile_model, time_steps
 from autoprec.profiler.measure import sum_totals
 from autoprec.records import FP32, Basis, ModelSpec, Option, Profile
-from autoprec.search.costs import boundary_melements
 from autoprec.workload.loading import load_workload
 
 EXAMPLES = ("examples/char_gpt.py", "examples/digits_cnn.py")
@@ -127,7 +127,7 @@ def predict_step(profile: Profile, plan: Mapping[str, Option]) -> float:
         return profile.fixed_ms + layers_ms
     cast_ms = profile.boundary_cast_ms_per_melement
     kept = [layer for layer in profile.model.layers if plan[layer.name] == FP32]
-    return profile.fixed_bf16_ms + layers_ms + cast_ms * sum(map(boundary_melements, kept))
+    return profile.fixed_bf16_ms + layers_ms + cast_ms * sum(map(io_elements, kept)) / 1e6
 
 
 class CpuTimeClock:

@@ -11,12 +11,11 @@ from autoprec.records import (
     BF16_O2,
     FP32,
     Constraint,
-    LayerKind,
     ModelSpec,
     Option,
     StepTiming,
 )
-from autoprec.search.costs import Costs, boundary_melements, make_costs
+from autoprec.search.costs import Costs, make_costs
 from autoprec.search.keep import parse_keep, resolve_keep
 from autoprec.search.problem import Options, Problem, exact, front, make_problem, wide_groups
 from autoprec.search.space import make_roles
@@ -99,29 +98,15 @@ def test_a_called_layer_without_any_price_is_an_error() -> None:
         make_costs(profile.model_copy(update={"layers": ()}), sensitivity)
 
 
-def test_boundary_elements_follow_from_the_shapes() -> None:
-    base = linear("x", 8, 16, 32)
-    assert boundary_melements(base) * 1e6 == 8 * 16 + 8 * 32
-    embedding = base.model_copy(
-        update={
-            "kind": LayerKind.EMBEDDING,
-            "gemm": None,
-            "calls": called(tensor(4, 5, dtype="int64")),
-        }
-    )
-    assert boundary_melements(embedding) * 1e6 == 4 * 5 * 16  # indices are not cast
-    conv = base.model_copy(
-        update={
-            "kind": LayerKind.CONV,
-            "type_name": "torch.nn.modules.conv.Conv2d",
-            "settings": "3, 12, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)",
-            "calls": called(tensor(2, 3, 8, 8), count=2),
-        }
-    )
-    assert boundary_melements(conv) * 1e6 == 2 * (2 * 3 * 8 * 8 + 2 * 12 * 4 * 4)
-    norm = base.model_copy(update={"kind": LayerKind.NORM, "calls": called(tensor(7, 9))})
-    assert boundary_melements(norm) * 1e6 == 2 * 7 * 9
-    assert boundary_melements(base.model_copy(update={"calls": ()})) == 0.0
+def test_casts_beside_fp32_are_of_all_that_goes_in_and_out() -> None:
+    profile, sensitivity = tables_of({"a": TYPICAL}, cast_ms=1.0)
+    spec = profile.model.layers[0]
+    update = {"calls": called(tensor(2, 3, 8, 8), tensor(4, dtype="int64"), count=2)}
+    spec = spec.model_copy(update={**update, "output_elements": 2 * 12 * 4 * 4})
+    costs = make_costs(replaced_layer(profile, spec), sensitivity)
+    elements = 2 * 2 * 3 * 8 * 8 + 2 * 12 * 4 * 4  # indices are not cast
+    assert costs.prices[0][FP32].boundary_ms == pytest.approx(elements / 1e6)
+    assert costs.prices[0][BF16_O2].boundary_ms == 0.0
 
 
 # --- keeps --------------------------------------------------------------------------------------

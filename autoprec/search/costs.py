@@ -23,24 +23,22 @@ negative count as 0.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoprec.common.recipes import Precision
 from autoprec.errors import RecordError
+from autoprec.model.memory import io_elements
 from autoprec.predict.step import unhidden
 from autoprec.predict.transfer import default_locks, sensitivity_basis
 from autoprec.records.cost import Communication, LayerTiming, Profile, Timing, ratio_error
-from autoprec.records.model import BF16_O2, FP32, Basis, CallSpec, LayerKind, LayerSpec, Option
+from autoprec.records.model import BF16_O2, FP32, Basis, LayerSpec, Option
 from autoprec.records.sensitivity import LayerSensitivity, Sensitivity
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
 BROKEN_ERROR = 0.05
-CONV_CHANNELS = re.compile(r"^(\d+), (\d+), kernel_size")  # torch's extra_repr of a convolution
-CONV_STRIDE = re.compile(r"stride=\(([\d, ]+)\)")
 
 
 @dataclass(frozen=True)
@@ -209,34 +207,6 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
     )
 
 
-def boundary_melements(layer: LayerSpec) -> float:
-    """Return the millions of floating elements that go in and out of a layer in one step."""
-    return sum(call.count * _boundary_elements(layer, call) for call in layer.calls) / 1e6
-
-
-def _boundary_elements(layer: LayerSpec, call: CallSpec) -> float:
-    """Return the elements of one call's floating inputs and, as far as shapes tell, its output."""
-    floating = [math.prod(t.shape) for t in call.inputs if t.dtype.startswith(("float", "bfloat"))]
-    first = math.prod(call.inputs[0].shape) if call.inputs else 0
-    if layer.kind is LayerKind.LINEAR and layer.gemm is not None:
-        out = first / layer.gemm.K * layer.gemm.N
-    elif layer.kind is LayerKind.EMBEDDING:
-        out = first * layer.parameters[0].shape[-1]
-    elif layer.kind is LayerKind.CONV:
-        out = first * _conv_growth(layer)
-    else:
-        out = floating[0] if floating else first
-    return sum(floating) + out
-
-
-def _conv_growth(layer: LayerSpec) -> float:
-    """Return output elements per input element of a convolution that pads its borders."""
-    channels, stride = (p.search(layer.settings) for p in (CONV_CHANNELS, CONV_STRIDE))
-    ratio = int(channels[2]) / max(int(channels[1]), 1) if channels else 1.0
-    steps = math.prod(int(s) for s in stride[1].split(",") if s.strip()) if stride else 1
-    return ratio * steps if "ConvTranspose" in layer.type_name else ratio / max(steps, 1)
-
-
 def _price_layer(
     layer: LayerSpec,
     timings: Mapping[Option, LayerTiming],
@@ -245,7 +215,7 @@ def _price_layer(
 ) -> tuple[dict[Option, Price], dict[Option, str]]:
     prices: dict[Option, Price] = {}
     missing: dict[Option, str] = {}
-    boundary_ms = boundary_melements(layer) * profile.boundary_cast_ms_per_melement
+    boundary_ms = io_elements(layer) / 1e6 * profile.boundary_cast_ms_per_melement
     baseline = timings.get(BF16_O2)
     for option in dict.fromkeys((*layer.options, *timings)):
         timing, effect = timings.get(option), effects.get(option)

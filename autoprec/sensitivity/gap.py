@@ -21,7 +21,8 @@ says theta up to DRIFT * log(N / n), which is how much theta itself changes on t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import numpy as np
 
 from autoprec.records import Basis, ExpectedGap, HorizonGap, Sensitivity
 
@@ -44,25 +45,6 @@ FARTHEST = 10  # times that; nothing is known beyond
 GROWTH_DOUBT = 0.5  # how far GROWTH may be off beyond: NVFP4's GEMMs have 0.3 to 0.85 (Quartet II)
 # above it, quantised training stops being effective: Chmiel et al., "FP4 All the Way", 2505.19115
 CEILING = 1 / 3
-
-
-@dataclass(frozen=True)
-class LossLine:
-    """loss(t) = last_loss - slope * log(t / last_step), fitted to the later part of a loss curve.
-
-    `slope` is in the loss's unit per e-fold of steps; it is never below its own standard error, so
-    that a flat or noisy curve does not promise that gradient errors cost nothing.
-    """
-
-    slope: float
-    last_step: int
-    last_loss: float
-
-    def exponent_at(self, step: int) -> float:
-        """Return r, the relative slope of the loss per e-fold of steps, at a step."""
-        own = self.slope / max(abs(self.last_loss), SMALLEST_LOSS)
-        seen = min(self.last_step / max(step, 1), 1.0)
-        return seen * own + (1.0 - seen) * USUAL_EXPONENT
 
 
 def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int) -> ExpectedGap:
@@ -167,22 +149,14 @@ def with_measured(expected: ExpectedGap, measured: HorizonGap) -> ExpectedGap:
     drift = DRIFT * math.log(max(steps / measured.branch_steps, 2.0))
     noise = math.hypot(measured.stderr, SHORT_MODEL * short)
     # p(theta | gap) on a grid of up to four spreads, its drift likewise summed over
-    thetas = [spread * i / 10 for i in range(-40, 41)]
-    drifts = [(drift * i / 5, math.exp(-0.5 * (i / 5) ** 2)) for i in range(-20, 21)]
-    weights = [
-        math.exp(-0.5 * (theta / spread) ** 2)
-        * math.fsum(
-            share * math.exp(-0.5 * ((gap.mean - short * math.exp(theta + d)) / noise) ** 2)
-            for d, share in drifts
-        )
-        for theta in thetas
-    ]
-    total = math.fsum(weights)
-    if total == 0.0:  # a gap that no theta explains
+    own, other = np.linspace(-4.0, 4.0, 81), np.linspace(-4.0, 4.0, 41)
+    away = (gap.mean - short * np.exp(spread * own[:, None] + drift * other)) / noise
+    likely = (np.exp(-0.5 * other**2) * np.exp(-0.5 * away**2)).sum(axis=1)
+    thetas, weights = spread * own, np.exp(-0.5 * own**2) * likely
+    if not weights.any():  # a gap that no theta explains
         return expected
-    middle = math.fsum(w * t for w, t in zip(weights, thetas, strict=True)) / total
-    square = math.fsum(w * (t - middle) ** 2 for w, t in zip(weights, thetas, strict=True)) / total
-    half = QUANTILE * math.sqrt(square)
+    middle = float(np.average(thetas, weights=weights))
+    half = QUANTILE * math.sqrt(float(np.average((thetas - middle) ** 2, weights=weights)))
     return expected.model_copy(
         update={
             "mean": mean * math.exp(middle),
@@ -193,17 +167,22 @@ def with_measured(expected: ExpectedGap, measured: HorizonGap) -> ExpectedGap:
     )
 
 
-def fit_loss_line(curve: Sequence[tuple[int, float]]) -> LossLine | None:
-    """Fit the later three quarters of a loss curve; None when fewer than FEWEST_POINTS points."""
-    last = max((step for step, _ in curve), default=0)
-    points = [(math.log(step), loss) for step, loss in curve if step >= max(last / 4, 1)]
-    if len(points) < FEWEST_POINTS:
+def loss_exponent(losses: Sequence[float], step: int) -> float | None:
+    """Return r, the relative fall of a loss per e-fold of steps, at a step; None of a short curve.
+
+    A line in log(step) is fitted to the later three quarters of the losses of steps 1, 2, ... Its
+    slope is never taken to be below its own standard error, so that a flat or noisy curve does not
+    promise that gradient errors cost nothing; beyond the curve r tends to USUAL_EXPONENT.
+    """
+    last = len(losses)
+    first = max(math.ceil(last / 4), 1)
+    x, y = np.log(np.arange(first, last + 1)), np.asarray(losses[first - 1 :])
+    if len(y) < FEWEST_POINTS:
         return None
-    x_mean = math.fsum(x for x, _ in points) / len(points)
-    y_mean = math.fsum(y for _, y in points) / len(points)
-    spread = math.fsum((x - x_mean) ** 2 for x, _ in points)
-    slope = -math.fsum((x - x_mean) * (y - y_mean) for x, y in points) / spread
-    level = y_mean + slope * x_mean
-    residual = math.fsum((y - (level - slope * x)) ** 2 for x, y in points)
-    believed = max(slope, math.sqrt(residual / (len(points) - 2) / spread))  # or its standard error
-    return LossLine(believed, last, y_mean + believed * x_mean - believed * math.log(last))
+    slope, level = map(float, np.polyfit(x, y, 1))
+    spread = float(((x - x.mean()) ** 2).sum())
+    residual = float(((y - level - slope * x) ** 2).sum())
+    fall = max(-slope, math.sqrt(residual / (len(y) - 2) / spread))
+    last_loss = float(y.mean()) + fall * (float(x.mean()) - math.log(last))
+    seen = min(last / max(step, 1), 1.0)
+    return seen * fall / max(abs(last_loss), SMALLEST_LOSS) + (1.0 - seen) * USUAL_EXPONENT

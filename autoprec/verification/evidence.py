@@ -23,7 +23,7 @@ from autoprec.records.verification import (
     Verification,
     loss_gaps,
 )
-from autoprec.sensitivity.gap import expected_gap, fit_loss_line, predicted_loss_gap
+from autoprec.sensitivity.gap import expected_gap, loss_exponent, predicted_loss_gap
 from autoprec.verification.metrics import Tested, metric_interval, tested_sides
 from autoprec.verification.sequential import (
     Terms,
@@ -144,6 +144,7 @@ def make_verification(
 ) -> Verification:
     """Make the record of a plan's verification, after `refuted` plans and `skipped` ones."""
     repairs = repair_notes(evidence.plan, refuted, skipped=skipped)  # they come first
+    end = len(session.checkpoint.curve) + session.terms.branch_steps
     return Verification(
         plan=evidence.plan.digest,
         verdict=evidence.verdict,
@@ -165,7 +166,7 @@ def make_verification(
         own_gap=own_gap(evidence),
         floor=session.floor,
         bf16_gap=evidence.gap("plan", "bf16_o2"),
-        loss_exponent=loss_exponent(session),
+        loss_exponent=loss_exponent(session.checkpoint.curve, end),
         notes=(*repairs, *notes(session, evidence, steps)),
         expected_gap=expected_gap_of(evidence.plan, sensitivity),
     )
@@ -282,13 +283,6 @@ def expected_gap_of(plan: Plan, sensitivity: Sensitivity | None) -> ExpectedGap 
     if steps is None or sensitivity is None:
         return before
     return expected_gap(sensitivity, plan.grad_error, steps)
-
-
-def loss_exponent(session: Session) -> float | None:
-    """Return the relative fall of the loss per e-fold of steps at the end of the branches."""
-    line = fit_loss_line(tuple(enumerate(session.checkpoint.curve, start=1)))
-    end = len(session.checkpoint.curve) + session.terms.branch_steps
-    return None if line is None else line.exponent_at(end)
 
 
 def advice(evidence: Evidence) -> str:
