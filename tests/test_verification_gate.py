@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprec.errors import InfeasibleError, RecordError, WorkloadError
+from autoprec.errors import RecordError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.profiler.layers import predicted_timing
@@ -447,31 +446,6 @@ def test_a_constant_loss_is_refused() -> None:
     )
     with pytest.raises(WorkloadError, match="training must move the evaluation loss"):
         verified(workload, BF16_O2)
-
-
-@pytest.mark.parametrize("tolerance", [-1.0, math.nan])
-def test_a_tolerance_below_zero_is_one_clear_line(tolerance: float) -> None:
-    with pytest.raises(InfeasibleError, match="zero or more"):
-        verified(mlp_workload(), BF16_O2, tolerance=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "rule"),
-    [
-        ({"branch_steps": 1}, "branch_steps >= 2"),
-        ({"warmup_steps": -1}, "warmup_steps >= 0"),
-        ({"seeds_min": 1}, "seeds_min <= seeds_max"),
-        ({"confidence": 1.0}, "confidence must lie in"),
-    ],
-)
-def test_terms_that_decide_nothing_are_refused(arguments: dict[str, Any], rule: str) -> None:
-    with pytest.raises(InfeasibleError, match=rule):
-        Terms(**arguments)
-
-
-def test_no_plan_is_an_error() -> None:
-    with pytest.raises(InfeasibleError, match="at least one plan"):
-        verified(mlp_workload())
 
 
 def test_sensitivitys_reference_is_the_start_of_the_proof_bit_for_bit(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from autoprec.errors import InfeasibleError
 from autoprec.records import LossGap, Verdict
 from autoprec.verification.sequential import (
     Terms,
@@ -193,14 +192,3 @@ def test_advised_seeds_would_indeed_decide() -> None:
 
 def test_a_gap_on_the_tolerance_has_no_number_of_seeds() -> None:
     assert seeds_needed([0.0, 0.002, 0.001], TOLERANCE, Terms()) is None
-
-
-@pytest.mark.parametrize(("first", "last"), [(1, 5), (4, 3), (3, 65)])
-def test_impossible_looks_are_refused(first: int, last: int) -> None:
-    with pytest.raises(InfeasibleError, match="seeds_min <= seeds_max"):
-        Terms(seeds_min=first, seeds_max=last)
-
-
-def test_one_gap_has_no_interval() -> None:
-    with pytest.raises(InfeasibleError, match="two seeds"):
-        gap_interval([0.1], Terms())

@@ -128,17 +128,11 @@ class HorizonGap(Record):
 
 
 class BranchFile(FileRecord):
-    """A finished branch on disk, so that a killed verification goes on where it stopped.
-
-    `setup` is the digest of everything that the branches of one verification share, `variant` that
-    of the options the branch trained with: plans that share a variant share its file.
-    """
+    """A finished branch on disk, so that a killed verification goes on where it stopped."""
 
     KIND = "branch"
     REMAKE = "`autoprec verify`, without the old file"
 
-    setup: str
-    variant: str
     branch: Branch
 
 

@@ -26,6 +26,7 @@ from autoprec.records.verification import (
 from autoprec.sensitivity.gap import expected_gap, loss_exponent, predicted_loss_gap
 from autoprec.verification.metrics import Tested, metric_interval, tested_sides
 from autoprec.verification.sequential import (
+    CONFIDENCE,
     Terms,
     can_decide,
     gap_interval,
@@ -112,9 +113,7 @@ class Evidence:
             return None
         if label == "plan" and base == "reference" and set(self.plan.options) == {FP32}:
             # one branch serves both: there is nothing that no seed showed
-            return LossGap(
-                mean=0.0, low=0.0, high=0.0, confidence=self.terms.confidence, seeds=len(gaps)
-            )
+            return LossGap(mean=0.0, low=0.0, high=0.0, confidence=CONFIDENCE, seeds=len(gaps))
         # the tolerance is on gaps to the reference
         tolerance = self.loss_tolerance if base == "reference" else 0.0
         return gap_interval(gaps, self.terms, tolerance=tolerance)

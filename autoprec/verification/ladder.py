@@ -36,7 +36,6 @@ def rung_terms(terms: Terms, steps: int) -> Terms:
     return Terms(
         seeds_min=terms.seeds_min,
         seeds_max=terms.seeds_min,
-        confidence=terms.confidence,
         warmup_steps=max(steps - branch, 0) if terms.warmup_steps else 0,
         branch_steps=branch,
     )
@@ -87,14 +86,12 @@ def gap_growth(rungs: Sequence[HorizonGap]) -> Estimate | None:
         return None
     x, y = (np.log([row[i] for row in known]) for i in (0, 1))
     # the error of a logarithm is the relative error; equal gaps of all seeds have none
-    weights = np.array([(mean / max(stderr, 1e-3 * mean)) ** 2 for _, mean, stderr in known])
-    x_mean, y_mean = (float(np.average(values, weights=weights)) for values in (x, y))
-    spread = float((weights * (x - x_mean) ** 2).sum())
-    slope = float((weights * (x - x_mean) * (y - y_mean)).sum()) / spread
+    weights = np.array([mean / max(stderr, 1e-3 * mean) for _, mean, stderr in known])
+    (slope, level), covariance = np.polyfit(x, y, 1, w=weights, cov="unscaled")
     # where the points scatter about the line by more than their errors, the scatter counts
-    residual = float((weights * (y - y_mean - slope * (x - x_mean)) ** 2).sum())
-    scatter = residual / (len(known) - 2) if len(known) > 2 else 1.0
-    return Estimate(mean=slope, stderr=math.sqrt(max(scatter, 1.0) / spread))
+    residual = float(((weights * (y - level - slope * x)) ** 2).sum())
+    scatter = max(residual / (len(known) - 2), 1.0) if len(known) > 2 else 1.0
+    return Estimate(mean=float(slope), stderr=math.sqrt(scatter * covariance[0, 0]))
 
 
 def with_horizons(

@@ -9,7 +9,7 @@ The gaps d_1, d_2, ... of the seeds are draws whose mean mu is the plan's true g
 not one test but several, so each look gets a smaller share: with looks planned at n = seeds_min ...
 seeds_max, every look uses one p-value a' for which, for normal gaps,
 
-    P(some look has p <= a' | mu) = 1 - confidence.
+    P(some look has p <= a' | mu) = 1 - CONFIDENCE.
 
 The left side depends on nothing but the planned looks and is simulated once, with a fixed seed.
 
@@ -42,10 +42,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import chdtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
-from autoprec.errors import InfeasibleError
 from autoprec.records import LossGap, Verdict
-from autoprec.records.verification import MOST_SEEDS
 
+CONFIDENCE = 0.95  # of an interval, over all looks together
 SIMULATED_PATHS = 200_000  # the standard error of a simulated 5 % is then 0.05 %
 MOST_ADVISED_SEEDS = 1000
 # of a gap's variance, between warm-ups: 0.09 to 0.21 in three families, 0.37 in a tiny one, where 6
@@ -64,7 +63,6 @@ class Terms:
     Attributes:
         seeds_min: the seeds before the first look at the gaps; two at least.
         seeds_max: the seeds after which the test gives up.
-        confidence: of the interval, over all looks together.
         warmup_steps: FP32 steps before the branches; none where a checkpoint has optimizer state.
         branch_steps: of each branch; the learning rates fall to nearly zero over them.
         horizons: whole lengths over which the gap of the plan that stands is measured too.
@@ -73,33 +71,15 @@ class Terms:
 
     seeds_min: int = 3
     seeds_max: int = 10
-    confidence: float = 0.95
     warmup_steps: int = 50
     branch_steps: int = 25
     horizons: tuple[int, ...] = ()
     budget_s: float | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse terms under which nothing could be decided."""
-        if not 2 <= self.seeds_min <= self.seeds_max <= MOST_SEEDS:
-            raise InfeasibleError(
-                f"2 <= seeds_min <= seeds_max <= {MOST_SEEDS} must hold, but got "
-                f"{self.seeds_min} and {self.seeds_max}; one seed alone has no spread"
-            )
-        if not 0.5 <= self.confidence < 1.0:
-            raise InfeasibleError(
-                f"the confidence must lie in [0.5, 1), but it is {self.confidence}; 0.95 is usual"
-            )
-        if self.warmup_steps < 0 or self.branch_steps < 2:
-            raise InfeasibleError(
-                "warmup_steps >= 0 and branch_steps >= 2 must hold, but got "
-                f"{self.warmup_steps} and {self.branch_steps}"
-            )
-
     @property
     def p_value(self) -> float:
         """The two-sided p-value that each look may use."""
-        return _common_p_value(self.seeds_min, self.seeds_max, self.confidence)
+        return _common_p_value(self.seeds_min, self.seeds_max)
 
 
 def gap_interval(gaps: Sequence[float], terms: Terms, *, tolerance: float = 0.0) -> LossGap:
@@ -107,15 +87,11 @@ def gap_interval(gaps: Sequence[float], terms: Terms, *, tolerance: float = 0.0)
 
     `tolerance` is what the gap is tested against, in its unit, where it is.
     """
-    if len(gaps) < 2:
-        raise InfeasibleError(
-            f"an interval needs the gaps of two seeds, but there are {len(gaps)}; add seeds"
-        )
     values = np.asarray(gaps, dtype=np.float64)
     mean, sd = float(values.mean()), float(values.std(ddof=1))
     below, above = half_widths(sd, len(gaps), terms.p_value, tolerance)
     return LossGap(
-        mean=mean, low=mean - below, high=mean + above, confidence=terms.confidence, seeds=len(gaps)
+        mean=mean, low=mean - below, high=mean + above, confidence=CONFIDENCE, seeds=len(gaps)
     )
 
 
@@ -166,10 +142,10 @@ def _quantile(p_value: float, count: int) -> float:
 def can_decide(gaps: Sequence[float], tolerance: float, terms: Terms) -> bool:
     """Whether the seeds that are left may decide, by the smallest spread that fits these gaps.
 
-    That is the lower end of its one-sided interval, of the confidence of the terms.
+    That is the lower end of its one-sided interval.
     """
     values, left = np.asarray(gaps, dtype=np.float64), len(gaps) - 1
-    least = math.sqrt(left / float(chdtri(left, 1.0 - terms.confidence)))
+    least = math.sqrt(left / float(chdtri(left, 1.0 - CONFIDENCE)))
     sd, mean = least * float(values.std(ddof=1)), float(values.mean())
     below, above = half_widths(sd, terms.seeds_max, terms.p_value, tolerance)
     return min(mean, 0.0) + above <= tolerance or mean - below > tolerance
@@ -184,7 +160,7 @@ def smallest_tolerance(gaps: Sequence[float], terms: Terms) -> float:
 
 
 @lru_cache(maxsize=32)
-def _common_p_value(first: int, last: int, confidence: float) -> float:
+def _common_p_value(first: int, last: int) -> float:
     """Simulate the smallest p-value over the looks under mu = 0 and return its quantile."""
     generator = np.random.default_rng(0)
     # many sequences of gaps at once: their sums and sums of squares, and each one's smallest p
@@ -200,4 +176,4 @@ def _common_p_value(first: int, last: int, confidence: float) -> float:
         variance = (squares - total * total / count) / (count - 1)
         t_value = np.abs(total) / np.sqrt(count * variance)
         np.minimum(smallest, 2.0 * stdtr(count - 1, -t_value), out=smallest)
-    return float(np.quantile(smallest, 1.0 - confidence))
+    return float(np.quantile(smallest, 1.0 - CONFIDENCE))

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from autoprec.common.text import short_digest
 from autoprec.device.ranks import made_on_first_rank, world_size
-from autoprec.errors import RecordError
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, Branch, MetricTolerance, Option, Plan, Precision
 from autoprec.records.verification import BranchFile
@@ -32,52 +31,26 @@ class BranchStore:
     """Finished branches by the digest of their variant and seed: in memory and, maybe, on disk."""
 
     def __init__(self, setup: str, folder: Path | None) -> None:
-        """Take the digest of what the branches share, and make the folder where there is none.
-
-        Raises:
-            RecordError: it cannot be made.
-        """
+        """Take the digest of what the branches share, and make the folder where there is none."""
         self.setup = setup
         self.folder = folder
         suffix = ".pt" if world_size() == 1 else ""
         self._warm_up = folder and folder / f"warmup-{setup}{suffix}"
         self._branches: dict[tuple[str, int], Branch] = {}
-        if folder is None:
-            return
-        try:
+        if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecordError(
-                f"the verification's folder must be writable, but {folder} cannot be made "
-                f"({error.strerror}); choose another with --out"
-            ) from error
 
     def branch(self, variant: str, seed: int, train: Callable[[], Branch]) -> Branch:
         """Return the branch of a variant and seed; where it is not finished, train and keep it."""
         key = (variant, seed)
         path = self._path(variant, seed)
-        if key not in self._branches and path is not None:
-            found = made_on_first_rank(lambda: self._read(path))
-            if found is not None:
-                self._branches[key] = found
+        if key not in self._branches and path is not None and made_on_first_rank(path.is_file):
+            self._branches[key] = made_on_first_rank(lambda: BranchFile.load(path)).branch
         if key not in self._branches:
             branch = self._branches[key] = train()
             if path is not None:
-                file = BranchFile(setup=self.setup, variant=variant, branch=branch)
-                made_on_first_rank(lambda: file.save(path))
+                made_on_first_rank(lambda: BranchFile(branch=branch).save(path))
         return self._branches[key]
-
-    def _read(self, path: Path) -> Branch | None:
-        """Return the branch of a file; None where there is no such file."""
-        if not path.is_file():
-            return None
-        file = BranchFile.load(path)
-        if file.setup != self.setup:
-            raise RecordError(
-                f"a branch file must be of this verification ({self.setup}), but {path} is of "
-                f"{file.setup}; delete it"
-            )
-        return file.branch
 
     def has(self, variant: str, seed: int) -> bool:
         """Whether the branch of a variant and seed is finished."""
