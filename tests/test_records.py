@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from autoprec.common.files import MAX_RECORD_BYTES
 from autoprec.errors import RecordError
@@ -14,7 +13,6 @@ from autoprec.records import (
     FP32,
     Branch,
     Gemm,
-    LayerSensitivity,
     LossGap,
     Option,
     Recipe,
@@ -156,11 +154,3 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_unwritable_folder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="choose another folder with --out"):
         write_atomically(tmp_path / "absent" / "a.json", "text")
-
-
-def test_files_with_fields_that_are_gone_are_read() -> None:
-    row = {"name": "a", "option": {"precision": "bf16_o2"}, "grad_error": {"mean": 1e-5}}
-    old = json.dumps(row | {"by_gemm": {"output": {"mean": 1e-5}}})
-    assert LayerSensitivity.model_validate_json(old).grad_error.mean == 1e-5
-    with pytest.raises(ValidationError, match="by_gemms"):
-        LayerSensitivity.model_validate_json(json.dumps(row | {"by_gemms": {}}))

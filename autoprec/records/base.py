@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, FailFast, ValidationError, model_validator
+from pydantic import BaseModel, FailFast, ValidationError
 
 from autoprec.common.files import read_text, write_atomically
 from autoprec.common.text import one_line, shown_value
@@ -33,16 +33,6 @@ Many = Annotated[tuple[T, ...], FailFast()]
 
 class Record(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="null"):
     """A frozen value between stages."""
-
-
-def without(*names: str) -> Any:  # Any: pydantic's own proxy
-    """Return the validator of a record whose older files have fields that are gone."""
-
-    def drop(fields: Any) -> Any:  # Any: what is validated
-        is_object = isinstance(fields, dict)
-        return {k: v for k, v in fields.items() if k not in names} if is_object else fields
-
-    return model_validator(mode="before")(drop)
 
 
 class FileRecord(Record):

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.common.text import short_digest
-from autoprec.records.base import FileRecord, Many, Record, without
+from autoprec.records.base import FileRecord, Many, Record
 from autoprec.records.model import Basis, LayerKind, LayerSpec, Option
 from autoprec.records.verification import (
     ExpectedGap,
@@ -124,10 +124,10 @@ class Certificate(Record):
     gap: LossGap | None
     step_ms: dict[str, float]
     seeds: NonNegativeInt
+    warmup_steps: NonNegativeInt
     branch_steps: NonNegativeInt
     proxy: Proxy | None = None
     expected_gap: ExpectedGap | None = None
-    warmup_steps: NonNegativeInt | None = None
     metrics: Many[MetricGap] = ()
 
     @classmethod
@@ -139,10 +139,10 @@ class Certificate(Record):
             gap=verification.gap,
             step_ms={step.label: step.ms for step in verification.steps},
             seeds=verification.gap.seeds if verification.gap else 0,
+            warmup_steps=verification.warmup_steps,
             branch_steps=verification.branch_steps,
             proxy=verification.proxy,
             expected_gap=verification.expected_gap,
-            warmup_steps=verification.warmup_steps,
             metrics=verification.metrics,
         )
 
@@ -272,4 +272,3 @@ class Search(FileRecord):
     free: FrontPoint | None = None
     measured_front: tuple[FrontPoint, ...] = ()
     notes: tuple[str, ...] = ()
-    _older = without("trials_asked")

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from autoprec.records.base import FileRecord, Record, without
+from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Option
 
 
@@ -33,7 +33,6 @@ class LayerSensitivity(Record):
     option: Option
     grad_error: Estimate
     basis: Basis = Basis.MEASURED
-    _older = without("by_gemm")
 
 
 class OperandStatistics(Record):
@@ -62,7 +61,6 @@ class OperandStatistics(Record):
     outlier_token_share: NonNegativeFloat | None = None
     range_share: dict[str, float] = Field(default_factory=dict)
     mean_share: dict[str, float] = Field(default_factory=dict)
-    _older = without("saturation", "amin_nonzero", "dynamic_range_bits")
 
 
 class Island(Record):

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from autoprec.records.base import FileRecord, Record, without
+from autoprec.records.base import FileRecord, Record
 from autoprec.records.cost import StepTiming
 from autoprec.records.model import Basis, Option
 from autoprec.records.sensitivity import Estimate
@@ -209,4 +209,3 @@ class Verification(FileRecord):
     own_gap: LossGap | None = None
     horizons: tuple[HorizonGap, ...] = ()
     growth: Estimate | None = None
-    _older = without("seeds_planned")

@@ -4,7 +4,7 @@ Every place that shows a verdict takes its words from here, so that none leaves 
 reaches: `verified over 75 steps (50 in FP32, 25 with the plan)`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from autoprec.records.model import FP32
@@ -32,13 +32,13 @@ HEADLINES = {
 
 @dataclass(frozen=True)
 class Promise:
-    """A verdict and its reach. `warmup_steps` is None where an older certificate does not tell."""
+    """A verdict, its reach and what goes with it; the fields of a proof under their names."""
 
     verdict: Verdict = Verdict.NOT_RUN
     loss_tolerance: float | None = None
     gap: LossGap | None = None
     proxy: Proxy | None = None
-    warmup_steps: int | None = None
+    warmup_steps: int = 0
     branch_steps: int = 0
     advice: str = ""
     expected: ExpectedGap | None = None
@@ -56,31 +56,24 @@ class Promise:
             tolerance = plan.constraint.loss_tolerance if plan else None
             expected = plan.expected_gap if plan else None
             return cls(loss_tolerance=tolerance, expected=expected, has_gap=has_gap)
-        return cls(
-            verdict=proof.verdict,
-            loss_tolerance=proof.loss_tolerance,
-            gap=proof.gap,
-            proxy=proof.proxy,
-            warmup_steps=proof.warmup_steps,
-            branch_steps=proof.branch_steps,
-            advice=clean_text(proof.advice) if isinstance(proof, Verification) else "",
-            expected=proof.expected_gap or (plan.expected_gap if plan else None),
-            metrics=proof.metrics,
-            own_gap=proof.own_gap if isinstance(proof, Verification) else None,
-            horizons=proof.horizons if isinstance(proof, Verification) else (),
-            growth=proof.growth if isinstance(proof, Verification) else None,
-            has_gap=has_gap or plan is None,
-        )
+        # a certificate has fewer of them
+        known = type(proof).model_fields.keys()
+        told = {each.name: getattr(proof, each.name) for each in fields(cls) if each.name in known}
+        expected = proof.expected_gap or (plan.expected_gap if plan else None)
+        return cls(**told, expected=expected, has_gap=has_gap or plan is None)
+
+    @property
+    def steps(self) -> int:
+        """How long the branches trained."""
+        return self.warmup_steps + self.branch_steps
 
     @property
     def reach(self) -> str:
         """How long the branches trained, `over 75 steps`; "" where none did."""
-        if self.verdict is Verdict.NOT_RUN:
-            return ""
-        return f"over {count_of((self.warmup_steps or 0) + self.branch_steps, 'step')}"
+        return "" if self.verdict is Verdict.NOT_RUN else f"over {count_of(self.steps, 'step')}"
 
     @property
-    def trained_steps(self) -> dict[str, int | None] | None:
+    def trained_steps(self) -> dict[str, int] | None:
         """The steps of a branch before the plan and with it; None where none trained."""
         if self.verdict is Verdict.NOT_RUN:
             return None
@@ -114,10 +107,8 @@ class Promise:
         if self.proxy:
             sizes = map(formats.parameters, (self.proxy.parameters, self.proxy.model_parameters))
             model = " on a proxy of {} (for {})".format(*sizes)
-        steps = "with the plan"  # of an older certificate, which does not tell what came before
-        if self.warmup_steps is not None:
-            steps = f"({self.warmup_steps:,} in FP32, {self.branch_steps:,} with the plan)"
-        return f"{self.verdict}{model} {self.reach} {steps}"
+        steps = f"{self.warmup_steps:,} in FP32, {self.branch_steps:,} with the plan"
+        return f"{self.verdict}{model} {self.reach} ({steps})"
 
     @property
     def sentence(self) -> str:
@@ -127,7 +118,7 @@ class Promise:
         known = f"the loss gap to FP32 is {formats.gap(self.gap)}" if self.gap else ""
         tolerance = f"the tolerance is {formats.share(self.loss_tolerance)}"
         metrics = [f"{clean_text(m.name)} is {m.verdict}" for m in self.metrics if m.tolerance]
-        said = (known or "no loss gap is known", tolerance, *metrics, self.advice)
+        said = (known or "no loss gap is known", tolerance, *metrics, clean_text(self.advice))
         return f"{self.words}: {'; '.join(part for part in said if part)}"
 
     @property
@@ -162,11 +153,7 @@ class Promise:
     def _furthest(self) -> str:
         """The gap over the longest length that was trained, where that is not the proof's own."""
         rung = max(self.horizons, key=lambda rung: rung.steps, default=None)
-        if (
-            rung is None
-            or rung.gap is None
-            or rung.steps <= (self.warmup_steps or 0) + self.branch_steps
-        ):
+        if rung is None or rung.gap is None or rung.steps <= self.steps:
             return ""
         mean = formats.with_stderr(rung.gap.mean, rung.stderr)
         return f"over {count_of(rung.steps, 'step')} the gap is {mean} (measured); "
