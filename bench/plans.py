@@ -106,7 +106,7 @@ def _compared(spec: ModelSpec, device: DeviceProfile, parallel: str, head: str) 
     profile = predict_profile(
         spec,
         device,
-        parallel=parse_parallel(parallel) if parallel else None,
+        parallel=parse_parallel(parallel),
         compiled=True,
         options=[fp8_option(recipe) for recipe in APPLICABLE_RECIPES],
     )

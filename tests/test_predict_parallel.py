@@ -70,7 +70,7 @@ def test_degrees_are_parsed() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fsdp", "fsdp=0", "tp=-2", "pp=4", "tp=2.5", "fsdp=8,,", "tp=8,tp=8", "ac=some"]
+    "text", ["fsdp", "fsdp=0", "tp=-2", "pp=4", "tp=2.5", "fsdp=8,,", "tp=8,tp=8", "ac=some"]
 )
 def test_a_degree_that_is_none_is_an_error(text: str) -> None:
     with pytest.raises(DeviceError, match="--parallel"):
@@ -90,7 +90,7 @@ def test_gathers_with_nothing_to_gather_from_are_refused(text: str) -> None:
 )
 def test_what_a_record_says_can_be_read_again(parallel: Parallel) -> None:
     text = str(parallel)
-    assert str(parse_parallel(text) if text else Parallel()) == text
+    assert str(parse_parallel(text)) == text
 
 
 def test_columns_and_rows_are_split_by_role() -> None:

@@ -46,7 +46,7 @@ def predicted(parallel: str = "", spec: ModelSpec = WIDE, *options: Option) -> P
     return predict_profile(
         spec,
         H100,
-        parallel=parse_parallel(parallel) if parallel else None,
+        parallel=parse_parallel(parallel),
         compiled=True,
         options=options or (TENSORWISE, ROWWISE),
     )

@@ -26,10 +26,10 @@ def dry_run(settings: Settings) -> list[Part]:
         run = Run(replace(settings, out=Path(folder) / "dry"), progress=progress)
         spec, target = run.spec, run.target
     if target is not None:
-        from autoprec.predict.parallel import Parallel, parse_parallel
+        from autoprec.predict.parallel import parse_parallel
         from autoprec.predict.predict import retarget_model
 
-        parallel = parse_parallel(settings.parallel) if settings.parallel else Parallel()
+        parallel = parse_parallel(settings.parallel)
         spec = retarget_model(spec, target, settings.fp8_options, parallel)
     options, gemms_hp = settings.fp8_options, settings.gemms_hp
     keeps = resolve_keep(settings.keep, spec, options=options, gemms_hp=gemms_hp)

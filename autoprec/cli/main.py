@@ -214,8 +214,7 @@ def verify(workload: Workload, plan: PlanFile, as_json: Json = False, **given: G
 def report(
     out: RunFolder,
     trace: Annotated[
-        Path | None,
-        typer.Option(help="Write the profile to this file, too, for ui.perfetto.dev."),
+        Path | None, typer.Option(help="Write the profile to this file, too, for ui.perfetto.dev.")
     ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Print the layers alone, alike ones in one line.")

@@ -27,13 +27,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
-from autoprec.device.cuda_clock import (
-    CACHE_FACTOR,
-    DEFAULT_CACHE_BYTES,
-    CudaClock,
-    Lead,
-    Sample,
-)
+from autoprec.device.cuda_clock import CACHE_FACTOR, DEFAULT_CACHE_BYTES, CudaClock, Lead, Sample
 from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.records import Conditions, Timing
 

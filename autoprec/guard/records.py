@@ -60,7 +60,7 @@ class GuardState(Record):
     """What goes into a checkpoint: the step that comes, alarms, demoted layers, and both bands.
 
     `active` are the layers that it runs in FP8 and `is_sampled` whether it is looked at, which a
-    guard that is told a step later has not changed yet; None: as the rest of the state says.
+    guard that is told a step later has not changed yet.
     """
 
     step: NonNegativeInt
@@ -71,8 +71,8 @@ class GuardState(Record):
     norms: tuple[float, ...] = Field(max_length=100_000)
     loss_run: NonNegativeInt
     norm_run: NonNegativeInt
-    active: tuple[str, ...] | None = None
-    is_sampled: bool | None = None
+    active: tuple[str, ...]
+    is_sampled: bool
 
 
 class EventKind(StrEnum):

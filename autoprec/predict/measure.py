@@ -23,13 +23,7 @@ from autoprec.common.versions import NOT_INSTALLED, software_versions
 from autoprec.device.cuda_clock import graph_replay
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.local import e4m3_dtype, find_monitor, resolve_device
-from autoprec.device.timing import (
-    UNWATCHED,
-    Clock,
-    Monitor,
-    make_clock,
-    time_interleaved,
-)
+from autoprec.device.timing import UNWATCHED, Clock, Monitor, make_clock, time_interleaved
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.device.tracing import traced
 from autoprec.errors import DeviceError

@@ -35,7 +35,7 @@ def memory_note(profile: Profile, options: Mapping[str, Option], need: int) -> s
 
 def _sharding(profile: Profile, states: int, saved: int) -> str:
     """Return the `--parallel` under which the parts that are counted fit."""
-    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    parallel = parse_parallel(profile.parallel)
     room, full = profile.device.memory_bytes, replace(parallel, recomputed=1.0)
     ways = (
         [f"shard further ({_sharded(parallel, states / (room - saved))})"] if saved < room else []

@@ -56,14 +56,14 @@ class Parallel:
 
 
 def parse_parallel(text: str) -> Parallel:
-    """Return the degrees of e.g. `fsdp=32,tp=8`, in any case.
+    """Return the degrees of e.g. `fsdp=32,tp=8`, in any case; of "" those of one device.
 
     Raises:
         DeviceError: a part is no known degree, given twice, or without any effect.
     """
     given: dict[str, str] = {}
     # Each part must be known by itself; that they go together is checked once all are read.
-    for part in text.lower().split(","):
+    for part in text.lower().split(",") if text else ():
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name in given:
             raise DeviceError(f"--parallel names each degree once, but {name} is twice; {_EXAMPLE}")

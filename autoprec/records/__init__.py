@@ -11,14 +11,7 @@ checks        what doctor, check and compare say
 from autoprec.common.files import read_text, write_atomically
 from autoprec.common.recipes import APPLICABLE_RECIPES, RECIPE_GEMMS_HP, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
-from autoprec.records.checks import (
-    Change,
-    Check,
-    Comparison,
-    Diagnosis,
-    DifferenceRow,
-    PlanCheck,
-)
+from autoprec.records.checks import Change, Check, Comparison, Diagnosis, DifferenceRow, PlanCheck
 from autoprec.records.cost import (
     Conditions,
     DeviceFacts,

@@ -28,7 +28,12 @@ def print_answer(
     """Print the short page; `out` is the run's folder as the user writes it, `script` what ran."""
     style = "bold" if found.answer.advice is Advice.APPLY else "bold yellow"
     head = _wrapped(found.answer.headline, console, console.width, style)
-    below = [Line(""), *next_lines(found, out, script), *_where_lines(out)]
+    below = [Line(""), *next_lines(found, out, script)]
+    if out is not None:
+        folder = Path(out).as_posix()
+        below += [Line(f"report:    {folder}/report.html", is_whole=True)]
+        said = f"layers:    autoprec report {folder} --layers (all: --verbose)"
+        below += [Line(said, is_whole=True)]
     left = MOST_LINES - len(head) - sum(_height(line, console) for line in below)
     lines: list[Text] = []
     for key, text, style in answer_facts(found):
@@ -114,13 +119,6 @@ def _beware_lines(found: Summary) -> Iterator[Line]:
     elif faster := [label for label, speedup in found.speedups.items() if speedup.is_loss]:
         names = " and ".join(map(found.title, faster))
         yield Line(f"beware: {names} took less time than this plan when measured")
-
-
-def _where_lines(out: Path | str | None) -> Iterator[Line]:
-    if out is not None:
-        folder = Path(out).as_posix()
-        yield Line(f"report:    {folder}/report.html", is_whole=True)
-        yield Line(f"layers:    autoprec report {folder} --layers (all: --verbose)", is_whole=True)
 
 
 def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:

@@ -19,7 +19,7 @@ any difference in it in at most 5 % of comparisons. Two predictions have no nois
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.text import first_and_more, percent
@@ -31,12 +31,7 @@ from autoprec.records.sensitivity import Estimate
 from autoprec.report.formats import count_of
 from autoprec.report.promise import Promise
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import (
-    Speedup,
-    plan_speedups,
-    plan_steps,
-    profile_steps,
-)
+from autoprec.report.step_times import Speedup, plan_speedups, plan_steps, profile_steps
 from autoprec.report.summary import plan_grad_error
 
 ABSENT = "absent"
@@ -100,7 +95,11 @@ def compare_runs(
     """
     # what both have, by name: without a layer in common no time and no error means the same
     layers = [_layer_names(run) for run in (before, after)]
-    options = [_decisions(run) for run in (before, after)]
+    options = [
+        {layer.name: layer.option.key for layer in run.plan.layers} if run.plan else {}
+        for run in (before, after)
+    ]
+    either = {**options[0], **options[1]} if all(options) else {}
     shared = [name for name in layers[0] if name in set(layers[1])]
     if all(layers) and not shared:
         raise RecordError(
@@ -109,20 +108,21 @@ def compare_runs(
         )
     old, new = before.proof, after.proof
     timed = _Times.of(before, after)
-    notes = () if all(options) else tuple(_layers_apart(layers, names))
+    facts = [_facts(run) for run in (before, after)]
+    notes = () if either else tuple(_layers_apart(layers, names))
     errors = _changes(_error_pairs(before, after))
     found = Comparison(
         before=names[0],
         after=names[1],
-        facts=_rows(_facts(before), _facts(after)),
+        facts=_differences(facts, [name for name in facts[0] if name in facts[1]]),
         steps=timed.steps,
         speedup=timed.speedup,
         grad_error=_plan_error(before, after),
         verdicts=(old.verdict, new.verdict) if old and new else None,
         reaches=(Promise.of(old, before.plan).reach, Promise.of(new, after.plan).reach),
         gaps=(old.gap if old else None, new.gap if new else None),
-        decisions=tuple(_decided_otherwise(*options)) if all(options) else (),
-        layers_compared=len(shared) if all(options) else 0,
+        decisions=_differences(options, either),
+        layers_compared=len(shared) if either else 0,
         layer_times=_different(timed.layers),
         times_compared=len(timed.layers),
         layer_errors=_different(errors),
@@ -259,7 +259,7 @@ def _step_noise(timing: Timing) -> Noise | None:
     if timing.samples >= FEWEST_SPREAD:
         return Noise(timing.relative_error, timing.samples - 1)
     if timing.samples or not 0.0 < timing.p20_ms < timing.p80_ms:
-        return None  # a single sample, or a record from before predictions had an interval
+        return None  # a single sample
     return Noise(math.log(timing.p80_ms / timing.p20_ms) / SIGMAS_80)
 
 
@@ -367,26 +367,12 @@ def _facts(run: RunRecords) -> dict[str, str]:
     return found
 
 
-def _decisions(run: RunRecords) -> dict[str, str]:
-    return {layer.name: layer.option.key for layer in run.plan.layers} if run.plan else {}
-
-
-def _decided_otherwise(
-    before: Mapping[str, str], after: Mapping[str, str]
-) -> Iterator[DifferenceRow]:
-    """Yield the layers with another option, and those that only one plan has."""
-    for name in dict.fromkeys((*before, *after)):
-        old, new = before.get(name, ABSENT), after.get(name, ABSENT)
-        if old != new:
-            yield DifferenceRow(name=name, before=old, after=new)
-
-
-def _rows(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[DifferenceRow, ...]:
-    """Return what both say, and say otherwise."""
-    shared = [name for name in before if name in after and before[name] != after[name]]
-    return tuple(
-        DifferenceRow(name=name, before=before[name], after=after[name]) for name in shared
-    )
+def _differences(
+    both: Sequence[Mapping[str, str]], names: Iterable[str]
+) -> tuple[DifferenceRow, ...]:
+    """Return of which names two runs say otherwise, or only one says anything."""
+    told = ((name, *(each.get(name, ABSENT) for each in both)) for name in names)
+    return tuple(DifferenceRow(name=x, before=old, after=new) for x, old, new in told if old != new)
 
 
 def _layer_names(run: RunRecords) -> list[str]:

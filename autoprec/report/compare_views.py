@@ -4,6 +4,7 @@ All three show the same lines and tables: what differs beyond noise first, then 
 how small a difference would have been seen, then what was not alike.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from autoprec.common.text import first_and_more
@@ -51,10 +52,7 @@ def comparison_markdown(found: Comparison) -> str:
         elif part.text:
             bold = "bold" in part.style
             lines += [f"**{_escaped(part.text)}**" if bold else _escaped(part.text), ""]
-    text = "\n".join(lines) + "\n"
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines) + "\n")
 
 
 def comparison_html(found: Comparison) -> str:
@@ -162,16 +160,14 @@ def _whole_table(found: Comparison) -> Table:
     if found.verdicts:
         rows.append(("verdict", *_verdict_texts(found), ""))
     if all(found.gaps):
-        rows.append(("its loss gap to FP32", *map(_gap_text, found.gaps), ""))
+        rows.append(("its loss gap to FP32", *(_gap_text(gap) for gap in found.gaps if gap), ""))
     if not rows:
         rows.append(("the plan as a whole", formats.UNKNOWN, formats.UNKNOWN, "not in both"))
     return Table(("", "A", "B", "B / A"), rows, numbers=(3,))
 
 
-def _gap_text(gap: LossGap | None) -> str:
+def _gap_text(gap: LossGap) -> str:
     """Return a gap with its interval, which reaches further up than down."""
-    if gap is None:
-        return formats.UNKNOWN
     mean, low, high = (formats.share(each, sign=True) for each in (gap.mean, gap.low, gap.high))
     return f"{mean} ({low} to {high})"
 

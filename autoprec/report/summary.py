@@ -22,13 +22,7 @@ from autoprec.report.layer_frame import layers_frame
 from autoprec.report.promise import Promise
 from autoprec.report.remarks import EAGER, run_remarks
 from autoprec.report.runs import RunRecords
-from autoprec.report.step_times import (
-    Speedup,
-    plan_speedups,
-    plan_steps,
-    profile_steps,
-    title_of,
-)
+from autoprec.report.step_times import Speedup, plan_speedups, plan_steps, profile_steps, title_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -114,19 +114,11 @@ def _plain(cell: Cell) -> str:
 
 
 def _rich_table(table: Table, console: Console) -> RichTable:
-    drawn = RichTable(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for index, head in enumerate(table.heads):
         is_number = index in table.numbers
         drawn.add_column(
-            Text(head),
-            justify="right" if is_number else "left",
-            no_wrap=is_number,
-            overflow="fold",
+            Text(head), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold"
         )
     for left, row in zip(reversed(range(len(table.rows))), table.rows, strict=True):
         cells = (shown_text(cell, console) for cell in row)

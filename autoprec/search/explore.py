@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from autoprec.common.progress import Progress
 from autoprec.common.text import percent
-from autoprec.records import Option, SearchTrial
+from autoprec.records import SearchTrial
 from autoprec.search.correction import Correction
-from autoprec.search.problem import Group, Options, Problem, exact, item_of, precision_rank
+from autoprec.search.problem import Group, Options, Problem, exact, precision_rank
 from autoprec.search.study import FRONT, PlanStudy
 
 FRONT_FROM, FRONT_TO = 0.05, 2.0  # of the budget: the gradient errors between which the front is
@@ -116,7 +116,7 @@ def _repair(
         return plan.grad_error - problem.costs.grad_error(plan.options)
 
     def excess_without(groups: Sequence[Group]) -> float:
-        precise = _made_precise(problem, broken.options, groups)
+        precise = problem.follow_uncalled(problem.with_fastest(broken.options, groups))
         return excess_of(study.wait_for(precise, source="repair"))
 
     most = study.left - 1  # one is left for the plan without them
@@ -166,16 +166,6 @@ def _more_precise(problem: Problem, options: Options) -> list[Group]:
         if choices and max(precision_rank(options[index]) for index in group.layers) == worst:
             found.append(Group(group.layers, tuple(choices)))
     return found
-
-
-def _made_precise(problem: Problem, options: Options, groups: Sequence[Group]) -> Options:
-    """Return the plan with these groups in the fastest of their choices."""
-    chosen: list[Option] = list(options)
-    for group in groups:
-        choice = min(group.choices, key=lambda c: item_of(problem.costs, group.layers, c).ms)
-        for index, option in zip(group.layers, choice, strict=True):
-            chosen[index] = option
-    return problem.follow_uncalled(tuple(chosen))
 
 
 def _solved_with(study: PlanStudy, limited: Sequence[Group]) -> SearchTrial | None:

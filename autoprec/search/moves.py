@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
+from autoprec.records import FP32
 from autoprec.search.correction import Cells, Correction, Guess
 from autoprec.search.problem import Options, Problem, item_of
 from autoprec.search.solver import Floats, Indices, Solution
@@ -73,12 +74,9 @@ class Moves:
 
     def options(self, picks: Indices) -> Options:
         """Return the plan of these items."""
-        plan = [allowed[0] for allowed in self.problem.allowed]
-        for pick in picks.tolist():
-            number, choice = self._items[pick]
-            for index, option in zip(self.problem.groups[number].layers, choice, strict=True):
-                plan[index] = option
-        return tuple(plan)
+        items = (self._items[pick] for pick in picks.tolist())
+        chosen = ((self.problem.groups[number], choice) for number, choice in items)
+        return self.problem.with_choices((FP32,) * len(self.problem.allowed), chosen)
 
     def picks(self, options: Options) -> Indices | None:
         """Return the items of a plan; None where a group has no such choice."""
@@ -89,14 +87,9 @@ class Moves:
 
     def nearest(self, options: Options) -> Options:
         """Return a plan, with the fastest choice of each group that has no such one."""
-        plan = list(options)
-        for group in self.problem.groups:
-            if tuple(options[i] for i in group.layers) not in group.choices:
-                costs = self.problem.costs
-                fastest = min(group.choices, key=lambda c: item_of(costs, group.layers, c).ms)
-                for index, option in zip(group.layers, fastest, strict=True):
-                    plan[index] = option
-        return tuple(plan)
+        groups = self.problem.groups
+        others = [g for g in groups if tuple(options[i] for i in g.layers) not in g.choices]
+        return self.problem.with_fastest(options, others)
 
     def solve(self, errors: Floats, budget: float, price: float) -> Indices | None:
         """Return a plan near the best one if these were the errors of the cells."""

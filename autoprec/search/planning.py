@@ -1,6 +1,6 @@
 """A point of the search -> the plan: every layer with its numbers and its reason."""
 
-from autoprec.predict import Parallel, parse_parallel
+from autoprec.predict import parse_parallel
 from autoprec.predict.parallel import gathers_fp8
 from autoprec.predict.transfer import sensitivity_basis
 from autoprec.records.cost import Profile
@@ -40,7 +40,7 @@ def build_plan(
     grad_error, grad_error_basis = _joint_error(point, basis)
     # a schedule's end says what run is planned; the budget is for its end only where that was asked
     run_steps = constraint.run_steps or sensitivity.schedule_steps
-    parallel = parse_parallel(profile.parallel) if profile.parallel else Parallel()
+    parallel = parse_parallel(profile.parallel)
     return Plan(
         layers=tuple(_assignment(costs, i, options, reason) for i, reason in enumerate(why)),
         uncovered=tuple(parameter.name for parameter in profile.model.uncovered),

@@ -12,23 +12,21 @@ The all-FP32 plan has FP32 activations and stands beside the knapsack of all oth
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TypeVar
 
 from autoprec.errors import InfeasibleError
 from autoprec.records import BF16_O2, FP32, Constraint, LayerSpec, Option, Precision
 from autoprec.search.costs import Costs, Price, is_all_fp32
 from autoprec.search.keep import Keep, Keeps, match_keeps
-from autoprec.search.solver import Item, Knapsack, Outside, Solution, undominated
+from autoprec.search.solver import Item, Knapsack, Outside, Solution, unbeaten
 
 # Of a time, the least by which an option must be faster than a more precise one of its layer: which
 # of two within it is the faster changes from run to run.
 NEAR_TIE = 0.005
 
 Options = tuple[Option, ...]
-Choice = TypeVar("Choice")
 
 
 def precision_rank(option: Option) -> int:
@@ -76,6 +74,22 @@ class Problem:
                     others = (o for o in self.allowed[index] if o != FP32)
                     chosen[index] = min(others, key=precision_rank)
         return self.follow_uncalled(tuple(chosen))
+
+    def with_choices(self, options: Options, chosen: Iterable[tuple[Group, Options]]) -> Options:
+        """Return a plan with these choices of groups in it."""
+        plan = list(options)
+        for group, choice in chosen:
+            for index, option in zip(group.layers, choice, strict=True):
+                plan[index] = option
+        return tuple(plan)
+
+    def with_fastest(self, options: Options, groups: Iterable[Group]) -> Options:
+        """Return a plan with these groups in the fastest of their choices."""
+
+        def fastest(group: Group) -> Options:
+            return min(group.choices, key=lambda c: item_of(self.costs, group.layers, c).ms)
+
+        return self.with_choices(options, ((group, fastest(group)) for group in groups))
 
     @cached_property
     def uniform_plans(self) -> tuple[Options, Options]:
@@ -218,14 +232,13 @@ def front(problem: Problem, budget: float = math.inf) -> tuple[Options, ...]:
     if not plans:
         raise InfeasibleError(_nothing_fits(problem))
     costs = problem.costs
-    return tuple(undominated(plans, lambda plan: (costs.grad_error(plan), costs.counted_ms(plan))))
+    return tuple(unbeaten(plans, lambda plan: (costs.grad_error(plan), costs.counted_ms(plan))))
 
 
 def _options(problem: Problem, solution: Solution) -> Options:
-    chosen: dict[int, Option] = {}
-    for group, pick in zip(problem.groups, solution.picks, strict=True):
-        chosen.update(zip(group.layers, group.choices[pick], strict=True))
-    return tuple(chosen[index] for index in range(len(problem.allowed)))
+    picks = zip(problem.groups, solution.picks, strict=True)
+    chosen = ((group, group.choices[pick]) for group, pick in picks)
+    return problem.with_choices((FP32,) * len(problem.allowed), chosen)
 
 
 def item_of(costs: Costs, layers: Sequence[int], choice: Options) -> Item:
@@ -308,18 +321,6 @@ def _worthwhile(
 def is_faster(own: Price, other: Price) -> bool:
     """Whether an option is faster than a more precise one by more than two runs may differ."""
     return own.counted_ms * (1.0 + NEAR_TIE) < other.counted_ms
-
-
-def unbeaten(
-    choices: Iterable[Choice], cost: Callable[[Choice], tuple[float, ...]]
-) -> list[Choice]:
-    """Return the choices of which no other costs as little in every way, by cost."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=cost):
-        own = cost(choice)
-        if not any(all(a <= b for a, b in zip(cost(k), own, strict=True)) for k in kept):
-            kept.append(choice)
-    return kept
 
 
 def _nothing_fits(problem: Problem) -> str:

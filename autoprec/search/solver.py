@@ -152,7 +152,7 @@ class Knapsack:
                 budgets += [self._least_error, *steps.tolist()]
             points = (self.minimise(self._tie_price, budget) for budget in budgets)
             found = [point for point in points if point]
-        return tuple(undominated(found, lambda plan: (plan.grad_error, plan.ms)))
+        return tuple(unbeaten(found, lambda plan: (plan.grad_error, plan.ms)))
 
     def minimise(self, price: float, budget: float) -> Solution | None:
         """Return the plan of least ms + price * grad_error within a budget, if there is any."""
@@ -279,13 +279,14 @@ class Knapsack:
         return float(np.minimum.reduceat(values, self._starts).sum())
 
 
-def undominated(plans: Iterable[Plan], cost: Callable[[Plan], tuple[float, float]]) -> list[Plan]:
-    """Return the plans that no other beats in both costs, (gradient error, ms), by the first."""
-    kept: list[Plan] = []
-    for plan in sorted(plans, key=cost):
-        if not kept or cost(plan)[1] < cost(kept[-1])[1] * (1.0 - ROUNDING):
-            kept.append(plan)
-    return kept
+def unbeaten(plans: Iterable[Plan], cost: Callable[[Plan], tuple[float, ...]]) -> list[Plan]:
+    """Return the plans of which no other costs as little in every way, by cost."""
+    kept: list[tuple[tuple[float, ...], Plan]] = []
+    for own, plan in sorted(((cost(plan), plan) for plan in plans), key=lambda pair: pair[0]):
+        most = [value * (1.0 + ROUNDING) for value in own]
+        if not any(all(a <= b for a, b in zip(each, most, strict=True)) for each, _ in kept):
+            kept.append((own, plan))
+    return [plan for _, plan in kept]
 
 
 @contextmanager

@@ -16,16 +16,12 @@ from autoprec.records.sensitivity import Sensitivity
 from autoprec.search.correction import Cells, Correction, Seen, fit_correction, seen_beside, telling
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
-from autoprec.search.problem import Options, Problem, exact, front, make_problem, unbeaten
+from autoprec.search.problem import Options, Problem, exact, front, make_problem
+from autoprec.search.solver import unbeaten
 from autoprec.search.storage import open_study
 from autoprec.search.study import DEVIATIONS, FEW_TRIALS, Measure, PlanStudy, rank
 from autoprec.search.workers import Team
-from autoprec.sensitivity.gap import (
-    CEILING,
-    HORIZON_STEPS,
-    grad_error_budget_for,
-    growth,
-)
+from autoprec.sensitivity.gap import CEILING, HORIZON_STEPS, grad_error_budget_for, growth
 
 HOLD_TRIES = 5
 NEXT_ERROR = 0.7  # a refuted plan is followed by one with at most this share of its error
@@ -172,9 +168,7 @@ def _exact_within(
 
 
 def _explored(
-    study: PlanStudy,
-    exact_plan: Options,
-    progress: Progress,
+    study: PlanStudy, exact_plan: Options, progress: Progress
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Evaluate plans until there is nothing left to do here; return what `explore` found last."""
     if study.claims.is_worker:
@@ -203,7 +197,7 @@ def _search_record(
         bound_ms=known.bound_ms,
         chosen=study.point(best.options),
         ranked=tuple(study.point(plan) for plan in _ranked(study, best)),
-        trials=tuple(study.trials),
+        trials=tuple(study.known.values()),
         seed=study.seed,
         step_equivalents=_step_equivalents(study, profile),
         duplicates_skipped=study.duplicates,

@@ -88,8 +88,7 @@ class PlanStudy:
     claims: Claims
     before: tuple[Seen, ...] = ()  # plans that were measured with the table
     scale: Correction | None = None  # the problem's costs are its own, where plans are not measured
-    known: dict[Options, SearchTrial] = field(default_factory=dict)
-    trials: list[SearchTrial] = field(default_factory=list)  # the first to evaluate their plan
+    known: dict[Options, SearchTrial] = field(default_factory=dict)  # the first of each plan
     measured: int = 0  # how many plans were measured here
     spent_s: float = 0.0
     alive: int = 0  # trials finished or under way, here or elsewhere
@@ -250,9 +249,7 @@ class PlanStudy:
             error = Estimate(mean=note["grad_error"], stderr=note["stderr"])
             basis, source = Basis(note["basis"]), note["source"]
             if options not in self.known:
-                record = self._record(options, error, basis, trial.number, source)
-                self.known[options] = record
-                self.trials.append(record)
+                self.known[options] = self._record(options, error, basis, trial.number, source)
         self.best = min((p for p in self.known.values() if p.feasible), key=rank, default=None)
         before = telling(self.problem.costs, self.before)
         self.seen = [one for one in before if one.options not in self.known]

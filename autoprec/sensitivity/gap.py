@@ -22,8 +22,6 @@ says theta up to DRIFT * log(N / n), which is how much theta itself changes on t
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from autoprec.records import Basis, ExpectedGap, HorizonGap, Sensitivity
 
 FEWEST_POINTS = 4  # of the loss curve; a line needs two, its standard error a few more
@@ -136,6 +134,8 @@ def with_measured(expected: ExpectedGap, measured: HorizonGap) -> ExpectedGap:
     The prediction as it is where the gap is not known, was measured over less than SHORTEST_STEPS,
     or over FARTHEST times fewer steps than expected for.
     """
+    import numpy as np  # reports have no need of it
+
     mean, low, high, gap = expected.mean, expected.low, expected.high, measured.gap
     if not mean or not low or not high or gap is None or measured.stderr is None:
         return expected
@@ -174,6 +174,8 @@ def loss_exponent(losses: Sequence[float], step: int) -> float | None:
     slope is never taken to be below its own standard error, so that a flat or noisy curve does not
     promise that gradient errors cost nothing; beyond the curve r tends to USUAL_EXPONENT.
     """
+    import numpy as np
+
     last = len(losses)
     first = max(math.ceil(last / 4), 1)
     x, y = np.log(np.arange(first, last + 1)), np.asarray(losses[first - 1 :])

@@ -142,9 +142,7 @@ class Linear:
         pairs = zip(_operands(layer, calls), _operands(layer, moved or calls), strict=True)
         self.calls = [
             ProbedCall(
-                Matrix(x, rows, "MK", self.split),
-                Matrix(g, rows, "MN", self.split),
-                *probed,
+                Matrix(x, rows, "MK", self.split), Matrix(g, rows, "MN", self.split), *probed
             )
             for (x, g), probed in pairs
         ]

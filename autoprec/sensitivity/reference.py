@@ -325,12 +325,7 @@ def prepare_reference(
 
 
 def _trained(
-    context: Context,
-    spec: ModelSpec,
-    start: Checkpoint | None,
-    *,
-    batches: int,
-    steps: int,
+    context: Context, spec: ModelSpec, start: Checkpoint | None, *, batches: int, steps: int
 ) -> WarmUp:
     """Train a reference; on the way FP8's error is measured on the batches of the next steps."""
     training = restore(context, start, warmup_steps=steps)

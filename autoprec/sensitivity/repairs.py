@@ -49,9 +49,7 @@ class Repair(NamedTuple):
 
 
 def with_shares(
-    reference: Reference,
-    rows: Sequence[LayerSensitivity],
-    statistics: Sequence[OperandStatistics],
+    reference: Reference, rows: Sequence[LayerSensitivity], statistics: Sequence[OperandStatistics]
 ) -> tuple[OperandStatistics, ...]:
     """Return the statistics, with what repairs take away of the largest errors.
 

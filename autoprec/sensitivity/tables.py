@@ -251,10 +251,7 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
     """
     if world_size() > 1:
         reference.groups = agreed_groups(
-            reference.context,
-            reference.spec,
-            reference.groups,
-            is_parked=reference.is_parked,
+            reference.context, reference.spec, reference.groups, is_parked=reference.is_parked
         )
     before = reference.groups
     while True:

@@ -47,11 +47,10 @@ def make_profile(run: "Run") -> Profile:
         )
     from autoprec.predict import parse_parallel, predict_profile
 
-    parallel = parse_parallel(settings.parallel) if settings.parallel else None
     profile = predict_profile(
         run.spec,
         run.target,
-        parallel=parallel,
+        parallel=parse_parallel(settings.parallel),
         compiled=settings.compile is not False,
         options=options,
         gemms_hp=gemms_hp,

@@ -25,10 +25,7 @@ def check_evaluate(run: "Run") -> None:
 
 
 def prove_plans(
-    run: "Run",
-    plans: Sequence[Plan],
-    profile: Profile | None,
-    sensitivity: Sensitivity | None,
+    run: "Run", plans: Sequence[Plan], profile: Profile | None, sensitivity: Sensitivity | None
 ) -> Verification:
     """Train with the first plan; a refuted one gives way to the next."""
     if run.proxy is not None:

@@ -27,13 +27,7 @@ from autoprec.tuning.folder import INPUTS, Folder, saved_beside
 from autoprec.tuning.plan import Plan
 from autoprec.tuning.profiling import make_profile, named_profile, rows_path
 from autoprec.tuning.proof import check_evaluate, keeper_of_warm_up, prove_plans
-from autoprec.tuning.ranks import (
-    check_launch,
-    check_ranks,
-    is_first,
-    made_on_all,
-    made_on_first,
-)
+from autoprec.tuning.ranks import check_launch, check_ranks, is_first, made_on_all, made_on_first
 from autoprec.tuning.searching import kept_reference, make_search
 from autoprec.tuning.settings import NEEDS_FILE, STAGES, Settings
 

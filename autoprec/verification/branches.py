@@ -148,12 +148,7 @@ class _Trained:
 
 
 def _train_with(
-    session: Session,
-    training: Training,
-    variant: Variant,
-    *,
-    seed: int,
-    reference: Sequence[float],
+    session: Session, training: Training, variant: Variant, *, seed: int, reference: Sequence[float]
 ) -> _Trained:
     """Train in the variant's precisions, which are installed for it alone."""
     context, model, optimizer = session.context, training.model, training.optimizer

@@ -35,13 +35,7 @@ from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.reference import seeded
 from autoprec.sensitivity.warm_up import restore
-from autoprec.verification.branches import (
-    SMALLEST_LOSS,
-    evaluate,
-    state_of,
-    train_seed,
-    warm_up,
-)
+from autoprec.verification.branches import SMALLEST_LOSS, evaluate, state_of, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.ladder import climb, with_horizons
 from autoprec.verification.sequential import Terms

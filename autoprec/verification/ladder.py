@@ -42,10 +42,7 @@ def rung_terms(terms: Terms, steps: int) -> Terms:
 
 
 def climb(
-    terms: Terms,
-    gaps_of: Callable[[Terms], Sequence[float] | None],
-    *,
-    spent_s: float,
+    terms: Terms, gaps_of: Callable[[Terms], Sequence[float] | None], *, spent_s: float
 ) -> Iterator[HorizonGap]:
     """Yield the gap of every horizon, until the plan diverges at one.
 
