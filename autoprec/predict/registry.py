@@ -29,6 +29,7 @@ _EMPTY_WORD = re.compile(
     "|presumed|class|not|stated|power|limited|variant|derived"
 )
 _FORMS = {"sxm4": "sxm", "sxm5": "sxm", "sxm6": "sxm", "pcie4": "pcie", "pcie5": "pcie"}
+_DETAIL = re.compile(r"\d+(\.\d+)?(gb|gib|w|tb/s)|sxm|pcie|oam")  # many devices share these
 
 
 def profiles_folder() -> Path:
@@ -105,12 +106,26 @@ def _spellings(profile: DeviceProfile) -> set[frozenset[str]]:
 
 
 def _suggestion(text: str) -> str:
-    written = {
-        form: profile.name
-        for profile in list_device_profiles()
-        for form in (profile.name, *(" ".join(sorted(words)) for words in _spellings(profile)))
-    }
-    given = " ".join(sorted(device_words(text[:LONGEST_NAME])))
-    near = difflib.get_close_matches(given, written, n=len(written), cutoff=LEAST_ALIKE)
-    names = ", ".join(list(dict.fromkeys(written[form] for form in near))[:3])
+    scores = {profile.name: _likeness(text, profile) for profile in list_device_profiles()}
+    near = [name for name, (shared, alike) in scores.items() if shared or alike >= LEAST_ALIKE]
+    names = ", ".join(sorted(near, key=lambda name: scores[name], reverse=True)[:3])
     return f"nearest: {names}" if names else "`autoprec devices list` shows all names"
+
+
+def _likeness(text: str, profile: DeviceProfile) -> tuple[float, float]:
+    """Return the likeness of a text and a device's spellings: shares of words, then of letters.
+
+    Words that differ count too, so that `H100 SXM 700W` is nearer to the plain card than to the
+    variant of 500 W.
+    """
+
+    def weight(words: frozenset[str]) -> float:  # a size or a form says little of a device
+        return sum(0.2 if _DETAIL.fullmatch(word) else 1.0 for word in words)
+
+    words = device_words(text)
+    spellings = _spellings(profile)
+    shared = max(weight(words & s) / (weight(words | s) or 1) for s in spellings)
+    written = [profile.name, *(" ".join(sorted(s)) for s in spellings)]
+    lowered = text.lower()[:LONGEST_NAME]
+    alike = max(difflib.SequenceMatcher(None, lowered, form).ratio() for form in written)
+    return shared, alike

@@ -6,7 +6,7 @@ has one, in the RTX 5090's bandwidth) is an error when the file is read and not 
 """
 
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
@@ -54,8 +54,8 @@ class Bounds:
 
 
 # Any: as dataclasses.field
-def _in(unit: str, low: float, high: float, meaning: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"bounds": Bounds(unit, low, high, meaning)})
+def _in(unit: str, low: float, high: float, meaning: str) -> Any:
+    return field(metadata={"bounds": Bounds(unit, low, high, meaning)})
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,9 @@ class Machine:
     speedup_error_high: float = _in("1", 0.0, 0.7, "90 % quantile of it")
     time_error: float = _in("1", 0.0, 1.0, "80 % half-width of a predicted time, log units")
     step_error: float = _in("1", 0.0, 1.0, "80 % half-width of a whole-training speedup, absolute")
-    # Files of before these constants are read, with nothing of what they say.
-    tile_us: float = _in("us", 0.0, 50.0, "start and end of a GEMM's tile, not hidden", default=0.0)
-    bf16_boost: float = _in(
-        "1", 0.0, 1.0, "how much faster short BF16 GEMMs run, clocks still high", default=0.0
-    )
-    fp8_boost: float = _in("1", 0.0, 1.0, "the same, FP8 GEMMs", default=0.0)
+    tile_us: float = _in("us", 0.0, 50.0, "start and end of a GEMM's tile, not hidden")
+    bf16_boost: float = _in("1", 0.0, 1.0, "how much faster short BF16 GEMMs run, clocks high")
+    fp8_boost: float = _in("1", 0.0, 1.0, "the same, FP8 GEMMs")
     # What the software does (`DeviceProfile.software`), 0 or 1: no constants of the device.
     rowwise_is_cublas: float = 0.0
     rescales_rowwise: float = 1.0
@@ -132,9 +129,7 @@ class Machine:
         return self.memory_bandwidth_tbs * 1e6 * self.memory_fraction
 
 
-_CONSTANT_FIELDS = [item for item in fields(Machine) if "bounds" in item.metadata]
-CONSTANTS: dict[str, Bounds] = {item.name: item.metadata["bounds"] for item in _CONSTANT_FIELDS}
-OPTIONAL_CONSTANTS = {item.name for item in _CONSTANT_FIELDS if item.default is not MISSING}
+CONSTANTS: dict[str, Bounds] = {x.name: x.metadata["bounds"] for x in fields(Machine) if x.metadata}
 
 
 def _one_printed_line(text: str) -> str:
@@ -204,7 +199,7 @@ class DeviceProfile(FileRecord):
 
     @model_validator(mode="after")
     def _check_constants(self) -> Self:
-        if missing := CONSTANTS.keys() - self.constants.keys() - OPTIONAL_CONSTANTS:
+        if missing := CONSTANTS.keys() - self.constants.keys():
             raise ValueError(f"constant {min(missing)!r} is missing")
         if unknown := self.constants.keys() - CONSTANTS.keys():
             raise ValueError(f"constant {min(unknown)!r} is unknown")
