@@ -133,17 +133,11 @@ class Certificate(Record):
     @classmethod
     def of(cls, verification: Verification) -> Self:
         """Return a verification in short."""
+        shared = cls.model_fields.keys() & Verification.model_fields.keys()
         return cls(
-            verdict=verification.verdict,
-            loss_tolerance=verification.loss_tolerance,
-            gap=verification.gap,
+            **{name: getattr(verification, name) for name in shared},
             step_ms={step.label: step.ms for step in verification.steps},
             seeds=verification.gap.seeds if verification.gap else 0,
-            warmup_steps=verification.warmup_steps,
-            branch_steps=verification.branch_steps,
-            proxy=verification.proxy,
-            expected_gap=verification.expected_gap,
-            metrics=verification.metrics,
         )
 
 
