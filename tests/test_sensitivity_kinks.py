@@ -23,6 +23,7 @@ from autoprec.records import (
 )
 from autoprec.sensitivity import tables
 from autoprec.sensitivity.check import bf16_within, check_table
+from autoprec.sensitivity.choices import kept_choices, recorded_choices
 from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
@@ -155,6 +156,22 @@ def test_moved_passes_keep_the_experts_of_the_reference() -> None:
     }
     rows = {(r.name, r.option): r.grad_error.mean for r in make_rows(probes, cells)}
     assert all(value > 0.0 for value in rows.values())
+
+
+def test_choices_are_kept_as_they_were_made_whatever_the_model_adds_to_them() -> None:
+    x = torch.tensor([[3.0, 1.0, 2.0]])
+
+    def chosen(values: Tensor) -> list[int]:
+        places = values.topk(2)[1]
+        made = places.flatten().tolist()
+        places += 7  # as Mask2Former makes them places in a flat tensor
+        return made
+
+    with recorded_choices({}) as choices:
+        assert chosen(x) == [0, 2]
+    for _ in range(2):
+        with kept_choices(choices):
+            assert chosen(-x) == [0, 2]
 
 
 def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:

@@ -44,7 +44,7 @@ def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
     found, last = Choices(), [""]
 
     def see(index: Tensor) -> Tensor:
-        found.indices.append(index.detach())
+        found.indices.append(index.detach().clone())  # the model may change its own in place
         found.layers.append(last[0])
         return index
 
@@ -67,7 +67,7 @@ def kept_choices(choices: Choices) -> Iterator[None]:
 
     def take(index: Tensor) -> Tensor:
         kept = next(left, index)
-        return kept if kept.shape == index.shape else index
+        return kept.clone() if kept.shape == index.shape else index
 
     with _Choosing(take):
         yield
