@@ -47,7 +47,7 @@ from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditioner
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
-from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, warm_up
+from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, train_steps
 from autoprec.workload.functions import Batch, check_loss, move_batch
 from autoprec.workload.training import Training
 
@@ -334,7 +334,8 @@ def _trained(
     with seeded(context.seed, context.device), tf32_off():
         numbers = range(1, steps + 1)
         first, last = numbers[:EARLY_STEPS], numbers[EARLY_STEPS:]
-        curve, step_s = warm_up(training, context, stream, first, of=steps)
+        train = partial(train_steps, training, context, of=steps, stage="sensitivity")
+        curve, step_s = train(stream, first)
         if len(last) >= batches:
             drawn = InTurn(islice(stream, batches), context.device)
             now = _measuring(context, spec, training, drawn)
@@ -343,7 +344,7 @@ def _trained(
             stream = _after(drawn, stream)
             del drawn, now
         if last:
-            later, step_s = warm_up(training, context, stream, last, of=steps)
+            later, step_s = train(stream, last)
             curve = (*curve, *later)
     return WarmUp(training, stream, curve, step_s, early)
 

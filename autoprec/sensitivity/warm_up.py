@@ -97,15 +97,21 @@ def seed_step(seed: int, step: int) -> None:
     seed_generators((seed * SEED_STRIDE + step) % 2**63)
 
 
-def warm_up(
-    training: Training, context: Context, stream: Iterator[Batch], steps: Sequence[int], *, of: int
+def train_steps(
+    training: Training,
+    context: Context,
+    stream: Iterator[Batch],
+    steps: Sequence[int],
+    *,
+    of: int,
+    stage: str,
 ) -> tuple[tuple[tuple[int, float], ...], float]:
-    """Train these steps `of` all; return the loss curve and the median time of a step in s."""
+    """Train these steps `of` all, from 1; return the losses and a step's median time in s."""
     curve: list[tuple[int, float]] = []
     times: list[float] = []
     drawn_by_step = step_batches(context.workload, stream, count=len(steps))
     for step in steps:
-        context.progress("sensitivity: warm-up", step - 1, of)
+        context.progress(f"{stage}: warm-up", step - 1, of)
         batches = move_batch(next(drawn_by_step), context.device)
         seed_step(context.seed, step - 1)
         started = time.perf_counter()  # the user's data loading is no part of a step
@@ -113,7 +119,8 @@ def warm_up(
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
         del batches  # before the next are drawn
-    context.progress("sensitivity: warm-up", steps[-1], of)
+    context.progress(f"{stage}: warm-up", max(steps, default=0), of)
     # what is measured later is a pass of one batch
-    per_batch = statistics.median(times[1:] or times) / context.workload.accumulation_steps
+    usual_s = statistics.median(times[1:] or times or [0.0])
+    per_batch = usual_s / context.workload.accumulation_steps
     return tuple(curve), per_batch

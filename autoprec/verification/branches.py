@@ -15,7 +15,7 @@ where there is one. Beside it the same batches go through the branch's own forwa
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -34,10 +34,10 @@ from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_gemms
 from autoprec.sensitivity.reference import seeded
-from autoprec.sensitivity.warm_up import restore, seed_step
+from autoprec.sensitivity.warm_up import restore, seed_step, train_steps
 from autoprec.verification.metrics import check_finite, check_names, measure_metrics
 from autoprec.verification.session import REFERENCE, Session, Variant
-from autoprec.workload.functions import Batch, check_loss, move_batch
+from autoprec.workload.functions import Batch, move_batch
 from autoprec.workload.training import Training, step_batches
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
@@ -45,7 +45,6 @@ from autoprec.workload.training import Training, step_batches
 DIVERGED_RATIO = 3.0
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
 SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
-NEEDS_GRADIENTS = "does not require grad"  # torch's words where a loss is made of gradients
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
@@ -79,12 +78,9 @@ def warm_up(
     """
     with seeded(context.seed, context.device), tf32_off():
         training = restore(context, start, warmup_steps=steps)
-        curve = []
-        for step, batches in _seeded_batches(context, context.seed, steps):
-            loss = training.step(batches)
-            curve.append(check_loss(loss, where=f"at step {step} of the warm-up"))
-            context.progress("verify: warm-up", step + 1, steps)
-        return state_of(context, training, evaluation, curve)
+        stream, numbers = context.workload.train_batches(context.seed), range(1, steps + 1)
+        curve, _ = train_steps(training, context, stream, numbers, of=steps, stage="verify")
+        return state_of(context, training, evaluation, [loss for _, loss in curve])
 
 
 def state_of(
@@ -197,13 +193,10 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
 
 
 def _loss(context: Context, model: nn.Module, batch: Batch, seed: Callable[[], None]) -> float:
-    """Return a loss without gradients; with them where it is made of some (a penalty on them)."""
+    """Return a loss without gradients; with them where that fails: it may be made of some."""
     seed()
-    try:
+    with suppress(WorkloadError):  # one of another reason comes again
         return float(context.workload.loss_fn(model, batch))
-    except WorkloadError as error:
-        if NEEDS_GRADIENTS not in str(error.__cause__):
-            raise
     seed()
     with torch.enable_grad():
         return float(context.workload.loss_fn(model, batch).detach())
@@ -271,17 +264,10 @@ def _floor(session: Session, first: Branch) -> float:
 def _train(session: Session, training: Training, label: str, *, seed: int) -> Iterator[float]:
     """Train on the seed's batches and yield every step's loss."""
     context, steps = session.context, session.terms.branch_steps
-    for step, batches in _seeded_batches(context, seed, steps):
-        # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
-        yield float(training.step(batches, rate=(steps - step) / steps))
-        context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
-
-
-def _seeded_batches(context: Context, seed: int, count: int) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield steps and their batches, torch's generators seeded anew for each step."""
-    workload = context.workload
-    stream = step_batches(workload, workload.train_batches(seed), count=count)
-    for step, batches in enumerate(stream):
+    stream = context.workload.train_batches(seed)
+    for step, batches in enumerate(step_batches(context.workload, stream, count=steps)):
         moved = move_batch(batches, context.device)
         seed_step(seed, step)
-        yield step, moved
+        # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
+        yield float(training.step(moved, rate=(steps - step) / steps))
+        context.progress(f"verify: {label}, seed {seed}", step + 1, steps)
