@@ -49,6 +49,10 @@ fully_shard(model, mp_policy=policy)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 """
 
+# the model has no forward: a method of it calls its layers
+PARTS = HEAD.replace("def forward(self, x)", "def logits(self, x)")
+PARTS += LOOP.replace("model(x)", "model.logits(x)")
+
 
 def write_script(folder: Path, body: str, *, name: str = "train.py") -> str:
     """Write a script and return its path."""

@@ -13,11 +13,12 @@ from autoprec.cli.main import main
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.integrations.launch.recorder import RecordedBatch
+from autoprec.integrations.launch.tape import _nth, call_model
 from autoprec.records import Plan
 from autoprec.workload.functions import Workload, check_batches
 from autoprec.workload.training import Training
 from tests.accelerate_state import fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
+from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
 
 __all__ = ["fresh_accelerate", "own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")
@@ -90,7 +91,8 @@ def test_the_recorded_loss_is_that_of_the_script(tmp_path: Path) -> None:
     returned = LOOP.replace("F.cross_entropy(model(x), y)", "model(x, labels=y)['loss']")
     hf_style = record(tmp_path, HF_STYLE + returned)
     assert first_loss(hf_style) == first_loss(plain)
-    assert [node.op for node in recorded(hf_style)[0].graph.nodes] == ["placeholder", "output"]
+    calls = [node.target for node in recorded(hf_style)[0].graph.nodes if node.op != "output"]
+    assert calls == [call_model, _nth]
     frozen = HEAD.replace("nn.LayerNorm(64)", "nn.BatchNorm1d(64).eval()")  # the rest trains
     built = record(tmp_path, frozen + LOOP).build_model()
     assert built.training
@@ -180,9 +182,9 @@ TRIALS = {
 @pytest.mark.parametrize("what", TRIALS)
 def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: str) -> None:
     workload = record(tmp_path, HEAD + TRIALS[what] + LOOP)
-    assert [len(args[0]) for batch in recorded(workload) for args, *_ in batch.calls.values()] == [
-        16
-    ] * STEPS
+    assert [
+        len(args[0]) for batch in recorded(workload) for _, args, *_ in batch.calls.values()
+    ] == [16] * STEPS
     assert math.isfinite(first_loss(workload))
 
 
@@ -201,6 +203,29 @@ def test_calls_that_one_loss_compares_are_one_batch(tmp_path: Path) -> None:
     y = next(c for c in batch.constants if c.dtype is torch.int64)
     expected = nn.functional.cross_entropy(a + b, y) + nn.functional.mse_loss(a, b)
     torch.testing.assert_close(workload.loss_fn(net, batch), expected)
+
+
+def test_a_model_that_goes_on_from_its_own_output_is_one_batch(tmp_path: Path) -> None:
+    on = "for _ in range(3): z = z + F.pad(model(z), (8, 8)).tanh()"
+    rolled = f"z = x\n    {on}\n    loss = F.cross_entropy(model(z), y)"
+    workload = record(tmp_path, HEAD + LOOP.replace("loss = F.cross_entropy(model(x), y)", rolled))
+    net, batch = workload.build_model().eval(), recorded(workload)[0]
+    z = batch.calls[0].args[0]
+    for _ in range(3):
+        z = z + nn.functional.pad(net(z), (8, 8)).tanh()
+    y = next(c for c in batch.constants if c.dtype is torch.int64)
+    torch.testing.assert_close(
+        workload.loss_fn(net, batch), nn.functional.cross_entropy(net(z), y), rtol=1e-6, atol=0
+    )
+
+
+def test_parts_that_a_method_of_their_model_calls_are_recorded_as_that_model(
+    tmp_path: Path,
+) -> None:
+    workload = record(tmp_path, PARTS)
+    assert type(workload.build_model()).__name__ == "Net"
+    assert [call.path for call in recorded(workload)[0].calls.values()] == ["first", "norm", "head"]
+    assert first_loss(workload) == first_loss(record(tmp_path, HEAD + LOOP))
 
 
 def test_a_parametrized_weight_that_is_read_is_no_model(tmp_path: Path) -> None:
@@ -390,11 +415,6 @@ def test_checkpointing_and_a_compiled_model_are_recorded(tmp_path: Path) -> None
 
 
 REFUSALS = {
-    "its own output as an input": (
-        "loss = F.cross_entropy(model(x), y)",
-        "loss = F.cross_entropy(model(x + model(x).sum()), y)",
-        "weights, its own or others",
-    ),
     "too many calls": (
         "loss = F.cross_entropy(model(x), y)",
         "loss = sum(F.cross_entropy(model(x), y) for _ in range(17))",

@@ -19,7 +19,7 @@ from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.accelerate_state import forget_accelerators, fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, SHARDED, own_main, write_script
+from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
 from tests.plans import plan_for
 
 __all__ = ["fresh_accelerate", "own_main"]
@@ -277,6 +277,20 @@ def test_a_call_that_cannot_be_seen_gets_the_plan_at_the_first_step(
     outcome = run(tmp_path, body, "3")
     assert outcome.status == 0
     assert "before AdamW's first step" in outcome.message
+
+
+def test_a_model_whose_method_calls_its_parts_has_the_plan_before_the_first_part_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(tmp_path, PARTS, "3")
+    assert outcome.was_applied
+    assert "at the first training call of a part" in outcome.message
+    printed = capsys.readouterr().out
+    plan_for(Net()).save(tmp_path / "plan.json")
+    line = f"import autoprec; autoprec.apply({str(tmp_path / 'plan.json')!r}, model, optimizer)\n"
+    by_hand = write_script(tmp_path, PARTS.replace("for x, y", line + "for x, y"), name="hand.py")
+    assert run_script(Script(by_hand, ("3",))) == 0
+    assert capsys.readouterr().out == printed != ""
 
 
 @pytest.mark.parametrize("cls", ["AdamW", "SGD"])

@@ -392,3 +392,31 @@ def test_a_buffer_that_forward_binds_anew_has_its_dtype_back_without_the_plan() 
     table = model.table.clone()
     autoprec.undo(model)
     assert torch.equal(model.table, table.float())
+
+
+class Parts(nn.Module):
+    """A model whose method calls its parts, and which has no forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
+        self.body = nn.Sequential(nn.Linear(32, 32), nn.Sigmoid())
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return a loss that takes operands of one dtype only."""
+        return F.binary_cross_entropy(self.body(self.norm(self.first(x))), x.sigmoid())
+
+
+def test_parts_of_a_model_without_a_forward_give_fp32_as_a_root_does() -> None:
+    net, x = Parts(), torch.randn(4, 32)
+    expected = net.loss(x)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    autoprec.apply(uniform_plan(net, BF16_O2), net, optimizer)
+    assert {net.first(x).dtype, net.norm(x).dtype, net.body(x).dtype} == {torch.float32}
+    assert net.first.weight.dtype is torch.bfloat16
+    torch.autograd.backward(net.loss(x))
+    optimizer.step()
+    torch.testing.assert_close(net.loss(x), expected, rtol=0.02, atol=0)
+    autoprec.undo(net, optimizer)
+    assert type(net.first) is nn.Linear
+    assert net.body[0](x).dtype is net.first(x).dtype is torch.float32

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,13 @@ from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.optimizers import copy_optimizer, copy_schedule, set_peak_rates
 from autoprec.integrations.launch.recorder import (
     MODEL_PY,
+    FirstCall,
     RecordedBatch,
     Recorder,
     gradient_norm,
 )
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
-from autoprec.integrations.launch.tape import remove_scale, replay
+from autoprec.integrations.launch.tape import FromTape, remove_scale, replay
 from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
@@ -76,18 +77,18 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         status = run_script(script)
-    firsts, optimizer = recorder.firsts, recorder.first_optimizer
+    first, optimizer = recorder.first, recorder.first_optimizer
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
-    if not firsts or optimizer is None or recorder.steps < recorder.wanted:
+    if first is None or optimizer is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
+    batches = recorder.recorded()
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
-    first, autocast = firsts[0], check_recording(script, recorder)
+    autocast = check_recording(script, recorder, first, batches[0])
     remove_autocast(first.model)
-    batches = recorder.batches
     if not any(p.dtype in LOW_PRECISION for p in first.model.parameters()):
         # a library rounds a model's inputs for its autocast
         batches = [batch._replace(calls=in_fp32(batch.calls)) for batch in batches]
@@ -120,22 +121,33 @@ def _around_steps(recorder: Recorder, optimizer: Optimizer) -> dict[str, Any]:  
     return found
 
 
-def recorded_loss(model: nn.Module, batch: RecordedBatch) -> Tensor:
-    """Return the loss of a recorded batch for the model as it is now."""
-    outputs = {}
-    for number, (args, kwargs, writes_inputs) in batch.calls.items():
+def recorded_loss(
+    model: nn.Module, batch: RecordedBatch, before: Callable[[int], None] = lambda number: None
+) -> Tensor:
+    """Return the loss of a recorded batch for the model as it is now.
+
+    `before` hears the number of each call of the model.
+    """
+
+    def call(number: int, *made: Tensor) -> Any:  # Any: whatever it returns
+        path, args, kwargs, writes_inputs = batch.calls[number]
         if writes_inputs:
             args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        outputs[number] = model(*args, **kwargs)
-    return replay(batch.graph, model, outputs, batch.constants)
+        args, kwargs = tree_map_only(FromTape, lambda each: made[each.index], (args, kwargs))
+        before(number)
+        return model.get_submodule(path)(*args, **kwargs)
+
+    return replay(batch.graph, model, call, batch.constants)
 
 
-def check_recording(script: Script, recorder: Recorder) -> torch.dtype | None:
+def check_recording(
+    script: Script, recorder: Recorder, first: FirstCall, recorded: RecordedBatch
+) -> torch.dtype | None:
     """Run the first batch again as the script did, and compare; return its layers' autocast."""
-    first, states = recorder.firsts[0], iter(recorder.firsts)
+    calls, _ = recorder.batches[0]
     model = copy_model(first.model).to(first.device)
     first.policy.install(model)
-    batch = move_batch(recorder.batches[0], first.device)
+    batch = move_batch(recorded, first.device)
     seen: set[torch.dtype] = set()  # Accelerate's autocast is inside of the model's forward
     device = first.device.type
 
@@ -145,10 +157,9 @@ def check_recording(script: Script, recorder: Recorder) -> torch.dtype | None:
 
     with random_state_kept():
         # as in the script: the random numbers of its dropout, and its autocast
-        model.register_forward_pre_hook(lambda *_: next(states).draw_again())
         hooks = [layer.register_forward_pre_hook(note) for layer in find_layers(model).values()]
         with first.autocast, UserCode("the recorded first step", "its loss again"):
-            loss = recorded_loss(model, batch)
+            loss = recorded_loss(model, batch, lambda number: calls[number].draw_again())
         for hook in hooks:
             hook.remove()
         if loss.requires_grad:
@@ -178,7 +189,7 @@ def _shuffled(batches: list[RecordedBatch], seed: int) -> Iterator[RecordedBatch
 
 def _free(recorder: Recorder) -> None:
     """Let the script's own model and optimizer leave the accelerator."""
-    if recorder.model is not None and recorder.firsts[0].device.type != "cpu":
+    if recorder.model is not None and recorder.first and recorder.first.device.type != "cpu":
         recorder.model.zero_grad(set_to_none=True)
         recorder.model.to("cpu")
         if recorder.optimizer is not None:

@@ -3,8 +3,9 @@
 The script must train one model in the usual order, which is followed call by call; whatever is not
 in this order ends the script with the reason:
 
-    output = model(...)     outermost calls in training mode of a module with weights: one or more
-    loss = f(output, ...)   on a tape; calls before the first that it depends on were on trial
+    output = model(...)     outermost calls in training mode: of a module with weights or, where
+                            its own methods call them, of its parts
+    loss = f(output, ...)   on a tape; calls that it does not depend on were on trial
     loss.backward()         ends a batch; several batches make a step (gradient accumulation)
     optimizer.step()        ends a step; after the last one that is wanted, the script is stopped
 """
@@ -12,9 +13,9 @@ in this order ends the script with the reason:
 import inspect
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,6 +27,7 @@ from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.device.ranks import local_part, world_size
+from autoprec.integrations.launch.alive import smallest_with
 from autoprec.integrations.launch.optimizers import (
     SeenSchedule,
     copy_optimizer,
@@ -35,7 +37,7 @@ from autoprec.integrations.launch.optimizers import (
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.sharded import Policy, copy_sharded
-from autoprec.integrations.launch.tape import Tape, Taping, copied
+from autoprec.integrations.launch.tape import Tape, Taping
 from autoprec.model.layers import unwrapped
 from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
@@ -45,37 +47,36 @@ from autoprec.workload.optimizers import StepArguments, after_closure, trained_b
 from autoprec.workload.written import is_compiled
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
-MOST_CALLS = 16  # before one backward: outputs and copies of all of them are kept until then
+MOST_CALLS = 16  # on inputs of their own before one backward: outputs of all are kept until then
 MODEL_PY = "write a model.py instead (see the README)"
 
 
 class RecordedCall(NamedTuple):
     """What the script gave its model; tensors on the CPU."""
 
+    path: str  # of the part of the model that was called, "" for all of it
     args: tuple[Any, ...]  # Any: whatever it was
     kwargs: dict[str, Any]
     writes_inputs: bool  # whether the model writes into its own arguments
 
 
 class RecordedBatch(NamedTuple):
-    """Calls of the model by their number, and the way from their outputs to the loss."""
+    """Calls of the model by their number, and the way through them to the loss."""
 
     calls: dict[int, RecordedCall]
     constants: list[Tensor]
     graph: fx.Graph
 
 
-@dataclass(frozen=True)
-class FirstCall:
-    """What it takes to repeat a call of the first batch exactly."""
+class SeenCall(NamedTuple):
+    """A `RecordedCall` while more of the model may be seen."""
 
-    model: nn.Module  # a copy on the CPU from before the call
-    device: torch.device
+    part: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    writes_inputs: bool
     random_state: Tensor
     random_states_gpu: list[Tensor]
-    autocast: torch.autocast
-    is_compiled: bool  # whether the script compiles the model, or parts of it
-    policy: Policy  # of FSDP
 
     def draw_again(self) -> None:
         """Let the generators give what they gave in this call."""
@@ -84,24 +85,35 @@ class FirstCall:
             torch.cuda.set_rng_state_all(self.random_states_gpu)
 
 
+@dataclass(frozen=True)
+class FirstCall:
+    """What else it takes to repeat the first batch exactly, from before a call."""
+
+    model: nn.Module  # a copy on the CPU
+    device: torch.device
+    autocast: torch.autocast
+    is_compiled: bool  # whether the script compiles the model, or parts of it
+    policy: Policy  # of FSDP
+
+
 class Recorder:
     """Follows one script."""
 
     def __init__(self, steps: int) -> None:
         self.wanted, self.steps, self.micro_steps = steps, 0, 1
         self.model: nn.Module | None = None  # the script's own
-        self.firsts: list[FirstCall] = []  # the calls of the first batch
+        self.first: FirstCall | None = None
         self.optimizer: Optimizer | None = None  # the script's own
         self.first_optimizer: Optimizer | None = None  # before its first step, over `first.model`
         self.schedule: SeenSchedule | None = None
         self.rates: list[float] = []  # the largest learning rate of each group so far
         self.clip_norm: float | None = None
-        self.batches: list[RecordedBatch] = []
+        self.batches: list[tuple[dict[int, SeenCall], Tape]] = []
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
         self.refusal: str | None = None
-        self._calls: dict[int, RecordedCall] = {}  # their backward is still to come
-        self._firsts: dict[int, FirstCall] = {}  # of these, before the first backward
+        self._calls: dict[int, SeenCall] = {}  # their backward is still to come
+        self._firsts: dict[int, FirstCall | None] = {}  # of those on inputs of their own
         self._batches_before = 0  # the last step, or the first gradient that came to it
         self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
@@ -141,61 +153,91 @@ class Recorder:
             return call(module, *args, **kwargs)
         if any(map(is_lazy, module.parameters())):
             self._was_lazy = True  # this call gives it its shapes
-            self._depth += 1
-            try:
+            with self._inside():
                 return call(module, *args, **kwargs)
-            finally:
-                self._depth -= 1
+        return self._record_call(call, module, args, kwargs)
+
+    def _record_call(self, call: Function, module: nn.Module, args: Any, kwargs: Any) -> Any:
         model = self._check_call(module, (args, kwargs))
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
+        tape = self._mode.tape = self._mode.tape or Tape(next(model.parameters()).device)
         try:
-            before, named = copied(args), copied(kwargs)
+            (before, named), nodes = tape.take((args, kwargs))
         except REFUSALS as error:
             reason = error_line(error)
             self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
-        tape, self._mode.tape = (
-            self._mode.tape or Tape(model),
-            None,
-        )  # not what the model does itself
+        if not nodes:
+            self._begin_calls(tape.calls, is_compiled(module))
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state = torch.get_rng_state()
+        with self._inside():
+            output = call(module, *args, **kwargs)
+        writes_inputs = versions != [tensor._version for tensor in inputs]
+        # from here on, what happens to the output is on the tape
+        number = tape.add(nodes, output, self.model or model)
+        self._calls[number] = SeenCall(model, before, named, writes_inputs, state, gpus)
+        return output
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Take no part in what a call does itself."""
+        tape, self._mode.tape = self._mode.tape, None
         self._depth += 1
         try:
-            output = call(module, *args, **kwargs)
+            yield
         finally:
             self._depth -= 1
             self._mode.tape = tape
-        writes_inputs = versions != [tensor._version for tensor in inputs]
-        # from here on, what happens to the output is on the tape
-        self._calls[tape.add(output)] = RecordedCall(before, named, writes_inputs)
-        return output
 
     def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
-        """Return the model that a call is of, if the call can be recorded."""
+        """Return the model or the part of it that a call is of, if the call can be recorded."""
         if self.refusal or self.steps >= self.wanted:
             raise StopScript  # again: the script caught the first one
-        model = unwrapped(module, parallel=True)
+        model, tape = unwrapped(module, parallel=True), self._mode.tape
         if self.model is None:
             self.model = model
-        elif model is not self.model:
-            if type(model) is type(self.model) and self.steps > 1:
-                raise StopScript  # the next fold, or the same run resumed: the first has ended
+        elif not any(part is model for part in self.model.modules()):
             names = f"{type(self.model).__name__} and {type(model).__name__}"
-            self.refuse(f"one model must be trained, but the script calls several ({names})")
-        if len(self._calls) == MOST_CALLS:
-            oldest = min(self._calls)  # on trial, unless the loss depends on it
-            del self._calls[oldest]
-            self._firsts.pop(oldest, None)
-        if not self.batches:
-            tape = self._mode.tape
-            number = 0 if tape is None else tape.calls
-            self._firsts[number] = self._first_call(model, is_compiled(module))
-        if any(t.requires_grad and not t.is_leaf for t in tensors_in(inputs)):
+            if not self._widen([model]):
+                if type(model) is type(self.model) and self.steps > 1:
+                    raise StopScript  # the next fold, or the same run resumed: the first has ended
+                self.refuse(f"one model must be trained, but the script calls several ({names})")
+        unknown = [t for t in tensors_in(inputs) if t.requires_grad and not t.is_leaf]
+        if not all(tape is not None and tape.has_made(tensor) for tensor in unknown):
             self.refuse(
-                "the model's inputs must not depend on weights, its own or others, but an input "
-                f"of {type(model).__name__} has a gradient"
+                "the model's inputs must not depend on other weights, but an input of "
+                f"{type(model).__name__} has a gradient"
             )
         return model
+
+    def _begin_calls(self, number: int, is_compiled: bool) -> None:
+        """See to a call on inputs of its own: all before it may have been on trial."""
+        if len(self._firsts) == MOST_CALLS:
+            oldest = min(self._firsts)
+            del self._calls[oldest], self._firsts[oldest]
+        model = None if self.batches else self.model  # only the first batch is repeated
+        self._firsts[number] = self._first_call(model, is_compiled) if model else None
+
+    def _widen(self, parts: Sequence[nn.Module | nn.Parameter]) -> bool:
+        """Take the smallest module that these parts are in, too, for the model, if there is one."""
+        narrow, wide = self.model, None
+        if narrow is not None and self.optimizer is None:
+            wide = smallest_with([narrow, *parts])
+        if narrow is None or wide is None:
+            return False
+        self.model = wide
+        name = next(name for name, part in wide.named_modules() if part is narrow)
+
+        def widened(first: FirstCall) -> FirstCall:
+            whole = self._first_call(wide, first.is_compiled)
+            whole.model.get_submodule(name).load_state_dict(first.model.state_dict())
+            return replace(first, model=whole.model, policy=whole.policy)
+
+        self.first = widened(self.first) if self.first else None
+        self._firsts = {n: widened(first) if first else None for n, first in self._firsts.items()}
+        return True
 
     def _first_call(self, model: nn.Module, is_compiled: bool) -> FirstCall:
         if ON_MODEL in vars(model):
@@ -217,9 +259,7 @@ class Recorder:
             reason = error_line(error)
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state = torch.get_rng_state()
-        return FirstCall(template, device, state, gpus, autocast, is_compiled, policy)
+        return FirstCall(template, device, autocast, is_compiled, policy)
 
     # --- backward --------------------------------------------------------------------------------
 
@@ -227,11 +267,8 @@ class Recorder:
         tape = self._mode.tape
         if self._depth == 0:
             self._end_batch(*args, **kwargs)
-        self._depth += 1  # checkpointing runs layers again, and backward inside of backward
-        try:
+        with self._inside():  # checkpointing runs layers again, and backward inside of backward
             call(*args, **kwargs)
-        finally:
-            self._depth -= 1
         if self._depth == 0 and tape is not None and tape.has_changed_gradient:
             self.refuse("gradients must come from the loss alone, but a gradient hook changes one")
         if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
@@ -261,17 +298,16 @@ class Recorder:
                 "the loss must come from the model's output through torch functions, but it also "
                 f"depends on {unseen}"
             )
-        first = min(tape.used_calls(), default=0)
-        if first not in self._calls:
+        used = tape.used_calls() or {*self._calls}
+        if not used <= {*self._calls}:
             self.refuse(
                 f"the model must be called at most {MOST_CALLS} times before a backward, but the "
                 "script calls it more often"
             )
-        calls = {number: call for number, call in self._calls.items() if number >= first}
         if not self.batches:
-            self.firsts = [self._firsts[number] for number in calls]
+            self.first = self._firsts[min(used)]
+        self.batches.append(({number: self._calls[number] for number in sorted(used)}, tape))
         self._calls, self._firsts = {}, {}
-        self.batches.append(RecordedBatch(calls, tape.constants, tape.graph))
         self.losses.append(float(roots[0].detach()))
         if self.optimizer is None and self.model is not None:
             self._weights = sum_of_weights(self.model)
@@ -330,7 +366,7 @@ class Recorder:
         if self.optimizer is not None and optimizer is not self.optimizer:
             names = f"{type(self.optimizer).__name__} and {type(optimizer).__name__}"
             self.refuse(f"one optimizer must train the model, but the script steps two ({names})")
-        if self.model is None or len(self.batches) == self._batches_before:
+        if self.model is None or self.first is None or len(self.batches) == self._batches_before:
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
                 "neither was seen before it"
@@ -342,13 +378,14 @@ class Recorder:
         if self.optimizer is not None:
             return
         # the first step: the optimizer is copied as it is before that
-        if not set(trained_by(optimizer)) <= set(self.model.parameters()):
+        others = set(trained_by(optimizer)) - set(self.model.parameters())
+        if others and not self._widen(list(others)):
             self.refuse(
                 f"the optimizer must train the weights of {type(self.model).__name__} alone, but "
                 f"{type(optimizer).__name__} has others"
             )
         self.optimizer = optimizer
-        self.first_optimizer = copy_optimizer(optimizer, self.model, self.firsts[0].model)
+        self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
         self.schedule = find_schedule(optimizer, self.first_optimizer)
         self.micro_steps = len(self.batches) - self._batches_before
 
@@ -357,6 +394,24 @@ class Recorder:
         self._batches_before, self._dropped = len(self.batches), 0
         if self.steps >= self.wanted:
             raise StopScript
+
+    def recorded(self) -> list[RecordedBatch]:
+        """Return the batches once the model is known."""
+        model = self.model
+        if model is None:
+            return []
+        path = {id(part): name for name, part in model.named_modules()}
+        return [
+            RecordedBatch(
+                {
+                    number: RecordedCall(path[id(call.part)], *call[1:4])
+                    for number, call in calls.items()
+                },
+                tape.constants,
+                tape.named_graph(model),
+            )
+            for calls, tape in self.batches
+        ]
 
 
 def _precision_wrappers() -> tuple[Any, ...]:  # Any: classes of a library that may be imported

@@ -1,9 +1,9 @@
-"""The operations between a model's outputs and its loss -> a torch.fx graph to run on others.
+"""From a model's calls to the loss -> a torch.fx graph that computes it again.
 
-While a `Tape` is open, every call of a torch function that has such an output in its arguments,
-or a result of such a call, becomes a node of the graph. What no node made is one of its inputs:
+While a `Tape` is open, each call of the model, or of a part of it, is a node of the graph, and so
+is every call of a torch function that has its output in the arguments, or a result of such a call.
+What no node made is an input of the graph:
 
-    output_C_I    tensor I of what call C of the model returned
     parameter_I   parameter I of the model (a penalty on the weights, a tied head)
     constant_I    any other tensor (targets, masks), copied when it is first used
     device        the device that the model is on
@@ -15,10 +15,10 @@ What is computed without the output is a constant. Numbers that a script takes o
 
 import copy
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +47,13 @@ class Known(NamedTuple):
     requires_grad: bool
 
 
+@dataclass(frozen=True)
+class FromTape:
+    """Stands, in what a script gave its model, for a tensor that a node made."""
+
+    index: int  # among such arguments of one call
+
+
 class Taping(TorchFunctionMode):
     """Hands every call of a torch function to the tape that is open, if one is."""
 
@@ -62,25 +69,45 @@ class Taping(TorchFunctionMode):
 
 
 class Tape:
-    """Records what happens to the outputs of a model."""
+    """Records the calls of a model and what happens to their outputs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.calls = 0  # so far
         self.constants: list[Tensor] = []
         self.graph = fx.Graph()
         self.has_changed_gradient = False  # by a hook: no replay repeats it
         self._known: dict[int, Known] = {}  # by id
-        self._model, self._device = model, next(model.parameters()).device
+        self._device = device
 
-    def add(self, output: Value) -> int:
-        """Record what happens to the output of one more call, and return the call's number."""
+    def take(self, inputs: Value) -> tuple[Value, list[fx.Node]]:
+        """Return a copy of a call's arguments, and the nodes that made some of its tensors."""
+        nodes: list[fx.Node] = []
+
+        def taken(value: Value) -> Value:
+            known = self._known.get(id(value))
+            if known is None or known.node.op == "placeholder":
+                return _copied(value)
+            nodes.append(known.node)
+            return FromTape(len(nodes) - 1)
+
+        return tree_map(taken, inputs), nodes
+
+    def add(self, nodes: list[fx.Node], output: Value, model: nn.Module) -> int:
+        """Record one more call of the model or a part of it, and return the call's number."""
         number = self.calls
         self.calls += 1
-        named = {"parameter": self._model.parameters(), f"output_{number}": tensors_in(output)}
-        for name, tensors in named.items():
-            for index, tensor in enumerate(tensors):
-                self._name(tensor, self.graph.placeholder(f"{name}_{index}"))
+        for parameter in model.parameters():
+            if id(parameter) not in self._known:
+                self._name(parameter, self.graph.placeholder("parameter"))
+                self._known[id(parameter)].node.meta["parameter"] = parameter
+        call = self.graph.call_function(call_model, (number, *nodes))
+        for index, tensor in enumerate(tensors_in(output)):
+            self._name(tensor, self.graph.call_function(_nth, (call, index)))
         return number
+
+    def has_made(self, value: Tensor) -> bool:
+        """Whether a node made this tensor."""
+        return id(value) in self._known
 
     def run(self, function: Function, args: Any, kwargs: Any) -> Value:
         """Run a function and record it if the output plays a part in it."""
@@ -121,12 +148,20 @@ class Tape:
         """
         self.graph.output(self._node(root))
         _drop_unused(self.graph)
+        self._known.clear()  # outputs and their graphs
         return next((n.meta["unseen"] for n in self.graph.nodes if "unseen" in n.meta), None)
 
     def used_calls(self) -> set[int]:
         """Return the numbers of the calls on whose outputs the finished graph depends."""
-        found = (re.fullmatch(r"output_(\d+)_\d+", str(node.target)) for node in self.graph.nodes)
-        return {int(match[1]) for match in found if match}
+        return {node.args[0] for node in self.graph.nodes if node.target is call_model}
+
+    def named_graph(self, model: nn.Module) -> fx.Graph:
+        """Return the finished graph with parameters by their place in the model."""
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        for node in self.graph.nodes:
+            if "parameter" in node.meta:
+                node.target = f"parameter_{places[id(node.meta.pop('parameter'))]}"
+        return self.graph
 
     def _unseen(self, value: Tensor) -> str:
         """Say what a tensor with a gradient hangs on, if no call that was seen made it."""
@@ -194,42 +229,43 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
     return found
 
 
+def call_model(number: int, *made: Tensor) -> NoReturn:
+    """Stand in a graph for call `number` of the model; `made` are its arguments from the tape."""
+    raise NotImplementedError("only `replay` knows the model")
+
+
 def replay(
-    graph: fx.Graph, model: nn.Module, returned: Mapping[int, Value], constants: Sequence[Tensor]
+    graph: fx.Graph,
+    model: nn.Module,
+    call: Callable[..., Value],
+    constants: Sequence[Tensor],
 ) -> Tensor:
-    """Run a graph on what each call of the model returned, and return the loss.
+    """Run a graph, with `call` in the place of `call_model`, and return the loss.
 
     Of a model that a script holds in 16 bit and that gives FP32 here, operands of two dtypes meet:
     they are made FP32.
     """
     parameters = list(model.parameters())
     inputs: dict[str, Value] = {"device": parameters[0].device}
-    outputs = {f"output_{number}": tensors_in(output) for number, output in returned.items()}
-    for name, tensors in ({"parameter": parameters, "constant": constants} | outputs).items():
+    for name, tensors in (("parameter", parameters), ("constant", constants)):
         inputs |= {f"{name}_{index}": tensor for index, tensor in enumerate(tensors)}
-    is_fp32 = not any(t.dtype in LOW_PRECISION for tensors in outputs.values() for t in tensors)
-    has_low = any(tensor.dtype in LOW_PRECISION for tensor in constants)
-    with ActivationMode(torch.float32) if is_fp32 and has_low else nullcontext():
-        return _run(graph, inputs, sum(map(len, outputs.values())))
-
-
-def _run(graph: fx.Graph, inputs: Mapping[str, Value], outputs: int) -> Tensor:
+    is_mixed = any(tensor.dtype in LOW_PRECISION for tensor in constants)
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:  # in the order of the script, which writes in place depend on
         if node.op == "placeholder":
-            if node.target not in inputs:
-                raise WorkloadError(
-                    "a recorded model must return all that it returned in the script, but it gave "
-                    f"{outputs} tensors and the loss needs more; write a model.py (see the "
-                    "README)"
-                )
             # a constant that calls write into starts afresh each time
             is_changed = "constant" in node.meta and "is_written" in node.meta
             values[node] = inputs[node.target].clone() if is_changed else inputs[node.target]
         elif node.op == "call_function":
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.target is call_model:
+                values[node] = call(*args)
+                outputs = tensors_in(values[node])
+                is_mixed = is_mixed and not any(t.dtype in LOW_PRECISION for t in outputs)
+                continue
             has_grad = node.meta.get("has_grad", True) and torch.is_grad_enabled()
-            with torch.set_grad_enabled(has_grad):
+            mode = ActivationMode(torch.float32) if is_mixed else nullcontext()
+            with torch.set_grad_enabled(has_grad), mode:
                 values[node] = node.target(*args, **kwargs)
     loss: Tensor = values[_root(graph)]
     return loss
@@ -268,7 +304,13 @@ def _copied(value: Value) -> Value:
 
 
 def _nth(result: Value, index: int) -> Tensor:
-    return tensors_in(result)[index]
+    tensors = tensors_in(result)
+    if index >= len(tensors):
+        raise WorkloadError(
+            "a recorded model must return all that it returned in the script, but it gave "
+            f"{len(tensors)} tensors and the loss needs more; write a model.py (see the README)"
+        )
+    return tensors[index]
 
 
 def _root(graph: fx.Graph) -> Any:  # Any: always a node

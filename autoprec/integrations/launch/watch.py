@@ -18,10 +18,11 @@ to a second model that the plan is for (an ensemble, cross-validation).
 """
 
 import gc
+import inspect
 import logging
+import traceback
 import weakref
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError, PlanMismatchError
+from autoprec.integrations.launch.alive import find_roots
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import Script, run_script, script_line
@@ -158,7 +160,12 @@ class Watch:
         # some fine-tune a model in evaluation mode: its optimizer says so
         is_new = torch.is_grad_enabled() and self._is_new(module)
         if is_new and (module.training or any(trains(one, module) for one in self._waits)):
-            self._offer(module, "at its first training call")
+            has_it = self._offer(module, "at its first training call")
+            # a method of the model, as Lightning's training_step, calls its parts one by one
+            for root in () if has_it else find_roots(module):
+                fits = any(_fits(self.plan, part) for part in root.modules())
+                if fits and not _is_in_forward(root):
+                    self._offer(root, "at the first training call of a part")
         return call(module, *args, **kwargs)
 
     def _around_parallel(
@@ -216,10 +223,10 @@ class Watch:
     def _is_new(self, module: nn.Module) -> bool:
         return module not in self._seen and not self._is_done()
 
-    def _offer(self, module: nn.Module, moment: str) -> None:
+    def _offer(self, module: nn.Module, moment: str) -> bool:
         """Apply the plan if this module is, or has in it, the model that it is for."""
         if not self._is_new(module) or any(map(is_lazy, module.parameters())):
-            return  # a lazy parameter waits for its first input to get a shape
+            return False  # a lazy parameter waits for its first input to get a shape
         self._seen.update(module.modules())
         found = next((part for part in module.modules() if _fits(self.plan, part)), None)
         if found is not None:
@@ -227,6 +234,7 @@ class Watch:
         elif any(parameter.requires_grad for parameter in module.parameters()):
             name = type(unwrapped(module)).__name__
             self.misfits.setdefault(name, _measure_misfit(self.plan, unwrapped(module)))
+        return found is not None
 
     def _search_for(self, optimizer: Optimizer, moment: str) -> None:
         """Apply the plan to the model of an optimizer before any call was seen.
@@ -238,7 +246,7 @@ class Watch:
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        for root in _find_roots(parameters[0]):
+        for root in find_roots(parameters[0]):
             self._offer(root, moment)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
@@ -317,22 +325,11 @@ def _measure_misfit(plan: Plan, module: nn.Module) -> tuple[int, str]:
     return len(differing), _mismatch(plan, module) or "it fits"
 
 
-def _find_roots(part: nn.Module | nn.Parameter) -> Iterator[nn.Module]:
-    """Yield the outermost modules that contain a module or parameter, among all that are alive."""
-    parents: defaultdict[int, list[nn.Module]] = defaultdict(list)
-    for found in gc.get_objects():
-        if issubclass(type(found), nn.Module):  # isinstance would wake lazy proxies
-            own = vars(found)
-            for child in (*own.get("_modules", {}).values(), *own.get("_parameters", {}).values()):
-                parents[id(child)].append(found)
-    waiting, done = [part], {id(part)}
-    while waiting:
-        part = waiting.pop()
-        above = [parent for parent in parents[id(part)] if id(parent) not in done]
-        done.update(map(id, above))
-        waiting += above
-        if isinstance(part, nn.Module) and not parents[id(part)]:
-            yield part
+def _is_in_forward(root: nn.Module) -> bool:
+    """Whether this call comes from `root.forward(...)` itself, of which a part has run already."""
+    running = {frame.f_code for frame, _ in traceback.walk_stack(None)}
+    forwards = [inspect.unwrap(type(module).forward) for module in root.modules()]
+    return any(getattr(forward, "__code__", None) in running for forward in forwards)
 
 
 def _mismatch(plan: Plan, module: nn.Module) -> str | None:
