@@ -61,7 +61,7 @@ class _Table:
     def __init__(self, proxy: ModelSpec, sensitivity: Sensitivity) -> None:
         self.options = {layer.name: layer.options for layer in proxy.layers}
         self.activations = sensitivity.between_layers
-        self._rows = {(r.name, r.option): max(r.grad_error.mean, 0.0) for r in sensitivity.rows}
+        self._rows = {r.cell: max(r.grad_error.mean, 0.0) for r in sensitivity.rows}
 
     def error(self, name: str, option: Option) -> float:
         return self._rows.get((name, option), 0.0)

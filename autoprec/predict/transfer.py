@@ -34,7 +34,7 @@ def transfer_sensitivity(small: Sensitivity, spec: ModelSpec) -> Sensitivity:
     Raises:
         RecordError: no layer has a counterpart, or none of those that could run in FP8.
     """
-    table = {(row.name, row.option): row for row in small.rows}
+    table = {row.cell: row for row in small.rows}
     places = find_places(spec.names, (name for name, _ in table))
     # A layer without a counterpart is unknown, and so out of FP8.
     rows: list[LayerSensitivity] = []

@@ -34,6 +34,11 @@ class LayerSensitivity(Record):
     grad_error: Estimate
     basis: Basis = Basis.MEASURED
 
+    @property
+    def cell(self) -> tuple[str, Option]:
+        """The layer and the option that it is of."""
+        return self.name, self.option
+
 
 class OperandStatistics(Record):
     """The range of one operand of one layer, and what a recipe would do to it.

@@ -311,10 +311,10 @@ def _error_pairs(before: RunRecords, after: RunRecords) -> list[_Pair]:
     """
     if before.sensitivity is None or after.sensitivity is None:
         return []
-    others = {(row.name, row.option): row for row in after.sensitivity.rows}
+    others = {row.cell: row for row in after.sensitivity.rows}
     found = []
     for row in before.sensitivity.rows:
-        other = others.get((row.name, row.option))
+        other = others.get(row.cell)
         if other is None or Basis.UNKNOWN in (row.basis, other.basis):
             continue
         old, new = row.grad_error, other.grad_error

@@ -182,7 +182,7 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
         for name in timing.names:
             facts.setdefault((name, timing.option), {}).update(_timing_facts(timing))
     for effect in _effects(run):
-        facts.setdefault((effect.name, effect.option), {}).update(
+        facts.setdefault(effect.cell, {}).update(
             grad_error=effect.grad_error.mean,
             grad_error_stderr=effect.grad_error.stderr,
             grad_error_basis=effect.basis.value,

@@ -72,7 +72,7 @@ def bf16_within(table: Table, joint: Estimate) -> Table:
     What kinks and choices add to errors as small as BF16's the probes guess from larger ones. So
     the largest rows are cut to one size, at which the sum is the joint error.
     """
-    own = {(r.name, r.option): r.grad_error.mean for r in table.rows if r.option == BF16_O2}
+    own = {r.cell: r.grad_error.mean for r in table.rows if r.option == BF16_O2}
     summed, overlap = _summed(list(own), table)
     if table.method is Method.LAYERWISE or summed - overlap <= MOST * joint.mean:
         return table
@@ -83,16 +83,13 @@ def bf16_within(table: Table, joint: Estimate) -> Table:
             break
         left -= value
     high = {cell for cell, value in own.items() if value > cut} - set(table.refined)
-    rows = (
-        multiplied(r, cut / own[r.name, r.option]) if (r.name, r.option) in high else r
-        for r in table.rows
-    )
+    rows = (multiplied(r, cut / own[r.cell]) if r.cell in high else r for r in table.rows)
     return replace(table, rows=tuple(rows))
 
 
 def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
     """Return the sum of rows, and what kinks that several of them cross are less."""
-    rows = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    rows = table.errors
     # F of each row: the share that the probes found of what is now known of it
     kinks = [table.kinks.get(cell, 0.0) * rows.get(cell, 0.0) for cell in cells]
     total = math.fsum(rows.get(cell, 0.0) for cell in cells)
@@ -101,7 +98,7 @@ def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
 
 def _single_rows(table: Table) -> str:
     """Return that rows which were not measured are guesses, where the measured ones say so."""
-    of = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    of = table.errors
     # those too large for probes to be linear in them say nothing of others
     tested = [math.log(max(r, 1e-3)) for c, r in table.ratios.items() if of[c] <= LARGE_ERROR]
     along = {(name, forward_casts(option)) for name, option in table.refined}
@@ -142,7 +139,7 @@ def _unmeasured(cells: Sequence[Cell], table: Table) -> list[Cell]:
     """Return the FP8 cells of a plan that were only probed, whole recipes and large ones first."""
     if table.method is Method.LAYERWISE:
         return []
-    rows = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    rows = table.errors
     left = [cell for cell in cells if cell[1].is_fp8 and cell not in table.refined]
     return sorted(left, key=lambda cell: (not is_whole(cell[1]), -rows.get(cell, 0.0)))
 

@@ -34,7 +34,7 @@ def large_cells(rows: Sequence[LayerSensitivity]) -> tuple[Cell, ...]:
     fp8 = on_their_own(rows)
     broken = {row.name for row in fp8 if row.grad_error.mean > LARGE_ERROR}
     large = sorted((r for r in fp8 if r.name in broken), key=lambda row: row.grad_error.mean)
-    return tuple((row.name, row.option) for row in large[:LARGE_CELLS])
+    return tuple(row.cell for row in large[:LARGE_CELLS])
 
 
 def doubtful_cells(
@@ -47,8 +47,7 @@ def doubtful_cells(
             if found.name == row.name and found.operand is not Operand.WEIGHT:
                 lost = found.underflow.get(str(row.option.recipe), 0.0) / LOST
                 doubt = max((found.mean_over_std or 0.0) / ALIKE, lost)
-                cell = row.name, row.option
-                doubts[cell] = max(doubts.get(cell, 0.0), doubt)
+                doubts[row.cell] = max(doubts.get(row.cell, 0.0), doubt)
     worst = sorted(doubts, key=lambda cell: -doubts[cell])[:DOUBTFUL_CELLS]
     return tuple(cell for cell in worst if doubts[cell] >= 1.0)
 
@@ -63,7 +62,7 @@ def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple
         return ()
     ranked = sorted(whole, key=_doubt, reverse=True)
     first = {(row.name, forward_casts(row.option)): row for row in reversed(ranked)}.values()
-    return tuple((row.name, row.option) for row in ranked if row in first)
+    return tuple(row.cell for row in ranked if row in first)
 
 
 def _doubt(row: LayerSensitivity) -> float:
@@ -79,8 +78,8 @@ def scatter(rows: Sequence[LayerSensitivity]) -> float:
 
 def on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
     """Return the FP8 rows that do not go along with another, the whole recipe's."""
-    along = partly_fp8((row.name, row.option) for row in rows)
-    return [row for row in rows if row.option.is_fp8 and (row.name, row.option) not in along]
+    along = partly_fp8(row.cell for row in rows)
+    return [row for row in rows if row.option.is_fp8 and row.cell not in along]
 
 
 def is_whole(option: Option) -> bool:

@@ -73,6 +73,11 @@ class Table:
     kinks: Mapping[Cell, float] = field(default_factory=dict)  # the share of a row that they add
     ratios: Mapping[Cell, float] = field(default_factory=dict)  # of refined rows to those probed
 
+    @property
+    def errors(self) -> dict[Cell, float]:
+        """The gradient error of each cell."""
+        return {row.cell: row.grad_error.mean for row in self.rows}
+
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
     """Measure all cells, by the method that takes fewer passes unless one is given.
@@ -154,7 +159,7 @@ def refine_table(
     if not cells:
         return table
     exact = _exact_errors(reference, cells, batches, "largest rows")
-    before = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    before = table.errors
     ratios = {cell: e.mean / before[cell] for cell, e in exact.items() if before[cell] > 0.0}
     table = replace(table, ratios={**table.ratios, **ratios})
     return _with_exact(table, exact, share=1.0 if batches >= len(reference.batches) else 0.5)
@@ -167,9 +172,9 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
     that, else neighbours together, whose rows are scaled to what they have jointly.
     """
     kinds: dict[Sides, dict[str, Option]] = {}
-    alone = {(row.name, row.option) for row in on_their_own(table.rows)}
+    alone = {row.cell for row in on_their_own(table.rows)}
     for row in table.rows:
-        if row.name in names and ((row.name, row.option) in alone or not row.option.is_fp8):
+        if row.name in names and (row.cell in alone or not row.option.is_fp8):
             kinds.setdefault(forward_casts(row.option), {}).setdefault(row.name, row.option)
     count, batches = sum(map(len, kinds.values())), len(reference.batches)
     batches = batches if count * batches <= GUESSED_PASSES else 1
@@ -181,7 +186,7 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
     ]
     settings = {group: partial(_installed, reference, *group) for group in groups if group}
     found = reference.measure_errors(settings, batches=batches, stage="sensitivity: unseen layers")
-    before = {(row.name, row.option): row.grad_error.mean for row in table.rows}
+    before = table.errors
     exact: dict[Cell, Estimate] = {}
     for group, error in found.items():
         total = math.fsum(before[cell] for cell in group)
@@ -198,19 +203,18 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
 def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -> Table:
     """Return a table with exact rows, of which the probes keep a share."""
     ratios: dict[str, dict[Sides, float]] = {}  # of every layer, by its casts forward
-    alone = {(row.name, row.option) for row in on_their_own(table.rows)}
+    alone = {row.cell for row in on_their_own(table.rows)}
     for row in table.rows:
-        found, before = exact.get((row.name, row.option)), row.grad_error.mean
-        is_own = (row.name, row.option) in alone
-        if found is not None and is_own and min(found.mean, before) > 0.0:
+        found, before = exact.get(row.cell), row.grad_error.mean
+        if found is not None and row.cell in alone and min(found.mean, before) > 0.0:
             ratio = (found.mean / before) ** share
             ratios.setdefault(row.name, {})[forward_casts(row.option)] = ratio
     known, rows = {*table.refined, *exact}, []
     for row in table.rows:
-        cell, of_layer = (row.name, row.option), ratios.get(row.name, {})
-        if cell in exact:
-            rows.append(_refined(row, exact[cell], share=share))
-        elif cell not in known and row.option.is_fp8 and of_layer:
+        of_layer = ratios.get(row.name, {})
+        if row.cell in exact:
+            rows.append(_refined(row, exact[row.cell], share=share))
+        elif row.cell not in known and row.option.is_fp8 and of_layer:
             near = math.sqrt(statistics.geometric_mean(of_layer.values()))
             rows.append(multiplied(row, of_layer.get(forward_casts(row.option), near)))
         else:
@@ -240,7 +244,7 @@ def _shares(
         keys = [(row.name, component) for component in components_of(row.option)[Gemm.OUTPUT]]
         if row.grad_error.mean > 0.0:
             share = added(keys, _mean_square(probes, keys)) / scale / row.grad_error.mean
-            found[row.name, row.option] = min(share, 1.0)
+            found[row.cell] = min(share, 1.0)
     return found
 
 
@@ -308,8 +312,8 @@ def _widened(
         if stderr is not None and mean < DIVERGED:
             stderr = mean * math.hypot(
                 max(stderr / mean if mean > 0.0 else 0.0, least),
-                KINK_DOUBT * kinks.get((row.name, row.option), 0.0),
-                CHOICE_DOUBT * choices.get((row.name, row.option), 0.0),
+                KINK_DOUBT * kinks.get(row.cell, 0.0),
+                CHOICE_DOUBT * choices.get(row.cell, 0.0),
             )
             row = row.model_copy(update={"grad_error": Estimate(mean=mean, stderr=stderr)})
         found.append(row)
