@@ -281,6 +281,19 @@ def test_what_the_user_writes_into_a_weight_reaches_the_master() -> None:
     assert torch.allclose(master[1:], lower_bits[1:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("factor", "count"), [(0.999, 1), (0.9, 0)])
+def test_writes_that_bf16_loses_are_said(
+    factor: float, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-6))
+    for step in range(6):
+        train(model, optimizer, 1, first=step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)  # weight decay by hand
+    assert caplog.text.count("smaller than BF16 resolves") == count
+
+
 def test_writes_through_data_are_found_and_said(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = applied(functools.partial(torch.optim.SGD, lr=1e-6))
     with caplog.at_level(logging.WARNING):

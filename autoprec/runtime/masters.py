@@ -74,6 +74,7 @@ class Masters:
     is_idle_copy: bool = False  # that no optimizer and no average has stepped yet
     changes: int = 0  # of `values`: a parameter came or went, or got another master
     _looks: list[LateValues] = field(default_factory=list)  # what close looks found, to be heard
+    _lost: list[list[LateValues]] = field(default_factory=list)  # whether writes changed no bit
 
     def __post_init__(self) -> None:
         self.agreed = {parameter: _stamp(parameter) for parameter in self.values}
@@ -82,7 +83,7 @@ class Masters:
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: the fields
         """Restore a copy or a pickle, whose parameters have stamps of their own."""
         vars(self).update(state)
-        self.agreed, self._looks, self.is_idle_copy = {}, [], True
+        self.agreed, self._looks, self._lost, self.is_idle_copy = {}, [], [], True
         LIVE.add(self)
 
     @torch.no_grad()
@@ -133,12 +134,14 @@ class Masters:
         self.is_idle_copy = False
         pairs = zip(parameters, stamps, strict=True)
         changed = [p for p, s in pairs if p._version != s.version or p.data_ptr() != s.pointer]
+        is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
+        self._hear_of_looks()
+        if 1 < self.steps <= CLOSE_LOOKS and not self.loaded:
+            self._lost.append(self._left_unchanged(changed))
         if self.loaded:
             changed += [p for p in parameters if p in self.loaded]
         for parameter in changed:
             self.current(parameter, looks_closer=False)
-        self._hear_of_looks()
-        is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
         if is_due or self.is_watching:
             self._look_closer(parameters)
         if is_due and self.steps >= CLOSE_LOOKS:
@@ -162,8 +165,23 @@ class Masters:
         if not self.is_watching:
             self._looks += [LateValues(differs) for differs in found.values()]
 
+    @torch.no_grad()
+    def _left_unchanged(self, written: Sequence[nn.Parameter]) -> list[LateValues]:
+        """Return, to be read later, whether what was written into parameters left every bit."""
+        same: dict[torch.device, Tensor] = {}
+        for parameter in written:
+            master = local_part(self.values[parameter])  # type: ignore[arg-type]  # it was stepped
+            for part, new in _pieces(master, local_part(parameter.detach())):
+                is_same = (_bits(part.to(new.dtype)) == _bits(new)).all()
+                same[new.device] = same[new.device] & is_same if new.device in same else is_same
+        return [LateValues(is_same) for is_same in same.values()]
+
     def _hear_of_looks(self) -> None:
         looks, self._looks = self._looks, []
+        if len(self._lost) == CLOSE_LOOKS - 1:  # once, of as many steps in turn
+            lost, self._lost = self._lost, []
+            if all(each and all(all(look.read()) for look in each) for each in lost):
+                _warn_of_lost_writes()
         if any(any(look.read()) for look in looks) and not self.is_watching:
             self._warn_of_writes()
 
@@ -237,6 +255,14 @@ class Masters:
             f"{dtype_name(parameter.dtype)}; where the model's own code converts it, set its "
             "layer to fp32, else call autoprec.undo(model, optimizer) first"
         )
+
+
+def _warn_of_lost_writes() -> None:
+    logger.warning(
+        "parameters are written in place after each step and no bit of them changes: what is "
+        "smaller than BF16 resolves (weight decay by hand, noise) is lost; leave it to the "
+        "optimizer, or keep their layers in fp32"
+    )
 
 
 def masters_of(model: nn.Module) -> Masters:
