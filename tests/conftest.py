@@ -18,8 +18,6 @@ from tests.ranks import every_recipe
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS"):
     os.environ.pop(name, None)  # a terminal has none of them, a runner of CI has some
 
-FORKS = {"run_ranks", "start_ranks", "exit_code_of"}  # a file that has one of them from tests.ranks
-
 # What a newcomer and CI run is the same every time; `make test-random` looks for more, for long.
 # Nothing depends on how busy the machine is: no deadline, no check for slow examples.
 settings.register_profile(
@@ -34,11 +32,6 @@ settings.register_profile(
     "search", settings.get_profile("same"), derandomize=False, max_examples=100 * MORE
 )
 settings.load_profile("same")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the files that start ranks to one worker, the first: their server imports once then."""
-    items.sort(key=lambda item: FORKS.isdisjoint(vars(item.module)))  # type: ignore[attr-defined]  # of a function
 
 
 @pytest.fixture(autouse=True)

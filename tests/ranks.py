@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -15,16 +14,7 @@ from torch.multiprocessing.spawn import start_processes
 from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
 from autoprec.sensitivity.gemm import fast_gemms
 
-PRELOADED = (
-    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
-    *("torchao.float8", "hypothesis", "pytest", "autoprec", "autoprec.verification"),
-    *("autoprec.cli.main", "autoprec.profiler", "autoprec.tuning.run"),
-    *("tests.rank_workloads", "tests.plans", "tests.runtime_training"),
-    # what a first compilation imports, a search and a report
-    *("torch._inductor.compile_fx", "torch._dynamo.backends.debugging", "functorch.compile"),
-    *("networkx", "fsspec", "torch.profiler", "autoprec.report", "autoprec.search"),
-    *("optuna.storages._rdb.models", "alembic.command", "pandas"),
-)
+FORKS = multiprocessing.get_context("fork")
 
 
 @contextlib.contextmanager
@@ -48,28 +38,18 @@ def run_ranks(body: Callable[[Path], None], folder: Path, *, ranks: int) -> None
 def start_ranks(main: Callable[..., None], *args: object, ranks: int) -> None:
     """Run `main` of a rank and arguments in that many processes; raise if one of them fails.
 
-    They are forks of a server that has imported what they need: a process of its own would take
-    5 s of a core to import it again.
+    They are forks of this one, which has imported all that they need: a process of its own would
+    take 5 s of a core to import it again.
     """
-    forked_processes()
-    given = (main, *args)
-    start_processes(_started, given, ranks, start_method="forkserver")  # type: ignore[no-untyped-call]  # torch's
-
-
-def forked_processes() -> BaseContext:
-    """Return what starts processes that have imported already what ranks need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
+    start_processes(_started, (main, *args), ranks, start_method="fork")  # type: ignore[no-untyped-call]  # torch's
 
 
 def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
-    """Run `main` in one such process, which may end itself, and return how it ended."""
-    process = forked_processes().Process(target=_in_process, args=(main, *args))  # type: ignore[attr-defined]  # of contexts
+    """Run `main` in a fork of this process, which may end itself, and return how it ended."""
+    process = FORKS.Process(target=_in_process, args=(main, *args))
     process.start()
     process.join()
-    code: int | None = process.exitcode
-    return code
+    return process.exitcode
 
 
 def _started(rank: int, main: Callable[..., None], *args: object) -> None:

@@ -33,7 +33,7 @@ from autoprec.verification.workers import (
     train_branches,
 )
 from autoprec.workload.loading import load_workload
-from tests.ranks import forked_processes
+from tests.ranks import FORKS
 from tests.test_verification_gate import CPU, plan_of
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -43,9 +43,8 @@ TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4)
 
 @pytest.fixture(autouse=True)
 def _quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start workers as forks of a process that has imported torch; they are pickled the same."""
-    context = forked_processes()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    """Start workers as forks of this process, which has imported torch; jobs are still pickled."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
 
 
 def verified(folder: Path, workers: Workers | None = None, *, model: Path = TINY) -> Verification:
