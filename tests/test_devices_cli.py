@@ -204,21 +204,6 @@ def test_a_column_that_the_input_has_is_told_from_the_predicted_one(
     assert row["speedup_low"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_full_disk_is_one_line() -> None:
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "autoprec", "devices", "list"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "No space left on device" in done.stderr
-
-
 def test_an_empty_table_is_its_header_alone(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("device,M,K,N,recipe,compiled\n")

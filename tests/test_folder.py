@@ -1,29 +1,37 @@
 """The folder of a run takes one writer at a time."""
 
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
 
 from autoprec.errors import RecordError
 from autoprec.tuning.folder import LOCK, Folder
+from tests.ranks import FORKS
 
-HOLD = """
-import sys
-from pathlib import Path
-from autoprec.tuning.folder import Folder
-with Folder(Path(sys.argv[1])).locked():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def _hold(folder: Path, end: Connection) -> None:
+    with Folder(folder).locked():
+        end.send("held")
+        end.recv()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[tuple[ForkProcess, Connection]]:
+    """Let another process hold the lock of a folder until it is sent something."""
+    own, other = FORKS.Pipe()
+    process = FORKS.Process(target=_hold, args=(folder, other))
+    process.start()
+    assert own.recv() == "held"
+    yield process, own
+    process.join()
 
 
 def test_a_second_process_gets_one_line_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == b"held\n"
+    with held(tmp_path) as (_, first):
         with (
             pytest.raises(RecordError, match="takes one run at a time") as refused,
             Folder(tmp_path).locked(),
@@ -31,7 +39,7 @@ def test_a_second_process_gets_one_line_and_writes_nothing(tmp_path: Path) -> No
             pytest.fail("two runs wrote into one folder")
         assert str(tmp_path) in str(refused.value)
         assert "\n" not in str(refused.value)
-        first.communicate()
+        first.send("enough")
     with Folder(tmp_path).locked():  # free again
         pass
     with Folder(tmp_path / "new").locked():  # nothing is finished in it
@@ -40,11 +48,8 @@ def test_a_second_process_gets_one_line_and_writes_nothing(tmp_path: Path) -> No
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None
-        first.stdout.readline()
-        first.kill()
+    with held(tmp_path) as (process, _):
+        process.kill()
     assert (tmp_path / LOCK).exists()
     with Folder(tmp_path).locked():
         pass

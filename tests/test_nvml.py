@@ -1,7 +1,6 @@
 """NVML's readings through the real nvidia-ml-py client, from a small library compiled here."""
 
 import ctypes
-import os
 import shutil
 import subprocess
 import sys
@@ -16,26 +15,30 @@ from autoprec.device.local import MOST_PAUSES, ThermalMonitor, nvml_facts
 from autoprec.device.nvml import open_sensor
 from autoprec.device.timing import Stopping, sample_interleaved
 from autoprec.errors import DeviceError
+from tests.ranks import exit_code_of
 
 SOURCE = Path(__file__).with_name("nvml_stub.c")
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="a stub of NVML needs a C compiler")
-LoadStub = Callable[..., Path]
+LoadStub = Callable[..., None]
 
 
 @pytest.fixture
 def load_stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadStub:
-    def load(*flags: str, **environment: int) -> Path:
+    def load(*flags: str, **environment: int) -> None:
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        library = tmp_path / "libnvidia-ml.so.1"
-        command = [str(COMPILER), "-shared", "-fPIC", "-o", str(library), str(SOURCE), *flags]
-        subprocess.run(command, check=True)
-        monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(library)))
+        monkeypatch.setattr(pynvml, "nvmlLib", ctypes.CDLL(str(compiled(tmp_path, *flags))))
         monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-        return library
 
     return load
+
+
+def compiled(folder: Path, *flags: str) -> Path:
+    library = folder / "libnvidia-ml.so.1"
+    command = [str(COMPILER), "-shared", "-fPIC", "-o", str(library), str(SOURCE), *flags]
+    subprocess.run(command, check=True)
+    return library
 
 
 class EveryCallTakes:
@@ -146,16 +149,15 @@ def test_a_gpu_that_nvml_does_not_show_is_an_error(load_stub: LoadStub) -> None:
         open_sensor("GPU-unknown")
 
 
-def test_the_client_loads_the_library_by_its_own_name(load_stub: LoadStub) -> None:
-    library = load_stub()
-    code = (
-        "from autoprec.device.nvml import open_sensor; print(open_sensor('a').read().sm_clock_mhz)"
-    )
-    paths = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=paths, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "1755"
+def read_by_name(library: Path) -> None:
+    """Read a clock through the library that the client finds itself: one of its name is loaded."""
+    ctypes.CDLL(str(library))
+    sys.exit(open_sensor("a").read().sm_clock_mhz == 1755)
+
+
+def test_the_client_loads_the_library_by_its_own_name(tmp_path: Path) -> None:
+    library = compiled(tmp_path, "-Wl,-soname,libnvidia-ml.so.1")
+    assert exit_code_of(read_by_name, library) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has NVML")

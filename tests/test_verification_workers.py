@@ -36,7 +36,6 @@ from autoprec.workload.loading import load_workload
 from tests.ranks import FORKS
 from tests.test_verification_gate import CPU, plan_of
 
-SPAWN = multiprocessing.get_context("spawn")
 TINY = Path(__file__).parent / "workloads" / "tiny.py"
 TERMS = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4)
 
@@ -111,10 +110,7 @@ def interrupted_while_training() -> None:
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_ends_the_workers_and_not_their_branches_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SPAWN)  # as users' workers are
+def test_an_interrupt_ends_the_workers_and_not_their_branches_first() -> None:
     before = set(multiprocessing.active_children())
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
