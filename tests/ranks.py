@@ -4,6 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from autoprec.device.fp8 import TENSOR_SCALES, fp8_support
+from autoprec.device.torchao import import_torchao
 from autoprec.sensitivity.gemm import fast_gemms
 
 FORKS = multiprocessing.get_context("fork")
@@ -41,11 +43,13 @@ def start_ranks(main: Callable[..., None], *args: object, ranks: int) -> None:
     They are forks of this one, which has imported all that they need: a process of its own would
     take 5 s of a core to import it again.
     """
+    import_torchao()
     start_processes(_started, (main, *args), ranks, start_method="fork")  # type: ignore[no-untyped-call]  # torch's
 
 
 def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
     """Run `main` in a fork of this process, which may end itself, and return how it ended."""
+    import_torchao()
     process = FORKS.Process(target=_in_process, args=(main, *args))
     process.start()
     process.join()
@@ -53,15 +57,22 @@ def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
 
 
 def _started(rank: int, main: Callable[..., None], *args: object) -> None:
-    gc.freeze()  # what was imported, which each collection would look at
+    _own_state()
     main(rank, *args)
 
 
 def _in_process(main: Callable[..., None], *args: object) -> None:
-    gc.freeze()
+    _own_state()
     torch.set_num_threads(1)
     with every_recipe():
         main(*args)
+
+
+def _own_state() -> None:
+    """Begin as a user's process does: a warning is no error, and nothing was compiled."""
+    gc.freeze()  # what was imported, which each collection would look at
+    warnings.resetwarnings()
+    torch._dynamo.reset()
 
 
 def _run_rank(rank: int, body: Callable[[Path], None], folder: str, ranks: int) -> None:

@@ -20,6 +20,7 @@ from autoprec.tuning.ranks import LAUNCHED_BY
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
 QUICK = ("--trials", "3", "--recipes", "tensorwise", "--seeds", "2", "--json")
+QUICK += ("--warmup-steps", "8", "--branch-steps", "4")
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -116,9 +116,8 @@ def train_lm(
 # --- numbers that go wrong ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_guard.py has smaller models
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_nan_in_one_gradient_costs_a_language_model_less_than_one_percent(seed: int) -> None:
     def poison(model: nn.Module, step: int) -> None:
         gradient = model.get_parameter("blocks.1.up.weight").grad
@@ -132,6 +131,7 @@ def test_a_nan_in_one_gradient_costs_a_language_model_less_than_one_percent(seed
     assert hurt == pytest.approx(clean, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_layer_that_leaves_fp8s_range_in_training_moves_alone_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:

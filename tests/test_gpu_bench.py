@@ -69,6 +69,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:  # Any: a module of bench/, b
     return importlib.import_module
 
 
+@pytest.mark.slow  # compiles
 def test_every_section_but_tune_runs_on_a_cpu_and_is_reported(tmp_path: Path, bench: Any) -> None:
     running = bench("gpu_running")
     for section, item in LEFT_OUT:

@@ -383,14 +383,17 @@ def test_hooks_are_there_in_sampled_steps_only_and_gone_after_the_context() -> N
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # dynamo does it, torch 2.13
 @pytest.mark.parametrize(
-    ("sees_compiled", "steps", "expected"),
-    [(True, 4, [0, 1]), (False, 11, [0, 1, 6, 7])],  # moved at 5, given back at 9
+    ("sees_compiled", "layers", "steps", "expected"),
+    [
+        (True, ("third",), 4, [0, 1]),
+        (False, ("second", "third"), 11, [0, 1, 6, 7]),  # moved at 5, given back at 9
+    ],
 )
 def test_a_compiled_model_has_two_graphs_for_each_set_of_layers(
-    sees_compiled: bool, steps: int, expected: list[int]
+    sees_compiled: bool, layers: tuple[str, ...], steps: int, expected: list[int]
 ) -> None:
     limits = Limits(sample_every=3, quiet_steps=4, window=22)
-    plan = uniform_plan(Chain(), BF16_O2, dict.fromkeys(("second", "third"), ROWWISE))
+    plan = uniform_plan(Chain(), BF16_O2, dict.fromkeys(layers, ROWWISE))
     run, eager = (Run(limits=limits, plan=plan) for _ in range(2))
     torch._dynamo.reset()
     graphs: list[int] = []

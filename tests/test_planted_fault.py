@@ -251,6 +251,7 @@ def test_an_error_too_large_for_probes_is_measured_exactly() -> None:
     assert probed.grad_error.mean == pytest.approx(exact.grad_error.mean, rel=1e-6)
 
 
+@pytest.mark.slow  # two proofs
 def test_the_plan_without_it_holds_and_fp8_everywhere_is_refuted(tmp_path: Path) -> None:
     run = run_of("rows", 20)
     assert run.verify(run.plan(run.search.chosen), tmp_path).verdict is Verdict.VERIFIED

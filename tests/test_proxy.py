@@ -275,7 +275,7 @@ def test_a_refuted_proof_is_the_models_and_ends_with_1(
     words = [f"{MODELS}:large", "--meta", "--target", "h100-sxm", "--recipes", "tensorwise"]
     words += ["--proxy", f"{MODELS}:small", "--out", str(tmp_path), "--loss-tolerance", "50%"]
     with pytest.raises(SystemExit) as ended:
-        main(["tune", *words, "--trials", "0"])
+        main(["tune", *words, "--trials", "0", "--warmup-steps", "8"])
     assert ended.value.code == 1
     assert "refuted on a proxy" in " ".join(capsys.readouterr().out.split())
     proof = Verification.load(tmp_path / "verification.json")
@@ -305,7 +305,12 @@ def test_a_fault_that_sets_in_late_is_refuted_by_the_proxys_training(tmp_path: P
 
 def test_live_functions_are_a_proxy_too(tmp_path: Path) -> None:
     run = autoprec.tune(
-        proxy_models.large, proxy=proxy_models.small, out=tmp_path, verify=False, **ON_H100
+        proxy_models.large,
+        proxy=proxy_models.small,
+        out=tmp_path,
+        verify=False,
+        warmup_steps=8,
+        **ON_H100,
     )
     assert {row.basis for row in run.sensitivity.rows} == {Basis.TRANSFERRED}
     assert (tmp_path / "proxy" / "sensitivity.json").exists()

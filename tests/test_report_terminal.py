@@ -3,7 +3,6 @@ import itertools
 import random
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest

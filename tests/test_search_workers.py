@@ -1,7 +1,7 @@
 """Many processes on one study: each plan is measured once, and a killed one loses nothing."""
 
 import itertools
-import signal
+import math
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ import pytest
 from autoprec.errors import RecordError
 from autoprec.search import storage as storage_module
 from autoprec.search.storage import check_storage
+from tests.ranks import FORKS
 from tests.search_worker import BUDGET, COSTS, ROWS, searched, truth
 
 OPTIONS = [tuple(row) for row in ROWS.values()]
@@ -58,13 +59,15 @@ def stored_trials(url: str) -> list[optuna.trial.FrozenTrial]:
 
 def one_killed(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill a worker in the middle of a measurement, and search on."""
-    worker = started(url, folder, "inf", "--worker")
+    given = {"is_worker": True}
+    worker = FORKS.Process(target=searched, args=(url, folder, math.inf), kwargs=given)
+    worker.start()
     deadline = time.monotonic() + 120.0
     while not measured_by(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
-    worker.send_signal(signal.SIGKILL)
-    worker.communicate()
-    (lost,) = measured_by(folder)[worker.pid]
+    worker.kill()
+    worker.join()
+    (lost,) = measured_by(folder)[worker.pid or 0]
     monkeypatch.setattr(storage_module, "STALE_S", 1)
     search = searched(url, folder, 0.0, is_worker=False)
     assert search.chosen.grad_error_measured is not None

@@ -35,7 +35,7 @@ from tests.models import token_workload
 from tests.peaks import sensitivity_peak, tracked_peak, training_peak
 
 CPU = torch.device("cpu")
-DEEP = decoder(width=64, depth=3, batch=1, sequence=8)
+DEEP = decoder(width=64, depth=2, batch=1, sequence=8)
 WIDE = decoder(width=32, depth=2, batch=16)
 TENSORWISE = fp8_option(Recipe.TENSORWISE)
 
@@ -113,8 +113,8 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
 @pytest.mark.parametrize(
     ("workload", "tolerance"),
     [
-        (mlp(width=96, depth=6, batch=16), 0.15),
-        (convolutions(width=16, depth=3, batch=16), 0.15),
+        (mlp(width=96, depth=3, batch=16), 0.15),
+        (convolutions(width=16, depth=2, batch=16), 0.15),
         (token_workload(), 0.3),  # so small that rows are not taken in parts
     ],
     ids=["mlp", "convolutions", "tied tokens"],

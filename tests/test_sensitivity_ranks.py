@@ -203,6 +203,7 @@ def _measure(folder: Path) -> None:
         f"{name} {way}": _rows_or_refusal(_plain(build_optimizer=make, **given))
         for name, make in BY_MATRIX.items()
         for way, given in OWN_BATCHES.items()
+        if way == "fsdp"
     }
     dumped = {
         key: rows if isinstance(rows, str) else [row.model_dump_json() for row in rows]

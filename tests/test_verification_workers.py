@@ -119,6 +119,7 @@ def test_an_interrupt_ends_the_workers_and_not_their_branches_first() -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.slow  # an interpreter of its own
 def test_a_launcher_trains_the_same_branches_as_jobs(tmp_path: Path) -> None:
     session = opened(TINY, tmp_path, Workers(2, ("local", (("timeout_min", 5),))))
     train_branches(session, [], [1])
