@@ -41,7 +41,7 @@ HERE := $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 test-gpu: ## the tests that need a CUDA device, in under 4 minutes; see bench/gpu_day.py for what they import
 	$(HERE) -m pytest -q -m gpu -W default tests/test_gpu.py
 
-test-slow: $(STAMP) ## the tests that take over a minute each
+test-slow: $(STAMP) ## whole runs, of seconds to minutes each, whose parts the test suite has in small
 	$(BIN)/pytest -q -m slow
 
 test-export: ## exports against the real torchtitan, Megatron and Transformer Engine readers, in a venv of their own

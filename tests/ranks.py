@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import warnings
@@ -17,6 +18,11 @@ from autoprec.device.torchao import import_torchao
 from autoprec.sensitivity.gemm import fast_gemms
 
 FORKS = multiprocessing.get_context("fork")
+NEEDED = (  # what a first compilation, a search and a report import: here once, not in each fork
+    *("torch._inductor.compile_fx", "torch._dynamo.backends.debugging", "functorch.compile"),
+    *("networkx", "fsspec", "torch.profiler", "autoprec.report", "autoprec.search"),
+    *("optuna.storages._rdb.models", "alembic.command", "pandas", "autoprec.tuning.run"),
+)
 
 
 @contextlib.contextmanager
@@ -43,17 +49,23 @@ def start_ranks(main: Callable[..., None], *args: object, ranks: int) -> None:
     They are forks of this one, which has imported all that they need: a process of its own would
     take 5 s of a core to import it again.
     """
-    import_torchao()
+    _import_what_forks_need()
     start_processes(_started, (main, *args), ranks, start_method="fork")  # type: ignore[no-untyped-call]  # torch's
 
 
 def exit_code_of(main: Callable[..., None], *args: object) -> int | None:
     """Run `main` in a fork of this process, which may end itself, and return how it ended."""
-    import_torchao()
+    _import_what_forks_need()
     process = FORKS.Process(target=_in_process, args=(main, *args))
     process.start()
     process.join()
     return process.exitcode
+
+
+def _import_what_forks_need() -> None:
+    import_torchao()
+    for name in NEEDED:
+        importlib.import_module(name)
 
 
 def _started(rank: int, main: Callable[..., None], *args: object) -> None:

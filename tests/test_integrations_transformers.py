@@ -122,7 +122,9 @@ def _by_hand(*, parts: int = 1) -> tuple[nn.Module, list[float]]:
     [
         ({}, 1),
         ({"bf16": True}, 1),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, 1),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "eager"}, 1, marks=pytest.mark.slow
+        ),
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 2),
     ],
     ids=["plain", "bf16", "compiled", "accumulated"],

@@ -18,6 +18,7 @@ SCRIPTS = sorted(path.stem for path in (HERE / "scripts").glob("*.py"))
 MARK = "# one-liner: "
 
 
+@pytest.mark.slow  # test_launch_record.py and test_launch_run.py have smaller scripts
 @pytest.mark.usefixtures("own_main")
 @pytest.mark.parametrize("name", ["nanogpt"])
 def test_a_script_is_recorded_and_trains_with_a_plan_as_by_the_one_liner(
