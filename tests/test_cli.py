@@ -19,8 +19,10 @@ from autoprec.tuning import doctor
 from autoprec.tuning.ranks import LAUNCHED_BY
 
 TINY = str(Path(__file__).parent / "workloads" / "tiny.py")
-QUICK = ("--trials", "3", "--recipes", "tensorwise", "--seeds", "2", "--json")
-QUICK += ("--warmup-steps", "8", "--branch-steps", "4")
+QUICK = (
+    *("--trials", "3", "--recipes", "tensorwise", "--seeds", "2", "--json"),
+    *("--warmup-steps", "8", "--branch-steps", "4"),
+)
 Run = Callable[..., tuple[int, str, str]]
 
 

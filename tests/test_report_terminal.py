@@ -150,7 +150,7 @@ def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None
     drawn = random.Random(0)
     for run in answers().values():
         assert run.plan
-        for width in (80, 97, 133, 200):
+        for _ in range(2):
             words = " ".join("word" * drawn.randint(1, 5) for _ in range(drawn.randint(0, 150)))
             notes = [f"{start}{words}" for start in ("no time is known for ", "FP8 is not ")]
             plan = run.plan.model_copy(update={"notes": (*notes, *run.plan.notes)})
@@ -159,10 +159,11 @@ def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None
             if drawn.random() < 0.3:
                 changed = replace(changed, profile=None, sensitivity=None)
             found = summarise_run(changed)
-            lines = answer_text(found, width).splitlines()
-            assert len(lines) <= 25
-            assert max(map(len, lines)) <= width
-            assert found.answer.headline in squeezed("\n".join(lines[:10]))
+            for width in (80, 97, 133, 200):
+                lines = answer_text(found, width).splitlines()
+                assert len(lines) <= 25
+                assert max(map(len, lines)) <= width
+                assert found.answer.headline in squeezed("\n".join(lines[:10]))
 
 
 def test_a_forced_plan_that_is_slower_is_never_said_to_pay() -> None:
