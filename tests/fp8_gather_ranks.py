@@ -111,12 +111,12 @@ def both_ways(
     compiled: bool = False,
     **settings: Any,  # of fully_shard
 ) -> bool:
-    """Whether training is bit for bit the same with FP8 and with BF16 gathers."""
+    """Whether training is bit for bit the same with FP8 (compiled or not) and BF16 gathers."""
     results = []
     for fp8 in (False, True):
         torch.manual_seed(0)
         model = sharded(planned(Mlp(), fp8=fp8), **settings)
-        if compiled:
+        if compiled and fp8:
             model.second.compile(backend="aot_eager")
         results.append(train(model, adam(model), rank=rank, before=before))
     return is_same(*results)
