@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autoprec
 from autoprec.errors import PlanMismatchError
@@ -395,7 +396,7 @@ def test_a_buffer_that_forward_binds_anew_has_its_dtype_back_without_the_plan() 
 
 
 class Parts(nn.Module):
-    """A model whose method calls its parts, and which has no forward."""
+    """A model whose method calls its parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,8 +408,20 @@ class Parts(nn.Module):
         return F.binary_cross_entropy(self.body(self.norm(self.first(x))), x.sigmoid())
 
 
-def test_parts_of_a_model_without_a_forward_give_fp32_as_a_root_does() -> None:
-    net, x = Parts(), torch.randn(4, 32)
+class PartsWithForward(Parts):
+    """The same, with a forward as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what flows inside, to see its dtype, and the output."""
+        inside = self.first(x)
+        assert inside.dtype is self.first.weight.dtype
+        output: Tensor = self.body(self.norm(inside))
+        return output
+
+
+@pytest.mark.parametrize("model", [Parts, PartsWithForward])
+def test_parts_that_are_called_on_their_own_give_fp32_as_a_model_does(model: type[Parts]) -> None:
+    net, x = model(), torch.randn(4, 32)
     expected = net.loss(x)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     autoprec.apply(uniform_plan(net, BF16_O2), net, optimizer)
@@ -417,6 +430,10 @@ def test_parts_of_a_model_without_a_forward_give_fp32_as_a_root_does() -> None:
     torch.autograd.backward(net.loss(x))
     optimizer.step()
     torch.testing.assert_close(net.loss(x), expected, rtol=0.02, atol=0)
+    again = checkpoint(net.body, net.first(x), use_reentrant=True)
+    torch.autograd.backward(again.sum())
+    if model is PartsWithForward:
+        assert net(x).dtype is torch.float32
     autoprec.undo(net, optimizer)
     assert type(net.first) is nn.Linear
     assert net.body[0](x).dtype is net.first(x).dtype is torch.float32

@@ -214,24 +214,32 @@ def is_mode_active() -> bool:
 
 
 @part_of_callers
-def without_mode(dtype: torch.dtype, function: Function, run: Function, *given: Any) -> Any:
+def without_mode(
+    dtype: torch.dtype, function: Function, run: Function, *given: Any
+) -> tuple[Any, bool]:
     """Call a layer's function without the mode, where it is the innermost of all.
 
-    Not if the layer holds other parameters than of `dtype`: somebody converted it since.
+    Not if the layer holds other parameters than of `dtype`: somebody converted it since. Returns
+    what the function does, and whether no mode was on: the layer runs outside of the model.
 
     Costs 0.5 us, less than one call of torch, or question for a dtype, under the mode.
     """
     depth = torch._C._len_torch_function_stack()
     if not depth or type(torch._C._get_function_stack_at(depth - 1)) is not ActivationMode:
-        return function(run, *given)
+        return function(run, *given), not is_mode_active()
     layer, mode = given[0], torch._C._pop_torch_function_stack()
     try:
         held = layer._parameters.values()
         if not layer._modules and all(p is None or p.dtype is dtype for p in held):
-            return function(run, *given)
+            return function(run, *given), False
     finally:
         torch._C._push_on_torch_function_stack(mode)
-    return function(run, *given)
+    return function(run, *given), False
+
+
+def is_recomputing() -> bool:
+    """Whether a node of backward runs: what runs forward there runs it again."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def join_recomputation(dtype: torch.dtype) -> None:
@@ -240,5 +248,5 @@ def join_recomputation(dtype: torch.dtype) -> None:
     Nothing switches it off but the end of the node: torch sets the thread's state, with the stack
     of function modes in it, around every node (`ThreadLocalStateGuard` in its engine.cpp).
     """
-    if torch._C._current_graph_task_id() >= 0 and not is_mode_active():
+    if is_recomputing() and not is_mode_active():
         _push_mode(ActivationMode(dtype))  # type: ignore[no-untyped-call]  # torch's own

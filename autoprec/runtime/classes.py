@@ -30,6 +30,7 @@ from autoprec.runtime.activations import (
     ActivationMode,
     cast_floating,
     is_mode_active,
+    is_recomputing,
     join_recomputation,
     option_dtype,
     part_of_callers,
@@ -49,10 +50,17 @@ def _cached(maker: Maker) -> Maker:
 
 @_cached
 def layer_class(
-    base: ModuleClass, option: Option, activation_dtype: torch.dtype, output_dtype: torch.dtype
+    base: ModuleClass,
+    option: Option,
+    activation_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    alone_dtype: torch.dtype | None = None,
 ) -> ModuleClass:
-    """Return `base` as a layer with `option`, among activations of a dtype, outputs of another."""
-    cast_forward = _cast_forward(base, option, activation_dtype, output_dtype)
+    """Return `base` as a layer with `option`, among activations of a dtype, outputs of another.
+
+    Called outside of the model's forward it gives `alone_dtype`, unless that is None.
+    """
+    cast_forward = _cast_forward(base, option, activation_dtype, output_dtype, alone_dtype)
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), option.key)))
@@ -69,12 +77,16 @@ def layer_class(
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
-    settings = (base, option, activation_dtype, output_dtype)
+    settings = (base, option, activation_dtype, output_dtype, alone_dtype)
     return _subclass(layer_class, settings, bases, body)
 
 
 def _cast_forward(
-    base: ModuleClass, option: Option, activation_dtype: torch.dtype, output_dtype: torch.dtype
+    base: ModuleClass,
+    option: Option,
+    activation_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    alone_dtype: torch.dtype | None,
 ) -> Callable[..., Any]:
     """Return a layer's forward: inputs cast, the base's own or torchao's, outputs cast."""
     forward = _fp8_forward() if option.is_fp8 else base.forward
@@ -93,11 +105,13 @@ def _cast_forward(
         if not torch.compiler.is_compiling():
             join_recomputation(activation_dtype)  # activation checkpointing: forward in backward
             if is_own:
-                return without_mode(dtype, _without_autocast, run, self, args, kwargs)
+                output, is_alone = without_mode(dtype, _without_autocast, run, self, args, kwargs)
+                return cast_floating(output, alone_dtype) if is_alone and alone_dtype else output
         if is_own or is_mode_active():
             return _without_autocast(run, self, args, kwargs)
         with ActivationMode(dtype):  # somebody's code, run without the model around it
-            return _without_autocast(run, self, args, kwargs)
+            output = _without_autocast(run, self, args, kwargs)
+        return cast_floating(output, alone_dtype) if alone_dtype else output
 
     if option.is_fp8:  # worth a graph of its own behind a break: eagerly FP8 does not pay
         return cast_forward
@@ -123,7 +137,8 @@ def container_class(
 ) -> ModuleClass:
     """Return `base` with the activation mode on while its forward runs, unless nothing needs it.
 
-    With `dtype` None only autocast is off; without `output_dtype` outputs stay as they are.
+    With `dtype` None only autocast is off; without `output_dtype` outputs stay as they are, and so
+    do those of what is no root and runs in another's forward, or again in backward.
     """
     forward = base.forward  # dynamo reads no attribute of a class that `allow_in_graph` was told of
 
@@ -136,7 +151,8 @@ def container_class(
             return forward(self, *args, **kwargs)
         with autocast_off(), ActivationMode(dtype) if has_mode else contextlib.nullcontext():
             output = forward(self, *args, **kwargs)
-        return output if output_dtype is None else cast_floating(output, output_dtype)
+        is_again = not (is_root or torch.compiler.is_compiling()) and is_recomputing()
+        return output if output_dtype is None or is_again else cast_floating(output, output_dtype)
 
     body = {"forward": container_forward}
     settings = (base, dtype, is_root, has_mode, output_dtype)

@@ -10,8 +10,8 @@ between layers:
 Batch and instance norms in `bf16_o2` take and give BF16 but keep FP32 parameters and statistics
 (Apex's keep_batchnorm_fp32: torch refuses BF16 weights beside FP32 statistics on a CPU, and running
 averages lose their tail in BF16). Buffers keep their dtype. The root gives FP32 back, or what its
-forward gives where the model came in BF16: its loss may multiply that by BF16 tensors. A model
-without a forward of its own, whose methods call its parts, has a root in each of these.
+forward gives where the model came in BF16: its loss may multiply that by BF16 tensors. So does any
+part that is called on its own, by a method of the model or by a script.
 
 Module objects, Parameter objects, names and hooks stay as they are: only a parameter's storage
 (`param.data`) and a module's class are exchanged. The originals are kept as the first FP32 masters.
@@ -309,35 +309,22 @@ def _set_classes(
 ) -> None:
     """Give the layers, the modules between them and the root the classes that run the options."""
     model, dtype = installed.model, installed.activation_dtype
-    roots = {*_roots(model)} if root else {model}
-    given = None if installed.came_in_bf16 or not has_16_bit else torch.float32
-    for name, option in installed.options.items():
-        layer, is_part = layers[name], layers[name] in roots and layers[name] is not model
-        _install_layer(name, layer, option, installed=installed, given=given if is_part else None)
     # a model that came in BF16 has BF16 inputs and buffers, which meet the layers of an FP32 plan
     mixes = has_16_bit or installed.came_in_bf16
     has_mode = mixes and not is_chain(model, layers)
+    given = None if installed.came_in_bf16 or not has_16_bit else torch.float32
+    alone = given if root and has_mode else None  # without the mode no part knows where it is
+    for name, option in installed.options.items():
+        _install_layer(name, layers[name], option, installed=installed, alone=alone)
     for module in _containers(model, layers) if has_mode else ():
-        if module not in roots:
-            installed.set_class(module, container_class(type(module), dtype, False))
+        its = None if isinstance(module, ParametrizationList) else alone
+        installed.set_class(module, container_class(type(module), dtype, False, True, its))
     for module in model.modules():  # hooks of the user's, made for gradients in FP32
         _put_around(module._backward_hooks, _cast_gradients)
         _put_around(module._backward_pre_hooks, _cast_gradients)
-    inside = dtype if mixes else None
-    for part in roots - ({*layers.values()} - {model}) if root else ():
-        installed.set_class(part, container_class(type(part), inside, True, has_mode, given))
-
-
-def _roots(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model or, where it has no forward of its own, the parts that its methods call."""
-    name = own_class(module).forward.__qualname__
-    not_own = (nn.Module.forward.__qualname__, "LightningModule.forward")
-    if name not in not_own or "forward" in vars(module):
-        yield module
-        return
-    for child in module.children():
-        if any(True for _ in child.parameters()):
-            yield from _roots(child)
+    if root:
+        inside = dtype if mixes else None
+        installed.set_class(model, container_class(type(model), inside, True, has_mode, given))
 
 
 def _install_layer(
@@ -346,15 +333,14 @@ def _install_layer(
     option: Option,
     *,
     installed: Installed,
-    given: torch.dtype | None,
+    alone: torch.dtype | None,
 ) -> None:
-    """Let a layer run its option; it gives the activation dtype, or `given`."""
     own, dtype = option_dtype(option), installed.activation_dtype
     is_plain = not (installed.came_in_bf16 or is_made_here(type(layer)))
     if own is torch.float32 is dtype and is_plain:
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
     keeps = own is torch.float32 and name in installed.fp32_outputs
-    cls = layer_class(own_class(layer), option, dtype, given or (own if keeps else dtype))
+    cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype, alone)
     installed.set_class(layer, cls)
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there
