@@ -18,7 +18,7 @@ from autoprec.model.context import Context
 from autoprec.model.layers import find_layers, model_layers
 from autoprec.model.meta import capture_on_meta
 from autoprec.model.neighbours import NeighbourWatch
-from autoprec.model.recording import recorded_calls
+from autoprec.model.recording import Gradients, recorded_calls
 from autoprec.predict import load_device_profile, predict_profile
 from autoprec.records import (
     APPLICABLE_RECIPES,
@@ -493,3 +493,18 @@ def test_an_autograd_function_may_have_no_gradient_for_what_a_layer_gives() -> N
     assert blind.surroundings is not None
     assert blind.surroundings.behind is not None
     assert blind.surroundings.behind.gradient is None
+
+
+class _WithScale(nn.Linear):
+    def forward(self, input: Tensor) -> Any:  # noqa: A002  # as torch's
+        return super().forward(input), self.weight.detach().abs().max()
+
+
+def test_what_a_layer_gives_without_a_gradient_is_asked_for_none() -> None:
+    layer = _WithScale(16, 16)
+    with recorded_calls({"layer": layer}, gradients=Gradients.ALL) as calls:
+        y, scale = layer(torch.ones(4, 16))
+        torch.autograd.backward((y * (1.0 // scale)).sum())  # of which torch has no derivative
+    (call,) = calls["layer"]
+    assert call.gradients[0] is not None
+    assert call.gradients[1] is None

@@ -151,13 +151,16 @@ class _Recorder:
             self._watch(call, output)
 
     def _watch(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
-        for place, tensor in enumerate(output_tensors(output)):
+        tensors = output_tensors(output)
+        # what a layer that trains gives without a gradient (a scale) it means to give so
+        is_frozen = not any(tensor.requires_grad for tensor in tensors)
+        for place, tensor in enumerate(tensors):
             if self._gradients is Gradients.NONE:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(_see_graph, call))  # type: ignore[no-untyped-call]  # torch
                 continue
             call.gradients.append(None)
-            if self._gradients is Gradients.ALL and not tensor.requires_grad:
+            if self._gradients is Gradients.ALL and is_frozen:
                 tensor.requires_grad_()
             if tensor.requires_grad:
                 catch = partial(_catch, call, place, self._placed, self._arrived)
