@@ -173,9 +173,7 @@ def see_shards(folder: Path) -> None:
         "fsdp": switches(fsdp(), rank),
         "fsdp, bf16 policy": switches(fsdp(mp_policy=POLICY), rank),
         "fsdp, one group": switches(fsdp(each=("",)), rank),
-        "fsdp x 1": switches(both(RANKS), rank),
         "tp": switches(split(seeded(), mesh), 0),
-        "1 x tp": switches(both(1), 0),
         "trained": trained(rank),
         "trained with a policy": trained(rank, mp_policy=POLICY),
         "trained with FP8 gathers": trained(rank, gathers_fp8=True),
@@ -186,6 +184,12 @@ def see_shards(folder: Path) -> None:
         "accumulated": [accumulated(rank, compiled=compiled) for compiled in (False, True)],
         "view": error_of(view_of_shards),
     }
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def see_meshes(folder: Path) -> None:
+    rank = dist.get_rank()
+    seen = {"fsdp x 1": switches(both(RANKS), rank), "1 x tp": switches(both(1), 0)}
     torch.save(seen, folder / f"{rank}.pt")
 
 
@@ -269,18 +273,38 @@ def apply_to_low() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(see_shards, folder, ranks=RANKS)
+    return seen_by(see_shards, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    return seen_by(see_meshes, tmp_path_factory.mktemp("meshes"))
+
+
+def seen_by(body: Callable[[Path], None], folder: Path) -> list[Seen]:
+    run_ranks(body, folder, ranks=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 # --- options switched many times on one sharded model ------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["fsdp", "fsdp, bf16 policy", "fsdp, one group", "fsdp x 1"])
+@pytest.mark.parametrize("how", ["fsdp", "fsdp, bf16 policy", "fsdp, one group"])
 def test_a_sharded_model_switches_to_the_numbers_of_a_whole_one(
     ranks: list[Seen], how: str
 ) -> None:
+    _check_sharded(ranks, how)
+
+
+@pytest.mark.slow  # the same on meshes of two dimensions, one of them of a single rank
+def test_on_a_mesh_of_both_a_model_switches_to_the_numbers_of_a_whole_one(
+    meshes: list[Seen],
+) -> None:
+    _check_sharded(meshes, "fsdp x 1")
+    _check_split(meshes, "1 x tp")
+
+
+def _check_sharded(ranks: list[Seen], how: str) -> None:
     batch = next(batches())
     model = seeded()
     for case, (options, dtype) in SWITCHES.items():
@@ -292,8 +316,11 @@ def test_a_sharded_model_switches_to_the_numbers_of_a_whole_one(
             assert all(torch.equal(found[name], gradients[name]) for name in found), case
 
 
-@pytest.mark.parametrize("how", ["tp", "1 x tp"])
-def test_a_split_model_switches_to_the_numbers_of_a_whole_one(ranks: list[Seen], how: str) -> None:
+def test_a_split_model_switches_to_the_numbers_of_a_whole_one(ranks: list[Seen]) -> None:
+    _check_split(ranks, "tp")
+
+
+def _check_split(ranks: list[Seen], how: str) -> None:
     batch = next(batches())
     model = seeded()
     for case, (options, dtype) in SWITCHES.items():
@@ -329,7 +356,7 @@ def test_a_model_that_is_sharded_and_split_switches_over_four_ranks(tmp_path: Pa
 
 def test_shards_stay_fp32_and_nothing_is_left_behind(ranks: list[Seen]) -> None:
     for seen in ranks:
-        for how in ("fsdp", "fsdp, bf16 policy", "fsdp, one group", "fsdp x 1", "tp", "1 x tp"):
+        for how in ("fsdp", "fsdp, bf16 policy", "fsdp, one group", "tp"):
             dtypes = [value for case, value in seen[how].items() if case.endswith("dtypes")]
             assert dtypes == [{torch.float32}] * len(SWITCHES)
             assert seen[how]["mixed after"] == {}

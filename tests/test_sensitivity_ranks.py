@@ -74,7 +74,10 @@ def _split_tokens(model: nn.Module, mesh: Any) -> nn.Module:
     return parallelize_module(model, mesh, {"embed": embed, "head": head})
 
 
-WAYS: dict[str, Callable[..., Any]] = {"tp": _split, "tokens": _split_tokens}
+WAYS: dict[str, tuple[Callable[..., Any], set[Any]]] = {  # and what is rounded in parts
+    "tp": (_split, PARTIAL),
+    "tokens": (_split_tokens, IN_SEQUENCE),
+}
 OWN_BATCHES: dict[str, dict[str, Callable[..., Any]]] = {
     "ddp": {},
     "fsdp": {"parallelize": shard_blocks},
@@ -180,15 +183,20 @@ def _rows_of_a_full_rank(
     return reference.groups, list(make_rows(probes, cells))
 
 
+def _divided(way: str) -> dict[str, Any]:  # Any: JSON values
+    split, _ = WAYS[way]
+    return _numbers(workload(parallelize=split, build_mesh=_mesh, build_optimizer=_sgd))
+
+
+def _measure_split(folder: Path) -> None:
+    reference, _ = _measured(_plain(parallelize=_split, build_mesh=_mesh), batches=4)
+    found = [_divided("tp"), _effect(reference)]
+    (folder / f"{rank()}.json").write_text(json.dumps(found))
+
+
 def _measure(folder: Path) -> None:
-    found = {
-        way: _numbers(workload(parallelize=split, build_mesh=_mesh, build_optimizer=_sgd))
-        for way, split in WAYS.items()
-    }
-    tp: dict[str, Callable[..., Any]] = {"parallelize": _split, "build_mesh": _mesh}
-    shallow = {
-        name: _measured(_plain(**way), batches=4) for name, way in {"tp": tp, **OWN_BATCHES}.items()
-    }
+    found = _divided("tokens")
+    shallow = {name: _measured(_plain(**way), batches=4) for name, way in OWN_BATCHES.items()}
     own = {
         name: [
             (row.model_dump_json(), {gemm: part.model_dump_json() for gemm, part in parts.items()})
@@ -215,20 +223,33 @@ def _measure(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Return what both ranks found: of divided layers, and with batches of their own."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(_measure, folder, ranks=RANKS)
+    return _of_both(_measure, tmp_path_factory.mktemp("ranks"))
+
+
+def _of_both(measure: Callable[[Path], None], folder: Path) -> list[Any]:
+    run_ranks(measure, folder, ranks=RANKS)
     found, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS))
     assert found == other
     return list(found)
 
 
 def test_divided_layers_are_probed_as_whole_ones(measured: list[Any]) -> None:
-    found = measured[0]
+    _compare_divided(measured[0], "tokens")
+
+
+@pytest.mark.slow  # tokens divided as well are a harder case of it
+def test_layers_divided_alone_are_probed_as_whole_ones(tmp_path: Path) -> None:
+    found, effect = _of_both(_measure_split, tmp_path)
+    _compare_divided(found, "tp")
+    _compare_effect(effect, "tp", ranks=1)
+
+
+def _compare_divided(found: dict[str, Any], way: str) -> None:
+    _, partial = WAYS[way]
     one = json.loads(json.dumps(_numbers(workload(build_optimizer=_sgd))))
-    for way, partial in (("tp", PARTIAL), ("tokens", IN_SEQUENCE)):
-        assert found[way]["passes"] == one["passes"]  # as many whatever the depth
-        _compare_rows(found[way]["rows"], one["rows"], partial, way)
-        _compare_ranges(found[way]["ranges"], one["ranges"], way)
+    assert found["passes"] == one["passes"]  # as many whatever the depth
+    _compare_rows(found["rows"], one["rows"], partial, way)
+    _compare_ranges(found["ranges"], one["ranges"], way)
 
 
 def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list[Any]) -> None:
@@ -260,13 +281,17 @@ def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured:
 
 
 def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:
-    for way, ranks in (("tp", 1), ("ddp", RANKS), ("fsdp", RANKS)):
-        tokens, *shares = measured[3][way]
-        expected = _effect(_measured(_joined(ranks), batches=4)[0])
-        assert tokens == expected[0]
-        assert shares[2:] == pytest.approx(expected[3:], rel=1e-2), way  # the gradient's
-        # the error's: rounded alone, two gradients of half the tokens have another
-        assert abs(shares[0] - expected[1]) < 3 * math.hypot(shares[1], expected[2]), way
+    for way in OWN_BATCHES:
+        _compare_effect(measured[3][way], way, ranks=RANKS)
+
+
+def _compare_effect(found: list[float], way: str, *, ranks: int) -> None:
+    tokens, *shares = found
+    expected = _effect(_measured(_joined(ranks), batches=4)[0])
+    assert tokens == expected[0]
+    assert shares[2:] == pytest.approx(expected[3:], rel=1e-2), way  # the gradient's
+    # the error's: rounded alone, two gradients of half the tokens have another
+    assert abs(shares[0] - expected[1]) < 3 * math.hypot(shares[1], expected[2]), way
 
 
 def test_a_rank_without_the_memory_makes_all_probe_fewer_layers(measured: list[Any]) -> None:
