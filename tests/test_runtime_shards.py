@@ -302,6 +302,7 @@ def test_on_a_mesh_of_both_a_model_switches_to_the_numbers_of_a_whole_one(
 ) -> None:
     _check_sharded(meshes, "fsdp x 1")
     _check_split(meshes, "1 x tp")
+    _check_left(meshes, "fsdp x 1", "1 x tp")
 
 
 def _check_sharded(ranks: list[Seen], how: str) -> None:
@@ -355,8 +356,12 @@ def test_a_model_that_is_sharded_and_split_switches_over_four_ranks(tmp_path: Pa
 
 
 def test_shards_stay_fp32_and_nothing_is_left_behind(ranks: list[Seen]) -> None:
+    _check_left(ranks, "fsdp", "fsdp, bf16 policy", "fsdp, one group", "tp")
+
+
+def _check_left(ranks: list[Seen], *ways: str) -> None:
     for seen in ranks:
-        for how in ("fsdp", "fsdp, bf16 policy", "fsdp, one group", "tp"):
+        for how in ways:
             dtypes = [value for case, value in seen[how].items() if case.endswith("dtypes")]
             assert dtypes == [{torch.float32}] * len(SWITCHES)
             assert seen[how]["mixed after"] == {}
