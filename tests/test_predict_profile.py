@@ -176,6 +176,16 @@ def test_every_kind_of_layer_has_a_time_in_both_precisions() -> None:
         assert 0 < fast <= slow
 
 
+def test_a_linear_that_no_token_came_to_costs_no_gemm() -> None:
+    idle = plain_layer("idle", LayerKind.LINEAR, (512, 512), (0, 512))
+    profile = predicted(model_of(linear_layer("up", 512, 512), idle))
+    for option in (FP32, BF16_O2):
+        found = row(profile, "idle", option)
+        assert found.output is not None
+        assert found.output.median_ms == 0.0
+        assert found.grad_weight is None
+
+
 def experts(name: str = "experts") -> LayerSpec:
     return plain_layer(name, LayerKind.OTHER, (8, 1024, 512), (1, 4096, 512))
 

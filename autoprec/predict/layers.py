@@ -170,6 +170,8 @@ def _gemm_shape(layer: LayerSpec, call: CallSpec, parallel: Parallel) -> tuple[i
     """Return [M, K] @ [K, N] of a call's output; a 0 among them where it computes nothing."""
     shape = call.inputs[0].shape if call.inputs else ()
     tokens = math.prod(shape[:-1]) if call.inputs else 0
+    if not tokens:  # none came to it, in any batch that was seen
+        return 0, 0, 0
     if layer.kind is LayerKind.LINEAR:
         gemm = shard_gemm(layer, parallel)
         return tokens, gemm.K, gemm.N
