@@ -19,7 +19,7 @@ demo: $(STAMP) ## a small GPT on this machine, then LLaMA2-7B on 8 H100, proven 
 	$(BIN)/autoprec tune examples/char_gpt.py --out runs/char_gpt
 	$(BIN)/autoprec tune examples/llama_meta.py:llama2_7b --meta --target h100-sxm --parallel fsdp=8 --proxy examples/llama_small.py --loss-tolerance 0.2% --out runs/llama2_7b
 
-test: $(STAMP) ## the test suite, the same in each run (3 to 5 minutes on two cores)
+test: $(STAMP) ## the test suite, the same in each run (under 4 minutes on two cores)
 	$(PYTEST) --durations 10
 
 check: $(STAMP) ## format, lint, types, tests

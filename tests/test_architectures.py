@@ -16,9 +16,9 @@ CHOSEN = (  # each with something of its own
     "DeepseekV3ForCausalLM",  # 3-D experts, a router that computes in FP32
     "MambaForCausalLM",  # a scan between layers, parameters outside of them
     "FNetForMaskedLM",  # Fourier transforms, which have no BF16 kernel
-    "T5ForConditionalGeneration",  # shared embeddings, an FP32 residual
+    pytest.param("T5ForConditionalGeneration", marks=pytest.mark.slow),  # an FP32 residual
     "ConvNextForImageClassification",  # convolutions, norms and linears over channels
-    "Wav2Vec2ForCTC",  # a parametrized convolution, CTC
+    pytest.param("Wav2Vec2ForCTC", marks=pytest.mark.slow),  # a parametrized convolution, CTC
     "SegformerForSemanticSegmentation",  # linears that take transposed images
 )
 

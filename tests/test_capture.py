@@ -194,7 +194,9 @@ def test_layers_that_fp8_could_not_run_in_say_so(
         assert layer.refusal(Precision.BF16_O2) is None
 
 
-@pytest.mark.parametrize("loss_fn", [slope_loss, each_by_itself_loss])
+@pytest.mark.parametrize(
+    "loss_fn", [slope_loss, pytest.param(each_by_itself_loss, marks=pytest.mark.slow)]
+)
 def test_losses_made_of_gradients_or_in_transforms_are_tuned_and_verified(
     loss_fn: Callable[..., Tensor], tmp_path: Path
 ) -> None:

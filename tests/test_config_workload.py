@@ -110,6 +110,7 @@ def test_the_decoder_is_the_one_that_its_own_class_builds(tmp_path: Path) -> Non
     assert spec.tokens_per_step == 24
 
 
+@pytest.mark.slow
 def test_resuming_with_another_shape_or_config_predicts_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
 

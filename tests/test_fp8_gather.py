@@ -47,6 +47,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
 # --- the same numbers --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_is_bit_for_bit_that_with_bf16_gathers(ranks: list[Seen]) -> None:
     for seen in ranks:
         outcomes = {case: same for case, same in seen.items() if case.startswith("same")}
@@ -54,6 +55,7 @@ def test_training_is_bit_for_bit_that_with_bf16_gathers(ranks: list[Seen]) -> No
         assert outcomes == dict.fromkeys(outcomes, True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(ranks: list[Seen]) -> None:
     torch.manual_seed(0)
     model = planned(Mlp(), fp8=False)
@@ -65,6 +67,7 @@ def test_two_processes_train_as_one(ranks: list[Seen]) -> None:
     assert alone[-1] < alone[0]
 
 
+@pytest.mark.slow
 def test_scale_and_bits_are_those_of_a_cast_of_the_whole_weight(ranks: list[Seen]) -> None:
     utils = import_torchao().float8_utils
     for seen in (rank["weights"] for rank in ranks):
@@ -80,6 +83,7 @@ def test_scale_and_bits_are_those_of_a_cast_of_the_whole_weight(ranks: list[Seen
         assert (seen["as_bf16"].double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 
+@pytest.mark.slow
 def test_a_layer_switched_off_gathers_its_bf16_weight_and_frees_it(ranks: list[Seen]) -> None:
     for seen in (rank["weights"] for rank in ranks):
         assert torch.equal(seen["moved"], seen["weight"])
@@ -93,6 +97,7 @@ def test_a_layer_switched_off_gathers_its_bf16_weight_and_frees_it(ranks: list[S
 # --- what travels ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_weight_travels_as_one_byte_per_element(ranks: list[Seen]) -> None:
     elements = 64 * WIDTH // RANKS  # of each of the two weights, on one rank
     biases = {"first": 2 * 64 // RANKS, "second": 2 * WIDTH // RANKS}  # bytes: BF16 ones
@@ -108,6 +113,7 @@ def test_a_weight_travels_as_one_byte_per_element(ranks: list[Seen]) -> None:
         assert seen["off"] == [rest, *one, 2 * elements]
 
 
+@pytest.mark.slow
 def test_the_proof_says_how_each_fp8_weight_is_gathered(ranks: list[Seen]) -> None:
     for seen in ranks:
         checks = seen["bytes"]["checks"]
@@ -120,6 +126,7 @@ def test_the_proof_says_how_each_fp8_weight_is_gathered(ranks: list[Seen]) -> No
 # --- checkpoints, guard, orders ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_plain_weights_and_resume_bit_for_bit(ranks: list[Seen]) -> None:
     for seen in (rank["checkpoint"] for rank in ranks):
         assert seen["resumed"]
@@ -137,12 +144,14 @@ def test_checkpoints_hold_plain_weights_and_resume_bit_for_bit(ranks: list[Seen]
     assert ranks[0]["checkpoint"]["gathers"] == ranks[0]["bytes"]["all"]
 
 
+@pytest.mark.slow
 def test_a_guard_moves_a_gathered_layer_to_bf16(ranks: list[Seen]) -> None:
     for with_bf16, with_fp8 in (seen[k] for k in ("guard", "guard of shards") for seen in ranks):
         assert with_fp8 == with_bf16
         assert with_fp8[1] == ["second"]
 
 
+@pytest.mark.slow
 def test_a_wrong_order_is_one_line(ranks: list[Seen]) -> None:
     for seen in (rank["orders"] for rank in ranks):
         assert "is sharded over ranks; save its state" in seen["undo"]
@@ -150,6 +159,7 @@ def test_a_wrong_order_is_one_line(ranks: list[Seen]) -> None:
         assert all(message.isprintable() for message in seen.values())
 
 
+@pytest.mark.slow
 def test_a_replaced_weight_keeps_its_bf16_gather_and_is_named_once(ranks: list[Seen]) -> None:
     for seen in ranks:
         (said,) = seen["warnings"]["said"]
@@ -157,6 +167,7 @@ def test_a_replaced_weight_keeps_its_bf16_gather_and_is_named_once(ranks: list[S
         assert seen["warnings"]["bytes"] == seen["bytes"]["some"]
 
 
+@pytest.mark.slow
 def test_a_model_from_the_meta_device_gathers_fp8(ranks: list[Seen]) -> None:
     assert all(seen["meta"] for seen in ranks)
 
@@ -225,6 +236,7 @@ def test_a_copy_keeps_the_mark_and_undo_and_views_are_plain() -> None:
     assert type(model.first.weight.new_zeros(2, 2)) is Tensor
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_a_marked_model() -> None:
     torch.manual_seed(0)
     model = planned(Mlp())

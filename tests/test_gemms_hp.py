@@ -3,6 +3,7 @@
 import math
 import random
 
+import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -156,6 +157,7 @@ class KindToFp8:
         return float(seen.count) + 1e-3
 
 
+@pytest.mark.slow
 def test_a_measured_profile_times_the_sets_of_bf16_gemms_that_promise_a_gain() -> None:
     layer = linear_layer("a", 16, 16, shape=(2, 16), options=(FP32, BF16_O2, TENSORWISE))
     call = Call(
@@ -206,6 +208,7 @@ class Unsteady(KindToFp8):
         return math.sqrt(super().measure(fn)) * factor
 
 
+@pytest.mark.slow
 def test_what_sensitivity_measures_does_not_depend_on_times() -> None:
     workload, cpu, offered, found = mlp_workload(), torch.device("cpu"), set(), []
     captured = capture_model(Context(workload, cpu))

@@ -97,6 +97,7 @@ def test_every_section_but_tune_runs_on_a_cpu_and_is_reported(tmp_path: Path, be
     assert "no figure here means anything" in page
 
 
+@pytest.mark.slow
 def test_what_is_timed_stays_on_its_device(tmp_path: Path, bench: Any) -> None:
     measuring = bench("gpu_measuring")
     day = measuring.Day(GPU, tmp_path, is_quick=True)
@@ -146,6 +147,7 @@ def test_tables_have_the_columns_of_bench_data(tmp_path: Path, bench: Any) -> No
         assert "NVIDIA H100 80GB HBM3" in written[1]
 
 
+@pytest.mark.slow
 def test_a_crash_or_a_hang_costs_one_item(
     tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

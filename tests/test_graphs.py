@@ -168,7 +168,9 @@ class BrokenAround(Broken):
         return self.sliced(x, torch.tensor(2)).relu()
 
 
-@pytest.mark.parametrize("kind", [Moved, HasKnown, Broken, BrokenAround])
+@pytest.mark.parametrize(
+    "kind", [Moved, HasKnown, pytest.param(Broken, marks=pytest.mark.slow), BrokenAround]
+)
 def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) -> None:
     torch.compiler.allow_in_graph(Known)  # type: ignore[no-untyped-call]  # torch's own
     x = torch.randn(2, TOKENS, WIDTH)

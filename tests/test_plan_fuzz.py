@@ -325,7 +325,7 @@ def test_a_100_000_deep_file_is_refused_at_once(
 @pytest.mark.parametrize(
     ("start", "unit", "message"),
     [
-        (b'"', b'\\"', "Unterminated string"),
+        pytest.param(b'"', b'\\"', "Unterminated string", marks=pytest.mark.slow),
         (b'"', b"a", "Unterminated string"),
         (b"[0", b",[]", f"holds at most {MAX_VALUES:,} values"),
     ],
@@ -340,6 +340,7 @@ def test_the_worst_files_of_the_largest_size_take_bounded_time_and_memory(
     assert megabytes < 600
 
 
+@pytest.mark.slow
 def test_a_million_wrong_values_take_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(TEXT.replace('"notes": [', '"notes": [' + "[]," * 1_000_000))

@@ -140,10 +140,10 @@ def run_of(kind: str, strength: int) -> Run:
     [
         ("rows", 20, r"weight: \d\d % underflow under tensorwise"),
         ("rows", 20, r"weight: outlier channels 0, 1"),
-        ("gradient", 44, r"grad_output: \d\d % underflow"),
+        pytest.param("gradient", 44, r"grad_output: \d\d % underflow", marks=pytest.mark.slow),
         ("channel", 20, r"input: outlier channel 3"),
         ("offset", 16, r"input: mean"),
-        ("sink", 20, r"input: outlier tokens \(3.1 %\)"),
+        pytest.param("sink", 20, r"input: outlier tokens \(3.1 %\)", marks=pytest.mark.slow),
     ],
 )
 def test_the_faulty_layer_alone_is_treated_for_its_cause(
@@ -192,6 +192,7 @@ def test_nothing_is_blamed_if_no_repair_takes_half_of_the_error_away() -> None:
     assert text.endswith("weight: outlier channels 0, 1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "strength"), [("control", 0), ("quantised", 7), ("channel", 8)])
 def test_what_fp8_represents_well_is_not_blamed(kind: str, strength: int) -> None:
     run = run_of(kind, strength)

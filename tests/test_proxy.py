@@ -303,6 +303,7 @@ def test_a_fault_that_sets_in_late_is_refuted_by_the_proxys_training(tmp_path: P
     assert proof.notes[0].startswith("on the proxy, a plan with ")
 
 
+@pytest.mark.slow
 def test_live_functions_are_a_proxy_too(tmp_path: Path) -> None:
     run = autoprec.tune(
         proxy_models.large,
@@ -316,6 +317,7 @@ def test_live_functions_are_a_proxy_too(tmp_path: Path) -> None:
     assert (tmp_path / "proxy" / "sensitivity.json").exists()
 
 
+@pytest.mark.slow
 def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
     """Times are the model's own; what FP8 does to the loss is the proxy's."""
     run = autoprec.tune(
@@ -332,6 +334,7 @@ def test_a_proxy_may_stand_for_a_model_that_fits(tmp_path: Path) -> None:
     assert len(run.plan.layers) == 10
 
 
+@pytest.mark.slow
 def test_a_model_without_fp8_layers_gets_a_bf16_plan_that_is_proven(tmp_path: Path) -> None:
     model = proxy_models.Family(1000, 2, 64)  # 1000 is no multiple of 16
     run = autoprec.tune(model, proxy=proxy_models.small, out=tmp_path, **SHORT, **ON_H100)

@@ -72,6 +72,7 @@ def test_an_object_is_tuned_and_leaves_the_same_files_as_a_file(run: autoprec.Ru
     assert run.exit_code == 0
 
 
+@pytest.mark.slow
 def test_functions_by_name_are_a_workload_too(tmp_path: Path) -> None:
     task, there = Task(), {**QUICK, "target": "h100-sxm", "meta": True}
     functions = {name: getattr(task, name) for name in ("build_model", "train_batches", "loss_fn")}

@@ -197,6 +197,7 @@ def test_layers_that_peft_copies_train_with_masters_and_come_back(order: str) ->
 
 
 @ORDERS
+@pytest.mark.slow
 def test_dora_and_rank_16_in_fp8_train(order: str) -> None:
     tuned = Tuned(order, r=16, target_modules="all-linear", use_dora=True)
     losses = tuned.train(4)

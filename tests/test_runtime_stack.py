@@ -48,7 +48,9 @@ def expected_losses(model: nn.Module, option: Option, steps: int) -> list[float]
     return train(*autoprec.apply(plan_for(own, option), own, sgd(own)), steps)
 
 
-@pytest.mark.parametrize("order", ["before", "after", "in place"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("before", marks=pytest.mark.slow), "after", "in place"]
+)
 def test_torch_compile_before_or_after_has_no_break_and_compiles_once(order: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()  # counts graphs, runs them eagerly
@@ -411,6 +413,7 @@ def test_a_huggingface_llama_in_fp8_runs_its_plan_with_checkpointing_too() -> No
 
 
 @QUIET_TRANSFORMERS
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [Recipe.TENSORWISE, Recipe.ROWWISE])
 def test_generation_with_a_cache_in_fp8_gives_what_it_gives_without(recipe: Recipe) -> None:
     model = llama()

@@ -105,6 +105,7 @@ def test_the_joint_optimum_is_found_on_a_wrong_table() -> None:
     assert max(ratios) <= 1.03
 
 
+@pytest.mark.slow
 def test_plans_that_no_table_foretells_are_looked_for_where_many_may_be_measured() -> None:
     """Each plan's joint error is off by 25 %, in a way that no sum of layers explains."""
     tables = tables_of(ROWS)

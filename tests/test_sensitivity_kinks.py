@@ -73,7 +73,14 @@ def reference_of(build_model: Callable[[], nn.Module]) -> Reference:
     return prepare_reference(context, capture_model(context), warmup_steps=6)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.SiLU])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU,
+        pytest.param(nn.Hardtanh, marks=pytest.mark.slow),
+        pytest.param(nn.SiLU, marks=pytest.mark.slow),
+    ],
+)
 def test_fp8_errors_are_the_exact_ones_where_derivatives_jump(activation: type[nn.Module]) -> None:
     reference = prepared(activation)
     cells = list_cells(reference.spec, None)

@@ -114,7 +114,7 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
     ("workload", "tolerance"),
     [
         (mlp(width=96, depth=6, batch=16), 0.15),
-        (convolutions(width=16, depth=2, batch=16), 0.15),
+        pytest.param(convolutions(width=16, depth=2, batch=16), 0.15, marks=pytest.mark.slow),
         (token_workload(), 0.3),  # so small that rows are not taken in parts
     ],
     ids=["mlp", "convolutions", "tied tokens"],
@@ -127,14 +127,17 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
 @pytest.mark.parametrize(
     "workload",
     [
-        mlp(width=64, depth=2, batch=512),
+        pytest.param(mlp(width=64, depth=2, batch=512), marks=pytest.mark.slow),
         family(lambda: nn.Sequential(nn.Linear(512, 8)), values(512, 512), square),
         family(Bagged, tokens(4000, 64, 8), bagged_loss),
         family(Recurrent, tokens(150, 8, 12), next_loss),
-        family(
-            lambda: nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 32)),
-            values(512, 128),
-            square,
+        pytest.param(
+            family(
+                lambda: nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 32)),
+                values(512, 128),
+                square,
+            ),
+            marks=pytest.mark.slow,
         ),
         family(
             lambda: nn.Sequential(nn.Conv1d(4, 16, 3), nn.BatchNorm1d(16), nn.ReLU(), nn.Flatten()),
@@ -159,6 +162,7 @@ def test_where_training_keeps_within_the_bar_so_does_sensitivity(workload: Workl
     assert peak.rise_bytes <= max(sensitivity_bar(spec), 1.1 * training_peak(workload).rise_bytes)
 
 
+@pytest.mark.slow
 def test_a_model_of_few_wide_layers_parks_what_was_recorded() -> None:
     """Training alone is at the bar: no number of groups keeps within it."""
     workload = mlp(width=32, depth=1, batch=1024, hidden=256)

@@ -195,7 +195,6 @@ def _measure_split(folder: Path) -> None:
 
 
 def _measure(folder: Path) -> None:
-    found = _divided("tokens")
     shallow = {name: _measured(_plain(**way), batches=4) for name, way in OWN_BATCHES.items()}
     own = {
         name: [
@@ -204,9 +203,16 @@ def _measure(folder: Path) -> None:
         ]
         for name in OWN_BATCHES
     }
-    effects = {name: _effect(reference) for name, (reference, _) in shallow.items()}
     groups, rows = _rows_of_a_full_rank(*shallow["fsdp"])
     full = [groups, [row.model_dump_json() for row in rows]]
+    (folder / f"{rank()}.json").write_text(json.dumps([own, full]))
+
+
+def _measure_harder(folder: Path) -> None:
+    found = _divided("tokens")
+    effects = {
+        name: _effect(_measured(_plain(**way), batches=4)[0]) for name, way in OWN_BATCHES.items()
+    }
     by_matrix = {
         f"{name} {way}": _rows_or_refusal(_plain(build_optimizer=make, **given))
         for name, make in BY_MATRIX.items()
@@ -217,13 +223,19 @@ def _measure(folder: Path) -> None:
         key: rows if isinstance(rows, str) else [row.model_dump_json() for row in rows]
         for key, rows in by_matrix.items()
     }
-    (folder / f"{rank()}.json").write_text(json.dumps([found, own, full, effects, dumped]))
+    (folder / f"{rank()}.json").write_text(json.dumps([found, effects, dumped]))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Return what both ranks found: of divided layers, and with batches of their own."""
+    """Return what both ranks found with batches of their own, and with a full one."""
     return _of_both(_measure, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def harder(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Return what both ranks found of divided layers, larger batches and whole matrices."""
+    return _of_both(_measure_harder, tmp_path_factory.mktemp("ranks"))
 
 
 def _of_both(measure: Callable[[Path], None], folder: Path) -> list[Any]:
@@ -233,11 +245,12 @@ def _of_both(measure: Callable[[Path], None], folder: Path) -> list[Any]:
     return list(found)
 
 
-def test_divided_layers_are_probed_as_whole_ones(measured: list[Any]) -> None:
-    _compare_divided(measured[0], "tokens")
+@pytest.mark.slow
+def test_divided_layers_are_probed_as_whole_ones(harder: list[Any]) -> None:
+    _compare_divided(harder[0], "tokens")
 
 
-@pytest.mark.slow  # tokens divided as well are a harder case of it
+@pytest.mark.slow
 def test_layers_divided_alone_are_probed_as_whole_ones(tmp_path: Path) -> None:
     found, effect = _of_both(_measure_split, tmp_path)
     _compare_divided(found, "tp")
@@ -256,7 +269,7 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
     """Two ranks' gradients are twice as large each, which rounds alike; their scales are theirs."""
     expected = _rows(*_measured(_joined(RANKS), batches=4))
     for way in OWN_BATCHES:
-        for (text, parts), (whole, own) in zip(measured[1][way], expected, strict=True):
+        for (text, parts), (whole, own) in zip(measured[0][way], expected, strict=True):
             row = LayerSensitivity.model_validate_json(text)
             assert (row.name, row.option) == (whole.name, whole.option)
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
@@ -264,9 +277,10 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
                 _compare_own(row, gemm, Estimate.model_validate_json(parts[gemm]), value)
 
 
-def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured: list[Any]) -> None:
+@pytest.mark.slow
+def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(harder: list[Any]) -> None:
     """Adafactor's means over rows and columns, Muon's orthogonal update; or a refusal in a line."""
-    found = dict(measured[4])
+    found = dict(harder[2])
     refused = found.pop("adafactor fsdp")
     assert "torch's DTensor refused what Adafactor does" in refused
     assert "\n" not in refused
@@ -280,9 +294,10 @@ def test_optimizers_of_whole_matrices_weigh_shards_as_one_process_does(measured:
             assert least < row.grad_error.mean / whole.grad_error.mean < 1.4, (key, row.name)
 
 
-def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(measured: list[Any]) -> None:
+@pytest.mark.slow
+def test_larger_batches_are_foretold_of_the_batch_of_all_ranks(harder: list[Any]) -> None:
     for way in OWN_BATCHES:
-        _compare_effect(measured[3][way], way, ranks=RANKS)
+        _compare_effect(harder[1][way], way, ranks=RANKS)
 
 
 def _compare_effect(found: list[float], way: str, *, ranks: int) -> None:
@@ -295,9 +310,9 @@ def _compare_effect(found: list[float], way: str, *, ranks: int) -> None:
 
 
 def test_a_rank_without_the_memory_makes_all_probe_fewer_layers(measured: list[Any]) -> None:
-    groups, rows = measured[2]
+    groups, rows = measured[1]
     assert groups == 4  # 1, 2, 4
-    assert rows == [row for row, _ in measured[1]["fsdp"]]
+    assert rows == [row for row, _ in measured[0]["fsdp"]]
 
 
 def _deviation(one: Estimate, other: Estimate) -> float:

@@ -397,6 +397,7 @@ def test_a_step_that_does_not_compile_is_timed_eagerly_and_says_so(
     assert found["bf16_o2"].timing.samples == 4
 
 
+@pytest.mark.slow
 def test_a_step_that_compiles_in_every_sample_is_timed_eagerly() -> None:
     sizes = iter(range(8, 999))
 

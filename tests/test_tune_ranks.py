@@ -230,6 +230,7 @@ def _tune_routed(folder: Path) -> None:
     (folder / f"{rank()}").write_text(run.profile.model_dump_json())
 
 
+@pytest.mark.slow
 def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_path: Path) -> None:
     run_ranks(_tune_routed, tmp_path, ranks=2)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
@@ -243,6 +244,7 @@ def _profile_split_tokens(folder: Path) -> None:
     (folder / f"{rank()}").write_text(profile.model_dump_json())
 
 
+@pytest.mark.slow
 def test_a_divided_vocabulary_and_divided_tokens_are_timed_and_trained(tmp_path: Path) -> None:
     run_ranks(_profile_split_tokens, tmp_path, ranks=2)
     profile = Profile.model_validate_json((tmp_path / "0").read_text())
