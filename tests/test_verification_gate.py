@@ -45,7 +45,7 @@ from autoprec.verification.branches import evaluate, train_branch, train_seed
 from autoprec.verification.evidence import Evidence, advice, expected_gap_of, predicted_gap
 from autoprec.verification.gate import gather_evidence, keep_warm_up, open_session
 from autoprec.verification.sequential import gap_interval, verdict_of
-from autoprec.verification.session import REFERENCE, Session
+from autoprec.verification.session import REFERENCE, BranchStore, Session
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import Mlp, mlp_workload, token_workload
 from tests.plans import plan_for
@@ -243,6 +243,12 @@ def whole() -> Evidence:
     plain = mlp_workload()
     spec = capture_model(Context(plain, CPU))
     return gather_evidence(opened(plain, spec), plan_of(spec, TENSORWISE))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "branches").touch()
+    with pytest.raises(RecordError, match=r"must be writable, but \S+branches is not"):
+        BranchStore("setup", tmp_path / "branches")
 
 
 @pytest.mark.parametrize("kill_at", [1, 2 * STEPS + 1, 5 * STEPS])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoprec.common.files import refusal_to_write
 from autoprec.common.text import short_digest
 from autoprec.device.ranks import made_on_first_rank, world_size
 from autoprec.model.context import Context
@@ -31,14 +32,22 @@ class BranchStore:
     """Finished branches by the digest of their variant and seed: in memory and, maybe, on disk."""
 
     def __init__(self, setup: str, folder: Path | None) -> None:
-        """Take the digest of what the branches share, and make the folder where there is none."""
+        """Take the digest of what the branches share, and make the folder where there is none.
+
+        Raises:
+            RecordError: it cannot be made.
+        """
         self.setup = setup
         self.folder = folder
         suffix = ".pt" if world_size() == 1 else ""
         self._warm_up = folder and folder / f"warmup-{setup}{suffix}"
         self._branches: dict[tuple[str, int], Branch] = {}
-        if folder is not None:
+        if folder is None:
+            return
+        try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refusal_to_write(folder, error) from error
 
     def branch(self, variant: str, seed: int, train: Callable[[], Branch]) -> Branch:
         """Return the branch of a variant and seed; where it is not finished, train and keep it."""
