@@ -95,10 +95,7 @@ def compare_runs(
     """
     # what both have, by name: without a layer in common no time and no error means the same
     layers = [_layer_names(run) for run in (before, after)]
-    options = [
-        {layer.name: layer.option.key for layer in run.plan.layers} if run.plan else {}
-        for run in (before, after)
-    ]
+    options = [_decisions(run) for run in (before, after)]
     either = {**options[0], **options[1]} if all(options) else {}
     shared = [name for name in layers[0] if name in set(layers[1])]
     if all(layers) and not shared:
@@ -365,6 +362,10 @@ def _facts(run: RunRecords) -> dict[str, str]:
         found |= {"compile mode": device.compile_mode, "TF32": tf32, **device.software}
         found |= {"optimizer": model.optimizer, "tokens per step": str(model.tokens_per_step)}
     return found
+
+
+def _decisions(run: RunRecords) -> dict[str, str]:
+    return {layer.name: layer.option.key for layer in run.plan.layers} if run.plan else {}
 
 
 def _differences(

@@ -89,11 +89,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first, batches[0])
     remove_autocast(first.model)
-    if not any(p.dtype in LOW_PRECISION for p in first.model.parameters()):
-        # a library rounds a model's inputs for its autocast
-        batches = [batch._replace(calls=in_fp32(batch.calls)) for batch in batches]
-    for batch in batches:
-        remove_scale(batch.graph, batch.constants, micro_steps=recorder.micro_steps)
+    batches = [_plain(batch, first.model, recorder.micro_steps) for batch in batches]
     held_out = max(2, len(batches) // HELD_OUT)
     functions: dict[str, Any] = {  # Any: functions and numbers
         "build_model": lambda: copy_model(first.model),
@@ -106,6 +102,13 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
     written = Written(script_autocast=autocast, script_compiles=first.is_compiled)
     return replace(workload, written=written)
+
+
+def _plain(batch: RecordedBatch, model: nn.Module, micro_steps: int) -> RecordedBatch:
+    """Return a batch without the loss's scale, and with inputs as before a library's autocast."""
+    remove_scale(batch.graph, batch.constants, micro_steps=micro_steps)
+    is_low = any(p.dtype in LOW_PRECISION for p in model.parameters())
+    return batch if is_low else batch._replace(calls=in_fp32(batch.calls))
 
 
 def _around_steps(recorder: Recorder, optimizer: Optimizer) -> dict[str, Any]:  # Any: as above

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -100,7 +100,7 @@ class Tape:
             if id(parameter) not in self._known:
                 self._name(parameter, self.graph.placeholder("parameter"))
                 self._known[id(parameter)].node.meta["parameter"] = parameter
-        call = self.graph.call_function(call_model, (number, *nodes))
+        call = self.graph.call_module(str(number), tuple(nodes))
         for index, tensor in enumerate(tensors_in(output)):
             self._name(tensor, self.graph.call_function(_nth, (call, index)))
         return number
@@ -153,7 +153,7 @@ class Tape:
 
     def used_calls(self) -> set[int]:
         """Return the numbers of the calls on whose outputs the finished graph depends."""
-        return {node.args[0] for node in self.graph.nodes if node.target is call_model}
+        return {int(node.target) for node in self.graph.nodes if node.op == "call_module"}
 
     def named_graph(self, model: nn.Module) -> fx.Graph:
         """Return the finished graph with parameters by their place in the model."""
@@ -229,21 +229,13 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
     return found
 
 
-def call_model(number: int, *made: Tensor) -> NoReturn:
-    """Stand in a graph for call `number` of the model; `made` are its arguments from the tape."""
-    raise NotImplementedError("only `replay` knows the model")
-
-
 def replay(
-    graph: fx.Graph,
-    model: nn.Module,
-    call: Callable[..., Value],
-    constants: Sequence[Tensor],
+    graph: fx.Graph, model: nn.Module, call: Callable[..., Value], constants: Sequence[Tensor]
 ) -> Tensor:
-    """Run a graph, with `call` in the place of `call_model`, and return the loss.
+    """Run a graph, in which `call(number, *made)` calls the model, and return the loss.
 
-    Of a model that a script holds in 16 bit and that gives FP32 here, operands of two dtypes meet:
-    they are made FP32.
+    `made` are those of the call's tensors that nodes made (`FromTape`). Of a model that a script
+    holds in 16 bit and that gives FP32 here, operands of two dtypes meet: they are made FP32.
     """
     parameters = list(model.parameters())
     inputs: dict[str, Value] = {"device": parameters[0].device}
@@ -258,15 +250,14 @@ def replay(
             values[node] = inputs[node.target].clone() if is_changed else inputs[node.target]
         elif node.op == "call_function":
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.target is call_model:
-                values[node] = call(*args)
-                outputs = tensors_in(values[node])
-                is_mixed = is_mixed and not any(t.dtype in LOW_PRECISION for t in outputs)
-                continue
             has_grad = node.meta.get("has_grad", True) and torch.is_grad_enabled()
             mode = ActivationMode(torch.float32) if is_mixed else nullcontext()
             with torch.set_grad_enabled(has_grad), mode:
                 values[node] = node.target(*args, **kwargs)
+        elif node.op == "call_module":
+            values[node] = call(int(node.target), *map_arg(node.args, values.__getitem__))
+            outputs = tensors_in(values[node])
+            is_mixed = is_mixed and not any(t.dtype in LOW_PRECISION for t in outputs)
     loss: Tensor = values[_root(graph)]
     return loss
 
