@@ -87,7 +87,7 @@ def test_the_ratio_is_that_of_batches_averaged() -> None:
     found = measure_batch_effect(reference, fp8_everywhere(spec), tokens=6 * spec.tokens_per_step)
     assert found.ratio is not None
     # the same from one pass of the six batches as one, against six passes of one each
-    every = [*reference.batches, *reference.more]
+    every = list(reference.longer.batches)
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     apart, together = (
         replace(reference, batches=InTurn(batches, CPU), gradients=InTurn((), CPU))

@@ -28,6 +28,7 @@ from autoprec.sensitivity.doubts import guessed_cells
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.kinks import TwoSteps
 from autoprec.sensitivity.local import BF16_OUTPUT, Component, list_cells
+from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
 from autoprec.sensitivity.tables import (
@@ -203,7 +204,7 @@ def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:
 def test_each_batch_has_a_code_of_its_own() -> None:
     """What one code exaggerates it does in all rows; two tell by how much."""
     reference = prepared(nn.SiLU)
-    reference.batches[1] = reference.batches[0]
+    reference.batches[1], reference.gradients = reference.batches[0], InTurn((), CPU)
     first, second = probe_batches(reference, list_cells(reference.spec, None), probes=1)
     assert first.squared_norm == second.squared_norm
     found = [(square, second.squares[key]) for key, square in first.squares.items() if square]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,8 +191,30 @@ def test_a_checkpoint_that_is_not_there_is_one_clear_line() -> None:
 
 def test_a_constant_loss_is_refused() -> None:
     workload = changed(mlp_workload(), loss_fn=constant)
-    with pytest.raises(WorkloadError, match="its gradient is zero"):
+    with pytest.raises(WorkloadError, match=r"its gradient is zero .* \(32 batches in a row"):
         measure_sensitivity(warmed_up(workload, captured(workload)))
+
+
+def sometimes_kept(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return a loss that is 0 in most batches, as a hinge that all samples keep."""
+    loss = F.mse_loss(model(batch[0]), batch[1])
+    return loss if batch[1].sum() > 150.0 else F.relu(loss * 1e-9 - 1.0)
+
+
+@pytest.mark.parametrize("method", Method)
+def test_batches_without_a_gradient_are_passed_over_and_said(method: Method) -> None:
+    workload = changed(mlp_workload(), loss_fn=sometimes_kept)
+    reference = warmed_up(workload, captured(workload), warmup_steps=12)
+    stream = list(islice(workload.train_batches(0), 12, 64))
+    moving = [i for i, (_, y) in enumerate(stream) if y.sum() > 150.0]
+    over = moving[1] - 1
+    assert over > 0  # or this shows nothing
+    found = measure_sensitivity(reference, method=method)
+    assert f"after 12 steps {over} of the next {2 + over} batches" in " ".join(found.notes)
+    wanted = [stream[i][0] for i in moving[:6]]  # two, and four for plans that they leave open
+    taken = [x for x, _ in reference.longer.batches]
+    assert all(torch.equal(a, b) for a, b in zip(taken, wanted, strict=True))
+    assert all(0.0 < row.grad_error.mean < 1.0 for row in found.rows if row.option == TENSORWISE)
 
 
 def test_another_models_spec_is_refused() -> None:

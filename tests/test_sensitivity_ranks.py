@@ -34,7 +34,14 @@ from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_ba
 from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
 from autoprec.sensitivity.tables import make_rows
 from autoprec.workload.functions import Workload
-from tests.rank_workloads import shallow, shard_blocks, workload, workload_of
+from tests.rank_workloads import (
+    loss_fn,
+    shallow,
+    shard_blocks,
+    train_batches,
+    workload,
+    workload_of,
+)
 from tests.ranks import run_ranks
 
 RANKS = 2
@@ -194,6 +201,16 @@ def _measure_split(folder: Path) -> None:
     (folder / f"{rank()}.json").write_text(json.dumps(found))
 
 
+def _sometimes_kept(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Return a loss that is 0 in most batches of a rank, as a hinge that all samples keep."""
+    loss = loss_fn(model, batch)
+    return loss if _moves(batch) else torch.relu(loss * 1e-9 - 1.0)
+
+
+def _moves(batch: torch.Tensor) -> bool:
+    return int(batch[0, 0]) < 2
+
+
 def _measure(folder: Path) -> None:
     shallow = {name: _measured(_plain(**way), batches=4) for name, way in OWN_BATCHES.items()}
     own = {
@@ -205,7 +222,8 @@ def _measure(folder: Path) -> None:
     }
     groups, rows = _rows_of_a_full_rank(*shallow["fsdp"])
     full = [groups, [row.model_dump_json() for row in rows]]
-    (folder / f"{rank()}.json").write_text(json.dumps([own, full]))
+    over = _measured(_plain(loss_fn=_sometimes_kept))[0].passed_over
+    (folder / f"{rank()}.json").write_text(json.dumps([own, full, over]))
 
 
 def _measure_harder(folder: Path) -> None:
@@ -275,6 +293,14 @@ def test_ranks_with_batches_of_their_own_measure_the_joined_batch(measured: list
             assert _deviation(row.grad_error, whole.grad_error) < 3, (way, row.name)
             for gemm, value in own.items():
                 _compare_own(row, gemm, Estimate.model_validate_json(parts[gemm]), value)
+
+
+def test_ranks_pass_over_batches_in_which_none_of_them_has_a_gradient(measured: list[Any]) -> None:
+    stream = train_batches(3)
+    batches = [_moves(next(stream)) for _ in range(128)]
+    steps = [any(batches[i : i + RANKS]) for i in range(0, 128, RANKS)][2:]
+    second = [step for step, moves in enumerate(steps) if moves][1]
+    assert measured[2] == second - 1 > 0
 
 
 @pytest.mark.slow

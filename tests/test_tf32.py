@@ -130,7 +130,7 @@ def test_the_reference_of_sensitivity_is_in_fp32() -> None:
     seen.clear()
     reference = prepare_reference(context, spec, warmup_steps=2)
     reference.measure_errors({"bf16": lambda: install_options(reference.model, {})}, batches=1)
-    assert seen == [False] * 4  # two warm-up steps, the reference and the option
+    assert seen == [False] * 5  # two warm-up steps, two reference batches and the option
 
 
 def test_the_reference_of_verification_is_in_fp32_and_the_plan_as_the_user_runs_it() -> None:

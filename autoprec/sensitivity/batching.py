@@ -42,7 +42,7 @@ def measure_batch_effect(
     here = max(reference.spec.tokens_per_step, 1) * reference.context.workload.part.ranks
     uncovered = [parameter.name for parameter in reference.spec.uncovered]
     errors, gradients = [], []
-    reference = reference.longer()
+    reference = reference.longer
     for index in range(len(reference.batches)):
         exact = reference.gradient(index)
         with (

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 
 from autoprec.device.random_state import random_state_kept
 from autoprec.records.model import BF16_O2, FP32, ModelSpec, Option
@@ -24,10 +23,6 @@ class JointMeter:
         self.reference = reference
         self.fp32_outputs = tuple(fp32_outputs)
         self._measured: dict[tuple[tuple[Option, ...], int], Estimate] = {}
-
-    @cached_property
-    def _longer(self) -> Reference:
-        return self.reference.longer()
 
     def measure(self, options: tuple[Option, ...], batches: int) -> Estimate:
         """Return the joint gradient error of `options`, in the order of the spec's layers.
@@ -81,7 +76,7 @@ class JointMeter:
         fp32_outputs: Collection[str] | None = None,
     ) -> Estimate:
         is_longer = batches > len(self.reference.batches)
-        reference = self._longer if is_longer else self.reference
+        reference = self.reference.longer if is_longer else self.reference
         kept = self.fp32_outputs if fp32_outputs is None else fp32_outputs
         return reference.measure_joint(options, batches=batches, fp32_outputs=kept)
 

@@ -109,6 +109,13 @@ def _measure_floor(reference: Reference) -> Estimate:
 
 def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
     notes = [reference.preconditioner.note] if reference.preconditioner.note else []
+    if over := reference.passed_over:
+        count, step = len(reference.batches) + over, len(reference.loss_curve)
+        notes.append(
+            f"after {step} steps {over} of the next {count} batches had no gradient (a loss that "
+            "no weight changes, as a hinge at 0) and were passed over: gradient errors are those "
+            "of the others"
+        )
     if reference.splits_layers:
         notes.append(
             "tensor parallelism: each rank rounds its part of a sum to BF16, and so do the rows"

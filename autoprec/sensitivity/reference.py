@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -56,6 +56,7 @@ UNKNOWN_FREE_BYTES = 8 * 2**30  # taken to be free where the system does not say
 DIVERGED = 1e6  # stands for an error that is not finite; records hold finite numbers only
 DEFAULT_BATCHES = 2  # a pair has a standard error
 MORE_BATCHES = 4  # beside them
+MOST_TRIES = 32  # batches drawn for one with a gradient; a hinge may be 0 on many
 DEFAULT_WARMUP_STEPS = 50  # an error after 10 tells less of one after 300 (docs/convergence.md)
 EARLY_STEPS = 10  # where errors are measured besides, to see how they grow
 
@@ -71,6 +72,10 @@ class ReferenceGradient(NamedTuple):
 
     of: dict[Tensor, Tensor]
     squared_norm: float
+
+
+class NoGradientError(WorkloadError):
+    """A batch whose loss moves no weight, as one in which every sample keeps its margin."""
 
 
 @dataclass
@@ -94,24 +99,42 @@ class Reference:
     is_parked: bool = False  # what a group's reference pass recorded waits away from the device
     passes: int = 0  # forward and backward passes so far, the warm-up left out
     early: tuple[StepError, ...] = ()  # measured in the warm-up
+    passed_over: int = 0  # batches without a gradient, drawn before those to measure on
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
     # frozen parameters that a pass changes, as a target network that follows the trained one
     followers: dict[str, Tensor] | None = None  # as they were before; None until a pass is seen
 
     @cached_property
-    def more(self) -> InTurn[Batch]:
-        """Further batches, for plans that the others leave open; drawn when they are asked for."""
-        return InTurn(islice(self.stream, MORE_BATCHES), self.context.device)
-
     def longer(self) -> "Reference":
-        """Return this reference on all batches; gradients of the same batches are the same."""
-        every = InTurn(chain(self.batches, self.more), self.context.device)
-        return replace(self, batches=every)
+        """This reference on more batches, for plans that these leave open; drawn when asked for."""
+        more = replace(self, batches=InTurn(self.batches, self.context.device))
+        more.take(MORE_BATCHES)
+        return more
+
+    def take(self, wanted: int) -> None:
+        """Add the stream's next batches that have a gradient, which is kept if not too big.
+
+        Raises:
+            NoGradientError: many batches in a row have none.
+        """
+        for index in range(len(self.batches), len(self.batches) + wanted):
+            for tried in range(1, MOST_TRIES + 1):
+                self.batches[index] = next(self.stream)
+                try:
+                    self.run_gradient(index)
+                    break
+                except NoGradientError as error:  # ranks have the same sum, so all go on or none
+                    if tried == MOST_TRIES:
+                        raise NoGradientError(
+                            f"{error} ({tried} batches in a row are so)"
+                        ) from None
+                    self.passed_over += 1
+        self.put_back()
 
     @property
     def digest(self) -> str:
         """A hash of the weights, and of the batches that gradients are compared on."""
-        return digest_of(self.model, [*self.batches, *self.more])
+        return digest_of(self.model, list(self.longer.batches))
 
     @property
     def splits_layers(self) -> bool:
@@ -182,10 +205,12 @@ class Reference:
         norm = self.preconditioner.squared_norm
         (squared,) = sum_over_ranks([sum(norm(p, g, at=g) for p, g in found.items())])
         if not squared > 0.0:
-            raise WorkloadError(
+            is_zero = squared == 0.0
+            what, error = ("zero", NoGradientError) if is_zero else ("not finite", WorkloadError)
+            raise error(
                 f"the loss must depend on the weights, but on measured batch {index} its gradient "
-                "is zero (or not finite) in every parameter that the optimizer updates; check "
-                "loss_fn and build_optimizer"
+                f"is {what} in every parameter that the optimizer updates; check loss_fn and "
+                "build_optimizer"
             )
         size = sum(g.numel() * g.element_size() for g in found.values())
         free = free_bytes(torch.device("cpu")) or UNKNOWN_FREE_BYTES
@@ -252,11 +277,17 @@ class Reference:
 
     @random_state_kept()
     def measure_step(self, step: int) -> tuple[StepError, ...]:
-        """Return the error of FP8 wherever it goes at this step; none if no layer takes it."""
+        """Return the error of FP8 wherever it goes at this step; none if no layer takes it.
+
+        Nor where no batch has a gradient.
+        """
         options = fp8_everywhere(self.spec)
         if not any(option.is_fp8 for option in options.values()):
             return ()
-        found = self.measure_joint(options, batches=len(self.batches))
+        try:
+            found = self.measure_joint(options, batches=len(self.batches))
+        except NoGradientError:
+            return ()
         return (StepError(step=step, grad_error=found),)
 
 
@@ -298,7 +329,7 @@ def prepare_reference(
     there is none. `on_warm` is given a reference that was trained here, and its losses.
 
     Raises:
-        WorkloadError: a loss is not finite.
+        WorkloadError: a loss is not finite, or many batches have no gradient.
         CaptureError: the workload's model is not the one that `spec` describes.
         RecordError: the checkpoint is unreadable or of another model.
         DeviceError: it takes more memory than it may.
@@ -308,20 +339,20 @@ def prepare_reference(
     start = None if checkpoint is None else read_checkpoint(checkpoint)
     train = partial(_trained, context, spec, start, batches=batches)
     made = read_or_trained(context, kept, train, on_warm, steps=warmup_steps)
-    return replace(
-        _measuring(
-            context, spec, made.training, InTurn(islice(made.stream, batches), context.device)
-        ),
+    reference = replace(
+        _measuring(context, spec, made.training, InTurn((), context.device)),
         stream=made.stream,
         loss_curve=made.curve,
         checkpoint=str(checkpoint or ""),
         step_s=made.step_s,
         groups=groups,
         is_parked=is_parked,
-        spent_s=time.perf_counter() - started,
         early=made.early,
         schedule_steps=made.training.schedule.length if made.training.schedule else None,
     )
+    reference.take(batches)
+    reference.spent_s = time.perf_counter() - started
+    return reference
 
 
 def _trained(
