@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import autoprec
+from autoprec.device.ranks import joined
 from autoprec.errors import AutoprecError, SettingsError
 from autoprec.model.parallel import parallel_workload
 from autoprec.tuning.ranks import LAUNCHED_BY
@@ -39,6 +41,12 @@ def _forgetful(model: nn.Module, mesh: DeviceMesh) -> None:
 def _other_model(_: nn.Module, mesh: DeviceMesh) -> nn.Module:
     other = nn.Linear(4, 4)
     fully_shard(other, mesh=mesh)
+    return other
+
+
+def _another_alike(_: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    other = Decoder()
+    shard_blocks(other, mesh)
     return other
 
 
@@ -86,6 +94,10 @@ CASES: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {  # Any: function
         {"parallelize": _other_model},
         "parallelize(model, mesh) must return the model that it was given, but 16 parameters "
         "differ, among them 'embed.weight' ([16, 32] before, absent after)",
+    ),
+    "another alike": (
+        {"parallelize": _another_alike},
+        "must return the model that it was given, but it returned another one with the same",
     ),
     "ties lost": (
         {"build_model": _tied, "parallelize": _divide_tied, **_mesh((2,), ("tp",))},
@@ -173,9 +185,22 @@ def test_every_rank_is_told_in_one_line(tmp_path: Path) -> None:
     for case, (_, message) in CASES.items():
         assert message in first[case], case
     assert first["seeds"].startswith("every rank must have the same settings (--seed and the oth")
-    assert first["files"].startswith("every rank must have the same text in model.py, but rank 1")
+    assert first["files"].startswith("every rank must have the same text in model.py and what")
     assert "--workers" in first["workers"]
     assert all(message.isprintable() for message in first.values())
+
+
+def test_a_rank_is_warned_of_one_thing_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = list[str]()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(warnings, "showwarning", lambda text, *_: shown.append(str(text)))
+    with warnings.catch_warnings(), joined():
+        warnings.simplefilter("always")  # as where Python forgets what it has shown
+        for text in ("a view", "a view", "another", "a view"):
+            warnings.warn(text, stacklevel=1)
+    assert shown == ["a view", "another"]
 
 
 def test_a_script_is_recorded_by_one_process(

@@ -126,6 +126,31 @@ def test_a_profile_of_another_device_is_made_again(tmp_path: Path) -> None:
     assert h100 == folder.digest("profile", settings, None, device="H100")
 
 
+FILES = {  # what model.py imports, and what those import
+    "model.py": "import torch\nimport layers.norms\nfrom data import batches\n",
+    "data.py": "from layers import size\n",
+    "layers/__init__.py": "from .heads import Head\nfrom ..data import x\n",
+    "layers/norms.py": "def f():\n    from layers.late import Norm\n",
+    "layers/heads.py": "",
+    "layers/late.py": "from ....above import x\n",
+}
+
+
+@pytest.mark.parametrize("name", [*FILES, "other.py", "../above.py", "layers/other.py"])
+def test_an_edited_file_repeats_what_is_made_by_those_that_import_it(
+    name: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "project"
+    (root / "layers").mkdir(parents=True)
+    for file, text in FILES.items():
+        (root / file).write_text(text)
+    settings = Settings(workload=str(root / "model.py"), target="h100-sxm")
+    before = digest_of(settings, "profile", tmp_path)
+    assert before == digest_of(settings, "profile", tmp_path)
+    (root / name).write_text(FILES.get(name, "") + "x = 1\n")
+    assert (before == digest_of(settings, "profile", tmp_path)) == (name not in FILES)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_changed_setting_repeats_the_stages_that_it_decides(name: str, tmp_path: Path) -> None:
     changed = replace(BASE, **{name: OTHERS[name]})

@@ -1,15 +1,16 @@
 """Files: written atomically, read within bounds."""
 
+import ast
 import errno
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from autoprec.common.text import one_line, shown_bytes
+from autoprec.common.text import one_line, short_digest, shown_bytes
 from autoprec.errors import NoRoomError, RecordError
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # the largest seen (70B model, all options) is below 8 MB
@@ -93,3 +94,39 @@ def read_text(path: Path, *, what: str) -> str:
         raise RecordError(
             f"a {what} file must be readable, but {name} is not ({reason}); check the path"
         ) from error
+
+
+def text_digest(file: Path) -> str:
+    """Return a hash of a Python file's text and of what it imports from its folder and below.
+
+    What these import counts too. "" where the file is not there.
+    """
+    own, texts = file.resolve(), dict[Path, bytes]()
+    waiting = [own]
+    while waiting:
+        path = waiting.pop()
+        if path not in texts and path.is_relative_to(own.parent) and path.is_file():
+            texts[path] = path.read_bytes()
+            waiting += _imported(texts[path], path.parent, own.parent)
+    beside = sorted(
+        (f.relative_to(own.parent).as_posix(), texts[f].hex()) for f in texts if f != own
+    )
+    return short_digest(texts[own].hex(), beside) if own in texts else ""
+
+
+def _imported(text: bytes, folder: Path, root: Path) -> Iterator[Path]:
+    """Yield where the modules that a file of a folder imports would be, below the root."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except (SyntaxError, ValueError):  # importing it says what is wrong; a config is no Python
+        return
+    for node in nodes:
+        base, names = root, list[str]()
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+            base = [root, folder, *folder.parents][min(node.level, len(folder.parents))]
+        for parts in (name.split(".") for name in names):
+            for stem in (base.joinpath(*parts[: n + 1]) for n in range(len(parts))):
+                yield from (stem.with_suffix(".py"), stem / "__init__.py")

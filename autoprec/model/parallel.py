@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DATA = ("dp", "ddp", "fsdp", "hsdp", "data")  # dimensions of a mesh whose ranks have own batches
 SAME_DATA = ("tp", "cp", "sp")  # those whose ranks work on the same batch together
+IN_PLACE = "shard it in place, with fully_shard or parallelize_module, and return it"
 OWN_MESH = (
     "give tensor parallelism a dimension of its own: def build_mesh(device_type): return "
     "init_device_mesh(device_type, (N, M), mesh_dim_names=('dp', 'tp'))"
@@ -133,10 +134,15 @@ def _spread_model(
     if workload.defines("parallelize"):
         # The model is on the CPU (or on meta): sharding moves it part by part, so that a rank's
         # device never holds the whole of it.
-        built, marks = model, _marks(model)
+        built, marks, modules = model, _marks(model), set(model.modules())
         returned = workload.parallelize(model, spread.mesh)
         model = unwrapped(returned, parallel=True)
         _check_same_model(before, _shapes(model))
+        if modules.isdisjoint(model.modules()):
+            raise WorkloadError(
+                "parallelize(model, mesh) must return the model that it was given, but it returned "
+                f"another one with the same parameters; {IN_PLACE}"
+            )
         if returned is built and _marks(model) == marks:
             raise WorkloadError(
                 "parallelize(model, mesh) must shard the model or wrap it, but it returned the "
@@ -164,7 +170,7 @@ def _check_same_model(before: dict[str, list[int]], after: dict[str, list[int]])
     differ = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if differ:
         name = one_line(differ[0])
-        way = "shard it in place, with fully_shard or parallelize_module, and return it"
+        way = IN_PLACE
         if not before.keys() & set(differ):  # it was another name of a parameter that is tied
             way = f"parallelize_module divides tied weights apart: tie {name} again behind it"
         raise WorkloadError(

@@ -6,13 +6,13 @@ has not changed instead of making it again.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from autoprec import __version__
+from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
 from autoprec.errors import RecordError
@@ -116,14 +116,14 @@ class Folder:
             for name, known in all_settings().items()
             if stage in known.stages
         }
-        # the text of the files counts, not their names alone
+        # the text of the files and of what they import beside them counts, not their names alone
         own = settings.script or settings.config or _file_of(settings.workload)
         files = [Path(own)]
         if settings.proxy and stage in all_settings()["proxy"].stages:
             files.append(_file_of(settings.proxy))
         if stage == "sensitivity" and settings.sensitivity is not None:
             files.append(settings.sensitivity)
-        contents = [sha256(f.read_bytes()).hexdigest() if f.is_file() else "" for f in files]
+        contents = [text_digest(file) for file in files]
         device = profile_digest(target) if target and stage == "profile" else device
         versions = software_versions() if device and not target else __version__
         done = self.finished()

@@ -111,7 +111,8 @@ def check_ranks(settings: Settings, workload_digest: str) -> None:
         )
     known = {name: str(getattr(settings, name)) for name in all_settings()}
     check_same("settings (--seed and the others)", short_digest(known))
-    check_same(f"text in {settings.workload or settings.script or 'the workload'}", workload_digest)
+    file = settings.workload or "the workload"
+    check_same(f"text in {file} and what it imports beside it", workload_digest)
     check_same("versions of packages", short_digest(software_versions(), __version__))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.errors import WorkloadError
 from autoprec.workload.functions import REQUIRED, UserCode, Workload, workload_from
@@ -35,7 +36,7 @@ def load_workload(reference: str) -> Workload:
         if not hasattr(holder, name):
             raise WorkloadError(f"{path} must define {name!r}, but it does not; check the name")
         holder = getattr(holder, name)
-    digest = short_digest(path.read_bytes().hex(), name)
+    digest = short_digest(text_digest(path), name)
     return workload_from(holder, name=reference, digest=digest)
 
 

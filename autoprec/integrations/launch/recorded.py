@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
@@ -204,9 +205,8 @@ def _free(recorder: Recorder) -> None:
 
 def _digest(script: Script, recorder: Recorder) -> str:
     """Hash the script and what it did: another run of an unseeded script is another workload."""
-    path, losses = Path(script.name), [f"{loss:.6g}" for loss in recorder.losses]
-    text = path.read_bytes().hex() if path.is_file() else ""
-    return short_digest(text, repr(script), recorder.wanted, losses)
+    losses = [f"{loss:.6g}" for loss in recorder.losses]
+    return short_digest(text_digest(Path(script.name)), repr(script), recorder.wanted, losses)
 
 
 def _refused(script: Script, reason: str) -> WorkloadError:
