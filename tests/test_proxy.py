@@ -368,8 +368,8 @@ def test_a_proxy_that_cannot_stand_for_the_model_ends_the_run_at_once(
     given: dict[str, Any], error: type[AutoprecError], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=said):
-        autoprec.tune(f"{MODELS}:large", out=tmp_path, **ON_H100, **given)
-    assert not list(tmp_path.glob("*.json"))
+        autoprec.tune(f"{MODELS}:large", out=tmp_path / "out", **ON_H100, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_proxy_that_is_no_smaller_is_refused(tmp_path: Path) -> None:

@@ -291,6 +291,22 @@ def test_steps_that_did_not_compile_are_in_the_answer() -> None:
     assert summarise_run(run).compile_answer == said
 
 
+@pytest.mark.parametrize(("note", "is_said"), [("", True), ("it does not compile", False)])
+def test_a_plan_predicted_from_steps_that_do_not_compile_is_not_told_to_compile(
+    note: str, is_said: bool
+) -> None:
+    run = with_steps(make_run(), "default", bf16_o2=80.0, fp32=90.0)
+    assert run.profile
+    assert run.plan
+    fingerprint = run.plan.fingerprint.model_copy(update={"compile_mode": "default"})
+    steps = tuple(step.model_copy(update={"note": note}) for step in run.profile.steps)
+    predicted = RunRecords(
+        profile=run.profile.model_copy(update={"steps": steps}),
+        plan=run.plan.model_copy(update={"fingerprint": fingerprint, "certificate": None}),
+    )
+    assert bool(summarise_run(predicted).compile_advice) == is_said
+
+
 def test_an_eager_answer_on_a_gpu_says_so_and_one_on_a_cpu_says_nothing() -> None:
     eager = summarise_run(with_steps(make_run(), "eager", bf16_o2=80.0))
     assert "judged without torch.compile" in eager.compile_answer

@@ -86,8 +86,10 @@ class Summary:
     def compile_advice(self) -> str:
         """What to know before the line that compiles; "" where that is no question."""
         mode = self.run.plan.fingerprint.compile_mode if self.run.plan else EAGER
-        if (step := self.steps.get("plan")) and step.note:
-            return ""  # it does not compile
+        plan, every = self.steps.get("plan"), self.steps.values()
+        asked = [plan] if plan and plan.basis is Basis.MEASURED else every
+        if any(step.note for step in asked):
+            return ""  # it does not compile, or what it is predicted from does not
         if mode not in ("", EAGER):
             return "then compile, since the times are compiled ones:"
         if not self.compile_answer:

@@ -30,7 +30,7 @@ TOO_MILD = (
 
 
 def open_proxy(settings: Settings, *, workload: "Workload | None", progress: Progress) -> "Run":
-    """Return the proxy's own run, of a model's settings; its functions are loaded.
+    """Return the proxy's own run, of a model's settings.
 
     `workload` are live functions in the place of the file that `settings.proxy` names.
     """
@@ -51,9 +51,7 @@ def open_proxy(settings: Settings, *, workload: "Workload | None", progress: Pro
         keep=(),
         memory=None,
     )
-    run = Run(own, workload=workload, stages=("sensitivity",), progress=progress)
-    _ = run.workload
-    return run
+    return Run(own, workload=workload, stages=("sensitivity",), progress=progress)
 
 
 def verify_on_proxy(

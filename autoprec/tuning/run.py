@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -334,11 +334,16 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder while the context is open; rank 0 holds the lock.
 
-        A worker writes nothing there, and is let in beside others.
+        The proxy's too, whose functions are loaded before any work. A worker writes nothing there,
+        and is let in beside others.
         """
         with ExitStack() as stack:
             if not self.settings.worker:
-                made_on_first(lambda: stack.enter_context(self.folder.locked()))
+                for run in (self, self.proxy):
+                    if run is not None:
+                        made_on_first(partial(stack.enter_context, run.folder.locked()))
+            if self.proxy is not None:
+                _ = self.proxy.workload
             yield
 
     def _save_plan(self, plan: Plan) -> None:
