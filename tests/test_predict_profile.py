@@ -3,6 +3,7 @@
 import pytest
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
+from autoprec.model.options import CONVERTED, ON_ANY_DEVICE
 from autoprec.model.roles import Role, attention_blocks, role_of
 from autoprec.predict import Parallel, load_device_profile, predict_linear, predict_profile
 from autoprec.records.cost import LayerTiming, Profile
@@ -73,6 +74,14 @@ def test_a_layer_that_is_no_plain_linear_stays_refused() -> None:
     layer = predicted(model_of(odd)).model.layers[0]
     assert layer.options == (FP32, BF16_O2)
     assert layer.refusals == (refusal,)
+
+
+@pytest.mark.parametrize("reason", sorted(ON_ANY_DEVICE))
+def test_what_the_step_does_with_a_layer_rules_fp8_out_on_any_device(reason: str) -> None:
+    refusal = Refusal(precision=Precision.FP8_O1, reason=reason)
+    layer = predicted(model_of(linear_layer("up", 4096, 4096, refusals=(refusal,)))).model.layers[0]
+    assert layer.options == ((FP32,) if reason == CONVERTED else (FP32, BF16_O2))
+    assert refusal in layer.refusals
 
 
 def test_a_shape_that_fp8_cannot_take_has_the_reason() -> None:

@@ -17,7 +17,7 @@ from autoprec.records import (
 )
 from autoprec.records.cost import BASELINES
 from autoprec.report import RunRecords, formats, summary_object
-from autoprec.report.answer_page import next_lines
+from autoprec.report.answer_page import answer_facts, next_lines
 from autoprec.report.promise import Promise
 from autoprec.report.step_times import plan_speedups, plan_steps
 from autoprec.report.summary import apply_line, summarise_run
@@ -483,6 +483,28 @@ def test_what_is_expected_further_on_stands_beside_the_verdict(
     assert summarise_run(run).promise.expectation == sentence
     found = summary_object(run, "out")["expected_gap"]
     assert found == (gap.model_dump(mode="json") if gap else None)
+
+
+def test_an_expected_gap_below_the_measured_one_is_not_to_be_relied_on() -> None:
+    run = expecting(make_run(), expected_gap(1e-5, 1e-6, 2e-5))
+    promise = summarise_run(run).promise
+    assert promise.gap
+    for low, is_more in ((1e-4, True), (1.5e-5, False)):
+        gap = promise.gap.model_copy(update={"low": low})
+        said = replace(promise, gap=gap).expectation
+        assert said.endswith("is more, so it is not to be relied on") == is_more
+
+
+def test_why_bf16_is_not_the_plan_is_part_of_the_answer() -> None:
+    run = make_run()
+    assert run.plan
+    note = "BF16 O2 is 2.85x faster, but FP32 is the plan: the gradient error of BF16 O2 is 3 %"
+    assert summarise_run(run).bf16_answer == ""
+    plan = run.plan.model_copy(update={"notes": (*run.plan.notes, note)})
+    found = summarise_run(replace(run, plan=plan))
+    assert note not in found.notes
+    assert ("BF16", note.removeprefix("BF16 O2 "), "") in list(answer_facts(found))
+    assert summary_object(replace(run, plan=plan), "out")["bf16"] == note
 
 
 def test_fp32_everywhere_has_no_gap_to_expect() -> None:

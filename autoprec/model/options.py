@@ -43,6 +43,10 @@ CONVERTED = (
     "the model's own code moves it to another dtype in forward, as a router's that is to be in "
     "FP32, and so out of a plan's"
 )
+# what the step does with a layer rules it out on any device
+ON_ANY_DEVICE = frozenset(
+    (USED_UNCALLED, HAS_EXPERTS, TWICE_DIFFERENTIATED, WITHOUT_GRAD, IN_TRANSFORM, CONVERTED)
+)
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",

@@ -8,6 +8,7 @@ from autoprec.common.recipes import Gemm, Precision, Recipe
 from autoprec.model.options import (
     FP8_MULTIPLE,
     NO_PLAIN_WEIGHT,
+    ON_ANY_DEVICE,
     layer_options,
     without_slow_gemms_hp,
 )
@@ -111,12 +112,12 @@ def retarget_model(
 
 def _obstacle(layer: LayerSpec) -> str:
     """Return the reason that a layer is out of FP8 on any device, or an empty string."""
-    captured = layer.refusal(Precision.FP8_O1)
+    captured = layer.refusal(Precision.FP8_O1) or ""
     if layer.kind is not LayerKind.LINEAR or layer.gemm is None or not layer.calls:
         return captured or "FP8 is for nn.Linear layers that the step calls"
     if layer.type_name != PLAIN_LINEAR and not any(option.is_fp8 for option in layer.options):
         return captured or f"{layer.type_name} is no plain nn.Linear"
-    if captured and captured.startswith(NO_PLAIN_WEIGHT):
+    if captured in ON_ANY_DEVICE or captured.startswith(NO_PLAIN_WEIGHT):
         return captured
     return ""
 

@@ -57,6 +57,7 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
         ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
+        ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),
         ("kept", found.keep_answer, ""),
         ("skipped", found.passed_over, ""),
         ("layers", found.counted.partition(": ")[2], ""),

@@ -144,6 +144,8 @@ class Promise:
             f"{after} a gap of {mean} is expected ({100 * expected.confidence:.0f} % interval "
             f"{low} to {high}, {expected.basis}{by})"
         )
+        if self.gap and self.gap.low > expected.high and self.branch_steps <= expected.steps:
+            return f"{said}; what was measured over fewer is more, so it is not to be relied on"
         if tolerance is None or expected.high <= tolerance:
             return said
         above = "which is" if expected.low > tolerance else "which may be"

@@ -55,6 +55,7 @@ class Summary:
     compile_answer: str
     memory_answer: str
     keep_answer: str
+    bf16_answer: str  # where BF16 O2 is faster, and FP32 the plan
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -132,6 +133,7 @@ def summarise_run(run: RunRecords) -> Summary:
         "FP8 ",
         "does not fit in memory",
         "--keep costs",
+        "BF16 O2 is ",
         "no time is known for",
         "no FP8 option yet",
     )
@@ -154,7 +156,8 @@ def summarise_run(run: RunRecords) -> Summary:
         compile_answer=_compile_answer(run),
         memory_answer=answers[1],
         keep_answer=answers[2],
-        left_out=tuple(filter(None, answers[3:])),
+        bf16_answer=answers[3],
+        left_out=tuple(filter(None, answers[4:])),
         notes=tuple(text for text in said if text not in answers),  # those are shown apart
     )
 
@@ -189,6 +192,7 @@ def summary_object(run: RunRecords, out: Path | str) -> dict[str, Any]:  # Any: 
         "fp8": found.answer.fp8,
         "memory": found.memory_answer,
         "keep": found.keep_answer,
+        "bf16": found.bf16_answer,
         "left_out": list(found.left_out),
         "out": str(out),
         "plan": str(Path(out) / "plan.json") if run.plan else None,

@@ -310,8 +310,9 @@ def _no_option_note(profile: Profile) -> str:
     kinds: Counter[str] = Counter()
     for layer in model.layers:
         if layer.kind in NO_FP8_KINDS and not any(option.is_fp8 for option in layer.options):
-            own = [p for p in layer.parameters if p.shared_with is None and len(p.matrix_shape) > 1]
-            kinds[layer.type_name.rpartition(".")[2]] += sum(p.numel for p in own)
+            own = [p for p in layer.parameters if p.shared_with is None]
+            if any(len(p.matrix_shape) > 1 for p in own):  # with its biases, as times leave it out
+                kinds[layer.type_name.rpartition(".")[2]] += sum(p.numel for p in own)
     for p in (p for p in model.uncovered if len(p.matrix_shape) > 1):
         what = "experts" if p.name in model.loose_experts else "parameters"
         kinds[f"{what} that belong to no layer"] += p.numel
