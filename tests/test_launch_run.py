@@ -445,10 +445,19 @@ def test_a_forward_under_autocast_on_the_object_makes_way_for_the_plan(
     assert before == within == ("torch.float32" if "Acc" in which else "torch.bfloat16")
 
 
-def test_any_other_forward_on_the_object_is_refused(tmp_path: Path) -> None:
-    other = "own = model.forward\nmodel.forward = lambda x: own(x) * 2\n"
-    with pytest.raises(PlanMismatchError, match="a forward of its own on the object"):
-        run(tmp_path, HEAD + other + LOOP, "2")
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("which", ON_THE_OBJECT)
+def test_any_other_forward_on_the_object_stays_without_autocast(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    """As TRL's head that is fused with its loss, under `bf16=True`."""
+    losses = []
+    other = "model.forward = types.MethodType(lambda self, x: Net.forward(self, x) * 2, model)\n"
+    by_class = "forward = Net.forward\nNet.forward = lambda self, x: forward(self, x) * 2\n"
+    for wrapping in (by_class, other + ON_THE_OBJECT[which]):
+        assert run(tmp_path, "import types\n" + HEAD + wrapping + LOOP, "3").was_applied
+        losses.append(capsys.readouterr().out)
+    assert losses[0] == losses[1]
 
 
 def test_a_plan_that_cannot_be_applied_is_one_error(tmp_path: Path) -> None:

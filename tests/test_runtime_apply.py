@@ -1,5 +1,7 @@
 import copy
+import functools
 import logging
+import types
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,14 @@ def test_a_plan_is_applied_once_and_undone_once() -> None:
     autoprec.apply(plan_for(model, TENSORWISE), model)
 
 
+def test_a_plan_of_a_module_around_the_model_or_in_it_is_said_to_be_that() -> None:
+    model = nn.ModuleDict({"net": nn.Sequential(Mlp(), nn.Linear(10, 16))})
+    with pytest.raises(PlanMismatchError, match=r"of a module that holds this one as 'net': apply"):
+        autoprec.apply(plan_for(model), model["net"])
+    with pytest.raises(PlanMismatchError, match=r"the plan is of its part 'net': apply it to that"):
+        autoprec.apply(plan_for(model["net"]), model)
+
+
 def test_wrapped_models_are_refused_with_the_way_out() -> None:
     model = Mlp()
     plan = plan_for(model)
@@ -226,13 +236,48 @@ def test_wrapped_models_are_refused_with_the_way_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "first"])
-def test_a_forward_set_on_the_object_would_hide_the_plan_and_is_refused(name: str) -> None:
+def test_a_forward_set_on_the_object_that_would_hide_the_plan_is_refused(name: str) -> None:
     model = Mlp()
     module = model.get_submodule(name)
-    vars(module)["forward"] = module.forward
+    under_autocast = torch.autocast("cpu", dtype=torch.bfloat16)(module.forward)
+    vars(module)["forward"] = module.forward if name else under_autocast
     with pytest.raises(PlanMismatchError, match="has a forward of its own on the object"):
         autoprec.apply(plan_for(model), model)
     assert type(model) is Mlp
+
+
+def fused(self: Mlp, x: Tensor) -> Tensor:
+    """Run the model, and a product of FP32 with what may be BF16."""
+    product: Tensor = torch.ones(1, len(x)) @ self.first(x)
+    return Mlp.forward(self, x) + product.mean()
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+def test_a_forward_of_its_own_on_the_root_runs_under_the_plan(is_method: bool) -> None:
+    """As if it were that of the root's class; copies run it on themselves where it is a method."""
+
+    class Fused(Mlp):
+        forward = fused
+
+    x = next(mlp_workload().train_batches(0))[0]
+    model = Mlp()
+    own = types.MethodType(fused, model) if is_method else functools.partial(fused, model)
+    vars(model)["forward"] = own
+    alike = Fused()
+    alike.load_state_dict(model.state_dict())
+    optimizer, expected = sgd(model), autoprec.apply(plan_for(alike, TENSORWISE), alike)[0](x)
+    before = everything(model, optimizer)
+    autoprec.apply(plan_for(model, TENSORWISE), model, optimizer)
+    assert torch.equal(model(x), expected)
+    assert expected.dtype is torch.float32
+    if is_method:
+        other = copy.deepcopy(model)
+        other(x).sum().backward()
+        assert model.first.weight.grad is None
+        assert other.first.weight.grad is not None
+    autoprec.undo(model, optimizer)
+    assert equal(everything(model, optimizer), before)
+    assert vars(model)["forward"] == own
 
 
 def test_undo_refuses_when_something_else_changed_a_class() -> None:

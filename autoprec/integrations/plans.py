@@ -17,13 +17,12 @@ from autoprec.runtime.activations import cast_floating
 from autoprec.runtime.attach import check_optimizer
 from autoprec.runtime.classes import own_class
 from autoprec.runtime.finite import leave_first_step
+from autoprec.runtime.fit import without_autocast
 from autoprec.runtime.install import is_all_bf16
 from autoprec.runtime.masters import ON_MODEL
 
 GuardState = dict[str, Any]  # Any: whatever `Guard.state_dict` holds
 MakeGuard = Callable[[nn.Module, Optimizer, Plan], Guard]  # autoprec.Guard, or a partial of it
-# Where the functions come from that `autocast(forward)` and Accelerate's `prepare` wrap one in.
-AUTOCAST_MODULES = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 
 
 def load_plan(plan: Plan | Path | str) -> Plan:
@@ -49,27 +48,21 @@ def apply_plan(
 
 
 def remove_autocast(model: nn.Module) -> None:
-    """Take a forward off the object that does no more than run its class's own under autocast.
+    """Take autocast off a forward that is on the object.
 
     Accelerate's `prepare` sets one, so every `bf16=True` of a Trainer does. Within a model that
     runs a plan autocast is off, and outputs are FP32, as with Accelerate's; a model in BF16, whose
-    outputs a plan leaves as they are, casts them as that did. Any other forward on the object
-    stays.
+    outputs a plan leaves as they are, casts them as that did. What else is on the object stays.
     """
-    found = getattr(vars(model).get("forward"), "__func__", vars(model).get("forward"))
-    own, gives_fp32 = getattr(own_class(model), "forward", None), False  # scripted ones have none
-    while found is not None and found is not own:
-        gives_fp32 |= type(found).__name__ == "ConvertOutputsToFp32"
-        code = vars(type(found)).get("__call__") if not hasattr(found, "__globals__") else found
-        if getattr(code, "__globals__", {}).get("__name__") not in AUTOCAST_MODULES:
-            return
-        found = getattr(found, "__wrapped__", None)
-        found = getattr(found, "__func__", found)
-    if found is own:
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
-        if gives_fp32 and is_all_bf16(model):
-            model.register_forward_hook(_give_fp32, prepend=True)  # before the script's own
+    inside, gives_fp32 = without_autocast(before := vars(model).get("forward"))
+    if inside is before:
+        return
+    vars(model).pop("_original_forward", None)
+    vars(model)["forward"] = inside
+    if getattr(inside, "__func__", None) is own_class(model).forward:
+        del vars(model)["forward"]
+    if gives_fp32 and is_all_bf16(model):
+        model.register_forward_hook(_give_fp32, prepend=True)  # before the script's own
 
 
 def _give_fp32(_model: nn.Module, _args: object, output: Any) -> Any:  # Any: the model's own

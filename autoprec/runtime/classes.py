@@ -15,6 +15,7 @@ Autocast around any of these is off inside, because the plan decides.
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -140,9 +141,48 @@ def container_class(
     With `dtype` None only autocast is off; without `output_dtype` outputs stay as they are, and so
     do those of what is no root and runs in another's forward, or again in backward.
     """
-    forward = base.forward  # dynamo reads no attribute of a class that `allow_in_graph` was told of
+    # dynamo reads no attribute of a class that `allow_in_graph` was told of
+    forward = _container_forward(base.forward, dtype, is_root, has_mode, output_dtype)
+    settings = (base, dtype, is_root, has_mode, output_dtype)
+    return _subclass(container_class, settings, (base,), {"forward": forward})
 
-    @functools.wraps(base.forward)
+
+def put_around_own_forward(root: nn.Module, *settings: Any) -> None:
+    """Let a forward on the root object, which hides that of its class, run as `container_class`'s.
+
+    Libraries set one to fuse a head with its loss. `take_off_own_forward` undoes it.
+    """
+    own = vars(root)["forward"]
+    is_method = getattr(own, "__self__", None) is root
+    function = own.__func__ if is_method else own
+
+    @functools.wraps(function)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs) if is_method else function(*args, **kwargs)
+
+    around = _container_forward(forward, *settings)
+    vars(around)["autoprec_base"] = (around, function, is_method)
+    vars(root)["forward"] = types.MethodType(around, root)  # of each copy its own
+
+
+def take_off_own_forward(root: nn.Module) -> None:
+    """Give a module back the forward that it had on the object, if it had one."""
+    found = getattr(vars(root).get("forward"), "__func__", None)
+    around, function, is_method = getattr(found, "autoprec_base", (None, None, False))
+    if function is not None and around is found:  # what wraps it has its attributes too
+        vars(root)["forward"] = types.MethodType(function, root) if is_method else function
+
+
+def _container_forward(
+    forward: Callable[..., Any],
+    dtype: torch.dtype | None,
+    is_root: bool,
+    has_mode: bool,
+    output_dtype: torch.dtype | None,
+) -> Callable[..., Any]:
+    """Return what `container_class` describes, around a forward of the module as an argument."""
+
+    @functools.wraps(forward)
     def container_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:  # an FP32 model: nothing to make uniform
             with autocast_off():
@@ -154,9 +194,7 @@ def container_class(
         is_again = not (is_root or torch.compiler.is_compiling()) and is_recomputing()
         return output if output_dtype is None or is_again else cast_floating(output, output_dtype)
 
-    body = {"forward": container_forward}
-    settings = (base, dtype, is_root, has_mode, output_dtype)
-    return _subclass(container_class, settings, (base,), body)
+    return container_forward
 
 
 def _subclass(

@@ -4,7 +4,9 @@ Nothing is changed here: everything that can be known is checked before `apply` 
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +22,19 @@ from autoprec.runtime.classes import is_made_here, own_class
 from autoprec.runtime.masters import ON_MODEL, masters_of
 
 MOST_LISTED = 8  # differences that an error spells out
+# Where the functions come from that `autocast(forward)` and Accelerate's `prepare` wrap one in.
+AUTOCAST_MODULES = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 
 
 def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None) -> None:
     """Check that a plan names every layer of a model, as it is; `found` if they are known."""
-    differences = list(_differences(plan, found or model_layers(model)))
+    found = found or model_layers(model)
+    differences = list(_differences(plan, found))
     if differences:
         raise PlanMismatchError(
             "a plan must name every layer of the model as it is, but "
             f"{first_and_more(differences, most=MOST_LISTED, separator='; ')}; "
-            "tune this model again, or correct the plan's names"
+            f"{_way_out([layer.name for layer in plan.layers], list(found.modules))}"
         )
 
 
@@ -52,14 +57,36 @@ def check_untouched(model: nn.Module, found: ModelLayers) -> None:
                 "a scripted module cannot be changed, and the model has one; "
                 "call autoprec.apply before torch.jit.script"
             )
-    # A forward set on the root or on a layer itself hides what its class computes.
-    for name, module in {"": model, **found.modules}.items():
-        if "forward" in vars(module) and not isinstance(module, OptimizedModule):
+    # A forward set on a layer itself hides what its class computes; on the root, it is run.
+    for name, module in {**found.modules, "": model}.items():
+        forward, is_layer = vars(module).get("forward"), name in found.modules
+        hides = is_layer or without_autocast(forward)[0] is not forward
+        if forward is not None and hides and not isinstance(module, OptimizedModule):
             raise PlanMismatchError(
                 "a plan changes what a module's class computes, but "
                 f"{name or 'the model'!r} has a forward of its own on the object (Accelerate's "
                 "prepare and its hooks set one); call autoprec.apply before what sets it"
             )
+
+
+def without_autocast(forward: Any) -> tuple[Any, bool]:  # Any: None, or whatever can be called
+    """Return what autocast is wrapped around, and whether that makes its outputs FP32.
+
+    A forward that is not under autocast comes back itself.
+    """
+    owner, inside = getattr(forward, "__self__", None), getattr(forward, "__func__", forward)
+    gives_fp32 = is_under = False
+    while inside is not None:
+        code = inside if hasattr(inside, "__globals__") else vars(type(inside)).get("__call__")
+        if getattr(code, "__globals__", {}).get("__name__") not in AUTOCAST_MODULES:
+            break
+        is_under, gives_fp32 = True, gives_fp32 or type(inside).__name__ == "ConvertOutputsToFp32"
+        inside = getattr(inside, "__wrapped__", None)
+        owner = getattr(inside, "__self__", owner)
+        inside = getattr(inside, "__func__", inside)
+    if not is_under:
+        return forward, False
+    return inside if owner is None else types.MethodType(inside, owner), gives_fp32
 
 
 def check_removable(model: nn.Module) -> None:
@@ -94,6 +121,16 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
             there = f"{_listed(planned[name].shapes)} in the plan"
             yield f"layer {name!r} has shapes {_listed(shapes)} in the model, {there}"
     yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), found.uncovered)
+
+
+def _way_out(planned: Sequence[str], own: Sequence[str]) -> str:
+    """Return what to do about other names: a plan may be of what holds the model, or of a part."""
+    holder, part = "the plan is of a module that holds this one as", "the plan is of its part"
+    for longer, shorter, whose in ((planned, own, holder), (own, planned, part)):
+        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
+        if prefix.endswith(".") and list(longer) == [prefix + name for name in shorter]:
+            return f"{whose} {one_line(repr(prefix[:-1]))}: apply it to that module"
+    return "tune this model again, or correct the plan's names"
 
 
 def _one_sided(

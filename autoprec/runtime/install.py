@@ -37,7 +37,14 @@ from autoprec.model.buffers import buffer_dtypes, put_back_dtypes
 from autoprec.model.layers import find_layers
 from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
-from autoprec.runtime.classes import container_class, is_made_here, layer_class, own_class
+from autoprec.runtime.classes import (
+    container_class,
+    is_made_here,
+    layer_class,
+    own_class,
+    put_around_own_forward,
+    take_off_own_forward,
+)
 from autoprec.runtime.fit import fp8_refusal
 from autoprec.runtime.gathers import plain_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
@@ -85,6 +92,7 @@ class Installed(AbstractContextManager["Installed"]):
         self.gather_as_before()
         for module, cls in reversed(self.classes):
             module.__class__ = cls
+            take_off_own_forward(module)
         if self.masters is None:  # nested in another installation, which keeps its own marks
             for module, cls in self.classes:
                 if not is_made_here(cls):
@@ -154,6 +162,7 @@ def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
     plain_gathers(model)
+    take_off_own_forward(model)
     if masters := vars(model).pop(ON_MODEL, None):
         put_back_dtypes(model, masters.buffer_dtypes)
     for module in model.modules():
@@ -323,8 +332,10 @@ def _set_classes(
         _put_around(module._backward_hooks, _cast_gradients)
         _put_around(module._backward_pre_hooks, _cast_gradients)
     if root:
-        inside = dtype if mixes else None
-        installed.set_class(model, container_class(type(model), inside, True, has_mode, given))
+        settings = (dtype if mixes else None, True, has_mode, given)
+        installed.set_class(model, container_class(type(model), *settings))
+        if "forward" in vars(model):
+            put_around_own_forward(model, *settings)
 
 
 def _install_layer(
@@ -359,7 +370,7 @@ def is_chain(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
         is_own = own in BETWEEN or (module in inside and own.__module__.startswith("torch.nn."))
         if not is_own or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if module in inside and ("forward" in vars(module) or any(module.children())):
+        if "forward" in vars(module) or (module in inside and any(module.children())):
             return False  # a replaced forward, or a parametrization
     return True
 
