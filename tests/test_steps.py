@@ -1,8 +1,10 @@
 """Whole steps: in turns, one in memory at a time, as written or plain, compiled or said why not."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,11 @@ from autoprec.profiler.steps import (
 from autoprec.records import BF16_O2, AsWritten, Option, StepTiming, Timing
 from autoprec.records.cost import ratio_error
 from autoprec.report.remarks import profile_notes
-from autoprec.runtime import attach_optimizer, install_options
+from autoprec.runtime import attach_optimizer, install_options, stepping
 from autoprec.workload.functions import Batch, Workload, workload_from
 from tests.constant_clock import CPU, ConstantClock, WithoutBf16
 from tests.models import Mlp, mlp_workload
-from tests.peaks import tracked_peak
+from tests.peaks import tracked_peak, training_peak
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo itself
@@ -193,6 +195,42 @@ def test_steps_take_the_memory_of_one_of_them() -> None:
     with tracked_peak() as together:
         timed(wide_workload(), {"fp32": {}, "bf16_o2": bf16, "other": Eager(bf16)}, samples=2)
     assert together.rise_bytes < 1.1 * alone.rise_bytes
+
+
+def transformers_adafactor(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    made: torch.optim.Optimizer = Adafactor(parameters)
+    return made
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        torch.optim.AdamW,
+        torch.optim.Adafactor,
+        pytest.param(transformers_adafactor, marks=pytest.mark.slow),  # 4 s to import it
+    ],
+    ids=["sgd", "adamw", "adafactor", "adafactor of transformers"],
+)
+def test_steps_take_the_memory_of_training_in_fp32(
+    make: Callable[..., torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters, BF16 weights and both gradients are no more than FP32's where chunks are small."""
+    monkeypatch.setattr(stepping, "CHUNK_BYTES", 0)  # of one parameter
+    functions = {
+        "build_model": lambda: nn.Sequential(*(nn.Linear(96, 96) for _ in range(12))),
+        "train_batches": lambda _: itertools.repeat(torch.ones(4, 96)),
+        "loss_fn": lambda model, x: F.mse_loss(model(x), x),
+        "build_optimizer": lambda model: make(model.parameters()),
+    }
+    own = workload_from(functions)
+    training = training_peak(own)
+    bf16 = dict.fromkeys(find_layers(own.build_model()), BF16_O2)
+    with tracked_peak() as peak:
+        timed(own, {"fp32": {}, "bf16_o2": bf16}, samples=1)
+    assert peak.rise_bytes < 1.1 * training.rise_bytes
 
 
 @pytest.mark.parametrize("option", ["fp32", "bf16_o2"])

@@ -29,17 +29,19 @@ from autoprec.runtime.masters import Masters
 
 CHUNK_BYTES = 2**28  # of FP32 gradients; an H100 steps through them in half a millisecond
 ALIGNMENT = 64  # elements; what vectorised kernels want
-BY_PARAMETER = "ASGD Adadelta Adagrad Adam Adamax NAdam RAdam RMSprop Rprop SGD"
+BY_PARAMETER = "ASGD Adadelta Adafactor Adagrad Adam Adamax Muon NAdam RAdam RMSprop Rprop SGD"
 SEPARABLE = frozenset(  # by the functions themselves: a subclass's own step is another
     inspect.unwrap(getattr(torch.optim, name).step) for name in BY_PARAMETER.split()
 )
+SEPARABLE_ELSEWHERE = "transformers.optimization.Adafactor.step"
 RawStep = Callable[[Optimizer], object]
 
 
 def raw_step(optimizer: Optimizer) -> RawStep | None:
     """Return the optimizer's step without hooks if it treats every parameter by itself."""
     hooked = type(optimizer).step
-    is_known = inspect.unwrap(hooked) in SEPARABLE
+    own = inspect.unwrap(hooked)
+    is_known = own in SEPARABLE or f"{own.__module__}.{own.__qualname__}" == SEPARABLE_ELSEWHERE
     found: RawStep | None = getattr(hooked, "__wrapped__", None) if is_known else None
     return found
 
