@@ -1,9 +1,11 @@
 """`autoprec tune --script`: a training script recorded, and tuned as if it had a model.py."""
 
+import copy
 import json
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
+from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.workload.functions import Workload, check_batches
+from autoprec.workload.optimizers import optimizers_in
 from autoprec.workload.training import Training
 from tests.accelerate_state import fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
@@ -360,6 +364,45 @@ def test_a_step_with_a_closure_is_recorded_as_one_without(tmp_path: Path) -> Non
     assert one.state_dict() == other.state_dict()
 
 
+MUON = """
+matrices = [model.first.weight, model.head.weight]
+others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+optimizers = torch.optim.AdamW(others, lr=1e-2), torch.optim.Muon(matrices, lr=0.02)
+"""
+
+
+def test_optimizers_that_step_in_turn_train_as_in_the_script(tmp_path: Path) -> None:
+    """And so after their state was saved and loaded."""
+    script = HEAD + MUON + LOOP.replace("optimizer.step()", "[each.step() for each in optimizers]")
+    workload = record(tmp_path, script.replace("optimizer.zero_grad()", "model.zero_grad()"))
+    model, again = workload.build_model(), workload.build_model()
+    training = Training(workload, model, workload.build_optimizer(model))
+    by_hand: dict[str, Any] = {"model": again, "torch": torch}
+    exec(MUON, by_hand)
+    for step, batch in enumerate(recorded(workload)[:4]):
+        if step == 2:
+            state = copy.deepcopy(training.optimizer.state_dict())
+            training.optimizer = workload.build_optimizer(model)
+            training.optimizer.load_state_dict(state)
+        torch.manual_seed(step)
+        training.step([batch])
+        torch.manual_seed(step)
+        again.zero_grad()
+        torch.autograd.backward(workload.loss_fn(again, batch))
+        for each in by_hand["optimizers"]:
+            each.step()
+        assert all(map(torch.equal, model.parameters(), again.parameters()))
+    names = {type(each).__name__ for each in optimizers_in(training.optimizer)}
+    assert names == {"AdamW", "Muon", "SeveralOptimizers"}
+    assert read_preconditioner(training.optimizer).name == "adam+measured"
+
+
+def test_an_optimizer_of_optimizers_is_one(tmp_path: Path) -> None:
+    own = "from tests.optimizer_zoo import TwoOptimizers\noptimizer = TwoOptimizers(*optimizers)\n"
+    workload = record(tmp_path, HEAD + MUON + own + LOOP)
+    assert type(workload.build_optimizer(workload.build_model())).__name__ == "TwoOptimizers"
+
+
 def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: Path) -> None:
     workload = record(tmp_path, HEAD + LOOP.replace("zero_grad()", "zero_grad(set_to_none=False)"))
     net = workload.build_model()  # it has no gradients to zero
@@ -453,6 +496,11 @@ REFUSALS = {
         "optimizer.step(); torch.optim.SGD(model.parameters(), lr=0.1).step()",
         "steps two",
     ),
+    "optimizers that take turns": (
+        "optimizer.step()",
+        "turns.reverse(); turns[0].step()",
+        "not so Adam and SGD",
+    ),
     "another's weights": ("optimizer.step()", "others.step()", "has others"),
     "an unseen function": (
         "loss = F.cross_entropy(model(x), y)",
@@ -498,6 +546,7 @@ REFUSALS = {
 EXTRA = """
 other = nn.Linear(16, 16)
 others = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+turns = [torch.optim.SGD(model.first.parameters()), torch.optim.Adam(model.head.parameters())]
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

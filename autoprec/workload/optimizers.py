@@ -6,7 +6,7 @@ take an optimizer or refuse it.
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,44 @@ def after_closure(
     swapped = [followed if callable(value) else value for value in others]
     named = {name: followed if callable(value) else value for name, value in kwargs.items()}
     return (first, *swapped), named
+
+
+class SeveralOptimizers(Optimizer):
+    """Optimizers of different weights as one, which steps them in turn.
+
+    It has their groups, and its state is that of all.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        """Take them over: from here on they share a state."""
+        self.optimizers = list(optimizers)
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+        for each in optimizers:
+            self.state.update(each.state)
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # Any: torch's own
+        """Take what was loaded, for all of them."""
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # the base's returns
+        """Step them, in turn."""
+        for each in self.optimizers:
+            each.step()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for each in self.optimizers:
+            each.state, each.param_groups = (
+                self.state,
+                [*itertools.islice(groups, len(each.param_groups))],
+            )
+
+
+def in_turn(optimizers: Sequence[Optimizer]) -> Optimizer:
+    """Return optimizers of different weights as one, if there are several."""
+    return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
 
 
 def optimizer_refusal(optimizer: object) -> str:

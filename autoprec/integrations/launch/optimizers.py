@@ -51,11 +51,6 @@ def set_peak_rates(optimizer: Optimizer, seen: Sequence[float]) -> None:
         group["lr"] = torch.full_like(group["lr"], rate) if is_tensor else rate
 
 
-def rates_of(optimizer: Optimizer) -> list[float]:
-    """Return the learning rate of each group; 0 where it has none."""
-    return [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
-
-
 @dataclass(frozen=True)
 class SeenSchedule:
     """A script's scheduler, and a copy from before its first step, of a copied optimizer."""
@@ -91,3 +86,18 @@ def find_schedule(optimizer: Optimizer, other: Optimizer) -> SeenSchedule | None
 def _position(scheduler: LRScheduler) -> int:
     parts = vars(scheduler).get("_schedulers", ())  # ChainedScheduler itself counts nothing
     return int(vars(scheduler).get("last_epoch", 0)) or sum(map(_position, parts))
+
+
+class SeenOptimizer:
+    """An optimizer of a script, before its first step, over a copy of its model."""
+
+    def __init__(self, optimizer: Optimizer, source: nn.Module, target: nn.Module) -> None:
+        """Copy it, and its schedule if it has one."""
+        self.first = copy_optimizer(optimizer, source, target)
+        self.schedule = find_schedule(optimizer, self.first)
+        self.rates: list[float] = []  # the largest of each group so far; 0 where it has none
+
+    def see_rates(self, optimizer: Optimizer) -> None:
+        """Note the learning rates of a step."""
+        own = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
+        self.rates = list(map(max, own, self.rates or own))

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
-from autoprec.integrations.launch.optimizers import copy_optimizer, copy_schedule, set_peak_rates
+from autoprec.integrations.launch.optimizers import (
+    SeenOptimizer,
+    copy_optimizer,
+    copy_schedule,
+    set_peak_rates,
+)
 from autoprec.integrations.launch.recorder import (
     MODEL_PY,
     FirstCall,
@@ -49,6 +53,7 @@ from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
 from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
+from autoprec.workload.optimizers import in_turn
 from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
 
 logger = logging.getLogger(__name__)
@@ -78,14 +83,14 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         status = run_script(script)
-    first, optimizer = recorder.first, recorder.first_optimizer
+    first = recorder.first
     if recorder.refusal is not None:
         raise _refused(script, recorder.refusal)
-    if first is None or optimizer is None or recorder.steps < recorder.wanted:
+    if first is None or recorder.steps < recorder.wanted:
         raise _ended_early(script, recorder, status)
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
-    batches = recorder.recorded()
+    batches, optimizers = recorder.recorded(), [*recorder.optimizers.values()]
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first, batches[0])
@@ -96,10 +101,12 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         "build_model": lambda: copy_model(first.model),
         "train_batches": lambda seed: _shuffled(batches[:-held_out], seed),
         "loss_fn": recorded_loss,
-        "build_optimizer": lambda model: copy_optimizer(optimizer, first.model, model),
+        "build_optimizer": lambda model: in_turn(
+            [copy_optimizer(each.first, first.model, model) for each in optimizers]
+        ),
         "eval_batches": lambda: batches[-held_out:],
     }
-    functions |= _around_steps(recorder, optimizer)
+    functions |= _around_steps(recorder, optimizers)
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
     written = Written(script_autocast=autocast, script_compiles=first.is_compiled)
     return replace(workload, written=written)
@@ -112,16 +119,22 @@ def _plain(batch: RecordedBatch, model: nn.Module, micro_steps: int) -> Recorded
     return batch if is_low else batch._replace(calls=in_fp32(batch.calls))
 
 
-def _around_steps(recorder: Recorder, optimizer: Optimizer) -> dict[str, Any]:  # Any: as above
-    """Return what a step has beside the loss; without a schedule the optimizer gets its peak."""
-    found: dict[str, Any] = {"accumulation_steps": recorder.micro_steps}
+def _around_steps(recorder: Recorder, optimizers: Sequence[SeenOptimizer]) -> dict[str, Any]:
+    """Return what a step has beside the loss; without a schedule optimizers get their peaks."""
+    found: dict[str, Any] = {"accumulation_steps": recorder.micro_steps}  # Any: as above
     if recorder.clip_norm is not None:
         found["clip_norm"] = recorder.clip_norm
-    schedule, recorder.schedule = recorder.schedule, None  # it holds the script's own optimizer
-    if schedule is not None and schedule.made_steps(recorder.steps):
-        found["build_scheduler"] = partial(copy_schedule, schedule.first)
-    else:
-        set_peak_rates(optimizer, recorder.rates)
+    schedules = [each.schedule for each in optimizers if each.schedule is not None]
+    for each in optimizers:
+        each.schedule = None  # it holds the script's own optimizer
+    if schedules and len(optimizers) > 1:
+        names = " and ".join(type(each.first).__name__ for each in optimizers)
+        logger.warning("the schedules of %s are not followed: each is at its peak rate", names)
+    elif schedules and schedules[0].made_steps(recorder.steps):
+        found["build_scheduler"] = partial(copy_schedule, schedules[0].first)
+        return found
+    for each in optimizers:
+        set_peak_rates(each.first, each.rates)
     return found
 
 
@@ -196,11 +209,11 @@ def _free(recorder: Recorder) -> None:
     if recorder.model is not None and recorder.first and recorder.first.device.type != "cpu":
         recorder.model.zero_grad(set_to_none=True)
         recorder.model.to("cpu")
-        if recorder.optimizer is not None:
-            recorder.optimizer.state.clear()
+        for optimizer in recorder.optimizers:
+            optimizer.state.clear()
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
-    recorder.model = recorder.optimizer = None
+    recorder.model, recorder.optimizers = None, {}
 
 
 def _digest(script: Script, recorder: Recorder) -> str:

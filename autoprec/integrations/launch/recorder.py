@@ -29,10 +29,7 @@ from autoprec.common.text import error_line
 from autoprec.device.ranks import local_part, world_size
 from autoprec.integrations.launch.alive import smallest_with
 from autoprec.integrations.launch.optimizers import (
-    SeenSchedule,
-    copy_optimizer,
-    find_schedule,
-    rates_of,
+    SeenOptimizer,
 )
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
@@ -103,10 +100,7 @@ class Recorder:
         self.wanted, self.steps, self.micro_steps = steps, 0, 1
         self.model: nn.Module | None = None  # the script's own
         self.first: FirstCall | None = None
-        self.optimizer: Optimizer | None = None  # the script's own
-        self.first_optimizer: Optimizer | None = None  # before its first step, over `first.model`
-        self.schedule: SeenSchedule | None = None
-        self.rates: list[float] = []  # the largest learning rate of each group so far
+        self.optimizers: dict[Optimizer, SeenOptimizer] = {}  # the script's own
         self.clip_norm: float | None = None
         self.batches: list[tuple[dict[int, SeenCall], Tape]] = []
         self.losses: list[float] = []
@@ -118,6 +112,8 @@ class Recorder:
         self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
         self._was_lazy = False
+        self._stepped: list[Optimizer] = []  # since the last gradient
+        self._stepping: Optimizer | None = None
         self._depth = 0  # above 0: inside of the model's forward, or of backward
         self._mode = Taping()
 
@@ -223,7 +219,7 @@ class Recorder:
     def _widen(self, parts: Sequence[nn.Module | nn.Parameter]) -> bool:
         """Take the smallest module that these parts are in, too, for the model, if there is one."""
         narrow, wide = self.model, None
-        if narrow is not None and self.optimizer is None:
+        if narrow is not None and not self.optimizers:
             wide = smallest_with([narrow, *parts])
         if narrow is None or wide is None:
             return False
@@ -309,7 +305,7 @@ class Recorder:
         self.batches.append(({number: self._calls[number] for number in sorted(used)}, tape))
         self._calls, self._firsts = {}, {}
         self.losses.append(float(roots[0].detach()))
-        if self.optimizer is None and self.model is not None:
+        if not self.optimizers and self.model is not None:
             self._weights = sum_of_weights(self.model)
 
     def _count_dropped(self) -> None:
@@ -317,7 +313,7 @@ class Recorder:
 
         Where a scaler skips its first steps, their batches are no part of the one that it takes.
         """
-        model, is_first = self.model, self.optimizer is None and bool(self.batches)
+        model, is_first = self.model, not self.optimizers and bool(self.batches)
         if model is None or [*kept_gradients(model)]:
             return
         if any(map(has_grad, model.parameters())) and not (is_first and gradient_norm(model) == 0):
@@ -347,6 +343,9 @@ class Recorder:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> StepArguments | None:
         """Follow a closure too: forward and backward happen in it, the step after it."""
+        if self._stepping is not None:
+            return None  # an optimizer of optimizers steps the inner ones
+        self._stepping = optimizer
 
         def begin() -> None:
             self._begin_step(optimizer)
@@ -363,33 +362,45 @@ class Recorder:
         return changed
 
     def _begin_step(self, optimizer: Optimizer) -> None:
-        if self.optimizer is not None and optimizer is not self.optimizer:
-            names = f"{type(self.optimizer).__name__} and {type(optimizer).__name__}"
-            self.refuse(f"one optimizer must train the model, but the script steps two ({names})")
-        if self.model is None or self.first is None or len(self.batches) == self._batches_before:
+        is_first = len(self.batches) > self._batches_before  # that steps after this gradient
+        if not is_first and (not self._stepped or optimizer in self._stepped):
             self.refuse(
                 "optimizer.step() must follow the model's call in training mode and backward, but "
                 "neither was seen before it"
             )
         if self._calls:
             self.refuse("each call of the model must have its backward, but one had none")
-        own = rates_of(optimizer)
-        self.rates = list(map(max, own, self.rates or own))
-        if self.optimizer is not None:
-            return
-        # the first step: the optimizer is copied as it is before that
-        others = set(trained_by(optimizer)) - set(self.model.parameters())
-        if others and not self._widen(list(others)):
-            self.refuse(
-                f"the optimizer must train the weights of {type(self.model).__name__} alone, but "
-                f"{type(optimizer).__name__} has others"
-            )
-        self.optimizer = optimizer
-        self.first_optimizer = copy_optimizer(optimizer, self.model, self.first.model)
-        self.schedule = find_schedule(optimizer, self.first_optimizer)
-        self.micro_steps = len(self.batches) - self._batches_before
+        lacks = is_first and len(self._stepped) < len(self.optimizers)
+        is_late = bool(self.optimizers) and (is_first or self.steps > 1)
+        if lacks or (is_late and optimizer not in self.optimizers):
+            names = " and ".join(type(each).__name__ for each in {**self.optimizers, optimizer: 0})
+            self.refuse(f"every optimizer must step after each gradient, but not so {names}")
+        self._stepped = [optimizer] if is_first else [*self._stepped, optimizer]
+        if optimizer not in self.optimizers:
+            self._add(optimizer)
+        self.optimizers[optimizer].see_rates(optimizer)
 
-    def _after_step(self, _optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
+    def _add(self, optimizer: Optimizer) -> None:
+        """Copy an optimizer as it is before its first step."""
+        own, name = set(trained_by(optimizer)), type(optimizer).__name__
+        others = own - set(self.model.parameters() if self.model else ())
+        if others and not self._widen(list(others)):
+            of = type(self.model).__name__
+            self.refuse(f"an optimizer must train the weights of {of} alone, but {name} has others")
+        if other := next((o for o in self.optimizers if not own.isdisjoint(trained_by(o))), None):
+            names = f"{type(other).__name__} and {name}"
+            self.refuse(f"each weight must have one optimizer, but the script steps two ({names})")
+        if not self.optimizers:
+            self.micro_steps = len(self.batches) - self._batches_before
+        if self.model is not None and self.first is not None:
+            self.optimizers[optimizer] = SeenOptimizer(optimizer, self.model, self.first.model)
+
+    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
+        if optimizer is not self._stepping:
+            return
+        self._stepping = None
+        if len(self._stepped) > 1:
+            return  # the others of a step follow its first one
         self.steps += 1
         self._batches_before, self._dropped = len(self.batches), 0
         if self.steps >= self.wanted:
