@@ -18,7 +18,7 @@ from autoprec.integrations.launch.recorder import RecordedBatch
 from autoprec.records import Plan
 from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.workload.functions import Workload, check_batches
-from autoprec.workload.optimizers import optimizers_in
+from autoprec.workload.optimizers import name_of, optimizers_in
 from autoprec.workload.training import Training
 from tests.accelerate_state import fresh_accelerate
 from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
@@ -394,6 +394,7 @@ def test_optimizers_that_step_in_turn_train_as_in_the_script(tmp_path: Path) -> 
         assert all(map(torch.equal, model.parameters(), again.parameters()))
     names = {type(each).__name__ for each in optimizers_in(training.optimizer)}
     assert names == {"AdamW", "Muon", "SeveralOptimizers"}
+    assert name_of(training.optimizer) == "AdamW and Muon"
     assert read_preconditioner(training.optimizer).name == "adam+measured"
 
 

@@ -74,7 +74,7 @@ from autoprec.workload.functions import (
     take_batches,
     tensors_in,
 )
-from autoprec.workload.optimizers import plain_parts, state_tensors, trained_by
+from autoprec.workload.optimizers import name_of, plain_parts, state_tensors, trained_by
 from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
@@ -229,7 +229,7 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         uncalled=tuple(layer.name for layer in layers if not layer.calls),
         structure=seen.layers.structure,
         tokens_per_step=max((layer.gemm.M for layer in layers if layer.gemm), default=0),
-        optimizer=type(seen.optimizer).__name__,
+        optimizer=name_of(seen.optimizer),
         optimizer_state_numel_ratio=_state_ratio(seen.optimizer),
         has_randomness=seen.has_randomness,
         is_deterministic=seen.is_deterministic,

@@ -33,7 +33,7 @@ from autoprec.device.ranks import local_part, share, sum_over_ranks
 from autoprec.sensitivity.moments import STILL, Rule, State, moment_rule, number
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.response import measured_rule
-from autoprec.workload.optimizers import optimizers_in
+from autoprec.workload.optimizers import name_of, optimizers_in
 
 FLOOR = 1e-3  # of the mean sqrt(v); without it one conv bias was 99 % of a small CNN's BF16 error
 PARTS = 64  # of all parameters; what is made of one on its way is four times its size
@@ -242,7 +242,7 @@ def _note(optimizer: Optimizer, rules: dict[Tensor, Rule], without: list[Tensor]
     lacking = sum(parameter.numel() for parameter in without) / every
     if not lacking:
         return ""
-    name = type(optimizer).__name__
+    name = name_of(optimizer)
     return (
         f"{name}: no rule for {100 * lacking:.3g} % of the elements, whose errors are taken in "
         "plain norm"

@@ -109,6 +109,12 @@ class SeveralOptimizers(Optimizer):
             )
 
 
+def name_of(optimizer: Optimizer) -> str:
+    """Return the class's name, or those of several that `in_turn` has made one."""
+    several = optimizer.optimizers if isinstance(optimizer, SeveralOptimizers) else [optimizer]
+    return " and ".join(type(each).__name__ for each in several)
+
+
 def in_turn(optimizers: Sequence[Optimizer]) -> Optimizer:
     """Return optimizers of different weights as one, if there are several."""
     return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
