@@ -90,6 +90,7 @@ def test_a_gap_is_expected_at_the_end_that_was_given_or_else_the_schedules() -> 
         plan = build_plan(profile, scheduled, search, search.chosen, constraint=asked)
         assert plan.expected_gap == expected_gap(scheduled, plan.grad_error, steps)
         assert plan.expected_gap.mean is not None
+        assert plan.expected_gap.reason == ("" if run_steps else "for the end of the scheduler")
 
 
 def test_the_fingerprint_tells_predicted_times_and_transferred_effects() -> None:

@@ -1,5 +1,6 @@
 """The probes where the derivative jumps: against the exact table, and where it does not jump."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -256,6 +257,30 @@ def test_measured_rows_take_along_what_casts_alike(monkeypatch: pytest.MonkeyPat
         found = refine_table(reference, table, [("seen", rowwise)], batches=batches)
         means = [row.grad_error.mean for row in found.rows]
         assert means == pytest.approx([*expected, 1.0, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.0])
+def test_kinks_count_in_other_rows_as_they_do_in_measured_ones(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kinks add to a row is `scale` times what the probes say; the first batch has half."""
+    rowwise, parts = fp8_option(Recipe.ROWWISE), {f"layer{i}": i / 10 for i in range(10)}
+    rows = tuple(
+        LayerSensitivity(name=name, option=rowwise, grad_error=Estimate(mean=2e-3, stderr=1e-3))
+        for name in parts
+    )
+    truth = {(n, rowwise): 2e-3 * math.exp(math.log(scale) * part) for n, part in parts.items()}
+    measured = tuple(cell for cell in truth if int(cell[0][-1]) % 2)
+    exact = {
+        c: Estimate(mean=truth[c] / 2 * (1.1 if i % 2 else 0.9)) for i, c in enumerate(measured)
+    }
+    monkeypatch.setattr(tables, "_exact_errors", lambda *_: exact)
+    table = Table(Method.SIGN_CODED, rows, (), kinks={(n, rowwise): p for n, p in parts.items()})
+    reference, first = SimpleNamespace(batches=range(2)), dict.fromkeys(truth, 1e-3)
+    found = refine_table(reference, table, measured, batches=1, probed=first)  # type: ignore[arg-type]  # only counts
+    others = {cell: error for cell, error in found.errors.items() if cell not in measured}
+    assert others == pytest.approx({c: truth[c] for c in others}, rel=0.15)
+    assert (others[("layer8", rowwise)] == 2e-3) == (scale == 1.0)
 
 
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:

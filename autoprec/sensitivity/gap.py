@@ -77,6 +77,7 @@ def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int)
         low=mean / BELOW / doubt,
         high=mean * ABOVE * doubt,
         confidence=CONFIDENCE,
+        reason="for the end of the scheduler" if steps == sensitivity.schedule_steps else "",
     )
 
 

@@ -49,6 +49,7 @@ REFINED_BATCHES = 2
 # Passes that measure whole recipes then, or where there are kinks: all of them on all batches where
 # that is enough, else the least certain on one batch.
 FEW_PASSES, GUESSED_PASSES = 20, 13
+FEWEST_FITTED = 4  # rows that tell of kinks in others
 # Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
 # that few tokens change is off by 2 to 3 on any two batches.
 KINK_DOUBT, CHOICE_DOUBT = 0.5, 1.0
@@ -128,10 +129,11 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     along = {(name, forward_casts(option)) for name, option in refined}
     guessed = tuple(c for c in guessed if (c[0], forward_casts(c[1])) not in along)
     batches = len(reference.batches)
-    if batches * len(guessed) > FEW_PASSES:
-        left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
-        guessed, batches = guessed[:left], 1
-    return refine_table(reference, table, guessed, batches=batches)
+    if batches * len(guessed) <= FEW_PASSES:
+        return refine_table(reference, table, guessed, batches=batches)
+    left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
+    first = {row.cell: row.grad_error.mean for row in make_rows(probes[:1], cells)}
+    return refine_table(reference, table, guessed[:left], batches=1, probed=first)
 
 
 def _count_probes(reference: Reference) -> int:
@@ -147,22 +149,57 @@ def _passes_of_probing(reference: Reference) -> int:
 
 
 def refine_table(
-    reference: Reference, table: Table, cells: Sequence[Cell], *, batches: int
+    reference: Reference,
+    table: Table,
+    cells: Sequence[Cell],
+    *,
+    batches: int,
+    probed: Mapping[Cell, float] | None = None,
 ) -> Table:
     """Return a table whose cells are measured one by one; a pass per cell and batch.
 
     Options of the layer that cast alike in the forward pass go along, unless they are measured
     themselves: what probes do not know (kinks, choices) comes of that. Others that are in FP8 go
     half the way on a scale of factors, and so does a cell that was measured on a part of the
-    batches: the probes speak for the others.
+    batches: the probes speak for the others. With what they said of that part, `probed`, kinks
+    count as they do in the cells.
     """
     if not cells:
         return table
     exact = _exact_errors(reference, cells, batches, "largest rows")
+    if probed is not None:
+        table = _with_kinks_as_measured(table, exact, probed)
     before = table.errors
     ratios = {cell: e.mean / before[cell] for cell, e in exact.items() if before[cell] > 0.0}
     table = replace(table, ratios={**table.ratios, **ratios})
     return _with_exact(table, exact, share=1.0 if batches >= len(reference.batches) else 0.5)
+
+
+def _with_kinks_as_measured(
+    table: Table, exact: Mapping[Cell, Estimate], probed: Mapping[Cell, float]
+) -> Table:
+    """Return a table in which kinks add what they do in rows that were measured.
+
+    What probes make of kinks is too high where a layer's error reaches few of those behind it, as
+    in branches of small weight: by one factor in all layers that are alike (kinks.py). So the
+    logarithms of measured over `probed`, on one batch, are fitted by a multiple of the part of a
+    row that its kinks are; of that, what its standard error leaves is taken (James and Stein).
+    """
+    pairs = [
+        (table.kinks.get(cell, 0.0), math.log(error.mean / probed[cell]))
+        for cell, error in exact.items()
+        if min(error.mean, probed[cell]) > 0.0
+    ]
+    weight = math.fsum(part * part for part, _ in pairs)
+    slope = math.fsum(part * found for part, found in pairs) / weight if weight > 0.0 else 0.0
+    if len(pairs) < FEWEST_FITTED or slope == 0.0:
+        return table
+    left = math.fsum((found - slope * part) ** 2 for part, found in pairs) / (len(pairs) - 1)
+    slope *= max(1.0 - left / weight / slope**2, 0.0)
+    factors = {cell: math.exp(slope * part) for cell, part in table.kinks.items()}
+    rows = tuple(multiplied(row, factors.get(row.cell, 1.0)) for row in table.rows)
+    kinks = {c: max(1.0 - (1.0 - part) / factors[c], 0.0) for c, part in table.kinks.items()}
+    return replace(table, rows=rows, kinks=kinks)
 
 
 def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -> Table:
