@@ -208,6 +208,18 @@ def test_the_share_without_a_rule_is_said_and_weighs_as_the_mean_of_the_others()
     )
 
 
+def test_what_no_gradient_has_come_to_is_not_told_as_a_rule_that_is_unknown() -> None:
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))  # as a last block's unused output
+    optimizer = torch.optim.RMSprop(model.parameters())
+    model[0](torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    found = read_preconditioner(optimizer)
+    assert found.name == "rmsprop"
+    assert found.note == (
+        "no gradient has come to 50 % of the elements yet, whose errors are taken in plain norm"
+    )
+
+
 def test_measuring_changes_nothing() -> None:
     model, optimizer, _ = trained_model(KINDS["Lion"])
     parameters = [parameter.detach().clone() for parameter in model.parameters()]

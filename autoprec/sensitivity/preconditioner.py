@@ -114,7 +114,8 @@ def read_preconditioner(optimizer: Optimizer, *, scale: float = 1.0) -> Precondi
         p: replace(rules[p], rate=rules[p].rate / largest, take=rules[p].take * scale**2)
         for p in found
     }
-    name = "+".join(sorted({rule.family for rule in rules.values()})) or "identity"
+    still = {p for p in without if p.grad is None}
+    name = "+".join(sorted({rules[p].family for p in found if p not in still})) or "identity"
     return Preconditioner(name, _note(optimizer, rules, without), rules)
 
 
@@ -239,11 +240,15 @@ def _mean_weight(rules: dict[Tensor, Rule]) -> float:
 def _note(optimizer: Optimizer, rules: dict[Tensor, Rule], without: list[Tensor]) -> str:
     """Return what is not said by P's name: where it was measured, and where nothing is known."""
     every = max(sum(parameter.numel() for parameter in rules), 1)
-    lacking = sum(parameter.numel() for parameter in without) / every
-    if not lacking:
-        return ""
-    name = name_of(optimizer)
-    return (
-        f"{name}: no rule for {100 * lacking:.3g} % of the elements, whose errors are taken in "
-        "plain norm"
-    )
+
+    def share_of(*, has_gradient: bool) -> float:
+        own = (p.numel() for p in without if (p.grad is not None) == has_gradient)
+        return 100 * sum(own) / every
+
+    lacking, still = share_of(has_gradient=True), share_of(has_gradient=False)
+    name, said = name_of(optimizer), []
+    if lacking:
+        said.append(f"{name}: no rule for {lacking:.3g} % of the elements")
+    if still:
+        said.append(f"no gradient has come to {still:.3g} % of the elements yet")
+    return f"{'; '.join(said)}, whose errors are taken in plain norm" if said else ""
