@@ -404,6 +404,22 @@ def test_an_optimizer_of_optimizers_is_one(tmp_path: Path) -> None:
     assert type(workload.build_optimizer(workload.build_model())).__name__ == "TwoOptimizers"
 
 
+@pytest.mark.parametrize(
+    ("change", "is_told"),
+    [
+        ("nn.utils.clip_grad_value_(model.parameters(), 1e-3)", True),
+        ("nn.utils.clip_grad_norm_(model.head.parameters(), 1e-3)", True),
+        ("nn.utils.clip_grad_norm_(model.parameters(), 1e-3)", False),
+        ("[p.grad.mul_(0.5) for p in model.parameters()]", False),
+    ],
+)
+def test_gradients_that_a_script_changes_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str, is_told: bool
+) -> None:
+    record(tmp_path, HEAD + LOOP.replace("optimizer.step()", f"{change}; optimizer.step()"))
+    assert ("changes gradients before a step" in caplog.text) is is_told
+
+
 def test_gradients_that_are_zeroed_before_backward_are_not_the_losss(tmp_path: Path) -> None:
     workload = record(tmp_path, HEAD + LOOP.replace("zero_grad()", "zero_grad(set_to_none=False)"))
     net = workload.build_model()  # it has no gradients to zero

@@ -8,6 +8,7 @@ tape        the operations between a model's output and its loss, recorded and r
 recorder    follows a script's first steps: model calls, backward, optimizer steps
 sharded     a model that FSDP has sharded, whole again
 optimizers  what an optimizer trains, and how it is copied to another copy of its model
+weights     what a model's weights and gradients are
 recorded    what was recorded -> a Workload: `record_workload`
 """
 

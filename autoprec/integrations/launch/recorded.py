@@ -45,10 +45,10 @@ from autoprec.integrations.launch.recorder import (
     FirstCall,
     RecordedBatch,
     Recorder,
-    gradient_norm,
 )
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import FromTape, remove_scale, replay
+from autoprec.integrations.launch.weights import gradient_norm
 from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
@@ -124,6 +124,11 @@ def _around_steps(recorder: Recorder, optimizers: Sequence[SeenOptimizer]) -> di
     found: dict[str, Any] = {"accumulation_steps": recorder.micro_steps}  # Any: as above
     if recorder.clip_norm is not None:
         found["clip_norm"] = recorder.clip_norm
+    if recorder.changes_gradients:
+        logger.warning(
+            "the script changes gradients before a step otherwise than by clip_grad_norm_ of all "
+            "(clips values, adds noise): that is not followed, tuning trains without it"
+        )
     schedules = [each.schedule for each in optimizers if each.schedule is not None]
     for each in optimizers:
         each.schedule = None  # it holds the script's own optimizer

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
-from autoprec.device.ranks import local_part, world_size
+from autoprec.device.ranks import world_size
 from autoprec.integrations.launch.alive import smallest_with
 from autoprec.integrations.launch.optimizers import (
     SeenOptimizer,
@@ -35,6 +35,13 @@ from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.sharded import Policy, copy_sharded
 from autoprec.integrations.launch.tape import Tape, Taping
+from autoprec.integrations.launch.weights import (
+    are_scaled,
+    gradient_norm,
+    gradient_norms,
+    has_grad,
+    sum_of_weights,
+)
 from autoprec.model.layers import unwrapped
 from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
@@ -102,6 +109,7 @@ class Recorder:
         self.first: FirstCall | None = None
         self.optimizers: dict[Optimizer, SeenOptimizer] = {}  # the script's own
         self.clip_norm: float | None = None
+        self.changes_gradients = False  # before a step, otherwise than by scaling them
         self.batches: list[tuple[dict[int, SeenCall], Tape]] = []
         self.losses: list[float] = []
         self.first_norm = math.nan  # of the first batch's gradient
@@ -109,6 +117,7 @@ class Recorder:
         self._calls: dict[int, SeenCall] = {}  # their backward is still to come
         self._firsts: dict[int, FirstCall | None] = {}  # of those on inputs of their own
         self._batches_before = 0  # the last step, or the first gradient that came to it
+        self._norms: dict[nn.Parameter, float] = {}  # of gradients, at the last backward of it
         self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
         self._was_lazy = False
@@ -269,6 +278,8 @@ class Recorder:
             self.refuse("gradients must come from the loss alone, but a gradient hook changes one")
         if self._depth == 0 and len(self.batches) == 1 and self.model is not None:
             self.first_norm = gradient_norm(self.model)
+        if self._depth == 0 and not self.optimizers and self.model is not None:
+            self._norms = gradient_norms(self.model)
 
     def _end_batch(self, tensors: Any, grad_tensors: Any = None, *_: Any, **__: Any) -> None:
         tape = self._mode.tape
@@ -392,6 +403,8 @@ class Recorder:
             self.refuse(f"each weight must have one optimizer, but the script steps two ({names})")
         if not self.optimizers:
             self.micro_steps = len(self.batches) - self._batches_before
+            now = gradient_norms(self.model) if self.model is not None else {}
+            self.changes_gradients = not are_scaled(self._norms, now)
         if self.model is not None and self.first is not None:
             self.optimizers[optimizer] = SeenOptimizer(optimizer, self.model, self.first.model)
 
@@ -431,20 +444,3 @@ def _precision_wrappers() -> tuple[Any, ...]:  # Any: classes of a library that 
     return tuple(
         vars(sys.modules[name])["_FabricModule"] for name in modules if name in sys.modules
     )
-
-
-def has_grad(parameter: nn.Parameter) -> bool:
-    """Whether a gradient has arrived."""
-    return parameter.grad is not None
-
-
-def sum_of_weights(model: nn.Module) -> float:
-    """Return the sum of all parameters, in a process that trains alone."""
-    return sum(float(local_part(p.detach()).double().sum()) for p in model.parameters())
-
-
-def gradient_norm(model: nn.Module) -> float:
-    """Return the norm of all gradients together, in a process that trains alone."""
-    own = (p.grad for p in model.parameters() if p.grad is not None)
-    gradients = {id(g): local_part(g.detach()) for g in (*own, *kept_gradients(model))}
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))

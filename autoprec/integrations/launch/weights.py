@@ -1,0 +1,40 @@
+"""What a model's weights and gradients are, in a process that trains alone."""
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from autoprec.device.ranks import local_part
+from autoprec.runtime.shards import kept_gradients
+
+SCALE_RTOL = 1e-2  # BF16 gradients that are scaled are rounded again
+
+
+def has_grad(parameter: nn.Parameter) -> bool:
+    """Whether a gradient has arrived."""
+    return parameter.grad is not None
+
+
+def sum_of_weights(model: nn.Module) -> float:
+    """Return the sum of all parameters, in a process that trains alone."""
+    return sum(float(local_part(p.detach()).double().sum()) for p in model.parameters())
+
+
+def gradient_norm(model: nn.Module) -> float:
+    """Return the norm of all gradients together, in a process that trains alone."""
+    own = (p.grad for p in model.parameters() if p.grad is not None)
+    gradients = {id(g): local_part(g.detach()) for g in (*own, *kept_gradients(model))}
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+
+
+def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
+    """Return the norm of each parameter's gradient, where there is one."""
+    own = {p: p.grad for p in model.parameters() if p.grad is not None}
+    return {p: float(local_part(g.detach()).double().square().sum()) ** 0.5 for p, g in own.items()}
+
+
+def are_scaled(before: Mapping[nn.Parameter, float], after: Mapping[nn.Parameter, float]) -> bool:
+    """Whether gradients are those before times one factor, as clipping their norm makes them."""
+    ratios = [after[p] / norm for p, norm in before.items() if p in after and norm > 0.0]
+    return not ratios or max(ratios) - min(ratios) <= SCALE_RTOL * max(ratios)
