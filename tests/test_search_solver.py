@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from autoprec.search.solver import COMPLETE_PLANS, TIE, Item, Knapsack, Outside
+from autoprec.search import solver
+from autoprec.search.solver import COMPLETE_PLANS, FRONT_GAP, TIE, Item, Knapsack, Outside
 from tests.examples import examples
 
 CLOSE = 1e-8  # relative; two sums of the same numbers in another order
@@ -196,3 +197,27 @@ def test_points_of_a_large_front_are_the_fastest_with_as_little_error(
     assert [point.ms for point in front] == sorted((p.ms for p in front), reverse=True)
     for point in front[4::5]:
         assert point.ms == pytest.approx(whole_program(groups, point.grad_error), rel=1e-5)
+
+
+ROLES = [  # error of the first block and its slope over the depth, in 1e-6, and ms
+    *((2.16, -0.015, 8.0), (2.08, -0.019, 2.0), (14.1, -0.19, 2.0), (10.6, -0.044, 8.0)),
+    *((28.5, 0.039, 28.0), (31.0, 0.19, 28.0), (24.6, 0.16, 28.0)),
+]
+
+
+def test_plans_that_are_nearly_alike_end_with_what_was_not_proven(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A proxy's errors lie on lines over the depth: to prove the least took over ten minutes."""
+    monkeypatch.setattr(solver, "MOST_NODES", 20)
+    errors = [((at + depth * by) * 1e-6, ms) for at, by, ms in ROLES for depth in range(14)]
+    groups = [[Item(ms, 2e-3 * error), Item(0.7 * ms, error)] for error, ms in errors]
+    knapsack, budget = Knapsack(groups, Outside(ms=200.0)), 2e-4
+    found = knapsack.soonest(budget)
+    assert found is not None
+    plan, bound_ms = found
+    assert plan.grad_error <= budget
+    assert 0.0 < plan.slack < 1e-3 * plan.ms
+    assert plan.ms - 2e-3 * plan.ms < bound_ms <= plan.ms - 0.5 * plan.slack
+    points = knapsack.front(near=budget)
+    assert all(point.slack <= FRONT_GAP * point.ms for point in points)
