@@ -212,7 +212,7 @@ def test_kept_tied_and_uncalled_layers_say_so() -> None:
     tables = tables_of(rows, tied={"head": "token"}, uncalled=("unused",))
     _, plan = planned(tables, keep=("fc=bf16_o2",))
     assert reason(plan, "fc") == "kept by --keep 'fc=bf16_o2'"
-    assert reason(plan, "unused") == "not called in the captured step; follows the BF16 layers"
+    assert reason(plan, "unused") == "no call with gradients in the step; follows the BF16 layers"
     assert reason(plan, "head").endswith("; tied to token")
     assert reason(plan, "token").endswith("; shares its parameter with head")
 

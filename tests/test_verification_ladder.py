@@ -9,7 +9,7 @@ import pytest
 from autoprec.errors import SettingsError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import HorizonGap, Recipe, fp8_option
+from autoprec.records import FP32, HorizonGap, Recipe, fp8_option
 from autoprec.report import RunRecords
 from autoprec.report.promise import Promise
 from autoprec.report.summary import summarise_run
@@ -100,6 +100,15 @@ def test_a_proof_climbs_its_horizons_with_the_plan_that_stands() -> None:
     ]
     assert " over 8 steps, " in said
     assert " over 16 steps; " in said
+
+
+def test_no_length_is_trained_for_a_plan_that_is_the_reference() -> None:
+    context = Context(mlp_workload(), CPU)
+    spec = capture_model(context)
+    terms = Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4, horizons=(8, 16))
+    plan = plan_of(spec, FP32)
+    found = verify_plans(context, [plan], loss_tolerance=0.9, spec=spec, terms=terms)
+    assert found.horizons == ()
 
 
 def test_horizons_and_a_budget_are_read_and_not_both() -> None:

@@ -45,7 +45,7 @@ CODES = {
     "fp32": "BF16 is slower than FP32 here",
     "fp32-costs": "BF16 is faster, but its gradient error too high, or all are FP32",
     "no-bf16": "BF16 cannot take it, or its time is not known",
-    "uncalled": "not called in the captured step: it follows the others",
+    "uncalled": "no call with gradients in the captured step: it follows the others",
 }
 COUNTS = ("calls", "samples", "rejected")
 

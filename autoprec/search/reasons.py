@@ -69,7 +69,7 @@ def _reason(why: Why, index: int) -> str:
         return f"{KEPT} {keep.text!r}{recipe}"
     if not layer.calls:
         others = "FP32" if is_all_fp32(why.options) else "BF16"
-        why_not = USED_UNCALLED if layer.is_used_uncalled else "not called in the captured step"
+        why_not = USED_UNCALLED if layer.is_used_uncalled else "no call with gradients in the step"
         return f"{why_not}; follows the {others} layers"
     if option.is_fp8:
         return _why_fp8(why, index)

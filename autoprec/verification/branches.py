@@ -235,7 +235,8 @@ def _check_reference(session: Session, branch: Branch) -> None:
     if abs(branch.eval_loss) < SMALLEST_LOSS:
         raise WorkloadError(
             "a relative loss gap needs an evaluation loss away from zero, but the "
-            f"reference's is {branch.eval_loss:.3g}; evaluate on harder held-out batches"
+            f"reference's is {branch.eval_loss:.3g}; evaluate on harder held-out batches, or leave "
+            "the proof out (--no-verify)"
         )
     if branch.eval_losses == session.checkpoint.eval_losses:
         raise WorkloadError(
