@@ -281,6 +281,11 @@ def test_kinks_count_in_other_rows_as_they_do_in_measured_ones(
     others = {cell: error for cell, error in found.errors.items() if cell not in measured}
     assert others == pytest.approx({c: truth[c] for c in others}, rel=0.15)
     assert (others[("layer8", rowwise)] == 2e-3) == (scale == 1.0)
+    # rows that have no factor in common say nothing of others
+    for i, cell in enumerate(measured):
+        exact[cell] = Estimate(mean=truth[cell] / 2 * (2.5 if i % 2 else 0.4))
+    found = refine_table(reference, table, measured, batches=1, probed=first)  # type: ignore[arg-type]  # as above
+    assert all(found.errors[cell] == 2e-3 for cell in others)
 
 
 def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:

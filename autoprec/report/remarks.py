@@ -31,7 +31,10 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         yield f"outside any layer, in the plan's activation dtype: {names}"
     if model.uncalled:
         names = first_and_more(model.uncalled, most=MOST_NAMED)
-        yield f"no call with gradients (under no_grad at most) in the captured step, so not timed: {names}"
+        yield (
+            "no call with gradients (under no_grad at most) in the captured step, so not timed: "
+            f"{names}"
+        )
     if len(model.mix) > 1:
         yield _mix_note(profile)
     yield from _timing_notes(profile)

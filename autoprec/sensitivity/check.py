@@ -18,16 +18,13 @@ from autoprec.records import BF16_O2, Estimate, JointMeasurement
 from autoprec.sensitivity.doubts import LARGE_ERROR, forward_casts, is_whole, on_their_own
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
-from autoprec.sensitivity.tables import Method, Table, multiplied, refine_table
+from autoprec.sensitivity.tables import SPREAD, Method, Table, multiplied, refine_table
 
 MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are measured
 NEAR = 1.25  # and then until it is within this
 CHECKED_PASSES = 12  # that measure rows at most
 AT_ONCE = 3
-# Root mean square of the logarithms of what was measured one by one over what probes had, from
-# which other rows are guesses: an eighth of a normal distribution is beyond a factor of two then.
-# In eight families with all rows within it is 0.11 to 0.42, in nine with rows beyond 0.53 to 1.66.
-SPREAD, FEWEST = 0.45, 4
+FEWEST = 4  # rows that tell whether the others are guesses
 
 
 @dataclass(frozen=True)
