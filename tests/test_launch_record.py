@@ -554,6 +554,11 @@ REFUSALS = {
         "import threading; model(x, threading.Lock()); loss = F.cross_entropy(model(x), y)",
         "can be copied",
     ),
+    "a closure in the place of forward": (
+        "loss = F.cross_entropy(model(x), y)",
+        "model.forward = lambda x: Net.forward(main, 2 * x); loss = F.cross_entropy(model(x), y)",
+        "make that a method",
+    ),
     "hidden inputs": (
         "loss = F.cross_entropy(model(x), y)",
         "model.shift = y[0].item(); loss = F.cross_entropy(model(x), y)",
@@ -561,7 +566,7 @@ REFUSALS = {
     ),
 }
 EXTRA = """
-other = nn.Linear(16, 16)
+main, other = model, nn.Linear(16, 16)
 others = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
 turns = [torch.optim.SGD(model.first.parameters()), torch.optim.Adam(model.head.parameters())]
 class Doubled(torch.autograd.Function):

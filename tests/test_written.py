@@ -16,6 +16,7 @@ from autoprec.model.context import Context
 from autoprec.model.meta import capture_on_meta
 from autoprec.records import AsWritten, ModelSpec
 from autoprec.workload.functions import Workload, workload_from
+from autoprec.workload.written import is_compiled
 from tests.constant_clock import CPU
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 from tests.models import WIDTH, Mlp, mlp_workload
@@ -119,8 +120,17 @@ def compiled_in_part() -> nn.Module:
     return model
 
 
+def compiled_on_the_object() -> nn.Module:
+    model = Mlp()
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    return model
+
+
+BUILDERS = [compiled, compiled_in_place, compiled_in_part, compiled_on_the_object]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("build_model", [compiled, compiled_in_place, compiled_in_part])
+@pytest.mark.parametrize("build_model", BUILDERS)
 def test_a_model_that_its_user_compiles_is_captured_like_any_other(
     build_model: Callable[[], nn.Module],
 ) -> None:
@@ -128,6 +138,7 @@ def test_a_model_that_its_user_compiles_is_captured_like_any_other(
     assert spec.as_written == AsWritten(is_compiled=True)
     assert spec.names == ("first", "second", "norm", "head")
     assert spec.uncalled == ()
+    assert not is_compiled(workload(build_model).build_model())
     plain = captured(workload())
     assert plain.as_written == AsWritten()
     assert plain.as_written.is_fp32
@@ -135,8 +146,9 @@ def test_a_model_that_its_user_compiles_is_captured_like_any_other(
 
 
 @pytest.mark.usefixtures("own_main")
+@pytest.mark.parametrize("what", ["model", "model.forward"])
 def test_a_scripts_autocast_and_compiling_are_those_of_the_step_as_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     caplog.set_level(logging.ERROR)
     loop = LOOP.replace(
@@ -144,7 +156,7 @@ def test_a_scripts_autocast_and_compiling_are_those_of_the_step_as_written(
         "    with torch.autocast('cpu', dtype=torch.bfloat16):\n"
         "        loss = F.cross_entropy(model(x), y)\n",
     )
-    compile_it = "model = torch.compile(model, backend='eager')\n"
+    compile_it = f"{what} = torch.compile({what}, backend='eager')\n"
     script = Script(write_script(tmp_path, HEAD + compile_it + loop), ("99",))
     given = record_workload(script, steps=8)
     spec = captured(given)

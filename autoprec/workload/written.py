@@ -9,6 +9,7 @@ An autocast that is switched on inside a forward which the user compiles is trac
 so a compiled step keeps it.
 """
 
+import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -53,9 +54,31 @@ def dtype_name(dtype: torch.dtype) -> str:
 def is_compiled(model: nn.Module) -> bool:
     """Whether the user compiles a model: it, or a module within it."""
     return any(
-        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or _compiled_forward(module) is not None
         for module in model.modules()
     )
+
+
+def _compiled_forward(module: nn.Module) -> Any:  # Any: whatever can be compiled
+    """Return what was compiled where `module.forward = torch.compile(module.forward)`, or None."""
+    return getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+
+
+def take_off_compiled_forwards(model: nn.Module) -> None:
+    """Put what was compiled in the place of compiled forwards on module objects.
+
+    In a copy too, where torch's function still is that of the original.
+    """
+    for module in model.modules():
+        own = _compiled_forward(module)
+        if own is None or isinstance(module, OptimizedModule):
+            continue
+        function = getattr(own, "__func__", None)
+        vars(module)["forward"] = types.MethodType(function, module) if function else own
+        if function is type(module).forward:
+            del vars(module)["forward"]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -65,6 +88,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     """
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
+    take_off_compiled_forwards(model)
     for module in list(model.modules()):
         module._compiled_call_impl = None
         for name, child in module.named_children():

@@ -187,6 +187,8 @@ def check_recording(
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     inputs = "the model or its loss depends on something else than the model's inputs"
+    if "forward" in vars(model) and not hasattr(model.forward, "__self__"):
+        inputs = "its copy runs the forward that is on the script's object; make that a method"
     other = "the gradient does not only come from the loss (hooks, or a forward that was replaced)"
     for what, found, wanted, tolerance, cause in (
         ("loss", float(loss.detach()), recorder.losses[0], LOSS_RTOL, inputs),

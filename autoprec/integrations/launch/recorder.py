@@ -48,7 +48,7 @@ from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
 from autoprec.workload.optimizers import StepArguments, after_closure, trained_by
-from autoprec.workload.written import is_compiled
+from autoprec.workload.written import is_compiled, take_off_compiled_forwards
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
 MOST_CALLS = 16  # on inputs of their own before one backward: outputs of all are kept until then
@@ -264,6 +264,7 @@ class Recorder:
             reason = error_line(error)
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
+        take_off_compiled_forwards(template)
         return FirstCall(template, device, autocast, is_compiled, policy)
 
     # --- backward --------------------------------------------------------------------------------
