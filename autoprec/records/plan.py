@@ -235,7 +235,7 @@ class SearchTrial(Record):
 
 
 class Search(FileRecord):
-    """What the search looked at: the exact front with its bound, and every plan it evaluated.
+    """What the search looked at: the front with its bound, and every plan it evaluated.
 
     `exact` is the best additive plan within the constraint and `bound_ms` the proven lower bound of
     the step time of any; `expected` would be the best if every expected gain were sure (see

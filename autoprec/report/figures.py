@@ -26,7 +26,7 @@ MOST_CHARACTERS = 43  # of a name, in the 12 px system font, left of the bars
 CLIP = 2.2  # times longer than the others, from which a bar is cut and a plan left out
 MOST_BARS = 12  # groups of layers; the table has them all
 PARETO_KEYS = {
-    "bound": "exact front, sums of the tables (predicted)",
+    "bound": "front within 0.1 %, sums of the tables (predicted)",
     "tried": "plan tried",
     "outside": "outside the constraint",
     "o-plan": "chosen",
