@@ -17,6 +17,7 @@ from autoprec.records import (
     Refusal,
     Verdict,
 )
+from autoprec.records.verification import LossGap, Proxy
 from autoprec.report import RunRecords, formats, layers_frame, print_record, print_summary
 from autoprec.report.answer_page import print_answer
 from autoprec.report.formats import clean_text
@@ -74,6 +75,26 @@ def record_text(record: Record) -> str:
 
 def test_the_answer_in_every_case_at_80_and_120_columns() -> None:
     check_golden("answers.txt", sections(answers(), (80, 120)))
+
+
+def test_a_proof_on_a_proxy_is_not_cut_before_its_tolerance() -> None:
+    run = make_run()
+    assert run.verification
+    proxy = Proxy(
+        name="small.py",
+        structure="0",
+        parameters=180_416,
+        model_structure="1",
+        model_parameters=1_300_000_000,
+        plan="2",
+        grad_error=0.01,
+    )
+    gap = LossGap(mean=2.2e-5, low=-1.6e-4, high=2.1e-3, confidence=0.95, seeds=3)
+    known = {"proxy": proxy, "gap": gap, "loss_tolerance": 3e-3}
+    proof = run.verification.model_copy(update=known)
+    target = console(80)
+    print_answer(summarise_run(replace(run, verification=proof)), target)
+    assert "3 seeds); the tolerance is 0.30 %" in squeezed(printed(target))
 
 
 def test_the_answer_of_every_size_at_every_width() -> None:

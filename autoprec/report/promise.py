@@ -105,8 +105,9 @@ class Promise:
             return "not verified"
         model = ""
         if self.proxy:
-            sizes = map(formats.parameters, (self.proxy.parameters, self.proxy.model_parameters))
-            model = " on a proxy of {} (for {})".format(*sizes)
+            small = formats.parameters(self.proxy.parameters)
+            large = formats.parameters(self.proxy.model_parameters).removesuffix(" parameters")
+            model = f" on a proxy of {small} (for {large})"
         steps = f"{self.warmup_steps:,} in FP32, {self.branch_steps:,} with the plan"
         return f"{self.verdict}{model} {self.reach} ({steps})"
 
