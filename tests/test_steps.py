@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,34 @@ def test_steps_take_the_memory_of_one_of_them() -> None:
     with tracked_peak() as together:
         timed(wide_workload(), {"fp32": {}, "bf16_o2": bf16, "other": Eager(bf16)}, samples=2)
     assert together.rise_bytes < 1.1 * alone.rise_bytes
+
+
+ON_DEVICE: "weakref.WeakSet[Waiting]" = weakref.WeakSet()
+
+
+class Waiting:
+    """A batch on a host; it is another on the device."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+        self.pair = pair
+
+    def to(self, _device: torch.device) -> "Waiting":
+        """Return it on the device."""
+        ON_DEVICE.add(moved := Waiting(self.pair))
+        return moved
+
+
+def test_a_step_has_its_own_batches_alone_on_the_device() -> None:
+    alive = []
+
+    def loss_fn(model: nn.Module, batch: Waiting) -> Tensor:
+        alive.append(len(ON_DEVICE))
+        return mse(model, batch.pair)
+
+    functions = {"build_model": Mlp, "loss_fn": loss_fn, "accumulation_steps": 2}
+    batches = {"train_batches": lambda seed: map(Waiting, BASE.train_batches(seed))}
+    timed(workload_from({**functions, **batches}), {"fp32": {}})
+    assert set(alive) == {2}
 
 
 def transformers_adafactor(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:

@@ -44,7 +44,7 @@ from autoprec.profiler.kept import STEP, KeptRows
 from autoprec.profiler.parking import Parking
 from autoprec.records import FP32, AsWritten, Option, StepTiming
 from autoprec.runtime import attach_optimizer, install_options
-from autoprec.workload.functions import Batch, take_batches
+from autoprec.workload.functions import Batch, move_batch, take_batches
 from autoprec.workload.training import Training
 from autoprec.workload.written import is_compiled, no_autocast
 
@@ -100,9 +100,7 @@ def time_steps(
         DeviceError: FP32 or a plan does not fit into the device's memory.
     """
     release_memory(context.device)  # what was timed or recorded before: whole steps need the room
-    batches = take_batches(
-        context.workload, seed=context.seed, count=BATCHES, device=context.device
-    )
+    batches = take_batches(context.workload, seed=context.seed, count=BATCHES)
     monitor = monitor or find_monitor(context.device)
     with TemporaryDirectory(prefix="autoprec-") as folder:
         own = (stopping, monitor, compilation, Path(folder), tuple(fp32_outputs))
@@ -133,17 +131,17 @@ class _Arm:
 
 @dataclass
 class _Comparison:
-    """What the variants of one comparison share; `round` says which batch is next."""
+    """What the variants of one comparison share."""
 
     context: Context
-    batches: Sequence[Batch]
+    batches: Sequence[Batch]  # where they were made
     stopping: Stopping
     monitor: Monitor
     compilation: Compilation | None
     folder: Path  # where variants wait for their turn
     fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
     kept: KeptRows = field(default_factory=KeptRows)  # told which variant is in flight
-    round: int = 0
+    ready: Sequence[Batch] = ()  # those of the next step, on the device
     left_out: dict[str, str] = field(default_factory=dict)  # baselines, and why
 
     def time_in_turns(self, variants: Mapping[str, Variant]) -> tuple[StepTiming, ...]:
@@ -184,7 +182,7 @@ class _Comparison:
         first = turn * stopping.samples  # every variant sees the same batches in a turn
 
         def prepare(number: int) -> None:
-            self.round = first + number
+            self._prepare(first + number)
 
         arm.parking.come_back()
         try:
@@ -273,6 +271,7 @@ class _Comparison:
         """Return a variant, run and compiled for every batch, away from the device."""
         device = self.context.device
         on_cuda = device.type == "cuda"
+        self._prepare(0)
         before = torch.cuda.memory_allocated(device) if on_cuda else 0
         model, optimizer, compiled = self._make_model(variant, eagerly=eagerly)
         step = self._make_step(model, optimizer, variant)
@@ -282,7 +281,7 @@ class _Comparison:
             if compiled:
                 compilation = self.compilation or Compilation(device)
                 for number in range(len(self.batches)):
-                    self.round = number
+                    self._prepare(number)
                     compilation.run_first(step)
             elif on_cuda:
                 step()
@@ -329,17 +328,24 @@ class _Comparison:
     ) -> Function:
         workload = self.context.workload
         autocast = self._autocast if variant == AUTOCAST else nullcontext()
-        training, count = Training(workload, model, optimizer), workload.accumulation_steps
+        training = Training(workload, model, optimizer)
 
         def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             with autocast:  # as torch advises: backward outside, in the dtypes of forward
                 return workload.written_loss(model, batch)
 
         def step() -> None:
-            numbers = range(self.round * count, (self.round + 1) * count)
-            training.step([self.batches[n % len(self.batches)] for n in numbers], loss_fn=loss_fn)
+            training.step(self.ready, loss_fn=loss_fn)
 
         return step
+
+    def _prepare(self, number: int) -> None:
+        """Bring the batches of a round's step to the device, and let go of those before."""
+        self.ready, count = (), self.context.workload.accumulation_steps
+        own = (
+            self.batches[n % len(self.batches)] for n in range(number * count, (number + 1) * count)
+        )
+        self.ready = [move_batch(batch, self.context.device) for batch in own]
 
     @cached_property
     def _autocast(self) -> torch.autocast:
