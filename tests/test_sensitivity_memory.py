@@ -4,6 +4,7 @@ import io
 import logging
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
+import autoprec
 from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -31,7 +33,7 @@ from autoprec.sensitivity.replay import differentiated_calls
 from autoprec.sensitivity.tables import Method, make_table
 from autoprec.workload.functions import Workload
 from tests.memory_families import convolutions, decoder, family, mlp, tokens, values
-from tests.models import token_workload
+from tests.models import Mlp, mlp_workload, token_workload
 from tests.peaks import sensitivity_peak, tracked_peak, training_peak
 
 CPU = torch.device("cpu")
@@ -357,3 +359,12 @@ def test_a_full_device_means_smaller_groups_and_one_warning(
     assert reference.groups > 1
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert all(map(torch.equal, weights, reference.model.parameters()))
+
+
+def test_a_limit_below_all_ways_is_told_before_the_profile(tmp_path: Path) -> None:
+    given = mlp_workload()
+    functions = {"build_model": Mlp, "train_batches": given.train_batches, "loss_fn": given.loss_fn}
+    out, word = tmp_path / "run", "but sensitivity takes about .* even with few layers at a time"
+    with pytest.raises(DeviceError, match=word):
+        autoprec.tune(functions, target="h100-sxm", memory_limit="20KiB", out=out)
+    assert not (out / "profile.json").exists()

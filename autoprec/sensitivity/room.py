@@ -35,17 +35,9 @@ def plan_groups(context: Context, spec: ModelSpec) -> tuple[int, bool]:
     limit, free = context.memory_limit, free_bytes(context.device)
     bar = max(sensitivity_bar(spec), SMALL)
     room = limit or min(bar, bar if free is None else free)
-    predicted = partial(sensitivity_bytes, spec, batches=_held(context))
-    ways = [(predicted(groups=n), n, False) for n in range(1, len(spec.layers) + 1)]
-    last = (predicted(is_parked=True), 1, True)  # fewer layers at a time would take as much
+    *ways, last = check_limit(context, spec)
     size, groups, is_parked = next((way for way in ways if way[0] <= room / MARGIN), last)
-    least = min(way[0] for way in (*ways, last))
     text = f"sensitivity takes about {shown_bytes(size)} on {context.device}"
-    if limit and least > limit:
-        raise DeviceError(
-            f"what tuning takes must keep within --memory-limit {shown_bytes(limit)}, but {text} "
-            "even with few layers at a time; raise it, or make the batch smaller"
-        )
     if free is not None and size > free:
         log.warning("%s, and %s are free: it may not fit", text, shown_bytes(free))
     # all ranks go the same way
@@ -54,6 +46,25 @@ def plan_groups(context: Context, spec: ModelSpec) -> tuple[int, bool]:
     parked = ", parked while the model runs" if is_parked else ""
     log.info("%s at its peak, with the layers in %d groups%s", text, groups, parked)
     return groups, is_parked
+
+
+def check_limit(context: Context, spec: ModelSpec) -> list[tuple[int, int, bool]]:
+    """Return the ways to measure, each with its bytes, groups of layers and whether it parks.
+
+    Raises:
+        DeviceError: each of them takes more than --memory-limit.
+    """
+    predicted = partial(sensitivity_bytes, spec, batches=_held(context))
+    ways = [(predicted(groups=n), n, False) for n in range(1, len(spec.layers) + 1)]
+    ways.append((predicted(is_parked=True), 1, True))  # fewer layers would take as much then
+    limit, least = context.memory_limit, min(size for size, _, _ in ways)
+    if limit and least > limit:
+        raise DeviceError(
+            f"what tuning takes must keep within --memory-limit {shown_bytes(limit)}, but "
+            f"sensitivity takes about {shown_bytes(least)} on {context.device} even with few "
+            "layers at a time; raise it, or make the batch smaller"
+        )
+    return ways
 
 
 def agreed_groups(context: Context, spec: ModelSpec, groups: int, *, is_parked: bool) -> int:

@@ -29,6 +29,7 @@ def make_profile(run: "Run") -> Profile:
     options, gemms_hp = settings.fp8_options, settings.gemms_hp
     if run.proxy is not None:
         check_proxy(run.spec, run.proxy.spec)  # before minutes of profiling
+    _check_sensitivity(run)
     _check_proof(run)
     if run.target is None:
         from autoprec.profiler import KeptRows, profile_model
@@ -57,6 +58,16 @@ def make_profile(run: "Run") -> Profile:
     )
     kept_fp8(settings, profile.model)
     return profile
+
+
+def _check_sensitivity(run: "Run") -> None:
+    """Check that sensitivity, if it will be measured, can keep within --memory-limit."""
+    settings, measured = run.settings, run.proxy or run
+    is_asked = settings.sensitivity is None and "sensitivity" in measured.stages
+    if settings.memory_limit and is_asked and not measured.settings.meta:
+        from autoprec.sensitivity.room import check_limit
+
+        check_limit(measured.context, measured.spec)
 
 
 def _check_proof(run: "Run") -> None:
