@@ -170,6 +170,7 @@ def test_what_the_neighbours_time_is_uncertain_by_is_in_the_layers_time() -> Non
     assert error > abs(math.log(3.5 / 5.0))  # by the medians a gain, but no sure one
 
 
+@pytest.mark.slow  # of steps, test_steps.py has the same
 def test_a_layer_that_compiles_in_every_sample_is_timed_eagerly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

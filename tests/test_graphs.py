@@ -103,7 +103,11 @@ def graphs_of(model: nn.Module) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("option", [BF16_O2, fp8_option(Recipe.TENSORWISE)], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(BF16_O2, marks=pytest.mark.slow), fp8_option(Recipe.TENSORWISE)],
+    ids=str,
+)
 def test_a_plans_model_is_one_graph_as_the_plain_one(option: Option) -> None:
     model = Decoder()
     names = [name for name, _ in model.named_modules() if "norm" in name]

@@ -115,7 +115,7 @@ def test_at_most_24_bytes_per_parameter_and_6_per_layer_io_element() -> None:
 @pytest.mark.parametrize(
     ("workload", "tolerance"),
     [
-        (mlp(width=96, depth=6, batch=16), 0.15),
+        pytest.param(mlp(width=96, depth=6, batch=16), 0.15, marks=pytest.mark.slow),
         pytest.param(convolutions(width=16, depth=2, batch=16), 0.15, marks=pytest.mark.slow),
         (token_workload(), 0.3),  # so small that rows are not taken in parts
     ],
