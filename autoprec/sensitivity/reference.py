@@ -48,7 +48,7 @@ from autoprec.sensitivity.preconditioner import Preconditioner, read_preconditio
 from autoprec.sensitivity.real import real_view
 from autoprec.sensitivity.room import plan_groups
 from autoprec.sensitivity.warm_up import OnWarm, WarmUp, read_or_trained, restore, train_steps
-from autoprec.workload.functions import Batch, check_loss, move_batch
+from autoprec.workload.functions import Batch, NoGradientError, check_loss, move_batch
 from autoprec.workload.training import Training
 
 KEPT_SHARE = 0.5  # of the host's free memory: reference gradients up to this are not run again
@@ -72,10 +72,6 @@ class ReferenceGradient(NamedTuple):
 
     of: dict[Tensor, Tensor]
     squared_norm: float
-
-
-class NoGradientError(WorkloadError):
-    """A batch whose loss moves no weight, as one in which every sample keeps its margin."""
 
 
 @dataclass
@@ -125,9 +121,8 @@ class Reference:
                     break
                 except NoGradientError as error:  # ranks have the same sum, so all go on or none
                     if tried == MOST_TRIES:
-                        raise NoGradientError(
-                            f"{error} ({tried} batches in a row are so)"
-                        ) from None
+                        said = f"{error} ({tried} batches in a row are so)"
+                        raise NoGradientError(said) from None
                     self.passed_over += 1
         self.put_back()
 

@@ -362,6 +362,10 @@ def _are_equal_parts(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
+class NoGradientError(WorkloadError):
+    """A batch whose loss moves no weight, as one in which every sample keeps its margin."""
+
+
 def check_loss(loss: Tensor, *, where: str) -> float:
     """Return the loss as a float."""
     value = float(loss.detach())
