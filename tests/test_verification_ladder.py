@@ -1,10 +1,17 @@
 """The gap over other lengths: which are trained, how it grows, and what to expect further on."""
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from autoprec.errors import SettingsError
 from autoprec.model.capture import capture_model
@@ -15,8 +22,10 @@ from autoprec.report.promise import Promise
 from autoprec.report.summary import summarise_run
 from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms, verify_plans
+from autoprec.verification.gate import open_session
 from autoprec.verification.ladder import climb, gap_growth, rung_terms
 from autoprec.verification.sequential import gap_interval
+from autoprec.workload.functions import workload_from
 from tests.models import mlp_workload
 from tests.test_verification_gate import CPU, plan_of
 
@@ -100,6 +109,51 @@ def test_a_proof_climbs_its_horizons_with_the_plan_that_stands() -> None:
     ]
     assert " over 8 steps, " in said
     assert " over 16 steps; " in said
+
+
+class Shaken(nn.Module):
+    """A model that draws from numpy and `random` in training, as layer drop in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = np.random.uniform() + random.random() if self.training else 1.0
+        y: Tensor = self.last(x + scale * self.first(x).tanh())
+        return y
+
+
+@pytest.mark.parametrize(("rise", "trained"), [(0, 4), (2, 4), (40, 8)])
+def test_a_warm_up_goes_on_from_a_shorter_one_where_it_is_the_same(rise: int, trained: int) -> None:
+    """Bit for bit, of a model and a stream that draw from global generators."""
+    steps = 0
+
+    def train_batches(seed: int) -> Iterator[Tensor]:
+        torch.manual_seed(seed)
+        while True:
+            yield torch.randn(4, 8)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        nonlocal steps
+        steps += model.training
+        loss: Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        return loss
+
+    def build_scheduler(optimizer: Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
+
+    functions = {"build_model": Shaken, "train_batches": train_batches, "loss_fn": loss_fn}
+    context = Context(workload_from({**functions, "build_scheduler": build_scheduler}), CPU)
+    session = partial(open_session, context, loss_tolerance=0.1)
+    shorter = session(Terms(warmup_steps=4)).checkpoint
+    straight = session(Terms(warmup_steps=8)).checkpoint
+    random.seed(7)
+    np.random.seed(7)
+    steps = 0
+    going_on = session(Terms(warmup_steps=8), earlier=shorter).checkpoint
+    assert (going_on.curve, going_on.eval_losses) == (straight.curve, straight.eval_losses)
+    assert steps == trained
 
 
 def test_no_length_is_trained_for_a_plan_that_is_the_reference() -> None:

@@ -49,6 +49,11 @@ class Checkpoint:
     schedule: tuple[int, int] | None = None
     is_sharded: bool = False
 
+    @property
+    def is_at_pace(self) -> bool:
+        """Whether each step of the training was one step of its schedule."""
+        return self.schedule is None or self.schedule[1] == 1
+
 
 def save_checkpoint(
     path: Path | str,

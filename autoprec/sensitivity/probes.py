@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.common.text import short_digest
+from autoprec.device.random_state import seeded
 from autoprec.device.ranks import (
     check_same,
     local_part,
@@ -64,7 +65,7 @@ from autoprec.sensitivity.local import (
 )
 from autoprec.sensitivity.moves import FINER, Moved, Pass, run_freely, run_moved
 from autoprec.sensitivity.parked import back, floating_shapes
-from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of, seeded
+from autoprec.sensitivity.reference import Reference, ReferenceGradient, gradient_of
 from autoprec.sensitivity.replay import (
     OtherwiseAloneError,
     Watched,
@@ -255,7 +256,7 @@ def _products_of(
     """
     reference, seed = step.reference, step.reference.context.seed * 104_729 + step.index
     found: dict[Key, Tensor] = {}
-    with seeded(seed, reference.context.device), tf32_off():
+    with seeded(seed), tf32_off():
         for name in step.layers:  # what is made of one layer is gone before the next comes back
             fp8 = options.get(name, ())
             products = _products_of_layer(

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -24,7 +24,7 @@ from autoprec.common.progress import NOW, report_nothing
 from autoprec.common.recipes import APPLICABLE_RECIPES, Precision
 from autoprec.common.text import first_and_more
 from autoprec.device.memory import free_bytes
-from autoprec.device.random_state import random_state_kept, seed_generators
+from autoprec.device.random_state import random_state_kept, seeded
 from autoprec.device.ranks import (
     largest_over_ranks,
     local_part,
@@ -157,7 +157,7 @@ class Reference:
         hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.put_back()
         before = None if self.followers is not None else _frozen_state(self.model)
-        with seeded(self.context.seed * 7919 + index, self.context.device), tf32_off():
+        with seeded(self.context.seed * 7919 + index), tf32_off():
             batch = move_batch(self.batches[index], self.context.device)
             try:
                 loss: Tensor = self.context.workload.loss_fn(self.model, batch)
@@ -357,7 +357,7 @@ def _trained(
     training = restore(context, start, warmup_steps=steps)
     stream = context.workload.train_batches(context.seed)
     early: tuple[StepError, ...] = ()
-    with seeded(context.seed, context.device), tf32_off():
+    with seeded(context.seed), tf32_off():
         numbers = range(1, steps + 1)
         first, last = numbers[:EARLY_STEPS], numbers[EARLY_STEPS:]
         train = partial(train_steps, training, context, of=steps, stage="sensitivity")
@@ -406,14 +406,6 @@ def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
             f"the workload's model must be the captured one ({spec.structure}), but it is "
             f"{structure}; capture or profile it again"
         )
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators inside, and restore them on leaving."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seed_generators(seed)
-        yield
 
 
 def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:

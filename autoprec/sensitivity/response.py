@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from autoprec.device.random_state import seed_generators
+from autoprec.device.random_state import seeded
 from autoprec.device.ranks import local_part
 from autoprec.sensitivity.moments import Rule, State, moment_rule, number, outer, shape_rules
 from autoprec.sensitivity.real import of_dtype, real_view
@@ -113,8 +113,7 @@ def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Te
     other.param_groups = [{**copy.deepcopy(settings, memo), "params": [own]}]
     other.state = defaultdict(dict, {own: copy.deepcopy(state, memo)} if state else {})
     other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
-    with torch.random.fork_rng(devices=[own.device] if own.device.type == "cuda" else []):
-        seed_generators(0)  # stochastic rounding is the same in all copies
+    with seeded(0):  # stochastic rounding is the same in all copies
         other.step()
     return real_view(own.detach()).float()
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoprec.device.random_state import seed_generators
+from autoprec.device.random_state import seeded
 from autoprec.device.ranks import world_size
 from autoprec.model.context import Context
 from autoprec.records.sensitivity import StepError
@@ -49,16 +49,20 @@ def read_or_trained(
         if known is not None:
             training = restore(context, known.checkpoint, warmup_steps=steps)
             known.put_gradients(training)
-            # past the batches that it was trained on
-            stream = context.workload.train_batches(context.seed)
-            deque(step_batches(context.workload, stream, count=steps), maxlen=0)
-            return WarmUp(training, stream, known.curve, known.step_s)
+            return WarmUp(training, stream_after(context, steps), known.curve, known.step_s)
         made = train(steps=steps)
         if kept is not None:
             keep_reference(kept, made.training, curve=made.curve, step_s=made.step_s)
         if on_warm is not None:
             on_warm(made.training, made.curve)
         return made
+
+
+def stream_after(context: Context, steps: int) -> Iterator[Batch]:
+    """Return the stream of the batches after those of so many steps."""
+    stream = context.workload.train_batches(context.seed)
+    deque(step_batches(context.workload, stream, count=steps), maxlen=0)
+    return stream
 
 
 def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: int = 0) -> Training:
@@ -92,9 +96,9 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
     return training
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's generators for a step of a training, so that it draws the same in any other."""
-    seed_generators((seed * SEED_STRIDE + step) % 2**63)
+def seed_of(seed: int, step: int) -> int:
+    """Return the seed of a step of a training, so that it draws the same in any other."""
+    return (seed * SEED_STRIDE + step) % 2**63
 
 
 def train_steps(
@@ -113,9 +117,9 @@ def train_steps(
     for step in steps:
         context.progress(f"{stage}: warm-up", step - 1, of)
         batches = move_batch(next(drawn_by_step), context.device)
-        seed_step(context.seed, step - 1)
-        started = time.perf_counter()  # the user's data loading is no part of a step
-        loss = training.step(batches)
+        with seeded(seed_of(context.seed, step - 1)):
+            started = time.perf_counter()  # the user's data loading is no part of a step
+            loss = training.step(batches)
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
         del batches  # before the next are drawn

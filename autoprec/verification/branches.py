@@ -14,7 +14,7 @@ where there is one. Beside it the same batches go through the branch's own forwa
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from autoprec.device.random_state import seeded
 from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
@@ -33,8 +34,7 @@ from autoprec.runtime.checkpoint import Checkpoint, on_cpu
 from autoprec.runtime.finite import StepWatch
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.gemm import fast_gemms
-from autoprec.sensitivity.reference import seeded
-from autoprec.sensitivity.warm_up import restore, seed_step, train_steps
+from autoprec.sensitivity.warm_up import restore, seed_of, stream_after, train_steps
 from autoprec.verification.metrics import check_finite, check_names, measure_metrics
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, move_batch
@@ -73,14 +73,17 @@ def warm_up(
 ) -> Checkpoint:
     """Train the FP32 reference for `steps` (from `start`, or from scratch) and return its state.
 
+    A `start` that is a warm-up of fewer steps is one on the way.
+
     Raises:
         WorkloadError: the loss becomes NaN or infinite.
     """
-    with seeded(context.seed, context.device), tf32_off():
+    known = () if start is None or start.optimizer is None else start.curve[:steps]
+    with seeded(context.seed), tf32_off():
         training = restore(context, start, warmup_steps=steps)
-        stream, numbers = context.workload.train_batches(context.seed), range(1, steps + 1)
+        stream, numbers = stream_after(context, len(known)), range(len(known) + 1, steps + 1)
         curve, _ = train_steps(training, context, stream, numbers, of=steps, stage="verify")
-        return state_of(context, training, evaluation, [loss for _, loss in curve])
+        return state_of(context, training, evaluation, [*known, *(loss for _, loss in curve)])
 
 
 def state_of(
@@ -107,7 +110,7 @@ def train_branch(
     context, steps = session.context, session.terms.branch_steps
     losses: tuple[float, ...] = ()
     metrics: dict[str, float] = {}
-    with seeded(context.seed, context.device):
+    with seeded(context.seed):
         training = restore(context, session.checkpoint)
         done = _train_with(session, training, variant, seed=seed, reference=reference)
         # the plan is taken out again: what is evaluated are the FP32 master weights
@@ -187,18 +190,16 @@ def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) ->
     with _evaluating(model):
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
-            seed = partial(seed_step, context.seed, EVAL_STEP + index)
+            seed = seed_of(context.seed, EVAL_STEP + index)
             losses.append(_loss(context, model, batch, seed))
     return tuple(losses)
 
 
-def _loss(context: Context, model: nn.Module, batch: Batch, seed: Callable[[], None]) -> float:
+def _loss(context: Context, model: nn.Module, batch: Batch, seed: int) -> float:
     """Return a loss without gradients; with them where that fails: it may be made of some."""
-    seed()
-    with suppress(WorkloadError):  # one of another reason comes again
+    with suppress(WorkloadError), seeded(seed):  # one of another reason comes again
         return float(context.workload.loss_fn(model, batch))
-    seed()
-    with torch.enable_grad():
+    with torch.enable_grad(), seeded(seed):
         return float(context.workload.loss_fn(model, batch).detach())
 
 
@@ -248,7 +249,7 @@ def _check_reference(session: Session, branch: Branch) -> None:
 def _floor(session: Session, first: Branch) -> float:
     """Return the relative gap between two runs of one reference: 0.0 when bit for bit."""
     context, seed = session.context, first.seed
-    with seeded(context.seed, context.device):
+    with seeded(context.seed):
         training = restore(context, session.checkpoint)
         replay = tuple(islice(_train(session, training, "replay", seed=seed), REPLAY_STEPS))
     if replay == first.curve[: len(replay)]:
@@ -268,7 +269,8 @@ def _train(session: Session, training: Training, label: str, *, seed: int) -> It
     stream = context.workload.train_batches(seed)
     for step, batches in enumerate(step_batches(context.workload, stream, count=steps)):
         moved = move_batch(batches, context.device)
-        seed_step(seed, step)
         # lr_k = lr * (branch_steps - k) / branch_steps: down to the floor of the basin
-        yield float(training.step(moved, rate=(steps - step) / steps))
+        with seeded(seed_of(seed, step)):
+            loss = float(training.step(moved, rate=(steps - step) / steps))
+        yield loss
         context.progress(f"verify: {label}, seed {seed}", step + 1, steps)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from autoprec.common.text import short_digest
 from autoprec.common.versions import software_versions
-from autoprec.device.random_state import random_state_kept
+from autoprec.device.random_state import random_state_kept, seeded
 from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import RecordError
@@ -33,7 +33,6 @@ from autoprec.records.sensitivity import Sensitivity
 from autoprec.records.verification import MetricTolerance, Verdict, Verification
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
-from autoprec.sensitivity.reference import seeded
 from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.branches import SMALLEST_LOSS, evaluate, state_of, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
@@ -103,13 +102,16 @@ def verify_plans(
 
 
 def _prove(
-    reopen: Callable[[Terms], Session],
+    reopen: Callable[..., Session],
     terms: Terms,
     plans: Sequence[Plan],
     profile: Profile | None,
     sensitivity: Sensitivity | None,
 ) -> Verification:
-    """Return what became of the plans; `reopen` gives the session of any terms."""
+    """Return what became of the plans; `reopen` gives the session of any terms.
+
+    Its warm-up goes on from the longest one before it.
+    """
     began = time.monotonic()
     session = reopen(terms)
     evidence, refuted, skipped = _try_plans(session, plans)
@@ -118,10 +120,16 @@ def _prove(
     found = make_verification(session, evidence, steps, sensitivity, refuted, skipped=skipped)
     if evidence.verdict is Verdict.REFUTED or set(evidence.plan.options) == {FP32}:
         return found
+    longest = session.checkpoint
+
+    def gaps_of(own: Terms) -> list[float] | None:
+        nonlocal longest
+        rung = reopen(own, earlier=longest)
+        longest = max(longest, rung.checkpoint, key=lambda each: len(each.curve))
+        return _gaps_over(rung, evidence.plan)
+
     # the same plan over other lengths, as far as was asked for; the reference has no gap at any
-    rungs = climb(
-        session.terms, lambda own: _gaps_over(reopen(own), evidence.plan), spent_s=spent_s
-    )
+    rungs = climb(session.terms, gaps_of, spent_s=spent_s)
     return with_horizons(found, evidence, tuple(rungs))
 
 
@@ -147,8 +155,13 @@ def open_session(
     state_dir: Path | None = None,
     checkpoint: Path | None = None,
     workers: Workers | None = None,
+    earlier: Checkpoint | None = None,
 ) -> Session:
-    """Read or make the checkpoint that all branches of a verification start from."""
+    """Read or make the checkpoint that all branches of a verification start from.
+
+    A warm-up goes on from an `earlier` one that is the same so far: not where the learning rates
+    still rise in the one, and so faster than in the other.
+    """
     if spec is not None:
         check_room_of_branches(context, spec, workers or Workers())
     check_batches(context.workload, seed=context.seed)
@@ -158,6 +171,8 @@ def open_session(
     store = BranchStore(_setup_of(context, terms, checkpoint, steps=steps), state_dir)
     common = store.find_warm_up(partial(_fresh_shards, context) if world_size() > 1 else None)
     if common is None:
+        if earlier is not None and 0 < len(earlier.curve) < steps and earlier.is_at_pace:
+            start = earlier
         common = warm_up(context, evaluation, steps=steps, start=start)
         store.add_warm_up(common)
     else:
@@ -191,7 +206,7 @@ def keep_warm_up(
         return
     buffers = kept_buffers(training.model)
     evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
-    with seeded(context.seed, context.device):
+    with seeded(context.seed):
         state = state_of(context, training, evaluation, [loss for _, loss in curve])
     put_back_buffers(training.model, buffers)
     BranchStore(_setup_of(context, terms, None, steps=len(curve)), state_dir).add_warm_up(state)
@@ -213,7 +228,7 @@ def _setup_of(context: Context, terms: Terms, checkpoint: Path | None, *, steps:
 
 def _fresh_shards(context: Context) -> Checkpoint:
     """Return this rank's part of a fresh model and optimizer, for a saved state to be read into."""
-    with seeded(context.seed, context.device):
+    with seeded(context.seed):
         fresh = restore(context, None)
         return shards_of(fresh.model, fresh.optimizer)
 
@@ -222,7 +237,7 @@ def _check_saved(
     context: Context, evaluation: Sequence[Batch], saved: Checkpoint, store: BranchStore
 ) -> None:
     """Refuse a saved warm-up that does not evaluate to what it did when it was saved."""
-    with seeded(context.seed, context.device):
+    with seeded(context.seed):
         losses = evaluate(context, restore(context, saved).model, evaluation)
     same = len(losses) == len(saved.eval_losses) and all(
         abs(now - then) <= STATE_RTOL * max(abs(then), SMALLEST_LOSS)

@@ -5,21 +5,17 @@ tolerance it is tested as the loss is (`sequential`), turned so that more is wor
 """
 
 import math
-import random
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
-from autoprec.device.random_state import seed_generators
+from autoprec.device.random_state import seeded
 from autoprec.device.ranks import sum_over_ranks, world_size
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
 from autoprec.records import LossGap, MetricTolerance
-from autoprec.sensitivity.reference import seeded
 from autoprec.sensitivity.warm_up import restore
 from autoprec.verification.sequential import Terms, gap_interval
 from autoprec.workload.functions import Workload
@@ -40,11 +36,8 @@ def measure_metrics(context: Context, model: nn.Module, *, seed: int) -> dict[st
 
     Every generator that the user's code may draw from is seeded alike for every branch.
     """
-    seed_generators(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        np.random.seed(seed % 2**32)
-    found = metrics_of(context.workload, model)
+    with seeded(seed):
+        found = metrics_of(context.workload, model)
     means = [total / world_size() for total in sum_over_ranks(list(found.values()))]
     return dict(zip(found, means, strict=True))
 
@@ -59,7 +52,7 @@ def check_metrics(context: Context, tolerances: Sequence[MetricTolerance]) -> No
         return
     found: dict[str, float] = {}
     if context.workload.defines("evaluate"):
-        with seeded(context.seed, context.device), torch.no_grad():
+        with seeded(context.seed), torch.no_grad():
             model = restore(context, None).model.eval()
             found = measure_metrics(context, model, seed=context.seed)
     check_names(context.workload, found, tolerances)
