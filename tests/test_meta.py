@@ -10,12 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoprec.errors import CaptureError, DeviceError, WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.meta import capture_on_meta
-from autoprec.records import Basis, ModelSpec, Plan, Precision
+from autoprec.predict.layers import Setting
+from autoprec.predict.parallel import Parallel
+from autoprec.predict.registry import find_profile
+from autoprec.predict.step import step_times
+from autoprec.records import BF16_O2, Basis, ModelSpec, Plan, Precision
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import Settings
 from autoprec.workload.functions import Workload, workload_from
@@ -94,6 +99,61 @@ def check_same(found: ModelSpec, real: ModelSpec) -> None:
     assert real.saved_bytes is not None
     assert found.saved_bytes is not None
     assert 0.95 * real.saved_bytes < found.saved_bytes < 2.0 * real.saved_bytes
+
+
+class Repeated(nn.Module):
+    """A linear, another one under no_grad for a target, or the first one checkpointed."""
+
+    def __init__(self, how: str, width: int) -> None:
+        super().__init__()
+        self.how, self.own, self.other = how, nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "plain":
+            return self.own(x).square().mean()  # type: ignore[no-any-return]  # a tensor
+        if self.how == "teacher":
+            with torch.no_grad():
+                target = self.other(x)
+            return (self.own(x) - target).square().mean()  # type: ignore[no-any-return]  # as above
+        run, again = (lambda x: self.own(x).square()), self.how == "reentrant"
+        return checkpoint(run, x, use_reentrant=again).mean()  # type: ignore[no-any-return]
+
+
+def repeated_workload(how: str, width: int) -> Workload:
+    def train_batches(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randn(2 * width, width, generator=generator).requires_grad_()
+
+    functions = {
+        "build_model": lambda: Repeated(how, width),
+        "train_batches": train_batches,
+        "loss_fn": lambda model, x: model(x),
+    }
+    return workload_from(functions, name=how)
+
+
+@pytest.mark.parametrize("how", ["teacher", "reentrant", "not reentrant"])
+def test_forwards_without_a_backward_are_a_third_of_a_layer_in_a_predicted_step(how: str) -> None:
+    """A teacher's, and those that checkpointing makes once more."""
+
+    def layers_us(how: str) -> float:
+        spec = capture_on_meta(repeated_workload(how, 2048))
+        own = spec.layer("own")
+        assert own.calls_per_step == 1
+        setting = Setting(find_profile("h100-sxm").machine, Parallel(), True, 2.0)
+        return step_times(spec, lambda _: BF16_O2, setting).layers
+
+    assert layers_us(how) == pytest.approx(4 / 3 * layers_us("plain"), rel=0.05)
+    real, meta = (
+        capture(repeated_workload(how, 8))
+        for capture in (lambda workload: capture_model(Context(workload, CPU)), capture_on_meta)
+    )
+    counts = [
+        [(x.name, x.calls, x.forward_calls, x.input_elements) for x in spec.layers]
+        for spec in (real, meta)
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_a_model_larger_than_any_memory_is_captured() -> None:

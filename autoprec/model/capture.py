@@ -11,7 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
 log = logging.getLogger(__name__)
+Inputs = tuple[TensorSpec, ...]  # of a call
 NEEDS_NO_GRADIENT = (
     "the loss must depend on a parameter, but loss_fn's result needs no gradient; "
     "compute it from model(batch) without no_grad or detach"
@@ -105,12 +106,13 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     # Only after a step: lazy modules have no parameters before it. The second step repeats the
     # first, seed and all: other gradients are the device's own doing.
     layers = model_layers(model)
-    with recorded_shapes(layers) as calls:
-        with saved_for_backward(model, batches[0]) as saved:
-            second = run_step(context, model, batches[0])
-        context.progress("capture", 2, 3)
+    with saved_for_backward(model, batches[0]) as saved, recorded_shapes(layers) as calls:
+        second = run_step(context, model, batches[0])
+    context.progress("capture", 2, 3)
+    with recorded_shapes(layers) as scanned:
         mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
-    mix, tokens = joined_over_ranks(workload, mix, calls)
+    every = {name: [*found, *scanned[name]] for name, found in calls.items()}
+    mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
     # makes its state, whose size is asked for; hooks of its own at gradients see a backward
     Training(workload, model, optimizer).step(batches[:1])
@@ -128,6 +130,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         is_deterministic=not differ,
         loss=first.loss,
         tokens=tokens,
+        scanned=scanned,
     )
     more = {
         "as_written": said_written(workload),
@@ -194,9 +197,7 @@ class ObservedStep:
 
     model: nn.Module
     layers: ModelLayers
-    # What every layer was called with, by name; calls without a gradient are of batches that were
-    # only looked at for their shapes.
-    calls: Mapping[str, Sequence[Call]]
+    calls: Mapping[str, Sequence[Call]]  # what every layer was called with, by name
     optimizer: torch.optim.Optimizer  # one that has made its state
     support: Fp8Support  # the FP8 recipes that run where the model shall run
     device: str  # where the step ran
@@ -206,6 +207,7 @@ class ObservedStep:
     saved: Saved | None = None  # what autograd kept for backward
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
     tokens: Mapping[str, list[int]] | None = None  # by layer every M, of all ranks' calls
+    scanned: Mapping[str, Sequence[Call]] = field(default_factory=dict)  # in other batches
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -243,11 +245,13 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
 def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> LayerSpec:
     layer, calls = seen.layers.modules[name], seen.calls[name]
     kind = layer_kind(layer)
-    in_step = [call for call in calls if call.with_grad]  # the others are of the shape scan
-    counts: Counter[tuple[TensorSpec, ...]] = Counter()  # calls, computed again or not
-    for call in in_step:
-        counts[call_inputs(call)] += call.count
-    tokens = all_tokens(calls) if isinstance(layer, nn.Linear) and in_step else []
+    in_step = [call for call in calls if call.with_grad]
+    trained, forward = _counted(calls)
+    tokens = (
+        all_tokens([*calls, *seen.scanned.get(name, ())])
+        if isinstance(layer, nn.Linear) and in_step
+        else []
+    )
     if tokens and seen.tokens:
         tokens = seen.tokens[name]
     gemm = None
@@ -278,7 +282,8 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         parameters=tuple(_parameter(prefix + n, p, names) for n, p in layer.named_parameters()),
         gemm=gemm,
         tokens=tuple(tokens),
-        calls=tuple(CallSpec(inputs=inputs, count=n) for inputs, n in counts.items()),
+        calls=trained,
+        forward_calls=forward,
         is_frozen=not any(parameter.requires_grad for parameter in layer.parameters()),
         tied_to=seen.layers.ties.get(name),
         options=options,
@@ -288,6 +293,23 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         made_by=next((call.made_by for call in in_step if call.made_by), "") if gemm else "",
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
+
+
+def _counted(calls: Sequence[Call]) -> tuple[tuple[CallSpec, ...], tuple[CallSpec, ...]]:
+    """Return a step's calls with a backward, and those without, by their inputs.
+
+    Of a call that checkpointing computes again within the backward, one of the two has one.
+    """
+    first, again, without = Counter[Inputs](), Counter[Inputs](), Counter[Inputs]()
+    for call in calls:
+        counts = without if not call.with_grad else again if call.in_backward else first
+        counts[call_inputs(call)] += call.count
+    counted = (first | again), without + (first & again)
+    trained, forward = (
+        tuple(CallSpec(inputs=inputs, count=count) for inputs, count in counts.items())
+        for counts in counted
+    )
+    return trained, forward
 
 
 def _has_gradient(layer: nn.Linear, seen: ObservedStep) -> bool:

@@ -72,16 +72,13 @@ def capture_on_meta(
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
-        with (
-            saved_for_backward(model, batches[0]) as saved,
-            shapes.recorded_shapes(layers) as calls,
-        ):
-            loss = workload.loss_fn(model, batches[0])
-        has_gradients = _fill_gradients(model, loss)
+        with shapes.recorded_shapes(layers) as calls:
+            with saved_for_backward(model, batches[0]) as saved:
+                loss = workload.loss_fn(model, batches[0])
+            has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
         with shapes.recorded_shapes(layers) as scanned:
             mix = shapes.scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
-        calls = {name: [*found, *scanned[name]] for name, found in calls.items()}
         optimizer = workload.build_optimizer(model)
     # Its count of steps is real outside: Adam reads it as a number (torch 2.11).
     _step_optimizer(optimizer)
@@ -96,6 +93,7 @@ def capture_on_meta(
         has_randomness=any(seeded),
         saved=saved,
         has_gradients=has_gradients,
+        scanned=scanned,
     )
     spec = capture.make_spec(seen)
     return spec.model_copy(update={"as_written": capture.said_written(workload), "mix": mix})

@@ -22,7 +22,15 @@ from autoprec.predict.linear import LinearTimes, linear_times
 from autoprec.predict.parallel import Parallel, gathers_fp8, parameter_share, shard_gemm, split_axis
 from autoprec.records.cost import LayerTiming, Timing
 from autoprec.records.devices import Machine
-from autoprec.records.model import Basis, CallSpec, LayerKind, LayerSpec, Option, ParameterSpec
+from autoprec.records.model import (
+    Basis,
+    CallSpec,
+    LayerKind,
+    LayerSpec,
+    Option,
+    ParameterSpec,
+    floating_elements,
+)
 
 UNFUSED_BYTES = 2  # of a BF16 element that is read once more
 MASTER_BYTES = 4  # an FP32 copy per 16-bit parameter
@@ -229,4 +237,4 @@ def _saved_elements(layer: LayerSpec, parallel: Parallel) -> float:
     Tensor parallelism with its sequence-parallel norms splits them as it splits the work.
     """
     share = 1 / parallel.tp if layer.kind is LayerKind.NORM else parameter_share(layer, parallel)
-    return (1 - parallel.recomputed) * share * layer.input_elements
+    return (1 - parallel.recomputed) * share * floating_elements(layer.calls)

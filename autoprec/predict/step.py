@@ -83,7 +83,13 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     machine = setting.machine
     between = between_us(called, activation, setting) * machine.step_overhead
     between += sum(_uncalled_us(spec, each, activation, setting) for each in spec.layers)
-    sharded = _fsdp_us(called, chosen, setting)
+    # calls without a gradient, as a teacher's, which no recomputation repeats
+    once = replace(setting, parallel=replace(setting.parallel, recomputed=0.0))
+    forward = [layer.forward_only for layer in spec.layers if layer.forward_calls]
+    between += between_us(forward, activation, once, is_forward=True) * machine.step_overhead
+    layers += sum(layer_times(x, chosen.get(x.name, activation), once).total for x in forward)
+    numel = sum(_numel(layer, setting) for layer in forward if layer.name not in chosen)
+    sharded = _fsdp_us(called, chosen, setting, once=numel * element_bytes(activation))
     return StepTimes(
         layers=layers,
         between=between,
@@ -112,8 +118,10 @@ def autocast_extra_us(spec: ModelSpec, setting: Setting) -> float:
     return moved / setting.machine.bytes_per_us + extra
 
 
-def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting) -> float:
-    """Return attention, residuals, activations and loss, forward and backward."""
+def between_us(
+    layers: Sequence[LayerSpec], activation: Option, setting: Setting, *, is_forward: bool = False
+) -> float:
+    """Return attention, residuals, activations and loss, forward and, if not alone, backward."""
     machine, tp = setting.machine, setting.parallel.tp
     rate = machine.bf16_peak_tflops * machine.attention_fraction * 1e6
     if activation.precision is Precision.FP32:
@@ -121,7 +129,7 @@ def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting
     attention = glue = loss = 0.0
     for block in attention_blocks(layers):
         flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / tp
-        attention += block.calls * flops * (1 + BACKWARD) / rate
+        attention += block.calls * flops * (1 if is_forward else 1 + BACKWARD) / rate
     for layer in layers:
         if layer.kind is not LayerKind.LINEAR or layer.gemm is None:
             continue
@@ -132,6 +140,8 @@ def between_us(layers: Sequence[LayerSpec], activation: Option, setting: Setting
         else:
             glue += machine.glue_bytes * elements * element_bytes(activation) / 2
     glue *= 1.0 if setting.compiled else EAGER_GLUE
+    if is_forward:
+        glue, loss = glue / 3, loss / 3
     passes = 1 + setting.parallel.recomputed / 3
     return (attention + glue / machine.bytes_per_us) * passes + loss / machine.bytes_per_us
 
@@ -192,8 +202,13 @@ def gather_savings_us(spec: ModelSpec, option: Option, setting: Setting) -> dict
     }
 
 
-def _fsdp_us(layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting: Setting) -> float:
-    """Return FSDP's communication: weights are gathered twice, gradients reduced once."""
+def _fsdp_us(
+    layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting: Setting, *, once: float
+) -> float:
+    """Return FSDP's communication: weights are gathered twice, gradients reduced once.
+
+    `once` are the bytes of weights that no backward gathers again.
+    """
     machine, parallel = setting.machine, setting.parallel
     gathered = reduced = 0.0
     for layer in layers:
@@ -203,7 +218,7 @@ def _fsdp_us(layers: Sequence[LayerSpec], chosen: Mapping[str, Option], setting:
     per_node = max(int(machine.devices_per_node) // parallel.tp, 1)
     return sum(
         collective_us(machine, moved, members=parallel.fsdp, per_node=per_node)
-        for moved in (gathered, gathered, reduced)
+        for moved in (gathered + once, gathered, reduced)
     )
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Self
@@ -176,6 +176,20 @@ class CallSpec(Record):
     count: PositiveInt
 
 
+def _without_grad(tensor: TensorSpec) -> TensorSpec:
+    return tensor.model_copy(update={"requires_grad": False})
+
+
+def floating_elements(calls: Iterable[CallSpec]) -> int:
+    """Return the elements of the floating inputs of calls."""
+    return sum(
+        call.count * math.prod(tensor.shape)
+        for call in calls
+        for tensor in call.inputs
+        if tensor.dtype.startswith(("float", "bfloat"))
+    )
+
+
 class GemmShape(Record):
     """The output GEMM of a linear: [M, K] @ [K, N] with M tokens, K in- and N out-features."""
 
@@ -201,6 +215,8 @@ class LayerSpec(Record):
     `type_name` is the class (`torch.nn.modules.linear.Linear`), `settings` its `extra_repr()`.
     `gemm` is there for linears only and holds the M of the largest call; `tokens` are all M, in the
     step and in the other batches that were looked at, such as a short last one.
+    `calls` are those with a gradient, `forward_calls` those without: under no_grad, as a teacher's
+    are, and those that activation checkpointing makes once more.
     `heads` is how many attention heads its outputs (q; key/value heads for k, v and fused ones) or
     inputs (the attention's output) are made of; None where the model does not say.
     `tied_to` names the first layer that owns a parameter shared with this one; tied layers share
@@ -227,21 +243,31 @@ class LayerSpec(Record):
     output_elements: NonNegativeInt | None = None
     is_used_uncalled: bool = False
     made_by: str = ""
+    forward_calls: tuple[CallSpec, ...] = ()
 
     @property
     def calls_per_step(self) -> int:
-        """How often the layer runs in one step (forward)."""
+        """How often the layer runs in one step with a gradient."""
         return sum(call.count for call in self.calls)
 
     @property
-    def input_elements(self) -> int:
-        """The elements of its floating inputs in one step, over all calls."""
-        return sum(
-            call.count * math.prod(tensor.shape)
-            for call in self.calls
-            for tensor in call.inputs
-            if tensor.dtype.startswith(("float", "bfloat"))
+    def forward_only(self) -> "LayerSpec":
+        """The layer as a frozen one of its calls without a gradient."""
+        calls = tuple(
+            CallSpec(inputs=tuple(_without_grad(x) for x in call.inputs), count=call.count)
+            for call in self.forward_calls
         )
+        gemm, shapes = self.gemm, [p.shape for p in self.parameters if len(p.shape) == 2]
+        if self.kind is LayerKind.LINEAR and gemm is None and shapes:
+            rows = max(math.prod(x.shape[:-1]) for call in calls for x in call.inputs[:1])
+            gemm = GemmShape(M=max(rows, 1), K=shapes[0][1], N=shapes[0][0])
+        own = {"calls": calls, "forward_calls": (), "is_frozen": True, "gemm": gemm}
+        return self.model_copy(update=own)
+
+    @property
+    def input_elements(self) -> int:
+        """The elements of its floating inputs in one step, of all calls if one has a gradient."""
+        return floating_elements((*self.calls, *(self.forward_calls if self.calls else ())))
 
     @property
     def shape_key(self) -> str:

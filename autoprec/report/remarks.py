@@ -29,11 +29,14 @@ def profile_notes(profile: Profile) -> Iterator[str]:
         named = (p.name + experts.get(p.name, "") for p in model.uncovered)
         names = first_and_more(named, most=MOST_NAMED)
         yield f"outside any layer, in the plan's activation dtype: {names}"
-    if model.uncalled:
-        names = first_and_more(model.uncalled, most=MOST_NAMED)
+    forward = {layer.name for layer in model.layers if layer.forward_calls}
+    if alone := [name for name in model.uncalled if name in forward]:
+        names = first_and_more(alone, most=MOST_NAMED)
+        yield f"under no_grad alone in the captured step, so timed in whole steps only: {names}"
+    if uncalled := [name for name in model.uncalled if name not in forward]:
         yield (
-            "no call with gradients (under no_grad at most) in the captured step, so not timed: "
-            f"{names}"
+            "not called in the captured step, so not timed: "
+            f"{first_and_more(uncalled, most=MOST_NAMED)}"
         )
     if len(model.mix) > 1:
         yield _mix_note(profile)
