@@ -136,8 +136,9 @@ def routed() -> Reference:
     class Mixture(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.router = nn.Linear(32, 4)
+            # in another order than they are called in
             self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+            self.router = nn.Linear(32, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             chosen, which = self.router(x).topk(2)
@@ -163,6 +164,8 @@ def test_moved_passes_keep_the_experts_of_the_reference() -> None:
     assert steps.choices == {
         name: float(name in ("0", "1.router")) for name in reference.spec.names
     }
+    assert steps.are_followed
+    assert steps.places["0"] < steps.places["1.router"] < steps.places["1.experts.0"]
     rows = {(r.name, r.option): r.grad_error.mean for r in make_rows(probes, cells)}
     assert all(value > 0.0 for value in rows.values())
 
@@ -181,6 +184,29 @@ def test_choices_are_kept_as_they_were_made_whatever_the_model_adds_to_them() ->
     for _ in range(2):
         with kept_choices(choices):
             assert chosen(-x) == [0, 2]
+
+
+def test_draws_are_kept_wherever_torch_makes_them_and_an_accuracy_is_no_choice() -> None:
+    layer = nn.Linear(8, 8)
+
+    def drawn(scale: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        logits = scale * layer(torch.randn(64, 8))
+        inner = F.gumbel_softmax(logits, hard=True).detach()
+        tokens = torch.multinomial(logits.softmax(-1), 1)
+        gates = [torch.bernoulli(logits.sigmoid()), torch.empty(64, 8).bernoulli_(logits.sigmoid())]
+        F.dropout(logits)  # with one probability, whatever the weights are
+        torch.arange(8).max(0)  # of indices: no choice that weights move
+        layer(inner)
+        logits.argmax(-1)  # what an accuracy takes: no layer sees it
+        return [inner, tokens, *gates]
+
+    with torch.no_grad(), recorded_choices({"layer": layer}) as choices:
+        first = drawn(1.0)
+    assert (len(choices.indices), choices.followed) == (5, 4)
+    with torch.no_grad(), kept_choices(choices):
+        assert all(torch.equal(a, b) for a, b in zip(first, drawn(-2.0), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, drawn(-2.0), strict=True))
 
 
 def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:
@@ -301,7 +327,9 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
         found = check_table(meter, replace(table, rows=rows, refined=()), outside=0.0)
         (joint,) = found.joint
         assert 0.7 <= joint.predicted_grad_error / joint.grad_error.mean <= 1.4
-        assert found.sentence == ""
+        # what was not measured of a wrong table is as wrong
+        left = {name for name, _ in cells} - {name for name, _ in found.table.exact}
+        assert ("holds in sum, but single rows" in found.sentence) == bool(factor != 1.0 and left)
         # rows are measured only where the table is wrong
         assert bool(found.table.refined) == (factor != 1.0)
     stuck = replace(table, rows=rows, method=Method.LAYERWISE)
@@ -310,10 +338,16 @@ def test_the_table_is_checked_both_ways_and_says_what_stays_outside() -> None:
     assert found.table == stuck
     # where what was measured shows that probes guess, rows that were not are said to be guesses
     cells = [(row.name, row.option) for row in table.rows]
-    for ratios in ((3.0, 1.0, 1.0, 0.1), (1.9, 1.0, 0.6, 1.0)):
-        tested = replace(table, refined=(), ratios=dict(zip(cells, ratios, strict=False)))
-        found = check_table(meter, tested, outside=0.0)
-        assert ("holds in sum, but single rows" in found.sentence) is (3.0 in ratios)
+    said = "holds in sum, but single rows"
+    for ratios in ((3.0, 1.0, 1.0, 0.1), (5.0,), (1.9, 1.0, 0.6, 1.0), (1.9,)):
+        pairs = {c: (r * 1e-3, 1e-3) for c, r in zip(cells, ratios, strict=False)}
+        tested = replace(table, refined=tuple(pairs), tested=pairs)  # on one of two batches
+        is_far = max(ratios) > 2.0
+        assert (said in check_table(meter, tested, outside=0.0).sentence) is is_far
+        # nor do rows of a layer that is too broken for its probes, or a table without guesses
+        broken = {cell: (1e3 * r, 1e3 * probed) for cell, (r, probed) in pairs.items()}
+        for other in (replace(tested, tested=broken), replace(tested, exact=frozenset(cells))):
+            assert check_table(meter, other, outside=0.0).sentence == ""
 
 
 def test_bf16_rows_add_up_to_no_more_than_twice_their_joint_error() -> None:

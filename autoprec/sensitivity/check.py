@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.records import BF16_O2, Estimate, JointMeasurement
-from autoprec.sensitivity.doubts import LARGE_ERROR, forward_casts, is_whole, on_their_own
+from autoprec.sensitivity.doubts import forward_casts, is_whole, on_their_own
 from autoprec.sensitivity.joint import JointMeter
 from autoprec.sensitivity.local import Cell
 from autoprec.sensitivity.tables import SPREAD, Method, Table, multiplied, refine_table
@@ -24,7 +24,6 @@ MOST = 2.0  # sum over joint measurement, or the other way; beyond, rows are mea
 NEAR = 1.25  # and then until it is within this
 CHECKED_PASSES = 12  # that measure rows at most
 AT_ONCE = 3
-FEWEST = 4  # rows that tell whether the others are guesses
 
 
 @dataclass(frozen=True)
@@ -94,19 +93,16 @@ def _summed(cells: Sequence[Cell], table: Table) -> tuple[float, float]:
 
 
 def _single_rows(table: Table) -> str:
-    """Return that rows which were not measured are guesses, where the measured ones say so."""
-    of = table.errors
-    # those too large for probes to be linear in them say nothing of others
-    tested = [math.log(max(r, 1e-3)) for c, r in table.ratios.items() if of[c] <= LARGE_ERROR]
-    along = {(name, forward_casts(option)) for name, option in table.refined}
-    left = any(o.is_fp8 and (name, forward_casts(o)) not in along for name, o in of)
-    spread = math.hypot(*tested) / math.sqrt(max(len(tested), 1))
-    if len(tested) < FEWEST or spread < SPREAD or not left:
+    """Return that single rows are guesses, where those that were measured say so."""
+    known = {(name, forward_casts(option)) for name, option in table.exact}
+    left = any(o.is_fp8 and (name, forward_casts(o)) not in known for name, o in table.errors)
+    if table.method is Method.LAYERWISE or table.spread < SPREAD or not left:
         return ""
     return (
-        "the table of gradient errors holds in sum, but single rows that were not measured are a "
-        f"guess here (the {len(tested)} that were differ from the probes by a factor of "
-        f"{math.exp(spread):.2g} in the mean): trust plans that were measured"
+        "the table of gradient errors holds in sum, but single rows that were not measured on all "
+        f"batches are a guess here (the {len(table.tested)} that were measured differ from the "
+        f"probes by a factor of {math.exp(table.spread):.2g} in the mean): trust plans that were "
+        "measured"
     )
 
 

@@ -4,56 +4,57 @@ Moved weights send some tokens to other experts: calls would have other rows, an
 compares would be different tokens. So moved passes take the indices of the reference.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from autoprec.device.tracing import OperationTracer
 
 # by name, the place of `dim` among the arguments; it is the last dimension where it is not given
-_DIM = {"topk": 2, "sort": 1, "max": 1, "min": 1}
-_CHOOSING = {
-    found: name
-    for name in (*_DIM, "argmax", "argmin", "argsort")
-    for found in (getattr(torch, name), getattr(Tensor, name))
-}
+_DIM = {"topk": 2, "kthvalue": 2, "sort": 1, "max": 1, "min": 1, "median": 1}
+# draws too, with probabilities that weights may move, and not a number as dropout's
+_CHOOSING = (*_DIM, "argmax", "argmin", "multinomial", "bernoulli", "bernoulli_")
+_BY_A_NUMBER = ("p", "float")
 
 
 @dataclass
 class Choices:
-    """The indices of one pass, in order, and after which layer each was chosen."""
+    """The indices of one pass, in order, and how many came before each layer's first call.
+
+    `before` is in the order of those calls. A layer was called after the first `followed` indices;
+    an accuracy beside the loss is not among them.
+    """
 
     indices: list[Tensor] = field(default_factory=list)
-    layers: list[str] = field(default_factory=list)
+    before: dict[str, int] = field(default_factory=dict)
+    followed: int = 0
 
-    def behind(self, names: Sequence[str]) -> dict[str, float]:
-        """Return, for layers in their order, the part of the choices that come after each."""
-        places = {name: place for place, name in enumerate(names)}
-        made = [places.get(name, -1) for name in self.layers]
-        count = max(len(made), 1)
-        return {name: sum(at >= place for at in made) / count for name, place in places.items()}
+    def behind(self) -> dict[str, float]:
+        """Return the part of the choices that come after each layer."""
+        count = len(self.indices)
+        return {name: 1.0 - before / count for name, before in self.before.items()}
 
 
 @contextmanager
 def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
     """Record the choices that run inside; `layers` are all of the model's."""
-    found, last = Choices(), [""]
+    found = Choices()
 
     def see(index: Tensor) -> Tensor:
         found.indices.append(index.detach().clone())  # the model may change its own in place
-        found.layers.append(last[0])
         return index
 
-    def called(name: str, *_: object) -> None:
-        last[0] = name
+    def calls(name: str, *_: object) -> None:
+        found.followed = len(found.indices)
+        found.before.setdefault(name, found.followed)
 
-    handles = [m.register_forward_hook(partial(called, n)) for n, m in layers.items()]
+    handles = [m.register_forward_pre_hook(partial(calls, n)) for n, m in layers.items()]
     try:
-        with _Choosing(see):
+        with _choosing(see):
             yield found
     finally:
         for handle in handles:
@@ -69,34 +70,35 @@ def kept_choices(choices: Choices) -> Iterator[None]:
         kept = next(left, index)
         return kept.clone() if kept.shape == index.shape else index
 
-    with _Choosing(take):
+    with _choosing(take):
         yield
 
 
-class _Choosing(TorchFunctionMode):
-    """Give every index that torch chooses to a function, and go on with what that returns."""
+def _choosing(choose: Callable[[Tensor], Tensor]) -> OperationTracer:
+    """Give every index and draw to a function, and go on with what that returns.
 
-    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._choose = choose
+    Below autograd, so that those within torch's own functions (F.gumbel_softmax) are seen, and
+    gradients go where the kept index says.
+    """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # Any: torch's own protocol
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = _CHOOSING.get(func)
-        if name is None or (isinstance(result, Tensor) and name in _DIM):  # max of two tensors
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's own
+        result, name = func(*args, **kwargs), func.overloadpacket.__name__
+        has_index = name in _CHOOSING and not (isinstance(result, Tensor) and name in _DIM)
+        if not has_index or func._overloadname in _BY_A_NUMBER or not args[0].is_floating_point():
             return result
-        if isinstance(result, Tensor):
-            return self._choose(result)
-        index = result[1]
-        kept = self._choose(index)
+        index = result if isinstance(result, Tensor) else result[1]
+        kept = choose(index)
         if kept is index:
             return result
+        if name == "bernoulli_":
+            return result.copy_(kept)
+        if isinstance(result, Tensor):
+            return kept
         # the moved values at the kept places
-        x, place = args[0] if args else kwargs["input"], _DIM[name]
+        x, place = args[0], _DIM[name]
         dim = kwargs.get("dim", args[place] if len(args) > place else -1)
         is_reduced = kept.dim() < x.dim()
         picked = x.gather(dim, kept.unsqueeze(dim) if is_reduced else kept)
-        return type(result)((picked.squeeze(dim) if is_reduced else picked, kept))
+        return picked.squeeze(dim) if is_reduced else picked, kept
+
+    return OperationTracer(run)

@@ -42,8 +42,8 @@ class TwoSteps:
     """One batch under one code at the probes' own step and at one `ratio` times finer.
 
     `products` are sum_k z_k^2 by key, `changes` |P^(1/2) D|^2 over t^2 by parameter, in the order
-    of the model's, times the own step's t^2; `places` is each layer's first parameter. Pairs are
-    (fine, own).
+    that layers are called in, times the own step's t^2; `places` is each layer's first parameter
+    among them. Pairs are (fine, own).
     """
 
     ratio: float
@@ -52,6 +52,7 @@ class TwoSteps:
     places: dict[str, int]
     jumps: float = 0.0  # W t of the choices
     choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
+    are_followed: bool = False  # by a layer, some of the choices
 
     def correction(self, keys: Sequence[Key], square: float) -> float:
         """Return what the squares of one layer's errors of output have to be multiplied with.
@@ -63,16 +64,19 @@ class TwoSteps:
             return 1.0
         return (smooth + self.added(keys, square) + self.chosen(keys, square)) / square
 
-    @property
+    @cached_property
     def are_kinked(self) -> bool:
         """Whether any parameter's gradient crossed kinks."""
-        return any(self._crossings)
+        return any(fine > CROSSED * own for fine, own in self.changes)
 
     @cached_property
     def _crossings(self) -> list[float]:
-        """What kinks add to the changes of each parameter, B/t of A + B/t at the own step."""
+        """What kinks add to the changes of each parameter, B/t of A + B/t at the own step.
+
+        Where kinks are crossed at all, a little counts too: F is a root of it.
+        """
         return [
-            (fine - own) / (self.ratio - 1.0) if fine > CROSSED * own else 0.0
+            max(fine - own, 0.0) / (self.ratio - 1.0) if self.are_kinked else 0.0
             for fine, own in self.changes
         ]
 

@@ -3,6 +3,7 @@
 See probes.py for why, and kinks.py for the two steps t.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,19 +70,28 @@ class Pass:
 
         return norm
 
-    def places(self) -> dict[str, int]:
-        """Return each layer's first parameter, by its place in the model.
+    def order(self) -> tuple[list[int], dict[str, int]]:
+        """Return the model's parameters in the order of calls, and each layer's first among them.
 
-        Of a layer without any it is that of the layer before.
+        What is not called, or is no layer's, comes with the parameter before it in the model.
         """
         model = self.reference.model
-        order = {parameter: place for place, parameter in enumerate(model.parameters())}
-        found: dict[str, int] = {}
-        place = 0
+        calls = {name: place for place, name in enumerate(self.choices.before)}
+        owned: dict[Tensor, int] = {}  # by the call of the first of the layers that share it
+        for name, call in calls.items():
+            for parameter in layer_named(model, name).parameters():
+                owned.setdefault(parameter, call)
+        found, call = dict[Tensor, int](), 0
+        for parameter in model.parameters():
+            found[parameter] = call = owned.get(parameter, call)
+        made = list(found.values())
+        order = sorted(range(len(made)), key=made.__getitem__)
+        in_order, places, call = sorted(made), dict[str, int](), 0
         for name in self.reference.spec.names:
-            place = min((order[p] for p in layer_named(model, name).parameters()), default=place)
-            found[name] = place
-        return found
+            own = (found[parameter] for parameter in layer_named(model, name).parameters())
+            call = calls.get(name, min(own, default=call))
+            places[name] = bisect_left(in_order, call)
+        return order, places
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,15 @@ def _at_two_steps(
     if found is None or found.are_kinked:
         finer = run_moved(step, code=code, are_changes=True, times=FINER)
         if found is None:
-            found = TwoSteps(FINER, {}, moved.beside(finer), step.places())
+            (order, places), changes = step.order(), moved.beside(finer)
+            found = TwoSteps(FINER, {}, [changes[place] for place in order], places)
             if step.choices.indices:
                 freely = math.fsum(run_freely(step, code=code))
-                behind = step.choices.behind(step.reference.spec.names)
                 jumps = max(freely - math.fsum(moved.changes), 0.0)
-                found = replace(found, jumps=jumps, choices=behind)
+                are_followed = step.choices.followed > 0
+                found = replace(
+                    found, jumps=jumps, choices=step.choices.behind(), are_followed=are_followed
+                )
         if found.are_kinked:
             fine = _products_of(step, finer, options, probed, is_first=False)
             own |= {key: (_square(z), _square(products[key])) for key, z in fine.items()}

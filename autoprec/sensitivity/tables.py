@@ -26,6 +26,7 @@ from autoprec.records.sensitivity import Estimate, LayerSensitivity, OperandStat
 from autoprec.runtime import install_options
 from autoprec.sensitivity.casts import Sides, gemm_casts
 from autoprec.sensitivity.doubts import (
+    LARGE_ERROR,
     doubtful_cells,
     forward_casts,
     guessed_cells,
@@ -54,6 +55,9 @@ FEWEST_FITTED = 4  # rows that tell of kinks in others
 # which other rows are guesses: an eighth of a normal distribution is beyond a factor of two then.
 # In eight families with all rows within it is 0.11 to 0.42, in nine with rows beyond 0.53 to 1.66.
 SPREAD = 0.45
+# Of a row on one of two batches over both: 0.04 to 0.6 in 20 families, 0.3 in the mean. It is what
+# is taken for a spread, too, as if of so many rows, before any is measured.
+ONE_BATCH, PRIOR_ROWS = 0.3, 2
 # Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
 # that few tokens change is off by 2 to 3 on any two batches.
 KINK_DOUBT, CHOICE_DOUBT = 0.5, 1.0
@@ -74,14 +78,31 @@ class Table:
     rows: tuple[LayerSensitivity, ...]
     statistics: tuple[OperandStatistics, ...]
     refined: tuple[Cell, ...] = ()
+    exact: frozenset[Cell] = frozenset()  # of those, what was measured on all batches
     together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
-    kinks: Mapping[Cell, float] = field(default_factory=dict)  # the share of a row that they add
-    ratios: Mapping[Cell, float] = field(default_factory=dict)  # of refined rows to those probed
+    # the shares of a row that kinks and choices add
+    kinks: Mapping[Cell, float] = field(default_factory=dict)
+    choices: Mapping[Cell, float] = field(default_factory=dict)
+    # of refined rows, what was measured and what was probed
+    tested: Mapping[Cell, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def errors(self) -> dict[Cell, float]:
         """The gradient error of each cell."""
         return {row.cell: row.grad_error.mean for row in self.rows}
+
+    @property
+    def spread(self) -> float:
+        """How far rows that were measured one by one are from the probes: a logarithm's."""
+        # layers too broken for probes to be linear in their errors say nothing of others
+        broken = {name for (name, _), (_, probed) in self.tested.items() if probed > LARGE_ERROR}
+        found = [
+            math.log(max(exact / probed, 1e-3))
+            for (name, _), (exact, probed) in self.tested.items()
+            if name not in broken or exact <= LARGE_ERROR
+        ]
+        found += [ONE_BATCH] * PRIOR_ROWS
+        return math.hypot(*found) / math.sqrt(len(found))
 
 
 def make_table(reference: Reference, cells: Sequence[Cell], method: Method | None = None) -> Table:
@@ -121,12 +142,13 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     marks = largest_over_ranks([float(any(n in p.unseen for p in probes)) for n in names])
     unseen = {name for name, mark in zip(names, marks, strict=True) if mark}
     statistics = from_first_rank(probes[0].statistics)
-    kinks = _added(probes, rows)[0]
-    table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks)
+    kinks, choices = _added(probes, rows)
+    table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks, choices=choices)
     table = measure_unseen(reference, table, unseen) if unseen else table
     seen = [row for row in table.rows if row.name not in unseen]
     steps = probes[0].steps
-    is_kinked = steps is not None and (steps.are_kinked or steps.jumps > 0.0)
+    # choices too that a probe changed none of: one that FP8 changes may be all of a row
+    is_kinked = steps is not None and (steps.are_kinked or steps.are_followed or steps.jumps > 0.0)
     guessed = guessed_cells(seen, is_kinked=is_kinked)
     refined = tuple(dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics))))
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
@@ -164,9 +186,9 @@ def refine_table(
 
     Options of the layer that cast alike in the forward pass go along, unless they are measured
     themselves: what probes do not know (kinks, choices) comes of that. Others that are in FP8 go
-    half the way on a scale of factors, and so does a cell that was measured on a part of the
-    batches: the probes speak for the others. With what they said of that part, `probed`, kinks
-    count as they do in the cells.
+    half the way on a scale of factors. A cell measured on a part of the batches goes half the way
+    at least, and as far as inverse variances say: the spread has both. With what the probes said of
+    that part, `probed`, kinks count as they do in the cells.
     """
     if not cells:
         return table
@@ -174,9 +196,14 @@ def refine_table(
     if probed is not None:
         table = _with_kinks_as_measured(table, exact, probed)
     before = table.errors
-    ratios = {cell: e.mean / before[cell] for cell, e in exact.items() if before[cell] > 0.0}
-    table = replace(table, ratios={**table.ratios, **ratios})
-    return _with_exact(table, exact, share=1.0 if batches >= len(reference.batches) else 0.5)
+    tested = {cell: (e.mean, before[cell]) for cell, e in exact.items() if before[cell] > 0.0}
+    table = replace(table, tested={**table.tested, **tested})
+    if batches >= len(reference.batches):
+        table = replace(table, exact=table.exact | exact.keys())
+        return _with_exact(table, exact, share=1.0)
+    chosen = math.fsum(table.choices.get(cell, 0.0) for cell in exact) / len(exact)
+    one_batch = math.hypot(ONE_BATCH, CHOICE_DOUBT * chosen)
+    return _with_exact(table, exact, share=max(1.0 - (one_batch / table.spread) ** 2, 0.5))
 
 
 def _with_kinks_as_measured(
