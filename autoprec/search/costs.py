@@ -34,7 +34,7 @@ from autoprec.predict.step import unhidden
 from autoprec.predict.transfer import default_locks, sensitivity_basis
 from autoprec.records.cost import Communication, LayerTiming, Profile, Timing, ratio_error
 from autoprec.records.model import BF16_O2, FP32, Basis, LayerSpec, Option
-from autoprec.records.sensitivity import LayerSensitivity, Sensitivity
+from autoprec.records.sensitivity import LayerSensitivity, Operand, Sensitivity
 
 # A layer with this error in some whole FP8 recipe has outliers (a healthy one has under 0.3 %, an
 # output head 2 %). It is not offered FP8 in single GEMMs: what breaks it moves in training.
@@ -201,10 +201,34 @@ def make_costs(profile: Profile, sensitivity: Sensitivity) -> Costs:
         missing=tuple(missing for _, missing in priced),
         outside_fp32=_outside(profile, prices, FP32, grad_error=0.0),
         outside_bf16=_outside(profile, prices, BF16_O2, grad_error=activation_error),
-        locks=default_locks(layers) if sensitivity_basis(sensitivity) is Basis.UNKNOWN else {},
+        locks=(
+            default_locks(layers)
+            if sensitivity_basis(sensitivity) is Basis.UNKNOWN
+            else _unseen_locks(sensitivity)
+        ),
         communication=profile.communication,
         islands=tuple((at, e) for at, e in islands if all(FP32 in prices[i] for i in at)),
     )
+
+
+def _unseen_locks(sensitivity: Sensitivity) -> dict[str, str]:
+    """Return the linears of whose FP8 the measured batches say nothing, and why.
+
+    An operand was zero in the first of them, and the others say no more than BF16 has. It may be
+    the path of a rare token, which an error of 0 must not give to FP8.
+    """
+    errors: dict[str, list[list[float]]] = {}
+    for row in sensitivity.rows:
+        own = errors.setdefault(row.name, [[], []])
+        own[row.option.is_fp8].append(row.grad_error.mean)
+    return {
+        found.name: f"its {found.operand.replace('_', ' ')} was zero where gradient errors were "
+        f"measured, so that what FP8 costs it is not known (--keep {found.name}=fp8_o1 overrules)"
+        for found in sensitivity.statistics
+        for bf16, fp8 in [errors.get(found.name, [[], []])]
+        if found.operand is not Operand.WEIGHT and found.amax == 0.0
+        if max(fp8, default=0.0) <= 2.0 * max(bf16, default=0.0)
+    }
 
 
 def _price_layer(

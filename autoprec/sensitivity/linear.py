@@ -163,13 +163,14 @@ class Linear:
     def parameter_errors(self, norm: Norm) -> dict[Sides, float]:
         """Return d'Pd of what stays in the parameters, by the casts of grad_weight; () is BF16.
 
-        `norm` takes errors of whole parameters.
+        `norm` takes errors of whole parameters. A bias's gradient is BF16 in all of them.
         """
         weight, bias = self.layer.weight, self.layer.bias
         sides = dict.fromkeys(gemm_casts(o).get(Gemm.GRAD_WEIGHT, ()) for o in self.options)
-        found = dict.fromkeys([(), *sides], 0.0)
+        of_bias = 0.0
         if bias is not None and bias.requires_grad:
-            found[()] += norm({bias: self.split.whole(self._bias_error(), "N", over="MN")})
+            of_bias = norm({bias: self.split.whole(self._bias_error(), "N", over="MN")})
+        found = dict.fromkeys([(), *sides], of_bias)
         if not weight.requires_grad:
             return found
         exact = self._grad_weight(None)

@@ -55,10 +55,13 @@ class LocalErrors:
 
 
 def components_of(option: Option) -> dict[Gemm, list[Component]]:
-    """Return the sources of error of the two GEMMs whose error spreads; BF16 where kept so."""
+    """Return the sources of error of the two GEMMs whose error spreads.
+
+    Beside the casts it is what BF16 has, as of the bias and of the result.
+    """
     casts = gemm_casts(option)
     return {
-        bf16.gemm: [Component(bf16.gemm, *side) for side in casts.get(bf16.gemm, ())] or [bf16]
+        bf16.gemm: [*(Component(bf16.gemm, *side) for side in casts.get(bf16.gemm, ())), bf16]
         for bf16 in (BF16_OUTPUT, BF16_GRAD_INPUT)
     }
 
