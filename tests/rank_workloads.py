@@ -76,11 +76,13 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def shard_blocks(model: nn.Module, mesh: Any) -> nn.Module:  # Any: a DeviceMesh
+def shard_blocks(
+    model: nn.Module, mesh: Any, **settings: Any
+) -> nn.Module:  # Any: a DeviceMesh, FSDP2's settings
     """Shard a decoder block by block with FSDP2, and then what is left."""
     for block in model.get_submodule("blocks").children():
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, **settings)
+    fully_shard(model, mesh=mesh, **settings)
     return model
 
 

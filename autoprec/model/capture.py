@@ -146,6 +146,7 @@ def said_written(workload: Workload) -> AsWritten:
     autocast = seen.autocast or seen.script_autocast
     found = AsWritten(
         autocast="" if autocast is None else dtype_name(autocast),
+        gathered="" if seen.gathered is None else dtype_name(seen.gathered),
         parameters=tuple(sorted(map(dtype_name, seen.dtypes))),
         is_compiled=seen.is_compiled or seen.script_compiles,
     )
@@ -157,6 +158,8 @@ def said_written(workload: Workload) -> AsWritten:
         )
     if found.autocast:
         log.info("loss_fn's autocast (%s) is left out but of the step as written", found.autocast)
+    if found.gathered:
+        log.info("FSDP's mp_policy (%s) is left out but of the step as written", found.gathered)
     return found
 
 

@@ -27,7 +27,7 @@ from autoprec.device import ranks
 from autoprec.errors import WorkloadError
 from autoprec.model.averaging import GradientAverage
 from autoprec.model.layers import plain_name, unwrapped
-from autoprec.workload.functions import Part, Workload
+from autoprec.workload.functions import InFp32, Part, Workload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,12 +58,18 @@ class Spread:
         return (found if found.ndim == 1 else found._flatten()).get_group()
 
 
-def parallel_workload(workload: Workload, device: torch.device) -> Workload:
-    """Return the workload as this rank runs it; itself where the process is alone."""
+def parallel_workload(
+    workload: Workload, device: torch.device, *, in_fp32: InFp32 = lambda _: None
+) -> Workload:
+    """Return the workload as this rank runs it; itself where the process is alone.
+
+    `in_fp32` makes a model that was spread compute in FP32, and returns the dtype that it had.
+    """
     if ranks.world_size() == 1:
         return workload
     spread = make_spread(workload, device)
-    part = Part(*spread.part, spread=partial(_spread_model, device, spread), joined=_mean_loss)
+    spread_model = partial(_spread_model, device, spread)
+    part = Part(*spread.part, spread=spread_model, joined=_mean_loss, in_fp32=in_fp32)
     return replace(workload, part=part)
 
 

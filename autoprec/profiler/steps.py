@@ -305,9 +305,9 @@ class _Comparison:
         is_written = variant == AS_WRITTEN
         asked = not eagerly and (self.compilation is not None or is_written)
         # As the user compiles it, where the user does; what is not FP32 is kept as written alone.
-        keeps = is_written or (asked and not workload.written.dtypes)
+        keeps = is_written or (asked and not workload.written.is_low)
         model = workload.written_model(seed=seed) if keeps else workload.build_model(seed=seed)
-        if keeps and not is_written and workload.written.dtypes:  # not known until it was built
+        if keeps and not is_written and workload.written.is_low:  # not known until it was built
             model = workload.build_model(seed=seed)
         compiled = asked and is_compiled(model)
         model = model.to(self.context.device)

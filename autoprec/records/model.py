@@ -287,18 +287,20 @@ class LayerSpec(Record):
 class AsWritten(Record):
     """How the user's file trains, where that is more than FP32 run eagerly.
 
-    Dtypes are torch's names without `torch.`: of the autocast around the model ("" for none), and
-    the 16-bit ones among the parameters. What is measured of numerics is without all three.
+    Dtypes are torch's names without `torch.`: of the autocast around the model ("" for none), the
+    16-bit ones among the parameters, and the one in which FSDP's policy gathers them. What is
+    measured of numerics is without all of it.
     """
 
     autocast: str = ""
+    gathered: str = ""
     parameters: tuple[str, ...] = ()
     is_compiled: bool = False
 
     @property
     def is_fp32(self) -> bool:
         """Whether it trains FP32 parameters without autocast."""
-        return not self.autocast and not self.parameters
+        return not (self.autocast or self.parameters or self.gathered)
 
 
 class BatchMix(Record):

@@ -74,6 +74,7 @@ def title_of(run: RunRecords, label: str) -> str:
     profile, details = run.profile, []
     if label == "as_written" and profile and (written := profile.model.as_written):
         details += [f"autocast {written.autocast}"] if written.autocast else []
+        details += [f"FSDP gathers {written.gathered}"] if written.gathered else []
         details += [f"{dtype} parameters" for dtype in written.parameters]
         details += ["compiled"] if written.is_compiled and _ran_compiled(run, label) else []
     if label == "fp32" and profile and (parts := _tf32_parts(profile)):

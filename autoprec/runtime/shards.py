@@ -30,7 +30,7 @@ from torch import nn
 from autoprec.common.text import first_and_more
 from autoprec.errors import PlanMismatchError
 from autoprec.runtime.activations import CASTABLE
-from autoprec.workload.written import dtype_name
+from autoprec.workload.written import LOW_PRECISION, dtype_name
 
 FsdpParam = Any  # torch's FSDPParam: the shard and the gathered form of one parameter
 Dtypes = Mapping[nn.Parameter, torch.dtype]
@@ -86,6 +86,20 @@ def gather_as(
             step()
 
     return frozenset(sharded), restore if undo else nothing_sharded
+
+
+def gather_in_fp32(model: nn.Module) -> torch.dtype | None:
+    """Make FSDP gather and reduce FP32 shards as they are, whatever its `mp_policy` says.
+
+    Returns:
+        The 16-bit dtype that the policy gathers them in; None where there is none.
+    """
+    policies = [_state(module)._mp_policy for module in fsdp_modules(model)]
+    if not any(policy.param_dtype or policy.reduce_dtype for policy in policies):
+        return None
+    gathers = gathers_of(model)
+    gather_as(model, dict.fromkeys(gathers, torch.float32))
+    return next((dtype for dtype in gathers.values() if dtype in LOW_PRECISION), None)
 
 
 def mixed_groups(model: nn.Module) -> dict[str, list[str]]:

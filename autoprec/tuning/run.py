@@ -140,9 +140,10 @@ class Run:
         workload, device = self.workload, self.device
         if world_size() > 1:
             from autoprec.model.parallel import parallel_workload
+            from autoprec.runtime.shards import gather_in_fp32
 
             check_ranks(self.settings, workload.digest)
-            workload = parallel_workload(workload, device)
+            workload = parallel_workload(workload, device, in_fp32=gather_in_fp32)
         return Context(
             workload,
             device,

@@ -76,6 +76,9 @@ T = TypeVar("T")
 Batch = Any  # Any: whatever the user's loss_fn takes
 
 
+InFp32 = Callable[[nn.Module], torch.dtype | None]
+
+
 @dataclass(frozen=True)
 class Part:
     """What one rank does of a workload: its batches, its part of the model, the loss of all."""
@@ -85,6 +88,8 @@ class Part:
     # The user's model, as every rank builds it, to the one that this rank trains.
     spread: "Callable[[Workload, nn.Module], nn.Module]" = lambda _, model: model
     joined: Callable[[Tensor], Tensor] = lambda loss: loss  # this rank's loss to the mean of all
+    # makes a spread model compute in FP32; returns the dtype in which it did until then, if 16-bit
+    in_fp32: InFp32 = lambda _: None
 
 
 ALONE = Part()
@@ -115,7 +120,9 @@ class Workload:
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model in FP32, for training, not compiled: same seed, same initial weights."""
         # FP32 before it is sharded; what compiles its parts may be the sharding function
-        return plain_model(self._spread(plain_model(self._build(seed))))
+        model = plain_model(self._spread(plain_model(self._build(seed))))
+        self.written.gathered = self.part.in_fp32(model)
+        return model
 
     def written_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model as the user trains it, in its own dtypes and compiled if it is."""

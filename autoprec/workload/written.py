@@ -29,15 +29,22 @@ AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
 class Written:
     """How the user's functions train, as far as they were seen to by now.
 
-    `dtypes` are the 16-bit ones among the parameters that build_model gives. A recorded script's
+    `dtypes` are the 16-bit ones among the parameters that build_model gives, `gathered` is that in
+    which FSDP's policy (`MixedPrecisionPolicy`) gathers them. A recorded script's
     `script_autocast` and `script_compiles` are around its functions, so they are no part of them.
     """
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     autocast: torch.dtype | None = None
+    gathered: torch.dtype | None = None
     is_compiled: bool = False
     script_autocast: torch.dtype | None = None
     script_compiles: bool = False
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the model itself computes in 16 bits, whatever is around it."""
+        return bool(self.dtypes) or self.gathered is not None
 
     def around(self, model: nn.Module) -> AbstractContextManager[object]:
         """Return the autocast that a recorded script runs its functions in."""
