@@ -3,6 +3,7 @@ import io
 import logging
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import autoprec
 from autoprec.errors import PlanMismatchError
 from autoprec.runtime import attach_optimizer
+from autoprec.workload.optimizers import trained_by
 from tests.models import Mlp
 from tests.runtime_training import (
     OPTIMIZERS,
@@ -51,6 +53,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, order: st
     assert train(other, other_optimizer, 3, first=3) == losses
     assert same(exact(other), exact(model))
     assert same(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+class LooksUp(torch.optim.Adam):
+    """Looks up what was saved again once it is loaded, as pytorch-optimizer's do."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load it, and take over what torch casts."""
+        super().load_state_dict(state_dict)
+        for parameter, saved in zip(trained_by(self), state_dict["state"].values(), strict=True):
+            own = self.state[parameter]
+            self.state[parameter] = {name: own[name] for name in saved}
+
+
+def test_an_optimizer_that_looks_up_what_was_saved_resumes_bit_for_bit() -> None:
+    model, optimizer = applied(LooksUp)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    losses = train(model, optimizer, 3, first=3)
+    other, resumed = applied(LooksUp)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert train(other, resumed, 3, first=3) == losses
+    assert all("master_weight" not in state for state in resumed.state.values())
 
 
 def test_an_evaluation_before_the_first_step_after_a_resume_is_the_saved_runs(

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,48 @@ def test_a_step_is_the_users_own_bit_for_bit() -> None:
     other = by_hand(workload, count=10, clip=0.05, accumulate=3)
     for mine, wanted in zip(training.model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, wanted)
+
+
+class OwnAdam(Optimizer):
+    """Adam's steps by RMS alone, in train mode alone; `behind` is done to each gradient then."""
+
+    def __init__(self, params: Any, behind: str) -> None:  # Any: torch's own
+        super().__init__(params, {"lr": 0.01})
+        self.behind, self.is_training = behind, False
+        self.clip = partial(torch.clamp, min=-5.0, max=5.0)
+
+    def train(self) -> None:
+        """Begin to train, as schedule-free's must be told."""
+        self.is_training = True
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # torch overloads it
+        """Step, and leave gradients as they are, normalised or nowhere."""
+        assert self.is_training
+        for parameter in self.param_groups[0]["params"]:
+            v = self.state[parameter].setdefault("second", torch.zeros_like(parameter))
+            v.lerp_(parameter.grad.square(), 0.05)
+            update = self.clip(parameter.grad / (v.sqrt() + 1e-8))
+            parameter.add_(update, alpha=-0.01)
+            if self.behind == "normalised":
+                parameter.grad.copy_(update)
+            elif self.behind == "dropped":
+                parameter.grad = None
+
+
+def test_p_is_read_at_the_gradients_of_the_last_step_whatever_the_optimizer_did_to_them() -> None:
+    weights = []
+    for behind in ("kept", "normalised", "dropped"):
+        workload = make(build_optimizer=lambda model, b=behind: OwnAdam(model.parameters(), b))
+        context = Context(workload, CPU)
+        reference = prepare_reference(context, capture_model(context), warmup_steps=12)
+        read = reference.preconditioner
+        assert (read.name, read.note) == ("second", "")
+        weights.append([read.weight(p, at=torch.ones_like(p)) for p in read.rules])
+    kept, *others = weights
+    assert len(kept) == 4
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(kept, other, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ class Attachment:
     def __init__(self, optimizer: Optimizer) -> None:
         self.stores: list[Masters] = []  # of one model, or of several that share the optimizer
         self.loading: StateDict = {}
+        self.looked_up: list[nn.Parameter] = []  # whose states have masters, until the next step
         self.layout: Layout | None = None
         self.stepping: Layout | None = None  # within a step
         self.shadowed: Layout | None = None  # whose masters the shadow holds
@@ -186,6 +187,8 @@ class Attachment:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's hook
         """Put the shadow, with FP32 masters and gradients, in the optimizer's place."""
+        while self.looked_up:
+            optimizer.state.get(self.looked_up.pop(), {}).pop(MASTER, None)
         step = None if closure_of(args, kwargs) else raw_step(optimizer)
         layout = self.stepping = self.current_layout(optimizer, is_split=step is not None)
         if layout is None:
@@ -300,6 +303,13 @@ class Attachment:
                 self._load_master(parameter, saved[index])
         for store in self.stores:
             store.take_loaded()
+        # A class of its own `load_state_dict` (pytorch-optimizer's) looks up what was saved again.
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            beside = [(i, p) for i, p in _indexed(optimizer, groups) if p in optimizer.state]
+            self.looked_up = [p for i, p in beside if i in saved]
+            optimizer.state.update(
+                (p, {**optimizer.state[p], MASTER: saved[i]}) for i, p in beside if i in saved
+            )
 
     def _load_master(self, parameter: nn.Parameter, saved: Tensor) -> None:
         if saved.shape != parameter.shape:

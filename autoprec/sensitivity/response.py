@@ -106,7 +106,8 @@ def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Te
         for name, value in vars(optimizer).items()
         if not name.startswith(HOOKS_OF)
         and name not in ("state", "param_groups")
-        and not callable(value)
+        # a `step` that a scheduler has patched is the other's; a function that it clips by is not
+        and not (callable(value) and hasattr(type(optimizer), name))
     }
     other: Optimizer = object.__new__(type(optimizer))
     vars(other).update(copy.deepcopy(kept, memo))

@@ -119,7 +119,8 @@ def train_steps(
         batches = move_batch(next(drawn_by_step), context.device)
         with seeded(seed_of(context.seed, step - 1)):
             started = time.perf_counter()  # the user's data loading is no part of a step
-            loss = training.step(batches)
+            # of the last step P is read at them
+            loss = training.step(batches, leave_gradients=step == steps[-1])
         curve.append((step, check_loss(loss, where=f"at warm-up step {step}")))
         times.append(time.perf_counter() - started)
         del batches  # before the next are drawn

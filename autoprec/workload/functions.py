@@ -252,6 +252,8 @@ class Workload:
                 "build_optimizer(model) must optimise parameters of the model it is given, but it "
                 "lists others; pass model.parameters()"
             )
+        if callable(train := getattr(optimizer, "train", None)):
+            train()  # schedule-free ones refuse to step before that
         return optimizer
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

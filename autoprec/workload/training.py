@@ -56,6 +56,8 @@ class Training:
     optimizer: Optimizer
     schedule: "Schedule | None" = None
     norm: Tensor | None = None  # of the last step's gradient before it was clipped
+    # whether the optimizer leaves gradients as they are; unknown before its first step
+    keeps_gradients: bool | None = None
 
     @property
     def clip_scale(self) -> float:
@@ -66,12 +68,17 @@ class Training:
         return min(most / max(float(self.norm), 1e-30), 1.0)
 
     def step(
-        self, batches: Sequence[Batch], *, rate: float = 1.0, loss_fn: LossFn | None = None
+        self,
+        batches: Sequence[Batch],
+        *,
+        rate: float = 1.0,
+        loss_fn: LossFn | None = None,
+        leave_gradients: bool = False,
     ) -> Tensor:
         """Train on the batches of one optimizer step and return their mean loss, detached.
 
         `rate` is a factor on the learning rates, of this step alone; `loss_fn` is run in place of
-        the workload's.
+        the workload's. With `leave_gradients` they are there behind it as the optimizer got them.
 
         Raises:
             WorkloadError: backward left no gradients, or the optimizer cannot step them.
@@ -88,13 +95,29 @@ class Training:
                 "none after it: the loss must depend on the parameters, and the optimizer step "
                 "after backward, not within it in hooks at gradients"
             )
-        self.update(rate=rate)
+        self.update(rate=rate, leave_gradients=leave_gradients)
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    def update(self, *, rate: float = 1.0) -> None:
+    def update(self, *, rate: float = 1.0, leave_gradients: bool = False) -> None:
         """Clip the gradients, step the optimizer, then the schedule."""
         if self.workload.clip_norm is not None:
             self.norm = clip_gradients(self.model, self.workload.clip_norm)
+        given = [
+            (p, p.grad, p.grad._version) for p in trained_by(self.optimizer) if p.grad is not None
+        ]
+        kept = (
+            [g.clone() for _, g, _ in given] if leave_gradients and not self.keeps_gradients else []
+        )
+        self._step_optimizer(rate)
+        # schedule-free ones normalise gradients in place, heavyball's drop them
+        self.keeps_gradients = all(p.grad is g and g._version == made for p, g, made in given)
+        for (parameter, _, _), gradient in zip(given, kept, strict=False):
+            parameter.grad = gradient
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _step_optimizer(self, rate: float) -> None:
+        """Step at so many times its learning rates."""
         groups = rated_groups(self.optimizer) if rate != 1.0 else []
         rates = [_rate(group) for group in groups]
         for group, own in zip(groups, rates, strict=True):
@@ -116,8 +139,6 @@ class Training:
             ) from error
         for group, own in zip(groups, rates, strict=True):
             _set_rate(group, own)  # many schedules go on from the rate that they find
-        if self.schedule is not None:
-            self.schedule.step()
 
 
 class Schedule:
