@@ -28,9 +28,7 @@ from torch.optim import optimizer as step_hooks
 from autoprec.common.text import error_line
 from autoprec.device.ranks import world_size
 from autoprec.integrations.launch.alive import smallest_with
-from autoprec.integrations.launch.optimizers import (
-    SeenOptimizer,
-)
+from autoprec.integrations.launch.optimizers import SeenOptimizer
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
 from autoprec.integrations.launch.sharded import Policy, copy_sharded
@@ -121,6 +119,7 @@ class Recorder:
         self._weights = math.nan  # their sum at the last backward of the first step
         self._dropped = 0  # times since then that gradients were gone before a backward
         self._was_lazy = False
+        self._foreign = ""  # why the last call that was not recorded cannot be
         self._stepped: list[Optimizer] = []  # since the last gradient
         self._stepping: Optimizer | None = None
         self._depth = 0  # above 0: inside of the model's forward, or of backward
@@ -163,7 +162,18 @@ class Recorder:
         return self._record_call(call, module, args, kwargs)
 
     def _record_call(self, call: Function, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        model = self._check_call(module, (args, kwargs))
+        if self.refusal or self.steps >= self.wanted:
+            raise StopScript  # again: the script caught the first one
+        model = unwrapped(module, parallel=True)
+        unknown = [t for t in tensors_in((args, kwargs)) if t.requires_grad and not t.is_leaf]
+        if not all(self._mode.tape and self._mode.tape.has_made(tensor) for tensor in unknown):
+            self._foreign = (  # on trial, it may be, of a part whose siblings evaluate
+                "the model's inputs must not depend on other weights, but an input of "
+                f"{type(model).__name__} has a gradient"
+            )
+            with self._inside():
+                return call(module, *args, **kwargs)
+        self._check_model(model)
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
@@ -196,11 +206,8 @@ class Recorder:
             self._depth -= 1
             self._mode.tape = tape
 
-    def _check_call(self, module: nn.Module, inputs: Any) -> nn.Module:  # Any: the user's
-        """Return the model or the part of it that a call is of, if the call can be recorded."""
-        if self.refusal or self.steps >= self.wanted:
-            raise StopScript  # again: the script caught the first one
-        model, tape = unwrapped(module, parallel=True), self._mode.tape
+    def _check_model(self, model: nn.Module) -> None:
+        """Take the first model that is called; others must be parts of it, or it of them."""
         if self.model is None:
             self.model = model
         elif not any(part is model for part in self.model.modules()):
@@ -209,13 +216,6 @@ class Recorder:
                 if type(model) is type(self.model) and self.steps > 1:
                     raise StopScript  # the next fold, or the same run resumed: the first has ended
                 self.refuse(f"one model must be trained, but the script calls several ({names})")
-        unknown = [t for t in tensors_in(inputs) if t.requires_grad and not t.is_leaf]
-        if not all(tape is not None and tape.has_made(tensor) for tensor in unknown):
-            self.refuse(
-                "the model's inputs must not depend on other weights, but an input of "
-                f"{type(model).__name__} has a gradient"
-            )
-        return model
 
     def _begin_calls(self, number: int, is_compiled: bool) -> None:
         """See to a call on inputs of its own: all before it may have been on trial."""
@@ -291,7 +291,8 @@ class Recorder:
             )
         if not self._calls or tape is None:
             self.refuse(
-                "each backward must follow a call of the model in training mode, but the script "
+                self._foreign
+                or "each backward must follow a call of the model in training mode, but the script "
                 "calls backward without one, or twice"
             )
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -303,8 +304,9 @@ class Recorder:
         unseen = tape.finish(roots[0])
         if unseen is not None:
             self.refuse(
-                "the loss must come from the model's output through torch functions, but it also "
-                f"depends on {unseen}"
+                self._foreign
+                or "the loss must come from the model's output through torch functions, but it "
+                f"also depends on {unseen}"
             )
         used = tape.used_calls() or {*self._calls}
         if not used <= {*self._calls}:
@@ -315,7 +317,7 @@ class Recorder:
         if not self.batches:
             self.first = self._firsts[min(used)]
         self.batches.append(({number: self._calls[number] for number in sorted(used)}, tape))
-        self._calls, self._firsts = {}, {}
+        self._calls, self._firsts, self._foreign = {}, {}, ""
         self.losses.append(float(roots[0].detach()))
         if not self.optimizers and self.model is not None:
             self._weights = sum_of_weights(self.model)
