@@ -2,7 +2,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -294,6 +294,25 @@ def test_a_subclass_of_linear_keeps_its_attributes_in_fp8() -> None:
         assert isinstance(layer, Named)
         layer(torch.randn(16, 32)).sum().backward()
     assert type(layer) is Named
+
+
+def test_a_library_that_registers_subclasses_sees_none_of_ours() -> None:
+    class Registered(nn.Linear):
+        known: ClassVar[dict[str, type]] = {}
+
+        def __init_subclass__(cls, name: str) -> None:
+            cls.known[name] = cls
+
+    class Own(Registered, name="own"):
+        pass
+
+    layer = Own(32, 32)
+    for option in (BF16_O2, TENSORWISE):
+        with install_options(layer, {"": option}):
+            assert isinstance(layer, Own)
+            layer(torch.randn(16, 32)).sum().backward()
+    assert Registered.known == {"own": Own}
+    assert type(layer) is Own
 
 
 def test_unknown_names_and_containers_are_refused() -> None:

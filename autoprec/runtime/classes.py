@@ -219,7 +219,20 @@ def _subclass(
         "__reduce_ex__": reduce,
         "register_forward_pre_hook": register_forward_pre_hook,
     }
+    hooks = (cls for cls in base.__mro__ if "__init_subclass__" in vars(cls))
+    if next(hooks) not in (object, _Unregistered):
+        bases = (_Unregistered, *bases)
     return type(base.__name__, bases, {**kept, **own, **body})
+
+
+class _Unregistered:
+    """Keeps a class of ours from a library's registry of subclasses, which may ask for a name.
+
+    Without slots, or the layout of instances would not be a module's.
+    """
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
