@@ -177,6 +177,8 @@ def test_a_model_in_16_bit_is_measured_in_fp32_behind_its_output_too(tmp_path: P
 
 TRIALS = {
     "a dry run": "model(torch.zeros(2, 32))\n",
+    "a part between parts that evaluate": "model.eval()\nmodel.head.train()\n"
+    "model.head(model.norm(model.first(torch.zeros(2, 32))))\nmodel.train()\n",
     "lazy layers": "model.head = nn.LazyLinear(16)\nmodel(torch.zeros(2, 32))\n"
     "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)\n",
 }

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from autoprec.device.ranks import local_part
 from autoprec.runtime.shards import kept_gradients
+from autoprec.sensitivity.real import real_view
 
 SCALE_RTOL = 1e-2  # BF16 gradients that are scaled are rounded again
 
@@ -18,20 +19,25 @@ def has_grad(parameter: nn.Parameter) -> bool:
 
 def sum_of_weights(model: nn.Module) -> float:
     """Return the sum of all parameters, in a process that trains alone."""
-    return sum(float(local_part(p.detach()).double().sum()) for p in model.parameters())
+    return sum(float(_numbers(p).sum()) for p in model.parameters())
 
 
 def gradient_norm(model: nn.Module) -> float:
     """Return the norm of all gradients together, in a process that trains alone."""
     own = (p.grad for p in model.parameters() if p.grad is not None)
-    gradients = {id(g): local_part(g.detach()) for g in (*own, *kept_gradients(model))}
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    gradients = {id(g): g for g in (*own, *kept_gradients(model))}
+    return math.sqrt(sum(float(_numbers(g).square().sum()) for g in gradients.values()))
 
 
 def gradient_norms(model: nn.Module) -> dict[nn.Parameter, float]:
     """Return the norm of each parameter's gradient, where there is one."""
     own = {p: p.grad for p in model.parameters() if p.grad is not None}
-    return {p: float(local_part(g.detach()).double().square().sum()) ** 0.5 for p, g in own.items()}
+    return {p: float(_numbers(g).square().sum()) ** 0.5 for p, g in own.items()}
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor in float64."""
+    return real_view(local_part(tensor.detach())).double()
 
 
 def are_scaled(before: Mapping[nn.Parameter, float], after: Mapping[nn.Parameter, float]) -> bool:
