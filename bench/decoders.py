@@ -59,6 +59,8 @@ def decoder_spec(decoder: Decoder, *, batch: int, sequence: int) -> ModelSpec:
         uncalled=(),
         structure=str(hash(decoder)),
         tokens_per_step=batch * sequence,
+        # causal attention: half the scores, five products in backward against two
+        product_flops=decoder.blocks * 4 * batch * sequence**2 * decoder.width / 2 * 3.5,
         optimizer="AdamW",
         optimizer_state_numel_ratio=2.0,
         has_randomness=False,

@@ -84,7 +84,8 @@ def decoder(width: int = 4096, kv: int = 1024, hidden: int = 14336, blocks: int 
             linear_layer(f"{at}.mlp.down_proj", hidden, width),
         ]
     layers.append(linear_layer("lm_head", width, 32000))
-    return model_of(*layers)
+    causal = 4 * 4096**2 * width / 2  # attention's two products, half of the scores
+    return model_of(*layers).model_copy(update={"product_flops": 3.5 * causal * blocks})
 
 
 def model_of(*layers: LayerSpec) -> ModelSpec:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.timing import Clock, Function
@@ -24,8 +25,11 @@ RunOperation = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]  # Any: tor
 class OperationTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Hands every operation inside to `run(func, args, kwargs)`, which runs and returns it.
 
-    Tensor classes that are not `plain` are taken apart first.
+    Tensor classes that are not `plain` are taken apart first. Operators of functions (`torch.cond`,
+    `flex_attention`) run unseen.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, run: RunOperation, *, plain: tuple[type, ...] = PLAIN_TENSORS) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
@@ -38,6 +42,8 @@ class OperationTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """Run the operation, or let the subclass among its operands take it apart."""
         if any(kind not in self._plain for kind in types):
             return NotImplemented
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **(kwargs or {}))
         return self._run(func, args, kwargs or {})
 
 

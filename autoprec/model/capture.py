@@ -42,6 +42,7 @@ from autoprec.model.options import (
     WITHOUT_GRAD,
     layer_options,
 )
+from autoprec.model.products import products_outside
 from autoprec.model.recording import Call
 from autoprec.model.roles import attention_heads
 from autoprec.model.saved import Saved, saved_for_backward
@@ -106,7 +107,11 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     # Only after a step: lazy modules have no parameters before it. The second step repeats the
     # first, seed and all: other gradients are the device's own doing.
     layers = model_layers(model)
-    with saved_for_backward(model, batches[0]) as saved, recorded_shapes(layers) as calls:
+    with (
+        saved_for_backward(model, batches[0]) as saved,
+        recorded_shapes(layers) as calls,
+        products_outside(layers.modules) as products,
+    ):
         second = run_step(context, model, batches[0])
     context.progress("capture", 2, 3)
     with recorded_shapes(layers) as scanned:
@@ -131,6 +136,7 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         loss=first.loss,
         tokens=tokens,
         scanned=scanned,
+        product_flops=products.flops,
     )
     more = {
         "as_written": said_written(workload),
@@ -211,6 +217,7 @@ class ObservedStep:
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
     tokens: Mapping[str, list[int]] | None = None  # by layer every M, of all ranks' calls
     scanned: Mapping[str, Sequence[Call]] = field(default_factory=dict)  # in other batches
+    product_flops: float = 0.0  # of the matrix products outside of layers
 
 
 def make_spec(seen: ObservedStep) -> ModelSpec:
@@ -240,6 +247,7 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         is_deterministic=seen.is_deterministic,
         loss=seen.loss,
         device=seen.device,
+        product_flops=seen.product_flops,
         saved_bytes=seen.saved and seen.saved.total,
         backward_bytes=seen.saved and seen.saved.peak,
     )

@@ -26,6 +26,7 @@ from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture, shapes
 from autoprec.model.layers import model_layers
+from autoprec.model.products import products_outside
 from autoprec.model.saved import saved_for_backward
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
@@ -73,7 +74,10 @@ def capture_on_meta(
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
         with shapes.recorded_shapes(layers) as calls:
-            with saved_for_backward(model, batches[0]) as saved:
+            with (
+                saved_for_backward(model, batches[0]) as saved,
+                products_outside(layers.modules) as products,
+            ):
                 loss = workload.loss_fn(model, batches[0])
             has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
@@ -94,6 +98,7 @@ def capture_on_meta(
         saved=saved,
         has_gradients=has_gradients,
         scanned=scanned,
+        product_flops=products.flops,
     )
     spec = capture.make_spec(seen)
     return spec.model_copy(update={"as_written": capture.said_written(workload), "mix": mix})

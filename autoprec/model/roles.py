@@ -9,9 +9,7 @@ How many attention heads a projection is made of, the modules around it say, the
 their own attributes, then those of their `config` (transformers). Shapes tell no head size.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -61,16 +59,6 @@ HEAD_ROLES = KEY_VALUE_ROLES | {Role.QUERY, Role.ATTENTION_OUT}  # split by atte
 ROW_ROLES = frozenset((Role.ATTENTION_OUT, Role.DOWN))
 
 
-@dataclass(frozen=True)
-class AttentionBlock:
-    """One scaled-dot-product attention: `width` is heads x head size of the queries."""
-
-    batch: int
-    sequence: int
-    width: int
-    calls: int
-
-
 def role_of(layer: LayerSpec) -> Role:
     """Return the part that a linear plays, by the last part of its name."""
     if layer.kind is not LayerKind.LINEAR:
@@ -80,33 +68,6 @@ def role_of(layer: LayerSpec) -> Role:
         parent = path[-1] if path else ""
         return Role.DOWN if any(word in parent for word in _MLP_PARENTS) else Role.ATTENTION_OUT
     return next((role for role, names in _NAMES.items() if last in names), Role.OTHER)
-
-
-def attention_blocks(layers: Iterable[LayerSpec]) -> tuple[AttentionBlock, ...]:
-    """Return the functional attentions, found by the query or fused projections of one parent.
-
-    A fused projection's queries are as wide as the attention output's input, else a third.
-    """
-    siblings: dict[str, dict[Role, LayerSpec]] = defaultdict(dict)
-    for layer in layers:
-        if layer.gemm is not None and layer.calls:
-            siblings[layer.name.rpartition(".")[0]].setdefault(role_of(layer), layer)
-    return tuple(block for found in siblings.values() if (block := _block(found)) is not None)
-
-
-def _block(found: Mapping[Role, LayerSpec]) -> AttentionBlock | None:
-    source, out = found.get(Role.QUERY) or found.get(Role.QKV), found.get(Role.ATTENTION_OUT)
-    if source is None or source.gemm is None:
-        return None
-    width = source.gemm.N
-    if Role.QUERY not in found:
-        width = out.gemm.K if out is not None and out.gemm is not None else source.gemm.N // 3
-    shape = source.calls[0].inputs[0].shape
-    if len(shape) < 3:
-        return None  # tokens without a sequence: nothing says how long one is
-    sequence = shape[-2]
-    batch = max(source.gemm.M // max(sequence, 1), 1)
-    return AttentionBlock(batch, sequence, width, calls=source.calls_per_step)
 
 
 def attention_heads(model: "nn.Module", layer: LayerSpec) -> int | None:

@@ -1,16 +1,16 @@
 """A whole training step: the layers, what lies between them, the optimizer, communication.
 
-    step = layers + attention + glue + loss + optimizer + communication that does not hide
+    step = layers + products + glue + loss + optimizer + communication that does not hide
 
-Attention is flops (causal, forward 4 b s^2 w / 2, backward 2.5 times that), the rest memory traffic
-per element. FSDP hides behind a share of the compute; tensor parallelism does not hide.
+Matrix products outside of layers (attention) are flops, the rest memory traffic per element. FSDP
+hides behind a share of the compute; tensor parallelism does not hide.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoprec.common.recipes import Precision
-from autoprec.model.roles import Role, attention_blocks, role_of
+from autoprec.model.roles import Role, role_of
 from autoprec.predict.gemm import Kernel, kernel_flops_per_us
 from autoprec.predict.layers import Setting, element_bytes, layer_times
 from autoprec.predict.linear import linear_times
@@ -24,8 +24,6 @@ from autoprec.predict.parallel import (
 from autoprec.records.cost import Communication
 from autoprec.records.model import BF16_O2, FP32, LayerKind, LayerSpec, ModelSpec, Option
 
-CAUSAL = 0.5  # half of the scores are masked away and not computed
-BACKWARD = 2.5  # fused attention recomputes the scores: five GEMMs against two
 ADAM_VALUES = 3  # optimizer_bytes counts AdamW: a parameter and two states
 REDUCED_BYTES = 4  # gradients are reduced in FP32
 EAGER_GLUE = 2.8  # traffic of unfused kernels: torchtitan's Llama3-8B, 5762 eager, 6667 compiled
@@ -81,7 +79,8 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     is_fp32 = all(option.precision is Precision.FP32 for option in chosen.values())
     activation = FP32 if is_fp32 else BF16_O2  # whose dtype flows between the layers
     machine = setting.machine
-    between = between_us(called, activation, setting) * machine.step_overhead
+    between = products_us(spec, activation, setting) + between_us(called, activation, setting)
+    between *= machine.step_overhead
     between += sum(_uncalled_us(spec, each, activation, setting) for each in spec.layers)
     # calls without a gradient, as a teacher's, which no recomputation repeats
     once = replace(setting, parallel=replace(setting.parallel, recomputed=0.0))
@@ -121,15 +120,9 @@ def autocast_extra_us(spec: ModelSpec, setting: Setting) -> float:
 def between_us(
     layers: Sequence[LayerSpec], activation: Option, setting: Setting, *, is_forward: bool = False
 ) -> float:
-    """Return attention, residuals, activations and loss, forward and, if not alone, backward."""
-    machine, tp = setting.machine, setting.parallel.tp
-    rate = machine.bf16_peak_tflops * machine.attention_fraction * 1e6
-    if activation.precision is Precision.FP32:
-        rate = kernel_flops_per_us(machine, Kernel.FP32)
-    attention = glue = loss = 0.0
-    for block in attention_blocks(layers):
-        flops = 4 * block.batch * block.sequence**2 * block.width * CAUSAL / tp
-        attention += block.calls * flops * (1 if is_forward else 1 + BACKWARD) / rate
+    """Return residuals, activations and loss, forward and, if not alone, backward."""
+    machine = setting.machine
+    glue = loss = 0.0
     for layer in layers:
         if layer.kind is not LayerKind.LINEAR or layer.gemm is None:
             continue
@@ -142,8 +135,19 @@ def between_us(
     glue *= 1.0 if setting.compiled else EAGER_GLUE
     if is_forward:
         glue, loss = glue / 3, loss / 3
-    passes = 1 + setting.parallel.recomputed / 3
-    return (attention + glue / machine.bytes_per_us) * passes + loss / machine.bytes_per_us
+    return (glue * _passes(setting) + loss) / machine.bytes_per_us
+
+
+def products_us(spec: ModelSpec, activation: Option, setting: Setting) -> float:
+    """Return the matrix products outside of layers, such as attention, which has heads to split."""
+    rate = setting.machine.bf16_peak_tflops * setting.machine.attention_fraction * 1e6
+    if activation.precision is Precision.FP32:
+        rate = kernel_flops_per_us(setting.machine, Kernel.FP32)
+    return spec.product_flops / setting.parallel.tp / rate * _passes(setting)
+
+
+def _passes(setting: Setting) -> float:
+    return 1 + setting.parallel.recomputed / 3
 
 
 def _uncalled_us(spec: ModelSpec, layer: LayerSpec, option: Option, setting: Setting) -> float:

@@ -254,12 +254,11 @@ class Profile(FileRecord):
 
     @property
     def unknown_times(self) -> dict[str, str]:
-        """What no time has in it, and why: layers, and matrices of none in a predicted profile."""
+        """What no time has in it, and why: layers, and in a predicted profile loose parameters."""
         found = {name: row.unknown for row in self.layers if row.unknown for name in row.names}
         if self.basis is Basis.PREDICTED:
-            matrices = (p.name for p in self.model.uncovered if len(p.matrix_shape) > 1)
-            found |= dict.fromkeys(matrices, "it belongs to no layer")
             found |= dict.fromkeys(self.model.loose_experts, "experts that belong to no layer")
+            found |= dict.fromkeys(self.model.with_complex_numbers, "complex numbers")
         return found
 
     @property

@@ -7,7 +7,13 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_serializer, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
 
 from autoprec.common.recipes import RECIPE_GEMMS_HP, Gemm, Precision, Recipe
 from autoprec.records.base import FileRecord, Record
@@ -323,7 +329,9 @@ class ModelSpec(FileRecord):
     `mix` has the M of the first batches where their shapes differ, the captured one's first.
     `saved_bytes` is what autograd keeps from forward for backward, parameters and recomputed parts
     left out, and `backward_bytes` the most of it with gradients beside it; None where it was not
-    seen. `batch_bytes` is a batch's tensors.
+    seen. `batch_bytes` is a batch's tensors. `product_flops` are the floating operations of a
+    step's matrix products outside of layers (attention), backward included; those of complex
+    numbers are left out.
     """
 
     KIND = "model"
@@ -345,6 +353,7 @@ class ModelSpec(FileRecord):
     saved_bytes: NonNegativeInt | None = None
     backward_bytes: NonNegativeInt | None = None
     batch_bytes: NonNegativeInt | None = None
+    product_flops: NonNegativeFloat = 0.0
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""
@@ -364,6 +373,13 @@ class ModelSpec(FileRecord):
     def numel(self) -> int:
         """The number of elements of all parameters."""
         return sum(parameter.numel for parameter in self.parameters())
+
+    @property
+    def with_complex_numbers(self) -> tuple[str, ...]:
+        """The names of the layers with complex parameters, and of such parameters of none."""
+        held = [(layer.name, layer.parameters) for layer in self.layers]
+        held += [(parameter.name, (parameter,)) for parameter in self.uncovered]
+        return tuple(n for n, own in held if any(p.dtype.startswith("complex") for p in own))
 
     @property
     def loose_experts(self) -> tuple[str, ...]:
