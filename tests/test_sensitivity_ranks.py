@@ -23,15 +23,18 @@ from autoprec.device.ranks import rank
 from autoprec.errors import WorkloadError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.local_copy import local_copy
 from autoprec.model.memory import probing_bytes
 from autoprec.model.parallel import parallel_workload
 from autoprec.records import Estimate, Gemm, LayerSensitivity, Option, Recipe, fp8_option
 from autoprec.sensitivity import room, tables
 from autoprec.sensitivity.batching import measure_batch_effect
 from autoprec.sensitivity.casts import gemm_casts
+from autoprec.sensitivity.choices import recorded_choices
 from autoprec.sensitivity.local import Cell, components_of, list_cells
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
+from autoprec.sensitivity.replay import differentiated_calls, replay
 from autoprec.sensitivity.tables import make_rows
 from autoprec.workload.functions import Workload
 from tests.rank_workloads import (
@@ -386,3 +389,23 @@ def _compare_ranges(found: dict[str, Any], expected: dict[str, Any], way: str) -
         if way == "tokens" and name.startswith("blocks.1.up"):  # other tokens of them are counted
             assert record.pop("underflow") == pytest.approx(whole["underflow"], abs=0.02), name
         assert record == {key: whole[key] for key in record}, (way, name)
+
+
+def _replay_rows(_: Path) -> None:
+    """Replay an embedding whose rows ranks divide, then run another one of its shape."""
+    rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Embedding(16, 8), nn.Embedding(16, 8)])
+    parallelize_module(model, _mesh("cpu"), {"0": rows, "1": rows})
+    tokens = torch.arange(8).view(2, 4)
+    with recorded_choices({}), differentiated_calls({"0": model[0]}) as watched:
+        expected: Any = model[0](tokens)
+        expected.square().sum().backward()
+    copied = local_copy(model, model[0], placed=True)[0]
+    found: Any = replay(copied, watched.calls["0"], seed=0)
+    torch.testing.assert_close(found.outputs[0].to_local(), expected.detach())
+    model[1](tokens + 8)  # whose mask DTensor keeps where the first one's was
+
+
+def test_a_replayed_embedding_gives_its_mask_back(tmp_path: Path) -> None:
+    run_ranks(_replay_rows, tmp_path, ranks=RANKS)

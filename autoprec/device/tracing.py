@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.timing import Clock, Function
@@ -41,7 +42,8 @@ class OperationTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     ) -> Any:  # Any: torch's own protocol
         """Run the operation, or let the subclass among its operands take it apart."""
         if any(kind not in self._plain for kind in types):
-            return NotImplemented
+            # of fake tensors DTensor asks the shapes that its operations give: nothing runs
+            return func(*args, **(kwargs or {})) if FakeTensor in types else NotImplemented
         if isinstance(func, HigherOrderOperator):
             return func(*args, **(kwargs or {}))
         return self._run(func, args, kwargs or {})

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.random_state import seed_generators
+from autoprec.device.ranks import sharded_tensor
 from autoprec.model.recording import Call, Gradients, output_tensors, recorded_calls
 from autoprec.sensitivity.hooks import without_hooks
 from autoprec.sensitivity.parked import Parked
@@ -155,7 +156,7 @@ def _outputs_again(
 ) -> list[Tensor]:  # Any: whatever the layer takes
     """Return the floating outputs of a layer that is run again, in the shapes that they had."""
     try:
-        produced = output_tensors(layer(*args, **kwargs))
+        produced = [_added_up(layer, y) for y in output_tensors(layer(*args, **kwargs))]
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -178,6 +179,19 @@ def _add_up(totals: dict[Tensor, Tensor], found: dict[Tensor, Tensor], passed: s
             key = own.untyped_storage()._cdata
             totals[parameter] = own.clone() if key in passed else own
             passed.add(key)
+
+
+def _added_up(layer: nn.Module, y: Any) -> Tensor:  # Any: a tensor or DTensor
+    """Return the sum over ranks of what a divided embedding gives, as the model takes it at once.
+
+    Until then its mask is on a shelf that all embeddings of that shape share.
+    """
+    if isinstance(layer, nn.Embedding) and isinstance(y, sharded_tensor()):
+        from torch.distributed.tensor import Replicate
+
+        parts = [Replicate() if p.is_partial() else p for p in y.placements]
+        return y.redistribute(placements=parts)  # type: ignore[no-any-return]  # a DTensor
+    return y  # type: ignore[no-any-return]  # a tensor
 
 
 def _root(y: Tensor) -> Tensor | GradientEdge:
