@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler as schedules
 
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
+from autoprec.integrations.launch.optimizers import copy_optimizer
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.records import BF16_O2, FP32
@@ -128,6 +129,20 @@ def test_p_is_read_at_the_gradients_of_the_last_step_whatever_the_optimizer_did_
     assert len(kept) == 4
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(kept, other, strict=True))
+
+
+def test_a_copied_optimizer_has_its_functions_and_no_patched_method() -> None:
+    model = nn.Linear(4, 4)
+    other, optimizer = copy.deepcopy(model), OwnAdam(model.parameters(), "kept")
+    optimizer.train()
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign]  # as schedulers do
+    copied = copy_optimizer(optimizer, model, other)
+    assert "step" not in vars(copied)
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    copied.step()
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert not any(torch.equal(one, two) for one, two in pairs)
 
 
 @pytest.mark.parametrize(

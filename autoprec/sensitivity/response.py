@@ -29,6 +29,7 @@ from autoprec.device.random_state import seeded
 from autoprec.device.ranks import local_part
 from autoprec.sensitivity.moments import Rule, State, moment_rule, number, outer, shape_rules
 from autoprec.sensitivity.real import of_dtype, real_view
+from autoprec.workload.optimizers import is_patch
 
 SIZE = 0.5  # of d, in root mean squares of g
 FIT = 0.8  # cosine; of a matrix Adam's own v reaches 0.9 and more, one of another basis 0.3 to 0.7
@@ -106,8 +107,7 @@ def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Te
         for name, value in vars(optimizer).items()
         if not name.startswith(HOOKS_OF)
         and name not in ("state", "param_groups")
-        # a `step` that a scheduler has patched is the other's; a function that it clips by is not
-        and not (callable(value) and hasattr(type(optimizer), name))
+        and not is_patch(optimizer, name)
     }
     other: Optimizer = object.__new__(type(optimizer))
     vars(other).update(copy.deepcopy(kept, memo))

@@ -7,6 +7,7 @@ take an optimizer or refuse it.
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def trained_by(optimizer: Optimizer) -> list[nn.Parameter]:
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     """Whether an optimizer has a parameter of a model."""
     return not set(model.parameters()).isdisjoint(trained_by(optimizer))
+
+
+def is_patch(optimizer: Optimizer, name: str) -> bool:
+    """Whether an attribute is a method of somebody's (a scheduler's `step`), which no copy has.
+
+    A function that the optimizer itself holds (ADOPT's clipping) is none.
+    """
+    value = vars(optimizer)[name]
+    is_other = hasattr(type(optimizer), name) or isinstance(value, MethodType | nn.Module)
+    return callable(value) and is_other
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:

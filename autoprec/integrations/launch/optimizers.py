@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.device.ranks import sharded_tensor
 from autoprec.runtime.attach import HOOKS
+from autoprec.workload.optimizers import is_patch
 
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
 
@@ -26,7 +27,11 @@ def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -
     # deepcopy takes what its memo has under an object's id for that object's copy
     pairs = zip(source.parameters(), target.parameters(), strict=True)
     memo: dict[int, Any] = {id(one): other for one, other in pairs}  # Any: copies of anything
-    own = {k: v for k, v in vars(optimizer).items() if k not in HOOKS and not callable(v)}
+    own = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in HOOKS and not is_patch(optimizer, name)
+    }
     other: Optimizer = object.__new__(type(optimizer))
     vars(other).update(copy.deepcopy(own, memo))
     other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
