@@ -221,7 +221,9 @@ def test_a_plan_of_a_module_around_the_model_or_in_it_is_said_to_be_that() -> No
     model = nn.ModuleDict({"net": nn.Sequential(Mlp(), nn.Linear(10, 16))})
     with pytest.raises(PlanMismatchError, match=r"of a module that holds this one as 'net': apply"):
         autoprec.apply(plan_for(model), model["net"])
-    with pytest.raises(PlanMismatchError, match=r"the plan is of its part 'net': apply it to that"):
+    with pytest.raises(
+        PlanMismatchError, match=r"but this plan is of its part 'net': apply it to that"
+    ):
         autoprec.apply(plan_for(model["net"]), model)
 
 

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any  # Any: deliberately wrong user functions
@@ -15,6 +16,7 @@ from autoprec.workload.functions import (
     check_batches,
     move_batch,
     take_batches,
+    tensors_in,
     workload_from,
 )
 from autoprec.workload.loading import load_workload
@@ -208,6 +210,23 @@ def test_a_built_model_is_in_training_mode_but_for_parts_that_are_frozen() -> No
         built = workload_with(build_model=[model].pop).build_model()
         modes.append([part.training for part in built.modules()])
     assert modes == [[True, False, True], [True, True, True]]
+
+
+@dataclass(slots=True)
+class Graph:
+    """A batch of a library's own, which is moved in place."""
+
+    nodes: Tensor
+    edges: Tensor = field(init=False)
+
+    def to(self, device: torch.device) -> None:
+        self.nodes = self.nodes.to(device)
+
+
+def test_a_batch_may_move_in_place_and_have_fields_without_a_value() -> None:
+    graph = Graph(torch.zeros(2))
+    assert move_batch({"graph": graph}, torch.device("meta")) == {"graph": graph}
+    assert [tensor.device.type for tensor in tensors_in(graph)] == ["meta"]
 
 
 def test_move_batch_keeps_the_structure() -> None:

@@ -31,10 +31,11 @@ def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None)
     found = found or model_layers(model)
     differences = list(_differences(plan, found))
     if differences:
+        listed = first_and_more(differences, most=MOST_LISTED, separator="; ")
+        other = _other_module([layer.name for layer in plan.layers], list(found.modules))
         raise PlanMismatchError(
             "a plan must name every layer of the model as it is, but "
-            f"{first_and_more(differences, most=MOST_LISTED, separator='; ')}; "
-            f"{_way_out([layer.name for layer in plan.layers], list(found.modules))}"
+            f"{other or listed + '; tune this model again, or correct the names in the plan'}"
         )
 
 
@@ -123,14 +124,14 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
     yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), found.uncovered)
 
 
-def _way_out(planned: Sequence[str], own: Sequence[str]) -> str:
-    """Return what to do about other names: a plan may be of what holds the model, or of a part."""
-    holder, part = "the plan is of a module that holds this one as", "the plan is of its part"
+def _other_module(planned: Sequence[str], own: Sequence[str]) -> str:
+    """Say which other module a plan is of, if it is of what holds the model or of a part of it."""
+    holder, part = "this plan is of a module that holds this one as", "this plan is of its part"
     for longer, shorter, whose in ((planned, own, holder), (own, planned, part)):
         prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
         if prefix.endswith(".") and list(longer) == [prefix + name for name in shorter]:
             return f"{whose} {one_line(repr(prefix[:-1]))}: apply it to that module"
-    return "tune this model again, or correct the plan's names"
+    return ""
 
 
 def _one_sided(

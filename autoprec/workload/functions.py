@@ -395,7 +395,8 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, list | tuple):
         return type(batch)(move_batch(value, device) for value in batch)
     if hasattr(batch, "to"):
-        return batch.to(device)
+        moved = batch.to(device)
+        return batch if moved is None else moved  # None: moved in place
     return batch
 
 
@@ -408,7 +409,7 @@ def tensors_in(value: Any) -> list[Tensor]:  # Any: a batch, arguments, a model'
     elif isinstance(value, slice):
         value = (value.start, value.stop, value.step)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        value = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     if isinstance(value, list | tuple):
         return [tensor for item in value for tensor in tensors_in(item)]
     return []

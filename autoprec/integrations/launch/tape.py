@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.patches import Function
 from autoprec.runtime.activations import ActivationMode
-from autoprec.workload.functions import tensors_in
+from autoprec.workload.functions import move_batch, tensors_in
 from autoprec.workload.written import LOW_PRECISION
 
 Value = Any  # Any: whatever a script hands to torch or a model returns
@@ -290,8 +290,7 @@ def copied(value: Value) -> Value:
 def _copied(value: Value) -> Value:
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
-    other = copy.deepcopy(value)
-    return other.to("cpu") if hasattr(other, "to") else other
+    return move_batch(copy.deepcopy(value), torch.device("cpu"))
 
 
 def _nth(result: Value, index: int) -> Tensor:
