@@ -125,7 +125,7 @@ def _fp8_sentence(plan: Plan, bf16: Speedup | None) -> str:
     if bf16.value <= 1.0:
         return f"{LOSES} here: {_slower(plan, bf16)}"
     if not bf16.is_gain:
-        return f"{UNSURE} here: the plan's speedup over BF16 O2 is {bf16}"
+        return f"FP8 may pay here: the plan's speedup over BF16 O2 is {bf16}"
     return note if note.startswith(PAYS) else f"{PAYS} here: the plan is {_fast(bf16)} as BF16 O2"
 
 
