@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -162,8 +163,9 @@ class Schedule:
 
     def go_to(self, position: int) -> None:
         """Go on to a later step of the scheduler."""
-        for _ in range(position - self.position):
-            _step(self.scheduler)
+        with _unwarned():
+            for _ in range(position - self.position):
+                _step(self.scheduler)
         self.position = position
 
 
@@ -214,25 +216,32 @@ def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
     ahead: LRScheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): shell})
     rates = [max(_rate(group) for group in shell.param_groups)]
     peak = 0
-    while len(rates) < LONGEST_SCHEDULE:
-        if not _step(ahead):
-            return peak, len(rates) - 1
-        rates.append(max(_rate(group) for group in shell.param_groups))
-        if rates[-1] > rates[peak]:
-            peak = len(rates) - 1
-        elif rates[-1] <= NEARLY_ZERO * rates[peak]:
-            return peak, len(rates) - 1
+    with _unwarned():
+        while len(rates) < LONGEST_SCHEDULE:
+            if not _step(ahead):
+                return peak, len(rates) - 1
+            rates.append(max(_rate(group) for group in shell.param_groups))
+            if rates[-1] > rates[peak]:
+                peak = len(rates) - 1
+            elif rates[-1] <= NEARLY_ZERO * rates[peak]:
+                return peak, len(rates) - 1
     return peak, None
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Let no scheduler warn that its optimizer was not stepped before: it is a copy's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _step(scheduler: LRScheduler) -> bool:
     """Go on by one step, and return whether there was one."""
-    with warnings.catch_warnings():  # that the optimizer was not stepped before: it is a copy's
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            scheduler.step()
-        except ValueError:  # OneCycleLR past its total_steps
-            return False
+    try:
+        scheduler.step()
+    except ValueError:  # OneCycleLR past its total_steps
+        return False
     return True
 
 
