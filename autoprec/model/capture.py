@@ -57,6 +57,7 @@ from autoprec.model.shapes import (
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
+    BatchMix,
     CallSpec,
     GemmShape,
     LayerKind,
@@ -104,9 +105,8 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
     context.progress("capture", 0, 3)
     first = run_step(context, model, batches[0])
-    # Only after a step: lazy modules have no parameters before it. The second step repeats the
-    # first, seed and all: other gradients are the device's own doing.
-    layers = model_layers(model)
+    layers = model_layers(model)  # only after a step: lazy modules have no parameters before it
+    # the second step repeats the first, seed and all: other gradients are the device's own doing
     with (
         saved_for_backward(model, batches[0]) as saved,
         recorded_shapes(layers) as calls,
@@ -114,15 +114,13 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     ):
         second = run_step(context, model, batches[0])
     context.progress("capture", 2, 3)
-    with recorded_shapes(layers) as scanned:
-        mix = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
-    every = {name: [*found, *scanned[name]] for name, found in calls.items()}
+    mix, scanned = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
+    every = {name: [*own, *scanned[name]] for name, own in calls.items()}
     mix, tokens = joined_over_ranks(workload, mix, every)
     optimizer = workload.build_optimizer(model)
     # makes its state, whose size is asked for; hooks of its own at gradients see a backward
     Training(workload, model, optimizer).step(batches[:1])
     context.progress("capture", 3, 3)
-    differ = sum_over_ranks([first.fingerprint != second.fingerprint])[0]  # ranks whose steps do
     seen = ObservedStep(
         model,
         layers,
@@ -132,18 +130,15 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         str(device),
         saved=saved,
         has_randomness=first.used_randomness,
-        is_deterministic=not differ,
+        is_deterministic=not sum_over_ranks([first.fingerprint != second.fingerprint])[0],
         loss=first.loss,
         tokens=tokens,
         scanned=scanned,
+        mix=mix,
         product_flops=products.flops,
+        batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
-    more = {
-        "as_written": said_written(workload),
-        "mix": mix,
-        "batch_bytes": sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
-    }
-    return make_spec(seen).model_copy(update=more)
+    return make_spec(seen, workload)
 
 
 def said_written(workload: Workload) -> AsWritten:
@@ -217,11 +212,13 @@ class ObservedStep:
     has_gradients: bool = True  # of this step; else made up, one for each trainable parameter
     tokens: Mapping[str, list[int]] | None = None  # by layer every M, of all ranks' calls
     scanned: Mapping[str, Sequence[Call]] = field(default_factory=dict)  # in other batches
+    mix: tuple[BatchMix, ...] = ()  # of these batches' shapes
     product_flops: float = 0.0  # of the matrix products outside of layers
+    batch_bytes: int | None = None
 
 
-def make_spec(seen: ObservedStep) -> ModelSpec:
-    """Return the spec of the model of a step."""
+def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
+    """Return the spec of the model of a workload's step."""
     wide = [n for n, p in seen.model.named_parameters() if p.dtype is torch.float64]
     if wide:
         raise WorkloadError(
@@ -247,6 +244,9 @@ def make_spec(seen: ObservedStep) -> ModelSpec:
         is_deterministic=seen.is_deterministic,
         loss=seen.loss,
         device=seen.device,
+        as_written=said_written(workload),
+        mix=seen.mix,
+        batch_bytes=seen.batch_bytes,
         product_flops=seen.product_flops,
         saved_bytes=seen.saved and seen.saved.total,
         backward_bytes=seen.saved and seen.saved.peak,
@@ -258,14 +258,7 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     kind = layer_kind(layer)
     in_step = [call for call in calls if call.with_grad]
     trained, forward = _counted(calls)
-    tokens = (
-        all_tokens([*calls, *seen.scanned.get(name, ())])
-        if isinstance(layer, nn.Linear) and in_step
-        else []
-    )
-    if tokens and seen.tokens:
-        tokens = seen.tokens[name]
-    gemm = None
+    tokens, gemm = _tokens(name, seen) if in_step else [], None
     if isinstance(layer, nn.Linear) and tokens:
         K, N = computed_features(seen.model, layer)
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
@@ -304,6 +297,14 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         made_by=next((call.made_by for call in in_step if call.made_by), "") if gemm else "",
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
+
+
+def _tokens(name: str, seen: ObservedStep) -> list[int]:
+    """Return every M of a linear's calls, those of other ranks and batches among them."""
+    if not isinstance(seen.layers.modules[name], nn.Linear):
+        return []
+    own = all_tokens([*seen.calls[name], *seen.scanned.get(name, ())])
+    return seen.tokens[name] if own and seen.tokens else own
 
 
 def _counted(calls: Sequence[Call]) -> tuple[tuple[CallSpec, ...], tuple[CallSpec, ...]]:

@@ -73,16 +73,14 @@ def capture_on_meta(
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
-        with shapes.recorded_shapes(layers) as calls:
-            with (
-                saved_for_backward(model, batches[0]) as saved,
-                products_outside(layers.modules) as products,
-            ):
+        with shapes.recorded_shapes(layers) as calls, products_outside(layers.modules) as products:
+            with saved_for_backward(model, batches[0]) as saved:
                 loss = workload.loss_fn(model, batches[0])
             has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
-        with shapes.recorded_shapes(layers) as scanned:
-            mix = shapes.scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
+        mix, scanned = shapes.scan_shapes(
+            layers, lambda batch: workload.loss_fn(model, batch), batches
+        )
         optimizer = workload.build_optimizer(model)
     # Its count of steps is real outside: Adam reads it as a number (torch 2.11).
     _step_optimizer(optimizer)
@@ -98,10 +96,10 @@ def capture_on_meta(
         saved=saved,
         has_gradients=has_gradients,
         scanned=scanned,
+        mix=mix,
         product_flops=products.flops,
     )
-    spec = capture.make_spec(seen)
-    return spec.model_copy(update={"as_written": capture.said_written(workload), "mix": mix})
+    return capture.make_spec(seen, workload)
 
 
 def _moved_to_meta(model: nn.Module) -> nn.Module:

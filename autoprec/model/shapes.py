@@ -67,30 +67,33 @@ def _conversions() -> Iterator[set[nn.Module]]:
 
 def scan_shapes(
     layers: ModelLayers, forward: Callable[[Batch], object], batches: Sequence[Batch]
-) -> tuple[BatchMix, ...]:
+) -> tuple[tuple[BatchMix, ...], dict[str, list[Call]]]:
     """Run forward on batches whose shapes differ from the first's, such as a short last one.
 
     Where ranks have other shapes each runs it as often as the one that has most of them.
 
     Returns:
-        How many of the batches have which largest M of a linear, the first's first; none where all
-        have the first's shapes.
+        How many of the batches have which largest M of a linear, the first's first, and the calls
+        of each layer; none where all have the first's shapes.
     """
     shapes = [tuple(tuple(tensor.shape) for tensor in tensors_in(batch)) for batch in batches]
     counts = Counter(shapes)
     every = gathered(set(counts))  # of ranks with the same batches these are the same
+    scanned: dict[str, list[Call]] = {name: [] for name in layers.modules}
     if len(set().union(*every)) == 1:
-        return ()
+        return (), scanned
     mix: Counter[int] = Counter()
     for shape, count in counts.items():
         with recorded_shapes(layers) as calls, torch.no_grad():
             forward(batches[shapes.index(shape)])
+        for name, own in calls.items():
+            scanned[name] += own
         linears = (c for name, c in calls.items() if isinstance(layers.modules[name], nn.Linear))
         mix[max((m for found in linears for m in all_tokens(found)), default=0)] += count
     for _ in range(max(map(len, every)) - len(counts)):
         with torch.no_grad():
             forward(batches[0])
-    return tuple(BatchMix(tokens=tokens, batches=count) for tokens, count in mix.items())
+    return tuple(BatchMix(tokens=m, batches=count) for m, count in mix.items()), scanned
 
 
 def joined_over_ranks(
