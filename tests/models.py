@@ -65,6 +65,15 @@ class ConvNet(nn.Module):
         return logits
 
 
+def sine_batches(seed: int, *, rows: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield points and the 16 sines of one random projection of them, endlessly."""
+    truth = torch.randn(width, 16, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(rows, width, generator=generator)
+        yield x, (x @ truth / 4).sin()
+
+
 def mlp_workload() -> Workload:
     """Return a workload that regresses a fixed random function with the Mlp."""
 

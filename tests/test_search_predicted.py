@@ -395,6 +395,13 @@ def test_fp8_behind_a_kernel_of_its_own_pays_for_the_cast_that_nothing_fuses() -
     assert eager[0] == eager[1]
 
 
+def test_what_is_not_called_has_a_time_that_is_predicted_as_the_others() -> None:
+    table = plain_layer("table", LayerKind.EMBEDDING, (64, 64), (1, 64))
+    spec = model_of(linear_layer("up", 8192, 8192), table.model_copy(update={"calls": ()}))
+    assignment = planned(predicted("", spec)).layers[1]
+    assert (assignment.layer_ms, assignment.basis) == (0.0, Basis.PREDICTED)
+
+
 def test_what_has_no_known_time_is_told_in_layer_step_and_answer() -> None:
     experts = plain_layer("mlp.experts", LayerKind.OTHER, (8, 4096, 1024), (1, 4096, 1024))
     spec = model_of(linear_layer("q_proj", 8192, 8192), experts)

@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,7 @@ from autoprec.sensitivity.tables import (
     refine_table,
 )
 from autoprec.workload.functions import workload_from
+from tests.models import sine_batches
 
 CPU = torch.device("cpu")
 
@@ -57,17 +59,9 @@ def prepared(activation: type[nn.Module]) -> Reference:
 
 def reference_of(build_model: Callable[[], nn.Module]) -> Reference:
     """Return a warmed-up regression of 512 points by any model."""
-
-    def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        truth = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            x = torch.randn(512, 64, generator=generator)
-            yield x, (x @ truth / 4).sin()
-
     functions = {
         "build_model": build_model,
-        "train_batches": train_batches,
+        "train_batches": partial(sine_batches, rows=512, width=64),
         "loss_fn": lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
         "build_optimizer": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     }

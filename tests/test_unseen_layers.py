@@ -1,6 +1,6 @@
 """Layers of which the measured batches say nothing, and some that only begin as if they were so."""
 
-from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.reference import prepare_reference
 from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import workload_from
+from tests.models import sine_batches
 from tests.planted import times_of
 from tests.search_tables import profile_of
 
@@ -40,20 +41,12 @@ class Paths(nn.Module):
         return out
 
 
-def train_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    truth = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        x = torch.randn(256, 32, generator=generator)
-        yield x, (x @ truth / 4).sin()
-
-
 def test_a_linear_that_saw_zeros_alone_gets_no_fp8_and_its_reason_says_that_nothing_is_known() -> (
     None
 ):
     functions = SimpleNamespace(
         build_model=Paths,
-        train_batches=train_batches,
+        train_batches=partial(sine_batches, rows=256, width=32),
         loss_fn=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]),
         build_optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=1e-2),
     )

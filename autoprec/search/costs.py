@@ -248,7 +248,9 @@ def _price_layer(
         else:
             price = _price(timing, effect, boundary_ms=boundary_ms if option == FP32 else 0.0)
             margin_ms = _margin_ms(timing, baseline, profile)
-            prices[option] = replace(price, margin_ms=margin_ms)
+            # what is not called takes no time of its own where other layers' times come from
+            basis = price.time_basis if layer.calls else profile.basis
+            prices[option] = replace(price, margin_ms=margin_ms, time_basis=basis)
     # what breaks a layer moves in training, so that no set of its GEMMs is safe
     whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
     if max(whole_fp8, default=0.0) > BROKEN_ERROR:
