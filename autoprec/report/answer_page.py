@@ -1,7 +1,8 @@
 """What `tune` prints: the answer, what it rests on and what to do next, in at most 25 lines.
 
-Every fact has at most three lines, and facts that the page has no room for are left out, the least
-needed first; `--verbose` and the report have all of them.
+Every fact has at most three lines of a common terminal, as many words in a narrower one, and facts
+that the page has no room for are left out, the least needed first; `--verbose` and the report have
+all of them.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from autoprec.report.summary import Summary, apply_line
 from autoprec.report.text_table import BAD, STYLES, Line, print_parts, shown_text
 
 MOST_LINES = 25
-MOST_OF_ONE = 3  # lines of a fact
+MOST_OF_ONE = 3  # lines of a fact in COMMON columns
+COMMON = 80
 KEY = 10  # columns of the facts' names
 CUT = " ..."
 
@@ -123,15 +125,16 @@ def _beware_lines(found: Summary) -> Iterator[Line]:
 
 
 def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:
-    """Return a text in lines of that width, cut after MOST_OF_ONE."""
+    """Return a text in lines of that width, cut after MOST_OF_ONE of a common terminal."""
+    most = max(MOST_OF_ONE, MOST_OF_ONE * COMMON // width)
     lines = list(shown_text(Line(text, style), console).wrap(console, width))
     for line in lines:
         line.rstrip()
-    if len(lines) > MOST_OF_ONE:
-        last = lines[MOST_OF_ONE - 1]
+    if len(lines) > most:
+        last = lines[most - 1]
         last.truncate(width - len(CUT))
         last.rstrip()
-        lines = [*lines[: MOST_OF_ONE - 1], last.append(CUT)]
+        lines = [*lines[: most - 1], last.append(CUT)]
     return lines
 
 
