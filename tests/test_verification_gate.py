@@ -409,7 +409,7 @@ def evidence_of(*gaps: float) -> Evidence:
 def test_a_spread_too_large_to_decide_says_what_it_would_take() -> None:
     unsure = evidence_of(0.0, 0.002, -0.001)
     assert unsure.verdict is Verdict.INCONCLUSIVE
-    assert re.search(r"the seeds ended after 3 seeds; about \d+ seeds would decide", advice(unsure))
+    assert re.search(r"^about \d+ seeds would decide", advice(unsure))
     on_the_tolerance = evidence_of(0.009, 0.01, 0.011)
     assert on_the_tolerance.verdict is Verdict.INCONCLUSIVE
     assert "sits on the tolerance" in advice(on_the_tolerance)

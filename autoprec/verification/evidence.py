@@ -292,21 +292,19 @@ def advice(evidence: Evidence) -> str:
     if evidence.verdict is not Verdict.INCONCLUSIVE:
         return ""
     count, terms = len(evidence.gaps("plan")), evidence.terms
-    ended = f"the seeds ended after {count} seeds"
     if wide := evidence.unresolved:
-        if count < terms.seeds_max:
-            ended = f"it stopped after {count} seeds, since {terms.seeds_max} could not decide"
-        return f"{ended}: {_out_of_reach(wide, terms)}"
+        early = f"it stopped after {count} seeds, since {terms.seeds_max} could not decide: "
+        return f"{early if count < terms.seeds_max else ''}{_out_of_reach(wide, terms)}"
     undecided = (x for x in evidence.tested if evidence.worst([x]) is Verdict.INCONCLUSIVE)
     needed = [seeds_needed(each.gaps, each.tolerance, terms) for each in undecided]
     if not needed or None in needed:
         return (
-            f"{ended} and the mean gap sits on the tolerance: more seeds will not decide it; use "
-            "longer branches, more evaluation batches or another tolerance"
+            "the mean gap sits on the tolerance: more seeds will not decide it; use longer "
+            "branches, more evaluation batches or another tolerance"
         )
     return (
-        f"{ended}; about {max(filter(None, needed))} seeds would decide it at this spread, or "
-        "fewer with longer branches and more evaluation batches"
+        f"about {max(filter(None, needed))} seeds would decide it at this spread, or fewer with "
+        "longer branches and more evaluation batches"
     )
 
 
