@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,13 @@ class Net(nn.Module):
         self.first, self.norm, self.head = nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 16)
 
 
-def run(folder: Path, body: str, *args: str, plan: Plan | None = None, **how: bool) -> RunOutcome:
+def run(
+    folder: Path,
+    body: str,
+    *args: str,
+    plan: Plan | None = None,
+    **how: Any,  # of `run_with_plan`
+) -> RunOutcome:
     """Run a script of this text with a plan, and check that nothing stays patched."""
     before = [vars(owner)[name] for owner, name in PATCHED]
     masters.LIVE.clear()
@@ -133,7 +140,10 @@ assert nn.Module.__call__ is nn.Module._wrapped_call_impl  # the wrapper is gone
     assert "plan applied to Net" in outcome.message
 
 
-def test_every_fold_of_a_cross_validation_gets_the_plan(tmp_path: Path) -> None:
+def test_every_fold_of_a_cross_validation_gets_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And each is told of before its first step, so that a run that is killed has said it."""
     body = f"""{HEAD}
 del model, optimizer
 for fold in range(2):
@@ -142,9 +152,11 @@ for fold in range(2):
     {LOOP.strip().replace(chr(10), chr(10) + "    ")}
     assert model.first.weight.dtype is torch.bfloat16
 """
-    outcome = run(tmp_path, body, "2")
+    outcome = run(tmp_path, body, "2", tell=print)
     assert outcome.status == 0
     assert outcome.message.count("plan applied to Net") == 2
+    told = [line.startswith("plan applied to Net") for line in capsys.readouterr().out.splitlines()]
+    assert told == [True, False, False] * 2
 
 
 @pytest.mark.parametrize("head", [HEAD, SHARDED])

@@ -152,9 +152,13 @@ def run(
     loaded = _load_plan(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan
 
-    outcome = run_with_plan(Script(script, tuple(rest or ()), is_module), loaded, guard=guard)
-    if outcome.was_applied or not outcome.status:
-        print(f"autoprec: {outcome.message}", file=sys.stderr)
+    def tell(text: str) -> None:
+        print(f"autoprec: {text}", file=sys.stderr, flush=True)
+
+    running = Script(script, tuple(rest or ()), is_module)
+    outcome = run_with_plan(running, loaded, guard=guard, tell=tell)
+    if not outcome.was_applied and not outcome.status:
+        tell(outcome.message)
     raise typer.Exit(outcome.status or (0 if outcome.was_applied else 1))
 
 

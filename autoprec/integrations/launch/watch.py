@@ -23,6 +23,7 @@ import logging
 import traceback
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -73,20 +74,28 @@ class RunOutcome:
     was_applied: bool
 
 
-def run_with_plan(script: Script, plan: Plan, *, guard: bool | None = None) -> RunOutcome:
+def run_with_plan(
+    script: Script,
+    plan: Plan,
+    *,
+    guard: bool | None = None,
+    tell: Callable[[str], None] = logger.info,
+) -> RunOutcome:
     """Run a script in this process with `plan` applied to the model that it trains.
 
     A Guard watches the run if `guard` says so; with None, if the plan has a precision schedule.
+    `tell` gets a line where the plan was applied, before the model's first step.
 
     Raises:
         AutoprecError: there is no such script, or the plan could not be applied when it should.
     """
-    watch = Watch(plan, guard=bool(plan.schedule) if guard is None else guard)
+    watch = Watch(plan, guard=bool(plan.schedule) if guard is None else guard, tell=tell)
     watch.start()
     try:
         status = run_script(script)
     finally:
         watch.stop()
+        watch.tell_of(watch.untold)
     if watch.failure is not None:  # the script went on after it
         raise watch.failure
     return RunOutcome(status=status, message=watch.describe(), was_applied=bool(watch.applied))
@@ -95,12 +104,16 @@ def run_with_plan(script: Script, plan: Plan, *, guard: bool | None = None) -> R
 class Watch:
     """Waits in a running script for what the plan is for."""
 
-    def __init__(self, plan: Plan, *, guard: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, *, guard: bool = False, tell: Callable[[str], None] = logger.info
+    ) -> None:
         # the guard runs the schedule, which `apply` would ask for
         self.plan = plan.model_copy(update={"schedule": ()}) if guard else plan
         self.applied: list[Applied] = []
+        self.untold: list[Applied] = []  # of those, the ones of which nothing was said yet
         self.misfits: dict[str, tuple[int, str]] = {}  # by model: see `_measure_misfit`
         self.failure: AutoprecError | None = None
+        self._tell = tell
         self._guard = ScriptGuard(plan) if guard else None
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -135,13 +148,7 @@ class Watch:
     def describe(self) -> str:
         """Say in one line where the plan was applied, or why it was not."""
         if self.applied:
-            counts = Counter(str(layer.precision) for layer in self.plan.layers)
-            layers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-            return "; ".join(
-                f"plan applied to {applied.where}: layers {layers}; "
-                f"optimizers {', '.join(applied.optimizers) or 'none'}"
-                for applied in self.applied
-            )
+            return "; ".join(map(self._describe, self.applied))
         if not self.misfits:
             return (
                 "the plan was not applied: no model was called for training in this process; a "
@@ -153,6 +160,18 @@ class Watch:
             "the plan was not applied: it fits no model that was called for training (seen: "
             f"{first_and_more(self.misfits)}); nearest is {nearest}: {self.misfits[nearest][1]}"
         )
+
+    def _describe(self, applied: Applied) -> str:
+        counts = Counter(str(layer.precision) for layer in self.plan.layers)
+        layers = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        optimizers = ", ".join(applied.optimizers) or "none"
+        return f"plan applied to {applied.where}: layers {layers}; optimizers {optimizers}"
+
+    def tell_of(self, models: Sequence[Applied]) -> None:
+        """Say where the plan was applied, once of each model."""
+        for applied in models:
+            self._tell(self._describe(applied))
+        self.untold = [applied for applied in self.untold if applied not in models]
 
     # --- what the script does --------------------------------------------------------------------
 
@@ -216,6 +235,8 @@ class Watch:
                 self.stop()
                 raise self.failure
             self._end_search_if_done()
+        if self.untold and (planned := self._planned(optimizer)):
+            self.tell_of([applied for applied in self.untold if applied is planned[0]])
         return None if self._guard is None else self._guard.before_step(optimizer, args, kwargs)
 
     # --- what it means ---------------------------------------------------------------------------
@@ -271,9 +292,9 @@ class Watch:
             raise
         save_exactly(in_fp32)  # the script's checkpoints are those of its FP32 model
         where = f"{type(inner).__name__} at {script_line()} ({moment})"
-        self.applied.append(
-            Applied(weakref.ref(inner), where, [type(one).__name__ for one in owned])
-        )
+        applied = Applied(weakref.ref(inner), where, [type(one).__name__ for one in owned])
+        self.applied.append(applied)
+        self.untold.append(applied)
         if self._guard is not None:
             self._guard.watch(inner)
         for optimizer in owned:
