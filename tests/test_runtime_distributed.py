@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autoprec
-from autoprec.errors import AutoprecError, PlanMismatchError
+from autoprec.errors import AutoprecError, PlanMismatchError, RecordError
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import attach_optimizer
 from autoprec.runtime.classes import is_made_here
+from autoprec.runtime.layouts import sources_of
 from autoprec.runtime.ranks import Answer, check_answers
 from tests.models import BATCH, WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
@@ -37,6 +39,10 @@ Losses = list[float]
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2)  # which keeps no state
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, of: int) -> Losses:
@@ -192,18 +198,52 @@ def test_the_ranks_that_differ_are_named(digests: str, message: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_distributed_checkpoint_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [_adam, _sgd])
+def test_a_distributed_checkpoint_resumes_bit_for_bit(
+    tmp_path: Path, make: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
     model = Mlp()
-    _, optimizer = autoprec.apply(plan_for(model), model, _adam(model))
+    plan = plan_for(model, others={"norm": FP32})
+    _, optimizer = autoprec.apply(plan, model, make(model))
     _train(model, optimizer, 0, 1)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
     expected = _train(model, optimizer, 0, 1)
     other = Mlp()
-    _, other_optimizer = autoprec.apply(plan_for(other), other, _adam(other))
+    _, other_optimizer = autoprec.apply(plan, other, make(other))
     model_state, optimizer_state = get_state_dict(other, other_optimizer)
     load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
     set_state_dict(
         other, other_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
     )
     assert _train(other, other_optimizer, 0, 1) == expected
+
+
+def _saved(*names: str, dtype: torch.dtype = torch.float32) -> dict[str, SimpleNamespace]:
+    """Return what torch's metadata of a checkpoint says of tensors."""
+    properties = SimpleNamespace(dtype=dtype)
+    return {name: SimpleNamespace(properties=properties) for name in names}
+
+
+def test_masters_are_read_from_the_weights_of_their_own_model() -> None:
+    master = "optim.state.net.0.weight.master_weight"
+    asked = dict.fromkeys(["model.net.0.weight", master], torch.zeros(1))
+    plain = _saved("model.net.0.weight", "optim.state.net.0.weight.exp_avg")
+    assert sources_of(asked, plain) == {master: "model.net.0.weight"}
+    beside = plain | _saved("ema.net.0.weight")
+    assert sources_of(asked, beside) == {master: "model.net.0.weight"}
+    unclear = _saved("student.net.0.weight", "teacher.net.0.weight")
+    with pytest.raises(RecordError, match=f"none that surely are these: {master}; load it before"):
+        sources_of(asked, unclear)
+    assert sources_of(asked, unclear, strict=False) == {}
+
+
+def test_what_bf16_has_rounded_for_good_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    master, low = "optim.state.weight.master_weight", torch.bfloat16
+    asked = {"model.weight": torch.zeros(1, dtype=low), master: torch.zeros(1)}
+    assert sources_of(asked, _saved("model.weight", dtype=low)) == {master: "model.weight"}
+    assert "no FP32 masters for optim.state.weight.master_weight: they start" in caplog.text
+    caplog.clear()
+    weights = _saved("student.weight", "teacher.weight", dtype=low)
+    assert sources_of({"student.weight": torch.zeros(1)}, weights | _saved(master)) == {}
+    assert "weights that it holds in BF16 are read as they are" in caplog.text

@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -183,6 +190,7 @@ def see_shards(folder: Path) -> None:
         "odd": odd(rank),
         "accumulated": [accumulated(rank, compiled=compiled) for compiled in (False, True)],
         "view": error_of(view_of_shards),
+        "carried": carried(rank, folder),
     }
     torch.save(seen, folder / f"{rank}.pt")
 
@@ -257,6 +265,43 @@ def step_of_odd(model: nn.Module, rank: int) -> tuple[float, Gradients]:
     return loss.item(), {
         n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
     }
+
+
+def carried(rank: int, folder: Path) -> Seen:
+    """Train a whole model and shards, each with an average beside it, and exchange checkpoints.
+
+    Returns, by which of them saved, the exact weights and moments that were saved and read.
+    """
+
+    def exact(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        view = model if any(isinstance(p, DTensor) for p in model.parameters()) else None
+        weights = (view or autoprec.master_view(model)).named_parameters()
+        moments = [state["exp_avg"] for state in optimizer.state_dict()["state"].values()]
+        return {n: whole(p) for n, p in weights} | {f"{i}": whole(m) for i, m in enumerate(moments)}
+
+    def made(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        plan = plan_for(model, FP8, {n: o for n, o in TRAINCASE.items() if o is not FP8})
+        return autoprec.apply(plan, model, optimizer)
+
+    pairs = {"whole": made(seeded()), "shards": made(fsdp())}
+    before = {}
+    for which, (model, optimizer) in pairs.items():
+        for batch in itertools.islice(batches(), 2):
+            step(model, 0, batch)
+            optimizer.step()
+        before[which] = exact(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer)
+        content = {"model": weights, "ema": weights, "optimizer": moments}
+        save(content, checkpoint_id=folder / which)
+    seen: Seen = {}
+    for which, other in ("whole", "shards"), ("shards", "whole"):
+        model, optimizer = made(fsdp() if other == "shards" else seeded())
+        weights, moments = get_state_dict(model, optimizer)
+        load({"model": weights, "optimizer": moments}, checkpoint_id=folder / which)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        seen[which] = before[which], exact(model, optimizer)
+    return seen
 
 
 def view_of_shards() -> None:
@@ -410,6 +455,17 @@ def test_checkpoints_of_shards_hold_fp32_under_plain_names(ranks: list[Seen]) ->
         for name, value in saved.items():
             assert value.dtype is torch.float32
             assert torch.equal(value, seen["weights"][name])
+
+
+def test_whole_models_and_shards_read_all_bits_of_each_others_checkpoints(
+    ranks: list[Seen],
+) -> None:
+    for seen in (rank["carried"] for rank in ranks):
+        for before, after in seen.values():
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        whole_ones = seen["whole"][0].values()  # which BF16 would not hold
+        assert not all(torch.equal(value, value.bfloat16().float()) for value in whole_ones)
 
 
 def test_the_proof_of_shards_says_what_ran(ranks: list[Seen]) -> None:

@@ -31,6 +31,7 @@ from autoprec.runtime.finite import leave_first_step, watch_first_step
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
+from autoprec.runtime.layouts import read_from_any_layout
 from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
 from autoprec.runtime.ranks import agree
 from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
@@ -219,6 +220,7 @@ def _start_masters(model: nn.Module) -> None:
     keep_exact_loads(model, masters)
     watch_optimizers()
     follow_averages()
+    read_from_any_layout(must_import=bool(fsdp_modules(model)))
 
 
 def _warn_of_mixed_groups(model: nn.Module) -> None:

@@ -1,19 +1,18 @@
 """An optimizer that the user made -> the same optimizer, training FP32 masters.
 
-Hooks around `step` do it, so the optimizer stays the same object with the same groups and the same
-Parameter objects, whatever patched `step` (LR schedulers do) or wraps it (GradScaler). The hook
-before a step returns a *shadow optimizer* in its place: an object of the same class with the same
-attributes and state whose groups hold the masters, with FP32 gradients. The optimizer and the model
-are not touched until the step has succeeded, so one that raises leaves no trace:
+Hooks around `step` do it, so the optimizer stays the same object with the same groups and
+parameters, whatever patched or wraps `step` (LR schedulers, GradScaler). The hook before a step
+returns a *shadow optimizer* in its place: an object of the same class, attributes and state whose
+groups hold the masters, with FP32 gradients. A step that raises leaves no trace:
 
     before   shadow.param_groups = groups with m for p,   m.grad = float(p.grad)
     step     shadow.step()                                moments are made for m, so they are FP32
     after    state[p] = shadow.state[m],   p = bf16(m)
 
-Lists and dicts of parameters among its attributes hold masters meanwhile, and those of their ids.
-An optimizer that reaches a parameter in any other way is refused: its master would see nothing.
+Lists and dicts of parameters (or their ids) among its attributes hold masters meanwhile. One that
+reaches a parameter in any other way is refused: its master would see nothing.
 
-`state_dict()` is the plain one, and beside the moments of each parameter its `master_weight`.
+`state_dict()` is the plain one, and beside each parameter's moments its `master_weight`.
 """
 
 import copy
@@ -32,6 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autoprec.errors import PlanMismatchError
 from autoprec.runtime.finite import FIRST, check_first_step
 from autoprec.runtime.gathers import check_gathers
+from autoprec.runtime.layouts import MASTER, read_from_any_layout
 from autoprec.runtime.masters import LIVE, Masters, keep_exact_loads, masters_of
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
 from autoprec.workload.optimizers import (
@@ -45,7 +45,6 @@ from autoprec.workload.optimizers import (
 )
 
 ON_OPTIMIZER = "_autoprec"  # the optimizer's attribute that holds its Attachment
-MASTER = "master_weight"  # in state_dict()["state"][i], beside the moments
 CONTAINERS = frozenset({dict, defaultdict, OrderedDict, list, tuple, set})
 STATELESS = "master_weights"  # in state_dict(): masters of parameters that have no state (yet)
 HOOKS = (
@@ -115,7 +114,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
     attachment.stores = [*others, masters]
     for parameter in trained_by(optimizer):
         if parameter in masters.values and MASTER in optimizer.state.get(parameter, {}):
-            # The state was loaded before the optimizer was attached.
+            # loaded before the optimizer was attached
             masters.loaded[parameter] = optimizer.state[parameter].pop(MASTER), None
     watch_optimizers()
 
@@ -267,6 +266,7 @@ class Attachment:
 
     def add_masters(self, optimizer: Optimizer, state_dict: StateDict) -> None:
         """Save the masters beside the moments; apart where a plain load would trip over them."""
+        read_from_any_layout()
         masters = self.masters(optimizer)
         states = state_dict["state"] = dict(state_dict["state"])
         apart: dict[int, Tensor] = {}
@@ -277,6 +277,10 @@ class Attachment:
                 apart[index] = masters[parameter]
         if apart:
             state_dict[STATELESS] = apart
+        if apart and not any(states.values()) and any(store.stepped for store in self.stores):
+            # plain SGD has none; a distributed checkpoint takes states alone, of all or none
+            every = (index for group in state_dict["param_groups"] for index in group["params"])
+            states.update((i, {MASTER: apart[i]} if i in apart else {}) for i in every)
 
     def before_load(self, _optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         """Keep the state from torch, which would round it to the parameters' BF16."""
@@ -292,6 +296,7 @@ class Attachment:
         for index, _ in _indexed(optimizer, groups):
             if MASTER in states.get(index, {}):
                 saved[index] = states[index].pop(MASTER)
+        states = {key: state for key, state in states.items() if state or key not in saved}
         # torch casts loaded moments to the dtype of the parameters that it finds: here to FP32.
         pairs = self.masters(optimizer)
         shadow = set_shadow(object.__new__(type(optimizer)), optimizer, pairs)

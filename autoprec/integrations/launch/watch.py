@@ -45,9 +45,10 @@ from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
-from autoprec.runtime.attach import MASTER, ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
+from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
+from autoprec.runtime.layouts import MASTER
 from autoprec.runtime.masters import save_exactly
 from autoprec.runtime.shards import whole_again
 from autoprec.workload.optimizers import trained_by, trains
