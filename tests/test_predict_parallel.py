@@ -12,7 +12,9 @@ from autoprec.predict import (
     predict_linear,
     predict_profile,
 )
+from autoprec.predict.layers import Setting
 from autoprec.predict.parallel import collective_us, shard_gemm
+from autoprec.predict.step import step_times
 from autoprec.predict.transfer import unknown_sensitivity
 from autoprec.records import Constraint, Plan
 from autoprec.records.cost import Profile
@@ -91,6 +93,23 @@ def test_gathers_with_nothing_to_gather_from_are_refused(text: str) -> None:
 def test_what_a_record_says_can_be_read_again(parallel: Parallel) -> None:
     text = str(parallel)
     assert str(parse_parallel(text)) == text
+
+
+def test_a_teacher_has_the_collectives_of_a_forward_alone() -> None:
+    spec = decoder()
+    own = {"calls": (), "is_frozen": True}
+    taught = [
+        layer.model_copy(
+            update={**own, "name": f"teacher.{layer.name}", "forward_calls": layer.calls}
+        )
+        for layer in spec.layers
+    ]
+    both = spec.model_copy(update={"layers": (*spec.layers, *taught)})
+    for recomputed, half in (0.0, 1 / 2), (1.0, 1 / 3):  # gathered and scattered once of 2, of 3
+        parallel = Parallel(tp=8, recomputed=recomputed)
+        setting = Setting(H100.machine, parallel, compiled=True, state_ratio=2.0)
+        alone, with_it = (step_times(each, lambda _: BF16_O2, setting) for each in (spec, both))
+        assert with_it.split == pytest.approx((1 + half) * alone.split)
 
 
 def test_columns_and_rows_are_split_by_role() -> None:

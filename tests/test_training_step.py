@@ -193,6 +193,23 @@ def test_looking_ahead_changes_nothing() -> None:
     assert optimizer.param_groups[0]["lr"] == last
 
 
+def test_a_schedule_without_an_end_is_looked_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoprec.workload.training.LONGEST_SCHEDULE", 500)
+    asked: list[int] = []
+
+    def rate(step: int) -> float:
+        asked.append(step)
+        return 1.0
+
+    workload = make(build_scheduler=lambda optimizer: schedules.LambdaLR(optimizer, rate))
+    for seed in range(3):
+        schedule = start_training(workload, workload.build_model(seed=seed)).schedule
+        assert schedule is not None
+        assert (schedule.peak, schedule.length) == (0, None)
+    assert max(asked) == 499
+    assert len(asked) == 500 + 2  # the others are at their starts
+
+
 def test_branches_go_on_in_the_schedule_and_anneal_on_top(tmp_path: Path) -> None:
     seen: list[float] = []
 

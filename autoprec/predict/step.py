@@ -95,7 +95,8 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
         optimizer=optimizer_us(spec, setting) * machine.step_overhead,
         sharded=sharded,
         exposed=unhidden(sharded, layers + between, share=machine.communication_overlap),
-        split=_tensor_parallel_us(called, chosen, activation, setting),
+        split=_tensor_parallel_us(called, chosen, activation, setting)
+        + _tensor_parallel_us(forward, chosen, activation, once, is_forward=True),
     )
 
 
@@ -227,18 +228,24 @@ def _fsdp_us(
 
 
 def _tensor_parallel_us(
-    layers: Sequence[LayerSpec], chosen: Mapping[str, Option], activation: Option, setting: Setting
+    layers: Sequence[LayerSpec],
+    chosen: Mapping[str, Option],
+    activation: Option,
+    setting: Setting,
+    *,
+    is_forward: bool = False,
 ) -> float:
     """Return tensor parallelism's communication: collectives before and behind each half block.
 
     Column-parallel layers gather their input and scatter its gradient; row-parallel ones scatter
     their output and gather its gradient. Casts can go before gathers, while scatters sum in the
-    activations' dtype. Recomputation repeats the forward.
+    activations' dtype. Recomputation repeats the forward, which stands alone in a teacher.
     """
     machine, parallel = setting.machine, setting.parallel
     scatter = element_bytes(activation)
-    gather = 1 if any(gathers_fp8(option, parallel) for option in chosen.values()) else scatter
-    forwards = 1 + parallel.recomputed
+    options = (chosen.get(layer.name, activation) for layer in layers)
+    gather = 1 if any(gathers_fp8(option, parallel) for option in options) else scatter
+    forwards, backwards = 1 + parallel.recomputed, 0 if is_forward else 1
     moved = 0.0
     seen: set[tuple[str, str]] = set()
     for layer in layers:
@@ -249,9 +256,9 @@ def _tensor_parallel_us(
             continue
         seen.add((block, axis))
         if axis == "N":
-            moved += layer.gemm.M * layer.gemm.K * (gather * forwards + scatter)
+            moved += layer.gemm.M * layer.gemm.K * (gather * forwards + scatter * backwards)
         else:
-            moved += layer.gemm.M * layer.gemm.N * (scatter * forwards + gather)
+            moved += layer.gemm.M * layer.gemm.N * (scatter * forwards + gather * backwards)
     per_node = int(machine.devices_per_node)
     return collective_us(machine, moved, members=parallel.tp, per_node=per_node)
 

@@ -107,6 +107,7 @@ class Workload:
         part: what this process does of them, where it is one of several ranks.
         accumulation_steps: the batches of one optimizer step; their gradients' mean is taken.
         clip_norm: what the gradient's norm is clipped to before each step; None: it is not.
+        schedules: where a schedule that starts like this peaks and ends, once it was looked ahead.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Workload:
     part: Part = field(default_factory=lambda: ALONE)
     accumulation_steps: int = 1
     clip_norm: float | None = None
+    schedules: dict[tuple[object, ...], tuple[int, int | None]] = field(default_factory=dict)
 
     def build_model(self, *, seed: int = 0) -> nn.Module:
         """Build the model in FP32, for training, not compiled: same seed, same initial weights."""

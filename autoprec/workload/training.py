@@ -29,6 +29,7 @@ from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.optimizers import rated_groups, trained_by
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
+Seen = dict[tuple[object, ...], tuple[int, int | None]]  # a schedule's start: its peak and end
 LossFn = Callable[[nn.Module, Batch], Tensor]
 NEARLY_ZERO = 1e-6  # of the peak rate, where a schedule is over
 
@@ -149,10 +150,19 @@ class Schedule:
     `length` its last step, if that is known.
     """
 
-    def __init__(self, scheduler: LRScheduler, *, warmup_steps: int = 0) -> None:
-        """Take a scheduler at its start, and over how many steps the caller warms up."""
+    def __init__(
+        self, scheduler: LRScheduler, *, warmup_steps: int = 0, seen: Seen | None = None
+    ) -> None:
+        """Take a scheduler at its start, and over how many steps the caller warms up.
+
+        `seen` keeps what looking ahead found: a second where a schedule has no end.
+        """
         self.scheduler, self.position, self.pace = scheduler, 0, 1
-        self.peak, self.length = _look_ahead(scheduler)
+        seen = {} if seen is None else seen
+        start = type(scheduler), *map(_rate, scheduler.optimizer.param_groups)
+        if start not in seen:
+            seen[start] = _look_ahead(scheduler)
+        self.peak, self.length = seen[start]
         if warmup_steps:
             self.pace = max(math.ceil(self.peak / max(warmup_steps // 2, 1)), 1)
 
@@ -173,7 +183,9 @@ def start_training(workload: Workload, model: nn.Module, *, warmup_steps: int = 
     """Return a model with a fresh optimizer and schedule of the user's."""
     optimizer = workload.build_optimizer(model)
     scheduler = workload.build_scheduler(optimizer)
-    schedule = None if scheduler is None else Schedule(scheduler, warmup_steps=warmup_steps)
+    schedule = None
+    if scheduler is not None:
+        schedule = Schedule(scheduler, warmup_steps=warmup_steps, seen=workload.schedules)
     return Training(workload, model, optimizer, schedule)
 
 
