@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import autoprec
+from autoprec.common.recipes import Precision
 from autoprec.device.ranks import rank, world_size
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -241,6 +244,35 @@ def _tune_routed(folder: Path) -> None:
 def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_path: Path) -> None:
     run_ranks(_tune_routed, tmp_path, ranks=2)
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
+def _capture_uneven(folder: Path) -> None:
+    """Write why a head of 31 classes is out of FP8, of which rank 0 has 16 and rank 1 has 15."""
+
+    def uneven() -> nn.Module:
+        model = shallow()
+        model.head = nn.Linear(WIDTH, 31)
+        return model
+
+    def split_head(model: nn.Module, mesh: Any) -> nn.Module:  # Any: a DeviceMesh
+        return parallelize_module(
+            model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())}
+        )
+
+    given = workload(build_model=uneven, parallelize=split_head, build_mesh=all_tp)
+    context = Context(parallel_workload(given, CPU, in_fp32=gather_in_fp32), CPU, SEED)
+    head = capture_model(context).layer("head")
+    assert not any(option.is_fp8 for option in head.options)
+    (folder / f"{rank()}").write_text(str(head.refusal(Precision.FP8_O1)))
+
+
+def test_a_layer_that_ranks_divide_unevenly_is_out_of_fp8(tmp_path: Path) -> None:
+    run_ranks(_capture_uneven, tmp_path, ranks=2)
+    why = (tmp_path / "0").read_text()
+    assert why == (
+        "its weight is divided into unequal parts: N=31 is not a multiple of 16, which FP8 GEMMs "
+        "need"
+    )
 
 
 def _profile_split_tokens(folder: Path) -> None:

@@ -38,9 +38,11 @@ from autoprec.model.layers import (
 from autoprec.model.local_copy import computed_features
 from autoprec.model.options import (
     HAS_EXPERTS,
+    NO_PLAIN_WEIGHT,
     USED_UNCALLED,
     WITHOUT_GRAD,
     layer_options,
+    shape_refusal,
 )
 from autoprec.model.products import products_outside
 from autoprec.model.recording import Call
@@ -258,12 +260,13 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
     kind = layer_kind(layer)
     in_step = [call for call in calls if call.with_grad]
     trained, forward = _counted(calls)
-    tokens, gemm = _tokens(name, seen) if in_step else [], None
+    tokens, gemm, obstacle = _tokens(name, seen) if in_step else [], None, ""
     if isinstance(layer, nn.Linear) and tokens:
         K, N = computed_features(seen.model, layer)
         gemm = GemmShape(M=tokens[-1], K=K, N=N)
+        obstacle = _uneven(layer, gemm)
     is_used_uncalled = isinstance(layer, nn.Linear) and not calls and _has_gradient(layer, seen)
-    obstacle = USED_UNCALLED if is_used_uncalled else ""
+    obstacle = USED_UNCALLED if is_used_uncalled else obstacle
     if kind is LayerKind.LINEAR and calls and not in_step:
         obstacle = WITHOUT_GRAD
     obstacle = next((call.obstacle for call in calls if call.obstacle), obstacle)
@@ -297,6 +300,13 @@ def _layer_spec(name: str, seen: ObservedStep, *, names: dict[int, str]) -> Laye
         made_by=next((call.made_by for call in in_step if call.made_by), "") if gemm else "",
     )
     return spec.model_copy(update={"heads": attention_heads(seen.model, spec)})
+
+
+def _uneven(layer: nn.Linear, gemm: GemmShape) -> str:
+    """Return why FP8 is out where this rank's part of a divided weight alone could take it."""
+    whole = shape_refusal(layer.in_features, layer.out_features)
+    fits = not shape_refusal(gemm.K, gemm.N)
+    return f"{NO_PLAIN_WEIGHT}divided into unequal parts: {whole}" if whole and fits else ""
 
 
 def _tokens(name: str, seen: ObservedStep) -> list[int]:
