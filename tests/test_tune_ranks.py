@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import autoprec
 from autoprec.common.recipes import Precision
 from autoprec.device.ranks import rank, world_size
+from autoprec.errors import CaptureError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.parallel import parallel_workload
@@ -246,8 +248,23 @@ def test_ranks_whose_layers_have_other_numbers_of_tokens_wait_for_nobody(tmp_pat
     assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
 
 
+class Stages(nn.Module):
+    """Two linears, of which each of two ranks calls its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(TOKENS, TOKENS) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.layers[rank()](F.one_hot(tokens, TOKENS).float())
+        return logits
+
+
 def _capture_uneven(folder: Path) -> None:
-    """Write why a head of 31 classes is out of FP8, of which rank 0 has 16 and rank 1 has 15."""
+    """Write why a head of 31 classes is out of FP8, of which rank 0 has 16 and rank 1 has 15.
+
+    And what ranks are told that have a stage of a pipeline each.
+    """
 
     def uneven() -> nn.Module:
         model = shallow()
@@ -263,12 +280,18 @@ def _capture_uneven(folder: Path) -> None:
     context = Context(parallel_workload(given, CPU, in_fp32=gather_in_fp32), CPU, SEED)
     head = capture_model(context).layer("head")
     assert not any(option.is_fp8 for option in head.options)
-    (folder / f"{rank()}").write_text(str(head.refusal(Precision.FP8_O1)))
+    staged = parallel_workload(workload(build_model=Stages), CPU, in_fp32=gather_in_fp32)
+    with pytest.raises(CaptureError) as caught:
+        capture_model(Context(staged, CPU, SEED))
+    told = f"{head.refusal(Precision.FP8_O1)}\n{caught.value}"
+    (folder / f"{rank()}").write_text(told)
 
 
-def test_a_layer_that_ranks_divide_unevenly_is_out_of_fp8(tmp_path: Path) -> None:
+def test_layers_that_ranks_divide_unevenly_and_pipelines_are_told(tmp_path: Path) -> None:
     run_ranks(_capture_uneven, tmp_path, ranks=2)
-    why = (tmp_path / "0").read_text()
+    why, stages = (tmp_path / "0").read_text().splitlines()
+    assert stages == (tmp_path / "1").read_text().splitlines()[1]
+    assert "rank 1 calls none of the layers that rank 0 calls; stages of a pipeline" in stages
     assert why == (
         "its weight is divided into unequal parts: N=31 is not a multiple of 16, which FP8 GEMMs "
         "need"

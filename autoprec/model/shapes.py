@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprec.device.ranks import gathered, local_part
+from autoprec.errors import CaptureError
 from autoprec.model.layers import ModelLayers
 from autoprec.model.options import CONVERTED
 from autoprec.model.recording import Call, Gradients, recorded_calls
@@ -99,9 +100,21 @@ def scan_shapes(
 def joined_over_ranks(
     workload: Workload, mix: Sequence[BatchMix], calls: Mapping[str, Sequence[Call]]
 ) -> tuple[tuple[BatchMix, ...], dict[str, list[int]]]:
-    """Return the mix of all ranks' own batches, and by layer every M of a call on any rank."""
+    """Return the mix of all ranks' own batches, and by layer every M of a call on any rank.
+
+    Raises:
+        CaptureError: a rank calls none of the layers that rank 0 calls.
+    """
     tokens = {name: all_tokens(own) for name, own in calls.items()}
     every = gathered((workload.part.rank, mix, tokens))
+    first, *others = ({name for name, own in of.items() if own} for *_, of in every)
+    for number, own in enumerate(others, 1):
+        if first.isdisjoint(own):
+            raise CaptureError(
+                "ranks must train one model on their own batches or divide its layers, but rank "
+                f"{number} calls none of the layers that rank 0 calls; stages of a pipeline "
+                "cannot be tuned so: tune the whole model on one rank, or shard it with FSDP2"
+            )
     total: Counter[int] = Counter()
     for each in chain.from_iterable({part: own for part, own, _ in every}.values()):
         total[each.tokens] += each.batches
