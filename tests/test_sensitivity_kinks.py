@@ -203,6 +203,45 @@ def test_draws_are_kept_wherever_torch_makes_them_and_an_accuracy_is_no_choice()
     assert not any(torch.equal(a, b) for a, b in zip(first, drawn(-2.0), strict=True))
 
 
+def test_thresholds_of_what_weights_make_are_seen_and_not_kept() -> None:
+    layer = nn.Linear(8, 8)
+
+    def gated(x: Tensor, scale: float) -> Tensor:
+        score: Tensor = scale * layer(x)
+        with torch.no_grad():
+            gate: Tensor = score > 0.0
+        layer(torch.where(score < 0.5, score, score.clamp(-1.0, 1.0)) * (x > 0.0))
+        _ = torch.rand(8) < 0.5, torch.arange(8) > 3, score > 1.0  # draws, places, an accuracy
+        return gate
+
+    x = torch.randn(64, 8)
+    with recorded_choices({"layer": layer}) as choices:
+        gate = gated(x, 1.0)
+        layer(x).clamp(-1.0, 1.0).sum().backward()  # whose backward compares too
+    assert choices.indices == []
+    assert choices.followed == 3  # before the last call
+    with kept_choices(choices):
+        assert torch.equal(gated(x, -1.0), ~gate)
+
+
+def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1.0 + 1e-6 * (x > 0.0))  # too little to see
+
+    def build(*between: nn.Module) -> nn.Sequential:
+        first = (nn.Linear(64, 64), nn.GELU(), *between, nn.Linear(64, 64), nn.GELU())
+        return nn.Sequential(*first, nn.Linear(64, 16))
+
+    def refined(*between: nn.Module) -> bool:
+        reference = reference_of(lambda: build(*between))
+        cells = list_cells(reference.spec, None)
+        return bool(make_table(reference, cells, Method.SIGN_CODED).refined)
+
+    assert not refined()
+    assert refined(Gate())
+
+
 def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:
     class Positive(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,9 @@
 
 Moved weights send some tokens to other experts: calls would have other rows, and what a product
 compares would be different tokens. So moved passes take the indices of the reference.
+
+Thresholds in the model's own code are seen, and not kept: `x * (x > 0)` is a ReLU, whose kinks
+moved passes have to cross, and nothing tells it from a gate, whose value jumps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoprec.device.tracing import OperationTracer
@@ -19,18 +23,20 @@ _DIM = {"topk": 2, "kthvalue": 2, "sort": 1, "max": 1, "min": 1, "median": 1}
 # draws too, with probabilities that weights may move, and not a number as dropout's
 _CHOOSING = (*_DIM, "argmax", "argmin", "multinomial", "bernoulli", "bernoulli_")
 _BY_A_NUMBER = ("p", "float")
+_COMPARING = ("gt", "ge", "lt", "le")
 
 
 @dataclass
 class Choices:
     """The indices of one pass, in order, and how many came before each layer's first call.
 
-    `before` is in the order of those calls. A layer was called after the first `followed` indices;
-    an accuracy beside the loss is not among them.
+    `before` is in the order of those calls. A layer was called after the first `followed` indices
+    and thresholds; an accuracy beside the loss is not among them.
     """
 
     indices: list[Tensor] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
+    thresholds: int = 0
     followed: int = 0
 
     def behind(self) -> dict[str, float]:
@@ -48,13 +54,16 @@ def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
         found.indices.append(index.detach().clone())  # the model may change its own in place
         return index
 
+    def compare() -> None:
+        found.thresholds += 1
+
     def calls(name: str, *_: object) -> None:
-        found.followed = len(found.indices)
-        found.before.setdefault(name, found.followed)
+        found.followed = len(found.indices) + found.thresholds
+        found.before.setdefault(name, len(found.indices))
 
     handles = [m.register_forward_pre_hook(partial(calls, n)) for n, m in layers.items()]
     try:
-        with _choosing(see):
+        with _choosing(see, compare):
             yield found
     finally:
         for handle in handles:
@@ -74,8 +83,10 @@ def kept_choices(choices: Choices) -> Iterator[None]:
         yield
 
 
-def _choosing(choose: Callable[[Tensor], Tensor]) -> OperationTracer:
-    """Give every index and draw to a function, and go on with what that returns.
+def _choosing(
+    choose: Callable[[Tensor], Tensor], compare: Callable[[], None] = lambda: None
+) -> OperationTracer:
+    """Give every index and draw to a function, and go on with what that returns; tell thresholds.
 
     Below autograd, so that those within torch's own functions (F.gumbel_softmax) are seen, and
     gradients go where the kept index says.
@@ -83,6 +94,8 @@ def _choosing(choose: Callable[[Tensor], Tensor]) -> OperationTracer:
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's own
         result, name = func(*args, **kwargs), func.overloadpacket.__name__
+        if name in _COMPARING and _is_decided(args[0]):
+            compare()
         has_index = name in _CHOOSING and not (isinstance(result, Tensor) and name in _DIM)
         if not has_index or func._overloadname in _BY_A_NUMBER or not args[0].is_floating_point():
             return result
@@ -102,3 +115,8 @@ def _choosing(choose: Callable[[Tensor], Tensor]) -> OperationTracer:
         return picked.squeeze(dim) if is_reduced else picked, kept
 
     return OperationTracer(run)
+
+
+def _is_decided(compared: Tensor) -> bool:
+    """Whether weights may decide a comparison: not that of a mask, or of a draw with a number."""
+    return compared.is_floating_point() and (compared.requires_grad or not torch.is_grad_enabled())

@@ -52,7 +52,7 @@ class TwoSteps:
     places: dict[str, int]
     jumps: float = 0.0  # W t of the choices
     choices: dict[str, float] = field(default_factory=dict)  # the part of them behind each layer
-    are_followed: bool = False  # by a layer, some of the choices
+    are_followed: bool = False  # by a layer, some of the choices or thresholds
 
     def correction(self, keys: Sequence[Key], square: float) -> float:
         """Return what the squares of one layer's errors of output have to be multiplied with.

@@ -180,14 +180,12 @@ def _at_two_steps(
         finer = run_moved(step, code=code, are_changes=True, times=FINER)
         if found is None:
             (order, places), changes = step.order(), moved.beside(finer)
-            found = TwoSteps(FINER, {}, [changes[place] for place in order], places)
+            in_order, are_followed = [changes[place] for place in order], step.choices.followed > 0
+            found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed)
             if step.choices.indices:
                 freely = math.fsum(run_freely(step, code=code))
                 jumps = max(freely - math.fsum(moved.changes), 0.0)
-                are_followed = step.choices.followed > 0
-                found = replace(
-                    found, jumps=jumps, choices=step.choices.behind(), are_followed=are_followed
-                )
+                found = replace(found, jumps=jumps, choices=step.choices.behind())
         if found.are_kinked:
             fine = _products_of(step, finer, options, probed, is_first=False)
             own |= {key: (_square(z), _square(products[key])) for key, z in fine.items()}
