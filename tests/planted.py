@@ -5,7 +5,7 @@ gradient   each token's gradient times a power of two on the way in, divided on 
 channel    one channel of the input times a power of two, its weights 0 and without gradient
 offset     so many spreads added to the input, what that does to the output subtracted
 sink       one token in 32 times a power of two, its output divided by it
-quantised  a weight of 2 n + 1 values (n = 7: 4 bits), from which training goes on
+quantised  a weight of 2 n + 1 values (n = 7: 4 bits), which it keeps
 """
 
 from types import SimpleNamespace
@@ -52,6 +52,8 @@ class Planted(nn.Module):
                 step = layer.weight.abs().max() / strength
                 self.lost = layer.weight - (layer.weight / step).round() * step
                 layer.weight -= self.lost
+                # 50 steps at a usual rate would leave nothing of the levels
+                layer.weight.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]  # torch's
 
     @torch.no_grad()
     def undo(self) -> None:

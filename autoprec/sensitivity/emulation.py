@@ -65,7 +65,9 @@ class _Rows(Matrix):
             return round_bf16(self.exact[rows])
         operand, cast = sides[side]
         if operand is how.in_range:
-            return _rounded(round_bf16(self.exact[rows]), cast)
+            # on the very grid of the cast: what it holds well is rounded as it would be
+            scale = self.scale(cast, rows)
+            return _rounded(round_bf16(self.exact[rows]) * scale, cast).div_(scale)
         return self.cast(cast, rows)
 
 
