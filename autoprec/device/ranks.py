@@ -37,7 +37,8 @@ Group: TypeAlias = "dist.ProcessGroup | None"  # None: all ranks; a text, as bui
 PATIENCE = timedelta(hours=2)  # rank 0 may search for long while the others wait
 LOST = (
     "every rank must run to its end, but another one stopped or cannot be reached ({how}); look "
-    "for the first error above, fix it, and start all ranks again (--resume keeps finished stages)"
+    "for the first error above (a killed rank leaves none), fix it, and start all ranks again "
+    "(--resume keeps finished stages)"
 )
 FAILURE_PATIENCE_S = 300.0  # compiling takes one rank minutes longer than another
 FAILURE_POLL_S = 0.05
