@@ -53,6 +53,26 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 PARTS = HEAD.replace("def forward(self, x)", "def logits(self, x)")
 PARTS += LOOP.replace("model(x)", "model.logits(x)")
 
+# a body and a head of its own, trained side by side: attributes of an object, and local variables
+APART = (
+    HEAD.partition("model = Net()")[0]
+    + """
+class Trainer:
+    def __init__(self):
+        self.body, self.head = Net(), nn.Linear(16, 16)
+    def fit(self):
+        optimizer = torch.optim.SGD([*self.body.parameters(), *self.head.parameters()], lr=0.1)
+        BEFORE
+        for x, y in batches(int(sys.argv[1])):
+            loss = F.cross_entropy(self.head(self.body(x)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            print(f"{loss.item():.17g}")
+Trainer().fit()
+"""
+)
+
 
 def write_script(folder: Path, body: str, *, name: str = "train.py") -> str:
     """Write a script and return its path."""

@@ -14,14 +14,14 @@ from torch import nn
 from autoprec.cli.main import main
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch import Script, record_workload
-from autoprec.integrations.launch.recorder import RecordedBatch
+from autoprec.integrations.launch.calls import RecordedBatch
 from autoprec.records import Plan
 from autoprec.sensitivity.preconditioner import read_preconditioner
 from autoprec.workload.functions import Workload, check_batches
 from autoprec.workload.optimizers import name_of, optimizers_in
 from autoprec.workload.training import Training
 from tests.accelerate_state import fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
+from tests.launch_scripts import APART, HEAD, LOOP, PARTS, SHARDED, own_main, write_script
 
 __all__ = ["fresh_accelerate", "own_main"]
 pytestmark = pytest.mark.usefixtures("own_main")
@@ -475,6 +475,23 @@ def test_checkpointing_and_a_compiled_model_are_recorded(tmp_path: Path) -> None
     record(tmp_path, HEAD + "model = torch.compile(model, backend='eager')\n" + LOOP)
 
 
+def test_models_that_are_trained_side_by_side_become_one(tmp_path: Path) -> None:
+    """`record` itself runs the first step again and raises where it is not the script's."""
+    workload = record(tmp_path, APART.replace("BEFORE", "pass"))
+    model = workload.build_model()
+    assert type(model) is nn.ModuleDict
+    assert [*model.keys()] == ["body", "head"]
+    (group,) = workload.build_optimizer(model).param_groups
+    assert group["params"] == list(model.parameters())
+    lines = APART.replace("BEFORE", "pass").replace(
+        "nn.Linear(16, 16)", "nn.Linear(16, 16); self.tail = nn.Linear(16, 16)"
+    )
+    lines = lines.replace("*self.head.p", "*self.tail.parameters(), *self.head.p")
+    lines = lines.replace("self.head(self.body(x))", "self.tail(self.head(self.body(x)))")
+    names = [name for name, _ in record(tmp_path, lines).build_model().named_children()]
+    assert names == ["body", "head", "tail"]
+
+
 REFUSALS = {
     "too many calls": (
         "loss = F.cross_entropy(model(x), y)",
@@ -484,7 +501,12 @@ REFUSALS = {
     "two models": (
         "loss = F.cross_entropy(model(x), y)",
         "loss = F.cross_entropy(other(model(x)), y)",
-        "calls several",
+        r"no optimizer has the weights of Linear: call it under torch.no_grad\(\)",
+    ),
+    "models without a name": (
+        "loss = F.cross_entropy(model(x), y)",
+        "loss = F.cross_entropy(unnamed[0](model(x)), y)",
+        "models that are variables of the script, but it calls Net and Linear",
     ),
     "no backward": ("loss.backward()", "pass", "neither was seen"),
     "two backward passes": (
@@ -568,8 +590,8 @@ REFUSALS = {
     ),
 }
 EXTRA = """
-main, other = model, nn.Linear(16, 16)
-others = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+main, other, unnamed = model, nn.Linear(16, 16), [nn.Linear(16, 16)]
+others = torch.optim.SGD([*model.parameters(), *unnamed[0].parameters()], lr=0.1)
 turns = [torch.optim.SGD(model.first.parameters()), torch.optim.Adam(model.head.parameters())]
 class Doubled(torch.autograd.Function):
     @staticmethod

@@ -20,7 +20,7 @@ from autoprec.integrations.launch.watch import RunOutcome
 from autoprec.records import BF16_O2, FP32, Option, Phase, Plan, Recipe, fp8_option
 from autoprec.runtime import masters
 from tests.accelerate_state import forget_accelerators, fresh_accelerate
-from tests.launch_scripts import HEAD, LOOP, PARTS, SHARDED, own_main, write_script
+from tests.launch_scripts import APART, HEAD, LOOP, PARTS, SHARDED, own_main, write_script
 from tests.plans import plan_for
 
 __all__ = ["fresh_accelerate", "own_main"]
@@ -98,6 +98,23 @@ def test_a_run_is_bit_identical_to_the_line_in_the_script(
     assert line.startswith("autoprec: plan applied to Net at train.py:"), ran.err
     assert ("3 bf16_o2" if option == BF16_O2 else "2 bf16_o2, 1 fp8_o1") in line
     assert "AdamW" in line
+
+
+def test_models_that_are_trained_side_by_side_take_one_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = nn.ModuleDict({"body": Net(), "head": nn.Linear(16, 16)})
+    plan = plan_for(both, others={"body.first": fp8_option(Recipe.TENSORWISE), "head": FP32})
+    plan.save(path := tmp_path / "plan.json")
+    line = "both = nn.ModuleDict({'body': self.body, 'head': self.head}); import autoprec; "
+    line += f"autoprec.apply({str(path)!r}, both, optimizer)"
+    assert run_script(Script(write_script(tmp_path, APART.replace("BEFORE", line)), ("4",))) == 0
+    by_hand = capsys.readouterr().out
+    masters.LIVE.clear()
+    outcome = run(tmp_path, APART.replace("BEFORE", "pass"), "4", plan=plan)
+    assert (outcome.status, capsys.readouterr().out) == (0, by_hand)
+    assert "plan applied to body and head at train.py:" in outcome.message
+    assert outcome.message.endswith("layers 2 bf16_o2, 1 fp32, 1 fp8_o1; optimizers SGD")
 
 
 def test_an_evaluation_before_training_runs_as_it_is(

@@ -1,12 +1,19 @@
 """Modules that a script holds, found among all objects that are alive: what contains what."""
 
 import gc
+import traceback
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
+from autoprec.integrations.launch.script import run_script
+from autoprec.model.layers import unwrapped
+
 Part = nn.Module | nn.Parameter
+_JOINED = weakref.WeakSet[nn.ModuleDict]()  # made here, of modules that no module of theirs holds
 
 
 def find_roots(part: Part) -> Iterator[nn.Module]:
@@ -21,6 +28,61 @@ def smallest_with(parts: Iterable[Part]) -> nn.Module | None:
     around = [{id(found): found for found in _within(part, parents)} for part in parts]
     shared = [found for key, found in around[0].items() if all(key in each for each in around)]
     return min(shared, key=lambda found: sum(1 for _ in found.modules()), default=None)
+
+
+def join(parts: Iterable[Part], *, only: Collection[str] = ()) -> nn.ModuleDict | None:
+    """Return the outermost modules around parts by their variables in the script, in one module.
+
+    `only` are the names to take, all by default. None where it is one module, or one has no name.
+    """
+    parents, roots = _parents(), dict[int, nn.Module]()
+    for part in parts:
+        for own in (
+            part.children() if isinstance(part, nn.ModuleDict) and is_joined(part) else [part]
+        ):
+            for found in _within(own, parents):
+                if found not in _JOINED and all(each in _JOINED for each in parents[id(found)]):
+                    root = unwrapped(found, parallel=True)
+                    roots[id(root)] = root
+    names = _variables()
+    named = {names.get(key, ""): root for key, root in roots.items()}
+    named = {name: root for name, root in named.items() if not only or name in only}
+    if len(named) < max(len(only) or len(roots), 2) or "" in named:
+        return None
+    try:
+        joined = nn.ModuleDict(dict(sorted(named.items())))
+    except KeyError:  # a name that torch has for something else
+        return None
+    _JOINED.add(joined)
+    return joined
+
+
+def is_joined(module: nn.Module) -> bool:
+    """Whether a module was made by `join`."""
+    return module in _JOINED
+
+
+def _variables() -> dict[int, str]:
+    """Return the script's names of modules, by id: its variables, and attributes of its objects.
+
+    Those of the outermost function count: they are the same ones wherever in it they are asked for.
+    """
+    names: dict[int, str] = {}
+    frames = []
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_code is run_script.__code__:
+            break
+        frames.append(frame)
+    for frame in reversed(frames):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("autoprec", "torch"):
+            continue
+        for name, value in frame.f_locals.items():
+            is_module = issubclass(type(value), nn.Module)  # isinstance would wake lazy proxies
+            inner: dict[str, Any] = {name: value} if is_module else getattr(value, "__dict__", {})
+            for own, module in inner.items() if type(inner) is dict else ():
+                if issubclass(type(module), nn.Module):
+                    names.setdefault(id(unwrapped(module, parallel=True)), own)
+    return names
 
 
 def _parents() -> defaultdict[int, list[nn.Module]]:

@@ -34,18 +34,14 @@ from autoprec.common.files import text_digest
 from autoprec.common.text import short_digest
 from autoprec.device.random_state import random_state_kept
 from autoprec.errors import WorkloadError
+from autoprec.integrations.launch.calls import FirstCall, RecordedBatch
 from autoprec.integrations.launch.optimizers import (
     SeenOptimizer,
     copy_optimizer,
     copy_schedule,
     set_peak_rates,
 )
-from autoprec.integrations.launch.recorder import (
-    MODEL_PY,
-    FirstCall,
-    RecordedBatch,
-    Recorder,
-)
+from autoprec.integrations.launch.recorder import MODEL_PY, Recorder
 from autoprec.integrations.launch.script import FAILED, Script, StopScript, run_script
 from autoprec.integrations.launch.tape import FromTape, remove_scale, replay
 from autoprec.integrations.launch.weights import gradient_norm

@@ -1,7 +1,7 @@
 """A script that runs -> what its first training steps did: the model, its optimizer, its batches.
 
-The script must train one model in the usual order, which is followed call by call; whatever is not
-in this order ends the script with the reason:
+The script must train one model, or several side by side, in the usual order, which is followed call
+by call; whatever is not in this order ends the script with the reason:
 
     output = model(...)     outermost calls in training mode: of a module with weights or, where
                             its own methods call them, of its parts
@@ -15,11 +15,11 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
@@ -27,7 +27,8 @@ from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.device.ranks import world_size
-from autoprec.integrations.launch.alive import smallest_with
+from autoprec.integrations.launch.alive import is_joined, join, smallest_with
+from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, RecordedCall, SeenCall
 from autoprec.integrations.launch.optimizers import SeenOptimizer
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import StopScript
@@ -45,57 +46,12 @@ from autoprec.model.local_copy import REFUSALS, copy_model, is_divided
 from autoprec.runtime.masters import ON_MODEL
 from autoprec.runtime.shards import kept_gradients
 from autoprec.workload.functions import tensors_in
-from autoprec.workload.optimizers import StepArguments, after_closure, trained_by
+from autoprec.workload.optimizers import StepArguments, after_closure, trained_by, trains
 from autoprec.workload.written import is_compiled, take_off_compiled_forwards
 
 CLIP = inspect.signature(nn.utils.clip_grad_norm_)
 MOST_CALLS = 16  # on inputs of their own before one backward: outputs of all are kept until then
 MODEL_PY = "write a model.py instead (see the README)"
-
-
-class RecordedCall(NamedTuple):
-    """What the script gave its model; tensors on the CPU."""
-
-    path: str  # of the part of the model that was called, "" for all of it
-    args: tuple[Any, ...]  # Any: whatever it was
-    kwargs: dict[str, Any]
-    writes_inputs: bool  # whether the model writes into its own arguments
-
-
-class RecordedBatch(NamedTuple):
-    """Calls of the model by their number, and the way through them to the loss."""
-
-    calls: dict[int, RecordedCall]
-    constants: list[Tensor]
-    graph: fx.Graph
-
-
-class SeenCall(NamedTuple):
-    """A `RecordedCall` while more of the model may be seen."""
-
-    part: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    writes_inputs: bool
-    random_state: Tensor
-    random_states_gpu: list[Tensor]
-
-    def draw_again(self) -> None:
-        """Let the generators give what they gave in this call."""
-        torch.set_rng_state(self.random_state)
-        if self.random_states_gpu:
-            torch.cuda.set_rng_state_all(self.random_states_gpu)
-
-
-@dataclass(frozen=True)
-class FirstCall:
-    """What else it takes to repeat the first batch exactly, from before a call."""
-
-    model: nn.Module  # a copy on the CPU
-    device: torch.device
-    autocast: torch.autocast
-    is_compiled: bool  # whether the script compiles the model, or parts of it
-    policy: Policy  # of FSDP
 
 
 class Recorder:
@@ -168,12 +124,13 @@ class Recorder:
         unknown = [t for t in tensors_in((args, kwargs)) if t.requires_grad and not t.is_leaf]
         if not all(self._mode.tape and self._mode.tape.has_made(tensor) for tensor in unknown):
             self._foreign = (  # on trial, it may be, of a part whose siblings evaluate
-                "the model's inputs must not depend on other weights, but an input of "
-                f"{type(model).__name__} has a gradient"
+                "the model's inputs must not depend on other weights, or on a call before the last "
+                f"backward, but an input of {type(model).__name__} has a gradient"
             )
             with self._inside():
                 return call(module, *args, **kwargs)
-        self._check_model(model)
+        with self._inside():  # copies are no part of a step
+            self._check_model(model)
         # the model may write into its inputs, so they are copied before it runs
         inputs = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in inputs]
@@ -184,7 +141,8 @@ class Recorder:
             reason = error_line(error)
             self.refuse(f"a batch must be one that can be copied, but copying it fails: {reason}")
         if not nodes:
-            self._begin_calls(tape.calls, is_compiled(module))
+            with self._inside():
+                self._begin_calls(tape.calls, is_compiled(module))
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state = torch.get_rng_state()
         with self._inside():
@@ -215,7 +173,10 @@ class Recorder:
             if not self._widen([model]):
                 if type(model) is type(self.model) and self.steps > 1:
                     raise StopScript  # the next fold, or the same run resumed: the first has ended
-                self.refuse(f"one model must be trained, but the script calls several ({names})")
+                self.refuse(
+                    "what is trained must be one model, or models that are variables of the "
+                    f"script, but it calls {names}"
+                )
 
     def _begin_calls(self, number: int, is_compiled: bool) -> None:
         """See to a call on inputs of its own: all before it may have been on trial."""
@@ -226,18 +187,20 @@ class Recorder:
         self._firsts[number] = self._first_call(model, is_compiled) if model else None
 
     def _widen(self, parts: Sequence[nn.Module | nn.Parameter]) -> bool:
-        """Take the smallest module that these parts are in, too, for the model, if there is one."""
+        """Take the smallest module that these parts are in, too, for the model, or join them."""
         narrow, wide = self.model, None
         if narrow is not None and not self.optimizers:
-            wide = smallest_with([narrow, *parts])
+            wide = smallest_with([narrow, *parts]) or join([narrow, *parts])
         if narrow is None or wide is None:
             return False
         self.model = wide
-        name = next(name for name, part in wide.named_modules() if part is narrow)
+        names = (f"{name}." for name, part in wide.named_modules() if part is narrow)
+        prefix = "" if is_joined(narrow) else next(names)
 
         def widened(first: FirstCall) -> FirstCall:
             whole = self._first_call(wide, first.is_compiled)
-            whole.model.get_submodule(name).load_state_dict(first.model.state_dict())
+            values = {f"{prefix}{name}": v for name, v in first.model.state_dict().items()}
+            whole.model.load_state_dict(values, strict=False)
             return replace(first, model=whole.model, policy=whole.policy)
 
         self.first = widened(self.first) if self.first else None
@@ -384,6 +347,8 @@ class Recorder:
             )
         if self._calls:
             self.refuse("each call of the model must have its backward, but one had none")
+        if is_first and self.steps == 1:
+            self._check_joined()
         lacks = is_first and len(self._stepped) < len(self.optimizers)
         is_late = bool(self.optimizers) and (is_first or self.steps > 1)
         if lacks or (is_late and optimizer not in self.optimizers):
@@ -410,6 +375,17 @@ class Recorder:
             self.changes_gradients = not are_scaled(self._norms, now)
         if self.model is not None and self.first is not None:
             self.optimizers[optimizer] = SeenOptimizer(optimizer, self.model, self.first.model)
+
+    def _check_joined(self) -> None:
+        """Check that of several modules all are trained: `run` finds them by their optimizers."""
+        joined = self.model if self.model is not None and is_joined(self.model) else None
+        for part in joined.children() if joined is not None else ():
+            if not any(trains(optimizer, part) for optimizer in self.optimizers):
+                name = type(part).__name__
+                self.refuse(
+                    "models that are called with gradients must all be trained, but no optimizer "
+                    f"has the weights of {name}: call it under torch.no_grad()"
+                )
 
     def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:  # Any: torch's
         if optimizer is not self._stepping:

@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoprec.common.text import first_and_more
 from autoprec.errors import AutoprecError, PlanMismatchError
-from autoprec.integrations.launch.alive import find_roots
+from autoprec.integrations.launch.alive import Part, find_roots, is_joined, join
 from autoprec.integrations.launch.guarding import ScriptGuard
 from autoprec.integrations.launch.patches import Function, patched
 from autoprec.integrations.launch.script import Script, run_script, script_line
@@ -118,6 +118,7 @@ class Watch:
         self._guard = ScriptGuard(plan) if guard else None
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._joined: list[nn.Module] = []  # nobody else holds them
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
         self._until_end, self._until_done = ExitStack(), ExitStack()
 
@@ -185,7 +186,9 @@ class Watch:
             for root in () if has_it else find_roots(module):
                 fits = any(_fits(self.plan, part) for part in root.modules())
                 if fits and not _is_in_forward(root):
-                    self._offer(root, "at the first training call of a part")
+                    has_it = self._offer(root, "at the first training call of a part")
+            if not has_it:
+                self._offer_joined([module], "at the first training call of one of them")
         return call(module, *args, **kwargs)
 
     def _around_parallel(
@@ -258,6 +261,17 @@ class Watch:
             self.misfits.setdefault(name, _measure_misfit(self.plan, unwrapped(module)))
         return found is not None
 
+    def _offer_joined(self, parts: Sequence[Part], moment: str) -> None:
+        """Apply the plan to models that are trained side by side, if it is for all of them."""
+        names = {layer.name.partition(".")[0] for layer in self.plan.layers}
+        trained = (p for optimizer in self._waits for p in trained_by(optimizer))
+        joined = join([*parts, *trained], only=names)
+        # the modules by which `apply` tries out FP8 are called meanwhile
+        is_new = all([*each.children()] != [*joined.children()] for each in self._joined if joined)
+        if joined is not None and is_new and _fits(self.plan, joined):
+            self._joined.append(joined)
+            self._apply(joined, moment)
+
     def _search_for(self, optimizer: Optimizer, moment: str) -> None:
         """Apply the plan to the model of an optimizer before any call was seen.
 
@@ -270,6 +284,8 @@ class Watch:
             parameter.grad = None
         for root in find_roots(parameters[0]):
             self._offer(root, moment)
+        if self._planned(optimizer) is None:
+            self._offer_joined(parameters, moment)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if gradient is None else gradient.to(parameter.dtype)
 
@@ -292,7 +308,9 @@ class Watch:
             self.stop()
             raise
         save_exactly(in_fp32)  # the script's checkpoints are those of its FP32 model
-        where = f"{type(inner).__name__} at {script_line()} ({moment})"
+        names = inner.keys() if isinstance(inner, nn.ModuleDict) and is_joined(inner) else ()
+        name = " and ".join(names) or type(inner).__name__
+        where = f"{name} at {script_line()} ({moment})"
         applied = Applied(weakref.ref(inner), where, [type(one).__name__ for one in owned])
         self.applied.append(applied)
         self.untold.append(applied)
