@@ -35,15 +35,7 @@ def join(parts: Iterable[Part], *, only: Collection[str] = ()) -> nn.ModuleDict 
 
     `only` are the names to take, all by default. None where it is one module, or one has no name.
     """
-    parents, roots = _parents(), dict[int, nn.Module]()
-    for part in parts:
-        for own in (
-            part.children() if isinstance(part, nn.ModuleDict) and is_joined(part) else [part]
-        ):
-            for found in _within(own, parents):
-                if found not in _JOINED and all(each in _JOINED for each in parents[id(found)]):
-                    root = unwrapped(found, parallel=True)
-                    roots[id(root)] = root
+    roots = {id(root): root for root in _roots(parts)}
     names = _variables()
     named = {names.get(key, ""): root for key, root in roots.items()}
     named = {name: root for name, root in named.items() if not only or name in only}
@@ -83,6 +75,16 @@ def _variables() -> dict[int, str]:
                 if issubclass(type(module), nn.Module):
                     names.setdefault(id(unwrapped(module, parallel=True)), own)
     return names
+
+
+def _roots(parts: Iterable[Part]) -> Iterator[nn.Module]:
+    """Yield the outermost modules around parts, out of their wrappers and of what was joined."""
+    parents = _parents()
+    for part in parts:
+        held = part.children() if isinstance(part, nn.Module) and is_joined(part) else [part]
+        for found in (found for own in held for found in _within(own, parents)):
+            if not is_joined(found) and all(map(is_joined, parents[id(found)])):
+                yield unwrapped(found, parallel=True)
 
 
 def _parents() -> defaultdict[int, list[nn.Module]]:

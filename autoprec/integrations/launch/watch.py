@@ -266,9 +266,10 @@ class Watch:
         names = {layer.name.partition(".")[0] for layer in self.plan.layers}
         trained = (p for optimizer in self._waits for p in trained_by(optimizer))
         joined = join([*parts, *trained], only=names)
-        # the modules by which `apply` tries out FP8 are called meanwhile
-        is_new = all([*each.children()] != [*joined.children()] for each in self._joined if joined)
-        if joined is not None and is_new and _fits(self.plan, joined):
+        if joined is None or not _fits(self.plan, joined):
+            return
+        # `apply` tries out FP8, and so calls layers of its own
+        if all([*each.children()] != [*joined.children()] for each in self._joined):
             self._joined.append(joined)
             self._apply(joined, moment)
 
