@@ -19,7 +19,7 @@ CHOSEN = (  # each with something of its own
     pytest.param("T5ForConditionalGeneration", marks=pytest.mark.slow),  # an FP32 residual
     "ConvNextForImageClassification",  # convolutions, norms and linears over channels
     pytest.param("Wav2Vec2ForCTC", marks=pytest.mark.slow),  # a parametrized convolution, CTC
-    "SegformerForSemanticSegmentation",  # linears that take transposed images
+    pytest.param("SegformerForSemanticSegmentation", marks=pytest.mark.slow),  # transposed images
 )
 
 

@@ -173,7 +173,13 @@ class BrokenAround(Broken):
 
 
 @pytest.mark.parametrize(
-    "kind", [Moved, HasKnown, pytest.param(Broken, marks=pytest.mark.slow), BrokenAround]
+    "kind",
+    [
+        pytest.param(Moved, marks=pytest.mark.slow),
+        HasKnown,
+        pytest.param(Broken, marks=pytest.mark.slow),
+        BrokenAround,
+    ],
 )
 def test_what_dynamo_finds_hard_is_no_harder_with_a_plan(kind: type[nn.Module]) -> None:
     torch.compiler.allow_in_graph(Known)  # type: ignore[no-untyped-call]  # torch's own

@@ -74,7 +74,7 @@ def llama_workload(blocks: int = 2, *, tied: bool = False) -> Workload:
 # --- capture -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_llama_has_the_same_spec_on_meta_as_for_real(tied: bool) -> None:
     real = capture_model(Context(llama_workload(tied=tied), CPU))
     check_same(capture_on_meta(llama_workload(tied=tied)), real)
@@ -132,7 +132,9 @@ def repeated_workload(how: str, width: int) -> Workload:
     return workload_from(functions, name=how)
 
 
-@pytest.mark.parametrize("how", ["teacher", "reentrant", "not reentrant"])
+@pytest.mark.parametrize(
+    "how", ["teacher", "reentrant", pytest.param("not reentrant", marks=pytest.mark.slow)]
+)
 def test_forwards_without_a_backward_are_a_third_of_a_layer_in_a_predicted_step(how: str) -> None:
     """A teacher's, and those that checkpointing makes once more."""
 

@@ -210,7 +210,7 @@ def test_page_terminal_and_json_say_one_answer_the_page_on_its_first_screen() ->
         assert pasted == (found.answer.advice is Advice.APPLY)
 
 
-@pytest.mark.parametrize("make", [partial(make_run, layers=300), predicted_run])
+@pytest.mark.parametrize("make", [partial(make_run, layers=100), predicted_run])
 def test_layers_are_folded_as_in_the_terminal(make: Callable[[], RunRecords]) -> None:
     run = make()
     layers = summarise_run(run).layers

@@ -180,7 +180,7 @@ def test_the_answer_has_at_most_25_lines_none_too_wide_and_comes_first() -> None
             if drawn.random() < 0.3:
                 changed = replace(changed, profile=None, sensitivity=None)
             found = summarise_run(changed)
-            for width in (44, 60, 80, 97, 133, 200):
+            for width in (44, 80, 133):
                 lines = answer_text(found, width).splitlines()
                 assert len(lines) <= 25
                 assert max(len(x) for x in lines if not x.startswith(PASTED)) <= width

@@ -163,7 +163,13 @@ def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
 
 @pytest.mark.parametrize(
     "workload",
-    [mlp_workload(), token_workload(), conv_workload(), recurrent(), frozen_first()],
+    [
+        mlp_workload(),
+        pytest.param(token_workload(), marks=pytest.mark.slow),
+        conv_workload(),
+        recurrent(),
+        pytest.param(frozen_first(), marks=pytest.mark.slow),
+    ],
     ids=["mlp", "tied tokens", "conv", "lstm", "frozen"],
 )
 def test_probes_find_what_the_exact_mode_finds(workload: Workload) -> None:

@@ -368,6 +368,7 @@ def test_training_that_is_not_deterministic_has_a_floor() -> None:
     assert any("not deterministic" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_the_reference_against_itself_is_refuted_in_at_most_one_of_ten() -> None:
     """10 sequential tests of trained branches that differ by rounding noise, tolerance zero."""
     workload = noisy(mlp_workload(), torch.Generator().manual_seed(1))
