@@ -225,6 +225,11 @@ def test_a_plan_of_a_module_around_the_model_or_in_it_is_said_to_be_that() -> No
         PlanMismatchError, match=r"but this plan is of its part 'net': apply it to that"
     ):
         autoprec.apply(plan_for(model["net"]), model)
+    both = nn.ModuleDict({"head": nn.Linear(16, 4), "net": model["net"]})  # trained side by side
+    with pytest.raises(PlanMismatchError, match=r"holds this one as 'net': .* \(an nn.ModuleDict"):
+        autoprec.apply(plan_for(both), model["net"])
+    with pytest.raises(PlanMismatchError, match="is of its part 'net'"):
+        autoprec.apply(plan_for(model["net"]), both)
 
 
 def test_wrapped_models_are_refused_with_the_way_out() -> None:

@@ -128,9 +128,12 @@ def _other_module(planned: Sequence[str], own: Sequence[str]) -> str:
     """Say which other module a plan is of, if it is of what holds the model or of a part of it."""
     holder, part = "this plan is of a module that holds this one as", "this plan is of its part"
     for longer, shorter, whose in ((planned, own, holder), (own, planned, part)):
-        prefix = longer[0].removesuffix(shorter[0]) if longer and shorter else ""
-        if prefix.endswith(".") and list(longer) == [prefix + name for name in shorter]:
-            return f"{whose} {one_line(repr(prefix[:-1]))}: apply it to that module"
+        first = f".{shorter[0]}" if shorter else ""
+        for prefix in (name.removesuffix(first) for name in longer if name.endswith(first)):
+            inside = [name for name in longer if name.startswith(f"{prefix}.")]
+            if inside and inside == [f"{prefix}.{name}" for name in shorter]:
+                side = " (an nn.ModuleDict, where a script trains several)" * (whose == holder)
+                return f"{whose} {one_line(repr(prefix))}: apply it to that module{side}"
     return ""
 
 
