@@ -117,6 +117,17 @@ def test_models_that_are_trained_side_by_side_take_one_plan(
     assert outcome.message.endswith("layers 2 bf16_o2, 1 fp32, 1 fp8_o1; optimizers SGD")
 
 
+def test_models_side_by_side_that_ddp_wraps_are_refused(tmp_path: Path) -> None:
+    """DDP's hooks are on the parameters that it found: ranks would train on their own."""
+    both = nn.ModuleDict({"body": Net(), "head": nn.Linear(16, 16)})
+    start = "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), "
+    wrap = f"{start}rank=0, world_size=1); wrap = nn.parallel.DistributedDataParallel; "
+    wrap += "self.body, self.head = wrap(self.body), wrap(self.head)"
+    with pytest.raises(PlanMismatchError, match=r"body is wrapped already; call autoprec\.apply"):
+        run(tmp_path, APART.replace("BEFORE", wrap), "2", plan=plan_for(both))
+    torch.distributed.destroy_process_group()
+
+
 def test_an_evaluation_before_training_runs_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
