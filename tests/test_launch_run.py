@@ -123,7 +123,9 @@ def test_models_side_by_side_that_ddp_wraps_are_refused(tmp_path: Path) -> None:
     start = "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), "
     wrap = f"{start}rank=0, world_size=1); wrap = nn.parallel.DistributedDataParallel; "
     wrap += "self.body, self.head = wrap(self.body), wrap(self.head)"
-    with pytest.raises(PlanMismatchError, match=r"body is wrapped already; call autoprec\.apply"):
+    with pytest.raises(
+        PlanMismatchError, match="before the model is wrapped, but it already is by Distr"
+    ):
         run(tmp_path, APART.replace("BEFORE", wrap), "2", plan=plan_for(both))
     torch.distributed.destroy_process_group()
 

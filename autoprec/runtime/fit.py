@@ -3,12 +3,14 @@
 Nothing is changed here: everything that can be known is checked before `apply` changes anything.
 """
 
+import gc
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -42,7 +44,7 @@ def check_fit(plan: Plan, model: nn.Module, *, found: ModelLayers | None = None)
 def check_untouched(model: nn.Module, found: ModelLayers) -> None:
     """Check that nothing else has changed or wrapped the model (PlanMismatchError)."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp_classes()[:1])
-    for module in model.modules():
+    for module in (*_around(model), *model.modules()):
         if ON_MODEL in vars(module) or is_made_here(type(module)):
             raise PlanMismatchError(
                 "a model takes one plan at a time, but one is applied to this model already; call "
@@ -122,6 +124,19 @@ def _differences(plan: Plan, found: ModelLayers) -> Iterator[str]:
             there = f"{_listed(planned[name].shapes)} in the plan"
             yield f"layer {name!r} has shapes {_listed(shapes)} in the model, {there}"
     yield from _one_sided("parameter", dict.fromkeys(plan.uncovered), found.uncovered)
+
+
+def _around(model: nn.Module) -> list[nn.Module]:
+    """Return each DDP that holds a model: its hooks are on the parameters as they were, in FP32."""
+    ddp, own = nn.parallel.DistributedDataParallel, {*model.parameters()}
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    gc.collect()  # one that is not used any more
+    found = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
+    inner = [(each, vars(each).get("_modules", {}).get("module")) for each in found]  # or to come
+    return [
+        each for each, held in inner if held is not None and not own.isdisjoint(held.parameters())
+    ]
 
 
 def _other_module(planned: Sequence[str], own: Sequence[str]) -> str:

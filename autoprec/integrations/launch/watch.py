@@ -55,7 +55,6 @@ from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
 logger = logging.getLogger(__name__)
-PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,11 @@ class Watch:
         watch_optimizers()  # not later from a hook: torch is iterating over its hooks then
         get_tensor_method()  # dynamo lists torch's own once, `lerp_` among them
         self._until_end.callback(clear_lru_cache)  # and again, where it was told to meanwhile
+        parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
         functions: list[tuple[object, str, Function]] = [
             (Optimizer, "__init__", self._around_optimizer),
             (Optimizer, "load_state_dict", self._around_load),
-            *((cls, "__init__", self._around_parallel) for cls in PARALLEL),
+            *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
             *(self._guard.patches if self._guard is not None else ()),
         ]
@@ -269,19 +269,9 @@ class Watch:
         if joined is None or not _fits(self.plan, joined):
             return
         # `apply` tries out FP8, and so calls layers of its own
-        if any([*each.children()] == [*joined.children()] for each in self._joined):
-            return
-        self._joined.append(joined)
-        for name, part in joined.items():
-            if any(isinstance(root, PARALLEL) for root in find_roots(part)):
-                self.failure = PlanMismatchError(
-                    "models that are trained side by side must get their plan before they are "
-                    f"wrapped, but {name} is wrapped already; call autoprec.apply(plan, "
-                    "nn.ModuleDict(...), optimizer) in the script before that"
-                )
-                self.stop()
-                raise self.failure
-        self._apply(joined, moment)
+        if all([*each.children()] != [*joined.children()] for each in self._joined):
+            self._joined.append(joined)
+            self._apply(joined, moment)
 
     def _search_for(self, optimizer: Optimizer, moment: str) -> None:
         """Apply the plan to the model of an optimizer before any call was seen.
