@@ -176,7 +176,7 @@ class BrokenAround(Broken):
     "kind",
     [
         pytest.param(Moved, marks=pytest.mark.slow),
-        HasKnown,
+        pytest.param(HasKnown, marks=pytest.mark.slow),
         pytest.param(Broken, marks=pytest.mark.slow),
         BrokenAround,
     ],

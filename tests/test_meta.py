@@ -133,7 +133,11 @@ def repeated_workload(how: str, width: int) -> Workload:
 
 
 @pytest.mark.parametrize(
-    "how", ["teacher", "reentrant", pytest.param("not reentrant", marks=pytest.mark.slow)]
+    "how",
+    [
+        "teacher",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("reentrant", "not reentrant")),
+    ],
 )
 def test_forwards_without_a_backward_are_a_third_of_a_layer_in_a_predicted_step(how: str) -> None:
     """A teacher's, and those that checkpointing makes once more."""

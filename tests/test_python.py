@@ -83,6 +83,7 @@ def test_functions_by_name_are_a_workload_too(tmp_path: Path) -> None:
     assert [layer.name for layer in other.plan.layers] == names
 
 
+@pytest.mark.slow
 def test_a_user_file_is_executed_once_in_a_tune(tmp_path: Path) -> None:
     path = tmp_path / "counting.py"
     path.write_text(COUNTING)

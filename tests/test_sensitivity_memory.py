@@ -132,7 +132,7 @@ def test_the_peak_is_predicted(workload: Workload, tolerance: float) -> None:
         pytest.param(mlp(width=64, depth=2, batch=512), marks=pytest.mark.slow),
         family(lambda: nn.Sequential(nn.Linear(512, 8)), values(512, 512), square),
         family(Bagged, tokens(4000, 64, 8), bagged_loss),
-        family(Recurrent, tokens(150, 8, 12), next_loss),
+        pytest.param(family(Recurrent, tokens(150, 8, 12), next_loss), marks=pytest.mark.slow),
         pytest.param(
             family(
                 lambda: nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 32)),

@@ -167,7 +167,7 @@ def test_exact_mode_is_what_the_formula_says(option: Option) -> None:
         mlp_workload(),
         pytest.param(token_workload(), marks=pytest.mark.slow),
         conv_workload(),
-        recurrent(),
+        pytest.param(recurrent(), marks=pytest.mark.slow),
         pytest.param(frozen_first(), marks=pytest.mark.slow),
     ],
     ids=["mlp", "tied tokens", "conv", "lstm", "frozen"],
