@@ -1,5 +1,6 @@
 """What a run found, for people: terminal, HTML, CSV and notebooks. Needs no torch."""
 
+import autoprec.common.rich_import  # before anything here imports rich
 from autoprec.report.layer_frame import layers_frame
 from autoprec.report.notebook import plan_text, run_html
 from autoprec.report.page import render_html
