@@ -1,6 +1,6 @@
 """What `tune` prints: the answer, what it rests on and what to do next, in at most 25 lines.
 
-Every fact has at most three lines of a common terminal, as many words in a narrower one, and facts
+Every fact has at most three. A terminal narrower than COMMON has more lines of each, and facts
 that the page has no room for are left out, the least needed first; `--verbose` and the report have
 all of them.
 """
@@ -36,7 +36,11 @@ def print_answer(
         below += [Line(f"report:    {folder}/report.html", is_whole=True)]
         said = f"layers:    autoprec report {folder} --layers (all: --verbose)"
         below += [Line(said, is_whole=True)]
-    left = MOST_LINES - len(head) - sum(_height(line, console) for line in below)
+    left = (
+        _lines_of(MOST_LINES, console.width)
+        - len(head)
+        - sum(_height(line, console) for line in below)
+    )
     lines: list[Text] = []
     for key, text, style in answer_facts(found):
         wrapped = _wrapped(text, console, console.width - KEY, style)
@@ -124,9 +128,14 @@ def _beware_lines(found: Summary) -> Iterator[Line]:
         yield Line(f"beware: {names} took less time than this plan when measured")
 
 
+def _lines_of(lines: int, width: int) -> int:
+    """Return the lines that hold what so many of a common terminal do."""
+    return max(lines, lines * COMMON // width)
+
+
 def _wrapped(text: str, console: Console, width: int, style: str) -> list[Text]:
     """Return a text in lines of that width, cut after MOST_OF_ONE of a common terminal."""
-    most = max(MOST_OF_ONE, MOST_OF_ONE * COMMON // width)
+    most = _lines_of(MOST_OF_ONE, width)
     lines = list(shown_text(Line(text, style), console).wrap(console, width))
     for line in lines:
         line.rstrip()

@@ -142,13 +142,16 @@ def _around(model: nn.Module) -> list[nn.Module]:
 def _other_module(planned: Sequence[str], own: Sequence[str]) -> str:
     """Say which other module a plan is of, if it is of what holds the model or of a part of it."""
     holder, part = "this plan is of a module that holds this one as", "this plan is of its part"
-    for longer, shorter, whose in ((planned, own, holder), (own, planned, part)):
+    several = " (an nn.ModuleDict, where a script trains several)"
+    for longer, shorter, whose, way in (
+        (planned, own, holder, several),
+        (own, planned, part, ""),
+    ):
         first = f".{shorter[0]}" if shorter else ""
         for prefix in (name.removesuffix(first) for name in longer if name.endswith(first)):
             inside = [name for name in longer if name.startswith(f"{prefix}.")]
             if inside and inside == [f"{prefix}.{name}" for name in shorter]:
-                side = " (an nn.ModuleDict, where a script trains several)" * (whose == holder)
-                return f"{whose} {one_line(repr(prefix))}: apply it to that module{side}"
+                return f"{whose} {one_line(repr(prefix))}: apply it to that module{way}"
     return ""
 
 

@@ -97,8 +97,9 @@ def sources_of(asked: Keys, held: Keys, *, strict: bool = True) -> dict[str, str
     weights = {where + name: key for name, key in saved.items()}
     for weight, master in weights.items():
         target = asked.get(weight)
-        if isinstance(target, Tensor) and target.dtype is torch.float32:
-            sources |= {} if _is_fp32(held[weight]) else {weight: master}
+        is_fp32 = isinstance(target, Tensor) and target.dtype is torch.float32
+        if is_fp32 and not _is_fp32(held[weight]):
+            sources[weight] = master
     return sources
 
 

@@ -105,9 +105,7 @@ def run_with_plan(
 class Watch:
     """Waits in a running script for what the plan is for."""
 
-    def __init__(
-        self, plan: Plan, *, guard: bool = False, tell: Callable[[str], None] = logger.info
-    ) -> None:
+    def __init__(self, plan: Plan, *, guard: bool, tell: Callable[[str], None]) -> None:
         # the guard runs the schedule, which `apply` would ask for
         self.plan = plan.model_copy(update={"schedule": ()}) if guard else plan
         self.applied: list[Applied] = []
