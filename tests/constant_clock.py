@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprec.device.fp8 import fp8_support
+from autoprec.device.timing import Clock
 from autoprec.device.tracing import PLAIN_TENSORS
 from autoprec.records import Recipe, fp8_option
 
@@ -17,7 +18,7 @@ RUNS_FP8 = TENSORWISE.recipe in fp8_support(CPU).recipes
 needs_fp8 = pytest.mark.skipif(not RUNS_FP8, reason=f"no FP8 here: {fp8_support(CPU).reason}")
 
 
-class ConstantClock:
+class ConstantClock(Clock):
     """Every call takes 1 ms, so nothing depends on the machine."""
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Bf16Gemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 
 @dataclass
-class WithoutBf16:
+class WithoutBf16(Clock):
     """A clock of a CPU by which a call takes `base_ms`, and a GEMM in BF16 `gemm_ms` more."""
 
     base_ms: float

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoprec.common.text import first_line
 from autoprec.device.timing import (
     UNWATCHED,
+    Clock,
     Observation,
     Samples,
     Stopping,
@@ -121,7 +122,7 @@ def test_an_fp8_layer_whose_input_nothing_makes_is_compiled_with_what_is_behind_
         assert rows_of(compilation, "first")[TENSORWISE.key].beside == ("gelu",)
 
 
-class TellingClock:
+class TellingClock(Clock):
     """Says what the step that it runs has told it."""
 
     told = 1.0

@@ -15,7 +15,7 @@ import autoprec
 from autoprec.cli import main as cli
 from autoprec.device import torchao
 from autoprec.device.fp8 import Fp8Support
-from autoprec.device.timing import Function
+from autoprec.device.timing import Clock, Function
 from autoprec.guard.sampling import Sampler
 from autoprec.model.recording import Call
 from autoprec.predict.measure import casts_of, gemm_candidates
@@ -44,7 +44,7 @@ NAMES = [option.key for option in FP8]
 CUDA = torch.device("cuda", 0)
 
 
-class QuietClock:
+class QuietClock(Clock):
     """Runs what it is given and says that it took a millisecond."""
 
     def measure(self, fn: Function) -> float:

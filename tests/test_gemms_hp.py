@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoprec.device.timing import Function
+from autoprec.device.timing import Clock, Function
 from autoprec.device.tracing import PLAIN_TENSORS
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -148,7 +148,7 @@ class PlainGemms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch l
         return func(*args, **(kwargs or {}))
 
 
-class KindToFp8:
+class KindToFp8(Clock):
     """A clock by which a plain GEMM takes a millisecond and all else next to nothing."""
 
     def measure(self, fn: Function) -> float:

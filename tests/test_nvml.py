@@ -13,7 +13,7 @@ import torch
 
 from autoprec.device.local import MOST_PAUSES, ThermalMonitor, nvml_facts
 from autoprec.device.nvml import open_sensor
-from autoprec.device.timing import Stopping, sample_interleaved
+from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from tests.ranks import exit_code_of
 
@@ -41,7 +41,7 @@ def compiled(folder: Path, *flags: str) -> Path:
     return library
 
 
-class EveryCallTakes:
+class EveryCallTakes(Clock):
     def __init__(self, ms: float) -> None:
         self.ms = ms
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoprec.common.recipes import Gemm, Recipe
-from autoprec.device.timing import UNWATCHED, Function
+from autoprec.device.timing import UNWATCHED, Clock, Function
 from autoprec.device.torchao import float8_config
 from autoprec.errors import DeviceError
 from autoprec.predict import load_device_profile
@@ -37,7 +37,7 @@ H100 = load_device_profile("h100-sxm")
 SHAPES: tuple[Shape, ...] = ((8192, 4096, 4096), (8192, 8192, 8192))
 
 
-class StepClock:
+class StepClock(Clock):
     """Says that every call took a hundredth of a millisecond more than the one before."""
 
     def __init__(self) -> None:

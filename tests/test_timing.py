@@ -39,7 +39,7 @@ def timed(
     return {name: taken.timing() for name, taken in found.items()}
 
 
-class VirtualClock:
+class VirtualClock(Clock):
     """Time moves only when a function made by `takes` runs."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -54,13 +54,15 @@ class Clock(Protocol):
     def measure(self, fn: Function) -> float:
         """Run `fn` once and return the ms it took."""
 
-
-@runtime_checkable
-class QueueingClock(Clock, Protocol):
-    """A clock of a device that works apart from the host, which only queues."""
-
     def sample(self, fn: Function, *, lead_ms: float, meanwhile: Function) -> Sample:
-        """Run `fn` once, the host `lead_ms` ahead; call `meanwhile` while the device works."""
+        """Run `fn` once, and `meanwhile` after it.
+
+        On a device that works apart from the host, which only queues: the host `lead_ms` ahead,
+        and `meanwhile` while the device works.
+        """
+        sample = Sample(self.measure(fn))
+        meanwhile()
+        return sample
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Unwatched(Monitor):
 UNWATCHED = Unwatched()
 
 
-class CpuClock:
+class CpuClock(Clock):
     """Wall-clock ms; a buffer is read before each call to evict what a whole step would evict.
 
     That is everything from a core's own caches, and from a shared cache up to
@@ -331,11 +333,7 @@ class _Candidate:
         found: list[Sample] = []
 
         def take() -> float:
-            if isinstance(clock, QueueingClock):
-                found.append(clock.sample(self._run, lead_ms=self.lead.ms, meanwhile=monitor.look))
-            else:
-                found.append(Sample(clock.measure(self._run)))
-                monitor.look()
+            found.append(clock.sample(self._run, lead_ms=self.lead.ms, meanwhile=monitor.look))
             return found[-1].ms
 
         elapsed, seen = monitor.observe(take)

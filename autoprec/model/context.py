@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 
 from autoprec.common.progress import Progress, report_nothing
-from autoprec.device.rank_clock import clock_of_all
+from autoprec.device.rank_clock import SlowestClock
+from autoprec.device.ranks import world_size
 from autoprec.device.timing import Clock, make_clock
 from autoprec.workload.functions import Workload
 
@@ -25,4 +26,5 @@ class Context:
     @cached_property
     def timer(self) -> Clock:
         """The clock that was given, or the one that fits the device; of all ranks the slowest."""
-        return clock_of_all(self.clock or make_clock(self.device))
+        own = self.clock or make_clock(self.device)
+        return own if world_size() == 1 else SlowestClock(own)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from autoprec.records import BF16_O2, FP32, LayerSpec, ModelSpec, Option
 from autoprec.workload.functions import Batch, take_batches
 
 log = logging.getLogger(__name__)
+Record = TypeVar("Record", Call, Neighbour)
 
 
 @dataclass(frozen=True)
@@ -154,23 +156,16 @@ def record_groups(
 
 def moved_call(call: Call, device: torch.device) -> Call:
     """Return a call with its tensors on a device."""
-    args, kwargs, gradients = tree_map_only(
-        Tensor, lambda t: _moved(t, device), (call.args, call.kwargs, call.gradients)
-    )
     found = call.surroundings
     if found is not None:
-        before, behind = (one and _moved_neighbour(one, device) for one in vars(found).values())
+        before, behind = (one and _with_moved(one, device) for one in vars(found).values())
         found = Surroundings(before, behind)
-    return replace(call, args=args, kwargs=kwargs, gradients=gradients, surroundings=found)
+    return replace(_with_moved(call, device), surroundings=found)
 
 
-def _moved_neighbour(neighbour: Neighbour, device: torch.device) -> Neighbour:
-    args, kwargs, gradient = tree_map_only(
-        Tensor,
-        lambda t: _moved(t, device),
-        (neighbour.args, neighbour.kwargs, neighbour.gradient),
-    )
-    return replace(neighbour, args=args, kwargs=kwargs, gradient=gradient)
+def _with_moved(record: Record, device: torch.device) -> Record:
+    """Return a dataclass whose fields hold tensors with these on a device."""
+    return replace(record, **tree_map_only(Tensor, lambda t: _moved(t, device), vars(record)))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -178,11 +173,9 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == device.type:
         return tensor
     copied = tensor.detach().to(device)
-    return (
-        copied.requires_grad_(tensor.requires_grad)
-        if copied.stride() == tensor.stride()
-        else tensor
-    )
+    if copied.stride() != tensor.stride():
+        return tensor
+    return copied.requires_grad_(tensor.requires_grad)
 
 
 def record_step(

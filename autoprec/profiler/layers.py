@@ -29,7 +29,7 @@ from torch import nn
 from autoprec.common.text import first_line
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
-from autoprec.device.rank_clock import own_clock
+from autoprec.device.rank_clock import SlowestClock
 from autoprec.device.ranks import check_all_failed, from_first_rank, gathered, largest_over_ranks
 from autoprec.device.timing import (
     UNWATCHED,
@@ -234,7 +234,8 @@ class LayerMeter:
     def _time_fp8_parts(self, candidate: Candidate) -> dict[str, Timing]:
         """Time every operation of one run: by now the layer is warm, and FP8 has a dozen casts."""
         # ranks may copy where others need not, by their numbers of tokens: sums alone are compared
-        own = sum_parts(candidate.trace_step(own_clock(self.clock)))
+        clock = self.clock.own if isinstance(self.clock, SlowestClock) else self.clock
+        own = sum_parts(candidate.trace_step(clock))
         parts = dict(zip(own, largest_over_ranks(list(own.values())), strict=True))
         if not candidate.inputs:  # torchao multiplies all the same; the step does not need it
             del parts[Gemm.GRAD_INPUT]
