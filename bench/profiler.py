@@ -130,7 +130,7 @@ def predict_step(profile: Profile, plan: Mapping[str, Option]) -> float:
     return profile.fixed_bf16_ms + layers_ms + cast_ms * sum(map(io_elements, kept)) / 1e6
 
 
-class CpuTimeClock:
+class CpuTimeClock(Clock):
     """CPU time of the calling thread in ms, from caches as cold as CpuClock leaves them."""
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 import autoprec
 from autoprec.device.cuda_clock import CudaClock
 from autoprec.device.fp8 import fp8_support
-from autoprec.device.timing import Stopping, sample_interleaved
+from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.device.torchao import float8_config, import_torchao
 from autoprec.records import BF16_O2, Recipe, fp8_option
 
@@ -62,7 +62,7 @@ MIXED = fp8_option(Recipe.TENSORWISE)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class ProcessClock:
+class ProcessClock(Clock):
     """CPU milliseconds of this process."""
 
     def measure(self, fn: Step) -> float:

@@ -5,7 +5,7 @@ tensor itself, detached, where the layer is run again alone; its shape and dtype
 are asked for, so that recording holds no memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -64,6 +65,21 @@ def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
     return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
+def nodes_behind(
+    tensors: Iterable[Tensor], is_end: Callable[[Node], bool] = lambda _: False
+) -> Iterator[Node]:
+    """Yield the nodes of autograd's graph behind some tensors, each once, and none behind ends."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not is_end(node):
+            new = {behind for behind, _ in node.next_functions if behind is not None} - seen
+            seen |= new
+            waiting += new
+
+
 @contextmanager
 def recorded_calls(
     layers: Mapping[str, nn.Module],
@@ -83,8 +99,7 @@ def recorded_calls(
     gradient has.
     """
     recorders = {
-        name: _Recorder(keep, gradients, merged=merged, watch=watch, placed=placed, arrived=arrived)
-        for name in layers
+        name: _Recorder(keep, gradients, merged, watch, placed, arrived) for name in layers
     }
     handles = [
         layer.register_forward_hook(
@@ -99,71 +114,63 @@ def recorded_calls(
             handle.remove()
 
 
+@dataclass
 class _Recorder:
     """The forward hook of one layer and the calls that it saw."""
 
-    def __init__(
-        self,
-        keep: Keep,
-        gradients: Gradients,
-        *,
-        merged: bool,
-        watch: NeighbourWatch | None,
-        placed: bool,
-        arrived: Callable[[Call], None],
-    ) -> None:
-        self.calls: list[Call] = []
-        self._keep = keep
-        self._gradients = gradients
-        self._known: dict[object, Call] | None = {} if merged else None
-        self._neighbours = watch
-        self._placed = placed
-        self._arrived = arrived
+    keep: Keep
+    gradients: Gradients
+    merged: bool
+    watch: NeighbourWatch | None
+    placed: bool
+    arrived: Callable[[Call], None]
+    calls: list[Call] = field(default_factory=list)
+    known: dict[object, Call] = field(default_factory=dict)  # by what is equal, where merged
 
     def after_forward(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:  # Any: the layer's own
         with_grad = torch.is_grad_enabled()
         is_in_backward = torch._C._current_graph_task_id() != NO_BACKWARD
-        if self._known is not None:
+        if self.merged:
             # Activation checkpointing calls a layer twice: in forward and, to compute it again,
             # within backward. A gradient comes back to one of the two only, so they stay apart.
             key = (with_grad, is_in_backward, _shapes((args, kwargs)))
-            if key in self._known:
-                self._known[key].count += 1
+            if key in self.known:
+                self.known[key].count += 1
                 return
         is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if is_transformed:
             args, kwargs, output = tree_map_only(Tensor, _untransformed, (args, kwargs, output))
-        kept_args, kept_kwargs = _kept(self._keep, (args, kwargs))
+        kept_args, kept_kwargs = _kept(self.keep, (args, kwargs))
         call = Call(kept_args, kept_kwargs, with_grad=with_grad, in_backward=is_in_backward)
         call.output_elements = sum(local_part(each).numel() for each in output_tensors(output))
         call.made_by = own_kernel(args[0]) if args else ""
         if is_transformed:
             call.obstacle = IN_TRANSFORM
-        if self._known is not None:
-            self._known[key] = call
+        if self.merged:
+            self.known[key] = call
         self.calls.append(call)
         is_plain = isinstance(output, Tensor) and bool(args) and isinstance(args[0], Tensor)
-        if self._neighbours is not None and is_plain:
-            call.surroundings = self._neighbours.surround(local_part(args[0]), local_part(output))
+        if self.watch is not None and is_plain:
+            call.surroundings = self.watch.surround(local_part(args[0]), local_part(output))
         if with_grad and not call.obstacle:
-            self._watch(call, output)
+            self._catch_gradients(call, output)
 
-    def _watch(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
+    def _catch_gradients(self, call: Call, output: Any) -> None:  # Any: whatever a layer gives
         tensors = output_tensors(output)
         # what a layer that trains gives without a gradient (a scale) it means to give so
         is_frozen = not any(tensor.requires_grad for tensor in tensors)
         for place, tensor in enumerate(tensors):
-            if self._gradients is Gradients.NONE:
+            if self.gradients is Gradients.NONE:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(_see_graph, call))  # type: ignore[no-untyped-call]  # torch
                 continue
             call.gradients.append(None)
-            if self._gradients is Gradients.ALL and is_frozen:
+            if self.gradients is Gradients.ALL and is_frozen:
                 tensor.requires_grad_()
             if tensor.requires_grad:
-                catch = partial(_catch, call, place, self._placed, self._arrived)
+                catch = partial(_catch, call, place, self.placed, self.arrived)
                 tensor.register_hook(catch)  # type: ignore[no-untyped-call]  # torch
 
 

@@ -246,7 +246,6 @@ class LayerMeter:
     def _row(
         self, group: Group, attempt: Attempt, total: Samples | None, parts: Mapping[str, Timing]
     ) -> LayerTiming:
-        sizes = self._bytes(group, attempt)
         timing = None if total is None else total.timing()
         if attempt.predicted_ms is not None:
             timing = predicted_timing(attempt.predicted_ms)
@@ -255,9 +254,7 @@ class LayerMeter:
             option=attempt.option,
             **{part: parts.get(part) for part in PARTS},
             total=timing,
-            parameter_bytes=sizes[0],
-            gradient_bytes=sizes[1],
-            optimizer_bytes=sizes[2],
+            **self._bytes(group, attempt),
             activation_bytes=attempt.activation_bytes,
             infeasible=attempt.infeasible,
             unknown=attempt.unknown,
@@ -273,7 +270,7 @@ class LayerMeter:
         found = wide.calls[0].surroundings if wide else None
         return found.names if found else ()
 
-    def _bytes(self, group: Group, attempt: Attempt) -> tuple[int, int, int]:
+    def _bytes(self, group: Group, attempt: Attempt) -> dict[str, int]:
         """Return parameter, gradient and optimizer bytes; shared parameters count where first.
 
         They are one rank's, between the moments in which FSDP gathers a layer.
@@ -286,11 +283,11 @@ class LayerMeter:
         trainable = [(p.held_numel, size) for p, size in own if p.is_trainable]
         states = 4 * self.state_ratio * sum(numel for numel, _ in trainable)  # FP32 always
         masters = sum(4 * numel for numel, size in trainable if size == 2)
-        return (
-            sum(p.held_numel * size for p, size in own),
-            sum(numel * size for numel, size in trainable),
-            round(states) + masters,
-        )
+        return {
+            "parameter_bytes": sum(p.held_numel * size for p, size in own),
+            "gradient_bytes": sum(numel * size for numel, size in trainable),
+            "optimizer_bytes": round(states) + masters,
+        }
 
 
 def _steps_of(attempts: Sequence[Attempt]) -> dict[tuple[Option, bool], Function]:

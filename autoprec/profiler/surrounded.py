@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from autoprec.model.neighbours import Neighbour, Surroundings
 from autoprec.model.recording import Call
@@ -65,18 +65,15 @@ def _surrounded_call(call: Call, found: Surroundings) -> Call:
     behind = None if found.behind is None else _arguments(found.behind)
     gradients = call.gradients
     if found.behind is not None and _is_trained(call):
-        own = found.behind.gradient
         # what came back to the layer has the shape of what came back to an elementwise function
-        gradients = [_first(call).reshape(found.behind.shape) if own is None else own]
+        own = next(gradient for gradient in call.gradients if gradient is not None)
+        behind_own = found.behind.gradient
+        gradients = [own.reshape(found.behind.shape) if behind_own is None else behind_own]
     return replace(call, args=(before, behind), gradients=gradients, surroundings=found)
 
 
 def _is_trained(call: Call) -> bool:
     return any(gradient is not None for gradient in call.gradients)
-
-
-def _first(call: Call) -> Tensor:
-    return next(gradient for gradient in call.gradients if gradient is not None)
 
 
 def _arguments(neighbour: Neighbour) -> tuple[tuple[Any, ...], dict[str, Any]]:

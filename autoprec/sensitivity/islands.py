@@ -12,10 +12,11 @@ is what a plan pays for having the island in 16 bits, beyond the rows of its lay
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import Node
 
 from autoprec.model.layers import layer_named
+from autoprec.model.recording import nodes_behind
 from autoprec.records import BF16_O2, Island, LayerSensitivity
 from autoprec.sensitivity.reference import Reference
 from autoprec.workload.functions import tensors_in
@@ -78,7 +79,8 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
             _: nn.Module, args: object, kwargs: Mapping[str, object], name: str = name
         ) -> None:
             inputs = tensors_in((args, list(kwargs.values())))
-            found.setdefault(name, set()).update(_makers(inputs, made_by))
+            met = nodes_behind(inputs, made_by.__contains__)
+            found.setdefault(name, set()).update(made_by[n] for n in met if n in made_by)
 
         def note_output(_: nn.Module, __: object, output: object, name: str = name) -> None:
             made_by.update({t.grad_fn: name for t in tensors_in(output) if t.grad_fn is not None})
@@ -93,19 +95,3 @@ def find_producers(reference: Reference, names: Collection[str]) -> dict[str, tu
             hook.remove()
     few = {name: makers for name, makers in found.items() if len(makers) <= MOST_PRODUCERS}
     return {name: tuple(n for n in reference.spec.names if n in few[name]) for name in few}
-
-
-def _makers(inputs: Sequence[Tensor], made_by: Mapping[Node, str]) -> set[str]:
-    """Return the layers that a walk from some tensors back to the next layers' outputs meets."""
-    found: set[str] = set()
-    waiting = [t.grad_fn for t in inputs if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node in made_by:
-            found.add(made_by[node])
-            continue
-        above = [other for other, _ in node.next_functions if other is not None]
-        waiting += [other for other in above if other not in seen]
-        seen.update(above)
-    return found

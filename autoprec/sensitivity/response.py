@@ -29,13 +29,12 @@ from autoprec.device.random_state import seeded
 from autoprec.device.ranks import local_part
 from autoprec.sensitivity.moments import Rule, State, moment_rule, number, outer, shape_rules
 from autoprec.sensitivity.real import of_dtype, real_view
-from autoprec.workload.optimizers import is_patch
+from autoprec.workload.optimizers import twin_of
 
 SIZE = 0.5  # of d, in root mean squares of g
 FIT = 0.8  # cosine; of a matrix Adam's own v reaches 0.9 and more, one of another basis 0.3 to 0.7
 FIT_OF_VECTOR = 0.5  # of few elements, each of which is a row: their products are no better test
 LEAST = 0.05  # of a row's mean P among all rows
-HOOKS_OF = ("_optimizer_", "_zero_grad_profile_name")  # attributes that begin so are remade
 FAILURES = (  # of foreign code that is run otherwise than it was written for
     ArithmeticError,
     AssertionError,
@@ -102,18 +101,9 @@ def _stepped(optimizer: Optimizer, group: State, parameter: Tensor, gradient: Te
     if "lr" in settings:
         is_tensor = isinstance(settings["lr"], Tensor)
         settings["lr"] = torch.ones_like(settings["lr"]) if is_tensor else 1.0
-    kept = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if not name.startswith(HOOKS_OF)
-        and name not in ("state", "param_groups")
-        and not is_patch(optimizer, name)
-    }
-    other: Optimizer = object.__new__(type(optimizer))
-    vars(other).update(copy.deepcopy(kept, memo))
-    other.param_groups = [{**copy.deepcopy(settings, memo), "params": [own]}]
-    other.state = defaultdict(dict, {own: copy.deepcopy(state, memo)} if state else {})
-    other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
+    groups = [{**copy.deepcopy(settings, memo), "params": [own]}]
+    states = defaultdict(dict, {own: copy.deepcopy(state, memo)} if state else {})
+    other = twin_of(optimizer, memo, param_groups=groups, state=states)
     with seeded(0):  # stochastic rounding is the same in all copies
         other.step()
     return real_view(own.detach()).float()

@@ -4,6 +4,7 @@ Optimizers inside it, the tensors of all their states, and the one rule by which
 take an optimizer or refuse it.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ SPARSE = {  # the methods that return the tensors of a sparse one
     torch.sparse_csc: _BY_COLUMN,
     torch.sparse_bsc: _BY_COLUMN,
 }
+REMADE = ("_optimizer_", "_zero_grad_profile_name")  # what attributes begin with that are remade
 FLAG = "found_inf"  # the attribute by which torch's fused optimizers leave a step out
 MANY_CLOSURES = (
     "must call the closure that it is given once, but it calls it again and again, each time at "
@@ -52,6 +54,23 @@ def is_patch(optimizer: Optimizer, name: str) -> bool:
     value = vars(optimizer)[name]
     is_other = hasattr(type(optimizer), name) or isinstance(value, MethodType | nn.Module)
     return callable(value) and is_other
+
+
+def twin_of(optimizer: Optimizer, memo: dict[int, Any], **instead: Any) -> Optimizer:
+    """Return a copy of an optimizer, without hooks and patched methods.
+
+    Any subclass of `Optimizer` works, whatever its constructor wants: its attributes are copied,
+    but those that are given `instead`. What `memo` has under an object's id is that object's copy.
+    """
+    own = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if not name.startswith(REMADE) and name not in instead and not is_patch(optimizer, name)
+    }
+    twin: Optimizer = object.__new__(type(optimizer))
+    vars(twin).update(copy.deepcopy(own, memo), **instead)
+    twin.__setstate__({})  # makes hooks and the profiled step, as after unpickling
+    return twin
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:

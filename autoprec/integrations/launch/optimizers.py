@@ -4,7 +4,6 @@ import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.device.ranks import sharded_tensor
-from autoprec.runtime.attach import HOOKS
-from autoprec.workload.optimizers import is_patch
+from autoprec.workload.optimizers import twin_of
 
 PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate that they start from
 
@@ -21,20 +19,10 @@ PEAKS = ("max_lr", "initial_lr")  # what torch's schedulers note of the rate tha
 def copy_optimizer(optimizer: Optimizer, source: nn.Module, target: nn.Module) -> Optimizer:
     """Return an optimizer of `source`'s parameters and no others, over those of `target`.
 
-    Any subclass of `Optimizer` works, whatever its constructor wants: its attributes are copied,
-    but no hooks and patched methods. State comes along, on the device of each parameter.
+    State comes along, on the device of each parameter.
     """
-    # deepcopy takes what its memo has under an object's id for that object's copy
     pairs = zip(source.parameters(), target.parameters(), strict=True)
-    memo: dict[int, Any] = {id(one): other for one, other in pairs}  # Any: copies of anything
-    own = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name not in HOOKS and not is_patch(optimizer, name)
-    }
-    other: Optimizer = object.__new__(type(optimizer))
-    vars(other).update(copy.deepcopy(own, memo))
-    other.__setstate__({})  # makes hooks and the profiled step, as after unpickling
+    other = twin_of(optimizer, {id(one): another for one, another in pairs})
     for parameter, state in other.state.items():
         for name, value in state.items():
             if isinstance(value, sharded_tensor()):

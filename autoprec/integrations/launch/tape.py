@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.patches import Function
+from autoprec.model.recording import nodes_behind
 from autoprec.runtime.activations import ActivationMode
 from autoprec.workload.functions import move_batch, tensors_in
 from autoprec.workload.written import LOW_PRECISION
@@ -165,7 +166,8 @@ class Tape:
 
     def _unseen(self, value: Tensor) -> str:
         """Say what a tensor with a gradient hangs on, if no call that was seen made it."""
-        for leaf in _leaves(value):
+        nodes = [node for node in nodes_behind([value]) if hasattr(node, "variable")]
+        for leaf in [node.variable for node in nodes] if value.grad_fn else [value]:
             if id(leaf) not in self._known:
                 shape = f"of shape {tuple(leaf.shape)}" if leaf.ndim else "that is one number"
                 return f"a tensor {shape} that requires gradients and is not the model's"
@@ -209,24 +211,9 @@ class Tape:
             return node
         node = self.graph.placeholder(f"constant_{len(self.constants)}")
         node.meta["constant"] = len(self.constants)
-        self.constants.append(copied(value))
+        self.constants.append(_copied(value))
         self._name(value, node)
         return node
-
-
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    """Return what a tensor's gradient goes to: parameters, and inputs that ask for one."""
-    if tensor.grad_fn is None:
-        return [tensor]
-    found, seen, waiting = [], {tensor.grad_fn}, [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        new = {behind for behind, _ in node.next_functions if behind is not None} - seen
-        seen |= new
-        waiting += new
-    return found
 
 
 def replay(
@@ -282,12 +269,8 @@ def remove_scale(graph: fx.Graph, constants: Sequence[Tensor], *, micro_steps: i
     _drop_unused(graph)
 
 
-def copied(value: Value) -> Value:
-    """Return a copy on the CPU of nested values that shares no storage, without its graph."""
-    return tree_map(_copied, value)
-
-
 def _copied(value: Value) -> Value:
+    """Return a copy on the CPU that shares no storage, without its graph."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).requires_grad_(value.requires_grad)
     return move_batch(copy.deepcopy(value), torch.device("cpu"))
