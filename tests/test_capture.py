@@ -33,6 +33,8 @@ from autoprec.records import (
     fp8_option,
 )
 from autoprec.report.remarks import profile_notes
+from autoprec.report.runs import load_run
+from autoprec.report.summary import summarise_run
 from autoprec.runtime import uniform_plan, verify_applied
 from autoprec.workload.functions import workload_from
 from tests.models import TiedTokens, conv_workload, mlp_workload, token_workload
@@ -206,6 +208,20 @@ def test_losses_made_of_gradients_or_in_transforms_are_tuned_and_verified(
     run = autoprec.tune(functions, out=tmp_path, loss_tolerance="50%", **few)
     assert run.verification
     assert all(branch.eval_losses for branch in run.verification.branches)
+
+
+def test_a_gradient_of_a_gradient_is_not_promised_to_compile(tmp_path: Path) -> None:
+    """torch.compile has none: the advice to compile would end the user's training."""
+    functions = {**mlp_workload()._functions, "loss_fn": slope_loss}
+    some: dict[str, Any] = {"target": "h100-sxm", "verify": False, "trials": 0, "warmup_steps": 2}
+    autoprec.tune(functions, out=tmp_path, **some)
+    found = summarise_run(load_run(tmp_path))
+    assert "no gradient of a gradient" in found.compile_answer
+    assert not found.compile_advice
+    assert found.run.plan
+    assert found.run.plan.fingerprint.compile_mode == "eager"
+    with pytest.raises(WorkloadError, match=r"--compile .* \(create_graph=True\); leave it out"):
+        autoprec.tune(functions, out=tmp_path / "compiled", compile=True, **some)
 
 
 def test_short_last_batch_counts_for_fp8() -> None:

@@ -493,6 +493,19 @@ def test_models_that_are_trained_side_by_side_become_one(tmp_path: Path) -> None
 
 
 REFUSALS = {
+    "a second phase": (
+        "    loss = F.cross_entropy(model(x), y)",
+        "    if optimizer.state and optimizer.state[model.head.bias]['step'] == 2:\n"
+        "        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)\n"
+        "    loss = F.cross_entropy(model(x), y)",
+        r"a new SGD takes over weights of AdamW after 2 steps \(--script-steps 2 tunes",
+    ),
+    "steps within backward": (
+        "    loss.backward()",
+        "    model.head.bias.register_post_accumulate_grad_hook(lambda _: optimizer.step())\n"
+        "    loss.backward()",
+        "must step after backward, but AdamW steps within it",
+    ),
     "too many calls": (
         "loss = F.cross_entropy(model(x), y)",
         "loss = sum(F.cross_entropy(model(x), y) for _ in range(17))",

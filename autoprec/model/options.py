@@ -47,6 +47,10 @@ CONVERTED = (
 ON_ANY_DEVICE = frozenset(
     (USED_UNCALLED, HAS_EXPERTS, TWICE_DIFFERENTIATED, WITHOUT_GRAD, IN_TRANSFORM, CONVERTED)
 )
+UNCOMPILED = (
+    "torch.compile has no gradient of a gradient, and the model's is differentiated again "
+    "(create_graph=True)"
+)
 _NOT_LINEAR = {
     LayerKind.CONV: "convolution",
     LayerKind.ATTENTION: "fused attention",
@@ -161,3 +165,13 @@ def _worthwhile(group: Sequence[LayerTiming]) -> Sequence[LayerTiming]:
         if not row.option.gemms_hp
         or (row.total is not None and row.total.median_ms < plain.median_ms)
     ]
+
+
+def compile_obstacle(spec: ModelSpec) -> str:
+    """Return why torch.compile cannot train the whole model, if it is known that it cannot.
+
+    A model that its user compiles has parts that are not differentiated twice.
+    """
+    is_users = spec.as_written is not None and spec.as_written.is_compiled
+    reasons = (layer.refusal(Precision.FP8_O1) for layer in spec.layers)
+    return UNCOMPILED if not is_users and TWICE_DIFFERENTIATED in reasons else ""

@@ -30,7 +30,7 @@ from autoprec.device.timing import Clock, Stopping, sample_interleaved
 from autoprec.errors import DeviceError
 from autoprec.model.context import Context
 from autoprec.model.memory import step_bytes
-from autoprec.model.options import without_slow_gemms_hp
+from autoprec.model.options import compile_obstacle, without_slow_gemms_hp
 from autoprec.model.recording import Call
 from autoprec.profiler.candidates import WORTH_TIMING
 from autoprec.profiler.compiling import (
@@ -134,7 +134,8 @@ def _choose_mode(device: torch.device, spec: ModelSpec, compiled: bool | None) -
     is_users = spec.as_written is not None and spec.as_written.is_compiled
     if not is_users and device.type != "cuda":
         return EAGER, ""
-    problem = next(filter(None, gathered(compiler_problem(device))), "")
+    missing = compile_obstacle(spec) or compiler_problem(device)
+    problem = next(filter(None, gathered(missing)), "")
     if problem:
         log.warning("all is timed eagerly: %s", problem)
     return (EAGER if problem else COMPILED), problem

@@ -89,7 +89,8 @@ class Summary:
         mode = self.run.plan.fingerprint.compile_mode if self.run.plan else EAGER
         plan, every = self.steps.get("plan"), self.steps.values()
         asked = [plan] if plan and plan.basis is Basis.MEASURED else every
-        if any(step.note for step in asked):
+        fails = self.run.profile is not None and self.run.profile.compile_problem
+        if fails or any(step.note for step in asked):
             return ""  # it does not compile, or what it is predicted from does not
         if mode not in ("", EAGER):
             return "then compile, since the times are compiled ones:"
@@ -242,14 +243,14 @@ def _compile_answer(run: RunRecords) -> str:
         return ""
     has_fp8 = any(row.option.is_fp8 for row in profile.layers)
     if profile.device.compile_mode == EAGER:
-        way_out = "leave --eager out"
-        if profile.compile_problem:
-            way_out = f"it does not work here: {profile.compile_problem}"
-        said = (
+        problem = profile.compile_problem
+        if not has_fp8:
+            return f"all is eager: {problem}" if problem else ""
+        way_out = f"it does not work here: {problem}" if problem else "leave --eager out"
+        return (
             "FP8 was judged without torch.compile, which fuses its casts: eager FP8 often loses "
             f"where compiled FP8 gains; {way_out}"
         )
-        return said if has_fp8 else ""
     # compiled: both uniform steps both ways, or nothing can be said
     labels = ("eager_bf16_o2", "bf16_o2", "fp8_o1", "eager_fp8_o1")
     known = {step.label: step for step in profile.steps if step.label in labels}

@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoprec.errors import WorkloadError
+from autoprec.model.options import compile_obstacle
 from autoprec.predict.family import check_proxy
 from autoprec.records import ModelSpec, Option, Profile
 from autoprec.tuning.ranks import is_first, made_on_first
@@ -29,6 +31,9 @@ def make_profile(run: "Run") -> Profile:
     options, gemms_hp = settings.fp8_options, settings.gemms_hp
     if run.proxy is not None:
         check_proxy(run.spec, run.proxy.spec)  # before minutes of profiling
+    uncompiled = compile_obstacle(run.spec)
+    if settings.compile and uncompiled:
+        raise WorkloadError(f"--compile must be of what compiles, but {uncompiled}; leave it out")
     _check_sensitivity(run)
     _check_proof(run)
     if run.target is None:
@@ -52,12 +57,12 @@ def make_profile(run: "Run") -> Profile:
         run.spec,
         run.target,
         parallel=parse_parallel(settings.parallel),
-        compiled=settings.compile is not False,
+        compiled=settings.compile is not False and not uncompiled,
         options=options,
         gemms_hp=gemms_hp,
     )
     kept_fp8(settings, profile.model)
-    return profile
+    return profile.model_copy(update={"compile_problem": uncompiled})
 
 
 def _check_sensitivity(run: "Run") -> None:

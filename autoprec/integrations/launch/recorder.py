@@ -322,6 +322,9 @@ class Recorder:
         """Follow a closure too: forward and backward happen in it, the step after it."""
         if self._stepping is not None:
             return None  # an optimizer of optimizers steps the inner ones
+        if self._depth > 0:
+            name = type(optimizer).__name__
+            self.refuse(f"an optimizer must step after backward, but {name} steps within it")
         self._stepping = optimizer
 
         def begin() -> None:
@@ -351,13 +354,27 @@ class Recorder:
             self._check_joined()
         lacks = is_first and len(self._stepped) < len(self.optimizers)
         is_late = bool(self.optimizers) and (is_first or self.steps > 1)
-        if lacks or (is_late and optimizer not in self.optimizers):
+        is_other = is_late and optimizer not in self.optimizers
+        if is_other and not lacks and self.steps > 1:
+            self._check_successor(optimizer)
+        if lacks or is_other:
             names = " and ".join(type(each).__name__ for each in {**self.optimizers, optimizer: 0})
             self.refuse(f"every optimizer must step after each gradient, but not so {names}")
         self._stepped = [optimizer] if is_first else [*self._stepped, optimizer]
         if optimizer not in self.optimizers:
             self._add(optimizer)
         self.optimizers[optimizer].see_rates(optimizer)
+
+    def _check_successor(self, optimizer: Optimizer) -> None:
+        """Say so where another phase of training begins, as a fine-tuning's second one."""
+        own = set(trained_by(optimizer))
+        for other in self.optimizers:
+            if not own.isdisjoint(trained_by(other)):
+                name, before = type(optimizer).__name__, type(other).__name__
+                self.refuse(
+                    f"the optimizers must stay, but a new {name} takes over weights of {before} "
+                    f"after {self.steps} steps (--script-steps {self.steps} tunes what is before)"
+                )
 
     def _add(self, optimizer: Optimizer) -> None:
         """Copy an optimizer as it is before its first step."""
