@@ -42,13 +42,8 @@ def drawn_progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     with Bars(*columns, *times, console=console, transient=True) as bars:
-        drawn, waits = Drawn(bars, write, time.monotonic), Waits(write)
-
-        def beat() -> None:
-            waits.beat()
-            drawn.beat()
-
-        with _beating(beat):
+        drawn = Drawn(bars, write, time.monotonic)
+        with _beating(drawn.beat):
             try:
                 yield drawn
             finally:
@@ -97,7 +92,7 @@ class Drawn:
 
     def __init__(self, bars: Bars, write: Callable[[str], None], clock: Clock) -> None:
         """Take where the bar and the lines are."""
-        self.bars, self.write, self.clock = bars, write, clock
+        self.bars, self.write, self.clock, self.waits = bars, write, clock, Waits(write)
         self.begins, self.label, self.since = Begins(), "", clock()
         self.bar = bars.add_task("", visible=False, now="")
 
@@ -120,7 +115,8 @@ class Drawn:
                 self.write(f"{ended}: {now - since:.0f} s")
 
     def beat(self) -> None:
-        """Say what the stage is at."""
+        """Say what the stage is at, and what is waited for."""
+        self.waits.beat()
         self.bars.update(self.bar, now=NOW.measures)
 
 

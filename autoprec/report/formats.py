@@ -30,12 +30,7 @@ def clean_text(text: str) -> str:
     """Return `text` with every character that is not plainly visible written as an escape."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(
-        character
-        if unicodedata.category(character) not in _HIDDEN_CATEGORIES
-        else _escape(character)
-        for character in text
-    )
+    return "".join(_escape(c) if unicodedata.category(c) in _HIDDEN_CATEGORIES else c for c in text)
 
 
 def ms(value: float | None) -> str:

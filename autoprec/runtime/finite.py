@@ -10,7 +10,7 @@ known.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -147,17 +147,13 @@ def _check_gradients(optimizer: Optimizer) -> None:
         if is_scaled and FIRST[model].look(model, over_ranks=over_ranks):
             FIRST[model].forget()  # GradScaler lowers its scale, and the optimizer skips this step
             continue
-        refuse_bad_step(FIRST.pop(model).end(model, over_ranks=over_ranks))
-
-
-def refuse_bad_step(layers: Sequence[str]) -> None:
-    """Raise PlanMismatchError if there are layers at fault."""
-    if layers:
-        raise PlanMismatchError(
-            "the first step of a plan must give finite gradients, but it does not; it begins in "
-            f"{first_and_more(map(repr, layers), most=4)}; nothing was trained or saved: set these "
-            "layers to bf16_o2 or fp32, or run without the plan to see whether the model does it"
-        )
+        if layers := FIRST.pop(model).end(model, over_ranks=over_ranks):
+            raise PlanMismatchError(
+                "the first step of a plan must give finite gradients, but it does not; it begins "
+                f"in {first_and_more(map(repr, layers), most=4)}; nothing was trained or saved: "
+                "set these layers to bf16_o2 or fp32, or run without the plan to see whether the "
+                "model does it"
+            )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

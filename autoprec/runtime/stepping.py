@@ -94,12 +94,6 @@ class Chunk:
             self.views = [_view(buffers[master.device], place, master) for master, place in pairs]
             self.targets = _locals(self.views)
 
-    def drop_gradients(self) -> None:
-        """Let the buffers go."""
-        self.views, self.targets = [], []
-        for master in self.masters:
-            master.grad = None
-
 
 class Layout:
     """The parameters that one optimizer steps, with masters of several models, perhaps."""
@@ -184,7 +178,9 @@ class Layout:
     def release(self) -> None:
         """Let all buffers go."""
         for chunk in self.chunks:
-            chunk.drop_gradients()
+            chunk.views, chunk.targets = [], []
+            for master in chunk.masters:
+                master.grad = None
         self._buffers.clear()
 
     def _store_state(self) -> list[tuple[int, int]]:

@@ -263,7 +263,10 @@ class PlanStudy:
         self.held_budget = self.budget / (1.0 + DEVIATIONS * share)
 
     def _run(self, options: Options, source: str) -> None:
-        """Evaluate a plan as a trial that names what its layers have; failed if broken off."""
+        """Evaluate a plan as a trial that names what its layers have; failed if broken off.
+
+        One that another process has failed meanwhile stays so.
+        """
         from optuna.samplers import PartialFixedSampler, RandomSampler
         from optuna.trial import TrialState
 
@@ -275,10 +278,10 @@ class PlanStudy:
                 if is_ours:
                     self._evaluate(trial, options, source)
         except BaseException:
-            self.claims.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise
         if not is_ours:
-            self.claims.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         self.take_up()
 
     def _evaluate(self, trial: "optuna.Trial", options: Options, source: str) -> None:
@@ -298,7 +301,8 @@ class PlanStudy:
             source=source,
         )
         trial.set_user_attr(NOTE, note)
-        self.claims.tell(trial, [costs.counted_ms(options), error.mean, float(memory_bytes)])
+        values = [costs.counted_ms(options), error.mean, float(memory_bytes)]
+        self.study.tell(trial, values, skip_if_finished=True)
 
     def _joint_error(self, options: Options) -> tuple[Estimate, Basis]:
         """Return a plan's joint gradient error: measured, or the table's sum."""

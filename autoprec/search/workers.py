@@ -21,7 +21,7 @@ from autoprec.errors import RecordError
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial, TrialState
+    from optuna.trial import FrozenTrial
 
 BEAT_S = 10
 STALE_S = 60  # a device may keep the interpreter for some seconds; a measurement may take minutes
@@ -110,15 +110,6 @@ class Claims:
         if self._database is not None:
             unnamed = list(constraints.values())
             self._database.set_trial_system_attr(trial._trial_id, "constraints", unnamed)
-
-    def tell(
-        self,
-        trial: "optuna.Trial",
-        values: Sequence[float] | None = None,
-        state: "TrialState | None" = None,
-    ) -> None:
-        """Finish a trial; one that another process has failed stays so."""
-        self._study.tell(trial, values, state, skip_if_finished=True)
 
     def check_reference(self) -> None:
         """Check that this process measures against the study's reference.
