@@ -1,6 +1,5 @@
 """What measuring sensitivity takes of memory: bars, predictions, and the smaller way."""
 
-import io
 import logging
 import weakref
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from autoprec.model.memory import (
     step_bytes,
 )
 from autoprec.model.recording import Call, recorded_calls
+from autoprec.profiler import parking
 from autoprec.records import ModelSpec, ParameterSpec, Recipe, fp8_option
 from autoprec.sensitivity import probes, room
 from autoprec.sensitivity.local import list_cells
@@ -234,11 +234,8 @@ def test_what_leaves_bit_by_bit_is_written_once() -> None:
 def test_what_cannot_be_written_stays(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full(io.BytesIO):
-        def write(self, _: object) -> int:
-            raise OSError("No space left on device")
-
-    monkeypatch.setattr("autoprec.sensitivity.parked.TemporaryFile", lambda **_: Full())
+    full = Path("/dev/full").open("r+b")  # noqa: SIM115  # closed with its owner
+    monkeypatch.setattr(parking, "TemporaryFile", lambda **_: full)
     x = torch.randn(3)
     call = Call((x,), {})
     Parked().leave([call])

@@ -19,7 +19,7 @@ from autoprec.errors import DeviceError
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
 from autoprec.model.layers import find_layers
-from autoprec.profiler import open_compilation, profile_model, time_steps
+from autoprec.profiler import open_compilation, parking, profile_model, time_steps
 from autoprec.profiler.measure import check_room, sum_totals
 from autoprec.profiler.parking import Parking
 from autoprec.profiler.steps import (
@@ -263,7 +263,7 @@ def test_steps_take_the_memory_of_training_in_fp32(
 
 
 @pytest.mark.parametrize("option", ["fp32", "bf16_o2"])
-def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str, tmp_path: Path) -> None:
+def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str) -> None:
     def train(parks: bool) -> tuple[list[float], int]:
         torch.manual_seed(0)
         model = Mlp()
@@ -271,7 +271,7 @@ def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str, tmp_path: Pat
         if option != "fp32":
             install_options(model, BF16)
             attach_optimizer(model, optimizer)
-        parking, losses, away = Parking(model, optimizer, tmp_path / "state"), [], 0
+        parked, losses, away = Parking(model, optimizer), [], 0
         for _, batch in zip(range(6), BASE.train_batches(0), strict=False):
             optimizer.zero_grad()
             loss = mse(model, batch)
@@ -279,7 +279,7 @@ def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str, tmp_path: Pat
             optimizer.step()
             losses.append(float(loss.detach()))
             if parks:
-                parking.leave()
+                parked.leave()
                 away = model.first.weight.untyped_storage().nbytes()
                 assert all(
                     value.untyped_storage().nbytes() == 0
@@ -287,10 +287,23 @@ def test_a_parked_state_trains_on_as_if_it_had_stayed(option: str, tmp_path: Pat
                     for value in state.values()
                     if isinstance(value, Tensor)
                 )
-                parking.come_back()
+                parked.come_back()
         return losses, away
 
     assert train(True) == (train(False)[0], 0)
+
+
+def test_a_state_that_cannot_be_written_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Path("/dev/full").open("r+b")  # noqa: SIM115  # closed with its owner
+    monkeypatch.setattr(parking, "TemporaryFile", lambda **_: full)
+    model = Mlp()
+    parked, weight = Parking(model, BASE.build_optimizer(model)), model.first.weight.clone()
+    parked.leave()
+    assert "waits in memory" in caplog.text
+    parked.come_back()
+    assert torch.equal(model.first.weight, weight)
 
 
 def test_what_does_not_fit_is_left_out_or_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,10 +8,12 @@ are away nothing may look at these tensors, which have no memory behind them.
 
 import ctypes
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -26,15 +28,40 @@ HOST_SHARE = 0.5  # of the host's free memory that a waiting state may take
 log = logging.getLogger(__name__)
 
 
+class ByteFile:
+    """Bytes in a file without a name in the temporary folder, opened when it is first needed."""
+
+    def __init__(self) -> None:
+        self._file: Any = None  # IO has no `readinto`
+
+    def write(self, held: Tensor) -> int:
+        """Write bytes behind what was written; return where they begin."""
+        if self._file is None:
+            self._file = TemporaryFile(prefix="autoprec-")  # noqa: SIM115  # closed with its owner
+            # not the buffer above it, which would try once more what a full disk did not take
+            weakref.finalize(self, self._file.raw.close)
+        place: int = self._file.seek(0, 2)
+        self._file.write(memory_of(held))
+        self._file.flush()  # a full disk is told now, and not once the bytes are given up
+        return place
+
+    def read(self, place: int, held: Tensor) -> Tensor:
+        """Fill a tensor of bytes on the CPU with those from there on, and return it."""
+        self._file.seek(place)
+        self._file.readinto(memory_of(held))
+        return held
+
+
 @dataclass
 class Parking:
-    """Where one model and its optimizer wait while others run: on the host, or in the file."""
+    """Where one model and its optimizer wait while others run: on the host, or in a file."""
 
     model: nn.Module
     optimizer: Optimizer
-    file: Path
     _away: list[tuple[UntypedStorage, int]] = field(default_factory=list)  # with their bytes
-    _held: list[Tensor] | None = None  # on the host, in that order; None: in the file
+    _held: list[Tensor] = field(default_factory=list)  # on the host, in that order; else
+    _places: list[int] = field(default_factory=list)  # in the file
+    _file: ByteFile = field(default_factory=ByteFile)
 
     def leave(self) -> None:
         """Take the state off its device; where there is no room for it elsewhere, it stays."""
@@ -44,12 +71,10 @@ class Parking:
             self._held = [bytes_of(storage).cpu() for storage in storages]
         else:
             try:
-                with self.file.open("wb") as file:
-                    for storage in storages:
-                        file.write(memory_of(bytes_of(storage).cpu()))
+                self._places = [self._file.write(bytes_of(each).cpu()) for each in storages]
             except OSError as error:
-                self.file.unlink(missing_ok=True)  # what is half there takes room from others
-                log.warning("a model waits in memory: %s cannot be written (%s)", self.file, error)
+                self._file = ByteFile()  # what is half there takes room from others
+                log.warning("a model waits in memory: %s (%s)", gettempdir(), error)
                 return
         # all is safe elsewhere: only now is anything given up
         self._away = [(storage, storage.nbytes()) for storage in storages]
@@ -61,20 +86,14 @@ class Parking:
         for storage, size in self._away:
             storage.resize_(size)
         targets = [bytes_of(storage) for storage, _ in self._away]
-        if self._held is not None:
-            for target, held in zip(targets, self._held, strict=True):
-                target.copy_(held)
-        elif targets:
-            with self.file.open("rb") as file:
-                for target in targets:
-                    held = (
-                        target
-                        if target.device.type == "cpu"
-                        else torch.empty_like(target, device="cpu")
-                    )
-                    file.readinto(memory_of(held))
-                    target.copy_(held)
-        self._away, self._held = [], None
+        for target, held in zip(targets, self._held, strict=False):
+            target.copy_(held)
+        for target, place in zip(targets, self._places, strict=False):
+            on_cpu = (
+                target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+            )
+            target.copy_(self._file.read(place, on_cpu))
+        self._away, self._held, self._places, self._file = [], [], [], ByteFile()
 
     @property
     def _device(self) -> torch.device:

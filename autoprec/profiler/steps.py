@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +100,9 @@ def time_steps(
     release_memory(context.device)  # what was timed or recorded before: whole steps need the room
     batches = take_batches(context.workload, seed=context.seed, count=BATCHES)
     monitor = monitor or find_monitor(context.device)
-    with TemporaryDirectory(prefix="autoprec-") as folder:
-        own = (stopping, monitor, compilation, Path(folder), tuple(fp32_outputs))
-        comparison = _Comparison(context, batches, *own, kept or KeptRows())
-        return comparison.time_in_turns(variants), comparison.left_out
+    own = (stopping, monitor, compilation, tuple(fp32_outputs))
+    comparison = _Comparison(context, batches, *own, kept or KeptRows())
+    return comparison.time_in_turns(variants), comparison.left_out
 
 
 @dataclass
@@ -138,7 +135,6 @@ class _Comparison:
     stopping: Stopping
     monitor: Monitor
     compilation: Compilation | None
-    folder: Path  # where variants wait for their turn
     fp32_outputs: tuple[str, ...] = ()  # of a plan, see `install_options`
     kept: KeptRows = field(default_factory=KeptRows)  # told which variant is in flight
     ready: Sequence[Batch] = ()  # those of the next step, on the device
@@ -292,7 +288,7 @@ class _Comparison:
                 step()
                 peak = torch.cuda.max_memory_allocated(device) - before
         optimizer.zero_grad(set_to_none=True)
-        parking = Parking(unwrapped(model), optimizer, self.folder / label)
+        parking = Parking(unwrapped(model), optimizer)
         parking.leave()
         release_memory(device)
         return _Arm(step, parking, compiled, first_ms, peak_bytes=peak)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from tempfile import TemporaryFile, gettempdir
+from tempfile import gettempdir
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, UntypedStorage
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoprec.profiler.parking import bytes_of, fits_the_host, memory_of
+from autoprec.profiler.parking import ByteFile, bytes_of, fits_the_host
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Parked:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._file = _File()
+        self._file = ByteFile()
         self._left: dict[Hashable, _Left] = {}  # by the storage, or part of one, that left
         self._on_host = 0  # bytes
         self._is_full = False
@@ -127,36 +127,13 @@ def floating_shapes(values: Any) -> list[torch.Size]:  # Any: a tree
     ]
 
 
-class _File:
-    """Bytes without a name in the temporary folder, opened when it is first needed."""
-
-    def __init__(self) -> None:
-        self._file: Any = None  # IO has no `readinto`
-
-    def write(self, held: Tensor) -> int:
-        """Write bytes behind what was written; return where they begin."""
-        if self._file is None:
-            self._file = TemporaryFile(prefix="autoprec-")  # noqa: SIM115  # closed with its owner
-            weakref.finalize(self, self._file.close)
-        place: int = self._file.seek(0, 2)
-        self._file.write(memory_of(held))
-        return place
-
-    def read(self, place: int, size: int) -> Tensor:
-        """Return so many bytes from there on."""
-        held = torch.empty(size, dtype=torch.uint8)
-        self._file.seek(place)
-        self._file.readinto(memory_of(held))
-        return held
-
-
 @dataclass(eq=False)
 class _Left:
     """A storage that was let go of, and where its bytes are."""
 
     size: int
     device: torch.device
-    file: _File
+    file: ByteFile
     # torch keeps one Python object per storage that lives; None: it may have other bytes by now
     seen: "weakref.ref[UntypedStorage] | None" = None
     on_host: Tensor | None = None
@@ -171,7 +148,9 @@ class _Left:
         """Return the storage, or one with its bytes where it is gone."""
         if (storage := self.storage) is not None:
             return storage
-        held = self.file.read(self.place, self.size) if self.on_host is None else self.on_host
+        held = self.on_host
+        if held is None:
+            held = self.file.read(self.place, torch.empty(self.size, dtype=torch.uint8))
         again: UntypedStorage = held.to(self.device).untyped_storage()
         self.seen = None if self.seen is None else weakref.ref(again)
         return again
