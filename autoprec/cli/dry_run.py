@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autoprec.cli.console import drawn_progress
+from autoprec.common.grouping import grouped
 from autoprec.records import LayerSpec
 from autoprec.report.formats import count_of
 from autoprec.report.layer_table import fold_names
@@ -45,9 +46,7 @@ def dry_run(settings: Settings) -> list[Part]:
         row = (layer.kind.value, shape, kept.get(layer.name) or ", ".join(takes), why)
         alike.setdefault(row, []).append(layer.name)
     rows = [(name, *row[:3]) for row, names in alike.items() for name in fold_names(names)]
-    reasons: dict[str, list[str]] = {}
-    for (*_, why), names in alike.items():
-        reasons.setdefault(why, []).extend(names)
+    reasons = grouped((why, name) for (*_, why), names in alike.items() for name in names)
     return [
         Table(["layer", "kind", "shape (MxKxN)", "--keep, or what it can take"], rows),
         *(Line(f"no FP8: {', '.join(fold_names(n))}: {why}") for why, n in reasons.items() if why),

@@ -20,6 +20,7 @@ and more precise one makes it superfluous, the search decides when it knows the 
 
 from collections.abc import Collection, Iterable, Sequence
 
+from autoprec.common.grouping import grouped
 from autoprec.common.recipes import Gemm, Precision
 from autoprec.records.cost import LayerTiming
 from autoprec.records.model import BF16_O2, FP32, GemmShape, LayerKind, ModelSpec, Option, Refusal
@@ -140,14 +141,9 @@ def without_slow_gemms_hp(
 
     They stay where a layer has no other FP8 option: then they are the answer to "why not FP8?".
     """
-    by_names: dict[tuple[str, ...], list[LayerTiming]] = {}
-    for row in rows:
-        by_names.setdefault(row.names, []).append(row)
+    by_names = grouped((row.names, row) for row in rows)
     kept = tuple(row for group in by_names.values() for row in _worthwhile(group))
-    options: dict[str, list[Option]] = {}
-    for row in kept:
-        for name in row.names:
-            options.setdefault(name, []).append(row.option)
+    options = grouped((name, row.option) for row in kept for name in row.names)
     layers = tuple(
         layer.model_copy(update={"options": tuple(options.get(layer.name, layer.options))})
         for layer in spec.layers

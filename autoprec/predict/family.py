@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.common.grouping import grouped
 from autoprec.common.recipes import Precision
 from autoprec.common.text import first_and_more
 from autoprec.errors import RecordError
@@ -49,7 +50,9 @@ def find_places(large: Iterable[str], small: Iterable[str]) -> dict[str, Place]:
     names, others = list(dict.fromkeys(large)), list(dict.fromkeys(small))
     found: dict[str, Place] = {}
     for parts in SHARED_PARTS:
-        roles, peers = _by_role(names, parts), _by_role(others, parts)
+        roles, peers = (
+            grouped((role_in_block(name, parts), name) for name in each) for each in (names, others)
+        )
         for role in roles.keys() & peers.keys():
             for index, name in enumerate(roles[role]):
                 found.setdefault(name, Place(tuple(peers[role]), index, len(roles[role])))
@@ -132,10 +135,3 @@ def _linears(spec: ModelSpec) -> list[str]:
 
 def _roles(names: Sequence[str]) -> str:
     return first_and_more(dict.fromkeys(role_in_block(n, 2) for n in names), most=MOST_NAMED)
-
-
-def _by_role(names: Iterable[str], parts: int) -> Mapping[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(role_in_block(name, parts), []).append(name)
-    return found

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from autoprec.common.files import refusal_to_write
+from autoprec.common.grouping import grouped
 from autoprec.common.progress import NOW
 from autoprec.device.ranks import made_on_first_rank, rank
 from autoprec.errors import RecordError
@@ -37,7 +38,7 @@ class KeptRows:
 
     path: Path | None = None
     digest: str = ""
-    rows: dict[tuple[str, ...], tuple[LayerTiming, ...]] = field(default_factory=dict)
+    rows: dict[tuple[str, ...], list[LayerTiming]] = field(default_factory=dict)
     ended: tuple[Cell, ...] = ()
     _at: int | None = None  # the open file of the cell in flight
 
@@ -51,18 +52,11 @@ class KeptRows:
             return cls()
         empty = ProfileRows(digest=digest, rows=())
         found = made_on_first_rank(lambda: _read(path, digest) if resume else empty)
-        rows: dict[tuple[str, ...], tuple[LayerTiming, ...]] = {}
-        for row in found.rows:
-            rows[row.names] = (*rows.get(row.names, ()), row)
-        return cls(path, digest, rows, found.ended)
+        return cls(path, digest, grouped((row.names, row) for row in found.rows), found.ended)
 
-    def find(self, names: tuple[str, ...]) -> tuple[LayerTiming, ...] | None:
-        """Return the rows of a group that is finished, else None."""
-        return self.rows.get(names)
-
-    def add(self, names: tuple[str, ...], rows: Sequence[LayerTiming]) -> None:
+    def add(self, names: tuple[str, ...], rows: list[LayerTiming]) -> None:
         """Keep the rows of a finished group."""
-        self.rows[names] = tuple(rows)
+        self.rows[names] = rows
         self._save()
 
     def begin(self, name: str, option: Option | str) -> None:

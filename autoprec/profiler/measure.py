@@ -186,12 +186,11 @@ def _time_layers(
     rows: list[LayerTiming] = []
     for number, group in enumerate(groups):
         context.progress("layers", number, len(groups))
-        found = meter.kept.find(group.names)
-        if found is None:
+        if group.names not in meter.kept.rows:
             own = [o for o in group.options if any(o in asked.get(n, ()) for n in group.names)]
-            found = tuple(meter.time_group(group, *recorded.first_of(group), own))
+            found = meter.time_group(group, *recorded.first_of(group), own)
             meter.kept.add(group.names, found)
-        rows += found
+        rows += meter.kept.rows[group.names]
     context.progress("layers", len(groups), len(groups))
     calls = recorded.calls.values()  # of a cast their size alone matters
     cast_ms = time_boundary_cast(calls, clock=context.timer, device=context.device)

@@ -22,6 +22,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more, percent
 from autoprec.errors import RecordError
 from autoprec.records.checks import Change, Comparison, DifferenceRow
@@ -214,10 +215,9 @@ def _layer_pairs(before: RunRecords, after: RunRecords) -> Iterator[_Pair]:
         return
     others = {(name, row.option): row for row in after.profile.layers for name in row.names}
     for row in before.profile.layers:
-        together: dict[int, list[str]] = {}  # those that share the other run's measurement too
-        for name in row.names:
-            if (other := others.get((name, row.option))) is not None:
-                together.setdefault(id(other), []).append(name)
+        known = (name for name in row.names if (name, row.option) in others)
+        # those that share the other run's measurement too
+        together = grouped((id(others[name, row.option]), name) for name in known)
         for names in together.values():
             own, new = row.total, others[names[0], row.option].total
             if own is None or new is None or own.basis is not new.basis or not own.median_ms:

@@ -7,6 +7,7 @@ how small a difference would have been seen, then what was not alike.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more
 from autoprec.records import Change, Comparison, DifferenceRow, LossGap
 from autoprec.report import formats
@@ -182,9 +183,7 @@ def _alike(facts: Sequence[DifferenceRow]) -> str:
 
 def _decision_rows(decisions: Sequence[DifferenceRow]) -> list[tuple[str, ...]]:
     """Return the decisions, layers of one pattern and one change together."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in decisions:
-        groups.setdefault((row.before, row.after), []).append(row.name)
+    groups = grouped(((row.before, row.after), row.name) for row in decisions)
     return [
         (name, *(_option(key) for key in change))
         for change, names in groups.items()

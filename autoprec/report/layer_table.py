@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoprec.common.grouping import grouped
 from autoprec.records import Basis, Option
 from autoprec.report import formats
 from autoprec.report.formats import and_more
@@ -170,12 +171,8 @@ def _option_texts(row: Row, *, is_chosen: bool, with_basis: bool) -> list[str]:
 
 def _sentences(rows: Iterable[Row]) -> Iterator[Line]:
     """Yield each reason once, with the layers that have it."""
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        names.setdefault(row["reason"] or "", []).append(row["name"])
-    for reason, own in names.items():
-        if reason:
-            yield Line(f"{', '.join(own)}: {reason}")
+    names = grouped((row["reason"], row["name"]) for row in rows if row["reason"])
+    yield from (Line(f"{', '.join(own)}: {reason}") for reason, own in names.items())
 
 
 def fold_layers(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -200,9 +197,7 @@ def _alike(frame: "pd.DataFrame") -> "pd.Series[int]":
 
 def fold_names(names: Iterable[str]) -> list[str]:
     """Return names, those that differ in numbers only as one: `blocks.{0-31}.qkv (x32)`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_NUMBER.sub("{}", name), []).append(name)
+    groups = grouped((_NUMBER.sub("{}", name), name) for name in names)
     return [_common_name(alike) for alike in groups.values()]
 
 

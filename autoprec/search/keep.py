@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more
 from autoprec.errors import InfeasibleError, RecordError
 from autoprec.records import LayerSpec, ModelSpec, Option, Precision
@@ -147,9 +148,7 @@ def match_keeps(
 
 def _reasons(refused: Mapping[str, str]) -> str:
     """Return the layers and why they cannot, those of one reason together."""
-    names: dict[str, list[str]] = {}
-    for name, reason in refused.items():
-        names.setdefault(reason, []).append(name)
+    names = grouped((reason, name) for name, reason in refused.items())
     said = [f"{first_and_more(same)} cannot ({reason})" for reason, same in names.items()]
     return first_and_more(said, most=2, separator="; ")
 

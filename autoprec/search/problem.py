@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+from autoprec.common.grouping import grouped
 from autoprec.errors import InfeasibleError
 from autoprec.records import BF16_O2, FP32, Constraint, LayerSpec, Option, Precision
 from autoprec.search.costs import Costs, Price, is_all_fp32
@@ -179,11 +180,10 @@ def _price_refusal(costs: Costs, keep: Keep, index: int) -> str:
 def tied_groups(layers: Sequence[LayerSpec]) -> list[tuple[int, ...]]:
     """Return the indices of layers that share a parameter; a layer alone is a group of one."""
     root: dict[str, str] = {}
-    groups: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
+    for layer in layers:
         owner = layer.tied_to or layer.name
         root[layer.name] = root.get(owner, owner)
-        groups.setdefault(root[layer.name], []).append(index)
+    groups = grouped((root[layer.name], index) for index, layer in enumerate(layers))
     return [tuple(group) for group in groups.values()]
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from autoprec.common.grouping import grouped
 from autoprec.records import LayerSpec, Option
 
 DIGITS = re.compile(r"\d+")
@@ -31,10 +32,8 @@ def make_roles(
     layers: Sequence[LayerSpec], allowed: Sequence[Sequence[Option]]
 ) -> Mapping[str, Role]:
     """Return the roles of all layers that have a choice, by name."""
-    alike: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if len(allowed[index]) > 1:
-            alike.setdefault(alike_key(layer), []).append(index)
+    open_layers = (i for i, options in enumerate(allowed) if len(options) > 1)
+    alike = grouped((alike_key(layers[index]), index) for index in open_layers)
     roles: dict[str, Role] = {}
     for indices in alike.values():
         own = DIGITS.sub("*", layers[indices[0]].name) or "(root)"

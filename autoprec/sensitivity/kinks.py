@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from autoprec.common.grouping import grouped
 from autoprec.common.recipes import Gemm
 from autoprec.sensitivity.local import Component
 
@@ -118,10 +119,7 @@ class TwoSteps:
         A and B both grow as dy^2, so it is one for all casts, whose squares tell it together. Where
         kinks are crossed at all, a little counts too: F is its root.
         """
-        keys: dict[str, list[Key]] = {}
-        for key in self.products:
-            if key[1].gemm is Gemm.OUTPUT:
-                keys.setdefault(key[0], []).append(key)
+        keys = grouped((key[0], key) for key in self.products if key[1].gemm is Gemm.OUTPUT)
         pairs = {name: self._pair(own) for name, own in keys.items()}
         return {
             name: min(max(fine / own - 1.0, 0.0) / (self.ratio - 1.0), 1.0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.grouping import grouped
 from autoprec.model.recording import Call
 from autoprec.records import BF16_O2, FP32, Gemm, ModelSpec, Operand, Option, with_gemms_hp
 from autoprec.runtime import install_options
@@ -116,8 +117,4 @@ def partly_fp8(cells: Iterable[Cell]) -> set[Cell]:
 
 def fp8_options(cells: Iterable[Cell]) -> dict[str, list[Option]]:
     """Return the FP8 options among cells by layer name; only names that have any."""
-    found: dict[str, list[Option]] = {}
-    for name, option in cells:
-        if option.is_fp8:
-            found.setdefault(name, []).append(option)
-    return found
+    return grouped((name, option) for name, option in cells if option.is_fp8)

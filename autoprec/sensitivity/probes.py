@@ -25,7 +25,7 @@ around zero.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -370,15 +370,18 @@ def _products(
     errors: dict[Component, list[Tensor]],
 ) -> dict[Component, Tensor]:
     """Return z per group for a layer's errors in BF16, from calls before and after."""
+
+    def products(component: Component, taken: Callable[[Call], SomeTensors]) -> Tensor:
+        changes = (  # by the probe, of one call at a time
+            None if a is None or b is None else (b - a).float()
+            for call, moved in zip(calls, after, strict=True)
+            for a, b in zip(taken(call), taken(moved), strict=True)
+        )
+        return _by_channel(layer, changes, errors.pop(component))
+
     return {
-        # <v, Dy>, v: the change of the output gradient
-        BF16_OUTPUT: _by_channel(
-            layer, _changes(calls, after, _gradients), errors.pop(BF16_OUTPUT)
-        ),
-        # <c, Dgx>, c: the change of the input
-        BF16_GRAD_INPUT: _by_channel(
-            layer, _changes(calls, after, _inputs), errors.pop(BF16_GRAD_INPUT)
-        ),
+        BF16_OUTPUT: products(BF16_OUTPUT, _gradients),  # <v, Dy>
+        BF16_GRAD_INPUT: products(BF16_GRAD_INPUT, _inputs),  # <c, Dgx>
     }
 
 
@@ -400,15 +403,6 @@ def _by_row(changes: Mapping[Tensor, Tensor], errors: Sequence[Tensor]) -> dict[
         rows.append(product.reshape(len(change), -1).sum(1) if change.dim() else product.reshape(1))
     z = torch.cat(rows) if rows else torch.zeros(1)
     return {BF16_OUTPUT: z, BF16_GRAD_INPUT: torch.zeros(1)}
-
-
-def _changes(
-    calls: Sequence[Call], after: Sequence[Call], taken: Callable[[Call], SomeTensors]
-) -> Iterator[Tensor | None]:
-    """Yield what the probe changed, of one call at a time."""
-    for call, moved in zip(calls, after, strict=True):
-        for a, b in zip(taken(call), taken(moved), strict=True):
-            yield None if a is None or b is None else (b - a).float()
 
 
 def _by_channel(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from autoprec.common.grouping import grouped
 from autoprec.common.text import first_and_more
 from autoprec.records import Option, Plan, Precision
 
@@ -35,11 +36,7 @@ def render(template: str, plan: Plan, **words: object) -> str:
 
 def fp8_choices(plan: Plan) -> dict[Option, list[str]]:
     """Return the names of the FP8 layers by option, in plan order."""
-    found: dict[Option, list[str]] = {}
-    for layer in plan.layers:
-        if layer.option.is_fp8:
-            found.setdefault(layer.option, []).append(layer.name)
-    return found
+    return grouped((layer.option, layer.name) for layer in plan.layers if layer.option.is_fp8)
 
 
 def named(names: Iterable[str]) -> str:
