@@ -28,12 +28,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.optim import Optimizer
 
 import autoprec
 from autoprec.errors import AutoprecError
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
 from autoprec.runtime import install_options
+from autoprec.runtime.sharded_state import load_shards, read_shards, shards_of, write_shards
 from autoprec.runtime.shards import mixed_groups
+from autoprec.workload.optimizers import in_turn
 from tests.models import WIDTH, Mlp, mlp_workload
 from tests.plans import plan_for
 from tests.ranks import run_ranks
@@ -549,3 +552,40 @@ def test_shards_that_are_no_masters_are_refused(ranks: list[Seen]) -> None:
         assert "takes the FP32 shards of fully_shard for its masters" in seen["low"]
         assert "are bfloat16: first.weight" in seen["low"]
         assert seen["low"].isprintable()
+
+
+def test_weights_without_an_optimizer_state_are_restored_with_the_others(tmp_path: Path) -> None:
+    """Of plain SGD's and of unused weights there is none; torch refuses that if it is strict."""
+
+    def start() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        model[0].unused = nn.Linear(16, 16)
+        fully_shard(model)
+        own = [p for name, p in model[0].named_parameters() if "unused" not in name]
+        others = [*model[0].unused.parameters(), *model[1].parameters()]
+        return model, in_turn([torch.optim.SGD(own, lr=0.1), torch.optim.AdamW(others, lr=0.1)])
+
+    def train(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+        for _ in range(2):
+            model(torch.ones(4, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [whole(parameter.detach()).clone() for parameter in model.parameters()]
+
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model, optimizer = start()
+        train(model, optimizer)
+        shards = shards_of(model, optimizer)
+        write_shards(tmp_path / "shards", shards)
+        undisturbed = train(model, optimizer)
+        for checkpoint in (shards, read_shards(tmp_path / "shards", shards_of(*start()))):
+            again = start()
+            load_shards(checkpoint, *again)
+            for ours, theirs in zip(train(*again), undisturbed, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        dist.destroy_process_group()

@@ -96,6 +96,12 @@ def test_a_mapping_takes_only_the_five_functions_and_says_which_is_missing() -> 
             "optimizer",
             "lists others",
         ),
+        ({"build_optimizer": lambda m: []}, "optimizer", "returned list"),
+        (
+            {"build_optimizer": lambda m: [torch.optim.SGD(m.parameters())] * 2},
+            "optimizer",
+            "each parameter one optimizer, but some have two",
+        ),
     ],
 )
 def test_misbehaving_function_is_one_clear_line(

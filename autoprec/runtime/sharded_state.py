@@ -8,18 +8,19 @@ a run of other ranks) reads what it needs. Its folder must be one that all ranks
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -36,6 +37,7 @@ from autoprec.workload.optimizers import trained_by
 LOSSES = "losses.json"  # beside the shards: what was seen on the way to them
 PARTS = ("model", "optimizer")
 PLAIN = ("curve", "eval_losses", "schedule")
+SOME = StateDictOptions(strict=False)  # weights without a state: those of SGD, and unused ones
 
 
 def shards_of(model: nn.Module, optimizer: Optimizer) -> Checkpoint:
@@ -48,7 +50,8 @@ def shards_of(model: nn.Module, optimizer: Optimizer) -> Checkpoint:
 def load_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a copy of this rank's part into a model that is sharded alike, and its optimizer."""
     states = tree_map_only(Tensor, torch.clone, (checkpoint.model, checkpoint.optimizer))
-    set_state_dict(model, optimizer, model_state_dict=states[0], optim_state_dict=states[1])
+    set_model_state_dict(model, states[0])
+    set_optimizer_state_dict(model, optimizer, states[1], options=SOME)
 
 
 def write_shards(folder: Path, checkpoint: Checkpoint) -> None:
@@ -95,9 +98,17 @@ def _unwritten(folder: Path, error: CheckpointException, checkpoint: Checkpoint)
 
 
 def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
-    """Return this rank's part of what a folder holds, in the place of the values in `like`."""
+    """Return this rank's part of what a folder holds, in the place of the values in `like`.
+
+    A fresh optimizer's state, which torch makes for all weights, has entries of weights that are
+    never used; where the folder has none, it has none here.
+    """
     states = {part: getattr(like, part) for part in PARTS}
     try:
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        for name in list(states["optimizer"]["state"]):
+            if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+                del states["optimizer"]["state"][name]
         load(states, checkpoint_id=folder)
         plain = json.loads((folder / LOSSES).read_text())
     except (CheckpointException, OSError, *BROKEN_STATE) as error:
@@ -118,7 +129,8 @@ def load_whole(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -
         if checkpoint.optimizer is not None:
             what = "optimizer"
             named = _by_name(checkpoint.optimizer, model, optimizer)
-            set_optimizer_state_dict(model, optimizer, named, options=whole)
+            some = replace(whole, strict=False)
+            set_optimizer_state_dict(model, optimizer, named, options=some)
     except BROKEN_STATE as error:
         raise misfit(what, error) from error
 

@@ -3,7 +3,7 @@
     def build_model() -> nn.Module
     def train_batches(seed: int) -> Iterator[Any]        # same seed, same batches
     def loss_fn(model, batch) -> Tensor                  # scalar
-    def build_optimizer(model) -> torch.optim.Optimizer  # optional; default AdamW
+    def build_optimizer(model) -> torch.optim.Optimizer  # or a list; default AdamW
     def eval_batches() -> Iterable[Any]                  # optional; default: a reserved seed
     def build_scheduler(optimizer) -> LRScheduler        # optional; stepped after each step
     def evaluate(model) -> float | dict[str, float]      # optional: metrics, see --metric-tolerance
@@ -55,7 +55,7 @@ from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.progress import NOW
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.optimizers import optimizer_refusal, plain_parts, trained_by
+from autoprec.workload.optimizers import in_turn, optimizer_refusal, plain_parts, trained_by
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -241,22 +241,27 @@ class Workload:
             trained = [p for p in model.parameters() if p.requires_grad]
             is_on_gpu = {p.device.type for p in trained} == {"cuda"}
             return torch.optim.AdamW(trained, fused=True if is_on_gpu else None)
-        optimizer = self._call(
-            "build_optimizer(model)", torch.optim.Optimizer, "a torch.optim.Optimizer", model
-        )
-        if reason := optimizer_refusal(optimizer):
+        call, wanted = "build_optimizer(model)", "a torch.optim.Optimizer, or a list of them"
+        built = self._call(call, object, wanted, model)
+        found = built if isinstance(built, list | tuple) else (built,)
+        several = [each for each in found if isinstance(each, torch.optim.Optimizer)]
+        if not several or len(several) < len(found):
+            got = type(built).__name__
+            raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
+        if reason := next(filter(None, map(optimizer_refusal, several)), ""):
+            raise WorkloadError(f"{call} must return one that a plan can train, but {reason}")
+        own = [set(trained_by(each)) for each in several]
+        if not set().union(*own) <= set(model.parameters()):
             raise WorkloadError(
-                f"build_optimizer(model) must return one that a plan can train, but {reason}"
+                f"{call} must optimise parameters of the model it is given, but it lists others; "
+                "pass model.parameters()"
             )
-        listed = set(trained_by(optimizer))
-        if not listed <= set(model.parameters()):
-            raise WorkloadError(
-                "build_optimizer(model) must optimise parameters of the model it is given, but it "
-                "lists others; pass model.parameters()"
-            )
-        if callable(train := getattr(optimizer, "train", None)):
-            train()  # schedule-free ones refuse to step before that
-        return optimizer
+        if sum(map(len, own)) > len(set().union(*own)):
+            raise WorkloadError(f"{call} must give each parameter one optimizer, but some have two")
+        for each in several:
+            if callable(train := getattr(each, "train", None)):
+                train()  # schedule-free ones refuse to step before that
+        return in_turn(several)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         """Build the user's schedule of learning rates; None where there is none."""

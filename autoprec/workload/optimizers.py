@@ -154,7 +154,9 @@ def optimizer_refusal(optimizer: object) -> str:
     """Return why neither `tune` nor `apply` takes an optimizer, as a clause; empty if they do."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        return f"it is a {name}, not a torch.optim.Optimizer"
+        way_out = "give one, and the others to autoprec.attach_optimizer"
+        of_many = f"; {way_out}" if isinstance(optimizer, list | tuple) else ""
+        return f"it is a {name}, not a torch.optim.Optimizer{of_many}"
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         wrapped = vars(optimizer).get("optimizer")  # as Accelerate's prepare wraps one
         way_out = "use another" if wrapped is None else f"give it {type(wrapped).__name__} itself"

@@ -223,7 +223,8 @@ def _look_ahead(scheduler: LRScheduler) -> tuple[int, int | None]:
     It is where the rates are zero or the scheduler refuses to go on; None where that is not within
     LONGEST_SCHEDULE steps. A copy is stepped.
     """
-    shell = copy.copy(scheduler.optimizer)
+    shell = object.__new__(type(scheduler.optimizer))  # copied as it is, and not by __setstate__
+    vars(shell).update(vars(scheduler.optimizer))
     shell.param_groups = [dict(group) for group in scheduler.optimizer.param_groups]
     ahead: LRScheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): shell})
     rates = [max(_rate(group) for group in shell.param_groups)]
