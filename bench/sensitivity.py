@@ -44,7 +44,8 @@ from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.measure import measure_sensitivity
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, make_rows
+from autoprec.sensitivity.rows import make_rows
+from autoprec.sensitivity.tables import Method
 from autoprec.workload.functions import Workload, workload_from
 from autoprec.workload.loading import load_workload
 

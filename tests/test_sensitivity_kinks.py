@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
@@ -23,7 +25,7 @@ from autoprec.records import (
     Recipe,
     fp8_option,
 )
-from autoprec.sensitivity import tables
+from autoprec.sensitivity import doubts, tables
 from autoprec.sensitivity.check import bf16_within, check_table
 from autoprec.sensitivity.choices import kept_choices, recorded_choices
 from autoprec.sensitivity.doubts import guessed_cells
@@ -33,10 +35,10 @@ from autoprec.sensitivity.local import BF16_OUTPUT, Component, list_cells
 from autoprec.sensitivity.parked import InTurn
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
+from autoprec.sensitivity.rows import make_rows
 from autoprec.sensitivity.tables import (
     Method,
     Table,
-    make_rows,
     make_table,
     refine_table,
 )
@@ -224,6 +226,35 @@ def test_thresholds_of_what_weights_make_are_seen_and_not_kept() -> None:
         assert torch.equal(gated(x, -1.0), ~gate)
 
 
+def test_what_comes_back_without_gradients_is_kept_and_known() -> None:
+    """Of what checkpointing computes again nothing is, nor of what only a metric uses."""
+    first, second, third = (nn.Linear(8, 8) for _ in range(3))
+    layers, x = {"first": first, "second": second, "third": third}, torch.randn(4, 8)
+
+    def forward(*, is_used: bool) -> Tensor:
+        h = first(x)
+        with torch.no_grad():
+            found = second(h.relu())
+        out: Tensor = third(found) if is_used else third(x)
+        return out
+
+    with recorded_choices(layers) as choices:
+        before = forward(is_used=True)
+        before.sum().backward()  # type: ignore[no-untyped-call]  # torch
+    assert choices.constant == {"first"}
+    with torch.no_grad():
+        second.weight.zero_()
+    with kept_choices(choices):
+        assert torch.equal(forward(is_used=True), before)
+    with recorded_choices(layers) as choices:
+        (forward(is_used=False) + first(x)).sum().backward()
+    assert choices.constant == set()
+    with recorded_choices(layers) as choices:
+        again = checkpoint(second, first(x), use_reentrant=True)
+        third(again).sum().backward()
+    assert (choices.constant, choices.given) == (set(), [])
+
+
 def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> None:
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -316,6 +347,25 @@ def test_measured_rows_take_along_what_casts_alike(monkeypatch: pytest.MonkeyPat
         found = refine_table(reference, table, [("seen", rowwise)], batches=batches)
         means = [row.grad_error.mean for row in found.rows]
         assert means == pytest.approx([*expected, 1.0, 1.0, 1.0, 1.0])
+    # what stays in a layer's own parameters is known, and not multiplied
+    table = replace(table, staying={("seen", rowwise): 0.75, ("seen", tensorwise): 1.0})
+    found = refine_table(reference, table, [("seen", with_gw_hp)], batches=2)
+    means = [row.grad_error.mean for row in found.rows]
+    assert means[:4] == pytest.approx([1.0, 0.75 + 0.25 * 16.0, 16.0, 1.0])
+
+
+def test_recipes_that_cast_alike_forward_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of which least stays in the layer's own parameters, where both are too large."""
+    monkeypatch.setattr(doubts, "LARGE_ERROR", 0.0)
+    reference = prepared(nn.SiLU)
+    table = make_table(reference, list_cells(reference.spec, None), Method.SIGN_CODED)
+    casts = Counter((name, doubts.forward_casts(option)) for name, option in table.refined)
+    assert set(casts.values()) == {1}
+    assert len(casts) == 2 * len(reference.spec.layers)
+    for name, option in table.refined:
+        alike = [o for n, o in table.staying if n == name and doubts.is_whole(o)]
+        alike = [o for o in alike if doubts.forward_casts(o) == doubts.forward_casts(option)]
+        assert table.staying[name, option] == min(table.staying[name, o] for o in alike)
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.0])

@@ -437,6 +437,23 @@ class Apart(nn.Module):
         return F.mse_loss(y, target + self.cut(x.roll(1, 0)).detach())
 
 
+class FixedPoint(nn.Module):
+    """A network that steps to a fixed point without gradients, and once more with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.after, self.head = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        driven, found = self.first(x), torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(8):
+                found = torch.tanh(2.0 * self.inner(found) + driven)
+        found = torch.tanh(2.0 * self.inner(found) + driven)
+        return F.mse_loss(self.head(F.silu(self.after(found))).float(), x.roll(1, 0))
+
+
 class Cached(nn.Linear):
     """Gives another shape where its cache is filled, as it is when the layer is run again."""
 
@@ -519,6 +536,7 @@ def _sparse_and_double() -> Workload:
 UNLIKE: dict[str, Callable[[], Workload]] = {  # networks that are no plain chain of layers
     **{k: partial(_hooked, k) for k in ("gradient", "held", "parametrize", "prune", *AT_MODULES)},
     "no_grad, detached, sampled": partial(_of_inputs, Apart),
+    "a fixed point": partial(_of_inputs, FixedPoint),
     "complex": partial(_of_inputs, Spectral),
     "a cache": partial(_of_inputs, HandedOn),
     "a state": partial(_of_inputs, Stateful),

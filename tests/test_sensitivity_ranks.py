@@ -35,7 +35,7 @@ from autoprec.sensitivity.local import Cell, components_of, list_cells
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference, ratio_estimate
 from autoprec.sensitivity.replay import differentiated_calls, replay
-from autoprec.sensitivity.tables import make_rows
+from autoprec.sensitivity.rows import estimate, make_rows
 from autoprec.workload.functions import Workload
 from tests.rank_workloads import (
     loss_fn,
@@ -151,7 +151,7 @@ def _by_gemm(probes: list[BatchProbe], name: str, option: Option) -> dict[Gemm, 
     spreading = components_of(option).items()
     nothing, scale = [0.0] * len(probes), [probe.squared_norm for probe in probes]
     found = {
-        gemm: tables._estimate(probes, {(name, one): 1.0 for one in components}, nothing)
+        gemm: estimate(probes, {(name, one): 1.0 for one in components}, nothing)
         for gemm, components in spreading
     }
     sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())

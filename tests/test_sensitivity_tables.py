@@ -28,7 +28,8 @@ from autoprec.sensitivity.doubts import large_cells
 from autoprec.sensitivity.local import list_cells
 from autoprec.sensitivity.probes import probe_batches
 from autoprec.sensitivity.reference import Reference, prepare_reference
-from autoprec.sensitivity.tables import Method, make_rows, make_table
+from autoprec.sensitivity.rows import make_rows
+from autoprec.sensitivity.tables import Method, make_table
 from autoprec.workload.functions import Workload, workload_from
 from tests.models import conv_workload, mlp_workload, token_workload
 

@@ -66,10 +66,14 @@ def output_tensors(output: Any) -> list[Tensor]:  # Any: whatever a layer gives
 
 
 def nodes_behind(
-    tensors: Iterable[Tensor], is_end: Callable[[Node], bool] = lambda _: False
+    tensors: Iterable[Tensor | Node], is_end: Callable[[Node], bool] = lambda _: False
 ) -> Iterator[Node]:
-    """Yield the nodes of autograd's graph behind some tensors, each once, and none behind ends."""
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    """Yield the nodes of autograd's graph behind some tensors, each once, and none behind ends.
+
+    A node is taken for the tensor that it made.
+    """
+    nodes = (x.grad_fn if isinstance(x, Tensor) else x for x in tensors)
+    waiting = [node for node in nodes if node is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprec.device.tracing import OperationTracer
+from autoprec.sensitivity.constants import Constants
 
 # by name, the place of `dim` among the arguments; it is the last dimension where it is not given
 _DIM = {"topk": 2, "kthvalue": 2, "sort": 1, "max": 1, "min": 1, "median": 1}
@@ -38,6 +39,9 @@ class Choices:
     before: dict[str, int] = field(default_factory=dict)
     thresholds: int = 0
     followed: int = 0
+    # see constants.py: what was made under no_grad, and the layers in front of it
+    given: list[Tensor] = field(default_factory=list)
+    constant: set[str] = field(default_factory=set)
 
     def behind(self) -> dict[str, float]:
         """Return the part of the choices that come after each layer."""
@@ -61,30 +65,37 @@ def recorded_choices(layers: Mapping[str, nn.Module]) -> Iterator[Choices]:
         found.followed = len(found.indices) + found.thresholds
         found.before.setdefault(name, len(found.indices))
 
+    constants = Constants()
     handles = [m.register_forward_pre_hook(partial(calls, n)) for n, m in layers.items()]
     try:
-        with _choosing(see, compare):
+        with _choosing(see, constants, compare):
             yield found
     finally:
         for handle in handles:
             handle.remove()
+    found.given, found.constant = constants.given, constants.makers(layers)
 
 
 @contextmanager
 def kept_choices(choices: Choices) -> Iterator[None]:
-    """Make the choices that run inside those of another pass, as long as their shapes agree."""
+    """Make the choices that run inside those of another pass, as long as their shapes agree.
+
+    So is what is made under no_grad.
+    """
     left = iter(choices.indices)
 
     def take(index: Tensor) -> Tensor:
         kept = next(left, index)
         return kept.clone() if kept.shape == index.shape else index
 
-    with _choosing(take):
+    with _choosing(take, Constants(choices.given)):
         yield
 
 
 def _choosing(
-    choose: Callable[[Tensor], Tensor], compare: Callable[[], None] = lambda: None
+    choose: Callable[[Tensor], Tensor],
+    constants: Constants,
+    compare: Callable[[], None] = lambda: None,
 ) -> OperationTracer:
     """Give every index and draw to a function, and go on with what that returns; tell thresholds.
 
@@ -94,6 +105,7 @@ def _choosing(
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # Any: torch's own
         result, name = func(*args, **kwargs), func.overloadpacket.__name__
+        constants.see(func, (args, kwargs), result)
         if name in _COMPARING and _is_decided(args[0]):
             compare()
         has_index = name in _CHOOSING and not (isinstance(result, Tensor) and name in _DIM)

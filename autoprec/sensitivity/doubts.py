@@ -60,9 +60,7 @@ def guessed_cells(rows: Sequence[LayerSensitivity], *, is_kinked: bool) -> tuple
     whole = [row for row in on_their_own(rows) if row.grad_error.mean > 0.0]
     if not is_kinked and scatter(whole) < SCATTERED:
         return ()
-    ranked = sorted(whole, key=_doubt, reverse=True)
-    first = {(row.name, forward_casts(row.option)): row for row in reversed(ranked)}.values()
-    return tuple(row.cell for row in ranked if row in first)
+    return one_of_each([row.cell for row in sorted(whole, key=_doubt, reverse=True)])
 
 
 def _doubt(row: LayerSensitivity) -> float:
@@ -80,6 +78,14 @@ def on_their_own(rows: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
     """Return the FP8 rows that do not go along with another, the whole recipe's."""
     along = partly_fp8(row.cell for row in rows)
     return [row for row in rows if row.option.is_fp8 and row.cell not in along]
+
+
+def one_of_each(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Return the first of the cells of each layer and casts forward: their errors are alike."""
+    first: dict[tuple[str, Sides], Cell] = {}
+    for name, option in cells:
+        first.setdefault((name, forward_casts(option)), (name, option))
+    return tuple(first.values())
 
 
 def is_whole(option: Option) -> bool:

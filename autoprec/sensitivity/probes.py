@@ -142,7 +142,7 @@ def _probe_group(
     with recording as found, recorded_choices(watched) as choices:
         gradient = _reference_pass(reference, index, found)
     probed.squared_norm = gradient.squared_norm
-    probed.unseen |= found.unseen
+    probed.unseen |= found.unseen | choices.constant
     step = Pass(reference, index, layers, found.calls, choices, gradient, chunk, batch)
     for probe in range(probed.probes):
         # signs of its own for each batch: what one code exaggerates, it does in all rows at once

@@ -7,16 +7,14 @@ sign_coded    all of them from a few probes; the few that these leave in doubt, 
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from itertools import chain
 
 import torch
 
-from autoprec.common.recipes import Gemm
 from autoprec.device.local import release_memory
 from autoprec.device.memory import is_out_of_memory
 from autoprec.device.ranks import from_first_rank, largest_over_ranks, world_size
@@ -24,7 +22,7 @@ from autoprec.errors import WorkloadError
 from autoprec.records.model import BF16_O2, Option
 from autoprec.records.sensitivity import Estimate, LayerSensitivity, OperandStatistics
 from autoprec.runtime import install_options
-from autoprec.sensitivity.casts import Sides, gemm_casts
+from autoprec.sensitivity.casts import Sides
 from autoprec.sensitivity.doubts import (
     LARGE_ERROR,
     doubtful_cells,
@@ -32,15 +30,15 @@ from autoprec.sensitivity.doubts import (
     guessed_cells,
     large_cells,
     on_their_own,
-    scatter,
+    one_of_each,
 )
 from autoprec.sensitivity.hooks import change_backward
 from autoprec.sensitivity.joint import tied_with
-from autoprec.sensitivity.kinks import Key
-from autoprec.sensitivity.local import Cell, components_of, partly_fp8
+from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
-from autoprec.sensitivity.reference import DIVERGED, Reference, ratio_estimate
+from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.room import agreed_groups
+from autoprec.sensitivity.rows import CHOICE_DOUBT, added_shares, make_rows, staying_share
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +56,6 @@ SPREAD = 0.45
 # Of a row on one of two batches over both: 0.04 to 0.6 in 20 families, 0.3 in the mean. It is what
 # is taken for a spread, too, as if of so many rows, before any is measured.
 ONE_BATCH, PRIOR_ROWS = 0.3, 2
-# Of what is added: what probes make of kinks is too high by up to 1.6 (see kinks.py), and a choice
-# that few tokens change is off by 2 to 3 on any two batches.
-KINK_DOUBT, CHOICE_DOUBT = 0.5, 1.0
 
 
 class Method(StrEnum):
@@ -80,7 +75,8 @@ class Table:
     refined: tuple[Cell, ...] = ()
     exact: frozenset[Cell] = frozenset()  # of those, what was measured on all batches
     together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
-    # the shares of a row that kinks and choices add
+    # the shares of a row that stay in the layer's own parameters, and that kinks and choices add
+    staying: Mapping[Cell, float] = field(default_factory=dict)
     kinks: Mapping[Cell, float] = field(default_factory=dict)
     choices: Mapping[Cell, float] = field(default_factory=dict)
     # of refined rows, what was measured and what was probed
@@ -142,22 +138,27 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     marks = largest_over_ranks([float(any(n in p.unseen for p in probes)) for n in names])
     unseen = {name for name, mark in zip(names, marks, strict=True) if mark}
     statistics = from_first_rank(probes[0].statistics)
-    kinks, choices = _added(probes, rows)
-    table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks, choices=choices)
+    kinks, choices = added_shares(probes, rows)
+    staying = {row.cell: staying_share(probes, row) for row in rows}
+    table = Table(
+        Method.SIGN_CODED, rows, tuple(statistics), staying=staying, kinks=kinks, choices=choices
+    )
     table = measure_unseen(reference, table, unseen) if unseen else table
     seen = [row for row in table.rows if row.name not in unseen]
     steps = probes[0].steps
     # choices too that a probe changed none of: one that FP8 changes may be all of a row
     is_kinked = steps is not None and (steps.are_kinked or steps.are_followed or steps.jumps > 0.0)
     guessed = guessed_cells(seen, is_kinked=is_kinked)
-    refined = tuple(dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics))))
+    doubted = dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics)))
+    refined = one_of_each([*doubted])
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
     along = {(name, forward_casts(option)) for name, option in refined}
     guessed = tuple(c for c in guessed if (c[0], forward_casts(c[1])) not in along)
     batches = len(reference.batches)
     if batches * len(guessed) <= FEW_PASSES:
         return refine_table(reference, table, guessed, batches=batches)
-    left = max(GUESSED_PASSES - REFINED_BATCHES * len(refined), 0)
+    # passes for what goes along are left for others
+    left = max(GUESSED_PASSES, REFINED_BATCHES * len(doubted)) - REFINED_BATCHES * len(refined)
     first = {row.cell: row.grad_error.mean for row in make_rows(probes[:1], cells)}
     return refine_table(reference, table, guessed[:left], batches=1, probed=first)
 
@@ -185,10 +186,11 @@ def refine_table(
     """Return a table whose cells are measured one by one; a pass per cell and batch.
 
     Options of the layer that cast alike in the forward pass go along, unless they are measured
-    themselves: what probes do not know (kinks, choices) comes of that. Others that are in FP8 go
-    half the way on a scale of factors. A cell measured on a part of the batches goes half the way
-    at least, and as far as inverse variances say: the spread has both. With what the probes said of
-    that part, `probed`, kinks count as they do in the cells.
+    themselves: what probes do not know (kinks, choices) comes of that, and what stays in the
+    layer's own parameters is known. Others that are in FP8 go half the way on a scale of factors.
+    A cell measured on a part of the batches goes half the way at least, and as far as inverse
+    variances say: the spread has both. With what the probes said of that part, `probed`, kinks
+    count as they do in the cells.
     """
     if not cells:
         return table
@@ -286,36 +288,13 @@ def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -
             rows.append(_refined(row, exact[row.cell], share=share))
         elif row.cell not in known and row.option.is_fp8 and of_layer:
             near = math.sqrt(statistics.geometric_mean(of_layer.values()))
-            rows.append(multiplied(row, of_layer.get(forward_casts(row.option), near)))
+            stays = table.staying.get(row.cell, 0.0)
+            ratio = of_layer.get(forward_casts(row.option), near)
+            rows.append(multiplied(row, stays + (1.0 - stays) * ratio))
         else:
             rows.append(row)
     refined = tuple(dict.fromkeys((*table.refined, *exact)))
     return replace(table, rows=tuple(rows), refined=refined)
-
-
-def _added(
-    probes: Sequence[BatchProbe], rows: Sequence[LayerSensitivity]
-) -> tuple[dict[Cell, float], dict[Cell, float]]:
-    """Return the shares of each row that kinks and choices add; empty where there are none."""
-    steps = probes[0].steps
-    kinks = _shares(probes, rows, steps.added) if steps and steps.are_kinked else {}
-    choices = _shares(probes, rows, steps.chosen) if steps and steps.jumps > 0.0 else {}
-    return kinks, choices
-
-
-def _shares(
-    probes: Sequence[BatchProbe],
-    rows: Sequence[LayerSensitivity],
-    added: Callable[[Sequence[Key], float], float],
-) -> dict[Cell, float]:
-    """Return the part of each row that something adds to its errors of output."""
-    found, scale = {}, probes[0].squared_norm
-    for row in rows:
-        keys = [(row.name, component) for component in components_of(row.option)[Gemm.OUTPUT]]
-        if row.grad_error.mean > 0.0:
-            share = added(keys, _mean_square(probes, keys)) / scale / row.grad_error.mean
-            found[row.cell] = min(share, 1.0)
-    return found
 
 
 def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list[BatchProbe]:
@@ -340,77 +319,6 @@ def _probed(reference: Reference, cells: Sequence[Cell], *, probes: int) -> list
         if reference.groups == before:
             log.warning("memory ran out: the layers are probed again, fewer at a time")
         reference.groups = min(2 * reference.groups, len(reference.spec.layers))
-
-
-def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[LayerSensitivity, ...]:
-    """Return one row per cell, from what the probes showed.
-
-    Per batch, an option's d'Pd is the sum over its components of sum_k z_k^2 (mean over probes,
-    that of output corrected for kinks) plus what stays in the layer's own parameters. Its standard
-    error has three parts: the scatter over batches and their codes, the probes' own noise if groups
-    have nothing to do with each other, Var(z_k^2) = 2/3 E z_k^4, and a part of what kinks add.
-    Where the response has few dimensions, groups do have, and two codes may agree by chance in a
-    row: no row's is taken to be below the mean of all, relative to the row.
-    """
-    rows = []
-    for name, option in cells:
-        spreading = {
-            gemm: [(name, component) for component in components]
-            for gemm, components in components_of(option).items()
-        }
-        sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
-        staying = [probe.parameter_errors[name].get(sides, 0.0) for probe in probes]
-        # what each square counts: kinks change that of an output's errors
-        factors = dict.fromkeys(chain.from_iterable(spreading.values()), 1.0)
-        if probes[0].steps is not None:
-            output = spreading[Gemm.OUTPUT]
-            square = _mean_square(probes, output)
-            factors |= dict.fromkeys(output, probes[0].steps.correction(output, square))
-        total = _estimate(probes, factors, staying)
-        rows.append(LayerSensitivity(name=name, option=option, grad_error=total))
-    return _widened(rows, *_added(probes, rows))
-
-
-def _widened(
-    rows: Sequence[LayerSensitivity], kinks: Mapping[Cell, float], choices: Mapping[Cell, float]
-) -> tuple[LayerSensitivity, ...]:
-    """Return rows with what their own standard errors do not know: of kinks, and of other rows."""
-    least = scatter([row for row in rows if row.option.is_fp8])
-    found = []
-    for row in rows:
-        mean, stderr = row.grad_error.mean, row.grad_error.stderr
-        if stderr is not None and mean < DIVERGED:
-            stderr = mean * math.hypot(
-                max(stderr / mean if mean > 0.0 else 0.0, least),
-                KINK_DOUBT * kinks.get(row.cell, 0.0),
-                CHOICE_DOUBT * choices.get(row.cell, 0.0),
-            )
-            row = row.model_copy(update={"grad_error": Estimate(mean=mean, stderr=stderr)})
-        found.append(row)
-    return tuple(found)
-
-
-def _mean_square(probes: Sequence[BatchProbe], keys: Sequence[Key]) -> float:
-    """Return the mean over batches of the squares of these components."""
-    return math.fsum(probe.squares[key] for probe in probes for key in keys) / len(probes)
-
-
-def _estimate(
-    probes: Sequence[BatchProbe], factors: Mapping[Key, float], plus: Sequence[float]
-) -> Estimate:
-    """Return the gradient error of a layer's components, with both parts of its standard error."""
-    scale = [probe.squared_norm for probe in probes]
-    sums = [math.fsum(probe.squares[k] * f for k, f in factors.items()) for probe in probes]
-    values = [s + p for s, p in zip(sums, plus, strict=True)]
-    found = ratio_estimate(values, scale)  # its standard error: the scatter over batches
-    if found.stderr is None or found.mean >= DIVERGED:
-        return found
-    # the probes' own noise: Var(sum_k z_k^2) over as many independent codes as were drawn
-    codes = probes[0].probes * len(probes)
-    fourth = [math.fsum(probe.fourths[k] * f * f for k, f in factors.items()) for probe in probes]
-    variance = 2 / 3 * math.fsum(fourth) / len(fourth) / codes
-    noise = math.sqrt(variance) / (math.fsum(scale) / len(scale))
-    return Estimate(mean=found.mean, stderr=math.hypot(found.stderr, noise))
 
 
 def _exact_errors(
