@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
-from autoprec.cli.main import main
+from autoprec.cli.main import leave, main
 from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
 from autoprec.tuning import doctor
 from autoprec.tuning.ranks import LAUNCHED_BY
@@ -346,6 +347,19 @@ def test_one_rank_says_that_all_were_interrupted(
         monkeypatch.setenv(name, str(rank) if name == "RANK" else "2")
     status, _, err = run("tune")
     assert (status, "interrupted" in err) == (130, rank == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_says_what_torchrun_will_call_a_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    for name in LAUNCHED_BY:
+        monkeypatch.setenv(name, str(rank) if name == "RANK" else "2")
+    for status in (0, 1):
+        with pytest.raises(typer.Exit) as leaving:
+            leave(status)
+        assert leaving.value.exit_code == (status if rank == 0 else 0)
+        assert ("torchrun calls that a failure" in caplog.text) == (rank == 0 and status == 1)
 
 
 def test_help_imports_nothing_that_is_slow() -> None:

@@ -22,7 +22,7 @@ from autoprec.cli.options import with_settings
 from autoprec.common.files import write_atomically
 from autoprec.common.noise import import_noise_dropped
 from autoprec.errors import AutoprecError, NoRoomError, RecordError, WorkloadError
-from autoprec.tuning.ranks import is_first, joined_ranks
+from autoprec.tuning.ranks import is_first, is_launched, joined_ranks
 from autoprec.tuning.settings import STAGES, Settings
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from autoprec.records import Plan, Record
     from autoprec.tuning.run import Run
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 app = typer.Typer(
@@ -115,8 +116,7 @@ def tune(
     made = _run(settings, lambda run: run.make())
     script = " ".join((settings.script, *settings.script_args)).strip()
     _print_run(settings.out, as_json=as_json, verbose=verbose, script=script)
-    # rank 0's status is the tune's: where another rank fails torchrun ends all, unprinted
-    raise typer.Exit(made.exit_code if is_first() else 0)
+    leave(made.exit_code)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -423,4 +423,11 @@ def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:
         from autoprec.report import print_record
 
         print_record(record, Console())
-    raise typer.Exit(0 if good or not is_first() else 1)
+    leave(0 if good else 1)
+
+
+def leave(status: int) -> NoReturn:
+    """End with rank 0's status: where another rank fails torchrun ends all, unprinted."""
+    if status and is_first() and is_launched():
+        log.warning("exit status %d, of the answer above: torchrun calls that a failure", status)
+    raise typer.Exit(status if is_first() else 0)
