@@ -42,8 +42,6 @@ def after_hooks(parameter: Tensor, error: Tensor, *, at: Tensor) -> Tensor:
 
 def direction_after_hooks(parameter: Tensor, direction: Tensor, *, at: Tensor) -> Tensor:
     """Return what hooks leave of a direction of any length, taken as a small error."""
-    if not has_hooks(parameter):
-        return direction
     sizes = [float(each.square().mean().sqrt()) for each in (at, direction)]
     scale = SMALL * sizes[0] / sizes[1] if all(sizes) else 1.0
     return after_hooks(parameter, direction * scale, at=at) / scale
