@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.model.capture import capture_model
@@ -16,7 +18,8 @@ from autoprec.model.context import Context
 from autoprec.model.meta import capture_on_meta
 from autoprec.records import AsWritten, ModelSpec
 from autoprec.workload.functions import Workload, workload_from
-from autoprec.workload.written import is_compiled
+from autoprec.workload.training import Training
+from autoprec.workload.written import Written, is_compiled, no_autocast
 from tests.constant_clock import CPU
 from tests.launch_scripts import HEAD, LOOP, own_main, write_script
 from tests.models import WIDTH, Mlp, mlp_workload
@@ -56,6 +59,45 @@ def test_the_autocast_of_loss_fn_is_noted_and_left_out_of_fp32() -> None:
     assert not torch.equal(given.written_loss(model, batch), plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as the profiler's own: it stays
         assert torch.is_autocast_enabled("cpu")
+
+
+class Checkpointed(nn.Module):
+    """A layer that backward computes again, under an autocast of its own or none."""
+
+    def __init__(self, seen: list[bool], *, reentrant: bool, autocast: bool) -> None:
+        super().__init__()
+        self.layer, self.seen = nn.Linear(8, 8), seen
+        self.reentrant, self.autocast = reentrant, autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
+                self.seen.append(torch.is_autocast_enabled("cpu"))
+                y: Tensor = self.layer(x)
+            return y.float()
+
+        found: Tensor = checkpoint(run, x, use_reentrant=self.reentrant)
+        return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_again_as_forward_did(reentrant: bool) -> None:
+    """Without the user's autocast in FP32, and under the profiler's own, which it does not know."""
+    for autocast in (True, False):
+        seen: list[bool] = []
+        model = Checkpointed(seen, reentrant=reentrant, autocast=autocast)
+        x = torch.ones(4, 8, requires_grad=True)
+        given = workload(loss_fn=lambda model, x: model(x).square().mean())
+        Training(given, model, torch.optim.SGD(model.parameters())).step([x])
+        assert seen == [False, False]
+        seen.clear()
+        own = torch.autocast("cpu", dtype=torch.bfloat16)
+        with no_autocast(written := Written(), besides=own):
+            with own:
+                loss = model(x).square().mean()
+            loss.backward()
+        assert seen == [True, True]
+        assert written.autocast is (torch.bfloat16 if autocast else None)
 
 
 def test_an_autocast_that_is_switched_off_stays_off_and_one_of_the_process_is_seen() -> None:

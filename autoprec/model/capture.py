@@ -186,7 +186,7 @@ def run_step(context: Context, model: nn.Module, batch: Batch) -> StepResult:
     value = check_loss(loss, where="in the first step")
     if not loss.requires_grad:
         raise CaptureError(NEEDS_NO_GRADIENT)
-    with UserCode("backward, once loss_fn has returned,", "gradients"):
+    with UserCode("backward, once loss_fn has returned,", "gradients"), context.workload.plainly():
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own stub
     digest = hashlib.sha256(str(value).encode())
     for parameter in model.parameters():

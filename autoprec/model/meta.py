@@ -76,7 +76,8 @@ def capture_on_meta(
         with shapes.recorded_shapes(layers) as calls, products_outside(layers.modules) as products:
             with saved_for_backward(model, batches[0]) as saved:
                 loss = workload.loss_fn(model, batches[0])
-            has_gradients = _fill_gradients(model, loss)
+            with workload.plainly():
+                has_gradients = _fill_gradients(model, loss)
         progress("capture on meta", 2, 3)
         mix, scanned = shapes.scan_shapes(
             layers, lambda batch: workload.loss_fn(model, batch), batches

@@ -163,7 +163,8 @@ class Reference:
                 loss: Tensor = self.context.workload.loss_fn(self.model, batch)
                 del batch  # of which a pass in 16 bits has a copy
                 begin_backward()
-                torch.autograd.backward(loss)
+                with self.context.workload.plainly():
+                    torch.autograd.backward(loss)
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -40,7 +40,7 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -212,8 +212,14 @@ class Workload:
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of one batch, run eagerly and without the user's own autocast."""
-        with no_autocast(self.written), torch.compiler.set_stance("force_eager"):
+        with self.plainly():
             return self.written_loss(model, batch)
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Run the user's code eagerly and without its autocast; checkpointing does in backward."""
+        with no_autocast(self.written), torch.compiler.set_stance("force_eager"):
+            yield
 
     def written_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the scalar, floating loss of one batch, run as the user does."""
@@ -228,7 +234,7 @@ class Workload:
 
     def evaluate(self, model: nn.Module) -> object:
         """Return what the user's evaluate does, run as `loss_fn` is (`workload.metrics`)."""
-        with no_autocast(self.written), torch.compiler.set_stance("force_eager"):
+        with self.plainly():
             return self._call("evaluate(model)", object, "a number, or numbers by name", model)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -86,10 +86,11 @@ class Training:
             WorkloadError: backward left no gradients, or the optimizer cannot step them.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses, loss_fn = [], loss_fn or self.workload.loss_fn
+        losses, own = [], loss_fn or self.workload.loss_fn
         for batch in batches:
-            loss = loss_fn(self.model, batch)
-            torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
+            loss = own(self.model, batch)
+            with nullcontext() if loss_fn else self.workload.plainly():
+                torch.autograd.backward(loss if len(batches) == 1 else loss / len(batches))
             losses.append(loss.detach())
         if all(parameter.grad is None for parameter in trained_by(self.optimizer)):
             raise WorkloadError(

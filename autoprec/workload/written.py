@@ -9,6 +9,7 @@ An autocast that is switched on inside a forward which the user compiles is trac
 so a compiled step keeps it.
 """
 
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -113,13 +115,14 @@ def plain_model(model: nn.Module) -> nn.Module:
 def no_autocast(written: Written, *, besides: torch.autocast | None = None) -> Iterator[None]:
     """Keep off an autocast that the user's code switches on, and note its dtype; off stays off.
 
-    `besides` is one that is not the user's and may be switched on inside.
+    `besides` is one that is not the user's and may be switched on inside; checkpointing switches
+    it on again in backward.
     """
     passed: set[int] = set()  # contexts that changed nothing when they were entered
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def enter_noted(self: torch.autocast) -> Any:  # Any: torch's own
-        if not self._enabled or self is besides:
+        if not self._enabled or self is besides or _is_forwards(sys._getframe(1)):
             return enter(self)  # type: ignore[no-untyped-call]  # torch's own
         written.autocast = self.fast_dtype
         passed.add(id(self))
@@ -139,6 +142,12 @@ def no_autocast(written: Written, *, besides: torch.autocast | None = None) -> I
             yield
         finally:
             torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]  # as it was
+
+
+def _is_forwards(frame: types.FrameType) -> bool:
+    """Whether torch itself enters an autocast, in a backward: the one that was on in forward."""
+    again = frame.f_globals.get("__name__") == checkpoint.__name__
+    return again or frame.f_code.co_name == "decorate_bwd"  # torch.amp.custom_bwd's
 
 
 def in_fp32(values: T) -> T:
