@@ -1,6 +1,7 @@
-"""More families for bench/sensitivity.py: sets, latents and graphs that attend, and three others.
+"""More families for bench/sensitivity.py: sets, latents and graphs that attend, and four others.
 
-Only the set transformers served for anything (which part of a square kinks are).
+Only the set transformers (which part of a square kinks are) and the equilibrium (what is made under
+no_grad) served for anything.
 """
 
 from collections.abc import Callable, Iterator
@@ -187,6 +188,27 @@ class ReluAttention(nn.Module):
         return found
 
 
+class Equilibrium(nn.Module):
+    """A fixed point of one block, stepped to without gradients, and twice more with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.driven = nn.Embedding(VOCABULARY, 96), nn.Linear(192, 96)
+        self.mix, self.up, self.down = nn.Linear(96, 96), nn.Linear(96, 192), nn.Linear(192, 96)
+        self.norm, self.out, self.head = nn.LayerNorm(96), nn.Linear(96, 96), nn.Linear(96, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        driven = self.driven(torch.cat([x, F.pad(x, (0, 0, 1, 0))[..., :-1, :]], -1))
+        z = torch.zeros_like(driven)
+        for step in range(14):
+            with torch.set_grad_enabled(step >= 12):
+                made = torch.tanh(self.mix(z) + driven) + self.down(F.gelu(self.up(z)))
+                z = (z + self.norm(made)) / 2
+        found: Tensor = self.head(F.silu(self.out(z)))
+        return found
+
+
 def of_images(build: Callable[[], nn.Module], **settings: Any) -> Family:  # Any: an optimizer
     """Return a family that tells pictures apart."""
     return Family(build, images, F.cross_entropy, **settings)
@@ -206,5 +228,8 @@ FAMILIES: dict[str, Family] = {
     "conv_mixer": of_images(ConvMixer, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
     "relu_attention": Family(
         ReluAttention, reversed_sequences, next_token_loss, partial(torch.optim.Adam, lr=2e-3)
+    ),
+    "equilibrium": Family(
+        Equilibrium, sequences, next_token_loss, partial(torch.optim.RAdam, lr=2e-3)
     ),
 }
