@@ -227,7 +227,7 @@ def test_thresholds_of_what_weights_make_are_seen_and_not_kept() -> None:
 
 
 def test_what_comes_back_without_gradients_is_kept_and_known() -> None:
-    """Of what checkpointing computes again nothing is, nor of what only a metric uses."""
+    """Of what checkpointing computes again nothing is, nor what a metric uses, nor a weight."""
     first, second, third = (nn.Linear(8, 8) for _ in range(3))
     layers, x = {"first": first, "second": second, "third": third}, torch.randn(4, 8)
 
@@ -246,6 +246,12 @@ def test_what_comes_back_without_gradients_is_kept_and_known() -> None:
         second.weight.zero_()
     with kept_choices(choices):
         assert torch.equal(forward(is_used=True), before)
+    with recorded_choices(layers) as choices, torch.no_grad():
+        first.weight.clamp_(-1.0, 1.0).detach().clamp_(-1.0, 1.0)
+    moved = first.weight.data.mul_(0.5).clone()
+    with kept_choices(choices), torch.no_grad():
+        first.weight.clamp_(-1.0, 1.0).detach().clamp_(-1.0, 1.0)
+        assert torch.equal(first.weight, moved)
     with recorded_choices(layers) as choices:
         (forward(is_used=False) + first(x)).sum().backward()
     assert choices.constant == set()

@@ -59,7 +59,10 @@ class Constants:
         if func.is_view or func.overloadpacket.__name__ == "_to_copy":
             for y in made:
                 self._other_names[y] = True
-        elif self._left is not None:
+            return
+        # a weight that is changed in place (clipped, normalised) stays the moved one
+        made = [y for y in made if not y.requires_grad and y not in self._other_names]
+        if self._left is not None:
             for y in made:
                 kept = next(self._left, y)
                 y.copy_(kept if kept.shape == y.shape else y)
