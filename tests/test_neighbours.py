@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from autoprec.model.capture import capture_model
@@ -200,3 +202,22 @@ def test_a_capture_names_the_kernels_that_no_cast_is_fused_into() -> None:
             "layers.behind_view": "FastNorm",
             "layers.behind_op": "autoprec_tests_double",
         }
+
+
+def test_neighbours_of_a_sharded_model_are_found_and_can_be_run_later() -> None:
+    """FSDP's parameters have no storage of their own, and what it gathers is freed later."""
+    dist.init_process_group(
+        "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = Block()
+        fully_shard(model)
+        found = {layer: call for layer, (call,) in recorded(model).items()}
+        for layer, before, behind in (("q", "rms_norm", ""), ("up", "mul", "mul")):
+            around = found[layer].surroundings
+            assert around is not None
+            assert (name(around.before), name(around.behind)) == (before, behind)
+            for neighbour in filter(None, (around.before, around.behind)):
+                assert neighbour.function(*neighbour.args, **neighbour.kwargs).isfinite().all()
+    finally:
+        dist.destroy_process_group()

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
+from autoprec.device.ranks import local_part
 from autoprec.workload.functions import tensors_in
 
 # By the names that torch functions and tensor methods have without underscores.
@@ -152,8 +154,16 @@ def _is_whole(one: Tensor, other: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Return where a tensor's values are: of a DTensor this rank's."""
+    own = local_part(tensor)
+    return id(own) if is_traceable_wrapper_subclass(own) else own.untyped_storage().data_ptr()
 
 
 def _detached(arguments: Any) -> Any:  # Any: nested arguments
-    return tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), arguments)
+    return tree_map_only(Tensor, _apart, arguments)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """Return a tensor to run a function on later; FSDP frees the weights that it has gathered."""
+    own = tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor.detach()
+    return own.requires_grad_(tensor.requires_grad)

@@ -9,6 +9,8 @@ give up after eight of them and time eager code in silence: here the limit is hi
 an error, and caches are emptied before each group, lest one layer's sizes make another's dynamic.
 """
 
+import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from autoprec.common.text import first_line
-from autoprec.device.ranks import largest_over_ranks
+from autoprec.device.ranks import largest_over_ranks, world_size
 from autoprec.device.timing import Function, Monitor, Observation
 from autoprec.errors import DeviceError
 
@@ -124,6 +126,20 @@ def open_compilation(
             yield Compilation(device, backend)
     finally:
         torch.compiler.reset()
+
+
+def forget_failed_trace() -> None:
+    """Empty what a compilation that failed leaves behind and eager steps would trip over.
+
+    A vocabulary that is divided over ranks masks its tokens; torch keeps the mask in a placement
+    that every use shares, and a failed trace leaves a fake tensor there (torch 2.13).
+    """
+    if world_size() == 1:
+        return
+    masks: Any = sys.modules.get("torch.distributed.tensor._ops._mask_buffer")  # Any: torch's own
+    for each in gc.get_objects() if masks is not None else ():
+        if type(each) is masks.MaskBuffer:
+            each.data, each.refcount = None, 0
 
 
 def made_graphs() -> int:

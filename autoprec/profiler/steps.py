@@ -37,7 +37,12 @@ from autoprec.errors import DeviceError, WorkloadError
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers, unwrapped
 from autoprec.profiler.candidates import WORTH_TIMING
-from autoprec.profiler.compiling import INDUCTOR, Compilation, GraphMonitor
+from autoprec.profiler.compiling import (
+    INDUCTOR,
+    Compilation,
+    GraphMonitor,
+    forget_failed_trace,
+)
 from autoprec.profiler.kept import STEP, KeptRows
 from autoprec.profiler.parking import Parking
 from autoprec.records import FP32, AsWritten, Option, StepTiming
@@ -259,6 +264,7 @@ class _Comparison:
     def _build_eagerly(self, label: str, variant: Variant, note: str) -> _Arm:
         """Build what does not compile as it runs without; what fails then as well is an error."""
         release_memory(self.context.device)
+        forget_failed_trace()
         arm = self._build(label, variant, eagerly=True)
         log.warning("the step %s is timed eagerly: %s", label, note)
         return replace(arm, note=note)
