@@ -153,12 +153,13 @@ def run(
     from autoprec.integrations.launch import Script, run_with_plan
 
     def tell(text: str) -> None:
-        print(f"autoprec: {text}", file=sys.stderr, flush=True)
+        if is_first():  # of ranks that train one model
+            print(f"autoprec: {text}", file=sys.stderr, flush=True)
 
     running = Script(script, tuple(rest or ()), is_module)
     outcome = run_with_plan(running, loaded, guard=guard, tell=tell)
     if not outcome.was_applied and not outcome.status:
-        tell(outcome.message)
+        print(f"autoprec: {outcome.message}", file=sys.stderr, flush=True)
     raise typer.Exit(outcome.status or (0 if outcome.was_applied else 1))
 
 
