@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import autoprec
 from autoprec.records import BF16_O2, FP32, Option, Recipe, fp8_option
@@ -18,6 +24,7 @@ from tests.plans import plan_for
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of dynamo itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # dynamo does it, torch 2.13
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),  # this too
 ]
 WIDTH, HEADS, TOKENS = 64, 4, 16
 
@@ -212,3 +219,64 @@ def test_a_layer_that_is_compiled_alone_is_a_graph() -> None:
     model(torch.randn(4, WIDTH))
     torch._dynamo.reset()
     assert counter.frame_count == 2
+
+
+class Mixing(nn.Module):
+    """Mixes dtypes in what may be a checkpointed function."""
+
+    def __init__(self, *, inside: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.table, self.inside = nn.Buffer(torch.eye(WIDTH)), inside
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()) @ self.table  # type: ignore[no-any-return]  # a tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = (
+            checkpoint(self.part, x, use_reentrant=False) if self.inside else self.part(x)
+        )
+        return x + found
+
+
+def selected() -> Any:  # Any: torch's contexts
+    """Keep what GEMMs give, and compute the rest again."""
+
+    def policy(_: object, operation: object, *__: Any, **___: Any) -> CheckpointPolicy:
+        is_gemm = operation is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if is_gemm else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]  # torch
+
+
+WAYS: dict[str, Callable[[], nn.Module]] = {
+    "a block": lambda: checkpoint_wrapper(Mixing()),
+    "some of a block": lambda: checkpoint_wrapper(Mixing(), context_fn=selected),
+    "a function": lambda: Mixing(inside=True),
+}
+
+
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each block", "whole"]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_checkpointed_is_in_the_one_graph_and_computes_the_same(
+    way: str, whole: bool
+) -> None:
+    """Dynamo asks the mode about a checkpoint, and a mode is off where it is asked."""
+    gradients = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), WAYS[way]())
+        autoprec.apply(plan_for(model, BF16_O2), model)
+        counter = CompileCounterWithBackend("aot_eager")
+        if is_compiled:
+            (model if whole else model[1]).compile(backend=counter, fullgraph=True)
+        model(torch.randn(4, WIDTH)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert counter.frame_count == 1
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager is not None
+        assert compiled is not None
+        assert torch.equal(eager, compiled)

@@ -16,7 +16,9 @@ running statistics into arguments, so that a cast would let them write into a co
 Activation checkpointing runs forward again in backward, where no root is in its forward. A module
 that is recomputed switches the mode on itself; a function is not ours, so the first layer that runs
 in a node of backward switches it on until the node is done, when autograd restores the thread's
-state (`join_recomputation`).
+state (`join_recomputation`). Compiled, a checkpointed function is one operation, which dynamo asks
+the mode about as about any other, and as a mode is off where it is asked, it goes on within
+(`_under`).
 """
 
 import copy
@@ -29,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
 
@@ -103,6 +106,7 @@ IN_FP32 = (
     | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
     | _functions("numpy __array__", Tensor)  # of which scipy's assignments are made
 )
+CHECKPOINT = tag_activation_checkpoint  # as dynamo sees `torch.utils.checkpoint.checkpoint`
 LERP = Tensor.lerp_  # in scripts that run with a plan another stands there, see averages.py
 LISTED = UNIFORM | INTO_FIRST | IN_FP32
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
@@ -126,7 +130,9 @@ class ActivationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.lerp_:
             func = LERP
-        if func is Tensor.unflatten and torch.compiler.is_compiling():
+        if func is CHECKPOINT:  # only dynamo asks: compiled, it is one operation
+            args = (_under(self, args[0]), *args[1:])
+        elif func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
         elif func is not _PARSE and func is not _COMPARE and func in LISTED:
             found: set[torch.dtype] = set()
@@ -141,6 +147,19 @@ class ActivationMode(TorchFunctionMode):
             if is_needed:
                 args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
         return func(*args, **kwargs)
+
+
+@part_of_callers
+def _under(mode: ActivationMode, function: Function) -> Function:
+    """Return a checkpointed function with the mode on, which is off where a mode is asked."""
+    with mode:  # changed within the function alone, the stack of modes would be a side effect
+        pass
+
+    def under(*args: Any, **kwargs: Any) -> Any:  # Any: the function's own
+        with mode:
+            return function(*args, **kwargs)
+
+    return under
 
 
 @part_of_callers

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from autoprec.common.text import first_and_more
@@ -217,7 +218,16 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _note(flags: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Note under a name whether a tensor is finite, on its device."""
+    """Note under a name whether a tensor is finite, on its device.
+
+    Unseen by dispatch modes: selective checkpointing counts a forward's operations, and a second
+    forward, whose flag joins the first one's, must have the same.
+    """
+    with _disable_current_modes():
+        _note_unseen(flags, name, tensor)
+
+
+def _note_unseen(flags: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     local = local_part(tensor.detach())
     # what has no values, or those of a transform such as vmap, says nothing
     if local.is_meta or isinstance(local, FakeTensor) or is_functorch_wrapped_tensor(local):
