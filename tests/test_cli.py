@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from autoprec.cli.main import leave, main
+from autoprec.errors import WorkloadError
 from autoprec.records import Plan, Profile, Search, Sensitivity, Verification
 from autoprec.tuning import doctor
 from autoprec.tuning.ranks import LAUNCHED_BY
@@ -347,6 +348,25 @@ def test_one_rank_says_that_all_were_interrupted(
         monkeypatch.setenv(name, str(rank) if name == "RANK" else "2")
     status, _, err = run("tune")
     assert (status, "interrupted" in err) == (130, rank == 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_all_ranks_is_left_to_the_first(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The others give torchrun the time to end them; one that fails alone says so then."""
+
+    def fail(**_: object) -> None:
+        raise WorkloadError("a batch must have rows, but it has none")
+
+    waits: list[float] = []
+    monkeypatch.setattr("autoprec.cli.main.app", fail)
+    monkeypatch.setattr("autoprec.cli.main.time.sleep", waits.append)
+    for name in LAUNCHED_BY:
+        monkeypatch.setenv(name, str(rank) if name == "RANK" else "2")
+    status, _, err = run("tune")
+    assert (status, len(waits)) == (2, rank)
+    assert "autoprec: error: a batch must have rows" in err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

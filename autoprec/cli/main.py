@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autoprec.tuning.run import Run
 
 log = logging.getLogger(__name__)
+FIRST_SAYS_S = 5.0  # torchrun looks at its ranks every 0.1 s, but rank 0 may end later than others
 T = TypeVar("T")
 
 app = typer.Typer(
@@ -347,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if isinstance(error, OSError):
             drop_output()
-        print(message, file=sys.stderr)
+        _tell(message)
         status = 2
     except KeyboardInterrupt:  # typer catches it inside a command only
         status = INTERRUPTED
@@ -357,6 +358,13 @@ def main(arguments: list[str] | None = None) -> None:
         # (dataclasses run some), and would end by SIGINT in place of our status; this forgets it.
         eval("None")
     sys.exit(status or 0)  # a command that returns nothing went well
+
+
+def _tell(message: str) -> None:
+    """Tell what ends the command: rank 0 if all ranks meet it, as torchrun ends the others then."""
+    if not is_first():
+        time.sleep(FIRST_SAYS_S)
+    print(message, file=sys.stderr)
 
 
 def _load_plan(path: Path) -> "Plan":
