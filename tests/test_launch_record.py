@@ -54,6 +54,15 @@ def recorded(workload: Workload) -> list[RecordedBatch]:
     return [*training, *workload.eval_batches()]
 
 
+def test_what_a_script_switches_on_for_its_process_is_off_behind_it(tmp_path: Path) -> None:
+    body = (
+        HEAD + "torch.autograd.set_detect_anomaly(True)\ntorch.set_default_device('cpu')\n" + LOOP
+    )
+    record(tmp_path, body)
+    assert not torch.is_anomaly_enabled()  # every stage would take half as long again
+    assert torch.utils._device.CURRENT_DEVICE is None
+
+
 def test_a_plain_script_becomes_a_workload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

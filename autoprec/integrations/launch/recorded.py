@@ -78,6 +78,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
         # what a script may change for the whole process, and the stages rely on, is put back
         stack.callback(torch.set_default_device, None)
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled())
         status = run_script(script)
     first = recorder.first
     if recorder.refusal is not None:
