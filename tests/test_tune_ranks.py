@@ -302,7 +302,8 @@ def _profile(folder: Path, *, compiled: bool, **ways: Any) -> None:  # Any: the 
     given = workload(**SHALLOW, **ways)
     context = Context(parallel_workload(given, CPU, in_fp32=gather_in_fp32), CPU, SEED)
     options = (FP32, BF16_O2)
-    profile = profile_model(context, capture_model(context), options=options, compiled=compiled)
+    with torch._inductor.config.patch(compile_threads=1):  # a fork has no threads of its parent's
+        profile = profile_model(context, capture_model(context), options=options, compiled=compiled)
     (folder / f"{rank()}").write_text(profile.model_dump_json())
 
 
