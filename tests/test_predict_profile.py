@@ -1,8 +1,13 @@
 """A captured model on a device that is not here: options, times, memory, whole steps."""
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autoprec.common.recipes import Gemm, Precision, Recipe
+from autoprec.model.capture import capture_model
+from autoprec.model.context import Context
 from autoprec.model.options import CONVERTED, ON_ANY_DEVICE
 from autoprec.model.roles import Role, role_of
 from autoprec.predict import Parallel, load_device_profile, predict_linear, predict_profile
@@ -19,6 +24,7 @@ from autoprec.records.model import (
     Refusal,
     fp8_option,
 )
+from autoprec.workload.functions import workload_from
 from tests.decoder_specs import decoder, linear_layer, model_of, plain_layer
 
 H100 = load_device_profile("h100-sxm")
@@ -289,3 +295,38 @@ def test_a_head_inside_a_fused_loss_costs_its_bf16_gemms_whatever_the_plan() -> 
         assert step(with_head, label) - step(without, label) == pytest.approx(gemms, rel=0.01)
     assert with_head.fixed_bf16_ms - without.fixed_bf16_ms == pytest.approx(gemms, rel=0.01)
     assert not any("lm_head" in row.names for row in with_head.layers)
+
+
+def test_what_runs_forward_alone_is_in_a_plans_time_too() -> None:
+    """Of checkpointed layers and teachers: rows of layers have their other calls alone."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(64, 64)
+            self.student = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                wanted = self.teacher(x)
+            y: Tensor = checkpoint(self.student, x, use_reentrant=False)
+            loss: Tensor = (y - wanted).square().mean()
+            return loss
+
+    workload = workload_from(
+        {
+            "build_model": Checkpointed,
+            "train_batches": lambda seed: iter([torch.ones(64, 64)] * 4),
+            "loss_fn": lambda model, batch: model(batch),
+        }
+    )
+    spec = capture_model(Context(workload, torch.device("cpu")))
+    assert spec.layer("teacher").forward_calls
+    assert spec.layer("student.0").forward_calls  # again, in backward
+    profile = predict_profile(spec, H100, options=ALL, compiled=True)
+    for option, fixed in ((FP32, profile.fixed_ms), (BF16_O2, profile.fixed_bf16_ms)):
+        rows = [row for row in profile.layers if row.option == option and row.total is not None]
+        of_layers = sum(len(row.names) * row.total.median_ms for row in rows if row.total)
+        step = profile.step(option.key)
+        assert step is not None
+        assert fixed + of_layers == pytest.approx(step.timing.median_ms)

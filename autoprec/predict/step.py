@@ -86,7 +86,8 @@ def step_times(spec: ModelSpec, choice: Choice, setting: Setting) -> StepTimes:
     once = replace(setting, parallel=replace(setting.parallel, recomputed=0.0))
     forward = [layer.forward_only for layer in spec.layers if layer.forward_calls]
     between += between_us(forward, activation, once, is_forward=True) * machine.step_overhead
-    layers += sum(layer_times(x, chosen.get(x.name, activation), once).total for x in forward)
+    # they are in no row of a layer, so a plan's time has them as what is between layers
+    between += sum(layer_times(x, chosen.get(x.name, activation), once).total for x in forward)
     numel = sum(_numel(layer, setting) for layer in forward if layer.name not in chosen)
     sharded = _fsdp_us(called, chosen, setting, once=numel * element_bytes(activation))
     return StepTimes(
