@@ -153,12 +153,8 @@ def run(
     loaded = _load_plan(plan)  # refused before torch is imported
     from autoprec.integrations.launch import Script, run_with_plan
 
-    def tell(text: str) -> None:
-        if is_first():  # of ranks that train one model
-            print(f"autoprec: {text}", file=sys.stderr, flush=True)
-
     running = Script(script, tuple(rest or ()), is_module)
-    outcome = run_with_plan(running, loaded, guard=guard, tell=tell)
+    outcome = run_with_plan(running, loaded, guard=guard, tell=_say)
     if not outcome.was_applied and not outcome.status:
         print(f"autoprec: {outcome.message}", file=sys.stderr, flush=True)
     raise typer.Exit(outcome.status or (0 if outcome.was_applied else 1))

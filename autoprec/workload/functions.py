@@ -55,7 +55,7 @@ from autoprec.common.lost_ranks import is_of_lost_rank
 from autoprec.common.progress import NOW
 from autoprec.common.text import error_line, shown_value
 from autoprec.errors import AutoprecError, WorkloadError
-from autoprec.workload.optimizers import in_turn, optimizer_refusal, plain_parts, trained_by
+from autoprec.workload.optimizers import checked_optimizer, plain_parts
 from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
@@ -248,26 +248,7 @@ class Workload:
             is_on_gpu = {p.device.type for p in trained} == {"cuda"}
             return torch.optim.AdamW(trained, fused=True if is_on_gpu else None)
         call, wanted = "build_optimizer(model)", "a torch.optim.Optimizer, or a list of them"
-        built = self._call(call, object, wanted, model)
-        found = built if isinstance(built, list | tuple) else (built,)
-        several = [each for each in found if isinstance(each, torch.optim.Optimizer)]
-        if not several or len(several) < len(found):
-            got = type(built).__name__
-            raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
-        if reason := next(filter(None, map(optimizer_refusal, several)), ""):
-            raise WorkloadError(f"{call} must return one that a plan can train, but {reason}")
-        own = [set(trained_by(each)) for each in several]
-        if not set().union(*own) <= set(model.parameters()):
-            raise WorkloadError(
-                f"{call} must optimise parameters of the model it is given, but it lists others; "
-                "pass model.parameters()"
-            )
-        if sum(map(len, own)) > len(set().union(*own)):
-            raise WorkloadError(f"{call} must give each parameter one optimizer, but some have two")
-        for each in several:
-            if callable(train := getattr(each, "train", None)):
-                train()  # schedule-free ones refuse to step before that
-        return in_turn(several)
+        return checked_optimizer(self._call(call, object, wanted, model), model, call, wanted)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         """Build the user's schedule of learning rates; None where there is none."""

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from autoprec.errors import WorkloadError
+
 Closure = Callable[[], Any]  # Any: the user's loss
 StepArguments = tuple[tuple[Any, ...], dict[str, Any]]  # Any: whatever a step is given
 _BY_ROW = ("crow_indices", "col_indices", "values")
@@ -148,6 +150,29 @@ def name_of(optimizer: Optimizer) -> str:
 def in_turn(optimizers: Sequence[Optimizer]) -> Optimizer:
     """Return optimizers of different weights as one, if there are several."""
     return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
+
+
+def checked_optimizer(built: object, model: nn.Module, call: str, wanted: str) -> Optimizer:
+    """Return as one, ready to step, what the user's `call` built for a model (or WorkloadError)."""
+    found = built if isinstance(built, list | tuple) else (built,)
+    several = [each for each in found if isinstance(each, Optimizer)]
+    if not several or len(several) < len(found):
+        got = type(built).__name__
+        raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
+    if reason := next(filter(None, map(optimizer_refusal, several)), ""):
+        raise WorkloadError(f"{call} must return one that a plan can train, but {reason}")
+    own = [set(trained_by(each)) for each in several]
+    if not set().union(*own) <= set(model.parameters()):
+        raise WorkloadError(
+            f"{call} must optimise parameters of the model it is given, but it lists others; "
+            "pass model.parameters()"
+        )
+    if sum(map(len, own)) > len(set().union(*own)):
+        raise WorkloadError(f"{call} must give each parameter one optimizer, but some have two")
+    for each in several:
+        if callable(train := getattr(each, "train", None)):
+            train()  # schedule-free ones refuse to step before that
+    return in_turn(several)
 
 
 def optimizer_refusal(optimizer: object) -> str:
