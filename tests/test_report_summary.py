@@ -16,7 +16,7 @@ from autoprec.records import (
     Verdict,
 )
 from autoprec.records.cost import BASELINES
-from autoprec.report import RunRecords, formats, summary_object
+from autoprec.report import RunRecords, formats, render_html, summary_object
 from autoprec.report.answer_page import answer_facts, next_lines
 from autoprec.report.promise import Promise
 from autoprec.report.step_times import plan_speedups, plan_steps
@@ -387,7 +387,7 @@ def test_what_gains_nothing_over_what_needs_no_plan_is_not_offered(
     proof = proof.model_copy(update={"steps": tuple(steps.values())})
     found = summarise_run(replace(run, verification=proof))
     assert found.answer.headline.startswith(said)
-    is_offered = any("apply" in line.text for line in next_lines(found, "out", ""))
+    is_offered = any("apply" in line.text for line in next_lines(found, "out"))
     assert is_offered is all(ratio > 1.0 for ratio in ratios.values())
     assert found.answer.fp8.startswith("FP8 pays") is (is_offered and "bf16_o2" not in ratios)
 
@@ -515,3 +515,22 @@ def test_fp32_everywhere_has_no_gap_to_expect() -> None:
     fp32 = plan.model_copy(update={"layers": tuple(layers), "certificate": None})
     assert Promise.of(None, fp32).expectation == ""
     assert "--run-steps" in Promise.of(None, plan).expectation
+
+
+def test_what_was_tuned_by_its_script_is_trained_by_it() -> None:
+    run = replace(make_run(), script="train.py --lr '1 e'")
+    lines = [line.text.strip() for line in next_lines(summarise_run(run), "out")]
+    assert "autoprec run --plan out/plan.json train.py --lr '1 e'" in lines
+    assert not any("apply" in line for line in lines)
+    assert "autoprec run --plan ./plan.json train.py" in render_html(run)
+
+
+def test_a_keep_that_costs_nothing_is_not_advised_against() -> None:
+    run = make_run(keep=("*=fp8_o1",), machine=CPU, M=2048, width=256)
+    search = run.search
+    assert search
+    search = search.model_copy(update={"free": search.exact})
+    same = summarise_run(replace(run, search=search))
+    for found, is_advised in ((summarise_run(run), True), (same, False)):
+        lines = [line.text for line in next_lines(found, "out")]
+        assert any("leave --keep out" in line for line in lines) is is_advised

@@ -10,10 +10,12 @@ import pytest
 from autoprec.errors import RecordError
 from autoprec.predict import load_device_profile
 from autoprec.records import ModelSpec, Recipe
+from autoprec.report import load_run
 from autoprec.tuning.folder import INPUTS, Folder
 from autoprec.tuning.run import Run
 from autoprec.tuning.settings import STAGES, Settings, all_settings
 from tests.decoder_specs import linear_layer, model_of
+from tests.report_runs import make_run
 
 Resumed = Callable[[], bool]
 
@@ -174,3 +176,16 @@ def test_a_stage_is_made_of_earlier_ones_only() -> None:
     assert tuple(INPUTS) == STAGES
     for stage, inputs in INPUTS.items():
         assert all(STAGES.index(name) < STAGES.index(stage) for name in inputs)
+
+
+def test_a_folder_knows_the_script_of_its_run(tmp_path: Path) -> None:
+    run, folder = make_run(), Folder(tmp_path)
+    assert run.profile
+    assert run.sensitivity
+    for record, script, known in (
+        (run.profile, "train.py --lr 1", "train.py --lr 1"),
+        (run.sensitivity, "", "train.py --lr 1"),  # a later command names no workload
+        (run.profile, "", ""),  # another run begins
+    ):
+        folder.keep(record, "digest", script=script)
+        assert load_run(tmp_path).script == known

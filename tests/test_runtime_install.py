@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autoprec
-from autoprec.errors import PlanMismatchError
+from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.records import (
     APPLICABLE_RECIPES,
     BF16_O2,
@@ -456,3 +456,12 @@ def test_parts_that_are_called_on_their_own_give_fp32_as_a_model_does(model: typ
     autoprec.undo(net, optimizer)
     assert type(net.first) is nn.Linear
     assert net.body[0](x).dtype is net.first(x).dtype is torch.float32
+
+
+def test_a_uniform_plan_of_what_is_not_there_is_one_clear_line() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    for option in ("fp8_o1", "fp8", "fp8_o1:rowwise-nothing"):
+        with pytest.raises(RecordError, match=rf"e\.g\. fp8_o1:rowwise, but it is '{option}'$"):
+            uniform_plan(model, option)
+    with pytest.raises(RecordError, match="must name layers of the model, but 9 is none"):
+        uniform_plan(model, "bf16_o2", {"9": FP32})

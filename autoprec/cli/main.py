@@ -115,8 +115,7 @@ def tune(
         print_parts(dry_run(settings), Console())
         return
     made = _run(settings, lambda run: run.make())
-    script = " ".join((settings.script, *settings.script_args)).strip()
-    _print_run(settings.out, as_json=as_json, verbose=verbose, script=script)
+    _print_run(settings.out, as_json=as_json, verbose=verbose)
     leave(made.exit_code)
 
 
@@ -402,7 +401,7 @@ def _say(text: str) -> None:
         print(f"autoprec: {text}", file=sys.stderr)
 
 
-def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> None:
+def _print_run(out: Path, *, as_json: bool, verbose: bool) -> None:
     if not is_first():
         return
     from rich.console import Console
@@ -413,7 +412,7 @@ def _print_run(out: Path, *, as_json: bool, verbose: bool, script: str = "") -> 
     if as_json:
         print(json.dumps(summary_object(run, out)))
     else:
-        print_summary(run, Console(), out=out, script=script, verbose=verbose)
+        print_summary(run, Console(), out=out, verbose=verbose)
 
 
 def _finish(record: "Record", *, as_json: bool, good: bool = True) -> NoReturn:

@@ -24,13 +24,11 @@ KEY = 10  # columns of the facts' names
 CUT = " ..."
 
 
-def print_answer(
-    found: Summary, console: Console, *, out: Path | str | None = None, script: str = ""
-) -> None:
-    """Print the short page; `out` is the run's folder as the user writes it, `script` what ran."""
+def print_answer(found: Summary, console: Console, *, out: Path | str | None = None) -> None:
+    """Print the short page; `out` is the run's folder as the user writes it."""
     style = "bold" if found.answer.advice is Advice.APPLY else "bold yellow"
     head = _wrapped(found.answer.headline, console, console.width, style)
-    below = [Line(""), *next_lines(found, out, script)]
+    below = [Line(""), *next_lines(found, out)]
     if out is not None:
         folder = Path(out).as_posix()
         below += [Line(f"report:    {folder}/report.html", is_whole=True)]
@@ -85,7 +83,7 @@ def _time_text(found: Summary) -> str:
     return f"{formats.ms(own.ms)} ms a step ({own.basis}): {', '.join(gains)}{without}"
 
 
-def next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[Line]:
+def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
     """Yield what to do: lines to paste where there is a plan to apply."""
     folder = Path(out or ".").as_posix()
     match found.answer.advice:
@@ -96,14 +94,14 @@ def next_lines(found: Summary, out: Path | str | None, script: str) -> Iterator[
                 "allow a larger --loss-tolerance, fix sensitive layers with --keep "
                 "'NAME=bf16_o2', or give the search more --trials"
             )
-        case Advice.SLOWER if found.run.plan and found.run.plan.constraint.keep:
+        case Advice.SLOWER if found.is_held_back:
             yield Line("leave --keep out, and the search has the free choice")
         case Advice.SLOWER if found.answer.rival == "bf16_o2":
             yield Line("for BF16 O2 in its place, tune with --keep '*=bf16_o2' --resume")
         case Advice.APPLY:
             yield from _beware_lines(found)
-            run = f"autoprec run --plan {folder}/plan.json {script or 'TRAIN.py'}"
-            if script:
+            run = f"autoprec run --plan {folder}/plan.json {found.run.script or 'TRAIN.py'}"
+            if found.run.script:
                 yield Line("train with it, the script as it is:")
                 yield Line(f"  {run}", "bold", is_whole=True)
                 return

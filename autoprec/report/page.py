@@ -51,7 +51,7 @@ def render_html(run: RunRecords) -> str:
         run=run,
         found=found,
         facts=list(answer_facts(found)),
-        next_lines=list(next_lines(found, ".", "")),
+        next_lines=list(next_lines(found, ".")),
         # the modules that draw it: templates call their functions
         figures=figures,
         formats=formats,

@@ -8,6 +8,7 @@ from autoprec.errors import RecordError
 from autoprec.records.base import FileRecord, parse_object
 from autoprec.records.cost import Profile
 from autoprec.records.plan import Certificate, Plan, Search
+from autoprec.records.run import RunState
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.records.verification import Verification
 
@@ -24,7 +25,8 @@ FILES: dict[str, type[FileRecord]] = {
 class RunRecords:
     """What the stages of one run left; None where a stage did not run.
 
-    `notes` say which files of the folder were set aside, and why.
+    `script` is the training script that was tuned, with its arguments; `notes` say which files of
+    the folder were set aside, and why.
     """
 
     plan: Plan | None = None
@@ -32,6 +34,7 @@ class RunRecords:
     sensitivity: Sensitivity | None = None
     search: Search | None = None
     verification: Verification | None = None
+    script: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -63,8 +66,11 @@ def load_run(path: Path | str) -> RunRecords:
     if Path(path).is_file():
         kind = parse_object(read_text(Path(path), what="record"), source=str(path)).get("kind")
         files = {str(kind): Path(path)} if kind in FILES else {}
+        state = RunState(stages={})
     else:
         files = {name: Path(path) / f"{name}.json" for name in FILES}
+        ran = Path(path) / "run.json"
+        state = RunState.load(ran) if ran.exists() else RunState(stages={})
     found = {name: FILES[name].load(file) for name, file in files.items() if file.exists()}
     if not found:
         names = ", ".join(f"{name}.json" for name in FILES)
@@ -72,7 +78,8 @@ def load_run(path: Path | str) -> RunRecords:
             f"a run folder must hold one of {names}, but {path} has none; "
             "give the folder that `autoprec tune MODEL.py --out FOLDER` wrote"
         )
-    return consistent_run(RunRecords(**found))  # type: ignore[arg-type]  # FILES maps the types
+    run = RunRecords(**found, script=state.script)  # type: ignore[arg-type]  # FILES maps the types
+    return consistent_run(run)
 
 
 def consistent_run(run: RunRecords) -> RunRecords:

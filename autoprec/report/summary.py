@@ -67,6 +67,13 @@ class Summary:
         return f"{count_of(len(self.layers), 'layer')}: {counts}" if counts else ""
 
     @property
+    def is_held_back(self) -> bool:
+        """Whether, as far as is known, the search would choose another plan without --keep."""
+        plan, search = self.run.plan, self.run.search
+        is_same = search and search.free and search.free.options == search.exact.options
+        return bool(plan and plan.constraint.keep) and not is_same
+
+    @property
     def peak_memory(self) -> tuple[int | None, int | None, Basis]:
         """The peak bytes of the plan's step and of BF16 O2's, and the basis of the plan's.
 

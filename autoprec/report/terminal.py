@@ -55,15 +55,14 @@ def print_summary(
     console: Console,
     *,
     out: Path | str | None = None,
-    script: str = "",
     verbose: bool = False,
 ) -> None:
     """Print the answer of a run, and if `verbose` layers, steps, loss and notes below it.
 
-    `out` is its folder, as the user will write it, `script` the one that was tuned.
+    `out` is its folder, as the user will write it.
     """
     found = summarise_run(run)
-    print_answer(found, console, out=out, script=script)
+    print_answer(found, console, out=out)
     if not verbose:
         return
     ceiling = [Line(found.ceiling)] if found.ceiling else []

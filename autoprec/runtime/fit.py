@@ -16,7 +16,7 @@ from torch._dynamo import OptimizedModule
 
 from autoprec.common.text import first_and_more, one_line
 from autoprec.device.ranks import sharded_tensor
-from autoprec.errors import PlanMismatchError
+from autoprec.errors import PlanMismatchError, RecordError
 from autoprec.model.layers import ModelLayers, layer_kind, linear_refusal, model_layers
 from autoprec.model.options import shape_refusal
 from autoprec.records import BF16_O2, Assignment, Basis, Constraint, Fingerprint, Option, Plan
@@ -193,9 +193,22 @@ def uniform_plan(
     """Return a plan without a search: `option` in every layer that can take it, else `bf16_o2`.
 
     An option may be given by its key, e.g. `fp8_o1:rowwise`; `others` are those of layers by name.
+
+    Raises:
+        RecordError: a key names no option, or `others` a layer that the model does not have.
     """
-    wanted = Option.parse(option) if isinstance(option, str) else option
+    try:
+        wanted = Option.parse(option) if isinstance(option, str) else option
+    except ValueError as error:
+        raise RecordError(
+            "an option must be fp32, bf16_o2 or fp8_o1 with a recipe, e.g. fp8_o1:rowwise, but it "
+            f"is {option!r}"
+        ) from error
     found = model_layers(model)
+    if missing := [name for name in others or {} if name not in found.modules]:
+        raise RecordError(
+            f"others must name layers of the model, but {first_and_more(missing)} is none"
+        )
     layers = []
     for name, layer in found.modules.items():
         # By the rule of what a layer can take; whether the device runs it, `apply` finds out.

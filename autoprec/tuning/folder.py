@@ -19,6 +19,7 @@ from autoprec.errors import RecordError
 from autoprec.predict.registry import profile_digest
 from autoprec.records import FileRecord, Plan, Profile, Sensitivity
 from autoprec.records.devices import DeviceProfile
+from autoprec.records.run import RunState
 from autoprec.tuning.settings import STAGES, Settings, all_settings
 
 Table = TypeVar("Table", Profile, Sensitivity)
@@ -30,15 +31,6 @@ INPUTS = {  # the stages whose records each stage's record is made of
     "search": ("profile", "sensitivity"),
     "verification": ("search",),
 }
-
-
-class RunState(FileRecord):
-    """`run.json`: a digest of the inputs of every finished stage."""
-
-    KIND = "run"
-    REMAKE = "`autoprec tune`, without --resume"
-
-    stages: dict[str, str]
 
 
 class Folder:
@@ -84,23 +76,26 @@ class Folder:
                 "wait for it, or choose another folder with --out"
             ) from error
 
-    def finished(self) -> dict[str, str]:
-        """Return the digest of each finished stage's inputs."""
+    @property
+    def state(self) -> RunState:
+        """What `run.json` says; without one, that nothing was run."""
         path = self.path / "run.json"
-        return dict(RunState.load(path).stages) if path.exists() else {}
+        return RunState.load(path) if path.exists() else RunState(stages={})
 
     def has(self, stage: str, digest: str) -> bool:
         """Whether the stage's record is here, made of the inputs of this digest."""
-        is_same = bool(digest) and self.finished().get(stage) == digest
+        is_same = bool(digest) and self.state.stages.get(stage) == digest
         return is_same and (self.path / f"{stage}.json").exists()
 
-    def keep(self, made: FileRecord, digest: str) -> None:
+    def keep(self, made: FileRecord, digest: str, *, script: str) -> None:
         """Write a stage's record, and note that the stage is finished; later ones are no more."""
         stage = made.KIND
         made.save(self.path / f"{stage}.json")
         earlier = STAGES[: STAGES.index(stage)]
-        done = {name: value for name, value in self.finished().items() if name in earlier}
-        RunState(stages={**done, stage: digest}).save(self.path / "run.json")
+        state = self.state if earlier else RunState(stages={})  # the first stage begins another run
+        done = {name: value for name, value in state.stages.items() if name in earlier}
+        stages, script = {**done, stage: digest}, script or state.script
+        RunState(stages=stages, script=script).save(self.path / "run.json")
 
     def digest(
         self, stage: str, settings: Settings, target: DeviceProfile | None, *, device: str = ""
@@ -126,7 +121,7 @@ class Folder:
         contents = [text_digest(file) for file in files]
         device = profile_digest(target) if target and stage == "profile" else device
         versions = software_versions() if device and not target else __version__
-        done = self.finished()
+        done = self.state.stages
         inputs = [done.get(name, "") for name in INPUTS[stage]]
         return short_digest(stage, chosen, contents, device, versions, inputs)
 

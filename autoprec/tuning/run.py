@@ -369,7 +369,7 @@ class Run:
 
                 stack.enter_context(random_state_kept())  # the caller's numbers go on as before
             made = made_on_all(make)
-        made_on_first(lambda: self.folder.keep(made, digest))
+        made_on_first(lambda: self.folder.keep(made, digest, script=self.settings.script_line))
         if stage == "profile":
             made_on_first(lambda: rows_path(self.settings).unlink(missing_ok=True))
         return made

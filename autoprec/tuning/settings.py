@@ -6,6 +6,7 @@ that reads it.
 """
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -272,6 +273,11 @@ class Settings:
                 "correct the name"
             )
         return cls(**{name: _read(name, known[name], value) for name, value in given.items()})
+
+    @property
+    def script_line(self) -> str:
+        """The script with its arguments, as it was given; "" of other workloads."""
+        return shlex.join((self.script, *self.script_args)) if self.script else ""
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, or would come to nothing."""
