@@ -79,6 +79,7 @@ def with_fp8(plan: Plan) -> Plan:
     fp8, layers, count = dict(fp8_option(Recipe.TENSORWISE)), [], 0
     for layer in plan.layers:
         is_linear = layer.kind is LayerKind.LINEAR
+        is_linear = is_linear and len(layer.shapes[0]) == 2  # a masked weight comes after the bias
         if is_linear and not shape_refusal(layer.shapes[0][1], layer.shapes[0][0]):
             count += 1
             layer = layer.model_copy(update=fp8 if count % 2 else {})

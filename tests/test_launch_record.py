@@ -264,6 +264,18 @@ def test_a_model_that_keeps_what_has_no_copy_is_recorded(tmp_path: Path) -> None
     assert not torch.equal(one.head.weight, other.head.weight)  # type: ignore[union-attr,arg-type]
 
 
+def test_weights_that_are_pruned_stay_pruned(tmp_path: Path) -> None:
+    prune = "from torch.nn.utils import prune\nprune.l1_unstructured(model.first, 'weight', 0.5)\n"
+    workload = record(tmp_path, HEAD + prune + LOOP)
+    models = [workload.build_model() for _ in range(2)]
+    for model in models:  # each trains weights of its own behind the mask
+        loss = workload.loss_fn(model, next(workload.train_batches(0)))
+        torch.autograd.backward(loss)
+        gradient = model.get_parameter("first.weight_orig").grad
+        assert gradient is not None
+        assert gradient.count_nonzero() == gradient.numel() // 2
+
+
 def test_the_wrapper_of_fabric_is_not_the_model(tmp_path: Path) -> None:
     """It rounds the model's inputs; `record` runs the first step again with them as they were."""
     head = HEAD.replace("self.first(x)", "self.first(x + 64 * torch.finfo(x.dtype).eps)")
@@ -364,7 +376,7 @@ def test_a_step_with_a_closure_is_recorded_as_one_without(tmp_path: Path) -> Non
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
     optimizer.step(closure=closure)
 """
@@ -599,6 +611,12 @@ REFUSALS = {
         "loss = F.cross_entropy(model(x), y)",
         "import threading; model(x, threading.Lock()); loss = F.cross_entropy(model(x), y)",
         "can be copied",
+    ),
+    "computed weights": (
+        "loss = F.cross_entropy(model(x), y)",
+        "new = {n: 2 * p for n, p in model.named_parameters()}; "
+        "loss = F.cross_entropy(torch.func.functional_call(model, new, x), y)",
+        r"first\.weight, first\.bias, .* are computed from others",
     ),
     "a closure in the place of forward": (
         "loss = F.cross_entropy(model(x), y)",

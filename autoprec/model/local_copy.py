@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoprec.common.text import first_and_more
 from autoprec.device.ranks import local_part, placed_like, sharded_tensor
 from autoprec.errors import WorkloadError
 from autoprec.model.layers import own_type
@@ -141,25 +142,36 @@ def _own_rows(part: nn.Embedding, args: Any, kwargs: Any) -> Any:  # Any: whatev
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a copy of a model; it shares what refuses to be copied (a lock, some configs).
 
+    What a module keeps that was computed (a masked weight, an earlier output) has no graph there.
+
     Raises:
-        RuntimeError: it keeps a tensor that has a graph.
+        WorkloadError: a parameter is computed from others, so that the copy's would not be.
     """
+    if computed := [name for name, tensor in model.named_parameters() if not tensor.is_leaf]:
+        raise WorkloadError(
+            f"its weights must be its own, but {first_and_more(computed)} are computed from others "
+            "as it is called (torch.func.functional_call does that)"
+        )
+    own = [item for module in model.modules() for item in vars(module).items()]
+    kept = [value for name, value in own if name not in STATE]
+    # what `deepcopy` finds in its memo it takes as it is
+    memo: Memo = {id(t): t.detach().clone() for t in tree_leaves(kept) if _has_graph(t)}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(memo))
     except REFUSALS:
-        own = [item for module in model.modules() for item in vars(module).items()]
-        kept = [value for name, value in own if name not in STATE and not _can_be_copied(value)]
-        # what `deepcopy` finds in its memo it takes as it is
-        return copy.deepcopy(model, {id(value): value for value in kept})
+        memo |= {id(value): value for value in kept if not _can_be_copied(value, dict(memo))}
+        return copy.deepcopy(model, memo)
 
 
-def _can_be_copied(value: object) -> bool:
+def _has_graph(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
+def _can_be_copied(value: object, memo: Memo) -> bool:
     try:
-        copy.deepcopy(value)
+        copy.deepcopy(value, memo)
     except REFUSALS:
         return False
-    except RuntimeError:  # a tensor with a graph, which two models must not share
-        pass
     return True
 
 

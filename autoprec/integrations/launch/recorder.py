@@ -27,6 +27,7 @@ from torch.optim import optimizer as step_hooks
 
 from autoprec.common.text import error_line
 from autoprec.device.ranks import world_size
+from autoprec.errors import WorkloadError
 from autoprec.integrations.launch.alive import is_joined, join, smallest_with
 from autoprec.integrations.launch.calls import FirstCall, RecordedBatch, RecordedCall, SeenCall
 from autoprec.integrations.launch.optimizers import SeenOptimizer
@@ -223,7 +224,7 @@ class Recorder:
                 template, policy = copy_sharded(model)
             else:
                 template = copy_model(model).to("cpu")
-        except (RuntimeError, *REFUSALS) as error:
+        except (RuntimeError, WorkloadError, *REFUSALS) as error:
             reason = error_line(error)
             self.refuse(f"the model must be one that can be copied, but copying it fails: {reason}")
         template.zero_grad(set_to_none=True)
