@@ -376,7 +376,7 @@ def test_a_step_with_a_closure_is_recorded_as_one_without(tmp_path: Path) -> Non
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
-        torch.autograd.backward(loss)
+        loss.backward()
         return loss
     optimizer.step(closure=closure)
 """
