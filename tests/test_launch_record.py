@@ -264,6 +264,20 @@ def test_a_model_that_keeps_what_has_no_copy_is_recorded(tmp_path: Path) -> None
     assert not torch.equal(one.head.weight, other.head.weight)  # type: ignore[union-attr,arg-type]
 
 
+def test_a_function_that_closes_over_layers_is_that_of_each_copy(tmp_path: Path) -> None:
+    closure = (
+        "def closing_over(layer):\n    return lambda x, *, scale=2: scale * layer(x)\n"
+        "model.first_of = closing_over(model.first)\n"
+    )
+    workload = record(tmp_path, HEAD.replace("self.first(x)", "self.first_of(x)") + closure + LOOP)
+    before = first_loss(workload)
+    model = workload.build_model()
+    Training(workload, model, workload.build_optimizer(model)).step(
+        list(islice(workload.train_batches(0), 1))
+    )
+    assert first_loss(workload) == before
+
+
 def test_weights_that_are_pruned_stay_pruned(tmp_path: Path) -> None:
     prune = "from torch.nn.utils import prune\nprune.l1_unstructured(model.first, 'weight', 0.5)\n"
     workload = record(tmp_path, HEAD + prune + LOOP)

@@ -9,6 +9,7 @@ tokens of their own), or nothing.
 
 import copy
 from dataclasses import dataclass, replace
+from types import CellType, FunctionType
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -142,7 +143,8 @@ def _own_rows(part: nn.Embedding, args: Any, kwargs: Any) -> Any:  # Any: whatev
 def copy_model(model: nn.Module) -> nn.Module:
     """Return a copy of a model; it shares what refuses to be copied (a lock, some configs).
 
-    What a module keeps that was computed (a masked weight, an earlier output) has no graph there.
+    What a module keeps that was computed (a masked weight, an earlier output) has no graph there,
+    and its functions that close over modules do so over the copies.
 
     Raises:
         WorkloadError: a parameter is computed from others, so that the copy's would not be.
@@ -157,10 +159,27 @@ def copy_model(model: nn.Module) -> nn.Module:
     # what `deepcopy` finds in its memo it takes as it is
     memo: Memo = {id(t): t.detach().clone() for t in tree_leaves(kept) if _has_graph(t)}
     try:
-        return copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, found := dict(memo))
     except REFUSALS:
         memo |= {id(value): value for value in kept if not _can_be_copied(value, dict(memo))}
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, found := memo)
+    for module in copied.modules():
+        vars(module).update({n: _rebound(x, found) for n, x in vars(module).items()})
+    return copied
+
+
+def _rebound(value: Any, copies: Memo) -> Any:  # Any: an attribute of a module
+    """Return a function that closes over modules as one that closes over their copies."""
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    inside = [cell.cell_contents for cell in value.__closure__]
+    if not any(isinstance(content, nn.Module) for content in inside):
+        return value
+    cells = tuple(CellType(copies.get(id(content), content)) for content in inside)
+    names = value.__code__, value.__globals__, value.__name__, value.__defaults__
+    rebound = FunctionType(*names, cells)
+    rebound.__kwdefaults__ = value.__kwdefaults__
+    return rebound
 
 
 def _has_graph(value: object) -> bool:
