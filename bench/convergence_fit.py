@@ -7,9 +7,9 @@
 A plan is above the noise when its mean gap is more than two standard errors, its own or half of the
 median one of its family and horizon, and sharp when also the ends of its 80 % interval are less
 than a factor of 2 apart: of others nobody can say whether a prediction was within one. The rule is
-that of `sensitivity.gap`, gap = c e N^a, e after 50 steps; both are fitted by least absolute
-deviations of log(gap) over the plans, and each family is predicted by the fit to the others of the
-six that are not held back.
+that of `sensitivity.gap`, gap = c e N^a, e after 50 steps with grad_weight's by half; both are
+fitted by least absolute deviations of log(gap) over the plans, and each family is predicted by the
+fit to the others of the six that are not held back.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from convergence_families import FAMILIES, HELD_BACK
 from scipy.stats import spearmanr
 
 from autoprec.records import ExpectedGap, HorizonGap, LossGap
+from autoprec.records.sensitivity import GRAD_WEIGHT_COUNTS
 from autoprec.sensitivity.gap import (
     ABOVE,
     BELOW,
@@ -120,6 +121,8 @@ def read_rows() -> tuple[dict[Key, Row], dict[tuple[str, int], Row]]:
         row["noise"] = max(row["exact_se"], statistics.median(beside) / 2)
         row["clear"] = row["exact"] > 2 * row["noise"]
         row["sharp"] = row["clear"] and row["exact"] > 3 * QUANTILE * row["exact_se"]
+    for key, row in plans.items():
+        row["parts"] = _gemm_parts(key, plans)
     for (family, steps), row in references.items():
         row["slope"] = _slope(references, family, steps)
     return plans, references
@@ -140,22 +143,23 @@ def _slope(references: Mapping[tuple[str, int], Row], family: str, steps: int) -
 # --- fit -----------------------------------------------------------------------------------------
 
 
+PRODUCT_RULE = "grad_weight x 0.5"
 PUBLISHED = {"output": 0.72, "grad_input": 0.38, "grad_weight": 0.07}  # middles, Quartet II
-WEIGHTS = (0.25, 0.5, 1.0)
 Law = tuple[float, float]  # the gap of a whole run of 300 steps per error, and its growth
 PRODUCT: Law = (LEVEL, GROWTH)
+Rule = Callable[[Key], float]  # the gap that a plan is predicted to have
 
 
-def predict(row: Row, law: Law, r: float = 1.0) -> float:
-    error: float = row["e50"]
-    return r * error * law[0] * math.pow(row["steps"] / WHOLE_STEPS, law[1])
+def predict(row: Row, law: Law, r: float = 1.0, weight: float = GRAD_WEIGHT_COUNTS) -> float:
+    error = row["e50"] - (1.0 - weight) * row["parts"]["grad_weight"]
+    return float(r * error * law[0] * math.pow(row["steps"] / WHOLE_STEPS, law[1]))
 
 
-def fit(rows: Sequence[tuple[Row, float]]) -> Law:
+def fit(rows: Sequence[tuple[Row, float]], weight: float = GRAD_WEIGHT_COUNTS) -> Law:
     """Return the law that fits these plans, each with its r, best."""
 
     def loss(growth: float) -> tuple[float, float]:
-        logs = [math.log(row["exact"] / predict(row, (1.0, growth), r=r)) for row, r in rows]
+        logs = [math.log(row["exact"] / predict(row, (1.0, growth), r, weight)) for row, r in rows]
         middle = statistics.median(logs)
         return _mean([abs(value - middle) for value in logs]), middle
 
@@ -207,11 +211,8 @@ def tables() -> Iterator[str]:
     for kind in ("sharp", "clear"):
         kept = {k: row for k, row in whole.items() if row[kind]}
         name = "sharp" if kind == "sharp" else "above the noise"
-        for title, of in (("e alone", ""), ("e, r of the warm-up", "r"), ("e, r of runs", "slope")):
-            rows += _agreements(f"{name}, {title}", kept, references, of)
-        rows += [
-            _by_gemm(f"{name}, GEMMs apart, grad_weight x {w}", kept, whole, w) for w in WEIGHTS
-        ]
+        for title, rule in _rules(kept, references).items():
+            rows += _agreements(f"{name}, {title}", kept, rule, every=title == PRODUCT_RULE)
         yield (
             f"\nCeiling, {name}: a perfect predictor would be within a factor of 2 for "
             f"{ceiling(six, kind)}.\n"
@@ -227,66 +228,89 @@ def tables() -> Iterator[str]:
 AGREEMENT = ["n", "Spearman", "within 2x", "ratio"]
 
 
-def left_out(kept: Mapping[Key, Row], r: Mapping[tuple[str, int], float]) -> dict[str, Law]:
+def left_out(
+    kept: Mapping[Key, Row], r: Mapping[tuple[str, int], float], weight: float = GRAD_WEIGHT_COUNTS
+) -> dict[str, Law]:
     """Return the law of every family, fitted to the six but it."""
     return {
         family: fit(
-            [(row, r[k[0], k[1]]) for k, row in kept.items() if k[0] not in (family, *HELD_BACK)]
+            [(row, r[k[0], k[1]]) for k, row in kept.items() if k[0] not in (family, *HELD_BACK)],
+            weight,
         )
         for family in FAMILIES
     }
 
 
-def _agreements(
-    title: str, kept: Mapping[Key, Row], references: Mapping[tuple[str, int], Row], of: str
-) -> Iterator[list[str]]:
-    r = {key: row[of] if of else 1.0 for key, row in references.items()}
-    laws = left_out(kept, r)
-    for steps in (*HORIZONS, 0) if not of else (0,):
-        found = []
-        for held in (False, True):
-            keys = [k for k in kept if (k[0] in HELD_BACK) is held and steps in (0, k[1])]
-            pairs = [
-                (predict(kept[k], laws[k[0]], r=r[k[0], k[1]]), kept[k]["exact"]) for k in keys
-            ]
-            found += agreement(pairs)
-        yield [title, str(steps or "all"), *found]
+def _rules(kept: Mapping[Key, Row], references: Mapping[tuple[str, int], Row]) -> dict[str, Rule]:
+    """Return the ways to predict, the product's first."""
+    none = dict.fromkeys(references, 1.0)
+    of_runs = {of: {key: row[of] for key, row in references.items()} for of in ("r", "slope")}
+    return {
+        PRODUCT_RULE: _by_e(kept, none, GRAD_WEIGHT_COUNTS),
+        "grad_weight x 0.25": _by_e(kept, none, 0.25),
+        "grad_weight x 1": _by_e(kept, none, 1.0),
+        "GEMMs apart, grad_weight x 0.5": _by_gemm(kept, 0.5),
+        "GEMMs apart, grad_weight x 0.25": _by_gemm(kept, 0.25),
+        "r of the warm-up": _by_e(kept, of_runs["r"], GRAD_WEIGHT_COUNTS),
+        "r of runs": _by_e(kept, of_runs["slope"], GRAD_WEIGHT_COUNTS),
+    }
 
 
-def _by_gemm(
-    title: str, kept: Mapping[Key, Row], whole: Mapping[Key, Row], weight: float
-) -> list[str]:
-    """Return the agreement where e of each GEMM grows by its published exponent; a level is fitted.
+def _by_e(kept: Mapping[Key, Row], r: Mapping[tuple[str, int], float], weight: float) -> Rule:
+    laws = left_out(kept, r, weight)
+    return lambda key: predict(kept[key], laws[key[0]], r[key[0], key[1]], weight)
+
+
+def _by_gemm(kept: Mapping[Key, Row], weight: float) -> Rule:
+    """Return a rule where e of each GEMM grows by its published exponent; a level is fitted.
 
     Quartet II's runs with one NVFP4 GEMM at a time; an error of grad_weight counts `weight`.
     """
     counts = {"output": 1.0, "grad_input": 1.0, "grad_weight": weight}
 
-    def predicted(key: Key) -> float:
-        steps = key[1] / WHOLE_STEPS
-        parts = _gemm_parts(key, whole)
-        return sum(counts[g] * e * math.pow(steps, PUBLISHED[g]) for g, e in parts.items())
+    def without_level(row: Row) -> float:
+        steps, parts = row["steps"] / WHOLE_STEPS, row["parts"].items()
+        return math.fsum(counts[g] * e * math.pow(steps, PUBLISHED[g]) for g, e in parts)
 
-    found = []
-    for held in (False, True):
-        pairs = []
-        for family in (f for f in FAMILIES if (f in HELD_BACK) is held):
-            others = [k for k in kept if k[0] not in (family, *HELD_BACK)]
-            level = statistics.median(kept[k]["exact"] / predicted(k) for k in others)
-            own = [k for k in kept if k[0] == family]
-            pairs += [(level * predicted(k), kept[k]["exact"]) for k in own]
-        found += agreement(pairs)
-    return [title, "all", *found]
+    levels = {
+        family: statistics.median(
+            row["exact"] / without_level(row)
+            for k, row in kept.items()
+            if k[0] not in (family, *HELD_BACK)
+        )
+        for family in FAMILIES
+    }
+    return lambda key: levels[key[0]] * without_level(kept[key])
 
 
-def _gemm_parts(key: Key, whole: Mapping[Key, Row]) -> dict[str, float]:
+def _agreements(
+    title: str, kept: Mapping[Key, Row], rule: Rule, *, every: bool
+) -> Iterator[list[str]]:
+    """Yield how well plans are predicted: all, whole recipes, and each horizon if `every`."""
+    sets = {"all": list(kept), "all, whole recipes": [k for k in kept if not _is_one_gemm(k)]}
+    if every:
+        sets |= {str(steps): [k for k in kept if k[1] == steps] for steps in HORIZONS}
+    for name, keys in sets.items():
+        found = []
+        for held in (False, True):
+            own = (k for k in keys if (k[0] in HELD_BACK) is held)
+            found += agreement([(rule(k), kept[k]["exact"]) for k in own])
+        yield [title, name, *found]
+
+
+def _is_one_gemm(key: Key) -> bool:
+    return key[3].removeprefix("one bit, ") in PUBLISHED
+
+
+def _gemm_parts(key: Key, plans: Mapping[Key, Row]) -> dict[str, float]:
     """Return e of each GEMM: one bit's is 16 times rowwise's, three bits; mixes are as rowwise."""
-    rowwise: float = whole[*key[:3], "rowwise"]["e50"]
+    rowwise: float = plans[*key[:3], "rowwise"]["e50"]
     least = 1e-6 * rowwise
-    coarse = {g: whole[*key[:3], f"one bit, {g}"]["e50"] for g in PUBLISHED}
+    coarse = {g: plans[*key[:3], f"one bit, {g}"]["e50"] for g in PUBLISHED}
     parts = {g: max((e - rowwise) / 15, least) for g, e in coarse.items()}
-    alone, e = key[3].removeprefix("one bit, "), whole[key]["e50"]
-    if alone in parts:
+    e = plans[key]["e50"]
+    if _is_one_gemm(key):
+        alone = key[3].removeprefix("one bit, ")
         return parts | {alone: max(e - sum(parts.values()) + parts[alone], 0.0)}
     return {g: e * part / sum(parts.values()) for g, part in parts.items()}
 

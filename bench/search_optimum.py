@@ -74,21 +74,22 @@ def compare(name: str) -> None:
     table, same, alone, counts, sources = [], [], [], [], []
     for seed, share in itertools.product(range(TIMES), BUDGETS):
         profile = profile_of(spec, made_up(spec, choices, seed), fixed_bf16_ms=1.0)
-        budget = share * max(error.mean for error in plans.values())
+        costs = make_costs(profile, sensitivity)
+        truth = {plan: e.scaled(costs.counted_share(plan)) for plan, e in plans.items()}
+        budget = share * max(error.mean for error in truth.values())
         search = search_plan(
             profile,
             sensitivity,
             constraint=Constraint(loss_tolerance=1e-3, grad_error_budget=budget),
             evaluate=lambda plan, _: plans[plan],  # the truth, however many batches
         )
-        costs = make_costs(profile, sensitivity)
 
         def time_to_loss(plan: Options) -> float:
-            return costs.counted_ms(plan) * (1.0 + plans[plan].mean)  # noqa: B023  # used at once
+            return costs.counted_ms(plan) * (1.0 + truth[plan].mean)  # noqa: B023  # used at once
 
         found, exact = search.chosen.options, search.exact.options
-        held = [p for p, e in plans.items() if e.mean + (e.stderr or 0.0) <= budget]
-        within = [p for p, e in plans.items() if e.mean <= budget]
+        held = [p for p, e in truth.items() if e.mean + (e.stderr or 0.0) <= budget]
+        within = [p for p, e in truth.items() if e.mean <= budget]
         best_ms = min(map(time_to_loss, held))
         table.append(time_to_loss(exact) / best_ms if exact in held else math.inf)
         same.append(time_to_loss(found) / best_ms)

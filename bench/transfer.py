@@ -83,7 +83,7 @@ def measured(member: Member) -> Measured:
 
 
 def errors_of(sensitivity: Sensitivity, option: Option) -> dict[str, float]:
-    return {r.name: max(r.grad_error.mean, 0.0) for r in sensitivity.rows if r.option == option}
+    return {r.name: r.counted_error for r in sensitivity.rows if r.option == option}
 
 
 def roles_of(errors: dict[str, float]) -> dict[str, float]:
@@ -140,7 +140,7 @@ def plan_within(tolerance: float, proxy: Measured, large: Measured) -> Plan:
         layer.model_copy(update=dict(chosen[layer.name])) if layer.name in chosen else layer
         for layer in plan.layers
     )
-    rows = {(row.name, row.option): max(row.grad_error.mean, 0.0) for row in transferred.rows}
+    rows = {(row.name, row.option): row.counted_error for row in transferred.rows}
     error = math.fsum(rows.get((layer.name, layer.option), 0.0) for layer in layers)
     made = plan.fingerprint.model_copy(update={"time_basis": Basis.PREDICTED})
     return plan.model_copy(

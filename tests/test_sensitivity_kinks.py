@@ -354,7 +354,9 @@ def test_measured_rows_take_along_what_casts_alike(monkeypatch: pytest.MonkeyPat
         means = [row.grad_error.mean for row in found.rows]
         assert means == pytest.approx([*expected, 1.0, 1.0, 1.0, 1.0])
     # what stays in a layer's own parameters is known, and not multiplied
-    table = replace(table, staying={("seen", rowwise): 0.75, ("seen", tensorwise): 1.0})
+    staying = {("seen", rowwise): 0.75, ("seen", tensorwise): 1.0}
+    rows = tuple(r.model_copy(update={"staying": staying.get(r.cell, 0.0)}) for r in table.rows)
+    table = replace(table, rows=rows)
     found = refine_table(reference, table, [("seen", with_gw_hp)], batches=2)
     means = [row.grad_error.mean for row in found.rows]
     assert means[:4] == pytest.approx([1.0, 0.75 + 0.25 * 16.0, 16.0, 1.0])
@@ -368,10 +370,11 @@ def test_recipes_that_cast_alike_forward_are_measured_once(monkeypatch: pytest.M
     casts = Counter((name, doubts.forward_casts(option)) for name, option in table.refined)
     assert set(casts.values()) == {1}
     assert len(casts) == 2 * len(reference.spec.layers)
+    staying = {row.cell: row.staying for row in table.rows}
     for name, option in table.refined:
-        alike = [o for n, o in table.staying if n == name and doubts.is_whole(o)]
-        alike = [o for o in alike if doubts.forward_casts(o) == doubts.forward_casts(option)]
-        assert table.staying[name, option] == min(table.staying[name, o] for o in alike)
+        alike = [r for r in table.rows if r.name == name and doubts.is_whole(r.option)]
+        alike = [r for r in alike if doubts.forward_casts(r.option) == doubts.forward_casts(option)]
+        assert staying[name, option] == min(row.staying for row in alike) > 0.0
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.0])

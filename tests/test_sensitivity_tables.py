@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
+from autoprec.model.options import grad_weight_in_bf16
 from autoprec.records import (
     BF16_O2,
     Estimate,
@@ -276,3 +277,22 @@ def test_a_layer_that_no_loss_reads_has_no_error_in_any_option() -> None:
     for rows in (exact, probed):
         assert all(row.grad_error.mean == 0.0 for (n, _), row in rows.items() if n == "pooler")
         assert all(row.grad_error.mean > 0.0 for (n, _), row in rows.items() if n == "body")
+
+
+def test_what_stays_in_a_layer_is_known_by_both_ways() -> None:
+    """And is what the layer's error is less with its grad_weight GEMM in BF16."""
+    spec, reference = prepared(mlp_workload(), batches=1)
+    cells = list_cells(spec, None, gemms_hp=True)
+    table = make_table(reference, cells, Method.LAYERWISE)
+    exact, probed = by_cell(table.rows), make_rows(probe_batches(reference, cells, probes=1), cells)
+    for row in probed:
+        if row.option.is_fp8:
+            assert exact[row.cell].staying == pytest.approx(row.staying, rel=1e-5)
+    whole = [cell for cell in cells if cell[1].is_fp8 and not cell[1].gemms_hp]
+    assert any(exact[cell].staying > 1e-4 for cell in whole)
+    for name, option in whole:
+        kept = grad_weight_in_bf16(option)
+        if kept is not None and kept != option:
+            less = exact[name, option].grad_error.mean - exact[name, kept].grad_error.mean
+            staying = exact[name, option].staying - exact[name, kept].staying
+            assert staying == pytest.approx(less, rel=0.2, abs=0.1 * exact[name, option].staying)

@@ -56,12 +56,12 @@ class _Change:
 
 
 class _Table:
-    """The proxy's gradient error by layer and option, and of whole assignments."""
+    """The proxy's gradient error, as plans count it, by layer and option and of assignments."""
 
     def __init__(self, proxy: ModelSpec, sensitivity: Sensitivity) -> None:
         self.options = {layer.name: layer.options for layer in proxy.layers}
         self.activations = sensitivity.between_layers
-        self._rows = {r.cell: max(r.grad_error.mean, 0.0) for r in sensitivity.rows}
+        self._rows = {r.cell: r.counted_error for r in sensitivity.rows}
 
     def error(self, name: str, option: Option) -> float:
         return self._rows.get((name, option), 0.0)

@@ -143,9 +143,12 @@ def _share(name: str, rows: Sequence[LayerSensitivity], index: int, count: int) 
     mean = scale * math.fsum(share * rows[at].grad_error.mean for at, share in weights.items())
     known = [error for at in weights if (error := rows[at].grad_error.stderr) is not None]
     stderr = scale * max(known) if len(known) == len(weights) else None
-    estimate = Estimate(mean=mean, stderr=stderr)
     return LayerSensitivity(
-        name=name, option=rows[0].option, grad_error=estimate, basis=Basis.TRANSFERRED
+        name=name,
+        option=rows[0].option,
+        grad_error=Estimate(mean=mean, stderr=stderr),
+        basis=Basis.TRANSFERRED,
+        staying=scale * math.fsum(share * rows[at].staying for at, share in weights.items()),
     )
 
 

@@ -151,8 +151,9 @@ class Phase(Record):
 class Plan(FileRecord):
     """The precision of every layer of one model.
 
-    `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`): about that
-    many extra steps per step. `schedule` is empty when FP8 runs from the first step to the last.
+    `grad_error` is the joint gradient error (measured or not, see `grad_error_basis`) with that of
+    grad_weight GEMMs by half, as in `LayerSensitivity.counted_error`: about that many extra steps
+    per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
     whose outputs stay FP32 up to the next layer: BF16 is too coarse between them. `expected_gap` is
     what the search predicts for the end of the run; None where nobody said how long it is.

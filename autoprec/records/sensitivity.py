@@ -7,12 +7,21 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from autoprec.records.base import FileRecord, Record
 from autoprec.records.model import Basis, Option
 
+# What an error that stays in the layer's own weights costs a run, beside one that spreads: any
+# weight up to this predicts runs alike (decision 053), and this is the most cautious
+GRAD_WEIGHT_COUNTS = 0.5
+
 
 class Estimate(Record):
     """A mean with its standard error over batches (None when a single batch leaves it unknown)."""
 
     mean: float
     stderr: NonNegativeFloat | None = None
+
+    def scaled(self, factor: float) -> "Estimate":
+        """Return the estimate times a factor."""
+        stderr = None if self.stderr is None else self.stderr * factor
+        return Estimate(mean=self.mean * factor, stderr=stderr)
 
 
 class Operand(StrEnum):
@@ -26,18 +35,30 @@ class Operand(StrEnum):
 class LayerSensitivity(Record):
     """One layer x option against the reference.
 
-    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR).
+    `grad_error` is the gradient error E|P(g - g_ref)|^2 / E|P g_ref|^2 (1/SQNR), and `staying` the
+    part of it that stays in the layer's own parameters: the error of its grad_weight GEMM, 0 where
+    it is not known.
     """
 
     name: str
     option: Option
     grad_error: Estimate
     basis: Basis = Basis.MEASURED
+    staying: NonNegativeFloat = 0.0
 
     @property
     def cell(self) -> tuple[str, Option]:
         """The layer and the option that it is of."""
         return self.name, self.option
+
+    @property
+    def counted_error(self) -> float:
+        """The gradient error as plans count it: what stays in the layer's own parameters by half.
+
+        Noise that made it negative counts as 0.
+        """
+        whole = max(self.grad_error.mean, 0.0)
+        return whole - (1.0 - GRAD_WEIGHT_COUNTS) * min(self.staying, whole)
 
 
 class OperandStatistics(Record):

@@ -183,7 +183,7 @@ def options_frame(run: RunRecords) -> "pd.DataFrame":
             facts.setdefault((name, timing.option), {}).update(_timing_facts(timing))
     for effect in _effects(run):
         facts.setdefault(effect.cell, {}).update(
-            grad_error=effect.grad_error.mean,
+            grad_error=effect.counted_error,
             grad_error_stderr=effect.grad_error.stderr,
             grad_error_basis=effect.basis.value,
         )

@@ -321,8 +321,9 @@ def plan_grad_error(run: RunRecords) -> Estimate | None:
     if run.plan is None or run.plan.grad_error is None:
         return None
     for joint in run.sensitivity.joint if run.sensitivity else ():
-        if joint.options == run.plan.options:
-            return Estimate(mean=run.plan.grad_error, stderr=joint.grad_error.stderr)
+        if joint.options == run.plan.options and joint.grad_error.mean > 0.0:
+            # as plans count it, which is less than was measured
+            return joint.grad_error.scaled(run.plan.grad_error / joint.grad_error.mean)
     if run.search and run.search.chosen.options == run.plan.options:
         return Estimate(mean=run.plan.grad_error, stderr=run.search.chosen.grad_error_stderr)
     return Estimate(mean=run.plan.grad_error)

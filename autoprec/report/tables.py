@@ -75,7 +75,8 @@ def sensitivity_sentences(sensitivity: Sensitivity) -> Iterator[str]:
         )
     for joint in sensitivity.joint:
         yield (
-            f"{joint.label}, all layers at once: {formats.grad_error(joint.grad_error)}, "
+            f"{joint.label}, all layers at once, grad_weight's counted whole: "
+            f"{formats.grad_error(joint.grad_error)}, "
             f"sum of parts {formats.share(joint.predicted_grad_error)}{_overlap(joint)}"
         )
     yield (
@@ -100,7 +101,7 @@ def recipe_costs(sensitivity: Sensitivity) -> list[tuple[str, int, float, float]
             continue
         own = {row.name: row for row in sensitivity.rows if row.option == option}
         others = [r for r in sensitivity.rows if r.option == BF16_O2 and r.name not in own]
-        parts = sum(max(row.grad_error.mean, 0.0) for row in (*own.values(), *others))
+        parts = sum(row.counted_error for row in (*own.values(), *others))
         grad_error = sensitivity.between_layers + parts
         gap = predicted_loss_gap(sensitivity, grad_error, HORIZON_STEPS)
         title = formats.option(option)

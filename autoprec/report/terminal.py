@@ -133,7 +133,7 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     """Return the gradient error per layer and option, the layers with the largest first."""
     found: dict[str, dict[Option, float]] = {}
     for row in sensitivity.rows:
-        found.setdefault(row.name, {})[row.option] = row.grad_error.mean
+        found.setdefault(row.name, {})[row.option] = row.counted_error
     ranked = sorted(found.items(), key=lambda item: max(item[1].values()), reverse=True)
     options = list(dict.fromkeys(row.option for row in sensitivity.rows))[:MOST_OPTIONS]
     rows = [
@@ -142,9 +142,9 @@ def _sensitivity_parts(sensitivity: Sensitivity) -> list[Part]:
     ]
     names = (formats.option(option).replace(" ", "\n") for option in options)
     heads = ("layer", *(name.replace("_with_", "_\nwith_") for name in names))
-    method = sensitivity.method.replace("_", " ")
+    against = f"{sensitivity.reference} ({sensitivity.method.replace('_', ' ')})"
     return [
-        Line(f"gradient error against {sensitivity.reference} ({method})", "bold"),
+        Line(f"gradient error against {against}, grad_weight's by half", "bold"),
         *([Line(sensitivity.table_check, "bold")] if sensitivity.table_check else []),
         Table(heads, rows, numbers=range(1, len(heads))),
         *map(Line, and_more(len(ranked) - MOST_SHOWN, "layer", " in sensitivity.json")),

@@ -210,9 +210,11 @@ class Correction:
 def seen_beside(costs: Costs, sensitivity: Sensitivity) -> tuple[Seen, ...]:
     """Return the plans that the table was checked with, where all their cells have a price."""
     return tuple(
-        Seen(one.options, one.grad_error.mean, one.grad_error.stderr or 0.0, one.overlap)
+        Seen(one.options, e.mean, e.stderr or 0.0, one.overlap * share)
         for one in sensitivity.joint
         if all(o in row for o, row in zip(one.options, costs.prices, strict=True))
+        for share in [costs.counted_share(one.options)]
+        for e in [one.grad_error.scaled(share)]
     )
 
 

@@ -3,7 +3,7 @@
     step_ms    = time outside the layers + sum over layers of the measured total
                  + casts at the boundary of every FP32 layer, where activations are BF16
                  + FSDP communication that the plan's shorter compute no longer hides (predicted)
-    grad_error = that of BF16 activations + sum over layers of the layer's
+    grad_error = that of BF16 activations + sum over layers of the layer's, as plans count it
 
 What is not sure is not counted: an option other than BF16 is chosen by its time with the margin
 within which it could be no faster than BF16,
@@ -57,6 +57,7 @@ class Price:
     grad_error_basis: Basis
     grad_error_stderr: float = 0.0  # of the measurement; a table may be wrong beyond it
     unknown: str = ""  # why no time is known; then `ms` is 0, and in no step
+    uncounted: float = 0.0  # of the measured gradient error, what `grad_error` is less
 
     def scaled(self, factor: float) -> "Price":
         """Return the price with its times multiplied."""
@@ -155,6 +156,12 @@ class Costs:
         islands = self.island_error(dict(enumerate(options)))
         return math.fsum((self.outside(options).grad_error, islands, *layers))
 
+    def counted_share(self, options: Sequence[Option]) -> float:
+        """Return the part of a plan's measured gradient error that counts, as in its rows."""
+        counted = self.grad_error(options)
+        uncounted = math.fsum(price.uncounted for price in self._chosen(options))
+        return counted / (counted + uncounted) if uncounted > 0.0 else 1.0
+
     def island_error(self, chosen: Mapping[int, Option]) -> float:
         """Return what BF16 costs between the layers of islands that these have not in FP32."""
         whole = ((at, error) for at, error in self.islands if chosen.keys() >= set(at))
@@ -252,7 +259,7 @@ def _price_layer(
             basis = price.time_basis if layer.calls else profile.basis
             prices[option] = replace(price, margin_ms=margin_ms, time_basis=basis)
     # what breaks a layer moves in training, so that no set of its GEMMs is safe
-    whole_fp8 = [p.grad_error for o, p in prices.items() if o.is_fp8 and not o.gemms_hp]
+    whole_fp8 = [effects[o].grad_error.mean for o in prices if o.is_fp8 and not o.gemms_hp]
     if max(whole_fp8, default=0.0) > BROKEN_ERROR:
         for option in [option for option in prices if option.gemms_hp]:
             del prices[option]
@@ -301,12 +308,13 @@ def _price(
         compute_ms=compute_ms,
         boundary_ms=boundary_ms,
         margin_ms=0.0,
-        grad_error=max(effect.grad_error.mean, 0.0) if effect else 0.0,
+        grad_error=effect.counted_error if effect else 0.0,
         memory_bytes=memory_bytes,
         time_basis=total.basis if total else Basis.UNKNOWN if unknown else Basis.MEASURED,
         unknown=unknown,
         grad_error_basis=effect.basis if effect else Basis.MEASURED,
         grad_error_stderr=(effect.grad_error.stderr or 0.0) if effect else 0.0,
+        uncounted=max(effect.grad_error.mean, 0.0) - effect.counted_error if effect else 0.0,
     )
 
 

@@ -52,11 +52,16 @@ class Problem:
     allowed: tuple[Options, ...]
     memory_bytes: int | None
     groups: tuple[Group, ...] = ()
+    ceiling: float = math.inf  # of a plan's whole gradient error, whatever counts of it
 
     def rank(self, options: Options) -> tuple[float, float]:
         """Return the sort key of a plan by the table: its time to loss, then its error."""
         grad_error = self.costs.grad_error(options)
         return self.costs.counted_ms(options) * (1.0 + grad_error), grad_error
+
+    def most_error(self, options: Options, budget: float) -> float:
+        """Return the most of a plan's gradient error that counts: the budget, and the ceiling's."""
+        return min(budget, self.ceiling * self.costs.counted_share(options))
 
     def fits_memory(self, options: Options) -> bool:
         """Whether a plan needs no more bytes than are allowed."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoprec.common.progress import Progress, report_nothing
 from autoprec.common.text import percent, short_digest
@@ -17,7 +17,7 @@ from autoprec.search.correction import Cells, Correction, Seen, fit_correction, 
 from autoprec.search.costs import make_costs
 from autoprec.search.explore import EXCESS, explore
 from autoprec.search.problem import Options, Problem, exact, front, make_problem
-from autoprec.search.solver import unbeaten
+from autoprec.search.solver import ROUNDING, unbeaten
 from autoprec.search.storage import open_study
 from autoprec.search.study import DEVIATIONS, FEW_TRIALS, Measure, PlanStudy, rank
 from autoprec.search.workers import Team
@@ -117,7 +117,7 @@ class _Solved:
     def digest(self, seed: int, is_table: bool) -> str:
         """Return a digest of all that decides what a study's trials mean."""
         problem, before = self.problem, [repr(self.before)] if self.before else []
-        tables = repr((problem.costs, problem.allowed, problem.memory_bytes))
+        tables = repr((problem.costs, problem.allowed, problem.memory_bytes, problem.ceiling))
         return short_digest(tables, self.budget, seed, is_table, *before)
 
 
@@ -132,6 +132,7 @@ def _solve_tables(
     costs = scale.costs if scale else costs
     problem = make_problem(costs, constraint)
     budget = grad_error_budget(sensitivity, constraint)
+    problem = replace(problem, ceiling=CEILING / growth(sensitivity))
     found, limit = _exact_within(problem, budget, scale)
     hopeful = exact(make_problem(costs.without_margins(), constraint), limit) or found
     unkept = constraint.model_copy(update={"keep": ()})
@@ -154,16 +155,18 @@ def _exact_within(
 ) -> tuple[tuple[Options, float], float]:
     """Return the exact plan, its bound, and the budget of its sum, which is less with a `scale`.
 
-    It is then that of a plan which keeps the budget with the error of the correction.
+    It is then that of a plan which keeps the budget with the error of the correction; less too
+    where the whole error of the plan would be above the ceiling.
     """
     if (found := exact(problem, budget)) is None:
         raise InfeasibleError(_infeasible(problem, budget))
     limit = budget
-    for _ in range(HOLD_TRIES if scale else 0):
-        held = scale.guess(found[0]).high(DEVIATIONS) if scale else 0.0
-        if held <= budget or (nearer := exact(problem, limit * budget / held)) is None:
+    for _ in range(HOLD_TRIES):
+        plan, most = found[0], problem.most_error(found[0], budget)
+        held = scale.guess(plan).high(DEVIATIONS) if scale else problem.costs.grad_error(plan)
+        if held <= most * (1 + ROUNDING) or (nearer := exact(problem, limit * most / held)) is None:
             break
-        found, limit = nearer, limit * budget / held
+        found, limit = nearer, limit * most / held
     return found, limit
 
 

@@ -287,8 +287,8 @@ class PlanStudy:
     def _evaluate(self, trial: "optuna.Trial", options: Options, source: str) -> None:
         costs = self.problem.costs
         error, basis = self._joint_error(options)
-        held = self._held(error)
-        constraints = {"grad_error": held / self.budget - 1.0 if self.budget else held}
+        held, most = self._held(error), self.problem.most_error(options, self.budget)
+        constraints = {"grad_error": held / most - 1.0 if most else held}
         memory_bytes = costs.memory_bytes(options)
         if limit := self.problem.memory_bytes:
             constraints["memory"] = memory_bytes / limit - 1.0
@@ -315,9 +315,10 @@ class PlanStudy:
             return Estimate(mean=known.grad_error, stderr=known.stderr), Basis.MEASURED
         self.claims.check_reference()
         started = time.perf_counter()
-        estimate = self.measure(options, BATCHES)
+        share = self.problem.costs.counted_share(options)
+        estimate = self.measure(options, BATCHES).scaled(share)
         if self._is_undecided(options, estimate):
-            estimate = self.measure(options, MORE_BATCHES)
+            estimate = self.measure(options, MORE_BATCHES).scaled(share)
         self.spent_s += time.perf_counter() - started
         self.measured += 1
         return estimate.model_copy(update={"mean": max(estimate.mean, 0.0)}), Basis.MEASURED
@@ -352,7 +353,8 @@ class PlanStudy:
         source: str = "table",
     ) -> SearchTrial:
         costs = self.problem.costs
-        is_within = self._held(error) <= self.budget * (1.0 + ROUNDING)
+        most = self.problem.most_error(options, self.budget)
+        is_within = self._held(error) <= most * (1.0 + ROUNDING)
         return SearchTrial(
             number=number,
             source=source,

@@ -61,6 +61,11 @@ def gemm_casts(option: Option) -> dict[Gemm, Sides]:
     }
 
 
+def staying_casts(option: Option) -> Sides:
+    """Return the casts of an option's grad_weight GEMM, whose error stays in the layer."""
+    return gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
+
+
 def largest_of(x: Tensor, cast: Cast) -> Tensor:
     """Return the amax that a cast takes of a tensor."""
     return x.abs().amax() if cast.dim is None else x.abs().amax(cast.dim, keepdim=True)

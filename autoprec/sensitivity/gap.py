@@ -2,6 +2,11 @@
 
     gap(N) = LEVEL * e * (N / 300)^GROWTH
 
+e is the gradient error as plans count it (`LayerSensitivity.counted_error`): that of grad_weight
+GEMMs, which stays in the layer's own weights and costs runs less than what goes on through the
+model, by half. A plan's joint error is one number, which counts as the plan's rows do: measured
+times their sum as counted over their sum (`search.costs`).
+
 Precision error is noise on top of minibatch noise: noise of relative variance e costs a fraction
 e of extra steps (McCandlish et al., "An Empirical Model of Large-Batch Training"), and loss falls
 about as a power of the steps, with an exponent near 0.1 over most of a training (0.095 in tokens:
@@ -41,16 +46,17 @@ QUANTILE = 1.2816  # of a normal distribution, at 0.5 + CONFIDENCE / 2
 LONGEST_STEPS = 2000  # of the runs that the constants were fitted to
 FARTHEST = 10  # times that; nothing is known beyond
 GROWTH_DOUBT = 0.5  # how far GROWTH may be off beyond: NVFP4's GEMMs have 0.3 to 0.85 (Quartet II)
-# above it, quantised training stops being effective: Chmiel et al., "FP4 All the Way", 2505.19115
+# above it, grad_weight's counted whole, quantised training stops being effective: Chmiel et al.,
+# "FP4 All the Way", 2505.19115
 CEILING = 1 / 3
 
 
 def expected_gap(sensitivity: Sensitivity, grad_error: float | None, steps: int) -> ExpectedGap:
     """Return the relative loss gap expected after `steps` steps with the plan, and its interval.
 
-    `grad_error` is the whole plan's, where the table was measured; None: it is not known. Without
-    an error the gap is exactly 0. Beyond LONGEST_STEPS the interval widens, and beyond FARTHEST
-    times that nothing is known.
+    `grad_error` is the whole plan's, as plans count it, where the table was measured; None: it is
+    not known. Without an error the gap is exactly 0. Beyond LONGEST_STEPS the interval widens, and
+    beyond FARTHEST times that nothing is known.
     """
     if grad_error == 0.0:  # it is the reference
         return ExpectedGap(

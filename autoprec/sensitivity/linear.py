@@ -32,6 +32,7 @@ from autoprec.sensitivity.casts import (
     largest_of,
     round_bf16,
     scale_from,
+    staying_casts,
 )
 from autoprec.sensitivity.local import (
     BF16_GRAD_INPUT,
@@ -166,7 +167,7 @@ class Linear:
         `norm` takes errors of whole parameters. A bias's gradient is BF16 in all of them.
         """
         weight, bias = self.layer.weight, self.layer.bias
-        sides = dict.fromkeys(gemm_casts(o).get(Gemm.GRAD_WEIGHT, ()) for o in self.options)
+        sides = dict.fromkeys(map(staying_casts, self.options))
         of_bias = 0.0
         if bias is not None and bias.requires_grad:
             of_bias = norm({bias: self.split.whole(self._bias_error(), "N", over="MN")})

@@ -50,7 +50,7 @@ from autoprec.model.memory import chunk_elements, layer_groups
 from autoprec.model.recording import Call
 from autoprec.records import Gemm, OperandStatistics, Option
 from autoprec.sensitivity.casts import Sides, round_bf16
-from autoprec.sensitivity.choices import recorded_choices
+from autoprec.sensitivity.choices import Choices, recorded_choices
 from autoprec.sensitivity.kinks import Key, TwoSteps
 from autoprec.sensitivity.linear import SPREADING, Linear
 from autoprec.sensitivity.local import (
@@ -194,23 +194,38 @@ def _at_two_steps(
     return found
 
 
-def operand_statistics(reference: Reference, cells: Sequence[Cell]) -> list[OperandStatistics]:
-    """Run the first batch and return the statistics of every linear with an FP8 option."""
+def operand_statistics(
+    reference: Reference, cells: Sequence[Cell]
+) -> tuple[list[OperandStatistics], dict[tuple[str, Sides], float]]:
+    """Run the first batch and return the statistics of every linear with an FP8 option.
+
+    And its gradient error that stays in its own parameters, by the casts of grad_weight.
+    """
     options, chunk = fp8_options(cells), chunk_elements(reference.spec)
     found: list[OperandStatistics] = []
+    staying: dict[tuple[str, Sides], float] = {}
     for layers in _grouped_layers(reference):
-        linears = {n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)}
+        linears: dict[str, nn.Module] = {
+            n: m for n, m in layers.items() if n in options and isinstance(m, nn.Linear)
+        }
         if not linears:
             continue
         with differentiated_calls(linears, is_parked=reference.is_parked) as watched:
-            _reference_pass(reference, 0, watched)
+            gradient = _reference_pass(reference, 0, watched)
+        batch = reference.batches[0]
+        step = Pass(reference, 0, linears, watched.calls, Choices(), gradient, chunk, batch)
         for name, linear in linears.items():
             if calls := [back(call) for call in watched.calls[name]]:
                 run, split = _run_alone(reference, linear)
                 if isinstance(run, nn.Linear):
                     seen = Linear(run, calls, options[name], split=split, chunk=chunk)
                     found += seen.statistics(name)
-    return found
+                    with tf32_off():
+                        errors = seen.parameter_errors(step.squared_norm(linear, run))
+                    scale = gradient.squared_norm
+                    staying |= {(name, casts): e / scale for casts, e in errors.items()}
+    summed = sum_over_ranks([*staying.values()])
+    return found, dict(zip(staying, summed, strict=True))
 
 
 def _run_alone(

@@ -6,7 +6,7 @@ from itertools import chain
 
 from autoprec.common.recipes import Gemm
 from autoprec.records.sensitivity import Estimate, LayerSensitivity
-from autoprec.sensitivity.casts import gemm_casts
+from autoprec.sensitivity.casts import staying_casts
 from autoprec.sensitivity.doubts import scatter
 from autoprec.sensitivity.kinks import Key
 from autoprec.sensitivity.local import Cell, components_of
@@ -34,8 +34,8 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
             gemm: [(name, component) for component in components]
             for gemm, components in components_of(option).items()
         }
-        sides = gemm_casts(option).get(Gemm.GRAD_WEIGHT, ())
-        staying = [probe.parameter_errors[name].get(sides, 0.0) for probe in probes]
+        casts = staying_casts(option)
+        staying = [probe.parameter_errors[name].get(casts, 0.0) for probe in probes]
         # what each square counts: kinks change that of an output's errors
         factors = dict.fromkeys(chain.from_iterable(spreading.values()), 1.0)
         if probes[0].steps is not None:
@@ -43,7 +43,10 @@ def make_rows(probes: Sequence[BatchProbe], cells: Sequence[Cell]) -> tuple[Laye
             square = _mean_square(probes, output)
             factors |= dict.fromkeys(output, probes[0].steps.correction(output, square))
         total = estimate(probes, factors, staying)
-        rows.append(LayerSensitivity(name=name, option=option, grad_error=total))
+        own = math.fsum(staying) / math.fsum(probe.squared_norm for probe in probes)
+        rows.append(
+            LayerSensitivity(name=name, option=option, grad_error=total, staying=finite(own))
+        )
     return _widened(rows, *added_shares(probes, rows))
 
 
@@ -91,12 +94,9 @@ def _shares(
     return found
 
 
-def staying_share(probes: Sequence[BatchProbe], row: LayerSensitivity) -> float:
-    """Return the part of a row that stays in the layer's own parameters."""
-    sides = gemm_casts(row.option).get(Gemm.GRAD_WEIGHT, ())
-    staying = math.fsum(probe.parameter_errors[row.name].get(sides, 0.0) for probe in probes)
-    total = row.grad_error.mean * math.fsum(probe.squared_norm for probe in probes)
-    return min(staying / total, 1.0) if total > 0.0 else 0.0
+def finite(error: float) -> float:
+    """Return an error that stays in a layer, 0 where it is not known: it is not finite."""
+    return error if math.isfinite(error) else 0.0
 
 
 def _mean_square(probes: Sequence[BatchProbe], keys: Sequence[Key]) -> float:

@@ -22,7 +22,7 @@ from autoprec.errors import WorkloadError
 from autoprec.records.model import BF16_O2, Option
 from autoprec.records.sensitivity import Estimate, LayerSensitivity, OperandStatistics
 from autoprec.runtime import install_options
-from autoprec.sensitivity.casts import Sides
+from autoprec.sensitivity.casts import Sides, staying_casts
 from autoprec.sensitivity.doubts import (
     LARGE_ERROR,
     doubtful_cells,
@@ -38,7 +38,7 @@ from autoprec.sensitivity.local import Cell, partly_fp8
 from autoprec.sensitivity.probes import BatchProbe, operand_statistics, probe_batches
 from autoprec.sensitivity.reference import Reference
 from autoprec.sensitivity.room import agreed_groups
-from autoprec.sensitivity.rows import CHOICE_DOUBT, added_shares, make_rows, staying_share
+from autoprec.sensitivity.rows import CHOICE_DOUBT, added_shares, finite, make_rows
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class Table:
     refined: tuple[Cell, ...] = ()
     exact: frozenset[Cell] = frozenset()  # of those, what was measured on all batches
     together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
-    # the shares of a row that stay in the layer's own parameters, and that kinks and choices add
-    staying: Mapping[Cell, float] = field(default_factory=dict)
+    # the shares of a row that kinks and choices add
     kinks: Mapping[Cell, float] = field(default_factory=dict)
     choices: Mapping[Cell, float] = field(default_factory=dict)
     # of refined rows, what was measured and what was probed
@@ -123,8 +122,13 @@ def make_table(reference: Reference, cells: Sequence[Cell], method: Method | Non
         whole = [cell for cell in cells if cell not in partly]
         exact = _exact_errors(reference, whole, len(reference.batches), "layer by layer")
         exact |= _exact_errors(reference, list(filter(partly.__contains__, cells)), 1, "GEMMs")
-        rows = [LayerSensitivity(name=n, option=o, grad_error=exact[n, o]) for n, o in cells]
-        statistics = from_first_rank(operand_statistics(reference, cells))
+        statistics, staying = operand_statistics(reference, cells)
+        own = {(n, o): staying.get((n, staying_casts(o)), 0.0) for n, o in cells}
+        rows = [
+            LayerSensitivity(name=n, option=o, grad_error=exact[n, o], staying=finite(own[n, o]))
+            for n, o in cells
+        ]
+        statistics = from_first_rank(statistics)
         return Table(method, tuple(rows), tuple(statistics))
     return _sign_coded_table(reference, cells)
 
@@ -139,10 +143,7 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     unseen = {name for name, mark in zip(names, marks, strict=True) if mark}
     statistics = from_first_rank(probes[0].statistics)
     kinks, choices = added_shares(probes, rows)
-    staying = {row.cell: staying_share(probes, row) for row in rows}
-    table = Table(
-        Method.SIGN_CODED, rows, tuple(statistics), staying=staying, kinks=kinks, choices=choices
-    )
+    table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks, choices=choices)
     table = measure_unseen(reference, table, unseen) if unseen else table
     seen = [row for row in table.rows if row.name not in unseen]
     steps = probes[0].steps
@@ -263,9 +264,7 @@ def measure_unseen(reference: Reference, table: Table, names: Collection[str]) -
     for group, error in found.items():
         total = math.fsum(before[cell] for cell in group)
         for cell in group:
-            part = before[cell] / total if total > 0.0 else 1.0 / len(group)
-            scatter = None if error.stderr is None else error.stderr * part
-            exact[cell] = Estimate(mean=error.mean * part, stderr=scatter)
+            exact[cell] = error.scaled(before[cell] / total if total > 0.0 else 1.0 / len(group))
     table = _with_exact(table, exact, share=1.0)
     if most == count:
         return table
@@ -288,7 +287,8 @@ def _with_exact(table: Table, exact: Mapping[Cell, Estimate], *, share: float) -
             rows.append(_refined(row, exact[row.cell], share=share))
         elif row.cell not in known and row.option.is_fp8 and of_layer:
             near = math.sqrt(statistics.geometric_mean(of_layer.values()))
-            stays = table.staying.get(row.cell, 0.0)
+            mean = row.grad_error.mean
+            stays = min(row.staying / mean, 1.0) if mean > 0.0 else 0.0
             ratio = of_layer.get(forward_casts(row.option), near)
             rows.append(multiplied(row, stays + (1.0 - stays) * ratio))
         else:
@@ -352,7 +352,5 @@ def _refined(probed: LayerSensitivity, exact: Estimate, *, share: float) -> Laye
 
 
 def multiplied(row: LayerSensitivity, ratio: float) -> LayerSensitivity:
-    """Return a row times a ratio."""
-    mean, stderr = row.grad_error.mean, row.grad_error.stderr
-    error = Estimate(mean=mean * ratio, stderr=None if stderr is None else stderr * ratio)
-    return row.model_copy(update={"grad_error": error})
+    """Return a row times a ratio; what stays in its parameters is known, and stays as it is."""
+    return row.model_copy(update={"grad_error": row.grad_error.scaled(ratio)})
