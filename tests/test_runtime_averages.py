@@ -21,6 +21,7 @@ import autoprec
 from autoprec.integrations.launch.patches import patched
 from autoprec.runtime.averages import _warn_of_average, around_lerp
 from autoprec.runtime.masters import LIVE
+from autoprec.runtime.state_dicts import save_exactly
 from tests.models import Mlp
 from tests.plans import plan_for
 from tests.runtime_training import OPTIMIZERS, applied, batches, exact, same, train, weights
@@ -235,3 +236,95 @@ def test_lerp_is_torchs_own_for_all_else() -> None:
         with pytest.raises(RuntimeError, match="expected dtype"):
             a.lerp_(b.detach().double(), 0.5)
     assert torch.Tensor.lerp_ is own
+
+
+STATES: dict[str, Any] = {
+    "foreach": lambda a, p: torch._foreach_lerp_(a, p, weight=0.01),
+    "in place": lambda a, p: [x.mul_(0.99).add_(y, alpha=0.01) for x, y in zip(a, p, strict=True)],
+    "a copy": lambda a, p: [x.copy_(0.99 * x + 0.01 * y) for x, y in zip(a, p, strict=True)],
+}
+
+
+class WithAverage(nn.Module):
+    """A model that keeps an average of itself, as timm's tasks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Mlp()
+        self.average = copy.deepcopy(self.model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)  # type: ignore[no-any-return]  # a module's
+
+
+@pytest.mark.parametrize("where", ["part of the model", "a copy"])
+@pytest.mark.parametrize("update", STATES.values(), ids=list(STATES))
+def test_an_average_through_state_dicts_arrives_in_its_model(update: Any, where: str) -> None:
+    """In scripts, whose state dicts are FP32: writes go into the masters, and from there on."""
+    torch.manual_seed(0)
+    whole = WithAverage()
+    model = whole if where == "part of the model" else whole.model
+    optimizer = torch.optim.SGD(whole.model.parameters(), lr=1e-4)  # steps that BF16 would lose
+    autoprec.apply(plan_for(model), model, optimizer)
+    average = whole.average if model is whole else copy.deepcopy(model)
+    save_exactly([*whole.modules(), *average.modules()])
+
+    def masters(of: nn.Module) -> list[torch.Tensor]:
+        stores = {p: store for store in LIVE for p in store.values}
+        return [stores[p].current(p).clone() for p in of.parameters()]
+
+    expected = masters(average)
+    for step in range(3):
+        train(whole, optimizer, 1, first=step)
+        states = [[*m.state_dict().values()] for m in (average, whole.model)]
+        with torch.no_grad():
+            update(*states)
+            update(expected, masters(whole.model))
+    x = next(batches())[0]
+    plain = Mlp()
+    plain.load_state_dict(dict(zip(plain.state_dict(), expected, strict=True)))
+    autoprec.apply(plan_for(plain), plain)
+    assert torch.equal(average(x), plain(x))  # before anything asks for the state again
+    assert same([*average.state_dict().values()], expected)
+    assert not same(masters(whole.model), expected)
+
+
+def test_a_teacher_that_is_updated_by_hand_is_said_to_lose_small_changes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def trained(update: Any) -> str:
+        caplog.clear()
+        whole = WithAverage()
+        whole.average.requires_grad_(False)
+        optimizer = torch.optim.SGD(whole.model.parameters(), lr=1e-2)
+        autoprec.apply(plan_for(whole), whole, optimizer)
+        for step in range(4):
+            train(whole, optimizer, 1, first=step)
+            with torch.no_grad(), patched(torch.Tensor, "lerp_", around_lerp):
+                pairs = zip(whole.average.parameters(), whole.model.parameters(), strict=True)
+                for a, p in pairs:
+                    update(a, p)
+        return caplog.text
+
+    said = "not trained, but written into"
+    assert trained(lambda a, p: a.mul_(0.99).add_(p, alpha=0.01)).count(said) == 1
+    assert trained(lambda a, p: setattr(a, "data", 0.9 * a + 0.1 * p)).count(said) == 1
+    assert said not in trained(lambda a, p: a.lerp_(p, 0.01))
+    assert said not in trained(lambda a, p: None)
+
+
+def test_what_is_written_into_a_first_state_dict_is_trained_from_there() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    autoprec.apply(plan_for(model), model, optimizer)
+    save_exactly(model.modules())
+    for value in model.state_dict().values():
+        value.mul_(1.001)
+    written = copy.deepcopy(exact(model))
+    train(model, optimizer, 1)
+    moved = [(a - b).abs().max() for a, b in zip(exact(model), written, strict=True)]
+    assert 0.0 < max(moved) < 1e-3 * max(w.abs().max() for w in written)
+    (store,) = [store for store in LIVE if next(model.parameters()) in store.values]
+    assert not store.lent
+    assert all(map(store.is_trained, model.parameters()))

@@ -68,7 +68,7 @@ def test_the_gemms_of_an_fp8_layer_are_told_apart() -> None:
 def test_attention_embeddings_ties_convolutions_and_norms_are_proven(option: Option) -> None:
     for workload in (token_workload(dropout=0.1), conv_workload()):
         model = workload.build_model()
-        plan = plan_for(model, option, {"embedding": BF16_O2} if option.is_fp8 else None)
+        plan = plan_for(model, option)
         autoprec.apply(plan, model)
         batch = next(workload.train_batches(0))
         checks = autoprec.verify_applied(model, batch, loss_fn=workload.loss_fn)

@@ -32,9 +32,10 @@ from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.layouts import read_from_any_layout
-from autoprec.runtime.masters import exact_values, keep_exact_loads, masters_of
+from autoprec.runtime.masters import exact_values, masters_of
 from autoprec.runtime.ranks import agree
 from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
+from autoprec.runtime.state_dicts import keep_exact_loads
 
 logger = logging.getLogger(__name__)
 _software = functools.cache(software_versions)  # read once: a plan opens no folder

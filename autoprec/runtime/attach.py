@@ -32,7 +32,8 @@ from autoprec.errors import PlanMismatchError
 from autoprec.runtime.finite import FIRST, check_first_step
 from autoprec.runtime.gathers import check_gathers
 from autoprec.runtime.layouts import MASTER, read_from_any_layout
-from autoprec.runtime.masters import LIVE, Masters, keep_exact_loads, masters_of
+from autoprec.runtime.masters import LIVE, Masters, masters_of
+from autoprec.runtime.state_dicts import keep_exact_loads
 from autoprec.runtime.stepping import Chunk, Layout, raw_step
 from autoprec.workload.optimizers import (
     FLAG,

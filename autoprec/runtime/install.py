@@ -47,8 +47,9 @@ from autoprec.runtime.classes import (
 )
 from autoprec.runtime.fit import fp8_refusal
 from autoprec.runtime.gathers import plain_gathers
-from autoprec.runtime.masters import ON_MODEL, Masters, forget_loads
+from autoprec.runtime.masters import ON_MODEL, Masters
 from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
+from autoprec.runtime.state_dicts import forget_loads
 
 # What may stand between the layers of a chain: torch.nn's own, of one tensor, at home in BF16.
 BETWEEN = {

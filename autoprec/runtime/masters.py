@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprec.common.text import first_and_more
 from autoprec.device.late import LateValues
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
@@ -57,7 +58,8 @@ class Masters:
     makes FSDP gather its FP32 shards, which are their own masters, as without the plan; `loaded`
     what checkpoints hold, until the model's weights are in, and for values that the model loads
     itself the parameter's version after that; `agreed` a parameter's stamp when it and its master
-    last agreed; `stepped` the parameters that an optimizer has seen.
+    last agreed; `stepped` the parameters that an optimizer has seen, `averages` those that an
+    average was rounded into; `lent` the versions of untrained masters that a state dict has.
     """
 
     options: dict[str, Option]
@@ -69,12 +71,15 @@ class Masters:
     loaded: dict[nn.Parameter, tuple[Tensor, int | None]] = field(default_factory=dict)
     agreed: dict[nn.Parameter, Stamp] = field(default_factory=dict)
     stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys
+    averages: dict[nn.Parameter, bool] = field(default_factory=dict)  # as `stepped`
+    lent: dict[nn.Parameter, int] = field(default_factory=dict)
     steps: int = 0
     is_watching: bool = False
     is_idle_copy: bool = False  # that no optimizer and no average has stepped yet
     changes: int = 0  # of `values`: a parameter came or went, or got another master
     _looks: list[LateValues] = field(default_factory=list)  # what close looks found, to be heard
     _lost: list[list[LateValues]] = field(default_factory=list)  # whether writes changed no bit
+    _untrained: dict[nn.Parameter, Stamp] = field(default_factory=dict)  # at the last of the first
 
     def __post_init__(self) -> None:
         self.agreed = {parameter: _stamp(parameter) for parameter in self.values}
@@ -84,12 +89,14 @@ class Masters:
         """Restore a copy or a pickle, whose parameters have stamps of their own."""
         vars(self).update(state)
         self.agreed, self._looks, self._lost, self.is_idle_copy = {}, [], [], True
+        self.lent, self._untrained = {}, {}
         LIVE.add(self)
 
     @torch.no_grad()
     def current(self, parameter: nn.Parameter, *, looks_closer: bool = True) -> Tensor:
         """Return the parameter's master, after taking over what was written into the parameter."""
         self._check_dtype(parameter)
+        self.hear(parameter)
         master = self.values[parameter]
         if master is None or master.is_meta:
             master = parameter.detach().float()
@@ -121,9 +128,34 @@ class Masters:
     def round_down(self, parameter: nn.Parameter) -> None:
         """Round a master that was changed, of an average, into its parameter."""
         self.is_idle_copy = False
-        self.stepped[parameter] = True
+        self.stepped[parameter] = self.averages[parameter] = True
         parameter.copy_(self.values[parameter])  # type: ignore[arg-type]  # it is there
         self._agree(parameter)
+
+    def lend(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the FP32 values for a state dict; None where there are none but BF16 ones.
+
+        Of what no optimizer trains that is the master itself, and what is written into it arrives.
+        """
+        if self.values[parameter] is None:  # nobody trains it, and writes must reach it
+            return None
+        if self.is_trained(parameter):
+            return self.saved(parameter)
+        master = self.current(parameter)  # which hears
+        self.lent[parameter] = master._version
+        return master
+
+    def is_trained(self, parameter: nn.Parameter) -> bool:
+        """Whether an optimizer has trained the parameter, and no average of others."""
+        return parameter in self.stepped and parameter not in self.averages
+
+    def hear(self, parameter: nn.Parameter) -> None:
+        """Round a master that a state dict had, and that was written into, as averages are."""
+        version, master = self.lent.pop(parameter, None), self.values.get(parameter)
+        if master is None or version in (None, master._version):
+            return
+        if _stamp(parameter) == self.agreed.get(parameter):
+            self.round_down(parameter)
 
     def begin_step(self, parameters: Sequence[nn.Parameter], stamps: Sequence[Stamp]) -> None:
         """Take over what was written into parameters since their stamps, before a step of them.
@@ -132,6 +164,9 @@ class Masters:
         """
         self.steps += 1
         self.is_idle_copy = False
+        for parameter in parameters if self.lent or self.averages else ():
+            self.hear(parameter)  # a state dict that came before the first step
+            self.averages.pop(parameter, None)
         pairs = zip(parameters, stamps, strict=True)
         changed = [p for p, s in pairs if p._version != s.version or p.data_ptr() != s.pointer]
         is_due = self.steps <= CLOSE_LOOKS or self.steps % CLOSE_LOOK_EVERY == 0
@@ -148,6 +183,7 @@ class Masters:
             self._look_for_averages()
         if len(self.stepped) < len(self.values):
             self.stepped |= dict.fromkeys(parameters, True)
+            self._look_for_updates()
 
     @torch.no_grad()
     def _look_closer(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -201,6 +237,26 @@ class Masters:
                 "a copy of a model with a plan is not trained: if it is an average of weights "
                 "(EMA), let torch.optim.swa_utils.AveragedModel update it, or make it of "
                 "autoprec.master_view(model); other updates of its BF16 weights lose small changes"
+            )
+
+    def _look_for_updates(self) -> None:
+        """Warn where a parameter that no optimizer trains was written into, step after step."""
+        if self.steps > CLOSE_LOOKS:
+            return
+        before, others = self._untrained, [p for p in self.values if p not in self.stepped]
+        stamps = {parameter: _stamp(parameter) for parameter in others}
+        written = {p for p, stamp in stamps.items() if before.get(p, stamp) != stamp}
+        if self.steps < CLOSE_LOOKS:  # of a third step, those that a second one saw written
+            kept = {p: s for p, s in stamps.items() if self.steps == 1 or p in written}
+            self._untrained = kept
+            return
+        self._untrained = {}
+        if names := [name for name, p in self.names.items() if p in written]:
+            logger.warning(
+                "%s: not trained, but written into after each step. An average of other weights "
+                "(EMA) loses small changes in BF16: update it by Tensor.lerp_ or "
+                "torch._foreach_lerp_, or keep its layers in fp32",
+                first_and_more(names),
             )
 
     def refresh(self, model: nn.Module) -> None:
@@ -289,74 +345,6 @@ def exact_values(model: nn.Module, masters: Masters) -> dict[nn.Parameter, Tenso
         store = next((own for own in (masters, *LIVE) if parameter in own.values), None)
         found[parameter] = store.current(parameter) if store else parameter.detach().float()
     return found
-
-
-def keep_exact_loads(model: nn.Module, masters: Masters) -> None:
-    """Make `load_state_dict` on any module of the model hand FP32 values to the masters."""
-    forget_loads(model)
-    for module in model.modules():
-        if any(parameter in masters.values for parameter in module._parameters.values()):
-            hook = ExactLoads(masters)
-            module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch
-
-
-def forget_loads(model: nn.Module) -> None:
-    """Take the hooks of `keep_exact_loads` out."""
-    for module in model.modules():
-        for key, wrapper in list(module._load_state_dict_pre_hooks.items()):
-            if isinstance(getattr(wrapper, "hook", None), ExactLoads):
-                del module._load_state_dict_pre_hooks[key]
-
-
-class ExactLoads:
-    """A hook of one module that hands the FP32 values of a state dict to the masters."""
-
-    def __init__(self, masters: Masters) -> None:
-        self.masters = masters
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ExactLoads":  # Any: copy's own
-        """Copy with the model: its copied masters. With a module alone: masters of its own only."""
-        if id(self.masters) in memo:
-            return ExactLoads(memo[id(self.masters)])
-        own = {memo[id(p)]: value for p, value in self.masters.values.items() if id(p) in memo}
-        copies = {p: None if value is None else value.clone() for p, value in own.items()}
-        return ExactLoads(Masters(options={}, values=copies, names={}))
-
-    def __call__(
-        self, module: nn.Module, state: Any, prefix: str, metadata: Any, *_: object
-    ) -> None:  # Any: a state dict may hold anything
-        """Take what is about to be loaded into the module's parameters."""
-        if 0 < self.masters.steps < CLOSE_LOOKS:  # what changes no bit now is no lost write
-            self.masters._lost.append([])
-        for name, parameter in module._parameters.items():
-            value = state.get(prefix + name)
-            if parameter not in self.masters.values or not isinstance(value, Tensor):
-                continue
-            if metadata.get("assign_to_params_buffers", False):
-                raise PlanMismatchError(
-                    "a model with a plan keeps its parameters, but load_state_dict(assign=True) "
-                    "replaces them; load with assign=False, or before autoprec.apply"
-                )
-            is_exact = value.shape == parameter.shape and value.dtype is not parameter.dtype
-            if is_exact and parameter.requires_grad:  # nobody trains the others: they stay BF16
-                exact = value.detach().to(torch.float32, copy=True)
-                self.masters.loaded[parameter] = exact, parameter._version + 1  # torch copies next
-
-
-def save_exactly(modules: Iterable[nn.Module]) -> None:
-    """Make `state_dict` have FP32 masters in the place of these modules' BF16 parameters."""
-    for module in modules:
-        module.register_state_dict_post_hook(_give_masters)  # type: ignore[no-untyped-call]  # torch
-
-
-def _give_masters(module: nn.Module, state: Any, prefix: str, _: object) -> None:  # Any: see above
-    for name, parameter in module._parameters.items():
-        held = state.get(prefix + name)
-        if parameter is None or held is None or held is parameter:
-            continue  # not there, or asked for as the parameter that it is
-        store = next((store for store in LIVE if parameter in store.values), None)  # of BF16 ones
-        if store is not None and not store.is_idle_copy:  # which may be averaged through its state
-            state[prefix + name] = store.saved(parameter)
 
 
 def _is_rounded(master: Tensor, written: Tensor) -> bool:

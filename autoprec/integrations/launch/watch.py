@@ -49,8 +49,8 @@ from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_op
 from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.layouts import MASTER
-from autoprec.runtime.masters import save_exactly
 from autoprec.runtime.shards import whole_again
+from autoprec.runtime.state_dicts import save_exactly
 from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
