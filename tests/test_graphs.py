@@ -280,3 +280,41 @@ def test_what_is_checkpointed_is_in_the_one_graph_and_computes_the_same(
         assert eager is not None
         assert compiled is not None
         assert torch.equal(eager, compiled)
+
+
+class Outside(nn.Module):
+    """Checkpoints its block, which is compiled by itself, from outside, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.block = nn.Linear(WIDTH, WIDTH), Mixing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = checkpoint(self.block, x, use_reentrant=False, context_fn=selected)
+        return found
+
+
+@pytest.mark.parametrize("on_object", [False, True], ids=["compile()", "its forward"])
+def test_a_compiled_block_is_computed_again_as_it_was_computed(on_object: bool) -> None:
+    """Compiled code cannot ask whether it is in backward, where no model is around it."""
+    gradients = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model, counter = Outside(), CompileCounterWithBackend("aot_eager")
+        if is_compiled and on_object:
+            model.block.forward = torch.compile(model.block.forward, backend=counter)  # type: ignore[method-assign]  # as some do
+        own = vars(model.block).get("forward")
+        autoprec.apply(plan_for(model, BF16_O2), model)
+        if is_compiled and not on_object:
+            model.block.compile(backend=counter)
+        model(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert counter.frame_count == 1
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager is not None
+        assert compiled is not None
+        assert torch.equal(eager, compiled)
+    autoprec.undo(model)
+    assert vars(model.block).get("forward") is own

@@ -256,16 +256,13 @@ def without_mode(
     return function(run, *given), False
 
 
-def is_recomputing() -> bool:
-    """Whether a node of backward runs: what runs forward there runs it again."""
-    return torch._C._current_graph_task_id() >= 0
-
-
+@part_of_callers
 def join_recomputation(dtype: torch.dtype) -> None:
     """Switch the mode on for the rest of this node of backward, if forward runs again in it.
 
     Nothing switches it off but the end of the node: torch sets the thread's state, with the stack
     of function modes in it, around every node (`ThreadLocalStateGuard` in its engine.cpp).
     """
-    if is_recomputing() and not is_mode_active():
+    is_in_backward = torch._C._current_graph_task_id() >= 0  # what runs forward runs it again
+    if is_in_backward and not is_mode_active():
         _push_mode(ActivationMode(dtype))  # type: ignore[no-untyped-call]  # torch's own

@@ -31,7 +31,6 @@ from autoprec.runtime.activations import (
     ActivationMode,
     cast_floating,
     is_mode_active,
-    is_recomputing,
     join_recomputation,
     option_dtype,
     part_of_callers,
@@ -143,17 +142,39 @@ def container_class(
     """
     # dynamo reads no attribute of a class that `allow_in_graph` was told of
     forward = _container_forward(base.forward, dtype, is_root, has_mode, output_dtype)
+    body: dict[str, Any] = {"forward": forward}
+    if dtype is not None and not is_root:
+        body["_compiled_call_impl"] = _joining(dtype)
     settings = (base, dtype, is_root, has_mode, output_dtype)
-    return _subclass(container_class, settings, (base,), {"forward": forward})
+    return _subclass(container_class, settings, (base,), body)
 
 
-def put_around_own_forward(root: nn.Module, *settings: Any) -> None:
-    """Let a forward on the root object, which hides that of its class, run as `container_class`'s.
+def _joining(dtype: torch.dtype) -> property:
+    """Return a container's compiled call, asked for where it is about to be made.
+
+    Compiled code cannot ask whether backward computes it again, so that is asked before it: with
+    the mode on it is the graph of forward, whose operations selective checkpointing counts.
+    """
+
+    def compiled(self: nn.Module) -> Any:  # Any: what `module.compile()` sets
+        found = vars(self).get("_compiled_call_impl")
+        if found is not None and not torch.compiler.is_compiling():
+            join_recomputation(dtype)
+        return found
+
+    def compile_as(self: nn.Module, call: Any) -> None:
+        vars(self)["_compiled_call_impl"] = call
+
+    return property(compiled, compile_as)
+
+
+def put_around_own_forward(module: nn.Module, *settings: Any) -> None:
+    """Let a forward on the object, which hides that of its class, run as `container_class`'s.
 
     Libraries set one to fuse a head with its loss. `take_off_own_forward` undoes it.
     """
-    own = vars(root)["forward"]
-    is_method = getattr(own, "__self__", None) is root
+    own = vars(module)["forward"]
+    is_method = getattr(own, "__self__", None) is module
     function = own.__func__ if is_method else own
 
     @functools.wraps(function)
@@ -162,15 +183,15 @@ def put_around_own_forward(root: nn.Module, *settings: Any) -> None:
 
     around = _container_forward(forward, *settings)
     vars(around)["autoprec_base"] = (around, function, is_method)
-    vars(root)["forward"] = types.MethodType(around, root)  # of each copy its own
+    vars(module)["forward"] = types.MethodType(around, module)  # of each copy its own
 
 
-def take_off_own_forward(root: nn.Module) -> None:
+def take_off_own_forward(module: nn.Module) -> None:
     """Give a module back the forward that it had on the object, if it had one."""
-    found = getattr(vars(root).get("forward"), "__func__", None)
+    found = getattr(vars(module).get("forward"), "__func__", None)
     around, function, is_method = getattr(found, "autoprec_base", (None, None, False))
     if function is not None and around is found:  # what wraps it has its attributes too
-        vars(root)["forward"] = types.MethodType(function, root) if is_method else function
+        vars(module)["forward"] = types.MethodType(function, module) if is_method else function
 
 
 def _container_forward(
@@ -187,12 +208,14 @@ def _container_forward(
         if dtype is None:  # an FP32 model: nothing to make uniform
             with autocast_off():
                 return forward(self, *args, **kwargs)
-        if not is_root and is_mode_active():
-            return forward(self, *args, **kwargs)
+        if not is_root:
+            if not torch.compiler.is_compiling():
+                join_recomputation(dtype)
+            if is_mode_active():
+                return forward(self, *args, **kwargs)
         with autocast_off(), ActivationMode(dtype) if has_mode else contextlib.nullcontext():
             output = forward(self, *args, **kwargs)
-        is_again = not (is_root or torch.compiler.is_compiling()) and is_recomputing()
-        return output if output_dtype is None or is_again else cast_floating(output, output_dtype)
+        return output if output_dtype is None else cast_floating(output, output_dtype)
 
     return container_forward
 

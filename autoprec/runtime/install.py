@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -163,10 +164,10 @@ def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
     plain_gathers(model)
-    take_off_own_forward(model)
     if masters := vars(model).pop(ON_MODEL, None):
         put_back_dtypes(model, masters.buffer_dtypes)
     for module in model.modules():
+        take_off_own_forward(module)
         module.__class__ = own_class(module)
         vars(module).pop("fp8_active", None)
 
@@ -328,15 +329,18 @@ def _set_classes(
         _install_layer(name, layers[name], option, installed=installed, alone=alone)
     for module in _containers(model, layers) if has_mode else ():
         its = None if isinstance(module, ParametrizationList) else alone
-        installed.set_class(module, container_class(type(module), dtype, False, True, its))
+        _install_container(module, installed, dtype, False, True, its)
     for module in model.modules():  # hooks of the user's, made for gradients in FP32
         _put_around(module._backward_hooks, _cast_gradients)
         _put_around(module._backward_pre_hooks, _cast_gradients)
     if root:
-        settings = (dtype if mixes else None, True, has_mode, given)
-        installed.set_class(model, container_class(type(model), *settings))
-        if "forward" in vars(model):
-            put_around_own_forward(model, *settings)
+        _install_container(model, installed, dtype if mixes else None, True, has_mode, given)
+
+
+def _install_container(module: nn.Module, installed: Installed, *settings: Any) -> None:
+    installed.set_class(module, container_class(type(module), *settings))
+    if "forward" in vars(module):
+        put_around_own_forward(module, *settings)
 
 
 def _install_layer(
@@ -384,7 +388,8 @@ def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[n
     """
     inside = {module for layer in layers.values() for module in layer.modules()}
     for module in model.modules():
-        runs_code = type(module).forward is not nn.Module.forward and "forward" not in vars(module)
+        has_forward = type(module).forward is not nn.Module.forward
+        runs_code = has_forward and not isinstance(module, OptimizedModule)  # its module has a class
         is_torchs = type(module).__module__.startswith("torch.nn.")
         holds_nothing = is_torchs or not (module._parameters or module._buffers)
         is_plain = holds_nothing and not module._modules
