@@ -50,6 +50,31 @@ def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
+# --- sequences of several lengths ------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo itself
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fp8_layers_take_jagged_tensors_as_the_matrix_of_their_rows(is_compiled: bool) -> None:
+    rows, offsets = torch.randn(32, 32), torch.tensor([0, 9, 32])
+    gradients = []
+    for is_jagged in (False, True):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        autoprec.apply(plan_for(model, TENSORWISE), model)
+        x = rows
+        if is_jagged:
+            x = torch.nested.nested_tensor_from_jagged(rows, offsets, min_seqlen=9, max_seqlen=23)
+            if is_compiled:
+                model.compile(backend="aot_eager", fullgraph=True)
+        output = model(x)
+        torch.autograd.backward((output.values() if is_jagged else output).square().sum())
+        gradients.append([p.grad for p in model.parameters()])
+    torch._dynamo.reset()
+    assert output._maybe_max_seqlen == 23
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 # --- attention -------------------------------------------------------------------------------
 
 

@@ -293,7 +293,12 @@ def _fp8_forward() -> Callable[..., Any]:
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
 
-    def forward(module: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own name
+    def forward(module: Any, input: Any) -> Tensor:  # noqa: A002  # nn.Linear's own name
+        if input.is_nested:  # jagged: the rows of all sequences are one matrix
+            output = forward(module, input.values())
+            lengths = input._maybe_min_seqlen, input._maybe_max_seqlen  # or they are computed again
+            where = input.offsets(), input.lengths(), input._ragged_idx
+            return torch.nested.nested_tensor_from_jagged(output, *where, *lengths)
         if not module.fp8_active or input.numel() == 0:
             return F.linear(input, module.weight, module.bias)
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
