@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -318,3 +319,35 @@ def test_a_compiled_block_is_computed_again_as_it_was_computed(on_object: bool) 
         assert torch.equal(eager, compiled)
     autoprec.undo(model)
     assert vars(model.block).get("forward") is own
+
+
+class Flexible(nn.Module):
+    """FP32 queries and keys meet the values of a linear layer in `flex_attention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.values, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (each.unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (x, self.values(x)))
+        y: Any = flex_attention(q, q, v, score_mod=lambda score, b, h, i, j: score + (i - j))
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # a tensor
+
+
+def test_flex_attention_gets_operands_of_one_dtype() -> None:
+    """The inductor refuses others; torch 2.13 has no backward of it on a CPU."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:  # Any: torch's own
+        calls = [node for node in graph.graph.nodes if "flex_attention" in str(node.target)]
+        operands = [operand for node in calls for operand in node.args[:3]]
+        found.append({operand.meta["example_value"].dtype for operand in operands})
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = Flexible()
+    autoprec.apply(plan_for(model, BF16_O2), model)
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, TOKENS, WIDTH))
+    assert found == [{torch.bfloat16}]

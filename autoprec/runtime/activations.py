@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _push_mode
@@ -130,8 +131,8 @@ class ActivationMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.lerp_:
             func = LERP
-        if func is CHECKPOINT:  # only dynamo asks: compiled, it is one operation
-            args = (_under(self, args[0]), *args[1:])
+        if func is CHECKPOINT or func is flex_attention:
+            args = _operator_args(self, func, args)
         elif func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
         elif func is not _PARSE and func is not _COMPARE and func in LISTED:
@@ -147,6 +148,17 @@ class ActivationMode(TorchFunctionMode):
             if is_needed:
                 args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
         return func(*args, **kwargs)
+
+
+@part_of_callers
+def _operator_args(mode: ActivationMode, func: Function, args: Any) -> Any:  # Any: the operator's
+    """Return the arguments of what is one operation to dynamo, which alone asks about these."""
+    if func is CHECKPOINT:
+        return _under(mode, args[0]), *args[1:]
+    query, key, value, *others = args  # what the functions among the others read stays as it is
+    if query.dtype is key.dtype and key.dtype is value.dtype:
+        return args
+    return *cast_floating((query, key, value), mode.dtype), *others
 
 
 @part_of_callers
