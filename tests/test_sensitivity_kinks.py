@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -258,7 +259,40 @@ def test_what_comes_back_without_gradients_is_kept_and_known() -> None:
     with recorded_choices(layers) as choices:
         again = checkpoint(second, first(x), use_reentrant=True)
         third(again).sum().backward()
-    assert (choices.constant, choices.given) == (set(), [])
+    assert not choices.constant
+    assert not choices.given
+
+
+def test_what_a_custom_function_makes_is_no_constant() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+
+    def output() -> Tensor:
+        made: Tensor = Squared.apply(first(x))  # type: ignore[no-untyped-call]  # torch
+        out: Tensor = second(made)
+        return out
+
+    with recorded_choices({"first": first, "second": second}) as choices:
+        torch.autograd.backward(output().sum())
+    assert not choices.constant
+    with torch.no_grad():
+        first.weight.mul_(2.0)
+    expected = output()
+    with kept_choices(choices):
+        assert torch.equal(output(), expected)  # the moved weights'
+
+
+class Squared(torch.autograd.Function):
+    """A custom function, whose forward torch runs under no_grad."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient  # type: ignore[no-any-return]  # a tensor
 
 
 def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> None:

@@ -40,7 +40,7 @@ class Choices:
     thresholds: int = 0
     followed: int = 0
     # see constants.py: what was made under no_grad, and the layers in front of it
-    given: list[Tensor] = field(default_factory=list)
+    given: dict[int, Tensor] = field(default_factory=dict)
     constant: set[str] = field(default_factory=set)
 
     def behind(self) -> dict[str, float]:

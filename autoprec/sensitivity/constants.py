@@ -5,34 +5,41 @@ behind it a derivative that is none of their error's. So moved passes take what 
 
 Activations that it is made of act on the loss by it, too, and their gradients do not tell how: of
 layers in front of it the probes do not see all.
+
+A custom function's forward (checkpointing's, a DTensor's collectives) is under no_grad as well, and
+what it gives has a gradient all the same. So a constant is made outside of those in Python, and is
+what operations with a gradient take that has none itself.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoprec.model.recording import NO_BACKWARD, nodes_behind
+
+APPLY = torch.autograd.Function.apply.__code__  # the frame in which a custom function's forward is
 
 
 class Constants:
     """Sees the operations of one pass below autograd; choices, which are integers, are no constant.
 
-    `given` is what operations under no_grad made of what requires a gradient, in order; with that
-    of another pass, `kept`, they give that instead.
+    `given` is what operations under no_grad made of what requires a gradient and others took, by
+    their number in the pass; with that of another pass, `kept`, they give that instead.
     """
 
-    def __init__(self, kept: Iterable[Tensor] | None = None) -> None:
-        self.given: list[Tensor] = []
-        self._left = None if kept is None else iter(kept)
+    def __init__(self, kept: Mapping[int, Tensor] | None = None) -> None:
+        self.given: dict[int, Tensor] = {}
+        self._kept, self._number = kept, 0
+        # by tensor: what it is or was made of, as `given`; gone with it
+        self._parts: Any = WeakTensorKeyDictionary()  # Any: torch's own has no types
         # by tensor: of which activations it was made, and what is a weight or one under other names
-        self._made_of: Any = WeakTensorKeyDictionary()  # Any: torch's own has no types
+        self._made_of: Any = WeakTensorKeyDictionary()
         self._other_names: Any = WeakTensorKeyDictionary()
         self._used: set[Node] = set()
 
@@ -42,32 +49,42 @@ class Constants:
         if torch._C._current_graph_task_id() != NO_BACKWARD:
             if with_grad:  # a part of the model is computed again there
                 self.given.clear()
-        elif not with_grad:
-            self._see_constant(func, _floating(args), _floating(result))
-        elif self._made_of:
-            # what checkpointing made has a gradient again
-            used = (self._made_of.get(x) for x in _floating(args) if not x.requires_grad)
-            self._used.update(*filter(None, used))
+            return
+        taken, made = _floating(args), _floating(result)
+        is_moved = any(x.requires_grad or x in self._other_names for x in taken)
+        if with_grad:
+            self._see_used([x for x in taken if not x.requires_grad])
+        elif _is_in_function():
+            self._other_names.update((y, True) for y in made if is_moved)
+        else:
+            self._see_nodes(taken, made)
+            if is_moved:
+                self._see_constants(func, made)
+            elif parts := {n: part for x in taken for n, part in self._parts.get(x, {}).items()}:
+                self._parts.update((y, parts) for y in made)
 
-    def _see_constant(self, func: Any, args: list[Tensor], made: list[Tensor]) -> None:
-        behind = {x.grad_fn for x in args if x.grad_fn is not None}
-        behind.update(*(self._made_of.get(x, ()) for x in args))
+    def _see_used(self, constant: list[Tensor]) -> None:
+        for x in constant:
+            self.given |= self._parts.get(x, {})
+            self._used |= self._made_of.get(x, set())
+
+    def _see_nodes(self, taken: list[Tensor], made: list[Tensor]) -> None:
+        behind = {x.grad_fn for x in taken if x.grad_fn is not None}
+        behind |= {node for x in taken for node in self._made_of.get(x, ())}
         for y in made if behind else ():
             self._made_of[y] = behind
-        if not any(x.requires_grad or x in self._other_names for x in args):
-            return
+
+    def _see_constants(self, func: Any, made: list[Tensor]) -> None:
         if func.is_view or func.overloadpacket.__name__ == "_to_copy":
-            for y in made:
-                self._other_names[y] = True
+            self._other_names.update((y, True) for y in made)
             return
         # a weight that is changed in place (clipped, normalised) stays the moved one
-        made = [y for y in made if not y.requires_grad and y not in self._other_names]
-        if self._left is not None:
-            for y in made:
-                kept = next(self._left, y)
-                y.copy_(kept if kept.shape == y.shape else y)
-        elif not _is_checkpointed():
-            self.given += [y.clone() for y in made]
+        for y in (y for y in made if not y.requires_grad and y not in self._other_names):
+            self._number += 1
+            if self._kept is None:
+                self._parts[y] = {self._number: y.clone()}
+            elif (kept := self._kept.get(self._number)) is not None and kept.shape == y.shape:
+                y.copy_(kept)
 
     def makers(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Return the layers in front of what was made under no_grad and used with a gradient."""
@@ -76,12 +93,12 @@ class Constants:
         return {n for n, m in layers.items() if any(id(p) in owned for p in m.parameters())}
 
 
-def _is_checkpointed() -> bool:
-    """Whether checkpointing will run what runs now again, with a gradient."""
-    frame, inner = sys._getframe(), CheckpointFunction.forward.__code__
-    while frame.f_back is not None and frame.f_code is not inner:
+def _is_in_function() -> bool:
+    """Whether a custom function's forward runs, in Python."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not APPLY:
         frame = frame.f_back
-    return frame.f_code is inner
+    return frame.f_code is APPLY
 
 
 def _floating(values: object) -> list[Tensor]:
