@@ -389,9 +389,8 @@ def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[n
     inside = {module for layer in layers.values() for module in layer.modules()}
     for module in model.modules():
         has_forward = type(module).forward is not nn.Module.forward
-        runs_code = has_forward and not isinstance(
-            module, OptimizedModule
-        )  # its module has a class
+        # the module that a compiled one is around has a class of its own
+        runs_code = has_forward and not isinstance(module, OptimizedModule)
         is_torchs = type(module).__module__.startswith("torch.nn.")
         holds_nothing = is_torchs or not (module._parameters or module._buffers)
         is_plain = holds_nothing and not module._modules
