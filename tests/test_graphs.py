@@ -297,7 +297,13 @@ class Outside(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("on_object", [False, True], ids=["compile()", "its forward"])
+@pytest.mark.parametrize(
+    "on_object",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="compile()"),
+        pytest.param(True, id="its forward"),
+    ],
+)
 def test_a_compiled_block_is_computed_again_as_it_was_computed(on_object: bool) -> None:
     """Compiled code cannot ask whether it is in backward, where no model is around it."""
     gradients = []
@@ -335,6 +341,7 @@ class Flexible(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # a tensor
 
 
+@pytest.mark.slow
 def test_flex_attention_gets_operands_of_one_dtype() -> None:
     """The inductor refuses others; torch 2.13 has no backward of it on a CPU."""
     found = []
