@@ -257,6 +257,14 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def assert_equal(eager: list[Tensor | None], compiled: list[Tensor | None]) -> None:
+    """Check that all gradients are there, and the same bit for bit."""
+    for one, other in zip(eager, compiled, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each block", "whole"]
 )
@@ -277,10 +285,7 @@ def test_what_is_checkpointed_is_in_the_one_graph_and_computes_the_same(
         model(torch.randn(4, WIDTH)).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert counter.frame_count == 1
-    for eager, compiled in zip(*gradients, strict=True):
-        assert eager is not None
-        assert compiled is not None
-        assert torch.equal(eager, compiled)
+    assert_equal(*gradients)
 
 
 class Outside(nn.Module):
@@ -319,10 +324,7 @@ def test_a_compiled_block_is_computed_again_as_it_was_computed(on_object: bool) 
         model(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert counter.frame_count == 1
-    for eager, compiled in zip(*gradients, strict=True):
-        assert eager is not None
-        assert compiled is not None
-        assert torch.equal(eager, compiled)
+    assert_equal(*gradients)
     autoprec.undo(model)
     assert vars(model.block).get("forward") is own
 

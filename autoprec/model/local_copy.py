@@ -172,7 +172,10 @@ def _rebound(value: Any, copies: Memo) -> Any:  # Any: an attribute of a module
     """Return a function that closes over modules as one that closes over their copies."""
     if not isinstance(value, FunctionType) or not value.__closure__:
         return value
-    inside = [cell.cell_contents for cell in value.__closure__]
+    try:
+        inside = [cell.cell_contents for cell in value.__closure__]
+    except ValueError:  # a name that is not bound yet
+        return value
     if not any(isinstance(content, nn.Module) for content in inside):
         return value
     cells = tuple(CellType(copies.get(id(content), content)) for content in inside)

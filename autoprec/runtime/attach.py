@@ -114,8 +114,7 @@ def attach(masters: Masters, optimizer: Optimizer) -> None:
     others = [store for store in attachment.stores if store is not masters and store.values]
     attachment.stores = [*others, masters]
     for parameter in trained_by(optimizer):
-        if parameter in masters.values and MASTER in optimizer.state.get(parameter, {}):
-            # loaded before the optimizer was attached
+        if parameter in masters.values and MASTER in optimizer.state.get(parameter, {}):  # loaded
             masters.loaded[parameter] = optimizer.state[parameter].pop(MASTER), None
     watch_optimizers()
 
