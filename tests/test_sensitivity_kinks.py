@@ -263,6 +263,25 @@ def test_what_comes_back_without_gradients_is_kept_and_known() -> None:
     assert not choices.given
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_constant_is_kept_beside_what_checkpointing_computes_again(use_reentrant: bool) -> None:
+    first, second, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            found = first(x)
+        out: Tensor = found + checkpoint(second, x, use_reentrant=use_reentrant)
+        return out
+
+    with recorded_choices({"first": first, "second": second}) as choices:
+        before = output()
+        torch.autograd.backward(before.sum())
+    with torch.no_grad():
+        first.weight.zero_()
+    with kept_choices(choices):
+        assert torch.equal(output(), before)
+
+
 def test_what_a_custom_function_makes_is_no_constant() -> None:
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     x = torch.randn(4, 8)
@@ -295,6 +314,34 @@ class Squared(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient  # type: ignore[no-any-return]  # a tensor
 
 
+class Tenth(nn.Module):
+    """Hands a tenth of the gradient back, as GradMultiply does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * x + 0.9 * x.detach()
+
+
+def test_a_loss_that_changes_otherwise_than_its_gradient_says_is_seen() -> None:
+    """A sum that probes take apart is no derivative then; what is kept out of it is."""
+
+    class Target(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                scale = x.abs().mean()
+            return x / scale
+
+    def missed(*between: nn.Module) -> float:
+        first = nn.Linear(64, 64), nn.GELU(), *between, nn.Linear(64, 64), nn.GELU()
+        reference = reference_of(lambda: nn.Sequential(*first, nn.Linear(64, 16)))
+        steps = probe_batches(reference, list_cells(reference.spec, None), probes=1)[0].steps
+        assert steps is not None
+        return steps.missed
+
+    assert missed() < 0.002
+    assert missed(Target(), nn.Dropout()) < 0.002
+    assert missed(Tenth()) > 0.05
+
+
 def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> None:
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -311,6 +358,7 @@ def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> Non
 
     assert not refined()
     assert refined(Gate())
+    assert refined(Tenth())
 
 
 def test_layers_whose_shapes_depend_on_values_are_measured_one_by_one() -> None:

@@ -45,14 +45,11 @@ class Constants:
 
     def see(self, func: Any, args: object, result: object) -> None:  # Any: torch's own
         """See one operation."""
-        with_grad = torch.is_grad_enabled()
         if torch._C._current_graph_task_id() != NO_BACKWARD:
-            if with_grad:  # a part of the model is computed again there
-                self.given.clear()
-            return
+            return  # what is computed again there had its constants in forward
         taken, made = _floating(args), _floating(result)
         is_moved = any(x.requires_grad or x in self._other_names for x in taken)
-        if with_grad:
+        if torch.is_grad_enabled():
             self._see_used([x for x in taken if not x.requires_grad])
         elif _is_in_function():
             self._other_names.update((y, True) for y in made if is_moved)

@@ -130,6 +130,12 @@ def _notes(reference: Reference, table: Table, floor: Estimate) -> list[str]:
         notes.append(
             f"not finite, so set to {DIVERGED:g}: the gradient error of {first_and_more(rows)}"
         )
+    if table.is_untold:
+        notes.append(
+            "the loss changes otherwise than its gradient says (a value that is detached, a hook, "
+            "a straight-through estimator, a threshold), which probes take to be one: some rows "
+            "were measured beside them"
+        )
     if table.together:
         notes.append(
             "measured with their neighbours, as no gradient of the loss tells all that they do "

@@ -1,10 +1,17 @@
 """A pass with the weights moved by t P^(1/2) u, and what that changed.
 
-See probes.py for why, and kinks.py for the two steps t.
+See probes.py for why, and kinks.py for the two steps t. The loss tells whether probes may be
+believed: derivatives commute for the gradient of one function only. By the trapezoid rule
+
+    L(w + s) - L(w) = <s, g(w) + g(w + s)> / 2 + O(t^3)        s = t P^(1/2) u
+
+and where it does not hold, g is no gradient of L: a detached value, a hook, a straight-through
+estimator, a backward of somebody's own.
 """
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +42,7 @@ from autoprec.workload.functions import Batch
 # Mean |weight change| over median |weight|. It moves activations by about 2 %, as much as FP8 does;
 # a step FINER times smaller tells what kinks add.
 STEP, FINER = 4e-2, 4.0
+NOISE = 4 * torch.finfo(torch.float32).eps  # of a loss
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,13 @@ class Moved:
 
     `calls` is what went through some layers, `size` is t, and `changes` has |P^(1/2) D|^2 with D
     the change of the gradient, by parameter in the order of the model's; zeros if not asked for.
+    `missed` is the part of the loss's change, of those that are usual, that gradients do not tell.
     """
 
     calls: dict[str, list[Call]]
     size: float
     changes: list[float]
+    missed: float
     is_finer: bool
 
     def beside(self, finer: "Moved") -> list[tuple[float, float]]:
@@ -121,44 +131,63 @@ def run_moved(step: Pass, *, code: int, are_changes: bool, times: float = 1.0) -
     keep = {parameter for layer in uncalled for parameter in layer.parameters()}
     with (
         differentiated_calls(step.layers, is_parked=step.reference.is_parked) as watched,
-        _moved_weights(step, size, code=code),
+        _moved_weights(step, size, code=code) as along,
         kept_choices(step.choices),
     ):
         gradients = step.gradient.of if are_changes else {}
-        changes = _run(step, keep, gradients, watched.begin_backward)
-    return Moved(watched.calls, size, changes, is_finer=times != 1.0)
+        changes, ends = _run(step, keep, gradients, along, watched.begin_backward)
+    missed = _missed(ends, usual=size * math.sqrt(step.gradient.squared_norm))
+    return Moved(watched.calls, size, changes, missed, is_finer=times != 1.0)
 
 
 def run_freely(step: Pass, *, code: int) -> list[float]:
     """Run a batch as `run_moved` does, with choices of its own; return `changes`."""
     with _moved_weights(step, _step_size(step), code=code):
-        return _run(step, (), step.gradient.of)
+        return _run(step, (), step.gradient.of)[0]
 
 
 def _run(
     step: Pass,
     keep: Collection[Tensor],
     gradients: Mapping[Tensor, Tensor],
+    along: Callable[[Tensor, Tensor], float] = lambda *_: 0.0,
     begin_backward: Callable[[], None] = lambda: None,
-) -> list[float]:
+) -> tuple[list[float], list[float]]:
     """Run the model as it stands; return |P^(1/2) D|^2 by parameter, D the change of gradients.
 
-    The gradients of `keep` stay on the model.
+    And the slopes along the move and the losses, before it and after it. The gradients of `keep`
+    stay on the model.
     """
     reference = step.reference
     weigh, found = reference.preconditioner.squared_norm, dict[Tensor, float]()
+    slopes = [0.0, 0.0]
 
     def see(parameter: Tensor) -> None:
         if (at := gradients.get(parameter)) is not None:
-            found[parameter] = weigh(parameter, gradient_of(parameter), at=at, less=at)
+            now = gradient_of(parameter)
+            found[parameter] = weigh(parameter, now, at=at, less=at)
+            slopes[:] = [s + along(parameter, g) for s, g in zip(slopes, (at, now), strict=True)]
 
     # one process takes each gradient as it arrives; of several, their mean comes at the end
     keep = keep if world_size() == 1 else {*keep, *gradients}
-    reference.run(step.index, keep=keep, see=see, begin_backward=begin_backward)
+    loss = reference.run(step.index, keep=keep, see=see, begin_backward=begin_backward)
     for parameter in reference.model.parameters():  # in one order on all ranks, which a set has not
         if parameter in keep:
             see(parameter)
-    return sum_over_ranks([found.get(p, 0.0) for p in reference.model.parameters()])
+    own = [found.get(p, 0.0) for p in reference.model.parameters()]
+    losses = [each / world_size() for each in (step.gradient.loss, float(loss.detach()))]
+    found_by_all = sum_over_ranks([*own, *slopes, *losses])
+    return found_by_all[:-4], found_by_all[-4:]
+
+
+def _missed(ends: Sequence[float], usual: float) -> float:
+    """Return what the slopes at both ends do not tell of a loss's change, in parts of a usual one.
+
+    `ends` are slopes and losses, before and after.
+    """
+    before, after, *losses = ends
+    missed = abs(losses[1] - losses[0] - (before + after) / 2)
+    return max(missed - NOISE * abs(losses[0]), 0.0) / (abs(before) + abs(after) + usual)
 
 
 def _step_size(step: Pass) -> float:
@@ -178,13 +207,23 @@ def _step_size(step: Pass) -> float:
 
 
 @contextmanager
-def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
-    """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place."""
+def _moved_weights(
+    step: Pass, size: float, *, code: int
+) -> Iterator[Callable[[Tensor, Tensor], float]]:
+    """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place.
+
+    What it gives is this rank's share of the product of a parameter's move with a gradient.
+    """
     is_parked, preconditioner = step.reference.is_parked, step.reference.preconditioner
     before: dict[int, Tensor] | InTurn[Tensor] = {}
     if is_parked:
         before = InTurn((), step.reference.context.device)
-    moved: list[Tensor] = []
+    moved: dict[Tensor, tuple[int, Tensor]] = {}
+
+    def along(parameter: Tensor, gradient: Tensor) -> float:
+        number, data = moved[parameter]
+        return preconditioner.product(parameter, data, before[number], gradient)
+
     whole_again(step.reference.model)
     try:
         for place, parameter in enumerate(step.reference.model.parameters()):
@@ -193,7 +232,7 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
             # in place: FSDP gathers from the storage that it knows
             data = real_view(local_part(parameter.detach()))
             before[len(moved)] = data.to("cpu", copy=True) if is_parked else data.clone()
-            moved.append(data)
+            moved[parameter] = len(moved), data
             seed = (step.reference.context.seed * 7907 + code) * 1_000_003 + place
             generator = torch.Generator(parameter.device).manual_seed(seed)
             # drawn for the whole tensor: of any number of ranks, each has its part of the same
@@ -207,7 +246,7 @@ def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[None]:
             data, signs = at_least_1d(data), at_least_1d(signs)
             for rows, weight in preconditioner.weights(parameter, at=at):
                 data[rows].add_(weight.mul_(signs[rows]), alpha=size)
-        yield
+        yield along
     finally:
-        for number, data in enumerate(moved):
+        for number, data in moved.values():
             data.copy_(before[number])

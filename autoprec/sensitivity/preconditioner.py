@@ -94,6 +94,15 @@ class Preconditioner:
             total += x.square().sum(dtype=torch.float64)
         return share(parameter) * float(total)
 
+    def product(self, parameter: Tensor, values: Tensor, less: Tensor, by: Tensor) -> float:
+        """Return this rank's share of the product of values - less with `by`, in parts as well."""
+        total, values, less, by = 0.0, values.reshape(-1), less.reshape(-1), by.reshape(-1)
+        for start in range(0, len(values), self.part):
+            part = slice(start, start + self.part)
+            x = (values[part] - less[part].to(values.device)).float()
+            total += float(x @ by[part].to(values.device))
+        return share(parameter) * total
+
 
 def read_preconditioner(optimizer: Optimizer, *, scale: float = 1.0) -> Preconditioner:
     """Read P from an optimizer that has taken a few steps, and whose last gradients are there.

@@ -181,7 +181,8 @@ def _at_two_steps(
         if found is None:
             (order, places), changes = step.order(), moved.beside(finer)
             in_order, are_followed = [changes[place] for place in order], step.choices.followed > 0
-            found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed)
+            missed = min(moved.missed, finer.missed)
+            found = TwoSteps(FINER, {}, in_order, places, are_followed=are_followed, missed=missed)
             if step.choices.indices:
                 freely = math.fsum(run_freely(step, code=code))
                 jumps = max(freely - math.fsum(moved.changes), 0.0)

@@ -74,6 +74,7 @@ class Table:
     statistics: tuple[OperandStatistics, ...]
     refined: tuple[Cell, ...] = ()
     exact: frozenset[Cell] = frozenset()  # of those, what was measured on all batches
+    is_untold: bool = False  # the loss changes otherwise than its gradients say
     together: tuple[str, ...] = ()  # layers whose rows share what their neighbours have with them
     # the shares of a row that kinks and choices add
     kinks: Mapping[Cell, float] = field(default_factory=dict)
@@ -146,10 +147,9 @@ def _sign_coded_table(reference: Reference, cells: Sequence[Cell]) -> Table:
     table = Table(Method.SIGN_CODED, rows, tuple(statistics), kinks=kinks, choices=choices)
     table = measure_unseen(reference, table, unseen) if unseen else table
     seen = [row for row in table.rows if row.name not in unseen]
-    steps = probes[0].steps
-    # choices too that a probe changed none of: one that FP8 changes may be all of a row
-    is_kinked = steps is not None and (steps.are_kinked or steps.are_followed or steps.jumps > 0.0)
-    guessed = guessed_cells(seen, is_kinked=is_kinked)
+    if (steps := probes[0].steps) is not None:
+        table = replace(table, is_untold=steps.is_untold)
+    guessed = guessed_cells(seen, is_kinked=steps is not None and steps.are_guesses)
     doubted = dict.fromkeys((*large_cells(seen), *doubtful_cells(seen, statistics)))
     refined = one_of_each([*doubted])
     table = refine_table(reference, table, refined, batches=REFINED_BATCHES)
