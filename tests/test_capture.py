@@ -161,6 +161,31 @@ def each_by_itself_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
     return nn.functional.mse_loss(torch.vmap(model)(batch[0]), batch[1])
 
 
+def adapted_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the loss after a step of its own, as meta learning has it."""
+
+    def inner(values: dict[str, Any]) -> Tensor:  # Any: parameters, or what is made of them
+        out = torch.func.functional_call(model, values, (batch[0],))
+        return nn.functional.mse_loss(out, batch[1])
+
+    values = dict(model.named_parameters())
+    before, slopes = inner(values), torch.func.grad(inner)(values)
+    return before + inner({n: value - 0.1 * slopes[n] for n, value in values.items()})
+
+
+@pytest.mark.parametrize("is_meta", [False, True])
+def test_gradients_by_torch_func_are_captured(is_meta: bool) -> None:
+    """It refuses hooks at what autograd keeps, so how much that is is not known."""
+    plain = mlp_workload()
+    given = workload_with(
+        loss_fn=adapted_loss, build_model=plain.build_model, train_batches=plain.train_batches
+    )
+    spec = capture_on_meta(given) if is_meta else capture_model(Context(given, CPU))
+    assert spec.saved_bytes is None
+    # one of them within the transform
+    assert all(sum(call.count for call in layer.calls) == 3 for layer in spec.layers)
+
+
 def test_a_layer_that_runs_without_gradients_alone_is_told_so() -> None:
     class Taught(nn.Module):
         def __init__(self) -> None:
@@ -184,13 +209,24 @@ def test_a_layer_that_runs_without_gradients_alone_is_told_so() -> None:
 
 @pytest.mark.parametrize(
     ("loss_fn", "reason"),
-    [(slope_loss, "differentiated again"), (each_by_itself_loss, "transform")],
+    [
+        (slope_loss, "differentiated again"),
+        (each_by_itself_loss, "transform"),
+        (adapted_loss, "transform"),
+    ],
 )
+@pytest.mark.parametrize("is_second", [False, True])
 def test_layers_that_fp8_could_not_run_in_say_so(
-    loss_fn: Callable[..., Tensor], reason: str
+    loss_fn: Callable[..., Tensor], reason: str, is_second: bool
 ) -> None:
+    """Also where a plain call of the same shapes came first, as a critic's on its data."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        before = nn.functional.mse_loss(model(batch[0]), batch[1]) if is_second else 0.0
+        return before + loss_fn(model, batch)
+
     plain = mlp_workload()
-    workload = replace(plain, _functions={**plain._functions, "loss_fn": loss_fn})
+    workload = replace(plain, _functions={**plain._functions, "loss_fn": loss})
     for layer in capture_model(Context(workload, CPU)).layers:
         assert reason in str(layer.refusal(Precision.FP8_O1))
         assert layer.refusal(Precision.BF16_O2) is None

@@ -10,8 +10,11 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +47,7 @@ from autoprec.model.options import (
     layer_options,
     shape_refusal,
 )
-from autoprec.model.products import products_outside
+from autoprec.model.products import Products, products_outside
 from autoprec.model.recording import Call
 from autoprec.model.roles import attention_heads
 from autoprec.model.saved import Saved, saved_for_backward
@@ -82,6 +85,7 @@ from autoprec.workload.optimizers import name_of, plain_parts, state_tensors, tr
 from autoprec.workload.training import Training
 from autoprec.workload.written import dtype_name
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 Inputs = tuple[TensorSpec, ...]  # of a call
 NEEDS_NO_GRADIENT = (
@@ -109,12 +113,8 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     first = run_step(context, model, batches[0])
     layers = model_layers(model)  # only after a step: lazy modules have no parameters before it
     # the second step repeats the first, seed and all: other gradients are the device's own doing
-    with (
-        saved_for_backward(model, batches[0]) as saved,
-        recorded_shapes(layers) as calls,
-        products_outside(layers.modules) as products,
-    ):
-        second = run_step(context, model, batches[0])
+    again = partial(run_step, context, model, batches[0])
+    second, calls, products, saved = run_seen(again, model, batches[0], layers)
     context.progress("capture", 2, 3)
     mix, scanned = scan_shapes(layers, lambda batch: workload.loss_fn(model, batch), batches)
     every = {name: [*own, *scanned[name]] for name, own in calls.items()}
@@ -141,6 +141,32 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
     return make_spec(seen, workload)
+
+
+def run_seen(
+    run: Callable[[], T], model: nn.Module, batch: Batch, layers: ModelLayers
+) -> tuple[T, dict[str, list[Call]], Products, Saved | None]:
+    """Run a step that has run before; return its result, and what was seen of it.
+
+    These are its layers' calls, the products outside of them, and what autograd kept for backward:
+    None where it takes no hooks, which `torch.func.grad` and its like refuse.
+    """
+    try:
+        weighed: AbstractContextManager[Saved | None] = saved_for_backward(model, batch)
+        return _seen(run, layers, weighed)
+    except WorkloadError:  # the user's own would have come before
+        return _seen(run, layers, nullcontext())
+
+
+def _seen(
+    run: Callable[[], T], layers: ModelLayers, weighed: AbstractContextManager[Saved | None]
+) -> tuple[T, dict[str, list[Call]], Products, Saved | None]:
+    with (
+        weighed as saved,
+        recorded_shapes(layers) as calls,
+        products_outside(layers.modules) as products,
+    ):
+        return run(), calls, products, saved
 
 
 def said_written(workload: Workload) -> AsWritten:

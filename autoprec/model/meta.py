@@ -12,6 +12,7 @@ packed?), which fails, and does not at those of fake ones.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,6 @@ from autoprec.device.tracing import PLAIN_TENSORS, OperationTracer
 from autoprec.errors import CaptureError, WorkloadError
 from autoprec.model import capture, shapes
 from autoprec.model.layers import model_layers
-from autoprec.model.products import products_outside
-from autoprec.model.saved import saved_for_backward
 from autoprec.records import ModelSpec
 from autoprec.workload.functions import (
     Batch,
@@ -73,11 +72,8 @@ def capture_on_meta(
             workload.loss_fn(model, batches[0])
         progress("capture on meta", 1, 3)
         layers = model_layers(model)  # after a forward: lazy modules have their parameters now
-        with shapes.recorded_shapes(layers) as calls, products_outside(layers.modules) as products:
-            with saved_for_backward(model, batches[0]) as saved:
-                loss = workload.loss_fn(model, batches[0])
-            with workload.plainly():
-                has_gradients = _fill_gradients(model, loss)
+        run = partial(_run_step, workload, model, batches[0])
+        has_gradients, calls, products, saved = capture.run_seen(run, model, batches[0], layers)
         progress("capture on meta", 2, 3)
         mix, scanned = shapes.scan_shapes(
             layers, lambda batch: workload.loss_fn(model, batch), batches
@@ -136,6 +132,13 @@ def _batch_on_meta(batch: Batch) -> Batch:
             strided = torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device=META)
             copy.set_(strided)  # type: ignore[call-overload]  # torch's stub lacks tensors
     return moved
+
+
+def _run_step(workload: Workload, model: nn.Module, batch: Batch) -> bool:
+    """Run forward and backward; return whether the latter runs on meta."""
+    loss = workload.loss_fn(model, batch)
+    with workload.plainly():
+        return _fill_gradients(model, loss)
 
 
 def _fill_gradients(model: nn.Module, loss: Tensor) -> bool:

@@ -136,14 +136,15 @@ class _Recorder:
     ) -> None:  # Any: the layer's own
         with_grad = torch.is_grad_enabled()
         is_in_backward = torch._C._current_graph_task_id() != NO_BACKWARD
+        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if self.merged:
             # Activation checkpointing calls a layer twice: in forward and, to compute it again,
             # within backward. A gradient comes back to one of the two only, so they stay apart.
-            key = (with_grad, is_in_backward, _shapes((args, kwargs)))
-            if key in self.known:
-                self.known[key].count += 1
+            key = (with_grad, is_in_backward, is_transformed, _shapes((args, kwargs)))
+            if (known := self.known.get(key)) is not None:
+                known.count += 1
+                _watch_graphs(known, output_tensors(output))
                 return
-        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if is_transformed:
             args, kwargs, output = tree_map_only(Tensor, _untransformed, (args, kwargs, output))
         kept_args, kept_kwargs = _kept(self.keep, (args, kwargs))
@@ -165,11 +166,10 @@ class _Recorder:
         tensors = output_tensors(output)
         # what a layer that trains gives without a gradient (a scale) it means to give so
         is_frozen = not any(tensor.requires_grad for tensor in tensors)
+        if self.gradients is Gradients.NONE:
+            _watch_graphs(call, tensors)
+            return
         for place, tensor in enumerate(tensors):
-            if self.gradients is Gradients.NONE:
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(_see_graph, call))  # type: ignore[no-untyped-call]  # torch
-                continue
             call.gradients.append(None)
             if self.gradients is Gradients.ALL and is_frozen:
                 tensor.requires_grad_()
@@ -210,6 +210,12 @@ def _catch(
     before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own
     arrived(call)
+
+
+def _watch_graphs(call: Call, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.requires_grad and not call.obstacle:
+            tensor.register_hook(partial(_see_graph, call))  # type: ignore[no-untyped-call]  # torch
 
 
 def _see_graph(call: Call, _: Tensor | None) -> None:
