@@ -413,6 +413,28 @@ def test_a_model_in_bf16_meets_the_tensors_that_it_met_without_the_plan(
     assert (outcome.status, outcome.was_applied) == (0, True)
 
 
+def test_a_whole_model_is_saved_as_the_script_has_it_without_a_plan(tmp_path: Path) -> None:
+    body = f"""{HEAD}
+model.memory = nn.LSTM(16, 16)  # which has a __getstate__ of its own
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+{LOOP}
+exact = {{name: value.clone() for name, value in model.state_dict().items()}}
+torch.save({{"epoch": 1, "models": [model], "alone": model.memory}}, sys.argv[2])
+classes = [Net, nn.Linear, nn.LayerNorm, nn.LSTM]
+with torch.serialization.safe_globals(classes):
+    saved = torch.load(sys.argv[2], weights_only=True)
+loaded, = saved["models"]
+assert set(map(type, loaded.modules())) == set(classes)
+assert all(torch.equal(exact[name], value) for name, value in loaded.named_parameters())
+assert torch.equal(saved["alone"].weight_hh_l0, exact["memory.weight_hh_l0"])
+assert model.first.weight.dtype is torch.bfloat16
+assert loaded(x).isfinite().all()
+"""
+    net = Net()
+    net.memory = nn.LSTM(16, 16)
+    assert run(tmp_path, body, "2", str(tmp_path / "model.pt"), plan=plan_for(net)).status == 0
+
+
 def test_an_average_that_is_older_than_the_plan_stays_fp32_and_follows(tmp_path: Path) -> None:
     body = f"""{HEAD}
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -11,6 +11,7 @@ import copy
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,13 @@ from autoprec.model.layers import model_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
 from autoprec.runtime.averages import follow_averages
+from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.finite import leave_first_step, watch_first_step
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.layouts import read_from_any_layout
-from autoprec.runtime.masters import exact_values, masters_of
+from autoprec.runtime.masters import LIVE, Masters, exact_values, masters_of
 from autoprec.runtime.ranks import agree
 from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
 from autoprec.runtime.state_dicts import keep_exact_loads
@@ -131,7 +133,6 @@ def undo(
     return model, optimizer
 
 
-@random_state_kept()
 def master_view(model: nn.Module) -> nn.Module:
     """Return a plain FP32 model whose parameters *are* the master weights of an applied model.
 
@@ -159,17 +160,43 @@ def master_view(model: nn.Module) -> nn.Module:
             "a view shares FP32 masters with a whole model, but this one is sharded; where apply "
             "came after fully_shard its state_dict is FP32, else the optimizer's has the masters"
         )
+    return _view(inner, masters)
+
+
+def as_saved(value: Any) -> Any:  # Any: what a script gives torch.save
+    """Return a value with plain FP32 models for those with a plan, in dicts, lists and tuples too.
+
+    A model that is sharded or wrapped in DDP stays as it is.
+    """
+    if isinstance(value, nn.Module):
+        is_planned = any(is_made_here(type(module)) for module in value.modules())
+        is_whole = unwrapped(value, parallel=True) is value and not fsdp_modules(value)
+        return _view(value) if is_planned and is_whole else value
+    if type(value) is dict:  # a state dict has a type of its own, and notes beside its items
+        return {key: as_saved(held) for key, held in value.items()}
+    return type(value)(map(as_saved, value)) if type(value) in (list, tuple) else value
+
+
+@random_state_kept()
+def _view(model: nn.Module, *masters: Masters) -> nn.Module:
+    """Return a plain model of FP32 masters, which share storage with those of `model`."""
     # Whatever `deepcopy` finds in its memo it shares instead of copying.
-    memo: dict[int, object] = {id(masters): None, **{id(b): b for b in inner.buffers()}}
-    for value in (value for module in inner.modules() for value in vars(module).values()):
+    memo: dict[int, object] = {id(b): b for b in model.buffers()}
+    memo |= dict.fromkeys(map(id, [*masters, *LIVE]))
+    for value in (value for module in model.modules() for value in vars(module).values()):
         if isinstance(value, Tensor) and not value.is_leaf:  # torch copies nothing computed
             memo[id(value)] = value.detach()
-    exact = exact_values(inner, masters)
-    for parameter in inner.parameters():
+    exact = exact_values(model, *masters)
+    for parameter in model.parameters():
         data = exact.get(parameter, parameter.detach())
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    view = copy.deepcopy(inner, memo)
+    view = copy.deepcopy(model, memo)
     remove_plan(view)
+    for module in view.modules():  # those of a state dict, of the first step, of a guard
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__module__", "").startswith("autoprec."):
+                    del hooks[key]
     return view
 
 

@@ -226,7 +226,8 @@ def _subclass(
     base = settings[0]  # what the maker (and pickle) made it from, its base first
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _new_module, (maker, settings), vars(self)
+        state = self.__getstate__()  # type: ignore[no-untyped-call]  # recurrent layers have their own
+        return _new_module, (maker, settings), state
 
     kept = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
 

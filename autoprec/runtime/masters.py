@@ -334,15 +334,15 @@ def masters_of(model: nn.Module) -> Masters:
     return found
 
 
-def exact_values(model: nn.Module, masters: Masters) -> dict[nn.Parameter, Tensor]:
+def exact_values(model: nn.Module, *masters: Masters) -> dict[nn.Parameter, Tensor]:
     """Return the FP32 masters of all BF16 parameters, whichever model's masters have them.
 
     Those that came after the plan (PEFT's copies of layers) and were not trained have none.
     """
     low = (parameter for parameter in model.parameters() if parameter.dtype is torch.bfloat16)
     found: dict[nn.Parameter, Tensor] = {}
-    for parameter in dict.fromkeys([*masters.values, *low]):
-        store = next((own for own in (masters, *LIVE) if parameter in own.values), None)
+    for parameter in dict.fromkeys([*(p for own in masters for p in own.values), *low]):
+        store = next((own for own in (*masters, *LIVE) if parameter in own.values), None)
         found[parameter] = store.current(parameter) if store else parameter.detach().float()
     return found
 

@@ -7,7 +7,8 @@ applied three things of torch are wrapped:
     Module.__call__                     the first call that trains a model that fits is the moment
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
-(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py).
+(and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py, and
+`torch.save`, to which they give whole models).
 
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
@@ -45,6 +46,7 @@ from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer
+from autoprec.runtime.apply import as_saved
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
@@ -131,6 +133,7 @@ class Watch:
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
+            (torch, "save", _around_save),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -348,6 +351,11 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
+
+
+def _around_save(save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """Write whole models as the script without a plan does."""
+    save(as_saved(obj), *args, **kwargs)
 
 
 def _holds_fp32(module: nn.Module) -> bool:
