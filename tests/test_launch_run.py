@@ -239,6 +239,51 @@ assert plain.first.weight.dtype is torch.bfloat16
     assert ("SGD" if wraps_first else "AdamW") in outcome.message
 
 
+WITH_TEACHER = f"""{HEAD.rpartition("optimizer = ")[0]}
+teacher = Net()
+student = model
+if sys.argv[2] == "ddp":
+    BEFORE_DDP
+    import torch.distributed as dist
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    teacher, student = (nn.parallel.DistributedDataParallel(each) for each in (teacher, model))
+teacher.load_state_dict(student.state_dict())
+if sys.argv[2] != "ddp":
+    BEFORE_TRAINING
+for parameter in teacher.parameters():
+    parameter.requires_grad = False
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+for x, y in batches(4):
+    aim = teacher(x)  # first, and with gradients on
+    loss = F.mse_loss(student(x), aim + 1)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for own, average in zip(model.parameters(), teacher.parameters()):
+        average.data.mul_(0.99).add_(own.detach().data, alpha=0.01)
+    print(f"{{loss.item():.17g}}")
+assert {{p.dtype for p in teacher.parameters()}} == {{torch.float32}}
+if sys.argv[2] == "ddp": dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("way", ["alone", "ddp"])
+def test_a_teacher_that_runs_before_its_student_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    path = tmp_path / "plan.json"
+    plan_for(Net()).save(path)
+    body, place = WITH_TEACHER, "BEFORE_DDP" if way == "ddp" else "BEFORE_TRAINING"
+    plain = body.replace("BEFORE_DDP", "pass").replace("BEFORE_TRAINING", "pass")
+    outcome = run(tmp_path, plain, "4", way, plan=Plan.load(path))
+    assert (outcome.status, outcome.message.count("applied")) == (0, 1)
+    assert outcome.message.endswith("optimizers AdamW")
+    printed = capsys.readouterr().out
+    line = f"import autoprec; autoprec.apply({str(path)!r}, model)"
+    assert run_script(Script(write_script(tmp_path, body.replace(place, line)), ("4", way))) == 0
+    assert printed == capsys.readouterr().out
+
+
 TRAINED_SHARDED = f"""{SHARDED}
 with torch.no_grad():
     model(next(iter(batches(1)))[0])  # an evaluation before training leaves the root gathered

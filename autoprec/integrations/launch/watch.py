@@ -45,7 +45,7 @@ from autoprec.integrations.launch.script import Script, run_script, script_line
 from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
-from autoprec.runtime import attach_optimizer
+from autoprec.runtime import attach_optimizer, undo
 from autoprec.runtime.apply import as_saved
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
@@ -120,6 +120,7 @@ class Watch:
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._joined: list[nn.Module] = []  # nobody else holds them
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
+        self._untrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the optimizers so far
         self._until_end, self._until_done = ExitStack(), ExitStack()
 
     def start(self) -> None:
@@ -206,10 +207,13 @@ class Watch:
         # may belong to a model that is still to get it
         planned = self._planned(optimizer)
         self._waits[optimizer] = planned is None
+        self._untrained.clear()
         if planned is None:
             self._search()
         else:
             planned[0].optimizers.append(type(optimizer).__name__)
+            self._take_back()
+            self._end_search_if_done()
 
     def _around_load(self, call: Function, optimizer: Optimizer, /, state_dict: StateDict) -> None:
         if optimizer not in self._waits:  # the runtime's own, which loads an attached one's state
@@ -241,13 +245,21 @@ class Watch:
                 raise self.failure
             self._end_search_if_done()
         if self.untold and (planned := self._planned(optimizer)):
+            self._take_back()
             self.tell_of([applied for applied in self.untold if applied is planned[0]])
         return None if self._guard is None else self._guard.before_step(optimizer, args, kwargs)
 
     # --- what it means ---------------------------------------------------------------------------
 
     def _is_new(self, module: nn.Module) -> bool:
-        return module not in self._seen and not self._is_done()
+        is_known = module in self._seen or module in self._untrained
+        return not is_known and not self._is_done()
+
+    def _may_train(self, module: nn.Module) -> bool:
+        """Whether an optimizer trains a module, or one may that is still to be made."""
+        if self._waits:
+            return any(trains(optimizer, module) for optimizer in self._waits)
+        return any(parameter.requires_grad for parameter in module.parameters())
 
     def _offer(self, module: nn.Module, moment: str) -> bool:
         """Apply the plan if this module is, or has in it, the model that it is for."""
@@ -255,6 +267,11 @@ class Watch:
             return False  # a lazy parameter waits for its first input to get a shape
         self._seen.update(module.modules())
         found = next((part for part in module.modules() if _fits(self.plan, part)), None)
+        if found is not None and not self._may_train(found):
+            self._seen.difference_update(module.modules())
+            self._untrained.update(module.modules())
+            self.misfits.setdefault(type(found).__name__, (0, "no optimizer trains it"))
+            return False
         if found is not None:
             self._apply(found, moment)
         elif any(parameter.requires_grad for parameter in module.parameters()):
@@ -345,8 +362,20 @@ class Watch:
         return any(_fits(self.plan, module) for module in modules)
 
     def _is_done(self) -> bool:
-        """Whether a model has the plan, and no optimizer is left whose model may get it."""
-        return bool(self.applied) and not any(self._waits.values())
+        """Whether a trained model has the plan, and no optimizer is left whose model may get it."""
+        return any(each.optimizers for each in self.applied) and not any(self._waits.values())
+
+    def _take_back(self) -> None:
+        """Make models plain again that got the plan before they were frozen: no one trains them.
+
+        So it is with a teacher that DDP wraps, whose weights an average changes by hand.
+        """
+        for applied in [applied for applied in self.untold if not applied.optimizers]:
+            model = applied.model()
+            if model is not None and not any(p.requires_grad for p in model.parameters()):
+                undo(model)
+                self.applied.remove(applied)
+                self.untold.remove(applied)
 
     def _end_search_if_done(self) -> None:
         if self._is_done():
