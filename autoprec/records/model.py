@@ -331,7 +331,8 @@ class ModelSpec(FileRecord):
     left out, and `backward_bytes` the most of it with gradients beside it; None where it was not
     seen. `batch_bytes` is a batch's tensors. `product_flops` are the floating operations of a
     step's matrix products outside of layers (attention), backward included; those of complex
-    numbers are left out.
+    numbers are left out. `followers` are parameters that no optimizer trains, but the training's
+    own code writes into, as into a teacher that averages its student.
     """
 
     KIND = "model"
@@ -354,6 +355,7 @@ class ModelSpec(FileRecord):
     backward_bytes: NonNegativeInt | None = None
     batch_bytes: NonNegativeInt | None = None
     product_flops: NonNegativeFloat = 0.0
+    followers: tuple[str, ...] = ()
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""

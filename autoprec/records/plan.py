@@ -155,8 +155,10 @@ class Plan(FileRecord):
     grad_weight GEMMs by half, as in `LayerSensitivity.counted_error`: about that many extra steps
     per step. `schedule` is empty when FP8 runs from the first step to the last.
     `fp8_all_gather`: FSDP gathers FP8 weights (tensorwise only). `fp32_outputs` are FP32 layers
-    whose outputs stay FP32 up to the next layer: BF16 is too coarse between them. `expected_gap` is
-    what the search predicts for the end of the run; None where nobody said how long it is.
+    whose outputs stay FP32 up to the next layer: BF16 is too coarse between them. `followers` are
+    parameters that stay FP32, whatever their layers compute in: no optimizer trains them, but the
+    training writes into them (a teacher that averages its student). `expected_gap` is what the
+    search predicts for the end of the run; None where nobody said how long it is.
     """
 
     KIND = "plan"
@@ -173,6 +175,7 @@ class Plan(FileRecord):
     schedule: Many[Phase] = ()
     fp8_all_gather: bool = False
     fp32_outputs: Many[str] = ()
+    followers: Many[str] = ()
     notes: Many[str] = ()
     expected_gap: ExpectedGap | None = None
 
@@ -195,7 +198,7 @@ class Plan(FileRecord):
     def digest(self) -> str:
         """A hash of what the plan decides (names and options), not of its evidence."""
         layers = ([layer.name, layer.option.key] for layer in self.layers)
-        return short_digest(*layers, *([self.fp32_outputs] if self.fp32_outputs else ()))
+        return short_digest(*layers, *(x for x in (self.fp32_outputs, self.followers) if x))
 
     def count(self, precision: Precision) -> int:
         """Return the number of layers that have that precision."""

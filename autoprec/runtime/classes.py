@@ -55,18 +55,22 @@ def layer_class(
     activation_dtype: torch.dtype,
     output_dtype: torch.dtype,
     alone_dtype: torch.dtype | None = None,
+    keeps_weights: bool = False,
 ) -> ModuleClass:
     """Return `base` as a layer with `option`, among activations of a dtype, outputs of another.
 
-    Called outside of the model's forward it gives `alone_dtype`, unless that is None.
+    Called outside of the model's forward it gives `alone_dtype`, unless that is None. One that
+    `keeps_weights` has them in FP32, and runs under an autocast to the option's dtype.
     """
-    cast_forward = _cast_forward(base, option, activation_dtype, output_dtype, alone_dtype)
+    settings = (base, option, activation_dtype, output_dtype, alone_dtype, keeps_weights)
+    cast_forward = _cast_forward(*settings)
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, (base.extra_repr(self), option.key)))
 
     # All that the class needs is in it: `type(...)` gets the settings as attributes.
     body: dict[str, Any] = {"forward": cast_forward, "extra_repr": extra_repr}
+    body["autoprec_keeps_weights"] = keeps_weights
     bases: tuple[type, ...] = (base,)
     if option.is_fp8:
         # torchao makes instances, not classes: what its constructor sets is read off a template,
@@ -77,7 +81,6 @@ def layer_class(
         body |= {"config": template.config, "linear_mm_config": template.linear_mm_config}
         body["scaling_type_input"] = property(_refuse_fp8_styles)
         bases = (torchao_linear,) if base is nn.Linear else (base, torchao_linear)
-    settings = (base, option, activation_dtype, output_dtype, alone_dtype)
     return _subclass(layer_class, settings, bases, body)
 
 
@@ -87,10 +90,11 @@ def _cast_forward(
     activation_dtype: torch.dtype,
     output_dtype: torch.dtype,
     alone_dtype: torch.dtype | None,
+    keeps_weights: bool,
 ) -> Callable[..., Any]:
     """Return a layer's forward: inputs cast, the base's own or torchao's, outputs cast."""
-    forward = _fp8_forward() if option.is_fp8 else base.forward
-    dtype = option_dtype(option)
+    forward, dtype = _fp8_forward() if option.is_fp8 else base.forward, option_dtype(option)
+    forward, dtype = _under_autocast(forward, dtype) if keeps_weights else (forward, dtype)
     # torch.nn's own operands agree once inputs are cast; a parametrization is code of somebody's
     is_own = base.__module__.startswith("torch.nn.modules.")
 
@@ -117,6 +121,18 @@ def _cast_forward(
         return cast_forward
     part_of_callers(run)
     return part_of_callers(cast_forward)
+
+
+def _under_autocast(
+    forward: Callable[..., Any], dtype: torch.dtype
+) -> tuple[Callable[..., Any], torch.dtype]:
+    """Return a forward whose products are in a dtype, of FP32 weights, and that of its inputs."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(next(self.parameters()).device.type, dtype=dtype):
+            return forward(self, *args, **kwargs)
+
+    return run, torch.float32
 
 
 @part_of_callers
@@ -342,6 +358,11 @@ def own_class(module: nn.Module) -> ModuleClass:
     while is_made_here(cls):
         cls = vars(cls)["autoprec_base"]
     return cls
+
+
+def keeps_weights(module: nn.Module) -> bool:
+    """Whether a layer has FP32 weights, which other code writes into, and 16-bit products."""
+    return bool(getattr(type(module), "autoprec_keeps_weights", False))
 
 
 def is_made_here(cls: ModuleClass) -> bool:

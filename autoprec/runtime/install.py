@@ -51,6 +51,7 @@ from autoprec.runtime.gathers import plain_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters
 from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
 from autoprec.runtime.state_dicts import forget_loads
+from autoprec.workload.written import FOLLOWERS, followers_of
 
 # What may stand between the layers of a chain: torch.nn's own, of one tensor, at home in BF16.
 BETWEEN = {
@@ -72,6 +73,7 @@ class Installed(AbstractContextManager["Installed"]):
     options: dict[str, Option]
     activation_dtype: torch.dtype
     fp32_outputs: frozenset[str] = frozenset()
+    followers: frozenset[nn.Parameter] = frozenset()  # whose layers keep them in FP32
     came_in_bf16: bool = False
     originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # before the conversion
     classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)  # before ours
@@ -149,7 +151,8 @@ def install_options(
     storage = _plan_storage(layers, options)
     storage |= {model.get_parameter(name): (name, activation_dtype) for name in uncovered}
     kept, came_in_bf16 = frozenset(fp32_outputs), is_all_bf16(model)
-    installed = Installed(model, dict(options), activation_dtype, kept, came_in_bf16)
+    own = (kept, followers_of(model), came_in_bf16)
+    installed = Installed(model, dict(options), activation_dtype, *own)
     try:
         _convert_storage(storage, installed)
         _set_classes(layers, installed, has_16_bit=has_16_bit, root=root)
@@ -164,6 +167,7 @@ def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
     plain_gathers(model)
+    vars(model).pop(FOLLOWERS, None)
     if masters := vars(model).pop(ON_MODEL, None):
         put_back_dtypes(model, masters.buffer_dtypes)
     for module in model.modules():
@@ -277,8 +281,9 @@ def _plan_storage(layers: Mapping[str, nn.Module], options: Mapping[str, Option]
 def _convert_storage(storage: Storage, installed: Installed) -> None:
     dtypes = {parameter: dtype for parameter, (_, dtype) in storage.items()}
     sharded, installed.gather_as_before = gather_as(installed.model, dtypes)
+    installed.followers -= sharded  # whose shards are FP32
     for parameter, dtype in dtypes.items():
-        if parameter in sharded:
+        if parameter in sharded or parameter in installed.followers:
             continue
         if parameter.dtype is not dtype and parameter.dtype in CASTABLE:
             installed.originals[parameter] = parameter.data
@@ -356,7 +361,8 @@ def _install_layer(
     if own is torch.float32 is dtype and is_plain:
         return  # nothing to cast: an FP32 layer among FP32 activations is left alone
     keeps = own is torch.float32 and name in installed.fp32_outputs
-    cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype, alone)
+    follows = own is not torch.float32 and not installed.followers.isdisjoint(layer.parameters())
+    cls = layer_class(own_class(layer), option, dtype, own if keeps else dtype, alone, follows)
     installed.set_class(layer, cls)
     if option.is_fp8:
         vars(layer)["fp8_active"] = True  # on the instance: torch.compile guards on it there

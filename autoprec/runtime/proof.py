@@ -39,7 +39,7 @@ from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.layers import find_layers, model_layers, unwrapped, wide_dims
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
-from autoprec.runtime.classes import is_made_here, own_class
+from autoprec.runtime.classes import is_made_here, keeps_weights, own_class
 from autoprec.runtime.finite import forget_step
 from autoprec.runtime.gathers import ON_LAYER, GatheredInFp8, gathered_dtype
 from autoprec.runtime.install import KEEPS_FP32_PARAMETERS
@@ -345,7 +345,7 @@ def _problem(
 
     A layer computes with what FSDP gathers of its parameters, in the dtypes `gathers`.
     """
-    keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS)
+    keeps_fp32 = isinstance(layer, KEEPS_FP32_PARAMETERS) or keeps_weights(layer)
     stored = torch.float32 if keeps_fp32 else option_dtype(option)
     dtypes = {gathers.get(p, p.dtype) for p in layer.parameters() if p.dtype in CASTABLE}
     others = dtypes - {stored}
@@ -375,7 +375,8 @@ def _wrong_operations(layer: nn.Module, option: Option, trace: LayerTrace) -> li
     # What the author of a class with a forward of its own computes in FP32 stays.
     own: str = own_class(layer).forward.__module__
     has_own_forward = "forward" not in vars(layer) and own.partition(".")[0] != "torch"
-    fp32 = " float32" if has_own_forward and not option.is_fp8 else plain
+    may_be_fp32 = keeps_weights(layer) or (has_own_forward and not option.is_fp8)
+    fp32 = " float32" if may_be_fp32 else plain
     for seen, gemms in ran:
         is_fp8, is_plain = "_scaled_mm float8" in seen, seen.endswith((plain, fp32))
         if not any(is_fp8 if gemm in option.fp8_gemms else is_plain for gemm in gemms):

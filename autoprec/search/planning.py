@@ -51,6 +51,7 @@ def build_plan(
         predicted=_predicted(costs, options, left_out=profile.left_out),
         fp8_all_gather=parallel.fsdp > 1 and any(gathers_fp8(o, parallel) for o in options),
         fp32_outputs=_fp32_outputs(costs, options),
+        followers=() if is_all_fp32(options) else profile.model.followers,
         notes=(
             *plan_notes(profile, problem, search, options),
             *search.notes,

@@ -98,8 +98,6 @@ class Reference:
     early: tuple[StepError, ...] = ()  # measured in the warm-up
     passed_over: int = 0  # batches without a gradient, drawn before those to measure on
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
-    # frozen parameters that a pass changes, as a target network that follows the trained one
-    followers: dict[str, Tensor] | None = None  # as they were before; None until a pass is seen
 
     @cached_property
     def longer(self) -> "Reference":
@@ -157,7 +155,6 @@ class Reference:
         dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
         hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.put_back()
-        before = None if self.followers is not None else _frozen_state(self.model)
         with seeded(self.context.seed * 7919 + index), tf32_off():
             batch = move_batch(self.batches[index], self.context.device)
             try:
@@ -169,17 +166,12 @@ class Reference:
             finally:
                 for hook in hooks:
                     hook.remove()
-        if before is not None:
-            now = {n: p._version for n, p in self.model.named_parameters()}
-            self.followers = {n: p for n, (version, p) in before.items() if now[n] != version}
         return loss
 
     def put_back(self) -> None:
         """Give the model the buffers and followers of the warm-up, and no gradients."""
         self.model.zero_grad(set_to_none=True)
         put_back_buffers(self.model, self.buffers)
-        for name, own in (self.followers or {}).items():
-            local_part(self.model.get_parameter(name).detach()).copy_(own)
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
@@ -294,12 +286,6 @@ def _shown(key: object) -> str:
         return str(key)
     is_group = isinstance(key[0], tuple)
     return first_and_more(map(_shown, key), most=1) if is_group else " in ".join(map(str, key))
-
-
-def _frozen_state(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Return the version and a copy, on the host, of every parameter that is not trained."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    return {n: (p._version, local_part(p.detach()).to("cpu", copy=True)) for n, p in frozen.items()}
 
 
 def fp8_everywhere(spec: ModelSpec) -> dict[str, Option]:

@@ -11,7 +11,7 @@ so a compiled step keeps it.
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
+FOLLOWERS = "_autoprec_followers"  # the root module's attribute that names them
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 T = TypeVar("T")
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
@@ -34,6 +35,7 @@ class Written:
     `dtypes` are the 16-bit ones among the parameters that build_model gives, `gathered` is that in
     which FSDP's policy (`MixedPrecisionPolicy`) gathers them. A recorded script's
     `script_autocast` and `script_compiles` are around its functions, so they are no part of them.
+    `followers` are parameters that training writes into and no optimizer trains, by name.
     """
 
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -42,6 +44,7 @@ class Written:
     is_compiled: bool = False
     script_autocast: torch.dtype | None = None
     script_compiles: bool = False
+    followers: set[str] = field(default_factory=set)
 
     @property
     def is_low(self) -> bool:
@@ -53,6 +56,19 @@ class Written:
         if self.script_autocast is None:
             return nullcontext()
         return torch.autocast(next(model.parameters()).device.type, dtype=self.script_autocast)
+
+
+def keep_followers(model: nn.Module, names: Iterable[str]) -> None:
+    """Note on a model which parameters a plan leaves in FP32, in which they follow others."""
+    if found := frozenset(names) & {name for name, _ in model.named_parameters()}:
+        vars(model)[FOLLOWERS] = found
+
+
+def followers_of(model: nn.Module) -> frozenset[nn.Parameter]:
+    """Return the parameters that were noted."""
+    noted = vars(model).get(FOLLOWERS, ())
+    own = model.named_parameters() if noted else ()
+    return frozenset(p for n, p in own if n in noted and p.dtype is torch.float32)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

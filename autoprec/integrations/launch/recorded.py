@@ -49,7 +49,7 @@ from autoprec.integrations.plans import remove_autocast
 from autoprec.model.layers import find_layers
 from autoprec.model.local_copy import copy_model
 from autoprec.workload.functions import UserCode, Workload, move_batch, workload_from
-from autoprec.workload.optimizers import in_turn
+from autoprec.workload.optimizers import in_turn, trained_by
 from autoprec.workload.written import LOW_PRECISION, Written, in_fp32
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     stopped = "%s was stopped after %d training steps; what it wrote until then is its own"
     logger.warning(stopped, script.name, recorder.steps)
     batches, optimizers = recorder.recorded(), [*recorder.optimizers.values()]
+    followers = _followers(recorder, first.model)
     _free(recorder)
     # the check wants the script's autocast and scale; what is tuned is the model without them
     autocast = check_recording(script, recorder, first, batches[0])
@@ -105,8 +106,19 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     }
     functions |= _around_steps(recorder, optimizers)
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
-    written = Written(script_autocast=autocast, script_compiles=first.is_compiled)
+    written = Written(
+        script_autocast=autocast, script_compiles=first.is_compiled, followers=followers
+    )
     return replace(workload, written=written)
+
+
+def _followers(recorder: Recorder, first: nn.Module) -> set[str]:
+    """Return the parameters that no optimizer trained and that are not as they were at first."""
+    trained = {id(p) for optimizer in recorder.optimizers for p in trained_by(optimizer)}
+    now = dict(recorder.model.named_parameters()) if recorder.model is not None else {}
+    pairs = ((n, p, now[n]) for n, p in first.named_parameters() if n in now)
+    others = (x for x in pairs if not x[2].requires_grad or id(x[2]) not in trained)
+    return {n for n, p, own in others if not torch.equal(own.detach().to(p.device), p)}
 
 
 def _plain(batch: RecordedBatch, model: nn.Module, micro_steps: int) -> RecordedBatch:
