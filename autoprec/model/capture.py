@@ -59,6 +59,7 @@ from autoprec.model.shapes import (
     recorded_shapes,
     scan_shapes,
 )
+from autoprec.model.state import find_moving, signatures
 from autoprec.records.devices import DeviceProfile
 from autoprec.records.model import (
     AsWritten,
@@ -99,8 +100,8 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     """Run one real step of the workload on the device and return what it showed.
 
     Costs four training steps (two of them show whether the step is deterministic), and two more
-    where there are parameters that are not trained. With a
-    `target` the plan is for another device: a CPU lists every recipe then, since it emulates them.
+    where parameters are not trained or forward sets attributes. With a `target` the plan is for
+    another device: a CPU lists every recipe then, since it emulates them.
 
     Raises:
         CaptureError: no layer ran.
@@ -111,8 +112,9 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
     model = workload.build_model(seed=seed).to(device)
     batches = take_batches(workload, seed=seed, count=SCANNED_BATCHES, device=device)
     context.progress("capture", 0, 3)
+    before = signatures(model)
     first = run_step(context, model, batches[0])
-    if find_followers(workload, model, batches[0]):
+    if find_moving(workload, model, batches[0], before):
         model = workload.build_model(seed=seed).to(device)
     layers = model_layers(model)  # only after a step: lazy modules have no parameters before it
     # the second step repeats the first, seed and all: other gradients are the device's own doing
@@ -144,40 +146,6 @@ def capture_model(context: Context, *, target: DeviceProfile | None = None) -> M
         batch_bytes=sum(p.nbytes for x in tensors_in(batches[0]) for p in plain_parts(x)),
     )
     return make_spec(seen, workload)
-
-
-def find_followers(workload: Workload, model: nn.Module, batch: Batch) -> bool:
-    """Note the parameters that nobody trains and forward writes into, on the workload.
-
-    Returns whether the model was trained for that: a teacher is its student until a step is made,
-    and so is an average of both.
-    """
-    known = workload.written.followers
-    if not known and not _sums_of_bits(model):
-        return False
-    Training(workload, model, workload.build_optimizer(model)).step([batch])
-    before = _sums_of_bits(model)
-    workload.loss_fn(model, batch)
-    after = _sums_of_bits(model)
-    moved = {name for name, total in after.items() if before[name] != total}
-    if between := sorted(known - moved):
-        log.warning(
-            "%s: the script writes into them between steps, and no optimizer trains them; tuning "
-            "trains with them as they were",
-            first_and_more(between),
-        )
-    known |= moved
-    return True
-
-
-def _sums_of_bits(model: nn.Module) -> dict[str, int]:
-    """Return a sum for every FP32 parameter that is not trained; another value changes it."""
-    own = {n: local_part(p.detach()) for n, p in model.named_parameters() if not p.requires_grad}
-    return {
-        name: int(data.contiguous().view(torch.int32).sum(dtype=torch.int64))
-        for name, data in own.items()
-        if data.dtype is torch.float32
-    }
 
 
 def run_seen(
@@ -315,7 +283,7 @@ def make_spec(seen: ObservedStep, workload: Workload) -> ModelSpec:
         product_flops=seen.product_flops,
         saved_bytes=seen.saved and seen.saved.total,
         backward_bytes=seen.saved and seen.saved.peak,
-        followers=tuple(sorted(workload.written.followers)),
+        moving=tuple(sorted(workload.written.moving)),
     )
 
 

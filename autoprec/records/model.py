@@ -331,8 +331,9 @@ class ModelSpec(FileRecord):
     left out, and `backward_bytes` the most of it with gradients beside it; None where it was not
     seen. `batch_bytes` is a batch's tensors. `product_flops` are the floating operations of a
     step's matrix products outside of layers (attention), backward included; those of complex
-    numbers are left out. `followers` are parameters that no optimizer trains, but the training's
-    own code writes into, as into a teacher that averages its student.
+    numbers are left out. `moving` is what the training's own code writes into beside its trained
+    weights and buffers: parameters that nobody trains (a teacher that averages its student),
+    attributes of modules (a hidden state).
     """
 
     KIND = "model"
@@ -355,7 +356,7 @@ class ModelSpec(FileRecord):
     backward_bytes: NonNegativeInt | None = None
     batch_bytes: NonNegativeInt | None = None
     product_flops: NonNegativeFloat = 0.0
-    followers: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()
 
     def layer(self, name: str) -> LayerSpec:
         """Return the layer of that exact name (KeyError when there is none)."""
@@ -396,6 +397,11 @@ class ModelSpec(FileRecord):
             if any(len(shape) == 2 and stack.matrix_shape[0] in shape for shape in near):
                 found.append(stack.name)
         return tuple(found)
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """The parameters that nobody trains and that training writes into."""
+        return tuple(p.name for p in self.parameters() if p.name in self.moving)
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yield every parameter once, covered or not; tied ones once."""

@@ -38,7 +38,7 @@ from autoprec.runtime.masters import LIVE, Masters, exact_values, masters_of
 from autoprec.runtime.ranks import agree
 from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
 from autoprec.runtime.state_dicts import keep_exact_loads
-from autoprec.workload.written import keep_followers
+from autoprec.workload.written import note_moving
 
 logger = logging.getLogger(__name__)
 _software = functools.cache(software_versions)  # read once: a plan opens no folder
@@ -233,7 +233,7 @@ def _install(plan: Plan, model: nn.Module, optimizer: Optimizer | None) -> Insta
     if optimizer is not None:
         check_optimizer(model, optimizer)
     options = {layer.name: layer.option for layer in plan.layers}
-    keep_followers(model, plan.followers)
+    note_moving(model, plan.followers)
     return install_options(
         model,
         options,

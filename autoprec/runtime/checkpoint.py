@@ -8,7 +8,7 @@ or the one before. Files are loaded with `weights_only=True`: nothing in them ca
 import glob
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ class Checkpoint:
     """State dicts on the CPU; `curve` and `eval_losses` are there in a checkpoint of our own.
 
     `schedule` is the position and pace of a `workload.training.Schedule`, where they are known.
-    One that `is_sharded` holds this rank's part, by names, see sharded_state.
+    One that `is_sharded` holds this rank's part, by names, see sharded_state. `moving` is the state
+    of the model that its state dict does not have (`model.state`).
     """
 
     model: dict[str, Any]  # Any: a state dict may hold extra state of the user's
@@ -48,6 +49,7 @@ class Checkpoint:
     eval_losses: tuple[float, ...] = ()
     schedule: tuple[int, int] | None = None
     is_sharded: bool = False
+    moving: dict[str, Any] = field(default_factory=dict)  # Any: plain values
 
     @property
     def is_at_pace(self) -> bool:
@@ -191,6 +193,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         curve=tuple(content.get("curve", ())),
         eval_losses=tuple(content.get("eval_losses", ())),
         schedule=content.get("schedule") or _position(content),
+        moving=content.get("moving", {}),
     )
 
 

@@ -34,8 +34,8 @@ from autoprec.common.text import first_and_more
 from autoprec.device.fp8 import fp8_support
 from autoprec.device.ranks import local_part, sharded_tensor
 from autoprec.errors import PlanMismatchError
-from autoprec.model.buffers import buffer_dtypes, put_back_dtypes
 from autoprec.model.layers import find_layers
+from autoprec.model.state import buffer_dtypes, put_back_dtypes
 from autoprec.records import APPLICABLE_RECIPES, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import (
@@ -51,7 +51,7 @@ from autoprec.runtime.gathers import plain_gathers
 from autoprec.runtime.masters import ON_MODEL, Masters
 from autoprec.runtime.shards import gather_as, nothing_sharded, whole_again
 from autoprec.runtime.state_dicts import forget_loads
-from autoprec.workload.written import FOLLOWERS, followers_of
+from autoprec.workload.written import followers_of
 
 # What may stand between the layers of a chain: torch.nn's own, of one tensor, at home in BF16.
 BETWEEN = {
@@ -167,7 +167,6 @@ def remove_plan(model: nn.Module) -> None:
     """Take every trace of a plan out of a model's modules; its parameters stay as they are."""
     forget_loads(model)
     plain_gathers(model)
-    vars(model).pop(FOLLOWERS, None)
     if masters := vars(model).pop(ON_MODEL, None):
         put_back_dtypes(model, masters.buffer_dtypes)
     for module in model.modules():

@@ -35,8 +35,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from autoprec.device.random_state import random_state_kept
 from autoprec.device.tracing import OperationTracer
 from autoprec.errors import PlanMismatchError
-from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.layers import find_layers, model_layers, unwrapped, wide_dims
+from autoprec.model.state import kept_state, put_back_state
 from autoprec.records import Check, Gemm, Option
 from autoprec.runtime.activations import CASTABLE, option_dtype
 from autoprec.runtime.classes import is_made_here, keeps_weights, own_class
@@ -232,7 +232,7 @@ def _loss(result: Any) -> Tensor:  # Any: what a model returns
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Put gradients, buffers and random number generators back at the end."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    buffers = kept_buffers(model)
+    buffers = kept_state(model)
     model.zero_grad()
     try:
         with random_state_kept():
@@ -241,7 +241,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         forget_step(model)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        put_back_buffers(model, buffers)
+        put_back_state(model, buffers)
 
 
 class _LayerRecorder:

@@ -116,7 +116,7 @@ def read_shards(folder: Path, like: Checkpoint) -> Checkpoint:
             f"a distributed checkpoint must be whole and of this model, but {folder} is not "
             f"({error_line(error)}); delete it"
         ) from error
-    seen = {name: plain[name] and tuple(plain[name]) for name in PLAIN}
+    seen: Any = {name: plain[name] and tuple(plain[name]) for name in PLAIN}  # Any: fields
     return Checkpoint(states["model"], states["optimizer"], **seen, is_sharded=True)
 
 

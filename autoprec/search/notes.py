@@ -44,6 +44,7 @@ def plan_notes(
         _head_note(profile, chosen),
         _kernel_note(profile, chosen),
         unsplit_note(profile.model.layers, parallel),
+        _followers_note(profile, options),
         *problem.keeps.notes,
     )
     return tuple(note for note in notes if note)
@@ -321,6 +322,16 @@ def _no_option_note(profile: Profile) -> str:
         return ""
     first, *others = (f"{percent(share)} of the weights ({kind})" for kind, share in large.items())
     return f"no FP8 option yet for {first}{''.join(f' and {other}' for other in others)}"
+
+
+def _followers_note(profile: Profile, options: Options) -> str:
+    followers = () if is_all_fp32(options) else profile.model.followers
+    if not followers:
+        return ""
+    return (
+        f"{first_and_more(followers)} stay FP32 and are cast in each forward: nobody trains them, "
+        "but the training writes into them (an average), and BF16 would lose small changes"
+    )
 
 
 def _count(layers: Sized) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprec.errors import RecordError
+from autoprec.model.state import state_apart
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu, save_content
 from autoprec.workload.training import Training
 
@@ -59,6 +60,7 @@ def keep_reference(
     content = {
         "model": on_cpu(training.model.state_dict()),
         "optimizer": on_cpu(training.optimizer.state_dict()),
+        "moving": on_cpu(state_apart(training.model)),
         "extra": on_cpu(extra),
     }
     save_content(path, content)
@@ -80,7 +82,8 @@ def _read(path: Path) -> Kept:
     try:
         extra = content["extra"]
         curve = tuple((int(step), float(loss)) for step, loss in extra["curve"])
-        checkpoint = Checkpoint(model=content["model"], optimizer=content["optimizer"])
+        states = {name: content[name] for name in ("model", "optimizer", "moving")}
+        checkpoint = Checkpoint(**states)
         last = (extra["gradients"], extra["norm"])
         return Kept(checkpoint, curve, float(extra["step_s"]), *last)
     except (KeyError, TypeError) as error:

@@ -34,9 +34,9 @@ from autoprec.device.ranks import (
 )
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import CaptureError, WorkloadError
-from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.context import Context
 from autoprec.model.layers import model_layers
+from autoprec.model.state import kept_state, put_back_state
 from autoprec.records.model import ModelSpec, Option
 from autoprec.records.sensitivity import Estimate, StepError
 from autoprec.runtime import install_options
@@ -171,7 +171,7 @@ class Reference:
     def put_back(self) -> None:
         """Give the model the buffers and followers of the warm-up, and no gradients."""
         self.model.zero_grad(set_to_none=True)
-        put_back_buffers(self.model, self.buffers)
+        put_back_state(self.model, self.buffers)
 
     def gradient(self, index: int) -> ReferenceGradient:
         """Return the reference gradient of a batch, from an earlier run where it was kept."""
@@ -382,7 +382,7 @@ def _measuring(
         batches=batches,
         gradients=InTurn((), context.device),
         preconditioner=read_preconditioner(training.optimizer, scale=training.clip_scale),
-        buffers=kept_buffers(training.model),
+        buffers=kept_state(training.model),
     )
 
 

@@ -157,7 +157,7 @@ class Run:
         """The model as one training step shows it: run here, or without storage."""
         if "profile" not in self.stages and self._path("profile").exists():
             known = self.profile.model
-            self.context.workload.written.followers.update(known.followers)
+            self.context.workload.written.moving.update(known.moving)
             return known
         if self.settings.meta:
             from autoprec.model.meta import capture_on_meta
@@ -266,7 +266,7 @@ class Run:
         if steps := self.settings.run_steps:
             constraint = plan.constraint.model_copy(update={"run_steps": steps})
             plan = plan.model_copy(update={"constraint": constraint})
-        context.workload.written.followers.update(plan.followers)
+        context.workload.written.moving.update(plan.followers)
         made_on_all(lambda: check_fit(plan, context.workload.build_model(seed=context.seed)))
         check_evaluate(self)
         profile = saved_beside(plan_path, plan, Profile)

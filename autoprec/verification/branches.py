@@ -28,6 +28,7 @@ from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
+from autoprec.model.state import kept_state, put_back_state, state_apart
 from autoprec.records import Branch
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
@@ -96,6 +97,7 @@ def state_of(
         state = shards_of(model, optimizer)
     else:
         state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
+        state = replace(state, moving=on_cpu(state_apart(model)))
     position = None if schedule is None else (schedule.position, schedule.pace)
     return replace(state, curve=tuple(curve), eval_losses=losses, schedule=position)
 
@@ -205,13 +207,18 @@ def _loss(context: Context, model: nn.Module, batch: Batch, seed: int) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Let the model be evaluated inside: in eval mode, in FP32, without gradients."""
+    """Let the model be evaluated inside: in eval mode, in FP32, without gradients.
+
+    What forward changes (a queue of keys, a teacher) is put back.
+    """
+    kept = kept_state(model)
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     with torch.no_grad(), tf32_off():
         yield
     for module in was_training:
         module.training = True
+    put_back_state(model, kept)
 
 
 def mean_of(losses: Sequence[float]) -> float | None:

@@ -23,7 +23,6 @@ from autoprec.device.random_state import random_state_kept, seeded
 from autoprec.device.ranks import world_size
 from autoprec.device.timing import Stopping
 from autoprec.errors import RecordError
-from autoprec.model.buffers import kept_buffers, put_back_buffers
 from autoprec.model.context import Context
 from autoprec.profiler import open_compilation, time_steps, written_variants
 from autoprec.records.cost import BASELINES, Profile, StepTiming
@@ -204,11 +203,9 @@ def keep_warm_up(
     """
     if world_size() > 1 or len(curve) != terms.warmup_steps:
         return
-    buffers = kept_buffers(training.model)
     evaluation = [move_batch(b, context.device) for b in context.workload.eval_batches()]
     with seeded(context.seed):
         state = state_of(context, training, evaluation, [loss for _, loss in curve])
-    put_back_buffers(training.model, buffers)
     BranchStore(_setup_of(context, terms, None, steps=len(curve)), state_dir).add_warm_up(state)
 
 

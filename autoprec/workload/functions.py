@@ -60,8 +60,8 @@ from autoprec.workload.written import (
     LOW_PRECISION,
     Written,
     is_compiled,
-    keep_followers,
     no_autocast,
+    note_moving,
     plain_model,
 )
 
@@ -125,7 +125,7 @@ class Workload:
         # FP32 before it is sharded; what compiles its parts may be the sharding function
         model = plain_model(self._spread(plain_model(self._build(seed))))
         self.written.gathered = self.part.in_fp32(model)
-        keep_followers(model, self.written.followers)
+        note_moving(model, self.written.moving)
         return model
 
     def written_model(self, *, seed: int = 0) -> nn.Module:

@@ -22,7 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map_only
 
-FOLLOWERS = "_autoprec_followers"  # the root module's attribute that names them
+MOVING = "_autoprec_moving"  # the root module's attribute that names what moves
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 T = TypeVar("T")
 AUTOCAST_DEVICES = ("cpu", "cuda")  # "cuda" is AMD's name too
@@ -35,7 +35,8 @@ class Written:
     `dtypes` are the 16-bit ones among the parameters that build_model gives, `gathered` is that in
     which FSDP's policy (`MixedPrecisionPolicy`) gathers them. A recorded script's
     `script_autocast` and `script_compiles` are around its functions, so they are no part of them.
-    `followers` are parameters that training writes into and no optimizer trains, by name.
+    `moving` is what training writes into beside its trained weights and buffers, by name:
+    parameters that nobody trains, attributes of modules.
     """
 
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -44,7 +45,7 @@ class Written:
     is_compiled: bool = False
     script_autocast: torch.dtype | None = None
     script_compiles: bool = False
-    followers: set[str] = field(default_factory=set)
+    moving: set[str] = field(default_factory=set)
 
     @property
     def is_low(self) -> bool:
@@ -58,15 +59,21 @@ class Written:
         return torch.autocast(next(model.parameters()).device.type, dtype=self.script_autocast)
 
 
-def keep_followers(model: nn.Module, names: Iterable[str]) -> None:
-    """Note on a model which parameters a plan leaves in FP32, in which they follow others."""
-    if found := frozenset(names) & {name for name, _ in model.named_parameters()}:
-        vars(model)[FOLLOWERS] = found
+def note_moving(model: nn.Module, names: Iterable[str]) -> None:
+    """Note on a model what training writes into; its parameters among that stay FP32."""
+    if found := frozenset(names):
+        vars(model)[MOVING] = found
+
+
+def noted_on(model: nn.Module) -> frozenset[str]:
+    """Return what was noted on a model."""
+    found: frozenset[str] = vars(model).get(MOVING, frozenset())
+    return found
 
 
 def followers_of(model: nn.Module) -> frozenset[nn.Parameter]:
-    """Return the parameters that were noted."""
-    noted = vars(model).get(FOLLOWERS, ())
+    """Return the FP32 parameters among what was noted on a model."""
+    noted = noted_on(model)
     own = model.named_parameters() if noted else ()
     return frozenset(p for n, p in own if n in noted and p.dtype is torch.float32)
 

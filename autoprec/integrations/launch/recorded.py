@@ -106,9 +106,7 @@ def record_workload(script: Script, *, steps: int) -> Workload:
     }
     functions |= _around_steps(recorder, optimizers)
     workload = workload_from(functions, name=script.name, digest=_digest(script, recorder))
-    written = Written(
-        script_autocast=autocast, script_compiles=first.is_compiled, followers=followers
-    )
+    written = Written(script_autocast=autocast, script_compiles=first.is_compiled, moving=followers)
     return replace(workload, written=written)
 
 

@@ -1,4 +1,4 @@
-"""Weights that no optimizer trains and training writes into: a teacher averages its student."""
+"""What training writes into beside its trained weights: teachers, hidden states, counters."""
 
 import copy
 from collections.abc import Callable
@@ -13,8 +13,11 @@ import autoprec
 from autoprec.integrations.launch import Script, record_workload
 from autoprec.model.capture import capture_model
 from autoprec.model.context import Context
-from autoprec.records import Plan, Recipe, fp8_option
-from autoprec.runtime import uniform_plan, verify_applied
+from autoprec.model.state import kept_state, put_back_state
+from autoprec.records import BF16_O2, Plan, Recipe, fp8_option
+from autoprec.runtime import install_options, uniform_plan, verify_applied
+from autoprec.sensitivity.warm_up import restore, train_steps
+from autoprec.verification.branches import evaluate, state_of
 from autoprec.workload.functions import Workload, workload_from
 from tests.launch_scripts import own_main
 
@@ -71,11 +74,11 @@ class Pair(nn.Module):
         return F.mse_loss(predicted, x.repeat(1, 2)) + F.mse_loss(predicted, wanted)
 
 
-def workload_of(update: Update) -> Workload:
-    """Return a pair as a workload."""
+def workload_of(build: Callable[[], nn.Module]) -> Workload:
+    """Return a model that gives its loss as a workload."""
     return workload_from(
         {
-            "build_model": lambda: Pair(update),
+            "build_model": build,
             "train_batches": lambda seed: (
                 torch.randn(16, 16, generator=torch.Generator().manual_seed(seed + i))
                 for i in range(64)
@@ -117,10 +120,10 @@ def plan_of(model: nn.Module) -> Plan:
 
 @pytest.mark.parametrize("update", [replaced, in_place, by_lerp])
 def test_what_training_writes_into_is_found_and_followed_in_fp32(update: Update) -> None:
-    workload = workload_of(update)
+    workload = workload_of(lambda: Pair(update))
     spec = capture_model(Context(workload, torch.device("cpu")))
     model = Pair(update)
-    assert spec.followers == teachers(model)
+    assert spec.moving == teachers(model)
     assert spec.is_deterministic  # the second step starts from the first one's teacher
 
     plan = plan_of(model)
@@ -163,6 +166,66 @@ def test_a_kept_weight_compiles_to_one_graph() -> None:
     assert torch.equal(compiled(x), model(x))
 
 
+class Recurrent(nn.Module):
+    """Carries a hidden state from call to call, and anneals its loss; neither is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(16, 16), nn.Linear(16, 16)
+        self.calls = 0
+        self.carried: list[Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = self.carried[0] if hasattr(self, "carried") else torch.zeros_like(x)
+        hidden = self.cell(x, hidden)
+        self.carried = [hidden.detach()]
+        return min(1.0, self.calls / 20) * F.mse_loss(self.head(hidden), x.roll(1, 0))
+
+
+def test_a_state_in_attributes_is_kept_and_goes_with_a_checkpoint() -> None:
+    workload = workload_of(Recurrent)
+    context = Context(workload, torch.device("cpu"))
+    spec = capture_model(context)
+    assert spec.moving == ("calls", "carried")
+    assert spec.is_deterministic
+    batches = list(workload.eval_batches())
+
+    training = restore(context, None)
+    train_steps(training, context, workload.train_batches(0), range(1, 6), of=5, stage="test")
+    state = state_of(context, training, batches, [])
+    assert training.model.calls == 5  # an evaluation counts no calls
+    fresh = restore(context, state).model
+    assert fresh.calls == 5
+    assert evaluate(context, fresh, batches) == state.eval_losses
+
+    with install_options(fresh, dict.fromkeys(("cell", "head"), BF16_O2)):
+        workload.loss_fn(fresh, batches[0])
+        assert vars(fresh)["carried"][0].dtype is torch.bfloat16
+    workload.loss_fn(fresh, batches[0])  # in FP32 with that state
+
+    untouched = workload.build_model()
+    kept = kept_state(untouched)
+    workload.loss_fn(untouched, batches[0])
+    put_back_state(untouched, kept)
+    assert not hasattr(untouched, "carried")
+
+
+def test_an_evaluation_leaves_what_forward_moves() -> None:
+    workload = workload_of(lambda: Pair(in_place))
+    context = Context(workload, torch.device("cpu"))
+    capture_model(context)
+    model = workload.build_model()
+    optimizer = workload.build_optimizer(model)
+    batches = list(workload.eval_batches())
+    torch.autograd.backward(workload.loss_fn(model, batches[0]))
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    losses = evaluate(context, model, batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert evaluate(context, model, batches) == losses
+
+
 @pytest.mark.usefixtures("own_main")
 def test_what_a_script_writes_between_steps_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -191,5 +254,5 @@ def test_what_a_script_writes_between_steps_is_said(
     )
     workload = record_workload(Script(str(path), ()), steps=8)
     spec = capture_model(Context(workload, torch.device("cpu")))
-    assert spec.followers == ("target.bias", "target.weight")
+    assert spec.moving == ("target.bias", "target.weight")
     assert "target.bias, target.weight: the script writes into them between" in caplog.text
