@@ -202,6 +202,21 @@ def test_a_call_on_trial_before_training_is_not_recorded(tmp_path: Path, what: s
     assert math.isfinite(first_loss(workload))
 
 
+def test_weights_that_are_initialized_after_a_call_on_trial_are_so_once(tmp_path: Path) -> None:
+    body = """
+model(torch.zeros(2, 32))
+nn.init.xavier_uniform_(model.first.weight)  # drawn again, the first loss would be another one
+model.head.bias.data[:4] += 1
+model.head.bias = nn.Parameter(model.head.bias.view(-1))  # as YOLO's are
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+"""
+    workload = record(tmp_path, HEAD + body + LOOP)
+    net = workload.build_model()
+    before = [parameter.clone() for parameter in net.parameters()]
+    workload.loss_fn(net, recorded(workload)[0])
+    assert all(map(torch.equal, before, net.parameters()))
+
+
 def test_calls_that_one_loss_compares_are_one_batch(tmp_path: Path) -> None:
     """`record` runs the first step again: dropout must draw what it drew in each call."""
     views = "a, b = model(x), model(x + torch.rand_like(x)); loss = F.cross_entropy(a + b, y)"

@@ -128,12 +128,13 @@ class Tape:
         if not written and not made:  # .item(), or a shape
             return result
         call = self.graph.call_function(function, *nodes)
-        call.meta.update(has_grad=has_grad, writes=bool(written))
+        call.meta.update(has_grad=has_grad, writes=bool(written), writes_weights=False)
         # a tensor that was changed in place keeps its node, of which the replay changes the value;
         # so do those that are views of the same storage
         storages = {_storage(tensor) for tensor in written}
         for known in list(self._known.values()) if written else ():
             if _storage(known.tensor) in storages:
+                call.meta["writes_weights"] |= "parameter" in known.node.meta
                 known.node.meta["is_written"] = True
                 self._name(known.tensor, known.node)
         for index, tensor in enumerate(made):
@@ -148,6 +149,7 @@ class Tape:
             The name of something that `root` depends on and no call made, if there is any.
         """
         self.graph.output(self._node(root))
+        _forget_earlier_weights(self.graph)
         _drop_unused(self.graph)
         self._known.clear()  # outputs and their graphs
         return next((n.meta["unseen"] for n in self.graph.nodes if "unseen" in n.meta), None)
@@ -293,6 +295,22 @@ def _root(graph: fx.Graph) -> Any:  # Any: always a node
 def _drop_unused(graph: fx.Graph) -> None:
     """Remove what leads to no output; calls that write in place stay, others may read from that."""
     graph.eliminate_dead_code(lambda node: node.op == "output" or node.meta.get("writes", False))
+
+
+def _forget_earlier_weights(graph: fx.Graph) -> None:
+    """Let what was written into weights before the first call that the loss needs be no write.
+
+    The weights are recorded as they are at that call: after one on trial scripts initialize them.
+    """
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in needed:
+            needed.update(node.all_input_nodes)
+    for node in graph.nodes:
+        if node.op == "call_module" and node in needed:
+            return
+        if node.meta.get("writes_weights"):
+            node.meta["writes"] = False
 
 
 def _storage(tensor: Tensor) -> int:
