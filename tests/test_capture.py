@@ -161,6 +161,23 @@ def each_by_itself_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tenso
     return nn.functional.mse_loss(torch.vmap(model)(batch[0]), batch[1])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_layers_take_the_rows_of_all_sequences_of_a_jagged_tensor() -> None:
+    def loss_fn(model: nn.Module, rows: Tensor) -> Tensor:
+        x = torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 6, 16]))
+        loss: Tensor = model(x).values().square().mean()
+        return loss
+
+    given = workload_with(
+        build_model=lambda: nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+        train_batches=lambda seed: iter([torch.eye(16, 32)] * 4),
+        loss_fn=loss_fn,
+    )
+    for layer in capture_model(Context(given, CPU)).layers:
+        assert layer.tokens == (16,)
+        assert any(option.is_fp8 for option in layer.options)
+
+
 def adapted_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the loss after a step of its own, as meta learning has it."""
 

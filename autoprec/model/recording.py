@@ -187,12 +187,17 @@ def _untransformed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the matrix of the rows of all sequences that a jagged tensor holds."""
+    return tensor.values() if tensor.layout is torch.jagged else tensor
+
+
 def _kept(keep: Keep, values: Any) -> Any:  # Any: a layer's arguments
     """Return the arguments with what is kept of each tensor in its place."""
 
     def keep_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, PackedSequence):
-            return keep(leaf) if isinstance(leaf, Tensor) else leaf
+            return keep(_rows(leaf)) if isinstance(leaf, Tensor) else leaf
         fields: list[Any] = [None if field is None else keep(field) for field in leaf]
         # its constructor takes tensors alone
         return PackedSequence(*fields) if isinstance(fields[0], Tensor) else tuple(fields)
@@ -206,7 +211,7 @@ def _catch(
     if gradient is None:  # of an autograd function that has none for what the layer gives
         return
     _see_graph(call, gradient)
-    own = gradient.detach()
+    own = _rows(gradient.detach())
     before, own = call.gradients[place], own if placed else local_part(own)
     call.gradients[place] = own if before is None else before + own
     arrived(call)
