@@ -1,9 +1,12 @@
 """What training writes into beside its trained weights: teachers, hidden states, counters."""
 
 import copy
+import random
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from autoprec.records import BF16_O2, Plan, Recipe, fp8_option
 from autoprec.runtime import install_options, uniform_plan, verify_applied
 from autoprec.sensitivity.warm_up import restore, train_steps
 from autoprec.verification.branches import evaluate, state_of
+from autoprec.verification.session import BranchStore
 from autoprec.workload.functions import Workload, workload_from
 from tests.launch_scripts import own_main
 
@@ -209,6 +213,44 @@ def test_a_state_in_attributes_is_kept_and_goes_with_a_checkpoint() -> None:
     workload.loss_fn(untouched, batches[0])
     put_back_state(untouched, kept)
     assert not hasattr(untouched, "carried")
+
+
+class Drawing(nn.Module):
+    """Draws from generators of its own, and remembers its last outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.torchs = torch.Generator().manual_seed(0)
+        self.numpys, self.legacy = np.random.default_rng(0), np.random.RandomState(0)
+        self.pythons = random.Random(0)
+        self.bank: deque[Tensor] = deque(maxlen=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(x.shape, generator=self.torchs) > 0.3
+        scale = self.numpys.random() + self.legacy.rand() + self.pythons.random()
+        y = self.layer(x * kept) * scale
+        self.bank.append(y.detach())
+        return F.mse_loss(y, torch.stack(list(self.bank)).mean(0).to(y.dtype) + x)
+
+
+def test_generators_and_memories_of_a_model_go_with_a_checkpoint(tmp_path: Path) -> None:
+    workload = workload_of(Drawing)
+    context = Context(workload, torch.device("cpu"))
+    spec = capture_model(context)
+    assert spec.moving == ("bank", "legacy", "numpys", "pythons", "torchs")
+    assert spec.is_deterministic
+    batches = list(workload.eval_batches())
+    training = restore(context, None)
+    train_steps(training, context, workload.train_batches(0), range(1, 6), of=5, stage="test")
+    store = BranchStore("setup", tmp_path)
+    store.add_warm_up(state_of(context, training, batches, []))
+    saved = store.find_warm_up()
+    assert saved is not None
+    fresh = restore(context, saved).model
+    assert vars(fresh)["bank"].maxlen == 3
+    assert evaluate(context, fresh, batches) == saved.eval_losses
+    assert len(set(saved.eval_losses)) > 1
 
 
 def test_an_evaluation_leaves_what_forward_moves() -> None:

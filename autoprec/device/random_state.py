@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -55,3 +56,29 @@ def seeded(seed: int) -> Iterator[None]:
     with random_state_kept():
         seed_generators(seed)
         yield
+
+
+def generator_state(value: Any) -> Any:  # Any: whatever an attribute holds; plain values
+    """Return the state of a random number generator that is no global one; None if it is none."""
+    numpy_random = sys.modules.get("numpy.random")
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if numpy_random is not None and isinstance(value, numpy_random.Generator):
+        return value.bit_generator.state
+    if numpy_random is not None and isinstance(value, numpy_random.RandomState):
+        state = value.get_state(legacy=False)
+        inner = state["state"]
+        return {**state, "state": {**inner, "key": inner["key"].tolist()}}
+    return None
+
+
+def set_generator_state(generator: Any, state: Any) -> None:  # Any: see generator_state
+    """Give a generator a state that `generator_state` returned."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state.cpu() if isinstance(state, torch.Tensor) else state)

@@ -2,7 +2,8 @@
 
     buffers     all of them, also where forward has bound other tensors in their place
     followers   parameters that nobody trains and forward writes into: a teacher
-    attributes  of its modules, plain values that forward sets: a hidden state, a memory, a counter
+    attributes  of its modules, plain values that forward sets: a hidden state, a memory, a counter,
+                and random number generators of its own
 
 The last two are found at capture, and noted on the models that the workload builds
 (`workload.written`). A forward that keeps its state between steps (`self.hidden = hidden.detach()`)
@@ -15,9 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
 
 from autoprec.common.text import first_and_more
+from autoprec.device.random_state import generator_state, set_generator_state
 from autoprec.device.ranks import local_part
 from autoprec.workload.functions import Batch, Workload
 from autoprec.workload.training import Training
@@ -54,7 +63,8 @@ def signatures(model: nn.Module) -> Signatures:
     found: Signatures = {}
     for path, module in model.named_modules():
         for own, value in vars(module).items():
-            leaves = [] if own in TORCHS else tree_leaves(value)
+            drawn = generator_state(value)
+            leaves = [] if own in TORCHS else tree_leaves(value if drawn is None else drawn)
             if all(type(leaf) in PLAIN for leaf in leaves):
                 found[f"{path}.{own}".lstrip(".")] = [_Seen(leaf) for leaf in leaves]
     for name, parameter in model.named_parameters():
@@ -96,15 +106,26 @@ def find_moving(workload: Workload, model: nn.Module, batch: Batch, before: Sign
 def kept_state(model: nn.Module) -> State:
     """Return copies of a model's buffers, and of what is noted on it, by name."""
     kept: State = dict(model.named_buffers())
-    kept |= {name: getattr(m, own) for name, m, own in _noted(model) if hasattr(m, own)}
+    for name, module, own in _noted(model):
+        if hasattr(module, own):
+            drawn = generator_state(value := getattr(module, own))
+            kept[name] = value if drawn is None else drawn
     copied: State = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), kept)
     return copied
 
 
-def state_apart(model: nn.Module) -> State:
-    """Return copies of the state that the model's state dict does not have."""
+def packed_state(model: nn.Module) -> State:
+    """Return the state that the model's state dict does not have, in what any file can hold."""
     saved = model.state_dict()
-    return {name: value for name, value in kept_state(model).items() if name not in saved}
+    apart = {name: value for name, value in kept_state(model).items() if name not in saved}
+    trees = {name: tree_flatten(value) for name, value in apart.items()}
+    return {name: [leaves, treespec_dumps(spec)] for name, (leaves, spec) in trees.items()}
+
+
+def unpacked_state(packed: State) -> State:
+    """Return the state that `packed_state` has packed."""
+    found = packed.items()
+    return {name: tree_unflatten(leaves, treespec_loads(spec)) for name, (leaves, spec) in found}
 
 
 @torch.no_grad()
@@ -118,6 +139,8 @@ def put_back_state(model: nn.Module, kept: Mapping[str, Any]) -> None:
         parameter, buffer = module._parameters.get(own), module._buffers.get(own)
         if parameter is not None:
             parameter.copy_(value)
+        elif generator_state(held := vars(module).get(own)) is not None:
+            set_generator_state(held, value)
         elif own not in module._buffers:
             vars(module)[own] = tree_map_only(Tensor, Tensor.clone, value)
         elif buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprec.errors import RecordError
-from autoprec.model.state import state_apart
+from autoprec.model.state import packed_state
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu, save_content
 from autoprec.workload.training import Training
 
@@ -60,7 +60,7 @@ def keep_reference(
     content = {
         "model": on_cpu(training.model.state_dict()),
         "optimizer": on_cpu(training.optimizer.state_dict()),
-        "moving": on_cpu(state_apart(training.model)),
+        "moving": on_cpu(packed_state(training.model)),
         "extra": on_cpu(extra),
     }
     save_content(path, content)

@@ -12,7 +12,7 @@ from pathlib import Path
 from autoprec.device.random_state import seeded
 from autoprec.device.ranks import world_size
 from autoprec.model.context import Context
-from autoprec.model.state import put_back_state
+from autoprec.model.state import put_back_state, unpacked_state
 from autoprec.records.sensitivity import StepError
 from autoprec.runtime.checkpoint import Checkpoint, load_state
 from autoprec.runtime.sharded_state import load_shards, load_whole
@@ -79,7 +79,7 @@ def restore(context: Context, checkpoint: Checkpoint | None, *, warmup_steps: in
     if checkpoint is not None and not is_split:
         load_state(model, checkpoint.model, what="model")
         if checkpoint.moving:
-            put_back_state(model, move_batch(checkpoint.moving, context.device))
+            put_back_state(model, move_batch(unpacked_state(checkpoint.moving), context.device))
     training = start_training(context.workload, model, warmup_steps=warmup_steps)
     if checkpoint is None:
         return training

@@ -28,7 +28,7 @@ from autoprec.device.ranks import set_as_on_first_rank, world_size
 from autoprec.device.tf32 import tf32_off
 from autoprec.errors import WorkloadError
 from autoprec.model.context import Context
-from autoprec.model.state import kept_state, put_back_state, state_apart
+from autoprec.model.state import kept_state, packed_state, put_back_state
 from autoprec.records import Branch
 from autoprec.runtime import attach_optimizer, install_options, undo
 from autoprec.runtime.checkpoint import Checkpoint, on_cpu
@@ -97,7 +97,7 @@ def state_of(
         state = shards_of(model, optimizer)
     else:
         state = Checkpoint(on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()))
-        state = replace(state, moving=on_cpu(state_apart(model)))
+        state = replace(state, moving=on_cpu(packed_state(model)))
     position = None if schedule is None else (schedule.position, schedule.pace)
     return replace(state, curve=tuple(curve), eval_losses=losses, schedule=position)
 

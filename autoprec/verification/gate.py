@@ -243,7 +243,8 @@ def _check_saved(
     if not same:
         raise RecordError(
             f"the saved branches in {store.folder} must be of this workload, but their warm-up "
-            "evaluates to another loss now (its code or data changed); delete the folder"
+            "evaluates to another loss now (its code or data changed, or it keeps a state where "
+            "autoprec does not look, outside of its modules); delete the folder"
         )
 
 
