@@ -193,6 +193,17 @@ def test_looking_ahead_changes_nothing() -> None:
     assert optimizer.param_groups[0]["lr"] == last
 
 
+def test_a_schedule_that_fails_later_is_said_in_one_line() -> None:
+    def build(optimizer: Optimizer) -> schedules.LRScheduler:
+        first, second = schedules.ConstantLR(optimizer), schedules.ConstantLR(optimizer)
+        chained = schedules.ChainedScheduler([second])  # which torch cannot go over to
+        return schedules.SequentialLR(optimizer, [first, chained], [3])
+
+    workload = make(build_scheduler=build)
+    with pytest.raises(WorkloadError, match=r"SequentialLR.step\(\) must give the next learning"):
+        start_training(workload, workload.build_model())
+
+
 def test_a_schedule_without_an_end_is_looked_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autoprec.workload.training.LONGEST_SCHEDULE", 500)
     asked: list[int] = []

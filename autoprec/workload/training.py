@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoprec.common.text import error_line
 from autoprec.errors import WorkloadError
-from autoprec.workload.functions import Batch, Workload
+from autoprec.workload.functions import Batch, UserCode, Workload
 from autoprec.workload.optimizers import rated_groups, trained_by
 
 LONGEST_SCHEDULE = 100_000  # steps that are looked ahead, about a second
@@ -252,10 +252,11 @@ def _unwarned() -> Iterator[None]:
 
 def _step(scheduler: LRScheduler) -> bool:
     """Go on by one step, and return whether there was one."""
-    try:
-        scheduler.step()
-    except ValueError:  # OneCycleLR past its total_steps
-        return False
+    with UserCode(f"{type(scheduler).__name__}.step()", "the next learning rates"):
+        try:
+            scheduler.step()
+        except ValueError:  # OneCycleLR past its total_steps
+            return False
     return True
 
 
