@@ -464,7 +464,11 @@ model.memory = nn.LSTM(16, 16)  # which has a __getstate__ of its own
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 {LOOP}
 exact = {{name: value.clone() for name, value in model.state_dict().items()}}
-torch.save({{"epoch": 1, "models": [model], "alone": model.memory}}, sys.argv[2])
+named = model.state_dict()
+for name, parameter in model.named_parameters():
+    named[name] = parameter  # as guided-diffusion fills its checkpoints
+whole = {{"epoch": 1, "models": [model], "alone": model.memory, "named": named}}
+torch.save(whole, sys.argv[2])
 classes = [Net, nn.Linear, nn.LayerNorm, nn.LSTM]
 with torch.serialization.safe_globals(classes):
     saved = torch.load(sys.argv[2], weights_only=True)
@@ -472,7 +476,9 @@ loaded, = saved["models"]
 assert set(map(type, loaded.modules())) == set(classes)
 assert all(torch.equal(exact[name], value) for name, value in loaded.named_parameters())
 assert torch.equal(saved["alone"].weight_hh_l0, exact["memory.weight_hh_l0"])
-assert model.first.weight.dtype is torch.bfloat16
+assert all(torch.equal(exact[name], value) for name, value in saved["named"].items())
+assert saved["named"]._metadata == named._metadata
+assert model.first.weight.dtype is named["first.weight"].dtype is torch.bfloat16
 assert loaded(x).isfinite().all()
 """
     net = Net()

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -164,18 +165,29 @@ def master_view(model: nn.Module) -> nn.Module:
     return _view(inner, masters)
 
 
-def as_saved(value: Any) -> Any:  # Any: what a script gives torch.save
-    """Return a value with plain FP32 models for those with a plan, in dicts, lists and tuples too.
+def as_saved(value: Any, exact: Container[nn.Parameter]) -> Any:  # Any: what torch.save is given
+    """Return a value as a script without a plan has it, in dicts, lists and tuples too.
 
-    A model that is sharded or wrapped in DDP stays as it is.
+    A model with a plan is plain and FP32, unless it is sharded or wrapped in DDP, and a parameter
+    among `exact` its master.
     """
     if isinstance(value, nn.Module):
         is_planned = any(is_made_here(type(module)) for module in value.modules())
         is_whole = unwrapped(value, parallel=True) is value and not fsdp_modules(value)
         return _view(value) if is_planned and is_whole else value
-    if type(value) is dict:  # a state dict has a type of its own, and notes beside its items
-        return {key: as_saved(held) for key, held in value.items()}
-    return type(value)(map(as_saved, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, nn.Parameter) and value in exact:
+        store = next((store for store in LIVE if store.values.get(value) is not None), None)
+        return value if store is None else nn.Parameter(store.saved(value), value.requires_grad)
+    if isinstance(value, dict):
+        found = {key: as_saved(held, exact) for key, held in value.items()}
+        if all(found[key] is held for key, held in value.items()):
+            return value
+        copied = copy.copy(value)  # a state dict has notes beside its items
+        copied.update(found)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(as_saved(held, exact) for held in value)
+    return value
 
 
 @random_state_kept()

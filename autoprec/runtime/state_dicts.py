@@ -73,6 +73,12 @@ def save_exactly(modules: Iterable[nn.Module]) -> None:
         module.register_state_dict_post_hook(_give_masters)  # type: ignore[no-untyped-call]  # torch
 
 
+def exact_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters whose masters a model's state dict has."""
+    modules = [m for m in model.modules() if _give_masters in m._state_dict_hooks.values()]
+    return {p for module in modules for p in module._parameters.values() if p is not None}
+
+
 def _give_masters(module: nn.Module, state: Any, prefix: str, _: object) -> None:  # Any: see above
     for name, parameter in module._parameters.items():
         held = state.get(prefix + name)

@@ -8,7 +8,7 @@ applied three things of torch are wrapped:
     DistributedDataParallel, DataParallel               or just before one of these wraps it
 
 (and `Tensor.lerp_`, by which scripts keep averages of weights, see runtime/averages.py, and
-`torch.save`, to which they give whole models).
+`torch.save`, to which they give whole models and parameters).
 
 A model that `fully_shard` or `parallelize_module` has sharded gets the plan at its first call too:
 its FP32 shards are the masters (runtime/shards.py).
@@ -52,7 +52,7 @@ from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.layouts import MASTER
 from autoprec.runtime.shards import whole_again
-from autoprec.runtime.state_dicts import save_exactly
+from autoprec.runtime.state_dicts import exact_parameters, save_exactly
 from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
@@ -134,7 +134,7 @@ class Watch:
             (Optimizer, "load_state_dict", self._around_load),
             *((cls, "__init__", self._around_parallel) for cls in parallel),
             (Tensor, "lerp_", around_lerp),
-            (torch, "save", _around_save),
+            (torch, "save", self._around_save),
             *(self._guard.patches if self._guard is not None else ()),
         ]
         for owner, name, around in functions:
@@ -233,6 +233,10 @@ class Watch:
             parameters = trained_by(optimizer)
             for index, master in state_dict[STATELESS].items():
                 optimizer.state[parameters[index]][MASTER] = master.detach().clone()
+
+    def _around_save(self, save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
+        models = [model for applied in self.applied if (model := applied.model()) is not None]
+        save(as_saved(obj, set().union(*map(exact_parameters, models))), *args, **kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
         if self._waits.get(optimizer):
@@ -380,11 +384,6 @@ class Watch:
     def _end_search_if_done(self) -> None:
         if self._is_done():
             self._until_done.close()
-
-
-def _around_save(save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Write whole models as the script without a plan does."""
-    save(as_saved(obj), *args, **kwargs)
 
 
 def _holds_fp32(module: nn.Module) -> bool:
