@@ -148,6 +148,12 @@ class _Trained:
     own_loss: float | None = None
 
 
+def _loss_limit(reference: Sequence[float]) -> float:
+    """Return the loss from which a branch has diverged; a loss may be negative (likelihoods)."""
+    size = max(map(abs, reference), default=math.inf)
+    return max(reference, default=0.0) + (DIVERGED_RATIO - 1.0) * size
+
+
 def _train_with(
     session: Session, training: Training, variant: Variant, *, seed: int, reference: Sequence[float]
 ) -> _Trained:
@@ -167,7 +173,7 @@ def _train_with(
             attach_optimizer(model, optimizer)
             plan.callback(undo, model, optimizer)
         # the reference saw the same batches: what is far above its worst has diverged
-        limit = DIVERGED_RATIO * max(reference, default=math.inf)
+        limit = _loss_limit(reference)
         first = None if variant.is_reference else StepWatch(model)
         for step, loss in enumerate(_train(session, training, variant.label, seed=seed)):
             if first is not None and step == 0:
