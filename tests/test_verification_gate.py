@@ -208,6 +208,18 @@ def test_a_negative_loss_has_not_diverged(shift: float) -> None:
     assert found.verdict is Verdict.VERIFIED
 
 
+def test_a_loss_is_small_only_beside_what_training_starts_from() -> None:
+    plain = mlp_workload()
+    tiny = changed(plain, loss_fn=lambda model, batch: plain.loss_fn(model, batch) * 1e-12)
+    assert verified(tiny, BF16_O2, tolerance=0.5).verdict is Verdict.VERIFIED
+
+    def memorised(model: nn.Module, batch: object) -> Tensor:
+        return plain.loss_fn(model, batch) * (1.0 if model.training else 1e-9)
+
+    with pytest.raises(WorkloadError, match="away from zero, but the reference's is"):
+        verified(changed(plain, loss_fn=memorised), BF16_O2)
+
+
 @pytest.mark.parametrize(("count", "is_single"), [(1, True), (2, False)])
 def test_a_single_evaluation_batch_is_noted_and_only_that(count: int, is_single: bool) -> None:
     workload = overflowing(mlp_workload())

@@ -45,7 +45,7 @@ from autoprec.workload.training import Training, step_batches
 # a training loss by percents
 DIVERGED_RATIO = 3.0
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
-SMALLEST_LOSS = 1e-6  # a gap relative to less than this is a gap relative to rounding
+NEARLY_ZERO = 1e-6  # of the losses in training: a gap relative to less is relative to rounding
 EVAL_STEP = 2**40  # evaluation draws from streams that no training step uses
 
 
@@ -246,7 +246,8 @@ def _check_reference(session: Session, branch: Branch) -> None:
             f"{branch.diverged_at} of the branch of seed {branch.seed}; lower the learning rate"
         )
     check_names(session.context.workload, branch.metrics, session.metrics)
-    if abs(branch.eval_loss) < SMALLEST_LOSS:
+    trained = map(abs, (*session.checkpoint.curve, *branch.curve))
+    if abs(branch.eval_loss) <= NEARLY_ZERO * max(trained, default=1.0):
         raise WorkloadError(
             "a relative loss gap needs an evaluation loss away from zero, but the "
             f"reference's is {branch.eval_loss:.3g}; evaluate on harder held-out batches, or leave "

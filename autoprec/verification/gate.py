@@ -33,7 +33,7 @@ from autoprec.records.verification import MetricTolerance, Verdict, Verification
 from autoprec.runtime.checkpoint import Checkpoint, read_checkpoint
 from autoprec.runtime.sharded_state import shards_of
 from autoprec.sensitivity.warm_up import restore
-from autoprec.verification.branches import SMALLEST_LOSS, evaluate, state_of, train_seed, warm_up
+from autoprec.verification.branches import evaluate, state_of, train_seed, warm_up
 from autoprec.verification.evidence import Evidence, exceeds_limit, make_verification
 from autoprec.verification.ladder import climb, with_horizons
 from autoprec.verification.sequential import Terms
@@ -236,9 +236,9 @@ def _check_saved(
     """Refuse a saved warm-up that does not evaluate to what it did when it was saved."""
     with seeded(context.seed):
         losses = evaluate(context, restore(context, saved).model, evaluation)
+    most = STATE_RTOL * max(map(abs, saved.eval_losses), default=0.0)
     same = len(losses) == len(saved.eval_losses) and all(
-        abs(now - then) <= STATE_RTOL * max(abs(then), SMALLEST_LOSS)
-        for now, then in zip(losses, saved.eval_losses, strict=True)
+        abs(now - then) <= most for now, then in zip(losses, saved.eval_losses, strict=True)
     )
     if not same:
         raise RecordError(
