@@ -98,6 +98,11 @@ def test_a_mapping_takes_only_the_five_functions_and_says_which_is_missing() -> 
         ),
         ({"build_optimizer": lambda m: []}, "optimizer", "returned list"),
         (
+            {"build_optimizer": lambda m: torch.optim.SGD(m.parameters(), maximize=True)},
+            "optimizer",
+            "let loss_fn return the negative",
+        ),
+        (
             {"build_optimizer": lambda m: [torch.optim.SGD(m.parameters())] * 2},
             "optimizer",
             "each parameter one optimizer, but some have two",

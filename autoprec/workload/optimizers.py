@@ -161,6 +161,11 @@ def checked_optimizer(built: object, model: nn.Module, call: str, wanted: str) -
         raise WorkloadError(f"{call} must return {wanted}, but it returned {got}; fix it")
     if reason := next(filter(None, map(optimizer_refusal, several)), ""):
         raise WorkloadError(f"{call} must return one that a plan can train, but {reason}")
+    if any(group.get("maximize") for each in several for group in each.param_groups):
+        raise WorkloadError(
+            f"{call} must return one that minimises the loss, by which plans are judged, but it "
+            "has maximize=True; leave that out, and let loss_fn return the negative"
+        )
     own = [set(trained_by(each)) for each in several]
     if not set().union(*own) <= set(model.parameters()):
         raise WorkloadError(
