@@ -370,6 +370,31 @@ def test_user_code_between_layers_keeps_the_mode() -> None:
     assert not is_chain(weighted, find_layers(weighted))
 
 
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_least_number_of_fp32_masks_scores_in_bf16(is_compiled: bool) -> None:
+    """A mask made in BF16 meets a value that is asked of FP32 activations, behind FP32 layers."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(16, 16).triu(1).bool()
+            least = torch.finfo(torch.float32).min
+            scores: Tensor = self.inner(x).masked_fill(mask, least)
+            return scores.softmax(-1)
+
+    model: Any = Masked()
+    autoprec.apply(uniform_plan(model, BF16_O2), model)
+    if is_compiled:
+        model.compile(backend="aot_eager", fullgraph=True)
+    found = model(torch.randn(16, 16))
+    torch._dynamo.reset()
+    assert not found.triu(1).any()
+    assert torch.allclose(found.sum(-1), torch.ones(16), atol=0.02)
+
+
 class Between(nn.Module):
     """Layers of torch.nn and one of the user's, and an FP32 table that meets what they give."""
 

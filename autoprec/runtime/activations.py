@@ -23,6 +23,7 @@ the mode about as about any other, and as a mode is off where it is asked, it go
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any, TypeVar
@@ -107,9 +108,10 @@ IN_FP32 = (
     | _functions("mm addmm sampled_addmm softmax log_softmax", torch.sparse)
     | _functions("numpy __array__", Tensor)  # of which scipy's assignments are made
 )
+FILLING = _functions("masked_fill masked_fill_", torch, Tensor)
 CHECKPOINT = tag_activation_checkpoint  # as dynamo sees `torch.utils.checkpoint.checkpoint`
 LERP = Tensor.lerp_  # in scripts that run with a plan another stands there, see averages.py
-LISTED = UNIFORM | INTO_FIRST | IN_FP32
+LISTED = UNIFORM | INTO_FIRST | IN_FP32 | FILLING
 # What `module.to()` calls: dynamo has stand-ins for them, which nothing can hash.
 _PARSE, _COMPARE = torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type
 LOW = frozenset({torch.bfloat16, torch.float16})
@@ -136,18 +138,39 @@ class ActivationMode(TorchFunctionMode):
         elif func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # dynamo follows no `super()` of a method that a mode calls
         elif func is not _PARSE and func is not _COMPARE and func in LISTED:
-            found: set[torch.dtype] = set()
-            _collect_dtypes((*args, *kwargs.values()), found)
-            if func in IN_FP32:
-                dtype, is_needed = torch.float32, not found.isdisjoint(LOW)
-            else:
-                dtype = self.dtype if func in UNIFORM else args[0].dtype
-                is_needed = len(found) > 1
-            if is_needed and func in UNIFORM and _has_sparse((*args, *kwargs.values())):
-                dtype = torch.float32
-            if is_needed:
-                args, kwargs = cast_floating(args, dtype), cast_floating(kwargs, dtype)
+            args, kwargs = _cast_arguments(self, func, args, kwargs)
         return func(*args, **kwargs)
+
+
+@part_of_callers
+def _cast_arguments(
+    mode: ActivationMode, func: Function, args: Any, kwargs: Any
+) -> tuple[Any, Any]:  # Any: as given
+    """Return the arguments of one of the functions above, as it needs them."""
+    if func in FILLING:
+        return _with_value_in_range(*args), kwargs
+    found: set[torch.dtype] = set()
+    _collect_dtypes((*args, *kwargs.values()), found)
+    if func in IN_FP32:
+        dtype, is_needed = torch.float32, not found.isdisjoint(LOW)
+    else:
+        dtype = mode.dtype if func in UNIFORM else args[0].dtype
+        is_needed = len(found) > 1
+    if is_needed and func in UNIFORM and _has_sparse((*args, *kwargs.values())):
+        dtype = torch.float32
+    if not is_needed:
+        return args, kwargs
+    return cast_floating(args, dtype), cast_floating(kwargs, dtype)
+
+
+@part_of_callers
+def _with_value_in_range(x: Tensor, *args: Any) -> tuple[Any, ...]:  # Any: as given
+    """Return a mask's arguments; the least of FP32 (`torch.finfo`) is too large for BF16 scores."""
+    *mask, value = args
+    if isinstance(value, float) and x.dtype in LOW and math.isfinite(value):
+        most = torch.finfo(x.dtype).max
+        value = min(max(value, -most), most)
+    return x, *mask, value
 
 
 @part_of_callers
