@@ -461,13 +461,16 @@ def test_a_model_in_bf16_meets_the_tensors_that_it_met_without_the_plan(
 def test_a_whole_model_is_saved_as_the_script_has_it_without_a_plan(tmp_path: Path) -> None:
     body = f"""{HEAD}
 model.memory = nn.LSTM(16, 16)  # which has a __getstate__ of its own
+model.head.weight.requires_grad = False  # it has no master
+frozen = model.head.weight.detach().clone()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 {LOOP}
-exact = {{name: value.clone() for name, value in model.state_dict().items()}}
+exact = {{**model.state_dict(), "head.weight": frozen}}
 named = model.state_dict()
 for name, parameter in model.named_parameters():
     named[name] = parameter  # as guided-diffusion fills its checkpoints
-whole = {{"epoch": 1, "models": [model], "alone": model.memory, "named": named}}
+whole = {{"epoch": 1, "models": [model], "alone": model.memory, "named": named,
+         "own": model.state_dict(), "data": model.head.weight.data}}
 torch.save(whole, sys.argv[2])
 classes = [Net, nn.Linear, nn.LayerNorm, nn.LSTM]
 with torch.serialization.safe_globals(classes):
@@ -477,7 +480,8 @@ assert set(map(type, loaded.modules())) == set(classes)
 assert all(torch.equal(exact[name], value) for name, value in loaded.named_parameters())
 assert torch.equal(saved["alone"].weight_hh_l0, exact["memory.weight_hh_l0"])
 assert all(torch.equal(exact[name], value) for name, value in saved["named"].items())
-assert saved["named"]._metadata == named._metadata
+assert all(torch.equal(exact[name], value) for name, value in saved["own"].items())
+assert saved["named"]._metadata == named._metadata and torch.equal(saved["data"], frozen)
 assert model.first.weight.dtype is named["first.weight"].dtype is torch.bfloat16
 assert loaded(x).isfinite().all()
 """

@@ -10,9 +10,8 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,13 +28,12 @@ from autoprec.model.layers import model_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime.attach import attach, check_optimizer, detach_optimizer, watch_optimizers
 from autoprec.runtime.averages import follow_averages
-from autoprec.runtime.classes import is_made_here
 from autoprec.runtime.finite import leave_first_step, watch_first_step
 from autoprec.runtime.fit import check_fit, check_removable, check_untouched
 from autoprec.runtime.gathers import install_gathers
 from autoprec.runtime.install import Installed, install_options, remove_plan, set_storage
 from autoprec.runtime.layouts import read_from_any_layout
-from autoprec.runtime.masters import LIVE, Masters, exact_values, masters_of
+from autoprec.runtime.masters import LIVE, ON_MODEL, exact_values, masters_of
 from autoprec.runtime.ranks import agree
 from autoprec.runtime.shards import fsdp_modules, mixed_groups, whole_again
 from autoprec.runtime.state_dicts import keep_exact_loads
@@ -162,44 +160,22 @@ def master_view(model: nn.Module) -> nn.Module:
             "a view shares FP32 masters with a whole model, but this one is sharded; where apply "
             "came after fully_shard its state_dict is FP32, else the optimizer's has the masters"
         )
-    return _view(inner, masters)
-
-
-def as_saved(value: Any, exact: Container[nn.Parameter]) -> Any:  # Any: what torch.save is given
-    """Return a value as a script without a plan has it, in dicts, lists and tuples too.
-
-    A model with a plan is plain and FP32, unless it is sharded or wrapped in DDP, and a parameter
-    among `exact` its master.
-    """
-    if isinstance(value, nn.Module):
-        is_planned = any(is_made_here(type(module)) for module in value.modules())
-        is_whole = unwrapped(value, parallel=True) is value and not fsdp_modules(value)
-        return _view(value) if is_planned and is_whole else value
-    if isinstance(value, nn.Parameter) and value in exact:
-        store = next((store for store in LIVE if store.values.get(value) is not None), None)
-        return value if store is None else nn.Parameter(store.saved(value), value.requires_grad)
-    if isinstance(value, dict):
-        found = {key: as_saved(held, exact) for key, held in value.items()}
-        if all(found[key] is held for key, held in value.items()):
-            return value
-        copied = copy.copy(value)  # a state dict has notes beside its items
-        copied.update(found)
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(as_saved(held, exact) for held in value)
-    return value
+    return plain_view(inner, exact_values(inner, masters))
 
 
 @random_state_kept()
-def _view(model: nn.Module, *masters: Masters) -> nn.Module:
-    """Return a plain model of FP32 masters, which share storage with those of `model`."""
+def plain_view(model: nn.Module, exact: Mapping[nn.Parameter, Tensor]) -> nn.Module:
+    """Return a plain model of FP32 masters, which share storage with those of `model`.
+
+    `exact` has values for parameters without a master.
+    """
     # Whatever `deepcopy` finds in its memo it shares instead of copying.
     memo: dict[int, object] = {id(b): b for b in model.buffers()}
-    memo |= dict.fromkeys(map(id, [*masters, *LIVE]))
+    memo |= dict.fromkeys(map(id, [*(vars(m).get(ON_MODEL) for m in model.modules()), *LIVE]))
     for value in (value for module in model.modules() for value in vars(module).values()):
         if isinstance(value, Tensor) and not value.is_leaf:  # torch copies nothing computed
             memo[id(value)] = value.detach()
-    exact = exact_values(model, *masters)
+    exact = {**exact_values(model), **exact}
     for parameter in model.parameters():
         data = exact.get(parameter, parameter.detach())
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)

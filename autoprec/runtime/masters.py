@@ -103,7 +103,7 @@ class Masters:
             self._agree(parameter)
         if parameter in self.loaded or _stamp(parameter) != self.agreed.get(parameter):
             master = self._adopted(parameter, master)
-        elif looks_closer and not _is_rounded(master, parameter.detach()):
+        elif looks_closer and not is_rounded(master, parameter.detach()):
             self._warn_of_writes()
             master = self._adopted(parameter, master)
         if self.values[parameter] is not master:
@@ -121,7 +121,7 @@ class Masters:
         values = [self.loaded[parameter][0]] if parameter in self.loaded else []
         values += [value for value in (self.values[parameter],) if value is not None]
         own = local_part(parameter.detach())
-        exact = (value for value in values if _is_rounded(local_part(value), own))
+        exact = (value for value in values if is_rounded(local_part(value), own))
         return next(exact, parameter.detach().float())
 
     @torch.no_grad()
@@ -286,7 +286,7 @@ class Masters:
         if loaded is None or (is_fresh and version not in (None, parameter._version)):
             return master
         loaded = loaded.to(written.device)
-        if not _is_rounded(loaded, written):
+        if not is_rounded(loaded, written):
             logger.warning(
                 "a checkpoint holds other masters than the model's weights round to; the weights "
                 "were kept, so load the model and the optimizer of one checkpoint"
@@ -299,7 +299,7 @@ class Masters:
         The others wait for weights that may be loaded after them.
         """
         for parameter, (loaded, _) in list(self.loaded.items()):
-            if _is_rounded(loaded.to(parameter.device), parameter.detach()):
+            if is_rounded(loaded.to(parameter.device), parameter.detach()):
                 self.current(parameter, looks_closer=False)
 
     def _check_dtype(self, parameter: nn.Parameter) -> None:
@@ -347,7 +347,7 @@ def exact_values(model: nn.Module, *masters: Masters) -> dict[nn.Parameter, Tens
     return found
 
 
-def _is_rounded(master: Tensor, written: Tensor) -> bool:
+def is_rounded(master: Tensor, written: Tensor) -> bool:
     """Whether `written` is bf16(master), bit for bit (so that NaN equals NaN)."""
     return torch.equal(_bits(master.to(written.dtype)), _bits(written))
 

@@ -46,13 +46,13 @@ from autoprec.integrations.plans import apply_plan, remove_autocast
 from autoprec.model.layers import find_layers, unwrapped
 from autoprec.records import Plan
 from autoprec.runtime import attach_optimizer, undo
-from autoprec.runtime.apply import as_saved
 from autoprec.runtime.attach import ON_OPTIMIZER, STATELESS, StateDict, watch_optimizers
 from autoprec.runtime.averages import around_lerp
 from autoprec.runtime.fit import check_fit
 from autoprec.runtime.layouts import MASTER
+from autoprec.runtime.saving import Files
 from autoprec.runtime.shards import whole_again
-from autoprec.runtime.state_dicts import exact_parameters, save_exactly
+from autoprec.runtime.state_dicts import save_exactly
 from autoprec.workload.optimizers import trained_by, trains
 from autoprec.workload.written import LOW_PRECISION, dtype_name
 
@@ -118,6 +118,7 @@ class Watch:
         self._guard = ScriptGuard(plan) if guard else None
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._files = Files()
         self._joined: list[nn.Module] = []  # nobody else holds them
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
         self._untrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the optimizers so far
@@ -235,8 +236,7 @@ class Watch:
                 optimizer.state[parameters[index]][MASTER] = master.detach().clone()
 
     def _around_save(self, save: Function, obj: Any, *args: Any, **kwargs: Any) -> None:
-        models = [model for applied in self.applied if (model := applied.model()) is not None]
-        save(as_saved(obj, set().union(*map(exact_parameters, models))), *args, **kwargs)
+        save(self._files.as_saved(obj), *args, **kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:  # Any: torch's
         if self._waits.get(optimizer):
@@ -324,6 +324,7 @@ class Watch:
             held = "%s is held in %s: the plan's FP32 masters start as copies of its weights"
             logger.warning(held, type(inner).__name__, dtype_name(dtype))
         in_fp32 = [part for part in inner.modules() if _holds_fp32(part)]
+        self._files.keep_frozen(inner)
         try:
             apply_plan(self.plan, model, *owned, is_guarded=self._guard is not None)
         except AutoprecError as error:
