@@ -220,6 +220,20 @@ def test_a_loss_is_small_only_beside_what_training_starts_from() -> None:
         verified(changed(plain, loss_fn=memorised), BF16_O2)
 
 
+def test_a_loss_that_only_training_mode_gives_is_evaluated_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = mlp_workload()
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        output = {"loss": plain.loss_fn(model, batch)} if model.training else {}
+        return output["loss"]
+
+    detector = changed(plain, loss_fn=loss_fn)
+    assert verified(detector, BF16_O2, tolerance=0.5).verdict is Verdict.VERIFIED
+    assert "plans are evaluated in training mode" in caplog.text
+
+
 @pytest.mark.parametrize(("count", "is_single"), [(1, True), (2, False)])
 def test_a_single_evaluation_batch_is_noted_and_only_that(count: int, is_single: bool) -> None:
     workload = overflowing(mlp_workload())

@@ -13,11 +13,12 @@ in eval mode on fixed held-out batches, whatever the branch trained in, and the 
 where there is one. Beside it the same batches go through the branch's own forward, as it trained.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import torch
@@ -40,6 +41,8 @@ from autoprec.verification.metrics import check_finite, check_names, measure_met
 from autoprec.verification.session import REFERENCE, Session, Variant
 from autoprec.workload.functions import Batch, move_batch
 from autoprec.workload.training import Training, step_batches
+
+logger = logging.getLogger(__name__)
 
 # a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
 # a training loss by percents
@@ -191,40 +194,59 @@ def _train_with(
 def evaluate(context: Context, model: nn.Module, evaluation: Sequence[Batch]) -> tuple[float, ...]:
     """Return the loss of every held-out batch in eval mode, in FP32, with the same draws.
 
-    Of several ranks all take rank 0's buffers, such as running statistics, as DDP does.
+    Of several ranks all take rank 0's buffers, such as running statistics, as DDP does. Gradients
+    are on where loss_fn fails without: a loss may be made of some. Where it fails all the same (a
+    detector has losses in training alone), the model is in training mode.
     """
     set_as_on_first_rank(model.buffers())
+    for has_grad, is_training in ((False, False), (True, False)):
+        with suppress(WorkloadError):  # one of another reason comes again
+            return _losses(context, model, evaluation, has_grad, is_training)
+    _say_training_mode()
+    return _losses(context, model, evaluation, True, True)
+
+
+def _losses(
+    context: Context,
+    model: nn.Module,
+    evaluation: Sequence[Batch],
+    has_grad: bool,
+    is_training: bool,
+) -> tuple[float, ...]:
     losses = []
-    with _evaluating(model):
+    with _evaluating(model, is_training=is_training), torch.set_grad_enabled(has_grad):
         for index, batch in enumerate(evaluation):
             # every branch evaluates with the same draws, whatever its training drew
-            seed = seed_of(context.seed, EVAL_STEP + index)
-            losses.append(_loss(context, model, batch, seed))
+            with seeded(seed_of(context.seed, EVAL_STEP + index)):
+                losses.append(float(context.workload.loss_fn(model, batch).detach()))
     return tuple(losses)
 
 
-def _loss(context: Context, model: nn.Module, batch: Batch, seed: int) -> float:
-    """Return a loss without gradients; with them where that fails: it may be made of some."""
-    with suppress(WorkloadError), seeded(seed):  # one of another reason comes again
-        return float(context.workload.loss_fn(model, batch))
-    with torch.enable_grad(), seeded(seed):
-        return float(context.workload.loss_fn(model, batch).detach())
+@cache
+def _say_training_mode() -> None:
+    logger.warning(
+        "loss_fn gives no loss of a model in eval mode: plans are evaluated in training mode, with "
+        "the same dropout for all"
+    )
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, *, is_training: bool = False) -> Iterator[None]:
     """Let the model be evaluated inside: in eval mode, in FP32, without gradients.
 
     What forward changes (a queue of keys, a teacher) is put back.
     """
     kept = kept_state(model)
     was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    with torch.no_grad(), tf32_off():
-        yield
-    for module in was_training:
-        module.training = True
-    put_back_state(model, kept)
+    if not is_training:
+        model.eval()
+    try:
+        with torch.no_grad(), tf32_off():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+        put_back_state(model, kept)
 
 
 def mean_of(losses: Sequence[float]) -> float | None:
