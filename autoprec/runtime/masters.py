@@ -59,7 +59,8 @@ class Masters:
     what checkpoints hold, until the model's weights are in, and for values that the model loads
     itself the parameter's version after that; `agreed` a parameter's stamp when it and its master
     last agreed; `stepped` the parameters that an optimizer has seen, `averages` those that an
-    average was rounded into; `lent` the versions of untrained masters that a state dict has.
+    average was rounded into; `lent` the versions of untrained masters that a state dict has;
+    `frozen` FP32 values, on the CPU, of weights that nobody trains, for a script's files.
     """
 
     options: dict[str, Option]
@@ -73,6 +74,7 @@ class Masters:
     stepped: dict[nn.Parameter, bool] = field(default_factory=dict)  # all True: copied with keys
     averages: dict[nn.Parameter, bool] = field(default_factory=dict)  # as `stepped`
     lent: dict[nn.Parameter, int] = field(default_factory=dict)
+    frozen: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     steps: int = 0
     is_watching: bool = False
     is_idle_copy: bool = False  # that no optimizer and no average has stepped yet
@@ -119,6 +121,8 @@ class Masters:
     def saved(self, parameter: nn.Parameter) -> Tensor:
         """Return the FP32 values that a parameter is rounded from, or else its own."""
         values = [self.loaded[parameter][0]] if parameter in self.loaded else []
+        if not parameter.requires_grad and parameter in self.frozen:
+            values.append(self.frozen[parameter].to(parameter.device))
         values += [value for value in (self.values[parameter],) if value is not None]
         own = local_part(parameter.detach())
         exact = (value for value in values if is_rounded(local_part(value), own))

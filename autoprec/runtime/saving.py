@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autoprec.model.layers import unwrapped
 from autoprec.runtime.apply import plain_view
 from autoprec.runtime.classes import is_made_here
-from autoprec.runtime.masters import LIVE, is_rounded
+from autoprec.runtime.masters import LIVE, masters_of
 from autoprec.runtime.shards import fsdp_modules
 from autoprec.runtime.state_dicts import exact_parameters
 
@@ -37,6 +37,10 @@ class Files:
         kept = own if is_small else []
         self._frozen[model] = {p: p.detach().to("cpu", copy=True) for p in kept}
 
+    def hand_over(self, model: nn.Module) -> None:
+        """Give a model's masters what was kept, now that it has the plan."""
+        masters_of(model).frozen.update(self._frozen[model])
+
     def as_saved(self, value: Any) -> Any:  # Any: whatever torch.save is given
         """Return a value as the script without a plan has it, in dicts, lists and tuples too.
 
@@ -44,8 +48,8 @@ class Files:
         and what shares their storage, are their FP32 values.
         """
         places = {
-            (parameter.data_ptr(), parameter.shape): (parameter, frozen.get(parameter))
-            for model, frozen in self._frozen.items()
+            (parameter.data_ptr(), parameter.shape): parameter
+            for model in self._frozen
             for parameter in exact_parameters(model)
             if type(parameter) is nn.Parameter and parameter.dtype is torch.bfloat16
         }
@@ -59,7 +63,7 @@ class Files:
             found = places.get((value.data_ptr(), value.shape)) if is_low else None
             if found is None:
                 return value
-            exact = _exact(*found)
+            exact = _exact(found)
             return nn.Parameter(exact, value.requires_grad) if type(value) is not Tensor else exact
         if isinstance(value, dict):
             items = {key: self._saved(held, places) for key, held in value.items()}
@@ -77,17 +81,11 @@ class Files:
         is_whole = unwrapped(model, parallel=True) is model and not fsdp_modules(model)
         if not is_planned or not is_whole:
             return model
-        frozen = {p: kept for each in self._frozen.values() for p, kept in each.items()}
-        return plain_view(
-            model, {p: _exact(p, frozen[p]) for p in model.parameters() if p in frozen}
-        )
+        low = [p for p in model.parameters() if p.dtype is torch.bfloat16]
+        return plain_view(model, {parameter: _exact(parameter) for parameter in low})
 
 
-def _exact(parameter: nn.Parameter, frozen: Tensor | None) -> Tensor:
+def _exact(parameter: nn.Parameter) -> Tensor:
     """Return the FP32 values that a BF16 parameter is rounded from, or else its own."""
-    if frozen is not None and not parameter.requires_grad:
-        frozen = frozen.to(parameter.device)
-        if is_rounded(frozen, parameter.detach()):
-            return frozen
-    store = next((store for store in LIVE if store.values.get(parameter) is not None), None)
+    store = next((store for store in LIVE if parameter in store.values), None)
     return parameter.detach().float() if store is None else store.saved(parameter)

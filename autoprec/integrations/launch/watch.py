@@ -331,6 +331,7 @@ class Watch:
             self.failure = error
             self.stop()
             raise
+        self._files.hand_over(inner)
         save_exactly(in_fp32)  # the script's checkpoints are those of its FP32 model
         names = inner.keys() if isinstance(inner, nn.ModuleDict) and is_joined(inner) else ()
         name = " and ".join(names) or type(inner).__name__
