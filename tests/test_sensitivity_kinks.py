@@ -342,6 +342,38 @@ def test_a_loss_that_changes_otherwise_than_its_gradient_says_is_seen() -> None:
     assert missed(Tenth()) > 0.05
 
 
+class Looped(nn.Module):
+    """Calls one block twice, each time checkpointed, so that its gradient comes in two parts."""
+
+    def __init__(self, *, is_checkpointed: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 16)
+        self.block = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+        self.is_checkpointed = is_checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(2):
+            run = self.block
+            x = x + (checkpoint(run, x, use_reentrant=True) if self.is_checkpointed else run(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_a_gradient_that_comes_in_parts_is_compared_whole() -> None:
+    plain, again = (
+        probe_batches(reference, list_cells(reference.spec, None), probes=1)[0].steps
+        for is_checkpointed in (False, True)
+        for reference in [reference_of(partial(Looped, is_checkpointed=is_checkpointed))]
+    )
+    assert plain is not None
+    assert again is not None
+    assert again.missed < 0.002
+    assert not again.are_kinked
+    for own, other in zip(plain.changes, again.changes, strict=True):
+        assert own == pytest.approx(other, rel=1e-3)
+
+
 def test_rows_beside_a_threshold_are_measured_though_no_kink_is_crossed() -> None:
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ from autoprec.workload.functions import Batch
 STEP, FINER = 4e-2, 4.0
 NOISE = 4 * torch.finfo(torch.float32).eps  # of a loss
 
+Along = Callable[..., list[float]]
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -150,7 +152,7 @@ def _run(
     step: Pass,
     keep: Collection[Tensor],
     gradients: Mapping[Tensor, Tensor],
-    along: Callable[[Tensor, Tensor], float] = lambda *_: 0.0,
+    along: Along = lambda *_: [0.0, 0.0],
     begin_backward: Callable[[], None] = lambda: None,
 ) -> tuple[list[float], list[float]]:
     """Run the model as it stands; return |P^(1/2) D|^2 by parameter, D the change of gradients.
@@ -166,10 +168,10 @@ def _run(
         if (at := gradients.get(parameter)) is not None:
             now = gradient_of(parameter)
             found[parameter] = weigh(parameter, now, at=at, less=at)
-            slopes[:] = [s + along(parameter, g) for s, g in zip(slopes, (at, now), strict=True)]
+            slopes[:] = map(sum, zip(slopes, along(parameter, at, now), strict=True))
 
     # one process takes each gradient as it arrives; of several, their mean comes at the end
-    keep = keep if world_size() == 1 else {*keep, *gradients}
+    keep = {*keep, *(reference.in_parts if world_size() == 1 else gradients)}
     loss = reference.run(step.index, keep=keep, see=see, begin_backward=begin_backward)
     for parameter in reference.model.parameters():  # in one order on all ranks, which a set has not
         if parameter in keep:
@@ -207,12 +209,10 @@ def _step_size(step: Pass) -> float:
 
 
 @contextmanager
-def _moved_weights(
-    step: Pass, size: float, *, code: int
-) -> Iterator[Callable[[Tensor, Tensor], float]]:
+def _moved_weights(step: Pass, size: float, *, code: int) -> Iterator[Along]:
     """Add t P^(1/2) u to the weights inside; u is drawn anew from the code and the place.
 
-    What it gives is this rank's share of the product of a parameter's move with a gradient.
+    What it gives is this rank's share of the products of a parameter's move with gradients.
     """
     is_parked, preconditioner = step.reference.is_parked, step.reference.preconditioner
     before: dict[int, Tensor] | InTurn[Tensor] = {}
@@ -220,9 +220,9 @@ def _moved_weights(
         before = InTurn((), step.reference.context.device)
     moved: dict[Tensor, tuple[int, Tensor]] = {}
 
-    def along(parameter: Tensor, gradient: Tensor) -> float:
+    def along(parameter: Tensor, *gradients: Tensor) -> list[float]:
         number, data = moved[parameter]
-        return preconditioner.product(parameter, data, before[number], gradient)
+        return preconditioner.products(parameter, data, before[number], gradients)
 
     whole_again(step.reference.model)
     try:

@@ -21,7 +21,7 @@ gradient 1 / (1 - momentum) times (arXiv 1212.0901), but for moving averages, wh
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -94,14 +94,19 @@ class Preconditioner:
             total += x.square().sum(dtype=torch.float64)
         return share(parameter) * float(total)
 
-    def product(self, parameter: Tensor, values: Tensor, less: Tensor, by: Tensor) -> float:
-        """Return this rank's share of the product of values - less with `by`, in parts as well."""
-        total, values, less, by = 0.0, values.reshape(-1), less.reshape(-1), by.reshape(-1)
+    def products(
+        self, parameter: Tensor, values: Tensor, less: Tensor, by: Sequence[Tensor]
+    ) -> list[float]:
+        """Return this rank's share of the product of values - less with each, in parts as well."""
+        totals, values, less = [0.0] * len(by), values.reshape(-1), less.reshape(-1)
+        flat = [each.reshape(-1) for each in by]
         for start in range(0, len(values), self.part):
             part = slice(start, start + self.part)
             x = (values[part] - less[part].to(values.device)).float()
-            total += float(x @ by[part].to(values.device))
-        return share(parameter) * total
+            totals = [
+                t + float(x @ f[part].to(x.device)) for t, f in zip(totals, flat, strict=True)
+            ]
+        return [share(parameter) * total for total in totals]
 
 
 def read_preconditioner(optimizer: Optimizer, *, scale: float = 1.0) -> Preconditioner:

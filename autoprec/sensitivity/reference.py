@@ -9,8 +9,9 @@ passes share their dropout masks and differ in precision only.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -98,6 +99,9 @@ class Reference:
     early: tuple[StepError, ...] = ()  # measured in the warm-up
     passed_over: int = 0  # batches without a gradient, drawn before those to measure on
     schedule_steps: int | None = None  # of the user's schedule, where it has an end
+    # parameters to which a gradient comes in parts, by backwards within backward: what reentrant
+    # checkpoints share, and reversible layers
+    in_parts: set[Tensor] = field(default_factory=set)
 
     @cached_property
     def longer(self) -> "Reference":
@@ -146,13 +150,14 @@ class Reference:
         """Run forward and backward of a batch in the model as it stands; return its loss.
 
         Gradients are left on the model; with `keep` those of other parameters are dropped as they
-        arrive, once `see` was called with the parameter; `begin_backward` is called once the loss
-        is there. Buffers and random generators are put back first. FP32 is FP32 here: with cuDNN's
-        TF32 every convolution would have an error in the reference too.
+        arrive, once `see` was called with the parameter; those that come in parts stay, too.
+        `begin_backward` is called once the loss is there. Buffers and generators are put back
+        first. FP32 is FP32 here: with cuDNN's TF32 every convolution would have an error too.
         """
         self.passes += 1
         parameters = self.model.parameters() if keep is not None else ()
-        dropped = [p for p in parameters if p.requires_grad and p not in (keep or ())]
+        kept = self.in_parts.union(keep or ())
+        dropped = [p for p in parameters if p.requires_grad and p not in kept]
         hooks = [p.register_post_accumulate_grad_hook(partial(_drop, see)) for p in dropped]  # type: ignore[no-untyped-call]  # torch's own
         self.put_back()
         with seeded(self.context.seed * 7919 + index), tf32_off():
@@ -185,7 +190,9 @@ class Reference:
         Raises:
             WorkloadError: the loss is not finite, or no gradient reaches the parameters.
         """
-        loss = self.run(index, begin_backward=begin_backward)
+        with _arrivals(self.model) as arrived:
+            loss = self.run(index, begin_backward=begin_backward)
+        self.in_parts.update(p for p, count in arrived.items() if count > 1)
         check_loss(loss, where=f"on measured batch {index}")
         updated = self.preconditioner.rules
         found: dict[Tensor, Tensor] = {
@@ -394,6 +401,19 @@ def _check_structure(model: nn.Module, spec: ModelSpec) -> None:
             f"the workload's model must be the captured one ({spec.structure}), but it is "
             f"{structure}; capture or profile it again"
         )
+
+
+@contextmanager
+def _arrivals(model: nn.Module) -> Iterator[Counter[Tensor]]:
+    """Count how often a gradient arrives at each parameter inside."""
+    found: Counter[Tensor] = Counter()
+    trained = (p for p in model.parameters() if p.requires_grad)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: found.update([p])) for p in trained]  # type: ignore[no-untyped-call]  # torch's own
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _drop(see: Callable[[Tensor], None] | None, parameter: Tensor) -> None:
