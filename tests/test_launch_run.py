@@ -239,6 +239,18 @@ assert plain.first.weight.dtype is torch.bfloat16
     assert ("SGD" if wraps_first else "AdamW") in outcome.message
 
 
+def test_updates_by_hand_are_told_to_lose_what_bf16_does_not_resolve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = "for p in model.parameters(): p.data.sub_(1e-2 * p.grad); p.grad = None"
+    head, loop = HEAD.rpartition("optimizer = ")[0], LOOP.replace("optimizer.step()", step)
+    assert run(tmp_path, head + loop.replace("optimizer.zero_grad()", "pass"), "3").status == 0
+    assert caplog.text.count("no optimizer of torch.optim trains Net") == 1
+    caplog.clear()
+    assert run(tmp_path, HEAD + LOOP, "3").status == 0
+    assert "no optimizer" not in caplog.text
+
+
 WITH_TEACHER = f"""{HEAD.rpartition("optimizer = ")[0]}
 teacher = Net()
 student = model

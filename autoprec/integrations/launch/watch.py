@@ -119,6 +119,7 @@ class Watch:
         # the optimizers in the order in which they were made; True: its first step is to come
         self._waits: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._files = Files()
+        self._calls_untrained = 0  # of models with the plan, while there was no optimizer
         self._joined: list[nn.Module] = []  # nobody else holds them
         self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that were looked at
         self._untrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the optimizers so far
@@ -181,6 +182,8 @@ class Watch:
     # --- what the script does --------------------------------------------------------------------
 
     def _around_call(self, call: Function, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if self.applied and not self._waits:
+            self._see_untrained(module)
         # some fine-tune a model in evaluation mode: its optimizer says so
         is_new = torch.is_grad_enabled() and self._is_new(module)
         if is_new and (module.training or any(trains(one, module) for one in self._waits)):
@@ -193,6 +196,18 @@ class Watch:
             if not has_it:
                 self._offer_joined([module], "at the first training call of one of them")
         return call(module, *args, **kwargs)
+
+    def _see_untrained(self, module: nn.Module) -> None:
+        """Warn at the second training call of a model with the plan, if there is no optimizer."""
+        is_planned = any(applied.model() is module for applied in self.applied)
+        if is_planned and module.training and torch.is_grad_enabled():
+            self._calls_untrained += 1
+            if self._calls_untrained == 2:
+                logger.warning(
+                    "no optimizer of torch.optim trains %s: what a script writes into its BF16 "
+                    "weights by hand loses small changes; let an optimizer make them",
+                    type(module).__name__,
+                )
 
     def _around_parallel(
         self, call: Function, wrapper: nn.Module, /, module: nn.Module, *args: Any, **kwargs: Any
