@@ -99,7 +99,7 @@ NEEDS_NO_GRADIENT = (
 def capture_model(context: Context, *, target: DeviceProfile | None = None) -> ModelSpec:
     """Run one real step of the workload on the device and return what it showed.
 
-    Costs four training steps (two of them show whether the step is deterministic), and two more
+    Costs four training steps (two of them show whether the step is deterministic), and a forward
     where parameters are not trained or forward sets attributes. With a `target` the plan is for
     another device: a CPU lists every recipe then, since it emulates them.
 

@@ -29,11 +29,11 @@ from autoprec.common.text import first_and_more
 from autoprec.device.random_state import generator_state, set_generator_state
 from autoprec.device.ranks import local_part
 from autoprec.workload.functions import Batch, Workload
-from autoprec.workload.training import Training
 from autoprec.workload.written import noted_on
 
 log = logging.getLogger(__name__)
 
+AWAY = 0.01  # from any weight; nothing is learned of the loss there
 TORCHS = frozenset(vars(nn.Module()))  # what every module has
 PLAIN = (Tensor, int, float, complex, bool, str, type(None))
 State = dict[str, Any]  # Any: tensors, and trees of plain values
@@ -83,13 +83,17 @@ def changed_since(before: Signatures, model: nn.Module) -> set[str]:
 def find_moving(workload: Workload, model: nn.Module, batch: Batch, before: Signatures) -> bool:
     """Note on the workload what its training writes into beside weights that it trains, buffers.
 
-    Returns whether the model was trained for that: a teacher is its student until a step is made,
+    Returns whether the model was changed for that: a teacher is its student until that is moved,
     and so is an average of both. `before` is from before the model's first pass.
     """
-    known, are_trained = workload.written.moving, all(p.requires_grad for p in model.parameters())
-    if are_trained and not known and not changed_since(before, model):
+    known = workload.written.moving
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    are_all = len(trained) == len([*model.parameters()])
+    if are_all and not known and not changed_since(before, model):
         return False
-    Training(workload, model, workload.build_optimizer(model)).step([batch])
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(torch.rand_like(parameter), alpha=AWAY)
     before = signatures(model)
     workload.loss_fn(model, batch)
     moved = changed_since(before, model)
