@@ -479,6 +479,16 @@ def test_a_band_follows_a_lasting_change_of_level() -> None:
     assert not any(runs[32 + 17 :])
 
 
+def test_a_loss_that_is_zero_mostly_has_a_band_of_what_is_not() -> None:
+    """As triplets' margins have: three of the others in a row took all layers out of FP8."""
+    band = RunningBand(128, 8, relative_floor=0.01)
+    runs = [band.add(x, is_above=x > band.upper) for x in [0.0, 0.0, 0.0, 0.0, 0.4, 0.5, 0.6] * 30]
+    assert not any(runs)
+    assert 0.6 < band.upper < 2.0
+    band.restore([0.0] * 128, 0)
+    assert band.upper == math.inf
+
+
 @pytest.mark.parametrize("recipe", [Recipe.TENSORWISE, Recipe.ROWWISE])
 @pytest.mark.parametrize("operand", ["input", "grad_output"])
 def test_shares_are_those_of_the_cast_itself(recipe: Recipe, operand: str) -> None:

@@ -9,7 +9,8 @@ A loss or norm falls and jitters. Its band ends at median + width * s, over the 
 values, with s = 1.4826 * MAD (which is the standard deviation of a normal distribution) and at
 least `floor`, absolute or relative to the median, so that a very quiet stretch does not turn
 ordinary noise into an alarm. Median and MAD bear a window that is half outliers, so values above
-the band count too: after a lasting change of level it follows.
+the band count too: after a lasting change of level it follows. Where that ends at zero, since most
+values are zero, as a loss of margins often is, the sizes of the others make the band.
 """
 
 import math
@@ -147,10 +148,13 @@ class RunningBand:
     @property
     def upper(self) -> float:
         """The end of the band; infinity while there are too few values."""
-        if len(self.values) < min(FEWEST_VALUES, self.values.maxlen or FEWEST_VALUES):
+        return self._end(self.values) or self._end([abs(value) for value in self.values if value])
+
+    def _end(self, values: Sequence[float]) -> float:
+        if len(values) < min(FEWEST_VALUES, self.values.maxlen or FEWEST_VALUES):
             return math.inf
-        middle = statistics.median(self.values)
-        spread = statistics.median([abs(value - middle) for value in self.values])
+        middle = statistics.median(values)
+        spread = statistics.median([abs(value - middle) for value in values])
         floor = max(self.floor, self.relative_floor * abs(middle))
         return middle + self.width * max(MAD_TO_SIGMA * spread, floor)
 
