@@ -208,6 +208,17 @@ def test_a_negative_loss_has_not_diverged(shift: float) -> None:
     assert found.verdict is Verdict.VERIFIED
 
 
+def test_a_loss_of_data_known_by_heart_may_grow_many_times() -> None:
+    plain = mlp_workload()
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss, is_plan = plain.loss_fn(model, batch), model.first.weight.dtype is torch.bfloat16
+        return loss * (1e-3 if is_plan else 1e-5) if model.training else loss
+
+    found = verified(changed(plain, loss_fn=loss_fn), BF16_O2, tolerance=0.5)
+    assert found.verdict is Verdict.VERIFIED
+
+
 def test_a_loss_is_small_only_beside_what_training_starts_from() -> None:
     plain = mlp_workload()
     tiny = changed(plain, loss_fn=lambda model, batch: plain.loss_fn(model, batch) * 1e-12)

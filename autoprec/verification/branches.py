@@ -44,8 +44,8 @@ from autoprec.workload.training import Training, step_batches
 
 logger = logging.getLogger(__name__)
 
-# a branch whose loss exceeds this many times the reference's largest one has diverged: chaos moves
-# a training loss by percents
+# a branch whose loss exceeds this many times the reference's largest one, held-out ones among them,
+# has diverged: chaos moves a training loss by percents
 DIVERGED_RATIO = 3.0
 REPLAY_STEPS = 2  # the second loss already depends on a whole forward, backward and update
 NEARLY_ZERO = 1e-6  # of the losses in training: a gap relative to less is relative to rounding
@@ -151,10 +151,15 @@ class _Trained:
     own_loss: float | None = None
 
 
-def _loss_limit(reference: Sequence[float]) -> float:
-    """Return the loss from which a branch has diverged; a loss may be negative (likelihoods)."""
-    size = max(map(abs, reference), default=math.inf)
-    return max(reference, default=0.0) + (DIVERGED_RATIO - 1.0) * size
+def _loss_limit(reference: Sequence[float], held_out: Sequence[float]) -> float:
+    """Return the loss from which a branch has diverged.
+
+    A loss may be negative (likelihoods), and rounding alone multiplies that of data known by heart.
+    """
+    if not reference:
+        return math.inf
+    losses = (*reference, *held_out)
+    return max(losses) + (DIVERGED_RATIO - 1.0) * max(map(abs, losses))
 
 
 def _train_with(
@@ -176,7 +181,7 @@ def _train_with(
             attach_optimizer(model, optimizer)
             plan.callback(undo, model, optimizer)
         # the reference saw the same batches: what is far above its worst has diverged
-        limit = _loss_limit(reference)
+        limit = _loss_limit(reference, session.checkpoint.eval_losses)
         first = None if variant.is_reference else StepWatch(model)
         for step, loss in enumerate(_train(session, training, variant.label, seed=seed)):
             if first is not None and step == 0:
