@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,23 @@ def test_a_proof_climbs_its_horizons_with_the_plan_that_stands() -> None:
     ]
     assert " over 8 steps, " in said
     assert " over 16 steps; " in said
+
+
+def test_a_checkpoint_with_optimizer_state_has_horizons_without_a_warm_up(tmp_path: Path) -> None:
+    context = Context(mlp_workload(), CPU)
+    spec, model = capture_model(context), context.workload.build_model()
+    start = tmp_path / "start.pt"
+    optimizer = context.workload.build_optimizer(model)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, start)
+    found = verify_plans(
+        context,
+        [plan_of(spec, fp8_option(Recipe.TENSORWISE))],
+        loss_tolerance=0.9,
+        spec=spec,
+        checkpoint=start,
+        terms=Terms(seeds_min=2, seeds_max=2, warmup_steps=4, branch_steps=4, horizons=(8,)),
+    )
+    assert [(r.warmup_steps, r.branch_steps) for r in found.horizons] == [(0, 4), (0, 8)]
 
 
 class Shaken(nn.Module):

@@ -127,8 +127,10 @@ def _prove(
         longest = max(longest, rung.checkpoint, key=lambda each: len(each.curve))
         return _gaps_over(rung, evidence.plan)
 
-    # the same plan over other lengths, as far as was asked for; the reference has no gap at any
-    rungs = climb(session.terms, gaps_of, spent_s=spent_s)
+    # the same plan over other lengths, as far as was asked for; the reference has no gap at any;
+    # a checkpoint with optimizer state has no warm-up
+    own_terms = replace(session.terms, warmup_steps=len(session.checkpoint.curve))
+    rungs = climb(own_terms, gaps_of, spent_s=spent_s)
     return with_horizons(found, evidence, tuple(rungs))
 
 
