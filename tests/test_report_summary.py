@@ -507,6 +507,16 @@ def test_why_bf16_is_not_the_plan_is_part_of_the_answer() -> None:
     assert summary_object(replace(run, plan=plan), "out")["bf16"] == note
 
 
+def test_a_plan_that_was_refuted_before_is_part_of_the_answer() -> None:
+    run = make_run()
+    assert run.verification
+    assert summarise_run(run).refuted == ""
+    notes = ("refuted before: 2 bf16_o2 (diverged at step 0)", "refuted before: 1 bf16_o2 (no gap)")
+    proof = run.verification.model_copy(update={"notes": notes})
+    facts = list(answer_facts(summarise_run(replace(run, verification=proof))))
+    assert ("refuted", "2 bf16_o2 (diverged at step 0) (and 1 more)", "") in facts
+
+
 def test_fp32_everywhere_has_no_gap_to_expect() -> None:
     assert Promise.of(None, None).expectation == ""
     plan = make_run().plan

@@ -51,6 +51,15 @@ def reason(plan: Plan, name: str) -> str:
     return next(layer.reason for layer in plan.layers if layer.name == name)
 
 
+def test_fp32_after_refuted_plans_is_said_to_be_that() -> None:
+    tables = tables_of({"a": TYPICAL}, activation_error=1e-6)
+    search, plan = planned(tables)
+    assert FP32 not in plan.options
+    left = next(point for point in search.front if set(point.options) == {FP32})
+    fallback = build_plan(*tables, search, left, constraint=plan.constraint)
+    assert any("FP32 is the plan: training refuted plans with BF16" in x for x in fallback.notes)
+
+
 def test_the_plan_says_what_the_search_chose() -> None:
     tables = tables_of({"a": TYPICAL, "b": TYPICAL}, activation_error=1e-6)
     search, plan = planned(tables)

@@ -64,14 +64,13 @@ def test_plans_above_the_implied_limit_are_passed_over() -> None:
     assert not exceeds_limit(plan(BF16_O2, 0.02), [refuted(0.04, 0.1, diverged_at=1)])
 
 
-def test_the_notes_name_the_layers_that_left_fp8() -> None:
+def test_the_notes_name_the_layers_that_are_otherwise_now() -> None:
     notes = repair_notes(plan(FP32, 0.0), [refuted(0.04, 0.004)], skipped=2)
     assert "mean loss gap +0.40%" in notes[0]
-    assert "out of FP8 since: first, second" in notes[0]
+    assert "changed since: first, second" in notes[0]
     assert notes[1].startswith("2 more plans were passed over")
     same = repair_notes(plan(TENSORWISE, 0.01), [refuted(0.04, 0.1, diverged_at=1)], skipped=0)
     assert "diverged at step 1" in same[0]
-    assert "no layer, but recipes are more precise" in same[0]
 
 
 def test_the_notes_name_the_layers_whose_first_step_is_not_finite() -> None:

@@ -10,6 +10,7 @@ from autoprec.records.cost import StepTiming
 from autoprec.records.model import Basis, Option
 from autoprec.records.sensitivity import Estimate
 
+REFUTED = "refuted before:"  # so start the notes on plans that were
 MOST_SEEDS = 64  # of a proof; beyond it longer branches are the better use of time
 ROUNDING = 1e-6  # sums of the same numbers in another order differ by less
 

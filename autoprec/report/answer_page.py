@@ -59,6 +59,7 @@ def answer_facts(found: Summary) -> Iterator[tuple[str, str, str]]:
         ("memory", found.memory_answer, BAD),
         ("time", _time_text(found), ""),
         ("proof", promise.sentence if has_plan else "", STYLES[promise.verdict]),
+        ("refuted", found.refuted, ""),
         ("further", promise.expectation if has_plan else "", ""),
         ("FP8", "" if is_said else answer.fp8.removeprefix("FP8 "), ""),
         ("BF16", found.bf16_answer.removeprefix("BF16 O2 "), ""),

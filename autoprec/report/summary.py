@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autoprec.common.text import first_and_more
 from autoprec.records import Basis, Estimate, Precision
 from autoprec.records.cost import BASELINES, ENDED, StepTiming
+from autoprec.records.verification import REFUTED
 from autoprec.report import formats
 from autoprec.report.answer import Answer, plan_note
 from autoprec.report.formats import clean_text, count_of, step_title
@@ -104,6 +105,14 @@ class Summary:
         if not self.compile_answer:
             return ""
         return "if you compile, do it here, and tune compiled first:"
+
+    @property
+    def refuted(self) -> str:
+        """The first plan that training refuted before this one, and why; "" where none was."""
+        proof = self.run.verification
+        found = [note for note in proof.notes if note.startswith(REFUTED)] if proof else []
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return clean_text(found[0].removeprefix(f"{REFUTED} ")) + more if found else ""
 
     @property
     def passed_over(self) -> str:

@@ -236,10 +236,11 @@ def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
         )
     trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
     error = next(trials, costs.grad_error(uniform))
-    return (
-        f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: the gradient error of "
-        f"BF16 O2 is {percent(error)}, the budget {percent(search.grad_error_budget)}"
-    )
+    why = f"the gradient error of BF16 O2 is {percent(error)}"
+    why += f", the budget {percent(search.grad_error_budget)}"
+    if error <= search.grad_error_budget and options != search.chosen.options:
+        why = "training refuted plans with BF16, within the budget by their gradient error"
+    return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: {why}"
 
 
 def _communication_note(costs: Costs, options: Options) -> str:

@@ -1,6 +1,7 @@
 """What the branches of one plan say so far, and the record that is made of it."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from autoprec.records.plan import Plan
 from autoprec.records.sensitivity import Sensitivity
 from autoprec.records.verification import (
     MOST_SEEDS,
+    REFUTED,
     Branch,
     ExpectedGap,
     LossGap,
@@ -178,23 +180,18 @@ def exceeds_limit(plan: Plan, refuted: Sequence[Evidence]) -> bool:
 
 
 def repair_notes(plan: Plan, refuted: Sequence[Evidence], *, skipped: int) -> list[str]:
-    """Return the refuted plans before this one, and the layers that are more precise now."""
+    """Return the refuted plans before this one, and the layers that are otherwise now."""
     notes = []
     for each in refuted:
         gap, diverged = each.gap("plan"), each.diverged("plan")
         found = "no gap" if gap is None else f"mean loss gap {gap.mean:+.2%}"
         if diverged:
             found = f"diverged at step {diverged.diverged_at}{why_diverged(diverged)}"
-        left = [
-            old.name
-            for old, new in zip(each.plan.layers, plan.layers, strict=True)
-            if old.option.is_fp8 and not new.option.is_fp8
-        ]
-        count = sum(layer.option.is_fp8 for layer in each.plan.layers)
-        notes.append(
-            f"a plan with {count} layers in FP8 was refuted before ({found}); "
-            f"out of FP8 since: {first_and_more(left) or 'no layer, but recipes are more precise'}"
-        )
+        pairs = zip(each.plan.layers, plan.layers, strict=True)
+        other = [old.name for old, new in pairs if old.option != new.option]
+        counts = Counter(layer.option.key for layer in each.plan.layers)
+        layers = ", ".join(f"{count} {key}" for key, count in counts.items())
+        notes.append(f"{REFUTED} {layers} ({found}); changed since: {first_and_more(other)}")
     if skipped:
         notes.append(
             f"{skipped} more plans were passed over: by the refuted plan's gap, their gradient "
