@@ -212,7 +212,10 @@ def test_a_loss_of_data_known_by_heart_may_grow_many_times() -> None:
     plain = mlp_workload()
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss, is_plan = plain.loss_fn(model, batch), model.first.weight.dtype is torch.bfloat16
+        loss, is_plan = (
+            plain.loss_fn(model, batch),
+            model.get_parameter("first.weight").dtype is torch.bfloat16,
+        )
         return loss * (1e-3 if is_plan else 1e-5) if model.training else loss
 
     found = verified(changed(plain, loss_fn=loss_fn), BF16_O2, tolerance=0.5)
