@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -165,3 +166,27 @@ def test_the_proof_goes_as_far_as_the_settings_say() -> None:
         Settings.of(seed=-1)
     with pytest.raises(SettingsError, match="--seed must be at most 2147483647"):
         Settings.of(seed=2**32)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), "3", 3])
+def test_numbers_of_other_libraries_and_texts_are_numbers(number: object) -> None:
+    settings = Settings.of(seed=number, branch_steps=number)
+    assert [type(x) for x in (settings.seed, settings.branch_steps)] == [int, int]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"verify": "no"},  # which is true
+        {"gemms_hp": None},
+        {"branch_steps": 2.5},
+        {"trials": "ten"},
+        {"target": None},
+        {"horizons": 150},
+        {"keep": np.ones(2)},
+        {"out": None},
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=r" cannot be .*; give a value as the command line"):
+        Settings.of(**given)

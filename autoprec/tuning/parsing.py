@@ -5,10 +5,13 @@ Texts of `--keep` are read by the search, and raise a RecordError.
 
 import importlib.util
 import math
+import operator
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
 
 from autoprec.common.recipes import APPLICABLE_RECIPES, Recipe
 from autoprec.common.text import shown_value
@@ -189,3 +192,19 @@ def parse_metric(text: str) -> MetricTolerance:
 def parse_path(given: str | Path | None) -> Path | None:
     """Return the path of a text, or None."""
     return Path(given) if given else None
+
+
+def parse_type(given: Any, kind: Any) -> bool | int | str | None:  # Any: of any type, a type
+    """Return a value of a type: a switch, a whole number (numpy's too), a text, or None.
+
+    >>> parse_type("3", int), parse_type(None, int | None)
+    (3, None)
+    """
+    kinds = get_args(kind) or (kind,)
+    if given is None and NoneType in kinds:
+        return None
+    if int in kinds:
+        return int(given) if isinstance(given, str) else operator.index(given)
+    if not isinstance(given, bool if bool in kinds else str | Path):
+        raise TypeError
+    return given if bool in kinds else str(given)

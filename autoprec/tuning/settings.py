@@ -81,7 +81,9 @@ class Settings:
     script: str = setting(
         "", "Tune what a training script trains instead.", STAGES, commands=(), metavar="TRAIN.py"
     )
-    script_args: tuple[str, ...] = setting((), "The script's arguments.", STAGES, commands=())
+    script_args: tuple[str, ...] = setting(
+        (), "The script's arguments.", STAGES, commands=(), parse=tuple
+    )
     script_steps: int = setting(
         32, "Training steps of the script to record, then it is stopped.", STAGES, (), min=8
     )
@@ -272,7 +274,8 @@ class Settings:
                 f"a setting must be one of {', '.join(known)}, but {unknown[0]!r} is none; "
                 "correct the name"
             )
-        return cls(**{name: _read(name, known[name], value) for name, value in given.items()})
+        types: dict[str, Any] = {each.name: each.type for each in fields(cls)}
+        return cls(**{n: _read(n, known[n], types[n], value) for n, value in given.items()})
 
     @property
     def script_line(self) -> str:
@@ -398,9 +401,15 @@ def all_settings() -> dict[str, Setting]:
     return {each.name: each.metadata["setting"] for each in fields(Settings)}
 
 
-def _read(name: str, known: Setting, given: Any) -> Any:  # Any: texts and values of any type
+def _read(name: str, known: Setting, kind: Any, given: Any) -> Any:  # Any: of any type
     """Return the value of a setting, from a text or a value of its type."""
-    value = known.parse(given) if known.parse else given
+    try:
+        value = known.parse(given) if known.parse else parsing.parse_type(given, kind)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"--{name.replace('_', '-')} cannot be {shown_value(given)}; give a value as the "
+            "command line takes it, and True or False where it takes none"
+        ) from error
     for end, limit in (("least", known.option.get("min")), ("most", known.option.get("max"))):
         if limit is None or value is None:
             continue
