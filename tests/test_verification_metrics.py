@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from autoprec.report.summary import summarise_run
 from autoprec.tuning.parsing import parse_metric
 from autoprec.tuning.settings import Settings
 from autoprec.verification import Terms
-from autoprec.verification.evidence import Evidence, metric_gaps
+from autoprec.verification.evidence import Evidence, advice, metric_gaps
 from autoprec.verification.gate import gather_evidence, open_session
 from autoprec.verification.metrics import check_metrics
 from autoprec.workload.functions import Workload
@@ -80,6 +81,8 @@ def test_a_metric_too_noisy_for_its_tolerance_is_told_after_the_first_seeds() ->
     evidence = evidence_of(0.0, 9.0, -8.0)
     assert evidence.unresolved is not None
     assert evidence.unresolved.name == "accuracy"
+    # no option to paste: its name and side are the user's
+    assert re.search(r"or a --metric-tolerance of \d\S*$", advice(evidence))
 
 
 def test_branches_measure_the_users_metrics_in_eval_mode_with_the_same_draws() -> None:

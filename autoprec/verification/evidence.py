@@ -310,12 +310,13 @@ def _out_of_reach(wide: Tested, terms: Terms) -> str:
     shown = "{:.3g}".format if wide.name else percent
     needed = seeds_needed(wide.gaps, wide.tolerance, terms)
     more = f"--seeds {needed}, " if needed and needed <= MOST_SEEDS else ""
-    option = "--metric-tolerance" if wide.name else "--loss-tolerance"
+    least = shown(smallest_tolerance(wide.gaps, terms))
+    option = f"a --metric-tolerance of {least}" if wide.name else f"--loss-tolerance {least}"
     return (
         f"{wide.name and wide.name + ': '}gaps differ by {shown(float(np.std(wide.gaps, ddof=1)))} "
-        f"from seed to seed, which resolves {shown(smallest_tolerance(wide.gaps, terms))} at best; "
+        f"from seed to seed, which resolves {least} at best; "
         f"the way out is {more}--branch-steps {2 * terms.branch_steps} or longer, more evaluation "
-        f"batches, or {option} {shown(smallest_tolerance(wide.gaps, terms)).replace(' ', '')}"
+        f"batches, or {option.replace(' %', '%')}"
     )
 
 
