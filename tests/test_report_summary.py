@@ -17,6 +17,7 @@ from autoprec.records import (
 )
 from autoprec.records.cost import BASELINES
 from autoprec.report import RunRecords, formats, render_html, summary_object
+from autoprec.report.answer import Answer
 from autoprec.report.answer_page import answer_facts, next_lines
 from autoprec.report.promise import Promise
 from autoprec.report.step_times import plan_speedups, plan_steps
@@ -105,6 +106,12 @@ def test_json_says_whether_the_plan_fits_in_memory() -> None:
     alone = RunRecords(plan=tight.plan)
     assert summary_object(alone, "out")["memory"].startswith("does not fit in memory")
     assert not any(note.startswith("does not fit in memory") for note in summarise_run(alone).notes)
+
+
+def test_a_plan_that_a_proxy_verified_is_not_to_be_trained_where_it_does_not_fit() -> None:
+    run, verified = predicted_run(memory_gb=2.0), Promise(Verdict.VERIFIED)
+    assert Answer.of(run, {}, verified).headline.startswith("Too large for the device: FP8 in 10 ")
+    assert Answer.of(predicted_run(), {}, verified).headline.startswith("Train with FP8 in 10 ")
 
 
 def test_verification_s_steps_are_compared_among_themselves() -> None:

@@ -16,6 +16,7 @@ from autoprec.report.runs import RunRecords
 from autoprec.report.step_times import Speedup, title_of
 
 PAYS, LOSES, UNSURE = "FP8 pays", "FP8 is not worth it", "Whether FP8 pays is not certain"
+TOO_LARGE = "Too large for the device"
 LEADS = {
     Verdict.VERIFIED: "Train with",
     Verdict.INCONCLUSIVE: "Not proven yet:",
@@ -100,8 +101,9 @@ def _plan_sentence(
         what = f"FP8 in {count} of {formats.count_of(len(plan.options), 'layer')}"
         bf16 = speedups.get("bf16_o2")
         lead = f"{UNSURE}:" if bf16 and not bf16.is_gain else lead
-    if plan_note(plan, "does not fit in memory"):
-        lead = lead.replace(":", ", and too large for the device:")
+    if plan_note(plan, "does not fit in memory"):  # a proxy may have verified it
+        is_open = lead.endswith(":")
+        lead = f"{lead[:-1]}, and {TOO_LARGE.lower()}:" if is_open else f"{TOO_LARGE}:"
     now = _now(speedups)
     if now in speedups and not speedups[now].is_gain:
         lead = f"No certain gain over {_named(run, now)}:"
