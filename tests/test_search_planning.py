@@ -382,6 +382,12 @@ def test_fp8_that_the_user_closed_is_not_blamed_on_its_error() -> None:
     assert "a may not take it (--keep, or unknown gradient error)" in plan.notes[0]
 
 
+def test_bf16_that_the_user_closed_is_not_blamed_on_its_error() -> None:
+    _, plan = planned(tables_of({"a": TYPICAL}), keep=("a=fp32",))
+    reason = "BF16 O2 is 1.75x faster, but FP32 is the plan: a may not take it (--keep, or unknown"
+    assert any(note.startswith(reason) for note in plan.notes)
+
+
 def test_a_device_without_fp8_says_its_own_reason() -> None:
     profile, sensitivity = tables_of({"a": {FP32: (4.0, 0.0), BF16_O2: (2.0, 1e-5)}})
     facts = {"fp8_recipes": (), "fp8_reason": "FP8 GEMMs need capability 8.9, this has 8.0"}

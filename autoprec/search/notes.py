@@ -21,6 +21,7 @@ SMALLEST_SHARE = 0.001  # of the weights
 MOST_NAMED = 4
 NO_FP8_KINDS = (LayerKind.OTHER, LayerKind.RECURRENT, LayerKind.CONV)
 KEEP_COSTS = "--keep costs"
+MAY_NOT = "may not take it (--keep, or unknown gradient error)"
 NOTABLE = 0.05  # a smaller share of what FP8 saves is not worth a note
 
 
@@ -39,7 +40,7 @@ def plan_notes(
         _no_option_note(profile),
         _unsure_note(profile, costs, search, options),
         memory_note(profile, chosen, costs.memory_bytes(options)),
-        _why_no_bf16(costs, search, options) if is_all_fp32(options) else "",
+        _why_no_bf16(problem, search, options) if is_all_fp32(options) else "",
         _communication_note(costs, options),
         _head_note(profile, chosen),
         _kernel_note(profile, chosen),
@@ -184,8 +185,7 @@ def _why_no_fp8(profile: Profile, problem: Problem, search: Search, options: Opt
         )
     closed = [i for i in faster if not any(option.is_fp8 for option in problem.allowed[i])]
     return f"it is faster on {_count(faster)} ({gain}), but " + (
-        f"{first_and_more(costs.layers[i].name for i in closed)} may not take it (--keep, or "
-        "unknown gradient error)"
+        f"{first_and_more(costs.layers[i].name for i in closed)} {MAY_NOT}"
         if len(closed) == len(faster)
         else "not by enough for the gradient error it adds (budget "
         f"{percent(search.grad_error_budget)})"
@@ -224,7 +224,8 @@ def _steps(profile: Profile, options: Options) -> str:
     return f"; the whole step with FP8 takes {took}"
 
 
-def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
+def _why_no_bf16(problem: Problem, search: Search, options: Options) -> str:
+    costs = problem.costs
     uniform = nearest_plan(costs.prices, BF16_O2)
     fp32_ms, bf16_ms = costs.step_ms(options), costs.step_ms(uniform)
     if is_all_fp32(uniform):
@@ -235,11 +236,15 @@ def _why_no_bf16(costs: Costs, search: Search, options: Options) -> str:
             f"{bf16_ms / max(fp32_ms, SHORTEST_MS):.3g}x as long in BF16 O2 as in FP32"
         )
     trials = (trial.grad_error for trial in search.trials if trial.options == uniform)
-    error = next(trials, costs.grad_error(uniform))
-    why = f"the gradient error of BF16 O2 is {percent(error)}"
-    why += f", the budget {percent(search.grad_error_budget)}"
-    if error <= search.grad_error_budget and options != search.chosen.options:
+    error, budget = next(trials, costs.grad_error(uniform)), search.grad_error_budget
+    if error > budget:
+        why = f"the gradient error of BF16 O2 is {percent(error)}, the budget {percent(budget)}"
+    elif options != search.chosen.options:
         why = "training refuted plans with BF16, within the budget by their gradient error"
+    else:
+        allowed = zip(costs.layers, uniform, problem.allowed, strict=True)
+        closed = first_and_more(layer.name for layer, own, may in allowed if own not in may)
+        why = f"{closed} {MAY_NOT}"
     return f"BF16 O2 is {compared(bf16_ms, fp32_ms)}, but FP32 is the plan: {why}"
 
 
