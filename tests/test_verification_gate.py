@@ -222,6 +222,16 @@ def test_a_loss_of_data_known_by_heart_may_grow_many_times() -> None:
     assert found.verdict is Verdict.VERIFIED
 
 
+@pytest.mark.parametrize(("rate", "is_idle"), [(1e-6, True), (1e-2, False)])
+def test_a_proof_whose_training_hardly_learns_says_so(rate: float, is_idle: bool) -> None:
+    plain = mlp_workload()
+    workload = changed(plain, build_optimizer=lambda m: torch.optim.AdamW(m.parameters(), lr=rate))
+    found = verified(workload, BF16_O2, tolerance=1e-2)
+    assert found.verdict is Verdict.VERIFIED
+    assert ("one that learned nothing, as these branches lower the" in found.advice) is is_idle
+    assert verified(workload, FP32).advice == ""
+
+
 def test_a_loss_is_small_only_beside_what_training_starts_from() -> None:
     plain = mlp_workload()
     tiny = changed(plain, loss_fn=lambda model, batch: plain.loss_fn(model, batch) * 1e-12)

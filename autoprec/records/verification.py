@@ -168,7 +168,8 @@ class Verification(FileRecord):
     e-fold of steps at the end, by the reference's loss curve (`sensitivity.gap`).
     `predicted_gap` comes from the gradient error and that curve. `steps` are the
     whole-step timings of plan and baselines, interleaved. `refuted_plans` are the option lists of
-    plans that were tried before this one. `advice` is what it would take when inconclusive.
+    plans that were tried before this one. `advice` is what it would take, or would
+    tell more.
     `plan` is the plan's digest (`Plan.digest`). `eval_stderr` is the standard error that the finite
     number of evaluation batches leaves on the mean gap, `floor` the relative gap between two runs
     of the reference with one seed (0.0 when training is deterministic). `notes` say what the reader

@@ -160,7 +160,7 @@ def make_verification(
         steps=tuple(steps),
         refuted_plans=tuple(other.plan.options for other in refuted),
         checkpoint=session.checkpoint_path,
-        advice=advice(evidence),
+        advice=advice(evidence) or idle_branches(session.checkpoint.eval_losses, evidence),
         software=software_versions(),
         eval_stderr=eval_stderr(evidence),
         metrics=tuple(metric_gaps(evidence)),
@@ -302,6 +302,29 @@ def advice(evidence: Evidence) -> str:
     return (
         f"about {max(filter(None, needed))} seeds would decide it at this spread, or fewer with "
         "longer branches and more evaluation batches"
+    )
+
+
+def idle_branches(before: Sequence[float], evidence: Evidence) -> str:
+    """Return that a plan which learned nothing would be verified, too; "" where it would not.
+
+    Its gap would be what the reference's branches lower the held-out losses `before` them by.
+    """
+    losses = [branch.eval_loss for branch in evidence.of("reference") if branch.eval_loss]
+    start = math.fsum(before) / len(before)
+    lowered = math.fsum((start - loss) / abs(loss) for loss in losses) / len(losses)
+    is_reference = set(evidence.plan.options) == {FP32}
+    if (
+        is_reference
+        or evidence.verdict is not Verdict.VERIFIED
+        or lowered > evidence.loss_tolerance
+    ):
+        return ""
+    moved = "lower" if lowered >= 0.0 else "raise"
+    return (
+        f"so would be one that learned nothing, as these branches {moved} the held-out loss "
+        f"of FP32 by {percent(abs(lowered))}: --branch-steps {2 * evidence.terms.branch_steps} "
+        "or longer tells more"
     )
 
 
