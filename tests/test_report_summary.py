@@ -1,5 +1,6 @@
 import json
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,13 @@ def test_a_plan_that_a_proxy_verified_is_not_to_be_trained_where_it_does_not_fit
     run, verified = predicted_run(memory_gb=2.0), Promise(Verdict.VERIFIED)
     assert Answer.of(run, {}, verified).headline.startswith("Too large for the device: FP8 in 10 ")
     assert Answer.of(predicted_run(), {}, verified).headline.startswith("Train with FP8 in 10 ")
+
+
+def test_lines_to_paste_name_a_folder_with_a_space_as_one_word() -> None:
+    lines = [line.text for line in next_lines(summarise_run(predicted_run()), "my runs/a*")]
+    pasted = [shlex.split(line) for line in lines if "plan.json --" in line or "TRAIN.py" in line]
+    assert pasted
+    assert all("my runs/a*/plan.json" in words for words in pasted)
 
 
 def test_verification_s_steps_are_compared_among_themselves() -> None:

@@ -5,6 +5,7 @@ that the page has no room for are left out, the least needed first; `--verbose` 
 all of them.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def print_answer(found: Summary, console: Console, *, out: Path | str | None = N
     if out is not None:
         folder = Path(out).as_posix()
         below += [Line(f"report:    {folder}/report.html", is_whole=True)]
-        said = f"layers:    autoprec report {folder} --layers (all: --verbose)"
+        said = f"layers:    autoprec report {shlex.quote(folder)} --layers (all: --verbose)"
         below += [Line(said, is_whole=True)]
     left = (
         _lines_of(MOST_LINES, console.width)
@@ -101,7 +102,8 @@ def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
             yield Line("for BF16 O2 in its place, tune with --keep '*=bf16_o2' --resume")
         case Advice.APPLY:
             yield from _beware_lines(found)
-            run = f"autoprec run --plan {folder}/plan.json {found.run.script or 'TRAIN.py'}"
+            plan = shlex.quote(f"{folder}/plan.json")
+            run = f"autoprec run --plan {plan} {found.run.script or 'TRAIN.py'}"
             if found.run.script:
                 yield Line("train with it, the script as it is:")
                 yield Line(f"  {run}", "bold", is_whole=True)
@@ -112,9 +114,8 @@ def next_lines(found: Summary, out: Path | str | None) -> Iterator[Line]:
             if found.compile_advice:
                 yield Line("  model.compile()", "bold", is_whole=True)
             yield Line(f"as it is:  {run}", is_whole=True)
-            yield Line(
-                f"elsewhere: autoprec plan export {folder}/plan.json --to torchtitan", is_whole=True
-            )
+            export = f"autoprec plan export {plan} --to torchtitan"
+            yield Line(f"elsewhere: {export}", is_whole=True)
 
 
 def _beware_lines(found: Summary) -> Iterator[Line]:
